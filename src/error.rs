@@ -1,0 +1,174 @@
+//! What can go wrong: one opaque error that says its own layer and points to the next. For any thread.
+
+use std::error::Error as StdError;
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use crate::text::printable;
+
+/// Why enrolling, starting, pushing or stopping did not work.
+///
+/// `Display` says this layer alone, with the file, key or value at fault and what to do about it;
+/// [`source`](StdError::source) leads to the next. The accessors tell the cases apart that a caller
+/// may want to treat differently.
+pub struct Error {
+    // Boxed: results are returned far more often than errors are made.
+    inner: Box<Inner>,
+}
+
+struct Inner {
+    kind: Kind,
+    source: Option<Box<dyn StdError + Send + Sync>>,
+}
+
+enum Kind {
+    NotEnrolled {
+        missing: String,
+    },
+    Config {
+        place: String,
+        problem: String,
+    },
+    Bundle {
+        path: PathBuf,
+        problem: String,
+    },
+    Outbox {
+        path: Option<PathBuf>,
+        problem: String,
+    },
+    Setting {
+        name: &'static str,
+        problem: String,
+    },
+    Thread {
+        name: &'static str,
+    },
+    #[cfg(feature = "loopback")]
+    Loopback {
+        doing: String,
+    },
+}
+
+impl Error {
+    /// This host is not enrolled. `missing` says which values were not found and where each was looked for.
+    pub(crate) fn not_enrolled(missing: impl Into<String>) -> Self {
+        Self::new(Kind::NotEnrolled { missing: missing.into() })
+    }
+
+    /// A configured value that cannot be used. `place` is the variable, or the file, section and key.
+    pub(crate) fn config(place: impl Into<String>, problem: impl Into<String>) -> Self {
+        Self::new(Kind::Config { place: place.into(), problem: problem.into() })
+    }
+
+    /// A file of the bundle that cannot be used.
+    pub(crate) fn bundle(path: impl Into<PathBuf>, problem: impl Into<String>) -> Self {
+        Self::new(Kind::Bundle { path: path.into(), problem: problem.into() })
+    }
+
+    /// The outbox could not do something. `path` is `None` for one in memory.
+    pub(crate) fn outbox(path: Option<&Path>, problem: impl Into<String>) -> Self {
+        Self::new(Kind::Outbox { path: path.map(Path::to_owned), problem: problem.into() })
+    }
+
+    /// A builder's value that cannot be used.
+    pub(crate) fn setting(name: &'static str, problem: impl Into<String>) -> Self {
+        Self::new(Kind::Setting { name, problem: problem.into() })
+    }
+
+    /// The system refused a thread.
+    pub(crate) fn thread(name: &'static str, source: std::io::Error) -> Self {
+        Self::new(Kind::Thread { name }).because(source)
+    }
+
+    /// The loopback master could not do something.
+    #[cfg(feature = "loopback")]
+    pub(crate) fn loopback(doing: impl Into<String>) -> Self {
+        Self::new(Kind::Loopback { doing: doing.into() })
+    }
+
+    fn new(kind: Kind) -> Self {
+        Self { inner: Box::new(Inner { kind, source: None }) }
+    }
+
+    /// The same error with what caused it.
+    pub(crate) fn because(mut self, source: impl Into<Box<dyn StdError + Send + Sync>>) -> Self {
+        self.inner.source = Some(source.into());
+        self
+    }
+
+    /// Whether the host is simply not enrolled: no host uuid, or no master host.
+    pub fn is_not_enrolled(&self) -> bool {
+        matches!(self.inner.kind, Kind::NotEnrolled { .. })
+    }
+
+    /// Whether a configured value, from a variable or the ini, cannot be used.
+    pub fn is_config(&self) -> bool {
+        matches!(self.inner.kind, Kind::Config { .. })
+    }
+
+    /// Whether the bundle (`ca.crt`, `worker.crt`, `worker.key`) cannot be used.
+    pub fn is_bundle(&self) -> bool {
+        matches!(self.inner.kind, Kind::Bundle { .. })
+    }
+
+    /// Whether the outbox could not keep a delta or could not be opened.
+    pub fn is_outbox(&self) -> bool {
+        matches!(self.inner.kind, Kind::Outbox { .. })
+    }
+
+    /// The file at fault, if it is one.
+    pub fn path(&self) -> Option<&Path> {
+        match &self.inner.kind {
+            Kind::Bundle { path, .. } => Some(path),
+            Kind::Outbox { path, .. } => path.as_deref(),
+            _ => None,
+        }
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.inner.kind {
+            Kind::NotEnrolled { missing } => write!(f, "not enrolled: {missing}"),
+            Kind::Config { place, problem } => write!(f, "{place}: {problem}"),
+            Kind::Bundle { path, problem } => write!(f, "bundle: {}: {problem}", printable_path(path)),
+            Kind::Outbox { path: Some(path), problem } => write!(f, "outbox {}: {problem}", printable_path(path)),
+            Kind::Outbox { path: None, problem } => write!(f, "outbox in memory: {problem}"),
+            Kind::Setting { name, problem } => write!(f, "{name}: {problem}"),
+            Kind::Thread { name } => write!(f, "the system refused the thread {name}"),
+            #[cfg(feature = "loopback")]
+            Kind::Loopback { doing } => write!(f, "loopback master: {doing}"),
+        }
+    }
+}
+
+impl fmt::Debug for Error {
+    /// As `Display`, with the whole chain: what `main() -> Result<…>` and `unwrap` show.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", chain(self))
+    }
+}
+
+impl StdError for Error {
+    fn source(&self) -> Option<&(dyn StdError + 'static)> {
+        self.inner.source.as_deref().map(|source| source as &(dyn StdError + 'static))
+    }
+}
+
+/// An error and all its sources on one line, safe to log.
+pub(crate) fn chain(error: &dyn StdError) -> String {
+    let mut line = printable(&error.to_string());
+    let mut next = error.source();
+    while let Some(source) = next {
+        line.push_str(": ");
+        line.push_str(&printable(&source.to_string()));
+        next = source.source();
+    }
+    line
+}
+
+/// A path in an error or a log line.
+pub(crate) fn printable_path(path: &Path) -> String {
+    printable(&path.to_string_lossy())
+}

@@ -1,0 +1,12 @@
+//! The heartbeat client of a DECNET worker.
+
+mod enrolment;
+mod error;
+mod identity;
+mod limits;
+#[cfg(feature = "loopback")]
+pub mod loopback;
+mod text;
+
+pub use error::Error;
+pub use identity::MasterIdentity;

@@ -1,0 +1,92 @@
+//! Every limit and timeout in one place, each with its reason. Constants only: no thread runs here.
+
+use std::time::Duration;
+
+// ---- when a beat goes out -------------------------------------------------------------------
+
+/// The time between two beats, as the original agent has it.
+pub(crate) const INTERVAL: Duration = Duration::from_secs(30);
+
+/// The shortest interval that can be asked for: below it a fleet is a load test.
+pub(crate) const MIN_INTERVAL: Duration = Duration::from_millis(50);
+
+/// The longest interval: a master that hears nothing for an hour has given the host up.
+pub(crate) const MAX_INTERVAL: Duration = Duration::from_secs(3600);
+
+/// How long a tick's beat waits for its snapshot: Docker may be slow, the next tick must not be missed.
+pub(crate) const TICK_PATIENCE: Duration = Duration::from_secs(10);
+
+/// How long the first beat and a delta wait for a snapshot: news is worth more than completeness.
+pub(crate) const DELTA_PATIENCE: Duration = Duration::from_millis(250);
+
+/// The first wait after a failed beat; it doubles up to the interval.
+pub(crate) const BACKOFF_START: Duration = Duration::from_secs(1);
+
+/// What a master's `Retry-After` is clamped to: never a busy loop, never silence for good.
+pub(crate) const RETRY_AFTER: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(600));
+
+/// Deltas in one body: the master works through them one by one in its database.
+pub(crate) const DELTAS_PER_BODY: usize = 500;
+
+/// What `Drop` allows for the final flush: long enough for one POST, short enough not to be noticed.
+pub(crate) const DROP_GRACE: Duration = Duration::from_secs(2);
+
+// ---- the POST -------------------------------------------------------------------------------
+
+/// Name resolution, and then TCP and TLS together; the original's connect timeout.
+pub(crate) const CONNECT: Duration = Duration::from_secs(5);
+
+/// Sending the headers, and then sending the body; the original's write timeout.
+pub(crate) const SEND: Duration = Duration::from_secs(5);
+
+/// Waiting for the answer's headers, and then its body; the original's read timeout.
+pub(crate) const RESPONSE: Duration = Duration::from_secs(10);
+
+/// The whole POST, first byte to last: well below the interval, so that beats never pile up.
+pub(crate) const POST: Duration = Duration::from_secs(20);
+
+/// Bytes of an answer that are read; the real master's refusals are below 1 KiB.
+pub(crate) const ANSWER_BODY: usize = 4 * 1024;
+
+/// Bytes of an answer's headers that are read.
+pub(crate) const ANSWER_HEADERS: usize = 16 * 1024;
+
+/// ureq's buffers per connection: a beat is a few KiB.
+pub(crate) const HTTP_BUFFER: usize = 16 * 1024;
+
+/// TLS sessions kept for resumption; there is one master.
+pub(crate) const TLS_SESSIONS: usize = 4;
+
+// ---- what is read on this host --------------------------------------------------------------
+
+/// A state file of 10,000 deckies is about 6 MiB.
+pub(crate) const STATE_FILE: u64 = 32 * 1024 * 1024;
+
+/// One of Docker's answers; 10,000 containers are about 15 MiB.
+pub(crate) const DOCKER_ANSWER: u64 = 64 * 1024 * 1024;
+
+/// One request to Docker, all of it. The status thread may wait; the beat does not wait for it.
+pub(crate) const DOCKER: Duration = Duration::from_secs(8);
+
+/// How long a locked `topology.db` is waited for.
+pub(crate) const TOPOLOGY_BUSY: Duration = Duration::from_millis(500);
+
+/// How long the outbox waits for another process' lock.
+pub(crate) const OUTBOX_BUSY: Duration = Duration::from_secs(1);
+
+/// A PEM file of the bundle; the real ones are below 8 KiB.
+pub(crate) const PEM_FILE: u64 = 256 * 1024;
+
+/// `decnet.ini`.
+pub(crate) const INI_FILE: u64 = 1024 * 1024;
+
+// ---- what is said ---------------------------------------------------------------------------
+
+/// Characters of a delta's error; the master cuts there.
+pub(crate) const DELTA_ERROR: usize = 2_000;
+
+/// Characters of foreign text in one log line or one error.
+pub(crate) const LOG_TEXT: usize = 300;
+
+/// Characters of an error inside `observed`; the original cuts there.
+pub(crate) const OBSERVED_ERROR: usize = 200;

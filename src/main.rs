@@ -1,0 +1,3 @@
+//! The program `decnet-heartbeat`.
+
+fn main() {}
