@@ -8,5 +8,6 @@ mod limits;
 pub mod loopback;
 mod text;
 
+pub use enrolment::{Enrolment, EnrolmentSources, Found, Provenance};
 pub use error::Error;
 pub use identity::MasterIdentity;

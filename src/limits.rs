@@ -80,6 +80,9 @@ pub(crate) const PEM_FILE: u64 = 256 * 1024;
 /// `decnet.ini`.
 pub(crate) const INI_FILE: u64 = 1024 * 1024;
 
+/// Characters of a host uuid; the master's own have 36, and a column of its database holds 255.
+pub(crate) const HOST_UUID: usize = 255;
+
 // ---- what is said ---------------------------------------------------------------------------
 
 /// Characters of a delta's error; the master cuts there.

@@ -1,1 +1,4 @@
 //! Tests against the real master and a real Docker Engine.
+
+mod enrolment;
+mod support;
