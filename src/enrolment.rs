@@ -10,13 +10,14 @@ mod ini;
 use std::collections::HashMap;
 use std::ffi::OsString;
 use std::fmt;
-use std::fs::{self, File};
-use std::io::{ErrorKind, Read as _};
+use std::fs;
+use std::io::ErrorKind;
 use std::net::{IpAddr, Ipv6Addr};
 use std::num::NonZeroU16;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, printable_path};
+use crate::files;
 use crate::identity::MasterIdentity;
 use crate::limits;
 use crate::text::{printable, printable_within};
@@ -427,13 +428,13 @@ impl IniFile {
             Ok(metadata) if !metadata.is_file() => return Ok(Self::NotAFile),
             Ok(_) => {}
         }
-        let mut bytes = Vec::new();
-        let file = File::open(path).map_err(cannot)?;
-        file.take(limits::INI_FILE + 1).read_to_end(&mut bytes).map_err(cannot)?;
-        if bytes.len() as u64 > limits::INI_FILE {
-            let problem = format!("is larger than {} bytes; this cannot be a decnet.ini", limits::INI_FILE);
-            return Err(Error::config(printable_path(path), problem));
-        }
+        let bytes = files::read(path, limits::INI_FILE).map_err(|error| match error.kind() {
+            ErrorKind::FileTooLarge => {
+                let problem = format!("is larger than {} bytes; this cannot be a decnet.ini", limits::INI_FILE);
+                Error::config(printable_path(path), problem)
+            }
+            _ => cannot(error),
+        })?;
         let text = String::from_utf8(bytes)
             .map_err(|error| Error::config(printable_path(path), "is not valid UTF-8").because(error.utf8_error()))?;
         let ini = Ini::parse(&text)

@@ -1,13 +1,20 @@
 //! The heartbeat client of a DECNET worker.
 
+mod body;
+mod delta;
 mod enrolment;
 mod error;
+mod files;
 mod identity;
 mod limits;
 #[cfg(feature = "loopback")]
 pub mod loopback;
+mod status;
 mod text;
 
+pub use delta::{LifecycleDelta, Operation, Outcome};
 pub use enrolment::{Enrolment, EnrolmentSources, Found, Provenance};
 pub use error::Error;
 pub use identity::MasterIdentity;
+pub use status::decnet::DecnetStatus;
+pub use status::{AppliedTopology, Observed, Snapshot, StatusSource, Topology};

@@ -31,6 +31,12 @@ pub(crate) const DELTAS_PER_BODY: usize = 500;
 /// What `Drop` allows for the final flush: long enough for one POST, short enough not to be noticed.
 pub(crate) const DROP_GRACE: Duration = Duration::from_secs(2);
 
+/// What a stop leaves of its grace for an interrupt to take effect.
+pub(crate) const INTERRUPT_SLACK: Duration = Duration::from_millis(100);
+
+/// An event takes a POST and a retry at the most, and waits for the outbox; beyond this the thread hangs.
+pub(crate) const STALLED: Duration = Duration::from_secs(60);
+
 // ---- the POST -------------------------------------------------------------------------------
 
 /// Name resolution, and then TCP and TLS together; the original's connect timeout.
@@ -53,6 +59,9 @@ pub(crate) const ANSWER_HEADERS: usize = 16 * 1024;
 
 /// ureq's buffers per connection: a beat is a few KiB.
 pub(crate) const HTTP_BUFFER: usize = 16 * 1024;
+
+/// How long an address is used before its name is looked up again. A failure to connect looks it up at once.
+pub(crate) const RESOLVE_AGAIN: Duration = Duration::from_secs(300);
 
 /// TLS sessions kept for resumption; there is one master.
 pub(crate) const TLS_SESSIONS: usize = 4;
@@ -87,6 +96,9 @@ pub(crate) const HOST_UUID: usize = 255;
 
 /// Characters of a delta's error; the master cuts there.
 pub(crate) const DELTA_ERROR: usize = 2_000;
+
+/// Bytes of a decky's name; the master's own limit is 128 characters.
+pub(crate) const DECKY_NAME: usize = 1_024;
 
 /// Characters of foreign text in one log line or one error.
 pub(crate) const LOG_TEXT: usize = 300;

@@ -1,0 +1,173 @@
+//! What is reported: how an operation on a decky ended. Values only, for any thread.
+
+use std::fmt;
+use std::str::FromStr;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use crate::error::Error;
+use crate::limits;
+use crate::text::cut;
+
+/// What was done to a decky.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Operation {
+    /// The decky was deployed.
+    Deploy,
+    /// The decky's services were changed.
+    Mutate,
+}
+
+impl Operation {
+    /// The word on the wire: `deploy` or `mutate`.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Deploy => "deploy",
+            Self::Mutate => "mutate",
+        }
+    }
+}
+
+impl fmt::Display for Operation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+impl FromStr for Operation {
+    type Err = String;
+
+    fn from_str(word: &str) -> Result<Self, Self::Err> {
+        match word {
+            "deploy" => Ok(Self::Deploy),
+            "mutate" => Ok(Self::Mutate),
+            _ => Err("must be deploy or mutate".to_owned()),
+        }
+    }
+}
+
+/// How an operation ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// It succeeded.
+    Succeeded,
+    /// It failed, and why.
+    Failed(String),
+}
+
+/// How one operation on one decky ended, and when: one element of the wire's `lifecycle`.
+///
+/// ```
+/// use decnet_heartbeat::{LifecycleDelta, Operation};
+///
+/// let good = LifecycleDelta::succeeded("decky-01", Operation::Deploy);
+/// let bad = LifecycleDelta::failed("decky-02", Operation::Mutate, "compose exited with 1");
+/// assert_eq!((good.decky(), bad.decky()), ("decky-01", "decky-02"));
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LifecycleDelta {
+    decky: String,
+    operation: Operation,
+    outcome: Outcome,
+    completed_at: SystemTime,
+}
+
+impl LifecycleDelta {
+    /// The operation on `decky` succeeded, now.
+    pub fn succeeded(decky: impl Into<String>, operation: Operation) -> Self {
+        Self::new(decky.into(), operation, Outcome::Succeeded)
+    }
+
+    /// The operation on `decky` failed, now. The error is cut to 2,000 characters, as the master does.
+    pub fn failed(decky: impl Into<String>, operation: Operation, error: impl Into<String>) -> Self {
+        let mut error = error.into();
+        error.truncate(cut(&error, limits::DELTA_ERROR).len());
+        Self::new(decky.into(), operation, Outcome::Failed(error))
+    }
+
+    fn new(decky: String, operation: Operation, outcome: Outcome) -> Self {
+        Self { decky, operation, outcome, completed_at: to_the_microsecond(SystemTime::now()) }
+    }
+
+    /// The same delta, completed at another time than now. Kept to the microsecond, from 1970 to 9999.
+    pub fn completed_at(mut self, at: SystemTime) -> Self {
+        self.completed_at = to_the_microsecond(at);
+        self
+    }
+
+    /// The decky's name.
+    pub fn decky(&self) -> &str {
+        &self.decky
+    }
+
+    /// What was done.
+    pub fn operation(&self) -> Operation {
+        self.operation
+    }
+
+    /// How it ended.
+    pub fn outcome(&self) -> &Outcome {
+        &self.outcome
+    }
+
+    /// When it ended.
+    pub fn when(&self) -> SystemTime {
+        self.completed_at
+    }
+
+    /// Refuses what the master could never match to a row.
+    pub(crate) fn check(&self) -> Result<(), Error> {
+        if self.decky.trim().is_empty() {
+            return Err(Error::setting("decky name", "is empty; a delta needs the name of its decky"));
+        }
+        if self.decky.len() > limits::DECKY_NAME {
+            let most = limits::DECKY_NAME;
+            return Err(Error::setting("decky name", format!("is {} bytes long; at most {most}", self.decky.len())));
+        }
+        Ok(())
+    }
+}
+
+/// Microseconds since 1970, the resolution of the outbox and of the wire.
+pub(crate) fn micros(at: SystemTime) -> i64 {
+    let since = at.duration_since(UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(since.as_micros()).unwrap_or(i64::MAX).min(LAST_MICROSECOND)
+}
+
+/// The time of [`micros`].
+pub(crate) fn from_micros(micros: i64) -> SystemTime {
+    UNIX_EPOCH + Duration::from_micros(u64::try_from(micros.min(LAST_MICROSECOND)).unwrap_or(0))
+}
+
+fn to_the_microsecond(at: SystemTime) -> SystemTime {
+    from_micros(micros(at))
+}
+
+/// 9999-12-31T23:59:59.999999Z: RFC 3339 ends there, and a clock that runs wild must not panic.
+const LAST_MICROSECOND: i64 = 253_402_300_799_999_999;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_is_cut_on_a_character() {
+        let delta = LifecycleDelta::failed("d", Operation::Deploy, "ä".repeat(3_000));
+        assert_eq!(delta.outcome(), &Outcome::Failed("ä".repeat(2_000)));
+    }
+
+    #[test]
+    fn a_wild_clock_is_brought_back_into_the_calendar() {
+        let delta = LifecycleDelta::succeeded("d", Operation::Deploy);
+        let early = delta.clone().completed_at(UNIX_EPOCH - Duration::from_secs(1));
+        assert_eq!(early.when(), UNIX_EPOCH);
+        let late = delta.completed_at(UNIX_EPOCH + Duration::from_secs(1 << 40));
+        assert_eq!(micros(late.when()), LAST_MICROSECOND);
+        assert_eq!(humantime::format_rfc3339_micros(late.when()).to_string(), "9999-12-31T23:59:59.999999Z");
+    }
+
+    #[test]
+    fn a_delta_without_a_decky_is_refused() {
+        let error = LifecycleDelta::succeeded(" ", Operation::Deploy).check().unwrap_err();
+        assert_eq!(error.to_string(), "decky name: is empty; a delta needs the name of its decky");
+    }
+}

@@ -1,0 +1,68 @@
+//! Reading files that others write: bounded, never from a FIFO, and with a stamp that shows whether one has changed.
+//! Runs on the thread that asks.
+
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+/// The whole of a regular file of at most `limit` bytes.
+///
+/// A FIFO, a socket or a device is refused before it is opened, since opening it may block for ever.
+pub(crate) fn read(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
+    let metadata = fs::metadata(path)?;
+    if !metadata.is_file() {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
+    }
+    let mut content = Vec::with_capacity(metadata.len().min(limit) as usize);
+    File::open(path)?.take(limit + 1).read_to_end(&mut content)?;
+    if content.len() as u64 > limit {
+        return Err(io::Error::new(io::ErrorKind::FileTooLarge, format!("larger than {limit} bytes")));
+    }
+    Ok(content)
+}
+
+/// What changes when a file does: its inode, size and times. `None` inside when there is no such file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Stamp(Option<(u64, u64, i64, i64, i64, i64)>);
+
+impl Stamp {
+    /// One `stat`, which follows symlinks as reading does.
+    pub(crate) fn of(path: &Path) -> Self {
+        Self(fs::metadata(path).ok().map(|m| (m.ino(), m.size(), m.mtime(), m.mtime_nsec(), m.ctime(), m.ctime_nsec())))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn more_than_the_limit_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("state");
+        fs::write(&path, b"12345").unwrap();
+        assert_eq!(read(&path, 5).unwrap(), b"12345");
+        assert_eq!(read(&path, 4).unwrap_err().to_string(), "larger than 4 bytes");
+    }
+
+    #[test]
+    fn a_directory_or_a_device_is_refused_unopened() {
+        for path in ["/", "/dev/zero"] {
+            assert_eq!(read(Path::new(path), 10).unwrap_err().to_string(), "not a regular file");
+        }
+    }
+
+    #[test]
+    fn a_replaced_file_has_another_stamp() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, next) = (dir.path().join("a"), dir.path().join("b"));
+        assert_eq!(Stamp::of(&path), Stamp(None));
+        fs::write(&path, b"1").unwrap();
+        let before = Stamp::of(&path);
+        assert_eq!(before, Stamp::of(&path));
+        fs::write(&next, b"1").unwrap();
+        fs::rename(&next, &path).unwrap();
+        assert_ne!(before, Stamp::of(&path));
+    }
+}

@@ -1,0 +1,152 @@
+//! The seam between the heartbeat and what it reports: a [`StatusSource`] makes [`Snapshot`]s. Runs on the status
+//! thread, the only place where foreign code and slow reads run.
+
+pub(crate) mod decnet;
+mod docker;
+mod topology;
+
+use serde::Serialize;
+use serde_json::value::{RawValue, to_raw_value};
+
+use crate::body;
+
+/// Where a beat's `status` and `topology` come from.
+///
+/// It is asked on a thread of its own, so it may be slow, hang or panic: the beat goes out without it, says so, and
+/// asks again. Closures are sources too:
+///
+/// ```
+/// use decnet_heartbeat::{Snapshot, StatusSource};
+///
+/// let mut source = || Snapshot::new(&serde_json::json!({"deployed": false, "deckies": []}));
+/// assert_eq!(source.snapshot().status(), r#"{"deployed":false,"deckies":[]}"#);
+/// ```
+pub trait StatusSource: Send {
+    /// What runs on this host now. What cannot be found out is said inside, not hidden.
+    fn snapshot(&mut self) -> Snapshot;
+
+    /// What can be said of the applied topology at once, without waiting for anything.
+    ///
+    /// Asked once, before the first snapshot: a first beat that must go out without its snapshot still names the
+    /// topology, as the master would otherwise order it to be built again. `None`, the default, where none is kept.
+    fn applied_topology(&mut self) -> Option<Topology> {
+        None
+    }
+}
+
+impl<F: FnMut() -> Snapshot + Send> StatusSource for F {
+    fn snapshot(&mut self) -> Snapshot {
+        self()
+    }
+}
+
+/// What a source found: the wire's `status` object and, where it knows one, its `topology`.
+#[derive(Clone, Debug)]
+pub struct Snapshot {
+    status: Box<RawValue>,
+    topology: Option<Topology>,
+}
+
+impl Snapshot {
+    /// A snapshot with this `status`, which must serialize to a JSON object (`PROTOCOL.md`, "`status`").
+    ///
+    /// Anything else is said as unknown, with the reason: the master refuses a beat whose status is no object, and
+    /// no fault of a source stops a beat.
+    pub fn new(status: &impl Serialize) -> Self {
+        match to_raw_value(status) {
+            Ok(status) if status.get().starts_with('{') => Self { status, topology: None },
+            Ok(_) => Self::unknown("the status source did not give a JSON object"),
+            Err(error) => Self::unknown(&format!("the status source's answer cannot be serialized: {error}")),
+        }
+    }
+
+    /// A snapshot that says why nothing is known. It changes nothing at the master but the host's liveness.
+    pub fn unknown(reason: &str) -> Self {
+        // Serializing one string cannot fail; were it to, an empty status says nothing either.
+        let status = to_raw_value(&body::Status::Unknown { error: reason }).unwrap_or_else(|_| empty_object());
+        Self { status, topology: None }
+    }
+
+    /// The same snapshot with a topology.
+    ///
+    /// Leaving it out is not neutral: where the master expects a topology on this host, it orders it to be built again.
+    pub fn with_topology(mut self, topology: Topology) -> Self {
+        self.topology = Some(topology);
+        self
+    }
+
+    /// `status` as JSON.
+    pub fn status(&self) -> &str {
+        self.status.get()
+    }
+
+    /// The topology, where the source knows one.
+    pub fn topology(&self) -> Option<&Topology> {
+        self.topology.as_ref()
+    }
+
+    pub(crate) fn raw_status(&self) -> &RawValue {
+        &self.status
+    }
+}
+
+fn empty_object() -> Box<RawValue> {
+    to_raw_value(&serde_json::Map::new()).unwrap_or_else(|_| RawValue::NULL.to_owned())
+}
+
+/// The topology that this host has applied, and what Docker shows of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Topology {
+    /// The applied topology; `None` when there is none.
+    pub applied: Option<AppliedTopology>,
+    /// What is there of it.
+    pub observed: Observed,
+}
+
+/// A row of `topology.db`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AppliedTopology {
+    /// The master's id of the topology.
+    pub topology_id: String,
+    /// The hash of what was applied, by which the master sees whether it is what it expects.
+    pub applied_version_hash: String,
+    /// When it was applied, in seconds since 1970.
+    pub applied_at: i64,
+    /// What went wrong when it was applied.
+    pub last_error: Option<String>,
+}
+
+/// What Docker shows of topologies.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Observed {
+    /// It answered.
+    Seen {
+        /// Bridge networks named `decnet-topology-*`, in order.
+        bridges: Vec<String>,
+        /// Running containers named `decnet-*`, in order.
+        containers: Vec<String>,
+    },
+    /// It did not, and why; at most 200 characters go out.
+    Unknown(String),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_status_that_is_no_object_is_said_as_unknown() {
+        for wrong in [serde_json::json!([1]), serde_json::json!("x"), serde_json::json!(null)] {
+            assert_eq!(Snapshot::new(&wrong).status(), r#"{"error":"the status source did not give a JSON object"}"#);
+        }
+    }
+
+    #[test]
+    fn a_status_that_cannot_be_serialized_is_said_as_unknown() {
+        let wrong = std::collections::BTreeMap::from([((1, 2), 3)]);
+        assert_eq!(
+            Snapshot::new(&wrong).status(),
+            r#"{"error":"the status source's answer cannot be serialized: key must be a string"}"#
+        );
+    }
+}

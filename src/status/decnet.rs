@@ -1,0 +1,271 @@
+//! DECNET's own status: the state file, Docker and the topology, each of which may fail by itself. Runs on the status
+//! thread.
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+use serde_json::value::RawValue;
+
+use super::docker::{Docker, Engine};
+use super::topology::TopologyFile;
+use super::{Observed, Snapshot, StatusSource, Topology};
+use crate::body::{Runtime, Status};
+use crate::error::printable_path;
+use crate::files;
+use crate::limits;
+use crate::text::{cut, printable};
+
+/// Where DECNET's agent keeps its state when it is installed under `/opt/decnet`.
+pub(crate) const STATE_FILE: &str = "/opt/decnet/decnet-state.json";
+
+/// Where a Docker Engine listens.
+pub(crate) const DOCKER_SOCKET: &str = "/var/run/docker.sock";
+
+/// What DECNET's own agent reports: the deckies of its state file, the state of their containers, and the topology.
+///
+/// The state file and `topology.db` are only ever read. Docker is asked two things a snapshot. Where Docker does not
+/// answer, or the state file cannot be read, no decky is named and `status.error` says why: the master would take a
+/// decky without states for degraded.
+#[derive(Debug)]
+pub struct DecnetStatus {
+    state_file: PathBuf,
+    docker: Docker,
+    topology: TopologyFile,
+}
+
+impl DecnetStatus {
+    /// With the state file at `/opt/decnet/decnet-state.json`, Docker at `/var/run/docker.sock`, and the topology in
+    /// `topology.db` of the agent dir.
+    pub fn new(agent_dir: &Path) -> Self {
+        Self {
+            state_file: STATE_FILE.into(),
+            docker: Docker::new(DOCKER_SOCKET.into()),
+            topology: TopologyFile::new(agent_dir.join("topology.db")),
+        }
+    }
+
+    /// With another state file.
+    pub fn state_file(mut self, path: impl Into<PathBuf>) -> Self {
+        self.state_file = path.into();
+        self
+    }
+
+    /// With another Docker socket.
+    pub fn docker_socket(mut self, path: impl Into<PathBuf>) -> Self {
+        self.docker = Docker::new(path.into());
+        self
+    }
+
+    fn status(&self, engine: &Result<Engine, String>) -> Snapshot {
+        let content = match files::read(&self.state_file, limits::STATE_FILE) {
+            Ok(content) => content,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Snapshot::new(&Status::NOTHING),
+            Err(error) => return Snapshot::unknown(&self.broken(&error.to_string())),
+        };
+        match serde_json::from_slice::<State<'_>>(&content) {
+            Ok(state) => state.report(engine),
+            Err(error) => Snapshot::unknown(&self.broken(&error.to_string())),
+        }
+    }
+
+    fn broken(&self, problem: &str) -> String {
+        format!("state file {}: {}", printable_path(&self.state_file), printable(problem))
+    }
+}
+
+impl StatusSource for DecnetStatus {
+    fn snapshot(&mut self) -> Snapshot {
+        let engine = self.docker.engine();
+        let snapshot = self.status(&engine);
+        let (applied, problem) = self.topology.read();
+        if let Err(problem) = problem {
+            log::warn!("the applied topology cannot be read, reporting the last one known: {problem}");
+        }
+        match applied {
+            Some(applied) => snapshot.with_topology(Topology { applied, observed: observe(&engine) }),
+            None => snapshot,
+        }
+    }
+
+    fn applied_topology(&mut self) -> Option<Topology> {
+        let applied = self.topology.read().0?;
+        Some(Topology { applied, observed: Observed::Unknown("Docker has not been asked yet".to_owned()) })
+    }
+}
+
+/// `decnet-state.json`. What is not looked at is passed on as it stands.
+#[derive(Deserialize)]
+struct State<'a> {
+    #[serde(borrow)]
+    config: Config<'a>,
+    #[serde(borrow)]
+    compose_path: &'a RawValue,
+}
+
+#[derive(Deserialize)]
+struct Config<'a> {
+    #[serde(borrow)]
+    mode: &'a RawValue,
+    #[serde(borrow)]
+    deckies: Vec<&'a RawValue>,
+}
+
+/// The two keys of a decky that its containers' names are made of.
+#[derive(Deserialize)]
+struct Decky<'a> {
+    #[serde(borrow)]
+    name: Cow<'a, str>,
+    #[serde(borrow)]
+    services: Vec<Cow<'a, str>>,
+}
+
+impl State<'_> {
+    fn report(&self, engine: &Result<Engine, String>) -> Snapshot {
+        let (mode, compose_path) = (self.config.mode, self.compose_path);
+        let engine = match engine {
+            Ok(engine) => engine,
+            Err(error) => return Snapshot::new(&Status::Unseen { deployed: true, mode, compose_path, error }),
+        };
+        let read: Result<Vec<Decky<'_>>, _> =
+            self.config.deckies.iter().map(|decky| serde_json::from_str(decky.get())).collect();
+        match read {
+            Ok(deckies) => Snapshot::new(&Status::Deployed {
+                deployed: true,
+                mode,
+                compose_path,
+                deckies: &self.config.deckies,
+                runtime: runtime(&deckies, &engine.containers),
+            }),
+            Err(error) => Snapshot::unknown(&format!("a decky of the state file: {}", printable(&error.to_string()))),
+        }
+    }
+}
+
+/// Each service's container is named `<decky>-<service>`, with `_` in the service turned into `-`.
+fn runtime<'a>(deckies: &'a [Decky<'_>], containers: &'a BTreeMap<String, String>) -> Runtime<'a> {
+    let state = |decky: &str, service: &str| {
+        let container = format!("{decky}-{}", service.replace('_', "-"));
+        containers.get(&container).map_or("absent", String::as_str)
+    };
+    let services = |decky: &'a Decky<'_>| {
+        decky.services.iter().map(|service| (service.as_ref(), state(&decky.name, service))).collect()
+    };
+    Runtime(deckies.iter().map(|decky| (decky.name.as_ref(), services(decky))).collect())
+}
+
+fn observe(engine: &Result<Engine, String>) -> Observed {
+    match engine {
+        Ok(engine) => {
+            let mut bridges: Vec<_> =
+                engine.bridges.iter().filter(|name| name.starts_with("decnet-topology-")).cloned().collect();
+            bridges.sort();
+            // In the map's order, which is the names'.
+            let containers =
+                engine.containers.iter().filter(|(name, state)| name.starts_with("decnet-") && runs(state));
+            Observed::Seen { bridges, containers: containers.map(|(name, _)| name.clone()).collect() }
+        }
+        Err(error) => Observed::Unknown(cut(error, limits::OBSERVED_ERROR).to_owned()),
+    }
+}
+
+/// Docker lists a container as running while it is paused or about to be restarted, too.
+fn runs(state: &str) -> bool {
+    matches!(state, "running" | "paused" | "restarting")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn source(state: Option<&str>) -> (tempfile::TempDir, DecnetStatus) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("decnet-state.json");
+        if let Some(state) = state {
+            std::fs::write(&path, state).unwrap();
+        }
+        let source = DecnetStatus::new(dir.path()).state_file(path).docker_socket(dir.path().join("docker.sock"));
+        (dir, source)
+    }
+
+    fn engine(containers: &[(&str, &str)]) -> Result<Engine, String> {
+        let containers = containers.iter().map(|(name, state)| ((*name).to_owned(), (*state).to_owned())).collect();
+        Ok(Engine { containers, bridges: vec!["decnet-topology-b".into(), "decnet-topology-a".into(), "other".into()] })
+    }
+
+    const STATE: &str = r#"{"config": {"mode": "swarm", "unknown": 1, "deckies": [
+        {"name": "d1", "services": ["ssh", "smb_share"], "weird": 1.50e2, "deep": {"a": [1, null]}},
+        {"services": ["ftp"], "name": "d2"}]}, "compose_path": "/x.yml"}"#;
+
+    #[test]
+    fn deckies_pass_through_untouched() {
+        let (_dir, source) = source(Some(STATE));
+        let containers = [("d1-ssh", "running"), ("d1-smb-share", "exited"), ("d1-smb_share", "running")];
+        assert_eq!(
+            source.status(&engine(&containers)).status(),
+            concat!(
+                r#"{"deployed":true,"mode":"swarm","compose_path":"/x.yml","deckies":["#,
+                r#"{"name": "d1", "services": ["ssh", "smb_share"], "weird": 1.50e2, "deep": {"a": [1, null]}},"#,
+                r#"{"services": ["ftp"], "name": "d2"}],"#,
+                r#""runtime":{"d1":{"running":false,"services":{"ssh":"running","smb_share":"exited"}},"#,
+                r#""d2":{"running":false,"services":{"ftp":"absent"}}}}"#
+            )
+        );
+    }
+
+    #[test]
+    fn without_docker_no_decky_is_named() {
+        let (dir, mut source) = source(Some(STATE));
+        let expected = format!(
+            r#"{{"deployed":true,"mode":"swarm","compose_path":"/x.yml","error":"Docker at {}: {}"}}"#,
+            dir.path().join("docker.sock").display(),
+            "/containers/json?all=true: No such file or directory (os error 2)"
+        );
+        assert_eq!(source.snapshot().status(), expected);
+    }
+
+    #[test]
+    fn no_state_file_means_nothing_deployed() {
+        let (_dir, mut source) = source(None);
+        assert_eq!(source.snapshot().status(), r#"{"deployed":false,"deckies":[]}"#);
+    }
+
+    #[test]
+    fn a_state_file_that_cannot_be_read_is_said() {
+        for (state, problem) in [
+            ("", "EOF while parsing a value at line 1 column 0"),
+            ("{", "EOF while parsing an object at line 1 column 1"),
+            ("[]", "invalid length 0, expected struct State with 2 elements at line 1 column 2"),
+            ("{}", "missing field `config` at line 1 column 2"),
+            (r#"{"config": {"mode": 1, "deckies": {}}}"#, "invalid type: map, expected a sequence at line 1 column 34"),
+        ] {
+            let (dir, source) = source(Some(state));
+            let path = dir.path().join("decnet-state.json");
+            let expected = format!(r#"{{"error":"state file {}: {problem}"}}"#, path.display());
+            assert_eq!(source.status(&engine(&[])).status(), expected, "{state}");
+        }
+    }
+
+    #[test]
+    fn a_decky_that_cannot_be_read_is_said() {
+        let (_dir, source) = source(Some(r#"{"config": {"mode": 1, "deckies": [{"name": "x"}]}, "compose_path": ""}"#));
+        let expected = r#"{"error":"a decky of the state file: missing field `services` at line 1 column 13"}"#;
+        assert_eq!(source.status(&engine(&[])).status(), expected);
+    }
+
+    #[test]
+    fn observed_is_sorted_and_only_of_topologies() {
+        let engine =
+            engine(&[("decnet-b", "running"), ("decnet-a", "paused"), ("decnet-c", "exited"), ("x", "running")]);
+        assert_eq!(
+            observe(&engine),
+            Observed::Seen {
+                bridges: vec!["decnet-topology-a".into(), "decnet-topology-b".into()],
+                containers: vec!["decnet-a".into(), "decnet-b".into()],
+            }
+        );
+        assert_eq!(observe(&Err("x".repeat(300))), Observed::Unknown("x".repeat(200)));
+    }
+}

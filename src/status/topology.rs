@@ -1,0 +1,111 @@
+//! The applied topology, from `topology.db`: another process' file, only ever read. Runs on the status thread.
+
+use std::path::PathBuf;
+
+use rusqlite::{Connection, OpenFlags, OptionalExtension, Row};
+
+use super::AppliedTopology;
+use crate::error::{chain, printable_path};
+use crate::limits;
+
+/// Reads `topology.db` and remembers its last row, since leaving a topology out makes the master order it anew.
+#[derive(Debug)]
+pub(crate) struct TopologyFile {
+    path: PathBuf,
+    /// `None` until it could be read once; then the last row, or that there was none.
+    last: Option<Option<AppliedTopology>>,
+}
+
+impl TopologyFile {
+    pub(crate) fn new(path: PathBuf) -> Self {
+        Self { path, last: None }
+    }
+
+    /// The row, or that there is none. Where it cannot be read now: the last that could be, and why; `None` inside
+    /// where it never could.
+    pub(crate) fn read(&mut self) -> (Option<Option<AppliedTopology>>, Result<(), String>) {
+        match self.row() {
+            Ok(row) => (self.last.insert(row).clone().into(), Ok(())),
+            Err(error) => (self.last.clone(), Err(format!("{}: {}", printable_path(&self.path), chain(&error)))),
+        }
+    }
+
+    fn row(&self) -> rusqlite::Result<Option<AppliedTopology>> {
+        if !self.path.exists() {
+            return Ok(None);
+        }
+        let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+        let database = Connection::open_with_flags(&self.path, flags)?;
+        database.busy_timeout(limits::TOPOLOGY_BUSY)?;
+        let sql = "SELECT topology_id, applied_version_hash, applied_at, last_error FROM applied_topology LIMIT 1";
+        database.query_row(sql, [], applied).optional()
+    }
+}
+
+fn applied(row: &Row<'_>) -> rusqlite::Result<AppliedTopology> {
+    Ok(AppliedTopology {
+        topology_id: row.get(0)?,
+        applied_version_hash: row.get(1)?,
+        applied_at: row.get(2)?,
+        last_error: row.get(3)?,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TABLE: &str = "CREATE TABLE applied_topology (topology_id TEXT PRIMARY KEY, applied_version_hash TEXT, \
+                         hydrated_blob_json TEXT, applied_at INTEGER, last_error TEXT)";
+
+    fn file() -> (tempfile::TempDir, TopologyFile) {
+        let dir = tempfile::tempdir().unwrap();
+        let file = TopologyFile::new(dir.path().join("topology.db"));
+        (dir, file)
+    }
+
+    fn row() -> AppliedTopology {
+        let (topology_id, applied_version_hash) = ("t".to_owned(), "h".to_owned());
+        AppliedTopology { topology_id, applied_version_hash, applied_at: 5, last_error: None }
+    }
+
+    #[test]
+    fn no_file_is_no_topology_and_none_is_made() {
+        let (_dir, mut file) = file();
+        assert_eq!(file.read(), (Some(None), Ok(())));
+        assert!(!file.path.exists());
+    }
+
+    #[test]
+    fn the_row_is_read_without_writing() {
+        let (dir, mut file) = file();
+        let owner = Connection::open(&file.path).unwrap();
+        owner.execute(TABLE, []).unwrap();
+        assert_eq!(file.read(), (Some(None), Ok(())));
+        owner.execute("INSERT INTO applied_topology VALUES ('t', 'h', '{}', 5, NULL)", []).unwrap();
+        assert_eq!(file.read(), (Some(Some(row())), Ok(())));
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn what_cannot_be_read_now_is_what_it_was() {
+        let (_dir, mut file) = file();
+        let owner = Connection::open(&file.path).unwrap();
+        owner.execute(TABLE, []).unwrap();
+        owner.execute("INSERT INTO applied_topology VALUES ('t', 'h', '{}', 5, NULL)", []).unwrap();
+        file.read().1.unwrap();
+        owner.execute("BEGIN EXCLUSIVE", []).unwrap();
+        let (last, problem) = file.read();
+        assert_eq!(last, Some(Some(row())));
+        assert!(problem.unwrap_err().contains("topology.db: database is locked"));
+    }
+
+    #[test]
+    fn what_never_could_be_read_is_not_known() {
+        let (_dir, mut file) = file();
+        std::fs::write(&file.path, "this is no database, and long enough to be looked at as one").unwrap();
+        let (last, problem) = file.read();
+        assert_eq!(last, None);
+        assert!(problem.unwrap_err().contains("file is not a database"));
+    }
+}
