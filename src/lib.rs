@@ -1,6 +1,7 @@
 //! The heartbeat client of a DECNET worker.
 
 mod body;
+mod bundle;
 mod delta;
 mod enrolment;
 mod error;
@@ -9,8 +10,11 @@ mod identity;
 mod limits;
 #[cfg(feature = "loopback")]
 pub mod loopback;
+mod master;
+mod resolve;
 mod status;
 mod text;
+mod tls;
 
 pub use delta::{LifecycleDelta, Operation, Outcome};
 pub use enrolment::{Enrolment, EnrolmentSources, Found, Provenance};

@@ -1,0 +1,97 @@
+//! Who we are: `ca.crt`, `worker.crt` and `worker.key`, loaded and proven before use. Runs on the thread that asks:
+//! the caller's at start, the heartbeat thread afterwards.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use ring::digest;
+use rustls::RootCertStore;
+use rustls::crypto::CryptoProvider;
+use rustls::pki_types::pem::{self, PemObject};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::sign::CertifiedKey;
+
+use crate::error::Error;
+use crate::files::{self, Stamp};
+use crate::identity::hex;
+use crate::limits;
+
+const CA: &str = "ca.crt";
+const CERTIFICATE: &str = "worker.crt";
+const KEY: &str = "worker.key";
+
+/// A bundle whose parts are known to fit.
+pub(crate) struct Bundle {
+    /// The CAs that the master's certificate must chain to.
+    pub(crate) roots: Arc<RootCertStore>,
+    /// Our certificate, the rest of its chain, and the key that fits it.
+    pub(crate) identity: Arc<CertifiedKey>,
+    /// SHA-256 of our certificate's DER in lowercase hexadecimal: what the master pins to the host uuid.
+    pub(crate) fingerprint: String,
+}
+
+impl Bundle {
+    /// Reads the three files of `dir` and proves them: every certificate of the CA file parses, the key is one that
+    /// can sign (PKCS#1, PKCS#8 or SEC1) and fits the certificate. The files are not written atomically, so a new
+    /// certificate beside an old key is an error here, and the caller looks again later.
+    pub(crate) fn load(dir: &Path, provider: &CryptoProvider) -> Result<Self, Error> {
+        let roots = load_roots(&dir.join(CA))?;
+        let certificate = dir.join(CERTIFICATE);
+        let chain = certificates(&certificate)?;
+        let fingerprint = chain.first().map(fingerprint).unwrap_or_default();
+        let key = load_key(&dir.join(KEY))?;
+        let identity = CertifiedKey::from_der(chain, key, provider).map_err(|source| {
+            Error::bundle(dir, format!("{CERTIFICATE} and {KEY} do not make an identity; enrol this host again"))
+                .because(source)
+        })?;
+        Ok(Self { roots: Arc::new(roots), identity: Arc::new(identity), fingerprint })
+    }
+
+    /// What changes when any of the three files does: three `stat`s.
+    pub(crate) fn stamps(dir: &Path) -> [Stamp; 3] {
+        [CA, CERTIFICATE, KEY].map(|name| Stamp::of(&dir.join(name)))
+    }
+}
+
+/// SHA-256 of a certificate's DER in lowercase hexadecimal.
+pub(crate) fn fingerprint(certificate: &CertificateDer<'_>) -> String {
+    hex(digest::digest(&digest::SHA256, certificate).as_ref())
+}
+
+fn load_roots(path: &Path) -> Result<RootCertStore, Error> {
+    let mut roots = RootCertStore::empty();
+    for ca in certificates(path)? {
+        roots.add(ca).map_err(|source| Error::bundle(path, "is not a CA certificate").because(source))?;
+    }
+    Ok(roots)
+}
+
+fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, Error> {
+    let certificates: Vec<_> = CertificateDer::pem_slice_iter(&read(path)?)
+        .collect::<Result<_, _>>()
+        .map_err(|error| Error::bundle(path, pem_problem(&error)))?;
+    if certificates.is_empty() {
+        return Err(Error::bundle(path, "holds no certificate; it should be a PEM file that begins -----BEGIN CERT"));
+    }
+    Ok(certificates)
+}
+
+fn load_key(path: &Path) -> Result<PrivateKeyDer<'static>, Error> {
+    PrivateKeyDer::from_pem_slice(&read(path)?).map_err(|error| match error {
+        pem::Error::NoItemsFound => Error::bundle(path, "holds no private key; PKCS#1, PKCS#8 and SEC1 are understood"),
+        error => Error::bundle(path, pem_problem(&error)),
+    })
+}
+
+/// In our own words: the library's quote bytes of the file, and one of the files is a key.
+fn pem_problem(error: &pem::Error) -> &'static str {
+    match error {
+        pem::Error::MissingSectionEnd { .. } => "ends in the middle of a PEM section; was it written half?",
+        pem::Error::Base64Decode(_) => "has a PEM section that is not base64",
+        _ => "is not PEM",
+    }
+}
+
+fn read(path: &Path) -> Result<Vec<u8>, Error> {
+    files::read(path, limits::PEM_FILE).map_err(|source| Error::bundle(path, "cannot be read").because(source))
+}

@@ -1,0 +1,160 @@
+//! The master's address. A fixed address needs nothing; a name is looked up on a thread of its own, since the system's
+//! resolver cannot be given a deadline, and the last good answer serves until it fails.
+//!
+//! Called on the heartbeat thread. At most one lookup runs at a time, and a beat on a known address starts none.
+
+use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+use std::{io, mem};
+
+use crossbeam_channel::{Receiver, RecvTimeoutError, bounded};
+use ureq::Timeout;
+use ureq::config::Config;
+use ureq::http::Uri;
+use ureq::unversioned::resolver::{ResolvedSocketAddrs, Resolver};
+use ureq::unversioned::transport::NextTimeout;
+use ureq::unversioned::transport::time;
+
+use crate::limits;
+
+/// ureq's `MAX_ADDRS`: pushing more would panic.
+const MOST_ADDRESSES: usize = 16;
+
+/// Resolves the one host that is ever asked for. Clones share what they know.
+#[derive(Clone, Debug)]
+pub(crate) struct MasterResolver {
+    host: String,
+    port: u16,
+    known: Arc<Mutex<Known>>,
+}
+
+#[derive(Debug, Default)]
+struct Known {
+    addresses: Vec<SocketAddr>,
+    /// When they were looked up; `None` when they have failed since.
+    fresh_since: Option<Instant>,
+    /// A lookup that has not answered yet.
+    pending: Option<Receiver<io::Result<Vec<SocketAddr>>>>,
+}
+
+impl MasterResolver {
+    pub(crate) fn new(host: &str, port: u16) -> Self {
+        Self { host: host.to_owned(), port, known: Arc::default() }
+    }
+
+    /// The known addresses did not serve: the next request looks the name up again.
+    pub(crate) fn distrust(&self) {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner).fresh_since = None;
+    }
+
+    fn addresses(&self, patience: Duration) -> Result<Vec<SocketAddr>, ureq::Error> {
+        if let Ok(fixed) = self.host.parse::<IpAddr>() {
+            return Ok(vec![SocketAddr::new(fixed, self.port)]);
+        }
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        if known.fresh_since.is_some_and(|since| since.elapsed() < limits::RESOLVE_AGAIN) {
+            return Ok(known.addresses.clone());
+        }
+        match self.look_up(&mut known.pending, patience) {
+            Ok(addresses) => {
+                known.addresses = addresses;
+                known.fresh_since = Some(Instant::now());
+                Ok(known.addresses.clone())
+            }
+            Err(error) if known.addresses.is_empty() => Err(error),
+            Err(error) => {
+                log::debug!("name lookup failed, using the last good address: host={} error={error}", self.host);
+                Ok(known.addresses.clone())
+            }
+        }
+    }
+
+    /// Waits for the lookup that is under way, or for a new one.
+    fn look_up(
+        &self,
+        pending: &mut Option<Receiver<io::Result<Vec<SocketAddr>>>>,
+        patience: Duration,
+    ) -> Result<Vec<SocketAddr>, ureq::Error> {
+        let answer = match mem::take(pending) {
+            Some(answer) => answer,
+            None => self.spawn_lookup()?,
+        };
+        match answer.recv_timeout(patience) {
+            Ok(found) => match found? {
+                addresses if addresses.is_empty() => Err(ureq::Error::HostNotFound),
+                addresses => Ok(addresses),
+            },
+            Err(RecvTimeoutError::Timeout) => {
+                *pending = Some(answer);
+                Err(ureq::Error::Timeout(Timeout::Resolve))
+            }
+            Err(RecvTimeoutError::Disconnected) => Err(ureq::Error::HostNotFound),
+        }
+    }
+
+    fn spawn_lookup(&self) -> io::Result<Receiver<io::Result<Vec<SocketAddr>>>> {
+        let (sender, answer) = bounded(1);
+        let (host, port) = (self.host.clone(), self.port);
+        thread::Builder::new().name("decnet-resolve".to_owned()).stack_size(256 * 1024).spawn(move || {
+            let found = (host.as_str(), port).to_socket_addrs().map(|found| found.take(MOST_ADDRESSES).collect());
+            // Nobody waits any more: the master was replaced, or the agent stopped.
+            let _ = sender.send(found);
+        })?;
+        Ok(answer)
+    }
+}
+
+impl Resolver for MasterResolver {
+    fn resolve(&self, _: &Uri, _: &Config, timeout: NextTimeout) -> Result<ResolvedSocketAddrs, ureq::Error> {
+        let patience = match timeout.after {
+            time::Duration::Exact(patience) => patience,
+            time::Duration::NotHappening => limits::CONNECT,
+        };
+        let mut resolved = self.empty();
+        self.addresses(patience)?.into_iter().take(MOST_ADDRESSES).for_each(|address| resolved.push(address));
+        Ok(resolved)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_fixed_address_needs_no_lookup() {
+        for host in ["127.0.0.1", "::1"] {
+            let resolver = MasterResolver::new(host, 1);
+            assert_eq!(resolver.addresses(Duration::ZERO).unwrap(), [SocketAddr::new(host.parse().unwrap(), 1)]);
+            assert!(resolver.known.lock().unwrap().pending.is_none());
+        }
+    }
+
+    #[test]
+    fn a_name_is_looked_up_once_and_kept() {
+        let resolver = MasterResolver::new("localhost", 7);
+        let first = resolver.addresses(Duration::from_secs(5)).unwrap();
+        assert!(!first.is_empty() && first.iter().all(|address| address.port() == 7));
+        assert_eq!(resolver.addresses(Duration::ZERO).unwrap(), first, "no second lookup could finish in no time");
+    }
+
+    #[test]
+    fn the_last_good_address_serves_while_the_lookup_fails() {
+        let resolver = MasterResolver::new("nowhere.invalid", 7);
+        let good = vec![SocketAddr::from(([127, 0, 0, 1], 7))];
+        resolver.known.lock().unwrap().addresses = good.clone();
+        let (_sender, silent) = bounded(1);
+        resolver.known.lock().unwrap().pending = Some(silent);
+        assert_eq!(resolver.addresses(Duration::ZERO).unwrap(), good);
+        assert!(resolver.known.lock().unwrap().pending.is_some(), "the lookup under way is waited for next time");
+    }
+
+    #[test]
+    fn without_a_last_good_address_the_timeout_names_itself() {
+        let resolver = MasterResolver::new("nowhere.invalid", 7);
+        let (_sender, silent) = bounded(1);
+        resolver.known.lock().unwrap().pending = Some(silent);
+        assert_eq!(resolver.addresses(Duration::ZERO).unwrap_err().to_string(), "timeout: resolve");
+    }
+}
