@@ -1,0 +1,316 @@
+//! The handle: build, start, push, stop. Runs on the caller's threads.
+
+use std::fmt;
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TrySendError, bounded};
+
+use crate::collector::Collector;
+use crate::delta::LifecycleDelta;
+use crate::enrolment::Enrolment;
+use crate::error::{Error, chain};
+use crate::identity::MasterIdentity;
+use crate::limits;
+use crate::link::{Interrupt, Link};
+use crate::outbox::{Outbox, OutboxLocation};
+use crate::schedule::{Schedule, Ticks};
+use crate::stats::{SharedStats, Stats};
+use crate::status::StatusSource;
+use crate::status::decnet::DecnetStatus;
+use crate::worker::Worker;
+
+/// A running heartbeat, or a dormant one where the host is not enrolled.
+///
+/// It runs on two threads of its own, `decnet-heartbeat` and `decnet-status`. Dropping it stops it, with 2 s for what
+/// still waits; [`stop`](Self::stop) lets the caller choose.
+#[derive(Debug)]
+pub struct Heartbeat {
+    running: Option<Running>,
+    stats: Arc<SharedStats>,
+}
+
+#[derive(Debug)]
+struct Running {
+    deltas: DeltaSender,
+    stop: Sender<Instant>,
+    /// Disconnected when the heartbeat thread has ended.
+    ended: Receiver<()>,
+    interrupt: Arc<Interrupt>,
+    outbox: Arc<Outbox>,
+    thread: JoinHandle<()>,
+}
+
+/// How a heartbeat stopped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Stopped {
+    /// Deltas that the master has not accepted.
+    pub undelivered: u64,
+    /// They are on the disk, and the next start delivers them. False: they were in memory, and are lost.
+    pub kept: bool,
+    /// The heartbeat thread ended within the grace. False: it still hangs in a call that nothing interrupts, such as a
+    /// TCP connect, and ends with that.
+    pub in_time: bool,
+}
+
+impl Heartbeat {
+    /// Everything has a default: see [`HeartbeatBuilder`].
+    pub fn builder() -> HeartbeatBuilder {
+        HeartbeatBuilder::default()
+    }
+
+    /// A handle to push deltas with. Clone it, send it to other threads, keep it as long as you like.
+    pub fn deltas(&self) -> DeltaSender {
+        self.running.as_ref().map_or(DeltaSender { inner: None }, |running| running.deltas.clone())
+    }
+
+    /// What it knows of itself. Never blocks on the network or the disk.
+    pub fn stats(&self) -> Stats {
+        let mut stats = self.stats.read();
+        if let Some(running) = &self.running {
+            stats.waiting = running.outbox.waiting();
+        }
+        stats
+    }
+
+    /// Whether the heartbeat thread has hung in one event for far longer than any event may take. A watchdog asks this.
+    pub fn is_stalled(&self) -> bool {
+        self.stats.read().working_since.is_some_and(|since| since.elapsed() > limits::STALLED)
+    }
+
+    /// Stops within `grace`: one more POST for the deltas that wait, interrupted when the grace runs out.
+    pub fn stop(mut self, grace: Duration) -> Stopped {
+        self.shut_down(grace)
+    }
+
+    fn shut_down(&mut self, grace: Duration) -> Stopped {
+        let Some(running) = self.running.take() else {
+            return Stopped { undelivered: 0, kept: true, in_time: true };
+        };
+        let Running { deltas, stop, ended, interrupt, outbox, thread } = running;
+        drop(deltas);
+        // What an interrupt needs to take effect comes out of the grace, too.
+        let slack = (grace / 4).min(limits::INTERRUPT_SLACK);
+        let end = Instant::now() + grace;
+        let last_call = end.checked_sub(slack).unwrap_or(end);
+        // There is room: this is the only message ever sent.
+        let _ = stop.try_send(last_call);
+        let mut in_time = has_ended(&ended, last_call);
+        if !in_time {
+            interrupt.now();
+            in_time = has_ended(&ended, end);
+        }
+        if in_time {
+            // It has run its last line. A panic there has been logged by its hook.
+            let _ = thread.join();
+        }
+        Stopped { undelivered: outbox.waiting(), kept: outbox.path().is_some(), in_time }
+    }
+}
+
+impl Drop for Heartbeat {
+    /// Bounded by 2 s. What is undelivered stays in the outbox.
+    fn drop(&mut self) {
+        self.shut_down(limits::DROP_GRACE);
+    }
+}
+
+fn has_ended(ended: &Receiver<()>, by: Instant) -> bool {
+    ended.recv_deadline(by) == Err(RecvTimeoutError::Disconnected)
+}
+
+/// Pushes deltas: into the outbox in the caller's thread, and down the channel to the heartbeat thread.
+#[derive(Clone, Debug)]
+pub struct DeltaSender {
+    /// `None`: dormant.
+    inner: Option<(Arc<Outbox>, Sender<()>)>,
+}
+
+impl DeltaSender {
+    /// Reports how an operation ended.
+    ///
+    /// Once this returns `Ok` the delta is on the disk, and stays there until the master has accepted it. It never
+    /// waits for the network. On a host that is not enrolled there is no master to tell, and the delta is dropped.
+    ///
+    /// # Errors
+    ///
+    /// The decky has no name, or the outbox cannot keep the delta: nobody will hear of it, and the caller may try again.
+    pub fn push(&self, delta: LifecycleDelta) -> Result<(), Error> {
+        self.push_all([delta])
+    }
+
+    /// Reports several at once, in one transaction: all of them are kept, or none. The last is the newest.
+    ///
+    /// # Errors
+    ///
+    /// As [`push`](Self::push).
+    pub fn push_all(&self, deltas: impl IntoIterator<Item = LifecycleDelta>) -> Result<(), Error> {
+        let deltas: Vec<_> = deltas.into_iter().collect();
+        deltas.iter().try_for_each(LifecycleDelta::check)?;
+        let Some((outbox, wake)) = &self.inner else {
+            log::debug!("not enrolled, deltas dropped: deltas={}", deltas.len());
+            return Ok(());
+        };
+        outbox.keep(&deltas)?;
+        match wake.try_send(()) {
+            // Full: the heartbeat thread has been told already, and looks into the outbox for all there is.
+            Ok(()) | Err(TrySendError::Full(())) => Ok(()),
+            // Stopped. On the disk it waits for the next start.
+            Err(TrySendError::Disconnected(())) if outbox.path().is_some() => Ok(()),
+            Err(TrySendError::Disconnected(())) => {
+                Err(Error::outbox(None, "the heartbeat has stopped, and nothing outlives it in memory"))
+            }
+        }
+    }
+}
+
+/// What a heartbeat is started with.
+#[derive(Default)]
+pub struct HeartbeatBuilder {
+    enrolment: Option<Enrolment>,
+    source: Option<Box<dyn StatusSource>>,
+    agent_version: Option<String>,
+    interval: Option<Duration>,
+    outbox: OutboxLocation,
+    identity: Option<MasterIdentity>,
+    ticks: Option<Receiver<Instant>>,
+}
+
+impl HeartbeatBuilder {
+    /// Who this host is and where its master is. Default: [`Enrolment::from_env`].
+    pub fn enrolment(mut self, enrolment: Enrolment) -> Self {
+        self.enrolment = Some(enrolment);
+        self
+    }
+
+    /// Where `status` and `topology` come from. Default: [`DecnetStatus`].
+    pub fn status_source(mut self, source: impl StatusSource + 'static) -> Self {
+        self.source = Some(Box::new(source));
+        self
+    }
+
+    /// The agent's version, as the master shows it. Default: this crate's.
+    pub fn agent_version(mut self, version: impl Into<String>) -> Self {
+        self.agent_version = Some(version.into());
+        self
+    }
+
+    /// The time between two beats, from 50 ms to 1 h. Default: 30 s.
+    pub fn interval(mut self, interval: Duration) -> Self {
+        self.interval = Some(interval);
+        self
+    }
+
+    /// Where deltas are kept. Default: `heartbeat.db` in the agent dir.
+    pub fn outbox(mut self, location: OutboxLocation) -> Self {
+        self.outbox = location;
+        self
+    }
+
+    /// Who counts as the master. Default: what the enrolment says, otherwise [`MasterIdentity::Name`].
+    pub fn master_identity(mut self, identity: MasterIdentity) -> Self {
+        self.identity = Some(identity);
+        self
+    }
+
+    /// Beats on these ticks instead of an interval's: for tests, which then need no clock.
+    #[cfg(any(test, feature = "loopback"))]
+    pub fn ticks(mut self, ticks: Receiver<Instant>) -> Self {
+        self.ticks = Some(ticks);
+        self
+    }
+
+    /// Starts the two threads; the first beat goes out at once. On a host that is not enrolled it starts nothing and
+    /// returns a dormant handle, so that callers need no guard.
+    ///
+    /// # Errors
+    ///
+    /// A configured value or the bundle cannot be used (the error names the variable, key or file), or the system
+    /// refuses a thread.
+    pub fn start(self) -> Result<Heartbeat, Error> {
+        let interval = self.interval.unwrap_or(limits::INTERVAL);
+        if !(limits::MIN_INTERVAL..=limits::MAX_INTERVAL).contains(&interval) {
+            return Err(Error::setting("interval", format!("is {interval:?}; it must be from 50 ms to 1 h")));
+        }
+        let enrolment = match self.enrolment.map_or_else(Enrolment::from_env, Ok) {
+            Ok(enrolment) => enrolment,
+            Err(error) if error.is_not_enrolled() => {
+                log::debug!("heartbeat dormant: {}", chain(&error));
+                let stats = Arc::new(SharedStats::new(Stats { dormant: true, ..Stats::default() }));
+                return Ok(Heartbeat { running: None, stats });
+            }
+            Err(error) => return Err(error),
+        };
+        let agent_dir = enrolment.agent_dir().value().clone();
+        let link = Link::new(enrolment, self.identity)?;
+        let (outbox, problem) = Outbox::open(&self.outbox, &agent_dir)?;
+        if let Some(problem) = problem {
+            log::error!("the outbox is in memory, deltas do not survive a restart: error={}", chain(&problem));
+        }
+        let source = self.source.unwrap_or_else(|| Box::new(DecnetStatus::new(&agent_dir)));
+        let ticks = self.ticks.map_or_else(|| Ticks::every(interval, Instant::now(), fastrand::f64()), Ticks::fed);
+        let agent_version = self.agent_version.unwrap_or_else(|| env!("CARGO_PKG_VERSION").to_owned());
+        start(link, outbox, source, Settings { agent_version, interval, ticks })
+    }
+}
+
+struct Settings {
+    agent_version: String,
+    interval: Duration,
+    ticks: Ticks,
+}
+
+fn start(link: Link, outbox: Outbox, source: Box<dyn StatusSource>, settings: Settings) -> Result<Heartbeat, Error> {
+    const NAME: &str = "decnet-heartbeat";
+    let Settings { agent_version, interval, ticks } = settings;
+    let mut stats = Stats { waiting: outbox.waiting(), outbox: outbox.path().map(Into::into), ..Stats::default() };
+    link.describe(&mut stats);
+    log::info!(
+        "heartbeat starting: host={} master={} fingerprint={} interval={interval:?} outbox={} waiting={}",
+        link.enrolment().host_uuid().value(),
+        link.master().url(),
+        link.fingerprint(),
+        outbox.path().map_or_else(|| "memory".into(), |path| path.to_string_lossy()),
+        outbox.waiting(),
+    );
+    let (stats, outbox, interrupt) = (Arc::new(SharedStats::new(stats)), Arc::new(outbox), link.interrupt());
+    // One place is enough: the deltas are in the outbox, the channel only says that there are some.
+    let (wake, deltas) = bounded(1);
+    let (stop, stopped) = bounded(1);
+    let (alive, ended) = bounded::<()>(0);
+    let worker = Worker {
+        link,
+        agent_version,
+        outbox: Arc::clone(&outbox),
+        stats: Arc::clone(&stats),
+        collector: Collector::start(source)?,
+        schedule: Schedule::new(interval),
+        ticks,
+        deltas,
+        stop: stopped,
+        deadline: None,
+        topology: None,
+    };
+    let run = move || {
+        let _alive = alive;
+        worker.run();
+    };
+    let thread =
+        thread::Builder::new().name(NAME.to_owned()).spawn(run).map_err(|source| Error::thread(NAME, source))?;
+    let deltas = DeltaSender { inner: Some((Arc::clone(&outbox), wake)) };
+    Ok(Heartbeat { running: Some(Running { deltas, stop, ended, interrupt, outbox, thread }), stats })
+}
+
+impl fmt::Debug for HeartbeatBuilder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("HeartbeatBuilder")
+            .field("enrolment", &self.enrolment)
+            .field("agent_version", &self.agent_version)
+            .field("interval", &self.interval)
+            .field("outbox", &self.outbox)
+            .field("identity", &self.identity)
+            .finish_non_exhaustive()
+    }
+}

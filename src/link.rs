@@ -1,0 +1,151 @@
+//! Our side and the master's, as the files say: taken over anew when they change and prove usable, kept as they were
+//! when they do not. Runs on the caller's thread at start, and on the heartbeat thread before each beat.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use ureq::Agent;
+
+use crate::bundle::Bundle;
+use crate::enrolment::Enrolment;
+use crate::error::{Error, chain};
+use crate::files::Stamp;
+use crate::identity::MasterIdentity;
+use crate::master::Master;
+use crate::tls;
+
+/// Everything that a beat needs to reach the master as this host.
+#[derive(Debug)]
+pub(crate) struct Link {
+    enrolment: Enrolment,
+    /// The rule given by the program; otherwise the enrolment's, otherwise the default.
+    given: Option<MasterIdentity>,
+    master: Master,
+    fingerprint: String,
+    /// What the files looked like when they were taken over.
+    stamps: Stamps,
+    /// The last reason for not taking the files over, so that it is said once.
+    problem: Option<String>,
+    interrupt: Arc<Interrupt>,
+}
+
+impl Link {
+    /// Loads and proves everything. An error names the file or key at fault.
+    pub(crate) fn new(enrolment: Enrolment, given: Option<MasterIdentity>) -> Result<Self, Error> {
+        let stamps = Stamps::of(&enrolment);
+        let (master, fingerprint) = connectable(&enrolment, given)?;
+        let interrupt = Arc::new(Interrupt::default());
+        interrupt.watch(master.interrupter());
+        Ok(Self { enrolment, given, master, fingerprint, stamps, problem: None, interrupt })
+    }
+
+    pub(crate) fn enrolment(&self) -> &Enrolment {
+        &self.enrolment
+    }
+
+    pub(crate) fn master(&self) -> &Master {
+        &self.master
+    }
+
+    pub(crate) fn fingerprint(&self) -> &str {
+        &self.fingerprint
+    }
+
+    pub(crate) fn interrupt(&self) -> Arc<Interrupt> {
+        Arc::clone(&self.interrupt)
+    }
+
+    /// Looks at the files: four `stat`s when nothing has changed. Whether something new was taken over.
+    ///
+    /// The bundle's files are written one after another. What does not fit yet is looked at again next time, and the
+    /// old pair goes on meanwhile.
+    pub(crate) fn refresh(&mut self) -> bool {
+        let stamps = Stamps::of(&self.enrolment);
+        if stamps == self.stamps {
+            return false;
+        }
+        match self.take_over() {
+            Ok(()) => {
+                // Of before the loading: what changed in between is seen next time.
+                self.stamps = stamps;
+                self.problem = None;
+                true
+            }
+            Err(error) => {
+                let problem = chain(&error);
+                if self.problem.as_ref() != Some(&problem) {
+                    log::warn!("changed credentials are not usable, keeping the old ones: error={problem}");
+                    self.problem = Some(problem);
+                }
+                false
+            }
+        }
+    }
+
+    /// Makes the connection anew from the files: after a panic the old one may be in any state.
+    pub(crate) fn renew(&mut self) -> Result<(), Error> {
+        self.take_over()
+    }
+
+    fn take_over(&mut self) -> Result<(), Error> {
+        let enrolment = self.enrolment.reload()?;
+        let (master, fingerprint) = connectable(&enrolment, self.given)?;
+        self.interrupt.watch(master.interrupter());
+        (self.enrolment, self.master, self.fingerprint) = (enrolment, master, fingerprint);
+        Ok(())
+    }
+}
+
+fn connectable(enrolment: &Enrolment, given: Option<MasterIdentity>) -> Result<(Master, String), Error> {
+    let bundle = Bundle::load(enrolment.agent_dir().value(), &tls::provider())?;
+    let identity = given.or_else(|| enrolment.master_identity().map(|found| *found.value())).unwrap_or_default();
+    Ok((Master::new(enrolment, &bundle, identity)?, bundle.fingerprint))
+}
+
+/// What the ini and the bundle looked like.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Stamps {
+    ini: Option<Stamp>,
+    bundle: [Stamp; 3],
+}
+
+impl Stamps {
+    fn of(enrolment: &Enrolment) -> Self {
+        Self { ini: enrolment.ini().map(Stamp::of), bundle: Bundle::stamps(enrolment.agent_dir().value()) }
+    }
+}
+
+/// Interrupts a POST from another thread.
+#[derive(Default)]
+pub(crate) struct Interrupt(Mutex<Watched>);
+
+#[derive(Default)]
+struct Watched {
+    agent: Option<Agent>,
+    interrupted: bool,
+}
+
+impl Interrupt {
+    /// Cuts the POST that is under way, and every later one.
+    pub(crate) fn now(&self) {
+        let mut watched = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        watched.interrupted = true;
+        if let Some(agent) = watched.agent.take() {
+            agent.shutdown();
+        }
+    }
+
+    fn watch(&self, agent: Agent) {
+        let mut watched = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if watched.interrupted {
+            agent.shutdown();
+        } else {
+            watched.agent = Some(agent);
+        }
+    }
+}
+
+impl std::fmt::Debug for Interrupt {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Interrupt").finish_non_exhaustive()
+    }
+}

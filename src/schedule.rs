@@ -1,0 +1,333 @@
+//! When a beat goes out. Values only: the heartbeat thread hands in the time, and so may a test.
+//!
+//! - A tick or a delta wants a beat, and the status thread is asked for a snapshot. The beat goes out when the snapshot
+//!   arrives, or without one when patience ends, counted from the question: a source that owes an answer for long is
+//!   not waited for again.
+//! - A snapshot that comes later goes out in a beat of its own. A delta that comes while a snapshot is being made asks
+//!   for another, since that one may have been begun before.
+//! - After a failure nothing goes out until the backoff ends, whatever is wanted meanwhile; a refused host waits for
+//!   its tick.
+
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, at, never};
+
+use crate::limits;
+use crate::master::Verdict;
+
+/// Why a beat is wanted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Wish {
+    First,
+    Tick,
+    Delta,
+    Retry,
+}
+
+/// Whether the status thread is to be asked for a snapshot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use]
+pub(crate) enum Question {
+    Ask,
+    /// Nothing is wanted, or an answer is owed already.
+    None,
+}
+
+/// What a timer that has fired is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Fired {
+    /// Patience has ended: a beat goes out without a snapshot.
+    Beat,
+    /// The backoff has ended.
+    Retry,
+    /// Too early; there is nothing to do.
+    Nothing,
+}
+
+/// What keeps beats from going out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Hold {
+    Free,
+    Until(Instant),
+    NextTick,
+}
+
+#[derive(Debug)]
+pub(crate) struct Schedule {
+    interval: Duration,
+    /// A beat is wanted, and goes out at the latest then.
+    due: Option<Instant>,
+    /// Since when the status thread has owed a snapshot.
+    asked: Option<Instant>,
+    /// The snapshot that is owed may have been begun before the last delta.
+    ask_again: bool,
+    hold: Hold,
+    backoff: Duration,
+}
+
+impl Schedule {
+    pub(crate) fn new(interval: Duration) -> Self {
+        let backoff = limits::BACKOFF_START.min(interval);
+        Self { interval, due: None, asked: None, ask_again: false, hold: Hold::Free, backoff }
+    }
+
+    /// A beat is wanted.
+    pub(crate) fn wish(&mut self, why: Wish, now: Instant) -> Question {
+        match self.hold {
+            Hold::Free => (),
+            Hold::Until(_) => return Question::None,
+            Hold::NextTick if why != Wish::Tick => return Question::None,
+            Hold::NextTick => self.hold = Hold::Free,
+        }
+        let (asked, question) = match self.asked {
+            Some(asked) => {
+                self.ask_again |= why == Wish::Delta;
+                (asked, Question::None)
+            }
+            None => (*self.asked.insert(now), Question::Ask),
+        };
+        let due = (asked + self.patience(why)).max(now);
+        self.due = Some(self.due.map_or(due, |earlier| earlier.min(due)));
+        question
+    }
+
+    fn patience(&self, why: Wish) -> Duration {
+        match why {
+            Wish::First | Wish::Delta => limits::DELTA_PATIENCE.min(self.interval / 2),
+            // Half an interval at the most, or a short one would be over before its beat went out.
+            Wish::Tick | Wish::Retry => limits::TICK_PATIENCE.min(self.interval / 2),
+        }
+    }
+
+    /// The snapshot that was owed is there. Whether a beat takes it along now.
+    pub(crate) fn answered(&mut self) -> bool {
+        self.asked = None;
+        let goes_out = self.hold == Hold::Free;
+        if goes_out {
+            self.due = None;
+        }
+        goes_out
+    }
+
+    /// Whether a delta has come since the answered question was put. Asked after that answer's beat.
+    pub(crate) fn ask_again(&mut self, now: Instant) -> Question {
+        if std::mem::take(&mut self.ask_again) && self.hold == Hold::Free && self.asked.is_none() {
+            self.asked = Some(now);
+            return Question::Ask;
+        }
+        Question::None
+    }
+
+    /// When [`fired`](Self::fired) is to be called.
+    pub(crate) fn timer(&self) -> Receiver<Instant> {
+        match (self.hold, self.due) {
+            (Hold::Until(end), _) => at(end),
+            (Hold::Free, Some(due)) => at(due),
+            _ => never(),
+        }
+    }
+
+    pub(crate) fn fired(&mut self, now: Instant) -> Fired {
+        match (self.hold, self.due) {
+            (Hold::Until(end), _) if end <= now => {
+                self.hold = Hold::Free;
+                Fired::Retry
+            }
+            (Hold::Free, Some(due)) if due <= now => {
+                self.due = None;
+                Fired::Beat
+            }
+            _ => Fired::Nothing,
+        }
+    }
+
+    /// A beat has ended like this. `chance` is a random number from 0 to 1.
+    pub(crate) fn ended(&mut self, verdict: Verdict, now: Instant, chance: f64) {
+        self.due = None;
+        self.hold = match verdict {
+            Verdict::Accepted => Hold::Free,
+            Verdict::BodyRefused | Verdict::HostRefused => Hold::NextTick,
+            // A little later than it asks for, or the whole fleet is back in one moment.
+            Verdict::TryLater(Some(wait)) => Hold::Until(now + wait.mul_f64(1.0 + chance / 10.0)),
+            // Jitter after the cap: it is at the cap that a fleet needs spreading most.
+            Verdict::TryLater(None) | Verdict::NoAnswer => Hold::Until(now + self.backoff.mul_f64(0.5 + chance / 2.0)),
+        };
+        self.backoff = match verdict {
+            Verdict::TryLater(_) | Verdict::NoAnswer => (self.backoff * 2).min(self.interval),
+            _ => limits::BACKOFF_START.min(self.interval),
+        };
+    }
+
+    /// Since when a snapshot has been owed.
+    pub(crate) fn asked(&self) -> Option<Instant> {
+        self.asked
+    }
+}
+
+/// The ticks: the first after a random part of the interval, then one every interval exactly, so that a fleet that
+/// starts together is spread for good.
+#[derive(Debug)]
+pub(crate) struct Ticks {
+    receiver: Receiver<Instant>,
+    /// The next tick and the interval; `None` when a test hands the ticks in.
+    every: Option<(Instant, Duration)>,
+}
+
+impl Ticks {
+    /// `chance` is a random number from 0 to 1.
+    pub(crate) fn every(interval: Duration, now: Instant, chance: f64) -> Self {
+        let first = now + interval.mul_f64(chance);
+        Self { receiver: at(first), every: Some((first, interval)) }
+    }
+
+    pub(crate) fn fed(receiver: Receiver<Instant>) -> Self {
+        Self { receiver, every: None }
+    }
+
+    pub(crate) fn receiver(&self) -> &Receiver<Instant> {
+        &self.receiver
+    }
+
+    /// A tick has been received. Ticks that were slept through are left out: one beat says all there is to say.
+    pub(crate) fn ticked(&mut self, now: Instant) {
+        if let Some((tick, interval)) = &mut self.every {
+            let missed = now.saturating_duration_since(*tick).as_nanos() / interval.as_nanos().max(1);
+            *tick += *interval * (u32::try_from(missed).unwrap_or(u32::MAX).saturating_add(1));
+            self.receiver = at(*tick);
+        }
+    }
+
+    /// No tick will come any more.
+    pub(crate) fn ended(&mut self) {
+        self.receiver = never();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const INTERVAL: Duration = Duration::from_secs(30);
+
+    fn start() -> (Schedule, Instant) {
+        (Schedule::new(INTERVAL), Instant::now())
+    }
+
+    fn after(start: Instant, seconds: f64) -> Instant {
+        start + Duration::from_secs_f64(seconds)
+    }
+
+    #[test]
+    fn a_tick_waits_ten_seconds_for_its_snapshot() {
+        let (mut schedule, t) = start();
+        assert_eq!(schedule.wish(Wish::Tick, t), Question::Ask);
+        assert_eq!(schedule.fired(after(t, 9.9)), Fired::Nothing);
+        assert_eq!(schedule.fired(after(t, 10.0)), Fired::Beat);
+        assert_eq!(schedule.fired(after(t, 10.0)), Fired::Nothing, "one beat, not two");
+    }
+
+    #[test]
+    fn a_delta_waits_a_quarter_second_and_shortens_a_ticks_patience() {
+        let (mut schedule, t) = start();
+        assert_eq!(schedule.wish(Wish::Tick, t), Question::Ask);
+        assert_eq!(schedule.wish(Wish::Delta, after(t, 0.1)), Question::None, "one question at a time");
+        assert_eq!(schedule.fired(after(t, 0.24)), Fired::Nothing);
+        assert_eq!(schedule.fired(after(t, 0.25)), Fired::Beat);
+    }
+
+    #[test]
+    fn a_source_that_hangs_is_not_waited_for_twice() {
+        let (mut schedule, t) = start();
+        let _ = schedule.wish(Wish::Tick, t);
+        assert_eq!(schedule.fired(after(t, 10.0)), Fired::Beat);
+        assert_eq!(schedule.wish(Wish::Tick, after(t, 30.0)), Question::None);
+        assert_eq!(schedule.fired(after(t, 30.0)), Fired::Beat);
+    }
+
+    #[test]
+    fn a_late_snapshot_goes_out_in_a_beat_of_its_own() {
+        let (mut schedule, t) = start();
+        let _ = schedule.wish(Wish::First, t);
+        assert_eq!(schedule.fired(after(t, 0.25)), Fired::Beat);
+        schedule.ended(Verdict::Accepted, after(t, 0.3), 0.0);
+        assert!(schedule.answered());
+    }
+
+    #[test]
+    fn a_delta_that_comes_while_a_snapshot_is_made_asks_for_another() {
+        let (mut schedule, t) = start();
+        let _ = schedule.wish(Wish::Tick, t);
+        let _ = schedule.wish(Wish::Delta, after(t, 0.1));
+        assert!(schedule.answered());
+        schedule.ended(Verdict::Accepted, after(t, 0.2), 0.0);
+        assert_eq!(schedule.ask_again(after(t, 0.2)), Question::Ask);
+        assert!(schedule.answered());
+        assert_eq!(schedule.ask_again(after(t, 0.3)), Question::None);
+    }
+
+    #[test]
+    fn after_a_failure_nothing_goes_out_until_the_backoff_ends() {
+        let (mut schedule, t) = start();
+        schedule.ended(Verdict::NoAnswer, t, 1.0);
+        assert_eq!(schedule.wish(Wish::Tick, after(t, 0.1)), Question::None);
+        assert_eq!(schedule.wish(Wish::Delta, after(t, 0.1)), Question::None);
+        assert!(!schedule.answered(), "a snapshot of before is stale by then");
+        assert_eq!(schedule.fired(after(t, 0.9)), Fired::Nothing);
+        assert_eq!(schedule.fired(after(t, 1.0)), Fired::Retry);
+        assert_eq!(schedule.wish(Wish::Retry, after(t, 1.0)), Question::Ask);
+    }
+
+    #[test]
+    fn the_backoff_doubles_to_the_interval_and_is_spread_below_its_cap() {
+        for (chance, expected) in
+            [(1.0, [1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0]), (0.0, [0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 15.0])]
+        {
+            let (mut schedule, t) = start();
+            for wait in expected {
+                schedule.ended(Verdict::NoAnswer, t, chance);
+                assert_eq!(schedule.hold, Hold::Until(after(t, wait)));
+            }
+            schedule.ended(Verdict::Accepted, t, chance);
+            schedule.ended(Verdict::TryLater(None), t, chance);
+            assert_eq!(schedule.hold, Hold::Until(after(t, expected[0])), "a success starts afresh");
+        }
+    }
+
+    #[test]
+    fn retry_after_is_never_undercut() {
+        let (mut schedule, t) = start();
+        for chance in [0.0, 0.5, 1.0] {
+            schedule.ended(Verdict::TryLater(Some(Duration::from_secs(100))), t, chance);
+            assert_eq!(schedule.fired(after(t, 99.9)), Fired::Nothing);
+            assert_eq!(schedule.fired(after(t, 110.0)), Fired::Retry);
+        }
+    }
+
+    #[test]
+    fn a_refused_host_keeps_to_its_tick() {
+        let (mut schedule, t) = start();
+        schedule.ended(Verdict::HostRefused, t, 0.0);
+        assert_eq!(schedule.wish(Wish::Delta, t), Question::None);
+        assert_eq!(schedule.fired(after(t, 29.0)), Fired::Nothing);
+        assert_eq!(schedule.wish(Wish::Tick, after(t, 30.0)), Question::Ask);
+    }
+
+    #[test]
+    fn ticks_are_an_interval_apart_whatever_the_beats_take() {
+        let t = Instant::now();
+        let mut ticks = Ticks::every(INTERVAL, t, 0.5);
+        assert_eq!(ticks.every, Some((after(t, 15.0), INTERVAL)));
+        ticks.ticked(after(t, 15.004));
+        assert_eq!(ticks.every, Some((after(t, 45.0), INTERVAL)));
+        ticks.ticked(after(t, 45.0));
+        assert_eq!(ticks.every, Some((after(t, 75.0), INTERVAL)));
+    }
+
+    #[test]
+    fn ticks_that_were_slept_through_do_not_pile_up() {
+        let t = Instant::now();
+        let mut ticks = Ticks::every(INTERVAL, t, 0.0);
+        ticks.ticked(after(t, 3_601.0));
+        assert_eq!(ticks.every, Some((after(t, 3_630.0), INTERVAL)));
+    }
+}

@@ -1,0 +1,106 @@
+//! What the heartbeat knows of itself. Written on the heartbeat thread, read from any.
+
+use std::path::PathBuf;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
+
+use serde::{Serialize, Serializer};
+
+/// What the heartbeat knows of itself, as of the last event.
+///
+/// Serializes to JSON with times in RFC 3339 (UTC) and durations in seconds.
+#[derive(Clone, Debug, Default, Serialize)]
+#[non_exhaustive]
+pub struct Stats {
+    /// The host is not enrolled: nothing runs, nothing is sent, and `push` keeps nothing.
+    pub dormant: bool,
+    /// Who we are to the master.
+    pub host_uuid: Option<String>,
+    /// Where the beats go.
+    pub url: Option<String>,
+    /// SHA-256 of our certificate's DER in lowercase hexadecimal, as the master pins it.
+    pub fingerprint: Option<String>,
+    /// Beats that the master accepted.
+    pub beats: u64,
+    /// When the master last accepted a beat.
+    #[serde(serialize_with = "rfc3339")]
+    pub last_success: Option<SystemTime>,
+    /// The failures since then.
+    pub failure: Option<Failure>,
+    /// From a beat's request to its answer, the last time.
+    #[serde(serialize_with = "seconds")]
+    pub round_trip: Option<Duration>,
+    /// The last handshake resumed a TLS session.
+    pub resumed: bool,
+    /// Deltas that the master accepted.
+    pub delivered: u64,
+    /// Deltas that the master refused for good; they stay in the outbox with the reason.
+    pub rejected: u64,
+    /// Deltas that wait in the outbox.
+    pub waiting: u64,
+    /// The outbox' file; `None` when it is in memory and would not survive the process.
+    pub outbox: Option<PathBuf>,
+    /// Snapshots that the status source gave.
+    pub snapshots: u64,
+    /// Since when the status source has owed a snapshot.
+    #[serde(serialize_with = "rfc3339")]
+    pub snapshot_owed_since: Option<SystemTime>,
+    /// Panics caught, of the status source and of a beat.
+    pub panics: u64,
+    /// Since when the heartbeat thread has been busy with one event.
+    #[serde(skip)]
+    pub(crate) working_since: Option<Instant>,
+}
+
+/// Beats that failed in a row.
+#[derive(Clone, Debug, Serialize)]
+#[non_exhaustive]
+pub struct Failure {
+    /// How many.
+    pub count: u64,
+    /// When the first failed.
+    #[serde(serialize_with = "rfc3339_always")]
+    pub since: SystemTime,
+    /// The last one's class, in a word: `http-403`, `refused`, `timeout-connect`, `tls`, …
+    pub class: String,
+    /// What the master or the system said; foreign text, cut and escaped.
+    pub detail: String,
+}
+
+/// [`Stats`] that two threads share. The lock is held to copy or to change a few fields, never longer.
+#[derive(Debug, Default)]
+pub(crate) struct SharedStats(Mutex<Stats>);
+
+impl SharedStats {
+    pub(crate) fn new(stats: Stats) -> Self {
+        Self(Mutex::new(stats))
+    }
+
+    pub(crate) fn read(&self) -> Stats {
+        self.lock().clone()
+    }
+
+    pub(crate) fn change(&self, change: impl FnOnce(&mut Stats)) {
+        change(&mut self.lock());
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Stats> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn rfc3339<S: Serializer>(at: &Option<SystemTime>, serializer: S) -> Result<S::Ok, S::Error> {
+    match at {
+        Some(at) => rfc3339_always(at, serializer),
+        None => serializer.serialize_none(),
+    }
+}
+
+fn rfc3339_always<S: Serializer>(at: &SystemTime, serializer: S) -> Result<S::Ok, S::Error> {
+    let at = crate::delta::from_micros(crate::delta::micros(*at));
+    serializer.collect_str(&humantime::format_rfc3339_millis(at))
+}
+
+fn seconds<S: Serializer>(duration: &Option<Duration>, serializer: S) -> Result<S::Ok, S::Error> {
+    duration.map(|duration| duration.as_secs_f64()).serialize(serializer)
+}

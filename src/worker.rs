@@ -1,0 +1,364 @@
+//! The heartbeat thread: events, and what a beat does. Everything here runs on that one thread.
+
+use std::borrow::Cow;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+
+use crossbeam_channel::{Receiver, never, select};
+
+use crate::body::{self, Body};
+use crate::collector::{self, Collected, Collector};
+use crate::error::chain;
+use crate::limits;
+use crate::link::Link;
+use crate::master::{Reply, Verdict};
+use crate::outbox::{Kept, Outbox};
+use crate::schedule::{Fired, Question, Schedule, Ticks, Wish};
+use crate::stats::{Failure, SharedStats};
+use crate::status::{Observed, Snapshot, Topology};
+
+/// What the heartbeat thread wakes for.
+#[derive(Debug)]
+enum Event {
+    Tick,
+    Delta,
+    Collected(Collected),
+    Timer,
+}
+
+/// All that the heartbeat thread owns.
+pub(crate) struct Worker {
+    pub(crate) link: Link,
+    pub(crate) agent_version: String,
+    pub(crate) outbox: Arc<Outbox>,
+    pub(crate) stats: Arc<SharedStats>,
+    pub(crate) collector: Collector,
+    pub(crate) schedule: Schedule,
+    pub(crate) ticks: Ticks,
+    /// A delta is in the outbox.
+    pub(crate) deltas: Receiver<()>,
+    /// The time by which all must have ended.
+    pub(crate) stop: Receiver<Instant>,
+    /// Set by a stop.
+    pub(crate) deadline: Option<Instant>,
+    /// The last topology known, for the beats that go out without a snapshot.
+    pub(crate) topology: Option<Topology>,
+}
+
+impl Worker {
+    /// Beats until it is stopped, then delivers what waits within the grace.
+    pub(crate) fn run(mut self) {
+        self.wish(Wish::First);
+        while let Some(event) = self.next_event() {
+            self.guarded(|worker| worker.handle(event));
+        }
+        self.guarded(Self::flush);
+        log::info!("heartbeat stopped: host={} waiting={}", self.host(), self.outbox.waiting());
+    }
+
+    /// Waits for what comes next. `None`: it is time to stop.
+    fn next_event(&mut self) -> Option<Event> {
+        let timer = self.schedule.timer();
+        // Before all else: a thread that always has something to do must stop all the same.
+        if let Ok(deadline) = self.stop.try_recv() {
+            self.deadline = Some(deadline);
+            return None;
+        }
+        select! {
+            recv(self.stop) -> deadline => {
+                self.deadline = Some(deadline.unwrap_or_else(|_| Instant::now()));
+                None
+            }
+            recv(self.ticks.receiver()) -> tick => {
+                match tick {
+                    Ok(_) => self.ticks.ticked(Instant::now()),
+                    Err(_) => self.ticks.ended(),
+                }
+                Some(Event::Tick)
+            }
+            recv(self.deltas) -> delta => {
+                // Every sender is gone. What they pushed is in the outbox.
+                if delta.is_err() {
+                    self.deltas = never();
+                }
+                Some(Event::Delta)
+            }
+            recv(self.collector.collected) -> collected => match collected {
+                Ok(collected) => Some(Event::Collected(collected)),
+                Err(_) => {
+                    self.collector.collected = never();
+                    Some(Event::Collected(Collected::Panicked("the status thread has ended".to_owned())))
+                }
+            },
+            recv(timer) -> _ => Some(Event::Timer),
+        }
+    }
+
+    /// No panic ends the thread. It counts as a beat without an answer, on a connection that cannot be trusted any more.
+    fn guarded(&mut self, work: impl FnOnce(&mut Self)) {
+        self.stats.change(|stats| stats.working_since = Some(Instant::now()));
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| work(self))) {
+            let said = collector::message(panic.as_ref());
+            log::error!("a beat panicked, going on: host={} panic={said}", self.host());
+            self.stats.change(|stats| stats.panics += 1);
+            if let Err(error) = self.link.renew() {
+                log::warn!("the connection cannot be made anew: error={}", chain(&error));
+            }
+            self.schedule.ended(Verdict::NoAnswer, Instant::now(), fastrand::f64());
+        }
+        self.stats.change(|stats| stats.working_since = None);
+    }
+
+    fn handle(&mut self, event: Event) {
+        match event {
+            Event::Tick => self.wish(Wish::Tick),
+            Event::Delta => self.wish(Wish::Delta),
+            Event::Collected(Collected::Topology(topology)) => self.topology = Some(topology),
+            Event::Collected(Collected::Snapshot(snapshot)) => self.collected(snapshot),
+            Event::Collected(Collected::Panicked(said)) => {
+                log::error!("the status source panicked: panic={said}");
+                self.stats.change(|stats| stats.panics += 1);
+                self.collected(Snapshot::unknown(&format!("the status source panicked: {said}")));
+            }
+            Event::Timer => match self.schedule.fired(Instant::now()) {
+                Fired::Beat => self.beat(None),
+                Fired::Retry => self.wish(Wish::Retry),
+                Fired::Nothing => (),
+            },
+        }
+    }
+
+    fn wish(&mut self, why: Wish) {
+        let question = self.schedule.wish(why, Instant::now());
+        self.put(question);
+    }
+
+    fn put(&self, question: Question) {
+        if question == Question::Ask {
+            // The one question that may be under way is this one; an error means that the status thread is gone.
+            let _ = self.collector.ask.try_send(());
+            self.stats.change(|stats| stats.snapshot_owed_since = Some(SystemTime::now()));
+        }
+    }
+
+    fn collected(&mut self, snapshot: Snapshot) {
+        self.stats.change(|stats| {
+            stats.snapshots += 1;
+            stats.snapshot_owed_since = None;
+        });
+        if let Some(topology) = snapshot.topology() {
+            self.topology = Some(topology.clone());
+        }
+        if self.schedule.answered() {
+            self.beat(Some(snapshot));
+        }
+        let question = self.schedule.ask_again(Instant::now());
+        self.put(question);
+    }
+
+    /// One beat, with all the deltas that wait, up to a body's worth.
+    fn beat(&mut self, snapshot: Option<Snapshot>) {
+        self.refresh();
+        let snapshot = snapshot.unwrap_or_else(|| self.without_snapshot());
+        let deltas = self.waiting(limits::DELTAS_PER_BODY);
+        let mut verdict = self.exchange(&snapshot, &deltas);
+        if verdict == Verdict::BodyRefused && !deltas.is_empty() {
+            // Whose fault is it? Liveness goes first, without any delta.
+            verdict = self.exchange(&snapshot, &[]);
+            if verdict == Verdict::Accepted {
+                verdict = self.isolate(&snapshot, deltas.len());
+            }
+        }
+        self.schedule.ended(verdict, Instant::now(), fastrand::f64());
+        if verdict == Verdict::Accepted && self.outbox.waiting() > 0 {
+            self.wish(Wish::Delta);
+        }
+    }
+
+    /// Halves a refused body until the delta at fault stands alone, and puts that one aside with the reason. What is
+    /// accepted on the way is delivered.
+    fn isolate(&mut self, snapshot: &Snapshot, refused: usize) -> Verdict {
+        let mut size = refused;
+        loop {
+            size = size.div_ceil(2).max(1);
+            let deltas = self.waiting(size);
+            let verdict = self.exchange(snapshot, &deltas);
+            match (verdict, deltas.as_slice()) {
+                (Verdict::Accepted, []) => return verdict,
+                (Verdict::Accepted, _) if self.stop.is_empty() => (),
+                (Verdict::BodyRefused, [delta]) => {
+                    self.reject(delta);
+                    return Verdict::Accepted;
+                }
+                (Verdict::BodyRefused, [_, _, ..]) => (),
+                _ => return verdict,
+            }
+        }
+    }
+
+    fn reject(&self, kept: &Kept) {
+        let reason = self.stats.read().failure.map_or_else(String::new, |it| format!("{}: {}", it.class, it.detail));
+        let (decky, operation) = (crate::text::printable(kept.delta.decky()), kept.delta.operation());
+        log::error!(
+            "the master refuses a delta for good, it is put aside: decky={decky} operation={operation} {reason}"
+        );
+        match self.outbox.rejected(kept, &reason) {
+            Ok(()) => self.stats.change(|stats| stats.rejected += 1),
+            Err(error) => log::error!("error={}", chain(&error)),
+        }
+    }
+
+    /// One POST, and what follows from it at once: the deltas in it are forgotten when they are delivered.
+    fn exchange(&mut self, snapshot: &Snapshot, deltas: &[Kept]) -> Verdict {
+        let lifecycle: Vec<_> = deltas.iter().map(|kept| &kept.delta).collect();
+        let body = Body {
+            host_uuid: self.link.enrolment().host_uuid().value(),
+            agent_version: &self.agent_version,
+            status: snapshot.raw_status(),
+            topology: self.topology_of(snapshot).map(body::Topology::from),
+            lifecycle: &lifecycle,
+        };
+        let body = match serde_json::to_vec(&body) {
+            Ok(body) => body,
+            Err(error) => {
+                log::error!("a body cannot be written: error={error}");
+                return Verdict::BodyRefused;
+            }
+        };
+        self.stats.change(|stats| stats.working_since = Some(Instant::now()));
+        let reply = self.link.master().post(&body, self.within());
+        if reply.verdict == Verdict::Accepted {
+            self.forget(deltas);
+        }
+        self.note(&reply, deltas.len());
+        reply.verdict
+    }
+
+    /// The snapshot's topology; where it has none, the last one known: leaving it out would not be neutral.
+    fn topology_of<'a>(&'a self, snapshot: &'a Snapshot) -> Option<&'a Topology> {
+        snapshot.topology().or(self.topology.as_ref())
+    }
+
+    fn within(&self) -> Duration {
+        self.deadline.map_or(limits::POST, |deadline| deadline.saturating_duration_since(Instant::now()))
+    }
+
+    fn waiting(&self, most: usize) -> Vec<Kept> {
+        self.outbox.waiting_deltas(most).unwrap_or_else(|error| {
+            log::warn!("beating without deltas, they stay in the outbox: error={}", chain(&error));
+            Vec::new()
+        })
+    }
+
+    fn forget(&self, deltas: &[Kept]) {
+        if deltas.is_empty() {
+            return;
+        }
+        if let Err(error) = self.outbox.delivered(deltas) {
+            log::error!("delivered deltas will be sent again: error={}", chain(&error));
+        }
+        self.stats.change(|stats| stats.delivered += deltas.len() as u64);
+    }
+
+    /// What a beat says when its snapshot is not there in time: nothing but why.
+    fn without_snapshot(&mut self) -> Snapshot {
+        let reason = match (self.deadline, self.schedule.asked()) {
+            (Some(_), _) => Cow::Borrowed("no fresh snapshot: the agent is stopping"),
+            (None, Some(asked)) => format!(
+                "no fresh snapshot: the status source has not answered for {:.1} s",
+                asked.elapsed().as_secs_f64()
+            )
+            .into(),
+            (None, None) => "no fresh snapshot".into(),
+        };
+        if let Some(topology) = &mut self.topology {
+            topology.observed = Observed::Unknown(reason.clone().into_owned());
+        }
+        Snapshot::unknown(&reason)
+    }
+
+    fn refresh(&mut self) {
+        if self.link.refresh() {
+            log::info!(
+                "took over changed credentials: host={} master={} fingerprint={}",
+                self.host(),
+                self.link.master().url(),
+                self.link.fingerprint()
+            );
+            self.stats.change(|stats| self.link.describe(stats));
+        }
+    }
+
+    /// The last beat: what still waits, within the grace, as often as it takes.
+    fn flush(&mut self) {
+        while self.outbox.waiting() > 0 && !self.within().is_zero() {
+            let snapshot = self.without_snapshot();
+            let deltas = self.waiting(limits::DELTAS_PER_BODY);
+            if deltas.is_empty() || self.exchange(&snapshot, &deltas) != Verdict::Accepted {
+                return;
+            }
+        }
+    }
+
+    /// Counts and logs how a POST ended: a change at once, a repetition at a decreasing rate.
+    fn note(&self, reply: &Reply, deltas: usize) {
+        let now = SystemTime::now();
+        let before = self.stats.read().failure;
+        let (host, url, took) = (self.host(), self.link.master().url(), reply.took.as_secs_f64() * 1e3);
+        self.stats.change(|stats| {
+            stats.waiting = self.outbox.waiting();
+            stats.round_trip = Some(reply.took);
+            stats.resumed = reply.resumed;
+        });
+        if reply.verdict == Verdict::Accepted {
+            self.stats.change(|stats| {
+                stats.beats += 1;
+                stats.last_success = Some(now);
+                stats.failure = None;
+            });
+            match before {
+                Some(before) => log::info!("beating again: host={host} master={url} failures={}", before.count),
+                None if self.stats.read().beats == 1 => log::info!("first beat accepted: host={host} master={url}"),
+                None => (),
+            }
+            log::debug!(
+                "beat: host={host} class={} ms={took:.1} deltas={deltas} resumed={}",
+                reply.class,
+                reply.resumed
+            );
+            return;
+        }
+        let (changed, count, since) = match &before {
+            Some(before) => (before.class != reply.class, before.count + 1, before.since),
+            None => (true, 1, now),
+        };
+        let (class, detail) = (&reply.class, &reply.detail);
+        let level = if changed || count.is_power_of_two() { log::Level::Warn } else { log::Level::Debug };
+        if reply.verdict == Verdict::HostRefused {
+            let fingerprint = self.link.fingerprint();
+            log::log!(
+                level,
+                "the master does not accept this host, enrol it again: host={host} master={url} class={class} \
+                 fingerprint={fingerprint} failures={count} detail={detail:?}"
+            );
+        } else {
+            log::log!(level, "beat failed: host={host} master={url} class={class} failures={count} detail={detail:?}");
+        }
+        let failure = Failure { count, since, class: class.clone(), detail: detail.clone() };
+        self.stats.change(|stats| stats.failure = Some(failure));
+    }
+
+    fn host(&self) -> &str {
+        self.link.enrolment().host_uuid().value()
+    }
+}
+
+impl Link {
+    /// Puts who we are and where the master is into the stats.
+    pub(crate) fn describe(&self, stats: &mut crate::stats::Stats) {
+        stats.host_uuid = Some(self.enrolment().host_uuid().value().clone());
+        stats.url = Some(self.master().url().to_owned());
+        stats.fingerprint = Some(self.fingerprint().to_owned());
+    }
+}
