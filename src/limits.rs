@@ -105,3 +105,44 @@ pub(crate) const LOG_TEXT: usize = 300;
 
 /// Characters of an error inside `observed`; the original cuts there.
 pub(crate) const OBSERVED_ERROR: usize = 200;
+
+// ---- the loopback master --------------------------------------------------------------------
+
+/// What the loopback master allows: it must end when told to, whatever a client does.
+#[cfg(feature = "loopback")]
+pub(crate) mod loopback {
+    use std::time::Duration;
+
+    /// Idle connections end after this long, as uvicorn's do.
+    pub(crate) const IDLE: Duration = Duration::from_secs(5);
+
+    /// A client that stalls in the middle of a handshake, a request or an answer: above every timeout of ours.
+    pub(crate) const STALL: Duration = Duration::from_secs(30);
+
+    /// How long a closed connection is read on, so that what was said last is not lost to a reset.
+    pub(crate) const LINGER: Duration = Duration::from_secs(1);
+
+    /// How long a stop waits for its threads; their sockets are shut by then, so they need milliseconds.
+    pub(crate) const STOP: Duration = Duration::from_secs(5);
+
+    /// The wait after an `accept` that failed: out of file descriptors must not become a busy loop.
+    pub(crate) const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+    /// Connections at one time, and so threads: a worker needs one.
+    pub(crate) const CONNECTIONS: usize = 256;
+
+    /// Requests, and connections, that are remembered at least; at twice as many the older half is forgotten.
+    pub(crate) const HISTORY: usize = 10_000;
+
+    /// Bytes of bodies that are remembered at most: a bench must not fill the memory.
+    pub(crate) const HISTORY_BYTES: usize = 256 * 1024 * 1024;
+
+    /// Bytes of a request's head; h11, which uvicorn may read with, stops there.
+    pub(crate) const REQUEST_HEAD: usize = 64 * 1024;
+
+    /// Headers of a request.
+    pub(crate) const REQUEST_HEADERS: usize = 64;
+
+    /// Bytes of a request's body: what a state file may hold, and room for its runtime.
+    pub(crate) const REQUEST_BODY: usize = 64 * 1024 * 1024;
+}

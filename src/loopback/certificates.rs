@@ -1,0 +1,218 @@
+//! A certificate authority and what it issues, by role, made when asked for. Values and files only, for any thread.
+
+use std::fmt;
+use std::fs::{self, OpenOptions, Permissions};
+use std::io::Write as _;
+use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use rcgen::{
+    BasicConstraints, CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, IsCa, KeyPair,
+    KeyUsagePurpose,
+};
+use ring::digest::{SHA256, digest};
+use rustls::RootCertStore;
+use rustls::crypto::ring::{Ticketer, default_provider};
+use rustls::pki_types::pem::PemObject as _;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::server::{ServerConfig, WebPkiClientVerifier};
+use rustls::version::{TLS12, TLS13};
+
+use super::Offered;
+use crate::error::{Error, printable_path};
+use crate::identity::hex;
+
+const DAY: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// A certificate authority, as a master has one. Clones are the same authority.
+#[derive(Clone)]
+pub struct Authority {
+    issuer: Arc<CertifiedIssuer<'static, KeyPair>>,
+}
+
+/// What a certificate is for. All are signed by the authority and carry an ECDSA P-256 key.
+///
+/// Unless the variant says otherwise, a certificate is valid from five minutes ago for 825 days and has both
+/// `serverAuth` and `clientAuth`, as every certificate of a real master has.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Role {
+    /// The master's own: CN `swarmctl`, valid for `swarmctl`, `localhost` and 127.0.0.1.
+    Master,
+    /// A worker of this name. Two names are two siblings.
+    Worker(String),
+    /// Any other name or IP address, say of a master that an operator has named.
+    Named(String),
+    /// As [`Master`](Self::Master), but it ended yesterday.
+    Expired,
+    /// As [`Master`](Self::Master), but it begins tomorrow.
+    NotYetValid,
+    /// As [`Master`](Self::Master), but with `clientAuth` alone.
+    WithoutServerAuth,
+    /// As [`Master`](Self::Master), but marked as a CA's, which no peer may present.
+    CaAsLeaf,
+}
+
+/// A certificate and its key.
+#[derive(Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Issued {
+    /// The certificate, PEM.
+    pub certificate: String,
+    /// Its private key, PKCS#8 in PEM.
+    pub key: String,
+    /// SHA-256 of the certificate's DER, 64 lowercase hexadecimal digits: what a master pins.
+    pub fingerprint: String,
+}
+
+impl Authority {
+    /// A new authority with a key of its own. All of them bear the same name, as DECNET's do.
+    ///
+    /// # Errors
+    /// When no key or certificate can be made, for want of randomness.
+    pub fn new() -> Result<Self, Error> {
+        let made = || -> Result<_, rcgen::Error> {
+            let mut params = named("DECNET SWARM Root CA", &[])?;
+            params.not_after = params.not_before + 3650 * DAY;
+            params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+            params.key_usages =
+                vec![KeyUsagePurpose::DigitalSignature, KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+            CertifiedIssuer::self_signed(params, KeyPair::generate()?)
+        };
+        let issuer = made().map_err(|cause| Error::loopback("cannot make a certificate authority").because(cause))?;
+        Ok(Self { issuer: Arc::new(issuer) })
+    }
+
+    /// The authority's own certificate, PEM: a bundle's `ca.crt`.
+    pub fn certificate(&self) -> String {
+        self.issuer.pem()
+    }
+
+    /// A fresh key and a certificate for it.
+    ///
+    /// # Errors
+    /// When a name in `role` cannot stand in a certificate, or when no key can be made.
+    pub fn issue(&self, role: Role) -> Result<Issued, Error> {
+        let made = || -> Result<_, rcgen::Error> {
+            let key = KeyPair::generate()?;
+            let certificate = params_of(&role)?.signed_by(&key, &self.issuer)?;
+            Ok(Issued {
+                fingerprint: fingerprint(certificate.der()),
+                certificate: certificate.pem(),
+                key: key.serialize_pem(),
+            })
+        };
+        made().map_err(|cause| Error::loopback(format!("cannot issue a certificate for {role:?}")).because(cause))
+    }
+
+    /// Writes a worker's bundle into `dir`, made if it is missing: `ca.crt`, `worker.crt` and `worker.key` (mode 0600),
+    /// one after another, as a master does.
+    ///
+    /// # Errors
+    /// When a file cannot be written.
+    pub fn write_bundle(&self, worker: &Issued, dir: &Path) -> Result<(), Error> {
+        fs::create_dir_all(dir)
+            .and_then(|()| fs::set_permissions(dir, Permissions::from_mode(0o700)))
+            .map_err(|cause| cannot_write(dir, cause))?;
+        write_file(&dir.join("ca.crt"), &self.certificate(), 0o644)?;
+        write_file(&dir.join("worker.crt"), &worker.certificate, 0o644)?;
+        write_file(&dir.join("worker.key"), &worker.key, 0o600)
+    }
+}
+
+impl fmt::Debug for Authority {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Authority").field("fingerprint", &fingerprint(self.issuer.der())).finish_non_exhaustive()
+    }
+}
+
+impl fmt::Debug for Issued {
+    /// Without the key.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Issued").field("fingerprint", &self.fingerprint).finish_non_exhaustive()
+    }
+}
+
+/// The names, dates and usages of a role.
+fn params_of(role: &Role) -> Result<CertificateParams, rcgen::Error> {
+    let mut params = match role {
+        Role::Worker(name) | Role::Named(name) => named(name, &[name])?,
+        _ => named("swarmctl", &["swarmctl", "localhost", "127.0.0.1"])?,
+    };
+    if matches!(role, Role::Worker(_)) {
+        params.distinguished_name.push(DnType::OrganizationalUnitName, "swarm-worker");
+    }
+    params.is_ca = IsCa::ExplicitNoCa;
+    params.key_usages = vec![KeyUsagePurpose::DigitalSignature, KeyUsagePurpose::KeyEncipherment];
+    params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+    match role {
+        Role::Expired => {
+            params.not_after = params.not_before - DAY;
+            params.not_before = params.not_after - 30 * DAY;
+        }
+        Role::NotYetValid => params.not_before += DAY,
+        Role::WithoutServerAuth => params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth],
+        Role::CaAsLeaf => params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained),
+        Role::Master | Role::Worker(_) | Role::Named(_) => {}
+    }
+    Ok(params)
+}
+
+/// A certificate's frame: whose it is, the names and addresses it is valid for, and from when until when.
+fn named(common_name: &str, alternatives: &[&str]) -> Result<CertificateParams, rcgen::Error> {
+    let alternatives: Vec<String> = alternatives.iter().map(|&name| name.to_owned()).collect();
+    let mut params = CertificateParams::new(alternatives)?;
+    params.distinguished_name = rcgen::DistinguishedName::new();
+    params.distinguished_name.push(DnType::CommonName, common_name);
+    params.distinguished_name.push(DnType::OrganizationName, "DECNET");
+    let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    params.not_before = rcgen::date_time_ymd(1970, 1, 1) + since_epoch.saturating_sub(Duration::from_secs(300));
+    params.not_after = params.not_before + 825 * DAY;
+    Ok(params)
+}
+
+/// The server's side of TLS: client certificates from `client_ca` (PEM) are required; sessions resume by ticket, and
+/// the keys of the tickets are new with each configuration, as they are with each start of uvicorn.
+pub(super) fn server_config(server: &Issued, client_ca: &str, offered: Offered) -> Result<Arc<ServerConfig>, Error> {
+    let made = || -> Result<_, Box<dyn std::error::Error + Send + Sync>> {
+        let versions: &[_] = match offered {
+            Offered::Tls12And13 => &[&TLS13, &TLS12],
+            Offered::Tls12Only => &[&TLS12],
+        };
+        let provider = Arc::new(default_provider());
+        let mut roots = RootCertStore::empty();
+        for certificate in CertificateDer::pem_slice_iter(client_ca.as_bytes()) {
+            roots.add(certificate?)?;
+        }
+        let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), Arc::clone(&provider)).build()?;
+        let chain = CertificateDer::pem_slice_iter(server.certificate.as_bytes()).collect::<Result<Vec<_>, _>>()?;
+        let mut config = ServerConfig::builder_with_provider(provider)
+            .with_protocol_versions(versions)?
+            .with_client_cert_verifier(verifier)
+            .with_single_cert(chain, PrivateKeyDer::from_pem_slice(server.key.as_bytes())?)?;
+        config.ticketer = Ticketer::new()?;
+        Ok(Arc::new(config))
+    };
+    made().map_err(|cause| Error::loopback("cannot set up TLS").because(cause))
+}
+
+/// SHA-256 of a certificate's DER, in lowercase hexadecimal.
+pub(super) fn fingerprint(der: &[u8]) -> String {
+    hex(digest(&SHA256, der).as_ref())
+}
+
+/// Writes a file whose mode is right before its content is there.
+pub(super) fn write_file(path: &Path, text: &str, mode: u32) -> Result<(), Error> {
+    let written = || {
+        let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(mode).open(path)?;
+        file.set_permissions(Permissions::from_mode(mode))?;
+        file.write_all(text.as_bytes())
+    };
+    written().map_err(|cause| cannot_write(path, cause))
+}
+
+fn cannot_write(path: &Path, cause: std::io::Error) -> Error {
+    Error::loopback(format!("cannot write {}", printable_path(path))).because(cause)
+}

@@ -1,0 +1,120 @@
+//! What a master can do wrong, as data: a test scripts a table of it. Values only; `server` acts on them.
+
+use std::time::Duration;
+
+/// One thing that goes wrong, at a new connection or at a request.
+///
+/// A fault takes effect at the next moment that fits it; the faults scripted behind it wait until it has.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Fault {
+    /// At a request: none. It is served as usual, which keeps the place between two faults.
+    Serve,
+    /// At a connection: closed as soon as it is accepted.
+    CutBeforeHandshake,
+    /// At a connection: accepted, and then silence until the client goes.
+    NeverHandshake,
+    /// At a connection: these bytes in plain text instead of TLS, then closed.
+    Banner(Vec<u8>),
+    /// At a request: the connection is cut when its first bytes arrive; it is not recorded.
+    CutBeforeRequest,
+    /// At a request: cut when its head and half of its body have arrived; recorded with that half, never applied.
+    CutInBody,
+    /// At a request: all of it is read, then the connection is cut instead of an answer.
+    CutAfterBody(Effect),
+    /// At a request: all of it is read, then silence until the client goes.
+    NeverAnswer(Effect),
+    /// At a request: all of it is read and recorded, nothing is applied, and this is the answer.
+    Answer(Answer),
+    /// At a request: as [`Answer`](Self::Answer), but these bytes as they stand, then the connection is closed.
+    Raw(Vec<u8>),
+    /// At a request: as [`Answer`](Self::Answer), but a 200 whose body never ends.
+    Endless,
+    /// At a request: served as usual, but the answer goes out a byte at a time with this pause between two.
+    Slowly(Duration),
+    /// At a request: served as usual, then the connection is cut without TLS's `close_notify`.
+    CutAfterAnswer,
+}
+
+/// Whether a request that gets no answer was nevertheless acted on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Effect {
+    /// It was: its deltas are in the rows. Only the answer is missing.
+    Applied,
+    /// It was not: the master forgot it.
+    Lost,
+}
+
+/// An HTTP answer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Answer {
+    /// The status code.
+    pub status: u16,
+    /// Headers in their order. `content-length` is added unless it is among them; a `connection: close` is obeyed.
+    pub headers: Vec<(String, String)>,
+    /// The body's bytes.
+    pub body: Vec<u8>,
+}
+
+impl Answer {
+    /// An answer without headers and body.
+    pub fn status(status: u16) -> Self {
+        Self { status, headers: Vec::new(), body: Vec::new() }
+    }
+
+    /// The same with one header more.
+    #[must_use]
+    pub fn header(mut self, name: impl Into<String>, value: impl Into<String>) -> Self {
+        self.headers.push((name.into(), value.into()));
+        self
+    }
+
+    /// The same with this body.
+    #[must_use]
+    pub fn body(mut self, body: impl Into<Vec<u8>>) -> Self {
+        self.body = body.into();
+        self
+    }
+
+    /// The header of this name in any case, the first of them.
+    pub(super) fn first_header(&self, name: &str) -> Option<&str> {
+        first_header(&self.headers, name)
+    }
+}
+
+impl From<Answer> for Fault {
+    fn from(answer: Answer) -> Self {
+        Self::Answer(answer)
+    }
+}
+
+/// When a fault can take effect.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Moment {
+    Connection,
+    Request,
+}
+
+impl Fault {
+    pub(super) fn moment(&self) -> Moment {
+        match self {
+            Self::CutBeforeHandshake | Self::NeverHandshake | Self::Banner(_) => Moment::Connection,
+            Self::Serve
+            | Self::CutBeforeRequest
+            | Self::CutInBody
+            | Self::CutAfterBody(_)
+            | Self::NeverAnswer(_)
+            | Self::Answer(_)
+            | Self::Raw(_)
+            | Self::Endless
+            | Self::Slowly(_)
+            | Self::CutAfterAnswer => Moment::Request,
+        }
+    }
+}
+
+/// The first of `headers` with this name in any case.
+pub(super) fn first_header<'a>(headers: &'a [(String, String)], name: &str) -> Option<&'a str> {
+    headers.iter().find(|(known, _)| known.eq_ignore_ascii_case(name)).map(|(_, value)| value.as_str())
+}

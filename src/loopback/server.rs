@@ -1,0 +1,463 @@
+//! The wire side: one accept thread and a thread a connection. Each ends when its socket is shut down, which a stop
+//! does to all of them; none waits for anything else for longer than a moment.
+
+use std::collections::{HashMap, VecDeque};
+use std::io::{self, ErrorKind, Read as _, Write as _};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustls::{HandshakeKind, ProtocolVersion, ServerConfig, ServerConnection, StreamOwned};
+
+use super::fault::{Answer, Effect, Fault, Moment, first_header};
+use super::http::{Head, parse_head, wire};
+use super::{ConnectionReport, Handshake, Received, Seen, TlsVersion, certificates};
+use crate::error::chain;
+use crate::limits::loopback as limits;
+
+/// What the threads and the master's handle share; it outlives an outage.
+pub(super) struct Shared {
+    pub(super) state: Mutex<State>,
+    /// Told of every change of the state.
+    pub(super) changed: Condvar,
+    /// How long a connection may be idle.
+    pub(super) idle: Duration,
+}
+
+#[derive(Default)]
+pub(super) struct State {
+    pub(super) seen: Seen,
+    pub(super) script: VecDeque<Fault>,
+    pub(super) always: Option<Fault>,
+    pub(super) stopping: bool,
+    /// Threads that have not ended.
+    pub(super) threads: usize,
+    /// The sockets of the open connections by number, to shut them down.
+    open: HashMap<u64, TcpStream>,
+    /// The number of the newest connection.
+    newest: u64,
+}
+
+impl Shared {
+    pub(super) fn lock(&self) -> MutexGuard<'_, State> {
+        // A thread that panicked left the state behind as one of its single steps left it: good enough to go on.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits for `done`, at most `timeout`; whether it came.
+    pub(super) fn wait(&self, timeout: Duration, mut done: impl FnMut(&State) -> bool) -> bool {
+        let (_state, wait) = self
+            .changed
+            .wait_timeout_while(self.lock(), timeout, |state| !done(state))
+            .unwrap_or_else(PoisonError::into_inner);
+        !wait.timed_out()
+    }
+
+    /// Cuts every connection and lets the accept thread end once it wakes up.
+    pub(super) fn cut_all(&self) {
+        let mut state = self.lock();
+        state.stopping = true;
+        for socket in state.open.values() {
+            // One that is gone already needs no cutting.
+            let _ = socket.shutdown(Shutdown::Both);
+        }
+        self.changed.notify_all();
+    }
+
+    fn report(&self, number: u64, change: impl FnOnce(&mut ConnectionReport)) {
+        let mut state = self.lock();
+        if let Some(report) = state.seen.connections.iter_mut().rev().find(|report| report.number == number) {
+            change(report);
+        }
+        self.changed.notify_all();
+    }
+
+    fn next_fault(&self, moment: Moment) -> Option<Fault> {
+        let mut state = self.lock();
+        let fault = match state.script.front() {
+            Some(next) if next.moment() == moment => state.script.pop_front(),
+            Some(_) => None,
+            None => state.always.clone().filter(|fault| fault.moment() == moment),
+        };
+        self.changed.notify_all();
+        fault
+    }
+}
+
+/// Counts a thread from before it starts until after everything that it owned is gone.
+pub(super) struct Running(Arc<Shared>);
+
+impl Running {
+    pub(super) fn new(shared: &Arc<Shared>) -> Self {
+        shared.lock().threads += 1;
+        Self(Arc::clone(shared))
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.0.lock().threads -= 1;
+        self.0.changed.notify_all();
+    }
+}
+
+/// The accept thread's work, until a stop.
+pub(super) fn accept(listener: &TcpListener, tls: &Arc<ServerConfig>, shared: &Arc<Shared>) {
+    for socket in listener.incoming() {
+        if shared.lock().stopping {
+            return;
+        }
+        let admitted = socket.and_then(|socket| admit(socket, Arc::clone(tls), shared));
+        if admitted.is_err() {
+            shared.wait(limits::ACCEPT_PAUSE, |state| state.stopping);
+        }
+    }
+}
+
+/// Gives a connection its thread. Dropping the socket closes it: there is a bound on connections.
+fn admit(socket: TcpStream, tls: Arc<ServerConfig>, shared: &Arc<Shared>) -> io::Result<()> {
+    let Some(open) = Open::new(&socket, shared)? else { return Ok(()) };
+    thread::Builder::new().name("loopback-conn".into()).spawn(move || {
+        if let Err(error) = serve(socket, tls, &open) {
+            open.shared().report(open.number, |report| report.failure = Some(chain(&error)));
+        }
+    })?;
+    Ok(())
+}
+
+/// An open connection's place in the state; given up by `Drop`, so by a panic as well.
+struct Open {
+    number: u64,
+    running: Running,
+}
+
+impl Open {
+    fn new(socket: &TcpStream, shared: &Arc<Shared>) -> io::Result<Option<Self>> {
+        let socket = socket.try_clone()?;
+        let running = Running::new(shared);
+        let mut state = shared.lock();
+        if state.stopping || state.open.len() >= limits::CONNECTIONS {
+            return Ok(None);
+        }
+        state.newest += 1;
+        let number = state.newest;
+        state.open.insert(number, socket);
+        state.seen.remember_connection(ConnectionReport {
+            number,
+            at: Instant::now(),
+            handshake: None,
+            failure: None,
+            requests: 0,
+            open: true,
+        });
+        shared.changed.notify_all();
+        drop(state);
+        Ok(Some(Self { number, running }))
+    }
+
+    fn shared(&self) -> &Arc<Shared> {
+        &self.running.0
+    }
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        if let Some(socket) = self.shared().lock().open.remove(&self.number) {
+            let _ = socket.shutdown(Shutdown::Both);
+        }
+        self.shared().report(self.number, |report| report.open = false);
+    }
+}
+
+/// A connection's whole life.
+fn serve(mut socket: TcpStream, tls: Arc<ServerConfig>, open: &Open) -> io::Result<()> {
+    let shared = open.shared();
+    socket.set_nodelay(true)?;
+    socket.set_read_timeout(Some(limits::STALL))?;
+    socket.set_write_timeout(Some(limits::STALL))?;
+    match shared.next_fault(Moment::Connection) {
+        Some(Fault::NeverHandshake) => return await_departure(&socket),
+        Some(Fault::Banner(bytes)) => {
+            socket.write_all(&bytes)?;
+            return linger(&socket);
+        }
+        Some(_) => return Ok(()),
+        None => {}
+    }
+    let mut session = ServerConnection::new(tls).map_err(io::Error::other)?;
+    while session.is_handshaking() {
+        if let Err(error) = session.complete_io(&mut socket) {
+            // The alert is out; the client shall get to read it.
+            let _ = linger(&socket);
+            return Err(error);
+        }
+    }
+    let handshake = handshake_of(&session);
+    shared.report(open.number, |report| report.handshake = Some(handshake.clone()));
+    let stream = StreamOwned::new(session, socket);
+    Conversation { number: open.number, fingerprint: handshake.fingerprint, shared, stream, unread: Vec::new() }.run()
+}
+
+fn handshake_of(session: &ServerConnection) -> Handshake {
+    let leaf = session.peer_certificates().and_then(|chain| chain.first());
+    Handshake {
+        version: match session.protocol_version() {
+            Some(ProtocolVersion::TLSv1_2) => TlsVersion::Tls12,
+            _ => TlsVersion::Tls13,
+        },
+        resumed: session.handshake_kind() == Some(HandshakeKind::Resumed),
+        fingerprint: leaf.map(|leaf| certificates::fingerprint(leaf)).unwrap_or_default(),
+        server_name: session.server_name().map(str::to_owned),
+    }
+}
+
+/// Requests and answers on one connection.
+struct Conversation<'a> {
+    number: u64,
+    fingerprint: String,
+    shared: &'a Shared,
+    stream: StreamOwned<ServerConnection, TcpStream>,
+    /// What has arrived and is not yet part of a request.
+    unread: Vec<u8>,
+}
+
+/// What follows an exchange.
+enum Next {
+    Another,
+    Close,
+    Cut,
+}
+
+impl Head {
+    fn next(&self) -> Next {
+        if self.keeps_alive { Next::Another } else { Next::Close }
+    }
+}
+
+/// What is said to a request that has been read.
+enum Reply {
+    /// What the book says.
+    Judged,
+    /// This status; the book is not asked.
+    Status(u16),
+    /// Nothing, whether or not the book is asked.
+    Nothing(Effect),
+}
+
+impl Conversation<'_> {
+    fn run(mut self) -> io::Result<()> {
+        loop {
+            match self.exchange()? {
+                Next::Another => {}
+                Next::Close => return self.close(),
+                Next::Cut => return Ok(()),
+            }
+        }
+    }
+
+    fn exchange(&mut self) -> io::Result<Next> {
+        if !self.has_begun()? {
+            return Ok(Next::Close);
+        }
+        let fault = self.shared.next_fault(Moment::Request);
+        if fault == Some(Fault::CutBeforeRequest) {
+            return Ok(Next::Cut);
+        }
+        let Some(head) = self.read_head()? else { return self.refuse(400, "Invalid HTTP request received.") };
+        let Some(length) = head.length else { return self.refuse(411, "The loopback master wants a length.") };
+        if length > limits::REQUEST_BODY {
+            return self.refuse(413, "The loopback master does not read that much.");
+        }
+        if first_header(&head.headers, "expect").is_some_and(|value| value.eq_ignore_ascii_case("100-continue")) {
+            self.stream.write_all(b"HTTP/1.1 100 Continue\r\n\r\n")?;
+        }
+        if fault == Some(Fault::CutInBody) {
+            let half = self.read_body(length / 2)?;
+            self.record(&head, half, Reply::Nothing(Effect::Lost));
+            return Ok(Next::Cut);
+        }
+        let body = self.read_body(length)?;
+        self.reply(head, body, fault)
+    }
+
+    fn reply(&mut self, head: Head, body: Vec<u8>, fault: Option<Fault>) -> io::Result<Next> {
+        match fault {
+            Some(Fault::CutAfterBody(effect)) => {
+                self.record(&head, body, Reply::Nothing(effect));
+                Ok(Next::Cut)
+            }
+            Some(Fault::NeverAnswer(effect)) => {
+                self.record(&head, body, Reply::Nothing(effect));
+                await_departure(&self.stream.sock)?;
+                Ok(Next::Cut)
+            }
+            Some(Fault::Answer(answer)) => {
+                self.record(&head, body, Reply::Status(answer.status));
+                self.stream.write_all(&wire(&answer))?;
+                let close = answer.first_header("connection").is_some_and(|value| value.eq_ignore_ascii_case("close"));
+                Ok(if close { Next::Close } else { head.next() })
+            }
+            Some(Fault::Raw(bytes)) => {
+                self.record(&head, body, Reply::Nothing(Effect::Lost));
+                self.stream.write_all(&bytes)?;
+                Ok(Next::Close)
+            }
+            Some(Fault::Endless) => {
+                self.record(&head, body, Reply::Status(200));
+                self.stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-type: text/plain\r\n\r\n")?;
+                loop {
+                    self.stream.write_all(&[b'.'; 1024])?;
+                }
+            }
+            Some(Fault::Slowly(pause)) => {
+                let answer = self.record(&head, body, Reply::Judged);
+                for byte in wire(&answer) {
+                    self.stream.write_all(&[byte])?;
+                    if self.shared.wait(pause, |state| state.stopping) {
+                        return Ok(Next::Cut);
+                    }
+                }
+                Ok(head.next())
+            }
+            Some(Fault::CutAfterAnswer) => {
+                let answer = self.record(&head, body, Reply::Judged);
+                self.stream.write_all(&wire(&answer))?;
+                Ok(Next::Cut)
+            }
+            _ => {
+                let answer = self.record(&head, body, Reply::Judged);
+                self.stream.write_all(&wire(&answer))?;
+                Ok(head.next())
+            }
+        }
+    }
+
+    /// Writes the request down, before a word of the answer is out, and acts on it as far as `reply` wants.
+    fn record(&self, head: &Head, body: Vec<u8>, reply: Reply) -> Answer {
+        let mut received = Received {
+            at: Instant::now(),
+            connection: self.number,
+            method: head.method.clone(),
+            path: head.path.clone(),
+            headers: head.headers.clone(),
+            json: serde_json::from_slice(&body).ok(),
+            body,
+            status: None,
+        };
+        let mut state = self.shared.lock();
+        let answer = match reply {
+            Reply::Judged | Reply::Nothing(Effect::Applied) => {
+                let answer = state.seen.book.judge(&received, &self.fingerprint);
+                state.seen.beats += u64::from(answer.status == 204);
+                answer
+            }
+            Reply::Status(status) => Answer::status(status),
+            Reply::Nothing(Effect::Lost) => Answer::status(0),
+        };
+        if !matches!(reply, Reply::Nothing(_)) {
+            received.status = Some(answer.status);
+        }
+        state.seen.remember_request(received);
+        drop(state);
+        self.shared.report(self.number, |report| report.requests += 1);
+        answer
+    }
+
+    /// Waits for the first byte of a request; false when the client is gone or has been idle for too long.
+    fn has_begun(&mut self) -> io::Result<bool> {
+        if self.unread.is_empty() {
+            self.stream.sock.set_read_timeout(Some(self.shared.idle))?;
+            match self.read_some() {
+                Ok(()) => {}
+                Err(error) if matches!(error.kind(), ErrorKind::UnexpectedEof | ErrorKind::ConnectionReset) => {
+                    return Ok(false);
+                }
+                Err(error) if is_timeout(&error) => return Ok(false),
+                Err(error) => return Err(error),
+            }
+            self.stream.sock.set_read_timeout(Some(limits::STALL))?;
+        }
+        Ok(true)
+    }
+
+    /// `None` for what is not HTTP/1, or too long.
+    fn read_head(&mut self) -> io::Result<Option<Head>> {
+        loop {
+            match parse_head(&self.unread) {
+                Err(_) => return Ok(None),
+                Ok(Some((head, end))) => {
+                    self.unread.drain(..end);
+                    return Ok(Some(head));
+                }
+                Ok(None) if self.unread.len() > limits::REQUEST_HEAD => return Ok(None),
+                Ok(None) => self.read_some()?,
+            }
+        }
+    }
+
+    fn read_body(&mut self, length: usize) -> io::Result<Vec<u8>> {
+        while self.unread.len() < length {
+            self.read_some()?;
+        }
+        let rest = self.unread.split_off(length);
+        Ok(std::mem::replace(&mut self.unread, rest))
+    }
+
+    /// Adds what arrives next to `unread`; the end is an error.
+    fn read_some(&mut self) -> io::Result<()> {
+        let mut some = [0; 16 * 1024];
+        let count = self.stream.read(&mut some)?;
+        self.unread.extend_from_slice(some.get(..count).unwrap_or_default());
+        if count == 0 { Err(ErrorKind::UnexpectedEof.into()) } else { Ok(()) }
+    }
+
+    fn refuse(&mut self, status: u16, why: &str) -> io::Result<Next> {
+        let answer = Answer::status(status)
+            .header("content-type", "text/plain; charset=utf-8")
+            .header("connection", "close")
+            .body(why);
+        self.stream.write_all(&wire(&answer))?;
+        Ok(Next::Close)
+    }
+
+    fn close(mut self) -> io::Result<()> {
+        self.stream.conn.send_close_notify();
+        // Whether or not the client is there to hear it.
+        let _ = self.stream.flush();
+        linger(&self.stream.sock)
+    }
+}
+
+/// Says that no more will come, and reads on for a moment: closed with unread data in it, a socket would reset the
+/// connection and take what was said last with it.
+fn linger(socket: &TcpStream) -> io::Result<()> {
+    // Already shut down by the client, or by a stop.
+    let _ = socket.shutdown(Shutdown::Write);
+    socket.set_read_timeout(Some(limits::LINGER))?;
+    discard_until(socket, Some(Instant::now() + limits::LINGER));
+    Ok(())
+}
+
+/// Reads, and says nothing, until the client goes or a stop cuts the connection.
+fn await_departure(socket: &TcpStream) -> io::Result<()> {
+    socket.set_read_timeout(None)?;
+    discard_until(socket, None);
+    Ok(())
+}
+
+fn discard_until(mut socket: &TcpStream, end: Option<Instant>) {
+    let mut scratch = [0; 16 * 1024];
+    while end.is_none_or(|end| Instant::now() < end) {
+        match socket.read(&mut scratch) {
+            Ok(0) => return,
+            Err(error) if error.kind() != ErrorKind::Interrupted => return,
+            _ => {}
+        }
+    }
+}
+
+/// How a read that timed out is told differs between systems.
+fn is_timeout(error: &io::Error) -> bool {
+    matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut)
+}
