@@ -22,6 +22,15 @@ pub(crate) fn read(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
     Ok(content)
 }
 
+/// Puts `content` at `path` in one step: a reader sees the old file or the new one, never half of it.
+#[cfg(feature = "cli")]
+pub(crate) fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
+    let mut next = path.as_os_str().to_owned();
+    next.push(".new");
+    fs::write(&next, content)?;
+    fs::rename(&next, path)
+}
+
 /// What changes when a file does: its inode, size and times. `None` inside when there is no such file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Stamp(Option<(u64, u64, i64, i64, i64, i64)>);

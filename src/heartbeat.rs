@@ -35,6 +35,9 @@ pub struct Heartbeat {
 struct Running {
     deltas: DeltaSender,
     stop: Sender<Instant>,
+    /// A beat has ended, well or not.
+    #[cfg_attr(not(feature = "cli"), expect(dead_code, reason = "the program writes its stats file then"))]
+    beats: Receiver<()>,
     /// Disconnected when the heartbeat thread has ended.
     ended: Receiver<()>,
     interrupt: Arc<Interrupt>,
@@ -80,6 +83,12 @@ impl Heartbeat {
         self.stats.read().working_since.is_some_and(|since| since.elapsed() > limits::STALLED)
     }
 
+    /// Says when beats have ended, well or not. What is not received in time is folded into one.
+    #[cfg(feature = "cli")]
+    pub(crate) fn beats(&self) -> Receiver<()> {
+        self.running.as_ref().map_or_else(crossbeam_channel::never, |running| running.beats.clone())
+    }
+
     /// Stops within `grace`: one more POST for the deltas that wait, interrupted when the grace runs out.
     pub fn stop(mut self, grace: Duration) -> Stopped {
         self.shut_down(grace)
@@ -89,7 +98,7 @@ impl Heartbeat {
         let Some(running) = self.running.take() else {
             return Stopped { undelivered: 0, kept: true, in_time: true };
         };
-        let Running { deltas, stop, ended, interrupt, outbox, thread } = running;
+        let Running { deltas, stop, ended, interrupt, outbox, thread, .. } = running;
         drop(deltas);
         // What an interrupt needs to take effect comes out of the grace, too.
         let slack = (grace / 4).min(limits::INTERRUPT_SLACK);
@@ -278,6 +287,7 @@ fn start(link: Link, outbox: Outbox, source: Box<dyn StatusSource>, settings: Se
     let (stats, outbox, interrupt) = (Arc::new(SharedStats::new(stats)), Arc::new(outbox), link.interrupt());
     // One place is enough: the deltas are in the outbox, the channel only says that there are some.
     let (wake, deltas) = bounded(1);
+    let (beaten, beats) = bounded(1);
     let (stop, stopped) = bounded(1);
     let (alive, ended) = bounded::<()>(0);
     let worker = Worker {
@@ -289,6 +299,7 @@ fn start(link: Link, outbox: Outbox, source: Box<dyn StatusSource>, settings: Se
         schedule: Schedule::new(interval),
         ticks,
         deltas,
+        beaten,
         stop: stopped,
         deadline: None,
         topology: None,
@@ -300,7 +311,7 @@ fn start(link: Link, outbox: Outbox, source: Box<dyn StatusSource>, settings: Se
     let thread =
         thread::Builder::new().name(NAME.to_owned()).spawn(run).map_err(|source| Error::thread(NAME, source))?;
     let deltas = DeltaSender { inner: Some((Arc::clone(&outbox), wake)) };
-    Ok(Heartbeat { running: Some(Running { deltas, stop, ended, interrupt, outbox, thread }), stats })
+    Ok(Heartbeat { running: Some(Running { deltas, stop, beats, ended, interrupt, outbox, thread }), stats })
 }
 
 impl fmt::Debug for HeartbeatBuilder {

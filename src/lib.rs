@@ -2,6 +2,9 @@
 
 mod body;
 mod bundle;
+#[cfg(feature = "cli")]
+#[doc(hidden)]
+pub mod cli;
 mod collector;
 mod delta;
 mod enrolment;

@@ -37,6 +37,10 @@ pub(crate) const INTERRUPT_SLACK: Duration = Duration::from_millis(100);
 /// An event takes a POST and a retry at the most, and waits for the outbox; beyond this the thread hangs.
 pub(crate) const STALLED: Duration = Duration::from_secs(60);
 
+/// What the program allows for the final flush after a signal; systemd waits 90 s before it kills.
+#[cfg(feature = "cli")]
+pub(crate) const RUN_GRACE: Duration = Duration::from_secs(5);
+
 // ---- the POST -------------------------------------------------------------------------------
 
 /// Name resolution, and then TCP and TLS together; the original's connect timeout.

@@ -11,9 +11,9 @@
 //! # let agent_dir = std::env::temp_dir().join(format!("loopback-doc-{}", std::process::id()));
 //! let master = LoopbackMaster::start()?;
 //! let worker = master.enrol(&agent_dir)?;
-//! worker.write_ini(&agent_dir.join("decnet.ini"))?;
-//! // … an agent with that ini beats; master.wait_for_beats(1, …) waits for it.
-//! assert_eq!(master.received().len(), 0);
+//! let heartbeat = decnet_heartbeat::Heartbeat::builder().enrolment(worker.enrolment()?).start()?;
+//! assert!(master.wait_for_beats(1, std::time::Duration::from_secs(5)));
+//! # drop(heartbeat);
 //! # std::fs::remove_dir_all(&agent_dir)?;
 //! # Ok(())
 //! # }
@@ -41,6 +41,7 @@ use std::time::{Duration, Instant, SystemTime};
 pub use certificates::{Authority, Issued, Role};
 pub use fault::{Answer, Effect, Fault};
 
+use crate::enrolment::Enrolment;
 use crate::error::Error;
 use crate::limits;
 use book::Book;
@@ -110,6 +111,14 @@ pub struct Enrolled {
 }
 
 impl Enrolled {
+    /// The enrolment to start a heartbeat with.
+    ///
+    /// # Errors
+    /// When the agent dir has no name.
+    pub fn enrolment(&self) -> Result<Enrolment, Error> {
+        Enrolment::new(&self.uuid, Ipv4Addr::LOCALHOST.to_string(), &self.agent_dir)?.with_master_port(self.port)
+    }
+
     /// Writes the worker's `decnet.ini` to `path`, as an enrolment bundle has it.
     ///
     /// # Errors

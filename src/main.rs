@@ -1,3 +1,5 @@
-//! The program `decnet-heartbeat`.
+//! The program `decnet-heartbeat`: its command line lives in the library's `cli`, beside what it uses.
 
-fn main() {}
+fn main() -> std::process::ExitCode {
+    decnet_heartbeat::cli::main()
+}

@@ -5,7 +5,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use crossbeam_channel::{Receiver, never, select};
+use crossbeam_channel::{Receiver, Sender, never, select};
 
 use crate::body::{self, Body};
 use crate::collector::{self, Collected, Collector};
@@ -38,6 +38,8 @@ pub(crate) struct Worker {
     pub(crate) ticks: Ticks,
     /// A delta is in the outbox.
     pub(crate) deltas: Receiver<()>,
+    /// Told after each beat, without waiting.
+    pub(crate) beaten: Sender<()>,
     /// The time by which all must have ended.
     pub(crate) stop: Receiver<Instant>,
     /// Set by a stop.
@@ -171,6 +173,8 @@ impl Worker {
             }
         }
         self.schedule.ended(verdict, Instant::now(), fastrand::f64());
+        // Full: it has been told already. Gone: nobody asks.
+        let _ = self.beaten.try_send(());
         if verdict == Verdict::Accepted && self.outbox.waiting() > 0 {
             self.wish(Wish::Delta);
         }

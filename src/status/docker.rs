@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -42,10 +42,6 @@ impl Docker {
     pub(crate) fn new(socket: PathBuf) -> Self {
         let connector = UnixConnector { socket: socket.clone() };
         Self { agent: Agent::with_parts(config(), connector, NoResolver), socket }
-    }
-
-    pub(crate) fn socket(&self) -> &Path {
-        &self.socket
     }
 
     /// The error is for people: it names the socket, the request and what went wrong.

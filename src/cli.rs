@@ -1,0 +1,127 @@
+//! The program's command line, its log and its exit codes. Runs on the program's main thread.
+
+mod demo;
+mod run;
+
+use std::fs::OpenOptions;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::{Parser, Subcommand};
+use log::LevelFilter;
+use simplelog::{ColorChoice, ConfigBuilder, TermLogger, TerminalMode, ThreadLogMode, WriteLogger};
+
+use crate::error::{Error, chain, printable_path};
+use crate::identity::MasterIdentity;
+
+/// `EX_CONFIG` of sysexits.h: the host is not enrolled, or its configuration or bundle cannot be used.
+const NOT_CONFIGURED: u8 = 78;
+
+/// Tells a DECNET master, over mTLS, that this worker lives, what it runs, and how deploys and mutates ended.
+#[derive(Debug, Parser)]
+#[command(name = "decnet-heartbeat", version, arg_required_else_help = true)]
+struct Arguments {
+    #[command(flatten)]
+    common: Common,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, clap::Args)]
+struct Common {
+    /// The ini to read instead of $DECNET_CONFIG or /etc/decnet/decnet.ini
+    #[arg(long, global = true, value_name = "INI")]
+    config: Option<PathBuf>,
+    /// Where ca.crt, worker.crt, worker.key, topology.db and the outbox are
+    #[arg(long, global = true, value_name = "DIR")]
+    agent_dir: Option<PathBuf>,
+    /// Who counts as the master: name, ca, sha256:HEX or public [default: name]
+    #[arg(long, global = true, value_name = "RULE")]
+    master_identity: Option<MasterIdentity>,
+    /// off, error, warn, info, debug or trace [default: info; for demo: off]
+    #[arg(long, global = true, value_name = "LEVEL")]
+    log_level: Option<LevelFilter>,
+    /// Append the log to this file instead of stderr
+    #[arg(long, global = true, value_name = "PATH")]
+    log_file: Option<PathBuf>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Beat until SIGTERM or SIGINT
+    Run(RunOptions),
+    /// Watch it work against a master of its own; needs nothing
+    Demo {
+        /// About how long the demonstration takes, from 5 to 600 seconds
+        #[arg(long, value_name = "N", default_value_t = 15, value_parser = clap::value_parser!(u64).range(5..=600))]
+        seconds: u64,
+    },
+}
+
+#[derive(Debug, clap::Args)]
+struct RunOptions {
+    /// The time between two beats
+    #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = humantime::parse_duration)]
+    interval: Duration,
+    /// DECNET's state file
+    #[arg(long, value_name = "PATH", default_value = crate::status::decnet::STATE_FILE)]
+    state_file: PathBuf,
+    /// The Docker Engine's socket
+    #[arg(long, value_name = "PATH", default_value = crate::status::decnet::DOCKER_SOCKET)]
+    docker_socket: PathBuf,
+    /// Where deltas are kept [default: heartbeat.db in the agent dir]
+    #[arg(long, value_name = "PATH")]
+    outbox: Option<PathBuf>,
+    /// Rewrite this file with the stats as JSON after each beat
+    #[arg(long, value_name = "PATH")]
+    stats_file: Option<PathBuf>,
+}
+
+/// The whole program.
+pub fn main() -> ExitCode {
+    let Arguments { common, command } = Arguments::parse();
+    let usual = if matches!(command, Command::Demo { .. }) { LevelFilter::Off } else { LevelFilter::Info };
+    if let Err(error) = start_log(&common, common.log_level.unwrap_or(usual)) {
+        return fail(&error);
+    }
+    let done = match command {
+        Command::Run(options) => run::run(&common, options),
+        Command::Demo { seconds } => demo::demo(Duration::from_secs(seconds)),
+    };
+    done.map_or_else(|error| fail(&error), |()| ExitCode::SUCCESS)
+}
+
+/// Says why on stderr, wherever the log goes: an operator looks there first.
+fn fail(error: &Error) -> ExitCode {
+    eprintln!("decnet-heartbeat: {}", chain(error));
+    if error.is_not_enrolled() || error.is_config() || error.is_bundle() {
+        return ExitCode::from(NOT_CONFIGURED);
+    }
+    ExitCode::FAILURE
+}
+
+/// A line a fact: time in UTC, level, thread, message. The libraries below say nothing here: what they would quote of
+/// an answer is not escaped.
+fn start_log(common: &Common, level: LevelFilter) -> Result<(), Error> {
+    let config = ConfigBuilder::new()
+        .set_time_format_rfc3339()
+        .set_thread_level(LevelFilter::Error)
+        .set_thread_mode(ThreadLogMode::Names)
+        .set_target_level(LevelFilter::Off)
+        .set_location_level(LevelFilter::Off)
+        .add_filter_allow_str("decnet_heartbeat")
+        .build();
+    let started = match &common.log_file {
+        None => TermLogger::init(level, config, TerminalMode::Stderr, ColorChoice::Auto),
+        Some(path) => WriteLogger::init(level, config, open_log(path)?),
+    };
+    started.map_err(|source| Error::setting("the log", "is in use already").because(source))
+}
+
+fn open_log(path: &Path) -> Result<std::fs::File, Error> {
+    OpenOptions::new().create(true).append(true).open(path).map_err(|source| {
+        let problem = format!("{} cannot be appended to", printable_path(path));
+        Error::setting("--log-file", problem).because(source)
+    })
+}
