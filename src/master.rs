@@ -245,7 +245,10 @@ fn explain_tls(error: &rustls::Error) -> String {
         rustls::Error::InvalidCertificate(Bad::NotValidForNameContext { .. } | Bad::NotValidForName) => {
             "the master's certificate is neither for swarmctl nor for its host; see DECNET_MASTER_IDENTITY"
         }
-        rustls::Error::InvalidCertificate(Bad::UnknownIssuer) => "the master's certificate is not of our ca.crt",
+        // Every DECNET CA has the same name, so that of another master looks like ours with a wrong signature.
+        rustls::Error::InvalidCertificate(Bad::UnknownIssuer | Bad::BadSignature) => {
+            "the master's certificate is not of our ca.crt"
+        }
         rustls::Error::InvalidCertificate(Bad::ApplicationVerificationFailure) => {
             "the master's certificate is not the pinned one"
         }

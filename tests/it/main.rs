@@ -1,1 +1,18 @@
-//! Tests against the loopback master.
+//! Tests against the loopback master: the library as an embedder uses it, and the program as an operator does.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::panic,
+    reason = "a test that cannot go on fails there and then"
+)]
+
+mod beats;
+mod bundle;
+mod credentials;
+mod deltas;
+mod identity;
+mod program;
+mod stopping;
+mod support;

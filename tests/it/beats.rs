@@ -1,0 +1,203 @@
+//! When a beat goes out, and what it carries.
+
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::bounded;
+use decnet_heartbeat::loopback::Options;
+use decnet_heartbeat::{
+    AppliedTopology, Heartbeat, LifecycleDelta, Observed, Operation, Snapshot, StatusSource, Topology,
+};
+use serde_json::json;
+
+use crate::support::{PATIENCE, Stage, json_of, nothing_deployed, now, settled};
+
+#[test]
+fn the_first_beat_goes_out_at_once_and_says_who_we_are() {
+    let stage = Stage::new();
+    let (builder, _tick) = stage.builder();
+    let _heartbeat = builder.agent_version("9.9").start().unwrap();
+    let request = &stage.requests(1)[0];
+    assert_eq!(
+        json_of(request),
+        &json!({"host_uuid": stage.worker.uuid, "agent_version": "9.9", "status": {"deployed": false, "deckies": []}})
+    );
+    assert_eq!((request.method.as_str(), request.path.as_str()), ("POST", "/swarm/heartbeat"));
+    assert_eq!(request.header("content-type"), Some("application/json"));
+}
+
+#[test]
+fn each_tick_is_a_beat() {
+    let stage = Stage::new();
+    let (_heartbeat, tick) = stage.beating();
+    for beats in 2..5 {
+        tick.send(now()).unwrap();
+        assert!(stage.master.wait_for_beats(beats, PATIENCE));
+    }
+}
+
+#[test]
+fn the_interval_is_kept_without_a_test_ticking() {
+    let stage = Stage::new();
+    let _heartbeat = Heartbeat::builder()
+        .enrolment(stage.worker.enrolment().unwrap())
+        .status_source(nothing_deployed)
+        .interval(Duration::from_millis(100))
+        .start()
+        .unwrap();
+    assert!(stage.master.wait_for_beats(12, PATIENCE));
+    let at: Vec<_> = stage.master.received().iter().map(|request| request.at).collect();
+    // From the second on they are an interval apart; ten of them are ten intervals, give or take one beat's delay.
+    let ten = at[11] - at[1];
+    assert!((Duration::from_millis(900)..Duration::from_millis(1_300)).contains(&ten), "{ten:?}");
+}
+
+#[test]
+fn a_source_that_hangs_stops_no_beat_and_the_beat_says_so() {
+    let stage = Stage::new();
+    let (release, released) = bounded::<()>(0);
+    let source = move || {
+        let _ = released.recv();
+        nothing_deployed()
+    };
+    let (builder, tick) = stage.builder();
+    let heartbeat = builder.status_source(source).start().unwrap();
+    assert!(stage.master.wait_for_beats(1, PATIENCE));
+    tick.send(now()).unwrap();
+    assert!(stage.master.wait_for_beats(2, PATIENCE));
+    for request in stage.master.received() {
+        let error = json_of(&request)["status"]["error"].as_str().unwrap().to_owned();
+        assert!(error.starts_with("no fresh snapshot: the status source has not answered for "), "{error}");
+    }
+    assert!(heartbeat.stats().snapshot_owed_since.is_some());
+    // What comes late goes out in a beat of its own.
+    drop(release);
+    assert!(stage.master.wait_for_beats(3, PATIENCE));
+    assert_eq!(json_of(&stage.master.received()[2])["status"], json!({"deployed": false, "deckies": []}));
+    settled(&heartbeat, |stats| stats.snapshot_owed_since.is_none());
+}
+
+#[test]
+fn a_delta_does_not_wait_for_a_source_that_hangs() {
+    let stage = Stage::new();
+    let (_release, released) = bounded::<()>(0);
+    let source = move || {
+        let _ = released.recv();
+        nothing_deployed()
+    };
+    let (builder, _tick) = stage.builder();
+    let heartbeat = builder.status_source(source).start().unwrap();
+    assert!(stage.master.wait_for_beats(1, PATIENCE));
+    let pushed = Instant::now();
+    heartbeat.deltas().push(LifecycleDelta::succeeded("d", Operation::Deploy)).unwrap();
+    assert!(stage.master.wait_for_beats(2, PATIENCE));
+    assert!(pushed.elapsed() < Duration::from_millis(1_000), "{:?}", pushed.elapsed());
+}
+
+#[test]
+fn a_source_that_panics_stops_no_beat_and_is_asked_again() {
+    let stage = Stage::new();
+    let asked = AtomicU32::new(0);
+    let source = move || match asked.fetch_add(1, Ordering::Relaxed) {
+        0 => panic!("no such \u{1b}[31mdecky"),
+        _ => nothing_deployed(),
+    };
+    let (builder, tick) = stage.builder();
+    let heartbeat = builder.status_source(source).start().unwrap();
+    assert!(stage.master.wait_for_beats(1, PATIENCE));
+    tick.send(now()).unwrap();
+    assert!(stage.master.wait_for_beats(2, PATIENCE));
+    let received = stage.master.received();
+    assert_eq!(
+        json_of(&received[0])["status"],
+        json!({"error": "the status source panicked: no such \\u{1b}[31mdecky"})
+    );
+    assert_eq!(json_of(&received[1])["status"], json!({"deployed": false, "deckies": []}));
+    assert_eq!(heartbeat.stats().panics, 1);
+}
+
+/// A source that knows its topology at once and its status never.
+struct Slow(crossbeam_channel::Receiver<()>);
+
+fn topology(observed: Observed) -> Topology {
+    let applied = AppliedTopology {
+        topology_id: "t".to_owned(),
+        applied_version_hash: "h".to_owned(),
+        applied_at: 7,
+        last_error: None,
+    };
+    Topology { applied: Some(applied), observed }
+}
+
+impl StatusSource for Slow {
+    fn snapshot(&mut self) -> Snapshot {
+        let _ = self.0.recv();
+        let observed = Observed::Seen { bridges: vec!["b".to_owned()], containers: vec![] };
+        nothing_deployed().with_topology(topology(observed))
+    }
+
+    fn applied_topology(&mut self) -> Option<Topology> {
+        Some(topology(Observed::Unknown("not asked yet".to_owned())))
+    }
+}
+
+#[test]
+fn a_topology_that_is_known_is_never_left_out() {
+    let stage = Stage::new();
+    let (release, released) = bounded(0);
+    let (builder, tick) = stage.builder();
+    let _heartbeat = builder.status_source(Slow(released)).start().unwrap();
+    let topology_of = |index: usize| json_of(&stage.requests(index + 1)[index])["topology"].clone();
+    let first = topology_of(0);
+    assert_eq!((&first["topology_id"], &first["applied_version_hash"]), (&json!("t"), &json!("h")));
+    assert!(first["observed"]["error"].as_str().unwrap().starts_with("no fresh snapshot"), "{first}");
+    release.send(()).unwrap();
+    let known = json!({"topology_id": "t", "applied_version_hash": "h", "applied_at": 7, "last_error": null,
+        "observed": {"bridges": ["b"], "containers": []}});
+    assert_eq!(topology_of(1), known);
+    tick.send(now()).unwrap();
+    tick.send(now()).unwrap();
+    let later = topology_of(2);
+    assert_eq!(later["applied_version_hash"], "h");
+    assert!(
+        later["observed"]["error"].as_str().unwrap().starts_with("no fresh snapshot"),
+        "stale is not fresh: {later}"
+    );
+}
+
+#[test]
+fn a_connection_that_the_master_closed_is_resumed_and_shows_the_certificate() {
+    let stage = Stage::with(Options { idle: Duration::from_millis(50), ..Options::default() });
+    let (heartbeat, tick) = stage.beating();
+    let closed = |seen: &decnet_heartbeat::loopback::Seen| seen.connections().iter().all(|it| !it.open);
+    assert!(stage.master.wait_until(PATIENCE, closed));
+    tick.send(now()).unwrap();
+    assert!(stage.master.wait_for_beats(2, PATIENCE));
+    let handshakes: Vec<_> = stage.master.connections().into_iter().map(|it| it.handshake.unwrap()).collect();
+    assert_eq!(handshakes.iter().map(|it| it.resumed).collect::<Vec<_>>(), [false, true]);
+    assert!(handshakes.iter().all(|it| it.fingerprint == stage.worker.fingerprint));
+    assert!(settled(&heartbeat, |stats| stats.beats == 2).resumed);
+    assert_eq!(heartbeat.stats().failure.map(|failure| failure.class), None);
+}
+
+#[test]
+fn a_warm_connection_is_used_again() {
+    let stage = Stage::new();
+    let (_heartbeat, tick) = stage.beating();
+    tick.send(now()).unwrap();
+    assert!(stage.master.wait_for_beats(2, PATIENCE));
+    assert_eq!(stage.master.connections().len(), 1);
+}
+
+#[test]
+fn a_host_that_is_not_enrolled_has_a_dormant_heartbeat() {
+    let sources = decnet_heartbeat::EnrolmentSources::from_variables([("DECNET_CONFIG", "/nonexistent/decnet.ini")]);
+    let error = sources.read().unwrap_err();
+    assert!(error.is_not_enrolled(), "{error}");
+    // What the builder does with that error when it reads the environment itself: the environment of these tests has
+    // no DECNET_* in it, and the machine no /etc/decnet.
+    let heartbeat = Heartbeat::builder().start().unwrap();
+    assert!(heartbeat.stats().dormant);
+    heartbeat.deltas().push(LifecycleDelta::succeeded("d", Operation::Deploy)).unwrap();
+    assert_eq!(heartbeat.stop(Duration::ZERO).undelivered, 0);
+}

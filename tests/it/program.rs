@@ -1,0 +1,144 @@
+//! The program, as an operator and systemd use it.
+
+use std::io::{BufRead, BufReader, Read};
+use std::os::unix::net::UnixDatagram;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+
+use decnet_heartbeat::loopback::Enrolled;
+use serde_json::Value;
+
+use crate::support::{PATIENCE, Stage, json_of};
+
+/// The program without this process' environment.
+fn program() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_decnet-heartbeat"));
+    command.env_clear().env("HOME", "/nonexistent");
+    command
+}
+
+fn output(command: &mut Command) -> Output {
+    command.stdin(Stdio::null()).output().unwrap()
+}
+
+fn terminate(child: &Child) {
+    let kill = Command::new("kill").arg(child.id().to_string()).status().unwrap();
+    assert!(kill.success());
+}
+
+/// `run` for an enrolled worker, with a state file and a Docker socket that are not there.
+fn run(worker: &Enrolled, dir: &Path) -> Command {
+    let ini = dir.join("decnet.ini");
+    worker.write_ini(&ini).unwrap();
+    let mut command = program();
+    command.arg("--config").arg(ini).arg("run");
+    command.arg("--state-file").arg(dir.join("state")).arg("--docker-socket").arg(dir.join("docker.sock"));
+    command.stderr(Stdio::piped());
+    command
+}
+
+#[test]
+fn not_enrolled_is_78_and_says_where_it_looked() {
+    let output = output(program().args(["--config", "/nonexistent/decnet.ini", "run"]));
+    assert_eq!(output.status.code(), Some(78));
+    let said = String::from_utf8(output.stderr).unwrap();
+    for part in ["not enrolled", "DECNET_HOST_UUID", "DECNET_MASTER_HOST", "/nonexistent/decnet.ini"] {
+        assert!(said.contains(part), "{part} in {said}");
+    }
+}
+
+#[test]
+fn a_bundle_that_is_not_there_is_78_and_named() {
+    let mut command = program();
+    command.env("DECNET_HOST_UUID", "u").env("DECNET_MASTER_HOST", "127.0.0.1");
+    let output = output(command.args(["--agent-dir", "/nonexistent/agent", "run"]));
+    assert_eq!(output.status.code(), Some(78));
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(
+        said,
+        "decnet-heartbeat: bundle: /nonexistent/agent/ca.crt: cannot be read: No such file or directory (os error 2)\n"
+    );
+}
+
+#[test]
+fn a_wrong_option_is_2_and_named() {
+    let output = output(program().args(["--master-identity", "anyone", "run"]));
+    assert_eq!(output.status.code(), Some(2));
+    assert!(String::from_utf8(output.stderr).unwrap().contains("must be name, ca, public, or sha256:"));
+}
+
+#[test]
+fn it_beats_until_sigterm_and_exits_0() {
+    let stage = Stage::new();
+    let stats = stage.dir.path().join("stats.json");
+    let mut child = run(&stage.worker, stage.dir.path()).arg("--stats-file").arg(&stats).spawn().unwrap();
+    assert!(stage.master.wait_for_beats(1, PATIENCE));
+    terminate(&child);
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+    let mut log = String::new();
+    child.stderr.take().unwrap().read_to_string(&mut log).unwrap();
+    assert!(log.contains(&stage.worker.uuid) && log.contains(&stage.worker.fingerprint), "{log}");
+    assert_eq!(json_of(&stage.master.received()[0])["topology"]["topology_id"], Value::Null);
+}
+
+#[test]
+fn the_stats_file_is_rewritten_after_each_beat() {
+    let stage = Stage::new();
+    let stats = stage.dir.path().join("stats.json");
+    let mut command = run(&stage.worker, stage.dir.path());
+    let child = command.args(["--interval", "50ms", "--stats-file"]).arg(&stats).spawn().unwrap();
+    assert!(stage.master.wait_for_beats(5, PATIENCE));
+    terminate(&child);
+    child.wait_with_output().unwrap();
+    let stats: Value = serde_json::from_slice(&std::fs::read(&stats).unwrap()).unwrap();
+    assert_eq!((&stats["host_uuid"], &stats["failure"]), (&stage.worker.uuid.as_str().into(), &Value::Null));
+    assert!(stats["beats"].as_u64().unwrap() >= 3, "{stats}");
+}
+
+#[test]
+fn the_log_goes_to_a_file_when_told() {
+    let stage = Stage::new();
+    let log = stage.dir.path().join("heartbeat.log");
+    let mut command = run(&stage.worker, stage.dir.path());
+    let child = command.args(["--log-level", "debug", "--log-file"]).arg(&log).spawn().unwrap();
+    assert!(stage.master.wait_for_beats(1, PATIENCE));
+    terminate(&child);
+    assert_eq!(child.wait_with_output().unwrap().stderr, b"");
+    let log = std::fs::read_to_string(log).unwrap();
+    assert!(log.contains("[INFO] (decnet-heartbeat) first beat accepted"), "{log}");
+    assert!(!log.contains("ureq") && !log.contains("POST"), "only our own lines: {log}");
+}
+
+#[test]
+fn systemd_hears_that_it_is_ready_alive_and_stopping() {
+    let stage = Stage::new();
+    let socket: PathBuf = stage.dir.path().join("notify");
+    let systemd = UnixDatagram::bind(&socket).unwrap();
+    systemd.set_read_timeout(Some(PATIENCE)).unwrap();
+    let mut command = run(&stage.worker, stage.dir.path());
+    let mut child = command.env("NOTIFY_SOCKET", &socket).env("WATCHDOG_USEC", "100000").spawn().unwrap();
+    let hear = || {
+        let mut said = [0; 100];
+        let length = systemd.recv(&mut said).unwrap();
+        String::from_utf8(said[..length].to_vec()).unwrap().trim().to_owned()
+    };
+    assert_eq!(hear(), "READY=1");
+    assert_eq!(hear(), "WATCHDOG=1");
+    terminate(&child);
+    let last = std::iter::repeat_with(hear).find(|said| said != "WATCHDOG=1");
+    assert_eq!(last.as_deref(), Some("STOPPING=1"));
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+}
+
+#[test]
+fn the_demo_shows_an_outage_and_the_recovery_of_a_delta() {
+    let mut child = program().args(["demo", "--seconds", "5"]).stdout(Stdio::piped()).spawn().unwrap();
+    let lines: Vec<_> = BufReader::new(child.stdout.take().unwrap()).lines().map(Result::unwrap).collect();
+    assert_eq!(child.wait().unwrap().code(), Some(0), "{lines:#?}");
+    let told =
+        |part: &str| lines.iter().position(|line| line.contains(part)).unwrap_or_else(|| panic!("{part}: {lines:#?}"));
+    assert!(told("the master is gone") < told("beat failed (refused)"));
+    assert!(told("the master is back") < told("mutate decky-01 failed (compose exited with 1)"));
+    let summary = lines.last().unwrap();
+    assert!(summary.contains("2 deltas delivered, 0 lost"), "{summary}");
+}

@@ -1,0 +1,104 @@
+//! A loopback master with one enrolled worker, and heartbeats that beat when a test says so.
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Sender, unbounded};
+use decnet_heartbeat::loopback::{Enrolled, LoopbackMaster, Options, Received};
+use decnet_heartbeat::{Heartbeat, HeartbeatBuilder, Snapshot};
+use serde_json::{Value, json};
+
+/// Longer than anything a test waits for; reaching it is a failure.
+pub const PATIENCE: Duration = Duration::from_secs(20);
+
+/// A master, and a worker that is enrolled with it.
+pub struct Stage {
+    pub dir: tempfile::TempDir,
+    pub master: LoopbackMaster,
+    pub worker: Enrolled,
+}
+
+impl Stage {
+    pub fn new() -> Self {
+        Self::with(Options::default())
+    }
+
+    pub fn with(options: Options) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let master = LoopbackMaster::start_with(options).unwrap();
+        let worker = master.enrol(&dir.path().join("agent")).unwrap();
+        Self { dir, master, worker }
+    }
+
+    pub fn agent_dir(&self) -> PathBuf {
+        self.worker.agent_dir.clone()
+    }
+
+    /// A builder whose heartbeat reports that nothing is deployed, and beats on the ticks that the test sends.
+    pub fn builder(&self) -> (HeartbeatBuilder, Sender<Instant>) {
+        let (tick, ticks) = unbounded();
+        let builder = Heartbeat::builder()
+            .enrolment(self.worker.enrolment().unwrap())
+            .status_source(nothing_deployed)
+            .ticks(ticks);
+        (builder, tick)
+    }
+
+    /// A heartbeat whose first beat has been accepted.
+    pub fn beating(&self) -> (Heartbeat, Sender<Instant>) {
+        let (builder, tick) = self.builder();
+        let heartbeat = builder.start().unwrap();
+        assert!(self.master.wait_for_beats(1, PATIENCE), "no first beat: {:?}", heartbeat.stats());
+        (heartbeat, tick)
+    }
+
+    /// Waits until `count` requests have come in, refused ones too, and gives them.
+    pub fn requests(&self, count: usize) -> Vec<Received> {
+        let came = self.master.wait_until(PATIENCE, |seen| seen.received().len() >= count);
+        let received = self.master.received();
+        assert!(came, "{} of {count} requests: {:?}", received.len(), self.master.connections());
+        received
+    }
+
+    /// Waits until that many operations are closed.
+    pub fn closed_rows(&self, count: usize) {
+        let closed = |seen: &decnet_heartbeat::loopback::Seen| {
+            seen.rows().iter().filter(|row| row.completed_at.is_some()).count() >= count
+        };
+        assert!(self.master.wait_until(PATIENCE, closed), "{:?}", self.master.rows());
+    }
+}
+
+pub fn nothing_deployed() -> Snapshot {
+    Snapshot::new(&json!({"deployed": false, "deckies": []}))
+}
+
+/// A tick.
+pub fn now() -> Instant {
+    Instant::now()
+}
+
+/// Waits until the heartbeat's stats are as `done` wants them. They change just after the master has answered, which
+/// no event of the master's shows.
+pub fn settled(heartbeat: &Heartbeat, done: impl Fn(&decnet_heartbeat::Stats) -> bool) -> decnet_heartbeat::Stats {
+    let end = Instant::now() + PATIENCE;
+    loop {
+        let stats = heartbeat.stats();
+        if done(&stats) {
+            return stats;
+        }
+        assert!(Instant::now() < end, "{stats:?}");
+        std::thread::yield_now();
+    }
+}
+
+/// The JSON of a request.
+pub fn json_of(request: &Received) -> &Value {
+    request.json.as_ref().expect("a body of JSON")
+}
+
+/// The deckies of a request's deltas, in their order.
+pub fn deckies(request: &Received) -> Vec<String> {
+    let lifecycle = json_of(request)["lifecycle"].as_array().cloned().unwrap_or_default();
+    lifecycle.iter().map(|delta| delta["decky_name"].as_str().unwrap().to_owned()).collect()
+}
