@@ -1,14 +1,20 @@
-//! What the tests against real peers share.
+//! The peers that these tests run: the real master, in Python, and a Docker Engine of their own.
 
-use std::path::PathBuf;
+pub mod docker;
+pub mod master;
+mod process;
 
-/// The Python interpreter of a virtual environment with `decnet` 1.0.0: `DECNET_PYTHON`, or the one that
-/// `tests/real/setup.sh` makes.
+pub use docker::Docker;
+pub use master::RealMaster;
+
+use std::path::{Path, PathBuf};
+
+/// The Python that has the real master.
 pub fn python() -> PathBuf {
-    if let Some(path) = std::env::var_os("DECNET_PYTHON") {
-        return PathBuf::from(path);
-    }
-    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("target/decnet-venv/bin/python");
-    assert!(path.exists(), "{} does not exist: run tests/real/setup.sh, or set DECNET_PYTHON", path.display());
-    path
+    let python = match std::env::var_os("DECNET_PYTHON") {
+        Some(path) => PathBuf::from(path),
+        None => Path::new(env!("CARGO_MANIFEST_DIR")).join("target/decnet-venv/bin/python"),
+    };
+    assert!(python.exists(), "{} is not there: run tests/real/setup.sh, or set DECNET_PYTHON", python.display());
+    python
 }
