@@ -1,5 +1,4 @@
 //! Our reading of the environment and of `decnet.ini` held against the real agent's, case by case.
-#![allow(clippy::unwrap_used, reason = "a helper of a test fails as the test does")]
 
 use std::collections::BTreeMap;
 use std::fs;

@@ -9,5 +9,6 @@
 )]
 
 mod enrolment;
+mod heartbeat;
 mod peers;
 mod support;
