@@ -50,8 +50,10 @@ fn run(mut source: Box<dyn StatusSource>, asked: &Receiver<()>, answer: &Sender<
         Ok(topology) => topology.map(Collected::Topology),
         Err(panic) => Some(Collected::Panicked(message(panic.as_ref()))),
     };
-    // An error means that the heartbeat thread is gone; then so is the next question.
-    let _ = first.map(|first| answer.send(first));
+    if let Some(first) = first {
+        // An error means that the heartbeat thread is gone; then so is the next question.
+        let _ = answer.send(first);
+    }
     while let Ok(()) = asked.recv() {
         // A source that panics is asked again: what state it is in is its own matter, and safe code keeps it sound.
         let snapshot = match catch_unwind(AssertUnwindSafe(|| source.snapshot())) {

@@ -110,7 +110,7 @@ impl Master {
         let mut answer = self.try_once(body, within);
         let reused = self.connections().tried == tried;
         let left = within.saturating_sub(started.elapsed());
-        if reused && answer.as_ref().is_err_and(|error| is_connection_loss(error)) && !left.is_zero() {
+        if reused && answer.as_ref().is_err_and(is_connection_loss) && !left.is_zero() {
             log::debug!("the connection was closed meanwhile, trying a fresh one");
             answer = self.try_once(body, left);
         }
@@ -203,9 +203,12 @@ fn parse_retry_after(text: &str, now: SystemTime) -> Option<Duration> {
     Some(wait.clamp(least, most))
 }
 
-/// Whether this is how a connection looks that the other side closed while it was idle.
+/// Whether this is how a connection looks that the other side had closed. A timeout is none: to try again at once would
+/// double the load of a master that is slow already.
 fn is_connection_loss(error: &ureq::Error) -> bool {
-    !matches!(error, ureq::Error::Timeout(_))
+    use std::io::ErrorKind as Kind;
+    let lost = [Kind::BrokenPipe, Kind::ConnectionAborted, Kind::ConnectionReset, Kind::UnexpectedEof];
+    matches!(error, ureq::Error::Io(error) if lost.contains(&error.kind()))
 }
 
 /// The class of a failure in one word.

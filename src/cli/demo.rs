@@ -17,23 +17,28 @@ use crate::loopback::{Enrolled, LifecycleRow, LoopbackMaster, RowStatus};
 use crate::stats::{Failure, Stats};
 use crate::status::Snapshot;
 
-/// What happens, and at which part of the time.
-const SCRIPT: [(f64, fn(&mut Demo) -> Result<(), Error>); 6] = [
-    (0.15, Demo::the_master_orders_a_deploy),
-    (0.25, Demo::the_deploy_succeeds),
-    (0.40, Demo::the_master_goes_away),
-    (0.50, Demo::a_mutate_fails_meanwhile),
-    (0.70, Demo::the_master_comes_back),
-    (1.00, Demo::the_end),
+/// Something that happens, at some part of the time.
+struct Scene {
+    at: f64,
+    happens: fn(&mut Demo) -> Result<(), Error>,
+}
+
+const SCRIPT: [Scene; 6] = [
+    Scene { at: 0.15, happens: Demo::the_master_orders_a_deploy },
+    Scene { at: 0.25, happens: Demo::the_deploy_succeeds },
+    Scene { at: 0.40, happens: Demo::the_master_goes_away },
+    Scene { at: 0.50, happens: Demo::a_mutate_fails_meanwhile },
+    Scene { at: 0.70, happens: Demo::the_master_comes_back },
+    Scene { at: 1.00, happens: Demo::the_end },
 ];
 
 /// Where everything is in order by the end, it says so in a line; otherwise that is the error.
 pub(super) fn demo(length: Duration) -> Result<(), Error> {
     let start = Instant::now();
     let mut demo = Demo::new(start, length)?;
-    for (part, happen) in SCRIPT {
-        demo.watch_until(start + length.mul_f64(part));
-        happen(&mut demo)?;
+    for scene in SCRIPT {
+        demo.watch_until(start + length.mul_f64(scene.at));
+        (scene.happens)(&mut demo)?;
     }
     demo.summary()
 }
