@@ -4,10 +4,13 @@
 //! - The file is its owner's alone (0600) from its first byte, and `-wal` and `-shm` take after it.
 //! - A schema is made or migrated in one transaction, and `user_version` tells which it is.
 //! - Where no file can be written the outbox is in memory, and says so.
+//! - What the master has answered is never sent again, even while the file cannot be written: it is remembered, and
+//!   the file follows when it can.
 //!
 //! Called on the threads that push, and on the heartbeat thread, under one lock that is held for a statement or a
 //! transaction, never for the network.
 
+use std::collections::BTreeMap;
 use std::fs::OpenOptions;
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
@@ -15,7 +18,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use rusqlite::{Connection, OpenFlags, Row, Transaction, TransactionBehavior, params};
+use rusqlite::{Connection, OpenFlags, Row, TransactionBehavior, params};
 
 use crate::delta::{LifecycleDelta, Outcome, from_micros, micros};
 use crate::error::Error;
@@ -47,11 +50,59 @@ pub(crate) struct Kept {
     pub(crate) delta: LifecycleDelta,
 }
 
+/// What the master has said of a delta for good.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Settled {
+    /// It has it: it is gone from the outbox.
+    Delivered,
+    /// It will never take it: it is kept aside with the reason.
+    Rejected(String),
+}
+
 #[derive(Debug)]
 pub(crate) struct Outbox {
-    database: Mutex<Connection>,
+    shared: Mutex<Shared>,
     path: Option<PathBuf>,
     waiting: AtomicU64,
+}
+
+#[derive(Debug)]
+struct Shared {
+    database: Connection,
+    /// Settled, and not yet written down: the file could not be written then.
+    unwritten: BTreeMap<i64, Settled>,
+}
+
+impl Shared {
+    fn new(database: Connection) -> Mutex<Self> {
+        Mutex::new(Self { database, unwritten: BTreeMap::new() })
+    }
+
+    fn waiting(&self) -> rusqlite::Result<u64> {
+        Ok(count(&self.database)?.saturating_sub(self.unwritten.len() as u64))
+    }
+
+    /// Writes down what is settled, in one transaction.
+    fn write_down(&mut self) -> rusqlite::Result<()> {
+        if self.unwritten.is_empty() {
+            return Ok(());
+        }
+        let transaction = self.database.transaction_with_behavior(TransactionBehavior::Immediate)?;
+        for (id, settled) in &self.unwritten {
+            match settled {
+                Settled::Delivered => {
+                    transaction.prepare_cached("DELETE FROM delta WHERE id = ?1")?.execute([id])?;
+                }
+                Settled::Rejected(reason) => {
+                    let mut update = transaction.prepare_cached("UPDATE delta SET rejected = ?2 WHERE id = ?1")?;
+                    update.execute(params![id, reason])?;
+                }
+            }
+        }
+        transaction.commit()?;
+        self.unwritten.clear();
+        Ok(())
+    }
 }
 
 impl Outbox {
@@ -88,13 +139,13 @@ impl Outbox {
         });
         let (database, waiting) =
             opened.map_err(|source| Error::outbox(Some(path), "cannot be opened").because(source))?;
-        Ok(Self { database: Mutex::new(database), path: Some(path.to_owned()), waiting: waiting.into() })
+        Ok(Self { shared: Shared::new(database), path: Some(path.to_owned()), waiting: waiting.into() })
     }
 
     fn in_memory() -> Result<Self, Error> {
         let database = Connection::open_in_memory().and_then(|mut database| migrate(&mut database).map(|()| database));
         let database = database.map_err(|source| Error::outbox(None, "cannot be opened").because(source))?;
-        Ok(Self { database: Mutex::new(database), path: None, waiting: AtomicU64::new(0) })
+        Ok(Self { shared: Shared::new(database), path: None, waiting: AtomicU64::new(0) })
     }
 
     /// The file, or `None` for an outbox in memory.
@@ -109,71 +160,77 @@ impl Outbox {
 
     /// Keeps `deltas` in one transaction: all of them are on the disk when it returns, or none.
     pub(crate) fn keep(&self, deltas: &[LifecycleDelta]) -> Result<(), Error> {
-        self.write("cannot keep a delta", |transaction| {
-            let sql = "INSERT INTO delta (decky, operation, error, completed_at) VALUES (?1, ?2, ?3, ?4)";
-            let mut insert = transaction.prepare_cached(sql)?;
-            for delta in deltas {
-                let error = match delta.outcome() {
-                    Outcome::Succeeded => None,
-                    Outcome::Failed(error) => Some(error),
-                };
-                insert.execute(params![delta.decky(), delta.operation().as_str(), error, micros(delta.when())])?;
-            }
-            Ok(())
-        })
+        let mut shared = self.lock();
+        insert(&mut shared.database, deltas).map_err(|source| self.failed("cannot keep a delta", source))?;
+        // Nothing but a count, and of what is on the disk: the next look sets it right.
+        self.waiting.fetch_add(deltas.len() as u64, Ordering::Relaxed);
+        Ok(())
     }
 
     /// The deltas that wait, **newest first**: the master gives each delta to the newest open row of its decky and
     /// operation, so this order lands two of one decky on their own rows. Other processes' deltas are among them.
     pub(crate) fn waiting_deltas(&self, most: usize) -> Result<Vec<Kept>, Error> {
-        let database = self.lock();
-        let read = |database: &Connection| {
-            self.waiting.store(count(database)?, Ordering::Relaxed);
+        let mut shared = self.lock();
+        if let Err(error) = shared.write_down() {
+            log::debug!("what is settled cannot be written down yet: error={error}");
+        }
+        let read = |shared: &Shared| {
+            self.waiting.store(shared.waiting()?, Ordering::Relaxed);
             let sql = "SELECT id, decky, operation, error, completed_at FROM delta WHERE rejected IS NULL
                        ORDER BY id DESC LIMIT ?1";
-            let mut select = database.prepare_cached(sql)?;
-            select.query_map([most as i64], kept)?.collect::<rusqlite::Result<Vec<_>>>()
+            let mut select = shared.database.prepare_cached(sql)?;
+            let rows = select.query_map([(most + shared.unwritten.len()) as i64], kept)?;
+            let unsettled = |kept: &rusqlite::Result<Kept>| {
+                kept.as_ref().map_or(true, |kept| !shared.unwritten.contains_key(&kept.id))
+            };
+            rows.filter(unsettled).take(most).collect::<rusqlite::Result<Vec<_>>>()
         };
-        read(&database).map_err(|source| self.failed("cannot be read", source))
+        read(&shared).map_err(|source| self.failed("cannot be read", source))
     }
 
-    /// The master has these: they are gone from the outbox.
-    pub(crate) fn delivered(&self, deltas: &[Kept]) -> Result<(), Error> {
-        self.write("cannot forget a delivered delta", |transaction| {
-            let mut delete = transaction.prepare_cached("DELETE FROM delta WHERE id = ?1")?;
-            deltas.iter().try_for_each(|kept| delete.execute([kept.id]).map(drop))
-        })
-    }
-
-    /// The master will never take this one: it is kept aside with the reason, and never sent again.
-    pub(crate) fn rejected(&self, delta: &Kept, reason: &str) -> Result<(), Error> {
-        self.write("cannot put a rejected delta aside", |transaction| {
-            let mut update = transaction.prepare_cached("UPDATE delta SET rejected = ?2 WHERE id = ?1")?;
-            update.execute(params![delta.id, reason]).map(drop)
-        })
-    }
-
-    fn write(&self, doing: &str, change: impl FnOnce(&Transaction<'_>) -> rusqlite::Result<()>) -> Result<(), Error> {
-        let mut database = self.lock();
-        let run = || {
-            let transaction = database.transaction_with_behavior(TransactionBehavior::Immediate)?;
-            change(&transaction)?;
-            let waiting = count(&transaction)?;
-            transaction.commit()?;
-            self.waiting.store(waiting, Ordering::Relaxed);
-            Ok(())
-        };
-        run().map_err(|source| self.failed(doing, source))
+    /// The master has answered for good: these are never sent again. An error says that the file does not know it yet,
+    /// and that after a restart before it does they would be.
+    pub(crate) fn settle(&self, deltas: &[Kept], settled: &Settled) -> Result<(), Error> {
+        let mut shared = self.lock();
+        shared.unwritten.extend(deltas.iter().map(|kept| (kept.id, settled.clone())));
+        let written = shared.write_down().and_then(|()| shared.waiting());
+        match written {
+            Ok(waiting) => {
+                self.waiting.store(waiting, Ordering::Relaxed);
+                Ok(())
+            }
+            Err(source) => {
+                let before = self.waiting.load(Ordering::Relaxed);
+                self.waiting.store(before.saturating_sub(deltas.len() as u64), Ordering::Relaxed);
+                Err(self.failed("cannot note what the master has answered", source))
+            }
+        }
     }
 
     /// A thread that panicked while it held the lock left no transaction behind: dropping it rolled it back.
-    fn lock(&self) -> MutexGuard<'_, Connection> {
-        self.database.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Shared> {
+        self.shared.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn failed(&self, doing: &str, source: rusqlite::Error) -> Error {
         Error::outbox(self.path.as_deref(), doing).because(source)
     }
+}
+
+fn insert(database: &mut Connection, deltas: &[LifecycleDelta]) -> rusqlite::Result<()> {
+    let transaction = database.transaction_with_behavior(TransactionBehavior::Immediate)?;
+    {
+        let sql = "INSERT INTO delta (decky, operation, error, completed_at) VALUES (?1, ?2, ?3, ?4)";
+        let mut insert = transaction.prepare_cached(sql)?;
+        for delta in deltas {
+            let error = match delta.outcome() {
+                Outcome::Succeeded => None,
+                Outcome::Failed(error) => Some(error),
+            };
+            insert.execute(params![delta.decky(), delta.operation().as_str(), error, micros(delta.when())])?;
+        }
+    }
+    transaction.commit()
 }
 
 /// Brings an empty or older database to [`VERSION`], in one transaction.
@@ -253,11 +310,28 @@ mod tests {
         let outbox = open(dir.path());
         outbox.keep(&[delta("a"), delta("b"), delta("c")]).unwrap();
         let kept = outbox.waiting_deltas(10).unwrap();
-        outbox.delivered(&kept[..1]).unwrap();
-        outbox.rejected(&kept[1], "no").unwrap();
+        outbox.settle(&kept[..1], &Settled::Delivered).unwrap();
+        outbox.settle(&kept[1..2], &Settled::Rejected("no".to_owned())).unwrap();
         assert_eq!(outbox.waiting(), 1);
         drop(outbox);
         assert_eq!(deckies(&open(dir.path())), ["a"]);
+    }
+
+    #[test]
+    fn what_is_settled_while_the_file_is_locked_is_not_sent_again_and_written_down_later() {
+        let dir = tempfile::tempdir().unwrap();
+        let outbox = open(dir.path());
+        outbox.keep(&[delta("a"), delta("b"), delta("c")]).unwrap();
+        let other = Connection::open(dir.path().join(FILE)).unwrap();
+        other.execute_batch("BEGIN IMMEDIATE").unwrap();
+        let kept = outbox.waiting_deltas(10).unwrap();
+        let error = outbox.settle(&kept[..1], &Settled::Delivered).unwrap_err();
+        assert!(error.to_string().ends_with("cannot note what the master has answered"), "{error}");
+        outbox.settle(&kept[1..2], &Settled::Rejected("no".to_owned())).unwrap_err();
+        assert_eq!((deckies(&outbox), outbox.waiting()), (vec!["a".to_owned()], 1));
+        other.execute_batch("COMMIT").unwrap();
+        assert_eq!(deckies(&outbox), ["a"]);
+        assert_eq!(deckies(&open(dir.path())), ["a"], "now the file knows it too");
     }
 
     #[test]

@@ -84,7 +84,10 @@ impl Schedule {
                 self.ask_again |= why == Wish::Delta;
                 (asked, Question::None)
             }
-            None => (*self.asked.insert(now), Question::Ask),
+            None => {
+                self.ask_again = false;
+                (*self.asked.insert(now), Question::Ask)
+            }
         };
         let due = (asked + self.patience(why)).max(now);
         self.due = Some(self.due.map_or(due, |earlier| earlier.min(due)));

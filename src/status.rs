@@ -18,8 +18,8 @@ use crate::body;
 /// ```
 /// use decnet_heartbeat::{Snapshot, StatusSource};
 ///
-/// let mut source = || Snapshot::new(&serde_json::json!({"deployed": false, "deckies": []}));
-/// assert_eq!(source.snapshot().status(), r#"{"deployed":false,"deckies":[]}"#);
+/// let mut source = || Snapshot::new(&serde_json::json!({"deckies": [], "deployed": false}));
+/// assert_eq!(source.snapshot().status(), r#"{"deckies":[],"deployed":false}"#);
 /// ```
 pub trait StatusSource: Send {
     /// What runs on this host now. What cannot be found out is said inside, not hidden.

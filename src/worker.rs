@@ -13,10 +13,11 @@ use crate::error::chain;
 use crate::limits;
 use crate::link::Link;
 use crate::master::{Reply, Verdict};
-use crate::outbox::{Kept, Outbox};
+use crate::outbox::{Kept, Outbox, Settled};
 use crate::schedule::{Fired, Question, Schedule, Ticks, Wish};
 use crate::stats::{Failure, SharedStats};
 use crate::status::{Observed, Snapshot, Topology};
+use crate::text::printable;
 
 /// What the heartbeat thread wakes for.
 #[derive(Debug)]
@@ -175,7 +176,7 @@ impl Worker {
         self.schedule.ended(verdict, Instant::now(), fastrand::f64());
         // Full: it has been told already. Gone: nobody asks.
         let _ = self.beaten.try_send(());
-        if verdict == Verdict::Accepted && self.outbox.waiting() > 0 {
+        if verdict == Verdict::Accepted && !deltas.is_empty() && self.outbox.waiting() > 0 {
             self.wish(Wish::Delta);
         }
     }
@@ -185,17 +186,16 @@ impl Worker {
     fn isolate(&mut self, snapshot: &Snapshot, refused: usize) -> Verdict {
         let mut size = refused;
         loop {
-            size = size.div_ceil(2).max(1);
+            size = size.div_ceil(2);
             let deltas = self.waiting(size);
             let verdict = self.exchange(snapshot, &deltas);
             match (verdict, deltas.as_slice()) {
-                (Verdict::Accepted, []) => return verdict,
-                (Verdict::Accepted, _) if self.stop.is_empty() => (),
+                (Verdict::Accepted, [_, ..]) if self.stop.is_empty() => (),
+                (Verdict::BodyRefused, [_, _, ..]) => (),
                 (Verdict::BodyRefused, [delta]) => {
                     self.reject(delta);
                     return Verdict::Accepted;
                 }
-                (Verdict::BodyRefused, [_, _, ..]) => (),
                 _ => return verdict,
             }
         }
@@ -203,14 +203,14 @@ impl Worker {
 
     fn reject(&self, kept: &Kept) {
         let reason = self.stats.read().failure.map_or_else(String::new, |it| format!("{}: {}", it.class, it.detail));
-        let (decky, operation) = (crate::text::printable(kept.delta.decky()), kept.delta.operation());
+        let (decky, operation) = (printable(kept.delta.decky()), kept.delta.operation());
         log::error!(
-            "the master refuses a delta for good, it is put aside: decky={decky} operation={operation} {reason}"
+            "the master refuses a delta for good, it is put aside: host={} decky={decky:?} operation={operation} \
+             reason={reason:?}",
+            self.host()
         );
-        match self.outbox.rejected(kept, &reason) {
-            Ok(()) => self.stats.change(|stats| stats.rejected += 1),
-            Err(error) => log::error!("error={}", chain(&error)),
-        }
+        self.settle(std::slice::from_ref(kept), &Settled::Rejected(reason));
+        self.stats.change(|stats| stats.rejected += 1);
     }
 
     /// One POST, and what follows from it at once: the deltas in it are forgotten when they are delivered.
@@ -232,8 +232,9 @@ impl Worker {
         };
         self.stats.change(|stats| stats.working_since = Some(Instant::now()));
         let reply = self.link.master().post(&body, self.within());
-        if reply.verdict == Verdict::Accepted {
-            self.forget(deltas);
+        if reply.verdict == Verdict::Accepted && !deltas.is_empty() {
+            self.settle(deltas, &Settled::Delivered);
+            self.stats.change(|stats| stats.delivered += deltas.len() as u64);
         }
         self.note(&reply, deltas.len());
         reply.verdict
@@ -255,14 +256,10 @@ impl Worker {
         })
     }
 
-    fn forget(&self, deltas: &[Kept]) {
-        if deltas.is_empty() {
-            return;
+    fn settle(&self, deltas: &[Kept], settled: &Settled) {
+        if let Err(error) = self.outbox.settle(deltas, settled) {
+            log::error!("after a restart a delta may be sent again: error={}", chain(&error));
         }
-        if let Err(error) = self.outbox.delivered(deltas) {
-            log::error!("delivered deltas will be sent again: error={}", chain(&error));
-        }
-        self.stats.change(|stats| stats.delivered += deltas.len() as u64);
     }
 
     /// What a beat says when its snapshot is not there in time: nothing but why.

@@ -34,6 +34,8 @@ pub struct DecnetStatus {
     state_file: PathBuf,
     docker: Docker,
     topology: TopologyFile,
+    /// What was wrong with each, the last time.
+    said: [Said; 3],
 }
 
 impl DecnetStatus {
@@ -44,6 +46,7 @@ impl DecnetStatus {
             state_file: STATE_FILE.into(),
             docker: Docker::new(DOCKER_SOCKET.into()),
             topology: TopologyFile::new(agent_dir.join("topology.db")),
+            said: Default::default(),
         }
     }
 
@@ -59,16 +62,15 @@ impl DecnetStatus {
         self
     }
 
-    fn status(&self, engine: &Result<Engine, String>) -> Snapshot {
+    /// The status, or why it is not known.
+    fn status(&self, engine: &Result<Engine, String>) -> Result<Snapshot, String> {
         let content = match files::read(&self.state_file, limits::STATE_FILE) {
             Ok(content) => content,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Snapshot::new(&Status::NOTHING),
-            Err(error) => return Snapshot::unknown(&self.broken(&error.to_string())),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Snapshot::new(&Status::NOTHING)),
+            Err(error) => return Err(self.broken(&error.to_string())),
         };
-        match serde_json::from_slice::<State<'_>>(&content) {
-            Ok(state) => state.report(engine),
-            Err(error) => Snapshot::unknown(&self.broken(&error.to_string())),
-        }
+        let state: State<'_> = serde_json::from_slice(&content).map_err(|error| self.broken(&error.to_string()))?;
+        state.report(engine).map_err(|error| self.broken(&format!("a decky: {error}")))
     }
 
     fn broken(&self, problem: &str) -> String {
@@ -79,11 +81,13 @@ impl DecnetStatus {
 impl StatusSource for DecnetStatus {
     fn snapshot(&mut self) -> Snapshot {
         let engine = self.docker.engine();
-        let snapshot = self.status(&engine);
-        let (applied, problem) = self.topology.read();
-        if let Err(problem) = problem {
-            log::warn!("the applied topology cannot be read, reporting the last one known: {problem}");
-        }
+        let status = self.status(&engine);
+        let (applied, topology) = self.topology.read();
+        let [docker_said, state_said, topology_said] = &mut self.said;
+        docker_said.note("Docker", engine.as_ref().err());
+        state_said.note("the state file", status.as_ref().err());
+        topology_said.note("topology.db, reporting the last topology known", topology.as_ref().err());
+        let snapshot = status.unwrap_or_else(|error| Snapshot::unknown(&error));
         match applied {
             Some(applied) => snapshot.with_topology(Topology { applied, observed: observe(&engine) }),
             None => snapshot,
@@ -93,6 +97,23 @@ impl StatusSource for DecnetStatus {
     fn applied_topology(&mut self) -> Option<Topology> {
         let applied = self.topology.read().0?;
         Some(Topology { applied, observed: Observed::Unknown("Docker has not been asked yet".to_owned()) })
+    }
+}
+
+/// Logs a problem when it comes, changes or goes, and not every 30 s.
+#[derive(Debug, Default)]
+struct Said(Option<String>);
+
+impl Said {
+    fn note(&mut self, whose: &str, problem: Option<&String>) {
+        if self.0.as_ref() == problem {
+            return;
+        }
+        match problem {
+            Some(problem) => log::warn!("cannot be read: {whose}: error={problem:?}"),
+            None => log::info!("can be read again: {whose}"),
+        }
+        self.0 = problem.cloned();
     }
 }
 
@@ -123,24 +144,22 @@ struct Decky<'a> {
 }
 
 impl State<'_> {
-    fn report(&self, engine: &Result<Engine, String>) -> Snapshot {
+    /// An error is about a decky that cannot be read.
+    fn report(&self, engine: &Result<Engine, String>) -> serde_json::Result<Snapshot> {
         let (mode, compose_path) = (self.config.mode, self.compose_path);
         let engine = match engine {
             Ok(engine) => engine,
-            Err(error) => return Snapshot::new(&Status::Unseen { deployed: true, mode, compose_path, error }),
+            Err(error) => return Ok(Snapshot::new(&Status::Unseen { deployed: true, mode, compose_path, error })),
         };
-        let read: Result<Vec<Decky<'_>>, _> =
-            self.config.deckies.iter().map(|decky| serde_json::from_str(decky.get())).collect();
-        match read {
-            Ok(deckies) => Snapshot::new(&Status::Deployed {
-                deployed: true,
-                mode,
-                compose_path,
-                deckies: &self.config.deckies,
-                runtime: runtime(&deckies, &engine.containers),
-            }),
-            Err(error) => Snapshot::unknown(&format!("a decky of the state file: {}", printable(&error.to_string()))),
-        }
+        let deckies: Vec<Decky<'_>> =
+            self.config.deckies.iter().map(|decky| serde_json::from_str(decky.get())).collect::<Result<_, _>>()?;
+        Ok(Snapshot::new(&Status::Deployed {
+            deployed: true,
+            mode,
+            compose_path,
+            deckies: &self.config.deckies,
+            runtime: runtime(&deckies, &engine.containers),
+        }))
     }
 }
 
@@ -204,7 +223,7 @@ mod tests {
         let (_dir, source) = source(Some(STATE));
         let containers = [("d1-ssh", "running"), ("d1-smb-share", "exited"), ("d1-smb_share", "running")];
         assert_eq!(
-            source.status(&engine(&containers)).status(),
+            source.status(&engine(&containers)).unwrap().status(),
             concat!(
                 r#"{"deployed":true,"mode":"swarm","compose_path":"/x.yml","deckies":["#,
                 r#"{"name": "d1", "services": ["ssh", "smb_share"], "weird": 1.50e2, "deep": {"a": [1, null]}},"#,
@@ -240,19 +259,15 @@ mod tests {
             ("[]", "invalid length 0, expected struct State with 2 elements at line 1 column 2"),
             ("{}", "missing field `config` at line 1 column 2"),
             (r#"{"config": {"mode": 1, "deckies": {}}}"#, "invalid type: map, expected a sequence at line 1 column 34"),
+            (
+                r#"{"config": {"mode": 1, "deckies": [{"name": "x"}]}, "compose_path": ""}"#,
+                "a decky: missing field `services` at line 1 column 13",
+            ),
         ] {
             let (dir, source) = source(Some(state));
-            let path = dir.path().join("decnet-state.json");
-            let expected = format!(r#"{{"error":"state file {}: {problem}"}}"#, path.display());
-            assert_eq!(source.status(&engine(&[])).status(), expected, "{state}");
+            let expected = format!("state file {}: {problem}", dir.path().join("decnet-state.json").display());
+            assert_eq!(source.status(&engine(&[])).unwrap_err(), expected, "{state}");
         }
-    }
-
-    #[test]
-    fn a_decky_that_cannot_be_read_is_said() {
-        let (_dir, source) = source(Some(r#"{"config": {"mode": 1, "deckies": [{"name": "x"}]}, "compose_path": ""}"#));
-        let expected = r#"{"error":"a decky of the state file: missing field `services` at line 1 column 13"}"#;
-        assert_eq!(source.status(&engine(&[])).status(), expected);
     }
 
     #[test]

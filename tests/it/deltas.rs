@@ -175,6 +175,28 @@ fn nothing_is_sent_again_after_a_2xx() {
 }
 
 #[test]
+fn nothing_is_sent_again_while_the_outbox_cannot_be_written() {
+    let mut stage = Stage::new();
+    let (heartbeat, tick) = stage.beating();
+    stage.master.stop();
+    heartbeat.deltas().push(deployed("d")).unwrap();
+    let other = rusqlite::Connection::open(stage.agent_dir().join("heartbeat.db")).unwrap();
+    other.execute_batch("BEGIN IMMEDIATE").unwrap();
+    stage.master.start_again().unwrap();
+    settled(&heartbeat, |stats| stats.delivered == 1);
+    tick.send(now()).unwrap();
+    assert!(stage.master.wait_for_beats(3, PATIENCE));
+    other.execute_batch("COMMIT").unwrap();
+    tick.send(now()).unwrap();
+    assert!(stage.master.wait_for_beats(4, PATIENCE));
+    let sent: Vec<_> = stage.master.received().iter().flat_map(deckies).collect();
+    assert_eq!(sent, ["d"]);
+    heartbeat.stop(Duration::from_secs(5));
+    let left: i64 = other.query_row("SELECT count(*) FROM delta", [], |row| row.get(0)).unwrap();
+    assert_eq!(left, 0);
+}
+
+#[test]
 fn without_an_answer_it_is_sent_again() {
     let stage = Stage::new();
     let (heartbeat, _tick) = stage.beating();
