@@ -36,7 +36,7 @@ struct Running {
     deltas: DeltaSender,
     stop: Sender<Instant>,
     /// A beat has ended, well or not.
-    #[cfg_attr(not(feature = "cli"), expect(dead_code, reason = "the program writes its stats file then"))]
+    #[cfg_attr(not(feature = "loopback"), expect(dead_code, reason = "tests and the program's stats file want it"))]
     beats: Receiver<()>,
     /// Disconnected when the heartbeat thread has ended.
     ended: Receiver<()>,
@@ -83,9 +83,10 @@ impl Heartbeat {
         self.stats.read().working_since.is_some_and(|since| since.elapsed() > limits::STALLED)
     }
 
-    /// Says when beats have ended, well or not. What is not received in time is folded into one.
-    #[cfg(feature = "cli")]
-    pub(crate) fn beats(&self) -> Receiver<()> {
+    /// Says that a beat has ended, well or not, and that [`stats`](Self::stats) has it: for tests, and for whoever shows
+    /// the stats. There is one place in the channel, so what is not received in time is folded into one.
+    #[cfg(feature = "loopback")]
+    pub fn beats(&self) -> Receiver<()> {
         self.running.as_ref().map_or_else(crossbeam_channel::never, |running| running.beats.clone())
     }
 

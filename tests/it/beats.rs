@@ -61,8 +61,10 @@ fn a_source_that_hangs_stops_no_beat_and_the_beat_says_so() {
         nothing_deployed()
     };
     let (builder, tick) = stage.builder();
+    let since = Instant::now();
     let heartbeat = builder.status_source(source).start().unwrap();
     assert!(stage.master.wait_for_beats(1, PATIENCE));
+    assert!(since.elapsed() < Duration::from_secs(2), "{:?}", since.elapsed());
     tick.send(now()).unwrap();
     assert!(stage.master.wait_for_beats(2, PATIENCE));
     for request in stage.master.received() {
@@ -146,7 +148,7 @@ fn a_topology_that_is_known_is_never_left_out() {
     let stage = Stage::new();
     let (release, released) = bounded(0);
     let (builder, tick) = stage.builder();
-    let _heartbeat = builder.status_source(Slow(released)).start().unwrap();
+    let _heartbeat = builder.status_source(Slow(released)).interval(Duration::from_secs(1)).start().unwrap();
     let topology_of = |index: usize| json_of(&stage.requests(index + 1)[index])["topology"].clone();
     let first = topology_of(0);
     assert_eq!((&first["topology_id"], &first["applied_version_hash"]), (&json!("t"), &json!("h")));

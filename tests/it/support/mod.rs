@@ -1,5 +1,7 @@
 //! A loopback master with one enrolled worker, and heartbeats that beat when a test says so.
 
+mod settled;
+
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -7,6 +9,8 @@ use crossbeam_channel::{Sender, unbounded};
 use decnet_heartbeat::loopback::{Enrolled, LoopbackMaster, Options, Received};
 use decnet_heartbeat::{Heartbeat, HeartbeatBuilder, Snapshot};
 use serde_json::{Value, json};
+
+pub use settled::settled;
 
 /// Longer than anything a test waits for; reaching it is a failure.
 pub const PATIENCE: Duration = Duration::from_secs(20);
@@ -44,11 +48,11 @@ impl Stage {
         (builder, tick)
     }
 
-    /// A heartbeat whose first beat has been accepted.
+    /// A heartbeat whose first beat has been accepted, and that knows it.
     pub fn beating(&self) -> (Heartbeat, Sender<Instant>) {
         let (builder, tick) = self.builder();
         let heartbeat = builder.start().unwrap();
-        assert!(self.master.wait_for_beats(1, PATIENCE), "no first beat: {:?}", heartbeat.stats());
+        settled(&heartbeat, |stats| stats.beats == 1);
         (heartbeat, tick)
     }
 
@@ -76,20 +80,6 @@ pub fn nothing_deployed() -> Snapshot {
 /// A tick.
 pub fn now() -> Instant {
     Instant::now()
-}
-
-/// Waits until the heartbeat's stats are as `done` wants them. They change just after the master has answered, which
-/// no event of the master's shows.
-pub fn settled(heartbeat: &Heartbeat, done: impl Fn(&decnet_heartbeat::Stats) -> bool) -> decnet_heartbeat::Stats {
-    let end = Instant::now() + PATIENCE;
-    loop {
-        let stats = heartbeat.stats();
-        if done(&stats) {
-            return stats;
-        }
-        assert!(Instant::now() < end, "{stats:?}");
-        std::thread::yield_now();
-    }
 }
 
 /// The JSON of a request.

@@ -3,9 +3,12 @@
 pub mod docker;
 pub mod master;
 mod process;
+#[path = "../../it/support/settled.rs"]
+mod settled;
 
 pub use docker::Docker;
 pub use master::RealMaster;
+pub use settled::settled;
 
 use std::path::{Path, PathBuf};
 
