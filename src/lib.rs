@@ -70,7 +70,7 @@
 //! # Features
 //!
 //! - `cli` (default): the program, and what only it needs.
-//! - `loopback`: a DECNET master on 127.0.0.1 for tests, see [`loopback`](crate::loopback).
+//! - `loopback`: the module of that name, a DECNET master on 127.0.0.1 for tests; and a heartbeat's `ticks` and `beats`.
 
 mod body;
 mod bundle;

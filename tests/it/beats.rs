@@ -62,7 +62,7 @@ fn a_source_that_hangs_stops_no_beat_and_the_beat_says_so() {
     };
     let (builder, tick) = stage.builder();
     let since = Instant::now();
-    let heartbeat = builder.status_source(source).start().unwrap();
+    let heartbeat = builder.status_source(source).interval(Duration::from_secs(1)).start().unwrap();
     assert!(stage.master.wait_for_beats(1, PATIENCE));
     assert!(since.elapsed() < Duration::from_secs(2), "{:?}", since.elapsed());
     tick.send(now()).unwrap();
