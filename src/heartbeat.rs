@@ -239,12 +239,17 @@ impl HeartbeatBuilder {
     ///
     /// A configured value or the bundle cannot be used (the error names the variable, key or file), or the system
     /// refuses a thread.
-    pub fn start(self) -> Result<Heartbeat, Error> {
+    pub fn start(mut self) -> Result<Heartbeat, Error> {
+        let enrolment = self.enrolment.take().map_or_else(Enrolment::from_env, Ok);
+        self.start_as(enrolment)
+    }
+
+    fn start_as(self, enrolment: Result<Enrolment, Error>) -> Result<Heartbeat, Error> {
         let interval = self.interval.unwrap_or(limits::INTERVAL);
         if !(limits::MIN_INTERVAL..=limits::MAX_INTERVAL).contains(&interval) {
             return Err(Error::setting("interval", format!("is {interval:?}; it must be from 50 ms to 1 h")));
         }
-        let enrolment = match self.enrolment.map_or_else(Enrolment::from_env, Ok) {
+        let enrolment = match enrolment {
             Ok(enrolment) => enrolment,
             Err(error) if error.is_not_enrolled() => {
                 log::debug!("heartbeat dormant: {}", chain(&error));
@@ -324,5 +329,37 @@ impl fmt::Debug for HeartbeatBuilder {
             .field("outbox", &self.outbox)
             .field("identity", &self.identity)
             .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::delta::Operation;
+
+    #[test]
+    fn a_host_that_is_not_enrolled_has_a_dormant_heartbeat_that_needs_no_guard() {
+        let heartbeat = Heartbeat::builder().start_as(Err(Error::not_enrolled("no host uuid"))).unwrap();
+        assert!(heartbeat.stats().dormant);
+        let deltas = heartbeat.deltas();
+        deltas.push(LifecycleDelta::succeeded("d", Operation::Deploy)).unwrap();
+        let error = deltas.push(LifecycleDelta::succeeded("", Operation::Deploy)).unwrap_err();
+        assert_eq!(error.to_string(), "decky name: is empty; a delta needs the name of its decky");
+        assert_eq!(heartbeat.stop(Duration::ZERO), Stopped { undelivered: 0, kept: true, in_time: true });
+    }
+
+    #[test]
+    fn an_enrolment_that_is_wrong_is_an_error_and_not_dormant() {
+        let error = Heartbeat::builder().start_as(Err(Error::config("DECNET_SWARMCTL_PORT", "is 0"))).unwrap_err();
+        assert_eq!(error.to_string(), "DECNET_SWARMCTL_PORT: is 0");
+    }
+
+    #[test]
+    fn an_interval_out_of_bounds_is_an_error() {
+        for interval in [Duration::ZERO, Duration::from_millis(49), Duration::from_secs(3_601)] {
+            let started = Heartbeat::builder().interval(interval).start_as(Err(Error::not_enrolled("")));
+            let expected = format!("interval: is {interval:?}; it must be from 50 ms to 1 h");
+            assert_eq!(started.unwrap_err().to_string(), expected);
+        }
     }
 }

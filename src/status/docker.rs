@@ -64,8 +64,10 @@ impl Docker {
             let _ = body.take(limits::LOG_TEXT as u64).read_to_string(&mut said);
             return Err(failed(format!("answered {status} {}", printable(&said))));
         }
-        serde_json::from_reader(io::BufReader::new(body))
-            .map_err(|error| failed(format!("not the JSON of a Docker Engine: {}", printable(&error.to_string()))))
+        serde_json::from_reader(io::BufReader::new(body)).map_err(|error| {
+            let what = if error.is_io() { "broke off" } else { "is not a Docker Engine's" };
+            failed(format!("the answer {what}: {}", printable(&error.to_string())))
+        })
     }
 }
 
@@ -205,5 +207,106 @@ fn timed_out(error: io::Error, timeout: NextTimeout) -> ureq::Error {
 impl fmt::Debug for UnixTransport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("UnixTransport").finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixListener;
+    use std::thread;
+
+    use super::*;
+
+    /// A socket that answers each request with the next of these, on one connection after another.
+    fn answering(answers: &[&str]) -> (tempfile::TempDir, Docker) {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("docker.sock");
+        let listener = UnixListener::bind(&socket).unwrap();
+        let answers: Vec<String> = answers.iter().map(|answer| (*answer).to_owned()).collect();
+        thread::spawn(move || {
+            let mut answers = answers.into_iter().peekable();
+            while answers.peek().is_some() {
+                let (mut stream, _) = listener.accept().unwrap();
+                while stream.read(&mut [0; 1024]).is_ok_and(|read| read > 0) {
+                    let Some(answer) = answers.next() else { return };
+                    stream.write_all(answer.as_bytes()).unwrap();
+                    // An engine keeps its connections, unless it breaks off.
+                    if !answer.ends_with(']') {
+                        break;
+                    }
+                }
+            }
+        });
+        (dir, Docker::new(socket))
+    }
+
+    fn ok(json: &str) -> String {
+        format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n{json}", json.len())
+    }
+
+    /// What is said of a Docker that answers like this, without the socket's name.
+    fn problem(answers: &[&str]) -> String {
+        let (dir, docker) = answering(answers);
+        docker.engine().unwrap_err().replace(&dir.path().display().to_string(), "DIR")
+    }
+
+    #[test]
+    fn one_request_each_tells_names_states_and_bridges() {
+        let containers = r#"[{"Names":["/web/db","/db"],"State":"running","Other":{"x":[1]}},
+            {"Names":["/cache"],"State":"exited"},{"Names":null,"State":"dead"}]"#;
+        let networks = r#"[{"Name":"b","Driver":"bridge"},{"Name":"h","Driver":"host"}]"#;
+        let (_dir, docker) = answering(&[&ok(containers), &ok(networks)]);
+        let engine = docker.engine().unwrap();
+        let found: Vec<_> = engine.containers.iter().map(|(name, state)| (name.as_str(), state.as_str())).collect();
+        assert_eq!(found, [("cache", "exited"), ("db", "running")]);
+        assert_eq!(engine.bridges, ["b"]);
+    }
+
+    #[test]
+    fn a_chunked_answer_is_understood() {
+        let chunked = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\n[{\"\r\n21\r\nNames\":[\"/a\"],\"State\":\"running\"}]\r\n0\r\n\r\n";
+        let (_dir, docker) = answering(&[chunked, &ok("[]")]);
+        assert_eq!(docker.engine().unwrap().containers["a"], "running");
+    }
+
+    #[test]
+    fn a_restarted_engine_is_connected_to_anew() {
+        let (_dir, docker) =
+            answering(&[&ok("[]"), "HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n[] ", &ok("[]"), &ok("[]")]);
+        docker.engine().unwrap();
+        docker.engine().unwrap();
+    }
+
+    #[test]
+    fn nonsense_is_said_and_never_taken_for_an_engine_without_containers() {
+        let what = "Docker at DIR/docker.sock: /containers/json?all=true";
+        for (answer, said) in [
+            ("HTTP/1.1 500 Oops\r\nContent-Length: 4\r\n\r\nno\u{1b}\n", "answered 500 no\\u{1b}"),
+            (&ok("<html>"), "the answer is not a Docker Engine's: expected value at line 1 column 1"),
+            (
+                &ok(r#"{"message":"x"}"#),
+                "the answer is not a Docker Engine's: invalid type: map, expected a sequence at line 1 column 1",
+            ),
+            (
+                &ok(r#"[{"Names":["/a"]}]"#),
+                "the answer is not a Docker Engine's: missing field `State` at line 1 column 17",
+            ),
+            (
+                "HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n[{\"Names\":[\"/a\"],",
+                "the answer broke off: Peer disconnected at line 1 column 17",
+            ),
+            ("SSH-2.0-OpenSSH_9.2p1\r\n", "protocol: http parse fail: invalid HTTP version"),
+        ] {
+            assert_eq!(problem(&[answer]), format!("{what}: {said}"), "{answer}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_socket_is_said() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("file");
+        std::fs::write(&path, "").unwrap();
+        let error = Docker::new(path).engine().unwrap_err();
+        assert!(error.ends_with("Connection refused (os error 111)"), "{error}");
     }
 }

@@ -75,6 +75,19 @@ fn a_key_that_cannot_be_parsed_never_reaches_the_error() {
 }
 
 #[test]
+fn chains_are_understood() {
+    let stage = Stage::new();
+    let ca = stage.master.authority().certificate();
+    // Another CA before ours, as while a master's CA is being replaced; and our own certificate with its issuer.
+    let other = decnet_heartbeat::loopback::Authority::new().unwrap().certificate();
+    fs::write(stage.agent_dir().join("ca.crt"), format!("{other}{ca}")).unwrap();
+    let path = stage.agent_dir().join("worker.crt");
+    fs::write(&path, format!("{}{ca}", fs::read_to_string(&path).unwrap())).unwrap();
+    let (heartbeat, _tick) = stage.beating();
+    assert_eq!(heartbeat.stats().fingerprint.as_deref(), Some(stage.worker.fingerprint.as_str()));
+}
+
+#[test]
 fn sec1_and_pkcs8_keys_are_understood() {
     let stage = Stage::new();
     let path = stage.agent_dir().join("worker.key");

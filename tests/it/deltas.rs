@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use decnet_heartbeat::loopback::{Answer, Effect, Fault, RowStatus};
-use decnet_heartbeat::{Heartbeat, LifecycleDelta, Operation, OutboxLocation};
+use decnet_heartbeat::{LifecycleDelta, Operation, OutboxLocation};
 
 use crate::support::{PATIENCE, Stage, deckies, now, settled};
 
@@ -206,11 +206,4 @@ fn without_an_answer_it_is_sent_again() {
     // The connection was a reused one, so the second try came at once, and it was no failure.
     assert!(heartbeat.stats().failure.is_none());
     assert_eq!(stage.master.received().iter().flat_map(deckies).collect::<Vec<_>>(), ["d", "d"]);
-}
-
-#[test]
-fn a_delta_without_a_name_is_refused_at_the_door() {
-    let heartbeat = Heartbeat::builder().start().unwrap();
-    let error = heartbeat.deltas().push(deployed("")).unwrap_err();
-    assert_eq!(error.to_string(), "decky name: is empty; a delta needs the name of its decky");
 }
