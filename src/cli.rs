@@ -4,6 +4,7 @@ mod demo;
 mod run;
 
 use std::fs::OpenOptions;
+use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -113,10 +114,16 @@ fn start_log(common: &Common, level: LevelFilter) -> Result<(), Error> {
         .add_filter_allow_str("decnet_heartbeat")
         .build();
     let started = match &common.log_file {
-        None => TermLogger::init(level, config, TerminalMode::Stderr, ColorChoice::Auto),
+        None => TermLogger::init(level, config, TerminalMode::Stderr, colours()),
         Some(path) => WriteLogger::init(level, config, open_log(path)?),
     };
     started.map_err(|source| Error::setting("the log", "is in use already").because(source))
+}
+
+/// Only for a person: `ColorChoice::Auto` would colour a pipe and a journal, too.
+fn colours() -> ColorChoice {
+    let wanted = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
+    if wanted { ColorChoice::Auto } else { ColorChoice::Never }
 }
 
 fn open_log(path: &Path) -> Result<std::fs::File, Error> {

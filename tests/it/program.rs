@@ -78,6 +78,7 @@ fn it_beats_until_sigterm_and_exits_0() {
     let mut log = String::new();
     child.stderr.take().unwrap().read_to_string(&mut log).unwrap();
     assert!(log.contains(&stage.worker.uuid) && log.contains(&stage.worker.fingerprint), "{log}");
+    assert!(!log.contains('\u{1b}'), "no colours into a pipe: {log}");
     assert_eq!(json_of(&stage.master.received()[0])["topology"]["topology_id"], Value::Null);
 }
 
