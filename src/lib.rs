@@ -28,7 +28,7 @@
 //!
 //! [`Heartbeat::builder`] gathers the parts and starts the threads `decnet-heartbeat` and `decnet-status`. A tick or a
 //! delta asks the status thread for a snapshot; the beat goes out when it arrives, or without it when patience ends:
-//! 250 ms for the first beat and for a delta, 10 s for a tick, and never more than half an interval. A snapshot that
+//! 250 ms for the first beat, a delta and a retry, 10 s for a tick, and never more than half an interval. A snapshot that
 //! comes later goes out in a beat of its own. So a delta never waits for Docker, and a source that hangs or panics
 //! never stops the beat.
 //!
@@ -58,10 +58,11 @@
 //!
 //! Through the `log` facade, one line a fact, `key=value`:
 //!
-//! - `error`: what costs something. A panic that was caught, a delta that the master refuses for good, an outbox in
-//!   memory, an outbox that does not forget what was delivered.
-//! - `warn`: a beat that failed, changed credentials that do not fit, a topology that cannot be read. A failure is said
-//!   when it changes, and then at its second, fourth, eighth … repetition.
+//! - `error`: what costs something, or what only an operator can mend. A host that the master does not accept (with the
+//!   fingerprint that was shown), a delta that it refuses for good, a panic that was caught, an outbox in memory or one
+//!   that cannot note what the master has answered.
+//! - `warn`: a beat that failed, changed credentials that do not fit, Docker or a file that cannot be read. A failure is
+//!   said when it changes; a failed beat also at its second, fourth, eighth … repetition.
 //! - `info`: start, first success, recovery, credentials taken over, stop.
 //! - `debug`: every beat; a retry on a fresh connection; a name that was not found; a dormant start.
 //!

@@ -11,6 +11,7 @@ use crate::error::{Error, chain};
 use crate::files::Stamp;
 use crate::identity::MasterIdentity;
 use crate::master::Master;
+use crate::stats::Stats;
 use crate::tls;
 
 /// Everything that a beat needs to reach the master as this host.
@@ -52,6 +53,13 @@ impl Link {
 
     pub(crate) fn interrupt(&self) -> Arc<Interrupt> {
         Arc::clone(&self.interrupt)
+    }
+
+    /// Puts who we are and where the master is into the stats.
+    pub(crate) fn describe(&self, stats: &mut Stats) {
+        stats.host_uuid = Some(self.enrolment.host_uuid().value().clone());
+        stats.url = Some(self.master.url().to_owned());
+        stats.fingerprint = Some(self.fingerprint.clone());
     }
 
     /// Looks at the files: four `stat`s when nothing has changed. Whether something new was taken over.

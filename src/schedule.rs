@@ -96,10 +96,15 @@ impl Schedule {
 
     fn patience(&self, why: Wish) -> Duration {
         match why {
-            Wish::First | Wish::Delta => limits::DELTA_PATIENCE.min(self.interval / 2),
+            Wish::First | Wish::Delta | Wish::Retry => limits::DELTA_PATIENCE.min(self.interval / 2),
             // Half an interval at the most, or a short one would be over before its beat went out.
-            Wish::Tick | Wish::Retry => limits::TICK_PATIENCE.min(self.interval / 2),
+            Wish::Tick => limits::TICK_PATIENCE.min(self.interval / 2),
         }
+    }
+
+    /// How long one POST may take.
+    pub(crate) fn post_limit(&self) -> Duration {
+        (self.interval * 2 / 3).clamp(limits::MIN_POST, limits::POST)
     }
 
     /// The snapshot that was owed is there. Whether a beat takes it along now.
@@ -303,6 +308,14 @@ mod tests {
             schedule.ended(Verdict::TryLater(Some(Duration::from_secs(100))), t, chance);
             assert_eq!(schedule.fired(after(t, 99.9)), Fired::Nothing);
             assert_eq!(schedule.fired(after(t, 110.0)), Fired::Retry);
+        }
+    }
+
+    #[test]
+    fn a_post_ends_before_the_next_tick() {
+        for (interval, limit) in [(1, 1.0), (6, 4.0), (30, 20.0), (3_600, 20.0)] {
+            let schedule = Schedule::new(Duration::from_secs(interval));
+            assert_eq!(schedule.post_limit(), Duration::from_secs_f64(limit), "{interval} s");
         }
     }
 

@@ -246,7 +246,8 @@ impl Worker {
     }
 
     fn within(&self) -> Duration {
-        self.deadline.map_or(limits::POST, |deadline| deadline.saturating_duration_since(Instant::now()))
+        let limit = self.schedule.post_limit();
+        self.deadline.map_or(limit, |deadline| deadline.saturating_duration_since(Instant::now()).min(limit))
     }
 
     fn waiting(&self, most: usize) -> Vec<Kept> {
@@ -335,7 +336,12 @@ impl Worker {
             None => (true, 1, now),
         };
         let (class, detail) = (&reply.class, &reply.detail);
-        let level = if changed || count.is_power_of_two() { log::Level::Warn } else { log::Level::Debug };
+        let level = match reply.verdict {
+            _ if !changed && !count.is_power_of_two() => log::Level::Debug,
+            // Nobody but an operator can mend this.
+            Verdict::HostRefused => log::Level::Error,
+            _ => log::Level::Warn,
+        };
         if reply.verdict == Verdict::HostRefused {
             let fingerprint = self.link.fingerprint();
             log::log!(
@@ -352,14 +358,5 @@ impl Worker {
 
     fn host(&self) -> &str {
         self.link.enrolment().host_uuid().value()
-    }
-}
-
-impl Link {
-    /// Puts who we are and where the master is into the stats.
-    pub(crate) fn describe(&self, stats: &mut crate::stats::Stats) {
-        stats.host_uuid = Some(self.enrolment().host_uuid().value().clone());
-        stats.url = Some(self.master().url().to_owned());
-        stats.fingerprint = Some(self.fingerprint().to_owned());
     }
 }
