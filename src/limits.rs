@@ -120,6 +120,12 @@ pub(crate) const OBSERVED_ERROR: usize = 200;
 pub(crate) mod loopback {
     use std::time::Duration;
 
+    /// Where its port is from: systems hand out ports from 32768 on.
+    pub(crate) const PORTS: std::ops::Range<u16> = 20_000..32_000;
+
+    /// Ports that are tried before the system's choice will do.
+    pub(crate) const PORTS_TRIED: usize = 100;
+
     /// Idle connections end after this long, as uvicorn's do.
     pub(crate) const IDLE: Duration = Duration::from_secs(5);
 

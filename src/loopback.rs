@@ -129,7 +129,7 @@ impl Enrolled {
 }
 
 impl LoopbackMaster {
-    /// A master as freshly installed, on a port that the system picks.
+    /// A master as freshly installed, on a free port below the ones that systems hand out.
     ///
     /// # Errors
     /// When no certificate can be made, no port be had, or no thread be started.
@@ -137,7 +137,7 @@ impl LoopbackMaster {
         Self::start_with(Options::default())
     }
 
-    /// A master with these options, on a port that the system picks.
+    /// A master with these options, on a free port below the ones that systems hand out.
     ///
     /// # Errors
     /// As [`start`](Self::start), and when the certificates in the options cannot be used.
@@ -305,8 +305,7 @@ impl LoopbackMaster {
         }
         let cannot = |doing: &str, cause: std::io::Error| Error::loopback(doing).because(cause);
         let tls = certificates::server_config(&self.certificate, &self.client_ca, self.offered)?;
-        let listener =
-            TcpListener::bind(self.address()).map_err(|cause| cannot("cannot listen on 127.0.0.1", cause))?;
+        let listener = self.listen().map_err(|cause| cannot("cannot listen on 127.0.0.1", cause))?;
         self.port = listener.local_addr().map_err(|cause| cannot("cannot tell its port", cause))?.port();
         self.shared.lock().stopping = false;
         let running = Running::new(&self.shared);
@@ -320,6 +319,19 @@ impl LoopbackMaster {
         let accepting = thread::Builder::new().name("loopback-accept".into()).spawn(accept);
         self.accepting = Some(accepting.map_err(|cause| Error::thread("loopback-accept", cause))?);
         Ok(())
+    }
+}
+
+impl LoopbackMaster {
+    /// On its port, or on a first one. That is below the range from which systems take the ports of connections: during
+    /// an outage nobody else must get it, least of all the client that tries to connect to it.
+    fn listen(&self) -> std::io::Result<TcpListener> {
+        if self.port != 0 {
+            return TcpListener::bind(self.address());
+        }
+        let bind = |_| TcpListener::bind((Ipv4Addr::LOCALHOST, fastrand::u16(limits::loopback::PORTS)));
+        let mut tried = (0..limits::loopback::PORTS_TRIED).map(bind);
+        tried.find(Result::is_ok).unwrap_or_else(|| TcpListener::bind((Ipv4Addr::LOCALHOST, 0)))
     }
 }
 
