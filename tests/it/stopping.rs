@@ -12,7 +12,7 @@ const GRACE: Duration = Duration::from_millis(400);
 /// A stop takes its grace at the most; a busy machine may be late to notice.
 fn within_grace(since: Instant) {
     let took = since.elapsed();
-    assert!(took < GRACE + Duration::from_millis(200), "{took:?}");
+    assert!(took < GRACE + Duration::from_millis(600), "{took:?}");
 }
 
 #[test]
