@@ -1,7 +1,9 @@
 //! Reading files that others write: bounded, never from a FIFO, and with a stamp that shows whether one has changed.
 //! Runs on the thread that asks.
 
-use std::fs::{self, File};
+use std::fs::{self, File, Metadata};
+#[cfg(feature = "cli")]
+use std::io::Write;
 use std::io::{self, Read};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -10,11 +12,7 @@ use std::path::Path;
 ///
 /// A FIFO, a socket or a device is refused before it is opened, since opening it may block for ever.
 pub(crate) fn read(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
-    let metadata = fs::metadata(path)?;
-    if !metadata.is_file() {
-        return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
-    }
-    let mut content = Vec::with_capacity(metadata.len().min(limit) as usize);
+    let mut content = Vec::with_capacity(regular(path)?.len().min(limit) as usize);
     File::open(path)?.take(limit + 1).read_to_end(&mut content)?;
     if content.len() as u64 > limit {
         return Err(io::Error::new(io::ErrorKind::FileTooLarge, format!("larger than {limit} bytes")));
@@ -22,12 +20,25 @@ pub(crate) fn read(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
     Ok(content)
 }
 
-/// Puts `content` at `path` in one step: a reader sees the old file or the new one, never half of it.
+/// The metadata of a regular file; that it is none is an error, as that it is not there is.
+pub(crate) fn regular(path: &Path) -> io::Result<Metadata> {
+    let metadata = fs::metadata(path)?;
+    if !metadata.is_file() {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
+    }
+    Ok(metadata)
+}
+
+/// Puts `content` at `path` in one step: a reader sees the old file or the new one, never half of it. What stands beside
+/// it under the name that is needed meanwhile is removed and never written through: it may be somebody's symlink.
 #[cfg(feature = "cli")]
 pub(crate) fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
     let mut next = path.as_os_str().to_owned();
     next.push(".new");
-    fs::write(&next, content)?;
+    match fs::remove_file(&next) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => File::create_new(&next)?.write_all(content)?,
+    }
     fs::rename(&next, path)
 }
 
@@ -60,6 +71,18 @@ mod tests {
         for path in ["/", "/dev/zero"] {
             assert_eq!(read(Path::new(path), 10).unwrap_err().to_string(), "not a regular file");
         }
+    }
+
+    #[cfg(feature = "cli")]
+    #[test]
+    fn a_symlink_beside_a_replaced_file_is_not_written_through() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, next, other) = (dir.path().join("stats"), dir.path().join("stats.new"), dir.path().join("other"));
+        fs::write(&other, b"theirs").unwrap();
+        std::os::unix::fs::symlink(&other, &next).unwrap();
+        replace(&path, b"ours").unwrap();
+        assert_eq!((fs::read(&path).unwrap(), fs::read(&other).unwrap()), (b"ours".to_vec(), b"theirs".to_vec()));
+        assert!(!next.exists());
     }
 
     #[test]

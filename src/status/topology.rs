@@ -1,12 +1,14 @@
 //! The applied topology, from `topology.db`: another process' file, only ever read. Runs on the status thread.
 
+use std::error::Error;
+use std::io;
 use std::path::PathBuf;
 
 use rusqlite::{Connection, OpenFlags, OptionalExtension, Row};
 
 use super::AppliedTopology;
 use crate::error::{chain, printable_path};
-use crate::limits;
+use crate::{files, limits};
 
 /// Reads `topology.db` and remembers its last row, since leaving a topology out makes the master order it anew.
 #[derive(Debug)]
@@ -26,19 +28,23 @@ impl TopologyFile {
     pub(crate) fn read(&mut self) -> (Option<Option<AppliedTopology>>, Result<(), String>) {
         match self.row() {
             Ok(row) => (self.last.insert(row).clone().into(), Ok(())),
-            Err(error) => (self.last.clone(), Err(format!("{}: {}", printable_path(&self.path), chain(&error)))),
+            Err(error) => {
+                (self.last.clone(), Err(format!("{}: {}", printable_path(&self.path), chain(error.as_ref()))))
+            }
         }
     }
 
-    fn row(&self) -> rusqlite::Result<Option<AppliedTopology>> {
-        if !self.path.exists() {
-            return Ok(None);
-        }
+    fn row(&self) -> Result<Option<AppliedTopology>, Box<dyn Error>> {
+        match files::regular(&self.path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            // A file that cannot be looked at is not a file that is not there: "no topology" makes the master order one.
+            looked => looked?,
+        };
         let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
         let database = Connection::open_with_flags(&self.path, flags)?;
         database.busy_timeout(limits::TOPOLOGY_BUSY)?;
         let sql = "SELECT topology_id, applied_version_hash, applied_at, last_error FROM applied_topology LIMIT 1";
-        database.query_row(sql, [], applied).optional()
+        Ok(database.query_row(sql, [], applied).optional()?)
     }
 }
 
@@ -98,6 +104,19 @@ mod tests {
         let (last, problem) = file.read();
         assert_eq!(last, Some(Some(row())));
         assert!(problem.unwrap_err().contains("topology.db: database is locked"));
+    }
+
+    #[test]
+    fn what_cannot_be_looked_at_is_not_taken_for_no_topology() {
+        let (dir, mut file) = file();
+        // A path that leads through itself: `stat` fails, as it does for a folder that we may not enter.
+        std::os::unix::fs::symlink(&file.path, &file.path).unwrap();
+        let (last, problem) = file.read();
+        assert_eq!(last, None);
+        assert!(problem.unwrap_err().contains("Too many levels of symbolic links"));
+        let mut fifo = TopologyFile::new(dir.path().join("fifo"));
+        assert!(std::process::Command::new("mkfifo").arg(&fifo.path).status().unwrap().success());
+        assert!(fifo.read().1.unwrap_err().ends_with("fifo: not a regular file"), "opening it would wait for ever");
     }
 
     #[test]
