@@ -66,6 +66,9 @@ impl MasterResolver {
             Err(error) if known.addresses.is_empty() => Err(error),
             Err(error) => {
                 log::debug!("name lookup failed, using the last good address: host={} error={error}", self.host);
+                // For as long as a good answer, or every beat would wait for a DNS that is away. Where the address
+                // does not serve, it is distrusted.
+                known.fresh_since = Some(Instant::now());
                 Ok(known.addresses.clone())
             }
         }
@@ -97,7 +100,7 @@ impl MasterResolver {
     fn spawn_lookup(&self) -> io::Result<Receiver<io::Result<Vec<SocketAddr>>>> {
         let (sender, answer) = bounded(1);
         let (host, port) = (self.host.clone(), self.port);
-        thread::Builder::new().name("decnet-resolve".to_owned()).stack_size(256 * 1024).spawn(move || {
+        thread::Builder::new().name("decnet-resolve".to_owned()).spawn(move || {
             let found = (host.as_str(), port).to_socket_addrs().map(|found| found.take(MOST_ADDRESSES).collect());
             // Nobody waits any more: the master was replaced, or the agent stopped.
             let _ = sender.send(found);
@@ -148,6 +151,9 @@ mod tests {
         resolver.known.lock().unwrap().pending = Some(silent);
         assert_eq!(resolver.addresses(Duration::ZERO).unwrap(), good);
         assert!(resolver.known.lock().unwrap().pending.is_some(), "the lookup under way is waited for next time");
+        assert!(resolver.known.lock().unwrap().fresh_since.is_some(), "and not by the very next beat");
+        resolver.distrust();
+        assert!(resolver.known.lock().unwrap().fresh_since.is_none(), "unless the address has failed");
     }
 
     #[test]
