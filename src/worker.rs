@@ -118,7 +118,10 @@ impl Worker {
             Event::Tick => self.wish(Wish::Tick),
             Event::Delta => self.wish(Wish::Delta),
             Event::Collected(Collected::Topology(topology)) => self.topology = Some(topology),
-            Event::Collected(Collected::Snapshot(snapshot)) => self.collected(snapshot),
+            Event::Collected(Collected::Snapshot(snapshot)) => {
+                self.stats.change(|stats| stats.snapshots += 1);
+                self.collected(snapshot);
+            }
             Event::Collected(Collected::Panicked(said)) => {
                 log::error!("the status source panicked: panic={said}");
                 self.stats.change(|stats| stats.panics += 1);
@@ -146,10 +149,7 @@ impl Worker {
     }
 
     fn collected(&mut self, snapshot: Snapshot) {
-        self.stats.change(|stats| {
-            stats.snapshots += 1;
-            stats.snapshot_owed_since = None;
-        });
+        self.stats.change(|stats| stats.snapshot_owed_since = None);
         if let Some(topology) = snapshot.topology() {
             self.topology = Some(topology.clone());
         }
