@@ -204,6 +204,16 @@ mod tests {
     }
 
     #[test]
+    fn why_nothing_is_observed_is_cut_where_the_original_cuts() {
+        let topology = status::Topology { applied: None, observed: status::Observed::Unknown("x".repeat(300)) };
+        let expected = format!(
+            r#"{{"topology_id":null,"applied_version_hash":null,"applied_at":null,"last_error":null,"observed":{{"error":"{}"}}}}"#,
+            "x".repeat(200)
+        );
+        assert_eq!(json(&Topology::from(&topology)), expected);
+    }
+
+    #[test]
     fn unknown_is_said_as_unknown() {
         assert_eq!(json(&Status::NOTHING), r#"{"deployed":false,"deckies":[]}"#);
         assert_eq!(json(&Status::Unknown { error: "Docker" }), r#"{"error":"Docker"}"#);

@@ -168,6 +168,14 @@ pub(crate) fn chain(error: &dyn StdError) -> String {
     line
 }
 
+/// What went wrong in an HTTP exchange, safe to log: of the system's errors their own words.
+pub(crate) fn http_problem(error: &ureq::Error) -> String {
+    match error {
+        ureq::Error::Io(error) => printable(&error.to_string()),
+        error => chain(error),
+    }
+}
+
 /// A path in an error or a log line.
 pub(crate) fn printable_path(path: &Path) -> String {
     printable(&path.to_string_lossy())

@@ -104,9 +104,10 @@ impl Link {
 }
 
 fn connectable(enrolment: &Enrolment, given: Option<MasterIdentity>) -> Result<(Master, String), Error> {
-    let bundle = Bundle::load(enrolment.agent_dir().value(), &tls::provider())?;
+    let provider = tls::provider();
+    let bundle = Bundle::load(enrolment.agent_dir().value(), &provider)?;
     let identity = given.or_else(|| enrolment.master_identity().map(|found| *found.value())).unwrap_or_default();
-    Ok((Master::new(enrolment, &bundle, identity)?, bundle.fingerprint))
+    Ok((Master::new(enrolment, &bundle, identity, &provider)?, bundle.fingerprint))
 }
 
 /// What the ini and the bundle looked like.

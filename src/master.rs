@@ -5,6 +5,7 @@ use std::io::Read;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
+use rustls::crypto::CryptoProvider;
 use rustls::pki_types::ServerName;
 use ureq::Agent;
 use ureq::config::{AutoHeaderValue, Config, IpFamily};
@@ -12,7 +13,7 @@ use ureq::http::{Response, StatusCode, header};
 
 use crate::bundle::Bundle;
 use crate::enrolment::Enrolment;
-use crate::error::{Error, chain};
+use crate::error::{Error, http_problem};
 use crate::identity::MasterIdentity;
 use crate::limits;
 use crate::resolve::MasterResolver;
@@ -70,6 +71,14 @@ pub(crate) struct Reply {
     pub(crate) resumed: bool,
 }
 
+impl Reply {
+    /// There was nothing to send, as the body could not be written. Sent as it stands it would be refused.
+    pub(crate) fn unwritten(error: &serde_json::Error) -> Self {
+        let (class, detail) = ("unwritten".to_owned(), printable(&error.to_string()));
+        Self { verdict: Verdict::BodyRefused, class, detail, took: Duration::ZERO, resumed: false }
+    }
+}
+
 /// The master, as this host may talk to it. It is replaced whole when the bundle or the enrolment changes.
 pub(crate) struct Master {
     agent: Agent,
@@ -79,12 +88,17 @@ pub(crate) struct Master {
 }
 
 impl Master {
-    pub(crate) fn new(enrolment: &Enrolment, bundle: &Bundle, identity: MasterIdentity) -> Result<Self, Error> {
+    pub(crate) fn new(
+        enrolment: &Enrolment,
+        bundle: &Bundle,
+        identity: MasterIdentity,
+        provider: &Arc<CryptoProvider>,
+    ) -> Result<Self, Error> {
         let (host, port) = (enrolment.master_host().value(), *enrolment.master_port().value());
         let name = ServerName::try_from(host.clone()).map_err(|source| {
             Error::config(enrolment.master_host().provenance().to_string(), "is no host").because(source)
         })?;
-        let tls = TlsConnector::new(tls::client_config(bundle, identity, &name, &tls::provider())?, name);
+        let tls = TlsConnector::new(tls::client_config(bundle, identity, &name, provider)?, name);
         let connections = tls.connections();
         let resolver = MasterResolver::new(host, port);
         let agent = Agent::with_parts(config(), tls, resolver.clone());
@@ -231,11 +245,11 @@ fn class(error: &ureq::Error) -> String {
 
 /// What went wrong, with what an operator may do where that is not obvious.
 fn explain(error: &ureq::Error) -> String {
-    let told = match error {
-        ureq::Error::Io(error) => tls_error(error).map_or_else(|| printable(&error.to_string()), explain_tls),
-        error => chain(error),
+    let tls = match error {
+        ureq::Error::Io(cause) => tls_error(cause),
+        _ => None,
     };
-    printable(&told)
+    tls.map_or_else(|| http_problem(error), |cause| printable(&explain_tls(cause)))
 }
 
 fn tls_error(error: &std::io::Error) -> Option<&rustls::Error> {

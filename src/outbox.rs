@@ -193,18 +193,12 @@ impl Outbox {
     pub(crate) fn settle(&self, deltas: &[Kept], settled: &Settled) -> Result<(), Error> {
         let mut shared = self.lock();
         shared.unwritten.extend(deltas.iter().map(|kept| (kept.id, settled.clone())));
-        let written = shared.write_down().and_then(|()| shared.waiting());
-        match written {
-            Ok(waiting) => {
-                self.waiting.store(waiting, Ordering::Relaxed);
-                Ok(())
-            }
-            Err(source) => {
-                let before = self.waiting.load(Ordering::Relaxed);
-                self.waiting.store(before.saturating_sub(deltas.len() as u64), Ordering::Relaxed);
-                Err(self.failed("cannot note what the master has answered", source))
-            }
+        let written = shared.write_down();
+        // Where it cannot even be read, the count stays as it was; the next look sets it right.
+        if let Ok(waiting) = shared.waiting() {
+            self.waiting.store(waiting, Ordering::Relaxed);
         }
+        written.map_err(|source| self.failed("cannot note what the master has answered", source))
     }
 
     /// A thread that panicked while it held the lock left no transaction behind: dropping it rolled it back.

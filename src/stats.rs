@@ -6,6 +6,8 @@ use std::time::{Duration, Instant, SystemTime};
 
 use serde::{Serialize, Serializer};
 
+use crate::master::Reply;
+
 /// What the heartbeat knows of itself, as of the last event.
 ///
 /// Serializes to JSON with times in RFC 3339 (UTC) and durations in seconds.
@@ -67,6 +69,36 @@ pub struct Failure {
     pub detail: String,
 }
 
+impl Stats {
+    /// A POST was accepted, with so many deltas. The failures that it ends.
+    pub(crate) fn accepted(&mut self, reply: &Reply, deltas: usize) -> Option<Failure> {
+        self.answered(reply);
+        self.beats += 1;
+        self.delivered += deltas as u64;
+        self.last_success = Some(SystemTime::now());
+        self.failure.take()
+    }
+
+    /// A POST was not accepted. The failure with this one in it, and whether it is of another class than the last.
+    pub(crate) fn failed(&mut self, reply: &Reply) -> (Failure, bool) {
+        self.answered(reply);
+        let before = self.failure.take();
+        let failure = Failure {
+            count: before.as_ref().map_or(0, |before| before.count) + 1,
+            since: before.as_ref().map_or_else(SystemTime::now, |before| before.since),
+            class: reply.class.clone(),
+            detail: reply.detail.clone(),
+        };
+        self.failure = Some(failure.clone());
+        (failure, before.is_none_or(|before| before.class != reply.class))
+    }
+
+    fn answered(&mut self, reply: &Reply) {
+        self.round_trip = Some(reply.took);
+        self.resumed = reply.resumed;
+    }
+}
+
 /// [`Stats`] that two threads share. The lock is held to copy or to change a few fields, never longer.
 #[derive(Debug, Default)]
 pub(crate) struct SharedStats(Mutex<Stats>);
@@ -80,8 +112,8 @@ impl SharedStats {
         self.lock().clone()
     }
 
-    pub(crate) fn change(&self, change: impl FnOnce(&mut Stats)) {
-        change(&mut self.lock());
+    pub(crate) fn change<T>(&self, change: impl FnOnce(&mut Stats) -> T) -> T {
+        change(&mut self.lock())
     }
 
     fn lock(&self) -> MutexGuard<'_, Stats> {

@@ -17,8 +17,8 @@ use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::server::ParsedCertificate;
 use rustls::sign::SingleCertAndKey;
 use rustls::{
-    CertificateError, ClientConfig, ClientConnection, DigitallySignedStruct, HandshakeKind, ProtocolVersion,
-    RootCertStore, SignatureScheme, StreamOwned,
+    CertificateError, ClientConfig, ClientConnection, DigitallySignedStruct, HandshakeKind, RootCertStore,
+    SignatureScheme, StreamOwned,
 };
 use ureq::unversioned::transport::time::{Duration, Instant};
 use ureq::unversioned::transport::{
@@ -151,8 +151,6 @@ pub(crate) struct Connections {
     pub(crate) tried: u64,
     /// The last handshake resumed a session.
     pub(crate) resumed: bool,
-    /// The last handshake's protocol version.
-    pub(crate) version: Option<ProtocolVersion>,
 }
 
 /// Connects by TCP, as ureq does, and puts TLS on top.
@@ -192,10 +190,7 @@ impl Connector for TlsConnector {
         let mut tcp = TransportAdapter::new(tcp, Arc::clone(&details.current_time));
         tcp.set_timeout(rest_of(details));
         tls.complete_io(&mut tcp)?;
-        self.note(|connections| {
-            connections.resumed = tls.handshake_kind() == Some(HandshakeKind::Resumed);
-            connections.version = tls.protocol_version();
-        });
+        self.note(|connections| connections.resumed = tls.handshake_kind() == Some(HandshakeKind::Resumed));
         let buffers = LazyBuffers::new(details.config.input_buffer_size(), details.config.output_buffer_size());
         Ok(Some(TlsTransport { buffers, stream: StreamOwned::new(tls, tcp) }))
     }

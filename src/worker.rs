@@ -165,10 +165,10 @@ impl Worker {
         self.refresh();
         let snapshot = snapshot.unwrap_or_else(|| self.without_snapshot());
         let deltas = self.waiting(limits::DELTAS_PER_BODY);
-        let mut verdict = self.exchange(&snapshot, &deltas);
+        let mut verdict = self.exchange(&snapshot, &deltas).verdict;
         if verdict == Verdict::BodyRefused && !deltas.is_empty() {
             // Whose fault is it? Liveness goes first, without any delta.
-            verdict = self.exchange(&snapshot, &[]);
+            verdict = self.exchange(&snapshot, &[]).verdict;
             if verdict == Verdict::Accepted {
                 verdict = self.isolate(&snapshot, deltas.len());
             }
@@ -188,21 +188,21 @@ impl Worker {
         loop {
             size = size.div_ceil(2);
             let deltas = self.waiting(size);
-            let verdict = self.exchange(snapshot, &deltas);
-            match (verdict, deltas.as_slice()) {
+            let reply = self.exchange(snapshot, &deltas);
+            match (reply.verdict, deltas.as_slice()) {
                 (Verdict::Accepted, [_, ..]) if self.stop.is_empty() => (),
                 (Verdict::BodyRefused, [_, _, ..]) => (),
                 (Verdict::BodyRefused, [delta]) => {
-                    self.reject(delta);
+                    self.reject(delta, &reply);
                     return Verdict::Accepted;
                 }
-                _ => return verdict,
+                (verdict, _) => return verdict,
             }
         }
     }
 
-    fn reject(&self, kept: &Kept) {
-        let reason = self.stats.read().failure.map_or_else(String::new, |it| format!("{}: {}", it.class, it.detail));
+    fn reject(&self, kept: &Kept, reply: &Reply) {
+        let reason = format!("{}: {}", reply.class, reply.detail);
         let (decky, operation) = (printable(kept.delta.decky()), kept.delta.operation());
         log::error!(
             "the master refuses a delta for good, it is put aside: host={} decky={decky:?} operation={operation} \
@@ -214,30 +214,32 @@ impl Worker {
     }
 
     /// One POST, and what follows from it at once: the deltas in it are forgotten when they are delivered.
-    fn exchange(&mut self, snapshot: &Snapshot, deltas: &[Kept]) -> Verdict {
+    fn exchange(&mut self, snapshot: &Snapshot, deltas: &[Kept]) -> Reply {
+        self.stats.change(|stats| stats.working_since = Some(Instant::now()));
+        let reply = match self.body(snapshot, deltas) {
+            Ok(body) => self.link.master().post(&body, self.within()),
+            Err(error) => Reply::unwritten(&error),
+        };
+        if reply.verdict == Verdict::Accepted {
+            if !deltas.is_empty() {
+                self.settle(deltas, &Settled::Delivered);
+            }
+            self.accepted(&reply, deltas.len());
+        } else {
+            self.failed(&reply);
+        }
+        reply
+    }
+
+    fn body(&self, snapshot: &Snapshot, deltas: &[Kept]) -> serde_json::Result<Vec<u8>> {
         let lifecycle: Vec<_> = deltas.iter().map(|kept| &kept.delta).collect();
-        let body = Body {
-            host_uuid: self.link.enrolment().host_uuid().value(),
+        serde_json::to_vec(&Body {
+            host_uuid: self.host(),
             agent_version: &self.agent_version,
             status: snapshot.raw_status(),
             topology: self.topology_of(snapshot).map(body::Topology::from),
             lifecycle: &lifecycle,
-        };
-        let body = match serde_json::to_vec(&body) {
-            Ok(body) => body,
-            Err(error) => {
-                log::error!("a body cannot be written: error={error}");
-                return Verdict::BodyRefused;
-            }
-        };
-        self.stats.change(|stats| stats.working_since = Some(Instant::now()));
-        let reply = self.link.master().post(&body, self.within());
-        if reply.verdict == Verdict::Accepted && !deltas.is_empty() {
-            self.settle(deltas, &Settled::Delivered);
-            self.stats.change(|stats| stats.delivered += deltas.len() as u64);
-        }
-        self.note(&reply, deltas.len());
-        reply.verdict
+        })
     }
 
     /// The snapshot's topology; where it has none, the last one known: leaving it out would not be neutral.
@@ -297,45 +299,28 @@ impl Worker {
         while self.outbox.waiting() > 0 && !self.within().is_zero() {
             let snapshot = self.without_snapshot();
             let deltas = self.waiting(limits::DELTAS_PER_BODY);
-            if deltas.is_empty() || self.exchange(&snapshot, &deltas) != Verdict::Accepted {
+            if deltas.is_empty() || self.exchange(&snapshot, &deltas).verdict != Verdict::Accepted {
                 return;
             }
         }
     }
 
-    /// Counts and logs how a POST ended: a change at once, a repetition at a decreasing rate.
-    fn note(&self, reply: &Reply, deltas: usize) {
-        let now = SystemTime::now();
-        let before = self.stats.read().failure;
-        let (host, url, took) = (self.host(), self.link.master().url(), reply.took.as_secs_f64() * 1e3);
-        self.stats.change(|stats| {
-            stats.waiting = self.outbox.waiting();
-            stats.round_trip = Some(reply.took);
-            stats.resumed = reply.resumed;
-        });
-        if reply.verdict == Verdict::Accepted {
-            self.stats.change(|stats| {
-                stats.beats += 1;
-                stats.last_success = Some(now);
-                stats.failure = None;
-            });
-            match before {
-                Some(before) => log::info!("beating again: host={host} master={url} failures={}", before.count),
-                None if self.stats.read().beats == 1 => log::info!("first beat accepted: host={host} master={url}"),
-                None => (),
-            }
-            log::debug!(
-                "beat: host={host} class={} ms={took:.1} deltas={deltas} resumed={}",
-                reply.class,
-                reply.resumed
-            );
-            return;
+    fn accepted(&self, reply: &Reply, deltas: usize) {
+        let (ended, beats) = self.stats.change(|stats| (stats.accepted(reply, deltas), stats.beats));
+        let (host, url, ms) = (self.host(), self.link.master().url(), reply.took.as_secs_f64() * 1e3);
+        match ended {
+            Some(failure) => log::info!("beating again: host={host} master={url} failures={}", failure.count),
+            None if beats == 1 => log::info!("first beat accepted: host={host} master={url}"),
+            None => (),
         }
-        let (changed, count, since) = match &before {
-            Some(before) => (before.class != reply.class, before.count + 1, before.since),
-            None => (true, 1, now),
-        };
-        let (class, detail) = (&reply.class, &reply.detail);
+        let (class, resumed) = (&reply.class, reply.resumed);
+        log::debug!("beat: host={host} class={class} ms={ms:.1} deltas={deltas} resumed={resumed}");
+    }
+
+    /// A change is logged at once, a repetition at a decreasing rate.
+    fn failed(&self, reply: &Reply) {
+        let (Failure { count, class, detail, .. }, changed) = self.stats.change(|stats| stats.failed(reply));
+        let (host, url, fingerprint) = (self.host(), self.link.master().url(), self.link.fingerprint());
         let level = match reply.verdict {
             _ if !changed && !count.is_power_of_two() => log::Level::Debug,
             // Nobody but an operator can mend this.
@@ -343,7 +328,6 @@ impl Worker {
             _ => log::Level::Warn,
         };
         if reply.verdict == Verdict::HostRefused {
-            let fingerprint = self.link.fingerprint();
             log::log!(
                 level,
                 "the master does not accept this host, enrol it again: host={host} master={url} class={class} \
@@ -352,8 +336,6 @@ impl Worker {
         } else {
             log::log!(level, "beat failed: host={host} master={url} class={class} failures={count} detail={detail:?}");
         }
-        let failure = Failure { count, since, class: class.clone(), detail: detail.clone() };
-        self.stats.change(|stats| stats.failure = Some(failure));
     }
 
     fn host(&self) -> &str {

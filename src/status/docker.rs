@@ -18,7 +18,7 @@ use ureq::unversioned::transport::{
     Buffers, ConnectionDetails, Connector, LazyBuffers, NextTimeout, ShutdownHandle, Transport, time,
 };
 
-use crate::error::chain;
+use crate::error::{http_problem, printable_path};
 use crate::limits;
 use crate::text::printable;
 
@@ -54,9 +54,10 @@ impl Docker {
     }
 
     fn get<T: DeserializeOwned>(&self, what: &str) -> Result<T, String> {
-        let failed = |problem: String| format!("Docker at {}: {what}: {problem}", self.socket.display());
+        let failed = |problem: String| format!("Docker at {}: {what}: {problem}", printable_path(&self.socket));
         // The host is a formality: the connector knows only the socket.
-        let mut answer = self.agent.get(format!("http://docker{what}")).call().map_err(|e| failed(explain(&e)))?;
+        let mut answer =
+            self.agent.get(format!("http://docker{what}")).call().map_err(|error| failed(http_problem(&error)))?;
         let status = answer.status().as_u16();
         let body = answer.body_mut().as_reader().take(limits::DOCKER_ANSWER);
         if status != 200 {
@@ -68,13 +69,6 @@ impl Docker {
             let what = if error.is_io() { "broke off" } else { "is not a Docker Engine's" };
             failed(format!("the answer {what}: {}", printable(&error.to_string())))
         })
-    }
-}
-
-fn explain(error: &ureq::Error) -> String {
-    match error {
-        ureq::Error::Io(error) => printable(&error.to_string()),
-        error => chain(error),
     }
 }
 
