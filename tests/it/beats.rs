@@ -10,7 +10,7 @@ use decnet_heartbeat::{
 };
 use serde_json::json;
 
-use crate::support::{PATIENCE, Stage, json_of, nothing_deployed, now, settled};
+use crate::support::{PATIENCE, Stage, hanging, json_of, nothing_deployed, now, settled};
 
 #[test]
 fn the_first_beat_goes_out_at_once_and_says_who_we_are() {
@@ -55,11 +55,7 @@ fn the_interval_is_kept_without_a_test_ticking() {
 #[test]
 fn a_source_that_hangs_stops_no_beat_and_the_beat_says_so() {
     let stage = Stage::new();
-    let (release, released) = bounded::<()>(0);
-    let source = move || {
-        let _ = released.recv();
-        nothing_deployed()
-    };
+    let (release, source) = hanging();
     let (builder, tick) = stage.builder();
     let since = Instant::now();
     let heartbeat = builder.status_source(source).interval(Duration::from_secs(1)).start().unwrap();
@@ -82,11 +78,7 @@ fn a_source_that_hangs_stops_no_beat_and_the_beat_says_so() {
 #[test]
 fn a_delta_does_not_wait_for_a_source_that_hangs() {
     let stage = Stage::new();
-    let (_release, released) = bounded::<()>(0);
-    let source = move || {
-        let _ = released.recv();
-        nothing_deployed()
-    };
+    let (_release, source) = hanging();
     let (builder, _tick) = stage.builder();
     let heartbeat = builder.status_source(source).start().unwrap();
     assert!(stage.master.wait_for_beats(1, PATIENCE));

@@ -60,9 +60,7 @@ fn of_two_operations_of_one_decky_each_lands_on_its_own_row() {
 fn a_burst_is_one_request() {
     let stage = Stage::new();
     let (heartbeat, tick) = stage.beating();
-    stage.master.script([Fault::Answer(Answer::status(503).header("Retry-After", "1"))]);
-    tick.send(now()).unwrap();
-    settled(&heartbeat, |stats| stats.failure.is_some());
+    stage.put_off(&heartbeat, &tick);
     let names: Vec<_> = (0..40).map(|n| format!("d{n:02}")).collect();
     names.iter().for_each(|name| heartbeat.deltas().push(deployed(name)).unwrap());
     let received = stage.requests(3);
@@ -73,9 +71,7 @@ fn a_burst_is_one_request() {
 fn more_than_a_body_holds_goes_out_in_several() {
     let stage = Stage::new();
     let (heartbeat, tick) = stage.beating();
-    stage.master.script([Fault::Answer(Answer::status(503).header("Retry-After", "1"))]);
-    tick.send(now()).unwrap();
-    settled(&heartbeat, |stats| stats.failure.is_some());
+    stage.put_off(&heartbeat, &tick);
     heartbeat.deltas().push_all((0..1_100).map(|n| deployed(&format!("d{n}")))).unwrap();
     settled(&heartbeat, |stats| stats.delivered == 1_100 && stats.waiting == 0);
     let sizes: Vec<_> = stage.master.received().iter().map(|it| deckies(it).len()).filter(|size| *size > 0).collect();
@@ -131,15 +127,8 @@ fn a_delta_that_the_master_refuses_is_put_aside_and_the_others_arrive() {
     let refused = || Fault::Answer(Answer::status(422).body("{\"detail\":\"bad \u{1b}[31mdelta\"}"));
     // Away first, so that three deltas wait; then: refused with three, accepted with none, and among the newest two
     // of the three it is the newest that is refused.
-    stage.master.script([
-        Fault::Answer(Answer::status(503).header("Retry-After", "1")),
-        refused(),
-        Fault::Serve,
-        refused(),
-        refused(),
-    ]);
-    tick.send(now()).unwrap();
-    settled(&heartbeat, |stats| stats.failure.is_some());
+    stage.put_off(&heartbeat, &tick);
+    stage.master.script([refused(), Fault::Serve, refused(), refused()]);
     heartbeat.deltas().push_all([deployed("a"), deployed("b"), deployed("bad")]).unwrap();
     settled(&heartbeat, |stats| stats.delivered == 2 && stats.rejected == 1 && stats.waiting == 0);
     let sent: Vec<_> = stage.master.received().iter().skip(2).map(deckies).collect();

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use decnet_heartbeat::loopback::{Effect, Fault};
 use decnet_heartbeat::{LifecycleDelta, Operation};
 
-use crate::support::{Stage, now};
+use crate::support::{Stage, hanging, now};
 
 const GRACE: Duration = Duration::from_millis(400);
 
@@ -83,12 +83,8 @@ fn what_was_pushed_last_is_flushed() {
 #[test]
 fn a_source_that_hangs_does_not_hold_up_a_stop() {
     let stage = Stage::new();
-    let (_release, released) = crossbeam_channel::bounded::<()>(0);
+    let (_release, source) = hanging();
     let (builder, _tick) = stage.builder();
-    let source = move || {
-        let _ = released.recv();
-        crate::support::nothing_deployed()
-    };
     let heartbeat = builder.status_source(source).start().unwrap();
     stage.requests(1);
     let since = Instant::now();

@@ -5,8 +5,8 @@ mod settled;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Sender, unbounded};
-use decnet_heartbeat::loopback::{Enrolled, LoopbackMaster, Options, Received};
+use crossbeam_channel::{Sender, bounded, unbounded};
+use decnet_heartbeat::loopback::{Answer, Enrolled, Fault, LoopbackMaster, Options, Received};
 use decnet_heartbeat::{Heartbeat, HeartbeatBuilder, Snapshot};
 use serde_json::{Value, json};
 
@@ -56,6 +56,13 @@ impl Stage {
         (heartbeat, tick)
     }
 
+    /// Lets one beat fail, so that what is pushed next waits for the second after it.
+    pub fn put_off(&self, heartbeat: &Heartbeat, tick: &Sender<Instant>) {
+        self.master.script([Fault::Answer(Answer::status(503).header("Retry-After", "1"))]);
+        tick.send(now()).unwrap();
+        settled(heartbeat, |stats| stats.failure.is_some());
+    }
+
     /// Waits until `count` requests have come in, refused ones too, and gives them.
     pub fn requests(&self, count: usize) -> Vec<Received> {
         let came = self.master.wait_until(PATIENCE, |seen| seen.received().len() >= count);
@@ -75,6 +82,16 @@ impl Stage {
 
 pub fn nothing_deployed() -> Snapshot {
     Snapshot::new(&json!({"deployed": false, "deckies": []}))
+}
+
+/// A source that hangs until the sender is dropped; from then on nothing is deployed.
+pub fn hanging() -> (Sender<()>, impl FnMut() -> Snapshot + Send + 'static) {
+    let (release, released) = bounded::<()>(0);
+    let source = move || {
+        let _ = released.recv();
+        nothing_deployed()
+    };
+    (release, source)
 }
 
 /// A tick.
