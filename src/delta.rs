@@ -116,15 +116,20 @@ impl LifecycleDelta {
 
     /// Refuses what the master could never match to a row.
     pub(crate) fn check(&self) -> Result<(), Error> {
-        if self.decky.trim().is_empty() {
-            return Err(Error::setting("decky name", "is empty; a delta needs the name of its decky"));
-        }
-        if self.decky.len() > limits::DECKY_NAME {
-            let most = limits::DECKY_NAME;
-            return Err(Error::setting("decky name", format!("is {} bytes long; at most {most}", self.decky.len())));
-        }
-        Ok(())
+        check_decky(&self.decky)
     }
+}
+
+/// Refuses a name that the master could never match to a row.
+pub(crate) fn check_decky(name: &str) -> Result<(), Error> {
+    if name.trim().is_empty() {
+        return Err(Error::setting("decky name", "is empty; a delta needs the name of its decky"));
+    }
+    if name.len() > limits::DECKY_NAME {
+        let most = limits::DECKY_NAME;
+        return Err(Error::setting("decky name", format!("is {} bytes long; at most {most}", name.len())));
+    }
+    Ok(())
 }
 
 /// Microseconds since 1970, the resolution of the outbox and of the wire.

@@ -1,21 +1,24 @@
 //! The handle: build, start, push, stop. Runs on the caller's threads.
 
+use std::error::Error as StdError;
 use std::fmt;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TrySendError, bounded};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 
 use crate::collector::Collector;
-use crate::delta::LifecycleDelta;
+use crate::delta::Operation;
 use crate::enrolment::Enrolment;
 use crate::error::{Error, chain};
 use crate::identity::MasterIdentity;
 use crate::limits;
 use crate::link::{Interrupt, Link};
-use crate::outbox::{Outbox, OutboxLocation};
+use crate::operation::TrackedOperation;
+use crate::outbox::{Books, Outbox, OutboxLocation, Role};
 use crate::schedule::{Schedule, Ticks};
+use crate::sender::DeltaSender;
 use crate::stats::{SharedStats, Stats};
 use crate::status::StatusSource;
 use crate::status::decnet::DecnetStatus;
@@ -51,7 +54,11 @@ struct Running {
 pub struct Stopped {
     /// Deltas that the master has not accepted.
     pub undelivered: u64,
-    /// They are on the disk, and the next start delivers them. False: they were in memory, and are lost.
+    /// Operations still in flight, counted for each decky. Each waits for the next start once it has ended; if the
+    /// process ends first, the next start reports it failed.
+    pub operations: u64,
+    /// All of these are on the disk, and the next start delivers them. False: they are in memory, and are lost with the
+    /// process.
     pub kept: bool,
     /// The heartbeat thread ended within the grace. False: it still hangs in a call that nothing interrupts, such as a
     /// TCP connect, and ends with that.
@@ -66,14 +73,43 @@ impl Heartbeat {
 
     /// A handle to push deltas with. Clone it, send it to other threads, keep it as long as you like.
     pub fn deltas(&self) -> DeltaSender {
-        self.running.as_ref().map_or(DeltaSender { inner: None }, |running| running.deltas.clone())
+        self.running.as_ref().map_or_else(DeltaSender::dormant, |running| running.deltas.clone())
+    }
+
+    /// Tracks an operation on `deckies`: see [`DeltaSender::begin`].
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    pub fn begin(
+        &self,
+        operation: Operation,
+        deckies: impl IntoIterator<Item = impl Into<String>>,
+    ) -> Result<TrackedOperation, Error> {
+        self.deltas().begin(operation, deckies)
+    }
+
+    /// Does `work` on a thread of its own and reports how it ended: see [`DeltaSender::run`].
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    pub fn run<E: Into<Box<dyn StdError + Send + Sync>>>(
+        &self,
+        operation: Operation,
+        deckies: impl IntoIterator<Item = impl Into<String>>,
+        work: impl FnOnce() -> Result<(), E> + Send + 'static,
+    ) -> Result<JoinHandle<()>, Error> {
+        self.deltas().run(operation, deckies, work)
     }
 
     /// What it knows of itself. Never blocks on the network or the disk.
     pub fn stats(&self) -> Stats {
         let mut stats = self.stats.read();
         if let Some(running) = &self.running {
-            stats.waiting = running.outbox.waiting();
+            let Books { counts, dropped, .. } = running.outbox.books();
+            (stats.waiting, stats.held, stats.operations) = (counts.waiting, counts.held, counts.operations);
+            (stats.dropped, stats.outbox) = (dropped, running.outbox.path().map(Into::into));
         }
         stats
     }
@@ -97,7 +133,7 @@ impl Heartbeat {
 
     fn shut_down(&mut self, grace: Duration) -> Stopped {
         let Some(running) = self.running.take() else {
-            return Stopped { undelivered: 0, kept: true, in_time: true };
+            return Stopped { undelivered: 0, operations: 0, kept: true, in_time: true };
         };
         let Running { deltas, stop, ended, interrupt, outbox, thread, .. } = running;
         drop(deltas);
@@ -116,7 +152,10 @@ impl Heartbeat {
             // It has run its last line. A panic there has been logged by its hook.
             let _ = thread.join();
         }
-        Stopped { undelivered: outbox.waiting(), kept: outbox.path().is_some(), in_time }
+        // It can post no more, so another heartbeat may deliver.
+        outbox.stop_delivering();
+        let Books { counts, on_disk, .. } = outbox.books();
+        Stopped { undelivered: counts.waiting, operations: counts.operations, kept: on_disk, in_time }
     }
 }
 
@@ -129,51 +168,6 @@ impl Drop for Heartbeat {
 
 fn has_ended(ended: &Receiver<()>, by: Instant) -> bool {
     ended.recv_deadline(by) == Err(RecvTimeoutError::Disconnected)
-}
-
-/// Pushes deltas: into the outbox in the caller's thread, and down the channel to the heartbeat thread.
-#[derive(Clone, Debug)]
-pub struct DeltaSender {
-    /// `None`: dormant.
-    inner: Option<(Arc<Outbox>, Sender<()>)>,
-}
-
-impl DeltaSender {
-    /// Reports how an operation ended.
-    ///
-    /// Once this returns `Ok` the delta is on the disk, and stays there until the master has accepted it. It never
-    /// waits for the network. On a host that is not enrolled there is no master to tell, and the delta is dropped.
-    ///
-    /// # Errors
-    ///
-    /// The decky has no name, or the outbox cannot keep the delta: nobody will hear of it, and the caller may try again.
-    pub fn push(&self, delta: LifecycleDelta) -> Result<(), Error> {
-        self.push_all([delta])
-    }
-
-    /// Reports several at once, in one transaction: all of them are kept, or none. The last is the newest.
-    ///
-    /// # Errors
-    ///
-    /// As [`push`](Self::push).
-    pub fn push_all(&self, deltas: impl IntoIterator<Item = LifecycleDelta>) -> Result<(), Error> {
-        let deltas: Vec<_> = deltas.into_iter().collect();
-        deltas.iter().try_for_each(LifecycleDelta::check)?;
-        let Some((outbox, wake)) = &self.inner else {
-            log::debug!("not enrolled, deltas dropped: deltas={}", deltas.len());
-            return Ok(());
-        };
-        outbox.keep(&deltas)?;
-        match wake.try_send(()) {
-            // Full: the heartbeat thread has been told already, and looks into the outbox for all there is.
-            Ok(()) | Err(TrySendError::Full(())) => Ok(()),
-            // Stopped. On the disk it waits for the next start.
-            Err(TrySendError::Disconnected(())) if outbox.path().is_some() => Ok(()),
-            Err(TrySendError::Disconnected(())) => {
-                Err(Error::outbox(None, "the heartbeat has stopped, and nothing outlives it in memory"))
-            }
-        }
-    }
 }
 
 /// What a heartbeat is started with.
@@ -237,8 +231,9 @@ impl HeartbeatBuilder {
     ///
     /// # Errors
     ///
-    /// A configured value or the bundle cannot be used (the error names the variable, key or file), or the system
-    /// refuses a thread.
+    /// A configured value or the bundle cannot be used (the error names the variable, key or file), or another
+    /// heartbeat, here or in another process, delivers from the outbox (the error says which), or the system refuses a
+    /// thread.
     pub fn start(mut self) -> Result<Heartbeat, Error> {
         let enrolment = self.enrolment.take().map_or_else(Enrolment::from_env, Ok);
         self.start_as(enrolment)
@@ -260,7 +255,7 @@ impl HeartbeatBuilder {
         };
         let agent_dir = enrolment.agent_dir().value().clone();
         let link = Link::new(enrolment, self.identity)?;
-        let (outbox, problem) = Outbox::open(&self.outbox, &agent_dir)?;
+        let (outbox, problem) = Outbox::open(&self.outbox, &agent_dir, Role::Deliver)?;
         if let Some(problem) = problem {
             log::error!("the outbox is in memory, deltas do not survive a restart: error={}", chain(&problem));
         }
@@ -288,7 +283,7 @@ fn start(link: Link, outbox: Outbox, source: Box<dyn StatusSource>, settings: Se
         link.master().url(),
         link.fingerprint(),
         outbox.path().map_or_else(|| "memory".into(), |path| path.to_string_lossy()),
-        outbox.waiting(),
+        outbox.books().counts.waiting,
     );
     let (stats, outbox, interrupt) = (Arc::new(SharedStats::new(stats)), Arc::new(outbox), link.interrupt());
     // One place is enough: the deltas are in the outbox, the channel only says that there are some.
@@ -316,7 +311,7 @@ fn start(link: Link, outbox: Outbox, source: Box<dyn StatusSource>, settings: Se
     };
     let thread =
         thread::Builder::new().name(NAME.to_owned()).spawn(run).map_err(|source| Error::thread(NAME, source))?;
-    let deltas = DeltaSender { inner: Some((Arc::clone(&outbox), wake)) };
+    let deltas = DeltaSender::new(Arc::clone(&outbox), wake);
     Ok(Heartbeat { running: Some(Running { deltas, stop, beats, ended, interrupt, outbox, thread }), stats })
 }
 
@@ -335,7 +330,7 @@ impl fmt::Debug for HeartbeatBuilder {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::delta::Operation;
+    use crate::delta::LifecycleDelta;
 
     #[test]
     fn a_host_that_is_not_enrolled_has_a_dormant_heartbeat_that_needs_no_guard() {
@@ -345,7 +340,8 @@ mod tests {
         deltas.push(LifecycleDelta::succeeded("d", Operation::Deploy)).unwrap();
         let error = deltas.push(LifecycleDelta::succeeded("", Operation::Deploy)).unwrap_err();
         assert_eq!(error.to_string(), "decky name: is empty; a delta needs the name of its decky");
-        assert_eq!(heartbeat.stop(Duration::ZERO), Stopped { undelivered: 0, kept: true, in_time: true });
+        let nothing = Stopped { undelivered: 0, operations: 0, kept: true, in_time: true };
+        assert_eq!(heartbeat.stop(Duration::ZERO), nothing);
     }
 
     #[test]

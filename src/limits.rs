@@ -87,8 +87,20 @@ pub(crate) const DOCKER: Duration = Duration::from_secs(8);
 /// How long a locked `topology.db` is waited for.
 pub(crate) const TOPOLOGY_BUSY: Duration = Duration::from_millis(500);
 
-/// How long the outbox waits for another process' lock.
+/// How long anybody waits for the outbox: for another thread, and then for another process' lock. A push must not block.
 pub(crate) const OUTBOX_BUSY: Duration = Duration::from_secs(1);
+
+/// How long a file that could not be written is left alone: a full disk must not cost every push a try.
+pub(crate) const OUTBOX_RETRY: Duration = Duration::from_secs(1);
+
+/// Rows of the outbox, all of them: what a master that is away for days may leave, in a few MB.
+pub(crate) const OUTBOX_ROWS: usize = 10_000;
+
+/// How long a delta waits for delivery at the most: a verdict on an operation of a week ago helps nobody.
+pub(crate) const OUTBOX_AGE: Duration = Duration::from_secs(7 * 24 * 3600);
+
+/// How often the rows' ages are written down: each time writes every row.
+pub(crate) const OUTBOX_AGING: Duration = Duration::from_secs(3600);
 
 /// A PEM file of the bundle; the real ones are below 8 KiB.
 pub(crate) const PEM_FILE: u64 = 256 * 1024;

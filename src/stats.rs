@@ -38,9 +38,15 @@ pub struct Stats {
     pub delivered: u64,
     /// Deltas that the master refused for good; they stay in the outbox with the reason.
     pub rejected: u64,
-    /// Deltas that wait in the outbox.
+    /// Deltas in the outbox that the master has neither accepted nor refused for good, those of other processes too.
     pub waiting: u64,
-    /// The outbox' file; `None` when it is in memory and would not survive the process.
+    /// Of these, the ones held back: a newer operation of the same decky is in flight, or another process is posting.
+    pub held: u64,
+    /// Operations in flight, counted for each decky, those of other processes too.
+    pub operations: u64,
+    /// Deltas that fell out of the outbox undelivered: beyond 10,000 the oldest, and after 7 days.
+    pub dropped: u64,
+    /// The outbox' file; `None` while something of it is in memory and would not survive the process.
     pub outbox: Option<PathBuf>,
     /// Snapshots that the status source gave.
     pub snapshots: u64,

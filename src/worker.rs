@@ -57,7 +57,7 @@ impl Worker {
             self.guarded(|worker| worker.handle(event));
         }
         self.guarded(Self::flush);
-        log::info!("heartbeat stopped: host={} waiting={}", self.host(), self.outbox.waiting());
+        log::info!("heartbeat stopped: host={} waiting={}", self.host(), self.outbox.books().counts.waiting);
     }
 
     /// Waits for what comes next. `None`: it is time to stop.
@@ -163,6 +163,9 @@ impl Worker {
     /// One beat, with all the deltas that wait, up to a body's worth.
     fn beat(&mut self, snapshot: Option<Snapshot>) {
         self.refresh();
+        if let Err(error) = self.outbox.tend() {
+            log::debug!("the outbox is as it was: error={}", chain(&error));
+        }
         let snapshot = snapshot.unwrap_or_else(|| self.without_snapshot());
         let deltas = self.waiting(limits::DELTAS_PER_BODY);
         let mut verdict = self.exchange(&snapshot, &deltas).verdict;
@@ -176,7 +179,7 @@ impl Worker {
         self.schedule.ended(verdict, Instant::now(), fastrand::f64());
         // Full: it has been told already. Gone: nobody asks.
         let _ = self.beaten.try_send(());
-        if verdict == Verdict::Accepted && !deltas.is_empty() && self.outbox.waiting() > 0 {
+        if verdict == Verdict::Accepted && !deltas.is_empty() && self.has_more() {
             self.wish(Wish::Delta);
         }
     }
@@ -253,10 +256,15 @@ impl Worker {
     }
 
     fn waiting(&self, most: usize) -> Vec<Kept> {
-        self.outbox.waiting_deltas(most).unwrap_or_else(|error| {
+        self.outbox.deliverable(most).unwrap_or_else(|error| {
             log::warn!("beating without deltas, they stay in the outbox: error={}", chain(&error));
             Vec::new()
         })
+    }
+
+    fn has_more(&self) -> bool {
+        let counts = self.outbox.books().counts;
+        counts.waiting > counts.held
     }
 
     fn settle(&self, deltas: &[Kept], settled: &Settled) {
@@ -296,7 +304,7 @@ impl Worker {
 
     /// The last beat: what still waits, within the grace, as often as it takes.
     fn flush(&mut self) {
-        while self.outbox.waiting() > 0 && !self.within().is_zero() {
+        while self.has_more() && !self.within().is_zero() {
             let snapshot = self.without_snapshot();
             let deltas = self.waiting(limits::DELTAS_PER_BODY);
             if deltas.is_empty() || self.exchange(&snapshot, &deltas).verdict != Verdict::Accepted {

@@ -1,0 +1,108 @@
+//! Tracked operations: in the outbox as in flight from the moment they begin, so that each ends in exactly one report,
+//! however it ends. Runs on the thread that has the guard.
+
+use std::error::Error as StdError;
+use std::thread;
+
+use crate::delta::{LifecycleDelta, Operation, Outcome};
+use crate::error::Error;
+use crate::sender::DeltaSender;
+
+/// An operation in flight on one or more deckies. From [`DeltaSender::begin`].
+///
+/// It ends with [`succeed`](Self::succeed) or [`fail`](Self::fail) for all of them, or with
+/// [`settle`](Self::settle) for one after the other. What is not settled when it is dropped (a panic, an early return)
+/// is reported failed. None of this waits for the network, and none of it can fail: where the outbox cannot be written
+/// just now, the end is remembered and written with the next change.
+#[derive(Debug)]
+#[must_use = "dropping it reports the operation failed"]
+pub struct TrackedOperation {
+    deltas: DeltaSender,
+    operation: Operation,
+    /// The deckies whose end is not reported yet, and their places in the outbox.
+    open: Vec<(String, i64)>,
+}
+
+impl TrackedOperation {
+    pub(crate) fn new(
+        deltas: DeltaSender,
+        operation: Operation,
+        open: impl IntoIterator<Item = (String, i64)>,
+    ) -> Self {
+        Self { deltas, operation, open: open.into_iter().collect() }
+    }
+
+    /// What is being done.
+    pub fn operation(&self) -> Operation {
+        self.operation
+    }
+
+    /// The deckies that are not settled yet, in the order of their names.
+    pub fn open(&self) -> impl Iterator<Item = &str> {
+        self.open.iter().map(|(decky, _)| decky.as_str())
+    }
+
+    /// It succeeded, on all deckies that are not settled yet.
+    pub fn succeed(mut self) {
+        self.end_all(&Outcome::Succeeded);
+    }
+
+    /// It failed, on all deckies that are not settled yet. The error is cut to 2,000 characters, as the master does.
+    pub fn fail(mut self, error: impl Into<String>) {
+        self.end_all(&Outcome::Failed(error.into()));
+    }
+
+    /// How it ended on one of the deckies.
+    ///
+    /// # Errors
+    ///
+    /// The operation does not have this decky, or it is settled already: the first verdict stands.
+    pub fn settle(&mut self, decky: &str, outcome: Outcome) -> Result<(), Error> {
+        let Some(place) = self.open.iter().position(|(open, _)| open == decky) else {
+            let name = crate::text::printable(decky);
+            return Err(Error::setting("decky name", format!("{name:?} is not open in this {}", self.operation)));
+        };
+        let (decky, id) = self.open.remove(place);
+        self.end(id, decky, outcome);
+        Ok(())
+    }
+
+    fn end_all(&mut self, outcome: &Outcome) {
+        for (decky, id) in std::mem::take(&mut self.open) {
+            self.end(id, decky, outcome.clone());
+        }
+    }
+
+    fn end(&self, id: i64, decky: String, outcome: Outcome) {
+        let delta = match outcome {
+            Outcome::Succeeded => LifecycleDelta::succeeded(decky, self.operation),
+            Outcome::Failed(error) => LifecycleDelta::failed(decky, self.operation, error),
+        };
+        self.deltas.end(id, delta);
+    }
+}
+
+impl Drop for TrackedOperation {
+    fn drop(&mut self) {
+        if self.open.is_empty() {
+            return;
+        }
+        let ended = if thread::panicking() { "panicked" } else { "ended without a verdict" };
+        self.end_all(&Outcome::Failed(format!("{} {ended}", self.operation)));
+    }
+}
+
+/// An error with its sources, for the master. A source that the text before it ends with is not said again.
+pub(crate) fn reason(error: &dyn StdError) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(source) = next {
+        let said = source.to_string();
+        if !text.ends_with(&said) {
+            text.push_str(": ");
+            text.push_str(&said);
+        }
+        next = source.source();
+    }
+    text
+}

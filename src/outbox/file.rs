@@ -1,0 +1,73 @@
+//! The outbox' file before SQLite has it: made for its owner alone, and moved aside when it is none of ours. Runs on the
+//! thread that opens the outbox.
+
+use std::fs::{self, OpenOptions, Permissions};
+use std::io;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+use super::lock::beside;
+use crate::delta::{from_micros, micros};
+
+/// For the owner alone.
+const MODE: u32 = 0o600;
+
+/// Makes the file unless it is there, with mode 0600 from its first byte: SQLite would make it readable by others, and
+/// gives `-wal` and `-shm` the mode that it finds here. What is there must be a regular file; others' permissions are
+/// taken from it.
+pub(super) fn prepare(path: &Path) -> io::Result<()> {
+    match OpenOptions::new().write(true).create_new(true).mode(MODE).open(path) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => (),
+        Err(error) => return Err(error),
+        // What is beside it belonged to another file, which is gone. SQLite must not take it for this one's.
+        Ok(_) => return remove(&beside(path, "-wal")).and_then(|()| remove(&beside(path, "-shm"))),
+    }
+    let metadata = fs::symlink_metadata(path)?;
+    if !metadata.is_file() {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file; a symlink is not followed"));
+    }
+    for file in [path, &beside(path, "-wal"), &beside(path, "-shm")] {
+        match fs::symlink_metadata(file) {
+            Ok(found) if found.is_file() && found.permissions().mode() & 0o077 != 0 => {
+                fs::set_permissions(file, Permissions::from_mode(MODE))?;
+            }
+            _ => (),
+        }
+    }
+    Ok(())
+}
+
+fn remove(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// Moves what is no outbox out of the way, with what SQLite keeps beside it. Where it is now.
+pub(super) fn move_aside(path: &Path) -> io::Result<PathBuf> {
+    let now = from_micros(micros(SystemTime::now()));
+    let name = format!("-aside-{}", humantime::format_rfc3339_seconds(now).to_string().replace(':', ""));
+    let names = std::iter::once(name.clone()).chain((2..).map(|n| format!("{name}-{n}")));
+    let aside = names.map(|name| beside(path, &name)).find(|aside| fs::symlink_metadata(aside).is_err());
+    let aside = aside.ok_or(io::ErrorKind::AlreadyExists)?;
+    // The database last: its log must not be found beside a new one.
+    for suffix in ["-shm", "-wal", ""] {
+        match fs::rename(beside(path, suffix), beside(&aside, suffix)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => (),
+        }
+    }
+    Ok(aside)
+}
+
+/// Which file a path leads to; `None` inside when to none.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Identity(Option<(u64, u64)>);
+
+impl Identity {
+    pub(super) fn of(path: &Path) -> Self {
+        Self(fs::symlink_metadata(path).ok().map(|metadata| (metadata.dev(), metadata.ino())))
+    }
+}

@@ -1,0 +1,168 @@
+//! Locked files beside the outbox: who delivers from it, and which of those who work on its rows still live. The kernel
+//! lets go of a lock when its process ends, however it ends, so no pid is ever compared. For any thread.
+//!
+//! `heartbeat.db` itself is never opened here: closing it would drop SQLite's own locks.
+
+use std::fs::{self, File, OpenOptions, TryLockError};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+/// What an owner's file is called after the outbox' own name.
+const OWNER: &str = "-owner-";
+
+/// Held by the one process that delivers from an outbox and recovers it.
+#[derive(Debug)]
+pub(super) struct DeliveryLock {
+    /// Its lock lasts as long as it is open.
+    _file: File,
+}
+
+impl DeliveryLock {
+    /// Takes it. `Ok(Err(holder))` when another process, or another heartbeat of this one, has it. The file stays when
+    /// the lock is let go: to remove it would let two have it.
+    pub(super) fn take(outbox: &Path) -> io::Result<Result<Self, String>> {
+        let path = beside(outbox, "-lock");
+        if fs::symlink_metadata(&path).is_ok_and(|metadata| !metadata.is_file()) {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "its lock is not a regular file"));
+        }
+        let mut file = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path)?;
+        match file.try_lock() {
+            Ok(()) => {
+                file.set_len(0)?;
+                write!(file, "{}", std::process::id())?;
+                Ok(Ok(Self { _file: file }))
+            }
+            Err(TryLockError::WouldBlock) => {
+                let mut holder = String::new();
+                file.take(16).read_to_string(&mut holder)?;
+                Ok(Err(holder))
+            }
+            Err(TryLockError::Error(error)) => Err(error),
+        }
+    }
+}
+
+/// Says that a process lives, to whoever finds its token in a row.
+#[derive(Debug)]
+pub(super) struct Owner {
+    token: String,
+    /// Made when there is something to own.
+    file: Option<(PathBuf, File)>,
+}
+
+impl Owner {
+    /// The pid is there for an operator to read; what tells two apart is the random number.
+    pub(super) fn new() -> Self {
+        Self { token: format!("{}-{:016x}", std::process::id(), fastrand::u64(..)), file: None }
+    }
+
+    pub(super) fn token(&self) -> &str {
+        &self.token
+    }
+
+    /// Makes the file, unless it is there. It appears under its name only once it is locked.
+    pub(super) fn live(&mut self, outbox: &Path) -> io::Result<()> {
+        if self.file.is_some() {
+            return Ok(());
+        }
+        let path = owner_path(outbox, &self.token);
+        let unlocked = beside(&path, ".new");
+        let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&unlocked)?;
+        let locked = file.try_lock().map_err(io::Error::from).and_then(|()| fs::rename(&unlocked, &path));
+        if let Err(error) = locked {
+            let _ = fs::remove_file(&unlocked);
+            return Err(error);
+        }
+        self.file = Some((path, file));
+        Ok(())
+    }
+}
+
+impl Drop for Owner {
+    /// Nobody owns anything any more. What its rows say is recovered as after a crash.
+    fn drop(&mut self) {
+        if let Some((path, _)) = &self.file {
+            // A file that stays is removed by the next start.
+            let _ = fs::remove_file(path);
+        }
+    }
+}
+
+/// Whether the process behind `token` has ended. One that cannot be asked about lives: its work is then left alone.
+pub(super) fn is_dead(outbox: &Path, token: &str) -> bool {
+    // It comes from a file: only what we would write may become a path.
+    if !token.bytes().all(|byte| byte.is_ascii_hexdigit() || byte == b'-') {
+        return true;
+    }
+    let path = owner_path(outbox, token);
+    match File::open(&path) {
+        Err(error) => error.kind() == io::ErrorKind::NotFound,
+        Ok(file) => {
+            let dead = file.try_lock().is_ok();
+            if dead {
+                let _ = fs::remove_file(path);
+            }
+            dead
+        }
+    }
+}
+
+/// Removes the files of those that died without leaving a row.
+pub(super) fn sweep(outbox: &Path) -> io::Result<()> {
+    let (Some(dir), Some(name)) = (outbox.parent(), outbox.file_name().and_then(|name| name.to_str())) else {
+        return Ok(());
+    };
+    for entry in fs::read_dir(dir)? {
+        let file = entry?.file_name();
+        let token = file.to_str().and_then(|file| file.strip_prefix(name)).and_then(|rest| rest.strip_prefix(OWNER));
+        if let Some(token) = token {
+            is_dead(outbox, token);
+        }
+    }
+    Ok(())
+}
+
+fn owner_path(outbox: &Path, token: &str) -> PathBuf {
+    beside(outbox, &format!("{OWNER}{token}"))
+}
+
+/// The path with this at its end.
+pub(super) fn beside(path: &Path, suffix: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(suffix);
+    name.into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_has_the_delivery_lock_and_the_other_hears_who() {
+        let dir = tempfile::tempdir().unwrap();
+        let outbox = dir.path().join("heartbeat.db");
+        let held = DeliveryLock::take(&outbox).unwrap().unwrap();
+        assert_eq!(DeliveryLock::take(&outbox).unwrap().unwrap_err(), std::process::id().to_string());
+        drop(held);
+        DeliveryLock::take(&outbox).unwrap().unwrap();
+    }
+
+    #[test]
+    fn an_owner_lives_until_it_is_dropped_or_its_lock_is_gone() {
+        let dir = tempfile::tempdir().unwrap();
+        let outbox = dir.path().join("heartbeat.db");
+        let mut owner = Owner::new();
+        assert!(is_dead(&outbox, owner.token()), "it has made no file");
+        owner.live(&outbox).unwrap();
+        assert!(!is_dead(&outbox, owner.token()));
+        let token = owner.token().to_owned();
+        // As if it were killed: the lock goes, the file stays.
+        let (path, file) = owner.file.take().unwrap();
+        drop(file);
+        sweep(&outbox).unwrap();
+        assert!(!path.exists());
+        assert!(is_dead(&outbox, &token));
+        assert!(is_dead(&outbox, "../../etc/passwd"));
+    }
+}

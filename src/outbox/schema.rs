@@ -1,0 +1,141 @@
+//! What `heartbeat.db` looks like inside, and how an older one becomes a newer one. Runs on the thread that opens it.
+//!
+//! There is one table, of deltas and of the operations that will become deltas:
+//!
+//! | column | |
+//! | --- | --- |
+//! | `id` | the order in which operations began (or deltas were pushed); one never comes back |
+//! | `decky`, `operation` | what was done to whom |
+//! | `error` | why it failed; null for a success |
+//! | `completed_at` | when it ended, in microseconds since 1970; null while the operation is in flight |
+//! | `rejected` | why the master will never take it; null unless it said so |
+//! | `owner` | the process at work on the row: it runs the operation, or posts the delta itself; null: it waits |
+//! | `age` | seconds of delivery that it has waited through, see [`super::entries::grow_older`] |
+//!
+//! Beside it, in memory and for each connection, is `temp.unwritten`: rows as they are by now, which the file does not
+//! know yet, and `gone` where there is none any more. The view `current` is both together, and all that is ever read.
+//! `temp.room` remembers how many rows that are, so that a push need not count them.
+
+use rusqlite::{Connection, TransactionBehavior};
+
+/// The schema's version. A migration adds a step to [`migrate`] and raises it.
+const VERSION: i64 = 2;
+
+/// "DNHB": tells our files from any other SQLite file. Version 1 did not have it.
+const APPLICATION: i64 = 0x444e_4842;
+
+/// Whether this is an outbox, or nothing yet. `false`: another program's, or a later version's.
+pub(super) fn is_ours(db: &Connection) -> rusqlite::Result<bool> {
+    Ok(matches!(version(db)?, Some(0..=VERSION)))
+}
+
+/// Which version of the schema this is, 0 for an empty database; `None`: it is not ours.
+fn version(db: &Connection) -> rusqlite::Result<Option<i64>> {
+    let pragma = |name| db.pragma_query_value(None, name, |row| row.get::<_, i64>(0));
+    let tables: i64 = db.query_row("SELECT count(*) FROM main.sqlite_schema", [], |row| row.get(0))?;
+    Ok(match (pragma("application_id")?, pragma("user_version")?, tables) {
+        (APPLICATION, version, _) => Some(version),
+        (0, 0, 0) => Some(0),
+        (0, 1, _) => Some(1),
+        _ => None,
+    })
+}
+
+/// Brings an empty or older outbox to [`VERSION`], in one transaction.
+pub(super) fn migrate(db: &mut Connection) -> rusqlite::Result<()> {
+    let transaction = db.transaction_with_behavior(TransactionBehavior::Immediate)?;
+    match version(&transaction)? {
+        Some(0) => transaction.execute_batch(TABLE)?,
+        Some(1) => transaction.execute_batch(&format!("ALTER TABLE delta RENAME TO old; {TABLE}; {FROM_1}"))?,
+        // Ours already: another process may have been faster.
+        _ => return Ok(()),
+    }
+    transaction.pragma_update(None, "application_id", APPLICATION)?;
+    transaction.pragma_update(None, "user_version", VERSION)?;
+    transaction.commit()
+}
+
+/// AUTOINCREMENT: an id never comes back, so ids tell what began later.
+const TABLE: &str = "CREATE TABLE delta (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    decky TEXT NOT NULL,
+    operation TEXT NOT NULL CHECK (operation IN ('deploy', 'mutate')),
+    error TEXT,
+    completed_at INTEGER,
+    rejected TEXT,
+    owner TEXT,
+    age INTEGER NOT NULL DEFAULT 0
+) STRICT";
+
+const FROM_1: &str = "INSERT INTO delta (id, decky, operation, error, completed_at, rejected)
+    SELECT id, decky, operation, error, completed_at, rejected FROM old;
+    DROP TABLE old";
+
+/// The connection's own part.
+pub(super) fn overlay(database: &Connection) -> rusqlite::Result<()> {
+    database.execute_batch(
+        "PRAGMA temp_store = memory;
+         CREATE TEMP TABLE unwritten (
+             id INTEGER PRIMARY KEY, decky TEXT, operation TEXT, error TEXT, completed_at INTEGER, rejected TEXT,
+             owner TEXT, age INTEGER NOT NULL DEFAULT 0, gone INTEGER NOT NULL DEFAULT 0
+         ) STRICT;
+         CREATE TEMP VIEW current AS
+             SELECT id, decky, operation, error, completed_at, rejected, owner, age FROM main.delta
+             WHERE id NOT IN (SELECT id FROM unwritten)
+             UNION ALL
+             SELECT id, decky, operation, error, completed_at, rejected, owner, age FROM unwritten WHERE NOT gone;
+         CREATE TEMP TABLE room (version INTEGER, rows INTEGER, idle INTEGER, rejected INTEGER) STRICT",
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const VERSION_1: &str = "CREATE TABLE delta (
+            id INTEGER PRIMARY KEY AUTOINCREMENT,
+            decky TEXT NOT NULL,
+            operation TEXT NOT NULL CHECK (operation IN ('deploy', 'mutate')),
+            error TEXT,
+            completed_at INTEGER NOT NULL,
+            rejected TEXT
+        ) STRICT;
+        INSERT INTO delta VALUES (7, 'd', 'deploy', NULL, 1000, NULL), (9, 'e', 'mutate', 'why', 2000, 'no');
+        PRAGMA user_version = 1";
+
+    #[test]
+    fn version_1_keeps_its_rows_and_their_order() {
+        let mut database = Connection::open_in_memory().unwrap();
+        database.execute_batch(VERSION_1).unwrap();
+        assert!(is_ours(&database).unwrap());
+        migrate(&mut database).unwrap();
+        migrate(&mut database).unwrap();
+        let rows: Vec<(i64, String, Option<String>, Option<i64>)> = database
+            .prepare("SELECT id, decky, rejected, completed_at FROM delta WHERE owner IS NULL AND age = 0")
+            .unwrap()
+            .query_map([], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?, row.get(3)?)))
+            .unwrap()
+            .collect::<rusqlite::Result<_>>()
+            .unwrap();
+        let expected = [(7, "d".to_owned(), None, Some(1000)), (9, "e".to_owned(), Some("no".to_owned()), Some(2000))];
+        assert_eq!(rows, expected);
+        let next: i64 =
+            database.query_row("SELECT seq FROM sqlite_sequence WHERE name = 'delta'", [], |row| row.get(0)).unwrap();
+        assert_eq!(next, 9);
+    }
+
+    #[test]
+    fn what_is_not_ours_or_newer_is_told_apart() {
+        for (sql, ours) in [
+            ("", true),
+            ("CREATE TABLE theirs (a)", false),
+            ("PRAGMA application_id = 1", false),
+            ("PRAGMA user_version = 3", false),
+            ("PRAGMA application_id = 0x444e4842; PRAGMA user_version = 3", false),
+        ] {
+            let database = Connection::open_in_memory().unwrap();
+            database.execute_batch(sql).unwrap();
+            assert_eq!(is_ours(&database).unwrap(), ours, "{sql}");
+        }
+    }
+}

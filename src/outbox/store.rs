@@ -1,0 +1,157 @@
+//! The connection, and how a change reaches the file: each is made in memory first and, in the same transaction, moved to
+//! the file. Where the file refuses it stays in memory, and moves with the next change that the file takes. Runs on the
+//! thread that has the connection.
+
+use std::path::Path;
+use std::time::{Duration, SystemTime};
+
+use rusqlite::{Connection, ErrorCode, OpenFlags, TransactionBehavior};
+
+use super::entries::{self, Copied};
+use super::file::Identity;
+use super::{file, schema};
+use crate::delta::micros;
+use crate::error::Error;
+
+#[derive(Debug)]
+pub(super) struct Store {
+    database: Connection,
+    /// The file that this is; `None` in memory.
+    file: Option<Identity>,
+}
+
+/// What the file's refusal means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Refusal {
+    /// Another process has it locked. It will come back.
+    Locked,
+    /// It is no database any more.
+    Corrupt,
+    /// A full disk, a read-only file system, a failing one.
+    Unwritable,
+}
+
+impl Refusal {
+    pub(super) fn of(error: &rusqlite::Error) -> Self {
+        match error.sqlite_error_code() {
+            Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => Self::Locked,
+            Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase) => Self::Corrupt,
+            _ => Self::Unwritable,
+        }
+    }
+}
+
+impl Store {
+    /// A store that lasts as long as the process. Its ids begin at the clock, in microseconds: whatever file its rows
+    /// come to one day, they are newer than what is in there.
+    pub(super) fn in_memory() -> rusqlite::Result<Self> {
+        let mut database = Connection::open_in_memory()?;
+        schema::migrate(&mut database)?;
+        schema::overlay(&database)?;
+        let first = micros(SystemTime::now());
+        database.execute("INSERT INTO sqlite_sequence (name, seq) VALUES ('delta', ?1)", [first])?;
+        Ok(Self { database, file: None })
+    }
+
+    /// The store in this file, made where there is none. `Ok(Err(why))`: the file is there and is no outbox.
+    pub(super) fn at(path: &Path, within: Duration) -> Result<Result<Self, String>, Error> {
+        file::prepare(path).map_err(|source| Error::outbox(Some(path), "cannot be written").because(source))?;
+        let flags =
+            OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX | OpenFlags::SQLITE_OPEN_NOFOLLOW;
+        let opened = Connection::open_with_flags(path, flags).and_then(|mut database| {
+            database.busy_timeout(within)?;
+            // Before anything is changed in it.
+            if !schema::is_ours(&database)? {
+                return Ok(Err("it is another program's, or a later version's".to_owned()));
+            }
+            database.pragma_update(None, "journal_mode", "wal")?;
+            database.pragma_update(None, "synchronous", "full")?;
+            schema::migrate(&mut database)?;
+            schema::overlay(&database)?;
+            Ok(Ok(database))
+        });
+        match opened {
+            Ok(Ok(database)) => Ok(Ok(Self { database, file: Some(Identity::of(path)) })),
+            Ok(Err(foreign)) => Ok(Err(foreign)),
+            Err(error) if Refusal::of(&error) == Refusal::Corrupt => Ok(Err(error.to_string())),
+            Err(source) => Err(Error::outbox(Some(path), "cannot be opened").because(source)),
+        }
+    }
+
+    /// `Some(what)` is wrong with the file, by SQLite's own check.
+    pub(super) fn damage(&self) -> rusqlite::Result<Option<String>> {
+        let found: String = self.database.query_row("PRAGMA quick_check(1)", [], |row| row.get(0))?;
+        Ok(Some(found).filter(|found| found != "ok"))
+    }
+
+    pub(super) fn is_file(&self) -> bool {
+        self.file.is_some()
+    }
+
+    /// Whether `path` still leads to the file that this is.
+    pub(super) fn is_at(&self, path: &Path) -> bool {
+        self.file.is_some_and(|identity| identity == Identity::of(path))
+    }
+
+    /// Everything in here is in the file, too.
+    pub(super) fn is_written(&self) -> rusqlite::Result<bool> {
+        let mut select = self.database.prepare_cached("SELECT NOT EXISTS (SELECT 1 FROM unwritten)")?;
+        select.query_row([], |row| row.get(0))
+    }
+
+    pub(super) fn read<T>(&self, read: impl FnOnce(&Connection) -> rusqlite::Result<T>) -> rusqlite::Result<T> {
+        // Both or all of its statements see the same rows.
+        let transaction = self.database.unchecked_transaction()?;
+        let rows = read(&transaction)?;
+        transaction.commit()?;
+        Ok(rows)
+    }
+
+    /// Makes a change, and it and all that was not written yet are on the disk; or nothing has changed. `within`: how
+    /// long another process' lock is waited for.
+    pub(super) fn write<T>(
+        &mut self,
+        within: Duration,
+        change: impl FnOnce(&Connection) -> rusqlite::Result<T>,
+    ) -> rusqlite::Result<T> {
+        self.database.busy_timeout(within)?;
+        let transaction = self.database.transaction_with_behavior(TransactionBehavior::Immediate)?;
+        let done = change(&transaction)?;
+        for step in [
+            "DELETE FROM main.delta WHERE id IN (SELECT id FROM unwritten)",
+            "INSERT INTO main.delta SELECT id, decky, operation, error, completed_at, rejected, owner, age
+             FROM unwritten WHERE NOT gone ORDER BY id",
+            "DELETE FROM unwritten",
+        ] {
+            transaction.prepare_cached(step)?.execute([])?;
+        }
+        transaction.commit()?;
+        Ok(done)
+    }
+
+    /// Makes a change in memory alone, since the file refused it.
+    pub(super) fn remember<T>(
+        &mut self,
+        change: impl FnOnce(&Connection) -> rusqlite::Result<T>,
+    ) -> rusqlite::Result<T> {
+        let transaction = self.database.transaction_with_behavior(TransactionBehavior::Deferred)?;
+        let done = change(&transaction)?;
+        transaction.commit()?;
+        Ok(done)
+    }
+
+    /// From here on ids lie far above the file's, to which other processes may add meanwhile. A row that is gone marks
+    /// the place; writing forgets it.
+    pub(super) fn leave_a_gap(&mut self) -> rusqlite::Result<()> {
+        let gap = i64::from(fastrand::u32(..));
+        let sql = "INSERT INTO unwritten (id, gone)
+             SELECT ?1 + max(?2, ifnull((SELECT seq FROM main.sqlite_sequence WHERE name = 'delta'), 0),
+                                 ifnull((SELECT max(id) FROM unwritten), 0)), 1";
+        self.database.execute(sql, [gap, micros(SystemTime::now())]).map(drop)
+    }
+
+    /// Takes over what another store has, this one's file permitting: all of it, or what it had not written.
+    pub(super) fn take_over(&mut self, other: &Self, copied: Copied, within: Duration) -> rusqlite::Result<()> {
+        self.write(within, |database| entries::copy(&other.database, copied, database))
+    }
+}

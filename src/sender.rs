@@ -1,0 +1,175 @@
+//! What agents hold: pushes deltas and begins operations, into the outbox in the caller's thread, and down the channel to
+//! the heartbeat thread. Never waits for the network.
+
+use std::collections::BTreeSet;
+use std::error::Error as StdError;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+
+use crossbeam_channel::{Sender, TrySendError};
+
+use crate::collector::message;
+use crate::delta::{LifecycleDelta, Operation, check_decky};
+use crate::error::{Error, chain};
+use crate::operation::{TrackedOperation, reason};
+use crate::outbox::{Outbox, Poster};
+
+/// Pushes deltas and begins operations. Clone it, send it to other threads; it outlives its heartbeat.
+#[derive(Clone, Debug)]
+pub struct DeltaSender {
+    /// `None`: dormant.
+    inner: Option<Inner>,
+}
+
+#[derive(Clone, Debug)]
+struct Inner {
+    outbox: Arc<Outbox>,
+    /// Tells the heartbeat thread that there is something in the outbox.
+    wake: Sender<()>,
+}
+
+impl DeltaSender {
+    pub(crate) fn new(outbox: Arc<Outbox>, wake: Sender<()>) -> Self {
+        Self { inner: Some(Inner { outbox, wake }) }
+    }
+
+    /// For a host that is not enrolled: there is no master to tell.
+    pub(crate) fn dormant() -> Self {
+        Self { inner: None }
+    }
+
+    /// Reports how an operation ended.
+    ///
+    /// Once this returns `Ok` the delta is on the disk, and stays there until the master has accepted it. It never
+    /// waits for the network, and for the disk a second at most. Where the file cannot be written (a full disk, a
+    /// read-only file system) it is kept in memory, which the log and [`Stats::outbox`](crate::Stats::outbox) say. On
+    /// a host that is not enrolled there is no master to tell, and the delta is dropped.
+    ///
+    /// # Errors
+    ///
+    /// The decky has no name, or the outbox cannot keep the delta, as another process has it locked for over a second or
+    /// as operations in flight fill it: nobody will hear of it, and the caller may try again.
+    pub fn push(&self, delta: LifecycleDelta) -> Result<(), Error> {
+        self.push_all([delta])
+    }
+
+    /// Reports several at once, in one transaction: all of them are kept, or none. The last is the newest.
+    ///
+    /// # Errors
+    ///
+    /// As [`push`](Self::push), and when they are more than the outbox holds: 10,000.
+    pub fn push_all(&self, deltas: impl IntoIterator<Item = LifecycleDelta>) -> Result<(), Error> {
+        let deltas: Vec<_> = deltas.into_iter().collect();
+        deltas.iter().try_for_each(LifecycleDelta::check)?;
+        let Some(inner) = &self.inner else {
+            log::debug!("not enrolled, deltas dropped: deltas={}", deltas.len());
+            return Ok(());
+        };
+        if deltas.is_empty() {
+            return Ok(());
+        }
+        inner.outbox.keep(&deltas)?;
+        inner.wake()
+    }
+
+    /// Writes an operation down as in flight, and returns the guard that says how it ends.
+    ///
+    /// Until then, older deltas of the same deckies and operation are held back: the master would take them for this
+    /// operation's. If this process dies first, the next start reports it failed. Of a decky that is named twice there
+    /// is one operation. On a host that is not enrolled nothing is written.
+    ///
+    /// ```
+    /// # use decnet_heartbeat::{Heartbeat, Operation};
+    /// # fn compose_up() -> Result<(), std::io::Error> { Ok(()) }
+    /// # fn deploy(heartbeat: &Heartbeat) -> Result<(), Box<dyn std::error::Error>> {
+    /// let operation = heartbeat.begin(Operation::Deploy, ["decky-01", "decky-02"])?;
+    /// match compose_up() {
+    ///     Ok(()) => operation.succeed(),
+    ///     Err(error) => operation.fail(error.to_string()),
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// As [`push`](Self::push), and when no decky is named.
+    pub fn begin(
+        &self,
+        operation: Operation,
+        deckies: impl IntoIterator<Item = impl Into<String>>,
+    ) -> Result<TrackedOperation, Error> {
+        let deckies: Vec<String> = deckies.into_iter().map(Into::into).collect::<BTreeSet<_>>().into_iter().collect();
+        deckies.iter().try_for_each(|decky| check_decky(decky))?;
+        if deckies.is_empty() {
+            return Err(Error::setting("deckies", "are none; an operation needs the name of a decky"));
+        }
+        let ids = match &self.inner {
+            Some(inner) => inner.outbox.begin(operation, &deckies)?,
+            None => (0..).take(deckies.len()).collect(),
+        };
+        Ok(TrackedOperation::new(self.clone(), operation, deckies.into_iter().zip(ids)))
+    }
+
+    /// Does `work` on a thread of its own and reports how it ended, so that the caller can answer at once. An error is
+    /// reported with its sources, a panic with its message. The work goes on when the heartbeat stops, and its report
+    /// waits for the next start.
+    ///
+    /// ```
+    /// # use decnet_heartbeat::{Heartbeat, Operation};
+    /// # fn compose_up() -> Result<(), std::io::Error> { Ok(()) }
+    /// # fn deploy(heartbeat: &Heartbeat) -> Result<(), decnet_heartbeat::Error> {
+    /// heartbeat.run(Operation::Deploy, ["decky-01"], compose_up)?;
+    /// // And to whoever asked: 202 Accepted.
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// As [`begin`](Self::begin), and when the system refuses a thread; the operation is then reported failed.
+    pub fn run<E: Into<Box<dyn StdError + Send + Sync>>>(
+        &self,
+        operation: Operation,
+        deckies: impl IntoIterator<Item = impl Into<String>>,
+        work: impl FnOnce() -> Result<(), E> + Send + 'static,
+    ) -> Result<JoinHandle<()>, Error> {
+        const NAME: &str = "decnet-operation";
+        let tracked = self.begin(operation, deckies)?;
+        let run = move || match catch_unwind(AssertUnwindSafe(work)) {
+            Ok(Ok(())) => tracked.succeed(),
+            Ok(Err(error)) => tracked.fail(reason(error.into().as_ref())),
+            Err(panic) => tracked.fail(format!("{operation} panicked: {}", message(panic.as_ref()))),
+        };
+        thread::Builder::new().name(NAME.to_owned()).spawn(run).map_err(|source| Error::thread(NAME, source))
+    }
+
+    /// An operation has ended; its row is in the outbox since it began.
+    pub(crate) fn end(&self, id: i64, delta: LifecycleDelta) {
+        let Some(inner) = &self.inner else { return };
+        if let Err(error) = inner.outbox.end(id, delta, Poster::Deliverer) {
+            log::error!(
+                "how an operation ended is in memory, a restart would report it failed: error={}",
+                chain(&error)
+            );
+        }
+        if let Err(error) = inner.wake() {
+            log::error!("how an operation ended will not be reported: error={}", chain(&error));
+        }
+    }
+}
+
+impl Inner {
+    fn wake(&self) -> Result<(), Error> {
+        match self.wake.try_send(()) {
+            // Full: the heartbeat thread has been told already, and looks into the outbox for all there is.
+            Ok(()) | Err(TrySendError::Full(())) => Ok(()),
+            // Stopped. On the disk it waits for the next start.
+            Err(TrySendError::Disconnected(())) if self.outbox.path().is_some() => Ok(()),
+            Err(TrySendError::Disconnected(())) => {
+                Err(Error::outbox(None, "the heartbeat has stopped, and nothing outlives it in memory"))
+            }
+        }
+    }
+}
