@@ -1,8 +1,13 @@
 //! The program's command line, its log and its exit codes. Runs on the program's main thread.
 
+mod command;
 mod demo;
+mod push;
+mod report;
 mod run;
+mod track;
 
+use std::ffi::OsString;
 use std::fs::OpenOptions;
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
@@ -13,8 +18,11 @@ use clap::{Parser, Subcommand};
 use log::LevelFilter;
 use simplelog::{ColorChoice, ConfigBuilder, TermLogger, TerminalMode, ThreadLogMode, WriteLogger};
 
+use crate::delta::Operation;
+use crate::enrolment::{Enrolment, EnrolmentSources};
 use crate::error::{Error, chain, printable_path};
 use crate::identity::MasterIdentity;
+use crate::outbox::OutboxLocation;
 
 /// `EX_CONFIG` of sysexits.h: the host is not enrolled, or its configuration or bundle cannot be used.
 const NOT_CONFIGURED: u8 = 78;
@@ -40,7 +48,7 @@ struct Common {
     /// Who counts as the master: name, ca, sha256:HEX or public [default: name]
     #[arg(long, global = true, value_name = "RULE")]
     master_identity: Option<MasterIdentity>,
-    /// off, error, warn, info, debug or trace [default: info; for demo: off]
+    /// off, error, warn, info, debug or trace [default: info; for push and track warn, for demo off]
     #[arg(long, global = true, value_name = "LEVEL")]
     log_level: Option<LevelFilter>,
     /// Append the log to this file instead of stderr
@@ -52,6 +60,10 @@ struct Common {
 enum Command {
     /// Beat until SIGTERM or SIGINT
     Run(RunOptions),
+    /// Report how an operation ended: now, or by way of the outbox
+    Push(PushOptions),
+    /// Run a command as an operation, report how it ended, and exit as it did
+    Track(TrackOptions),
     /// Watch it work against a master of its own; needs nothing
     Demo {
         /// About how long the demonstration takes, from 5 to 600 seconds
@@ -79,18 +91,83 @@ struct RunOptions {
     stats_file: Option<PathBuf>,
 }
 
+#[derive(Debug, clap::Args)]
+struct PushOptions {
+    /// deploy or mutate
+    #[arg(long, value_name = "WHAT")]
+    operation: Operation,
+    /// How it ended
+    #[arg(long, value_name = "HOW")]
+    status: Status,
+    /// Why it failed, for the master's operator; 2,000 characters at most
+    #[arg(long, value_name = "TEXT")]
+    error: Option<String>,
+    /// Where deltas are kept [default: heartbeat.db in the agent dir]
+    #[arg(long, value_name = "PATH")]
+    outbox: Option<PathBuf>,
+    /// The deckies that it was done to
+    #[arg(value_name = "DECKY", required = true)]
+    deckies: Vec<String>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Status {
+    Succeeded,
+    Failed,
+}
+
+#[derive(Debug, clap::Args)]
+struct TrackOptions {
+    /// deploy or mutate
+    #[arg(long, value_name = "WHAT")]
+    operation: Operation,
+    /// The deckies that it is done to
+    #[arg(long = "decky", value_name = "NAME", required = true, num_args = 1..)]
+    deckies: Vec<String>,
+    /// Where deltas are kept [default: heartbeat.db in the agent dir]
+    #[arg(long, value_name = "PATH")]
+    outbox: Option<PathBuf>,
+    /// What does it; its exit code is the program's
+    #[arg(last = true, required = true, value_name = "COMMAND")]
+    command: Vec<OsString>,
+}
+
 /// The whole program.
 pub fn main() -> ExitCode {
     let Arguments { common, command } = Arguments::parse();
-    let usual = if matches!(command, Command::Demo { .. }) { LevelFilter::Off } else { LevelFilter::Info };
+    let usual = match command {
+        Command::Run(_) => LevelFilter::Info,
+        // Their result is what they print, or their command's.
+        Command::Push(_) | Command::Track(_) => LevelFilter::Warn,
+        Command::Demo { .. } => LevelFilter::Off,
+    };
     if let Err(error) = start_log(&common, common.log_level.unwrap_or(usual)) {
         return fail(&error);
     }
     let done = match command {
-        Command::Run(options) => run::run(&common, options),
-        Command::Demo { seconds } => demo::demo(Duration::from_secs(seconds)),
+        Command::Run(options) => run::run(&common, options).map(|()| ExitCode::SUCCESS),
+        Command::Push(options) => push::push(&common, options).map(|()| ExitCode::SUCCESS),
+        Command::Track(options) => track::track(&common, options),
+        Command::Demo { seconds } => demo::demo(Duration::from_secs(seconds)).map(|()| ExitCode::SUCCESS),
     };
-    done.map_or_else(|error| fail(&error), |()| ExitCode::SUCCESS)
+    done.unwrap_or_else(|error| fail(&error))
+}
+
+/// The environment and the ini, after the options.
+fn enrolment(common: &Common) -> Result<Enrolment, Error> {
+    let mut sources = EnrolmentSources::from_env();
+    if let Some(ini) = &common.config {
+        sources = sources.config(ini.clone());
+    }
+    if let Some(dir) = &common.agent_dir {
+        sources = sources.agent_dir(dir.clone());
+    }
+    sources.read()
+}
+
+/// `--outbox`.
+fn outbox(path: Option<PathBuf>) -> OutboxLocation {
+    path.map_or(OutboxLocation::AgentDir, OutboxLocation::File)
 }
 
 /// Says why on stderr, wherever the log goes: an operator looks there first.

@@ -111,6 +111,14 @@ pub(crate) const INI_FILE: u64 = 1024 * 1024;
 /// Characters of a host uuid; the master's own have 36, and a column of its database holds 255.
 pub(crate) const HOST_UUID: usize = 255;
 
+/// Bytes of a command's stderr that `track` keeps: what a delta's error holds, of characters of four bytes.
+#[cfg(feature = "cli")]
+pub(crate) const STDERR_TAIL: usize = 4 * DELTA_ERROR;
+
+/// How long `track` waits for the end of stderr after its command's: a daemon that it left behind may hold it open.
+#[cfg(feature = "cli")]
+pub(crate) const STDERR_GRACE: Duration = Duration::from_secs(1);
+
 // ---- what is said ---------------------------------------------------------------------------
 
 /// Characters of a delta's error; the master cuts there.

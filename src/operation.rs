@@ -6,6 +6,7 @@ use std::thread;
 
 use crate::delta::{LifecycleDelta, Operation, Outcome};
 use crate::error::Error;
+use crate::outbox::Kept;
 use crate::sender::DeltaSender;
 
 /// An operation in flight on one or more deckies. From [`DeltaSender::begin`].
@@ -63,22 +64,21 @@ impl TrackedOperation {
             return Err(Error::setting("decky name", format!("{name:?} is not open in this {}", self.operation)));
         };
         let (decky, id) = self.open.remove(place);
-        self.end(id, decky, outcome);
+        self.deltas.end(vec![self.ended(decky, id, &outcome)]);
         Ok(())
     }
 
     fn end_all(&mut self, outcome: &Outcome) {
-        for (decky, id) in std::mem::take(&mut self.open) {
-            self.end(id, decky, outcome.clone());
-        }
+        let ended = std::mem::take(&mut self.open);
+        self.deltas.end(ended.into_iter().map(|(decky, id)| self.ended(decky, id, outcome)).collect());
     }
 
-    fn end(&self, id: i64, decky: String, outcome: Outcome) {
+    fn ended(&self, decky: String, id: i64, outcome: &Outcome) -> Kept {
         let delta = match outcome {
             Outcome::Succeeded => LifecycleDelta::succeeded(decky, self.operation),
-            Outcome::Failed(error) => LifecycleDelta::failed(decky, self.operation, error),
+            Outcome::Failed(error) => LifecycleDelta::failed(decky, self.operation, error.as_str()),
         };
-        self.deltas.end(id, delta);
+        Kept { id, delta }
     }
 }
 

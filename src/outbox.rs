@@ -89,7 +89,6 @@ pub(crate) enum Poster {
     /// Whoever delivers from the outbox.
     Deliverer,
     /// This process itself, until it [releases](Outbox::release) it or ends.
-    #[cfg_attr(not(feature = "cli"), expect(dead_code, reason = "the program's `track` does"))]
     Us,
 }
 
@@ -405,11 +404,11 @@ impl Outbox {
         Ok((added, shared))
     }
 
-    /// An operation has ended. As of [`settle`](Self::settle), this is never lost; an error says that the file does
-    /// not know it yet.
-    pub(crate) fn end(&self, id: i64, delta: LifecycleDelta, poster: Poster) -> Result<(), Error> {
+    /// Operations that were begun here have ended. As what is settled, this is never lost; an error says that the file
+    /// does not know it yet.
+    pub(crate) fn end(&self, ended: Vec<Kept>, poster: Poster) -> Result<(), Error> {
         let owner = (poster == Poster::Us).then(|| self.us.clone());
-        self.note(Change::Ended { id, delta, owner })
+        self.note(Change::Ended(ended, owner))
     }
 
     /// Leaves deltas that this process was to post to whoever delivers.

@@ -13,7 +13,7 @@ use crate::collector::message;
 use crate::delta::{LifecycleDelta, Operation, check_decky};
 use crate::error::{Error, chain};
 use crate::operation::{TrackedOperation, reason};
-use crate::outbox::{Outbox, Poster};
+use crate::outbox::{Kept, Outbox, Poster};
 
 /// Pushes deltas and begins operations. Clone it, send it to other threads; it outlives its heartbeat.
 #[derive(Clone, Debug)]
@@ -145,10 +145,10 @@ impl DeltaSender {
         thread::Builder::new().name(NAME.to_owned()).spawn(run).map_err(|source| Error::thread(NAME, source))
     }
 
-    /// An operation has ended; its row is in the outbox since it began.
-    pub(crate) fn end(&self, id: i64, delta: LifecycleDelta) {
-        let Some(inner) = &self.inner else { return };
-        if let Err(error) = inner.outbox.end(id, delta, Poster::Deliverer) {
+    /// Operations have ended; their rows are in the outbox since they began.
+    pub(crate) fn end(&self, ended: Vec<Kept>) {
+        let Some(inner) = self.inner.as_ref().filter(|_| !ended.is_empty()) else { return };
+        if let Err(error) = inner.outbox.end(ended, Poster::Deliverer) {
             log::error!(
                 "how an operation ended is in memory, a restart would report it failed: error={}",
                 chain(&error)

@@ -33,6 +33,13 @@ pub(crate) fn cut(text: &str, most: usize) -> &str {
     text.char_indices().nth(most).map_or(text, |(end, _)| text.get(..end).unwrap_or(text))
 }
 
+/// The last `most` characters of `text`.
+#[cfg(feature = "cli")]
+pub(crate) fn last(text: &str, most: usize) -> &str {
+    let excess = text.chars().count().saturating_sub(most);
+    text.char_indices().nth(excess).and_then(|(start, _)| text.get(start..)).unwrap_or_default()
+}
+
 /// Line and paragraph separators, zero-width and bidi controls: they reorder or hide what a log shows.
 fn is_invisible(c: char) -> bool {
     matches!(c, '\u{61c}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}')
@@ -53,5 +60,11 @@ mod tests {
         assert_eq!(printable_within("äö", 2), "äö");
         assert_eq!(cut("äöü", 2), "äö");
         assert_eq!(cut("ä", 2), "ä");
+    }
+
+    #[cfg(feature = "cli")]
+    #[test]
+    fn of_long_text_the_last_characters_are_kept() {
+        assert_eq!((last("äöü", 2), last("äö", 2), last("ä", 2), last("ä", 0)), ("öü", "äö", "ä", ""));
     }
 }

@@ -11,11 +11,9 @@ use sd_notify::NotifyState;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
-use super::{Common, RunOptions};
-use crate::enrolment::{Enrolment, EnrolmentSources};
+use super::{Common, RunOptions, enrolment, outbox};
 use crate::error::{Error, printable_path};
 use crate::heartbeat::Heartbeat;
-use crate::outbox::OutboxLocation;
 use crate::stats::Stats;
 use crate::status::decnet::DecnetStatus;
 use crate::{files, limits};
@@ -30,7 +28,7 @@ pub(super) fn run(common: &Common, options: RunOptions) -> Result<(), Error> {
         .enrolment(enrolment)
         .status_source(source)
         .interval(options.interval)
-        .outbox(options.outbox.map_or(OutboxLocation::AgentDir, OutboxLocation::File));
+        .outbox(outbox(options.outbox));
     if let Some(identity) = common.master_identity {
         builder = builder.master_identity(identity);
     }
@@ -43,18 +41,6 @@ pub(super) fn run(common: &Common, options: RunOptions) -> Result<(), Error> {
         log::warn!("stopped with deltas undelivered: waiting={} kept={}", stopped.undelivered, stopped.kept);
     }
     watched
-}
-
-/// The environment and the ini, after the options.
-fn enrolment(common: &Common) -> Result<Enrolment, Error> {
-    let mut sources = EnrolmentSources::from_env();
-    if let Some(ini) = &common.config {
-        sources = sources.config(ini.clone());
-    }
-    if let Some(dir) = &common.agent_dir {
-        sources = sources.agent_dir(dir.clone());
-    }
-    sources.read()
 }
 
 /// Returns when a signal asks for the end, or when there is nothing left to watch.

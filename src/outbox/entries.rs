@@ -53,9 +53,10 @@ pub(super) fn begin(
 pub(super) enum Change {
     /// The master has answered for good.
     Settled(Vec<i64>, Settled),
-    /// An operation that was in flight has ended. With an owner, that one posts the delta.
-    Ended { id: i64, delta: LifecycleDelta, owner: Option<String> },
+    /// Operations that were in flight have ended. With an owner, that one posts the deltas.
+    Ended(Vec<Kept>, Option<String>),
     /// Their owner leaves these to whoever delivers.
+    #[cfg(feature = "cli")]
     Released(Vec<i64>),
 }
 
@@ -74,6 +75,7 @@ impl Change {
                 )?;
                 ids.iter().try_for_each(|id| rejected.execute(params![id, reason]).map(drop))
             }
+            #[cfg(feature = "cli")]
             Self::Released(ids) => {
                 let mut released = db.prepare_cached(
                     "INSERT OR REPLACE INTO unwritten
@@ -82,9 +84,9 @@ impl Change {
                 )?;
                 ids.iter().try_for_each(|id| released.execute([id]).map(drop))
             }
-            Self::Ended { id, delta, owner } => {
+            Self::Ended(ended, owner) => ended.iter().try_for_each(|Kept { id, delta }| {
                 put(db, *id, (delta.decky(), delta.operation()), Some(delta), owner.as_deref())
-            }
+            }),
         }
     }
 }

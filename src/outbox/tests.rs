@@ -116,6 +116,10 @@ fn begin(outbox: &Outbox, decky: &str) -> i64 {
     outbox.begin(Operation::Mutate, &[decky.to_owned()]).unwrap()[0]
 }
 
+fn ended(id: i64, delta: LifecycleDelta) -> Vec<Kept> {
+    vec![Kept { id, delta }]
+}
+
 /// What is on the disk, as another program would see it: decky, error, owned or not.
 fn on_disk(dir: &Path) -> Vec<(String, Option<String>, bool)> {
     let database = Connection::open(dir.join(FILE)).unwrap();
@@ -154,7 +158,7 @@ fn an_older_delta_is_held_back_while_a_newer_operation_is_in_flight() {
     outbox.keep(&[LifecycleDelta::succeeded("d", Operation::Deploy)]).unwrap();
     assert_eq!(deckies(&outbox), ["d", "other"], "the deploy of d, and not its mutate");
     assert_eq!(outbox.books().counts, Counts { waiting: 3, held: 1, operations: 1 });
-    outbox.end(id, succeeded("d"), Poster::Deliverer).unwrap();
+    outbox.end(ended(id, succeeded("d")), Poster::Deliverer).unwrap();
     let outcomes: Vec<_> =
         outbox.deliverable(10).unwrap().into_iter().map(|kept| (kept.id, kept.delta.outcome().clone())).collect();
     let failed = || Outcome::Failed("why".to_owned());
@@ -166,9 +170,9 @@ fn of_operations_that_overlap_the_one_that_began_first_is_the_older() {
     let dir = tempfile::tempdir().unwrap();
     let outbox = open(dir.path());
     let (first, second) = (begin(&outbox, "d"), begin(&outbox, "d"));
-    outbox.end(first, delta("d"), Poster::Deliverer).unwrap();
+    outbox.end(ended(first, delta("d")), Poster::Deliverer).unwrap();
     assert!(deckies(&outbox).is_empty(), "the newer one is in flight");
-    outbox.end(second, succeeded("d"), Poster::Deliverer).unwrap();
+    outbox.end(ended(second, succeeded("d")), Poster::Deliverer).unwrap();
     let ids: Vec<_> = outbox.deliverable(10).unwrap().into_iter().map(|kept| kept.id).collect();
     assert_eq!(ids, [second, first]);
 }
@@ -196,7 +200,7 @@ fn an_operation_whose_process_lives_is_left_alone_until_it_dies() {
     let outbox = open(dir.path());
     outbox.tend().unwrap();
     assert_eq!(outbox.books().counts.operations, 2);
-    track.end(id, succeeded("d"), Poster::Us).unwrap();
+    track.end(ended(id, succeeded("d")), Poster::Us).unwrap();
     assert!(deckies(&outbox).is_empty(), "track posts it itself");
     drop(track);
     outbox.tend().unwrap();
@@ -254,7 +258,7 @@ fn a_full_disk_turns_it_to_memory_and_it_goes_back_when_there_is_room() {
     let many: Vec<_> = (0..200).map(|n| delta(&format!("{n:0500}"))).collect();
     outbox.keep(&many).unwrap();
     assert_eq!(outbox.path(), None, "not all of it is on the disk");
-    outbox.end(id, succeeded("running"), Poster::Deliverer).unwrap_err();
+    outbox.end(ended(id, succeeded("running")), Poster::Deliverer).unwrap_err();
     let kept = outbox.deliverable(500).unwrap();
     assert_eq!(kept.len(), 204);
     let of = |decky: &str| kept.iter().filter(|kept| kept.delta.decky() == decky).cloned().collect::<Vec<_>>();
@@ -288,7 +292,7 @@ fn a_file_that_cannot_be_had_at_first_is_gone_to_later() {
     std::fs::create_dir(dir.path().join("later")).unwrap();
     outbox.tend().unwrap();
     assert_eq!(outbox.path(), Some(path.as_path()));
-    outbox.end(id, succeeded("e"), Poster::Deliverer).unwrap();
+    outbox.end(ended(id, succeeded("e")), Poster::Deliverer).unwrap();
     drop(outbox);
     let (outbox, problem) = Outbox::open(&location, dir.path(), Role::Deliver).unwrap();
     assert!(problem.is_none());
@@ -372,7 +376,7 @@ fn beyond_its_rows_the_oldest_fall_out_and_are_counted() {
     assert_eq!(outbox.books().dropped, 2, "and the rejected one before them");
     let kept = outbox.deliverable(limits::OUTBOX_ROWS).unwrap();
     assert_eq!((kept.len(), kept.last().unwrap().delta.decky()), (limits::OUTBOX_ROWS - 1, "3"));
-    outbox.end(id, succeeded("running"), Poster::Deliverer).unwrap();
+    outbox.end(ended(id, succeeded("running")), Poster::Deliverer).unwrap();
     let error = outbox.keep(&vec![delta("many"); limits::OUTBOX_ROWS + 1]).unwrap_err();
     assert!(error.to_string().contains("has no room for 10001 more"), "{error}");
 }
@@ -385,7 +389,7 @@ fn operations_in_flight_never_fall_out() {
     let error = outbox.keep(&[delta("d")]).unwrap_err();
     let text = "outbox in memory: has no room for 1 more: it holds 10000 rows, less what is in flight";
     assert_eq!(error.to_string(), text);
-    outbox.end(ids[0], succeeded("0"), Poster::Deliverer).unwrap();
+    outbox.end(ended(ids[0], succeeded("0")), Poster::Deliverer).unwrap();
     outbox.keep(&[delta("d")]).unwrap();
     assert_eq!(
         outbox.books(),

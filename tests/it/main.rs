@@ -14,5 +14,6 @@ mod credentials;
 mod deltas;
 mod identity;
 mod program;
+mod reporting;
 mod stopping;
 mod support;

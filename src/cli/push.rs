@@ -1,0 +1,39 @@
+//! `push`: reports how an operation ended, now or by way of the outbox. Runs on the program's main thread.
+
+use std::collections::BTreeSet;
+
+use clap::CommandFactory;
+use clap::error::ErrorKind;
+
+use super::report::{Reported, Reporter};
+use super::{Arguments, Common, PushOptions, Status, enrolment, outbox};
+use crate::delta::LifecycleDelta;
+use crate::error::Error;
+
+/// Where the deltas are delivered or kept, that is said in a line; otherwise that they are neither is the error.
+pub(super) fn push(common: &Common, options: PushOptions) -> Result<(), Error> {
+    let PushOptions { operation, status, error, outbox: path, deckies } = options;
+    if status == Status::Succeeded && error.is_some() {
+        let text = "--error says why it failed: it goes with --status failed";
+        Arguments::command().error(ErrorKind::ArgumentConflict, text).exit();
+    }
+    let error = error.unwrap_or_else(|| "no reason given".to_owned());
+    // A decky that is named twice has one delta.
+    let deckies: BTreeSet<String> = deckies.into_iter().collect();
+    let delta = |decky| match status {
+        Status::Succeeded => LifecycleDelta::succeeded(decky, operation),
+        Status::Failed => LifecycleDelta::failed(decky, operation, error.as_str()),
+    };
+    let deltas: Vec<LifecycleDelta> = deckies.into_iter().map(delta).collect();
+    deltas.iter().try_for_each(LifecycleDelta::check)?;
+    let mut reporter = Reporter::open(enrolment(common)?, common.master_identity, &outbox(path))?;
+    let claimed = reporter.claim(deltas)?;
+    match reporter.post(&claimed) {
+        Reported::Delivered => println!("delivered"),
+        Reported::Kept(why) => {
+            println!("kept in {} for decnet-heartbeat run, not delivered: {why}", reporter.place());
+        }
+        Reported::Lost(why) => return Err(Error::outbox(None, format!("neither delivered nor kept: {why}"))),
+    }
+    Ok(())
+}

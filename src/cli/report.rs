@@ -1,0 +1,138 @@
+//! What `push` and `track` share: their deltas go to the outbox first, claimed by this process, then to the master at once.
+//! Where the master cannot be reached they stay in the outbox for `run`. Runs on the program's main thread.
+
+use crate::body::{self, Body};
+use crate::delta::{LifecycleDelta, Operation};
+use crate::enrolment::Enrolment;
+use crate::error::{Error, chain, printable_path};
+use crate::identity::MasterIdentity;
+use crate::limits;
+use crate::link::Link;
+use crate::master::Verdict;
+use crate::outbox::{Kept, Outbox, OutboxLocation, Poster, Role, Settled};
+use crate::status::decnet::DecnetStatus;
+use crate::status::{Snapshot, StatusSource};
+
+/// Where the deltas of this process go.
+#[derive(Debug)]
+pub(super) struct Reporter {
+    outbox: Outbox,
+    enrolment: Enrolment,
+    identity: Option<MasterIdentity>,
+}
+
+/// What has become of them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Reported {
+    /// The master has them.
+    Delivered,
+    /// They are on the disk, and why the master has not heard of them.
+    Kept(String),
+    /// Neither.
+    Lost(String),
+}
+
+impl Reporter {
+    pub(super) fn open(
+        enrolment: Enrolment,
+        identity: Option<MasterIdentity>,
+        location: &OutboxLocation,
+    ) -> Result<Self, Error> {
+        let (outbox, problem) = Outbox::open(location, enrolment.agent_dir().value(), Role::Contribute)?;
+        if let Some(problem) = problem {
+            log::warn!("the outbox cannot be used: error={}", chain(&problem));
+        }
+        Ok(Self { outbox, enrolment, identity })
+    }
+
+    /// Claims deltas, in memory if the file cannot have them.
+    pub(super) fn claim(&mut self, deltas: Vec<LifecycleDelta>) -> Result<Vec<Kept>, Error> {
+        match self.outbox.claim(deltas.clone()) {
+            Err(error) if error.is_outbox() => {
+                self.turn_to_memory(&error)?;
+                self.outbox.claim(deltas)
+            }
+            claimed => claimed,
+        }
+    }
+
+    /// Writes an operation down as in flight, in memory if the file cannot have it.
+    pub(super) fn begin(&mut self, operation: Operation, deckies: &[String]) -> Result<Vec<i64>, Error> {
+        match self.outbox.begin(operation, deckies) {
+            Err(error) if error.is_outbox() => {
+                self.turn_to_memory(&error)?;
+                self.outbox.begin(operation, deckies)
+            }
+            begun => begun,
+        }
+    }
+
+    /// What was begun here has ended, and this process will post it.
+    pub(super) fn end(&self, ended: &[Kept]) {
+        if let Err(error) = self.outbox.end(ended.to_vec(), Poster::Us) {
+            log::warn!("how the operation ended is not on the disk: error={}", chain(&error));
+        }
+    }
+
+    fn turn_to_memory(&mut self, error: &Error) -> Result<(), Error> {
+        log::warn!("the outbox cannot be used: error={}", chain(error));
+        let dir = self.enrolment.agent_dir().value();
+        (self.outbox, _) = Outbox::open(&OutboxLocation::Memory, dir, Role::Contribute)?;
+        Ok(())
+    }
+
+    /// Posts what this process has claimed, and leaves to `run` what the master has not accepted.
+    pub(super) fn post(&self, deltas: &[Kept]) -> Reported {
+        let mut left = deltas;
+        let why = loop {
+            let (body, later) = left.split_at(left.len().min(limits::DELTAS_PER_BODY));
+            if body.is_empty() {
+                return Reported::Delivered;
+            }
+            if let Err(why) = self.post_one(body) {
+                break why;
+            }
+            if let Err(error) = self.outbox.settle(body, &Settled::Delivered) {
+                log::error!("run may send a delta again: error={}", chain(&error));
+            }
+            left = later;
+        };
+        if let Err(error) = self.outbox.release(left) {
+            log::warn!("what is undelivered is not on the disk: error={}", chain(&error));
+        }
+        if self.outbox.path().is_some() { Reported::Kept(why) } else { Reported::Lost(why) }
+    }
+
+    /// One POST, with nothing said of what runs here: that is for `run` to say. Why it was not accepted.
+    fn post_one(&self, deltas: &[Kept]) -> Result<(), String> {
+        let agent_dir = self.enrolment.agent_dir().value();
+        // Without it the master may order the topology to be built again.
+        let topology = DecnetStatus::new(agent_dir).applied_topology().ok_or("topology.db cannot be read")?;
+        let link = Link::new(self.enrolment.clone(), self.identity).map_err(|error| chain(&error))?;
+        let lifecycle: Vec<_> = deltas.iter().map(|kept| &kept.delta).collect();
+        let nothing = Snapshot::unknown("a delta alone");
+        let body = Body {
+            host_uuid: link.enrolment().host_uuid().value(),
+            agent_version: env!("CARGO_PKG_VERSION"),
+            status: nothing.raw_status(),
+            topology: Some(body::Topology::from(&topology)),
+            lifecycle: &lifecycle,
+        };
+        let body = serde_json::to_vec(&body).map_err(|error| error.to_string())?;
+        let reply = link.master().post(&body, limits::POST);
+        let (class, detail) = (reply.class, reply.detail);
+        match reply.verdict {
+            Verdict::Accepted => Ok(()),
+            Verdict::HostRefused => {
+                let fingerprint = link.fingerprint();
+                Err(format!("the master does not accept this host ({class}, fingerprint {fingerprint}): {detail}"))
+            }
+            _ => Err(format!("{} answered {class}: {detail}", link.master().url())),
+        }
+    }
+
+    /// Where they are kept, for a person.
+    pub(super) fn place(&self) -> String {
+        self.outbox.path().map_or_else(|| "memory".to_owned(), printable_path)
+    }
+}

@@ -1,0 +1,44 @@
+//! `track`: an operation is a command, and the master hears how it ended. Runs on the program's main thread.
+
+use std::collections::BTreeSet;
+use std::process::ExitCode;
+
+use super::command::{Ended, Signals};
+use super::report::{Reported, Reporter};
+use super::{Common, TrackOptions, command, enrolment, outbox};
+use crate::delta::{LifecycleDelta, Outcome, check_decky};
+use crate::error::{Error, chain};
+use crate::outbox::Kept;
+
+/// The command runs whether or not it can be reported; what stands in the way of a report is said in the log.
+pub(super) fn track(common: &Common, options: TrackOptions) -> Result<ExitCode, Error> {
+    let TrackOptions { operation, deckies, outbox: path, command } = options;
+    // From here on a signal ends the command, and not us before the report.
+    let signals = Signals::catch()?;
+    let deckies: Vec<String> = deckies.into_iter().collect::<BTreeSet<_>>().into_iter().collect();
+    deckies.iter().try_for_each(|decky| check_decky(decky))?;
+    let mut reporter = match enrolment(common) {
+        Ok(enrolment) => Reporter::open(enrolment, common.master_identity, &outbox(path))?,
+        Err(error) if error.is_not_enrolled() => {
+            log::warn!("there is no master to tell: error={}", chain(&error));
+            return Ok(ExitCode::from(command::run(&command, &signals).code));
+        }
+        Err(error) => return Err(error),
+    };
+    let ids = reporter.begin(operation, &deckies)?;
+    let Ended { outcome, code } = command::run(&command, &signals);
+    let delta = |decky| match &outcome {
+        Outcome::Succeeded => LifecycleDelta::succeeded(decky, operation),
+        Outcome::Failed(error) => LifecycleDelta::failed(decky, operation, error.as_str()),
+    };
+    let ended: Vec<_> = ids.into_iter().zip(deckies).map(|(id, decky)| Kept { id, delta: delta(decky) }).collect();
+    reporter.end(&ended);
+    match reporter.post(&ended) {
+        Reported::Delivered => (),
+        Reported::Kept(why) => {
+            log::warn!("kept for decnet-heartbeat run, not delivered: outbox={} error={why}", reporter.place());
+        }
+        Reported::Lost(why) => log::error!("neither delivered nor kept: error={why}"),
+    }
+    Ok(ExitCode::from(code))
+}

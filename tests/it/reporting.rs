@@ -1,0 +1,289 @@
+//! `push` and `track`: the program as a script on a worker uses it.
+
+use std::io::{BufRead, BufReader, Write};
+use std::path::PathBuf;
+use std::process::{Child, Command, Output, Stdio};
+
+use decnet_heartbeat::loopback::{LifecycleRow, RowStatus};
+use decnet_heartbeat::{LifecycleDelta, Operation};
+use serde_json::{Value, json};
+
+use crate::support::{PATIENCE, Stage, deckies, json_of, now, settled};
+
+/// The program for the stage's worker, with this command line after the options.
+fn program(stage: &Stage, arguments: &[&str]) -> Command {
+    let ini = stage.dir.path().join("decnet.ini");
+    stage.worker.write_ini(&ini).unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_decnet-heartbeat"));
+    command.env_clear().env("PATH", std::env::var_os("PATH").unwrap()).env("HOME", "/nonexistent");
+    command.arg("--config").arg(ini).args(arguments).stdin(Stdio::null());
+    command
+}
+
+fn output(stage: &Stage, arguments: &[&str]) -> (Option<i32>, String, String) {
+    let Output { status, stdout, stderr } = program(stage, arguments).output().unwrap();
+    (status.code(), String::from_utf8(stdout).unwrap(), String::from_utf8(stderr).unwrap())
+}
+
+const PUSH_FAILED: [&str; 7] =
+    ["push", "--operation", "mutate", "--status", "failed", "--error", "compose exited with 1"];
+const TRACK: [&str; 6] = ["track", "--operation", "deploy", "--decky", "d", "--"];
+
+fn track(stage: &Stage, script: &str) -> (Option<i32>, String, String) {
+    output(stage, &[&TRACK[..], &["sh", "-c", script]].concat())
+}
+
+/// `track` of a script that says when it is ready.
+fn tracking(stage: &Stage, script: &str) -> (Child, BufReader<std::process::ChildStdout>) {
+    let mut command = program(stage, &[&TRACK[..], &["sh", "-c", script]].concat());
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut stdout = BufReader::new(child.stdout.take().unwrap());
+    let mut line = String::new();
+    stdout.read_line(&mut line).unwrap();
+    assert_eq!(line, "ready\n");
+    (child, stdout)
+}
+
+fn signal(child: &Child, name: &str) {
+    let kill = Command::new("kill").args(["-s", name, &child.id().to_string()]).status().unwrap();
+    assert!(kill.success());
+}
+
+fn row(stage: &Stage) -> (RowStatus, Option<String>) {
+    let LifecycleRow { status, error, .. } = stage.master.rows()[0].clone();
+    (status, error)
+}
+
+fn outbox(stage: &Stage) -> PathBuf {
+    stage.agent_dir().join("heartbeat.db")
+}
+
+/// The rows of the outbox: decky, error, in flight.
+fn kept(stage: &Stage) -> Vec<(String, Option<String>, bool)> {
+    let database = rusqlite::Connection::open(outbox(stage)).unwrap();
+    let mut select = database.prepare("SELECT decky, error, completed_at IS NULL FROM delta ORDER BY id").unwrap();
+    let rows = select.query_map([], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?))).unwrap();
+    rows.collect::<rusqlite::Result<_>>().unwrap()
+}
+
+#[test]
+fn push_delivers_now_and_says_nothing_of_what_runs() {
+    let stage = Stage::new();
+    for decky in ["a", "b"] {
+        stage.master.open_operation(&stage.worker.uuid, decky, "mutate");
+    }
+    let (code, said, log) = output(&stage, &[&PUSH_FAILED[..], &["a", "b", "a"]].concat());
+    assert_eq!((code, said.as_str(), log.as_str()), (Some(0), "delivered\n", ""));
+    for row in stage.master.rows() {
+        assert_eq!((row.status, row.error.as_deref()), (RowStatus::Failed, Some("compose exited with 1")));
+    }
+    let request = stage.master.received().remove(0);
+    assert_eq!(deckies(&request), ["a", "b"], "of a decky that is named twice there is one delta");
+    assert_eq!(json_of(&request)["status"], json!({"error": "a delta alone"}));
+    let observed = json!({"error": "Docker has not been asked yet"});
+    let nothing = json!({"topology_id": Value::Null, "applied_version_hash": Value::Null, "applied_at": Value::Null,
+                         "last_error": Value::Null, "observed": observed});
+    assert_eq!(json_of(&request)["topology"], nothing, "leaving it out is not neutral");
+    assert!(kept(&stage).is_empty());
+}
+
+#[test]
+fn push_leaves_to_run_what_the_master_cannot_hear() {
+    let mut stage = Stage::new();
+    stage.master.open_operation(&stage.worker.uuid, "a", "deploy");
+    let (heartbeat, tick) = stage.beating();
+    stage.master.stop();
+    let (code, said, _) = output(&stage, &["push", "--operation", "deploy", "--status", "succeeded", "a"]);
+    let expected = format!("kept in {} for decnet-heartbeat run, not delivered: ", outbox(&stage).display());
+    assert_eq!(code, Some(0));
+    assert!(said.starts_with(&expected) && said.trim_end().ends_with("Connection refused (os error 111)"), "{said}");
+    assert_eq!(kept(&stage), [("a".to_owned(), None, false)]);
+    stage.master.start_again().unwrap();
+    tick.send(now()).unwrap();
+    stage.closed_rows(1);
+    assert_eq!(row(&stage), (RowStatus::Succeeded, None));
+    settled(&heartbeat, |stats| stats.waiting == 0);
+}
+
+#[test]
+fn push_says_which_fingerprint_a_master_refused() {
+    let stage = Stage::new();
+    stage.master.decommission(&stage.worker.uuid);
+    let (code, said, _) = output(&stage, &["push", "--operation", "deploy", "--status", "succeeded", "a"]);
+    assert_eq!(code, Some(0));
+    assert!(said.contains(&format!("(http-404, fingerprint {})", stage.worker.fingerprint)), "{said}");
+    assert_eq!(kept(&stage).len(), 1);
+}
+
+#[test]
+fn push_is_an_error_when_it_can_neither_deliver_nor_keep() {
+    let mut stage = Stage::new();
+    let arguments = ["push", "--operation", "deploy", "--status", "succeeded", "--outbox", "/nonexistent/db", "a"];
+    let (code, said, log) = output(&stage, &arguments);
+    assert_eq!((code, said.as_str()), (Some(0), "delivered\n"), "{log}");
+    assert!(log.contains("the outbox cannot be used: error=outbox /nonexistent/db: cannot be written"), "{log}");
+    stage.master.stop();
+    let (code, said, log) = output(&stage, &arguments);
+    assert_eq!((code, said.as_str()), (Some(1), ""));
+    assert!(log.contains("decnet-heartbeat: outbox in memory: neither delivered nor kept: "), "{log}");
+}
+
+#[test]
+fn a_wrong_command_line_is_2_and_says_what_is_wrong() {
+    let stage = Stage::new();
+    for (arguments, problem) in [
+        (&["push", "--operation", "deploy", "--status", "succeeded"][..], "<DECKY>..."),
+        (&["push", "--operation", "build", "--status", "succeeded", "d"], "must be deploy or mutate"),
+        (&["push", "--operation", "deploy", "--status", "succeeded", "--error", "e", "d"], "--status failed"),
+        (&["track", "--operation", "deploy", "--decky", "d"], "<COMMAND>..."),
+        (&["track", "--operation", "deploy", "--", "true"], "--decky <NAME>..."),
+    ] {
+        let (code, _, log) = output(&stage, arguments);
+        assert_eq!(code, Some(2), "{arguments:?}");
+        assert!(log.contains(problem), "{problem} in {log}");
+    }
+}
+
+#[test]
+fn track_reports_a_success_and_passes_all_three_streams_through() {
+    let stage = Stage::new();
+    stage.master.open_operation(&stage.worker.uuid, "d", "deploy");
+    let mut command = program(&stage, &[&TRACK[..], &["sh", "-c", "cat; echo warning >&2"]].concat());
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    child.stdin.take().unwrap().write_all(b"in and out").unwrap();
+    let Output { status, stdout, stderr } = child.wait_with_output().unwrap();
+    assert_eq!((status.code(), stdout, stderr), (Some(0), b"in and out".to_vec(), b"warning\n".to_vec()));
+    assert_eq!(row(&stage), (RowStatus::Succeeded, None));
+    assert!(kept(&stage).is_empty());
+}
+
+#[test]
+fn track_reports_a_failure_with_the_tail_of_stderr_and_exits_as_the_command_did() {
+    let stage = Stage::new();
+    stage.master.open_operation(&stage.worker.uuid, "d", "deploy");
+    let (code, _, log) = track(&stage, "seq 1 5000 >&2; echo 'no such image' >&2; exit 3");
+    assert_eq!(code, Some(3));
+    assert_eq!(log.lines().count(), 5_001, "all of it passes through");
+    let (status, error) = row(&stage);
+    let error = error.unwrap();
+    assert_eq!((status, error.chars().count()), (RowStatus::Failed, 2_000));
+    assert!(error.starts_with("exited with 3: ") && error.ends_with("4999\n5000\nno such image"), "{error}");
+}
+
+#[test]
+fn track_reports_a_command_that_cannot_be_run() {
+    for (command, code, error) in [
+        ("/nonexistent", 127, "/nonexistent cannot be run: No such file or directory (os error 2)"),
+        ("/etc/passwd", 126, "/etc/passwd cannot be run: Permission denied (os error 13)"),
+    ] {
+        let stage = Stage::new();
+        stage.master.open_operation(&stage.worker.uuid, "d", "deploy");
+        let (exit, _, _) = output(&stage, &[&TRACK[..], &[command]].concat());
+        assert_eq!((exit, row(&stage)), (Some(code), (RowStatus::Failed, Some(error.to_owned()))));
+    }
+}
+
+#[test]
+fn a_signal_passes_through_and_the_end_is_reported() {
+    let stage = Stage::new();
+    for _ in 0..2 {
+        stage.master.open_operation(&stage.worker.uuid, "d", "deploy");
+    }
+    let (mut child, _stdout) = tracking(&stage, "echo ready; exec sleep 1000");
+    signal(&child, "TERM");
+    assert_eq!(child.wait().unwrap().code(), Some(128 + 15));
+    // A command that ends in its own way is believed.
+    let (mut child, _stdout) = tracking(
+        &stage,
+        "trap 'exit 5' HUP; mkfifo \"$0\"; echo ready; read line <>\"$0\"".replace("$0", &fifo(&stage)).as_str(),
+    );
+    signal(&child, "HUP");
+    assert_eq!(child.wait().unwrap().code(), Some(5));
+    let rows = stage.master.rows();
+    let errors: Vec<_> = rows.iter().map(|row| row.error.as_deref().unwrap()).collect();
+    assert_eq!(errors, ["exited with 5", "ended by signal 15"], "each report takes the newest open row");
+}
+
+fn fifo(stage: &Stage) -> String {
+    stage.dir.path().join("fifo").to_str().unwrap().to_owned()
+}
+
+#[test]
+fn an_ignored_signal_stays_ignored() {
+    let stage = Stage::new();
+    let ini = stage.dir.path().join("decnet.ini");
+    stage.worker.write_ini(&ini).unwrap();
+    // As under nohup: whoever starts it ignores SIGHUP, and so does its command.
+    let script = "trap '' HUP; exec \"$0\" --config \"$1\" track --operation deploy --decky d -- \
+                  sh -c 'grep SigIgn /proc/$PPID/status /proc/$$/status'";
+    let mut command = Command::new("sh");
+    command.args(["-c", script, env!("CARGO_BIN_EXE_decnet-heartbeat")]).arg(ini);
+    let output = String::from_utf8(command.output().unwrap().stdout).unwrap();
+    let masks: Vec<_> = output.lines().map(|line| line.rsplit('\t').next().unwrap()).collect();
+    assert_eq!(masks.len(), 2, "{output}");
+    for mask in masks {
+        assert_eq!(u64::from_str_radix(mask, 16).unwrap() & 1, 1, "{output}");
+    }
+}
+
+#[test]
+fn what_a_killed_track_was_doing_is_reported_failed_by_a_running_heartbeat() {
+    let stage = Stage::new();
+    let (heartbeat, tick) = stage.beating();
+    stage.master.open_operation(&stage.worker.uuid, "d", "deploy");
+    let (mut child, stdout) = tracking(&stage, "echo ready; exec cat");
+    tick.send(now()).unwrap();
+    assert!(stage.master.wait_for_beats(2, PATIENCE));
+    settled(&heartbeat, |stats| stats.operations == 1);
+    assert_eq!(stage.master.rows()[0].status, RowStatus::Running, "it lives");
+    signal(&child, "KILL");
+    child.wait().unwrap();
+    drop(stdout);
+    tick.send(now()).unwrap();
+    stage.closed_rows(1);
+    assert_eq!(row(&stage), (RowStatus::Failed, Some("its process ended during deploy".to_owned())));
+}
+
+#[test]
+fn while_track_runs_a_heartbeat_holds_older_deltas_back() {
+    let mut stage = Stage::new();
+    let (heartbeat, tick) = stage.beating();
+    stage.master.stop();
+    stage.master.open_operation(&stage.worker.uuid, "d", "deploy");
+    heartbeat.deltas().push(LifecycleDelta::failed("d", Operation::Deploy, "first")).unwrap();
+    stage.master.open_operation(&stage.worker.uuid, "d", "deploy");
+    let fifo = fifo(&stage);
+    let (mut child, _stdout) = tracking(&stage, &format!("mkfifo '{fifo}'; echo ready; read line <'{fifo}'"));
+    stage.master.start_again().unwrap();
+    tick.send(now()).unwrap();
+    settled(&heartbeat, |stats| stats.held == 1 && stats.failure.is_none());
+    assert!(stage.master.rows().iter().all(|row| row.completed_at.is_none()));
+    std::fs::write(fifo, "go on\n").unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+    tick.send(now()).unwrap();
+    stage.closed_rows(2);
+    let verdicts: Vec<_> = stage.master.rows().into_iter().map(|row| (row.status, row.error)).collect();
+    assert_eq!(verdicts, [(RowStatus::Failed, Some("first".to_owned())), (RowStatus::Succeeded, None)]);
+}
+
+#[test]
+fn a_command_runs_on_a_host_that_is_not_enrolled() {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_decnet-heartbeat"));
+    command.env_clear().env("HOME", "/nonexistent").args(["--config", "/nonexistent"]).args(TRACK);
+    let Output { status, stderr, .. } = command.args(["/bin/sh", "-c", "exit 4"]).output().unwrap();
+    assert_eq!(status.code(), Some(4));
+    let log = String::from_utf8(stderr).unwrap();
+    assert!(log.contains("[WARN] (main) there is no master to tell: error=not enrolled: "), "{log}");
+}
+
+#[test]
+fn a_daemon_that_holds_stderr_open_does_not_keep_track() {
+    let stage = Stage::new();
+    let fifo = fifo(&stage);
+    // The daemon ends when somebody opens the FIFO for writing, after track is gone.
+    let script = format!("mkfifo '{fifo}'; (read line <'{fifo}') >/dev/null </dev/null & echo said >&2; exit 6");
+    let (code, _, log) = track(&stage, &script);
+    assert_eq!((code, log.as_str()), (Some(6), "said\n"));
+    std::fs::write(fifo, "end\n").unwrap();
+}
