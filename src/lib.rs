@@ -6,8 +6,10 @@
 //! use decnet_heartbeat::{Heartbeat, LifecycleDelta, Operation};
 //!
 //! # fn main() -> Result<(), decnet_heartbeat::Error> {
+//! # fn compose_up() -> Result<(), std::io::Error> { Ok(()) }
 //! let heartbeat = Heartbeat::builder().agent_version("1.4.0").start()?;
-//! heartbeat.deltas().push(LifecycleDelta::succeeded("decky-01", Operation::Deploy))?;
+//! heartbeat.run(Operation::Deploy, ["decky-01"], compose_up)?; // on a thread of its own; reported when it ends
+//! heartbeat.deltas().push(LifecycleDelta::failed("decky-02", Operation::Mutate, "no such image"))?;
 //! heartbeat.stop(Duration::from_secs(5));
 //! # Ok(())
 //! # }
@@ -26,7 +28,7 @@
 //!  status thread: StatusSource (state file, Docker, topology)
 //! ```
 //!
-//! [`Heartbeat::builder`] gathers the parts and starts the threads `decnet-heartbeat` and `decnet-status`. A tick or a
+//! [`Heartbeat::builder`] gathers the parts; `start` starts the threads `decnet-heartbeat` and `decnet-status`. A tick or a
 //! delta asks the status thread for a snapshot; the beat goes out when it arrives, or without it when patience ends:
 //! 250 ms for the first beat, a delta and a retry, 10 s for a tick, and never more than half an interval. A snapshot that
 //! comes later goes out in a beat of its own. So a delta never waits for Docker, and a source that hangs or panics
@@ -34,13 +36,45 @@
 //!
 //! The first beat goes out at once, the second after a random part of the interval, then one every interval exactly.
 //!
-//! # Deltas
+//! # Operations
 //!
-//! [`DeltaSender::push`] writes the delta to the outbox, a SQLite file in the agent dir, in the caller's thread, and never
-//! waits for the network. `Ok` means that it is on the disk; it stays there until the master has answered 2xx. All that
-//! wait go out together, newest first, at most 500 in a beat. A body that the master refuses is halved until the delta at
-//! fault stands alone; that one is put aside with the reason, and liveness goes on meanwhile. Where no file can be
-//! written, the outbox is in memory, and the log and [`Stats::outbox`] say so.
+//! An agent that is told to deploy answers at once and reports later: [`DeltaSender::run`] does the work on a thread of its
+//! own and tells the master how it ended, a panic included. [`DeltaSender::begin`] is for work that has a thread already:
+//! the guard that it returns turns into the report, and dropping it unsettled reports a failure. An operation is on the
+//! disk from its beginning: if the process dies, the next start reports it failed with its first beat. For what is not
+//! tracked there is [`DeltaSender::push`].
+//!
+//! # The life of a delta
+//!
+//! 1. *Pushed*, or written down as in flight when its operation begins: a row in the outbox, a SQLite file in the agent
+//!    dir, written in the caller's thread. The network is never waited for, and the disk a second at most.
+//! 2. *Waiting*, or *held* while a newer operation of the same decky and operation is in flight: the master gives a delta
+//!    to the newest open row, and that would be the other's ([`Stats::waiting`], [`Stats::held`]).
+//! 3. *Sent*, with all others that wait, newest first, at most 500 in a beat. Without an answer, or with one that says
+//!    "later", it waits on, and is sent again after a backoff.
+//! 4. *Delivered* when the master answers 2xx: the row is deleted ([`Stats::delivered`]). Or *rejected*: a body that the
+//!    master refuses is halved until the delta at fault stands alone, and that one stays in the outbox with the
+//!    reason, never to be sent again ([`Stats::rejected`]). Liveness goes on meanwhile.
+//! 5. Or *dropped*: beyond 10,000 rows the oldest fall out, the rejected ones first, and after 7 days of waiting every one.
+//!    That is counted and logged ([`Stats::dropped`]).
+//!
+//! **What `Ok` means.** The delta is in the file and the file's log is synced to the disk: it survives a crash of the
+//! process and of the machine, an outage of the master of up to 7 days, and a restart. Two cases are weaker, and both are
+//! said in the log and by [`Stats::outbox`] being `None`: the file cannot be written (a full disk, a read-only file
+//! system), so the delta is in memory until it can; or the outbox is meant to be in memory. `Err` means that nobody will
+//! hear of it unless the caller tries again.
+//!
+//! **What at-least-once means for the master.** A delta whose answer got lost on the way is sent again, as nobody can know
+//! whether it arrived. The master closes the newest open row with the first of the two and finds none for the second,
+//! unless the same operation of the same decky was begun again in between; then the new row is closed with the old verdict.
+//! The same may happen to a delta that is on its way in the moment in which a newer operation begins, and to an older
+//! delta of a row whose own newest delta was rejected. Nothing is sent again after a 2xx was read, unless the process
+//! dies before it has written that down.
+//!
+//! **One file, many processes.** One process delivers from an outbox; a second start is an error that names the
+//! first. Any process may add to it, as the program's `push` and `track` do beside a `run`, and what a process that has
+//! died was at work on is taken over with the next beat. A file that is none of ours, or broken, is moved aside
+//! and named in the log.
 //!
 //! # Status
 //!
@@ -59,11 +93,12 @@
 //! Through the `log` facade, one line a fact, `key=value`:
 //!
 //! - `error`: what costs something, or what only an operator can mend. A host that the master does not accept (with the
-//!   fingerprint that was shown), a delta that it refuses for good, a panic that was caught, an outbox in memory or one
-//!   that cannot note what the master has answered.
-//! - `warn`: a beat that failed, changed credentials that do not fit, Docker or a file that cannot be read. A failure is
-//!   said when it changes; a failed beat also at its second, fourth, eighth … repetition.
-//! - `info`: start, first success, recovery, credentials taken over, stop.
+//!   fingerprint that was shown), a delta that it refuses for good or that fell out of the outbox, a panic that was
+//!   caught, an outbox in memory, one that was moved aside, or one that cannot note what the master has answered.
+//! - `warn`: a beat that failed, changed credentials that do not fit, Docker or a file that cannot be read, operations
+//!   whose process has died. A failure is said when it changes; a failed beat also at its second, fourth, eighth …
+//!   repetition.
+//! - `info`: start, first success, recovery, credentials taken over, an outbox that is on the disk again, stop.
 //! - `debug`: every beat; a retry on a fresh connection; a name that was not found; a dormant start.
 //!
 //! Text from the master, Docker or a file is cut to 300 characters, escaped, and kept on its line.
