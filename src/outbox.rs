@@ -17,14 +17,15 @@
 
 mod entries;
 mod file;
+mod home;
 mod lock;
 mod schema;
+mod shared;
 mod slot;
 mod store;
 #[cfg(test)]
 mod tests;
 
-use std::error::Error as StdError;
 use std::mem;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -33,11 +34,12 @@ use std::time::{Duration, Instant};
 use rusqlite::Connection;
 
 use crate::delta::{LifecycleDelta, Operation};
-use crate::error::{Error, chain, printable_path};
+use crate::error::{Error, chain};
 use crate::limits;
-use crate::text::printable;
-use entries::{Added, Change, Copied};
-use lock::{DeliveryLock, Owner};
+use entries::{Added, Change};
+use home::{Away, Delivery};
+use lock::Owner;
+use shared::Shared;
 use slot::{Slot, Taken};
 use store::{Refusal, Store};
 
@@ -128,94 +130,6 @@ pub(crate) struct Outbox {
     role: Mutex<Delivery>,
 }
 
-/// Whether we deliver.
-#[derive(Debug)]
-enum Delivery {
-    /// Others do.
-    No,
-    /// We do, and have the lock, where there is a file to lock.
-    Yes(Option<DeliveryLock>),
-}
-
-/// What one thread at a time has.
-#[derive(Debug)]
-struct Shared {
-    store: Store,
-    owner: Owner,
-    /// Some row names us as its owner, or did.
-    owning: bool,
-    /// When and how the file refused the last time, unless it has been written since.
-    refused: Option<(Instant, Refusal)>,
-    /// Up to when the rows have been aged.
-    aged: Instant,
-    /// How many of those that fell out have been logged.
-    said: u64,
-}
-
-/// The file did not take a change.
-struct Refused {
-    why: Refusal,
-    source: Box<dyn StdError + Send + Sync>,
-}
-
-/// Why the outbox is not in its file.
-enum Away {
-    /// Somebody else delivers from it.
-    Held(Error),
-    Unusable(Error),
-}
-
-impl Shared {
-    /// Makes a change on the disk. A file that has just refused is left alone for a moment.
-    fn write<T>(
-        &mut self,
-        path: Option<&Path>,
-        deadline: Instant,
-        change: impl FnOnce(&Connection) -> rusqlite::Result<T>,
-    ) -> Result<T, Refused> {
-        if let Some((at, why)) = self.refused
-            && at.elapsed() < limits::OUTBOX_RETRY
-        {
-            return Err(Refused { why, source: "it could not be written a moment ago".into() });
-        }
-        let written = self.attempt(path, deadline, change);
-        match &written {
-            Ok(_) if self.refused.take().is_some() => log::info!("the outbox is on the disk again"),
-            Err(refused) if refused.why != Refusal::Locked => self.turn_to_memory(refused),
-            _ => (),
-        }
-        written
-    }
-
-    fn attempt<T>(
-        &mut self,
-        path: Option<&Path>,
-        deadline: Instant,
-        change: impl FnOnce(&Connection) -> rusqlite::Result<T>,
-    ) -> Result<T, Refused> {
-        if let (true, Some(path)) = (self.owning && self.store.is_file(), path) {
-            self.owner.live(path).map_err(|source| Refused { why: Refusal::Unwritable, source: source.into() })?;
-        }
-        let within = deadline.saturating_duration_since(Instant::now());
-        let written = self.store.write(within, change);
-        written.map_err(|source| Refused { why: Refusal::of(&source), source: source.into() })
-    }
-
-    /// The file refuses for more than a moment: until it takes a change again, what comes is in memory.
-    fn turn_to_memory(&mut self, refused: &Refused) {
-        if self.refused.is_none() {
-            log::error!(
-                "the outbox cannot be written, deltas are in memory and do not survive a restart: error={}",
-                chain(refused.source.as_ref())
-            );
-            if let Err(error) = self.store.leave_a_gap() {
-                log::debug!("the outbox cannot be read: error={error}");
-            }
-        }
-        self.refused = Some((Instant::now(), refused.why));
-    }
-}
-
 impl Outbox {
     /// Opens the outbox, or one in memory where the file cannot be used; the second value then says why. To deliver, it
     /// also recovers what processes that have died were at work on.
@@ -247,95 +161,14 @@ impl Outbox {
             Ok(()) => None,
         };
         if role == Role::Deliver && problem.is_none() {
-            outbox.recover(&mut shared, "the agent restarted during ")?;
+            if let Err(error) = outbox.recover(&mut shared, "the agent restarted during ") {
+                log::warn!("operations that were in flight are recovered later: error={}", chain(&error));
+            }
             outbox.sweep();
         }
         outbox.count(&shared);
         drop(shared);
         Ok((outbox, problem))
-    }
-
-    /// Moves from memory, or from a file that is gone or broken, to the file at its place.
-    fn go_home(&self, shared: &mut Shared) -> Result<(), Away> {
-        let Some(path) = self.path.as_deref() else { return Ok(()) };
-        let unusable =
-            |doing: &str, source: rusqlite::Error| Away::Unusable(Error::outbox(Some(path), doing).because(source));
-        self.take_delivery(path)?;
-        if shared.store.is_file() {
-            // Closed first: what SQLite keeps beside the file that is gone must not mix with the new one's.
-            self.leave_file(shared).map_err(|source| unusable("cannot be left", source))?;
-        }
-        let mut home = self.open_home(path)?;
-        if shared.owning {
-            let live = shared.owner.live(path);
-            live.map_err(|source| Away::Unusable(Error::outbox(Some(path), "cannot be written").because(source)))?;
-        }
-        let taken = home.take_over(&shared.store, Copied::Everything, limits::OUTBOX_BUSY);
-        taken.map_err(|source| unusable("cannot be written", source))?;
-        (shared.store, shared.refused) = (home, None);
-        Ok(())
-    }
-
-    /// Takes everything from a file that is gone, and from a broken one what it did not know.
-    fn leave_file(&self, shared: &mut Shared) -> rusqlite::Result<()> {
-        let copied = match shared.refused {
-            Some((_, Refusal::Corrupt)) => Copied::Unwritten,
-            _ => Copied::Everything,
-        };
-        let mut memory = Store::in_memory()?;
-        memory.take_over(&shared.store, copied, Duration::ZERO)?;
-        shared.store = memory;
-        Ok(())
-    }
-
-    /// Takes the delivery lock, if we are to deliver and do not have it yet.
-    fn take_delivery(&self, path: &Path) -> Result<(), Away> {
-        let mut role = unpoisoned(&self.role);
-        if !matches!(*role, Delivery::Yes(None)) {
-            return Ok(());
-        }
-        match DeliveryLock::take(path) {
-            Ok(Ok(lock)) => {
-                *role = Delivery::Yes(Some(lock));
-                Ok(())
-            }
-            Ok(Err(holder)) => {
-                let problem =
-                    format!("is delivered from by process {holder} already; stop that one, or use another file");
-                Err(Away::Held(Error::outbox(Some(path), problem)))
-            }
-            Err(source) => Err(Away::Unusable(Error::outbox(Some(path), "cannot be written").because(source))),
-        }
-    }
-
-    /// Opens the file. If it is none of ours, or broken, and it is ours to care for, it is moved aside for a new one.
-    fn open_home(&self, path: &Path) -> Result<Store, Away> {
-        let found = Store::at(path, limits::OUTBOX_BUSY).map_err(Away::Unusable)?;
-        let sound = found.and_then(|store| match store.damage() {
-            Ok(None) => Ok(store),
-            Ok(Some(damage)) => Err(damage),
-            Err(error) => Err(error.to_string()),
-        });
-        let problem = match sound {
-            Ok(store) => return Ok(store),
-            Err(problem) if self.delivers() => problem,
-            Err(problem) => {
-                return Err(Away::Unusable(Error::outbox(Some(path), "is no outbox, or broken").because(problem)));
-            }
-        };
-        let aside = file::move_aside(path).map_err(|source| {
-            Away::Unusable(Error::outbox(Some(path), "is broken, and cannot be moved aside").because(source))
-        })?;
-        log::error!(
-            "the outbox was broken or none, it is moved aside and a new one begun: file={} aside={} problem={}",
-            printable_path(path),
-            printable_path(&aside),
-            printable(&problem)
-        );
-        match Store::at(path, limits::OUTBOX_BUSY).map_err(Away::Unusable)? {
-            Ok(store) => Ok(store),
-            Err(problem) => Err(Away::Unusable(Error::outbox(Some(path), "cannot be made anew").because(problem))),
-        }
     }
 
     /// The file, or `None` for an outbox that is in memory just now.
@@ -475,12 +308,6 @@ impl Outbox {
         }
         self.count(&shared);
         tended
-    }
-
-    /// It is to have a file, and has not the one at its place, or a broken one.
-    fn is_away(&self, shared: &Shared) -> bool {
-        let broken = shared.refused.is_some_and(|(_, why)| why == Refusal::Corrupt);
-        self.path.as_deref().is_some_and(|path| broken || !shared.store.is_at(path))
     }
 
     /// Reports the operations of dead processes failed, with `reason` and the operation's name.

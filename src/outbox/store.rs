@@ -64,6 +64,10 @@ impl Store {
             if !schema::is_ours(&database)? {
                 return Ok(Err("it is another program's, or a later version's".to_owned()));
             }
+            let damage: String = database.query_row("PRAGMA quick_check(1)", [], |row| row.get(0))?;
+            if damage != "ok" {
+                return Ok(Err(damage));
+            }
             database.pragma_update(None, "journal_mode", "wal")?;
             database.pragma_update(None, "synchronous", "full")?;
             schema::migrate(&mut database)?;
@@ -76,12 +80,6 @@ impl Store {
             Err(error) if Refusal::of(&error) == Refusal::Corrupt => Ok(Err(error.to_string())),
             Err(source) => Err(Error::outbox(Some(path), "cannot be opened").because(source)),
         }
-    }
-
-    /// `Some(what)` is wrong with the file, by SQLite's own check.
-    pub(super) fn damage(&self) -> rusqlite::Result<Option<String>> {
-        let found: String = self.database.query_row("PRAGMA quick_check(1)", [], |row| row.get(0))?;
-        Ok(Some(found).filter(|found| found != "ok"))
     }
 
     pub(super) fn is_file(&self) -> bool {
