@@ -296,7 +296,7 @@ impl Outbox {
                 }
             }
         }
-        let tended = self.recover(&mut shared, "its process ended during ").and_then(|()| self.age(&mut shared, None));
+        let tended = self.recover(&mut shared, "its process ended during ").and_then(|()| self.age(&mut shared));
         let tended = tended.and_then(|()| match shared.store.is_written() {
             Ok(true) => Ok(()),
             _ => self.write_down(&mut shared, deadline),
@@ -322,8 +322,8 @@ impl Outbox {
         let recover = |db: &Connection| {
             dead.iter().try_fold(0, |sum, owner| entries::recover(db, owner, reason).map(|count| sum + count))
         };
-        let recovered = shared.write(Some(path), deadline(), recover);
-        let operations = recovered.map_err(|refused| self.error("cannot be recovered").because(refused.source))?;
+        let recovered = shared.change(Some(path), deadline(), recover);
+        let operations = recovered.map_err(|source| self.error("cannot be recovered").because(source))?;
         log::warn!(
             "the processes of operations in flight have died, these are reported failed: operations={operations}"
         );
@@ -337,16 +337,21 @@ impl Outbox {
         }
     }
 
-    /// Ages the rows by the time that has passed, or by so much.
-    fn age(&self, shared: &mut Shared, by: Option<Duration>) -> Result<(), Error> {
-        let by = by.unwrap_or_else(|| shared.aged.elapsed());
-        if by < limits::OUTBOX_AGING {
+    /// Ages the rows by the time that has passed, when that is worth a change. A process that was stopped has not tried
+    /// to deliver meanwhile, so no step is a long one.
+    fn age(&self, shared: &mut Shared) -> Result<(), Error> {
+        let passed = shared.aged.elapsed();
+        if passed < limits::OUTBOX_AGING {
             return Ok(());
         }
-        let aged = shared.write(self.path.as_deref(), deadline(), |db| entries::grow_older(db, by.as_secs()));
-        let dropped = aged.map_err(|refused| self.error("cannot be written").because(refused.source))?;
-        unpoisoned(&self.books).dropped += dropped;
         shared.aged = Instant::now();
+        self.age_by(shared, passed.min(limits::OUTBOX_AGING * 2))
+    }
+
+    fn age_by(&self, shared: &mut Shared, passed: Duration) -> Result<(), Error> {
+        let older = |db: &Connection| entries::grow_older(db, passed.as_secs());
+        let aged = shared.change(self.path.as_deref(), deadline(), older);
+        unpoisoned(&self.books).dropped += aged.map_err(|source| self.error("cannot be read").because(source))?;
         Ok(())
     }
 

@@ -55,6 +55,19 @@ impl Shared {
         written
     }
 
+    /// Makes a change on the disk, or in memory where the file refuses it.
+    pub(super) fn change<T>(
+        &mut self,
+        path: Option<&Path>,
+        deadline: Instant,
+        change: impl Fn(&Connection) -> rusqlite::Result<T>,
+    ) -> rusqlite::Result<T> {
+        match self.write(path, deadline, &change) {
+            Ok(done) => Ok(done),
+            Err(_) => self.store.remember(change),
+        }
+    }
+
     fn attempt<T>(
         &mut self,
         path: Option<&Path>,

@@ -402,7 +402,7 @@ fn after_seven_days_of_waiting_a_delta_falls_out_and_is_counted() {
     let dir = tempfile::tempdir().unwrap();
     let outbox = open(dir.path());
     let day = Duration::from_secs(24 * 3600);
-    let age = |outbox: &Outbox, by| outbox.age(&mut outbox.enter(deadline()).unwrap(), Some(by)).unwrap();
+    let age = |outbox: &Outbox, by| outbox.age_by(&mut outbox.enter(deadline()).unwrap(), by).unwrap();
     outbox.keep(&[delta("old")]).unwrap();
     begin(&outbox, "running");
     age(&outbox, day * 4);
