@@ -234,6 +234,9 @@ impl Outbox {
         let mut books = unpoisoned(&self.books);
         (books.dropped, books.on_disk) = (books.dropped + added.dropped, on_disk);
         drop(books);
+        if !self.delivers() {
+            self.say_dropped(&mut shared);
+        }
         Ok((added, shared))
     }
 
@@ -301,13 +304,18 @@ impl Outbox {
             Ok(true) => Ok(()),
             _ => self.write_down(&mut shared, deadline),
         });
+        self.say_dropped(&mut shared);
+        self.count(&shared);
+        tended
+    }
+
+    /// Never silent, and not for each push: the process that delivers says it with the next beat.
+    fn say_dropped(&self, shared: &mut Shared) {
         let (dropped, most) = (self.books().dropped, limits::OUTBOX_ROWS);
         let unsaid = dropped - mem::replace(&mut shared.said, dropped);
         if unsaid > 0 {
             log::error!("deltas fell out of the outbox undelivered, too many or too old: deltas={unsaid} most={most}");
         }
-        self.count(&shared);
-        tended
     }
 
     /// Reports the operations of dead processes failed, with `reason` and the operation's name.
