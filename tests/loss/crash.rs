@@ -1,0 +1,169 @@
+//! `kill` and `faults`: children that are killed one after another, on one agent dir.
+
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use crossbeam_channel::never;
+use decnet_heartbeat::loopback::{Answer, Effect, Enrolled, Fault, LoopbackMaster};
+use decnet_heartbeat::{Heartbeat, Snapshot};
+use serde_json::json;
+
+use crate::Options;
+use crate::told::{Book, operation_names};
+use crate::verdict::{Figures, check};
+
+/// Longer than anything takes; reaching it is a failure.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Children are killed while the master is taken away and brought back.
+pub fn kill(options: &Options) -> String {
+    let mut stage = Stage::new();
+    let mut away = false;
+    for run in 1..=options.kills {
+        let child = stage.start(run);
+        // Before, while and after it opens the outbox and recovers it; and while it works.
+        let life = if fastrand::u8(..6) == 0 { fastrand::u64(..30) } else { 30 + fastrand::u64(..250) };
+        for _ in 0..2 {
+            pause(Duration::from_millis(life / 2));
+            if fastrand::u8(..4) == 0 {
+                away = !away;
+                if away { stage.master.stop() } else { stage.master.start_again().unwrap() }
+            }
+        }
+        stage.kill(child);
+    }
+    stage.master.start_again().unwrap();
+    stage.finish()
+}
+
+/// Children are killed, less often, while the master fails in the middle of requests.
+pub fn faults(options: &Options) -> String {
+    let mut stage = Stage::new();
+    for run in 1..=(options.kills / 5).max(1) {
+        let mut script: Vec<Fault> = std::iter::repeat_with(fault).take(40).collect();
+        if run == 1 {
+            // Once: it costs the ten seconds after which an answer is given up.
+            script.insert(3, Fault::NeverAnswer(Effect::Applied));
+        }
+        stage.master.script(script);
+        let child = stage.start(run);
+        pause(Duration::from_millis(if run == 1 { 12_000 } else { 100 + fastrand::u64(..900) }));
+        stage.kill(child);
+    }
+    stage.finish()
+}
+
+/// What goes wrong next, if anything does.
+fn fault() -> Fault {
+    let answer = |status| Answer::status(status);
+    match fastrand::u8(..12) {
+        0 => Fault::CutBeforeHandshake,
+        1 => Fault::CutBeforeRequest,
+        2 => Fault::CutInBody,
+        3 => Fault::CutAfterBody(Effect::Lost),
+        4 => Fault::CutAfterBody(Effect::Applied),
+        5 => Fault::CutAfterAnswer,
+        6 => Fault::Answer(answer(500).body("Internal Server Error")),
+        // A second is as little as is asked for.
+        7 if fastrand::u8(..4) == 0 => Fault::Answer(answer(503).header("Retry-After", "1")),
+        7 => Fault::Raw(b"HTTP/1.1 2".to_vec()),
+        _ => Fault::Serve,
+    }
+}
+
+struct Stage {
+    folder: tempfile::TempDir,
+    master: LoopbackMaster,
+    worker: Enrolled,
+    book: Book,
+}
+
+impl Stage {
+    fn new() -> Self {
+        let (folder, master) = (tempfile::tempdir().unwrap(), LoopbackMaster::start().unwrap());
+        let worker = master.enrol(&folder.path().join("agent")).unwrap();
+        Self { folder, master, worker, book: Book::default() }
+    }
+
+    /// A child, and the thread that hears what it says.
+    fn start(&self, run: u32) -> (Child, JoinHandle<Vec<String>>) {
+        for name in operation_names(run) {
+            self.master.open_operation(&self.worker.uuid, &name, "deploy");
+        }
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        command.arg("--child").arg(&self.worker.agent_dir).args([&self.worker.uuid, &self.worker.port.to_string()]);
+        let mut child = command.arg(run.to_string()).stdout(Stdio::piped()).spawn().unwrap();
+        let stdout = BufReader::new(child.stdout.take().unwrap());
+        // A line that the kill has cut short was not said.
+        (child, thread::spawn(move || stdout.lines().map_while(Result::ok).collect()))
+    }
+
+    /// SIGKILL, and what it leaves behind is sound.
+    fn kill(&mut self, (mut child, said): (Child, JoinHandle<Vec<String>>)) {
+        assert_eq!(child.try_wait().unwrap(), None, "it has ended by itself");
+        child.kill().unwrap();
+        child.wait().unwrap();
+        said.join().unwrap().iter().for_each(|line| self.book.hear(line));
+        check_integrity(&self.worker.agent_dir.join("heartbeat.db"), self.folder.path());
+    }
+
+    /// A last heartbeat, which nobody kills, delivers what is left. Then the master must have heard all of it.
+    fn finish(self) -> String {
+        let heartbeat = Heartbeat::builder()
+            .enrolment(self.worker.enrolment().unwrap())
+            .status_source(|| Snapshot::new(&json!({"deployed": false, "deckies": []})))
+            .agent_version("the last")
+            .interval(Duration::from_millis(50))
+            .start()
+            .unwrap();
+        let beats = heartbeat.beats();
+        loop {
+            beats.recv_timeout(PATIENCE).expect("a beat");
+            let stats = heartbeat.stats();
+            if stats.beats > 0 && stats.waiting == 0 && stats.failure.is_none() {
+                assert_eq!((stats.operations, stats.rejected, stats.dropped), (0, 0, 0));
+                break;
+            }
+        }
+        assert_eq!(heartbeat.stop(PATIENCE).undelivered, 0);
+        let Figures { accepted, again } = check(&self.book, &self.master);
+        let Book { kept, operations, .. } = &self.book;
+        let ended = operations.values().filter(|told| told.ended).count();
+        let requests = self.master.received().len();
+        format!(
+            "{} pushes kept, {} operations begun and {ended} ended, {accepted} deltas accepted in {requests} requests, \
+             {again} of them again, 0 lost",
+            kept.len(),
+            operations.len()
+        )
+    }
+}
+
+/// On a copy, as a restart would find it: the next child recovers the original itself.
+fn check_integrity(database: &Path, folder: &Path) {
+    if !database.exists() {
+        return;
+    }
+    let copy = folder.join("copy.db");
+    fs::copy(database, &copy).unwrap();
+    let wal = database.with_extension("db-wal");
+    let copied = if wal.exists() { fs::copy(wal, folder.join("copy.db-wal")).unwrap() } else { 0 };
+    let database = rusqlite::Connection::open(&copy).unwrap();
+    let found: String = database.query_row("PRAGMA integrity_check", [], |row| row.get(0)).unwrap();
+    assert_eq!(found, "ok", "after a log of {copied} bytes");
+    drop(database);
+    for file in fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()) {
+        if file.file_name().unwrap().to_str().unwrap().starts_with("copy.db") {
+            fs::remove_file(file).unwrap();
+        }
+    }
+}
+
+/// There is no event to wait for: a random moment is what this is about.
+fn pause(time: Duration) {
+    let _ = never::<()>().recv_timeout(time);
+}
