@@ -1,9 +1,9 @@
 //! No delta is ever lost: processes that are killed at random moments, a master that is taken away or fails in the middle
 //! of requests, and a million pushes that nobody hears.
 //!
-//! `cargo test --test loss` runs all three; `-- NAME` runs those whose name contains it. A longer run, and the same one
-//! again: `cargo test --test loss -- kill --kills 5000 --seed 42`. It is a program of its own since it kills itself: started
-//! with `--child`, it is the process that dies.
+//! `cargo test --test loss` runs a tenth of each, `-- --include-ignored` the whole: 300 kills and a million pushes. `-- NAME`
+//! runs those whose name contains it. A longer run, and the same one again: `-- kill --kills 5000 --seed 42`. It is a
+//! program of its own since it kills itself: started with `--child`, it is the process that dies.
 
 #![allow(
     clippy::unwrap_used,
@@ -77,8 +77,9 @@ fn main() -> ExitCode {
 impl Options {
     /// What libtest would understand and we do not (`--include-ignored`, `--nocapture`, …) is passed over.
     fn parse(arguments: &[String]) -> Self {
-        let mut options =
-            Self { kills: 300, pushes: 1_000_000, seed: fastrand::u64(..), names: Vec::new(), list: false };
+        let whole = arguments.iter().any(|argument| argument == "--include-ignored" || argument == "--ignored");
+        let (kills, pushes) = if whole { (300, 1_000_000) } else { (30, 100_000) };
+        let mut options = Self { kills, pushes, seed: fastrand::u64(..), names: Vec::new(), list: false };
         let mut arguments = arguments.iter();
         while let Some(argument) = arguments.next() {
             let mut number = || arguments.next().and_then(|text| text.parse().ok()).expect("a number after the option");
