@@ -26,6 +26,9 @@ pub enum Fault {
     NeverAnswer(Effect),
     /// At a request: all of it is read and recorded, nothing is applied, and this is the answer.
     Answer(Answer),
+    /// At a request: as [`Answer`](Self::Answer) if its body has these bytes in it, otherwise served as usual: a master
+    /// that cannot stomach one delta.
+    AnswerTo(Vec<u8>, Answer),
     /// At a request: as [`Answer`](Self::Answer), but these bytes as they stand, then the connection is closed.
     Raw(Vec<u8>),
     /// At a request: as [`Answer`](Self::Answer), but a 200 whose body never ends.
@@ -106,6 +109,7 @@ impl Fault {
             | Self::CutAfterBody(_)
             | Self::NeverAnswer(_)
             | Self::Answer(_)
+            | Self::AnswerTo(..)
             | Self::Raw(_)
             | Self::Endless
             | Self::Slowly(_)

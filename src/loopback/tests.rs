@@ -451,6 +451,8 @@ fn each_fault_shows_as_what_it_is() {
         (Fault::NeverAnswer(Effect::Applied), Outcome::Silence, vec![None], true),
         (Fault::NeverAnswer(Effect::Lost), Outcome::Silence, vec![None], false),
         (unavailable.into(), Outcome::Answered(503), vec![Some(503)], false),
+        (Fault::AnswerTo(b"\"d1\"".to_vec(), Answer::status(422)), Outcome::Answered(422), vec![Some(422)], false),
+        (Fault::AnswerTo(b"\"d2\"".to_vec(), Answer::status(422)), Outcome::Answered(204), vec![Some(204)], true),
         (Fault::Raw(b"HTTP/1.1 299 Odd\r\n\r\n".to_vec()), Outcome::Answered(299), vec![None], false),
         (Fault::Endless, Outcome::Answered(200), vec![Some(200)], false),
         (Fault::Slowly(Duration::from_micros(10)), Outcome::Answered(204), vec![Some(204)], true),
