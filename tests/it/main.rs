@@ -13,6 +13,7 @@ mod bundle;
 mod credentials;
 mod deltas;
 mod identity;
+mod operations;
 mod program;
 mod reporting;
 mod stopping;
