@@ -16,5 +16,6 @@ mod identity;
 mod operations;
 mod program;
 mod reporting;
+mod retry;
 mod stopping;
 mod support;
