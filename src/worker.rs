@@ -185,16 +185,18 @@ impl Worker {
     }
 
     /// Halves a refused body until the delta at fault stands alone, and puts that one aside with the reason. What is
-    /// accepted on the way is delivered.
+    /// accepted on the way is delivered. If all of it is, none was at fault, or newer ones have come in between.
     fn isolate(&mut self, snapshot: &Snapshot, refused: usize) -> Verdict {
-        let mut size = refused;
-        loop {
-            size = size.div_ceil(2);
-            let deltas = self.waiting(size);
+        // It shrinks with every answer, so this ends.
+        let mut suspects = refused;
+        while suspects > 0 {
+            let deltas = self.waiting(suspects.div_ceil(2));
             let reply = self.exchange(snapshot, &deltas);
             match (reply.verdict, deltas.as_slice()) {
-                (Verdict::Accepted, [_, ..]) if self.stop.is_empty() => (),
-                (Verdict::BodyRefused, [_, _, ..]) => (),
+                (Verdict::Accepted, [_, ..]) if self.stop.is_empty() => {
+                    suspects = suspects.saturating_sub(deltas.len())
+                }
+                (Verdict::BodyRefused, [_, _, ..]) => suspects = deltas.len(),
                 (Verdict::BodyRefused, [delta]) => {
                     self.reject(delta, &reply);
                     return Verdict::Accepted;
@@ -202,6 +204,7 @@ impl Worker {
                 (verdict, _) => return verdict,
             }
         }
+        Verdict::Accepted
     }
 
     fn reject(&self, kept: &Kept, reply: &Reply) {

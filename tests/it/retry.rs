@@ -195,7 +195,6 @@ fn a_poison_among_a_thousand_costs_a_dozen_requests_more() {
         settled(&heartbeat, |stats| stats.rejected == 1 && stats.delivered == 1_099);
         assert_eq!(kept(&stage), [rejected("poison")]);
         let requests = stage.master.received().len();
-        println!("{place}: {requests}");
         assert!(requests <= 1 + 4 + 2 + 10, "{place}: {requests}");
     }
 }
