@@ -15,7 +15,7 @@ const OWNER: &str = "-owner-";
 #[derive(Debug)]
 pub(super) struct DeliveryLock {
     /// Its lock lasts as long as it is open.
-    _file: File,
+    file: File,
 }
 
 impl DeliveryLock {
@@ -31,7 +31,7 @@ impl DeliveryLock {
             Ok(()) => {
                 file.set_len(0)?;
                 write!(file, "{}", std::process::id())?;
-                Ok(Ok(Self { _file: file }))
+                Ok(Ok(Self { file }))
             }
             Err(TryLockError::WouldBlock) => {
                 let mut holder = String::new();
@@ -40,6 +40,14 @@ impl DeliveryLock {
             }
             Err(TryLockError::Error(error)) => Err(error),
         }
+    }
+}
+
+impl Drop for DeliveryLock {
+    /// To close the file is not enough: a child process that is just being started has it, too, until it runs its program.
+    fn drop(&mut self) {
+        // An error leaves the lock to the closing.
+        let _ = self.file.unlock();
     }
 }
 
@@ -146,6 +154,24 @@ mod tests {
         assert_eq!(DeliveryLock::take(&outbox).unwrap().unwrap_err(), std::process::id().to_string());
         drop(held);
         DeliveryLock::take(&outbox).unwrap().unwrap();
+    }
+
+    #[test]
+    fn a_lock_that_is_let_go_is_free_though_a_child_process_is_being_started() {
+        let dir = tempfile::tempdir().unwrap();
+        let outbox = dir.path().join("heartbeat.db");
+        let done = std::sync::atomic::AtomicBool::new(false);
+        let over = std::sync::atomic::Ordering::Relaxed;
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !done.load(over) {
+                    std::process::Command::new("true").status().unwrap();
+                }
+            });
+            let taken: Vec<_> = (0..2_000).map(|_| DeliveryLock::take(&outbox).unwrap().is_ok()).collect();
+            done.store(true, over);
+            assert!(taken.iter().all(|taken| *taken));
+        });
     }
 
     #[test]
