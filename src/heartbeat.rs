@@ -330,7 +330,7 @@ impl fmt::Debug for HeartbeatBuilder {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::delta::LifecycleDelta;
+    use crate::delta::{LifecycleDelta, Outcome};
 
     #[test]
     fn a_host_that_is_not_enrolled_has_a_dormant_heartbeat_that_needs_no_guard() {
@@ -340,6 +340,31 @@ mod tests {
         deltas.push(LifecycleDelta::succeeded("d", Operation::Deploy)).unwrap();
         let error = deltas.push(LifecycleDelta::succeeded("", Operation::Deploy)).unwrap_err();
         assert_eq!(error.to_string(), "decky name: is empty; a delta needs the name of its decky");
+        let nothing = Stopped { undelivered: 0, operations: 0, kept: true, in_time: true };
+        assert_eq!(heartbeat.stop(Duration::ZERO), nothing);
+    }
+
+    #[test]
+    fn a_dormant_heartbeat_does_the_work_and_reports_nothing() {
+        let heartbeat = Heartbeat::builder().start_as(Err(Error::not_enrolled("no host uuid"))).unwrap();
+        let mut operation = heartbeat.begin(Operation::Deploy, ["b", "a", "b"]).unwrap();
+        assert_eq!(operation.open().collect::<Vec<_>>(), ["a", "b"]);
+        operation.settle("a", Outcome::Succeeded).unwrap();
+        let error = operation.settle("a", Outcome::Succeeded).unwrap_err();
+        assert_eq!(error.to_string(), "decky name: \"a\" is not open in this deploy");
+        operation.fail("nobody hears of it");
+        heartbeat.begin(Operation::Mutate, ["d"]).unwrap().succeed();
+        drop(heartbeat.begin(Operation::Mutate, ["d"]).unwrap());
+        let error = heartbeat.begin(Operation::Mutate, [""]).unwrap_err();
+        assert_eq!(error.to_string(), "decky name: is empty; a delta needs the name of its decky");
+        let (done, works) = bounded(1);
+        let work = move || done.send("worked");
+        heartbeat.run(Operation::Deploy, ["d"], work).unwrap().join().unwrap();
+        assert_eq!(works.recv(), Ok("worked"));
+        let panics = || -> Result<(), Error> { panic!("on purpose") };
+        heartbeat.run(Operation::Deploy, ["d"], panics).unwrap().join().unwrap();
+        let stats = heartbeat.stats();
+        assert_eq!((stats.waiting, stats.held, stats.operations, stats.outbox), (0, 0, 0, None));
         let nothing = Stopped { undelivered: 0, operations: 0, kept: true, in_time: true };
         assert_eq!(heartbeat.stop(Duration::ZERO), nothing);
     }

@@ -11,11 +11,13 @@
 mod beats;
 mod bundle;
 mod credentials;
+mod delivery;
 mod deltas;
 mod identity;
 mod operations;
 mod program;
 mod reporting;
 mod retry;
+mod stats;
 mod stopping;
 mod support;

@@ -17,7 +17,7 @@ fn program() -> Command {
     command
 }
 
-fn output(command: &mut Command) -> Output {
+pub fn output(command: &mut Command) -> Output {
     command.stdin(Stdio::null()).output().unwrap()
 }
 
@@ -27,7 +27,7 @@ fn terminate(child: &Child) {
 }
 
 /// `run` for an enrolled worker, with a state file and a Docker socket that are not there.
-fn run(worker: &Enrolled, dir: &Path) -> Command {
+pub fn run(worker: &Enrolled, dir: &Path) -> Command {
     let ini = dir.join("decnet.ini");
     worker.write_ini(&ini).unwrap();
     let mut command = program();
