@@ -16,7 +16,11 @@
 //! know yet, and `gone` where there is none any more. The view `current` is both together, and all that is ever read.
 //! `temp.room` remembers how many rows that are, so that a push need not count them.
 
+use std::time::SystemTime;
+
 use rusqlite::{Connection, TransactionBehavior};
+
+use crate::delta::micros;
 
 /// The schema's version. A migration adds a step to [`migrate`] and raises it.
 const VERSION: i64 = 2;
@@ -45,7 +49,11 @@ fn version(db: &Connection) -> rusqlite::Result<Option<i64>> {
 pub(super) fn migrate(db: &mut Connection) -> rusqlite::Result<()> {
     let transaction = db.transaction_with_behavior(TransactionBehavior::Immediate)?;
     match version(&transaction)? {
-        Some(0) => transaction.execute_batch(TABLE)?,
+        Some(0) => {
+            transaction.execute_batch(TABLE)?;
+            let first = micros(SystemTime::now());
+            transaction.execute("INSERT INTO sqlite_sequence (name, seq) VALUES ('delta', ?1)", [first])?;
+        }
         Some(1) => transaction.execute_batch(&format!("ALTER TABLE delta RENAME TO old; {TABLE}; {FROM_1}"))?,
         // Ours already: another process may have been faster.
         _ => return Ok(()),
@@ -55,7 +63,8 @@ pub(super) fn migrate(db: &mut Connection) -> rusqlite::Result<()> {
     transaction.commit()
 }
 
-/// AUTOINCREMENT: an id never comes back, so ids tell what began later.
+/// AUTOINCREMENT: an id never comes back, so ids tell what began later. They begin at the clock, in microseconds:
+/// whatever other file (or memory) an outbox has rows in, the ids there are others.
 const TABLE: &str = "CREATE TABLE delta (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
     decky TEXT NOT NULL,

@@ -42,14 +42,12 @@ impl Refusal {
 }
 
 impl Store {
-    /// A store that lasts as long as the process. Its ids begin at the clock, in microseconds: whatever file its rows
-    /// come to one day, they are newer than what is in there.
+    /// A store that lasts as long as the process. Its ids begin at the clock: whatever file its rows come to one day, they
+    /// are newer than what is in there.
     pub(super) fn in_memory() -> rusqlite::Result<Self> {
         let mut database = Connection::open_in_memory()?;
         schema::migrate(&mut database)?;
         schema::overlay(&database)?;
-        let first = micros(SystemTime::now());
-        database.execute("INSERT INTO sqlite_sequence (name, seq) VALUES ('delta', ?1)", [first])?;
         Ok(Self { database, file: None })
     }
 

@@ -162,7 +162,10 @@ fn an_older_delta_is_held_back_while_a_newer_operation_is_in_flight() {
     let outcomes: Vec<_> =
         outbox.deliverable(10).unwrap().into_iter().map(|kept| (kept.id, kept.delta.outcome().clone())).collect();
     let failed = || Outcome::Failed("why".to_owned());
-    assert_eq!(outcomes, [(4, Outcome::Succeeded), (3, Outcome::Succeeded), (2, failed()), (1, failed())]);
+    assert_eq!(
+        outcomes,
+        [(id + 1, Outcome::Succeeded), (id, Outcome::Succeeded), (id - 1, failed()), (id - 2, failed())]
+    );
 }
 
 #[test]
@@ -311,6 +314,19 @@ fn a_file_that_is_removed_is_made_anew_with_all_that_was_in_it() {
     assert!(outbox.path().is_some());
     drop(outbox);
     assert_eq!(deckies(&open(dir.path())), ["e", "d"]);
+}
+
+#[test]
+fn what_another_process_adds_to_the_new_file_first_is_not_overwritten() {
+    let dir = tempfile::tempdir().unwrap();
+    let ours = open(dir.path());
+    ours.keep(&[delta("ours")]).unwrap();
+    std::fs::remove_file(dir.path().join(FILE)).unwrap();
+    let theirs = open_as(dir.path(), Role::Contribute);
+    theirs.keep(&[delta("theirs")]).unwrap();
+    assert!(theirs.path().is_some(), "it is on the disk");
+    ours.tend().unwrap();
+    assert_eq!(deckies(&ours), ["theirs", "ours"]);
 }
 
 #[test]
