@@ -19,6 +19,8 @@ mod entries;
 mod file;
 mod home;
 mod lock;
+#[cfg(all(test, feature = "cli"))]
+mod model;
 mod schema;
 mod shared;
 mod slot;

@@ -15,7 +15,7 @@ fn open(dir: &Path) -> Outbox {
     open_as(dir, Role::Deliver)
 }
 
-fn open_as(dir: &Path, role: Role) -> Outbox {
+pub(super) fn open_as(dir: &Path, role: Role) -> Outbox {
     let (outbox, problem) = Outbox::open(&OutboxLocation::AgentDir, dir, role).unwrap();
     assert!(problem.is_none(), "{problem:?}");
     outbox
@@ -129,7 +129,7 @@ fn on_disk(dir: &Path) -> Vec<(String, Option<String>, bool)> {
 }
 
 /// Makes the file refuse every change, as a full disk does, until it is undone.
-fn fill_the_disk(outbox: &Outbox) -> i64 {
+pub(super) fn fill_the_disk(outbox: &Outbox) -> i64 {
     let shared = outbox.enter(deadline()).unwrap();
     shared
         .store
@@ -140,7 +140,7 @@ fn fill_the_disk(outbox: &Outbox) -> i64 {
         .unwrap()
 }
 
-fn free_the_disk(outbox: &Outbox) {
+pub(super) fn free_the_disk(outbox: &Outbox) {
     let mut shared = outbox.enter(deadline()).unwrap();
     shared.store.read(|db| db.query_row("PRAGMA max_page_count = 1000000", [], |_| Ok(()))).unwrap();
     // As if the moment in which it is left alone had passed.
