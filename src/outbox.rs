@@ -19,7 +19,8 @@ mod entries;
 mod file;
 mod home;
 mod lock;
-#[cfg(all(test, feature = "cli"))]
+#[cfg(test)]
+#[cfg(feature = "cli")]
 mod model;
 mod schema;
 mod shared;
@@ -185,7 +186,7 @@ impl Outbox {
     /// Keeps `deltas` in one transaction: all of them are on the disk when it returns, or none. (Or in memory, where
     /// the file cannot be written, or is not meant to be.)
     pub(crate) fn keep(&self, deltas: &[LifecycleDelta]) -> Result<(), Error> {
-        let (added, _) = self.add(deltas.len(), |db, _| entries::add(db, deltas, None))?;
+        let (added, _) = self.add(deltas.len(), None, |db, owner| entries::add(db, deltas, owner))?;
         // Without counting: a push must not cost more when many wait. The next look sets it right.
         let waiting = &mut unpoisoned(&self.books).counts.waiting;
         *waiting = (*waiting + deltas.len() as u64).saturating_sub(added.dropped);
@@ -196,14 +197,15 @@ impl Outbox {
     /// ends.
     #[cfg(feature = "cli")]
     pub(crate) fn claim(&self, deltas: Vec<LifecycleDelta>) -> Result<Vec<Kept>, Error> {
-        let (added, shared) = self.add(deltas.len(), |db, us| entries::add(db, &deltas, Some(us)))?;
+        let (added, shared) = self.add(deltas.len(), Some(&self.us), |db, owner| entries::add(db, &deltas, owner))?;
         self.count(&shared);
         Ok((added.first..).zip(deltas).map(|(id, delta)| Kept { id, delta }).collect())
     }
 
     /// Writes an operation down as in flight, a row for each decky; their ids.
     pub(crate) fn begin(&self, operation: Operation, deckies: &[String]) -> Result<Vec<i64>, Error> {
-        let (added, shared) = self.add(deckies.len(), |db, us| entries::begin(db, operation, deckies, us))?;
+        let begin = |db: &Connection, owner: Option<&str>| entries::begin(db, operation, deckies, owner);
+        let (added, shared) = self.add(deckies.len(), Some(&self.us), begin)?;
         self.count(&shared);
         Ok((added.first..).take(deckies.len()).collect())
     }
@@ -211,18 +213,19 @@ impl Outbox {
     fn add(
         &self,
         rows: usize,
-        add: impl Fn(&Connection, &str) -> rusqlite::Result<Option<Added>>,
+        owner: Option<&str>,
+        add: impl Fn(&Connection, Option<&str>) -> rusqlite::Result<Option<Added>>,
     ) -> Result<(Added, Taken<'_, Shared>), Error> {
         let deadline = deadline();
         let mut shared = self.enter(deadline).map_err(|_| self.error("is busy: nothing was kept"))?;
-        shared.owning = true;
-        let added = match shared.write(self.path.as_deref(), deadline, |db| add(db, &self.us)) {
+        shared.owning |= owner.is_some();
+        let added = match shared.write(self.path.as_deref(), deadline, |db| add(db, owner)) {
             Ok(added) => added,
             Err(refused) if refused.why == Refusal::Locked => {
                 return Err(self.error("is locked by another process; nothing was kept").because(refused.source));
             }
             Err(_) => {
-                let remembered = shared.store.remember(|db| add(db, &self.us));
+                let remembered = shared.store.remember(|db| add(db, owner));
                 remembered.map_err(|source| self.error("cannot keep anything").because(source))?
             }
         };
@@ -293,14 +296,7 @@ impl Outbox {
         }
         let deadline = deadline();
         let mut shared = self.enter(deadline)?;
-        if self.is_away(&shared) {
-            match self.go_home(&mut shared) {
-                Ok(()) => log::info!("the outbox has a file again"),
-                Err(Away::Held(error) | Away::Unusable(error)) => {
-                    log::debug!("the outbox has no file yet: error={}", chain(&error));
-                }
-            }
-        }
+        self.look_for_home(&mut shared);
         let tended = self.recover(&mut shared, "its process ended during ").and_then(|()| self.age(&mut shared));
         let tended = tended.and_then(|()| match shared.store.is_written() {
             Ok(true) => Ok(()),
@@ -309,6 +305,24 @@ impl Outbox {
         self.say_dropped(&mut shared);
         self.count(&shared);
         tended
+    }
+
+    /// The last chance for what the file did not take: it is tried once more, however fresh its refusal is.
+    pub(crate) fn finish(&self, by: Instant) -> Result<(), Error> {
+        if !self.delivers() || self.path.is_none() {
+            return Ok(());
+        }
+        let mut shared = self.enter(by)?;
+        if self.is_on_disk(&shared) {
+            return Ok(());
+        }
+        if let Some((until, _)) = &mut shared.refused {
+            *until = Instant::now();
+        }
+        self.look_for_home(&mut shared);
+        let written = self.write_down(&mut shared, by);
+        self.count(&shared);
+        written
     }
 
     /// Never silent, and not for each push: the process that delivers says it with the next beat.

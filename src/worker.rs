@@ -57,6 +57,7 @@ impl Worker {
             self.guarded(|worker| worker.handle(event));
         }
         self.guarded(Self::flush);
+        self.guarded(Self::finish);
         log::info!("heartbeat stopped: host={} waiting={}", self.host(), self.outbox.books().counts.waiting);
     }
 
@@ -313,6 +314,13 @@ impl Worker {
             if deltas.is_empty() || self.exchange(&snapshot, &deltas).verdict != Verdict::Accepted {
                 return;
             }
+        }
+    }
+
+    /// What the outbox could not write down so far has no later beat to wait for.
+    fn finish(&mut self) {
+        if let Err(error) = self.outbox.finish(self.deadline.unwrap_or_else(Instant::now)) {
+            log::error!("what the outbox has in memory ends with this process: error={}", chain(&error));
         }
     }
 

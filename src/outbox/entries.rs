@@ -38,12 +38,12 @@ pub(super) fn begin(
     db: &Connection,
     operation: Operation,
     deckies: &[String],
-    owner: &str,
+    owner: Option<&str>,
 ) -> rusqlite::Result<Option<Added>> {
     let Some(dropped) = make_room(db, deckies.len(), 0)? else { return Ok(None) };
     let first = next_id(db)?;
     for (id, decky) in (first..).zip(deckies) {
-        put(db, id, (decky, operation), None, Some(owner))?;
+        put(db, id, (decky, operation), None, owner)?;
     }
     Ok(Some(Added { first, dropped }))
 }

@@ -9,7 +9,7 @@ use super::lock::DeliveryLock;
 use super::shared::Shared;
 use super::store::{Refusal, Store};
 use super::{Outbox, file, unpoisoned};
-use crate::error::{Error, printable_path};
+use crate::error::{Error, chain, printable_path};
 use crate::limits;
 use crate::text::printable;
 
@@ -107,8 +107,21 @@ impl Outbox {
         }
     }
 
+    /// Goes to the file at its place, if it is not there and that file can be had.
+    pub(super) fn look_for_home(&self, shared: &mut Shared) {
+        if !self.is_away(shared) {
+            return;
+        }
+        match self.go_home(shared) {
+            Ok(()) => log::info!("the outbox has a file again"),
+            Err(Away::Held(error) | Away::Unusable(error)) => {
+                log::debug!("the outbox has no file yet: error={}", chain(&error));
+            }
+        }
+    }
+
     /// It is to have a file, and has not the one at its place, or a broken one.
-    pub(super) fn is_away(&self, shared: &Shared) -> bool {
+    fn is_away(&self, shared: &Shared) -> bool {
         let broken = shared.refused.is_some_and(|(_, why)| why == Refusal::Corrupt);
         self.path.as_deref().is_some_and(|path| broken || !shared.store.is_at(path))
     }

@@ -484,7 +484,7 @@ impl Bench {
             return Ok(Changed::Otherwise);
         }
         let outbox = &self.agent.outbox;
-        let aged = outbox.age(&mut outbox.enter(deadline()).unwrap(), Some(Duration::from_secs(days * DAY)));
+        let aged = outbox.age_by(&mut outbox.enter(deadline()).unwrap(), Duration::from_secs(days * DAY));
         if matches!(self.trouble, Trouble::None | Trouble::Removed) {
             prop_assert!(aged.is_ok(), "{:?}", aged);
         }
@@ -612,7 +612,7 @@ fn perform(
             let (id, decky, operation) = process.open.remove(which % process.open.len());
             let delta = verdict.delta(&decky, operation);
             let owner = (*poster == Poster::Us).then_some(us.as_str());
-            let done = process.outbox.end(id, delta.clone(), *poster);
+            let done = process.outbox.end(vec![Kept { id, delta: delta.clone() }], *poster);
             prop_assert!(noted(done));
             ledgers.iter_mut().for_each(|ledger| ledger.end(id, &delta, owner));
             if *poster == Poster::Us {

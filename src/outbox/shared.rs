@@ -19,7 +19,7 @@ pub(super) struct Shared {
     pub(super) owner: Owner,
     /// Some row names us as its owner, or did.
     pub(super) owning: bool,
-    /// When and how the file refused the last time, unless it has been written since.
+    /// Up to when the file is left alone and how it refused the last time, unless it has been written since.
     pub(super) refused: Option<(Instant, Refusal)>,
     /// Up to when the rows have been aged.
     pub(super) aged: Instant,
@@ -41,8 +41,8 @@ impl Shared {
         deadline: Instant,
         change: impl FnOnce(&Connection) -> rusqlite::Result<T>,
     ) -> Result<T, Refused> {
-        if let Some((at, why)) = self.refused
-            && at.elapsed() < limits::OUTBOX_RETRY
+        if let Some((until, why)) = self.refused
+            && Instant::now() < until
         {
             return Err(Refused { why, source: "it could not be written a moment ago".into() });
         }
@@ -93,6 +93,6 @@ impl Shared {
                 log::debug!("the outbox cannot be read: error={error}");
             }
         }
-        self.refused = Some((Instant::now(), refused.why));
+        self.refused = Some((Instant::now() + limits::OUTBOX_RETRY, refused.why));
     }
 }

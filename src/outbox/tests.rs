@@ -145,7 +145,7 @@ pub(super) fn free_the_disk(outbox: &Outbox) {
     shared.store.read(|db| db.query_row("PRAGMA max_page_count = 1000000", [], |_| Ok(()))).unwrap();
     // As if the moment in which it is left alone had passed.
     if let Some((_, why)) = shared.refused {
-        shared.refused = Some((Instant::now() - limits::OUTBOX_RETRY, why));
+        shared.refused = Some((Instant::now(), why));
     }
 }
 

@@ -1,86 +1,13 @@
 //! The heartbeat against the real master, with state from a real Docker Engine.
 
-use std::io::Read;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant, SystemTime};
 
-use crossbeam_channel::{Sender, unbounded};
-use decnet_heartbeat::{
-    DecnetStatus, Enrolment, Heartbeat, HeartbeatBuilder, LifecycleDelta, Operation, Snapshot, Stats, StatusSource,
-};
+use decnet_heartbeat::{DecnetStatus, Heartbeat, LifecycleDelta, Operation, Snapshot, Stats, StatusSource};
 use serde_json::{Value, json};
 
-use crate::support::master::Worker;
-use crate::support::{Docker, RealMaster, settled};
-
-/// A real master and a host that is enrolled with it.
-struct Stage {
-    master: RealMaster,
-    folder: tempfile::TempDir,
-    worker: Worker,
-}
-
-impl Stage {
-    fn new() -> Self {
-        let (master, folder) = (RealMaster::start(), tempfile::tempdir().unwrap());
-        let worker = master.enrol("worker", folder.path());
-        Self { master, folder, worker }
-    }
-
-    fn agent_dir(&self) -> &Path {
-        self.folder.path()
-    }
-
-    fn enrolment(&self) -> Enrolment {
-        let enrolment = Enrolment::new(&self.worker.uuid, "127.0.0.1", self.agent_dir()).unwrap();
-        enrolment.with_master_port(self.master.port()).unwrap()
-    }
-
-    /// Beats on the ticks that are sent, and says that nothing is deployed unless it is given another source.
-    fn builder(&self) -> (HeartbeatBuilder, Sender<Instant>) {
-        let (tick, ticks) = unbounded();
-        let source = || Snapshot::new(&json!({"deployed": false, "deckies": []}));
-        (Heartbeat::builder().enrolment(self.enrolment()).ticks(ticks).status_source(source), tick)
-    }
-
-    fn start(&self, source: DecnetStatus) -> (Heartbeat, Sender<Instant>) {
-        let (builder, tick) = self.builder();
-        (builder.status_source(source).start().unwrap(), tick)
-    }
-
-    /// Waits for that many answers, and gives their statuses.
-    fn statuses(&self, count: usize) -> Vec<u16> {
-        self.master.answers(count).iter().map(|answer| answer.status.unwrap()).collect()
-    }
-
-    fn host(&self) -> Value {
-        self.master.rows("swarm_hosts", json!({"uuid": self.worker.uuid}))[0].clone()
-    }
-
-    fn row(&self, id: &str) -> Value {
-        self.master.rows("decky_lifecycle", json!({"id": id}))[0].clone()
-    }
-
-    /// Opens a row for a deploy of decky-01; its id.
-    fn open_deploy(&self) -> String {
-        self.master.open_lifecycle("decky-01", "deploy", &self.worker.uuid, "running")
-    }
-
-    /// A row's status and error.
-    fn verdict(&self, id: &str) -> Value {
-        let row = self.row(id);
-        json!([row["status"], row["error"]])
-    }
-
-    fn shards(&self) -> Vec<Value> {
-        self.master.rows("decky_shards", json!({}))
-    }
-}
-
-fn beat(tick: &Sender<Instant>) {
-    tick.send(Instant::now()).unwrap();
-}
+use crate::support::{Docker, Stage, beat, settled};
 
 fn decky(name: &str, services: &[&str]) -> Value {
     json!({
@@ -247,70 +174,6 @@ fn an_outage_delays_two_deltas_of_one_decky_and_mixes_up_neither() {
     stage.master.start_again();
     settled(&heartbeat, |stats| stats.delivered == 2);
     assert_eq!(rows.map(|id| stage.row(&id)["error"].clone()), [json!("first"), json!("second")]);
-}
-
-#[test]
-#[ignore = "needs the real master: tests/real/setup.sh"]
-fn an_outage_delays_two_operations_of_one_decky_and_mixes_up_neither() {
-    let stage = Stage::new();
-    let (builder, _tick) = stage.builder();
-    let heartbeat = builder.start().unwrap();
-    settled(&heartbeat, |stats| stats.beats == 1);
-    let rows = [(); 2].map(|()| stage.open_deploy());
-    stage.master.stop();
-    heartbeat.begin(Operation::Deploy, ["decky-01"]).unwrap().fail("first");
-    heartbeat.begin(Operation::Deploy, ["decky-01"]).unwrap().succeed();
-    settled(&heartbeat, |stats| stats.failure.is_some());
-    stage.master.start_again();
-    settled(&heartbeat, |stats| stats.delivered == 2);
-    let verdicts = rows.map(|id| stage.verdict(&id));
-    assert_eq!(verdicts, [json!(["failed", "first"]), json!(["succeeded", null])]);
-}
-
-#[test]
-#[ignore = "needs the real master: tests/real/setup.sh"]
-fn a_held_delta_does_not_seal_a_running_row() {
-    let stage = Stage::new();
-    let (builder, tick) = stage.builder();
-    let heartbeat = builder.start().unwrap();
-    settled(&heartbeat, |stats| stats.beats == 1);
-    let rows = [(); 2].map(|()| stage.open_deploy());
-    stage.master.stop();
-    heartbeat.deltas().push(LifecycleDelta::failed("decky-01", Operation::Deploy, "first")).unwrap();
-    let running = heartbeat.begin(Operation::Deploy, ["decky-01"]).unwrap();
-    settled(&heartbeat, |stats| stats.failure.is_some());
-    stage.master.start_again();
-    for beats in 2..5 {
-        beat(&tick);
-        let stats = settled(&heartbeat, |stats| stats.beats >= beats);
-        assert_eq!((stats.waiting, stats.held, stats.operations, stats.delivered), (1, 1, 1, 0));
-    }
-    assert_eq!(rows.each_ref().map(|id| stage.verdict(id)), [(); 2].map(|()| json!(["running", null])));
-    running.succeed();
-    settled(&heartbeat, |stats| stats.delivered == 2);
-    let verdicts = rows.map(|id| stage.verdict(&id));
-    assert_eq!(verdicts, [json!(["failed", "first"]), json!(["succeeded", null])]);
-}
-
-#[test]
-#[ignore = "needs the real master: tests/real/setup.sh"]
-fn an_operation_whose_process_was_killed_is_reported_failed_by_the_first_beat() {
-    let stage = Stage::new();
-    let row = stage.open_deploy();
-    let mut track = Command::new(env!("CARGO_BIN_EXE_decnet-heartbeat"));
-    track.env("DECNET_HOST_UUID", &stage.worker.uuid).env("DECNET_MASTER_HOST", "127.0.0.1");
-    track.env("DECNET_SWARMCTL_PORT", stage.master.port().to_string()).env("DECNET_AGENT_DIR", stage.agent_dir());
-    track.args(["track", "--operation", "deploy", "--decky", "decky-01", "--", "sh", "-c", "echo ready; exec cat"]);
-    let mut child = track.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
-    let mut ready = [0; 6];
-    child.stdout.take().unwrap().read_exact(&mut ready).unwrap();
-    child.kill().unwrap();
-    child.wait().unwrap();
-    let (builder, _tick) = stage.builder();
-    let heartbeat = builder.start().unwrap();
-    let stats = settled(&heartbeat, |stats| stats.beats > 0);
-    assert_eq!((stats.beats, stats.delivered), (1, 1));
-    assert_eq!(stage.verdict(&row), json!(["failed", "the agent restarted during deploy"]));
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! Tests against the real master and a real Docker Engine.
+//! Tests against the real master, a real Docker Engine and real file systems.
 
 #![allow(
     clippy::unwrap_used,
@@ -8,7 +8,10 @@
     reason = "a test fails by panicking, and so do its helpers"
 )]
 
+mod disk;
+mod durability;
 mod enrolment;
 mod heartbeat;
+mod operations;
 mod peers;
 mod support;

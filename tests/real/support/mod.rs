@@ -1,14 +1,22 @@
-//! The peers that these tests run: the real master, in Python, and a Docker Engine of their own.
+//! The peers that these tests run: the real master, in Python, and a Docker Engine of their own; and small file systems.
 
 pub mod docker;
+mod log;
+mod loopback;
 pub mod master;
-mod process;
+pub mod process;
 #[path = "../../it/support/settled.rs"]
 mod settled;
+mod stage;
+mod tmpfs;
 
 pub use docker::Docker;
+pub use log::errors;
+pub use loopback::Loopback;
 pub use master::RealMaster;
 pub use settled::settled;
+pub use stage::{Stage, beat};
+pub use tmpfs::Tmpfs;
 
 use std::path::{Path, PathBuf};
 

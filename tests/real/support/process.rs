@@ -42,3 +42,10 @@ pub fn run(command: &mut Command) -> String {
     assert!(output.status.success(), "{command:?}: {}: {stderr}", output.status);
     String::from_utf8_lossy(&output.stdout).trim().to_owned()
 }
+
+/// This test binary once more, for one test. A variable is to tell it that it is the child.
+pub fn again(test: &str) -> Command {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args(["--exact", test, "--include-ignored", "--nocapture"]);
+    command
+}

@@ -1,0 +1,59 @@
+//! A small file system of the test's own, to be filled and to be made read-only.
+
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use tempfile::TempDir;
+
+use super::process;
+
+/// Mounted as long as this value lives. Needs root.
+pub struct Tmpfs {
+    folder: TempDir,
+}
+
+impl Tmpfs {
+    /// An outbox in use takes about 60 KiB, half of that its `-shm`.
+    pub fn mount() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        process::run(Command::new("mount").args(["-t", "tmpfs", "-o", "size=256k", "tmpfs"]).arg(folder.path()));
+        Self { folder }
+    }
+
+    pub fn path(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// Takes all the space that is left, until `free`.
+    pub fn fill(&self) {
+        let mut file = File::options().create_new(true).write(true).open(self.filling()).unwrap();
+        let error = loop {
+            if let Err(error) = file.write_all(&[0; 512]) {
+                break error;
+            }
+        };
+        assert_eq!(error.kind(), io::ErrorKind::StorageFull);
+    }
+
+    pub fn free(&self) {
+        fs::remove_file(self.filling()).unwrap();
+    }
+
+    /// `ro` or `rw`. Nobody may have a file open for writing.
+    pub fn remount(&self, option: &str) {
+        process::run(Command::new("mount").args(["-o", &format!("remount,{option}")]).arg(self.path()));
+    }
+
+    fn filling(&self) -> PathBuf {
+        self.path().join("filling")
+    }
+}
+
+impl Drop for Tmpfs {
+    fn drop(&mut self) {
+        // Lazily: after a panic there may be a heartbeat that still has its outbox open.
+        let _ = Command::new("umount").arg("--lazy").arg(self.path()).output();
+    }
+}
