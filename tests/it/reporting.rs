@@ -36,7 +36,8 @@ fn track(stage: &Stage, script: &str) -> (Option<i32>, String, String) {
 /// `track` of a script that says when it is ready.
 fn tracking(stage: &Stage, script: &str) -> (Child, BufReader<std::process::ChildStdout>) {
     let mut command = program(stage, &[&TRACK[..], &["sh", "-c", script]].concat());
-    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    // Its stdin stays open for as long as the child is held.
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let mut stdout = BufReader::new(child.stdout.take().unwrap());
     let mut line = String::new();
     stdout.read_line(&mut line).unwrap();
