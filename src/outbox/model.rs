@@ -471,11 +471,10 @@ impl Bench {
             }
             Trouble::Full | Trouble::Locked(_) => (),
         }
-        if tended.is_ok() {
-            let mut living = living(self.program.as_ref());
-            living.push(&self.agent.outbox.us);
-            self.now.recover(&living, "its process ended during ");
-        }
+        // On the disk or in memory.
+        let mut living = living(self.program.as_ref());
+        living.push(&self.agent.outbox.us);
+        self.now.recover(&living, "its process ended during ");
         Ok(Changed::ByTheAgent)
     }
 
@@ -485,12 +484,8 @@ impl Bench {
         }
         let outbox = &self.agent.outbox;
         let aged = outbox.age_by(&mut outbox.enter(deadline()).unwrap(), Duration::from_secs(days * DAY));
-        if matches!(self.trouble, Trouble::None | Trouble::Removed) {
-            prop_assert!(aged.is_ok(), "{:?}", aged);
-        }
-        if aged.is_ok() {
-            self.agent.dropped += self.now.age(days);
-        }
+        prop_assert!(aged.is_ok(), "{:?}", aged);
+        self.agent.dropped += self.now.age(days);
         Ok(Changed::ByTheAgent)
     }
 

@@ -117,6 +117,9 @@ impl Store {
             "DELETE FROM main.delta WHERE id IN (SELECT id FROM unwritten)",
             "INSERT INTO main.delta SELECT id, decky, operation, error, completed_at, rejected, owner, age
              FROM unwritten WHERE NOT gone ORDER BY id",
+            // What came and went in memory has had its id, too.
+            "UPDATE main.sqlite_sequence SET seq = (SELECT max(id) FROM unwritten)
+             WHERE name = 'delta' AND seq < (SELECT max(id) FROM unwritten)",
             "DELETE FROM unwritten",
         ] {
             transaction.prepare_cached(step)?.execute([])?;
