@@ -1,14 +1,14 @@
 //! The outbox on file systems that really are full or read-only.
 
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use decnet_heartbeat::{Heartbeat, HeartbeatBuilder, LifecycleDelta, Operation, OutboxLocation};
+use decnet_heartbeat::{Heartbeat, HeartbeatBuilder, LifecycleDelta, Operation, OutboxLocation, Stats};
 use rusqlite::OpenFlags;
 
 use crate::support::{Loopback, Tmpfs, beat, errors, settled};
 
-/// Longer than any beat takes.
+/// Longer than anything here takes.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 fn deployed(decky: &str) -> LifecycleDelta {
@@ -29,6 +29,13 @@ fn rows(file: &Path) -> Vec<(String, bool)> {
 
 fn ended(decky: &str) -> (String, bool) {
     (decky.to_owned(), true)
+}
+
+/// Waits until a beat has failed. One that was under way may have gone without what was pushed last; the next has it all.
+fn fails_once_more(heartbeat: &Heartbeat) {
+    let failures = |stats: &Stats| stats.failure.as_ref().map_or(0, |failure| failure.count);
+    let before = failures(&heartbeat.stats());
+    settled(heartbeat, |stats| failures(stats) > before);
 }
 
 #[test]
@@ -82,6 +89,7 @@ fn what_was_delivered_while_the_disk_was_full_is_not_sent_again() {
     heartbeat.deltas().push(deployed("before")).unwrap();
     disk.fill();
     heartbeat.deltas().push(deployed("full")).unwrap();
+    fails_once_more(&heartbeat);
     loopback.master.start_again().unwrap();
     settled(&heartbeat, |stats| stats.delivered == 2 && stats.waiting == 0 && stats.outbox.is_none());
     assert_eq!(rows(&file), [ended("before")]);
@@ -91,7 +99,9 @@ fn what_was_delivered_while_the_disk_was_full_is_not_sent_again() {
     }
     disk.free();
     // The file is left alone for a second after each refusal, so which beat it is does not matter.
+    let end = Instant::now() + PATIENCE;
     while heartbeat.stats().outbox.is_none() {
+        assert!(Instant::now() < end, "{:?}", heartbeat.stats());
         beat(&tick);
         heartbeat.beats().recv_timeout(PATIENCE).unwrap();
     }
@@ -181,6 +191,7 @@ fn a_read_only_file_system_keeps_what_is_on_it_until_it_can_be_written() {
     let file = settled(&heartbeat, |stats| stats.outbox.is_some()).outbox.unwrap();
     assert_eq!(rows(&file), [ended("on-disk"), ("tracked".to_owned(), false), ended("waiting")]);
     operation.succeed();
+    fails_once_more(&heartbeat);
     loopback.master.start_again().unwrap();
     settled(&heartbeat, |stats| stats.delivered == 4 && stats.waiting == 0);
     assert_eq!(loopback.sent(), ["in-memory", "waiting", "tracked", "on-disk"]);
