@@ -282,7 +282,15 @@ impl Outbox {
     /// The deltas that may go out, newest first, other processes' among them. Those are held back that have a newer
     /// operation in flight.
     pub(crate) fn deliverable(&self, most: usize) -> Result<Vec<Kept>, Error> {
-        let shared = self.enter(deadline())?;
+        let deadline = deadline();
+        let mut shared = self.enter(deadline)?;
+        // Where it can be, what goes out is on the disk first: an operation's end that the master has heard of and the next
+        // start has not would be reported a second time, and as a failure.
+        if !shared.store.is_written().unwrap_or(true)
+            && let Err(error) = self.write_down(&mut shared, deadline)
+        {
+            log::debug!("what goes out is not on the disk: error={}", chain(&error));
+        }
         self.count(&shared);
         let deltas = shared.store.read(|db| entries::deliverable(db, most));
         deltas.map_err(|source| self.error("cannot be read").because(source))

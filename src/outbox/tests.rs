@@ -467,3 +467,16 @@ fn a_settled_delta_is_not_sent_again_though_the_connection_was_taken() {
     outbox.tend().unwrap();
     assert!(on_disk(dir.path()).is_empty());
 }
+
+#[test]
+fn the_end_of_an_operation_is_on_the_disk_before_it_goes_out() {
+    let dir = tempfile::tempdir().unwrap();
+    let outbox = open(dir.path());
+    let id = begin(&outbox, "d");
+    // Another thread has noted the end and waits for its turn, and the heartbeat thread's comes first.
+    let change = Change::Ended(ended(id, succeeded("d")), None);
+    outbox.pending.lock().unwrap().push(change);
+    assert_eq!(deckies(&outbox), ["d"]);
+    // Killed now, it must not be reported failed by the next start: the master may have heard that it succeeded.
+    assert_eq!(on_disk(dir.path()), [("d".to_owned(), None, false)]);
+}
