@@ -161,6 +161,13 @@ pub(crate) mod loopback {
     /// The wait after an `accept` that failed: out of file descriptors must not become a busy loop.
     pub(crate) const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
+    /// How long a port that it had before may still be in use: a process that another thread is just spawning has the
+    /// old listener open until its `exec`.
+    pub(crate) const REBIND: Duration = Duration::from_secs(1);
+
+    /// The wait before that port is tried again.
+    pub(crate) const REBIND_PAUSE: Duration = Duration::from_millis(5);
+
     /// Connections at one time, and so threads: a worker needs one.
     pub(crate) const CONNECTIONS: usize = 256;
 

@@ -32,6 +32,7 @@ mod tests;
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::io::ErrorKind;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex};
@@ -327,7 +328,15 @@ impl LoopbackMaster {
     /// an outage nobody else must get it, least of all the client that tries to connect to it.
     fn listen(&self) -> std::io::Result<TcpListener> {
         if self.port != 0 {
-            return TcpListener::bind(self.address());
+            let end = Instant::now() + limits::loopback::REBIND;
+            loop {
+                match TcpListener::bind(self.address()) {
+                    Err(error) if error.kind() == ErrorKind::AddrInUse && Instant::now() < end => {
+                        thread::sleep(limits::loopback::REBIND_PAUSE);
+                    }
+                    bound => return bound,
+                }
+            }
         }
         let bind = |_| TcpListener::bind((Ipv4Addr::LOCALHOST, fastrand::u16(limits::loopback::PORTS)));
         let mut tried = (0..limits::loopback::PORTS_TRIED).map(bind);

@@ -62,6 +62,9 @@ pub(super) fn migrate(db: &mut Connection) -> rusqlite::Result<()> {
     transaction.commit()
 }
 
+/// Above the number of statements that are used again and again: none is prepared twice.
+const STATEMENTS: usize = 32;
+
 /// AUTOINCREMENT: an id never comes back, so ids tell what began later. They begin at the clock, in microseconds:
 /// whatever other file (or memory) an outbox has rows in, the ids there are others.
 const TABLE: &str = "CREATE TABLE delta (
@@ -81,6 +84,7 @@ const FROM_1: &str = "INSERT INTO delta (id, decky, operation, error, completed_
 
 /// The connection's own part.
 pub(super) fn overlay(database: &Connection) -> rusqlite::Result<()> {
+    database.set_prepared_statement_cache_capacity(STATEMENTS);
     database.execute_batch(
         "PRAGMA temp_store = memory;
          CREATE TEMP TABLE unwritten (
