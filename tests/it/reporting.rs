@@ -197,9 +197,9 @@ fn a_signal_passes_through_and_the_end_is_reported() {
     // A command that ends in its own way is believed.
     let (mut child, _stdout) = tracking(
         &stage,
-        "trap 'exit 5' HUP; mkfifo \"$0\"; echo ready; read line <>\"$0\"".replace("$0", &fifo(&stage)).as_str(),
+        "trap 'exit 5' USR1; mkfifo \"$0\"; echo ready; read line <>\"$0\"".replace("$0", &fifo(&stage)).as_str(),
     );
-    signal(&child, "HUP");
+    signal(&child, "USR1");
     assert_eq!(child.wait().unwrap().code(), Some(5));
     let rows = stage.master.rows();
     let errors: Vec<_> = rows.iter().map(|row| row.error.as_deref().unwrap()).collect();

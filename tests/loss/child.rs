@@ -6,7 +6,7 @@ use std::path::Path;
 use std::thread;
 use std::time::Duration;
 
-use decnet_heartbeat::{Enrolment, Heartbeat, LifecycleDelta, Operation, Outcome, Snapshot};
+use decnet_heartbeat::{DeltaSender, Enrolment, Heartbeat, LifecycleDelta, Operation, Outcome, Snapshot};
 use serde_json::json;
 
 use crate::told::{operation_names, pushed};
@@ -32,7 +32,7 @@ pub fn run(arguments: &[String]) {
             scope.spawn(move || {
                 for name in (0..).map(|n| format!("p-{run}-{pusher}-{n}")) {
                     say(&format!("try {name}"));
-                    deltas.push(pushed(&name)).unwrap();
+                    push(&deltas, &pushed(&name));
                     say(&format!("kept {name}"));
                 }
             });
@@ -48,7 +48,7 @@ fn track(heartbeat: &Heartbeat, name: &str) {
     say(&format!("begun {name}"));
     // It lasts as long as a few commits, so that a kill finds it in flight.
     for n in 0..fastrand::u8(..12) {
-        heartbeat.deltas().push(LifecycleDelta::succeeded(format!("x-{n}"), Operation::Mutate)).unwrap();
+        push(&heartbeat.deltas(), &LifecycleDelta::succeeded(format!("x-{n}"), Operation::Mutate));
     }
     match fastrand::u8(..4) {
         0 => ending(name, "succeeded", || tracked.succeed()),
@@ -62,6 +62,13 @@ fn ending(name: &str, verdict: &str, end: impl FnOnce()) {
     say(&format!("end {name} {verdict}"));
     end();
     say(&format!("ended {name}"));
+}
+
+/// Until it is kept: on a machine that is busier than a push may take, a second, it is refused.
+pub fn push(deltas: &DeltaSender, delta: &LifecycleDelta) {
+    while let Err(error) = deltas.push(delta.clone()) {
+        assert!(error.to_string().ends_with("is busy: nothing was kept"), "{error:?}");
+    }
 }
 
 fn say(line: &str) {

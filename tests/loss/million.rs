@@ -11,7 +11,7 @@ use decnet_heartbeat::{Heartbeat, LifecycleDelta, Operation, OutboxLocation, Sna
 use serde_json::json;
 
 use crate::Options;
-use crate::child::PUSHERS;
+use crate::child::{PUSHERS, push};
 
 /// What the outbox holds at the most.
 const ROWS: u64 = 10_000;
@@ -51,7 +51,7 @@ pub fn million(options: &Options) -> String {
             .map(|pusher| {
                 scope.spawn({
                     let deltas = heartbeat.deltas();
-                    move || (0..each).for_each(|n| deltas.push(delta(pusher, n)).unwrap())
+                    move || (0..each).for_each(|n| push(&deltas, &delta(pusher, n)))
                 })
             })
             .collect();
