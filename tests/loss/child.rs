@@ -6,7 +6,7 @@ use std::path::Path;
 use std::thread;
 use std::time::Duration;
 
-use decnet_heartbeat::{DeltaSender, Enrolment, Heartbeat, LifecycleDelta, Operation, Outcome, Snapshot};
+use decnet_heartbeat::{DeltaSender, Enrolment, Error, Heartbeat, LifecycleDelta, Operation, Outcome, Snapshot};
 use serde_json::json;
 
 use crate::told::{operation_names, pushed};
@@ -44,7 +44,7 @@ pub fn run(arguments: &[String]) {
 /// One operation from its beginning to its end, in one of the ways in which it may end.
 fn track(heartbeat: &Heartbeat, name: &str) {
     say(&format!("begin {name}"));
-    let mut tracked = heartbeat.begin(Operation::Deploy, [name]).unwrap();
+    let mut tracked = until_kept(|| heartbeat.begin(Operation::Deploy, [name]));
     say(&format!("begun {name}"));
     // It lasts as long as a few commits, so that a kill finds it in flight.
     for n in 0..fastrand::u8(..12) {
@@ -64,10 +64,17 @@ fn ending(name: &str, verdict: &str, end: impl FnOnce()) {
     say(&format!("ended {name}"));
 }
 
-/// Until it is kept: on a machine that is busier than a push may take, a second, it is refused.
 pub fn push(deltas: &DeltaSender, delta: &LifecycleDelta) {
-    while let Err(error) = deltas.push(delta.clone()) {
-        assert!(error.to_string().ends_with("is busy: nothing was kept"), "{error:?}");
+    until_kept(|| deltas.push(delta.clone()));
+}
+
+/// On a machine so busy that the outbox takes longer than the second which a push may take, it is refused.
+fn until_kept<T>(keep: impl Fn() -> Result<T, Error>) -> T {
+    loop {
+        match keep() {
+            Ok(kept) => return kept,
+            Err(error) => assert!(error.to_string().ends_with("is busy: nothing was kept"), "{error:?}"),
+        }
     }
 }
 

@@ -133,6 +133,7 @@ impl Stage {
         let Figures { accepted, again } = check(&self.book, &self.master);
         let Book { kept, operations, .. } = &self.book;
         let ended = operations.values().filter(|told| told.ended).count();
+        assert!(!kept.is_empty() && ended > 0, "no child came to anything");
         let requests = self.master.received().len();
         format!(
             "{} pushes kept, {} operations begun and {ended} ended, {accepted} deltas accepted in {requests} requests, \
