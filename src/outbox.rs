@@ -186,7 +186,8 @@ impl Outbox {
     /// Keeps `deltas` in one transaction: all of them are on the disk when it returns, or none. (Or in memory, where
     /// the file cannot be written, or is not meant to be.)
     pub(crate) fn keep(&self, deltas: &[LifecycleDelta]) -> Result<(), Error> {
-        let (added, _) = self.add(deltas.len(), None, |db, owner| entries::add(db, deltas, owner))?;
+        // Held until the books have it: a look in between would have counted these already.
+        let (added, _shared) = self.add(deltas.len(), None, |db, owner| entries::add(db, deltas, owner))?;
         // Without counting: a push must not cost more when many wait. The next look sets it right.
         let waiting = &mut unpoisoned(&self.books).counts.waiting;
         *waiting = (*waiting + deltas.len() as u64).saturating_sub(added.dropped);
