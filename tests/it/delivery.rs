@@ -1,11 +1,24 @@
 //! One heartbeat at a time delivers from an outbox, in this process and in others.
 
+use std::io::{BufRead, BufReader};
+use std::process::Child;
 use std::time::Duration;
 
 use decnet_heartbeat::{LifecycleDelta, Operation, OutboxLocation};
 
 use crate::program;
 use crate::support::{PATIENCE, Stage, settled};
+
+/// A process that does not outlive its test.
+struct Killed(Child);
+
+impl Drop for Killed {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
 
 /// What the second one hears.
 fn held(stage: &Stage, holder: u32) -> String {
@@ -57,19 +70,18 @@ fn another_file_or_memory_is_no_matter_of_the_first() {
 fn the_program_exits_1_with_the_holders_id_and_runs_when_it_has_gone() {
     let stage = Stage::new();
     let (heartbeat, _tick) = stage.beating();
-    let mut command = program::run(&stage.worker, stage.dir.path());
-    let output = program::output(command.args(["--log-level", "off"]));
-    assert_eq!(output.status.code(), Some(1));
-    let said = String::from_utf8(output.stderr).unwrap();
-    assert_eq!(said, format!("decnet-heartbeat: {}\n", held(&stage, std::process::id())));
+    let mut child = Killed(program::run(&stage.worker, stage.dir.path()).spawn().unwrap());
+    // A first line and no second; one that ran all the same would begin its log.
+    let said: Vec<_> = BufReader::new(child.0.stderr.take().unwrap()).lines().take(2).map(Result::unwrap).collect();
+    assert_eq!(said, [format!("decnet-heartbeat: {}", held(&stage, std::process::id()))]);
+    assert_eq!(child.0.wait().unwrap().code(), Some(1));
     heartbeat.stop(Duration::from_secs(5));
-    let mut child = program::run(&stage.worker, stage.dir.path()).args(["--log-level", "off"]).spawn().unwrap();
+    let child = Killed(program::run(&stage.worker, stage.dir.path()).args(["--log-level", "off"]).spawn().unwrap());
     assert!(stage.master.wait_for_beats(2, PATIENCE));
     // And the other way round.
     let error = stage.builder().0.start().unwrap_err();
-    assert_eq!(error.to_string(), held(&stage, child.id()));
+    assert_eq!(error.to_string(), held(&stage, child.0.id()));
     // Killed, it holds nothing any more.
-    child.kill().unwrap();
-    child.wait().unwrap();
+    drop(child);
     stage.builder().0.start().unwrap();
 }

@@ -17,7 +17,7 @@ fn program() -> Command {
     command
 }
 
-pub fn output(command: &mut Command) -> Output {
+fn output(command: &mut Command) -> Output {
     command.stdin(Stdio::null()).output().unwrap()
 }
 
