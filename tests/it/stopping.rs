@@ -201,7 +201,8 @@ fn what_is_pushed_while_it_stops_is_delivered_then_or_after_the_next_start() {
     });
     pushing.recv().unwrap();
     let stopped = heartbeat.stop(Duration::from_secs(2));
-    assert!(stopped.in_time && stopped.kept, "{stopped:?}");
+    // In time or not: on a busy machine the last look into the outbox may outlast the grace, as a pusher has it.
+    assert!(stopped.kept, "{stopped:?}");
     drop(enough);
     let pushed = pusher.join().unwrap();
     let (builder, _tick) = stage.builder();
