@@ -24,7 +24,6 @@ mod lock;
 mod model;
 mod schema;
 mod shared;
-mod slot;
 mod store;
 #[cfg(test)]
 mod tests;
@@ -34,6 +33,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use parking_lot::{FairMutex, FairMutexGuard};
 use rusqlite::Connection;
 
 use crate::delta::{LifecycleDelta, Operation};
@@ -43,7 +43,6 @@ use entries::{Added, Change};
 use home::{Away, Delivery};
 use lock::Owner;
 use shared::Shared;
-use slot::{Slot, Taken};
 use store::{Refusal, Store};
 
 /// The outbox' name in the agent dir.
@@ -122,7 +121,8 @@ pub(crate) struct Books {
 
 #[derive(Debug)]
 pub(crate) struct Outbox {
-    shared: Slot<Shared>,
+    /// Waited for in turn, so that threads that push all the time do not keep the beat from it.
+    shared: FairMutex<Shared>,
     /// Changes that found the connection taken. They are made by whoever has it next.
     pending: Mutex<Vec<Change>>,
     books: Mutex<Books>,
@@ -150,7 +150,7 @@ impl Outbox {
         let (owner, aged) = (Owner::new(), Instant::now());
         let us = owner.token().to_owned();
         let outbox = Self {
-            shared: Slot::new(Shared { store, owner, owning: false, refused: None, aged, said: 0 }),
+            shared: FairMutex::new(Shared { store, owner, owning: false, refused: None, aged, said: 0 }),
             pending: Mutex::default(),
             books: Mutex::default(),
             us,
@@ -216,7 +216,7 @@ impl Outbox {
         rows: usize,
         owner: Option<&str>,
         add: impl Fn(&Connection, Option<&str>) -> rusqlite::Result<Option<Added>>,
-    ) -> Result<(Added, Taken<'_, Shared>), Error> {
+    ) -> Result<(Added, FairMutexGuard<'_, Shared>), Error> {
         let deadline = deadline();
         let mut shared = self.enter(deadline).map_err(|_| self.error("is busy: nothing was kept"))?;
         shared.owning |= owner.is_some();
@@ -398,8 +398,8 @@ impl Outbox {
     }
 
     /// Waits for the connection, and makes the changes that did not get it.
-    fn enter(&self, deadline: Instant) -> Result<Taken<'_, Shared>, Error> {
-        let mut shared = self.shared.take(deadline).ok_or_else(|| self.error("is busy"))?;
+    fn enter(&self, deadline: Instant) -> Result<FairMutexGuard<'_, Shared>, Error> {
+        let mut shared = self.shared.try_lock_until(deadline).ok_or_else(|| self.error("is busy"))?;
         let changes = mem::take(&mut *unpoisoned(&self.pending));
         if !changes.is_empty() {
             let made = shared.store.remember(|db| changes.iter().try_for_each(|change| change.apply(db)));
