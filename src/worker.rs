@@ -180,7 +180,7 @@ impl Worker {
         self.schedule.ended(verdict, Instant::now(), fastrand::f64());
         // Full: it has been told already. Gone: nobody asks.
         let _ = self.beaten.try_send(());
-        if verdict == Verdict::Accepted && !deltas.is_empty() && self.has_more() {
+        if verdict == Verdict::Accepted && !deltas.is_empty() && self.free() > 0 {
             self.wish(Wish::Delta);
         }
     }
@@ -266,9 +266,10 @@ impl Worker {
         })
     }
 
-    fn has_more(&self) -> bool {
+    /// Deltas that may go out, as of the last look.
+    fn free(&self) -> u64 {
         let counts = self.outbox.books().counts;
-        counts.waiting > counts.held
+        counts.waiting.saturating_sub(counts.held)
     }
 
     fn settle(&self, deltas: &[Kept], settled: &Settled) {
@@ -306,14 +307,17 @@ impl Worker {
         }
     }
 
-    /// The last beat: what still waits, within the grace, as often as it takes.
+    /// The last beat: what waits now, within the grace, as often as it takes. What is pushed meanwhile is for the next
+    /// start: threads that go on pushing must not make a stop as long as its grace.
     fn flush(&mut self) {
-        while self.has_more() && !self.within().is_zero() {
+        let mut left = self.free();
+        while left > 0 && !self.within().is_zero() {
             let snapshot = self.without_snapshot();
             let deltas = self.waiting(limits::DELTAS_PER_BODY);
             if deltas.is_empty() || self.exchange(&snapshot, &deltas).verdict != Verdict::Accepted {
                 return;
             }
+            left = left.saturating_sub(deltas.len() as u64);
         }
     }
 
