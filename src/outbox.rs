@@ -250,26 +250,25 @@ impl Outbox {
     /// does not know it yet.
     pub(crate) fn end(&self, ended: Vec<Kept>, poster: Poster) -> Result<(), Error> {
         let owner = (poster == Poster::Us).then(|| self.us.clone());
-        self.note(Change::Ended(ended, owner))
+        self.note(Change::Ended(ended, owner), deadline())
     }
 
     /// Leaves deltas that this process was to post to whoever delivers.
     #[cfg(feature = "cli")]
     pub(crate) fn release(&self, deltas: &[Kept]) -> Result<(), Error> {
-        self.note(Change::Released(deltas.iter().map(|kept| kept.id).collect()))
+        self.note(Change::Released(deltas.iter().map(|kept| kept.id).collect()), deadline())
     }
 
     /// The master has answered for good: these are never sent again. An error says that the file does not know it yet,
     /// and that after a restart before it does they would be.
-    pub(crate) fn settle(&self, deltas: &[Kept], settled: &Settled) -> Result<(), Error> {
-        self.note(Change::Settled(deltas.iter().map(|kept| kept.id).collect(), settled.clone()))
+    pub(crate) fn settle(&self, deltas: &[Kept], settled: &Settled, by: Instant) -> Result<(), Error> {
+        self.note(Change::Settled(deltas.iter().map(|kept| kept.id).collect(), settled.clone()), by)
     }
 
-    fn note(&self, change: Change) -> Result<(), Error> {
+    fn note(&self, change: Change, by: Instant) -> Result<(), Error> {
         unpoisoned(&self.pending).push(change);
-        let deadline = deadline();
-        let mut shared = self.enter(deadline)?;
-        let written = self.write_down(&mut shared, deadline);
+        let mut shared = self.enter(by)?;
+        let written = self.write_down(&mut shared, by);
         self.count(&shared);
         written
     }
@@ -282,13 +281,12 @@ impl Outbox {
 
     /// The deltas that may go out, newest first, other processes' among them. Those are held back that have a newer
     /// operation in flight.
-    pub(crate) fn deliverable(&self, most: usize) -> Result<Vec<Kept>, Error> {
-        let deadline = deadline();
-        let mut shared = self.enter(deadline)?;
+    pub(crate) fn deliverable(&self, most: usize, by: Instant) -> Result<Vec<Kept>, Error> {
+        let mut shared = self.enter(by)?;
         // Where it can be, what goes out is on the disk first: an operation's end that the master has heard of and the next
         // start has not would be reported a second time, and as a failure.
         if !shared.store.is_written().unwrap_or(true)
-            && let Err(error) = self.write_down(&mut shared, deadline)
+            && let Err(error) = self.write_down(&mut shared, by)
         {
             log::debug!("what goes out is not on the disk: error={}", chain(&error));
         }
@@ -431,8 +429,8 @@ impl Outbox {
     }
 }
 
-/// Up to when the outbox is waited for.
-fn deadline() -> Instant {
+/// Up to when the outbox is waited for at the most.
+pub(crate) fn deadline() -> Instant {
     Instant::now() + limits::OUTBOX_BUSY
 }
 

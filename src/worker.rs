@@ -13,7 +13,7 @@ use crate::error::chain;
 use crate::limits;
 use crate::link::Link;
 use crate::master::{Reply, Verdict};
-use crate::outbox::{Kept, Outbox, Settled};
+use crate::outbox::{self, Kept, Outbox, Settled};
 use crate::schedule::{Fired, Question, Schedule, Ticks, Wish};
 use crate::stats::{Failure, SharedStats};
 use crate::status::{Observed, Snapshot, Topology};
@@ -259,8 +259,14 @@ impl Worker {
         self.deadline.map_or(limit, |deadline| deadline.saturating_duration_since(Instant::now()).min(limit))
     }
 
+    /// Up to when the outbox is waited for: at a stop no longer than its grace.
+    fn patience(&self) -> Instant {
+        let patience = outbox::deadline();
+        self.deadline.map_or(patience, |deadline| deadline.min(patience))
+    }
+
     fn waiting(&self, most: usize) -> Vec<Kept> {
-        self.outbox.deliverable(most).unwrap_or_else(|error| {
+        self.outbox.deliverable(most, self.patience()).unwrap_or_else(|error| {
             log::warn!("beating without deltas, they stay in the outbox: error={}", chain(&error));
             Vec::new()
         })
@@ -273,7 +279,7 @@ impl Worker {
     }
 
     fn settle(&self, deltas: &[Kept], settled: &Settled) {
-        if let Err(error) = self.outbox.settle(deltas, settled) {
+        if let Err(error) = self.outbox.settle(deltas, settled, self.patience()) {
             log::error!("after a restart a delta may be sent again: error={}", chain(&error));
         }
     }

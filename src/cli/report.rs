@@ -9,7 +9,7 @@ use crate::identity::MasterIdentity;
 use crate::limits;
 use crate::link::Link;
 use crate::master::Verdict;
-use crate::outbox::{Kept, Outbox, OutboxLocation, Poster, Role, Settled};
+use crate::outbox::{self, Kept, Outbox, OutboxLocation, Poster, Role, Settled};
 use crate::status::decnet::DecnetStatus;
 use crate::status::{Snapshot, StatusSource};
 
@@ -92,7 +92,7 @@ impl Reporter {
             if let Err(why) = self.post_one(body) {
                 break why;
             }
-            if let Err(error) = self.outbox.settle(body, &Settled::Delivered) {
+            if let Err(error) = self.outbox.settle(body, &Settled::Delivered, outbox::deadline()) {
                 log::error!("run may send a delta again: error={}", chain(&error));
             }
             left = later;

@@ -352,7 +352,7 @@ impl Bench {
             }
             Step::AgentRestarts => self.restart(),
             Step::Fetch(most) => {
-                self.fetched = self.agent.outbox.deliverable(*most).unwrap();
+                self.fetched = self.agent.outbox.deliverable(*most, deadline()).unwrap();
                 prop_assert_eq!(&self.fetched, &self.now.deliverable(*most));
                 Changed::Otherwise
             }
@@ -455,7 +455,7 @@ impl Bench {
         if these.is_empty() || !self.has_patience() {
             return Ok(Changed::Otherwise);
         }
-        let done = self.agent.outbox.settle(&these, &settled);
+        let done = self.agent.outbox.settle(&these, &settled, deadline());
         prop_assert!(done.is_ok() || self.trouble != Trouble::None, "{:?}", done);
         prop_assert!(done.is_err() || !matches!(self.trouble, Trouble::Locked(_)));
         self.now.settle(&these.iter().map(|kept| kept.id).collect(), &settled);
@@ -501,7 +501,11 @@ impl Bench {
         self.learn_times(&found)?;
         let outbox = &self.agent.outbox;
         agree("the rows", &found, &self.now.rows)?;
-        agree("the deliverable", &outbox.deliverable(usize::MAX >> 1).unwrap(), &self.now.deliverable(usize::MAX))?;
+        agree(
+            "the deliverable",
+            &outbox.deliverable(usize::MAX >> 1, deadline()).unwrap(),
+            &self.now.deliverable(usize::MAX),
+        )?;
         let books = outbox.books();
         let on_disk = books.on_disk;
         prop_assert_eq!(books, Books { counts: self.now.counts(), dropped: self.agent.dropped, on_disk });
@@ -634,7 +638,7 @@ fn perform(
             if these.is_empty() {
                 return Ok(false);
             }
-            let done = process.outbox.settle(&these, settled);
+            let done = process.outbox.settle(&these, settled, deadline());
             prop_assert!(noted(done));
             let ids = these.iter().map(|kept| kept.id).collect();
             ledgers.iter_mut().for_each(|ledger| ledger.settle(&ids, settled));

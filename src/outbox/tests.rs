@@ -23,7 +23,7 @@ pub(super) fn open_as(dir: &Path, role: Role) -> Outbox {
 }
 
 fn deckies(outbox: &Outbox) -> Vec<String> {
-    outbox.deliverable(10).unwrap().into_iter().map(|kept| kept.delta.decky().to_owned()).collect()
+    outbox.deliverable(10, deadline()).unwrap().into_iter().map(|kept| kept.delta.decky().to_owned()).collect()
 }
 
 #[test]
@@ -33,7 +33,7 @@ fn what_is_kept_survives_reopening_and_comes_newest_first() {
     open(dir.path()).keep(&[first.clone(), second.clone()]).unwrap();
     let outbox = open(dir.path());
     assert_eq!(outbox.books().counts.waiting, 2);
-    let kept: Vec<_> = outbox.deliverable(10).unwrap().into_iter().map(|kept| kept.delta).collect();
+    let kept: Vec<_> = outbox.deliverable(10, deadline()).unwrap().into_iter().map(|kept| kept.delta).collect();
     assert_eq!(kept, [second, first]);
 }
 
@@ -42,9 +42,9 @@ fn what_is_delivered_or_rejected_never_comes_again() {
     let dir = tempfile::tempdir().unwrap();
     let outbox = open(dir.path());
     outbox.keep(&[delta("a"), delta("b"), delta("c")]).unwrap();
-    let kept = outbox.deliverable(10).unwrap();
-    outbox.settle(&kept[..1], &Settled::Delivered).unwrap();
-    outbox.settle(&kept[1..2], &Settled::Rejected("no".to_owned())).unwrap();
+    let kept = outbox.deliverable(10, deadline()).unwrap();
+    outbox.settle(&kept[..1], &Settled::Delivered, deadline()).unwrap();
+    outbox.settle(&kept[1..2], &Settled::Rejected("no".to_owned()), deadline()).unwrap();
     assert_eq!(outbox.books().counts.waiting, 1);
     drop(outbox);
     assert_eq!(deckies(&open(dir.path())), ["a"]);
@@ -57,10 +57,10 @@ fn what_is_settled_while_the_file_is_locked_is_not_sent_again_and_written_down_l
     outbox.keep(&[delta("a"), delta("b"), delta("c")]).unwrap();
     let other = Connection::open(dir.path().join(FILE)).unwrap();
     other.execute_batch("BEGIN IMMEDIATE").unwrap();
-    let kept = outbox.deliverable(10).unwrap();
-    let error = outbox.settle(&kept[..1], &Settled::Delivered).unwrap_err();
+    let kept = outbox.deliverable(10, deadline()).unwrap();
+    let error = outbox.settle(&kept[..1], &Settled::Delivered, deadline()).unwrap_err();
     assert!(error.to_string().ends_with("cannot be written"), "{error}");
-    outbox.settle(&kept[1..2], &Settled::Rejected("no".to_owned())).unwrap_err();
+    outbox.settle(&kept[1..2], &Settled::Rejected("no".to_owned()), deadline()).unwrap_err();
     assert_eq!((deckies(&outbox), outbox.books().counts.waiting), (vec!["a".to_owned()], 1));
     other.execute_batch("COMMIT").unwrap();
     assert_eq!(deckies(&outbox), ["a"]);
@@ -160,8 +160,12 @@ fn an_older_delta_is_held_back_while_a_newer_operation_is_in_flight() {
     assert_eq!(deckies(&outbox), ["d", "other"], "the deploy of d, and not its mutate");
     assert_eq!(outbox.books().counts, Counts { waiting: 3, held: 1, operations: 1 });
     outbox.end(ended(id, succeeded("d")), Poster::Deliverer).unwrap();
-    let outcomes: Vec<_> =
-        outbox.deliverable(10).unwrap().into_iter().map(|kept| (kept.id, kept.delta.outcome().clone())).collect();
+    let outcomes: Vec<_> = outbox
+        .deliverable(10, deadline())
+        .unwrap()
+        .into_iter()
+        .map(|kept| (kept.id, kept.delta.outcome().clone()))
+        .collect();
     let failed = || Outcome::Failed("why".to_owned());
     assert_eq!(
         outcomes,
@@ -177,7 +181,7 @@ fn of_operations_that_overlap_the_one_that_began_first_is_the_older() {
     outbox.end(ended(first, delta("d")), Poster::Deliverer).unwrap();
     assert!(deckies(&outbox).is_empty(), "the newer one is in flight");
     outbox.end(ended(second, succeeded("d")), Poster::Deliverer).unwrap();
-    let ids: Vec<_> = outbox.deliverable(10).unwrap().into_iter().map(|kept| kept.id).collect();
+    let ids: Vec<_> = outbox.deliverable(10, deadline()).unwrap().into_iter().map(|kept| kept.id).collect();
     assert_eq!(ids, [second, first]);
 }
 
@@ -189,7 +193,7 @@ fn an_operation_whose_process_died_has_failed() {
     // Its lock goes with it, as it would with a killed process.
     drop(theirs);
     let outbox = open(dir.path());
-    let kept = outbox.deliverable(10).unwrap();
+    let kept = outbox.deliverable(10, deadline()).unwrap();
     assert_eq!(kept[0].delta.outcome(), &Outcome::Failed("the agent restarted during mutate".to_owned()));
     assert!(kept[0].delta.when().elapsed().unwrap() < Duration::from_secs(60));
     assert_eq!(outbox.books().counts, Counts { waiting: 1, held: 0, operations: 0 });
@@ -209,7 +213,7 @@ fn an_operation_whose_process_lives_is_left_alone_until_it_dies() {
     drop(track);
     outbox.tend().unwrap();
     let outcomes: Vec<_> =
-        outbox.deliverable(10).unwrap().into_iter().map(|kept| kept.delta.outcome().clone()).collect();
+        outbox.deliverable(10, deadline()).unwrap().into_iter().map(|kept| kept.delta.outcome().clone()).collect();
     let failed = Outcome::Failed("its process ended during mutate".to_owned());
     assert_eq!(outcomes, [failed, Outcome::Succeeded], "and the one that it could not post is ours now");
 }
@@ -263,20 +267,20 @@ fn a_full_disk_turns_it_to_memory_and_it_goes_back_when_there_is_room() {
     outbox.keep(&many).unwrap();
     assert_eq!(outbox.path(), None, "not all of it is on the disk");
     outbox.end(ended(id, succeeded("running")), Poster::Deliverer).unwrap_err();
-    let kept = outbox.deliverable(500).unwrap();
+    let kept = outbox.deliverable(500, deadline()).unwrap();
     assert_eq!(kept.len(), 204);
     let of = |decky: &str| kept.iter().filter(|kept| kept.delta.decky() == decky).cloned().collect::<Vec<_>>();
-    outbox.settle(&of("delivered"), &Settled::Delivered).unwrap_err();
-    outbox.settle(&of("rejected"), &Settled::Rejected("no".to_owned())).unwrap_err();
-    assert_eq!(outbox.deliverable(500).unwrap().len(), 202);
+    outbox.settle(&of("delivered"), &Settled::Delivered, deadline()).unwrap_err();
+    outbox.settle(&of("rejected"), &Settled::Rejected("no".to_owned()), deadline()).unwrap_err();
+    assert_eq!(outbox.deliverable(500, deadline()).unwrap().len(), 202);
     assert_eq!(on_disk(dir.path()).len(), 4);
     free_the_disk(&outbox);
     outbox.tend().unwrap();
     assert!(outbox.path().is_some());
-    let before = outbox.deliverable(500).unwrap();
+    let before = outbox.deliverable(500, deadline()).unwrap();
     drop(outbox);
     let outbox = open(dir.path());
-    assert_eq!(outbox.deliverable(500).unwrap(), before);
+    assert_eq!(outbox.deliverable(500, deadline()).unwrap(), before);
     assert_eq!(before.len(), 202);
     assert!(before.windows(2).all(|pair| pair[0].id > pair[1].id));
     assert_eq!(before[201].delta.decky(), "before", "the oldest is the oldest still");
@@ -387,11 +391,11 @@ fn beyond_its_rows_the_oldest_fall_out_and_are_counted() {
     let id = begin(&outbox, "running");
     outbox.keep(&(0..limits::OUTBOX_ROWS - 1).map(|n| delta(&n.to_string())).collect::<Vec<_>>()).unwrap();
     assert_eq!(outbox.books().dropped, 0);
-    let oldest = outbox.deliverable(limits::OUTBOX_ROWS).unwrap().pop().unwrap();
-    outbox.settle(&[oldest], &Settled::Rejected("no".to_owned())).unwrap();
+    let oldest = outbox.deliverable(limits::OUTBOX_ROWS, deadline()).unwrap().pop().unwrap();
+    outbox.settle(&[oldest], &Settled::Rejected("no".to_owned()), deadline()).unwrap();
     outbox.keep(&[delta("a"), delta("b"), delta("c")]).unwrap();
     assert_eq!(outbox.books().dropped, 2, "and the rejected one before them");
-    let kept = outbox.deliverable(limits::OUTBOX_ROWS).unwrap();
+    let kept = outbox.deliverable(limits::OUTBOX_ROWS, deadline()).unwrap();
     assert_eq!((kept.len(), kept.last().unwrap().delta.decky()), (limits::OUTBOX_ROWS - 1, "3"));
     outbox.end(ended(id, succeeded("running")), Poster::Deliverer).unwrap();
     let error = outbox.keep(&vec![delta("many"); limits::OUTBOX_ROWS + 1]).unwrap_err();
@@ -459,9 +463,9 @@ fn a_settled_delta_is_not_sent_again_though_the_connection_was_taken() {
     let dir = tempfile::tempdir().unwrap();
     let outbox = open(dir.path());
     outbox.keep(&[delta("d")]).unwrap();
-    let kept = outbox.deliverable(10).unwrap();
+    let kept = outbox.deliverable(10, deadline()).unwrap();
     let taken = outbox.enter(deadline()).unwrap();
-    let error = outbox.settle(&kept, &Settled::Delivered).unwrap_err();
+    let error = outbox.settle(&kept, &Settled::Delivered, deadline()).unwrap_err();
     assert!(error.to_string().ends_with("is busy"), "{error}");
     drop(taken);
     assert!(deckies(&outbox).is_empty());

@@ -220,3 +220,19 @@ fn what_is_pushed_while_it_stops_is_delivered_then_or_after_the_next_start() {
     sent.dedup();
     assert_eq!(sent, pushed);
 }
+
+#[test]
+fn a_locked_outbox_is_not_waited_for_beyond_the_grace() {
+    let stage = Stage::new();
+    let (heartbeat, tick) = stage.beating();
+    stage.put_off(&heartbeat, &tick);
+    heartbeat.deltas().push(deployed("d")).unwrap();
+    let other = rusqlite::Connection::open(stage.agent_dir().join("heartbeat.db")).unwrap();
+    other.execute_batch("BEGIN IMMEDIATE").unwrap();
+    let since = Instant::now();
+    let stopped = heartbeat.stop(GRACE);
+    within_grace(since);
+    // The master has it, and the file does not know that yet.
+    assert_eq!(told(stopped), (0, 0, false, true));
+    assert_eq!(deckies(stage.master.received().last().unwrap()), ["d"]);
+}
