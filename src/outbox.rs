@@ -386,6 +386,11 @@ impl Outbox {
         Ok(())
     }
 
+    /// Nobody will ever deliver from it, and nothing outlives it: it is in memory, and its heartbeat has stopped.
+    pub(crate) fn is_dead(&self) -> bool {
+        !self.delivers() && self.path().is_none()
+    }
+
     /// Lets another process deliver. What is still added here waits for it.
     pub(crate) fn stop_delivering(&self) {
         *unpoisoned(&self.role) = Delivery::No;

@@ -48,8 +48,9 @@ impl DeltaSender {
     ///
     /// # Errors
     ///
-    /// The decky has no name, or the outbox cannot keep the delta, as another process has it locked for over a second or
-    /// as operations in flight fill it: nobody will hear of it, and the caller may try again.
+    /// The decky has no name, or the outbox cannot keep the delta, as another process has it locked for over a second, as
+    /// operations in flight fill it, or as it is in memory and its heartbeat has stopped: nobody will hear of it, and the
+    /// caller may try again.
     pub fn push(&self, delta: LifecycleDelta) -> Result<(), Error> {
         self.push_all([delta])
     }
@@ -106,6 +107,7 @@ impl DeltaSender {
             return Err(Error::setting("deckies", "are none; an operation needs the name of a decky"));
         }
         let ids = match &self.inner {
+            Some(inner) if inner.outbox.is_dead() => return Err(stopped()),
             Some(inner) => inner.outbox.begin(operation, &deckies)?,
             None => (0..).take(deckies.len()).collect(),
         };
@@ -167,9 +169,11 @@ impl Inner {
             Ok(()) | Err(TrySendError::Full(())) => Ok(()),
             // Stopped. On the disk it waits for the next start.
             Err(TrySendError::Disconnected(())) if self.outbox.path().is_some() => Ok(()),
-            Err(TrySendError::Disconnected(())) => {
-                Err(Error::outbox(None, "the heartbeat has stopped, and nothing outlives it in memory"))
-            }
+            Err(TrySendError::Disconnected(())) => Err(stopped()),
         }
     }
+}
+
+fn stopped() -> Error {
+    Error::outbox(None, "the heartbeat has stopped, and nothing outlives it in memory")
 }

@@ -396,3 +396,14 @@ fn operations_that_end_at_once_on_many_threads_are_all_reported() {
     assert_eq!(ends(&stage), names.iter().map(|name| failed(name, "all at once")).collect::<Vec<_>>());
     settled(&heartbeat, |stats| stats.delivered == 200 && stats.waiting == 0 && stats.operations == 0);
 }
+
+#[test]
+fn in_memory_nothing_begins_after_a_stop() {
+    let stage = Stage::new();
+    let (builder, _tick) = stage.builder();
+    let heartbeat = builder.outbox(OutboxLocation::Memory).start().unwrap();
+    let deltas = heartbeat.deltas();
+    heartbeat.stop(PATIENCE);
+    let error = deltas.begin(Operation::Deploy, ["d"]).unwrap_err();
+    assert_eq!(error.to_string(), "outbox in memory: the heartbeat has stopped, and nothing outlives it in memory");
+}
