@@ -85,6 +85,12 @@ impl Stats {
         self.failure.take()
     }
 
+    /// A delta was refused for good. That was the failure's reason, and is dealt with: the master takes the rest.
+    pub(crate) fn put_aside(&mut self) {
+        self.rejected += 1;
+        self.failure = None;
+    }
+
     /// A POST was not accepted. The failure with this one in it, and whether it is of another class than the last.
     pub(crate) fn failed(&mut self, reply: &Reply) -> (Failure, bool) {
         self.answered(reply);

@@ -15,7 +15,7 @@ use crate::link::Link;
 use crate::master::{Reply, Verdict};
 use crate::outbox::{self, Kept, Outbox, Settled};
 use crate::schedule::{Fired, Question, Schedule, Ticks, Wish};
-use crate::stats::{Failure, SharedStats};
+use crate::stats::{Failure, SharedStats, Stats};
 use crate::status::{Observed, Snapshot, Topology};
 use crate::text::printable;
 
@@ -217,7 +217,7 @@ impl Worker {
             self.host()
         );
         self.settle(std::slice::from_ref(kept), &Settled::Rejected(reason));
-        self.stats.change(|stats| stats.rejected += 1);
+        self.stats.change(Stats::put_aside);
     }
 
     /// One POST, and what follows from it at once: the deltas in it are forgotten when they are delivered.

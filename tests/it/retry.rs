@@ -209,3 +209,13 @@ fn a_body_that_is_refused_only_once_costs_a_dozen_requests_more() {
     let requests = stage.master.received().len();
     assert!(requests <= 1 + 4 + 2 + 10, "{requests}");
 }
+
+#[test]
+fn a_rejected_delta_is_no_failure_of_the_beat() {
+    let stage = Stage::new();
+    let (heartbeat, _tick) = stage.beating();
+    stage.master.always(Some(poison()));
+    heartbeat.deltas().push(LifecycleDelta::succeeded("poison", Operation::Deploy)).unwrap();
+    let stats = settled(&heartbeat, |stats| stats.rejected == 1);
+    assert!(stats.failure.is_none(), "{:?}", stats.failure);
+}
