@@ -295,6 +295,15 @@ impl Outbox {
         deltas.map_err(|source| self.error("cannot be read").because(source))
     }
 
+    /// Whether the master has to hear something newer of its decky and operation first, as it would give it this delta's row
+    /// or this delta that one's.
+    #[cfg(feature = "cli")]
+    pub(crate) fn is_overtaken(&self, kept: &Kept) -> Result<bool, Error> {
+        let shared = self.enter(deadline())?;
+        let overtaken = shared.store.read(|db| entries::is_overtaken(db, kept));
+        overtaken.map_err(|source| self.error("cannot be read").because(source))
+    }
+
     /// What is to be done before a beat by the process that delivers: it goes to its file if it is not there, takes over
     /// what dead processes were at work on, lets go of what is too old, and writes down what it could not so far.
     pub(crate) fn tend(&self) -> Result<(), Error> {

@@ -81,26 +81,41 @@ impl Reporter {
         Ok(())
     }
 
-    /// Posts what this process has claimed, and leaves to `run` what the master has not accepted.
+    /// Posts what this process has claimed, and leaves to `run` what the master has not accepted, or must not hear before
+    /// something newer.
     pub(super) fn post(&self, deltas: &[Kept]) -> Reported {
-        let mut left = deltas;
-        let why = loop {
+        let (overtaken, free): (Vec<_>, Vec<_>) = deltas.iter().cloned().partition(|kept| self.is_overtaken(kept));
+        let mut left = free.as_slice();
+        let failed = loop {
             let (body, later) = left.split_at(left.len().min(limits::DELTAS_PER_BODY));
             if body.is_empty() {
-                return Reported::Delivered;
+                break None;
             }
             if let Err(why) = self.post_one(body) {
-                break why;
+                break Some(why);
             }
             if let Err(error) = self.outbox.settle(body, &Settled::Delivered, outbox::deadline()) {
                 log::error!("run may send a delta again: error={}", chain(&error));
             }
             left = later;
         };
-        if let Err(error) = self.outbox.release(left) {
+        let left = [left, &overtaken].concat();
+        if left.is_empty() {
+            return Reported::Delivered;
+        }
+        if let Err(error) = self.outbox.release(&left) {
             log::warn!("what is undelivered is not on the disk: error={}", chain(&error));
         }
+        let why = failed.unwrap_or_else(|| "a newer operation of the same decky is to be heard first".to_owned());
         if self.outbox.path().is_some() { Reported::Kept(why) } else { Reported::Lost(why) }
+    }
+
+    /// Where the outbox cannot say, the delta may not be in there either, and to post it is all that can be done for it.
+    fn is_overtaken(&self, kept: &Kept) -> bool {
+        self.outbox.is_overtaken(kept).unwrap_or_else(|error| {
+            log::debug!("the outbox cannot be asked for newer operations: error={}", chain(&error));
+            false
+        })
     }
 
     /// One POST, with nothing said of what runs here: that is for `run` to say. Why it was not accepted.

@@ -106,6 +106,16 @@ pub(super) fn deliverable(db: &Connection, most: usize) -> rusqlite::Result<Vec<
     select.query_map([most as i64], kept)?.collect()
 }
 
+/// Whether something newer of its decky and operation is in flight or waits: this one alone would seal the newer row.
+#[cfg(feature = "cli")]
+pub(super) fn is_overtaken(db: &Connection, Kept { id, delta }: &Kept) -> rusqlite::Result<bool> {
+    let mut select = db.prepare_cached(
+        "SELECT EXISTS (SELECT 1 FROM current
+                        WHERE decky = ?1 AND operation = ?2 AND id > ?3 AND rejected IS NULL)",
+    )?;
+    select.query_row(params![delta.decky(), delta.operation().as_str(), id], |row| row.get(0))
+}
+
 /// How many there are.
 pub(super) fn counts(db: &Connection) -> rusqlite::Result<Counts> {
     let mut select = db.prepare_cached(

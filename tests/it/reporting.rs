@@ -269,6 +269,51 @@ fn while_track_runs_a_heartbeat_holds_older_deltas_back() {
 }
 
 #[test]
+fn of_two_tracks_that_overlap_each_lands_on_its_own_row_though_the_older_ends_first() {
+    let stage = Stage::new();
+    let (heartbeat, tick) = stage.beating();
+    let [older, newer] = [3, 0].map(|code| {
+        stage.master.open_operation(&stage.worker.uuid, "d", "deploy");
+        let fifo = format!("{}-{code}", fifo(&stage));
+        (tracking(&stage, &format!("mkfifo '{fifo}'; echo ready; read line <'{fifo}'; exit {code}")), fifo)
+    });
+    let end = |((child, _stdout), fifo): ((Child, _), String)| {
+        std::fs::write(fifo, "go on\n").unwrap();
+        let Output { status, stderr, .. } = child.wait_with_output().unwrap();
+        (status.code(), String::from_utf8(stderr).unwrap())
+    };
+    let (code, log) = end(older);
+    assert_eq!(code, Some(3));
+    assert!(log.trim_end().ends_with("error=a newer operation of the same decky is to be heard first"), "{log}");
+    tick.send(now()).unwrap();
+    settled(&heartbeat, |stats| stats.held == 1 && stats.beats >= 2);
+    assert!(stage.master.rows().iter().all(|row| row.status == RowStatus::Running), "{:?}", stage.master.rows());
+    assert_eq!(end(newer), (Some(0), String::new()));
+    tick.send(now()).unwrap();
+    stage.closed_rows(2);
+    let verdicts: Vec<_> = stage.master.rows().into_iter().map(|row| (row.status, row.error)).collect();
+    assert_eq!(verdicts, [(RowStatus::Failed, Some("exited with 3".to_owned())), (RowStatus::Succeeded, None)]);
+}
+
+#[test]
+fn what_track_reports_does_not_overtake_a_newer_delta_that_waits() {
+    let stage = Stage::new();
+    let (heartbeat, tick) = stage.beating();
+    stage.master.open_operation(&stage.worker.uuid, "d", "deploy");
+    let fifo = fifo(&stage);
+    let (mut child, _stdout) = tracking(&stage, &format!("mkfifo '{fifo}'; echo ready; read line <'{fifo}'"));
+    stage.put_off(&heartbeat, &tick);
+    stage.master.open_operation(&stage.worker.uuid, "d", "deploy");
+    heartbeat.deltas().push(LifecycleDelta::failed("d", Operation::Deploy, "newer")).unwrap();
+    std::fs::write(fifo, "go on\n").unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+    tick.send(now()).unwrap();
+    stage.closed_rows(2);
+    let verdicts: Vec<_> = stage.master.rows().into_iter().map(|row| (row.status, row.error)).collect();
+    assert_eq!(verdicts, [(RowStatus::Succeeded, None), (RowStatus::Failed, Some("newer".to_owned()))]);
+}
+
+#[test]
 fn a_command_runs_on_a_host_that_is_not_enrolled() {
     let mut command = Command::new(env!("CARGO_BIN_EXE_decnet-heartbeat"));
     command.env_clear().env("HOME", "/nonexistent").args(["--config", "/nonexistent"]).args(TRACK);
