@@ -69,13 +69,16 @@ pub(crate) struct Reply {
     pub(crate) took: Duration,
     /// The last handshake resumed a session.
     pub(crate) resumed: bool,
+    /// There was no answer since a reused connection was lost, which the master may have closed before: worth one more try
+    /// at once, on a fresh one.
+    pub(crate) stale: bool,
 }
 
 impl Reply {
     /// There was nothing to send, as the body could not be written. Sent as it stands it would be refused.
     pub(crate) fn unwritten(error: &serde_json::Error) -> Self {
         let (class, detail) = ("unwritten".to_owned(), printable(&error.to_string()));
-        Self { verdict: Verdict::BodyRefused, class, detail, took: Duration::ZERO, resumed: false }
+        Self { verdict: Verdict::BodyRefused, class, detail, took: Duration::ZERO, resumed: false, stale: false }
     }
 }
 
@@ -116,32 +119,26 @@ impl Master {
         &self.url
     }
 
-    /// Posts `body`, all of it within `within`. A failure on a reused connection, which the master may have closed
-    /// meanwhile, is tried once more at once on a fresh one.
+    /// Posts `body`, all of it within `within`.
     pub(crate) fn post(&self, body: &[u8], within: Duration) -> Reply {
         let started = Instant::now();
-        let tried = self.connections().tried;
-        let mut answer = self.try_once(body, within);
-        let reused = self.connections().tried == tried;
-        let left = within.saturating_sub(started.elapsed());
-        if reused && answer.as_ref().is_err_and(is_connection_loss) && !left.is_zero() {
-            log::debug!("the connection was closed meanwhile, trying a fresh one");
-            answer = self.try_once(body, left);
-        }
+        let before = self.connections();
+        let request = self.agent.post(&self.url).content_type("application/json");
+        let answer = request.config().timeout_global(Some(within)).build().send(body);
         let took = started.elapsed();
-        let resumed = self.connections().resumed;
+        let Connections { tried, resumed } = self.connections();
         match answer {
             Ok(answer) => Reply { took, resumed, ..read(answer) },
             Err(error) => {
-                self.resolver.distrust();
-                Reply { verdict: Verdict::NoAnswer, class: class(&error), detail: explain(&error), took, resumed }
+                let stale = tried == before.tried && is_connection_loss(&error);
+                // That a connection has ended while it was idle says nothing of the address.
+                if !stale {
+                    self.resolver.distrust();
+                }
+                let (class, detail) = (class(&error), explain(&error));
+                Reply { verdict: Verdict::NoAnswer, class, detail, took, resumed, stale }
             }
         }
-    }
-
-    fn try_once(&self, body: &[u8], within: Duration) -> Result<Response<ureq::Body>, ureq::Error> {
-        let request = self.agent.post(&self.url).content_type("application/json");
-        request.config().timeout_global(Some(within)).build().send(body)
     }
 
     fn connections(&self) -> Connections {
@@ -201,7 +198,7 @@ fn read(mut answer: Response<ureq::Body>) -> Reply {
         _ => printable(&String::from_utf8_lossy(&said)),
     };
     let class = format!("http-{}", status.as_u16());
-    Reply { verdict, class, detail, took: Duration::ZERO, resumed: false }
+    Reply { verdict, class, detail, took: Duration::ZERO, resumed: false, stale: false }
 }
 
 /// `Retry-After` in seconds or as a date, clamped to 1 s … 10 min. Anything else is as if it were not there.

@@ -168,11 +168,10 @@ impl Worker {
             log::debug!("the outbox is as it was: error={}", chain(&error));
         }
         let snapshot = snapshot.unwrap_or_else(|| self.without_snapshot());
-        let deltas = self.waiting(limits::DELTAS_PER_BODY);
-        let mut verdict = self.exchange(&snapshot, &deltas).verdict;
+        let (Reply { mut verdict, .. }, deltas) = self.exchange(&snapshot, limits::DELTAS_PER_BODY);
         if verdict == Verdict::BodyRefused && !deltas.is_empty() {
             // Whose fault is it? Liveness goes first, without any delta.
-            verdict = self.exchange(&snapshot, &[]).verdict;
+            verdict = self.exchange(&snapshot, 0).0.verdict;
             if verdict == Verdict::Accepted {
                 verdict = self.isolate(&snapshot, deltas.len());
             }
@@ -191,8 +190,7 @@ impl Worker {
         // It shrinks with every answer, so this ends.
         let mut suspects = refused;
         while suspects > 0 {
-            let deltas = self.waiting(suspects.div_ceil(2));
-            let reply = self.exchange(snapshot, &deltas);
+            let (reply, deltas) = self.exchange(snapshot, suspects.div_ceil(2));
             match (reply.verdict, deltas.as_slice()) {
                 (Verdict::Accepted, [_, ..]) if self.stop.is_empty() => {
                     suspects = suspects.saturating_sub(deltas.len())
@@ -220,22 +218,35 @@ impl Worker {
         self.stats.change(Stats::put_aside);
     }
 
-    /// One POST, and what follows from it at once: the deltas in it are forgotten when they are delivered.
-    fn exchange(&mut self, snapshot: &Snapshot, deltas: &[Kept]) -> Reply {
-        self.stats.change(|stats| stats.working_since = Some(Instant::now()));
-        let reply = match self.body(snapshot, deltas) {
-            Ok(body) => self.link.master().post(&body, self.within()),
-            Err(error) => Reply::unwritten(&error),
-        };
+    /// One POST with the newest deltas that may go out, at most so many, and what follows from it at once: the deltas in it
+    /// are forgotten when they are delivered. Where the connection had ended it is tried once more at once, with what may
+    /// go out by then: an operation may have begun meanwhile that holds back some of it.
+    fn exchange(&mut self, snapshot: &Snapshot, most: usize) -> (Reply, Vec<Kept>) {
+        let end = Instant::now() + self.within();
+        let (mut reply, mut deltas) = self.post(snapshot, most, end);
+        if reply.stale && Instant::now() < end {
+            log::debug!("the connection has ended, trying a fresh one: host={} class={}", self.host(), reply.class);
+            (reply, deltas) = self.post(snapshot, most, end);
+        }
         if reply.verdict == Verdict::Accepted {
             if !deltas.is_empty() {
-                self.settle(deltas, &Settled::Delivered);
+                self.settle(&deltas, &Settled::Delivered);
             }
             self.accepted(&reply, deltas.len());
         } else {
             self.failed(&reply);
         }
-        reply
+        (reply, deltas)
+    }
+
+    fn post(&self, snapshot: &Snapshot, most: usize, end: Instant) -> (Reply, Vec<Kept>) {
+        self.stats.change(|stats| stats.working_since = Some(Instant::now()));
+        let deltas = self.waiting(most);
+        let reply = match self.body(snapshot, &deltas) {
+            Ok(body) => self.link.master().post(&body, end.saturating_duration_since(Instant::now())),
+            Err(error) => Reply::unwritten(&error),
+        };
+        (reply, deltas)
     }
 
     fn body(&self, snapshot: &Snapshot, deltas: &[Kept]) -> serde_json::Result<Vec<u8>> {
@@ -319,8 +330,8 @@ impl Worker {
         let mut left = self.free();
         while left > 0 && !self.within().is_zero() {
             let snapshot = self.without_snapshot();
-            let deltas = self.waiting(limits::DELTAS_PER_BODY);
-            if deltas.is_empty() || self.exchange(&snapshot, &deltas).verdict != Verdict::Accepted {
+            let (reply, deltas) = self.exchange(&snapshot, limits::DELTAS_PER_BODY);
+            if deltas.is_empty() || reply.verdict != Verdict::Accepted {
                 return;
             }
             left = left.saturating_sub(deltas.len() as u64);

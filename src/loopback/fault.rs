@@ -22,6 +22,8 @@ pub enum Fault {
     CutInBody,
     /// At a request: all of it is read, then the connection is cut instead of an answer.
     CutAfterBody(Effect),
+    /// At a request: all of it is read and nothing applied, then silence for so long, and then the connection is cut.
+    CutAfterSilence(Duration),
     /// At a request: all of it is read, then silence until the client goes.
     NeverAnswer(Effect),
     /// At a request: all of it is read and recorded, nothing is applied, and this is the answer.
@@ -107,6 +109,7 @@ impl Fault {
             | Self::CutBeforeRequest
             | Self::CutInBody
             | Self::CutAfterBody(_)
+            | Self::CutAfterSilence(_)
             | Self::NeverAnswer(_)
             | Self::Answer(_)
             | Self::AnswerTo(..)

@@ -291,6 +291,11 @@ impl Conversation<'_> {
                 self.record(&head, body, Reply::Nothing(effect));
                 Ok(Next::Cut)
             }
+            Some(Fault::CutAfterSilence(silence)) => {
+                self.record(&head, body, Reply::Nothing(Effect::Lost));
+                self.shared.wait(silence, |state| state.stopping);
+                Ok(Next::Cut)
+            }
             Some(Fault::NeverAnswer(effect)) => {
                 self.record(&head, body, Reply::Nothing(effect));
                 await_departure(&self.stream.sock)?;

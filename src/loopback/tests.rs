@@ -448,6 +448,7 @@ fn each_fault_shows_as_what_it_is() {
         (Fault::CutInBody, Outcome::Cut, vec![None], false),
         (Fault::CutAfterBody(Effect::Applied), Outcome::Cut, vec![None], true),
         (Fault::CutAfterBody(Effect::Lost), Outcome::Cut, vec![None], false),
+        (Fault::CutAfterSilence(Duration::from_millis(10)), Outcome::Cut, vec![None], false),
         (Fault::NeverAnswer(Effect::Applied), Outcome::Silence, vec![None], true),
         (Fault::NeverAnswer(Effect::Lost), Outcome::Silence, vec![None], false),
         (unavailable.into(), Outcome::Answered(503), vec![Some(503)], false),

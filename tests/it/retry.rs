@@ -51,6 +51,23 @@ fn a_failure_on_a_reused_connection_is_tried_once_more_at_once_and_then_backed_o
 }
 
 #[test]
+fn what_an_operation_has_overtaken_meanwhile_is_not_tried_again() {
+    let stage = Stage::new();
+    let (heartbeat, _tick) = stage.beating();
+    stage.master.script([Fault::CutAfterSilence(Duration::from_millis(700))]);
+    heartbeat.deltas().push_all(["d", "e"].map(deployed)).unwrap();
+    stage.requests(2);
+    // The master hears of it, and for all that the heartbeat knows it may not have.
+    let newer = heartbeat.begin(Operation::Deploy, ["d"]).unwrap();
+    let stats = settled(&heartbeat, |stats| stats.delivered == 1);
+    assert_eq!((stats.held, stats.operations, stats.failure.is_none()), (1, 1, true));
+    newer.fail("newer");
+    settled(&heartbeat, |stats| stats.delivered == 3);
+    let sent: Vec<_> = stage.master.received().iter().map(deckies).filter(|deckies| !deckies.is_empty()).collect();
+    assert_eq!(sent, [vec!["e", "d"], vec!["e"], vec!["d", "d"]]);
+}
+
+#[test]
 fn a_failure_on_a_fresh_connection_is_not_tried_again_at_once() {
     let stage = Stage::new();
     stage.master.script([Fault::CutAfterBody(Effect::Lost)]);
