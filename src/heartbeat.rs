@@ -126,7 +126,8 @@ impl Heartbeat {
         self.running.as_ref().map_or_else(crossbeam_channel::never, |running| running.beats.clone())
     }
 
-    /// Stops within `grace`: one more POST for the deltas that wait, interrupted when the grace runs out.
+    /// Stops within `grace` (a day at the most): the deltas that wait now are posted once more, and that is interrupted when
+    /// the grace runs out. It takes no longer than it must: with nothing to post, milliseconds.
     pub fn stop(mut self, grace: Duration) -> Stopped {
         self.shut_down(grace)
     }
@@ -137,6 +138,7 @@ impl Heartbeat {
         };
         let Running { deltas, stop, ended, interrupt, outbox, thread, .. } = running;
         drop(deltas);
+        let grace = grace.min(limits::MAX_GRACE);
         // What an interrupt needs to take effect comes out of the grace, too.
         let slack = (grace / 4).min(limits::INTERRUPT_SLACK);
         let end = Instant::now() + grace;

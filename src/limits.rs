@@ -31,6 +31,9 @@ pub(crate) const DELTAS_PER_BODY: usize = 500;
 /// What `Drop` allows for the final flush: long enough for one POST, short enough not to be noticed.
 pub(crate) const DROP_GRACE: Duration = Duration::from_secs(2);
 
+/// The longest grace that a stop is given: the clock ends somewhere, and "for ever" must not be a panic.
+pub(crate) const MAX_GRACE: Duration = Duration::from_secs(24 * 3600);
+
 /// What a stop leaves of its grace for an interrupt to take effect.
 pub(crate) const INTERRUPT_SLACK: Duration = Duration::from_millis(100);
 

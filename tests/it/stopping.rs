@@ -32,7 +32,7 @@ fn an_idle_heartbeat_stops_at_once() {
     let stage = Stage::new();
     let (heartbeat, _tick) = stage.beating();
     let since = Instant::now();
-    let stopped = heartbeat.stop(Duration::from_secs(60));
+    let stopped = heartbeat.stop(Duration::MAX);
     assert!(since.elapsed() < Duration::from_secs(1), "{:?}", since.elapsed());
     assert!(stopped.in_time && stopped.undelivered == 0, "{stopped:?}");
 }
