@@ -7,9 +7,16 @@ use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 /// What an owner's file is called after the outbox' own name.
 const OWNER: &str = "-owner-";
+
+/// What it is called before it is locked, after its own name.
+const UNLOCKED: &str = ".new";
+
+/// How long a file may have that name: from its making to its locking takes no time, and one that is older was left behind.
+const SOON: Duration = Duration::from_secs(60);
 
 /// Held by the one process that delivers from an outbox and recovers it.
 #[derive(Debug)]
@@ -75,7 +82,7 @@ impl Owner {
             return Ok(());
         }
         let path = owner_path(outbox, &self.token);
-        let unlocked = beside(&path, ".new");
+        let unlocked = beside(&path, UNLOCKED);
         let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&unlocked)?;
         let locked = file.try_lock().map_err(io::Error::from).and_then(|()| fs::rename(&unlocked, &path));
         if let Err(error) = locked {
@@ -122,10 +129,18 @@ pub(super) fn sweep(outbox: &Path) -> io::Result<()> {
         return Ok(());
     };
     for entry in fs::read_dir(dir)? {
-        let file = entry?.file_name();
+        let entry = entry?;
+        let file = entry.file_name();
         let token = file.to_str().and_then(|file| file.strip_prefix(name)).and_then(|rest| rest.strip_prefix(OWNER));
-        if let Some(token) = token {
-            is_dead(outbox, token);
+        match token {
+            Some(token) if token.ends_with(UNLOCKED) => {
+                let age = entry.metadata()?.modified()?.elapsed();
+                if age.is_ok_and(|age| age > SOON) {
+                    fs::remove_file(entry.path())?;
+                }
+            }
+            Some(token) => drop(is_dead(outbox, token)),
+            None => (),
         }
     }
     Ok(())
@@ -172,6 +187,19 @@ mod tests {
             done.store(true, over);
             assert!(taken.iter().all(|taken| *taken));
         });
+    }
+
+    #[test]
+    fn what_a_process_left_that_died_before_its_lock_is_swept_up_when_it_is_old() {
+        let dir = tempfile::tempdir().unwrap();
+        let outbox = dir.path().join("heartbeat.db");
+        let left = beside(&owner_path(&outbox, Owner::new().token()), UNLOCKED);
+        let file = File::create_new(&left).unwrap();
+        sweep(&outbox).unwrap();
+        assert!(left.exists(), "it may be locked in a moment");
+        file.set_modified(std::time::SystemTime::now() - SOON * 2).unwrap();
+        sweep(&outbox).unwrap();
+        assert!(!left.exists());
     }
 
     #[test]
