@@ -93,6 +93,9 @@ pub(crate) const TOPOLOGY_BUSY: Duration = Duration::from_millis(500);
 /// How long anybody waits for the outbox: for another thread, and then for another process' lock. A push must not block.
 pub(crate) const OUTBOX_BUSY: Duration = Duration::from_secs(1);
 
+/// The wait before a file is tried again that another process is just making: that takes it a few syncs of the disk.
+pub(crate) const OUTBOX_PAUSE: Duration = Duration::from_millis(5);
+
 /// How long a file that could not be written is left alone: a full disk must not cost every push a try.
 pub(crate) const OUTBOX_RETRY: Duration = Duration::from_secs(1);
 

@@ -1,14 +1,16 @@
 //! The outbox' file before SQLite has it: made for its owner alone, and moved aside when it is none of ours. Runs on the
 //! thread that opens the outbox.
 
-use std::fs::{self, OpenOptions, Permissions};
+use std::fs::{self, File, OpenOptions, Permissions, TryLockError};
 use std::io;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::time::SystemTime;
+use std::thread;
+use std::time::{Instant, SystemTime};
 
 use super::lock::beside;
 use crate::delta::{from_micros, micros};
+use crate::limits;
 
 /// For the owner alone.
 const MODE: u32 = 0o600;
@@ -16,14 +18,14 @@ const MODE: u32 = 0o600;
 /// Makes the file unless it is there, with mode 0600 from its first byte: SQLite would make it readable by others, and
 /// gives `-wal` and `-shm` the mode that it finds here. What is there must be a regular file; others' permissions are
 /// taken from it.
-pub(super) fn prepare(path: &Path) -> io::Result<()> {
-    match OpenOptions::new().write(true).create_new(true).mode(MODE).open(path) {
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => (),
-        Err(error) => return Err(error),
-        // What is beside it belonged to another file, which is gone. SQLite must not take it for this one's.
-        Ok(_) => return remove(&beside(path, "-wal")).and_then(|()| remove(&beside(path, "-shm"))),
-    }
-    let metadata = fs::symlink_metadata(path)?;
+pub(super) fn prepare(path: &Path, deadline: Instant) -> io::Result<()> {
+    let metadata = match fs::symlink_metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            make(path, deadline)?;
+            fs::symlink_metadata(path)?
+        }
+        found => found?,
+    };
     if !metadata.is_file() {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file; a symlink is not followed"));
     }
@@ -36,6 +38,38 @@ pub(super) fn prepare(path: &Path) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// One process at a time: of two, the slower one would remove what the faster one has already written.
+fn make(path: &Path, deadline: Instant) -> io::Result<()> {
+    let _making = lock_folder(path, deadline)?;
+    if fs::symlink_metadata(path).is_ok() {
+        return Ok(());
+    }
+    // What is beside it belonged to another file, which is gone. SQLite must not take it for this one's.
+    remove(&beside(path, "-wal"))?;
+    remove(&beside(path, "-shm"))?;
+    OpenOptions::new().write(true).create_new(true).mode(MODE).open(path).map(drop)
+}
+
+/// The folder of `path`, locked until it is dropped.
+fn lock_folder(path: &Path, deadline: Instant) -> io::Result<File> {
+    let folder = File::open(folder(path))?;
+    loop {
+        match folder.try_lock() {
+            Ok(()) => return Ok(folder),
+            Err(TryLockError::WouldBlock) if Instant::now() < deadline => thread::sleep(limits::OUTBOX_PAUSE),
+            Err(TryLockError::WouldBlock) => {
+                return Err(io::Error::new(io::ErrorKind::TimedOut, "another process has its folder locked"));
+            }
+            Err(TryLockError::Error(error)) => return Err(error),
+        }
+    }
+}
+
+/// Where it is.
+pub(super) fn folder(path: &Path) -> &Path {
+    path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
 fn remove(path: &Path) -> io::Result<()> {

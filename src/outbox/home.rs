@@ -8,7 +8,7 @@ use super::entries::Copied;
 use super::lock::DeliveryLock;
 use super::shared::Shared;
 use super::store::{Refusal, Store};
-use super::{Outbox, file, unpoisoned};
+use super::{Outbox, deadline, file, unpoisoned};
 use crate::error::{Error, chain, printable_path};
 use crate::limits;
 use crate::text::printable;
@@ -85,7 +85,7 @@ impl Outbox {
 
     /// Opens the file. If it is none of ours, or broken, and it is ours to care for, it is moved aside for a new one.
     fn open_home(&self, path: &Path) -> Result<Store, Away> {
-        let problem = match Store::at(path, limits::OUTBOX_BUSY).map_err(Away::Unusable)? {
+        let problem = match Store::at(path, deadline()).map_err(Away::Unusable)? {
             Ok(store) => return Ok(store),
             Err(problem) if self.delivers() => problem,
             Err(problem) => {
@@ -101,7 +101,7 @@ impl Outbox {
             printable_path(&aside),
             printable(&problem)
         );
-        match Store::at(path, limits::OUTBOX_BUSY).map_err(Away::Unusable)? {
+        match Store::at(path, deadline()).map_err(Away::Unusable)? {
             Ok(store) => Ok(store),
             Err(problem) => Err(Away::Unusable(Error::outbox(Some(path), "cannot be made anew").because(problem))),
         }

@@ -9,6 +9,8 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use super::file::folder;
+
 /// What an owner's file is called after the outbox' own name.
 const OWNER: &str = "-owner-";
 
@@ -125,10 +127,8 @@ pub(super) fn is_dead(outbox: &Path, token: &str) -> bool {
 
 /// Removes the files of those that died without leaving a row.
 pub(super) fn sweep(outbox: &Path) -> io::Result<()> {
-    let (Some(dir), Some(name)) = (outbox.parent(), outbox.file_name().and_then(|name| name.to_str())) else {
-        return Ok(());
-    };
-    for entry in fs::read_dir(dir)? {
+    let Some(name) = outbox.file_name().and_then(|name| name.to_str()) else { return Ok(()) };
+    for entry in fs::read_dir(folder(outbox))? {
         let entry = entry?;
         let file = entry.file_name();
         let token = file.to_str().and_then(|file| file.strip_prefix(name)).and_then(|rest| rest.strip_prefix(OWNER));

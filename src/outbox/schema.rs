@@ -30,7 +30,11 @@ const APPLICATION: i64 = 0x444e_4842;
 
 /// Whether this is an outbox, or nothing yet. `false`: another program's, or a later version's.
 pub(super) fn is_ours(db: &Connection) -> rusqlite::Result<bool> {
-    Ok(matches!(version(db)?, Some(0..=VERSION)))
+    // All of it as of one moment: another process may just be making it.
+    let transaction = db.unchecked_transaction()?;
+    let version = version(&transaction)?;
+    transaction.commit()?;
+    Ok(matches!(version, Some(0..=VERSION)))
 }
 
 /// Which version of the schema this is, 0 for an empty database; `None`: it is not ours.

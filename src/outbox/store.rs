@@ -3,7 +3,8 @@
 //! thread that has the connection.
 
 use std::path::Path;
-use std::time::{Duration, SystemTime};
+use std::thread;
+use std::time::{Duration, Instant, SystemTime};
 
 use rusqlite::{Connection, ErrorCode, OpenFlags, TransactionBehavior};
 
@@ -12,6 +13,7 @@ use super::file::Identity;
 use super::{file, schema};
 use crate::delta::micros;
 use crate::error::Error;
+use crate::limits;
 
 #[derive(Debug)]
 pub(super) struct Store {
@@ -41,6 +43,26 @@ impl Refusal {
     }
 }
 
+/// A connection to the file at `path`. `Ok(Err(why))`: it is no outbox.
+fn open(path: &Path, deadline: Instant) -> rusqlite::Result<Result<Connection, String>> {
+    let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX | OpenFlags::SQLITE_OPEN_NOFOLLOW;
+    let mut database = Connection::open_with_flags(path, flags)?;
+    database.busy_timeout(deadline.saturating_duration_since(Instant::now()))?;
+    // Before anything is changed in it.
+    if !schema::is_ours(&database)? {
+        return Ok(Err("it is another program's, or a later version's".to_owned()));
+    }
+    let damage: String = database.query_row("PRAGMA quick_check(1)", [], |row| row.get(0))?;
+    if damage != "ok" {
+        return Ok(Err(damage));
+    }
+    database.pragma_update(None, "journal_mode", "wal")?;
+    database.pragma_update(None, "synchronous", "full")?;
+    schema::migrate(&mut database)?;
+    schema::overlay(&database)?;
+    Ok(Ok(database))
+}
+
 impl Store {
     /// A store that lasts as long as the process. Its ids begin at the clock: whatever file its rows come to one day, they
     /// are newer than what is in there.
@@ -52,31 +74,21 @@ impl Store {
     }
 
     /// The store in this file, made where there is none. `Ok(Err(why))`: the file is there and is no outbox.
-    pub(super) fn at(path: &Path, within: Duration) -> Result<Result<Self, String>, Error> {
-        file::prepare(path).map_err(|source| Error::outbox(Some(path), "cannot be written").because(source))?;
-        let flags =
-            OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX | OpenFlags::SQLITE_OPEN_NOFOLLOW;
-        let opened = Connection::open_with_flags(path, flags).and_then(|mut database| {
-            database.busy_timeout(within)?;
-            // Before anything is changed in it.
-            if !schema::is_ours(&database)? {
-                return Ok(Err("it is another program's, or a later version's".to_owned()));
-            }
-            let damage: String = database.query_row("PRAGMA quick_check(1)", [], |row| row.get(0))?;
-            if damage != "ok" {
-                return Ok(Err(damage));
-            }
-            database.pragma_update(None, "journal_mode", "wal")?;
-            database.pragma_update(None, "synchronous", "full")?;
-            schema::migrate(&mut database)?;
-            schema::overlay(&database)?;
-            Ok(Ok(database))
-        });
-        match opened {
-            Ok(Ok(database)) => Ok(Ok(Self { database, file: Some(Identity::of(path)) })),
-            Ok(Err(foreign)) => Ok(Err(foreign)),
-            Err(error) if Refusal::of(&error) == Refusal::Corrupt => Ok(Err(error.to_string())),
-            Err(source) => Err(Error::outbox(Some(path), "cannot be opened").because(source)),
+    pub(super) fn at(path: &Path, deadline: Instant) -> Result<Result<Self, String>, Error> {
+        file::prepare(path, deadline)
+            .map_err(|source| Error::outbox(Some(path), "cannot be written").because(source))?;
+        loop {
+            return match open(path, deadline) {
+                Ok(Ok(database)) => Ok(Ok(Self { database, file: Some(Identity::of(path)) })),
+                Ok(Err(foreign)) => Ok(Err(foreign)),
+                Err(error) if Refusal::of(&error) == Refusal::Corrupt => Ok(Err(error.to_string())),
+                // To two that turn a new file to WAL at once SQLite says so without waiting.
+                Err(error) if Refusal::of(&error) == Refusal::Locked && Instant::now() < deadline => {
+                    thread::sleep(limits::OUTBOX_PAUSE);
+                    continue;
+                }
+                Err(source) => Err(Error::outbox(Some(path), "cannot be opened").because(source)),
+            };
         }
     }
 

@@ -78,6 +78,25 @@ fn another_process_may_add() {
 }
 
 #[test]
+fn of_those_that_make_the_file_at_once_none_loses_anything() {
+    for round in 0..10 {
+        let dir = tempfile::tempdir().unwrap();
+        let outboxes: Vec<_> = std::thread::scope(|scope| {
+            let add = |n: usize| {
+                let outbox = open_as(dir.path(), if n == round { Role::Deliver } else { Role::Contribute });
+                outbox.keep(&[delta(&n.to_string())]).unwrap();
+                outbox
+            };
+            let adding: Vec<_> = (0..8).map(|n| scope.spawn(move || add(n))).collect();
+            adding.into_iter().map(|adding| adding.join().unwrap()).collect()
+        });
+        assert_eq!(deckies(&outboxes[0]).len(), 8);
+        drop(outboxes);
+        assert_eq!(deckies(&open(dir.path())).len(), 8);
+    }
+}
+
+#[test]
 fn its_files_are_the_owners_alone() {
     let dir = tempfile::tempdir().unwrap();
     let outbox = open(dir.path());

@@ -107,6 +107,24 @@ fn push_leaves_to_run_what_the_master_cannot_hear() {
 }
 
 #[test]
+fn many_that_push_at_once_on_a_new_host_are_all_kept() {
+    let mut stage = Stage::new();
+    stage.master.stop();
+    let names: Vec<_> = (0..16).map(|n| format!("d{n:02}")).collect();
+    let push = |name: &String| program(&stage, &["push", "--operation", "deploy", "--status", "succeeded", name]);
+    let commands: Vec<_> = names.iter().map(push).collect();
+    let spawn = |mut command: Command| command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let children: Vec<_> = commands.into_iter().map(spawn).collect();
+    for child in children {
+        let Output { status, stderr, .. } = child.wait_with_output().unwrap();
+        assert!(status.success() && stderr.is_empty(), "{}", String::from_utf8_lossy(&stderr));
+    }
+    let mut kept: Vec<_> = kept(&stage).into_iter().map(|(decky, ..)| decky).collect();
+    kept.sort();
+    assert_eq!(kept, names);
+}
+
+#[test]
 fn push_says_which_fingerprint_a_master_refused() {
     let stage = Stage::new();
     stage.master.decommission(&stage.worker.uuid);
