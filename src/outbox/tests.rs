@@ -27,6 +27,11 @@ fn deckies(outbox: &Outbox) -> Vec<String> {
 }
 
 #[test]
+fn sqlite_has_no_wal_reset_bug() {
+    assert!(rusqlite::version_number() >= 3_051_003, "{}: a commit may get lost", rusqlite::version());
+}
+
+#[test]
 fn what_is_kept_survives_reopening_and_comes_newest_first() {
     let dir = tempfile::tempdir().unwrap();
     let (first, second) = (delta("first"), LifecycleDelta::succeeded("second", Operation::Deploy));
