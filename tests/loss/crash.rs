@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
@@ -22,21 +22,16 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// Children are killed while the master is taken away and brought back.
 pub fn kill(options: &Options) -> String {
     let mut stage = Stage::new();
-    let mut away = false;
     for run in 1..=options.kills {
         let child = stage.start(run);
         // Before, while and after it opens the outbox and recovers it; and while it works.
         let life = if fastrand::u8(..6) == 0 { fastrand::u64(..30) } else { 30 + fastrand::u64(..250) };
         for _ in 0..2 {
             pause(Duration::from_millis(life / 2));
-            if fastrand::u8(..4) == 0 {
-                away = !away;
-                if away { stage.master.stop() } else { stage.master.start_again().unwrap() }
-            }
+            stage.come_or_go();
         }
         stage.kill(child);
     }
-    stage.master.start_again().unwrap();
     stage.finish()
 }
 
@@ -75,18 +70,36 @@ fn fault() -> Fault {
     }
 }
 
-struct Stage {
+/// A master that may be away, a worker, and what its processes have said.
+pub struct Stage {
     folder: tempfile::TempDir,
-    master: LoopbackMaster,
-    worker: Enrolled,
+    pub master: LoopbackMaster,
+    away: bool,
+    pub worker: Enrolled,
     book: Book,
 }
 
 impl Stage {
-    fn new() -> Self {
+    pub fn new() -> Self {
         let (folder, master) = (tempfile::tempdir().unwrap(), LoopbackMaster::start().unwrap());
         let worker = master.enrol(&folder.path().join("agent")).unwrap();
-        Self { folder, master, worker, book: Book::default() }
+        Self { folder, master, away: false, worker, book: Book::default() }
+    }
+
+    pub fn ini(&self) -> PathBuf {
+        self.folder.path().join("decnet.ini")
+    }
+
+    pub fn hear(&mut self, line: &str) {
+        self.book.hear(line);
+    }
+
+    /// Takes the master away or brings it back, once in a while.
+    pub fn come_or_go(&mut self) {
+        if fastrand::u8(..4) == 0 {
+            self.away = !self.away;
+            if self.away { self.master.stop() } else { self.master.start_again().unwrap() }
+        }
     }
 
     /// A child, and the thread that hears what it says.
@@ -107,16 +120,23 @@ impl Stage {
         assert_eq!(child.try_wait().unwrap(), None, "it has ended by itself");
         child.kill().unwrap();
         child.wait().unwrap();
-        said.join().unwrap().iter().for_each(|line| self.book.hear(line));
+        said.join().unwrap().iter().for_each(|line| self.hear(line));
+        self.check_integrity();
+    }
+
+    pub fn check_integrity(&self) {
         check_integrity(&self.worker.agent_dir.join("heartbeat.db"), self.folder.path());
     }
 
     /// A last heartbeat, which nobody kills, delivers what is left. Then the master must have heard all of it.
-    fn finish(self) -> String {
+    pub fn finish(mut self) -> String {
+        if self.away {
+            self.master.start_again().unwrap();
+        }
         let heartbeat = Heartbeat::builder()
             .enrolment(self.worker.enrolment().unwrap())
             .status_source(|| Snapshot::new(&json!({"deployed": false, "deckies": []})))
-            .agent_version("the last")
+            .agent_version("run-last")
             .interval(Duration::from_millis(50))
             .start()
             .unwrap();
@@ -165,6 +185,6 @@ fn check_integrity(database: &Path, folder: &Path) {
 }
 
 /// There is no event to wait for: a random moment is what this is about.
-fn pause(time: Duration) {
+pub fn pause(time: Duration) {
     let _ = never::<()>().recv_timeout(time);
 }

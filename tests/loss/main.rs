@@ -16,6 +16,7 @@
 mod child;
 mod crash;
 mod million;
+mod programs;
 mod told;
 mod verdict;
 
@@ -30,15 +31,16 @@ struct Scenario {
 }
 
 /// In this order: the first one looks at its memory, which the others fill.
-const SCENARIOS: [Scenario; 3] = [
+const SCENARIOS: [Scenario; 4] = [
     Scenario { name: "million", run: million::million },
     Scenario { name: "kill", run: crash::kill },
     Scenario { name: "faults", run: crash::faults },
+    Scenario { name: "programs", run: programs::programs },
 ];
 
 /// The command line, as far as it is not libtest's.
 struct Options {
-    /// SIGKILLs of `kill`; `faults` has a fifth of them.
+    /// SIGKILLs of `kill`; `faults` has a fifth of them, and `programs` that many rounds.
     kills: u32,
     /// Pushes of `million`.
     pushes: u32,
