@@ -461,6 +461,21 @@ fn after_seven_days_of_waiting_a_delta_falls_out_and_is_counted() {
 }
 
 #[test]
+fn what_waits_ages_by_the_hour_and_a_long_sleep_is_no_long_wait() {
+    let dir = tempfile::tempdir().unwrap();
+    let outbox = open(dir.path());
+    outbox.keep(&[delta("d")]).unwrap();
+    let hours = |passed: u32| {
+        outbox.enter(deadline()).unwrap().aged = Instant::now() - limits::OUTBOX_AGING * passed;
+        outbox.tend().unwrap();
+        outbox.tend().unwrap();
+        let database = Connection::open(dir.path().join(FILE)).unwrap();
+        database.query_row("SELECT age / 3600 FROM delta", [], |row| row.get::<_, u32>(0)).unwrap()
+    };
+    assert_eq!([hours(0), hours(1), hours(1), hours(24 * 30)], [0, 1, 2, 4]);
+}
+
+#[test]
 fn others_permissions_are_taken_from_a_file_that_is_there() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join(FILE);
