@@ -209,6 +209,25 @@ fn of_operations_that_overlap_the_one_that_began_first_is_the_older() {
     assert_eq!(ids, [second, first]);
 }
 
+#[cfg(feature = "cli")]
+#[test]
+fn what_is_overtaken_is_not_to_be_posted_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let (track, outbox) = (open_as(dir.path(), Role::Contribute), open(dir.path()));
+    let id = begin(&track, "d");
+    let ours = Kept { id, delta: succeeded("d") };
+    let overtaken = || track.is_overtaken(&ours).unwrap();
+    outbox.keep(&[delta("other"), LifecycleDelta::succeeded("d", Operation::Deploy)]).unwrap();
+    assert!(!overtaken(), "by another decky's, or by another operation of this one");
+    outbox.keep(&[delta("d")]).unwrap();
+    assert!(overtaken(), "by a delta that waits");
+    let waiting = outbox.deliverable(1, deadline()).unwrap();
+    outbox.settle(&waiting, &Settled::Rejected("no".to_owned()), deadline()).unwrap();
+    assert!(!overtaken(), "by one that the master will never take");
+    begin(&outbox, "d");
+    assert!(overtaken(), "by an operation in flight");
+}
+
 #[test]
 fn an_operation_whose_process_died_has_failed() {
     let dir = tempfile::tempdir().unwrap();
@@ -533,19 +552,18 @@ fn threads_that_add_all_the_time_keep_nobody_from_it() {
     let (added, done) = (AtomicU64::new(0), AtomicBool::new(false));
     let since = |before| added.load(Ordering::Relaxed) - before;
     let mut overtaken: Vec<u64> = std::thread::scope(|scope| {
-        for _ in 0..THREADS {
-            scope.spawn(|| {
-                while !done.load(Ordering::Relaxed) {
-                    outbox.keep(&[delta("d")]).unwrap();
-                    added.fetch_add(1, Ordering::Relaxed);
-                }
-            });
-        }
+        let add = || {
+            while !done.load(Ordering::Relaxed) {
+                outbox.keep(&[delta("d")]).unwrap();
+                added.fetch_add(1, Ordering::Relaxed);
+            }
+        };
+        let adding: Vec<_> = (0..THREADS).map(|_| scope.spawn(add)).collect();
         let ask = |_| {
             let before = since(0);
             drop(outbox.enter(deadline()).unwrap());
             let overtaken = since(before);
-            while since(before) < 2 * THREADS {
+            while since(before) < 2 * THREADS && !adding.iter().any(std::thread::ScopedJoinHandle::is_finished) {
                 std::thread::yield_now();
             }
             overtaken
