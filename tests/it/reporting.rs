@@ -50,9 +50,13 @@ fn signal(child: &Child, name: &str) {
     assert!(kill.success());
 }
 
+fn rows(stage: &Stage) -> Vec<(RowStatus, Option<String>)> {
+    stage.master.rows().into_iter().map(|LifecycleRow { status, error, .. }| (status, error)).collect()
+}
+
+/// The first of them.
 fn row(stage: &Stage) -> (RowStatus, Option<String>) {
-    let LifecycleRow { status, error, .. } = stage.master.rows()[0].clone();
-    (status, error)
+    rows(stage).remove(0)
 }
 
 fn outbox(stage: &Stage) -> PathBuf {
@@ -282,8 +286,7 @@ fn while_track_runs_a_heartbeat_holds_older_deltas_back() {
     assert_eq!(child.wait().unwrap().code(), Some(0));
     tick.send(now()).unwrap();
     stage.closed_rows(2);
-    let verdicts: Vec<_> = stage.master.rows().into_iter().map(|row| (row.status, row.error)).collect();
-    assert_eq!(verdicts, [(RowStatus::Failed, Some("first".to_owned())), (RowStatus::Succeeded, None)]);
+    assert_eq!(rows(&stage), [(RowStatus::Failed, Some("first".to_owned())), (RowStatus::Succeeded, None)]);
 }
 
 #[test]
@@ -309,8 +312,7 @@ fn of_two_tracks_that_overlap_each_lands_on_its_own_row_though_the_older_ends_fi
     assert_eq!(end(newer), (Some(0), String::new()));
     tick.send(now()).unwrap();
     stage.closed_rows(2);
-    let verdicts: Vec<_> = stage.master.rows().into_iter().map(|row| (row.status, row.error)).collect();
-    assert_eq!(verdicts, [(RowStatus::Failed, Some("exited with 3".to_owned())), (RowStatus::Succeeded, None)]);
+    assert_eq!(rows(&stage), [(RowStatus::Failed, Some("exited with 3".to_owned())), (RowStatus::Succeeded, None)]);
 }
 
 #[test]
@@ -327,8 +329,7 @@ fn what_track_reports_does_not_overtake_a_newer_delta_that_waits() {
     assert_eq!(child.wait().unwrap().code(), Some(0));
     tick.send(now()).unwrap();
     stage.closed_rows(2);
-    let verdicts: Vec<_> = stage.master.rows().into_iter().map(|row| (row.status, row.error)).collect();
-    assert_eq!(verdicts, [(RowStatus::Succeeded, None), (RowStatus::Failed, Some("newer".to_owned()))]);
+    assert_eq!(rows(&stage), [(RowStatus::Succeeded, None), (RowStatus::Failed, Some("newer".to_owned()))]);
 }
 
 #[test]
