@@ -129,6 +129,20 @@ fn many_that_push_at_once_on_a_new_host_are_all_kept() {
 }
 
 #[test]
+fn push_says_what_it_has_displaced() {
+    let mut stage = Stage::new();
+    let (heartbeat, _tick) = stage.beating();
+    stage.master.stop();
+    let waiting = (0..10_000).map(|n| LifecycleDelta::succeeded(format!("d{n}"), Operation::Mutate));
+    heartbeat.deltas().push_all(waiting).unwrap();
+    let (code, _, log) = output(&stage, &[&PUSH_FAILED[..], &["a", "b"]].concat());
+    let said = "[ERROR] (main) deltas fell out of the outbox undelivered, too many or too old: deltas=2 most=10000\n";
+    assert!(code == Some(0) && log.ends_with(said), "{log}");
+    let kept = kept(&stage);
+    assert_eq!((kept.len(), kept[0].0.as_str(), kept[9_999].0.as_str()), (10_000, "d2", "b"));
+}
+
+#[test]
 fn push_says_which_fingerprint_a_master_refused() {
     let stage = Stage::new();
     stage.master.decommission(&stage.worker.uuid);

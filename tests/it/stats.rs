@@ -3,7 +3,7 @@
 use decnet_heartbeat::{LifecycleDelta, Operation};
 use serde_json::json;
 
-use crate::support::{Stage, settled};
+use crate::support::{Stage, errors_with, now, remember_errors, settled};
 
 /// The outbox' rows at the most.
 const MOST: usize = 10_000;
@@ -52,4 +52,23 @@ fn as_json_they_count_what_waits_what_is_held_what_is_in_flight_and_what_fell_ou
         "panics": 0,
     });
     assert_eq!(json, expected);
+}
+
+#[test]
+fn what_falls_out_is_logged_once_with_the_next_beat() {
+    remember_errors();
+    let mut stage = Stage::new();
+    let (heartbeat, tick) = stage.beating();
+    stage.master.stop();
+    let mutated = |n: usize| LifecycleDelta::succeeded(format!("d{n}"), Operation::Mutate);
+    heartbeat.deltas().push_all((0..MOST).map(mutated)).unwrap();
+    heartbeat.deltas().push_all((0..777).map(mutated)).unwrap();
+    assert_eq!(heartbeat.stats().dropped, 777);
+    stage.master.start_again().unwrap();
+    for beats in 2..5 {
+        tick.send(now()).unwrap();
+        settled(&heartbeat, |stats| stats.beats >= beats);
+    }
+    let said = "deltas fell out of the outbox undelivered, too many or too old: deltas=777 most=10000";
+    assert_eq!(errors_with("deltas=777"), [said]);
 }

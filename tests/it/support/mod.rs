@@ -1,5 +1,6 @@
 //! A loopback master with one enrolled worker, and heartbeats that beat when a test says so.
 
+mod log;
 mod settled;
 
 use std::path::PathBuf;
@@ -10,6 +11,7 @@ use decnet_heartbeat::loopback::{Answer, Enrolled, Fault, LoopbackMaster, Option
 use decnet_heartbeat::{Heartbeat, HeartbeatBuilder, Snapshot};
 use serde_json::{Value, json};
 
+pub use log::{errors_with, remember_errors};
 pub use settled::settled;
 
 /// Longer than anything a test waits for; reaching it is a failure.
