@@ -105,3 +105,47 @@ impl Identity {
         Self(fs::symlink_metadata(path).ok().map(|metadata| (metadata.dev(), metadata.ino())))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn what_is_beside_a_new_file_belonged_to_another_and_is_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("heartbeat.db");
+        let beside = [beside(&path, "-wal"), beside(&path, "-shm")];
+        beside.iter().for_each(|file| fs::write(file, "another's").unwrap());
+        prepare(&path, Instant::now()).unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"");
+        assert!(!beside.iter().any(|file| file.exists()));
+        beside.iter().for_each(|file| fs::write(file, "this one's").unwrap());
+        prepare(&path, Instant::now()).unwrap();
+        assert!(beside.iter().all(|file| file.exists()));
+    }
+
+    #[test]
+    fn a_file_that_another_process_is_making_is_waited_for_in_time() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("heartbeat.db");
+        let making = lock_folder(&path, Instant::now()).unwrap();
+        let since = Instant::now();
+        let error = prepare(&path, since + Duration::from_millis(50)).unwrap_err();
+        assert!(since.elapsed() >= Duration::from_millis(50));
+        assert_eq!((error.kind(), path.exists()), (io::ErrorKind::TimedOut, false));
+        std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| prepare(&path, Instant::now() + Duration::from_secs(20)));
+            drop(making);
+            waiting.join().unwrap().unwrap();
+        });
+        assert!(path.exists());
+    }
+
+    #[test]
+    fn a_path_of_a_name_alone_is_in_this_folder() {
+        assert_eq!(folder(Path::new("heartbeat.db")), Path::new("."));
+        assert_eq!(folder(Path::new("agent/heartbeat.db")), Path::new("agent"));
+    }
+}
