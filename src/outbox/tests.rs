@@ -330,6 +330,29 @@ fn a_full_disk_turns_it_to_memory_and_it_goes_back_when_there_is_room() {
 }
 
 #[test]
+fn a_file_that_has_just_refused_is_left_alone_for_a_moment() {
+    let dir = tempfile::tempdir().unwrap();
+    let outbox = open(dir.path());
+    fill_the_disk(&outbox);
+    let before = Instant::now();
+    outbox.keep(&[delta(&"d".repeat(5_000))]).unwrap();
+    let mut shared = outbox.enter(deadline()).unwrap();
+    let (until, why) = shared.refused.unwrap();
+    assert!(until >= before + limits::OUTBOX_RETRY);
+    assert_eq!(why, Refusal::Unwritable);
+    drop(shared);
+    free_the_disk(&outbox);
+    shared = outbox.enter(deadline()).unwrap();
+    shared.refused = Some((Instant::now() + Duration::from_secs(60), why));
+    drop(shared);
+    outbox.keep(&[delta("e")]).unwrap();
+    assert_eq!(outbox.path(), None);
+    free_the_disk(&outbox);
+    outbox.keep(&[delta("f")]).unwrap();
+    assert!(outbox.path().is_some());
+}
+
+#[test]
 fn a_file_that_cannot_be_had_at_first_is_gone_to_later() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("later").join(FILE);
@@ -448,8 +471,8 @@ fn beyond_its_rows_the_oldest_fall_out_and_are_counted() {
 #[test]
 fn operations_in_flight_never_fall_out() {
     let outbox = Outbox::open(&OutboxLocation::Memory, Path::new("/"), Role::Deliver).unwrap().0;
-    let deckies: Vec<_> = (0..limits::OUTBOX_ROWS).map(|n| n.to_string()).collect();
-    let ids = outbox.begin(Operation::Deploy, &deckies).unwrap();
+    let many: Vec<_> = (0..limits::OUTBOX_ROWS).map(|n| n.to_string()).collect();
+    let ids = outbox.begin(Operation::Deploy, &many).unwrap();
     let error = outbox.keep(&[delta("d")]).unwrap_err();
     let text = "outbox in memory: has no room for 1 more: it holds 10000 rows, less what is in flight";
     assert_eq!(error.to_string(), text);
@@ -459,6 +482,9 @@ fn operations_in_flight_never_fall_out() {
         outbox.books(),
         Books { counts: Counts { waiting: 1, held: 0, operations: 9_999 }, dropped: 1, on_disk: false }
     );
+    outbox.keep(&[delta("e")]).unwrap();
+    outbox.keep(&[delta("f"), delta("g")]).unwrap_err();
+    assert_eq!((deckies(&outbox), outbox.books().dropped), (vec!["e".to_owned()], 2));
 }
 
 #[test]
