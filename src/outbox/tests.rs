@@ -300,6 +300,24 @@ fn a_locked_file_is_waited_for_a_second_and_no_longer() {
 }
 
 #[test]
+fn a_file_that_is_locked_at_the_start_is_waited_for_a_second_and_is_no_broken_one() {
+    let dir = tempfile::tempdir().unwrap();
+    open(dir.path()).keep(&[delta("d")]).unwrap();
+    let other = Connection::open(dir.path().join(FILE)).unwrap();
+    other.execute_batch("PRAGMA locking_mode = exclusive; BEGIN IMMEDIATE; UPDATE delta SET age = age").unwrap();
+    let since = Instant::now();
+    let (outbox, problem) = Outbox::open(&OutboxLocation::AgentDir, dir.path(), Role::Deliver).unwrap();
+    assert!(since.elapsed() < Duration::from_millis(1_500), "{:?}", since.elapsed());
+    let problem = chain(&problem.unwrap());
+    assert!(problem.contains("cannot be opened: database is locked"), "{problem}");
+    outbox.keep(&[delta("e")]).unwrap();
+    assert_eq!(outbox.path(), None);
+    drop(other);
+    outbox.tend().unwrap();
+    assert_eq!((deckies(&outbox), outbox.path().is_some()), (vec!["e".to_owned(), "d".to_owned()], true));
+}
+
+#[test]
 fn a_full_disk_turns_it_to_memory_and_it_goes_back_when_there_is_room() {
     let dir = tempfile::tempdir().unwrap();
     let outbox = open(dir.path());
