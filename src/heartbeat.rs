@@ -277,7 +277,7 @@ struct Settings {
 fn start(link: Link, outbox: Outbox, source: Box<dyn StatusSource>, settings: Settings) -> Result<Heartbeat, Error> {
     const NAME: &str = "decnet-heartbeat";
     let Settings { agent_version, interval, ticks } = settings;
-    let mut stats = Stats { outbox: outbox.path().map(Into::into), ..Stats::default() };
+    let mut stats = Stats::default();
     link.describe(&mut stats);
     log::info!(
         "heartbeat starting: host={} master={} fingerprint={} interval={interval:?} outbox={} waiting={}",
