@@ -247,6 +247,13 @@ impl LoopbackMaster {
         self.shared.lock().seen.received().to_vec()
     }
 
+    /// The requests, oldest first, which it then forgets: for a test that goes on for longer than it remembers.
+    pub fn take_received(&self) -> Vec<Received> {
+        let mut state = self.shared.lock();
+        state.seen.bytes = 0;
+        std::mem::take(&mut state.seen.received)
+    }
+
     /// The connections, oldest first. From 20,000 on the older half is forgotten.
     pub fn connections(&self) -> Vec<ConnectionReport> {
         self.shared.lock().seen.connections().to_vec()

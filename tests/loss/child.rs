@@ -17,6 +17,8 @@ pub const PUSHERS: u32 = 4;
 pub fn run(arguments: &[String]) {
     let [agent_dir, uuid, port, run] = arguments else { panic!("--child AGENT_DIR UUID PORT RUN") };
     let run: u32 = run.parse().unwrap();
+    // On stderr, which is the test's.
+    simplelog::WriteLogger::init(log::LevelFilter::Error, simplelog::Config::default(), io::stderr()).unwrap();
     let enrolment = Enrolment::new(uuid, "127.0.0.1", Path::new(agent_dir)).unwrap();
     let heartbeat = Heartbeat::builder()
         .enrolment(enrolment.with_master_port(port.parse().unwrap()).unwrap())

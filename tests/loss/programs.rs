@@ -33,7 +33,7 @@ pub fn programs(options: &Options) -> String {
             reporter.end(&mut stage);
         }
         kill(&mut run);
-        stage.check_integrity();
+        stage.check();
     }
     stage.finish()
 }

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use decnet_heartbeat::loopback::{LifecycleRow, LoopbackMaster, Received, RowStatus};
+use decnet_heartbeat::loopback::{LifecycleRow, Received, RowStatus};
 use decnet_heartbeat::{LifecycleDelta, Outcome};
 use serde_json::Value;
 
@@ -11,38 +11,71 @@ use crate::told::{Book, Told, pushed};
 /// What an operation is reported with whose process was killed: by the next start, and by another process that lives.
 const KILLED: [&str; 2] = ["failed the agent restarted during deploy", "failed its process ended during deploy"];
 
-/// What was counted on the way.
-pub struct Figures {
-    /// Deltas in requests that were answered 204, each as often as it came.
-    pub accepted: usize,
-    /// How many of those had been accepted before.
-    pub again: usize,
+/// What the master has accepted.
+#[derive(Debug, Default)]
+pub struct Heard {
+    /// Of each decky, as often as it came.
+    verdicts: BTreeMap<String, Vec<String>>,
+    /// Each child with the deckies of whose deltas it has heard.
+    answered: BTreeSet<(String, String)>,
+    pub requests: usize,
 }
 
-/// Every promise that was given is kept, and nothing else was said.
-pub fn check(book: &Book, master: &LoopbackMaster) -> Figures {
-    let received = master.received();
-    let mut accepted: BTreeMap<String, Vec<String>> = BTreeMap::new();
-    for request in &received {
-        for delta in deltas(request) {
-            check_known(book, &delta);
+impl Heard {
+    /// Takes note of what has come in since the last time: nothing but what was said, and nothing again.
+    pub fn hear(&mut self, book: &Book, received: &[Received]) {
+        self.requests += received.len();
+        for request in received {
+            let deltas = deltas(request);
+            deltas.iter().for_each(|delta| check_known(book, delta));
+            self.check_nothing_again(request, &deltas);
             if request.status == Some(204) {
-                accepted.entry(text(&delta["decky_name"])).or_default().push(verdict(&delta));
+                for delta in &deltas {
+                    self.verdicts.entry(text(&delta["decky_name"])).or_default().push(verdict(delta));
+                }
             }
         }
     }
-    for name in &book.kept {
-        assert!(accepted.contains_key(name), "lost: the push of {name} returned Ok, and the master never heard of it");
+
+    /// Within one child's life no delta comes again in a request after one that was answered 204. (A child that was killed
+    /// may have died between the answer and its note, and the installed programs do not say which process they are.) That
+    /// a row's operation is unique makes its decky a name for the delta.
+    fn check_nothing_again(&mut self, request: &Received, deltas: &[Value]) {
+        let run = request.json.as_ref().map(|json| text(&json["agent_version"])).unwrap_or_default();
+        if !run.starts_with("run-") {
+            return;
+        }
+        for name in deltas.iter().map(|delta| text(&delta["decky_name"])).filter(|name| !name.starts_with('x')) {
+            let key = (run.clone(), name);
+            assert!(!self.answered.contains(&key), "sent again after a 2xx: {key:?}");
+            if request.status == Some(204) {
+                self.answered.insert(key);
+            }
+        }
     }
-    let rows: BTreeMap<String, LifecycleRow> = master.rows().into_iter().map(|row| (row.decky.clone(), row)).collect();
-    for (name, row) in &rows {
-        let told = book.operations.get(name);
-        check_operation(name, told, row, accepted.get(name).map_or(&[], Vec::as_slice));
+
+    /// Every promise that was given is kept.
+    pub fn check(&self, book: &Book, rows: &[LifecycleRow]) {
+        for name in &book.kept {
+            let heard = self.verdicts.contains_key(name);
+            assert!(heard, "lost: the push of {name} returned Ok, and the master never heard of it");
+        }
+        for row in rows {
+            let accepted = self.verdicts.get(&row.decky).map_or(&[][..], Vec::as_slice);
+            check_operation(&row.decky, book.operations.get(&row.decky), row, accepted);
+        }
     }
-    check_nothing_again(&received);
-    let count: usize = accepted.values().map(Vec::len).sum();
-    let again = accepted.iter().filter(|(name, _)| !name.starts_with('x')).map(|(_, times)| times.len() - 1).sum();
-    Figures { accepted: count, again }
+
+    /// Deltas in requests that were answered 204, each as often as it came.
+    pub fn accepted(&self) -> usize {
+        self.verdicts.values().map(Vec::len).sum()
+    }
+
+    /// How many of those had been accepted before.
+    pub fn again(&self) -> usize {
+        let once = self.verdicts.iter().filter(|(name, _)| !name.starts_with('x'));
+        once.map(|(_, times)| times.len() - 1).sum()
+    }
 }
 
 /// It is one that a child has pushed, as it has pushed it; or the end of an operation that it has begun.
@@ -84,28 +117,6 @@ fn check_operation(name: &str, told: Option<&Told>, row: &LifecycleRow, accepted
         Some(sealed) if told.ended => assert_eq!(Some(&sealed), told.verdict.as_ref(), "{context}"),
         Some(sealed) => {
             assert!(KILLED.contains(&sealed.as_str()) || Some(&sealed) == told.verdict.as_ref(), "{context}")
-        }
-    }
-}
-
-/// Within one child's life no delta comes again in a request after one that was answered 204. (A child that was killed may
-/// have died between the answer and its note, and the installed programs do not say which process they are.) That a row's
-/// operation is unique makes its decky a name for the delta.
-fn check_nothing_again(received: &[Received]) {
-    let mut answered = BTreeSet::new();
-    for request in received {
-        let Some(json) = &request.json else { continue };
-        let run = text(&json["agent_version"]);
-        if !run.starts_with("run-") {
-            continue;
-        }
-        let names: Vec<_> = deltas(request).iter().map(|delta| text(&delta["decky_name"])).collect();
-        for name in names.iter().filter(|name| !name.starts_with('x')) {
-            let key = (run.clone(), name.clone());
-            assert!(!answered.contains(&key), "sent again by {run} after a 2xx: {name}");
-            if request.status == Some(204) {
-                answered.insert(key);
-            }
         }
     }
 }
