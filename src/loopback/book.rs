@@ -1,7 +1,7 @@
 //! The master's book: who is enrolled, which operations are open, what is known of the deckies, and how a heartbeat
 //! changes that. No I/O and no lock: whoever holds the state calls it. The rules are those of PROTOCOL.md.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::SystemTime;
 
 use serde::Deserialize;
@@ -17,6 +17,8 @@ pub(super) struct Book {
     pins: BTreeMap<String, String>,
     /// Oldest first.
     pub(super) rows: Vec<LifecycleRow>,
+    /// The places of those that are running: most are not, after a long test.
+    running: BTreeSet<usize>,
     /// By decky.
     pub(super) shards: BTreeMap<String, Shard>,
 }
@@ -69,6 +71,7 @@ impl Book {
 
     pub(super) fn open(&mut self, uuid: &str, decky: &str, operation: &str) -> u64 {
         let id = self.rows.last().map_or(1, |newest| newest.id + 1);
+        self.running.insert(self.rows.len());
         self.rows.push(LifecycleRow {
             id,
             host_uuid: uuid.to_owned(),
@@ -118,13 +121,13 @@ impl Book {
             "failed" => RowStatus::Failed,
             _ => return None,
         };
-        let row = self.rows.iter_mut().rev().find(|row| {
-            row.status == RowStatus::Running
-                && row.host_uuid == uuid
-                && row.decky == decky
-                && row.operation == operation
-        })?;
+        let fits = |row: &LifecycleRow| row.host_uuid == uuid && row.decky == decky && row.operation == operation;
+        let place = *self.running.iter().rev().find(|place| self.rows.get(**place).is_some_and(fits))?;
+        let row = self.rows.get_mut(place)?;
         row.status = status;
+        if status != RowStatus::Running {
+            self.running.remove(&place);
+        }
         if let Some(error) = delta.get("error").filter(|error| !error.is_null()) {
             row.error = Some(text::cut(&written(error), limits::DELTA_ERROR).to_owned());
         }
