@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Instant, SystemTime};
 
-use super::lock::beside;
+use super::lock::{beside, lock_file};
 use crate::delta::{from_micros, micros};
 use crate::limits;
 
@@ -42,7 +42,7 @@ pub(super) fn prepare(path: &Path, deadline: Instant) -> io::Result<()> {
 
 /// One process at a time: of two, the slower one would remove what the faster one has already written.
 fn make(path: &Path, deadline: Instant) -> io::Result<()> {
-    let _making = lock_folder(path, deadline)?;
+    let _making = lock_making(path, deadline)?;
     if fs::symlink_metadata(path).is_ok() {
         return Ok(());
     }
@@ -52,15 +52,15 @@ fn make(path: &Path, deadline: Instant) -> io::Result<()> {
     OpenOptions::new().write(true).create_new(true).mode(MODE).open(path).map(drop)
 }
 
-/// The folder of `path`, locked until it is dropped.
-fn lock_folder(path: &Path, deadline: Instant) -> io::Result<File> {
-    let folder = File::open(folder(path))?;
+/// The right to make the file at `path`, until it is dropped.
+fn lock_making(path: &Path, deadline: Instant) -> io::Result<File> {
+    let making = lock_file(&beside(path, "-making"))?;
     loop {
-        match folder.try_lock() {
-            Ok(()) => return Ok(folder),
+        match making.try_lock() {
+            Ok(()) => return Ok(making),
             Err(TryLockError::WouldBlock) if Instant::now() < deadline => thread::sleep(limits::OUTBOX_PAUSE),
             Err(TryLockError::WouldBlock) => {
-                return Err(io::Error::new(io::ErrorKind::TimedOut, "another process has its folder locked"));
+                return Err(io::Error::new(io::ErrorKind::TimedOut, "another process is making it"));
             }
             Err(TryLockError::Error(error)) => return Err(error),
         }
@@ -130,7 +130,7 @@ mod tests {
     fn a_file_that_another_process_is_making_is_waited_for_in_time() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("heartbeat.db");
-        let making = lock_folder(&path, Instant::now()).unwrap();
+        let making = lock_making(&path, Instant::now()).unwrap();
         let since = Instant::now();
         let error = prepare(&path, since + Duration::from_millis(50)).unwrap_err();
         assert!(since.elapsed() >= Duration::from_millis(50));

@@ -31,11 +31,7 @@ impl DeliveryLock {
     /// Takes it. `Ok(Err(holder))` when another process, or another heartbeat of this one, has it. The file stays when
     /// the lock is let go: to remove it would let two have it.
     pub(super) fn take(outbox: &Path) -> io::Result<Result<Self, String>> {
-        let path = beside(outbox, "-lock");
-        if fs::symlink_metadata(&path).is_ok_and(|metadata| !metadata.is_file()) {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "its lock is not a regular file"));
-        }
-        let mut file = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path)?;
+        let mut file = lock_file(&beside(outbox, "-lock"))?;
         match file.try_lock() {
             Ok(()) => {
                 file.set_len(0)?;
@@ -50,6 +46,14 @@ impl DeliveryLock {
             Err(TryLockError::Error(error)) => Err(error),
         }
     }
+}
+
+/// A file to be locked, its owner's alone: what others can open they can lock.
+pub(super) fn lock_file(path: &Path) -> io::Result<File> {
+    if fs::symlink_metadata(path).is_ok_and(|metadata| !metadata.is_file()) {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "its lock is not a regular file"));
+    }
+    OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path)
 }
 
 impl Drop for DeliveryLock {
