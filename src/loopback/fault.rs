@@ -33,8 +33,9 @@ pub enum Fault {
     AnswerTo(Vec<u8>, Answer),
     /// At a request: as [`Answer`](Self::Answer), but these bytes as they stand, then the connection is closed.
     Raw(Vec<u8>),
-    /// At a request: as [`Answer`](Self::Answer), but a 200 whose body never ends.
-    Endless,
+    /// At a request: all of it is read and recorded, nothing is applied, and the answer never ends: the first bytes, and
+    /// then the others again and again, with this pause between two. Headers, interim answers or a body, fast or slow.
+    Endless(Vec<u8>, Vec<u8>, Duration),
     /// At a request: served as usual, but the answer goes out a byte at a time with this pause between two.
     Slowly(Duration),
     /// At a request: served as usual, then the connection is cut without TLS's `close_notify`.
@@ -114,7 +115,7 @@ impl Fault {
             | Self::Answer(_)
             | Self::AnswerTo(..)
             | Self::Raw(_)
-            | Self::Endless
+            | Self::Endless(..)
             | Self::Slowly(_)
             | Self::CutAfterAnswer => Moment::Request,
         }

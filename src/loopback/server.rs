@@ -312,12 +312,13 @@ impl Conversation<'_> {
                 self.stream.write_all(&bytes)?;
                 Ok(Next::Close)
             }
-            Some(Fault::Endless) => {
-                self.record(&head, body, Reply::Status(200));
-                self.stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-type: text/plain\r\n\r\n")?;
-                loop {
-                    self.stream.write_all(&[b'.'; 1024])?;
+            Some(Fault::Endless(first, again, pause)) => {
+                self.record(&head, body, Reply::Nothing(Effect::Lost));
+                self.stream.write_all(&first)?;
+                while !self.shared.wait(pause, |state| state.stopping) {
+                    self.stream.write_all(&again)?;
                 }
+                Ok(Next::Cut)
             }
             Some(Fault::Slowly(pause)) => {
                 let answer = self.record(&head, body, Reply::Judged);

@@ -435,6 +435,10 @@ fn outcome(result: io::Result<(u16, String)>) -> Outcome {
     }
 }
 
+fn endless(first: &[u8]) -> Fault {
+    Fault::Endless(first.to_vec(), vec![b'.'; 1024], Duration::ZERO)
+}
+
 #[test]
 fn each_fault_shows_as_what_it_is() {
     let unavailable = Answer::status(503).header("Retry-After", "7").body("later");
@@ -455,7 +459,7 @@ fn each_fault_shows_as_what_it_is() {
         (Fault::AnswerTo(b"\"d1\"".to_vec(), Answer::status(422)), Outcome::Answered(422), vec![Some(422)], false),
         (Fault::AnswerTo(b"\"d2\"".to_vec(), Answer::status(422)), Outcome::Answered(204), vec![Some(204)], true),
         (Fault::Raw(b"HTTP/1.1 299 Odd\r\n\r\n".to_vec()), Outcome::Answered(299), vec![None], false),
-        (Fault::Endless, Outcome::Answered(200), vec![Some(200)], false),
+        (endless(b"HTTP/1.1 200 OK\r\n\r\n"), Outcome::Answered(200), vec![None], false),
         (Fault::Slowly(Duration::from_micros(10)), Outcome::Answered(204), vec![Some(204)], true),
         (Fault::CutAfterAnswer, Outcome::Answered(204), vec![Some(204)], true),
     ];
@@ -502,7 +506,7 @@ fn the_script_runs_in_its_order_and_then_what_always_holds() {
 
 #[test]
 fn a_stop_waits_for_no_client() {
-    for fault in [Fault::Serve, Fault::NeverHandshake, Fault::NeverAnswer(Effect::Lost), Fault::Endless] {
+    for fault in [Fault::Serve, Fault::NeverHandshake, Fault::NeverAnswer(Effect::Lost), endless(b"")] {
         let mut world = world(Options::default());
         let moment = fault.moment();
         world.master.script([fault.clone()]);
