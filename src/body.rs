@@ -29,7 +29,13 @@ pub(crate) struct Body<'a> {
 #[serde(untagged)]
 pub(crate) enum Status<'a> {
     /// No state file: nothing is deployed.
-    Nothing { deployed: bool, deckies: [(); 0] },
+    Nothing {
+        deployed: bool,
+        deckies: [(); 0],
+        /// What else is wrong.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        error: Option<&'a str>,
+    },
     /// Deckies, and the state of their containers.
     Deployed {
         deployed: bool,
@@ -37,6 +43,9 @@ pub(crate) enum Status<'a> {
         compose_path: &'a RawValue,
         deckies: &'a [&'a RawValue],
         runtime: Runtime<'a>,
+        /// What else is wrong.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        error: Option<&'a str>,
     },
     /// Something is deployed, but Docker does not tell what runs. A decky without states would count as degraded, so
     /// none is named.
@@ -45,9 +54,11 @@ pub(crate) enum Status<'a> {
     Unknown { error: &'a str },
 }
 
-impl Status<'_> {
+impl<'a> Status<'a> {
     /// Nothing is deployed.
-    pub(crate) const NOTHING: Self = Self::Nothing { deployed: false, deckies: [] };
+    pub(crate) fn nothing(error: Option<&'a str>) -> Self {
+        Self::Nothing { deployed: false, deckies: [], error }
+    }
 }
 
 /// `runtime`: for each decky, in the state file's order, its services and their containers' states.
@@ -215,7 +226,7 @@ mod tests {
 
     #[test]
     fn unknown_is_said_as_unknown() {
-        assert_eq!(json(&Status::NOTHING), r#"{"deployed":false,"deckies":[]}"#);
+        assert_eq!(json(&Status::nothing(None)), r#"{"deployed":false,"deckies":[]}"#);
         assert_eq!(json(&Status::Unknown { error: "Docker" }), r#"{"error":"Docker"}"#);
     }
 }

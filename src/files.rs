@@ -12,12 +12,15 @@ use std::path::Path;
 ///
 /// A FIFO, a socket or a device is refused before it is opened, since opening it may block for ever.
 pub(crate) fn read(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
-    let mut content = Vec::with_capacity(regular(path)?.len().min(limit) as usize);
-    File::open(path)?.take(limit + 1).read_to_end(&mut content)?;
-    if content.len() as u64 > limit {
-        return Err(io::Error::new(io::ErrorKind::FileTooLarge, format!("larger than {limit} bytes")));
+    let too_large = || io::Error::new(io::ErrorKind::FileTooLarge, format!("larger than {limit} bytes"));
+    let size = regular(path)?.len();
+    if size > limit {
+        return Err(too_large());
     }
-    Ok(content)
+    let mut content = Vec::with_capacity(size as usize);
+    // It may be growing.
+    File::open(path)?.take(limit + 1).read_to_end(&mut content)?;
+    if content.len() as u64 > limit { Err(too_large()) } else { Ok(content) }
 }
 
 /// The metadata of a regular file; that it is none is an error, as that it is not there is.

@@ -130,6 +130,7 @@ mod outbox;
 mod resolve;
 mod schedule;
 mod sender;
+mod socket;
 mod stats;
 mod status;
 mod text;

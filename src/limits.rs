@@ -61,13 +61,17 @@ pub(crate) const POST: Duration = Duration::from_secs(20);
 /// The whole POST at the least: a handshake on a busy host takes its time.
 pub(crate) const MIN_POST: Duration = Duration::from_secs(1);
 
+/// Bytes of an answer at the most, whatever they are: interim answers (1xx) could go on for ever.
+pub(crate) const ANSWER: usize = 64 * 1024;
+
 /// Bytes of an answer that are read; the real master's refusals are below 1 KiB.
 pub(crate) const ANSWER_BODY: usize = 4 * 1024;
 
 /// Bytes of an answer's headers that are read.
-pub(crate) const ANSWER_HEADERS: usize = 16 * 1024;
+pub(crate) const ANSWER_HEADERS: usize = 8 * 1024;
 
-/// ureq's buffers per connection: a beat is a few KiB.
+/// ureq's buffers per connection: a beat is a few KiB. More than the headers may take, or ureq would mistake too many of
+/// them for the end of the connection.
 pub(crate) const HTTP_BUFFER: usize = 16 * 1024;
 
 /// How long an address is used before its name is looked up again. A failure to connect looks it up at once.
@@ -79,10 +83,25 @@ pub(crate) const TLS_SESSIONS: usize = 4;
 // ---- what is read on this host --------------------------------------------------------------
 
 /// A state file of 10,000 deckies is about 6 MiB.
-pub(crate) const STATE_FILE: u64 = 32 * 1024 * 1024;
+pub(crate) const STATE_FILE: u64 = 16 * 1024 * 1024;
+
+/// Deckies of a state file: what a file of that size holds, if they are real ones.
+pub(crate) const DECKIES: usize = 20_000;
+
+/// Services of a decky; DECNET has some two dozen.
+pub(crate) const SERVICES: usize = 100;
+
+/// How deep a decky's JSON may be nested. Python's reader, which the master has, ends at about a thousand.
+pub(crate) const NESTING: usize = 100;
+
+/// A status: a state file, and its runtime. A source of the agent's own may not flood the master either.
+pub(crate) const STATUS: usize = 32 * 1024 * 1024;
 
 /// One of Docker's answers; 10,000 containers are about 15 MiB.
 pub(crate) const DOCKER_ANSWER: u64 = 64 * 1024 * 1024;
+
+/// Containers, or networks, in one of Docker's answers.
+pub(crate) const DOCKER_LIST: usize = 50_000;
 
 /// One request to Docker, all of it. The status thread may wait; the beat does not wait for it.
 pub(crate) const DOCKER: Duration = Duration::from_secs(8);
@@ -135,6 +154,9 @@ pub(crate) const DECKY_NAME: usize = 1_024;
 
 /// Characters of foreign text in one log line or one error.
 pub(crate) const LOG_TEXT: usize = 300;
+
+/// After this long without it a problem is a new one, and is logged at once.
+pub(crate) const QUIET: Duration = Duration::from_secs(600);
 
 /// Characters of an error inside `observed`; the original cuts there.
 pub(crate) const OBSERVED_ERROR: usize = 200;

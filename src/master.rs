@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use rustls::crypto::CryptoProvider;
-use rustls::pki_types::ServerName;
+use rustls::pki_types::{ServerName, UnixTime};
 use ureq::Agent;
 use ureq::config::{AutoHeaderValue, Config, IpFamily};
 use ureq::http::{Response, StatusCode, header};
@@ -18,7 +18,7 @@ use crate::identity::MasterIdentity;
 use crate::limits;
 use crate::resolve::MasterResolver;
 use crate::text::printable;
-use crate::tls::{self, Connections, TlsConnector};
+use crate::tls::{self, Answer, Connections, TlsConnector};
 
 /// What an answer means for the beat and its deltas.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,12 +69,19 @@ pub(crate) struct Reply {
     pub(crate) took: Duration,
     /// The last handshake resumed a session.
     pub(crate) resumed: bool,
-    /// There was no answer since a reused connection was lost, which the master may have closed before: worth one more try
+    /// There was no answer on a reused connection, which may have ended before, with or without a word: worth one more try
     /// at once, on a fresh one.
     pub(crate) stale: bool,
 }
 
 impl Reply {
+    /// The master's, in the status line of its answer.
+    fn of(status: StatusCode, verdict: Verdict, said: String) -> Self {
+        let class = format!("http-{}", status.as_u16());
+        let detail = if verdict == Verdict::Accepted { String::new() } else { said };
+        Self { verdict, class, detail, took: Duration::ZERO, resumed: false, stale: false }
+    }
+
     /// There was nothing to send, as the body could not be written. Sent as it stands it would be refused.
     pub(crate) fn unwritten(error: &serde_json::Error) -> Self {
         let (class, detail) = ("unwritten".to_owned(), printable(&error.to_string()));
@@ -122,15 +129,22 @@ impl Master {
     /// Posts `body`, all of it within `within`.
     pub(crate) fn post(&self, body: &[u8], within: Duration) -> Reply {
         let started = Instant::now();
-        let before = self.connections();
+        let before = self.connections(|connections| {
+            connections.answer = Answer::default();
+            connections.tried
+        });
         let request = self.agent.post(&self.url).content_type("application/json");
         let answer = request.config().timeout_global(Some(within)).build().send(body);
         let took = started.elapsed();
-        let Connections { tried, resumed } = self.connections();
-        match answer {
-            Ok(answer) => Reply { took, resumed, ..read(answer) },
-            Err(error) => {
-                let stale = tried == before.tried && is_connection_loss(&error);
+        let Connections { tried, resumed, answer: seen } = self.connections(|connections| connections.clone());
+        match (answer, seen.status()) {
+            (Ok(answer), _) => Reply { took, resumed, ..read(answer) },
+            // The status line has decided already. What is wrong with the rest changes nothing.
+            (Err(error), Some(status)) => {
+                Reply { took, resumed, ..Reply::of(status, Verdict::of(status, None), explain(&error)) }
+            }
+            (Err(error), None) => {
+                let stale = tried == before && may_be_the_connections(&error);
                 // That a connection has ended while it was idle says nothing of the address.
                 if !stale {
                     self.resolver.distrust();
@@ -141,8 +155,8 @@ impl Master {
         }
     }
 
-    fn connections(&self) -> Connections {
-        *self.connections.lock().unwrap_or_else(PoisonError::into_inner)
+    fn connections<T>(&self, look: impl FnOnce(&mut Connections) -> T) -> T {
+        look(&mut self.connections.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }
 
@@ -190,15 +204,9 @@ fn read(mut answer: Response<ureq::Body>) -> Reply {
     let retry_after = answer.headers().get(header::RETRY_AFTER).and_then(|value| value.to_str().ok());
     let verdict = Verdict::of(status, retry_after.and_then(|text| parse_retry_after(text, SystemTime::now())));
     let mut said = Vec::new();
-    // Read to its end, so that the connection can be used again. The status line has decided already: a body that
-    // breaks off changes nothing.
+    // Read to its end, so that the connection can be used again. A body that breaks off changes nothing.
     let _ = answer.body_mut().as_reader().take(limits::ANSWER_BODY as u64).read_to_end(&mut said);
-    let detail = match verdict {
-        Verdict::Accepted => String::new(),
-        _ => printable(&String::from_utf8_lossy(&said)),
-    };
-    let class = format!("http-{}", status.as_u16());
-    Reply { verdict, class, detail, took: Duration::ZERO, resumed: false, stale: false }
+    Reply::of(status, verdict, printable(&String::from_utf8_lossy(&said)))
 }
 
 /// `Retry-After` in seconds or as a date, clamped to 1 s … 10 min. Anything else is as if it were not there.
@@ -214,12 +222,15 @@ fn parse_retry_after(text: &str, now: SystemTime) -> Option<Duration> {
     Some(wait.clamp(least, most))
 }
 
-/// Whether this is how a connection looks that the other side had closed. A timeout is none: to try again at once would
-/// double the load of a master that is slow already.
-fn is_connection_loss(error: &ureq::Error) -> bool {
+/// Whether a connection looks like this that the other side had closed, or one that leads nowhere any more. A master that
+/// is only slow is not asked twice as often for it: the connection that is tried then is no reused one.
+fn may_be_the_connections(error: &ureq::Error) -> bool {
     use std::io::ErrorKind as Kind;
     let lost = [Kind::BrokenPipe, Kind::ConnectionAborted, Kind::ConnectionReset, Kind::UnexpectedEof];
-    matches!(error, ureq::Error::Io(error) if lost.contains(&error.kind()))
+    match error {
+        ureq::Error::Io(error) => lost.contains(&error.kind()),
+        error => matches!(error, ureq::Error::Timeout(_)),
+    }
 }
 
 /// The class of a failure in one word.
@@ -254,25 +265,46 @@ fn tls_error(error: &std::io::Error) -> Option<&rustls::Error> {
 }
 
 fn explain_tls(error: &rustls::Error) -> String {
-    use rustls::CertificateError as Bad;
+    use rustls::{AlertDescription as Alert, CertificateError as Bad, Error as Tls};
     let advice = match error {
-        rustls::Error::InvalidCertificate(Bad::NotValidForNameContext { .. } | Bad::NotValidForName) => {
-            "the master's certificate is neither for swarmctl nor for its host; see DECNET_MASTER_IDENTITY"
+        Tls::InvalidCertificate(bad) => match bad {
+            Bad::ExpiredContext { time, not_after } => {
+                let (now, end) = (utc(*time), utc(*not_after));
+                return format!(
+                    "the master's certificate has expired by this host's clock, which says {now}: it was valid until {end}"
+                );
+            }
+            Bad::NotValidYetContext { time, not_before } => {
+                let (now, start) = (utc(*time), utc(*not_before));
+                return format!(
+                    "the master's certificate is not yet valid by this host's clock, which says {now}: it is from {start} on"
+                );
+            }
+            Bad::NotValidForNameContext { .. } | Bad::NotValidForName => {
+                "the master's certificate is neither for swarmctl nor for its host; see DECNET_MASTER_IDENTITY"
+            }
+            // Every DECNET CA has the same name, so that of another master looks like ours with a wrong signature.
+            Bad::UnknownIssuer | Bad::BadSignature => "the master's certificate is not of our ca.crt",
+            Bad::ApplicationVerificationFailure => "the master's certificate is not the pinned one",
+            Bad::InvalidPurpose | Bad::InvalidPurposeContext { .. } => "the master's certificate is not for servers",
+            // webpki's own error, which rustls passes on as it is.
+            Bad::Other(other) if other.to_string().contains("CaUsedAsEndEntity") => {
+                "the master's certificate is a CA's own, which no server may show"
+            }
+            _ => return error.to_string(),
+        },
+        Tls::AlertReceived(Alert::ProtocolVersion) | Tls::PeerIncompatible(_) => {
+            "the master speaks no TLS that we do: 1.2 or 1.3"
         }
-        // Every DECNET CA has the same name, so that of another master looks like ours with a wrong signature.
-        rustls::Error::InvalidCertificate(Bad::UnknownIssuer | Bad::BadSignature) => {
-            "the master's certificate is not of our ca.crt"
-        }
-        rustls::Error::InvalidCertificate(Bad::ApplicationVerificationFailure) => {
-            "the master's certificate is not the pinned one"
-        }
-        rustls::Error::InvalidCertificate(
-            Bad::Expired | Bad::ExpiredContext { .. } | Bad::NotValidYet | Bad::NotValidYetContext { .. },
-        ) => "the master's certificate is outside its dates by this host's clock",
-        rustls::Error::AlertReceived(_) => "the master refused our certificate or our TLS",
+        Tls::AlertReceived(_) => "the master refused our certificate or our TLS",
         _ => return error.to_string(),
     };
     format!("{advice} ({error})")
+}
+
+fn utc(time: UnixTime) -> String {
+    let seconds = Duration::from_secs(time.as_secs().min(u64::from(u32::MAX)));
+    humantime::format_rfc3339_seconds(SystemTime::UNIX_EPOCH + seconds).to_string()
 }
 
 #[cfg(test)]

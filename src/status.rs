@@ -3,12 +3,13 @@
 
 pub(crate) mod decnet;
 mod docker;
+mod list;
 mod topology;
 
 use serde::Serialize;
 use serde_json::value::{RawValue, to_raw_value};
 
-use crate::body;
+use crate::{body, limits};
 
 /// Where a beat's `status` and `topology` come from.
 ///
@@ -50,10 +51,13 @@ pub struct Snapshot {
 impl Snapshot {
     /// A snapshot with this `status`, which must serialize to a JSON object (`PROTOCOL.md`, "`status`").
     ///
-    /// Anything else is said as unknown, with the reason: the master refuses a beat whose status is no object, and
-    /// no fault of a source stops a beat.
+    /// Anything else, and what is larger than 32 MiB, is said as unknown, with the reason: the master refuses a beat whose
+    /// status is no object, and no fault of a source stops a beat.
     pub fn new(status: &impl Serialize) -> Self {
         match to_raw_value(status) {
+            Ok(status) if status.get().len() > limits::STATUS => {
+                Self::unknown(&format!("the status is larger than {} bytes", limits::STATUS))
+            }
             Ok(status) if status.get().starts_with('{') => Self { status, topology: None },
             Ok(_) => Self::unknown("the status source did not give a JSON object"),
             Err(error) => Self::unknown(&format!("the status source's answer cannot be serialized: {error}")),

@@ -3,7 +3,7 @@
 //!
 //! ureq takes no rustls configuration of ours, and its own connector panics on a key that does not fit its
 //! certificate. So the configuration is built here from a proven [`Bundle`], and the connector is a thin layer
-//! between ureq's TCP and ureq's HTTP.
+//! between our socket and ureq's HTTP.
 
 use std::fmt;
 use std::io::{Read, Write};
@@ -20,15 +20,17 @@ use rustls::{
     CertificateError, ClientConfig, ClientConnection, DigitallySignedStruct, HandshakeKind, RootCertStore,
     SignatureScheme, StreamOwned,
 };
+use ureq::http::StatusCode;
 use ureq::unversioned::transport::time::{Duration, Instant};
 use ureq::unversioned::transport::{
-    Buffers, ConnectionDetails, Connector, LazyBuffers, NextTimeout, TcpConnector, Transport, TransportAdapter,
+    Buffers, ConnectionDetails, Connector, LazyBuffers, NextTimeout, Transport, TransportAdapter,
 };
 
 use crate::bundle::{self, Bundle};
 use crate::error::Error;
 use crate::identity::{MasterIdentity, hex};
 use crate::limits;
+use crate::socket::SocketTransport;
 
 /// The name that the master's own certificate always carries (`PROTOCOL.md`, "TLS").
 const MASTER_NAME: &str = "swarmctl";
@@ -145,28 +147,53 @@ impl ServerCertVerifier for MasterVerifier {
 }
 
 /// What the connections of one [`TlsConnector`] were like.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Connections {
     /// How many were tried. Unchanged over a request: it went out on a connection that was there.
     pub(crate) tried: u64,
     /// The last handshake resumed a session.
     pub(crate) resumed: bool,
+    /// The answer to the last request, as far as it has come.
+    pub(crate) answer: Answer,
 }
 
-/// Connects by TCP, as ureq does, and puts TLS on top.
+/// What is known of an answer, whether or not there will ever be all of it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Answer {
+    /// Its beginning, as much as a status line needs.
+    head: Vec<u8>,
+    /// Bytes that have come.
+    length: usize,
+}
+
+impl Answer {
+    /// `HTTP/1.1 204 `
+    const HEAD: usize = 13;
+
+    fn add(&mut self, input: &[u8]) {
+        self.head.extend(input.iter().take(Self::HEAD.saturating_sub(self.head.len())));
+        self.length += input.len();
+    }
+
+    /// Its status, once that is there. An interim one is none.
+    pub(crate) fn status(&self) -> Option<StatusCode> {
+        let line = std::str::from_utf8(&self.head).ok()?.strip_prefix("HTTP/1.")?;
+        let (code, end) = line.split_once(' ')?.1.split_at_checked(3)?;
+        let status = StatusCode::from_bytes(code.as_bytes()).ok()?;
+        (end.starts_with([' ', '\r', '\n']) && !status.is_informational()).then_some(status)
+    }
+}
+
+/// Connects by TCP, and puts TLS on top.
 pub(crate) struct TlsConnector {
-    tcp: TcpConnector,
     config: Arc<ClientConfig>,
     name: ServerName<'static>,
     connections: Arc<Mutex<Connections>>,
 }
 
-/// ureq does not name its TCP transport.
-type Tcp = <TcpConnector as Connector>::Out;
-
 impl TlsConnector {
     pub(crate) fn new(config: Arc<ClientConfig>, name: ServerName<'static>) -> Self {
-        Self { tcp: TcpConnector::default(), config, name, connections: Arc::default() }
+        Self { config, name, connections: Arc::default() }
     }
 
     /// A view of the connections to come.
@@ -175,16 +202,20 @@ impl TlsConnector {
     }
 
     fn note(&self, change: impl FnOnce(&mut Connections)) {
-        change(&mut self.connections.lock().unwrap_or_else(PoisonError::into_inner));
+        note(&self.connections, change);
     }
 }
 
+fn note<T>(connections: &Mutex<Connections>, change: impl FnOnce(&mut Connections) -> T) -> T {
+    change(&mut connections.lock().unwrap_or_else(PoisonError::into_inner))
+}
+
 impl Connector for TlsConnector {
-    type Out = TlsTransport<Tcp>;
+    type Out = TlsTransport;
 
     fn connect(&self, details: &ConnectionDetails<'_>, _: Option<()>) -> Result<Option<Self::Out>, ureq::Error> {
         self.note(|connections| connections.tried += 1);
-        let Some(tcp) = Connector::<()>::connect(&self.tcp, details, None)? else { return Ok(None) };
+        let tcp = SocketTransport::tcp(details)?;
         let mut tls = ClientConnection::new(Arc::clone(&self.config), self.name.clone())
             .map_err(|error| ureq::Error::Other(Box::new(error)))?;
         let mut tcp = TransportAdapter::new(tcp, Arc::clone(&details.current_time));
@@ -192,7 +223,7 @@ impl Connector for TlsConnector {
         tls.complete_io(&mut tcp)?;
         self.note(|connections| connections.resumed = tls.handshake_kind() == Some(HandshakeKind::Resumed));
         let buffers = LazyBuffers::new(details.config.input_buffer_size(), details.config.output_buffer_size());
-        Ok(Some(TlsTransport { buffers, stream: StreamOwned::new(tls, tcp) }))
+        Ok(Some(TlsTransport { buffers, stream: StreamOwned::new(tls, tcp), connections: self.connections() }))
     }
 }
 
@@ -213,13 +244,14 @@ impl fmt::Debug for TlsConnector {
     }
 }
 
-/// TLS over ureq's TCP transport.
-pub(crate) struct TlsTransport<T: Transport> {
+/// TLS over TCP.
+pub(crate) struct TlsTransport {
     buffers: LazyBuffers,
-    stream: StreamOwned<ClientConnection, TransportAdapter<T>>,
+    stream: StreamOwned<ClientConnection, TransportAdapter<SocketTransport>>,
+    connections: Arc<Mutex<Connections>>,
 }
 
-impl<T: Transport> Transport for TlsTransport<T> {
+impl Transport for TlsTransport {
     fn buffers(&mut self) -> &mut dyn Buffers {
         &mut self.buffers
     }
@@ -236,6 +268,13 @@ impl<T: Transport> Transport for TlsTransport<T> {
         self.stream.get_mut().set_timeout(timeout);
         let input = self.buffers.input_append_buf();
         let amount = self.stream.read(input)?;
+        let length = note(&self.connections, |connections| {
+            connections.answer.add(input.get(..amount).unwrap_or_default());
+            connections.answer.length
+        });
+        if length > limits::ANSWER {
+            return Err(ureq::Error::LargeResponseHeader(length, limits::ANSWER));
+        }
         self.buffers.input_appended(amount);
         Ok(amount > 0)
     }
@@ -249,8 +288,30 @@ impl<T: Transport> Transport for TlsTransport<T> {
     }
 }
 
-impl<T: Transport> fmt::Debug for TlsTransport<T> {
+impl fmt::Debug for TlsTransport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("TlsTransport").field("tcp", &self.stream.sock.inner()).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_status_line_is_known_as_soon_as_it_is_there() {
+        for (head, status) in [
+            ("HTTP/1.1 204 No Content\r\n", Some(204)),
+            ("HTTP/1.0 503\r\n", Some(503)),
+            ("HTTP/1.1 204", None),
+            ("HTTP/1.1 2040 ", None),
+            ("HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 204 No Content\r\n", None),
+            ("HTTP/2 204 ", None),
+            ("SSH-2.0-OpenSSH", None),
+        ] {
+            let mut answer = Answer::default();
+            head.as_bytes().chunks(2).for_each(|some| answer.add(some));
+            assert_eq!(answer.status().map(|status| status.as_u16()), status, "{head}");
+        }
     }
 }

@@ -10,6 +10,7 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 
 use super::docker::{Docker, Engine};
+use super::list::AtMost;
 use super::topology::TopologyFile;
 use super::{Observed, Snapshot, StatusSource, Topology};
 use crate::body::{Runtime, Status};
@@ -62,15 +63,18 @@ impl DecnetStatus {
         self
     }
 
-    /// The status, or why it is not known.
-    fn status(&self, engine: &Result<Engine, String>) -> Result<Snapshot, String> {
+    /// The status, or why it is not known. `aside` is what else is wrong.
+    fn status(&self, engine: &Result<Engine, String>, aside: Option<&str>) -> Result<Snapshot, String> {
         let content = match files::read(&self.state_file, limits::STATE_FILE) {
             Ok(content) => content,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Snapshot::new(&Status::NOTHING)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Snapshot::new(&Status::nothing(aside))),
             Err(error) => return Err(self.broken(&error.to_string())),
         };
         let state: State<'_> = serde_json::from_slice(&content).map_err(|error| self.broken(&error.to_string()))?;
-        state.report(engine).map_err(|error| self.broken(&format!("a decky: {error}")))
+        if is_nested_deeper(&content, limits::NESTING) {
+            return Err(self.broken(&format!("nested deeper than {} levels", limits::NESTING)));
+        }
+        state.report(engine, aside).map_err(|error| self.broken(&format!("a decky: {error}")))
     }
 
     fn broken(&self, problem: &str) -> String {
@@ -81,13 +85,13 @@ impl DecnetStatus {
 impl StatusSource for DecnetStatus {
     fn snapshot(&mut self) -> Snapshot {
         let engine = self.docker.engine();
-        let status = self.status(&engine);
         let (applied, topology) = self.topology.read();
+        let status = self.status(&engine, topology.as_ref().err().map(String::as_str));
         let [docker_said, state_said, topology_said] = &mut self.said;
         docker_said.note("Docker", engine.as_ref().err());
         state_said.note("the state file", status.as_ref().err());
         topology_said.note("topology.db, reporting the last topology known", topology.as_ref().err());
-        let snapshot = status.unwrap_or_else(|error| Snapshot::unknown(&error));
+        let snapshot = status.unwrap_or_else(|error| Snapshot::unknown(&both(&error, topology.err().as_deref())));
         match applied {
             Some(applied) => snapshot.with_topology(Topology { applied, observed: observe(&engine) }),
             None => snapshot,
@@ -131,7 +135,7 @@ struct Config<'a> {
     #[serde(borrow)]
     mode: &'a RawValue,
     #[serde(borrow)]
-    deckies: Vec<&'a RawValue>,
+    deckies: AtMost<&'a RawValue, { limits::DECKIES }>,
 }
 
 /// The two keys of a decky that its containers' names are made of.
@@ -140,27 +144,54 @@ struct Decky<'a> {
     #[serde(borrow)]
     name: Cow<'a, str>,
     #[serde(borrow)]
-    services: Vec<Cow<'a, str>>,
+    services: AtMost<Cow<'a, str>, { limits::SERVICES }>,
 }
 
 impl State<'_> {
     /// An error is about a decky that cannot be read.
-    fn report(&self, engine: &Result<Engine, String>) -> serde_json::Result<Snapshot> {
+    fn report(&self, engine: &Result<Engine, String>, aside: Option<&str>) -> serde_json::Result<Snapshot> {
         let (mode, compose_path) = (self.config.mode, self.compose_path);
         let engine = match engine {
             Ok(engine) => engine,
-            Err(error) => return Ok(Snapshot::new(&Status::Unseen { deployed: true, mode, compose_path, error })),
+            Err(error) => {
+                let error = &both(error, aside);
+                return Ok(Snapshot::new(&Status::Unseen { deployed: true, mode, compose_path, error }));
+            }
         };
-        let deckies: Vec<Decky<'_>> =
-            self.config.deckies.iter().map(|decky| serde_json::from_str(decky.get())).collect::<Result<_, _>>()?;
+        let AtMost(deckies) = &self.config.deckies;
+        let read: Vec<Decky<'_>> =
+            deckies.iter().map(|decky| serde_json::from_str(decky.get())).collect::<Result<_, _>>()?;
         Ok(Snapshot::new(&Status::Deployed {
             deployed: true,
             mode,
             compose_path,
-            deckies: &self.config.deckies,
-            runtime: runtime(&deckies, &engine.containers),
+            deckies,
+            runtime: runtime(&read, &engine.containers),
+            error: aside,
         }))
     }
+}
+
+/// Two problems as one, if there are two.
+fn both(error: &str, aside: Option<&str>) -> String {
+    aside.map_or_else(|| error.to_owned(), |aside| format!("{error}; {aside}"))
+}
+
+/// Whether valid JSON is nested deeper than so many levels. This is passed on as it stands, and a reader that recurses, as
+/// the master's does, refuses all of the beat for it.
+fn is_nested_deeper(json: &[u8], most: usize) -> bool {
+    let (mut depth, mut in_string, mut escaped) = (0_usize, false, false);
+    json.iter().any(|byte| {
+        match byte {
+            _ if escaped => escaped = false,
+            b'\\' => escaped = true,
+            b'"' => in_string = !in_string,
+            b'[' | b'{' if !in_string => depth += 1,
+            b']' | b'}' if !in_string => depth = depth.saturating_sub(1),
+            _ => (),
+        }
+        depth > most
+    })
 }
 
 /// Each service's container is named `<decky>-<service>`, with `_` in the service turned into `-`.
@@ -170,7 +201,7 @@ fn runtime<'a>(deckies: &'a [Decky<'_>], containers: &'a BTreeMap<String, String
         containers.get(&container).map_or("absent", String::as_str)
     };
     let services = |decky: &'a Decky<'_>| {
-        decky.services.iter().map(|service| (service.as_ref(), state(&decky.name, service))).collect()
+        decky.services.0.iter().map(|service| (service.as_ref(), state(&decky.name, service))).collect()
     };
     Runtime(deckies.iter().map(|decky| (decky.name.as_ref(), services(decky))).collect())
 }
@@ -223,7 +254,7 @@ mod tests {
         let (_dir, source) = source(Some(STATE));
         let containers = [("d1-ssh", "running"), ("d1-smb-share", "exited"), ("d1-smb_share", "running")];
         assert_eq!(
-            source.status(&engine(&containers)).unwrap().status(),
+            source.status(&engine(&containers), None).unwrap().status(),
             concat!(
                 r#"{"deployed":true,"mode":"swarm","compose_path":"/x.yml","deckies":["#,
                 r#"{"name": "d1", "services": ["ssh", "smb_share"], "weird": 1.50e2, "deep": {"a": [1, null]}},"#,
@@ -258,7 +289,10 @@ mod tests {
             ("{", "EOF while parsing an object at line 1 column 1"),
             ("[]", "invalid length 0, expected struct State with 2 elements at line 1 column 2"),
             ("{}", "missing field `config` at line 1 column 2"),
-            (r#"{"config": {"mode": 1, "deckies": {}}}"#, "invalid type: map, expected a sequence at line 1 column 34"),
+            (
+                r#"{"config": {"mode": 1, "deckies": {}}}"#,
+                "invalid type: map, expected a sequence of at most 20000 at line 1 column 34",
+            ),
             (
                 r#"{"config": {"mode": 1, "deckies": [{"name": "x"}]}, "compose_path": ""}"#,
                 "a decky: missing field `services` at line 1 column 13",
@@ -266,7 +300,29 @@ mod tests {
         ] {
             let (dir, source) = source(Some(state));
             let expected = format!("state file {}: {problem}", dir.path().join("decnet-state.json").display());
-            assert_eq!(source.status(&engine(&[])).unwrap_err(), expected, "{state}");
+            assert_eq!(source.status(&engine(&[]), None).unwrap_err(), expected, "{state}");
+        }
+    }
+
+    #[test]
+    fn a_topology_that_cannot_be_read_is_said_beside_whatever_else_is_said() {
+        let dir = "DIR/topology.db: ";
+        let state = r#"{"config": {"mode": 1, "deckies": []}, "compose_path": ""}"#;
+        let said = |state: Option<&str>, engine: Result<Engine, String>| {
+            let (_dir, source) = source(state);
+            let snapshot = source.status(&engine, Some(dir)).unwrap();
+            serde_json::from_str::<serde_json::Value>(snapshot.status()).unwrap()["error"].take()
+        };
+        assert_eq!(said(None, engine(&[])), dir);
+        assert_eq!(said(Some(state), engine(&[])), dir);
+        assert_eq!(said(Some(state), Err("Docker".to_owned())), format!("Docker; {dir}"));
+    }
+
+    #[test]
+    fn what_is_nested_too_deep_for_the_master_is_not_passed_on() {
+        for (json, depth) in [("[{}]", 2), (r#"{"[[[": "\"[[["}"#, 1), (r#"["\\", [[]]]"#, 3), ("1", 0)] {
+            assert!(!is_nested_deeper(json.as_bytes(), depth), "{json}");
+            assert!(depth == 0 || is_nested_deeper(json.as_bytes(), depth - 1), "{json}");
         }
     }
 

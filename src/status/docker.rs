@@ -2,24 +2,20 @@
 //! status thread.
 
 use std::collections::BTreeMap;
-use std::fmt;
-use std::io::{self, Read, Write};
-use std::os::unix::net::UnixStream;
+use std::io::{self, Read};
 use std::path::PathBuf;
-use std::sync::{Arc, Weak};
-use std::time::Duration;
 
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use ureq::Agent;
 use ureq::config::{AutoHeaderValue, Config};
 use ureq::unversioned::resolver::{ResolvedSocketAddrs, Resolver};
-use ureq::unversioned::transport::{
-    Buffers, ConnectionDetails, Connector, LazyBuffers, NextTimeout, ShutdownHandle, Transport, time,
-};
+use ureq::unversioned::transport::{ConnectionDetails, Connector, NextTimeout};
 
+use super::list::AtMost;
 use crate::error::{http_problem, printable_path};
 use crate::limits;
+use crate::socket::SocketTransport;
 use crate::text::printable;
 
 /// What Docker has, read in two requests.
@@ -46,10 +42,10 @@ impl Docker {
 
     /// The error is for people: it names the socket, the request and what went wrong.
     pub(crate) fn engine(&self) -> Result<Engine, String> {
-        let containers: Vec<Container> = self.get("/containers/json?all=true")?;
-        let networks: Vec<Network> = self.get("/networks")?;
-        let containers = containers.into_iter().filter_map(Container::into_entry).collect();
-        let bridges = networks.into_iter().filter(|network| network.driver == "bridge").map(|it| it.name).collect();
+        let containers: List<Container> = self.get("/containers/json?all=true")?;
+        let networks: List<Network> = self.get("/networks")?;
+        let containers = containers.0.into_iter().filter_map(Container::into_entry).collect();
+        let bridges = networks.0.into_iter().filter(|network| network.driver == "bridge").map(|it| it.name).collect();
         Ok(Engine { containers, bridges })
     }
 
@@ -59,18 +55,23 @@ impl Docker {
         let mut answer =
             self.agent.get(format!("http://docker{what}")).call().map_err(|error| failed(http_problem(&error)))?;
         let status = answer.status().as_u16();
-        let body = answer.body_mut().as_reader().take(limits::DOCKER_ANSWER);
+        let mut body = answer.body_mut().as_reader().take(limits::DOCKER_ANSWER);
         if status != 200 {
-            let mut said = String::new();
-            let _ = body.take(limits::LOG_TEXT as u64).read_to_string(&mut said);
-            return Err(failed(format!("answered {status} {}", printable(&said))));
+            let mut said = Vec::new();
+            let _ = body.take(limits::LOG_TEXT as u64).read_to_end(&mut said);
+            return Err(failed(format!("answered {status} {}", printable(&String::from_utf8_lossy(&said)))));
         }
-        serde_json::from_reader(io::BufReader::new(body)).map_err(|error| {
+        serde_json::from_reader(io::BufReader::new(&mut body)).map_err(|error| {
             let what = if error.is_io() { "broke off" } else { "is not a Docker Engine's" };
-            failed(format!("the answer {what}: {}", printable(&error.to_string())))
+            failed(match body.limit() {
+                0 => format!("the answer is larger than {} bytes", limits::DOCKER_ANSWER),
+                _ => format!("the answer {what}: {}", printable(&error.to_string())),
+            })
         })
     }
 }
+
+type List<T> = AtMost<T, { limits::DOCKER_LIST }>;
 
 #[derive(Deserialize)]
 #[serde(rename_all = "PascalCase")]
@@ -129,83 +130,16 @@ struct UnixConnector {
 }
 
 impl Connector for UnixConnector {
-    type Out = UnixTransport;
+    type Out = SocketTransport;
 
     fn connect(&self, details: &ConnectionDetails<'_>, _: Option<()>) -> Result<Option<Self::Out>, ureq::Error> {
-        let stream = Arc::new(Socket(UnixStream::connect(&self.socket)?));
-        let handle: Weak<Socket> = Arc::downgrade(&stream);
-        (details.register_shutdown)(handle)?;
-        let buffers = LazyBuffers::new(details.config.input_buffer_size(), details.config.output_buffer_size());
-        Ok(Some(UnixTransport { stream, buffers }))
-    }
-}
-
-struct Socket(UnixStream);
-
-impl ShutdownHandle for Socket {
-    fn shutdown(&self) {
-        // An error means that it is closed already.
-        let _ = self.0.shutdown(std::net::Shutdown::Both);
-    }
-}
-
-/// HTTP over a Unix socket, after ureq's own TCP transport.
-struct UnixTransport {
-    stream: Arc<Socket>,
-    buffers: LazyBuffers,
-}
-
-impl Transport for UnixTransport {
-    fn buffers(&mut self) -> &mut dyn Buffers {
-        &mut self.buffers
-    }
-
-    fn transmit_output(&mut self, amount: usize, timeout: NextTimeout) -> Result<(), ureq::Error> {
-        let mut stream = &self.stream.0;
-        stream.set_write_timeout(left(timeout)?)?;
-        stream.write_all(self.buffers.output().get(..amount).unwrap_or_default()).map_err(|e| timed_out(e, timeout))
-    }
-
-    fn await_input(&mut self, timeout: NextTimeout) -> Result<bool, ureq::Error> {
-        let mut stream = &self.stream.0;
-        stream.set_read_timeout(left(timeout)?)?;
-        let amount = stream.read(self.buffers.input_append_buf()).map_err(|e| timed_out(e, timeout))?;
-        self.buffers.input_appended(amount);
-        Ok(amount > 0)
-    }
-
-    fn is_open(&mut self) -> bool {
-        let mut stream = &self.stream.0;
-        let waiting = stream.set_nonblocking(true).and_then(|()| stream.read(&mut [0]));
-        let silent = waiting.is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock);
-        silent && stream.set_nonblocking(false).is_ok()
-    }
-}
-
-/// What is left of the budget. A socket takes no timeout of zero.
-fn left(timeout: NextTimeout) -> Result<Option<Duration>, ureq::Error> {
-    match timeout.after {
-        time::Duration::Exact(left) if left.is_zero() => Err(ureq::Error::Timeout(timeout.reason)),
-        time::Duration::Exact(left) => Ok(Some(left)),
-        time::Duration::NotHappening => Ok(None),
-    }
-}
-
-fn timed_out(error: io::Error, timeout: NextTimeout) -> ureq::Error {
-    match error.kind() {
-        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => ureq::Error::Timeout(timeout.reason),
-        _ => error.into(),
-    }
-}
-
-impl fmt::Debug for UnixTransport {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("UnixTransport").finish_non_exhaustive()
+        SocketTransport::unix(&self.socket, details).map(Some)
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
     use std::os::unix::net::UnixListener;
     use std::thread;
 
@@ -276,10 +210,12 @@ mod tests {
         let what = "Docker at DIR/docker.sock: /containers/json?all=true";
         for (answer, said) in [
             ("HTTP/1.1 500 Oops\r\nContent-Length: 4\r\n\r\nno\u{1b}\n", "answered 500 no\\u{1b}"),
+            // Cut in the middle of a character.
+            ("HTTP/1.1 500 Oops\r\nContent-Length: 4\r\n\r\nno \u{202e}", "answered 500 no \u{fffd}"),
             (&ok("<html>"), "the answer is not a Docker Engine's: expected value at line 1 column 1"),
             (
                 &ok(r#"{"message":"x"}"#),
-                "the answer is not a Docker Engine's: invalid type: map, expected a sequence at line 1 column 1",
+                "the answer is not a Docker Engine's: invalid type: map, expected a sequence of at most 50000 at line 1 column 1",
             ),
             (
                 &ok(r#"[{"Names":["/a"]}]"#),

@@ -23,8 +23,8 @@ impl TopologyFile {
         Self { path, last: None }
     }
 
-    /// The row, or that there is none. Where it cannot be read now: the last that could be, and why; `None` inside
-    /// where it never could.
+    /// The row, or that there is none. Where it cannot be read now, or is gone with its file: the last that could be read,
+    /// and why; `None` inside where it never could.
     pub(crate) fn read(&mut self) -> (Option<Option<AppliedTopology>>, Result<(), String>) {
         match self.row() {
             Ok(row) => (self.last.insert(row).clone().into(), Ok(())),
@@ -36,6 +36,10 @@ impl TopologyFile {
 
     fn row(&self) -> Result<Option<AppliedTopology>, Box<dyn Error>> {
         match files::regular(&self.path) {
+            // Where a topology is torn down its row goes, and the file stays.
+            Err(error) if error.kind() == io::ErrorKind::NotFound && matches!(self.last, Some(Some(_))) => {
+                return Err("is gone".into());
+            }
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             // A file that cannot be looked at is not a file that is not there: "no topology" makes the master order one.
             looked => looked?,
@@ -117,6 +121,19 @@ mod tests {
         let mut fifo = TopologyFile::new(dir.path().join("fifo"));
         assert!(std::process::Command::new("mkfifo").arg(&fifo.path).status().unwrap().success());
         assert!(fifo.read().1.unwrap_err().ends_with("fifo: not a regular file"), "opening it would wait for ever");
+    }
+
+    #[test]
+    fn a_row_that_is_gone_with_its_file_is_what_it_was() {
+        let (_dir, mut file) = file();
+        let owner = Connection::open(&file.path).unwrap();
+        owner.execute(TABLE, []).unwrap();
+        owner.execute("INSERT INTO applied_topology VALUES ('t', 'h', '{}', 5, NULL)", []).unwrap();
+        file.read().1.unwrap();
+        std::fs::remove_file(&file.path).unwrap();
+        let (last, problem) = file.read();
+        assert_eq!(last, Some(Some(row())));
+        assert!(problem.unwrap_err().ends_with("topology.db: is gone"));
     }
 
     #[test]

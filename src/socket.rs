@@ -1,0 +1,168 @@
+//! A socket under ureq: every call ends in its time, however little the other side takes or gives at once, and from the
+//! connect on it can be shut down by another thread. Runs on the heartbeat thread, and for Docker on the status thread.
+//!
+//! ureq's own TCP transport gives each partial write the whole time anew, and cannot be interrupted while it connects.
+
+use std::fmt;
+use std::io::{self, ErrorKind, Read, Write};
+use std::net::{Shutdown, SocketAddr};
+use std::path::Path;
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
+
+use socket2::{Domain, SockAddr, Socket, Type};
+use ureq::Timeout;
+use ureq::unversioned::transport::{
+    Buffers, ConnectionDetails, LazyBuffers, NextTimeout, ShutdownHandle, Transport, time,
+};
+
+/// A connected socket, and HTTP over it.
+pub(crate) struct SocketTransport {
+    socket: Arc<Shut>,
+    buffers: LazyBuffers,
+}
+
+/// Shuts the socket down.
+struct Shut(Socket);
+
+impl ShutdownHandle for Shut {
+    fn shutdown(&self) {
+        // An error means that it is closed already.
+        let _ = self.0.shutdown(Shutdown::Both);
+    }
+}
+
+impl SocketTransport {
+    /// The first of the addresses that answers. Each but the last has half of the time that is left.
+    pub(crate) fn tcp(details: &ConnectionDetails<'_>) -> Result<Self, ureq::Error> {
+        let budget = Budget::new(details.timeout);
+        let mut addresses = details.addrs.iter().peekable();
+        while let Some(address) = addresses.next() {
+            let is_last = addresses.peek().is_none();
+            match Self::tcp_to(*address, details, &budget, is_last) {
+                Err(_) if !is_last => (),
+                connected => return connected,
+            }
+        }
+        Err(ureq::Error::HostNotFound)
+    }
+
+    fn tcp_to(
+        address: SocketAddr,
+        details: &ConnectionDetails<'_>,
+        budget: &Budget,
+        is_last: bool,
+    ) -> Result<Self, ureq::Error> {
+        let socket = Self::new(Domain::for_address(address), details)?;
+        let (at, left) = (SockAddr::from(address), budget.left()?);
+        let share = if is_last { left } else { left.map(|left| left / 2) };
+        let connected =
+            share.map_or_else(|| socket.get().connect(&at), |share| socket.get().connect_timeout(&at, share));
+        connected.map_err(|error| budget.name(error))?;
+        socket.get().set_tcp_nodelay(true)?;
+        Ok(socket)
+    }
+
+    /// The socket at this path.
+    pub(crate) fn unix(path: &Path, details: &ConnectionDetails<'_>) -> Result<Self, ureq::Error> {
+        let (socket, budget) = (Self::new(Domain::UNIX, details)?, Budget::new(details.timeout));
+        // Where the queue of connections is full, a connect waits as a write does.
+        socket.get().set_write_timeout(budget.left()?)?;
+        socket.get().connect(&SockAddr::unix(path)?).map_err(|error| budget.name(error))?;
+        Ok(socket)
+    }
+
+    /// Not connected yet, and known already to whoever may shut it down.
+    fn new(domain: Domain, details: &ConnectionDetails<'_>) -> Result<Self, ureq::Error> {
+        let socket = Arc::new(Shut(Socket::new(domain, Type::STREAM, None)?));
+        let handle: Weak<Shut> = Arc::downgrade(&socket);
+        (details.register_shutdown)(handle)?;
+        let buffers = LazyBuffers::new(details.config.input_buffer_size(), details.config.output_buffer_size());
+        Ok(Self { socket, buffers })
+    }
+
+    fn get(&self) -> &Socket {
+        &self.socket.0
+    }
+}
+
+impl Transport for SocketTransport {
+    fn buffers(&mut self) -> &mut dyn Buffers {
+        &mut self.buffers
+    }
+
+    fn transmit_output(&mut self, amount: usize, timeout: NextTimeout) -> Result<(), ureq::Error> {
+        let (mut socket, budget) = (&self.socket.0, Budget::new(timeout));
+        let mut rest: &[u8] = self.buffers.output().get(..amount).unwrap_or_default();
+        while !rest.is_empty() {
+            socket.set_write_timeout(budget.left()?)?;
+            match socket.write(rest) {
+                Ok(0) => return Err(io::Error::from(ErrorKind::WriteZero).into()),
+                Ok(written) => rest = rest.get(written..).unwrap_or_default(),
+                Err(error) if error.kind() == ErrorKind::Interrupted => (),
+                Err(error) => return Err(budget.name(error)),
+            }
+        }
+        Ok(())
+    }
+
+    fn await_input(&mut self, timeout: NextTimeout) -> Result<bool, ureq::Error> {
+        let (mut socket, budget) = (&self.socket.0, Budget::new(timeout));
+        let amount = loop {
+            socket.set_read_timeout(budget.left()?)?;
+            match socket.read(self.buffers.input_append_buf()) {
+                Err(error) if error.kind() == ErrorKind::Interrupted => (),
+                read => break read.map_err(|error| budget.name(error))?,
+            }
+        };
+        self.buffers.input_appended(amount);
+        Ok(amount > 0)
+    }
+
+    /// Whether it is connected, and silent: an idle connection has nothing to say.
+    fn is_open(&mut self) -> bool {
+        let mut socket = self.get();
+        let waiting = socket.set_nonblocking(true).and_then(|()| socket.read(&mut [0]));
+        let silent = waiting.is_err_and(|error| error.kind() == ErrorKind::WouldBlock);
+        silent && socket.set_nonblocking(false).is_ok()
+    }
+}
+
+impl fmt::Debug for SocketTransport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SocketTransport").field("peer", &self.get().peer_addr().ok()).finish_non_exhaustive()
+    }
+}
+
+/// What is left of the time for one call.
+struct Budget {
+    end: Option<Instant>,
+    reason: Timeout,
+}
+
+impl Budget {
+    fn new(timeout: NextTimeout) -> Self {
+        let end = match timeout.after {
+            time::Duration::Exact(after) => Instant::now().checked_add(after),
+            time::Duration::NotHappening => None,
+        };
+        Self { end, reason: timeout.reason }
+    }
+
+    /// A socket takes no timeout of zero, nor a connect.
+    fn left(&self) -> Result<Option<Duration>, ureq::Error> {
+        let left = self.end.map(|end| end.saturating_duration_since(Instant::now()));
+        if left.is_some_and(|left| left.is_zero()) {
+            return Err(ureq::Error::Timeout(self.reason));
+        }
+        Ok(left)
+    }
+
+    /// The error as ureq has it: a timeout by its name.
+    fn name(&self, error: io::Error) -> ureq::Error {
+        match error.kind() {
+            ErrorKind::WouldBlock | ErrorKind::TimedOut => ureq::Error::Timeout(self.reason),
+            _ => error.into(),
+        }
+    }
+}
