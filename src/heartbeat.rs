@@ -17,6 +17,7 @@ use crate::limits;
 use crate::link::{Interrupt, Link};
 use crate::operation::TrackedOperation;
 use crate::outbox::{Books, Outbox, OutboxLocation, Role};
+use crate::repeats::Repeats;
 use crate::schedule::{Schedule, Ticks};
 use crate::sender::DeltaSender;
 use crate::stats::{SharedStats, Stats};
@@ -306,6 +307,7 @@ fn start(link: Link, outbox: Outbox, source: Box<dyn StatusSource>, settings: Se
         stop: stopped,
         deadline: None,
         topology: None,
+        repeats: Repeats::default(),
     };
     let run = move || {
         let _alive = alive;

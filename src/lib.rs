@@ -127,6 +127,7 @@ pub mod loopback;
 mod master;
 mod operation;
 mod outbox;
+mod repeats;
 mod resolve;
 mod schedule;
 mod sender;

@@ -50,6 +50,9 @@ pub struct Stats {
     pub outbox: Option<PathBuf>,
     /// Snapshots that the status source gave.
     pub snapshots: u64,
+    /// When it gave the last one: since then nothing new is known of what runs here.
+    #[serde(serialize_with = "rfc3339")]
+    pub last_snapshot: Option<SystemTime>,
     /// Since when the status source has owed a snapshot.
     #[serde(serialize_with = "rfc3339")]
     pub snapshot_owed_since: Option<SystemTime>,
@@ -85,13 +88,7 @@ impl Stats {
         self.failure.take()
     }
 
-    /// A delta was refused for good. That was the failure's reason, and is dealt with: the master takes the rest.
-    pub(crate) fn put_aside(&mut self) {
-        self.rejected += 1;
-        self.failure = None;
-    }
-
-    /// A POST was not accepted. The failure with this one in it, and whether it is of another class than the last.
+    /// A beat was not accepted. The failure with this one in it, and whether it is of another class than the last.
     pub(crate) fn failed(&mut self, reply: &Reply) -> (Failure, bool) {
         self.answered(reply);
         let before = self.failure.take();

@@ -14,8 +14,9 @@ use crate::limits;
 use crate::link::Link;
 use crate::master::{Reply, Verdict};
 use crate::outbox::{self, Kept, Outbox, Settled};
+use crate::repeats::Repeats;
 use crate::schedule::{Fired, Question, Schedule, Ticks, Wish};
-use crate::stats::{Failure, SharedStats, Stats};
+use crate::stats::{Failure, SharedStats};
 use crate::status::{Observed, Snapshot, Topology};
 use crate::text::printable;
 
@@ -47,6 +48,7 @@ pub(crate) struct Worker {
     pub(crate) deadline: Option<Instant>,
     /// The last topology known, for the beats that go out without a snapshot.
     pub(crate) topology: Option<Topology>,
+    pub(crate) repeats: Repeats,
 }
 
 impl Worker {
@@ -120,11 +122,16 @@ impl Worker {
             Event::Delta => self.wish(Wish::Delta),
             Event::Collected(Collected::Topology(topology)) => self.topology = Some(topology),
             Event::Collected(Collected::Snapshot(snapshot)) => {
-                self.stats.change(|stats| stats.snapshots += 1);
+                self.stats.change(|stats| {
+                    stats.snapshots += 1;
+                    stats.last_snapshot = Some(SystemTime::now());
+                });
                 self.collected(snapshot);
             }
             Event::Collected(Collected::Panicked(said)) => {
-                log::error!("the status source panicked: panic={said}");
+                if let Some(times) = self.repeats.count("source", &said, Instant::now()) {
+                    log::error!("the status source panicked: times={times} panic={said:?}");
+                }
                 self.stats.change(|stats| stats.panics += 1);
                 self.collected(Snapshot::unknown(&format!("the status source panicked: {said}")));
             }
@@ -168,45 +175,71 @@ impl Worker {
             log::debug!("the outbox is as it was: error={}", chain(&error));
         }
         let snapshot = snapshot.unwrap_or_else(|| self.without_snapshot());
-        let (Reply { mut verdict, .. }, deltas) = self.exchange(&snapshot, limits::DELTAS_PER_BODY);
-        if verdict == Verdict::BodyRefused && !deltas.is_empty() {
-            // Whose fault is it? Liveness goes first, without any delta.
-            verdict = self.exchange(&snapshot, 0).0.verdict;
-            if verdict == Verdict::Accepted {
-                verdict = self.isolate(&snapshot, deltas.len());
-            }
+        let (mut reply, deltas) = self.exchange(&snapshot, limits::DELTAS_PER_BODY);
+        if reply.verdict == Verdict::BodyRefused {
+            reply = self.leave_out(snapshot, deltas.len(), reply);
         }
-        self.schedule.ended(verdict, Instant::now(), fastrand::f64());
+        self.note(&reply);
+        self.schedule.ended(reply.verdict, Instant::now(), fastrand::f64());
         // Full: it has been told already. Gone: nobody asks.
         let _ = self.beaten.try_send(());
-        if verdict == Verdict::Accepted && !deltas.is_empty() && self.free() > 0 {
+        if reply.verdict == Verdict::Accepted && !deltas.is_empty() && self.free() > 0 {
             self.wish(Wish::Delta);
         }
     }
 
+    /// The body is refused, and would be again as it stands. Liveness goes first: it is tried without its deltas, so many,
+    /// and then without its status. What the master cannot stomach may be in either.
+    fn leave_out(&mut self, mut snapshot: Snapshot, deltas: usize, mut reply: Reply) -> Reply {
+        if deltas > 0 {
+            (reply, _) = self.exchange(&snapshot, 0);
+        }
+        if reply.verdict == Verdict::BodyRefused {
+            let refusal = format!("{}: {}", reply.class, reply.detail);
+            (snapshot, reply) = self.without_status(&refusal);
+        }
+        match reply.verdict {
+            Verdict::Accepted if deltas > 0 => self.isolate(&snapshot, deltas),
+            _ => reply,
+        }
+    }
+
+    fn without_status(&mut self, refusal: &str) -> (Snapshot, Reply) {
+        let snapshot = Snapshot::unknown(&format!("the master refuses the status: {refusal}"));
+        let (reply, _) = self.exchange(&snapshot, 0);
+        if reply.verdict == Verdict::Accepted
+            && let Some(times) = self.repeats.count("status", refusal, Instant::now())
+        {
+            let host = self.host();
+            log::error!(
+                "the master refuses the status, beating without it: host={host} times={times} reason={refusal:?}"
+            );
+        }
+        (snapshot, reply)
+    }
+
     /// Halves a refused body until the delta at fault stands alone, and puts that one aside with the reason. What is
     /// accepted on the way is delivered. If all of it is, none was at fault, or newer ones have come in between.
-    fn isolate(&mut self, snapshot: &Snapshot, refused: usize) -> Verdict {
+    fn isolate(&mut self, snapshot: &Snapshot, refused: usize) -> Reply {
         // It shrinks with every answer, so this ends.
         let mut suspects = refused;
-        while suspects > 0 {
+        loop {
             let (reply, deltas) = self.exchange(snapshot, suspects.div_ceil(2));
             match (reply.verdict, deltas.as_slice()) {
-                (Verdict::Accepted, [_, ..]) if self.stop.is_empty() => {
-                    suspects = suspects.saturating_sub(deltas.len())
+                (Verdict::Accepted, [_, ..]) if self.stop.is_empty() && deltas.len() < suspects => {
+                    suspects -= deltas.len();
                 }
                 (Verdict::BodyRefused, [_, _, ..]) => suspects = deltas.len(),
                 (Verdict::BodyRefused, [delta]) => {
                     self.reject(delta, &reply);
-                    return Verdict::Accepted;
+                    return Reply { verdict: Verdict::Accepted, ..reply };
                 }
-                (verdict, _) => return verdict,
+                _ => return reply,
             }
         }
-        Verdict::Accepted
     }
 
-    fn reject(&self, kept: &Kept, reply: &Reply) {
+    fn reject(&mut self, kept: &Kept, reply: &Reply) {
         let reason = format!("{}: {}", reply.class, reply.detail);
         let (decky, operation) = (printable(kept.delta.decky()), kept.delta.operation());
         log::error!(
@@ -215,11 +248,11 @@ impl Worker {
             self.host()
         );
         self.settle(std::slice::from_ref(kept), &Settled::Rejected(reason));
-        self.stats.change(Stats::put_aside);
+        self.stats.change(|stats| stats.rejected += 1);
     }
 
-    /// One POST with the newest deltas that may go out, at most so many, and what follows from it at once: the deltas in it
-    /// are forgotten when they are delivered. Where the connection had ended it is tried once more at once, with what may
+    /// One POST with the newest deltas that may go out, at most so many, and what follows if it is accepted: the deltas in it
+    /// are forgotten. Where the connection had ended it is tried once more at once, with what may
     /// go out by then: an operation may have begun meanwhile that holds back some of it.
     fn exchange(&mut self, snapshot: &Snapshot, most: usize) -> (Reply, Vec<Kept>) {
         let end = Instant::now() + self.within();
@@ -233,13 +266,11 @@ impl Worker {
                 self.settle(&deltas, &Settled::Delivered);
             }
             self.accepted(&reply, deltas.len());
-        } else {
-            self.failed(&reply);
         }
         (reply, deltas)
     }
 
-    fn post(&self, snapshot: &Snapshot, most: usize, end: Instant) -> (Reply, Vec<Kept>) {
+    fn post(&mut self, snapshot: &Snapshot, most: usize, end: Instant) -> (Reply, Vec<Kept>) {
         self.stats.change(|stats| stats.working_since = Some(Instant::now()));
         let deltas = self.waiting(most);
         let reply = match self.body(snapshot, &deltas) {
@@ -276,9 +307,12 @@ impl Worker {
         self.deadline.map_or(patience, |deadline| deadline.min(patience))
     }
 
-    fn waiting(&self, most: usize) -> Vec<Kept> {
+    fn waiting(&mut self, most: usize) -> Vec<Kept> {
         self.outbox.deliverable(most, self.patience()).unwrap_or_else(|error| {
-            log::warn!("beating without deltas, they stay in the outbox: error={}", chain(&error));
+            let problem = chain(&error);
+            if let Some(times) = self.repeats.count("deliverable", &problem, Instant::now()) {
+                log::warn!("beating without deltas, they stay in the outbox: times={times} error={problem}");
+            }
             Vec::new()
         })
     }
@@ -289,9 +323,12 @@ impl Worker {
         counts.waiting.saturating_sub(counts.held)
     }
 
-    fn settle(&self, deltas: &[Kept], settled: &Settled) {
+    fn settle(&mut self, deltas: &[Kept], settled: &Settled) {
         if let Err(error) = self.outbox.settle(deltas, settled, self.patience()) {
-            log::error!("after a restart a delta may be sent again: error={}", chain(&error));
+            let problem = chain(&error);
+            if let Some(times) = self.repeats.count("settle", &problem, Instant::now()) {
+                log::error!("after a restart a delta may be sent again: times={times} error={problem}");
+            }
         }
     }
 
@@ -331,6 +368,7 @@ impl Worker {
         while left > 0 && !self.within().is_zero() {
             let snapshot = self.without_snapshot();
             let (reply, deltas) = self.exchange(&snapshot, limits::DELTAS_PER_BODY);
+            self.note(&reply);
             if deltas.is_empty() || reply.verdict != Verdict::Accepted {
                 return;
             }
@@ -357,8 +395,12 @@ impl Worker {
         log::debug!("beat: host={host} class={class} ms={ms:.1} deltas={deltas} resumed={resumed}");
     }
 
-    /// A change is logged at once, a repetition at a decreasing rate.
-    fn failed(&self, reply: &Reply) {
+    /// A beat that failed counts once, however often its body was tried. A change is logged at once, a repetition at a
+    /// decreasing rate.
+    fn note(&self, reply: &Reply) {
+        if reply.verdict == Verdict::Accepted {
+            return;
+        }
         let (Failure { count, class, detail, .. }, changed) = self.stats.change(|stats| stats.failed(reply));
         let (host, url, fingerprint) = (self.host(), self.link.master().url(), self.link.fingerprint());
         let level = match reply.verdict {

@@ -3,9 +3,10 @@
 use std::time::Duration;
 
 use decnet_heartbeat::loopback::{Answer, Effect, Fault, RowStatus};
-use decnet_heartbeat::{LifecycleDelta, Operation, OutboxLocation};
+use decnet_heartbeat::{LifecycleDelta, Operation, OutboxLocation, Snapshot};
+use serde_json::json;
 
-use crate::support::{PATIENCE, Stage, deckies, now, settled};
+use crate::support::{PATIENCE, Stage, deckies, json_of, now, settled};
 
 fn deployed(decky: &str) -> LifecycleDelta {
     LifecycleDelta::succeeded(decky, Operation::Deploy)
@@ -142,12 +143,33 @@ fn a_master_that_refuses_the_status_rejects_no_delta() {
     let (heartbeat, tick) = stage.beating();
     stage.master.always(Some(Fault::Answer(Answer::status(422))));
     heartbeat.deltas().push(deployed("d")).unwrap();
-    // With the delta, then without it: refused both times, so it is not the delta's fault.
-    stage.requests(3);
-    settled(&heartbeat, |stats| stats.failure.as_ref().is_some_and(|failure| failure.count == 2));
+    // With the delta, without it, and without the status, too: refused each time, so it is not the delta's fault. It is
+    // one beat that failed.
+    stage.requests(4);
+    settled(&heartbeat, |stats| stats.failure.as_ref().is_some_and(|failure| failure.count == 1));
     stage.master.always(None);
     tick.send(now()).unwrap();
     settled(&heartbeat, |stats| stats.delivered == 1 && stats.rejected == 0);
+}
+
+#[test]
+fn a_status_that_the_master_refuses_is_left_out_and_the_beat_says_so() {
+    let stage = Stage::new();
+    let (builder, tick) = stage.builder();
+    stage
+        .master
+        .always(Some(Fault::AnswerTo(b"indigestible".to_vec(), Answer::status(422).body("cannot\u{1b} eat it"))));
+    let source = || Snapshot::new(&json!({"indigestible": true}));
+    let heartbeat = builder.status_source(source).start().unwrap();
+    settled(&heartbeat, |stats| stats.beats == 1 && stats.failure.is_none());
+    let error = "the master refuses the status: http-422: cannot\\u{1b} eat it";
+    assert_eq!(json_of(stage.requests(2).last().unwrap())["status"], json!({"error": error}));
+    // A delta goes out all the same, and one that is indigestible itself is still found.
+    heartbeat.deltas().push_all(["a", "indigestible", "b"].map(deployed)).unwrap();
+    let stats = settled(&heartbeat, |stats| stats.delivered == 2 && stats.rejected == 1);
+    assert!(stats.failure.is_none(), "{stats:?}");
+    tick.send(now()).unwrap();
+    settled(&heartbeat, |stats| stats.beats > 1 && stats.waiting == 0);
 }
 
 #[test]

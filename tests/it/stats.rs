@@ -30,6 +30,7 @@ fn as_json_they_count_what_waits_what_is_held_what_is_in_flight_and_what_fell_ou
     // How often the source was asked depends on when the beats failed.
     assert!(json["snapshots"].take().as_u64().is_some_and(|count| count >= 1));
     json["snapshot_owed_since"].take();
+    assert!(json["last_snapshot"].take().is_string());
     let expected = json!({
         "dormant": false,
         "host_uuid": stage.worker.uuid,
@@ -48,6 +49,7 @@ fn as_json_they_count_what_waits_what_is_held_what_is_in_flight_and_what_fell_ou
         "dropped": 4,
         "outbox": stage.agent_dir().join("heartbeat.db"),
         "snapshots": null,
+        "last_snapshot": null,
         "snapshot_owed_since": null,
         "panics": 0,
     });
