@@ -1,6 +1,8 @@
 //! Who we are: `ca.crt`, `worker.crt` and `worker.key`, loaded and proven before use. Runs on the thread that asks:
 //! the caller's at start, the heartbeat thread afterwards.
 
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -11,7 +13,7 @@ use rustls::pki_types::pem::{self, PemObject};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::sign::CertifiedKey;
 
-use crate::error::Error;
+use crate::error::{Error, printable_path};
 use crate::files::{self, Stamp};
 use crate::identity::hex;
 use crate::limits;
@@ -44,6 +46,7 @@ impl Bundle {
             Error::bundle(dir, format!("{CERTIFICATE} and {KEY} do not make an identity; enrol this host again"))
                 .because(source)
         })?;
+        warn_of_readers(&dir.join(KEY));
         Ok(Self { roots: Arc::new(roots), identity: Arc::new(identity), fingerprint })
     }
 
@@ -81,6 +84,14 @@ fn load_key(path: &Path) -> Result<PrivateKeyDer<'static>, Error> {
         pem::Error::NoItemsFound => Error::bundle(path, "holds no private key; PKCS#1, PKCS#8 and SEC1 are understood"),
         error => Error::bundle(path, pem_problem(&error)),
     })
+}
+
+/// A key that others may read is as good as theirs. It is used all the same: liveness is worth more.
+fn warn_of_readers(key: &Path) {
+    let others = fs::metadata(key).map_or(0, |found| found.permissions().mode() & 0o077);
+    if others != 0 {
+        log::warn!("{} can be read by others, make it 0600: mode={:04o}", printable_path(key), 0o600 | others);
+    }
 }
 
 /// In our own words: the library's quote bytes of the file, and one of the files is a key.
