@@ -1,8 +1,8 @@
-//! A host that is refused keeps beating, and one that is enrolled again needs no restart.
+//! A host that is refused keeps beating, and a bundle that is just being written is taken over when it is whole.
 
 use decnet_heartbeat::{LifecycleDelta, Operation};
 
-use crate::support::{PATIENCE, Stage, json_of, now, settled};
+use crate::support::{PATIENCE, Stage, now, settled};
 
 #[test]
 fn a_decommissioned_host_keeps_beating_and_keeps_its_deltas() {
@@ -21,22 +21,6 @@ fn a_decommissioned_host_keeps_beating_and_keeps_its_deltas() {
 }
 
 #[test]
-fn a_host_enrolled_again_takes_its_new_certificate_over() {
-    let stage = Stage::new();
-    let (heartbeat, tick) = stage.beating();
-    stage.master.pin(&stage.worker.uuid, "00");
-    tick.send(now()).unwrap();
-    let failure = settled(&heartbeat, |stats| stats.failure.is_some()).failure.unwrap();
-    assert_eq!(failure.class, "http-403");
-    let again = stage.master.re_enrol(&stage.worker.uuid, &stage.agent_dir()).unwrap();
-    tick.send(now()).unwrap();
-    assert!(stage.master.wait_for_beats(2, PATIENCE), "{:?}", heartbeat.stats());
-    assert_eq!(settled(&heartbeat, |stats| stats.failure.is_none()).fingerprint, Some(again.fingerprint.clone()));
-    let last = stage.master.connections().pop().unwrap().handshake.unwrap();
-    assert_eq!((last.fingerprint, last.resumed), (again.fingerprint, false), "an old session is not resumed");
-}
-
-#[test]
 fn a_half_written_bundle_is_looked_at_again_and_the_old_one_goes_on() {
     let stage = Stage::new();
     let (heartbeat, tick) = stage.beating();
@@ -52,20 +36,4 @@ fn a_half_written_bundle_is_looked_at_again_and_the_old_one_goes_on() {
     stage.master.pin(&stage.worker.uuid, &again.fingerprint);
     tick.send(now()).unwrap();
     assert!(stage.master.wait_for_beats(3, PATIENCE), "{:?}", heartbeat.stats());
-}
-
-#[test]
-fn a_new_uuid_in_the_ini_is_taken_over() {
-    let stage = Stage::new();
-    let ini = stage.dir.path().join("decnet.ini");
-    stage.worker.write_ini(&ini).unwrap();
-    let sources = decnet_heartbeat::EnrolmentSources::from_variables([("DECNET_CONFIG", ini.to_str().unwrap())]);
-    let (builder, tick) = stage.builder();
-    let _heartbeat = builder.enrolment(sources.read().unwrap()).start().unwrap();
-    assert!(stage.master.wait_for_beats(1, PATIENCE));
-    let again = stage.master.enrol(&stage.agent_dir()).unwrap();
-    again.write_ini(&ini).unwrap();
-    tick.send(now()).unwrap();
-    assert!(stage.master.wait_for_beats(2, PATIENCE));
-    assert_eq!(json_of(&stage.master.received()[1])["host_uuid"], again.uuid);
 }

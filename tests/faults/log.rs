@@ -1,0 +1,89 @@
+//! The log as an attack surface: what others say comes out of it cut, escaped and on one line, and no secret at all.
+
+use std::time::Duration;
+
+use decnet_heartbeat::loopback::Answer;
+
+use crate::stage::{Stage, World};
+use crate::subject::Source;
+
+/// Characters of a line at the most: a few foreign texts, each cut, and what is around them.
+const LINE: usize = 1_500;
+
+/// Lines of a row's whole log at the most, `trace` included.
+const LINES: usize = 120;
+
+/// Every line is one of ours, short, and without what a terminal obeys. The library says nothing as a panic would.
+pub fn check(stage: &Stage, log: &str) {
+    // The last line may be just being written.
+    let whole = log.rsplit_once('\n').map_or("", |(whole, _)| whole);
+    for line in whole.lines() {
+        let is_ours =
+            ["ERROR", "WARN", "INFO", "DEBUG", "TRACE"].iter().any(|level| line.contains(&format!(" [{level}] (")));
+        assert!(is_ours && line.starts_with("20"), "{line:?}");
+        assert!(line.chars().count() <= LINE, "{line}");
+        assert!(!line.chars().any(|c| c.is_control() || ('\u{202a}'..='\u{202e}').contains(&c)), "{line:?}");
+    }
+    assert!(log.lines().count() <= LINES, "{log}");
+    check_secrets(stage, log);
+}
+
+/// Nothing of any key that was ever in the bundle.
+pub fn check_secrets(stage: &Stage, said: &str) {
+    let key = std::fs::read_to_string(stage.agent_file("worker.key")).unwrap();
+    for line in key.lines().filter(|line| !line.starts_with("-----")) {
+        assert!(line.len() < 16 || !said.contains(&line[..16]), "key material: {said}");
+    }
+}
+
+/// Fifty beats that fail alike are a handful of lines, and what changes is said at once.
+pub fn repeated_failures_are_said_ever_more_rarely() {
+    let stage = Stage::new(World { interval: Duration::from_millis(50), ticks: true, ..World::default() });
+    let mut subject = stage.start();
+    stage.master.always(Some(Answer::status(503).into()));
+    subject.until("50 failures", |stats| stats["failure"]["count"].as_u64() >= Some(50));
+    let counts = || {
+        let failed = subject.log_lines("beat failed: ").into_iter().filter(|line| line.contains("[WARN]"));
+        failed
+            .map(|line| line.split("failures=").nth(1).unwrap().split(' ').next().unwrap().to_owned())
+            .collect::<Vec<_>>()
+    };
+    let mut said = counts();
+    said.truncate(6);
+    assert_eq!(said, ["1", "2", "4", "8", "16", "32"]);
+    assert!(counts().len() <= 8);
+    stage.master.always(Some(Answer::status(502).into()));
+    subject.until("another failure", |stats| stats["failure"]["class"] == "http-502");
+    stage.master.always(None);
+    subject.until("all to be well", |stats| stats["failure"].is_null());
+    assert!((1..=2).contains(&subject.log_lines("beating again: ").len()));
+}
+
+/// What a master may say, and a file, and an argument: long, many lines, control and bidi characters.
+pub fn hostile_text_stays_text() {
+    let hostile =
+        format!("\u{1b}]0;owned\u{7}\r\n2026-01-01T00:00:00Z [ERROR] (x) forged\u{202e}\u{2028}{}", "z".repeat(9_000));
+    let stage = Stage::new(World { source: Source::Decnet, ..World::default() });
+    let mut subject = stage.start();
+    for status in [403, 422, 503] {
+        stage.master.script([Answer::status(status).body(hostile.clone()).into()]);
+        subject.tick();
+        subject.until("a refusal", |stats| !stats["failure"].is_null() || status == 422);
+        subject.tick();
+        subject.until("all to be well", |stats| stats["failure"].is_null());
+    }
+    let beats = subject.stats()["beats"].as_u64();
+    std::fs::write(stage.path("state.json"), &hostile).unwrap();
+    std::fs::write(stage.agent_file("topology.db"), &hostile).unwrap();
+    std::fs::write(stage.path("decnet.ini"), &hostile).unwrap();
+    subject.tick();
+    subject.until("a beat", |stats| stats["beats"].as_u64() > beats);
+    let log = subject.log();
+    assert!(log.contains("\\u{1b}]0;owned") && !log.contains("\n2026-01-01"), "{log}");
+    check(&stage, &log);
+    // What an operator is told of an argument.
+    let mut program = std::process::Command::new(env!("CARGO_BIN_EXE_decnet-heartbeat"));
+    let output = program.env_clear().args(["--log-file", "/nowhere\u{1b}[31m\n/at all", "run"]).output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(said.contains("/nowhere\\u{1b}[31m\\u{a}/at all") && said.lines().count() == 1, "{said}");
+}
