@@ -5,6 +5,9 @@
 //! of them, `-- tls/` a part, `-- --list` none. Each row has a process of its own that embeds the library (`subject`), a
 //! loopback master, the network between them (`gate`) and a Docker socket; one driver (`row`) plays the rows that are
 //! data. It is a program of its own since it starts itself: with `--subject` it is the process under test.
+//!
+//! `-- soak --ignored` plays them at random for two minutes, `-- soak --ignored --hours 2` for two hours of simulated time,
+//! with `--seed N` in the same order again.
 
 #![allow(
     clippy::unwrap_used,
@@ -25,6 +28,7 @@ mod log;
 mod network;
 mod process;
 mod row;
+mod soak;
 mod source;
 mod stage;
 mod subject;
@@ -33,6 +37,7 @@ mod tls;
 use std::process::ExitCode;
 
 use libtest_mimic::{Arguments, Trial};
+use row::Row;
 
 /// Rows spend their time waiting, so many more go on at once than there are cores.
 const AT_ONCE: usize = 16;
@@ -59,10 +64,11 @@ const OTHERS: [(&str, fn()); 17] = [
 ];
 
 /// Rows that take a minute, or a Debian package.
-const IGNORED: [(&str, fn()); 3] = [
+const IGNORED: [(&str, fn()); 4] = [
     ("source/returns_after_a_minute", source::returns_after_a_minute),
     ("process/wall_clock_jumps_ten_years", process::wall_clock_jumps_ten_years),
     ("hardening/the_unit_is_sound_and_tight", hardening::the_unit_is_sound_and_tight),
+    ("soak", soak::soak),
 ];
 
 fn main() -> ExitCode {
@@ -73,23 +79,25 @@ fn main() -> ExitCode {
         subject::run(setup);
         return ExitCode::SUCCESS;
     }
-    let mut arguments = Arguments::from_args();
+    let mut arguments = Arguments::from_iter(soak::take_options(arguments));
     arguments.test_threads = arguments.test_threads.or(Some(AT_ONCE));
     libtest_mimic::run(&arguments, trials()).exit_code()
 }
 
+/// The rows that are data.
+const TABLES: [fn() -> Vec<Row>; 8] = [
+    network::rows,
+    answer::rows,
+    connection::rows,
+    tls::rows,
+    credentials::rows,
+    docker::rows,
+    files::rows,
+    process::rows,
+];
+
 fn trials() -> Vec<Trial> {
-    let tables = [
-        network::rows,
-        answer::rows,
-        connection::rows,
-        tls::rows,
-        credentials::rows,
-        docker::rows,
-        files::rows,
-        process::rows,
-    ];
-    let rows = tables.into_iter().flat_map(|table| table());
+    let rows = TABLES.into_iter().flat_map(|table| table());
     let named = |name: String, play: Box<dyn FnOnce() + Send>| {
         Trial::test(name, move || {
             play();

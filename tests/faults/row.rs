@@ -127,7 +127,7 @@ impl Row {
 }
 
 impl Fault {
-    fn begin(&self, stage: &mut Stage) -> Option<Posing> {
+    pub fn begin(&self, stage: &mut Stage) -> Option<Posing> {
         match self {
             Self::Network(network) => {
                 stage.gate.set(network.clone());
@@ -156,18 +156,15 @@ impl Fault {
 }
 
 /// Makes everything well again.
-fn mend(stage: &mut Stage, posing: Option<Posing>) {
+pub fn mend(stage: &mut Stage) {
     Bundle::mend(stage);
     stage.locked = None;
     stage.docker.set(Docker::Works);
     StateFile::GOOD.put(&stage.path("state.json"));
     TopologyFile::Good.put(&stage.agent_file("topology.db"));
     stage.master.always(None);
+    stage.gate.lead_to(stage.master.address());
     stage.gate.set(Network::Works);
-    if let Some(posing) = posing {
-        stage.gate.lead_to(stage.master.address());
-        posing.check();
-    }
 }
 
 impl Right {
@@ -178,7 +175,8 @@ impl Right {
             Self::Fails { class, says, after, again } => {
                 let failed = failure(subject, class, says);
                 within(failed - pushed, after);
-                mend(stage, posing);
+                mend(stage);
+                posing.into_iter().for_each(Posing::check);
                 return again.check(subject, failed);
             }
             Self::Delivers { after } => {
@@ -200,12 +198,13 @@ impl Right {
             }
             Self::Stops => {
                 stops(subject);
-                mend(stage, posing);
+                mend(stage);
                 *subject = stage.start();
                 return true;
             }
         }
-        mend(stage, posing);
+        mend(stage);
+        posing.into_iter().for_each(Posing::check);
         true
     }
 }

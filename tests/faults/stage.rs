@@ -134,6 +134,8 @@ pub struct Footprint {
     pub descriptors: usize,
     /// The most that it has ever had in memory, in KiB.
     pub peak: u64,
+    /// What it has in memory now, in KiB.
+    pub resident: u64,
 }
 
 impl Footprint {
@@ -144,7 +146,7 @@ impl Footprint {
             line.trim_start_matches(':').split_whitespace().next().unwrap().parse().unwrap()
         };
         let descriptors = fs::read_dir(format!("/proc/{process}/fd")).unwrap().count();
-        Self { threads: number("Threads"), descriptors, peak: number("VmHWM") }
+        Self { threads: number("Threads"), descriptors, peak: number("VmHWM"), resident: number("VmRSS") }
     }
 }
 
@@ -237,6 +239,12 @@ impl Subject {
 
     pub fn log(&self) -> String {
         fs::read_to_string(&self.log).unwrap()
+    }
+
+    pub fn log_tail(&self) -> String {
+        let log = self.log();
+        let start = log.len().saturating_sub(5_000);
+        String::from_utf8_lossy(&log.as_bytes()[start..]).into_owned()
     }
 
     pub fn log_lines(&self, part: &str) -> Vec<String> {

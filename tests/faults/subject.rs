@@ -96,16 +96,20 @@ impl StatusSource for Other {
     }
 }
 
-/// `tick`, `push DECKY`, `stats`, `second` (start another one), `forget` (every sender), `stop MILLISECONDS` or `drop`;
+/// `tick`, `beat` (a tick, and its beat waited for), `push DECKY`, `stats`, `second` (start another one), `forget` (every sender), `stop MILLISECONDS` or `drop`;
 /// the end of stdin is a drop.
 fn obey(setup: &Setup, heartbeat: Heartbeat, tick: &Sender<Instant>) {
-    let mut deltas = Some(heartbeat.deltas());
+    let (mut deltas, beats) = (Some(heartbeat.deltas()), heartbeat.beats());
     let mut heartbeat = Some(heartbeat);
     println!("{}", json!("started"));
     for line in std::io::stdin().lock().lines().map_while(Result::ok) {
         let (command, argument) = line.split_once(' ').unwrap_or((&line, ""));
         let answer = match command {
             "tick" => json!(tick.send(Instant::now()).is_ok()),
+            "beat" => {
+                let _ = tick.send(Instant::now());
+                json!(beats.recv_timeout(setup.interval).is_ok())
+            }
             "push" => match deltas.as_ref().unwrap().push(LifecycleDelta::succeeded(argument, Operation::Deploy)) {
                 Ok(()) => json!("pushed"),
                 Err(error) => json!({"error": format!("{error:?}")}),
