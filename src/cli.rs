@@ -18,6 +18,7 @@ use clap::{Parser, Subcommand};
 use log::LevelFilter;
 use simplelog::{ColorChoice, ConfigBuilder, TermLogger, TerminalMode, ThreadLogMode, WriteLogger};
 
+use crate::collector;
 use crate::delta::Operation;
 use crate::enrolment::{Enrolment, EnrolmentSources};
 use crate::error::{Error, chain, printable_path};
@@ -144,6 +145,9 @@ pub fn main() -> ExitCode {
     if let Err(error) = start_log(&common, common.log_level.unwrap_or(usual)) {
         return fail(&error);
     }
+    if !matches!(command, Command::Demo { .. }) {
+        std::panic::set_hook(Box::new(log_panic));
+    }
     let done = match command {
         Command::Run(options) => run::run(&common, options).map(|()| ExitCode::SUCCESS),
         Command::Push(options) => push::push(&common, options).map(|()| ExitCode::SUCCESS),
@@ -195,6 +199,12 @@ fn start_log(common: &Common, level: LevelFilter) -> Result<(), Error> {
         Some(path) => WriteLogger::init(level, config, open_log(path)?),
     };
     started.map_err(|source| Error::setting("the log", "is in use already").because(source))
+}
+
+/// On one line, and safe to print: what a panic says may be somebody else's words.
+fn log_panic(panic: &std::panic::PanicHookInfo<'_>) {
+    let at = panic.location().map(ToString::to_string).unwrap_or_default();
+    log::error!("panic: at={at} said={:?}", collector::message(panic.payload()));
 }
 
 /// Only for a person: `ColorChoice::Auto` would colour a pipe and a journal, too.

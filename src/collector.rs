@@ -4,6 +4,7 @@
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::thread;
+use std::time::Instant;
 
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 
@@ -16,8 +17,8 @@ use crate::text::printable;
 pub(crate) enum Collected {
     /// What is known of the topology before the first snapshot. Said at most once, first.
     Topology(Topology),
-    /// The answer to a question.
-    Snapshot(Snapshot),
+    /// The answer to a question, and when it was there.
+    Snapshot(Snapshot, Instant),
     /// The source panicked when it was asked.
     Panicked(String),
 }
@@ -57,7 +58,7 @@ fn run(mut source: Box<dyn StatusSource>, asked: &Receiver<()>, answer: &Sender<
     while let Ok(()) = asked.recv() {
         // A source that panics is asked again: what state it is in is its own matter, and safe code keeps it sound.
         let snapshot = match catch_unwind(AssertUnwindSafe(|| source.snapshot())) {
-            Ok(snapshot) => Collected::Snapshot(snapshot),
+            Ok(snapshot) => Collected::Snapshot(snapshot, Instant::now()),
             Err(panic) => Collected::Panicked(message(panic.as_ref())),
         };
         let _ = answer.send(snapshot);

@@ -61,8 +61,8 @@ pub struct Stopped {
     /// All of these are on the disk, and the next start delivers them. False: they are in memory, and are lost with the
     /// process.
     pub kept: bool,
-    /// The heartbeat thread ended within the grace. False: it still hangs in a call that nothing interrupts, such as a
-    /// TCP connect, and ends with that.
+    /// The heartbeat thread ended within the grace. False: it still hangs in a call that nothing interrupts, such as the
+    /// lookup of a name, and ends with that.
     pub in_time: bool,
 }
 

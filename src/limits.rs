@@ -19,6 +19,9 @@ pub(crate) const TICK_PATIENCE: Duration = Duration::from_secs(10);
 /// How long the first beat and a delta wait for a snapshot: news is worth more than completeness.
 pub(crate) const DELTA_PATIENCE: Duration = Duration::from_millis(250);
 
+/// How old a snapshot may be when its beat goes out: one may have been waiting behind a POST that took its time.
+pub(crate) const FRESH: Duration = Duration::from_secs(5);
+
 /// The first wait after a failed beat; it doubles up to the interval.
 pub(crate) const BACKOFF_START: Duration = Duration::from_secs(1);
 

@@ -121,19 +121,19 @@ impl Worker {
             Event::Tick => self.wish(Wish::Tick),
             Event::Delta => self.wish(Wish::Delta),
             Event::Collected(Collected::Topology(topology)) => self.topology = Some(topology),
-            Event::Collected(Collected::Snapshot(snapshot)) => {
+            Event::Collected(Collected::Snapshot(snapshot, at)) => {
                 self.stats.change(|stats| {
                     stats.snapshots += 1;
                     stats.last_snapshot = Some(SystemTime::now());
                 });
-                self.collected(snapshot);
+                self.collected(snapshot, at);
             }
             Event::Collected(Collected::Panicked(said)) => {
                 if let Some(times) = self.repeats.count("source", &said, Instant::now()) {
                     log::error!("the status source panicked: times={times} panic={said:?}");
                 }
                 self.stats.change(|stats| stats.panics += 1);
-                self.collected(Snapshot::unknown(&format!("the status source panicked: {said}")));
+                self.collected(Snapshot::unknown(&format!("the status source panicked: {said}")), Instant::now());
             }
             Event::Timer => match self.schedule.fired(Instant::now()) {
                 Fired::Beat => self.beat(None),
@@ -156,13 +156,16 @@ impl Worker {
         }
     }
 
-    fn collected(&mut self, snapshot: Snapshot) {
+    fn collected(&mut self, snapshot: Snapshot, at: Instant) {
         self.stats.change(|stats| stats.snapshot_owed_since = None);
         if let Some(topology) = snapshot.topology() {
             self.topology = Some(topology.clone());
         }
-        if self.schedule.answered() {
-            self.beat(Some(snapshot));
+        match self.schedule.answered() {
+            // What it says may not hold any more.
+            true if at.elapsed() > limits::FRESH => return self.wish(Wish::Tick),
+            true => self.beat(Some(snapshot)),
+            false => (),
         }
         let question = self.schedule.ask_again(Instant::now());
         self.put(question);

@@ -2,7 +2,8 @@
 
 use std::time::Duration;
 
-use decnet_heartbeat::loopback::Answer;
+use decnet_heartbeat::Heartbeat;
+use decnet_heartbeat::loopback::{Answer, Options, Role};
 
 use crate::stage::{Stage, World};
 use crate::subject::Source;
@@ -86,4 +87,23 @@ pub fn hostile_text_stays_text() {
     let output = program.env_clear().args(["--log-file", "/nowhere\u{1b}[31m\n/at all", "run"]).output().unwrap();
     let said = String::from_utf8(output.stderr).unwrap();
     assert!(said.contains("/nowhere\\u{1b}[31m\\u{a}/at all") && said.lines().count() == 1, "{said}");
+}
+
+/// `{:?}` of all that has to do with the bundle.
+pub fn no_key_is_in_any_debug_text() {
+    let stage = Stage::new(World::default());
+    let builder = || Heartbeat::builder().enrolment(stage.worker.enrolment().unwrap());
+    let heartbeat = builder().start().unwrap();
+    let issued = stage.master.authority().issue(Role::Master).unwrap();
+    let options = Options { certificate: Some(issued.clone()), ..Options::default() };
+    let said = [
+        format!("{heartbeat:#?} {:#?} {:#?} {:#?}", builder(), heartbeat.deltas(), heartbeat.stats()),
+        format!("{:#?} {:#?} {:#?}", stage.worker, stage.worker.enrolment(), stage.master),
+        format!("{options:#?} {issued:#?} {:#?}", stage.master.authority()),
+        format!("{:#?}", builder().start().map(drop)),
+    ];
+    for text in said {
+        check_secrets(&stage, &text);
+        assert!(!text.contains("PRIVATE KEY") && !text.contains(&issued.key[60..90]), "{text}");
+    }
 }

@@ -43,7 +43,7 @@ use row::Row;
 const AT_ONCE: usize = 16;
 
 /// Rows that are no data.
-const OTHERS: [(&str, fn()); 17] = [
+const OTHERS: [(&str, fn()); 19] = [
     ("credentials/rotated", credentials::rotated),
     ("credentials/a_new_uuid", credentials::a_new_uuid),
     ("network/ticks_do_not_pile_up", network::ticks_do_not_pile_up),
@@ -51,6 +51,7 @@ const OTHERS: [(&str, fn()); 17] = [
     ("source/panics_every_second_time", source::panics_every_second_time),
     ("source/never_returns", source::never_returns),
     ("source/returns_50_mb", source::returns_50_mb),
+    ("source/answers_while_a_post_takes_its_time", source::answers_while_a_post_takes_its_time),
     ("process/suspended_and_resumed", process::suspended_and_resumed),
     ("process/all_senders_dropped", process::all_senders_dropped),
     ("process/a_thread_cannot_be_spawned", process::a_thread_cannot_be_spawned),
@@ -61,6 +62,7 @@ const OTHERS: [(&str, fn()); 17] = [
     ("hardening/no_variable_of_the_environment_is_obeyed", hardening::no_variable_of_the_environment_is_obeyed),
     ("log/repeated_failures_are_said_ever_more_rarely", log::repeated_failures_are_said_ever_more_rarely),
     ("log/hostile_text_stays_text", log::hostile_text_stays_text),
+    ("log/no_key_is_in_any_debug_text", log::no_key_is_in_any_debug_text),
 ];
 
 /// Rows that take a minute, or a Debian package.

@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use decnet_heartbeat::loopback::Fault as Wire;
 use serde_json::{Value, json};
 
 use crate::log;
@@ -112,4 +113,16 @@ pub fn returns_50_mb() {
     }
     let after = subject.footprint().peak;
     assert!(after < before + SIZE as u64 / 1024, "{before} KiB, then {after} KiB");
+}
+
+/// It answers while a POST takes ten seconds: that is too old by then, and it is asked again.
+pub fn answers_while_a_post_takes_its_time() {
+    let (stage, mut subject) = stage(Source::Takes(1), 30);
+    subject.until("the first snapshot's beat", |stats| stats["beats"] == 2);
+    let head = b"HTTP/1.1 200 OK\r\ncontent-length: 900\r\n\r\n".to_vec();
+    stage.master.script([Wire::Endless(head, b".".to_vec(), Duration::from_secs(1))]);
+    subject.push("d");
+    subject.until("the beat after that", |stats| stats["beats"] == 4);
+    let asked: Vec<_> = statuses(&stage).iter().map(|status| status["asked"].clone()).collect();
+    assert_eq!(asked, [Value::Null, json!(1), Value::Null, json!(3)]);
 }
