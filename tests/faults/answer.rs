@@ -5,6 +5,7 @@ use std::time::{Duration, SystemTime};
 use decnet_heartbeat::loopback::{Answer, Fault as Wire};
 
 use crate::row::{Again, Fault, Right, Row};
+use crate::stage::{Stage, World};
 
 /// What follows a status: the first word of its class is `http-`.
 #[derive(Clone, Copy)]
@@ -141,4 +142,19 @@ fn odd() -> Vec<Row> {
         row("closed_in_the_headers", raw(b"HTTP/1.1 204 No Con"), delivers()),
         row("closed_in_the_status_line", raw(b"HTTP/1.1 20"), fails("closed", "")),
     ]
+}
+
+/// Bytes that come with an acceptance and look like the next answer: they are not taken for it, since the connection that they
+/// came on is not used again.
+pub fn extra_bytes_are_not_the_next_answer() {
+    let stage = Stage::new(World::default());
+    let mut subject = stage.start();
+    let extra = Answer::status(204).body("HTTP/1.1 403 Forbidden\r\ncontent-length: 0\r\n\r\n");
+    stage.master.script(vec![Wire::Answer(extra); 5]);
+    for beats in 2..=7 {
+        subject.tick();
+        subject.until("a beat", |stats| stats["beats"] == beats);
+    }
+    assert_eq!(subject.log_lines("does not accept"), [""; 0]);
+    assert_eq!((stage.master.received().len(), stage.master.connections().len()), (7, 6));
 }

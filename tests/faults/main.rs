@@ -43,7 +43,8 @@ use row::Row;
 const AT_ONCE: usize = 16;
 
 /// Rows that are no data.
-const OTHERS: [(&str, fn()); 19] = [
+const OTHERS: [(&str, fn()); 20] = [
+    ("answer/extra_bytes_are_not_the_next_answer", answer::extra_bytes_are_not_the_next_answer),
     ("credentials/rotated", credentials::rotated),
     ("credentials/a_new_uuid", credentials::a_new_uuid),
     ("network/ticks_do_not_pile_up", network::ticks_do_not_pile_up),

@@ -208,6 +208,36 @@ fn a_refused_host_keeps_beating_and_is_accepted_once_it_is_enrolled_again() {
 
 #[test]
 #[ignore = "needs the real master: tests/real/setup.sh"]
+fn an_error_beside_the_deckies_keeps_no_row_from_the_master() {
+    let stage = Stage::new();
+    let status = json!({
+        "deployed": true, "mode": "swarm", "compose_path": "/c.yml", "error": "topology.db: is gone",
+        "deckies": [decky("decky-01", &["ssh"])],
+        "runtime": {"decky-01": {"running": true, "services": {"ssh": "running"}}},
+    });
+    let (builder, _tick) = stage.builder();
+    let _heartbeat = builder.status_source(move || Snapshot::new(&status)).start().unwrap();
+    assert_eq!(stage.statuses(1), [204]);
+    assert_eq!(stage.shards()[0]["state"], "running");
+}
+
+/// Why a state file that is nested deeper than a hundred levels is not passed on.
+#[test]
+#[ignore = "needs the real master: tests/real/setup.sh"]
+fn the_master_cannot_read_what_is_nested_too_deep() {
+    let stage = Stage::new();
+    let nested = |depth| format!("{}{}", "[".repeat(depth), "]".repeat(depth));
+    let beat = |depth| {
+        let status = format!(r#"{{"deployed": true, "deckies": [], "x": {}}}"#, nested(depth));
+        let body = format!(r#"{{"host_uuid": "{}", "agent_version": "1", "status": {status}}}"#, stage.worker.uuid);
+        stage.master.post(stage.agent_dir(), &body).0
+    };
+    assert_eq!(beat(100), 204);
+    assert!(beat(100_000) >= 400);
+}
+
+#[test]
+#[ignore = "needs the real master: tests/real/setup.sh"]
 fn a_topology_is_pushed_again_only_when_its_hash_differs() {
     let stage = Stage::new();
     let expected = stage.master.add_topology(&stage.worker.uuid);
