@@ -166,3 +166,114 @@ impl Budget {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::net::{TcpListener, TcpStream};
+    use std::thread;
+
+    use ureq::Agent;
+    use ureq::config::Config;
+    use ureq::http::Uri;
+    use ureq::unversioned::resolver::{ResolvedSocketAddrs, Resolver};
+    use ureq::unversioned::transport::Connector;
+
+    use super::*;
+
+    #[derive(Debug)]
+    struct Tcp;
+
+    impl Connector for Tcp {
+        type Out = SocketTransport;
+
+        fn connect(&self, details: &ConnectionDetails<'_>, _: Option<()>) -> Result<Option<Self::Out>, ureq::Error> {
+            SocketTransport::tcp(details).map(Some)
+        }
+    }
+
+    /// A name with these addresses.
+    #[derive(Debug)]
+    struct Known(Vec<SocketAddr>);
+
+    impl Resolver for Known {
+        fn resolve(&self, _: &Uri, _: &Config, _: NextTimeout) -> Result<ResolvedSocketAddrs, ureq::Error> {
+            let mut resolved = self.empty();
+            self.0.iter().for_each(|address| resolved.push(*address));
+            Ok(resolved)
+        }
+    }
+
+    /// Sends a body of so many bytes to the first of the addresses that answers; a second for the connect, half of one to
+    /// send.
+    fn post(addresses: &[SocketAddr], size: usize) -> Result<u16, ureq::Error> {
+        let config = Agent::config_builder()
+            .timeout_connect(Some(Duration::from_secs(1)))
+            .timeout_send_body(Some(Duration::from_millis(500)))
+            .build();
+        let agent = Agent::with_parts(config, Tcp, Known(addresses.to_vec()));
+        agent.post("http://master/").send(vec![0; size]).map(|answer| answer.status().as_u16())
+    }
+
+    /// Where each connection is served like this.
+    fn served(serve: impl Fn(TcpStream) + Send + 'static) -> SocketAddr {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        thread::spawn(move || listener.incoming().map_while(Result::ok).for_each(serve));
+        address
+    }
+
+    fn answering() -> SocketAddr {
+        served(|mut stream| {
+            let _ = stream.read(&mut [0; 4096]);
+            let _ = stream.write_all(b"HTTP/1.1 204 No Content\r\n\r\n");
+        })
+    }
+
+    fn refusing() -> SocketAddr {
+        TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
+    }
+
+    /// A full queue of connections: the system drops what asks for one more. It is so for as long as this is held.
+    fn swallowing() -> (SocketAddr, TcpListener, Vec<Socket>) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        rustix::net::listen(&listener, 0).unwrap();
+        let address = listener.local_addr().unwrap();
+        let fill = |_| {
+            let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+            let _ = socket.connect_timeout(&address.into(), Duration::from_millis(50));
+            socket
+        };
+        (address, listener, (0..3).map(fill).collect())
+    }
+
+    #[test]
+    fn an_address_that_refuses_or_says_nothing_leaves_time_for_the_next() {
+        let (silent, _listener, _full) = swallowing();
+        assert_eq!(post(&[refusing(), answering()], 10).unwrap(), 204);
+        assert_eq!(post(&[silent, refusing(), answering()], 10).unwrap(), 204);
+    }
+
+    #[test]
+    fn where_no_address_answers_the_last_one_says_why() {
+        let (silent, _listener, _full) = swallowing();
+        let error = post(&[silent, refusing()], 10).unwrap_err();
+        assert!(matches!(&error, ureq::Error::Io(error) if error.kind() == ErrorKind::ConnectionRefused), "{error}");
+        let error = post(&[refusing(), silent], 10).unwrap_err();
+        assert!(matches!(error, ureq::Error::Timeout(Timeout::Connect)), "{error}");
+        assert!(matches!(post(&[], 10), Err(ureq::Error::HostNotFound)));
+    }
+
+    #[test]
+    fn a_peer_that_takes_a_little_now_and_then_gets_no_more_time_for_it() {
+        let slow = served(|mut stream| {
+            let mut buffer = vec![0; 64 * 1024];
+            while stream.read(&mut buffer).is_ok_and(|count| count > 0) {
+                thread::sleep(Duration::from_millis(50));
+            }
+        });
+        let since = Instant::now();
+        let error = post(&[slow], 100 << 20).unwrap_err();
+        assert!(matches!(error, ureq::Error::Timeout(Timeout::SendBody)), "{error}");
+        assert!(since.elapsed() < Duration::from_secs(2), "{:?}", since.elapsed());
+    }
+}

@@ -74,6 +74,16 @@ mod tests {
         (dir, file)
     }
 
+    /// One that has been read once, with its owner's connection.
+    fn file_with_row() -> (tempfile::TempDir, TopologyFile, Connection) {
+        let (dir, mut file) = file();
+        let owner = Connection::open(&file.path).unwrap();
+        owner.execute(TABLE, []).unwrap();
+        owner.execute("INSERT INTO applied_topology VALUES ('t', 'h', '{}', 5, NULL)", []).unwrap();
+        file.read().1.unwrap();
+        (dir, file, owner)
+    }
+
     fn row() -> AppliedTopology {
         let (topology_id, applied_version_hash) = ("t".to_owned(), "h".to_owned());
         AppliedTopology { topology_id, applied_version_hash, applied_at: 5, last_error: None }
@@ -99,11 +109,7 @@ mod tests {
 
     #[test]
     fn what_cannot_be_read_now_is_what_it_was() {
-        let (_dir, mut file) = file();
-        let owner = Connection::open(&file.path).unwrap();
-        owner.execute(TABLE, []).unwrap();
-        owner.execute("INSERT INTO applied_topology VALUES ('t', 'h', '{}', 5, NULL)", []).unwrap();
-        file.read().1.unwrap();
+        let (_dir, mut file, owner) = file_with_row();
         owner.execute("BEGIN EXCLUSIVE", []).unwrap();
         let (last, problem) = file.read();
         assert_eq!(last, Some(Some(row())));
@@ -125,11 +131,7 @@ mod tests {
 
     #[test]
     fn a_row_that_is_gone_with_its_file_is_what_it_was() {
-        let (_dir, mut file) = file();
-        let owner = Connection::open(&file.path).unwrap();
-        owner.execute(TABLE, []).unwrap();
-        owner.execute("INSERT INTO applied_topology VALUES ('t', 'h', '{}', 5, NULL)", []).unwrap();
-        file.read().1.unwrap();
+        let (_dir, mut file, _owner) = file_with_row();
         std::fs::remove_file(&file.path).unwrap();
         let (last, problem) = file.read();
         assert_eq!(last, Some(Some(row())));

@@ -232,14 +232,15 @@ fn failure(subject: &mut Subject, class: &str, says: &str) -> Instant {
     let stats = subject.until(&format!("a failure of class {class}"), |stats| !stats["failure"].is_null());
     let failed = Instant::now();
     let failure = &stats["failure"];
-    assert_eq!((failure["class"].as_str(), failure["count"].as_u64()), (Some(class), Some(1)), "{failure}");
+    assert_eq!(failure["class"], class, "{failure}");
     assert!(failure["detail"].as_str().unwrap().contains(says), "{failure}");
+    // On a busy machine the second one may have come before it was looked for.
+    assert!((1..=2).contains(&failure["count"].as_u64().unwrap()), "{failure}");
     let said = format!("class={class} ");
     // The stats know it just before the log does.
     assert!(soon(|| !subject.log_lines(&said).is_empty()), "{}", subject.log());
     let lines = subject.log_lines(&said);
-    assert_eq!(lines.len(), 1, "{lines:#?}");
-    assert!(lines[0].contains("failures=1"), "{lines:#?}");
+    assert!(lines.len() <= 2 && lines[0].contains("failures=1 "), "{lines:#?}");
     failed
 }
 
@@ -297,5 +298,5 @@ fn stops(subject: &mut Subject) {
     let stopped = subject.stop(GRACE);
     let took = stopped["seconds"].as_f64().unwrap();
     assert!(took < GRACE.as_secs_f64() + 0.6, "{stopped}");
-    assert_eq!(stopped["kept"], true, "{stopped}");
+    assert!(stopped["in_time"] == true && stopped["kept"] == true, "{stopped}");
 }
