@@ -7,6 +7,7 @@
 use std::collections::HashMap;
 
 use crate::limits;
+use crate::text::printable;
 
 /// The section whose keys count in every other section.
 const DEFAULT: &str = "DEFAULT";
@@ -62,6 +63,7 @@ impl Ini {
                 ini.append(section, key, content);
             } else if let Some(name) = header(content) {
                 if name != DEFAULT && ini.sections.contains_key(name) {
+                    let name = printable(name);
                     return Err(fault(format!("the section [{name}] is there a second time; make them one")));
                 }
                 ini.sections.entry(name.to_owned()).or_default();
@@ -72,6 +74,7 @@ impl Ini {
                     .ok_or_else(|| fault("neither [section], nor key = value, nor a comment".to_owned()))?;
                 let entries = ini.sections.entry(section.clone()).or_default();
                 if entries.values.insert(key.clone(), value.to_owned()).is_some() {
+                    let (section, key) = (printable(section), printable(&key));
                     return Err(fault(format!("[{section}] has the key {key} a second time; keep one")));
                 }
                 entries.keys.push(key.clone());
@@ -141,9 +144,9 @@ impl Ini {
                 continue;
             }
             let (key, after) = reference(after).ok_or("has a single %; write %% for a percent sign")?;
-            let value = self
-                .raw(section, &key.to_lowercase())
-                .ok_or_else(|| format!("refers to the key {key}, which neither [{section}] nor [{DEFAULT}] has"))?;
+            let value = self.raw(section, &key.to_lowercase()).ok_or_else(|| {
+                format!("refers to the key {}, which neither [{section}] nor [{DEFAULT}] has", printable(key))
+            })?;
             self.expand(section, value, depth + 1, budget, out)?;
             rest = after;
         }
@@ -276,6 +279,21 @@ mod tests {
         let keys: Vec<_> = ini.keys("agent").collect();
         assert_eq!(keys, [("DEFAULT", "c"), ("agent", "a"), ("agent", "b")]);
         assert_eq!(ini.keys("master").count(), 0);
+    }
+
+    #[test]
+    fn names_in_faults_are_printable() {
+        let (escape, long) = ("\u{1b}[31m", "n".repeat(400));
+        let cut = format!("{}…", "n".repeat(300));
+        for (text, problem) in [
+            (format!("[{escape}]\n[{escape}]"), "the section [\\u{1b}[31m] is there a second time; make them one"),
+            (format!("[a]\n{escape}=\n{escape}="), "[a] has the key \\u{1b}[31m a second time; keep one"),
+            (format!("[{long}]\nk=\nk="), &format!("[{cut}] has the key k a second time; keep one")),
+        ] {
+            assert_eq!(fault(&text).1, problem);
+        }
+        let problem = "refers to the key \\u{202e}, which neither [agent] nor [DEFAULT] has";
+        assert_eq!(get("[agent]\nk = %(\u{202e})s", "k"), Err(problem.to_owned()));
     }
 
     #[test]
