@@ -355,7 +355,7 @@ impl Outbox {
         let Some(path) = self.path.as_deref() else { return Ok(()) };
         let owners = shared.store.read(entries::owners);
         let mut dead = owners.map_err(|source| self.error("cannot be read").because(source))?;
-        dead.retain(|owner| *owner != self.us && lock::is_dead(path, owner));
+        dead.retain(|owner| owner != self.us.as_bytes() && lock::is_dead(path, owner));
         if dead.is_empty() {
             return Ok(());
         }

@@ -6,9 +6,10 @@
 
 use std::time::SystemTime;
 
-use rusqlite::types::Type;
-use rusqlite::{Connection, OptionalExtension, Row, params};
+use rusqlite::types::{ToSqlOutput, Type, ValueRef};
+use rusqlite::{Connection, OptionalExtension, Row, params, params_from_iter};
 
+use super::schema::LAST_ID;
 use super::{Counts, Kept, Settled};
 use crate::delta::{LifecycleDelta, Operation, Outcome, from_micros, micros};
 use crate::limits;
@@ -100,7 +101,8 @@ pub(super) fn deliverable(db: &Connection, most: usize) -> rusqlite::Result<Vec<
                          GROUP BY decky, operation)
          SELECT d.id, d.decky, d.operation, d.error, d.completed_at
          FROM current AS d LEFT JOIN newest ON newest.decky = d.decky AND newest.operation = d.operation
-         WHERE d.completed_at IS NOT NULL AND d.rejected IS NULL AND d.owner IS NULL AND d.id > ifnull(newest.id, 0)
+         WHERE d.completed_at IS NOT NULL AND d.rejected IS NULL AND d.owner IS NULL
+               AND (newest.id IS NULL OR d.id > newest.id)
          ORDER BY d.id DESC LIMIT ?1",
     )?;
     select.query_map([most as i64], kept)?.collect()
@@ -123,7 +125,7 @@ pub(super) fn counts(db: &Connection) -> rusqlite::Result<Counts> {
                          GROUP BY decky, operation)
          SELECT count(*) FILTER (WHERE d.completed_at IS NOT NULL AND d.rejected IS NULL),
                 count(*) FILTER (WHERE d.completed_at IS NOT NULL AND d.rejected IS NULL
-                                 AND (d.owner IS NOT NULL OR d.id < ifnull(newest.id, 0))),
+                                 AND (d.owner IS NOT NULL OR d.id < newest.id)),
                 count(*) FILTER (WHERE d.completed_at IS NULL)
          FROM current AS d LEFT JOIN newest ON newest.decky = d.decky AND newest.operation = d.operation",
     )?;
@@ -133,18 +135,19 @@ pub(super) fn counts(db: &Connection) -> rusqlite::Result<Counts> {
     })
 }
 
-/// Those at work on a row.
-pub(super) fn owners(db: &Connection) -> rusqlite::Result<Vec<String>> {
+/// Those at work on a row. Bytes, since a broken row's owner need not be UTF-8, and is to be recovered from all the same.
+pub(super) fn owners(db: &Connection) -> rusqlite::Result<Vec<Vec<u8>>> {
     let mut select = db.prepare_cached("SELECT DISTINCT owner FROM current WHERE owner IS NOT NULL")?;
-    select.query_map([], |row| row.get(0))?.collect()
+    select.query_map([], |row| Ok(row.get_ref(0)?.as_bytes()?.to_vec()))?.collect()
 }
 
 /// What a dead owner was at work on: its operations have failed, with `reason` and their name for an error, and what
 /// it would have posted waits for delivery. How many operations.
-pub(super) fn recover(db: &Connection, owner: &str, reason: &str) -> rusqlite::Result<u64> {
+pub(super) fn recover(db: &Connection, owner: &[u8], reason: &str) -> rusqlite::Result<u64> {
     forget_room(db)?;
+    let owner = ToSqlOutput::Borrowed(ValueRef::Text(owner));
     let in_flight: i64 =
-        db.query_row("SELECT count(*) FROM current WHERE owner = ?1 AND completed_at IS NULL", [owner], |row| {
+        db.query_row("SELECT count(*) FROM current WHERE owner = ?1 AND completed_at IS NULL", [&owner], |row| {
             row.get(0)
         })?;
     db.execute(
@@ -159,23 +162,27 @@ pub(super) fn recover(db: &Connection, owner: &str, reason: &str) -> rusqlite::R
 
 /// Adds `seconds` to the age of what waits, and lets go of what is too old. How many deltas fell out undelivered.
 ///
-/// An age and not a date, since clocks jump: one that starts in 1970 and is put right must not cost a delta.
+/// An age and not a date, since clocks jump: one that starts in 1970 and is put right must not cost a delta. One that no
+/// row can have is brought back into what there is: a sum that is no integer would stop the aging of all.
 pub(super) fn grow_older(db: &Connection, seconds: u64) -> rusqlite::Result<u64> {
     forget_room(db)?;
     let aged = params![seconds as i64, limits::OUTBOX_AGE.as_secs() as i64];
     let dropped: i64 = db.query_row(
-        "SELECT count(*) FROM current WHERE owner IS NULL AND rejected IS NULL AND age + ?1 > ?2",
+        &format!("SELECT count(*) FROM current WHERE owner IS NULL AND rejected IS NULL AND {OLDER} > ?2"),
         aged,
         |row| row.get(0),
     )?;
-    db.execute(
+    let older = format!(
         "INSERT OR REPLACE INTO unwritten
-         SELECT id, decky, operation, error, completed_at, rejected, owner, age + ?1, age + ?1 > ?2
-         FROM current WHERE owner IS NULL",
-        aged,
-    )?;
+         SELECT id, decky, operation, error, completed_at, rejected, owner, {OLDER}, {OLDER} > ?2
+         FROM current WHERE owner IS NULL"
+    );
+    db.execute(&older, aged)?;
     Ok(dropped.unsigned_abs())
 }
+
+/// An age of 0 to the most, and some seconds more.
+const OLDER: &str = "(max(0, min(age, ?2)) + ?1)";
 
 /// Every row that `from` knows, for another store.
 pub(super) fn copy(from: &Connection, table: Copied, to: &Connection) -> rusqlite::Result<()> {
@@ -190,8 +197,9 @@ pub(super) fn copy(from: &Connection, table: Copied, to: &Connection) -> rusqlit
         to.prepare(&format!("INSERT INTO unwritten ({columns}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)"))?;
     let mut rows = select.query([])?;
     while let Some(row) = rows.next()? {
-        let values = (0..8).map(|column| row.get::<_, rusqlite::types::Value>(column));
-        insert.execute(rusqlite::params_from_iter(values.collect::<rusqlite::Result<Vec<_>>>()?))?;
+        // As they are, text that is not UTF-8 too.
+        let values = (0..8).map(|column| row.get_ref(column).map(ToSqlOutput::Borrowed));
+        insert.execute(params_from_iter(values.collect::<rusqlite::Result<Vec<_>>>()?))?;
     }
     Ok(())
 }
@@ -256,11 +264,8 @@ fn forget_room(db: &Connection) -> rusqlite::Result<()> {
 }
 
 fn next_id(db: &Connection) -> rusqlite::Result<i64> {
-    let mut select = db.prepare_cached(
-        "SELECT 1 + max(ifnull((SELECT seq FROM main.sqlite_sequence WHERE name = 'delta'), 0),
-                        ifnull((SELECT max(id) FROM unwritten), 0))",
-    )?;
-    select.query_row([], |row| row.get(0))
+    let next = format!("SELECT 1 + max({LAST_ID}, ifnull((SELECT max(id) FROM unwritten), 0))");
+    db.prepare_cached(&next)?.query_row([], |row| row.get(0))
 }
 
 /// Puts a row, in flight unless it has `ended`.
@@ -283,9 +288,12 @@ fn put(
     put.execute(params![id, decky, operation.as_str(), error, completed_at, owner]).map(drop)
 }
 
+/// Text that is not UTF-8 is made so: one broken row must not keep all the others from the master.
 fn kept(row: &Row<'_>) -> rusqlite::Result<Kept> {
-    let (decky, operation, error): (String, String, Option<String>) = (row.get(1)?, row.get(2)?, row.get(3)?);
-    let operation = operation
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    let (decky, error) = (text(row.get_ref(1)?.as_bytes()?), row.get_ref(3)?.as_bytes_or_null()?.map(text));
+    let operation = row
+        .get::<_, String>(2)?
         .parse()
         .map_err(|problem: String| rusqlite::Error::FromSqlConversionFailure(2, Type::Text, problem.into()))?;
     let delta = match error {

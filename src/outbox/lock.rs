@@ -14,6 +14,9 @@ use super::file::folder;
 /// What an owner's file is called after the outbox' own name.
 const OWNER: &str = "-owner-";
 
+/// Bytes of a token at the most: a pid, a hyphen and 16 digits, with room to spare. There is no file of a longer name.
+const TOKEN: usize = 64;
+
 /// What it is called before it is locked, after its own name.
 const UNLOCKED: &str = ".new";
 
@@ -111,11 +114,11 @@ impl Drop for Owner {
 }
 
 /// Whether the process behind `token` has ended. One that cannot be asked about lives: its work is then left alone.
-pub(super) fn is_dead(outbox: &Path, token: &str) -> bool {
+pub(super) fn is_dead(outbox: &Path, token: &[u8]) -> bool {
     // It comes from a file: only what we would write may become a path.
-    if !token.bytes().all(|byte| byte.is_ascii_hexdigit() || byte == b'-') {
-        return true;
-    }
+    let ours = |byte: &u8| byte.is_ascii_hexdigit() || *byte == b'-';
+    let token = str::from_utf8(token).ok().filter(|token| token.len() <= TOKEN && token.as_bytes().iter().all(ours));
+    let Some(token) = token else { return true };
     let path = owner_path(outbox, token);
     match File::open(&path) {
         Err(error) => error.kind() == io::ErrorKind::NotFound,
@@ -143,7 +146,7 @@ pub(super) fn sweep(outbox: &Path) -> io::Result<()> {
                     fs::remove_file(entry.path())?;
                 }
             }
-            Some(token) => drop(is_dead(outbox, token)),
+            Some(token) => drop(is_dead(outbox, token.as_bytes())),
             None => (),
         }
     }
@@ -211,16 +214,18 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let outbox = dir.path().join("heartbeat.db");
         let mut owner = Owner::new();
-        assert!(is_dead(&outbox, owner.token()), "it has made no file");
+        assert!(is_dead(&outbox, owner.token().as_bytes()), "it has made no file");
         owner.live(&outbox).unwrap();
-        assert!(!is_dead(&outbox, owner.token()));
+        assert!(!is_dead(&outbox, owner.token().as_bytes()));
         let token = owner.token().to_owned();
         // As if it were killed: the lock goes, the file stays.
         let (path, file) = owner.file.take().unwrap();
         drop(file);
         sweep(&outbox).unwrap();
         assert!(!path.exists());
-        assert!(is_dead(&outbox, &token));
-        assert!(is_dead(&outbox, "../../etc/passwd"));
+        assert!(is_dead(&outbox, token.as_bytes()));
+        for no_token in [&b"../../etc/passwd"[..], b"\xff", &[b'a'; 300]] {
+            assert!(is_dead(&outbox, no_token));
+        }
     }
 }

@@ -25,17 +25,35 @@ use crate::delta::micros;
 /// The schema's version. A migration adds a step to [`migrate`] and raises it.
 const VERSION: i64 = 2;
 
+const VERSION_AFTER: i64 = VERSION + 1;
+
 /// "DNHB": tells our files from any other SQLite file. Version 1 did not have it.
 const APPLICATION: i64 = 0x444e_4842;
 
-/// Whether this is an outbox, or nothing yet. `false`: another program's, or a later version's.
-pub(super) fn is_ours(db: &Connection) -> rusqlite::Result<bool> {
+/// Why this cannot be used as an outbox; `None`: it is one, or nothing yet.
+pub(super) fn problem(db: &Connection) -> rusqlite::Result<Option<&'static str>> {
     // All of it as of one moment: another process may just be making it.
     let transaction = db.unchecked_transaction()?;
-    let version = version(&transaction)?;
+    let problem = match version(&transaction)? {
+        None | Some(VERSION_AFTER..) => Some("it is another program's, or a later version's"),
+        Some(0) => None,
+        Some(_) => {
+            let used_up = format!("SELECT {LAST_ID} > ?1");
+            let used_up: bool = transaction.query_row(&used_up, [LAST_ID_AT_MOST], |row| row.get(0))?;
+            used_up.then_some("its ids are used up")
+        }
+    };
     transaction.commit()?;
-    Ok(matches!(version, Some(0..=VERSION)))
+    Ok(problem)
 }
+
+/// In SQL, the last id that the file knows of. A sequence that is broken must not lead back to ids of rows that are there.
+pub(super) const LAST_ID: &str = "max(
+    ifnull((SELECT max(seq) FROM main.sqlite_sequence WHERE name = 'delta' AND typeof(seq) = 'integer'), 0),
+    ifnull((SELECT max(id) FROM main.delta), 0))";
+
+/// Ids begin at the clock, far below this, and above it none may be left for the next row one day.
+const LAST_ID_AT_MOST: i64 = i64::MAX / 4 * 3;
 
 /// Which version of the schema this is, 0 for an empty database; `None`: it is not ours.
 fn version(db: &Connection) -> rusqlite::Result<Option<i64>> {
@@ -123,7 +141,7 @@ mod tests {
     fn version_1_keeps_its_rows_and_their_order() {
         let mut database = Connection::open_in_memory().unwrap();
         database.execute_batch(VERSION_1).unwrap();
-        assert!(is_ours(&database).unwrap());
+        assert_eq!(problem(&database).unwrap(), None);
         migrate(&mut database).unwrap();
         migrate(&mut database).unwrap();
         let rows: Vec<(i64, String, Option<String>, Option<i64>)> = database
@@ -150,7 +168,7 @@ mod tests {
         ] {
             let database = Connection::open_in_memory().unwrap();
             database.execute_batch(sql).unwrap();
-            assert_eq!(is_ours(&database).unwrap(), ours, "{sql}");
+            assert_eq!(problem(&database).unwrap().is_none(), ours, "{sql}");
         }
     }
 }

@@ -10,6 +10,7 @@ use rusqlite::{Connection, ErrorCode, OpenFlags, TransactionBehavior};
 
 use super::entries::{self, Copied};
 use super::file::Identity;
+use super::schema::LAST_ID;
 use super::{file, schema};
 use crate::delta::micros;
 use crate::error::Error;
@@ -49,8 +50,8 @@ fn open(path: &Path, deadline: Instant) -> rusqlite::Result<Result<Connection, S
     let mut database = Connection::open_with_flags(path, flags)?;
     database.busy_timeout(deadline.saturating_duration_since(Instant::now()))?;
     // Before anything is changed in it.
-    if !schema::is_ours(&database)? {
-        return Ok(Err("it is another program's, or a later version's".to_owned()));
+    if let Some(problem) = schema::problem(&database)? {
+        return Ok(Err(problem.to_owned()));
     }
     let damage: String = database.query_row("PRAGMA quick_check(1)", [], |row| row.get(0))?;
     if damage != "ok" {
@@ -155,10 +156,11 @@ impl Store {
     /// the place; writing forgets it.
     pub(super) fn leave_a_gap(&mut self) -> rusqlite::Result<()> {
         let gap = i64::from(fastrand::u32(..));
-        let sql = "INSERT INTO unwritten (id, gone)
-             SELECT ?1 + max(?2, ifnull((SELECT seq FROM main.sqlite_sequence WHERE name = 'delta'), 0),
-                                 ifnull((SELECT max(id) FROM unwritten), 0)), 1";
-        self.database.execute(sql, [gap, micros(SystemTime::now())]).map(drop)
+        let sql = format!(
+            "INSERT INTO unwritten (id, gone)
+             SELECT ?1 + max(?2, {LAST_ID}, ifnull((SELECT max(id) FROM unwritten), 0)), 1"
+        );
+        self.database.execute(&sql, [gap, micros(SystemTime::now())]).map(drop)
     }
 
     /// Takes over what another store has, this one's file permitting: all of it, or what it had not written.

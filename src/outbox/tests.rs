@@ -448,6 +448,86 @@ fn what_is_no_outbox_is_moved_aside_and_nothing_of_it_is_lost() {
     }
 }
 
+/// Changes the file as nobody of ours would.
+fn spoil(dir: &Path, sql: &str) {
+    Connection::open(dir.join(FILE)).unwrap().execute_batch(sql).unwrap();
+}
+
+#[test]
+fn text_that_is_broken_keeps_no_other_row_from_the_master() {
+    let dir = tempfile::tempdir().unwrap();
+    open(dir.path()).keep(&[delta("good")]).unwrap();
+    spoil(
+        dir.path(),
+        "INSERT INTO delta (decky, operation, error, completed_at, owner) VALUES
+             (CAST(x'61ff' AS TEXT), 'deploy', CAST(x'ff' AS TEXT), 1, NULL),
+             ('theirs', 'deploy', NULL, NULL, CAST(x'ff' AS TEXT))",
+    );
+    let outbox = open(dir.path());
+    assert_eq!(deckies(&outbox), ["theirs", "a\u{fffd}", "good"]);
+    // What was in the file goes to the next one as it is.
+    std::fs::remove_file(dir.path().join(FILE)).unwrap();
+    outbox.tend().unwrap();
+    assert!(outbox.path().is_some());
+    let kept = outbox.deliverable(10, deadline()).unwrap();
+    assert_eq!(kept[1].delta.outcome(), &Outcome::Failed("\u{fffd}".to_owned()));
+    outbox.settle(&kept, &Settled::Delivered, deadline()).unwrap();
+    assert!(on_disk(dir.path()).is_empty());
+}
+
+#[test]
+fn a_broken_sequence_of_ids_costs_no_row() {
+    for broken in ["1", "-5", "'x'", "1.5", "NULL"] {
+        let dir = tempfile::tempdir().unwrap();
+        open(dir.path()).keep(&[delta("a"), delta("b")]).unwrap();
+        spoil(dir.path(), &format!("UPDATE delta SET id = id % 2 + 1; UPDATE sqlite_sequence SET seq = {broken}"));
+        let outbox = open(dir.path());
+        outbox.keep(&[delta("c")]).unwrap();
+        let mut deckies = deckies(&outbox);
+        deckies.sort();
+        assert_eq!(deckies, ["a", "b", "c"], "{broken}");
+    }
+}
+
+#[test]
+fn a_delta_with_an_id_below_all_others_goes_out_too() {
+    let dir = tempfile::tempdir().unwrap();
+    open(dir.path()).keep(&[delta("d")]).unwrap();
+    spoil(dir.path(), "UPDATE delta SET id = -1");
+    let outbox = open(dir.path());
+    assert_eq!((deckies(&outbox), outbox.books().counts.held), (vec!["d".to_owned()], 0));
+}
+
+#[test]
+fn where_no_ids_are_left_a_new_file_is_begun() {
+    for used_up in ["UPDATE delta SET id = 9223372036854775807", "UPDATE sqlite_sequence SET seq = 9223372036854775806"]
+    {
+        let dir = tempfile::tempdir().unwrap();
+        open(dir.path()).keep(&[delta("d")]).unwrap();
+        spoil(dir.path(), used_up);
+        let outbox = open(dir.path());
+        outbox.keep(&[delta("e")]).unwrap();
+        assert_eq!(deckies(&outbox), ["e"]);
+    }
+}
+
+#[test]
+fn ages_that_cannot_be_do_not_stop_the_others() {
+    let dir = tempfile::tempdir().unwrap();
+    open(dir.path()).keep(&[delta("good"), delta("old"), delta("young")]).unwrap();
+    spoil(
+        dir.path(),
+        "UPDATE delta SET age = 9223372036854775807 WHERE decky = 'old';
+         UPDATE delta SET age = -9223372036854775807 WHERE decky = 'young'",
+    );
+    let outbox = open(dir.path());
+    outbox.age_by(&mut outbox.enter(deadline()).unwrap(), limits::OUTBOX_AGING).unwrap();
+    assert_eq!((deckies(&outbox), outbox.books().dropped), (vec!["young".to_owned(), "good".to_owned()], 1));
+    let database = Connection::open(dir.path().join(FILE)).unwrap();
+    let oldest: i64 = database.query_row("SELECT max(age) FROM delta", [], |row| row.get(0)).unwrap();
+    assert_eq!(oldest, 3600);
+}
+
 #[test]
 fn a_file_that_breaks_while_it_is_open_is_moved_aside_too() {
     let dir = tempfile::tempdir().unwrap();
