@@ -25,8 +25,6 @@ use crate::delta::micros;
 /// The schema's version. A migration adds a step to [`migrate`] and raises it.
 const VERSION: i64 = 2;
 
-const VERSION_AFTER: i64 = VERSION + 1;
-
 /// "DNHB": tells our files from any other SQLite file. Version 1 did not have it.
 const APPLICATION: i64 = 0x444e_4842;
 
@@ -35,7 +33,7 @@ pub(super) fn problem(db: &Connection) -> rusqlite::Result<Option<&'static str>>
     // All of it as of one moment: another process may just be making it.
     let transaction = db.unchecked_transaction()?;
     let problem = match version(&transaction)? {
-        None | Some(VERSION_AFTER..) => Some("it is another program's, or a later version's"),
+        None => Some("it is another program's, or a later version's"),
         Some(0) => None,
         Some(_) => {
             let used_up = format!("SELECT {LAST_ID} > ?1");
@@ -60,11 +58,24 @@ fn version(db: &Connection) -> rusqlite::Result<Option<i64>> {
     let pragma = |name| db.pragma_query_value(None, name, |row| row.get::<_, i64>(0));
     let tables: i64 = db.query_row("SELECT count(*) FROM main.sqlite_schema", [], |row| row.get(0))?;
     Ok(match (pragma("application_id")?, pragma("user_version")?, tables) {
-        (APPLICATION, version, _) => Some(version),
         (0, 0, 0) => Some(0),
-        (0, 1, _) => Some(1),
+        (0, 1, _) if is_made_of(db, TABLE_1)? => Some(1),
+        (APPLICATION, VERSION, _) if is_made_of(db, TABLE)? => Some(VERSION),
         _ => None,
     })
+}
+
+/// Whether the table is this one, white space aside, and no trigger meddles: any program may leave any mark.
+fn is_made_of(db: &Connection, table: &str) -> rusqlite::Result<bool> {
+    let mut select = db.prepare(
+        "SELECT CAST(ifnull(sql, '') AS BLOB) FROM main.sqlite_schema
+         WHERE name IN ('delta', 'sqlite_sequence') OR type = 'trigger' ORDER BY name",
+    )?;
+    let made = select.query_map([], |row| row.get::<_, Vec<u8>>(0))?.collect::<rusqlite::Result<Vec<_>>>()?;
+    let is = |made: &[u8], table: &str| {
+        str::from_utf8(made).is_ok_and(|made| made.split_whitespace().eq(table.split_whitespace()))
+    };
+    Ok(matches!(made.as_slice(), [delta, sequence] if is(delta, table) && is(sequence, SEQUENCE)))
 }
 
 /// Brings an empty or older outbox to [`VERSION`], in one transaction.
@@ -100,6 +111,19 @@ const TABLE: &str = "CREATE TABLE delta (
     age INTEGER NOT NULL DEFAULT 0
 ) STRICT";
 
+/// What SQLite makes for an AUTOINCREMENT.
+const SEQUENCE: &str = "CREATE TABLE sqlite_sequence(name,seq)";
+
+/// As of version 1.
+const TABLE_1: &str = "CREATE TABLE delta (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    decky TEXT NOT NULL,
+    operation TEXT NOT NULL CHECK (operation IN ('deploy', 'mutate')),
+    error TEXT,
+    completed_at INTEGER NOT NULL,
+    rejected TEXT
+) STRICT";
+
 const FROM_1: &str = "INSERT INTO delta (id, decky, operation, error, completed_at, rejected)
     SELECT id, decky, operation, error, completed_at, rejected FROM old;
     DROP TABLE old";
@@ -126,24 +150,20 @@ pub(super) fn overlay(database: &Connection) -> rusqlite::Result<()> {
 mod tests {
     use super::*;
 
-    const VERSION_1: &str = "CREATE TABLE delta (
-            id INTEGER PRIMARY KEY AUTOINCREMENT,
-            decky TEXT NOT NULL,
-            operation TEXT NOT NULL CHECK (operation IN ('deploy', 'mutate')),
-            error TEXT,
-            completed_at INTEGER NOT NULL,
-            rejected TEXT
-        ) STRICT;
+    const MARKS: &str = "PRAGMA application_id = 0x444e4842; PRAGMA user_version = 2";
+
+    const ROWS_1: &str = "
         INSERT INTO delta VALUES (7, 'd', 'deploy', NULL, 1000, NULL), (9, 'e', 'mutate', 'why', 2000, 'no');
         PRAGMA user_version = 1";
 
     #[test]
     fn version_1_keeps_its_rows_and_their_order() {
         let mut database = Connection::open_in_memory().unwrap();
-        database.execute_batch(VERSION_1).unwrap();
+        database.execute_batch(&format!("{TABLE_1};{ROWS_1}")).unwrap();
         assert_eq!(problem(&database).unwrap(), None);
         migrate(&mut database).unwrap();
         migrate(&mut database).unwrap();
+        assert_eq!(problem(&database).unwrap(), None);
         let rows: Vec<(i64, String, Option<String>, Option<i64>)> = database
             .prepare("SELECT id, decky, rejected, completed_at FROM delta WHERE owner IS NULL AND age = 0")
             .unwrap()
@@ -163,7 +183,12 @@ mod tests {
             ("", true),
             ("CREATE TABLE theirs (a)", false),
             ("PRAGMA application_id = 1", false),
+            ("PRAGMA user_version = 1", false),
+            ("CREATE TABLE delta (id INTEGER PRIMARY KEY, decky, operation); PRAGMA user_version = 1", false),
             ("PRAGMA user_version = 3", false),
+            (MARKS, false),
+            (&format!("{TABLE}; CREATE TRIGGER a AFTER DELETE ON delta BEGIN SELECT 1; END; {MARKS}"), false),
+            (&format!("{TABLE}; {MARKS}"), true),
             ("PRAGMA application_id = 0x444e4842; PRAGMA user_version = 3", false),
         ] {
             let database = Connection::open_in_memory().unwrap();

@@ -420,7 +420,8 @@ fn what_another_process_adds_to_the_new_file_first_is_not_overwritten() {
 
 #[test]
 fn what_is_no_outbox_is_moved_aside_and_nothing_of_it_is_lost() {
-    let foreign = |path: &Path| Connection::open(path).unwrap().execute_batch("CREATE TABLE theirs (a)").unwrap();
+    let sql = |path: &Path, sql: &str| Connection::open(path).unwrap().execute_batch(sql).unwrap();
+    let foreign = |path: &Path| sql(path, "CREATE TABLE theirs (a)");
     let text = |path: &Path| std::fs::write(path, "not a database, and longer than a header is\n".repeat(9)).unwrap();
     let broken = |path: &Path| {
         let outbox = Outbox::open(&OutboxLocation::File(path.to_owned()), Path::new("/"), Role::Deliver).unwrap().0;
@@ -430,7 +431,17 @@ fn what_is_no_outbox_is_moved_aside_and_nothing_of_it_is_lost() {
         bytes[4_096..].fill(0xa5);
         std::fs::write(path, bytes).unwrap();
     };
-    for spoil in [&foreign as &dyn Fn(&Path), &text, &broken] {
+    let marked = |path: &Path| {
+        sql(path, "CREATE TABLE theirs (a); PRAGMA application_id = 0x444e4842; PRAGMA user_version = 2");
+    };
+    let version_1 = |path: &Path| sql(path, "CREATE TABLE delta (id); PRAGMA user_version = 1");
+    let later_format = |path: &Path| {
+        foreign(path);
+        let mut bytes = std::fs::read(path).unwrap();
+        bytes[47] = 5;
+        std::fs::write(path, bytes).unwrap();
+    };
+    for spoil in [&foreign as &dyn Fn(&Path), &text, &broken, &marked, &version_1, &later_format] {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join(FILE);
         spoil(&path);
