@@ -37,11 +37,20 @@ impl Bundle {
     /// can sign (PKCS#1, PKCS#8 or SEC1) and fits the certificate. The files are not written atomically, so a new
     /// certificate beside an old key is an error here, and the caller looks again later.
     pub(crate) fn load(dir: &Path, provider: &CryptoProvider) -> Result<Self, Error> {
-        let roots = load_roots(&dir.join(CA))?;
-        let certificate = dir.join(CERTIFICATE);
-        let chain = certificates(&certificate)?;
+        Self::prove(dir, read, provider)
+    }
+
+    /// As [`load`](Self::load), of what `read` finds at the three files' paths.
+    pub(crate) fn prove(
+        dir: &Path,
+        read: impl Fn(&Path) -> Result<Vec<u8>, Error>,
+        provider: &CryptoProvider,
+    ) -> Result<Self, Error> {
+        let [ca, certificate, key] = [CA, CERTIFICATE, KEY].map(|name| dir.join(name));
+        let roots = roots(&ca, &read(&ca)?)?;
+        let chain = certificates(&certificate, &read(&certificate)?)?;
         let fingerprint = chain.first().map(fingerprint).unwrap_or_default();
-        let key = load_key(&dir.join(KEY))?;
+        let key = private_key(&key, &read(&key)?)?;
         let identity = CertifiedKey::from_der(chain, key, provider).map_err(|source| {
             Error::bundle(dir, format!("{CERTIFICATE} and {KEY} do not make an identity; enrol this host again"))
                 .because(source)
@@ -61,16 +70,16 @@ pub(crate) fn fingerprint(certificate: &CertificateDer<'_>) -> String {
     hex(digest::digest(&digest::SHA256, certificate).as_ref())
 }
 
-fn load_roots(path: &Path) -> Result<RootCertStore, Error> {
+fn roots(path: &Path, content: &[u8]) -> Result<RootCertStore, Error> {
     let mut roots = RootCertStore::empty();
-    for ca in certificates(path)? {
+    for ca in certificates(path, content)? {
         roots.add(ca).map_err(|source| Error::bundle(path, "is not a CA certificate").because(source))?;
     }
     Ok(roots)
 }
 
-fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, Error> {
-    let certificates: Vec<_> = CertificateDer::pem_slice_iter(&read(path)?)
+fn certificates(path: &Path, content: &[u8]) -> Result<Vec<CertificateDer<'static>>, Error> {
+    let certificates: Vec<_> = CertificateDer::pem_slice_iter(content)
         .collect::<Result<_, _>>()
         .map_err(|error| Error::bundle(path, pem_problem(&error)))?;
     if certificates.is_empty() {
@@ -79,8 +88,8 @@ fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, Error> {
     Ok(certificates)
 }
 
-fn load_key(path: &Path) -> Result<PrivateKeyDer<'static>, Error> {
-    PrivateKeyDer::from_pem_slice(&read(path)?).map_err(|error| match error {
+fn private_key(path: &Path, content: &[u8]) -> Result<PrivateKeyDer<'static>, Error> {
+    PrivateKeyDer::from_pem_slice(content).map_err(|error| match error {
         pem::Error::NoItemsFound => Error::bundle(path, "holds no private key; PKCS#1, PKCS#8 and SEC1 are understood"),
         error => Error::bundle(path, pem_problem(&error)),
     })

@@ -283,7 +283,17 @@ impl EnrolmentSources {
     /// [`Error::is_not_enrolled`] if there is no host uuid or no master host; it says which, and where it was
     /// looked for. [`Error::is_config`] for a value that cannot be used, or an ini that exists and cannot be read.
     pub fn read(&self) -> Result<Enrolment, Error> {
-        let reading = Reading::begin(self)?;
+        self.read_with(IniFile::read(self.ini.value())?)
+    }
+
+    /// As [`read`](Self::read), of an ini with this content.
+    #[cfg(fuzzing)]
+    pub(crate) fn read_content(&self, content: Vec<u8>) -> Result<Enrolment, Error> {
+        self.read_with(IniFile::parse(self.ini.value(), content)?)
+    }
+
+    fn read_with(&self, file: IniFile) -> Result<Enrolment, Error> {
+        let reading = Reading::begin(self, file)?;
         // A bad port is told first: whoever wrote one meant this host to be enrolled.
         let port = reading.text(MASTER_PORT)?;
         let master_port =
@@ -339,8 +349,7 @@ enum IniFile {
 }
 
 impl<'a> Reading<'a> {
-    fn begin(sources: &'a EnrolmentSources) -> Result<Self, Error> {
-        let file = IniFile::read(sources.ini.value())?;
+    fn begin(sources: &'a EnrolmentSources, file: IniFile) -> Result<Self, Error> {
         let mut reading = Self { sources, file, sections: vec!["decnet"] };
         if matches!(reading.file, IniFile::Read(_)) {
             let role = reading.text(MODE)?.map_or(Ok("master"), role_of)?;
@@ -435,7 +444,12 @@ impl IniFile {
             }
             _ => cannot(error),
         })?;
-        let text = String::from_utf8(bytes)
+        Self::parse(path, bytes)
+    }
+
+    /// What a file of this content at `path` says.
+    fn parse(path: &Path, content: Vec<u8>) -> Result<Self, Error> {
+        let text = String::from_utf8(content)
             .map_err(|error| Error::config(printable_path(path), "is not valid UTF-8").because(error.utf8_error()))?;
         let ini = Ini::parse(&text)
             .map_err(|fault| Error::config(format!("{} line {}", printable_path(path), fault.line), fault.problem))?;

@@ -118,6 +118,9 @@ mod delta;
 mod enrolment;
 mod error;
 mod files;
+#[cfg(fuzzing)]
+#[doc(hidden)]
+pub mod fuzzing;
 mod heartbeat;
 mod identity;
 mod limits;

@@ -116,6 +116,17 @@ impl Master {
         Ok(Self { agent, url, resolver, connections })
     }
 
+    /// What answers behind this connector.
+    #[cfg(fuzzing)]
+    pub(crate) fn behind(
+        connector: impl ureq::unversioned::transport::Connector,
+        connections: Arc<Mutex<Connections>>,
+    ) -> Self {
+        let resolver = MasterResolver::new("127.0.0.1", 1);
+        let agent = Agent::with_parts(config(), connector, resolver.clone());
+        Self { agent, url: "https://127.0.0.1/swarm/heartbeat".to_owned(), resolver, connections }
+    }
+
     /// A handle that interrupts a POST from another thread; the master cannot be used afterwards.
     pub(crate) fn interrupter(&self) -> Agent {
         self.agent.clone()
@@ -210,7 +221,7 @@ fn read(mut answer: Response<ureq::Body>) -> Reply {
 }
 
 /// `Retry-After` in seconds or as a date, clamped to 1 s … 10 min. Anything else is as if it were not there.
-fn parse_retry_after(text: &str, now: SystemTime) -> Option<Duration> {
+pub(crate) fn parse_retry_after(text: &str, now: SystemTime) -> Option<Duration> {
     let text = text.trim();
     let wait = if !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit()) {
         // More digits than fit are a long time all the same.

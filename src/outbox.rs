@@ -22,7 +22,7 @@ mod lock;
 #[cfg(test)]
 #[cfg(feature = "cli")]
 mod model;
-mod schema;
+pub(crate) mod schema;
 mod shared;
 mod store;
 #[cfg(test)]
@@ -393,6 +393,13 @@ impl Outbox {
         let aged = shared.change(self.path.as_deref(), deadline(), older);
         unpoisoned(&self.books).dropped += aged.map_err(|source| self.error("cannot be read").because(source))?;
         Ok(())
+    }
+
+    /// Ages the rows as if so much time had passed.
+    #[cfg(fuzzing)]
+    pub(crate) fn pass(&self, time: Duration) -> Result<(), Error> {
+        let mut shared = self.enter(deadline())?;
+        self.age_by(&mut shared, time)
     }
 
     /// Nobody will ever deliver from it, and nothing outlives it: it is in memory, and its heartbeat has stopped.

@@ -74,7 +74,11 @@ impl SocketTransport {
 
     /// Not connected yet, and known already to whoever may shut it down.
     fn new(domain: Domain, details: &ConnectionDetails<'_>) -> Result<Self, ureq::Error> {
-        let socket = Arc::new(Shut(Socket::new(domain, Type::STREAM, None)?));
+        Self::over(Socket::new(domain, Type::STREAM, None)?, details)
+    }
+
+    pub(crate) fn over(socket: Socket, details: &ConnectionDetails<'_>) -> Result<Self, ureq::Error> {
+        let socket = Arc::new(Shut(socket));
         let handle: Weak<Shut> = Arc::downgrade(&socket);
         (details.register_shutdown)(handle)?;
         let buffers = LazyBuffers::new(details.config.input_buffer_size(), details.config.output_buffer_size());

@@ -2,7 +2,7 @@
 //! thread, the only place where foreign code and slow reads run.
 
 pub(crate) mod decnet;
-mod docker;
+pub(crate) mod docker;
 mod list;
 mod topology;
 

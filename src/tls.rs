@@ -170,9 +170,14 @@ impl Answer {
     /// `HTTP/1.1 204 `
     const HEAD: usize = 13;
 
-    fn add(&mut self, input: &[u8]) {
+    /// More of it has come. An error: it is too much.
+    pub(crate) fn add(&mut self, input: &[u8]) -> Result<(), ureq::Error> {
         self.head.extend(input.iter().take(Self::HEAD.saturating_sub(self.head.len())));
         self.length += input.len();
+        match self.length {
+            0..=limits::ANSWER => Ok(()),
+            length => Err(ureq::Error::LargeResponseHeader(length, limits::ANSWER)),
+        }
     }
 
     /// Its status, once that is there. An interim one is none.
@@ -268,13 +273,7 @@ impl Transport for TlsTransport {
         self.stream.get_mut().set_timeout(timeout);
         let input = self.buffers.input_append_buf();
         let amount = self.stream.read(input)?;
-        let length = note(&self.connections, |connections| {
-            connections.answer.add(input.get(..amount).unwrap_or_default());
-            connections.answer.length
-        });
-        if length > limits::ANSWER {
-            return Err(ureq::Error::LargeResponseHeader(length, limits::ANSWER));
-        }
+        note(&self.connections, |connections| connections.answer.add(input.get(..amount).unwrap_or_default()))?;
         self.buffers.input_appended(amount);
         Ok(amount > 0)
     }
@@ -310,8 +309,16 @@ mod tests {
             ("SSH-2.0-OpenSSH", None),
         ] {
             let mut answer = Answer::default();
-            head.as_bytes().chunks(2).for_each(|some| answer.add(some));
+            head.as_bytes().chunks(2).for_each(|some| answer.add(some).unwrap());
             assert_eq!(answer.status().map(|status| status.as_u16()), status, "{head}");
         }
+    }
+
+    #[test]
+    fn an_answer_has_its_bytes_and_no_more() {
+        let mut answer = Answer::default();
+        answer.add(&vec![0; limits::ANSWER - 1]).unwrap();
+        let error = answer.add(&[0; 2]).unwrap_err();
+        assert_eq!(error.to_string(), "response header is too big: 65537 > 65536");
     }
 }

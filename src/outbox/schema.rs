@@ -46,12 +46,12 @@ pub(super) fn problem(db: &Connection) -> rusqlite::Result<Option<&'static str>>
 }
 
 /// In SQL, the last id that the file knows of. A sequence that is broken must not lead back to ids of rows that are there.
-pub(super) const LAST_ID: &str = "max(
+pub(crate) const LAST_ID: &str = "max(
     ifnull((SELECT max(seq) FROM main.sqlite_sequence WHERE name = 'delta' AND typeof(seq) = 'integer'), 0),
     ifnull((SELECT max(id) FROM main.delta), 0))";
 
 /// Ids begin at the clock, far below this, and above it none may be left for the next row one day.
-const LAST_ID_AT_MOST: i64 = i64::MAX / 4 * 3;
+pub(crate) const LAST_ID_AT_MOST: i64 = i64::MAX / 4 * 3;
 
 /// Which version of the schema this is, 0 for an empty database; `None`: it is not ours.
 fn version(db: &Connection) -> rusqlite::Result<Option<i64>> {

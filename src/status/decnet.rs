@@ -70,8 +70,18 @@ impl DecnetStatus {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Snapshot::new(&Status::nothing(aside))),
             Err(error) => return Err(self.broken(&error.to_string())),
         };
-        let state: State<'_> = serde_json::from_slice(&content).map_err(|error| self.broken(&error.to_string()))?;
-        if is_nested_deeper(&content, limits::NESTING) {
+        self.report(&content, engine, aside)
+    }
+
+    /// The status of a state file with this content.
+    pub(crate) fn report(
+        &self,
+        content: &[u8],
+        engine: &Result<Engine, String>,
+        aside: Option<&str>,
+    ) -> Result<Snapshot, String> {
+        let state: State<'_> = serde_json::from_slice(content).map_err(|error| self.broken(&error.to_string()))?;
+        if is_nested_deeper(content, limits::NESTING) {
             return Err(self.broken(&format!("nested deeper than {} levels", limits::NESTING)));
         }
         state.report(engine, aside).map_err(|error| self.broken(&format!("a decky: {error}")))

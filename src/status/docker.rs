@@ -40,6 +40,12 @@ impl Docker {
         Self { agent: Agent::with_parts(config(), connector, NoResolver), socket }
     }
 
+    /// What answers behind this connector.
+    #[cfg(fuzzing)]
+    pub(crate) fn behind(connector: impl Connector) -> Self {
+        Self { agent: Agent::with_parts(config(), connector, NoResolver), socket: PathBuf::from("docker.sock") }
+    }
+
     /// The error is for people: it names the socket, the request and what went wrong.
     pub(crate) fn engine(&self) -> Result<Engine, String> {
         let containers: List<Container> = self.get("/containers/json?all=true")?;

@@ -97,6 +97,9 @@ impl Row {
         subject.push("before");
         subject.until("the first delta", |stats| stats["delivered"] == 1);
         let before = subject.footprint();
+        if let Right::Warns(words) = self.right {
+            assert_eq!(subject.log_lines(words), [""; 0], "there is nothing to warn of yet");
+        }
         let posing = self.fault.begin(&mut stage);
         subject.push("meanwhile");
         let is_soon_well = self.right.check(&mut stage, &mut subject, posing);

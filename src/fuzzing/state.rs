@@ -1,0 +1,85 @@
+//! DECNET's state file, whatever stands in it.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::path::Path;
+
+use serde::Deserialize;
+use serde_json::value::RawValue;
+
+use super::assert_sayable;
+use crate::body::Body;
+use crate::status::Snapshot;
+use crate::status::decnet::DecnetStatus;
+use crate::status::docker::Engine;
+
+/// Makes a status of a state file with this content, where Docker answers and where it does not.
+pub fn state_file(input: &[u8]) {
+    let containers = [("decky-01-ssh", "running"), ("decky-01-smb-share", "exited"), ("decky-02-ftp", "running")];
+    let containers = containers.map(|(name, state)| (name.to_owned(), state.to_owned()));
+    let engine = Engine { containers: containers.into(), bridges: Vec::new() };
+    let source = DecnetStatus::new(Path::new("/etc/decnet/agent"));
+    let seen = check(source.report(input, &Ok(engine), None));
+    let unseen = check(source.report(input, &Err("away".to_owned()), None));
+    if let Some(status) = seen {
+        check_deckies(input, &status);
+    }
+    if let Some(status) = unseen {
+        assert_eq!(object(&status).get("error").map(|error| error.get()), Some(r#""away""#));
+        assert!(!object(&status).contains_key("deckies"), "a decky without states would count as degraded");
+    }
+}
+
+/// The status, unless it is not known; that is said then, and a beat of either can be read.
+fn check(status: Result<Snapshot, String>) -> Option<String> {
+    let snapshot = match &status {
+        Ok(status) => status.clone(),
+        Err(problem) => {
+            assert_sayable(problem);
+            Snapshot::unknown(problem)
+        }
+    };
+    let status_sent = snapshot.raw_status();
+    let body = Body { host_uuid: "u", agent_version: "1", status: status_sent, topology: None, lifecycle: &[] };
+    let body = serde_json::to_string(&body).unwrap();
+    assert_eq!(object(&body)["status"].get(), snapshot.status());
+    object(snapshot.status());
+    status.ok().map(|_| snapshot.status().to_owned())
+}
+
+/// A JSON object; what is in it may be nested deeper than a parser of values goes.
+fn object(json: &str) -> BTreeMap<&str, &RawValue> {
+    serde_json::from_str(json).unwrap()
+}
+
+fn check_deckies(input: &[u8], status: &str) {
+    #[derive(Deserialize)]
+    struct Decky {
+        name: String,
+        services: Vec<String>,
+    }
+    #[derive(Deserialize)]
+    struct Runtime {
+        running: bool,
+        services: HashMap<String, String>,
+    }
+    let status = object(status);
+    let deckies: Vec<&RawValue> = serde_json::from_str(status["deckies"].get()).unwrap();
+    let runtime: HashMap<String, Runtime> = serde_json::from_str(status["runtime"].get()).unwrap();
+    let mut rest = std::str::from_utf8(input).unwrap();
+    // Of two deckies of one name, the last one counts, for whoever reads the JSON as well.
+    let mut named = HashMap::new();
+    for decky in deckies {
+        let (_, after) = rest.split_once(decky.get()).expect("byte for byte, in the file's order");
+        rest = after;
+        let decky: Decky = serde_json::from_str(decky.get()).unwrap();
+        named.insert(decky.name, decky.services);
+    }
+    assert_eq!(named.len(), runtime.len());
+    for (name, services) in named {
+        let states = &runtime[&name];
+        let services: HashSet<_> = services.iter().collect();
+        assert_eq!(services, states.services.keys().collect());
+        let all_run = states.services.values().all(|state| state == "running");
+        assert_eq!(states.running, !services.is_empty() && all_run);
+    }
+}
