@@ -31,7 +31,7 @@ pub enum Docker {
     Says(&'static str),
     /// So many containers.
     Has(usize),
-    /// An answer of so many bytes that are all one array.
+    /// An answer of so many bytes, all of one container.
     Pours(usize),
     /// Names that are meant for a terminal.
     IsHostile,
@@ -123,8 +123,8 @@ fn send(stream: &mut UnixStream, json: &str) -> std::io::Result<()> {
 }
 
 fn pour(stream: &mut UnixStream, size: usize) -> std::io::Result<()> {
-    write!(stream, "HTTP/1.1 200 OK\r\nContent-Length: {size}\r\n\r\n[")?;
-    (0..size / 32).try_for_each(|n| write!(stream, r#"{{"Names":["/{n:08}"],"State":"x"}},"#))
+    write!(stream, "HTTP/1.1 200 OK\r\nContent-Length: {size}\r\n\r\n[{{\"Id\":\"")?;
+    (0..size / 1_000).try_for_each(|_| stream.write_all(&[b'x'; 1_000]))
 }
 
 /// About what a real one takes.
@@ -141,7 +141,6 @@ pub fn rows() -> Vec<Row> {
         let world = World { source: Source::Decnet, growth: 40 * 1024, ..World::default() };
         Row::new(format!("docker/{name}"), Fault::Docker(docker), right).with(world)
     };
-    let at = "Docker at ";
     let html = "HTTP/1.1 200 OK\r\nContent-Length: 22\r\n\r\n<html>no engine</html>";
     let half = "HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n[{\"Names\":[\"/d1-ssh\"],\"Sta";
     let oops = "HTTP/1.1 500 Oops\r\nContent-Length: 12\r\n\r\nno\u{1b}[31m\nway\u{202e}";
@@ -154,7 +153,8 @@ pub fn rows() -> Vec<Row> {
         row("half_a_reply", Docker::Says(half), Right::Says("the answer broke off")),
         row("500", Docker::Says(oops), Right::Says("answered 500 no\\u{1b}[31m\\u{a}way")),
         row("html", Docker::Says(html), Right::Says("the answer is not a Docker Engine's")),
-        row("of_100_mb", Docker::Pours(100_000_000), Right::Says(at)),
+        row("of_100_mb", Docker::Pours(100_000_000), Right::Says("the answer is larger than 67108864 bytes")),
+        row("of_60000_containers", Docker::Has(60_000), Right::Says("a list of more than 50000")),
         row(
             "of_10000_containers",
             Docker::Has(10_000),

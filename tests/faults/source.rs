@@ -6,7 +6,7 @@ use decnet_heartbeat::loopback::Fault as Wire;
 use serde_json::{Value, json};
 
 use crate::log;
-use crate::stage::{SLACK, Stage, Subject, World};
+use crate::stage::{PATIENCE, SLACK, Stage, Subject, World};
 use crate::subject::Source;
 
 fn stage(source: Source, interval: u64) -> (Stage, Subject) {
@@ -98,12 +98,10 @@ pub fn returns_after_a_minute() {
 pub fn returns_50_mb() {
     const SIZE: usize = 50 << 20;
     let (stage, mut subject) = stage(Source::Of(SIZE), 30);
-    let fresh = |stage: &Stage| {
-        statuses(stage)
-            .last()
-            .is_some_and(|status| status["error"].as_str().is_some_and(|error| error.contains("larger than")))
-    };
-    while !fresh(&stage) {
+    let said = |stage: &Stage| statuses(stage).pop().unwrap()["error"].as_str().unwrap_or_default().to_owned();
+    let since = Instant::now();
+    while !said(&stage).contains("larger than") {
+        assert!(since.elapsed() < PATIENCE, "{}", subject.log_tail());
         beat(&mut subject, Duration::from_secs(10));
     }
     let before = subject.footprint().peak;
