@@ -86,7 +86,7 @@ pub(crate) const TLS_SESSIONS: usize = 4;
 // ---- what is read on this host --------------------------------------------------------------
 
 /// A state file of 10,000 deckies is about 6 MiB.
-pub(crate) const STATE_FILE: u64 = 16 * 1024 * 1024;
+pub(crate) const STATE_FILE: u64 = 12 * 1024 * 1024;
 
 /// Deckies of a state file: what a file of that size holds, if they are real ones.
 pub(crate) const DECKIES: usize = 20_000;
@@ -98,13 +98,19 @@ pub(crate) const SERVICES: usize = 100;
 pub(crate) const NESTING: usize = 100;
 
 /// A status: a state file, and its runtime. A source of the agent's own may not flood the master either.
-pub(crate) const STATUS: usize = 32 * 1024 * 1024;
+pub(crate) const STATUS: usize = 16 * 1024 * 1024;
 
 /// One of Docker's answers; 10,000 containers are about 15 MiB.
 pub(crate) const DOCKER_ANSWER: u64 = 64 * 1024 * 1024;
 
 /// Containers, or networks, in one of Docker's answers.
 pub(crate) const DOCKER_LIST: usize = 50_000;
+
+/// Bytes of a container's name or state, or of a network's name; Linux' file systems have names of 255.
+pub(crate) const DOCKER_NAME: usize = 255;
+
+/// Bytes of a text in `topology.db`; ids have 36, and an error is for people.
+pub(crate) const TOPOLOGY_TEXT: usize = 64 * 1024;
 
 /// One request to Docker, all of it. The status thread may wait; the beat does not wait for it.
 pub(crate) const DOCKER: Duration = Duration::from_secs(8);

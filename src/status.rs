@@ -51,7 +51,7 @@ pub struct Snapshot {
 impl Snapshot {
     /// A snapshot with this `status`, which must serialize to a JSON object (`PROTOCOL.md`, "`status`").
     ///
-    /// Anything else, and what is larger than 32 MiB, is said as unknown, with the reason: the master refuses a beat whose
+    /// Anything else, and what is larger than 16 MiB, is said as unknown, with the reason: the master refuses a beat whose
     /// status is no object, and no fault of a source stops a beat.
     pub fn new(status: &impl Serialize) -> Self {
         match to_raw_value(status) {

@@ -65,12 +65,13 @@ fn check_deckies(input: &[u8], status: &str) {
     let status = object(status);
     let deckies: Vec<&RawValue> = serde_json::from_str(status["deckies"].get()).unwrap();
     let runtime: HashMap<String, Runtime> = serde_json::from_str(status["runtime"].get()).unwrap();
-    let mut rest = std::str::from_utf8(input).unwrap();
+    let mut rest = input;
     // Of two deckies of one name, the last one counts, for whoever reads the JSON as well.
     let mut named = HashMap::new();
     for decky in deckies {
-        let (_, after) = rest.split_once(decky.get()).expect("byte for byte, in the file's order");
-        rest = after;
+        let bytes = decky.get().as_bytes();
+        let at = rest.windows(bytes.len()).position(|found| found == bytes);
+        rest = &rest[at.expect("byte for byte, in the file's order") + bytes.len()..];
         let decky: Decky = serde_json::from_str(decky.get()).unwrap();
         named.insert(decky.name, decky.services);
     }

@@ -27,6 +27,12 @@ pub(crate) struct Engine {
     pub(crate) bridges: Vec<String>,
 }
 
+impl Engine {
+    fn texts(&self) -> impl Iterator<Item = &String> {
+        self.containers.iter().flat_map(|(name, state)| [name, state]).chain(&self.bridges)
+    }
+}
+
 /// A client for one socket. It keeps its connection between snapshots.
 #[derive(Debug)]
 pub(crate) struct Docker {
@@ -51,8 +57,13 @@ impl Docker {
         let containers: List<Container> = self.get("/containers/json?all=true")?;
         let networks: List<Network> = self.get("/networks")?;
         let containers = containers.0.into_iter().filter_map(Container::into_entry).collect();
-        let bridges = networks.0.into_iter().filter(|network| network.driver == "bridge").map(|it| it.name).collect();
-        Ok(Engine { containers, bridges })
+        let bridges = networks.0.into_iter().filter(|network| network.driver == "bridge").map(|it| it.name);
+        let engine = Engine { containers, bridges: bridges.collect() };
+        if engine.texts().any(|text| text.len() > limits::DOCKER_NAME) {
+            let socket = printable_path(&self.socket);
+            return Err(format!("Docker at {socket}: a name or a state is longer than {} bytes", limits::DOCKER_NAME));
+        }
+        Ok(engine)
     }
 
     fn get<T: DeserializeOwned>(&self, what: &str) -> Result<T, String> {
@@ -234,6 +245,18 @@ mod tests {
             ("SSH-2.0-OpenSSH_9.2p1\r\n", "protocol: http parse fail: invalid HTTP version"),
         ] {
             assert_eq!(problem(&[answer]), format!("{what}: {said}"), "{answer}");
+        }
+    }
+
+    #[test]
+    fn a_name_that_is_no_name_is_said() {
+        let long = "x".repeat(limits::DOCKER_NAME + 1);
+        let container = |name: &str, state: &str| ok(&format!(r#"[{{"Names":["/{name}"],"State":"{state}"}}]"#));
+        let network = ok(&format!(r#"[{{"Name":"{long}","Driver":"bridge"}}]"#));
+        for answers in [[container(&long, "running"), ok("[]")], [container("a", &long), ok("[]")], [ok("[]"), network]]
+        {
+            let said = problem(&answers.each_ref().map(String::as_str));
+            assert_eq!(said, "Docker at DIR/docker.sock: a name or a state is longer than 255 bytes");
         }
     }
 

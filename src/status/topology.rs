@@ -4,6 +4,7 @@ use std::error::Error;
 use std::io;
 use std::path::PathBuf;
 
+use rusqlite::types::Type;
 use rusqlite::{Connection, OpenFlags, OptionalExtension, Row};
 
 use super::AppliedTopology;
@@ -54,11 +55,22 @@ impl TopologyFile {
 
 fn applied(row: &Row<'_>) -> rusqlite::Result<AppliedTopology> {
     Ok(AppliedTopology {
-        topology_id: row.get(0)?,
-        applied_version_hash: row.get(1)?,
+        topology_id: text(row, 0)?,
+        applied_version_hash: text(row, 1)?,
         applied_at: row.get(2)?,
-        last_error: row.get(3)?,
+        last_error: row.get_ref(3)?.as_str_or_null()?.map(|_| text(row, 3)).transpose()?,
     })
+}
+
+/// All of it goes out with every beat.
+fn text(row: &Row<'_>, column: usize) -> rusqlite::Result<String> {
+    match row.get_ref(column)?.as_str()? {
+        text if text.len() <= limits::TOPOLOGY_TEXT => Ok(text.to_owned()),
+        _ => {
+            let problem = format!("longer than {} bytes", limits::TOPOLOGY_TEXT);
+            Err(rusqlite::Error::FromSqlConversionFailure(column, Type::Text, problem.into()))
+        }
+    }
 }
 
 #[cfg(test)]
@@ -136,6 +148,19 @@ mod tests {
         let (last, problem) = file.read();
         assert_eq!(last, Some(Some(row())));
         assert!(problem.unwrap_err().ends_with("topology.db: is gone"));
+    }
+
+    #[test]
+    fn a_text_that_is_too_long_to_go_out_with_every_beat_is_said() {
+        let (_dir, mut file, owner) = file_with_row();
+        owner.execute("UPDATE applied_topology SET last_error = ?1", ["x".repeat(limits::TOPOLOGY_TEXT)]).unwrap();
+        assert_eq!(file.read().0.unwrap().unwrap().last_error.unwrap().len(), limits::TOPOLOGY_TEXT);
+        for column in ["topology_id", "applied_version_hash", "last_error"] {
+            let sql = format!("UPDATE applied_topology SET {column} = ?1");
+            owner.execute(&sql, ["x".repeat(limits::TOPOLOGY_TEXT + 1)]).unwrap();
+            let problem = file.read().1.unwrap_err();
+            assert!(problem.ends_with("longer than 65536 bytes"), "{problem}");
+        }
     }
 
     #[test]

@@ -27,6 +27,8 @@ pub enum Network {
     ResetsAtTheEnd,
     /// So many bytes a second are taken from the agent.
     Drips(usize),
+    /// Of the master's bytes one a second reaches the agent.
+    DripsBack,
 }
 
 /// The relay. Dropping it cuts everything.
@@ -165,9 +167,9 @@ impl Shared {
         let line = Arc::new(Line { agent, master, frozen, reset });
         self.state.lock().unwrap().open.push(Arc::downgrade(&line));
         let (up, down, network) = (Arc::clone(&line), line, network.clone());
-        let resets = network == Network::ResetsAtTheEnd;
+        let back = network.clone();
         thread::spawn(move || up.carry_up(&network));
-        thread::spawn(move || down.carry_down(resets));
+        thread::spawn(move || down.carry_down(&back));
     }
 }
 
@@ -190,14 +192,18 @@ impl Line {
         let _ = self.master.shutdown(Shutdown::Write);
     }
 
-    fn carry_down(&self, resets: bool) {
-        let mut buffer = vec![0; 16 * 1024];
+    fn carry_down(&self, network: &Network) {
+        let drips = *network == Network::DripsBack;
+        let mut buffer = vec![0; if drips { 1 } else { 16 * 1024 }];
         while let Ok(count @ 1..) = (&self.master).read(&mut buffer) {
+            if drips {
+                thread::sleep(Duration::from_secs(1));
+            }
             if !self.is_frozen() && (&self.agent).write_all(&buffer[..count]).is_err() {
                 break;
             }
         }
-        if resets {
+        if *network == Network::ResetsAtTheEnd {
             self.end_with_a_reset();
         } else if !self.reset.load(Ordering::SeqCst) && !self.is_frozen() {
             let _ = self.agent.shutdown(Shutdown::Write);

@@ -20,6 +20,10 @@ pub fn rows() -> Vec<Row> {
     // The body is built anew for each attempt, and the source makes its string twice.
     let big = World { source: Source::Of(BIG), growth: 8 * BIG as u64 / 1024, ..World::default() };
     let closed = || fails("closed", "", 0.0..0.5);
+    let was_reset = || fails("closed", "Connection reset by peer", 0.0..0.5);
+    let reset = |name: &str, answer| {
+        Row::new(format!("network/reset_{name}"), Fault::Both(Network::ResetsAtTheEnd, answer), was_reset())
+    };
     vec![
         network("refused", Network::Refuses, fails("refused", "Connection refused", 0.0..0.5)),
         network("blackholed", Network::Swallows, fails("timeout-connect", "timeout: connect", 4.9..5.2)),
@@ -41,10 +45,18 @@ pub fn rows() -> Vec<Row> {
             fails("timeout-send-body", "timeout: send body", 4.9..10.5),
         )
         .with(big),
-        Row::new("network/reset_before_the_body", Fault::Network(Network::ResetsAfter(1)), closed()),
-        network("reset_in_the_body", Network::ResetsAfter(100_000), closed()).with(big),
+        network("reset_in_the_handshake", Network::ResetsAfter(1), was_reset()),
+        reset("before_the_body", Answer::CutBeforeRequest),
+        reset("in_the_body", Answer::CutInBody),
+        reset("after_the_body", Answer::CutAfterBody(Effect::Lost)),
+        network("reset_in_a_big_body", Network::ResetsAfter(100_000), closed()).with(big),
         network("slow_reader", Network::Drips(200_000), fails("timeout-send-body", "timeout: send body", 4.9..10.5))
             .with(big),
+        network(
+            "one_byte_a_second_of_the_handshake",
+            Network::DripsBack,
+            fails("timeout-connect", "timeout: connect", 4.9..5.2),
+        ),
         master(
             "one_byte_a_second_of_headers",
             Answer::Slowly(Duration::from_secs(1)),

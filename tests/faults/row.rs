@@ -29,6 +29,8 @@ pub struct Row {
 pub enum Fault {
     /// What is open is cut, and new connections fare like this.
     Network(Network),
+    /// The same, and every request is answered like this.
+    Both(Network, Wire),
     /// What is open is closed, or reset, or nothing goes through it any more.
     Cut,
     Reset,
@@ -133,6 +135,11 @@ impl Fault {
     pub fn begin(&self, stage: &mut Stage) -> Option<Posing> {
         match self {
             Self::Network(network) => {
+                stage.gate.set(network.clone());
+                stage.gate.cut();
+            }
+            Self::Both(network, answer) => {
+                stage.master.always(Some(answer.clone()));
                 stage.gate.set(network.clone());
                 stage.gate.cut();
             }
