@@ -106,7 +106,9 @@ impl Worker {
         self.stats.change(|stats| stats.working_since = Some(Instant::now()));
         if let Err(panic) = catch_unwind(AssertUnwindSafe(|| work(self))) {
             let said = collector::message(panic.as_ref());
-            log::error!("a beat panicked, going on: host={} panic={said}", self.host());
+            if let Some(times) = self.repeats.count("beat", &said, Instant::now()) {
+                log::error!("a beat panicked, going on: host={} times={times} panic={said:?}", self.host());
+            }
             self.stats.change(|stats| stats.panics += 1);
             if let Err(error) = self.link.renew() {
                 log::warn!("the connection cannot be made anew: error={}", chain(&error));

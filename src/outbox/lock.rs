@@ -10,12 +10,10 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::file::folder;
+use crate::limits;
 
 /// What an owner's file is called after the outbox' own name.
 const OWNER: &str = "-owner-";
-
-/// Bytes of a token at the most: a pid, a hyphen and 16 digits, with room to spare. There is no file of a longer name.
-const TOKEN: usize = 64;
 
 /// What it is called before it is locked, after its own name.
 const UNLOCKED: &str = ".new";
@@ -43,7 +41,7 @@ impl DeliveryLock {
             }
             Err(TryLockError::WouldBlock) => {
                 let mut holder = String::new();
-                file.take(16).read_to_string(&mut holder)?;
+                file.take(limits::OUTBOX_HOLDER).read_to_string(&mut holder)?;
                 Ok(Err(holder))
             }
             Err(TryLockError::Error(error)) => Err(error),
@@ -117,7 +115,9 @@ impl Drop for Owner {
 pub(super) fn is_dead(outbox: &Path, token: &[u8]) -> bool {
     // It comes from a file: only what we would write may become a path.
     let ours = |byte: &u8| byte.is_ascii_hexdigit() || *byte == b'-';
-    let token = str::from_utf8(token).ok().filter(|token| token.len() <= TOKEN && token.as_bytes().iter().all(ours));
+    let token = str::from_utf8(token)
+        .ok()
+        .filter(|token| token.len() <= limits::OUTBOX_OWNER && token.as_bytes().iter().all(ours));
     let Some(token) = token else { return true };
     let path = owner_path(outbox, token);
     match File::open(&path) {
