@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use super::file::folder;
 use crate::limits;
+use crate::text::printable;
 
 /// What an owner's file is called after the outbox' own name.
 const OWNER: &str = "-owner-";
@@ -40,9 +41,10 @@ impl DeliveryLock {
                 Ok(Ok(Self { file }))
             }
             Err(TryLockError::WouldBlock) => {
-                let mut holder = String::new();
-                file.take(limits::OUTBOX_HOLDER).read_to_string(&mut holder)?;
-                Ok(Err(holder))
+                let mut holder = Vec::new();
+                file.take(limits::OUTBOX_HOLDER).read_to_end(&mut holder)?;
+                // Whatever stands in it, it is held.
+                Ok(Err(printable(&String::from_utf8_lossy(&holder))))
             }
             Err(TryLockError::Error(error)) => Err(error),
         }
@@ -174,6 +176,9 @@ mod tests {
         let outbox = dir.path().join("heartbeat.db");
         let held = DeliveryLock::take(&outbox).unwrap().unwrap();
         assert_eq!(DeliveryLock::take(&outbox).unwrap().unwrap_err(), std::process::id().to_string());
+        // Whoever else wrote into it has not let it go.
+        std::fs::write(beside(&outbox, "-lock"), b"\xff\x1b").unwrap();
+        assert_eq!(DeliveryLock::take(&outbox).unwrap().unwrap_err(), "\u{fffd}\\u{1b}");
         drop(held);
         DeliveryLock::take(&outbox).unwrap().unwrap();
     }
