@@ -54,7 +54,8 @@
 //!    "later", it waits on, and is sent again after a backoff.
 //! 4. *Delivered* when the master answers 2xx: the row is deleted ([`Stats::delivered`]). Or *rejected*: a body that the
 //!    master refuses is halved until the delta at fault stands alone, and that one stays in the outbox with the
-//!    reason, never to be sent again ([`Stats::rejected`]). Liveness goes on meanwhile.
+//!    reason, never to be sent again ([`Stats::rejected`]). Liveness goes on meanwhile; a status that the master refuses is
+//!    left out, and the beat says so.
 //! 5. Or *dropped*: beyond 10,000 rows the oldest fall out, the rejected ones first, and after 7 days of waiting every one.
 //!    That is counted and logged ([`Stats::dropped`]).
 //!
@@ -80,7 +81,8 @@
 //!
 //! [`DecnetStatus`] reads DECNET's state file, Docker and `topology.db`. An agent that knows better gives a
 //! [`StatusSource`] of its own, or a closure that returns a [`Snapshot`]. What cannot be found out is said inside the
-//! snapshot, as the master draws conclusions from what is left out.
+//! snapshot, as the master draws conclusions from what is left out. A status is at most 16 MiB, and goes out at most five
+//! seconds after it was made.
 //!
 //! # Enrolment
 //!
@@ -93,11 +95,12 @@
 //! Through the `log` facade, one line a fact, `key=value`:
 //!
 //! - `error`: what costs something, or what only an operator can mend. A host that the master does not accept (with the
-//!   fingerprint that was shown), a delta that it refuses for good or that fell out of the outbox, a panic that was
-//!   caught, an outbox in memory, one that was moved aside, or one that cannot note what the master has answered.
-//! - `warn`: a beat that failed, changed credentials that do not fit, Docker or a file that cannot be read, operations
-//!   whose process has died. A failure is said when it changes; a failed beat also at its second, fourth, eighth …
-//!   repetition.
+//!   fingerprint that was shown), a delta that it refuses for good or that fell out of the outbox, a status that it
+//!   refuses, a panic that was caught, an outbox in memory, one that was moved aside, or one that cannot note what the
+//!   master has answered.
+//! - `warn`: a beat that failed, changed credentials that do not fit, a key that others can read, Docker or a file that
+//!   cannot be read, operations whose process has died. A failure is said when it changes; a failed beat, and what else
+//!   comes again with each beat, also at its second, fourth, eighth … repetition.
 //! - `info`: start, first success, recovery, credentials taken over, an outbox that is on the disk again, stop.
 //! - `debug`: every beat; a retry on a fresh connection; a name that was not found; a dormant start.
 //!
