@@ -101,10 +101,10 @@ pub(crate) const NESTING: usize = 100;
 pub(crate) const STATUS: usize = 16 * 1024 * 1024;
 
 /// One of Docker's answers; 10,000 containers are about 15 MiB.
-pub(crate) const DOCKER_ANSWER: u64 = 64 * 1024 * 1024;
+pub(crate) const DOCKER_ANSWER: u64 = 32 * 1024 * 1024;
 
 /// Containers, or networks, in one of Docker's answers.
-pub(crate) const DOCKER_LIST: usize = 50_000;
+pub(crate) const DOCKER_LIST: usize = 25_000;
 
 /// Bytes of a container's name or state, or of a network's name; Linux' file systems have names of 255.
 pub(crate) const DOCKER_NAME: usize = 255;

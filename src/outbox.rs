@@ -28,6 +28,7 @@ mod store;
 #[cfg(test)]
 mod tests;
 
+use std::collections::BTreeSet;
 use std::mem;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -150,7 +151,15 @@ impl Outbox {
         let (owner, aged) = (Owner::new(), Instant::now());
         let us = owner.token().to_owned();
         let outbox = Self {
-            shared: FairMutex::new(Shared { store, owner, owning: false, refused: None, aged, said: 0 }),
+            shared: FairMutex::new(Shared {
+                store,
+                owner,
+                owning: false,
+                left: BTreeSet::new(),
+                refused: None,
+                aged,
+                said: 0,
+            }),
             pending: Mutex::default(),
             books: Mutex::default(),
             us,

@@ -4,6 +4,7 @@
 //! Everything is read from the view `current`, and changed in the table `unwritten` over it (see [`super::schema`]); how
 //! and when that reaches the file is [`super::store`]'s matter.
 
+use std::collections::BTreeSet;
 use std::time::SystemTime;
 
 use rusqlite::types::{ToSqlOutput, Type, ValueRef};
@@ -202,6 +203,18 @@ pub(super) fn copy(from: &Connection, table: Copied, to: &Connection) -> rusqlit
         insert.execute(params_from_iter(values.collect::<rusqlite::Result<Vec<_>>>()?))?;
     }
     Ok(())
+}
+
+/// All ids.
+pub(super) fn ids(db: &Connection) -> rusqlite::Result<Vec<i64>> {
+    db.prepare("SELECT id FROM current")?.query_map([], |row| row.get(0))?.collect()
+}
+
+/// Lets go of the rows with these ids, but for what has just been [`copy`]'d.
+pub(super) fn forget(db: &Connection, ids: &BTreeSet<i64>) -> rusqlite::Result<()> {
+    forget_room(db)?;
+    let mut forget = db.prepare("INSERT OR IGNORE INTO unwritten (id, gone) VALUES (?1, 1)")?;
+    ids.iter().try_for_each(|id| forget.execute([id]).map(drop))
 }
 
 /// How much is [`copy`]'d.

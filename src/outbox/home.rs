@@ -1,10 +1,11 @@
 //! How the outbox gets to its file, at the start and whenever it has lost it, and who may deliver from there. Runs on the
 //! thread that opens the outbox, and on the heartbeat thread before a beat.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::time::Duration;
 
-use super::entries::Copied;
+use super::entries::{self, Copied};
 use super::lock::DeliveryLock;
 use super::shared::Shared;
 use super::store::{Refusal, Store};
@@ -45,7 +46,7 @@ impl Outbox {
             let live = shared.owner.live(path);
             live.map_err(|source| Away::Unusable(Error::outbox(Some(path), "cannot be written").because(source)))?;
         }
-        let taken = home.take_over(&shared.store, Copied::Everything, limits::OUTBOX_BUSY);
+        let taken = home.take_over(&shared.store, Copied::Everything, &shared.left, limits::OUTBOX_BUSY);
         taken.map_err(|source| unusable("cannot be written", source))?;
         (shared.store, shared.refused) = (home, None);
         Ok(())
@@ -58,7 +59,11 @@ impl Outbox {
             _ => Copied::Everything,
         };
         let mut memory = Store::in_memory()?;
-        memory.take_over(&shared.store, copied, Duration::ZERO)?;
+        memory.take_over(&shared.store, copied, &BTreeSet::new(), Duration::ZERO)?;
+        shared.left.extend(memory.read(entries::ids)?);
+        while shared.left.len() > limits::OUTBOX_ROWS {
+            shared.left.pop_first();
+        }
         shared.store = memory;
         Ok(())
     }

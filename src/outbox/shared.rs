@@ -1,6 +1,7 @@
 //! What one thread at a time has of the outbox: the connection, and what is known of the file behind it. A change goes to
 //! the disk; a file that refuses it is left alone for a moment, and tried again.
 
+use std::collections::BTreeSet;
 use std::error::Error as StdError;
 use std::path::Path;
 use std::time::Instant;
@@ -19,6 +20,8 @@ pub(super) struct Shared {
     pub(super) owner: Owner,
     /// Some row names us as its owner, or did.
     pub(super) owning: bool,
+    /// Ids of rows in files that were left. Such a file may come back, and what has become of its rows meanwhile holds.
+    pub(super) left: BTreeSet<i64>,
     /// Up to when the file is left alone and how it refused the last time, unless it has been written since.
     pub(super) refused: Option<(Instant, Refusal)>,
     /// Up to when the rows have been aged.

@@ -2,6 +2,7 @@
 //! the file. Where the file refuses it stays in memory, and moves with the next change that the file takes. Runs on the
 //! thread that has the connection.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
@@ -168,8 +169,18 @@ impl Store {
         self.database.execute(&sql, [gap, micros(SystemTime::now())]).map(drop)
     }
 
-    /// Takes over what another store has, this one's file permitting: all of it, or what it had not written.
-    pub(super) fn take_over(&mut self, other: &Self, copied: Copied, within: Duration) -> rusqlite::Result<()> {
-        self.write(within, |database| entries::copy(&other.database, copied, database))
+    /// Takes over what another store has, this one's file permitting: all of it, or what it had not written. Of the rows
+    /// that it may have had before, those that the other one does not know any more are gone.
+    pub(super) fn take_over(
+        &mut self,
+        other: &Self,
+        copied: Copied,
+        before: &BTreeSet<i64>,
+        within: Duration,
+    ) -> rusqlite::Result<()> {
+        self.write(within, |database| {
+            entries::copy(&other.database, copied, database)?;
+            entries::forget(database, before)
+        })
     }
 }

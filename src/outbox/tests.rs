@@ -406,6 +406,29 @@ fn a_file_that_is_removed_is_made_anew_with_all_that_was_in_it() {
 }
 
 #[test]
+fn what_was_settled_while_the_file_was_elsewhere_is_settled_when_it_is_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let (agent, elsewhere) = (dir.path().join("agent"), dir.path().join("elsewhere"));
+    std::fs::create_dir(&agent).unwrap();
+    let outbox = open(&agent);
+    outbox.keep(&["a", "b", "c"].map(delta)).unwrap();
+    std::fs::rename(&agent, &elsewhere).unwrap();
+    outbox.tend().unwrap();
+    assert_eq!(outbox.path(), None);
+    let waiting = outbox.deliverable(3, deadline()).unwrap();
+    outbox.settle(&waiting[..1], &Settled::Delivered, deadline()).unwrap();
+    outbox.settle(&waiting[1..2], &Settled::Rejected("no".to_owned()), deadline()).unwrap();
+    outbox.keep(&[delta("d")]).unwrap();
+    std::fs::rename(&elsewhere, &agent).unwrap();
+    outbox.tend().unwrap();
+    assert!(outbox.path().is_some());
+    assert_eq!(deckies(&outbox), ["d", "a"]);
+    drop(outbox);
+    assert_eq!(deckies(&open(&agent)), ["d", "a"]);
+    assert_eq!(on_disk(&agent).len(), 3, "the rejected one is kept with its reason");
+}
+
+#[test]
 fn what_another_process_adds_to_the_new_file_first_is_not_overwritten() {
     let dir = tempfile::tempdir().unwrap();
     let ours = open(dir.path());

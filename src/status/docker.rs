@@ -232,7 +232,7 @@ mod tests {
             (&ok("<html>"), "the answer is not a Docker Engine's: expected value at line 1 column 1"),
             (
                 &ok(r#"{"message":"x"}"#),
-                "the answer is not a Docker Engine's: invalid type: map, expected a sequence of at most 50000 at line 1 column 1",
+                "the answer is not a Docker Engine's: invalid type: map, expected a sequence of at most 25000 at line 1 column 1",
             ),
             (
                 &ok(r#"[{"Names":["/a"]}]"#),
