@@ -12,6 +12,7 @@ use ureq::config::{AutoHeaderValue, Config, IpFamily};
 use ureq::http::{Response, StatusCode, header};
 
 use crate::bundle::Bundle;
+use crate::delta::from_micros;
 use crate::enrolment::Enrolment;
 use crate::error::{Error, http_problem};
 use crate::identity::MasterIdentity;
@@ -188,7 +189,6 @@ fn config() -> Config {
         // A refusal is an answer with a meaning.
         .http_status_as_error(false)
         .ip_family(IpFamily::Any)
-        .no_delay(true)
         .user_agent(concat!("decnet-heartbeat/", env!("CARGO_PKG_VERSION")))
         .accept(AutoHeaderValue::None)
         .accept_encoding(AutoHeaderValue::None)
@@ -314,8 +314,8 @@ fn explain_tls(error: &rustls::Error) -> String {
 }
 
 fn utc(time: UnixTime) -> String {
-    let seconds = Duration::from_secs(time.as_secs().min(u64::from(u32::MAX)));
-    humantime::format_rfc3339_seconds(SystemTime::UNIX_EPOCH + seconds).to_string()
+    let micros = i64::try_from(time.as_secs()).unwrap_or(i64::MAX).saturating_mul(1_000_000);
+    humantime::format_rfc3339_seconds(from_micros(micros)).to_string()
 }
 
 #[cfg(test)]
@@ -335,6 +335,14 @@ mod tests {
             for status in statuses {
                 assert_eq!(Verdict::of(StatusCode::from_u16(*status).unwrap(), later), verdict, "{status}");
             }
+        }
+    }
+
+    #[test]
+    fn a_clock_that_runs_wild_is_said_as_what_it_is() {
+        for (seconds, said) in [(0, "1970-01-01T00:00:00Z"), (u64::MAX, "9999-12-31T23:59:59Z")] {
+            let time = UnixTime::since_unix_epoch(Duration::from_secs(seconds));
+            assert_eq!(utc(time), said);
         }
     }
 

@@ -4,7 +4,7 @@
 //! ureq's own TCP transport gives each partial write the whole time anew, and cannot be interrupted while it connects.
 
 use std::fmt;
-use std::io::{self, ErrorKind, Read, Write};
+use std::io::{self, ErrorKind, Read};
 use std::net::{Shutdown, SocketAddr};
 use std::path::Path;
 use std::sync::{Arc, Weak};
@@ -15,6 +15,9 @@ use ureq::Timeout;
 use ureq::unversioned::transport::{
     Buffers, ConnectionDetails, LazyBuffers, NextTimeout, ShutdownHandle, Transport, time,
 };
+
+/// A connection that has ended is an error, and no signal that ends the process: who embeds us may not ignore SIGPIPE.
+const QUIETLY: i32 = libc::MSG_NOSIGNAL;
 
 /// A connected socket, and HTTP over it.
 pub(crate) struct SocketTransport {
@@ -96,11 +99,11 @@ impl Transport for SocketTransport {
     }
 
     fn transmit_output(&mut self, amount: usize, timeout: NextTimeout) -> Result<(), ureq::Error> {
-        let (mut socket, budget) = (&self.socket.0, Budget::new(timeout));
+        let (socket, budget) = (&self.socket.0, Budget::new(timeout));
         let mut rest: &[u8] = self.buffers.output().get(..amount).unwrap_or_default();
         while !rest.is_empty() {
             socket.set_write_timeout(budget.left()?)?;
-            match socket.write(rest) {
+            match socket.send_with_flags(rest, QUIETLY) {
                 Ok(0) => return Err(io::Error::from(ErrorKind::WriteZero).into()),
                 Ok(written) => rest = rest.get(written..).unwrap_or_default(),
                 Err(error) if error.kind() == ErrorKind::Interrupted => (),
@@ -173,6 +176,7 @@ impl Budget {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
     use std::net::{TcpListener, TcpStream};
     use std::thread;
 
