@@ -182,8 +182,9 @@ impl Answer {
 
     /// Its status, once that is there. An interim one is none.
     pub(crate) fn status(&self) -> Option<StatusCode> {
-        let line = std::str::from_utf8(&self.head).ok()?.strip_prefix("HTTP/1.")?;
-        let (code, end) = line.split_once(' ')?.1.split_at_checked(3)?;
+        let head = std::str::from_utf8(&self.head).ok()?;
+        let line = head.strip_prefix("HTTP/1.1 ").or_else(|| head.strip_prefix("HTTP/1.0 "))?;
+        let (code, end) = line.split_at_checked(3)?;
         let status = StatusCode::from_bytes(code.as_bytes()).ok()?;
         (end.starts_with([' ', '\r', '\n']) && !status.is_informational()).then_some(status)
     }
@@ -306,6 +307,9 @@ mod tests {
             ("HTTP/1.1 2040 ", None),
             ("HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 204 No Content\r\n", None),
             ("HTTP/2 204 ", None),
+            ("HTTP/1. 204 No Content\r\n", None),
+            ("HTTP/1.x 204 ", None),
+            ("HTTP/1.1  204 ", None),
             ("SSH-2.0-OpenSSH", None),
         ] {
             let mut answer = Answer::default();
