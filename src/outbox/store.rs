@@ -7,6 +7,7 @@ use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
+use rusqlite::ffi::SQLITE_IOERR_SHORT_READ;
 use rusqlite::{Connection, ErrorCode, OpenFlags, TransactionBehavior};
 
 use super::entries::{self, Copied};
@@ -40,6 +41,8 @@ impl Refusal {
         match error.sqlite_error_code() {
             Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => Self::Locked,
             Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase) => Self::Corrupt,
+            // The file ends before its pages do.
+            _ if error.sqlite_extended_error_code() == Some(SQLITE_IOERR_SHORT_READ) => Self::Corrupt,
             _ => Self::Unwritable,
         }
     }

@@ -464,7 +464,12 @@ fn what_is_no_outbox_is_moved_aside_and_nothing_of_it_is_lost() {
         bytes[47] = 5;
         std::fs::write(path, bytes).unwrap();
     };
-    for spoil in [&foreign as &dyn Fn(&Path), &text, &broken, &marked, &version_1, &later_format] {
+    let short = |path: &Path| {
+        drop(Outbox::open(&OutboxLocation::File(path.to_owned()), Path::new("/"), Role::Deliver).unwrap());
+        let size = std::fs::metadata(path).unwrap().len();
+        std::fs::File::options().write(true).open(path).unwrap().set_len(size - 700).unwrap();
+    };
+    for spoil in [&foreign as &dyn Fn(&Path), &text, &broken, &marked, &version_1, &later_format, &short] {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join(FILE);
         spoil(&path);
