@@ -48,19 +48,20 @@ impl Refusal {
     }
 }
 
+/// Whether what is in the file is at fault. Of some files that it cannot use, SQLite says no more than that this is an
+/// error, and with one it comes to that only as it makes the first view: all that is done here does well on every other.
+fn is_of_the_content(error: &rusqlite::Error) -> bool {
+    Refusal::of(error) == Refusal::Corrupt || error.sqlite_error_code() == Some(ErrorCode::Unknown)
+}
+
 /// A connection to the file at `path`. `Ok(Err(why))`: it is no outbox.
 fn open(path: &Path, deadline: Instant) -> rusqlite::Result<Result<Connection, String>> {
     let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX | OpenFlags::SQLITE_OPEN_NOFOLLOW;
     let mut database = Connection::open_with_flags(path, flags)?;
     database.busy_timeout(deadline.saturating_duration_since(Instant::now()))?;
     // Before anything is changed in it.
-    let problem = match schema::problem(&database) {
-        // Of a file that it cannot read at all, SQLite says no more than that this is an error.
-        Err(error) if error.sqlite_error_code() == Some(ErrorCode::Unknown) => Some(error.to_string()),
-        problem => problem?.map(str::to_owned),
-    };
-    if let Some(problem) = problem {
-        return Ok(Err(problem));
+    if let Some(problem) = schema::problem(&database)? {
+        return Ok(Err(problem.to_owned()));
     }
     let damage: String = database.query_row("PRAGMA quick_check(1)", [], |row| row.get(0))?;
     if damage != "ok" {
@@ -91,7 +92,7 @@ impl Store {
             return match open(path, deadline) {
                 Ok(Ok(database)) => Ok(Ok(Self { database, file: Some(Identity::of(path)) })),
                 Ok(Err(foreign)) => Ok(Err(foreign)),
-                Err(error) if Refusal::of(&error) == Refusal::Corrupt => Ok(Err(error.to_string())),
+                Err(error) if is_of_the_content(&error) => Ok(Err(error.to_string())),
                 // To two that turn a new file to WAL at once SQLite says so without waiting.
                 Err(error) if Refusal::of(&error) == Refusal::Locked && Instant::now() < deadline => {
                     thread::sleep(limits::OUTBOX_PAUSE);

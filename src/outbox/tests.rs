@@ -458,18 +458,21 @@ fn what_is_no_outbox_is_moved_aside_and_nothing_of_it_is_lost() {
         sql(path, "CREATE TABLE theirs (a); PRAGMA application_id = 0x444e4842; PRAGMA user_version = 2");
     };
     let version_1 = |path: &Path| sql(path, "CREATE TABLE delta (id); PRAGMA user_version = 1");
-    let later_format = |path: &Path| {
-        foreign(path);
+    let with_byte = |path: &Path, at: usize, byte| {
+        drop(Outbox::open(&OutboxLocation::File(path.to_owned()), Path::new("/"), Role::Deliver).unwrap());
         let mut bytes = std::fs::read(path).unwrap();
-        bytes[47] = 5;
+        bytes[at] = byte;
         std::fs::write(path, bytes).unwrap();
     };
+    let later_format = |path: &Path| with_byte(path, 47, 5);
+    let no_encoding = |path: &Path| with_byte(path, 59, 4);
     let short = |path: &Path| {
         drop(Outbox::open(&OutboxLocation::File(path.to_owned()), Path::new("/"), Role::Deliver).unwrap());
         let size = std::fs::metadata(path).unwrap().len();
         std::fs::File::options().write(true).open(path).unwrap().set_len(size - 700).unwrap();
     };
-    for spoil in [&foreign as &dyn Fn(&Path), &text, &broken, &marked, &version_1, &later_format, &short] {
+    for spoil in [&foreign as &dyn Fn(&Path), &text, &broken, &marked, &version_1, &later_format, &no_encoding, &short]
+    {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join(FILE);
         spoil(&path);
