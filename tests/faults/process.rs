@@ -44,6 +44,8 @@ pub fn wall_clock_jumps_ten_years() {
             ("FAKETIME_TIMESTAMP_FILE", clock_file),
             ("FAKETIME_NO_CACHE", "1"),
             ("FAKETIME_DONT_FAKE_MONOTONIC", "1"),
+            // Nothing of it is left behind.
+            ("FAKETIME_DISABLE_SHM", "1"),
         ]);
         assert_eq!(subject.answer(), "started");
         subject.until("the first beat", |stats| stats["beats"] == 1);
