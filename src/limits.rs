@@ -38,7 +38,7 @@ pub(crate) const DROP_GRACE: Duration = Duration::from_secs(2);
 pub(crate) const MAX_GRACE: Duration = Duration::from_secs(24 * 3600);
 
 /// What a stop leaves of its grace for an interrupt to take effect.
-pub(crate) const INTERRUPT_SLACK: Duration = Duration::from_millis(100);
+pub(crate) const INTERRUPT_SLACK: Duration = Duration::from_millis(250);
 
 /// An event takes a POST and a retry at the most, and waits for the outbox; beyond this the thread hangs.
 pub(crate) const STALLED: Duration = Duration::from_secs(60);

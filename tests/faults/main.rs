@@ -40,7 +40,7 @@ use libtest_mimic::{Arguments, Trial};
 use row::Row;
 
 /// Rows spend their time waiting, so many more go on at once than there are cores.
-const AT_ONCE: usize = 16;
+const AT_ONCE: usize = 12;
 
 /// Rows that are no data.
 const OTHERS: [(&str, fn()); 20] = [
