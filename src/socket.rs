@@ -5,6 +5,7 @@
 
 use std::fmt;
 use std::io::{self, ErrorKind, Read};
+use std::mem::MaybeUninit;
 use std::net::{Shutdown, SocketAddr};
 use std::path::Path;
 use std::sync::{Arc, Weak};
@@ -128,10 +129,8 @@ impl Transport for SocketTransport {
 
     /// Whether it is connected, and silent: an idle connection has nothing to say.
     fn is_open(&mut self) -> bool {
-        let mut socket = self.get();
-        let waiting = socket.set_nonblocking(true).and_then(|()| socket.read(&mut [0]));
-        let silent = waiting.is_err_and(|error| error.kind() == ErrorKind::WouldBlock);
-        silent && socket.set_nonblocking(false).is_ok()
+        let waiting = self.get().recv_with_flags(&mut [MaybeUninit::uninit()], libc::MSG_DONTWAIT);
+        waiting.is_err_and(|error| error.kind() == ErrorKind::WouldBlock)
     }
 }
 

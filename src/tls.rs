@@ -7,6 +7,7 @@
 
 use std::fmt;
 use std::io::{Read, Write};
+use std::mem;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use rustls::client::Resumption;
@@ -229,7 +230,8 @@ impl Connector for TlsConnector {
         tls.complete_io(&mut tcp)?;
         self.note(|connections| connections.resumed = tls.handshake_kind() == Some(HandshakeKind::Resumed));
         let buffers = LazyBuffers::new(details.config.input_buffer_size(), details.config.output_buffer_size());
-        Ok(Some(TlsTransport { buffers, stream: StreamOwned::new(tls, tcp), connections: self.connections() }))
+        let stream = StreamOwned::new(tls, tcp);
+        Ok(Some(TlsTransport { buffers, stream, begins: true, unsent: Vec::new(), connections: self.connections() }))
     }
 }
 
@@ -254,6 +256,10 @@ impl fmt::Debug for TlsConnector {
 pub(crate) struct TlsTransport {
     buffers: LazyBuffers,
     stream: StreamOwned<ClientConnection, TransportAdapter<SocketTransport>>,
+    /// The next output is a request's head.
+    begins: bool,
+    /// What is not sent yet.
+    unsent: Vec<u8>,
     connections: Arc<Mutex<Connections>>,
 }
 
@@ -262,15 +268,21 @@ impl Transport for TlsTransport {
         &mut self.buffers
     }
 
+    /// The head waits for the body, which every request of ours has: apart they would be two records, and wake the master
+    /// twice.
     fn transmit_output(&mut self, amount: usize, timeout: NextTimeout) -> Result<(), ureq::Error> {
+        self.unsent.extend(self.buffers.output().iter().take(amount));
+        if mem::take(&mut self.begins) {
+            return Ok(());
+        }
         self.stream.get_mut().set_timeout(timeout);
-        let output = self.buffers.output().get(..amount).unwrap_or_default();
-        self.stream.write_all(output)?;
+        self.stream.write_all(&mem::take(&mut self.unsent))?;
         self.stream.flush()?;
         Ok(())
     }
 
     fn await_input(&mut self, timeout: NextTimeout) -> Result<bool, ureq::Error> {
+        self.begins = true;
         self.stream.get_mut().set_timeout(timeout);
         let input = self.buffers.input_append_buf();
         let amount = self.stream.read(input)?;
