@@ -299,9 +299,9 @@ impl Outbox {
         {
             log::debug!("what goes out is not on the disk: error={}", chain(&error));
         }
-        self.count(&shared);
-        let deltas = shared.store.read(|db| entries::deliverable(db, most));
-        deltas.map_err(|source| self.error("cannot be read").because(source))
+        let looked = shared.store.read(|db| Ok((entries::counts(db)?, entries::deliverable(db, most)?)));
+        self.note_down(&shared, looked.as_ref().ok().map(|(counts, _)| *counts));
+        looked.map(|(_, deltas)| deltas).map_err(|source| self.error("cannot be read").because(source))
     }
 
     /// Whether the master has to hear something newer of its decky and operation first, as it would give it this delta's row
@@ -439,9 +439,13 @@ impl Outbox {
         Ok(shared)
     }
 
-    /// Brings the books up to date. Where it cannot be read the numbers stay as they were.
+    /// Brings the books up to date.
     fn count(&self, shared: &Shared) {
-        let counted = shared.store.read(entries::counts);
+        self.note_down(shared, shared.store.read(entries::counts).ok());
+    }
+
+    /// Where it could not be read the numbers stay as they were.
+    fn note_down(&self, shared: &Shared, counted: Option<Counts>) {
         let on_disk = self.is_on_disk(shared);
         let mut books = unpoisoned(&self.books);
         books.counts = counted.unwrap_or(books.counts);

@@ -8,7 +8,7 @@ use std::collections::BTreeSet;
 use std::time::SystemTime;
 
 use rusqlite::types::{ToSqlOutput, Type, ValueRef};
-use rusqlite::{Connection, OptionalExtension, Row, params, params_from_iter};
+use rusqlite::{CachedStatement, Connection, OptionalExtension, Row, params, params_from_iter};
 
 use super::schema::LAST_ID;
 use super::{Counts, Kept, Settled};
@@ -28,9 +28,9 @@ pub(super) fn add(db: &Connection, deltas: &[LifecycleDelta], owner: Option<&str
     let Some(dropped) = make_room(db, deltas.len(), if owner.is_none() { deltas.len() } else { 0 })? else {
         return Ok(None);
     };
-    let first = next_id(db)?;
+    let (first, mut put) = (next_id(db)?, Put::new(db)?);
     for (id, delta) in (first..).zip(deltas) {
-        put(db, id, (delta.decky(), delta.operation()), Some(delta), owner)?;
+        put.row(id, (delta.decky(), delta.operation()), Some(delta), owner)?;
     }
     Ok(Some(Added { first, dropped }))
 }
@@ -43,9 +43,9 @@ pub(super) fn begin(
     owner: Option<&str>,
 ) -> rusqlite::Result<Option<Added>> {
     let Some(dropped) = make_room(db, deckies.len(), 0)? else { return Ok(None) };
-    let first = next_id(db)?;
+    let (first, mut put) = (next_id(db)?, Put::new(db)?);
     for (id, decky) in (first..).zip(deckies) {
-        put(db, id, (decky, operation), None, owner)?;
+        put.row(id, (decky, operation), None, owner)?;
     }
     Ok(Some(Added { first, dropped }))
 }
@@ -86,9 +86,12 @@ impl Change {
                 )?;
                 ids.iter().try_for_each(|id| released.execute([id]).map(drop))
             }
-            Self::Ended(ended, owner) => ended.iter().try_for_each(|Kept { id, delta }| {
-                put(db, *id, (delta.decky(), delta.operation()), Some(delta), owner.as_deref())
-            }),
+            Self::Ended(ended, owner) => {
+                let mut put = Put::new(db)?;
+                ended.iter().try_for_each(|Kept { id, delta }| {
+                    put.row(*id, (delta.decky(), delta.operation()), Some(delta), owner.as_deref())
+                })
+            }
         }
     }
 }
@@ -281,24 +284,31 @@ fn next_id(db: &Connection) -> rusqlite::Result<i64> {
     db.prepare_cached(&next)?.query_row([], |row| row.get(0))
 }
 
-/// Puts a row, in flight unless it has `ended`.
-fn put(
-    db: &Connection,
-    id: i64,
-    (decky, operation): (&str, Operation),
-    ended: Option<&LifecycleDelta>,
-    owner: Option<&str>,
-) -> rusqlite::Result<()> {
-    let error = ended.and_then(|delta| match delta.outcome() {
-        Outcome::Succeeded => None,
-        Outcome::Failed(error) => Some(error),
-    });
-    let mut put = db.prepare_cached(
-        "INSERT OR REPLACE INTO unwritten (id, decky, operation, error, completed_at, owner)
-         VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
-    )?;
-    let completed_at = ended.map(|delta| micros(delta.when()));
-    put.execute(params![id, decky, operation.as_str(), error, completed_at, owner]).map(drop)
+/// Puts rows, one after another.
+struct Put<'a>(CachedStatement<'a>);
+
+impl<'a> Put<'a> {
+    fn new(db: &'a Connection) -> rusqlite::Result<Self> {
+        let sql = "INSERT OR REPLACE INTO unwritten (id, decky, operation, error, completed_at, owner)
+                   VALUES (?1, ?2, ?3, ?4, ?5, ?6)";
+        db.prepare_cached(sql).map(Self)
+    }
+
+    /// In flight unless it has `ended`.
+    fn row(
+        &mut self,
+        id: i64,
+        (decky, operation): (&str, Operation),
+        ended: Option<&LifecycleDelta>,
+        owner: Option<&str>,
+    ) -> rusqlite::Result<()> {
+        let error = ended.and_then(|delta| match delta.outcome() {
+            Outcome::Succeeded => None,
+            Outcome::Failed(error) => Some(error),
+        });
+        let completed_at = ended.map(|delta| micros(delta.when()));
+        self.0.execute(params![id, decky, operation.as_str(), error, completed_at, owner]).map(drop)
+    }
 }
 
 /// Text that is not UTF-8 is made so: one broken row must not keep all the others from the master.

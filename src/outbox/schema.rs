@@ -18,6 +18,7 @@
 
 use std::time::SystemTime;
 
+use rusqlite::config::DbConfig;
 use rusqlite::{Connection, TransactionBehavior};
 
 use crate::delta::micros;
@@ -132,6 +133,8 @@ const FROM_1: &str = "INSERT INTO delta (id, decky, operation, error, completed_
 /// The connection's own part.
 pub(super) fn overlay(database: &Connection) -> rusqlite::Result<()> {
     database.set_prepared_statement_cache_capacity(STATEMENTS);
+    // Or a statement whose plan looks at a parameter would be prepared again for each value, which takes longer than it.
+    database.set_db_config(DbConfig::SQLITE_DBCONFIG_ENABLE_QPSG, true)?;
     database.execute_batch(
         "PRAGMA temp_store = memory;
          CREATE TEMP TABLE unwritten (
@@ -149,6 +152,8 @@ pub(super) fn overlay(database: &Connection) -> rusqlite::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use rusqlite::StatementStatus;
+
     use super::*;
 
     const MARKS: &str = "PRAGMA application_id = 0x444e4842; PRAGMA user_version = 2";
@@ -176,6 +181,18 @@ mod tests {
         assert_eq!(rows, expected);
         let last: i64 = database.query_row("SELECT max(seq) FROM sqlite_sequence", [], |row| row.get(0)).unwrap();
         assert!(last > 9, "{last}");
+    }
+
+    #[test]
+    fn no_statement_is_prepared_again_for_another_value() {
+        let mut database = Connection::open_in_memory().unwrap();
+        migrate(&mut database).unwrap();
+        overlay(&database).unwrap();
+        let mut select = database.prepare("SELECT id FROM current ORDER BY id DESC LIMIT ?1").unwrap();
+        for most in 1..5 {
+            assert!(!select.exists([most]).unwrap());
+        }
+        assert_eq!(select.get_status(StatementStatus::RePrepare), 0);
     }
 
     #[test]
