@@ -41,7 +41,7 @@ pub(crate) enum Status<'a> {
         deployed: bool,
         mode: &'a RawValue,
         compose_path: &'a RawValue,
-        deckies: &'a [&'a RawValue],
+        deckies: &'a RawValue,
         runtime: Runtime<'a>,
         /// What else is wrong.
         #[serde(skip_serializing_if = "Option::is_none")]

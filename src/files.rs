@@ -7,6 +7,9 @@ use std::io::Write;
 use std::io::{self, Read};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::time::{Duration, UNIX_EPOCH};
+
+use crate::limits;
 
 /// The whole of a regular file of at most `limit` bytes.
 ///
@@ -54,10 +57,19 @@ impl Stamp {
     pub(crate) fn of(path: &Path) -> Self {
         Self(fs::metadata(path).ok().map(|m| (m.ino(), m.size(), m.mtime(), m.mtime_nsec(), m.ctime(), m.ctime_nsec())))
     }
+
+    /// The last change is so long ago by this host's clock that one more would have another time.
+    pub(crate) fn is_settled(&self) -> bool {
+        let changed = self.0.and_then(|(.., seconds, _)| u64::try_from(seconds).ok());
+        let changed = changed.map(|seconds| UNIX_EPOCH + Duration::from_secs(seconds));
+        changed.is_some_and(|at| at.elapsed().is_ok_and(|age| age > limits::SETTLED))
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::time::SystemTime;
+
     use super::*;
 
     #[test]
@@ -86,6 +98,18 @@ mod tests {
         replace(&path, b"ours").unwrap();
         assert_eq!((fs::read(&path).unwrap(), fs::read(&other).unwrap()), (b"ours".to_vec(), b"theirs".to_vec()));
         assert!(!next.exists());
+    }
+
+    #[test]
+    fn a_stamp_is_settled_once_its_change_is_some_seconds_old() {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs() as i64;
+        let most = limits::SETTLED.as_secs() as i64;
+        for (changed, settled) in
+            [(now, false), (now - most + 1, false), (now - most - 2, true), (now + 60, false), (-1, false)]
+        {
+            assert_eq!(Stamp(Some((1, 1, 1, 1, changed, 1))).is_settled(), settled, "{}", changed - now);
+        }
+        assert!(!Stamp(None).is_settled());
     }
 
     #[test]

@@ -88,6 +88,10 @@ pub(crate) const TLS_SESSIONS: usize = 4;
 /// A state file of 10,000 deckies is about 6 MiB.
 pub(crate) const STATE_FILE: u64 = 12 * 1024 * 1024;
 
+/// How long ago a file's last change must be for the next one to show in its times: some file systems count in two seconds,
+/// and ours are read in whole ones.
+pub(crate) const SETTLED: Duration = Duration::from_secs(3);
+
 /// Deckies of a state file: what a file of that size holds, if they are real ones.
 pub(crate) const DECKIES: usize = 20_000;
 

@@ -4,6 +4,7 @@
 pub(crate) mod decnet;
 pub(crate) mod docker;
 mod list;
+pub(crate) mod state;
 mod topology;
 
 use serde::Serialize;

@@ -1,7 +1,6 @@
 //! DECNET's state file, whatever stands in it.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
-use std::path::Path;
 
 use serde::Deserialize;
 use serde_json::value::RawValue;
@@ -9,17 +8,20 @@ use serde_json::value::RawValue;
 use super::assert_sayable;
 use crate::body::Body;
 use crate::status::Snapshot;
-use crate::status::decnet::DecnetStatus;
+use crate::status::decnet::report;
 use crate::status::docker::Engine;
+use crate::status::state::State;
+use crate::text::printable;
 
 /// Makes a status of a state file with this content, where Docker answers and where it does not.
 pub fn state_file(input: &[u8]) {
     let containers = [("decky-01-ssh", "running"), ("decky-01-smb-share", "exited"), ("decky-02-ftp", "running")];
     let containers = containers.map(|(name, state)| (name.to_owned(), state.to_owned()));
     let engine = Engine { containers: containers.into(), bridges: Vec::new() };
-    let source = DecnetStatus::new(Path::new("/etc/decnet/agent"));
-    let seen = check(source.report(input, &Ok(engine), None));
-    let unseen = check(source.report(input, &Err("away".to_owned()), None));
+    let state = State::parse(input).map_err(|problem| printable(&problem));
+    let reported = |engine| state.as_ref().map(|state| report(state, &engine, None)).map_err(String::clone);
+    let seen = check(reported(Ok(engine)));
+    let unseen = check(reported(Err("away".to_owned())));
     if let Some(status) = seen {
         check_deckies(input, &status);
     }

@@ -1,23 +1,13 @@
 //! DECNET's own status: the state file, Docker and the topology, each of which may fail by itself. Runs on the status
 //! thread.
 
-use std::borrow::Cow;
-use std::collections::BTreeMap;
-use std::io;
 use std::path::{Path, PathBuf};
 
-use serde::Deserialize;
-use serde_json::value::RawValue;
-
 use super::docker::{Docker, Engine};
-use super::list::AtMost;
+use super::state::{State, StateFile};
 use super::topology::TopologyFile;
 use super::{Observed, Snapshot, StatusSource, Topology};
-use crate::body::{Runtime, Status};
-use crate::error::printable_path;
-use crate::files;
-use crate::limits;
-use crate::text::printable;
+use crate::body::Status;
 
 /// Where DECNET's agent keeps its state when it is installed under `/opt/decnet`.
 pub(crate) const STATE_FILE: &str = "/opt/decnet/decnet-state.json";
@@ -32,7 +22,7 @@ pub(crate) const DOCKER_SOCKET: &str = "/var/run/docker.sock";
 /// decky without states for degraded.
 #[derive(Debug)]
 pub struct DecnetStatus {
-    state_file: PathBuf,
+    state_file: StateFile,
     docker: Docker,
     topology: TopologyFile,
     /// What was wrong with each, the last time.
@@ -44,7 +34,7 @@ impl DecnetStatus {
     /// `topology.db` of the agent dir.
     pub fn new(agent_dir: &Path) -> Self {
         Self {
-            state_file: STATE_FILE.into(),
+            state_file: StateFile::new(STATE_FILE.into()),
             docker: Docker::new(DOCKER_SOCKET.into()),
             topology: TopologyFile::new(agent_dir.join("topology.db")),
             said: Default::default(),
@@ -53,7 +43,7 @@ impl DecnetStatus {
 
     /// With another state file.
     pub fn state_file(mut self, path: impl Into<PathBuf>) -> Self {
-        self.state_file = path.into();
+        self.state_file = StateFile::new(path.into());
         self
     }
 
@@ -64,31 +54,9 @@ impl DecnetStatus {
     }
 
     /// The status, or why it is not known. `aside` is what else is wrong.
-    fn status(&self, engine: &Result<Engine, String>, aside: Option<&str>) -> Result<Snapshot, String> {
-        let content = match files::read(&self.state_file, limits::STATE_FILE) {
-            Ok(content) => content,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Snapshot::new(&Status::nothing(aside))),
-            Err(error) => return Err(self.broken(&error.to_string())),
-        };
-        self.report(&content, engine, aside)
-    }
-
-    /// The status of a state file with this content.
-    pub(crate) fn report(
-        &self,
-        content: &[u8],
-        engine: &Result<Engine, String>,
-        aside: Option<&str>,
-    ) -> Result<Snapshot, String> {
-        let state: State<'_> = serde_json::from_slice(content).map_err(|error| self.broken(&error.to_string()))?;
-        if is_nested_deeper(content, limits::NESTING) {
-            return Err(self.broken(&format!("nested deeper than {} levels", limits::NESTING)));
-        }
-        state.report(engine, aside).map_err(|error| self.broken(&format!("a decky: {error}")))
-    }
-
-    fn broken(&self, problem: &str) -> String {
-        format!("state file {}: {}", printable_path(&self.state_file), printable(problem))
+    pub(crate) fn status(&mut self, engine: &Result<Engine, String>, aside: Option<&str>) -> Result<Snapshot, String> {
+        let state = self.state_file.read()?;
+        Ok(state.map_or_else(|| Snapshot::new(&Status::nothing(aside)), |state| report(state, engine, aside)))
     }
 }
 
@@ -131,89 +99,21 @@ impl Said {
     }
 }
 
-/// `decnet-state.json`. What is not looked at is passed on as it stands.
-#[derive(Deserialize)]
-struct State<'a> {
-    #[serde(borrow)]
-    config: Config<'a>,
-    #[serde(borrow)]
-    compose_path: &'a RawValue,
-}
-
-#[derive(Deserialize)]
-struct Config<'a> {
-    #[serde(borrow)]
-    mode: &'a RawValue,
-    #[serde(borrow)]
-    deckies: AtMost<&'a RawValue, { limits::DECKIES }>,
-}
-
-/// The two keys of a decky that its containers' names are made of.
-#[derive(Deserialize)]
-struct Decky<'a> {
-    #[serde(borrow)]
-    name: Cow<'a, str>,
-    #[serde(borrow)]
-    services: AtMost<Cow<'a, str>, { limits::SERVICES }>,
-}
-
-impl State<'_> {
-    /// An error is about a decky that cannot be read.
-    fn report(&self, engine: &Result<Engine, String>, aside: Option<&str>) -> serde_json::Result<Snapshot> {
-        let (mode, compose_path) = (self.config.mode, self.compose_path);
-        let engine = match engine {
-            Ok(engine) => engine,
-            Err(error) => {
-                let error = &both(error, aside);
-                return Ok(Snapshot::new(&Status::Unseen { deployed: true, mode, compose_path, error }));
-            }
-        };
-        let AtMost(deckies) = &self.config.deckies;
-        let read: Vec<Decky<'_>> =
-            deckies.iter().map(|decky| serde_json::from_str(decky.get())).collect::<Result<_, _>>()?;
-        Ok(Snapshot::new(&Status::Deployed {
-            deployed: true,
-            mode,
-            compose_path,
-            deckies,
-            runtime: runtime(&read, &engine.containers),
-            error: aside,
-        }))
+/// What is deployed, and what of it runs.
+pub(crate) fn report(state: &State, engine: &Result<Engine, String>, aside: Option<&str>) -> Snapshot {
+    let State { mode, compose_path, deckies, .. } = state;
+    match engine {
+        Ok(engine) => {
+            let runtime = state.runtime(&engine.containers);
+            Snapshot::new(&Status::Deployed { deployed: true, mode, compose_path, deckies, runtime, error: aside })
+        }
+        Err(error) => Snapshot::new(&Status::Unseen { deployed: true, mode, compose_path, error: &both(error, aside) }),
     }
 }
 
 /// Two problems as one, if there are two.
 fn both(error: &str, aside: Option<&str>) -> String {
     aside.map_or_else(|| error.to_owned(), |aside| format!("{error}; {aside}"))
-}
-
-/// Whether valid JSON is nested deeper than so many levels. This is passed on as it stands, and a reader that recurses, as
-/// the master's does, refuses all of the beat for it.
-fn is_nested_deeper(json: &[u8], most: usize) -> bool {
-    let (mut depth, mut in_string, mut escaped) = (0_usize, false, false);
-    json.iter().any(|byte| {
-        match byte {
-            _ if escaped => escaped = false,
-            b'\\' => escaped = true,
-            b'"' => in_string = !in_string,
-            b'[' | b'{' if !in_string => depth += 1,
-            b']' | b'}' if !in_string => depth = depth.saturating_sub(1),
-            _ => (),
-        }
-        depth > most
-    })
-}
-
-/// Each service's container is named `<decky>-<service>`, with `_` in the service turned into `-`.
-fn runtime<'a>(deckies: &'a [Decky<'_>], containers: &'a BTreeMap<String, String>) -> Runtime<'a> {
-    let state = |decky: &str, service: &str| {
-        let container = format!("{decky}-{}", service.replace('_', "-"));
-        containers.get(&container).map_or("absent", String::as_str)
-    };
-    let services = |decky: &'a Decky<'_>| {
-        decky.services.0.iter().map(|service| (service.as_ref(), state(&decky.name, service))).collect()
-    };
-    Runtime(deckies.iter().map(|decky| (decky.name.as_ref(), services(decky))).collect())
 }
 
 fn observe(engine: &Result<Engine, String>) -> Observed {
@@ -261,13 +161,15 @@ mod tests {
 
     #[test]
     fn deckies_pass_through_untouched() {
-        let (_dir, source) = source(Some(STATE));
+        let (_dir, mut source) = source(Some(STATE));
         let containers = [("d1-ssh", "running"), ("d1-smb-share", "exited"), ("d1-smb_share", "running")];
         assert_eq!(
             source.status(&engine(&containers), None).unwrap().status(),
             concat!(
                 r#"{"deployed":true,"mode":"swarm","compose_path":"/x.yml","deckies":["#,
+                "\n        ",
                 r#"{"name": "d1", "services": ["ssh", "smb_share"], "weird": 1.50e2, "deep": {"a": [1, null]}},"#,
+                "\n        ",
                 r#"{"services": ["ftp"], "name": "d2"}],"#,
                 r#""runtime":{"d1":{"running":false,"services":{"ssh":"running","smb_share":"exited"}},"#,
                 r#""d2":{"running":false,"services":{"ftp":"absent"}}}}"#
@@ -297,18 +199,18 @@ mod tests {
         for (state, problem) in [
             ("", "EOF while parsing a value at line 1 column 0"),
             ("{", "EOF while parsing an object at line 1 column 1"),
-            ("[]", "invalid length 0, expected struct State with 2 elements at line 1 column 2"),
+            ("[]", "invalid length 0, expected struct File with 2 elements at line 1 column 2"),
             ("{}", "missing field `config` at line 1 column 2"),
             (
-                r#"{"config": {"mode": 1, "deckies": {}}}"#,
-                "invalid type: map, expected a sequence of at most 20000 at line 1 column 34",
+                r#"{"config": {"mode": 1, "deckies": {}}, "compose_path": ""}"#,
+                "deckies: invalid type: map, expected a sequence of at most 20000 at line 1 column 0",
             ),
             (
                 r#"{"config": {"mode": 1, "deckies": [{"name": "x"}]}, "compose_path": ""}"#,
-                "a decky: missing field `services` at line 1 column 13",
+                "deckies: missing field `services` at line 1 column 14",
             ),
         ] {
-            let (dir, source) = source(Some(state));
+            let (dir, mut source) = source(Some(state));
             let expected = format!("state file {}: {problem}", dir.path().join("decnet-state.json").display());
             assert_eq!(source.status(&engine(&[]), None).unwrap_err(), expected, "{state}");
         }
@@ -319,21 +221,13 @@ mod tests {
         let dir = "DIR/topology.db: ";
         let state = r#"{"config": {"mode": 1, "deckies": []}, "compose_path": ""}"#;
         let said = |state: Option<&str>, engine: Result<Engine, String>| {
-            let (_dir, source) = source(state);
+            let (_dir, mut source) = source(state);
             let snapshot = source.status(&engine, Some(dir)).unwrap();
             serde_json::from_str::<serde_json::Value>(snapshot.status()).unwrap()["error"].take()
         };
         assert_eq!(said(None, engine(&[])), dir);
         assert_eq!(said(Some(state), engine(&[])), dir);
         assert_eq!(said(Some(state), Err("Docker".to_owned())), format!("Docker; {dir}"));
-    }
-
-    #[test]
-    fn what_is_nested_too_deep_for_the_master_is_not_passed_on() {
-        for (json, depth) in [("[{}]", 2), (r#"{"[[[": "\"[[["}"#, 1), (r#"["\\", [[]]]"#, 3), ("1", 0)] {
-            assert!(!is_nested_deeper(json.as_bytes(), depth), "{json}");
-            assert!(depth == 0 || is_nested_deeper(json.as_bytes(), depth - 1), "{json}");
-        }
     }
 
     #[test]
