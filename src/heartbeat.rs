@@ -308,6 +308,7 @@ fn start(link: Link, outbox: Outbox, source: Box<dyn StatusSource>, settings: Se
         deadline: None,
         topology: None,
         repeats: Repeats::default(),
+        tended: false,
     };
     let run = move || {
         let _alive = alive;

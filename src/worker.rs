@@ -1,6 +1,7 @@
 //! The heartbeat thread: events, and what a beat does. Everything here runs on that one thread.
 
 use std::borrow::Cow;
+use std::mem;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
@@ -49,6 +50,8 @@ pub(crate) struct Worker {
     /// The last topology known, for the beats that go out without a snapshot.
     pub(crate) topology: Option<Topology>,
     pub(crate) repeats: Repeats,
+    /// The next beat has been tended to.
+    pub(crate) tended: bool,
 }
 
 impl Worker {
@@ -145,9 +148,14 @@ impl Worker {
         }
     }
 
+    /// A beat is wanted. What else it needs is looked after while the status thread makes its snapshot.
     fn wish(&mut self, why: Wish) {
         let question = self.schedule.wish(why, Instant::now());
         self.put(question);
+        if question == Question::Ask {
+            self.tend();
+            self.tended = true;
+        }
     }
 
     fn put(&self, question: Question) {
@@ -175,9 +183,8 @@ impl Worker {
 
     /// One beat, with all the deltas that wait, up to a body's worth.
     fn beat(&mut self, snapshot: Option<Snapshot>) {
-        self.refresh();
-        if let Err(error) = self.outbox.tend() {
-            log::debug!("the outbox is as it was: error={}", chain(&error));
+        if !mem::take(&mut self.tended) {
+            self.tend();
         }
         let snapshot = snapshot.unwrap_or_else(|| self.without_snapshot());
         let (mut reply, deltas) = self.exchange(&snapshot, limits::DELTAS_PER_BODY);
@@ -352,6 +359,14 @@ impl Worker {
             topology.observed = Observed::Unknown(reason.clone().into_owned());
         }
         Snapshot::unknown(&reason)
+    }
+
+    /// What is done before each beat: changed credentials are taken over, and the outbox is put in order.
+    fn tend(&mut self) {
+        self.refresh();
+        if let Err(error) = self.outbox.tend() {
+            log::debug!("the outbox is as it was: error={}", chain(&error));
+        }
     }
 
     fn refresh(&mut self) {

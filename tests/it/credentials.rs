@@ -2,7 +2,7 @@
 
 use decnet_heartbeat::{LifecycleDelta, Operation};
 
-use crate::support::{PATIENCE, Stage, now, settled};
+use crate::support::{PATIENCE, Stage, hanging, now, settled};
 
 #[test]
 fn a_decommissioned_host_keeps_beating_and_keeps_its_deltas() {
@@ -36,4 +36,18 @@ fn a_half_written_bundle_is_looked_at_again_and_the_old_one_goes_on() {
     stage.master.pin(&stage.worker.uuid, &again.fingerprint);
     tick.send(now()).unwrap();
     assert!(stage.master.wait_for_beats(3, PATIENCE), "{:?}", heartbeat.stats());
+}
+
+#[test]
+fn a_new_bundle_is_taken_over_while_the_source_hangs() {
+    let stage = Stage::new();
+    let (_release, source) = hanging();
+    let (builder, _tick) = stage.builder();
+    let heartbeat = builder.status_source(source).start().unwrap();
+    assert!(stage.master.wait_for_beats(1, PATIENCE));
+    stage.master.re_enrol(&stage.worker.uuid, &stage.agent_dir()).unwrap();
+    // A beat that puts no question, as one is open.
+    heartbeat.deltas().push(LifecycleDelta::succeeded("d", Operation::Deploy)).unwrap();
+    assert!(stage.master.wait_for_beats(2, PATIENCE), "{:?}", heartbeat.stats());
+    assert_eq!(settled(&heartbeat, |stats| stats.delivered == 1).failure.map(|failure| failure.class), None);
 }
