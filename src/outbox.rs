@@ -40,7 +40,7 @@ use rusqlite::Connection;
 use crate::delta::{LifecycleDelta, Operation};
 use crate::error::{Error, chain};
 use crate::limits;
-use entries::{Added, Change};
+use entries::{Added, Change, Place};
 use home::{Away, Delivery};
 use lock::Owner;
 use shared::Shared;
@@ -196,7 +196,8 @@ impl Outbox {
     /// the file cannot be written, or is not meant to be.)
     pub(crate) fn keep(&self, deltas: &[LifecycleDelta]) -> Result<(), Error> {
         // Held until the books have it: a look in between would have counted these already.
-        let (added, _shared) = self.add(deltas.len(), None, |db, owner| entries::add(db, deltas, owner))?;
+        let (added, _shared) =
+            self.add(deltas.len(), None, |db, place, owner| entries::add(db, place, deltas, owner))?;
         // Without counting: a push must not cost more when many wait. The next look sets it right.
         let waiting = &mut unpoisoned(&self.books).counts.waiting;
         *waiting = (*waiting + deltas.len() as u64).saturating_sub(added.dropped);
@@ -207,14 +208,15 @@ impl Outbox {
     /// ends.
     #[cfg(feature = "cli")]
     pub(crate) fn claim(&self, deltas: Vec<LifecycleDelta>) -> Result<Vec<Kept>, Error> {
-        let (added, shared) = self.add(deltas.len(), Some(&self.us), |db, owner| entries::add(db, &deltas, owner))?;
+        let add = |db: &Connection, place, owner: Option<&str>| entries::add(db, place, &deltas, owner);
+        let (added, shared) = self.add(deltas.len(), Some(&self.us), add)?;
         self.count(&shared);
         Ok((added.first..).zip(deltas).map(|(id, delta)| Kept { id, delta }).collect())
     }
 
     /// Writes an operation down as in flight, a row for each decky; their ids.
     pub(crate) fn begin(&self, operation: Operation, deckies: &[String]) -> Result<Vec<i64>, Error> {
-        let begin = |db: &Connection, owner: Option<&str>| entries::begin(db, operation, deckies, owner);
+        let begin = |db: &Connection, place, owner: Option<&str>| entries::begin(db, place, operation, deckies, owner);
         let (added, shared) = self.add(deckies.len(), Some(&self.us), begin)?;
         self.count(&shared);
         Ok((added.first..).take(deckies.len()).collect())
@@ -224,18 +226,18 @@ impl Outbox {
         &self,
         rows: usize,
         owner: Option<&str>,
-        add: impl Fn(&Connection, Option<&str>) -> rusqlite::Result<Option<Added>>,
+        add: impl Fn(&Connection, Place, Option<&str>) -> rusqlite::Result<Option<Added>>,
     ) -> Result<(Added, FairMutexGuard<'_, Shared>), Error> {
         let deadline = deadline();
         let mut shared = self.enter(deadline).map_err(|_| self.error("is busy: nothing was kept"))?;
         shared.owning |= owner.is_some();
-        let added = match shared.write(self.path.as_deref(), deadline, |db| add(db, owner)) {
+        let added = match shared.write(self.path.as_deref(), deadline, |db| add(db, Place::File, owner)) {
             Ok(added) => added,
             Err(refused) if refused.why == Refusal::Locked => {
                 return Err(self.error("is locked by another process; nothing was kept").because(refused.source));
             }
             Err(_) => {
-                let remembered = shared.store.remember(|db| add(db, owner));
+                let remembered = shared.store.remember(|db| add(db, Place::Memory, owner));
                 remembered.map_err(|source| self.error("cannot keep anything").because(source))?
             }
         };

@@ -2,7 +2,7 @@
 //! inside a transaction.
 //!
 //! Everything is read from the view `current`, and changed in the table `unwritten` over it (see [`super::schema`]); how
-//! and when that reaches the file is [`super::store`]'s matter.
+//! and when that reaches the file is [`super::store`]'s matter. Only what is new may go into the file at once.
 
 use std::collections::BTreeSet;
 use std::time::SystemTime;
@@ -22,13 +22,27 @@ pub(super) struct Added {
     pub(super) dropped: u64,
 }
 
+/// Where new rows go.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Place {
+    /// Into the file, without the way through memory: there may be many, and there is nothing that they change.
+    File,
+    /// Into memory, since the file refused them.
+    Memory,
+}
+
 /// Adds deltas, the last one the newest. With an owner, that one posts them. `None`: there is no room, as operations in
 /// flight fill it, or as they are more than it holds.
-pub(super) fn add(db: &Connection, deltas: &[LifecycleDelta], owner: Option<&str>) -> rusqlite::Result<Option<Added>> {
+pub(super) fn add(
+    db: &Connection,
+    place: Place,
+    deltas: &[LifecycleDelta],
+    owner: Option<&str>,
+) -> rusqlite::Result<Option<Added>> {
     let Some(dropped) = make_room(db, deltas.len(), if owner.is_none() { deltas.len() } else { 0 })? else {
         return Ok(None);
     };
-    let (first, mut put) = (next_id(db)?, Put::new(db)?);
+    let (first, mut put) = (next_id(db)?, Put::new(db, place)?);
     for (id, delta) in (first..).zip(deltas) {
         put.row(id, (delta.decky(), delta.operation()), Some(delta), owner)?;
     }
@@ -38,12 +52,13 @@ pub(super) fn add(db: &Connection, deltas: &[LifecycleDelta], owner: Option<&str
 /// Adds an operation in flight, a row for each decky. `None`: as of [`add`].
 pub(super) fn begin(
     db: &Connection,
+    place: Place,
     operation: Operation,
     deckies: &[String],
     owner: Option<&str>,
 ) -> rusqlite::Result<Option<Added>> {
     let Some(dropped) = make_room(db, deckies.len(), 0)? else { return Ok(None) };
-    let (first, mut put) = (next_id(db)?, Put::new(db)?);
+    let (first, mut put) = (next_id(db)?, Put::new(db, place)?);
     for (id, decky) in (first..).zip(deckies) {
         put.row(id, (decky, operation), None, owner)?;
     }
@@ -87,7 +102,7 @@ impl Change {
                 ids.iter().try_for_each(|id| released.execute([id]).map(drop))
             }
             Self::Ended(ended, owner) => {
-                let mut put = Put::new(db)?;
+                let mut put = Put::new(db, Place::Memory)?;
                 ended.iter().try_for_each(|Kept { id, delta }| {
                     put.row(*id, (delta.decky(), delta.operation()), Some(delta), owner.as_deref())
                 })
@@ -288,9 +303,17 @@ fn next_id(db: &Connection) -> rusqlite::Result<i64> {
 struct Put<'a>(CachedStatement<'a>);
 
 impl<'a> Put<'a> {
-    fn new(db: &'a Connection) -> rusqlite::Result<Self> {
-        let sql = "INSERT OR REPLACE INTO unwritten (id, decky, operation, error, completed_at, owner)
-                   VALUES (?1, ?2, ?3, ?4, ?5, ?6)";
+    fn new(db: &'a Connection, place: Place) -> rusqlite::Result<Self> {
+        let sql = match place {
+            Place::File => {
+                "INSERT INTO main.delta (id, decky, operation, error, completed_at, owner)
+                 VALUES (?1, ?2, ?3, ?4, ?5, ?6)"
+            }
+            Place::Memory => {
+                "INSERT OR REPLACE INTO unwritten (id, decky, operation, error, completed_at, owner)
+                 VALUES (?1, ?2, ?3, ?4, ?5, ?6)"
+            }
+        };
         db.prepare_cached(sql).map(Self)
     }
 

@@ -1,6 +1,6 @@
 //! The connection, and how a change reaches the file: each is made in memory first and, in the same transaction, moved to
-//! the file. Where the file refuses it stays in memory, and moves with the next change that the file takes. Runs on the
-//! thread that has the connection.
+//! the file; only new rows go there at once. What the file refuses stays in memory, and moves with the next change that it
+//! takes. Runs on the thread that has the connection.
 
 use std::collections::BTreeSet;
 use std::path::Path;
