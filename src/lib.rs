@@ -111,6 +111,9 @@
 //! - `cli` (default): the program, and what only it needs.
 //! - `loopback`: the module of that name, a DECNET master on 127.0.0.1 for tests; and a heartbeat's `ticks` and `beats`.
 
+#[cfg(feature = "loopback")]
+#[doc(hidden)]
+pub mod benching;
 mod body;
 mod bundle;
 #[cfg(feature = "cli")]

@@ -16,7 +16,7 @@ const START: Duration = Duration::from_secs(60);
 const STOP: Duration = Duration::from_secs(30);
 /// The one image: no registry is reached, so it is made of the static busybox.
 const IMAGE: &str = "busybox";
-const BUSYBOX: &str = "/bin/busybox";
+pub const BUSYBOX: &str = "/bin/busybox";
 
 /// Runs `dockerd` beside a `cat` on our pipe: when we close it, or die, the engine gets its SIGTERM all the same (also
 /// when it is frozen) and leaves neither containers nor mounts behind. Its stderr is open only as long as it runs.

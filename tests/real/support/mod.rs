@@ -22,10 +22,15 @@ use std::path::{Path, PathBuf};
 
 /// The Python that has the real master.
 pub fn python() -> PathBuf {
-    let python = match std::env::var_os("DECNET_PYTHON") {
-        Some(path) => PathBuf::from(path),
-        None => Path::new(env!("CARGO_MANIFEST_DIR")).join("target/decnet-venv/bin/python"),
-    };
+    let python = python_path();
     assert!(python.exists(), "{} is not there: run tests/real/setup.sh, or set DECNET_PYTHON", python.display());
     python
+}
+
+/// Where it is, if it is there.
+pub fn python_path() -> PathBuf {
+    match std::env::var_os("DECNET_PYTHON") {
+        Some(path) => PathBuf::from(path),
+        None => Path::new(env!("CARGO_MANIFEST_DIR")).join("target/decnet-venv/bin/python"),
+    }
 }

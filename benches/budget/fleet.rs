@@ -1,0 +1,85 @@
+//! A fleet that boots at once: a thousand heartbeats, and when their beats reach the master.
+
+use std::collections::HashMap;
+use std::time::{Duration, Instant};
+
+use decnet_heartbeat::{Heartbeat, OutboxLocation, Snapshot};
+use serde_json::json;
+
+use crate::floor::{ACCEPTED, After, BareMaster};
+use crate::table::{Amount, Figures, Goal, Line};
+
+const HOSTS: usize = 1_000;
+const INTERVAL: Duration = Duration::from_secs(1);
+
+/// Watched for this long, from a second after the last one's start.
+const WATCHED: Duration = Duration::from_secs(15);
+const SLOT: Duration = Duration::from_millis(100);
+
+pub fn measure() -> Result<Figures, String> {
+    let (folder, master) = (tempfile::tempdir().unwrap(), BareMaster::start(ACCEPTED, After::KeepOpen));
+    let agent_dir = folder.path().join("agent");
+    master.enrol(&agent_dir);
+    let start = |host: usize| {
+        let enrolment = master.host(&format!("00000000-0000-4000-8000-{host:012}"), &agent_dir);
+        let nothing = || Snapshot::new(&json!({"deployed": false, "deckies": []}));
+        let builder = Heartbeat::builder().enrolment(enrolment).status_source(nothing).interval(INTERVAL);
+        builder.outbox(OutboxLocation::Memory).start().unwrap()
+    };
+    let fleet: Vec<Heartbeat> = (0..HOSTS).map(start).collect();
+    let from = Instant::now() + INTERVAL;
+    let until = from + WATCHED;
+    let mut arrivals = Vec::new();
+    while let Ok(arrival) = master.arrivals.recv_deadline(until) {
+        arrivals.push((arrival.at, host(&arrival.request)));
+    }
+    let failed = fleet.iter().filter(|heartbeat| heartbeat.stats().failure.is_some()).count();
+    assert_eq!(failed, 0, "beats that failed");
+    arrivals.retain(|(at, _)| *at >= from);
+    let slots = slots(arrivals.iter().map(|(at, _)| *at), from);
+    let busiest = *slots.iter().max().unwrap() as f64;
+    Ok(vec![
+        Line {
+            what: format!("{HOSTS} heartbeats started together, a beat a second: the busiest 100 ms; floor: the mean"),
+            floor: Some(Amount::Count((arrivals.len() as f64 / slots.len() as f64).round())),
+            measured: Amount::Count(busiest),
+            goal: Goal::AtMostTimes(2.0),
+        },
+        Line {
+            what: "beats that one of them missed".to_owned(),
+            floor: None,
+            measured: Amount::Count(missed(&arrivals) as f64),
+            goal: Goal::AtMost(Amount::Count(0.0)),
+        },
+    ]
+    .into())
+}
+
+fn slots(arrivals: impl Iterator<Item = Instant>, from: Instant) -> Vec<usize> {
+    let mut slots = vec![0; (WATCHED.as_millis() / SLOT.as_millis()) as usize];
+    for at in arrivals {
+        let slot = (at - from).as_millis() / SLOT.as_millis();
+        if let Some(count) = slots.get_mut(slot as usize) {
+            *count += 1;
+        }
+    }
+    slots
+}
+
+/// A host's beats are an interval apart: each that is not there is missed.
+fn missed(arrivals: &[(Instant, String)]) -> usize {
+    let mut beats: HashMap<&str, usize> = HashMap::new();
+    for (_, host) in arrivals {
+        *beats.entry(host).or_default() += 1;
+    }
+    let expected = (WATCHED.as_millis() / INTERVAL.as_millis()) as usize;
+    // The last one may just be on its way.
+    let short = |beats: usize| (expected - 1).saturating_sub(beats);
+    (HOSTS - beats.len()) * (expected - 1) + beats.into_values().map(short).sum::<usize>()
+}
+
+fn host(request: &[u8]) -> String {
+    let request = std::str::from_utf8(request).unwrap();
+    let (_, rest) = request.split_once(r#"{"host_uuid":""#).unwrap();
+    rest.split('"').next().unwrap().to_owned()
+}

@@ -1,0 +1,181 @@
+//! The program while nothing happens: its memory beside an empty program's, its wake-ups and its size; and the threads
+//! that it starts for a beat. Reads `/proc`.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use decnet_heartbeat::loopback::LoopbackMaster;
+use tempfile::TempDir;
+
+use crate::table::{Amount, Figures, Goal, Line};
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_decnet-heartbeat");
+
+/// As it is installed.
+const INTERVAL: Duration = Duration::from_secs(30);
+
+/// Beats in which the started threads are counted, and the time between two.
+const COUNTED: u64 = 20;
+const QUICK: Duration = Duration::from_secs(1);
+
+pub fn measure() -> Result<Figures, String> {
+    let stage = Stage::new("127.0.0.1");
+    let program = Killed(stage.run(INTERVAL).spawn().unwrap());
+    // The second beat comes after a random part of the interval; from then on the ticks are an interval apart.
+    let patience = INTERVAL * 2 + Duration::from_secs(10);
+    assert!(stage.master.wait_for_beats(2, patience), "no second beat");
+    let after_beat = settled(program.id());
+    // Just short of the next tick. There is no event to wait for: what is measured is that none comes.
+    assert!(!stage.master.wait_for_beats(3, INTERVAL - INTERVAL / 10), "the third beat came early");
+    let wake_ups = voluntary_switches(program.id()) - after_beat;
+    assert!(stage.master.wait_for_beats(3, patience), "no third beat");
+    settled(program.id());
+    let empty = Killed(empty_program(stage.folder.path()).spawn().unwrap());
+    settled(empty.id());
+    let megabytes = |process: &Killed, field| Amount::Megabytes(status_kb(process.id(), field) / 1024.0);
+    let size = fs::metadata(PROGRAM).unwrap().len() as f64 / 1024.0 / 1024.0;
+    let line = |what: &str, floor, measured, goal| Line { what: what.to_owned(), floor, measured, goal };
+    Ok(vec![
+        line(
+            "resident memory, idle; floor: an empty program with two threads",
+            Some(megabytes(&empty, "VmRSS:")),
+            megabytes(&program, "VmRSS:"),
+            Goal::AtMost(Amount::Megabytes(7.0)),
+        ),
+        line(
+            "of it anonymous",
+            Some(megabytes(&empty, "RssAnon:")),
+            megabytes(&program, "RssAnon:"),
+            Goal::AtMostAbove(Amount::Megabytes(1.5)),
+        ),
+        line(
+            "wake-ups between two ticks, all threads",
+            None,
+            Amount::Count(wake_ups as f64),
+            Goal::AtMost(Amount::Count(0.0)),
+        ),
+        line("stripped release binary", None, Amount::Megabytes(size), Goal::AtMost(Amount::Megabytes(5.0))),
+    ]
+    .into())
+}
+
+/// Threads started while it beats: with an address for a master, and with a name, which is looked up on a thread.
+pub fn measure_threads() -> Result<Figures, String> {
+    let strace = Command::new("strace").arg("--version").stdout(Stdio::null()).status();
+    if !strace.is_ok_and(|status| status.success()) {
+        return Err("Debian's strace".to_owned());
+    }
+    let line = |host: &str, what: &str| Line {
+        what: format!("threads started per beat, the master given by {what}"),
+        floor: None,
+        measured: Amount::Count(threads_started(host) as f64 / COUNTED as f64),
+        goal: Goal::AtMost(Amount::Count(0.0)),
+    };
+    Ok(vec![line("127.0.0.1", "address"), line("localhost", "name")].into())
+}
+
+fn threads_started(host: &str) -> usize {
+    let stage = Stage::new(host);
+    let trace = stage.folder.path().join("trace");
+    let mut strace = Command::new("strace");
+    // Its child is the program, and it watches from aside.
+    strace.args(["-D", "-f", "-qq", "-e", "trace=clone,clone3,fork,vfork", "-o"]).arg(&trace);
+    let program = stage.run(QUICK);
+    strace.arg(program.get_program()).args(program.get_args()).env_clear().stderr(Stdio::null());
+    let _program = Killed(strace.spawn().unwrap());
+    let started = || fs::read_to_string(&trace).unwrap().lines().filter(|line| line.contains("clone")).count();
+    assert!(stage.master.wait_for_beats(2, crate::PATIENCE), "no second beat");
+    let before = started();
+    assert!(before >= 3, "strace sees the program's own threads");
+    assert!(stage.master.wait_for_beats(2 + COUNTED, crate::PATIENCE), "the beats have ended");
+    started() - before
+}
+
+/// A master, and a worker's configuration.
+struct Stage {
+    master: LoopbackMaster,
+    folder: TempDir,
+}
+
+impl Stage {
+    /// The worker knows its master by this.
+    fn new(host: &str) -> Self {
+        let (master, folder) = (LoopbackMaster::start().unwrap(), tempfile::tempdir().unwrap());
+        let ini = folder.path().join("decnet.ini");
+        master.enrol(&folder.path().join("agent")).unwrap().write_ini(&ini).unwrap();
+        let text = fs::read_to_string(&ini).unwrap();
+        assert!(text.contains("127.0.0.1"), "{text}");
+        fs::write(&ini, text.replace("127.0.0.1", host)).unwrap();
+        Self { master, folder }
+    }
+
+    fn run(&self, interval: Duration) -> Command {
+        let (folder, mut command) = (self.folder.path(), Command::new(PROGRAM));
+        command.env_clear().arg("--config").arg(folder.join("decnet.ini")).arg("run");
+        command.args(["--interval", &format!("{}ms", interval.as_millis())]);
+        command.arg("--state-file").arg(folder.join("none")).arg("--docker-socket").arg(folder.join("none"));
+        command.stderr(Stdio::null());
+        command
+    }
+}
+
+/// Compiled as the program is.
+fn empty_program(folder: &Path) -> Command {
+    let (source, program) = (concat!(env!("CARGO_MANIFEST_DIR"), "/benches/budget/empty.rs"), folder.join("empty"));
+    let rustc = std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
+    let mut compile = Command::new(rustc);
+    compile.args(["--edition=2024", "-Copt-level=3", "-Cstrip=symbols", "-o"]).arg(&program).arg(source);
+    assert!(compile.status().expect("rustc").success());
+    Command::new(program)
+}
+
+/// A process that ends with this value.
+pub struct Killed(pub Child);
+
+impl Killed {
+    pub fn id(&self) -> u32 {
+        self.0.id()
+    }
+}
+
+impl Drop for Killed {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// The voluntary context switches once nothing is done any more: every thread sleeps, and two looks agree.
+pub fn settled(process: u32) -> u64 {
+    loop {
+        let before = voluntary_switches(process);
+        let asleep = tasks(process).all(|task| field(&task, "State:").starts_with('S'));
+        std::thread::sleep(Duration::from_millis(50));
+        if asleep && before == voluntary_switches(process) {
+            return before;
+        }
+    }
+}
+
+/// How often the threads went to sleep of their own accord, and so woke up before.
+fn voluntary_switches(process: u32) -> u64 {
+    tasks(process).map(|task| field(&task, "voluntary_ctxt_switches:").parse::<u64>().unwrap()).sum()
+}
+
+/// `status` of each thread.
+fn tasks(process: u32) -> impl Iterator<Item = String> {
+    let tasks = fs::read_dir(format!("/proc/{process}/task")).unwrap();
+    tasks.map(|task| fs::read_to_string(task.unwrap().path().join("status")).unwrap())
+}
+
+/// A size of the process.
+pub fn status_kb(process: u32, name: &str) -> f64 {
+    let status = fs::read_to_string(format!("/proc/{process}/status")).unwrap();
+    field(&status, name).trim_end_matches(" kB").parse().unwrap()
+}
+
+fn field<'a>(status: &'a str, name: &str) -> &'a str {
+    status.lines().find_map(|line| line.strip_prefix(name)).expect("a field of status").trim()
+}

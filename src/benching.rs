@@ -1,0 +1,34 @@
+//! What the benches measure by itself and embedders do not need. Runs on the caller's thread.
+
+use std::path::Path;
+
+use crate::body::Body;
+use crate::status::decnet::DecnetStatus;
+use crate::status::docker::Engine;
+
+/// Writes one body after another, of a state file and of what Docker has said last.
+#[derive(Debug)]
+pub struct Bodies {
+    source: DecnetStatus,
+    engine: Result<Engine, String>,
+}
+
+impl Bodies {
+    /// The state file is at this path, and Docker has these containers: a name and a state each.
+    pub fn new(state_file: &Path, containers: Vec<(String, String)>) -> Self {
+        let source = DecnetStatus::new(Path::new("/etc/decnet/agent")).state_file(state_file);
+        Self { source, engine: Ok(Engine { containers: containers.into_iter().collect(), bridges: Vec::new() }) }
+    }
+
+    /// A body as it is posted.
+    ///
+    /// # Errors
+    ///
+    /// Why the state file cannot be read.
+    pub fn write(&mut self) -> Result<Vec<u8>, String> {
+        let snapshot = self.source.status(&self.engine, None)?;
+        let status = snapshot.raw_status();
+        let body = Body { host_uuid: "u", agent_version: "1", status, topology: None, lifecycle: &[] };
+        serde_json::to_vec(&body).map_err(|error| error.to_string())
+    }
+}
