@@ -271,7 +271,7 @@ impl Transport for TlsTransport {
     /// The head waits for the body, which every request of ours has: apart they would be two records, and wake the master
     /// twice.
     fn transmit_output(&mut self, amount: usize, timeout: NextTimeout) -> Result<(), ureq::Error> {
-        self.unsent.extend(self.buffers.output().iter().take(amount));
+        self.unsent.extend_from_slice(self.buffers.output().get(..amount).unwrap_or_default());
         if mem::take(&mut self.begins) {
             return Ok(());
         }

@@ -1,8 +1,6 @@
 //! A whole beat on a host with real containers: what it costs, and what the Python module takes for the same.
 
-use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::path::PathBuf;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -54,8 +52,8 @@ struct Stage {
 
 impl Stage {
     fn start() -> Result<Self, String> {
-        if !has_docker() {
-            return Err("root, and Debian's docker.io and busybox-static".to_owned());
+        if let Some(missing) = Docker::missing() {
+            return Err(missing.to_owned());
         }
         if !support::python_path().exists() {
             return Err("the real master: tests/real/setup.sh".to_owned());
@@ -168,11 +166,4 @@ fn median(took: &[Took], what: impl Fn(&Took) -> f64) -> Amount {
 
 fn resident(took: &[Took]) -> Amount {
     Amount::Megabytes(took.last().unwrap().resident_kb / 1024.0)
-}
-
-fn has_docker() -> bool {
-    let root = std::fs::metadata("/proc/self").is_ok_and(|process| process.uid() == 0);
-    let mut dockerd = Command::new("dockerd");
-    let dockerd = dockerd.arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status();
-    root && dockerd.is_ok() && Path::new(support::docker::BUSYBOX).exists()
 }

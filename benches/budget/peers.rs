@@ -3,7 +3,7 @@
 
 use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
-use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::process::{ChildStdin, ChildStdout, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -12,7 +12,7 @@ use decnet_heartbeat::{DecnetStatus, Enrolment, Heartbeat, LifecycleDelta, Opera
 use rustix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 
-use crate::process::status_kb;
+use crate::process::{Killed, status_kb};
 use crate::support::{self, RealMaster};
 
 /// What it took to do as told.
@@ -52,7 +52,7 @@ impl Setup {
 
 /// One of the two.
 pub struct Peer {
-    child: Child,
+    _process: Killed,
     stdin: ChildStdin,
     stdout: BufReader<ChildStdout>,
 }
@@ -81,7 +81,7 @@ impl Peer {
     fn start(command: &mut Command) -> Self {
         let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
         let (stdin, stdout) = (child.stdin.take().unwrap(), BufReader::new(child.stdout.take().unwrap()));
-        Self { child, stdin, stdout }
+        Self { _process: Killed(child), stdin, stdout }
     }
 
     /// `beat` or `push`.
@@ -92,13 +92,6 @@ impl Peer {
         let took: Took = serde_json::from_str(&line).unwrap_or_else(|error| panic!("{what}: {error}: {line:?}"));
         assert!(took.failures.is_empty(), "{what}: {:?}", took.failures);
         took
-    }
-}
-
-impl Drop for Peer {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
     }
 }
 

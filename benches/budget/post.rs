@@ -110,7 +110,7 @@ pub fn beat(heartbeat: &Heartbeat, tick: &Sender<Instant>, beats: &Receiver<()>)
 }
 
 /// A source that has its snapshot at hand.
-pub fn at_hand() -> impl FnMut() -> Snapshot + Send + 'static {
+fn at_hand() -> impl FnMut() -> Snapshot + Send + 'static {
     let snapshot = Snapshot::new(&json!({"deployed": false, "deckies": [], "filling": "x".repeat(STATUS)}));
     move || snapshot.clone()
 }

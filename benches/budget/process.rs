@@ -148,7 +148,7 @@ impl Drop for Killed {
 }
 
 /// The voluntary context switches once nothing is done any more: every thread sleeps, and two looks agree.
-pub fn settled(process: u32) -> u64 {
+fn settled(process: u32) -> u64 {
     loop {
         let before = voluntary_switches(process);
         let asleep = tasks(process).all(|task| field(&task, "State:").starts_with('S'));

@@ -16,7 +16,7 @@ const START: Duration = Duration::from_secs(60);
 const STOP: Duration = Duration::from_secs(30);
 /// The one image: no registry is reached, so it is made of the static busybox.
 const IMAGE: &str = "busybox";
-pub const BUSYBOX: &str = "/bin/busybox";
+const BUSYBOX: &str = "/bin/busybox";
 
 /// Runs `dockerd` beside a `cat` on our pipe: when we close it, or die, the engine gets its SIGTERM all the same (also
 /// when it is frozen) and leaves neither containers nor mounts behind. Its stderr is open only as long as it runs.
@@ -41,10 +41,20 @@ struct Keeper {
 }
 
 impl Docker {
-    pub fn start() -> Docker {
+    /// What an engine of our own needs and is not there.
+    pub fn missing() -> Option<&'static str> {
         let root = fs::metadata("/proc/self").is_ok_and(|process| process.uid() == 0);
-        assert!(root, "a Docker Engine of our own needs root");
-        assert!(Path::new(BUSYBOX).exists(), "{BUSYBOX} is not there: install busybox-static");
+        let dockerd = Command::new("dockerd").arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status();
+        match (root, dockerd) {
+            (false, _) => Some("root"),
+            (_, Err(_)) => Some("Debian's docker.io"),
+            _ if !Path::new(BUSYBOX).exists() => Some("Debian's busybox-static"),
+            _ => None,
+        }
+    }
+
+    pub fn start() -> Docker {
+        assert_eq!(Docker::missing(), None, "a Docker Engine of our own needs this");
         let folder = tempfile::Builder::new().prefix("dh-").tempdir().unwrap();
         fs::write(folder.path().join("daemon.json"), "{}").unwrap();
 
