@@ -5,13 +5,16 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use ring::digest;
-use rustls::RootCertStore;
+use rustls::client::verify_server_cert_signed_by_trust_anchor;
 use rustls::crypto::CryptoProvider;
 use rustls::pki_types::pem::{self, PemObject};
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, UnixTime};
+use rustls::server::ParsedCertificate;
 use rustls::sign::CertifiedKey;
+use rustls::{CertificateError, RootCertStore};
 
 use crate::error::{Error, printable_path};
 use crate::files::{self, Stamp};
@@ -28,8 +31,17 @@ pub(crate) struct Bundle {
     pub(crate) roots: Arc<RootCertStore>,
     /// Our certificate, the rest of its chain, and the key that fits it.
     pub(crate) identity: Arc<CertifiedKey>,
-    /// SHA-256 of our certificate's DER in lowercase hexadecimal: what the master pins to the host uuid.
+    /// What the master knows us by.
+    pub(crate) certificate: Certificate,
+}
+
+/// What is worth knowing of our certificate.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Certificate {
+    /// SHA-256 of its DER in lowercase hexadecimal: what the master pins to the host uuid.
     pub(crate) fingerprint: String,
+    /// The last moment in which it is valid. `None`: it does not say that in a way that can be read.
+    pub(crate) expires: Option<SystemTime>,
 }
 
 impl Bundle {
@@ -49,14 +61,16 @@ impl Bundle {
         let [ca, certificate, key] = [CA, CERTIFICATE, KEY].map(|name| dir.join(name));
         let roots = roots(&ca, &read(&ca)?)?;
         let chain = certificates(&certificate, &read(&certificate)?)?;
-        let fingerprint = chain.first().map(fingerprint).unwrap_or_default();
+        let own = chain.first().map(|own| (fingerprint(own), expiry(own, provider)));
+        let (fingerprint, expires) = own.unwrap_or_default();
         let key = private_key(&key, &read(&key)?)?;
         let identity = CertifiedKey::from_der(chain, key, provider).map_err(|source| {
             Error::bundle(dir, format!("{CERTIFICATE} and {KEY} do not make an identity; enrol this host again"))
                 .because(source)
         })?;
         warn_of_readers(&dir.join(KEY));
-        Ok(Self { roots: Arc::new(roots), identity: Arc::new(identity), fingerprint })
+        let certificate = Certificate { fingerprint, expires };
+        Ok(Self { roots: Arc::new(roots), identity: Arc::new(identity), certificate })
     }
 
     /// What changes when any of the three files does: three `stat`s.
@@ -68,6 +82,20 @@ impl Bundle {
 /// SHA-256 of a certificate's DER in lowercase hexadecimal.
 pub(crate) fn fingerprint(certificate: &CertificateDer<'_>) -> String {
     hex(digest::digest(&digest::SHA256, certificate).as_ref())
+}
+
+/// The last moment in which a certificate is valid. webpki looks at the dates before all else, and tells it to whoever comes
+/// later than that; nothing else of it is looked at here.
+fn expiry(certificate: &CertificateDer<'_>, provider: &CryptoProvider) -> Option<SystemTime> {
+    let certificate = ParsedCertificate::try_from(certificate).ok()?;
+    let (nobody, late) = (RootCertStore::empty(), UnixTime::since_unix_epoch(Duration::from_secs(u64::MAX)));
+    let algorithms = provider.signature_verification_algorithms.all;
+    match verify_server_cert_signed_by_trust_anchor(&certificate, &nobody, &[], late, algorithms) {
+        Err(rustls::Error::InvalidCertificate(CertificateError::ExpiredContext { not_after, .. })) => {
+            UNIX_EPOCH.checked_add(Duration::from_secs(not_after.as_secs()))
+        }
+        _ => None,
+    }
 }
 
 fn roots(path: &Path, content: &[u8]) -> Result<RootCertStore, Error> {

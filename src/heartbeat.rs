@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 
 use crate::collector::Collector;
-use crate::delta::Operation;
+use crate::delta::{Operation, from_micros};
 use crate::enrolment::Enrolment;
 use crate::error::{Error, chain};
 use crate::identity::MasterIdentity;
@@ -110,14 +110,17 @@ impl Heartbeat {
         if let Some(running) = &self.running {
             let Books { counts, dropped, .. } = running.outbox.books();
             (stats.waiting, stats.held, stats.operations) = (counts.waiting, counts.held, counts.operations);
+            stats.oldest_waiting = counts.oldest.map(from_micros);
             (stats.dropped, stats.outbox) = (dropped, running.outbox.path().map(Into::into));
         }
         stats
     }
 
-    /// Whether the heartbeat thread has hung in one event for far longer than any event may take. A watchdog asks this.
+    /// Whether one of the two threads makes no progress: the heartbeat thread has been at one event for over a minute, or
+    /// the status source has owed a snapshot for as long. A watchdog asks this. The beats go on without a source that
+    /// hangs; what runs here is then no longer told.
     pub fn is_stalled(&self) -> bool {
-        self.stats.read().working_since.is_some_and(|since| since.elapsed() > limits::STALLED)
+        self.stats.read().is_stalled()
     }
 
     /// Says that a beat has ended, well or not, and that [`stats`](Self::stats) has it: for tests, and for whoever shows

@@ -40,7 +40,8 @@ pub(crate) const MAX_GRACE: Duration = Duration::from_secs(24 * 3600);
 /// What a stop leaves of its grace for an interrupt to take effect.
 pub(crate) const INTERRUPT_SLACK: Duration = Duration::from_millis(250);
 
-/// An event takes a POST and a retry at the most, and waits for the outbox; beyond this the thread hangs.
+/// An event takes a POST and a retry at the most, and waits for the outbox; a snapshot takes two requests to Docker. Beyond
+/// this a thread hangs.
 pub(crate) const STALLED: Duration = Duration::from_secs(60);
 
 /// What the program allows for the final flush after a signal; systemd waits 90 s before it kills.
@@ -148,6 +149,9 @@ pub(crate) const OUTBOX_AGING: Duration = Duration::from_secs(3600);
 
 /// A PEM file of the bundle; the real ones are below 8 KiB.
 pub(crate) const PEM_FILE: u64 = 256 * 1024;
+
+/// Days before the end of our certificate from which on that is said: time enough to enrol a host again.
+pub(crate) const EXPIRY_WARNING: i64 = 30;
 
 /// `decnet.ini`.
 pub(crate) const INI_FILE: u64 = 1024 * 1024;

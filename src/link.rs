@@ -2,14 +2,16 @@
 //! when they do not. Runs on the caller's thread at start, and on the heartbeat thread before each beat.
 
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, SystemTime};
 
 use ureq::Agent;
 
-use crate::bundle::Bundle;
+use crate::bundle::{Bundle, Certificate};
 use crate::enrolment::Enrolment;
 use crate::error::{Error, chain};
 use crate::files::Stamp;
 use crate::identity::MasterIdentity;
+use crate::limits;
 use crate::master::Master;
 use crate::stats::Stats;
 use crate::tls;
@@ -21,11 +23,13 @@ pub(crate) struct Link {
     /// The rule given by the program; otherwise the enrolment's, otherwise the default.
     given: Option<MasterIdentity>,
     master: Master,
-    fingerprint: String,
+    certificate: Certificate,
     /// What the files looked like when they were taken over.
     stamps: Stamps,
     /// The last reason for not taking the files over, so that it is said once.
     problem: Option<String>,
+    /// The days for which it was last said that the certificate will be valid, so that it is said once a day.
+    said: Option<i64>,
     interrupt: Arc<Interrupt>,
 }
 
@@ -33,10 +37,10 @@ impl Link {
     /// Loads and proves everything. An error names the file or key at fault.
     pub(crate) fn new(enrolment: Enrolment, given: Option<MasterIdentity>) -> Result<Self, Error> {
         let stamps = Stamps::of(&enrolment);
-        let (master, fingerprint) = connectable(&enrolment, given)?;
+        let (master, certificate) = connectable(&enrolment, given)?;
         let interrupt = Arc::new(Interrupt::default());
         interrupt.watch(master.interrupter());
-        Ok(Self { enrolment, given, master, fingerprint, stamps, problem: None, interrupt })
+        Ok(Self { enrolment, given, master, certificate, stamps, problem: None, said: None, interrupt })
     }
 
     pub(crate) fn enrolment(&self) -> &Enrolment {
@@ -48,7 +52,17 @@ impl Link {
     }
 
     pub(crate) fn fingerprint(&self) -> &str {
-        &self.fingerprint
+        &self.certificate.fingerprint
+    }
+
+    /// The days that the certificate is valid for, where that is to be said: from 30 days before its end on, once a day.
+    pub(crate) fn days_left(&mut self, now: SystemTime) -> Option<i64> {
+        let days = days_until(self.certificate.expires?, now);
+        if days > limits::EXPIRY_WARNING || self.said == Some(days) {
+            return None;
+        }
+        self.said = Some(days);
+        self.said
     }
 
     pub(crate) fn interrupt(&self) -> Arc<Interrupt> {
@@ -59,7 +73,8 @@ impl Link {
     pub(crate) fn describe(&self, stats: &mut Stats) {
         stats.host_uuid = Some(self.enrolment.host_uuid().value().clone());
         stats.url = Some(self.master.url().to_owned());
-        stats.fingerprint = Some(self.fingerprint.clone());
+        stats.fingerprint = Some(self.certificate.fingerprint.clone());
+        stats.certificate_expires = self.certificate.expires;
     }
 
     /// Looks at the files: four `stat`s when nothing has changed. Whether something new was taken over.
@@ -96,18 +111,25 @@ impl Link {
 
     fn take_over(&mut self) -> Result<(), Error> {
         let enrolment = self.enrolment.reload()?;
-        let (master, fingerprint) = connectable(&enrolment, self.given)?;
+        let (master, certificate) = connectable(&enrolment, self.given)?;
         self.interrupt.watch(master.interrupter());
-        (self.enrolment, self.master, self.fingerprint) = (enrolment, master, fingerprint);
+        (self.enrolment, self.master, self.certificate, self.said) = (enrolment, master, certificate, None);
         Ok(())
     }
 }
 
-fn connectable(enrolment: &Enrolment, given: Option<MasterIdentity>) -> Result<(Master, String), Error> {
+fn connectable(enrolment: &Enrolment, given: Option<MasterIdentity>) -> Result<(Master, Certificate), Error> {
     let provider = tls::provider();
     let bundle = Bundle::load(enrolment.agent_dir().value(), &provider)?;
     let identity = given.or_else(|| enrolment.master_identity().map(|found| *found.value())).unwrap_or_default();
-    Ok((Master::new(enrolment, &bundle, identity, &provider)?, bundle.fingerprint))
+    Ok((Master::new(enrolment, &bundle, identity, &provider)?, bundle.certificate))
+}
+
+/// Whole days until then; below zero afterwards.
+pub(crate) fn days_until(end: SystemTime, now: SystemTime) -> i64 {
+    const DAY: u64 = 24 * 60 * 60;
+    let days = |time: Duration| i64::try_from(time.as_secs() / DAY).unwrap_or(i64::MAX);
+    end.duration_since(now).map_or_else(|over| -1 - days(over.duration()), days)
 }
 
 /// What the ini and the bundle looked like.
@@ -156,5 +178,18 @@ impl Interrupt {
 impl std::fmt::Debug for Interrupt {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Interrupt").finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn days_are_whole_ones_and_negative_once_it_is_over() {
+        let now = SystemTime::now();
+        let hours = |hours: u64| Duration::from_secs(hours * 3600);
+        assert_eq!([0, 23, 24, 49].map(|left| days_until(now + hours(left), now)), [0, 0, 1, 2]);
+        assert_eq!([1, 23, 24].map(|ago| days_until(now - hours(ago), now)), [-1, -1, -2]);
     }
 }

@@ -37,7 +37,7 @@ use std::time::{Duration, Instant};
 use parking_lot::{FairMutex, FairMutexGuard};
 use rusqlite::Connection;
 
-use crate::delta::{LifecycleDelta, Operation};
+use crate::delta::{LifecycleDelta, Operation, micros};
 use crate::error::{Error, chain};
 use crate::limits;
 use entries::{Added, Change, Place};
@@ -107,6 +107,10 @@ pub(crate) struct Counts {
     pub(crate) held: u64,
     /// Rows of operations in flight.
     pub(crate) operations: u64,
+    /// Rows that the master has refused for good.
+    pub(crate) rejected: u64,
+    /// When the operation ended that the oldest waiting delta tells of, in microseconds since 1970.
+    pub(crate) oldest: Option<i64>,
 }
 
 /// What the outbox knows of itself without being asked for its connection.
@@ -199,8 +203,9 @@ impl Outbox {
         let (added, _shared) =
             self.add(deltas.len(), None, |db, place, owner| entries::add(db, place, deltas, owner))?;
         // Without counting: a push must not cost more when many wait. The next look sets it right.
-        let waiting = &mut unpoisoned(&self.books).counts.waiting;
-        *waiting = (*waiting + deltas.len() as u64).saturating_sub(added.dropped);
+        let counts = &mut unpoisoned(&self.books).counts;
+        counts.waiting = (counts.waiting + deltas.len() as u64).saturating_sub(added.dropped);
+        counts.oldest = deltas.iter().map(|delta| micros(delta.when())).chain(counts.oldest).min();
         Ok(())
     }
 

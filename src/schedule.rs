@@ -166,6 +166,15 @@ impl Schedule {
         };
     }
 
+    /// When the next beat is due, the next tick being then.
+    pub(crate) fn next_beat(&self, tick: Option<Instant>) -> Option<Instant> {
+        match self.hold {
+            Hold::Free => self.due.into_iter().chain(tick).min(),
+            Hold::Until(end) => Some(end),
+            Hold::NextTick => tick,
+        }
+    }
+
     /// Since when a snapshot has been owed.
     pub(crate) fn asked(&self) -> Option<Instant> {
         self.asked
@@ -194,6 +203,11 @@ impl Ticks {
 
     pub(crate) fn receiver(&self) -> &Receiver<Instant> {
         &self.receiver
+    }
+
+    /// The next one, where that is known.
+    pub(crate) fn next(&self) -> Option<Instant> {
+        self.every.map(|(tick, _)| tick)
     }
 
     /// A tick has been received. Ticks that were slept through are left out: one beat says all there is to say.
@@ -345,5 +359,18 @@ mod tests {
         let mut ticks = Ticks::every(INTERVAL, t, 0.0);
         ticks.ticked(after(t, 3_601.0));
         assert_eq!(ticks.every, Some((after(t, 3_630.0), INTERVAL)));
+    }
+
+    #[test]
+    fn the_next_beat_is_the_first_of_what_is_due_and_what_holds_it() {
+        let (mut schedule, t) = start();
+        let tick = Some(after(t, 12.0));
+        assert_eq!((schedule.next_beat(tick), schedule.next_beat(None)), (tick, None));
+        assert_eq!(schedule.wish(Wish::Delta, t), Question::Ask);
+        assert_eq!(schedule.next_beat(tick), Some(t + limits::DELTA_PATIENCE));
+        schedule.ended(Verdict::TryLater(Some(Duration::from_secs(20))), t, 0.0);
+        assert_eq!(schedule.next_beat(tick), Some(after(t, 20.0)), "a tick changes nothing meanwhile");
+        schedule.ended(Verdict::HostRefused, t, 0.0);
+        assert_eq!(schedule.next_beat(tick), tick);
     }
 }

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use serde::{Serialize, Serializer};
 
+use crate::limits;
 use crate::master::Reply;
 
 /// What the heartbeat knows of itself, as of the last event.
@@ -22,11 +23,17 @@ pub struct Stats {
     pub url: Option<String>,
     /// SHA-256 of our certificate's DER in lowercase hexadecimal, as the master pins it.
     pub fingerprint: Option<String>,
+    /// The last moment in which our certificate is valid; the log warns from 30 days before it on.
+    #[serde(serialize_with = "rfc3339")]
+    pub certificate_expires: Option<SystemTime>,
     /// Beats that the master accepted.
     pub beats: u64,
     /// When the master last accepted a beat.
     #[serde(serialize_with = "rfc3339")]
     pub last_success: Option<SystemTime>,
+    /// When the next beat is due, unless a delta or a stop comes first: at the next tick, or when a backoff ends.
+    #[serde(serialize_with = "rfc3339")]
+    pub next_beat: Option<SystemTime>,
     /// The failures since then.
     pub failure: Option<Failure>,
     /// From a beat's request to its answer, the last time.
@@ -42,6 +49,9 @@ pub struct Stats {
     pub waiting: u64,
     /// Of these, the ones held back: a newer operation of the same decky is in flight, or another process is posting.
     pub held: u64,
+    /// When the operation ended that the oldest waiting delta tells of.
+    #[serde(serialize_with = "rfc3339")]
+    pub oldest_waiting: Option<SystemTime>,
     /// Operations in flight, counted for each decky, those of other processes too.
     pub operations: u64,
     /// Deltas that fell out of the outbox undelivered: beyond 10,000 the oldest, and after 7 days.
@@ -56,11 +66,17 @@ pub struct Stats {
     /// Since when the status source has owed a snapshot.
     #[serde(serialize_with = "rfc3339")]
     pub snapshot_owed_since: Option<SystemTime>,
+    /// Why the last beat said less than all of what runs here: Docker or a file could not be read, or there was no fresh
+    /// snapshot. `None`: it said all.
+    pub status_fault: Option<String>,
     /// Panics caught, of the status source and of a beat.
     pub panics: u64,
     /// Since when the heartbeat thread has been busy with one event.
     #[serde(skip)]
     pub(crate) working_since: Option<Instant>,
+    /// As [`snapshot_owed_since`](Self::snapshot_owed_since), by a clock that nobody sets.
+    #[serde(skip)]
+    pub(crate) owed_since: Option<Instant>,
 }
 
 /// Beats that failed in a row.
@@ -100,6 +116,11 @@ impl Stats {
         };
         self.failure = Some(failure.clone());
         (failure, before.is_none_or(|before| before.class != reply.class))
+    }
+
+    /// One of the two threads has been at one thing for far longer than it takes.
+    pub(crate) fn is_stalled(&self) -> bool {
+        [self.working_since, self.owed_since].into_iter().flatten().any(|since| since.elapsed() > limits::STALLED)
     }
 
     fn answered(&mut self, reply: &Reply) {
@@ -144,4 +165,22 @@ fn rfc3339_always<S: Serializer>(at: &SystemTime, serializer: S) -> Result<S::Ok
 
 fn seconds<S: Serializer>(duration: &Option<Duration>, serializer: S) -> Result<S::Ok, S::Error> {
     duration.map(|duration| duration.as_secs_f64()).serialize(serializer)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn either_thread_that_makes_no_progress_is_a_stall() {
+        let (now, second) = (Instant::now(), Duration::from_secs(1));
+        let (long, short) = (now.checked_sub(limits::STALLED + second), now.checked_sub(limits::STALLED - second * 5));
+        assert!(long.is_some() && short.is_some());
+        for (working_since, owed_since, stalled) in
+            [(None, None, false), (short, short, false), (long, None, true), (None, long, true), (short, long, true)]
+        {
+            let stats = Stats { working_since, owed_since, ..Stats::default() };
+            assert_eq!(stats.is_stalled(), stalled, "{working_since:?} {owed_since:?}");
+        }
+    }
 }

@@ -10,6 +10,7 @@ mod topology;
 use serde::Serialize;
 use serde_json::value::{RawValue, to_raw_value};
 
+use crate::text::printable;
 use crate::{body, limits};
 
 /// Where a beat's `status` and `topology` come from.
@@ -47,6 +48,8 @@ impl<F: FnMut() -> Snapshot + Send> StatusSource for F {
 pub struct Snapshot {
     status: Box<RawValue>,
     topology: Option<Topology>,
+    /// What could not be found out, safe to log.
+    fault: Option<String>,
 }
 
 impl Snapshot {
@@ -59,7 +62,7 @@ impl Snapshot {
             Ok(status) if status.get().len() > limits::STATUS => {
                 Self::unknown(&format!("the status is larger than {} bytes", limits::STATUS))
             }
-            Ok(status) if status.get().starts_with('{') => Self { status, topology: None },
+            Ok(status) if status.get().starts_with('{') => Self { status, topology: None, fault: None },
             Ok(_) => Self::unknown("the status source did not give a JSON object"),
             Err(error) => Self::unknown(&format!("the status source's answer cannot be serialized: {error}")),
         }
@@ -69,7 +72,7 @@ impl Snapshot {
     pub fn unknown(reason: &str) -> Self {
         // Serializing one string cannot fail; were it to, an empty status says nothing either.
         let status = to_raw_value(&body::Status::Unknown { error: reason }).unwrap_or_else(|_| empty_object());
-        Self { status, topology: None }
+        Self { status, topology: None, fault: Some(printable(reason)) }
     }
 
     /// The same snapshot with a topology.
@@ -78,6 +81,17 @@ impl Snapshot {
     pub fn with_topology(mut self, topology: Topology) -> Self {
         self.topology = Some(topology);
         self
+    }
+
+    /// The same snapshot, which says inside what could not be found out.
+    pub(crate) fn with_fault(mut self, fault: Option<&str>) -> Self {
+        self.fault = fault.map(printable);
+        self
+    }
+
+    /// What could not be found out.
+    pub(crate) fn fault(&self) -> Option<&str> {
+        self.fault.as_deref()
     }
 
     /// `status` as JSON.

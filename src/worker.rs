@@ -118,7 +118,8 @@ impl Worker {
             }
             self.schedule.ended(Verdict::NoAnswer, Instant::now(), fastrand::f64());
         }
-        self.stats.change(|stats| stats.working_since = None);
+        let next_beat = self.schedule.next_beat(self.ticks.next()).map(wall);
+        self.stats.change(|stats| (stats.working_since, stats.next_beat) = (None, next_beat));
     }
 
     fn handle(&mut self, event: Event) {
@@ -162,12 +163,14 @@ impl Worker {
         if question == Question::Ask {
             // The one question that may be under way is this one; an error means that the status thread is gone.
             let _ = self.collector.ask.try_send(());
-            self.stats.change(|stats| stats.snapshot_owed_since = Some(SystemTime::now()));
+            self.stats.change(|stats| {
+                (stats.snapshot_owed_since, stats.owed_since) = (Some(SystemTime::now()), Some(Instant::now()));
+            });
         }
     }
 
     fn collected(&mut self, snapshot: Snapshot, at: Instant) {
-        self.stats.change(|stats| stats.snapshot_owed_since = None);
+        self.stats.change(|stats| (stats.snapshot_owed_since, stats.owed_since) = (None, None));
         if let Some(topology) = snapshot.topology() {
             self.topology = Some(topology.clone());
         }
@@ -283,7 +286,10 @@ impl Worker {
     }
 
     fn post(&mut self, snapshot: &Snapshot, most: usize, end: Instant) -> (Reply, Vec<Kept>) {
-        self.stats.change(|stats| stats.working_since = Some(Instant::now()));
+        self.stats.change(|stats| {
+            stats.working_since = Some(Instant::now());
+            stats.status_fault = snapshot.fault().map(str::to_owned);
+        });
         let deltas = self.waiting(most);
         let reply = match self.body(snapshot, &deltas) {
             Ok(body) => self.link.master().post(&body, end.saturating_duration_since(Instant::now())),
@@ -364,6 +370,7 @@ impl Worker {
     /// What is done before each beat: changed credentials are taken over, and the outbox is put in order.
     fn tend(&mut self) {
         self.refresh();
+        self.warn_of_expiry();
         if let Err(error) = self.outbox.tend() {
             log::debug!("the outbox is as it was: error={}", chain(&error));
         }
@@ -379,6 +386,16 @@ impl Worker {
             );
             self.stats.change(|stats| self.link.describe(stats));
         }
+    }
+
+    fn warn_of_expiry(&mut self) {
+        let Some(days) = self.link.days_left(SystemTime::now()) else { return };
+        let (level, what) = match days {
+            0.. => (log::Level::Warn, "the certificate expires soon, enrol this host again"),
+            _ => (log::Level::Error, "the certificate has expired, enrol this host again"),
+        };
+        let (host, url, fingerprint) = (self.host(), self.link.master().url(), self.link.fingerprint());
+        log::log!(level, "{what}: host={host} master={url} fingerprint={fingerprint} days={days}");
     }
 
     /// The last beat: what waits now, within the grace, as often as it takes. What is pushed meanwhile is for the next
@@ -443,4 +460,9 @@ impl Worker {
     fn host(&self) -> &str {
         self.link.enrolment().host_uuid().value()
     }
+}
+
+/// A moment to come, by the clock that people read.
+fn wall(at: Instant) -> SystemTime {
+    SystemTime::now() + at.saturating_duration_since(Instant::now())
 }

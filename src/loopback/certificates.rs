@@ -26,6 +26,9 @@ use crate::identity::hex;
 
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 
+/// How long before now certificates begin, for a peer whose clock is behind.
+const BACKDATED: Duration = Duration::from_secs(300);
+
 /// A certificate authority, as a master has one. Clones are the same authority.
 #[derive(Clone)]
 pub struct Authority {
@@ -43,6 +46,8 @@ pub enum Role {
     Master,
     /// A worker of this name. Two names are two siblings.
     Worker(String),
+    /// As [`Worker`](Self::Worker), but it ends after so long from now.
+    ShortLived(String, Duration),
     /// Any other name or IP address, say of a master that an operator has named.
     Named(String),
     /// As [`Master`](Self::Master), but it ended yesterday.
@@ -138,10 +143,10 @@ impl fmt::Debug for Issued {
 /// The names, dates and usages of a role.
 fn params_of(role: &Role) -> Result<CertificateParams, rcgen::Error> {
     let mut params = match role {
-        Role::Worker(name) | Role::Named(name) => named(name, &[name])?,
+        Role::Worker(name) | Role::ShortLived(name, _) | Role::Named(name) => named(name, &[name])?,
         _ => named("swarmctl", &["swarmctl", "localhost", "127.0.0.1"])?,
     };
-    if matches!(role, Role::Worker(_)) {
+    if matches!(role, Role::Worker(_) | Role::ShortLived(..)) {
         params.distinguished_name.push(DnType::OrganizationalUnitName, "swarm-worker");
     }
     params.is_ca = IsCa::ExplicitNoCa;
@@ -152,6 +157,7 @@ fn params_of(role: &Role) -> Result<CertificateParams, rcgen::Error> {
             params.not_after = params.not_before - DAY;
             params.not_before = params.not_after - 30 * DAY;
         }
+        Role::ShortLived(_, left) => params.not_after = params.not_before + BACKDATED + *left,
         Role::NotYetValid => params.not_before += DAY,
         Role::WithoutServerAuth => params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth],
         Role::CaAsLeaf => params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained),
@@ -168,7 +174,7 @@ fn named(common_name: &str, alternatives: &[&str]) -> Result<CertificateParams, 
     params.distinguished_name.push(DnType::CommonName, common_name);
     params.distinguished_name.push(DnType::OrganizationName, "DECNET");
     let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    params.not_before = rcgen::date_time_ymd(1970, 1, 1) + since_epoch.saturating_sub(Duration::from_secs(300));
+    params.not_before = rcgen::date_time_ymd(1970, 1, 1) + since_epoch.saturating_sub(BACKDATED);
     params.not_after = params.not_before + 825 * DAY;
     Ok(params)
 }

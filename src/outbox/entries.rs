@@ -145,12 +145,16 @@ pub(super) fn counts(db: &Connection) -> rusqlite::Result<Counts> {
          SELECT count(*) FILTER (WHERE d.completed_at IS NOT NULL AND d.rejected IS NULL),
                 count(*) FILTER (WHERE d.completed_at IS NOT NULL AND d.rejected IS NULL
                                  AND (d.owner IS NOT NULL OR d.id < newest.id)),
-                count(*) FILTER (WHERE d.completed_at IS NULL)
+                count(*) FILTER (WHERE d.completed_at IS NULL),
+                count(*) FILTER (WHERE d.rejected IS NOT NULL),
+                min(d.completed_at) FILTER (WHERE d.rejected IS NULL AND typeof(d.completed_at) = 'integer')
          FROM current AS d LEFT JOIN newest ON newest.decky = d.decky AND newest.operation = d.operation",
     )?;
     let number = |row: &Row<'_>, column| row.get::<_, i64>(column).map(i64::unsigned_abs);
     select.query_row([], |row| {
-        Ok(Counts { waiting: number(row, 0)?, held: number(row, 1)?, operations: number(row, 2)? })
+        let [waiting, held, operations, rejected] = [0, 1, 2, 3].map(|column| number(row, column));
+        let (waiting, held, operations, rejected) = (waiting?, held?, operations?, rejected?);
+        Ok(Counts { waiting, held, operations, rejected, oldest: row.get(4)? })
     })
 }
 

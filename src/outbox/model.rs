@@ -256,6 +256,8 @@ impl Ledger {
             waiting: self.waiting(),
             held: self.held().len() as u64,
             operations: self.rows.iter().filter(|row| row.completed_at.is_none()).count() as u64,
+            rejected: self.rows.iter().filter(|row| row.rejected.is_some()).count() as u64,
+            oldest: self.rows.iter().filter(|row| row.waits()).filter_map(|row| row.completed_at).min(),
         }
     }
 

@@ -56,7 +56,10 @@ impl DecnetStatus {
     /// The status, or why it is not known. `aside` is what else is wrong.
     pub(crate) fn status(&mut self, engine: &Result<Engine, String>, aside: Option<&str>) -> Result<Snapshot, String> {
         let state = self.state_file.read()?;
-        Ok(state.map_or_else(|| Snapshot::new(&Status::nothing(aside)), |state| report(state, engine, aside)))
+        Ok(state.map_or_else(
+            || Snapshot::new(&Status::nothing(aside)).with_fault(aside),
+            |state| report(state, engine, aside),
+        ))
     }
 }
 
@@ -105,9 +108,13 @@ pub(crate) fn report(state: &State, engine: &Result<Engine, String>, aside: Opti
     match engine {
         Ok(engine) => {
             let runtime = state.runtime(&engine.containers);
-            Snapshot::new(&Status::Deployed { deployed: true, mode, compose_path, deckies, runtime, error: aside })
+            let status = Status::Deployed { deployed: true, mode, compose_path, deckies, runtime, error: aside };
+            Snapshot::new(&status).with_fault(aside)
         }
-        Err(error) => Snapshot::new(&Status::Unseen { deployed: true, mode, compose_path, error: &both(error, aside) }),
+        Err(error) => {
+            let error = &both(error, aside);
+            Snapshot::new(&Status::Unseen { deployed: true, mode, compose_path, error }).with_fault(Some(error))
+        }
     }
 }
 

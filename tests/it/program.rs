@@ -4,8 +4,9 @@ use std::io::{BufRead, BufReader, Read};
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::time::Duration;
 
-use decnet_heartbeat::loopback::Enrolled;
+use decnet_heartbeat::loopback::{Enrolled, Role};
 use serde_json::Value;
 
 use crate::support::{PATIENCE, Stage, json_of};
@@ -108,6 +109,29 @@ fn the_log_goes_to_a_file_when_told() {
     let log = std::fs::read_to_string(log).unwrap();
     assert!(log.contains("[INFO] (decnet-heartbeat) first beat accepted"), "{log}");
     assert!(!log.contains("ureq") && !log.contains("POST"), "only our own lines: {log}");
+}
+
+#[test]
+fn a_certificate_that_ends_within_30_days_is_said_once_a_day() {
+    let stage = Stage::new();
+    let nine_days = Duration::from_secs(9 * 86_400 + 3_600);
+    let issued = stage.master.authority().issue(Role::ShortLived("w".to_owned(), nine_days)).unwrap();
+    stage.master.authority().write_bundle(&issued, &stage.agent_dir()).unwrap();
+    stage.master.pin(&stage.worker.uuid, &issued.fingerprint);
+    let child = run(&stage.worker, stage.dir.path()).args(["--interval", "50ms"]).spawn().unwrap();
+    assert!(stage.master.wait_for_beats(5, PATIENCE));
+    terminate(&child);
+    let log = String::from_utf8(child.wait_with_output().unwrap().stderr).unwrap();
+    let said: Vec<_> = log.lines().filter(|line| line.contains("the certificate expires soon")).collect();
+    let [said] = said.as_slice() else { panic!("{log}") };
+    let expected = format!(
+        "[WARN] (decnet-heartbeat) the certificate expires soon, enrol this host again: host={} master={} fingerprint={} \
+         days=9",
+        stage.worker.uuid,
+        stage.master.url(),
+        issued.fingerprint
+    );
+    assert!(said.ends_with(&expected), "{said}");
 }
 
 #[test]

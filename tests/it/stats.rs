@@ -1,6 +1,8 @@
 //! What a heartbeat knows of itself, as the program's stats file has it.
 
-use decnet_heartbeat::{LifecycleDelta, Operation};
+use std::time::{Duration, SystemTime};
+
+use decnet_heartbeat::{LifecycleDelta, Operation, Snapshot};
 use serde_json::json;
 
 use crate::support::{Stage, errors_with, now, remember_errors, settled};
@@ -22,7 +24,7 @@ fn as_json_they_count_what_waits_what_is_held_what_is_in_flight_and_what_fell_ou
     let mut json = serde_json::to_value(&stats).unwrap();
     let failure = json["failure"].take();
     assert_eq!(failure["class"], "refused");
-    for time in [json["last_success"].take(), failure["since"].clone()] {
+    for time in [json["last_success"].take(), failure["since"].clone(), json["oldest_waiting"].take()] {
         let at = humantime::parse_rfc3339(time.as_str().unwrap()).unwrap();
         assert!(at.elapsed().is_ok_and(|age| age.as_secs() < 60), "{time}");
     }
@@ -30,13 +32,21 @@ fn as_json_they_count_what_waits_what_is_held_what_is_in_flight_and_what_fell_ou
     // How often the source was asked depends on when the beats failed.
     assert!(json["snapshots"].take().as_u64().is_some_and(|count| count >= 1));
     json["snapshot_owed_since"].take();
+    let time = |time: serde_json::Value| humantime::parse_rfc3339(time.as_str().unwrap()).unwrap();
+    let now = SystemTime::now();
+    // No tick is known of, so it is the retry after a second at the most; that may have come meanwhile.
+    assert!(time(json["next_beat"].take()) < now + Duration::from_secs(1));
+    let valid = time(json["certificate_expires"].take()).duration_since(now).unwrap();
+    assert_eq!(valid.as_secs() / 86_400, 824);
     assert!(json["last_snapshot"].take().is_string());
     let expected = json!({
         "dormant": false,
         "host_uuid": stage.worker.uuid,
         "url": stage.master.url(),
         "fingerprint": stage.worker.fingerprint,
+        "certificate_expires": null,
         "beats": 1,
+        "next_beat": null,
         "last_success": null,
         "failure": null,
         "round_trip": null,
@@ -45,15 +55,30 @@ fn as_json_they_count_what_waits_what_is_held_what_is_in_flight_and_what_fell_ou
         "rejected": 0,
         "waiting": MOST - 3,
         "held": 2,
+        "oldest_waiting": null,
         "operations": 3,
         "dropped": 4,
         "outbox": stage.agent_dir().join("heartbeat.db"),
         "snapshots": null,
         "last_snapshot": null,
         "snapshot_owed_since": null,
+        "status_fault": null,
         "panics": 0,
     });
     assert_eq!(json, expected);
+}
+
+#[test]
+fn what_the_last_beat_could_not_say_is_named_until_it_can() {
+    let stage = Stage::new();
+    let (builder, tick) = stage.builder();
+    let mut faults = vec!["two\nlines"].into_iter();
+    let source = move || faults.next().map_or_else(|| Snapshot::new(&json!({})), Snapshot::unknown);
+    let heartbeat = builder.status_source(source).start().unwrap();
+    let stats = settled(&heartbeat, |stats| stats.beats == 1);
+    assert_eq!(stats.status_fault.as_deref(), Some("two\\u{a}lines"));
+    tick.send(now()).unwrap();
+    assert_eq!(settled(&heartbeat, |stats| stats.beats == 2).status_fault, None);
 }
 
 #[test]
