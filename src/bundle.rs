@@ -127,7 +127,8 @@ fn private_key(path: &Path, content: &[u8]) -> Result<PrivateKeyDer<'static>, Er
 fn warn_of_readers(key: &Path) {
     let others = fs::metadata(key).map_or(0, |found| found.permissions().mode() & 0o077);
     if others != 0 {
-        log::warn!("{} can be read by others, make it 0600: mode={:04o}", printable_path(key), 0o600 | others);
+        let (file, mode) = (printable_path(key), 0o600 | others);
+        log::warn!("the key can be read by others, make it 0600: file={file} mode={mode:04o}");
     }
 }
 

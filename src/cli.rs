@@ -2,6 +2,7 @@
 
 mod command;
 mod demo;
+mod metrics;
 mod push;
 mod report;
 mod run;
@@ -90,6 +91,9 @@ struct RunOptions {
     /// Rewrite this file with the stats as JSON after each beat
     #[arg(long, value_name = "PATH")]
     stats_file: Option<PathBuf>,
+    /// Rewrite this file with the stats for Prometheus after each beat; node_exporter reads *.prom
+    #[arg(long, value_name = "PATH")]
+    metrics_file: Option<PathBuf>,
 }
 
 #[derive(Debug, clap::Args)]

@@ -1,11 +1,15 @@
 //! Reading files that others write: bounded, never from a FIFO, and with a stamp that shows whether one has changed.
 //! Runs on the thread that asks.
 
+#[cfg(feature = "cli")]
+use std::fs::Permissions;
 use std::fs::{self, File, Metadata};
 #[cfg(feature = "cli")]
 use std::io::Write;
 use std::io::{self, Read};
 use std::os::unix::fs::MetadataExt;
+#[cfg(feature = "cli")]
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::time::{Duration, UNIX_EPOCH};
 
@@ -36,15 +40,21 @@ pub(crate) fn regular(path: &Path) -> io::Result<Metadata> {
 }
 
 /// Puts `content` at `path` in one step: a reader sees the old file or the new one, never half of it. What stands beside
-/// it under the name that is needed meanwhile is removed and never written through: it may be somebody's symlink.
+/// it under the name that is needed meanwhile is removed and never written through: it may be somebody's symlink. With a
+/// mode it has that one, otherwise what the umask leaves.
 #[cfg(feature = "cli")]
-pub(crate) fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
+pub(crate) fn replace(path: &Path, content: &[u8], mode: Option<u32>) -> io::Result<()> {
     let mut next = path.as_os_str().to_owned();
     next.push(".new");
     match fs::remove_file(&next) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        _ => File::create_new(&next)?.write_all(content)?,
+        _ => (),
     }
+    let mut file = File::create_new(&next)?;
+    if let Some(mode) = mode {
+        file.set_permissions(Permissions::from_mode(mode))?;
+    }
+    file.write_all(content)?;
     fs::rename(&next, path)
 }
 
@@ -95,9 +105,10 @@ mod tests {
         let (path, next, other) = (dir.path().join("stats"), dir.path().join("stats.new"), dir.path().join("other"));
         fs::write(&other, b"theirs").unwrap();
         std::os::unix::fs::symlink(&other, &next).unwrap();
-        replace(&path, b"ours").unwrap();
+        replace(&path, b"ours", Some(0o640)).unwrap();
         assert_eq!((fs::read(&path).unwrap(), fs::read(&other).unwrap()), (b"ours".to_vec(), b"theirs".to_vec()));
         assert!(!next.exists());
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o640);
     }
 
     #[test]

@@ -11,7 +11,7 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use crate::collector::Collector;
 use crate::delta::{Operation, from_micros};
 use crate::enrolment::Enrolment;
-use crate::error::{Error, chain};
+use crate::error::{Error, chain, printable_path};
 use crate::identity::MasterIdentity;
 use crate::limits;
 use crate::link::{Interrupt, Link};
@@ -253,7 +253,7 @@ impl HeartbeatBuilder {
         let enrolment = match enrolment {
             Ok(enrolment) => enrolment,
             Err(error) if error.is_not_enrolled() => {
-                log::debug!("heartbeat dormant: {}", chain(&error));
+                log::debug!("heartbeat dormant: error={:?}", chain(&error));
                 let stats = Arc::new(SharedStats::new(Stats { dormant: true, ..Stats::default() }));
                 return Ok(Heartbeat { running: None, stats });
             }
@@ -263,7 +263,11 @@ impl HeartbeatBuilder {
         let link = Link::new(enrolment, self.identity)?;
         let (outbox, problem) = Outbox::open(&self.outbox, &agent_dir, Role::Deliver)?;
         if let Some(problem) = problem {
-            log::error!("the outbox is in memory, deltas do not survive a restart: error={}", chain(&problem));
+            log::error!(
+                "the outbox is in memory, deltas do not survive a restart: {} error={:?}",
+                link.names(),
+                chain(&problem)
+            );
         }
         let source = self.source.unwrap_or_else(|| Box::new(DecnetStatus::new(&agent_dir)));
         let ticks = self.ticks.map_or_else(|| Ticks::every(interval, Instant::now(), fastrand::f64()), Ticks::fed);
@@ -284,11 +288,10 @@ fn start(link: Link, outbox: Outbox, source: Box<dyn StatusSource>, settings: Se
     let mut stats = Stats::default();
     link.describe(&mut stats);
     log::info!(
-        "heartbeat starting: host={} master={} fingerprint={} interval={interval:?} outbox={} waiting={}",
-        link.enrolment().host_uuid().value(),
-        link.master().url(),
+        "heartbeat starting: {} fingerprint={} interval={interval:?} outbox={} waiting={}",
+        link.names(),
         link.fingerprint(),
-        outbox.path().map_or_else(|| "memory".into(), |path| path.to_string_lossy()),
+        outbox.path().map_or_else(|| "memory".to_owned(), printable_path),
         outbox.books().counts.waiting,
     );
     let (stats, outbox, interrupt) = (Arc::new(SharedStats::new(stats)), Arc::new(outbox), link.interrupt());

@@ -1,6 +1,7 @@
 //! Our side and the master's, as the files say: taken over anew when they change and prove usable, kept as they were
 //! when they do not. Runs on the caller's thread at start, and on the heartbeat thread before each beat.
 
+use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
@@ -45,6 +46,11 @@ impl Link {
 
     pub(crate) fn enrolment(&self) -> &Enrolment {
         &self.enrolment
+    }
+
+    /// Whose beats these are and where they go, for the log: the keys that a line begins with.
+    pub(crate) fn names(&self) -> Names<'_> {
+        Names { host: self.enrolment.host_uuid().value(), master: self.master.url() }
     }
 
     pub(crate) fn master(&self) -> &Master {
@@ -96,7 +102,11 @@ impl Link {
             Err(error) => {
                 let problem = chain(&error);
                 if self.problem.as_ref() != Some(&problem) {
-                    log::warn!("changed credentials are not usable, keeping the old ones: error={problem}");
+                    let (names, fingerprint) = (self.names(), self.fingerprint());
+                    log::warn!(
+                        "changed credentials are not usable, keeping the old ones: {names} fingerprint={fingerprint} \
+                         error={problem:?}"
+                    );
                     self.problem = Some(problem);
                 }
                 false
@@ -115,6 +125,18 @@ impl Link {
         self.interrupt.watch(master.interrupter());
         (self.enrolment, self.master, self.certificate, self.said) = (enrolment, master, certificate, None);
         Ok(())
+    }
+}
+
+/// `host=… master=…`
+pub(crate) struct Names<'a> {
+    host: &'a str,
+    master: &'a str,
+}
+
+impl fmt::Display for Names<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "host={} master={}", self.host, self.master)
     }
 }
 
@@ -175,8 +197,8 @@ impl Interrupt {
     }
 }
 
-impl std::fmt::Debug for Interrupt {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl fmt::Debug for Interrupt {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Interrupt").finish_non_exhaustive()
     }
 }

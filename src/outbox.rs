@@ -178,7 +178,7 @@ impl Outbox {
         };
         if role == Role::Deliver && problem.is_none() {
             if let Err(error) = outbox.recover(&mut shared, "the agent restarted during ") {
-                log::warn!("operations that were in flight are recovered later: error={}", chain(&error));
+                log::warn!("operations that were in flight are recovered later: error={:?}", chain(&error));
             }
             outbox.sweep();
         }
@@ -304,7 +304,7 @@ impl Outbox {
         if !shared.store.is_written().unwrap_or(true)
             && let Err(error) = self.write_down(&mut shared, by)
         {
-            log::debug!("what goes out is not on the disk: error={}", chain(&error));
+            log::debug!("what goes out is not on the disk: error={:?}", chain(&error));
         }
         let looked = shared.store.read(|db| Ok((entries::counts(db)?, entries::deliverable(db, most)?)));
         self.note_down(&shared, looked.as_ref().ok().map(|(counts, _)| *counts));
@@ -389,7 +389,7 @@ impl Outbox {
     /// Removes what processes that died without leaving a row have left beside the file.
     fn sweep(&self) {
         if let Some(Err(error)) = self.path.as_deref().map(lock::sweep) {
-            log::debug!("what dead processes left beside the outbox stays there: error={error}");
+            log::debug!("what dead processes left beside the outbox stays there: error={:?}", error.to_string());
         }
     }
 
@@ -439,7 +439,7 @@ impl Outbox {
         if !changes.is_empty() {
             let made = shared.store.remember(|db| changes.iter().try_for_each(|change| change.apply(db)));
             if let Err(error) = made {
-                log::debug!("the outbox cannot be changed: error={error}");
+                log::debug!("the outbox cannot be changed: error={:?}", error.to_string());
                 unpoisoned(&self.pending).splice(..0, changes);
             }
         }

@@ -65,7 +65,11 @@ impl MasterResolver {
             }
             Err(error) if known.addresses.is_empty() => Err(error),
             Err(error) => {
-                log::debug!("name lookup failed, using the last good address: host={} error={error}", self.host);
+                log::debug!(
+                    "name lookup failed, using the last good address: master={} error={:?}",
+                    self.host,
+                    error.to_string()
+                );
                 // For as long as a good answer, or every beat would wait for a DNS that is away. Where the address
                 // does not serve, it is distrusted.
                 known.fresh_since = Some(Instant::now());

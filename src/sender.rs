@@ -152,12 +152,12 @@ impl DeltaSender {
         let Some(inner) = self.inner.as_ref().filter(|_| !ended.is_empty()) else { return };
         if let Err(error) = inner.outbox.end(ended, Poster::Deliverer) {
             log::error!(
-                "how an operation ended is in memory, a restart would report it failed: error={}",
+                "how an operation ended is in memory, a restart would report it failed: error={:?}",
                 chain(&error)
             );
         }
         if let Err(error) = inner.wake() {
-            log::error!("how an operation ended will not be reported: error={}", chain(&error));
+            log::error!("how an operation ended will not be reported: error={:?}", chain(&error));
         }
     }
 }

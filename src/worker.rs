@@ -63,7 +63,7 @@ impl Worker {
         }
         self.guarded(Self::flush);
         self.guarded(Self::finish);
-        log::info!("heartbeat stopped: host={} waiting={}", self.host(), self.outbox.books().counts.waiting);
+        log::info!("heartbeat stopped: {} waiting={}", self.link.names(), self.outbox.books().counts.waiting);
     }
 
     /// Waits for what comes next. `None`: it is time to stop.
@@ -110,16 +110,21 @@ impl Worker {
         if let Err(panic) = catch_unwind(AssertUnwindSafe(|| work(self))) {
             let said = collector::message(panic.as_ref());
             if let Some(times) = self.repeats.count("beat", &said, Instant::now()) {
-                log::error!("a beat panicked, going on: host={} times={times} panic={said:?}", self.host());
+                log::error!("a beat panicked, going on: {} times={times} panic={said:?}", self.link.names());
             }
             self.stats.change(|stats| stats.panics += 1);
             if let Err(error) = self.link.renew() {
-                log::warn!("the connection cannot be made anew: error={}", chain(&error));
+                log::warn!("the connection cannot be made anew: {} error={:?}", self.link.names(), chain(&error));
             }
             self.schedule.ended(Verdict::NoAnswer, Instant::now(), fastrand::f64());
         }
+        self.note_next_beat();
+        self.stats.change(|stats| stats.working_since = None);
+    }
+
+    fn note_next_beat(&self) {
         let next_beat = self.schedule.next_beat(self.ticks.next()).map(wall);
-        self.stats.change(|stats| (stats.working_since, stats.next_beat) = (None, next_beat));
+        self.stats.change(|stats| stats.next_beat = next_beat);
     }
 
     fn handle(&mut self, event: Event) {
@@ -136,7 +141,7 @@ impl Worker {
             }
             Event::Collected(Collected::Panicked(said)) => {
                 if let Some(times) = self.repeats.count("source", &said, Instant::now()) {
-                    log::error!("the status source panicked: times={times} panic={said:?}");
+                    log::error!("the status source panicked: host={} times={times} panic={said:?}", self.host());
                 }
                 self.stats.change(|stats| stats.panics += 1);
                 self.collected(Snapshot::unknown(&format!("the status source panicked: {said}")), Instant::now());
@@ -196,6 +201,7 @@ impl Worker {
         }
         self.note(&reply);
         self.schedule.ended(reply.verdict, Instant::now(), fastrand::f64());
+        self.note_next_beat();
         // Full: it has been told already. Gone: nobody asks.
         let _ = self.beaten.try_send(());
         if reply.verdict == Verdict::Accepted && !deltas.is_empty() && self.free() > 0 {
@@ -225,10 +231,8 @@ impl Worker {
         if reply.verdict == Verdict::Accepted
             && let Some(times) = self.repeats.count("status", refusal, Instant::now())
         {
-            let host = self.host();
-            log::error!(
-                "the master refuses the status, beating without it: host={host} times={times} reason={refusal:?}"
-            );
+            let names = self.link.names();
+            log::error!("the master refuses the status, beating without it: {names} times={times} reason={refusal:?}");
         }
         (snapshot, reply)
     }
@@ -258,9 +262,8 @@ impl Worker {
         let reason = format!("{}: {}", reply.class, reply.detail);
         let (decky, operation) = (printable(kept.delta.decky()), kept.delta.operation());
         log::error!(
-            "the master refuses a delta for good, it is put aside: host={} decky={decky:?} operation={operation} \
-             reason={reason:?}",
-            self.host()
+            "the master refuses a delta for good, it is put aside: {} decky={decky:?} operation={operation} reason={reason:?}",
+            self.link.names()
         );
         self.settle(std::slice::from_ref(kept), &Settled::Rejected(reason));
         self.stats.change(|stats| stats.rejected += 1);
@@ -273,7 +276,7 @@ impl Worker {
         let end = Instant::now() + self.within();
         let (mut reply, mut deltas) = self.post(snapshot, most, end);
         if reply.stale && Instant::now() < end {
-            log::debug!("the connection has ended, trying a fresh one: host={} class={}", self.host(), reply.class);
+            log::debug!("the connection has ended, trying a fresh one: {} class={}", self.link.names(), reply.class);
             (reply, deltas) = self.post(snapshot, most, end);
         }
         if reply.verdict == Verdict::Accepted {
@@ -329,7 +332,10 @@ impl Worker {
         self.outbox.deliverable(most, self.patience()).unwrap_or_else(|error| {
             let problem = chain(&error);
             if let Some(times) = self.repeats.count("deliverable", &problem, Instant::now()) {
-                log::warn!("beating without deltas, they stay in the outbox: times={times} error={problem}");
+                let host = self.host();
+                log::warn!(
+                    "beating without deltas, they stay in the outbox: host={host} times={times} error={problem:?}"
+                );
             }
             Vec::new()
         })
@@ -345,7 +351,8 @@ impl Worker {
         if let Err(error) = self.outbox.settle(deltas, settled, self.patience()) {
             let problem = chain(&error);
             if let Some(times) = self.repeats.count("settle", &problem, Instant::now()) {
-                log::error!("after a restart a delta may be sent again: times={times} error={problem}");
+                let host = self.host();
+                log::error!("after a restart a delta may be sent again: host={host} times={times} error={problem:?}");
             }
         }
     }
@@ -372,18 +379,13 @@ impl Worker {
         self.refresh();
         self.warn_of_expiry();
         if let Err(error) = self.outbox.tend() {
-            log::debug!("the outbox is as it was: error={}", chain(&error));
+            log::debug!("the outbox is as it was: host={} error={:?}", self.host(), chain(&error));
         }
     }
 
     fn refresh(&mut self) {
         if self.link.refresh() {
-            log::info!(
-                "took over changed credentials: host={} master={} fingerprint={}",
-                self.host(),
-                self.link.master().url(),
-                self.link.fingerprint()
-            );
+            log::info!("took over changed credentials: {} fingerprint={}", self.link.names(), self.link.fingerprint());
             self.stats.change(|stats| self.link.describe(stats));
         }
     }
@@ -394,8 +396,7 @@ impl Worker {
             0.. => (log::Level::Warn, "the certificate expires soon, enrol this host again"),
             _ => (log::Level::Error, "the certificate has expired, enrol this host again"),
         };
-        let (host, url, fingerprint) = (self.host(), self.link.master().url(), self.link.fingerprint());
-        log::log!(level, "{what}: host={host} master={url} fingerprint={fingerprint} days={days}");
+        log::log!(level, "{what}: {} fingerprint={} days={days}", self.link.names(), self.link.fingerprint());
     }
 
     /// The last beat: what waits now, within the grace, as often as it takes. What is pushed meanwhile is for the next
@@ -416,20 +417,21 @@ impl Worker {
     /// What the outbox could not write down so far has no later beat to wait for.
     fn finish(&mut self) {
         if let Err(error) = self.outbox.finish(self.deadline.unwrap_or_else(Instant::now)) {
-            log::error!("what the outbox has in memory ends with this process: error={}", chain(&error));
+            let host = self.host();
+            log::error!("what the outbox has in memory ends with this process: host={host} error={:?}", chain(&error));
         }
     }
 
     fn accepted(&self, reply: &Reply, deltas: usize) {
         let (ended, beats) = self.stats.change(|stats| (stats.accepted(reply, deltas), stats.beats));
-        let (host, url, ms) = (self.host(), self.link.master().url(), reply.took.as_secs_f64() * 1e3);
+        let (names, ms) = (self.link.names(), reply.took.as_secs_f64() * 1e3);
         match ended {
-            Some(failure) => log::info!("beating again: host={host} master={url} failures={}", failure.count),
-            None if beats == 1 => log::info!("first beat accepted: host={host} master={url}"),
+            Some(failure) => log::info!("beating again: {names} failures={}", failure.count),
+            None if beats == 1 => log::info!("first beat accepted: {names}"),
             None => (),
         }
         let (class, resumed) = (&reply.class, reply.resumed);
-        log::debug!("beat: host={host} class={class} ms={ms:.1} deltas={deltas} resumed={resumed}");
+        log::debug!("beat accepted: {names} class={class} ms={ms:.1} deltas={deltas} resumed={resumed}");
     }
 
     /// A beat that failed counts once, however often its body was tried. A change is logged at once, a repetition at a
@@ -439,22 +441,14 @@ impl Worker {
             return;
         }
         let (Failure { count, class, detail, .. }, changed) = self.stats.change(|stats| stats.failed(reply));
-        let (host, url, fingerprint) = (self.host(), self.link.master().url(), self.link.fingerprint());
-        let level = match reply.verdict {
-            _ if !changed && !count.is_power_of_two() => log::Level::Debug,
+        let (level, what) = match reply.verdict {
             // Nobody but an operator can mend this.
-            Verdict::HostRefused => log::Level::Error,
-            _ => log::Level::Warn,
+            Verdict::HostRefused => (log::Level::Error, "the master does not accept this host, enrol it again"),
+            _ => (log::Level::Warn, "beat failed"),
         };
-        if reply.verdict == Verdict::HostRefused {
-            log::log!(
-                level,
-                "the master does not accept this host, enrol it again: host={host} master={url} class={class} \
-                 fingerprint={fingerprint} failures={count} detail={detail:?}"
-            );
-        } else {
-            log::log!(level, "beat failed: host={host} master={url} class={class} failures={count} detail={detail:?}");
-        }
+        let level = if changed || count.is_power_of_two() { level } else { log::Level::Debug };
+        let (names, fingerprint) = (self.link.names(), self.link.fingerprint());
+        log::log!(level, "{what}: {names} class={class} fingerprint={fingerprint} failures={count} detail={detail:?}");
     }
 
     fn host(&self) -> &str {

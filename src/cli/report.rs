@@ -40,7 +40,7 @@ impl Reporter {
     ) -> Result<Self, Error> {
         let (outbox, problem) = Outbox::open(location, enrolment.agent_dir().value(), Role::Contribute)?;
         if let Some(problem) = problem {
-            log::warn!("the outbox cannot be used: error={}", chain(&problem));
+            log::warn!("the outbox cannot be used: error={:?}", chain(&problem));
         }
         Ok(Self { outbox, enrolment, identity })
     }
@@ -70,12 +70,12 @@ impl Reporter {
     /// What was begun here has ended, and this process will post it.
     pub(super) fn end(&self, ended: &[Kept]) {
         if let Err(error) = self.outbox.end(ended.to_vec(), Poster::Us) {
-            log::warn!("how the operation ended is not on the disk: error={}", chain(&error));
+            log::warn!("how the operation ended is not on the disk: error={:?}", chain(&error));
         }
     }
 
     fn turn_to_memory(&mut self, error: &Error) -> Result<(), Error> {
-        log::warn!("the outbox cannot be used: error={}", chain(error));
+        log::warn!("the outbox cannot be used: error={:?}", chain(error));
         let dir = self.enrolment.agent_dir().value();
         (self.outbox, _) = Outbox::open(&OutboxLocation::Memory, dir, Role::Contribute)?;
         Ok(())
@@ -95,7 +95,7 @@ impl Reporter {
                 break Some(why);
             }
             if let Err(error) = self.outbox.settle(body, &Settled::Delivered, outbox::deadline()) {
-                log::error!("run may send a delta again: error={}", chain(&error));
+                log::error!("run may send a delta again: error={:?}", chain(&error));
             }
             left = later;
         };
@@ -104,7 +104,7 @@ impl Reporter {
             return Reported::Delivered;
         }
         if let Err(error) = self.outbox.release(&left) {
-            log::warn!("what is undelivered is not on the disk: error={}", chain(&error));
+            log::warn!("what is undelivered is not on the disk: error={:?}", chain(&error));
         }
         let why = failed.unwrap_or_else(|| "a newer operation of the same decky is to be heard first".to_owned());
         if self.outbox.path().is_some() { Reported::Kept(why) } else { Reported::Lost(why) }
@@ -113,7 +113,7 @@ impl Reporter {
     /// Where the outbox cannot say, the delta may not be in there either, and to post it is all that can be done for it.
     fn is_overtaken(&self, kept: &Kept) -> bool {
         self.outbox.is_overtaken(kept).unwrap_or_else(|error| {
-            log::debug!("the outbox cannot be asked for newer operations: error={}", chain(&error));
+            log::debug!("the outbox cannot be asked for newer operations: error={:?}", chain(&error));
             false
         })
     }

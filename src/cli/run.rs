@@ -1,5 +1,5 @@
-//! `run`: beat until a signal comes. The main thread waits for signals, for beats to write the stats after, and for
-//! the time to pet systemd's watchdog if there is one.
+//! `run`: beat until a signal comes. The main thread waits for signals, for beats to write the stats and metrics after,
+//! and for the time to pet systemd's watchdog if there is one.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -10,8 +10,9 @@ use crossbeam_channel::{Receiver, bounded, never, select, tick};
 use sd_notify::NotifyState;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
+use signal_hook::low_level;
 
-use super::{Common, RunOptions, enrolment, outbox};
+use super::{Common, RunOptions, enrolment, metrics, outbox};
 use crate::error::{Error, printable_path};
 use crate::heartbeat::Heartbeat;
 use crate::stats::Stats;
@@ -34,30 +35,35 @@ pub(super) fn run(common: &Common, options: RunOptions) -> Result<(), Error> {
     }
     let heartbeat = builder.start()?;
     tell_systemd(&[NotifyState::Ready]);
-    let watched = watch(&heartbeat, &signals, options.stats_file);
+    let reports = [options.stats_file.map(Report::stats), options.metrics_file.map(Report::metrics)];
+    let watched = watch(&heartbeat, &signals, reports.into_iter().flatten().collect());
     tell_systemd(&[NotifyState::Stopping]);
+    let host = host(&heartbeat);
     let stopped = heartbeat.stop(limits::RUN_GRACE);
     if stopped.undelivered > 0 {
-        log::warn!("stopped with deltas undelivered: waiting={} kept={}", stopped.undelivered, stopped.kept);
+        log::warn!(
+            "stopped with deltas undelivered: host={host} waiting={} kept={}",
+            stopped.undelivered,
+            stopped.kept
+        );
     }
     watched
 }
 
 /// Returns when a signal asks for the end, or when there is nothing left to watch.
-fn watch(heartbeat: &Heartbeat, signals: &Receiver<i32>, stats_file: Option<PathBuf>) -> Result<(), Error> {
+fn watch(heartbeat: &Heartbeat, signals: &Receiver<i32>, mut reports: Vec<Report>) -> Result<(), Error> {
     let watchdog = sd_notify::watchdog_enabled().map_or_else(never, |limit| tick(limit / 2));
     let beats = heartbeat.beats();
-    let mut stats_file = stats_file.map(StatsFile::new);
     loop {
         select! {
             recv(signals) -> signal => {
-                log::info!("stopping: signal={}", signal.unwrap_or_default());
+                let signal = signal.ok().and_then(low_level::signal_name).unwrap_or("none");
+                log::info!("stopping: host={} signal={signal}", host(heartbeat));
                 return Ok(());
             }
-            recv(beats) -> beat => match (beat, &mut stats_file) {
-                (Ok(()), Some(file)) => file.write(&heartbeat.stats()),
-                (Ok(()), None) => (),
-                (Err(_), _) => return Err(Error::setting("heartbeat", "the thread has ended unasked")),
+            recv(beats) -> beat => match beat {
+                Ok(()) => reports.iter_mut().for_each(|report| report.write(&heartbeat.stats())),
+                Err(_) => return Err(Error::setting("heartbeat", "the thread has ended unasked")),
             },
             recv(watchdog) -> _ => if !heartbeat.is_stalled() {
                 tell_systemd(&[NotifyState::Watchdog]);
@@ -66,25 +72,44 @@ fn watch(heartbeat: &Heartbeat, signals: &Receiver<i32>, stats_file: Option<Path
     }
 }
 
-/// `--stats-file`.
-struct StatsFile {
+/// For the log.
+fn host(heartbeat: &Heartbeat) -> String {
+    heartbeat.stats().host_uuid.unwrap_or_default()
+}
+
+/// `--stats-file` or `--metrics-file`.
+struct Report {
     path: PathBuf,
+    text: fn(&Stats) -> serde_json::Result<String>,
+    /// `None`: what the umask leaves.
+    mode: Option<u32>,
     /// A file that cannot be written is said once.
     said: bool,
 }
 
-impl StatsFile {
-    fn new(path: PathBuf) -> Self {
-        Self { path, said: false }
+impl Report {
+    fn stats(path: PathBuf) -> Self {
+        Self {
+            path,
+            text: |stats| serde_json::to_string_pretty(stats).map(|json| json + "\n"),
+            mode: None,
+            said: false,
+        }
+    }
+
+    /// Whatever the umask is: node_exporter is another user.
+    fn metrics(path: PathBuf) -> Self {
+        Self { path, text: |stats| Ok(metrics::text(stats)), mode: Some(0o644), said: false }
     }
 
     fn write(&mut self, stats: &Stats) {
-        let json = serde_json::to_vec_pretty(stats).map_err(Into::into);
-        let written = json.and_then(|json| files::replace(&self.path, &json));
+        let text = (self.text)(stats).map_err(Into::into);
+        let written = text.and_then(|text| files::replace(&self.path, text.as_bytes(), self.mode));
         if let Err(error) = &written
             && !self.said
         {
-            log::warn!("the stats cannot be written: file={} error={error}", printable_path(&self.path));
+            let file = printable_path(&self.path);
+            log::warn!("the stats cannot be written: file={file} error={:?}", error.to_string());
         }
         self.said = written.is_err();
     }
@@ -111,6 +136,6 @@ fn signals() -> Result<Receiver<i32>, Error> {
 /// Nothing where there is no systemd.
 fn tell_systemd(state: &[NotifyState<'_>]) {
     if let Err(error) = sd_notify::notify(state) {
-        log::warn!("systemd cannot be told: error={error}");
+        log::warn!("systemd cannot be told: error={:?}", error.to_string());
     }
 }

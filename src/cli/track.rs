@@ -20,7 +20,7 @@ pub(super) fn track(common: &Common, options: TrackOptions) -> Result<ExitCode, 
     let mut reporter = match enrolment(common) {
         Ok(enrolment) => Reporter::open(enrolment, common.master_identity, &outbox(path))?,
         Err(error) if error.is_not_enrolled() => {
-            log::warn!("there is no master to tell: error={}", chain(&error));
+            log::warn!("there is no master to tell: error={:?}", chain(&error));
             return Ok(ExitCode::from(command::run(&command, &signals).code));
         }
         Err(error) => return Err(error),
@@ -36,9 +36,9 @@ pub(super) fn track(common: &Common, options: TrackOptions) -> Result<ExitCode, 
     match reporter.post(&ended) {
         Reported::Delivered => (),
         Reported::Kept(why) => {
-            log::warn!("kept for decnet-heartbeat run, not delivered: outbox={} error={why}", reporter.place());
+            log::warn!("kept for decnet-heartbeat run, not delivered: outbox={} error={why:?}", reporter.place());
         }
-        Reported::Lost(why) => log::error!("neither delivered nor kept: error={why}"),
+        Reported::Lost(why) => log::error!("neither delivered nor kept: error={why:?}"),
     }
     Ok(ExitCode::from(code))
 }

@@ -29,8 +29,8 @@ pub fn bundle(input: &[u8]) {
     match Bundle::prove(Path::new("/"), content, &provider) {
         Ok(bundle) => {
             assert!(!bundle.roots.is_empty());
-            assert_eq!(bundle.fingerprint.len(), 64);
-            assert!(bundle.fingerprint.bytes().all(|digit| matches!(digit, b'0'..=b'9' | b'a'..=b'f')));
+            assert_eq!(bundle.certificate.fingerprint.len(), 64);
+            assert!(bundle.certificate.fingerprint.bytes().all(|digit| matches!(digit, b'0'..=b'9' | b'a'..=b'f')));
             let name = ServerName::try_from("swarmctl").unwrap();
             let config = tls::client_config(&bundle, MasterIdentity::Name, &name, &provider).unwrap();
             ClientConnection::new(config, name).unwrap();

@@ -101,7 +101,7 @@ impl Outbox {
             Away::Unusable(Error::outbox(Some(path), "is broken, and cannot be moved aside").because(source))
         })?;
         log::error!(
-            "the outbox was broken or none, it is moved aside and a new one begun: file={} aside={} problem={}",
+            "the outbox was broken or none, it is moved aside and a new one begun: file={} aside={} error={:?}",
             printable_path(path),
             printable_path(&aside),
             printable(&problem)
@@ -120,7 +120,7 @@ impl Outbox {
         match self.go_home(shared) {
             Ok(()) => log::info!("the outbox has a file again"),
             Err(Away::Held(error) | Away::Unusable(error)) => {
-                log::debug!("the outbox has no file yet: error={}", chain(&error));
+                log::debug!("the outbox has no file yet: error={:?}", chain(&error));
             }
         }
     }

@@ -89,11 +89,11 @@ impl Shared {
     fn turn_to_memory(&mut self, refused: &Refused) {
         if self.refused.is_none() {
             log::error!(
-                "the outbox cannot be written, deltas are in memory and do not survive a restart: error={}",
+                "the outbox cannot be written, deltas are in memory and do not survive a restart: error={:?}",
                 chain(refused.source.as_ref())
             );
             if let Err(error) = self.store.leave_a_gap() {
-                log::debug!("the outbox cannot be read: error={error}");
+                log::debug!("the outbox cannot be read: error={:?}", error.to_string());
             }
         }
         self.refused = Some((Instant::now() + limits::OUTBOX_RETRY, refused.why));

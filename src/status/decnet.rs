@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use super::docker::{Docker, Engine};
 use super::state::{State, StateFile};
 use super::topology::TopologyFile;
-use super::{Observed, Snapshot, StatusSource, Topology};
+use super::{AppliedTopology, Observed, Snapshot, StatusSource, Topology};
 use crate::body::Status;
 
 /// Where DECNET's agent keeps its state when it is installed under `/opt/decnet`.
@@ -56,27 +56,52 @@ impl DecnetStatus {
     /// The status, or why it is not known. `aside` is what else is wrong.
     pub(crate) fn status(&mut self, engine: &Result<Engine, String>, aside: Option<&str>) -> Result<Snapshot, String> {
         let state = self.state_file.read()?;
-        Ok(state.map_or_else(
-            || Snapshot::new(&Status::nothing(aside)).with_fault(aside),
-            |state| report(state, engine, aside),
-        ))
+        Ok(state.map_or_else(|| Snapshot::new(&Status::nothing(aside)), |state| report(state, engine, aside)))
+    }
+
+    /// Looks at everything.
+    pub(crate) fn look(&mut self) -> Findings {
+        let engine = self.docker.engine();
+        let (applied, topology) = self.topology.read();
+        let status = self.status(&engine, topology.as_ref().err().map(String::as_str));
+        Findings { engine, status, applied, topology }
+    }
+}
+
+/// What was found, part by part, each with its fault.
+#[derive(Debug)]
+pub(crate) struct Findings {
+    pub(crate) engine: Result<Engine, String>,
+    /// An error is the state file's.
+    pub(crate) status: Result<Snapshot, String>,
+    /// As [`TopologyFile::read`] has it.
+    pub(crate) applied: Option<Option<AppliedTopology>>,
+    pub(crate) topology: Result<(), String>,
+}
+
+impl Findings {
+    /// All of it together.
+    pub(crate) fn into_snapshot(self) -> Snapshot {
+        let faults = [self.engine.as_ref().err(), self.status.as_ref().err(), self.topology.as_ref().err()];
+        let fault = faults.into_iter().flatten().cloned().reduce(|some, more| both(&some, Some(&more)));
+        let aside = self.topology.err();
+        let snapshot = self.status.unwrap_or_else(|error| Snapshot::unknown(&both(&error, aside.as_deref())));
+        let snapshot = snapshot.with_fault(fault.as_deref());
+        match self.applied {
+            Some(applied) => snapshot.with_topology(Topology { applied, observed: observe(&self.engine) }),
+            None => snapshot,
+        }
     }
 }
 
 impl StatusSource for DecnetStatus {
     fn snapshot(&mut self) -> Snapshot {
-        let engine = self.docker.engine();
-        let (applied, topology) = self.topology.read();
-        let status = self.status(&engine, topology.as_ref().err().map(String::as_str));
+        let found = self.look();
         let [docker_said, state_said, topology_said] = &mut self.said;
-        docker_said.note("Docker", engine.as_ref().err());
-        state_said.note("the state file", status.as_ref().err());
-        topology_said.note("topology.db, reporting the last topology known", topology.as_ref().err());
-        let snapshot = status.unwrap_or_else(|error| Snapshot::unknown(&both(&error, topology.err().as_deref())));
-        match applied {
-            Some(applied) => snapshot.with_topology(Topology { applied, observed: observe(&engine) }),
-            None => snapshot,
-        }
+        docker_said.note("Docker", found.engine.as_ref().err());
+        state_said.note("the state file", found.status.as_ref().err());
+        topology_said.note("topology.db", found.topology.as_ref().err());
+        found.into_snapshot()
     }
 
     fn applied_topology(&mut self) -> Option<Topology> {
@@ -95,8 +120,8 @@ impl Said {
             return;
         }
         match problem {
-            Some(problem) => log::warn!("cannot be read: {whose}: error={problem:?}"),
-            None => log::info!("can be read again: {whose}"),
+            Some(problem) => log::warn!("{whose} cannot be read: error={problem:?}"),
+            None => log::info!("{whose} can be read again"),
         }
         self.0 = problem.cloned();
     }
@@ -108,13 +133,9 @@ pub(crate) fn report(state: &State, engine: &Result<Engine, String>, aside: Opti
     match engine {
         Ok(engine) => {
             let runtime = state.runtime(&engine.containers);
-            let status = Status::Deployed { deployed: true, mode, compose_path, deckies, runtime, error: aside };
-            Snapshot::new(&status).with_fault(aside)
+            Snapshot::new(&Status::Deployed { deployed: true, mode, compose_path, deckies, runtime, error: aside })
         }
-        Err(error) => {
-            let error = &both(error, aside);
-            Snapshot::new(&Status::Unseen { deployed: true, mode, compose_path, error }).with_fault(Some(error))
-        }
+        Err(error) => Snapshot::new(&Status::Unseen { deployed: true, mode, compose_path, error: &both(error, aside) }),
     }
 }
 

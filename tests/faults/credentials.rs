@@ -56,7 +56,7 @@ pub fn rows() -> Vec<Row> {
         row("half_a_certificate", Bundle::HalfACertificate, "worker.crt: ends in the middle of a PEM section"),
         row("key_of_another_certificate", Bundle::ForeignKey, "worker.crt and worker.key do not make an identity"),
         row("empty_ca", Bundle::EmptyCa, "ca.crt: holds no certificate"),
-        row("key_readable_by_others", Bundle::Open, "worker.key can be read by others"),
+        row("key_readable_by_others", Bundle::Open, "the key can be read by others, make it 0600: file="),
         row("directory_gone", Bundle::Gone, "ca.crt: cannot be read: No such file or directory"),
     ]
 }

@@ -23,10 +23,44 @@ pub fn check(stage: &Stage, log: &str) {
             ["ERROR", "WARN", "INFO", "DEBUG", "TRACE"].iter().any(|level| line.contains(&format!(" [{level}] (")));
         assert!(is_ours && line.starts_with("20"), "{line:?}");
         assert!(line.chars().count() <= LINE, "{line}");
+        check_keys(line);
         assert!(!line.chars().any(|c| c.is_control() || ('\u{202a}'..='\u{202e}').contains(&c)), "{line:?}");
     }
     assert!(log.lines().count() <= LINES, "{log}");
     check_secrets(stage, log);
+}
+
+/// What happened, and then `key=value`, each value in one piece: first whose line it is, in a fixed order. A line that
+/// knows the master knows the host.
+fn check_keys(line: &str) {
+    let message = line.split_once(") ").unwrap().1;
+    // The subject's log names the module, too; the program's does not.
+    let message = message.strip_prefix("decnet_heartbeat").map_or(message, |rest| rest.split_once(": ").unwrap().1);
+    let Some((what, mut rest)) = message.split_once(": ") else { return };
+    assert!(!what.contains('='), "{line}");
+    let mut keys = Vec::new();
+    while !rest.is_empty() {
+        let (key, value) = rest.split_once('=').unwrap_or_else(|| panic!("a value in pieces, {rest:?}: {line}"));
+        assert!(!key.is_empty() && key.chars().all(|c| c.is_ascii_lowercase() || c == '_'), "{key:?}: {line}");
+        keys.push(key);
+        let end = match value.strip_prefix('"') {
+            None => value.find(' ').unwrap_or(value.len()),
+            Some(text) => {
+                let mut escaped = false;
+                let quote = text.find(|c| {
+                    let ends = c == '"' && !escaped;
+                    escaped = c == '\\' && !escaped;
+                    ends
+                });
+                quote.unwrap_or_else(|| panic!("a quote that does not end: {line}")) + 2
+            }
+        };
+        rest = value[end..].trim_start();
+    }
+    let order = ["host", "master", "class", "fingerprint"].map(|key| keys.iter().position(|found| *found == key));
+    let known: Vec<_> = order.iter().flatten().copied().collect();
+    assert_eq!(known, (0..known.len()).collect::<Vec<_>>(), "{line}");
+    assert!(order[1].is_none() || order[0].is_some(), "{line}");
 }
 
 /// Nothing of any key that was ever in the bundle.

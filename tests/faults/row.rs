@@ -303,7 +303,7 @@ fn said(stage: &Stage, subject: &mut Subject, error: &str) {
     };
     assert!(soon(is_said), "{:#}", stage.last()["status"]);
     assert_eq!(stage.last()["status"]["deckies"], Value::Null);
-    let lines = subject.log_lines("cannot be read: ");
+    let lines = subject.log_lines(" cannot be read: error=");
     assert!(lines.len() <= 2, "once it is said, it is said: {lines:#?}");
 }
 

@@ -158,7 +158,7 @@ fn push_is_an_error_when_it_can_neither_deliver_nor_keep() {
     let arguments = ["push", "--operation", "deploy", "--status", "succeeded", "--outbox", "/nonexistent/db", "a"];
     let (code, said, log) = output(&stage, &arguments);
     assert_eq!((code, said.as_str()), (Some(0), "delivered\n"), "{log}");
-    assert!(log.contains("the outbox cannot be used: error=outbox /nonexistent/db: cannot be written"), "{log}");
+    assert!(log.contains("the outbox cannot be used: error=\"outbox /nonexistent/db: cannot be written"), "{log}");
     stage.master.stop();
     let (code, said, log) = output(&stage, &arguments);
     assert_eq!((code, said.as_str()), (Some(1), ""));
@@ -319,7 +319,7 @@ fn of_two_tracks_that_overlap_each_lands_on_its_own_row_though_the_older_ends_fi
     };
     let (code, log) = end(older);
     assert_eq!(code, Some(3));
-    assert!(log.trim_end().ends_with("error=a newer operation of the same decky is to be heard first"), "{log}");
+    assert!(log.trim_end().ends_with("error=\"a newer operation of the same decky is to be heard first\""), "{log}");
     tick.send(now()).unwrap();
     settled(&heartbeat, |stats| stats.held == 1 && stats.beats >= 2);
     assert!(stage.master.rows().iter().all(|row| row.status == RowStatus::Running), "{:?}", stage.master.rows());
@@ -353,7 +353,7 @@ fn a_command_runs_on_a_host_that_is_not_enrolled() {
     let Output { status, stderr, .. } = command.args(["/bin/sh", "-c", "exit 4"]).output().unwrap();
     assert_eq!(status.code(), Some(4));
     let log = String::from_utf8(stderr).unwrap();
-    assert!(log.contains("[WARN] (main) there is no master to tell: error=not enrolled: "), "{log}");
+    assert!(log.contains("[WARN] (main) there is no master to tell: error=\"not enrolled: "), "{log}");
 }
 
 #[test]

@@ -55,7 +55,7 @@ fn what_a_full_disk_cannot_take_is_in_memory_until_it_can() {
     heartbeat.deltas().push(deployed("full-1")).unwrap();
     assert_eq!(heartbeat.stats().outbox, None);
     let expected = "the outbox cannot be written, deltas are in memory and do not survive a restart: \
-                    error=database or disk is full";
+                    error=\"database or disk is full";
     let said = errors();
     assert!(said.len() == 1 && said[0].starts_with(expected), "{said:?}");
     heartbeat.deltas().push(deployed("full-2")).unwrap();
@@ -141,7 +141,7 @@ fn a_start_on_a_full_disk_is_in_memory_until_there_is_room() {
     let (builder, tick) = loopback.builder();
     let heartbeat = start(builder, &disk);
     let said = errors();
-    let expected = "the outbox is in memory, deltas do not survive a restart: error=outbox ";
+    let expected = "the outbox is in memory, deltas do not survive a restart: host=";
     assert!(said.len() == 1 && said[0].starts_with(expected), "{said:?}");
     let stats = settled(&heartbeat, |stats| stats.beats == 1);
     assert_eq!(stats.outbox, None);
@@ -176,7 +176,7 @@ fn a_read_only_file_system_keeps_what_is_on_it_until_it_can_be_written() {
     let (builder, tick) = loopback.builder();
     let heartbeat = start(builder, &disk);
     let said = errors();
-    let expected = "the outbox is in memory, deltas do not survive a restart: error=outbox ";
+    let expected = "the outbox is in memory, deltas do not survive a restart: host=";
     assert!(said.len() == 1 && said[0].starts_with(expected), "{said:?}");
     assert!(said[0].contains("Read-only file system"), "{said:?}");
     heartbeat.deltas().push(deployed("in-memory")).unwrap();

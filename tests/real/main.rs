@@ -12,6 +12,7 @@ mod disk;
 mod durability;
 mod enrolment;
 mod heartbeat;
+mod metrics;
 mod operations;
 mod peers;
 mod support;

@@ -10,7 +10,7 @@ use serde_json::json;
 
 pub struct Loopback {
     pub master: LoopbackMaster,
-    worker: Enrolled,
+    pub worker: Enrolled,
 }
 
 impl Loopback {
