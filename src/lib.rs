@@ -42,7 +42,7 @@
 //! own and tells the master how it ended, a panic included. [`DeltaSender::begin`] is for work that has a thread already:
 //! the guard that it returns turns into the report, and dropping it unsettled reports a failure. An operation is on the
 //! disk from its beginning: if the process dies, the next start reports it failed with its first beat. For what is not
-//! tracked there is [`DeltaSender::push`].
+//! tracked there is [`DeltaSender::push`]. The [`guide`] has three agents that do this, and how to test one.
 //!
 //! # The life of a delta
 //!
@@ -127,6 +127,7 @@ mod files;
 #[cfg(fuzzing)]
 #[doc(hidden)]
 pub mod fuzzing;
+pub mod guide;
 mod heartbeat;
 mod identity;
 mod limits;
