@@ -49,6 +49,19 @@ use book::Book;
 use server::{Running, Shared, State};
 
 /// The master. Dropping it stops it.
+///
+/// ```
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # use std::net::TcpStream;
+/// # use decnet_heartbeat::loopback::LoopbackMaster;
+/// let master = LoopbackMaster::start()?;
+/// let address = master.address();
+/// assert!(TcpStream::connect(address).is_ok());
+/// drop(master);
+/// assert!(TcpStream::connect(address).is_err());
+/// # Ok(())
+/// # }
+/// ```
 pub struct LoopbackMaster {
     authority: Authority,
     certificate: Issued,
@@ -61,6 +74,23 @@ pub struct LoopbackMaster {
 }
 
 /// How a master differs from a freshly installed one. The default is that one.
+///
+/// ```
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// use decnet_heartbeat::loopback::{Authority, LoopbackMaster, Offered, Options, Role};
+///
+/// // A master that is older, and that an operator has given a certificate of his own.
+/// let authority = Authority::new()?;
+/// let master = LoopbackMaster::start_with(Options {
+///     certificate: Some(authority.issue(Role::Named("master.lan".to_owned()))?),
+///     authority: Some(authority),
+///     offered: Offered::Tls12Only,
+///     ..Options::default()
+/// })?;
+/// assert_ne!(master.certificate().fingerprint, LoopbackMaster::start()?.certificate().fingerprint);
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Debug)]
 pub struct Options {
     /// The CA that enrols workers. Default: a new one.
@@ -76,6 +106,24 @@ pub struct Options {
 }
 
 /// The TLS versions that a master offers.
+///
+/// ```
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # use std::time::Duration;
+/// # use decnet_heartbeat::Heartbeat;
+/// # use decnet_heartbeat::loopback::{LoopbackMaster, Offered, Options, TlsVersion};
+/// # const SOON: Duration = Duration::from_secs(10);
+/// let options = Options { offered: Offered::Tls12Only, ..Options::default() };
+/// let master = LoopbackMaster::start_with(options)?;
+/// # let dir = tempfile::tempdir()?;
+/// # let worker = master.enrol(dir.path())?;
+/// # let heartbeat = Heartbeat::builder().enrolment(worker.enrolment()?).start()?;
+/// assert!(master.wait_for_beats(1, SOON));
+/// let handshake = master.connections().into_iter().find_map(|connection| connection.handshake);
+/// assert_eq!(handshake.map(|handshake| handshake.version), Some(TlsVersion::Tls12));
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Offered {
     /// Both, as the real one.
@@ -98,6 +146,18 @@ impl Default for Options {
 }
 
 /// A worker that the master knows, with its bundle in a folder.
+///
+/// ```
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # use decnet_heartbeat::loopback::LoopbackMaster;
+/// # let dir = tempfile::tempdir()?;
+/// # let master = LoopbackMaster::start()?;
+/// let worker = master.enrol(dir.path())?;
+/// assert!(worker.agent_dir.join("worker.key").exists());
+/// assert_eq!((worker.port, worker.fingerprint.len()), (master.port(), 64));
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Enrolled {
@@ -114,6 +174,23 @@ pub struct Enrolled {
 impl Enrolled {
     /// The enrolment to start a heartbeat with.
     ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # use std::time::Duration;
+    /// # use decnet_heartbeat::loopback::LoopbackMaster;
+    /// # use decnet_heartbeat::{Heartbeat, Snapshot};
+    /// # const SOON: Duration = Duration::from_secs(10);
+    /// # let dir = tempfile::tempdir()?;
+    /// # let master = LoopbackMaster::start()?;
+    /// # let worker = master.enrol(dir.path())?;
+    /// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
+    /// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+    /// let heartbeat = Heartbeat::builder().enrolment(worker.enrolment()?).start()?;
+    /// assert!(master.wait_for_beats(1, SOON));
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
     /// # Errors
     /// When the agent dir has no name.
     pub fn enrolment(&self) -> Result<Enrolment, Error> {
@@ -121,6 +198,22 @@ impl Enrolled {
     }
 
     /// Writes the worker's `decnet.ini` to `path`, as an enrolment bundle has it.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # use decnet_heartbeat::EnrolmentSources;
+    /// # use decnet_heartbeat::loopback::LoopbackMaster;
+    /// # let dir = tempfile::tempdir()?;
+    /// # let master = LoopbackMaster::start()?;
+    /// # let worker = master.enrol(dir.path())?;
+    /// let ini = dir.path().join("decnet.ini");
+    /// worker.write_ini(&ini)?;
+    /// // As the agent reads it: `DECNET_CONFIG`, or `--config`.
+    /// let enrolment = EnrolmentSources::from_variables([("DECNET_CONFIG", &ini)]).read()?;
+    /// assert_eq!(enrolment.host_uuid().value(), &worker.uuid);
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
     /// When the file cannot be written.
@@ -132,6 +225,15 @@ impl Enrolled {
 impl LoopbackMaster {
     /// A master as freshly installed, on a free port below the ones that systems hand out.
     ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # use decnet_heartbeat::loopback::LoopbackMaster;
+    /// let (one, other) = (LoopbackMaster::start()?, LoopbackMaster::start()?);
+    /// assert_ne!(one.port(), other.port()); // so tests may run side by side
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
     /// # Errors
     /// When no certificate can be made, no port be had, or no thread be started.
     pub fn start() -> Result<Self, Error> {
@@ -139,6 +241,25 @@ impl LoopbackMaster {
     }
 
     /// A master with these options, on a free port below the ones that systems hand out.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # use std::time::Duration;
+    /// # use decnet_heartbeat::Heartbeat;
+    /// # use decnet_heartbeat::loopback::{Authority, LoopbackMaster, Options, Role};
+    /// # const SOON: Duration = Duration::from_secs(10);
+    /// let authority = Authority::new()?;
+    /// let certificate = Some(authority.issue(Role::Expired)?);
+    /// let options = Options { certificate, authority: Some(authority), ..Options::default() };
+    /// let master = LoopbackMaster::start_with(options)?;
+    /// # let dir = tempfile::tempdir()?;
+    /// # let worker = master.enrol(dir.path())?;
+    /// # let heartbeat = Heartbeat::builder().enrolment(worker.enrolment()?).start()?;
+    /// # heartbeat.beats().recv_timeout(SOON)?;
+    /// assert_eq!(heartbeat.stats().failure.map(|failure| failure.class).as_deref(), Some("tls"));
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
     /// As [`start`](Self::start), and when the certificates in the options cannot be used.
@@ -171,16 +292,63 @@ impl LoopbackMaster {
     }
 
     /// Where heartbeats are posted to.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # use decnet_heartbeat::loopback::LoopbackMaster;
+    /// # let master = LoopbackMaster::start()?;
+    /// assert_eq!(master.url(), format!("https://127.0.0.1:{}/swarm/heartbeat", master.port()));
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn url(&self) -> String {
         format!("https://{}/swarm/heartbeat", self.address())
     }
 
     /// The CA, for certificates of other roles.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # use std::time::Duration;
+    /// # use decnet_heartbeat::loopback::{LoopbackMaster, Role};
+    /// # use decnet_heartbeat::{Heartbeat, Snapshot};
+    /// # const SOON: Duration = Duration::from_secs(10);
+    /// # let dir = tempfile::tempdir()?;
+    /// # let master = LoopbackMaster::start()?;
+    /// # let worker = master.enrol(dir.path())?;
+    /// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
+    /// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+    /// // Another worker's certificate in this one's bundle: stolen, or put there by mistake.
+    /// let sibling = master.authority().issue(Role::Worker("worker-02".to_owned()))?;
+    /// master.authority().write_bundle(&sibling, &worker.agent_dir)?;
+    /// let heartbeat = builder.start()?;
+    /// assert!(master.wait_until(SOON, |seen| seen.received().iter().any(|beat| beat.status == Some(403))));
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn authority(&self) -> &Authority {
         &self.authority
     }
 
     /// The certificate that it presents.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # use std::time::Duration;
+    /// # use decnet_heartbeat::loopback::LoopbackMaster;
+    /// # use decnet_heartbeat::{Heartbeat, MasterIdentity, Snapshot};
+    /// # const SOON: Duration = Duration::from_secs(10);
+    /// # let dir = tempfile::tempdir()?;
+    /// # let master = LoopbackMaster::start()?;
+    /// # let worker = master.enrol(dir.path())?;
+    /// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
+    /// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+    /// let pinned: MasterIdentity = format!("sha256:{}", master.certificate().fingerprint).parse()?;
+    /// let heartbeat = builder.master_identity(pinned).start()?;
+    /// assert!(master.wait_for_beats(1, SOON));
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn certificate(&self) -> &Issued {
         &self.certificate
     }
@@ -188,6 +356,17 @@ impl LoopbackMaster {
     // ---- who is enrolled ------------------------------------------------------------------------
 
     /// Enrols a new worker: issues a certificate, pins it to a new host uuid and writes the bundle into `agent_dir`.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # use decnet_heartbeat::loopback::LoopbackMaster;
+    /// # let dir = tempfile::tempdir()?;
+    /// # let master = LoopbackMaster::start()?;
+    /// let (one, other) = (master.enrol(&dir.path().join("one"))?, master.enrol(&dir.path().join("other"))?);
+    /// assert_ne!((&one.uuid, &one.fingerprint), (&other.uuid, &other.fingerprint));
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
     /// When no certificate can be made or the bundle cannot be written.
@@ -197,6 +376,30 @@ impl LoopbackMaster {
 
     /// Pins a fresh certificate to this host uuid, known or not, and writes the bundle into `agent_dir`. From then on
     /// a worker that shows the old certificate is answered 403.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # use std::time::Duration;
+    /// # use decnet_heartbeat::loopback::LoopbackMaster;
+    /// # use decnet_heartbeat::{Heartbeat, Snapshot};
+    /// # const SOON: Duration = Duration::from_secs(10);
+    /// # let dir = tempfile::tempdir()?;
+    /// # let master = LoopbackMaster::start()?;
+    /// # let worker = master.enrol(dir.path())?;
+    /// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
+    /// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+    /// # let builder = builder.interval(Duration::from_millis(50));
+    /// # let heartbeat = builder.start()?;
+    /// # assert!(master.wait_for_beats(1, SOON));
+    /// let again = master.re_enrol(&worker.uuid, &worker.agent_dir)?;
+    /// // The agent is not restarted, and shows the new certificate.
+    /// assert!(master.wait_until(SOON, |seen| {
+    ///     let shown = seen.connections().last().and_then(|connection| connection.handshake.as_ref());
+    ///     shown.is_some_and(|handshake| handshake.fingerprint == again.fingerprint)
+    /// }));
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
     /// As [`enrol`](Self::enrol).
@@ -214,11 +417,48 @@ impl LoopbackMaster {
     }
 
     /// Pins the certificate with this SHA-256 (hexadecimal) to this host uuid.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # use std::time::Duration;
+    /// # use decnet_heartbeat::loopback::LoopbackMaster;
+    /// # use decnet_heartbeat::{Heartbeat, Snapshot};
+    /// # const SOON: Duration = Duration::from_secs(10);
+    /// # let dir = tempfile::tempdir()?;
+    /// # let master = LoopbackMaster::start()?;
+    /// # let worker = master.enrol(dir.path())?;
+    /// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
+    /// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+    /// master.pin(&worker.uuid, &"0".repeat(64)); // somebody else's
+    /// let heartbeat = builder.start()?;
+    /// assert!(master.wait_until(SOON, |seen| seen.received().iter().any(|beat| beat.status == Some(403))));
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn pin(&self, uuid: &str, fingerprint: &str) {
         self.shared.lock().seen.book.pin(uuid, fingerprint);
     }
 
     /// Forgets a host: from then on it is answered 404.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # use std::time::Duration;
+    /// # use decnet_heartbeat::loopback::LoopbackMaster;
+    /// # use decnet_heartbeat::{Heartbeat, Snapshot};
+    /// # const SOON: Duration = Duration::from_secs(10);
+    /// # let dir = tempfile::tempdir()?;
+    /// # let master = LoopbackMaster::start()?;
+    /// # let worker = master.enrol(dir.path())?;
+    /// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
+    /// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+    /// # let builder = builder.interval(Duration::from_millis(50));
+    /// # let heartbeat = builder.start()?;
+    /// master.decommission(&worker.uuid);
+    /// assert!(master.wait_until(SOON, |seen| seen.received().iter().any(|beat| beat.status == Some(404))));
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn decommission(&self, uuid: &str) {
         self.shared.lock().seen.book.unpin(uuid);
     }
@@ -226,16 +466,73 @@ impl LoopbackMaster {
     // ---- operations -----------------------------------------------------------------------------
 
     /// Opens a row, as the master does when it sends an operation (`deploy` or `mutate`) to a worker; its id.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # use decnet_heartbeat::loopback::{LoopbackMaster, RowStatus};
+    /// # let dir = tempfile::tempdir()?;
+    /// # let master = LoopbackMaster::start()?;
+    /// # let worker = master.enrol(dir.path())?;
+    /// let id = master.open_operation(&worker.uuid, "decky-01", "deploy");
+    /// assert_eq!((id, master.rows()[0].status), (1, RowStatus::Running)); // until the worker reports
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn open_operation(&self, uuid: &str, decky: &str, operation: &str) -> u64 {
         self.shared.lock().seen.book.open(uuid, decky, operation)
     }
 
     /// All rows, oldest first.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # use std::time::Duration;
+    /// # use decnet_heartbeat::loopback::{LoopbackMaster, RowStatus};
+    /// # use decnet_heartbeat::{Heartbeat, LifecycleDelta, Operation, Snapshot};
+    /// # const SOON: Duration = Duration::from_secs(10);
+    /// # let dir = tempfile::tempdir()?;
+    /// # let master = LoopbackMaster::start()?;
+    /// # let worker = master.enrol(dir.path())?;
+    /// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
+    /// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+    /// # let heartbeat = builder.start()?;
+    /// master.open_operation(&worker.uuid, "decky-01", "deploy");
+    /// master.open_operation(&worker.uuid, "decky-01", "deploy"); // once more, before the first has ended
+    /// heartbeat.deltas().push(LifecycleDelta::succeeded("decky-01", Operation::Deploy))?;
+    /// assert!(master.wait_until(SOON, |seen| seen.rows()[1].status == RowStatus::Succeeded));
+    /// assert_eq!(master.rows()[0].status, RowStatus::Running); // a delta closes the newest open row
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn rows(&self) -> Vec<LifecycleRow> {
         self.shared.lock().seen.rows().to_vec()
     }
 
     /// What is known of the deckies, by name.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # use std::time::Duration;
+    /// # use decnet_heartbeat::loopback::{LoopbackMaster, ShardState};
+    /// # use decnet_heartbeat::{Heartbeat, Snapshot};
+    /// # const SOON: Duration = Duration::from_secs(10);
+    /// # let dir = tempfile::tempdir()?;
+    /// # let master = LoopbackMaster::start()?;
+    /// # let worker = master.enrol(dir.path())?;
+    /// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
+    /// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+    /// # let decky = serde_json::json!({
+    /// #     "name": "decky-01", "ip": "10.0.0.7", "services": ["ssh"],
+    /// #     "distro": "debian", "base_image": "debian:12", "hostname": "files",
+    /// # });
+    /// // A decky, and no word on its services in `runtime`.
+    /// let status = serde_json::json!({"deployed": true, "deckies": [decky], "runtime": {}});
+    /// let heartbeat = builder.status_source(move || Snapshot::new(&status)).start()?;
+    /// assert!(master.wait_until(SOON, |seen| !seen.shards().is_empty()));
+    /// assert_eq!(master.shards()["decky-01"].state, ShardState::Degraded);
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn shards(&self) -> BTreeMap<String, Shard> {
         self.shared.lock().seen.shards().clone()
     }
@@ -243,11 +540,50 @@ impl LoopbackMaster {
     // ---- what has come in -----------------------------------------------------------------------
 
     /// The requests, oldest first. From 20,000 requests or 256 MiB on the older half is forgotten.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # use std::time::Duration;
+    /// # use decnet_heartbeat::loopback::LoopbackMaster;
+    /// # use decnet_heartbeat::{Heartbeat, Snapshot};
+    /// # const SOON: Duration = Duration::from_secs(10);
+    /// # let dir = tempfile::tempdir()?;
+    /// # let master = LoopbackMaster::start()?;
+    /// # let worker = master.enrol(dir.path())?;
+    /// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
+    /// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+    /// # let heartbeat = builder.start()?;
+    /// assert!(master.wait_for_beats(1, SOON));
+    /// let beat = &master.received()[0];
+    /// assert_eq!((beat.method.as_str(), beat.path.as_str(), beat.status), ("POST", "/swarm/heartbeat", Some(204)));
+    /// assert_eq!(beat.json.as_ref().ok_or("no JSON")?["host_uuid"], *worker.uuid);
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn received(&self) -> Vec<Received> {
         self.shared.lock().seen.received().to_vec()
     }
 
     /// The requests, oldest first, which it then forgets: for a test that goes on for longer than it remembers.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # use std::time::Duration;
+    /// # use decnet_heartbeat::loopback::LoopbackMaster;
+    /// # use decnet_heartbeat::{Heartbeat, Snapshot};
+    /// # const SOON: Duration = Duration::from_secs(10);
+    /// # let dir = tempfile::tempdir()?;
+    /// # let master = LoopbackMaster::start()?;
+    /// # let worker = master.enrol(dir.path())?;
+    /// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
+    /// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+    /// # let heartbeat = builder.start()?;
+    /// assert!(master.wait_for_beats(1, SOON));
+    /// let bytes: usize = master.take_received().iter().map(|beat| beat.body.len()).sum();
+    /// assert!(bytes > 0);
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn take_received(&self) -> Vec<Received> {
         let mut state = self.shared.lock();
         state.seen.bytes = 0;
@@ -255,17 +591,75 @@ impl LoopbackMaster {
     }
 
     /// The connections, oldest first. From 20,000 on the older half is forgotten.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # use std::time::Duration;
+    /// # use decnet_heartbeat::loopback::LoopbackMaster;
+    /// # use decnet_heartbeat::{Heartbeat, Snapshot};
+    /// # const SOON: Duration = Duration::from_secs(10);
+    /// # let dir = tempfile::tempdir()?;
+    /// # let master = LoopbackMaster::start()?;
+    /// # let worker = master.enrol(dir.path())?;
+    /// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
+    /// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+    /// # let builder = builder.interval(Duration::from_millis(50));
+    /// # let heartbeat = builder.start()?;
+    /// assert!(master.wait_for_beats(3, SOON));
+    /// assert!(master.connections().len() < 3); // kept open from beat to beat
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn connections(&self) -> Vec<ConnectionReport> {
         self.shared.lock().seen.connections().to_vec()
     }
 
     /// Waits until `done` holds, at most `timeout`; whether it came to hold. `done` is asked at every change, with the
     /// master standing still: it must not call the master.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # use std::time::Duration;
+    /// # use decnet_heartbeat::loopback::LoopbackMaster;
+    /// # use decnet_heartbeat::{Heartbeat, Snapshot};
+    /// # const SOON: Duration = Duration::from_secs(10);
+    /// # let dir = tempfile::tempdir()?;
+    /// # let master = LoopbackMaster::start()?;
+    /// # let worker = master.enrol(dir.path())?;
+    /// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
+    /// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+    /// # let builder = builder.interval(Duration::from_millis(50));
+    /// # let heartbeat = builder.start()?;
+    /// // A beat that came with the reason why nothing is known.
+    /// let came = master.wait_until(SOON, |seen| {
+    ///     seen.received().iter().filter_map(|beat| beat.json.as_ref()).any(|beat| beat["status"]["error"].is_string())
+    /// });
+    /// assert!(came);
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn wait_until(&self, timeout: Duration, mut done: impl FnMut(&Seen) -> bool) -> bool {
         self.shared.wait(timeout, |state| done(&state.seen))
     }
 
     /// Waits until `count` beats were accepted since the master was made, at most `timeout`; whether they were.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # use std::time::Duration;
+    /// # use decnet_heartbeat::loopback::LoopbackMaster;
+    /// # use decnet_heartbeat::{Heartbeat, Snapshot};
+    /// # let dir = tempfile::tempdir()?;
+    /// # let master = LoopbackMaster::start()?;
+    /// # let worker = master.enrol(dir.path())?;
+    /// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
+    /// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+    /// assert!(!master.wait_for_beats(1, Duration::ZERO)); // nobody has started yet
+    /// let heartbeat = builder.start()?;
+    /// assert!(master.wait_for_beats(1, Duration::from_secs(10)));
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn wait_for_beats(&self, count: u64, timeout: Duration) -> bool {
         self.wait_until(timeout, |seen| seen.beats() >= count)
     }
@@ -273,17 +667,69 @@ impl LoopbackMaster {
     // ---- what goes wrong ------------------------------------------------------------------------
 
     /// Adds faults to the script: each takes effect once, in this order. After the last, service is normal.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # use std::time::Duration;
+    /// # use decnet_heartbeat::loopback::{Answer, Effect, Fault, LoopbackMaster};
+    /// # use decnet_heartbeat::{Heartbeat, Snapshot};
+    /// # const SOON: Duration = Duration::from_secs(10);
+    /// # let dir = tempfile::tempdir()?;
+    /// # let master = LoopbackMaster::start()?;
+    /// # let worker = master.enrol(dir.path())?;
+    /// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
+    /// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+    /// # let builder = builder.interval(Duration::from_millis(50));
+    /// master.script([Answer::status(503).into(), Fault::CutInBody, Fault::CutAfterBody(Effect::Lost)]);
+    /// let heartbeat = builder.start()?;
+    /// assert!(master.wait_for_beats(1, SOON));
+    /// assert_eq!(master.faults_left(), 0);
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn script(&self, faults: impl IntoIterator<Item = Fault>) {
         let faults: Vec<Fault> = faults.into_iter().collect();
         self.shared.lock().script.extend(faults);
     }
 
     /// The fault that takes effect whenever the script is empty; `None` for normal service.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # use std::time::Duration;
+    /// # use decnet_heartbeat::loopback::{Answer, LoopbackMaster, Seen};
+    /// # use decnet_heartbeat::{Heartbeat, Snapshot};
+    /// # const SOON: Duration = Duration::from_secs(10);
+    /// # let dir = tempfile::tempdir()?;
+    /// # let master = LoopbackMaster::start()?;
+    /// # let worker = master.enrol(dir.path())?;
+    /// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
+    /// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+    /// # let builder = builder.interval(Duration::from_millis(50));
+    /// # let heartbeat = builder.start()?;
+    /// master.always(Some(Answer::status(500).into()));
+    /// let refused = |seen: &Seen| seen.received().iter().filter(|beat| beat.status == Some(500)).count();
+    /// assert!(master.wait_until(SOON, |seen| refused(seen) > 2));
+    /// master.always(None);
+    /// assert!(master.wait_until(SOON, |seen| seen.received().last().is_some_and(|beat| beat.status == Some(204))));
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn always(&self, fault: Option<Fault>) {
         self.shared.lock().always = fault;
     }
 
     /// Faults in the script that have not taken effect.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # use decnet_heartbeat::loopback::{Fault, LoopbackMaster};
+    /// # let master = LoopbackMaster::start()?;
+    /// master.script([Fault::NeverHandshake, Fault::CutInBody]);
+    /// assert_eq!(master.faults_left(), 2); // nobody has come yet
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn faults_left(&self) -> usize {
         self.shared.lock().script.len()
     }
@@ -291,6 +737,19 @@ impl LoopbackMaster {
     /// The outage: connections are cut, new ones are refused. Bounded, and without effect on a stopped master.
     ///
     /// The CA, the pins, the rows, the script and what was received stay.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # use std::{io::ErrorKind, net::TcpStream};
+    /// # use decnet_heartbeat::loopback::LoopbackMaster;
+    /// # let mut master = LoopbackMaster::start()?;
+    /// let address = master.address();
+    /// master.stop();
+    /// let error = TcpStream::connect(address).unwrap_err();
+    /// assert_eq!(error.kind(), ErrorKind::ConnectionRefused);
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn stop(&mut self) {
         let Some(accepting) = self.accepting.take() else { return };
         self.shared.cut_all();
@@ -304,6 +763,29 @@ impl LoopbackMaster {
 
     /// Ends the outage, on the same port. Sessions from before it do not resume, as with a restarted uvicorn. Without
     /// effect on a running master.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # use std::time::Duration;
+    /// # use decnet_heartbeat::loopback::LoopbackMaster;
+    /// # use decnet_heartbeat::{Heartbeat, Snapshot};
+    /// # const SOON: Duration = Duration::from_secs(10);
+    /// # let dir = tempfile::tempdir()?;
+    /// # let mut master = LoopbackMaster::start()?;
+    /// # let worker = master.enrol(dir.path())?;
+    /// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
+    /// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+    /// # let builder = builder.interval(Duration::from_millis(50));
+    /// # let heartbeat = builder.start()?;
+    /// let address = master.address();
+    /// master.stop();
+    /// master.start_again()?;
+    /// assert_eq!(master.address(), address);
+    /// let before = master.received().len();
+    /// assert!(master.wait_until(SOON, |seen| seen.received().len() > before)); // the agent has found it again
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
     /// When the port was taken meanwhile, or no thread can be started.
@@ -364,6 +846,24 @@ impl fmt::Debug for LoopbackMaster {
 }
 
 /// All that the master has seen, for [`LoopbackMaster::wait_until`].
+///
+/// ```
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # use std::time::Duration;
+/// # use decnet_heartbeat::loopback::LoopbackMaster;
+/// # use decnet_heartbeat::{Heartbeat, Snapshot};
+/// # const SOON: Duration = Duration::from_secs(10);
+/// # let dir = tempfile::tempdir()?;
+/// # let master = LoopbackMaster::start()?;
+/// # let worker = master.enrol(dir.path())?;
+/// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
+/// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+/// # let heartbeat = builder.start()?;
+/// // All of it as of one moment, which calls of `received` and `rows` in turn would not be.
+/// assert!(master.wait_until(SOON, |seen| seen.beats() >= 1 && seen.received().len() >= 1 && seen.rows().is_empty()));
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug, Default)]
 pub struct Seen {
     received: Vec<Received>,
@@ -396,6 +896,26 @@ impl Seen {
     }
 
     /// The beats that the master acted on since it was made, answered or not; refused ones do not count.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # use std::time::Duration;
+    /// # use decnet_heartbeat::loopback::{Answer, LoopbackMaster};
+    /// # use decnet_heartbeat::{Heartbeat, Snapshot};
+    /// # const SOON: Duration = Duration::from_secs(10);
+    /// # let dir = tempfile::tempdir()?;
+    /// # let master = LoopbackMaster::start()?;
+    /// # let worker = master.enrol(dir.path())?;
+    /// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
+    /// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+    /// # let builder = builder.interval(Duration::from_millis(50));
+    /// master.script([Answer::status(503).into()]);
+    /// let heartbeat = builder.start()?;
+    /// // The first was refused, and does not count.
+    /// assert!(master.wait_until(SOON, |seen| seen.beats() >= 1 && seen.received().len() >= 2));
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn beats(&self) -> u64 {
         self.beats
     }
@@ -423,6 +943,26 @@ fn forget_older_half<T>(list: &mut Vec<T>) {
 }
 
 /// A request.
+///
+/// ```
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # use std::time::Duration;
+/// # use decnet_heartbeat::loopback::LoopbackMaster;
+/// # use decnet_heartbeat::{Heartbeat, Snapshot};
+/// # const SOON: Duration = Duration::from_secs(10);
+/// # let dir = tempfile::tempdir()?;
+/// # let master = LoopbackMaster::start()?;
+/// # let worker = master.enrol(dir.path())?;
+/// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
+/// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+/// # let heartbeat = builder.start()?;
+/// assert!(master.wait_for_beats(1, SOON));
+/// let beat = &master.received()[0];
+/// assert_eq!(beat.header("Content-Type"), Some("application/json"));
+/// assert_eq!(beat.header("Content-Length"), Some(beat.body.len().to_string().as_str()));
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Received {
@@ -452,6 +992,25 @@ impl Received {
 }
 
 /// A connection.
+///
+/// ```
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # use std::time::Duration;
+/// # use decnet_heartbeat::loopback::LoopbackMaster;
+/// # use decnet_heartbeat::{Heartbeat, MasterIdentity, Snapshot};
+/// # const SOON: Duration = Duration::from_secs(10);
+/// # let dir = tempfile::tempdir()?;
+/// # let master = LoopbackMaster::start()?;
+/// # let worker = master.enrol(dir.path())?;
+/// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
+/// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+/// let heartbeat = builder.master_identity(MasterIdentity::Fingerprint([0; 32])).start()?; // another master's
+/// assert!(master.wait_until(SOON, |seen| seen.connections().iter().any(|connection| connection.failure.is_some())));
+/// let connection = &master.connections()[0];
+/// assert_eq!((connection.number, connection.requests), (1, 0)); // not a byte of a beat was sent
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct ConnectionReport {
@@ -470,6 +1029,26 @@ pub struct ConnectionReport {
 }
 
 /// What a TLS handshake came to.
+///
+/// ```
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # use std::time::Duration;
+/// # use decnet_heartbeat::loopback::{LoopbackMaster, TlsVersion};
+/// # use decnet_heartbeat::{Heartbeat, Snapshot};
+/// # const SOON: Duration = Duration::from_secs(10);
+/// # let dir = tempfile::tempdir()?;
+/// # let master = LoopbackMaster::start()?;
+/// # let worker = master.enrol(dir.path())?;
+/// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
+/// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+/// # let heartbeat = builder.start()?;
+/// assert!(master.wait_for_beats(1, SOON));
+/// let handshake = master.connections()[0].handshake.clone().ok_or("no handshake")?;
+/// assert_eq!((handshake.version, handshake.resumed), (TlsVersion::Tls13, false));
+/// assert_eq!(handshake.fingerprint, worker.fingerprint);
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Handshake {
@@ -493,6 +1072,28 @@ pub enum TlsVersion {
 }
 
 /// An operation on one decky, as the master's `decky_lifecycle` has it.
+///
+/// ```
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # use std::time::Duration;
+/// # use decnet_heartbeat::loopback::{LoopbackMaster, RowStatus};
+/// # use decnet_heartbeat::{Heartbeat, LifecycleDelta, Operation, Snapshot};
+/// # const SOON: Duration = Duration::from_secs(10);
+/// # let dir = tempfile::tempdir()?;
+/// # let master = LoopbackMaster::start()?;
+/// # let worker = master.enrol(dir.path())?;
+/// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
+/// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+/// # let heartbeat = builder.start()?;
+/// master.open_operation(&worker.uuid, "decky-01", "mutate");
+/// heartbeat.deltas().push(LifecycleDelta::failed("decky-01", Operation::Mutate, "no such service"))?;
+/// assert!(master.wait_until(SOON, |seen| seen.rows()[0].completed_at.is_some()));
+/// let row = &master.rows()[0];
+/// assert_eq!((row.decky.as_str(), row.status), ("decky-01", RowStatus::Failed));
+/// assert_eq!(row.error.as_deref(), Some("no such service"));
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct LifecycleRow {
@@ -513,6 +1114,27 @@ pub struct LifecycleRow {
 }
 
 /// How an operation stands.
+///
+/// ```
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # use std::time::Duration;
+/// # use decnet_heartbeat::loopback::{LoopbackMaster, RowStatus};
+/// # use decnet_heartbeat::{Heartbeat, Operation, Snapshot};
+/// # const SOON: Duration = Duration::from_secs(10);
+/// # let dir = tempfile::tempdir()?;
+/// # let master = LoopbackMaster::start()?;
+/// # let worker = master.enrol(dir.path())?;
+/// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
+/// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+/// # let heartbeat = builder.start()?;
+/// # master.open_operation(&worker.uuid, "decky-01", "deploy");
+/// assert_eq!(master.rows()[0].status, RowStatus::Running);
+/// heartbeat.run(Operation::Deploy, ["decky-01"], || Ok::<(), std::io::Error>(()))?;
+/// assert!(master.wait_until(SOON, |seen| seen.rows()[0].status != RowStatus::Running));
+/// assert_eq!(master.rows()[0].status, RowStatus::Succeeded);
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RowStatus {
     /// It is open.
@@ -524,6 +1146,31 @@ pub enum RowStatus {
 }
 
 /// A decky, as the master's `decky_shards` has it.
+///
+/// ```
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # use std::time::Duration;
+/// # use decnet_heartbeat::loopback::{LoopbackMaster, ShardState};
+/// # use decnet_heartbeat::{Heartbeat, Snapshot};
+/// # const SOON: Duration = Duration::from_secs(10);
+/// # let dir = tempfile::tempdir()?;
+/// # let master = LoopbackMaster::start()?;
+/// # let worker = master.enrol(dir.path())?;
+/// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
+/// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+/// # let decky = serde_json::json!({
+/// #     "name": "decky-01", "ip": "10.0.0.7", "services": ["ssh"],
+/// #     "distro": "debian", "base_image": "debian:12", "hostname": "files",
+/// # });
+/// let runtime = serde_json::json!({"decky-01": {"running": true, "services": {"ssh": "running"}}});
+/// let status = serde_json::json!({"deployed": true, "deckies": [decky], "runtime": runtime});
+/// let heartbeat = builder.status_source(move || Snapshot::new(&status)).start()?;
+/// assert!(master.wait_until(SOON, |seen| !seen.shards().is_empty()));
+/// let shard = &master.shards()["decky-01"];
+/// assert_eq!((&shard.host_uuid, shard.state), (&worker.uuid, ShardState::Running));
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Shard {

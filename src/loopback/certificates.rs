@@ -30,6 +30,29 @@ const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 const BACKDATED: Duration = Duration::from_secs(300);
 
 /// A certificate authority, as a master has one. Clones are the same authority.
+///
+/// ```
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # use std::time::Duration;
+/// # use decnet_heartbeat::Heartbeat;
+/// # use decnet_heartbeat::loopback::{Authority, LoopbackMaster, Options, Role};
+/// # let dir = tempfile::tempdir()?;
+/// # const SOON: Duration = Duration::from_secs(10);
+/// // A master whose CA has the same name as ours, and another key.
+/// let (ours, theirs) = (Authority::new()?, Authority::new()?);
+/// let impostor = Options {
+///     certificate: Some(theirs.issue(Role::Master)?),
+///     authority: Some(ours), // enrols the worker
+///     ..Options::default()
+/// };
+/// let master = LoopbackMaster::start_with(impostor)?;
+/// let worker = master.enrol(dir.path())?;
+/// let heartbeat = Heartbeat::builder().enrolment(worker.enrolment()?).start()?;
+/// assert!(master.wait_until(SOON, |seen| seen.connections().iter().any(|connection| connection.failure.is_some())));
+/// assert!(master.received().is_empty());
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone)]
 pub struct Authority {
     issuer: Arc<CertifiedIssuer<'static, KeyPair>>,
@@ -39,6 +62,19 @@ pub struct Authority {
 ///
 /// Unless the variant says otherwise, a certificate is valid from five minutes ago for 825 days and has both
 /// `serverAuth` and `clientAuth`, as every certificate of a real master has.
+///
+/// ```
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # use decnet_heartbeat::loopback::{Authority, Role};
+/// let authority = Authority::new()?;
+/// for role in [Role::Master, Role::Worker("worker-01".to_owned()), Role::Named("10.0.0.1".to_owned())] {
+///     assert!(authority.issue(role)?.certificate.starts_with("-----BEGIN CERTIFICATE-----"));
+/// }
+/// // What cannot stand in a certificate is an error.
+/// assert!(authority.issue(Role::Named("décor".to_owned())).is_err());
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Role {
@@ -61,6 +97,17 @@ pub enum Role {
 }
 
 /// A certificate and its key.
+///
+/// ```
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # use decnet_heartbeat::loopback::{Authority, Role};
+/// let issued = Authority::new()?.issue(Role::Master)?;
+/// assert!(issued.key.starts_with("-----BEGIN PRIVATE KEY-----"));
+/// assert_eq!(issued.fingerprint.len(), 64);
+/// assert!(!format!("{issued:?}").contains("PRIVATE KEY")); // a failed assertion shows no key
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Issued {
@@ -91,11 +138,32 @@ impl Authority {
     }
 
     /// The authority's own certificate, PEM: a bundle's `ca.crt`.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # use decnet_heartbeat::loopback::Authority;
+    /// # let dir = tempfile::tempdir()?;
+    /// let authority = Authority::new()?;
+    /// std::fs::write(dir.path().join("ca.crt"), authority.certificate())?;
+    /// assert_eq!(authority.clone().certificate(), authority.certificate()); // the same authority
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn certificate(&self) -> String {
         self.issuer.pem()
     }
 
     /// A fresh key and a certificate for it.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # use decnet_heartbeat::loopback::{Authority, Role};
+    /// # let authority = Authority::new()?;
+    /// let (one, other) = (authority.issue(Role::Master)?, authority.issue(Role::Master)?);
+    /// assert_ne!(one.fingerprint, other.fingerprint); // each time another key
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
     /// When a name in `role` cannot stand in a certificate, or when no key can be made.
@@ -114,6 +182,24 @@ impl Authority {
 
     /// Writes a worker's bundle into `dir`, made if it is missing: `ca.crt`, `worker.crt` and `worker.key` (mode 0600),
     /// one after another, as a master does.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # use decnet_heartbeat::{Enrolment, Heartbeat};
+    /// # use decnet_heartbeat::loopback::{Authority, Role};
+    /// # let dir = tempfile::tempdir()?;
+    /// # let authority = Authority::new()?;
+    /// # let role = Role::Worker("worker-01".to_owned());
+    /// # let enrolment = Enrolment::new("0c4f9a52", "127.0.0.1", dir.path())?;
+    /// // A key that does not fit its certificate: a reader can meet that while a bundle is being written.
+    /// let (mut worker, other) = (authority.issue(role.clone())?, authority.issue(role)?);
+    /// worker.key = other.key;
+    /// authority.write_bundle(&worker, dir.path())?;
+    /// let error = Heartbeat::builder().enrolment(enrolment).start().unwrap_err();
+    /// assert!(error.is_bundle());
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
     /// When a file cannot be written.

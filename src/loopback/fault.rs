@@ -5,6 +5,31 @@ use std::time::Duration;
 /// One thing that goes wrong, at a new connection or at a request.
 ///
 /// A fault takes effect at the next moment that fits it; the faults scripted behind it wait until it has.
+///
+/// ```
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # use std::time::Duration;
+/// # use decnet_heartbeat::loopback::{Answer, Effect, Fault, LoopbackMaster};
+/// # use decnet_heartbeat::{Heartbeat, Snapshot};
+/// # const SOON: Duration = Duration::from_secs(10);
+/// # let dir = tempfile::tempdir()?;
+/// # let master = LoopbackMaster::start()?;
+/// # let worker = master.enrol(dir.path())?;
+/// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
+/// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+/// # let builder = builder.interval(Duration::from_millis(50));
+/// master.script([
+///     Fault::CutBeforeHandshake,           // at the first connection
+///     Fault::Answer(Answer::status(500)),  // at the first request of the next one
+///     Fault::Serve,                        // the second request is served
+///     Fault::CutAfterBody(Effect::Lost),   // of the third nobody hears
+/// ]);
+/// let heartbeat = builder.start()?;
+/// assert!(master.wait_for_beats(2, SOON)); // all the same
+/// assert_eq!(master.faults_left(), 0);
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Fault {
@@ -43,6 +68,33 @@ pub enum Fault {
 }
 
 /// Whether a request that gets no answer was nevertheless acted on.
+///
+/// ```
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # use std::time::Duration;
+/// # use decnet_heartbeat::loopback::{Effect, Fault, LoopbackMaster, RowStatus, Seen};
+/// # use decnet_heartbeat::{Heartbeat, LifecycleDelta, Operation, Snapshot};
+/// # const SOON: Duration = Duration::from_secs(10);
+/// # let dir = tempfile::tempdir()?;
+/// # let master = LoopbackMaster::start()?;
+/// # let worker = master.enrol(dir.path())?;
+/// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
+/// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+/// # let heartbeat = builder.start()?;
+/// # assert!(master.wait_for_beats(1, SOON));
+/// master.open_operation(&worker.uuid, "decky-01", "deploy");
+/// // The master acts on the delta, and its answer is lost. So the delta comes again, and finds no open row.
+/// master.script([Fault::CutAfterBody(Effect::Applied)]);
+/// heartbeat.deltas().push(LifecycleDelta::succeeded("decky-01", Operation::Deploy))?;
+/// let told = |seen: &Seen| {
+///     let beats = seen.received().iter().filter_map(|beat| beat.json.as_ref());
+///     beats.filter(|beat| beat["lifecycle"][0]["decky_name"] == "decky-01").count()
+/// };
+/// assert!(master.wait_until(SOON, |seen| told(seen) >= 2));
+/// assert_eq!(master.rows()[0].status, RowStatus::Succeeded);
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Effect {
     /// It was: its deltas are in the rows. Only the answer is missing.
@@ -52,6 +104,27 @@ pub enum Effect {
 }
 
 /// An HTTP answer.
+///
+/// ```
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # use std::time::Duration;
+/// # use decnet_heartbeat::loopback::{Answer, LoopbackMaster};
+/// # use decnet_heartbeat::{Heartbeat, Snapshot};
+/// # const SOON: Duration = Duration::from_secs(10);
+/// # let dir = tempfile::tempdir()?;
+/// # let master = LoopbackMaster::start()?;
+/// # let worker = master.enrol(dir.path())?;
+/// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
+/// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+/// let answer = Answer::status(503).header("Retry-After", "1").body("busy");
+/// master.script([answer.into()]);
+/// let heartbeat = builder.start()?;
+/// # heartbeat.beats().recv_timeout(SOON)?;
+/// let failure = heartbeat.stats().failure.ok_or("no failure")?;
+/// assert_eq!((failure.class.as_str(), failure.detail.as_str()), ("http-503", "busy"));
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Answer {
@@ -65,11 +138,38 @@ pub struct Answer {
 
 impl Answer {
     /// An answer without headers and body.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # use std::time::Duration;
+    /// # use decnet_heartbeat::loopback::{Answer, LoopbackMaster};
+    /// # use decnet_heartbeat::{Heartbeat, Snapshot};
+    /// # const SOON: Duration = Duration::from_secs(10);
+    /// # let dir = tempfile::tempdir()?;
+    /// # let master = LoopbackMaster::start()?;
+    /// # let worker = master.enrol(dir.path())?;
+    /// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
+    /// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+    /// master.script([Answer::status(500).into()]);
+    /// let heartbeat = builder.start()?;
+    /// assert!(master.wait_until(SOON, |seen| seen.received().iter().any(|beat| beat.status == Some(500))));
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn status(status: u16) -> Self {
         Self { status, headers: Vec::new(), body: Vec::new() }
     }
 
     /// The same with one header more.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # use decnet_heartbeat::loopback::Answer;
+    /// let moved = Answer::status(307).header("Location", "https://127.0.0.1:1/").header("Connection", "close");
+    /// assert_eq!(moved.headers[1], ("Connection".to_owned(), "close".to_owned())); // in this order
+    /// # Ok(())
+    /// # }
+    /// ```
     #[must_use]
     pub fn header(mut self, name: impl Into<String>, value: impl Into<String>) -> Self {
         self.headers.push((name.into(), value.into()));
@@ -77,6 +177,15 @@ impl Answer {
     }
 
     /// The same with this body.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # use decnet_heartbeat::loopback::Answer;
+    /// let answer = Answer::status(422).body(r#"{"detail": "bad delta"}"#);
+    /// assert_eq!(answer.body.first(), Some(&b'{'));
+    /// # Ok(())
+    /// # }
+    /// ```
     #[must_use]
     pub fn body(mut self, body: impl Into<Vec<u8>>) -> Self {
         self.body = body.into();
