@@ -9,6 +9,13 @@ use crate::limits;
 use crate::text::cut;
 
 /// What was done to a decky.
+///
+/// ```
+/// use decnet_heartbeat::Operation;
+///
+/// assert_eq!("mutate".parse(), Ok(Operation::Mutate));
+/// assert_eq!(Operation::Deploy.to_string(), "deploy"); // as on the wire
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Operation {
     /// The decky was deployed.
@@ -46,6 +53,16 @@ impl FromStr for Operation {
 }
 
 /// How an operation ended.
+///
+/// ```
+/// use decnet_heartbeat::{LifecycleDelta, Operation, Outcome};
+///
+/// let delta = LifecycleDelta::failed("decky-01", Operation::Deploy, "no such image");
+/// match delta.outcome() {
+///     Outcome::Succeeded => unreachable!(),
+///     Outcome::Failed(error) => assert_eq!(error, "no such image"),
+/// }
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Outcome {
     /// It succeeded.
@@ -78,6 +95,13 @@ impl LifecycleDelta {
     }
 
     /// The operation on `decky` failed, now. The error is cut to 2,000 characters, as the master does.
+    ///
+    /// ```
+    /// # use decnet_heartbeat::{LifecycleDelta, Operation, Outcome};
+    /// let log = "x".repeat(5_000);
+    /// let delta = LifecycleDelta::failed("decky-01", Operation::Deploy, log);
+    /// assert!(matches!(delta.outcome(), Outcome::Failed(error) if error.len() == 2_000));
+    /// ```
     pub fn failed(decky: impl Into<String>, operation: Operation, error: impl Into<String>) -> Self {
         let mut error = error.into();
         error.truncate(cut(&error, limits::DELTA_ERROR).len());
@@ -89,6 +113,17 @@ impl LifecycleDelta {
     }
 
     /// The same delta, completed at another time than now. Kept to the microsecond, from 1970 to 9999.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # use std::time::{Duration, SystemTime};
+    /// # use decnet_heartbeat::{LifecycleDelta, Operation};
+    /// let an_hour_ago = SystemTime::now() - Duration::from_secs(3_600);
+    /// let delta = LifecycleDelta::succeeded("decky-01", Operation::Deploy).completed_at(an_hour_ago);
+    /// assert!(an_hour_ago.duration_since(delta.when())? < Duration::from_micros(1));
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn completed_at(mut self, at: SystemTime) -> Self {
         self.completed_at = to_the_microsecond(at);
         self

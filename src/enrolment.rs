@@ -84,6 +84,15 @@ impl Enrolment {
     /// The same enrolment with another port of the master. [`reload`](Self::reload) keeps it only for an
     /// enrolment made by [`new`](Self::new).
     ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # use decnet_heartbeat::Enrolment;
+    /// let enrolment = Enrolment::new("0c4f9a52", "master.lan", "/etc/decnet/agent")?.with_master_port(9443)?;
+    /// assert_eq!(enrolment.master_port().value(), &9443);
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
     /// # Errors
     /// If the port is 0.
     pub fn with_master_port(mut self, port: u16) -> Result<Self, Error> {
@@ -93,6 +102,15 @@ impl Enrolment {
 
     /// What the environment of this process and `decnet.ini` say.
     ///
+    /// ```
+    /// # use decnet_heartbeat::Enrolment;
+    /// match Enrolment::from_env() {
+    ///     Ok(enrolment) => println!("the master is {}", enrolment.master_host().value()),
+    ///     Err(error) if error.is_not_enrolled() => println!("no worker: {error}"),
+    ///     Err(error) => eprintln!("this must be mended: {error:?}"),
+    /// }
+    /// ```
+    ///
     /// # Errors
     /// As for [`EnrolmentSources::read`].
     pub fn from_env() -> Result<Self, Error> {
@@ -101,6 +119,21 @@ impl Enrolment {
 
     /// Reads the same sources again: the ini as it is now, the variables as they were. An enrolment of values
     /// that the program gave is returned as it is.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # use decnet_heartbeat::EnrolmentSources;
+    /// # let dir = tempfile::tempdir()?;
+    /// # let ini = dir.path().join("decnet.ini");
+    /// # std::fs::write(&ini, "[decnet]\nmode = agent\n[agent]\nhost-uuid = u-1\nmaster-host = master.lan\n")?;
+    /// let enrolment = EnrolmentSources::from_variables([("HOME", "/root")]).config(&ini).read()?;
+    /// // The host is enrolled again, under another uuid.
+    /// std::fs::write(&ini, "[decnet]\nmode = agent\n[agent]\nhost-uuid = u-2\nmaster-host = master.lan\n")?;
+    /// assert_eq!(enrolment.host_uuid().value(), "u-1");
+    /// assert_eq!(enrolment.reload()?.host_uuid().value(), "u-2");
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
     /// As for [`EnrolmentSources::read`].
@@ -134,6 +167,18 @@ impl Enrolment {
     }
 
     /// The ini that was read, or would have been if it existed. `None` if the program gave the values itself.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # use decnet_heartbeat::{Enrolment, EnrolmentSources};
+    /// let variables = [("DECNET_HOST_UUID", "0c4f9a52"), ("DECNET_MASTER_HOST", "master.lan")];
+    /// let enrolment = EnrolmentSources::from_variables(variables).config("/no/such.ini").read()?;
+    /// assert_eq!(enrolment.ini(), Some(std::path::Path::new("/no/such.ini")));
+    /// // Of values that the program gave there is no ini.
+    /// assert_eq!(Enrolment::new("0c4f9a52", "master.lan", "/srv/agent")?.ini(), None);
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn ini(&self) -> Option<&Path> {
         self.sources.as_ref().map(|sources| sources.ini.value().as_path())
     }
@@ -146,6 +191,18 @@ impl Enrolment {
 }
 
 /// A value, and where it was found.
+///
+/// ```
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// use decnet_heartbeat::{Enrolment, Provenance};
+///
+/// let enrolment = Enrolment::new("0c4f9a52", "master.lan", "/etc/decnet/agent")?;
+/// let (host, port) = (enrolment.master_host(), enrolment.master_port());
+/// assert_eq!((host.value().as_str(), host.provenance()), ("master.lan", &Provenance::Program));
+/// assert_eq!((port.value(), port.provenance()), (&8770, &Provenance::Default));
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Found<T> {
     value: T,
@@ -181,6 +238,17 @@ fn given<T>(value: T) -> Found<T> {
 }
 
 /// Where a value was found. `Display` is made for messages: `/etc/decnet/decnet.ini [agent] host-uuid`.
+///
+/// ```
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # use decnet_heartbeat::EnrolmentSources;
+/// let variables = [("DECNET_HOST_UUID", "0c4f9a52"), ("DECNET_MASTER_HOST", "master.lan")];
+/// let enrolment = EnrolmentSources::from_variables(variables).config("/no/such.ini").read()?;
+/// assert_eq!(enrolment.host_uuid().provenance().to_string(), "DECNET_HOST_UUID");
+/// assert_eq!(enrolment.master_port().provenance().to_string(), "default");
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Provenance {
@@ -219,6 +287,23 @@ impl fmt::Display for Provenance {
 /// Where to look for an [`Enrolment`]: the command line's words, the environment, an ini file.
 ///
 /// The command line beats the environment, which beats the ini, which beats the defaults.
+///
+/// ```
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # use decnet_heartbeat::EnrolmentSources;
+/// # let dir = tempfile::tempdir()?;
+/// # let ini = dir.path().join("decnet.ini");
+/// # let agent = "host-uuid = u-1\nmaster-host = master.lan\nswarmctl-port = 9000\n";
+/// # std::fs::write(&ini, format!("[decnet]\nmode = agent\n[agent]\n{agent}"))?;
+/// // The ini says `host-uuid = u-1`, `master-host = master.lan` and `swarmctl-port = 9000`.
+/// let sources = EnrolmentSources::from_variables([("DECNET_SWARMCTL_PORT", "9443")]);
+/// let enrolment = sources.config(&ini).agent_dir("/srv/agent").read()?;
+/// assert_eq!(enrolment.host_uuid().provenance().to_string(), format!("{} [agent] host-uuid", ini.display()));
+/// assert_eq!(enrolment.master_port().value(), &9443);
+/// assert_eq!(enrolment.agent_dir().provenance().to_string(), "--agent-dir");
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct EnrolmentSources {
     variables: HashMap<&'static str, OsString>,
@@ -235,6 +320,19 @@ impl EnrolmentSources {
 
     /// The given variables (`HOME` among them) in place of the environment of this process. Of a variable given
     /// twice, the last one counts.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # use decnet_heartbeat::EnrolmentSources;
+    /// let sources = EnrolmentSources::from_variables([
+    ///     ("DECNET_HOST_UUID", "0c4f9a52"),
+    ///     ("DECNET_MASTER_HOST", "master.lan"),
+    ///     ("DECNET_AGENT_DIR", "/srv/agent"),
+    /// ]);
+    /// assert_eq!(sources.read()?.agent_dir().value(), std::path::Path::new("/srv/agent"));
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn from_variables<K, V>(variables: impl IntoIterator<Item = (K, V)>) -> Self
     where
         K: Into<OsString>,
@@ -278,6 +376,14 @@ impl EnrolmentSources {
     }
 
     /// Looks for the enrolment. An ini that does not exist is no error in itself: the environment may say it all.
+    ///
+    /// ```
+    /// # use decnet_heartbeat::EnrolmentSources;
+    /// let sources = EnrolmentSources::from_variables([("DECNET_MASTER_HOST", "master.lan")]).config("/no/such.ini");
+    /// let error = sources.read().unwrap_err();
+    /// assert!(error.is_not_enrolled());
+    /// assert!(error.to_string().contains("DECNET_HOST_UUID"));
+    /// ```
     ///
     /// # Errors
     /// [`Error::is_not_enrolled`] if there is no host uuid or no master host; it says which, and where it was

@@ -11,6 +11,36 @@ use crate::text::printable;
 /// `Display` says this layer alone, with the file, key or value at fault and what to do about it;
 /// [`source`](StdError::source) leads to the next. The accessors tell the cases apart that a caller
 /// may want to treat differently.
+///
+/// ```
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # use decnet_heartbeat::{Enrolment, Heartbeat};
+/// # let dir = tempfile::tempdir()?;
+/// # let enrolment = Enrolment::new("0c4f9a52", "127.0.0.1", dir.path())?;
+/// use std::error::Error as _;
+///
+/// /// As the program exits: 78 is for an operator to mend, 1 may be worth another try.
+/// fn exit_code(error: &decnet_heartbeat::Error) -> u8 {
+///     if error.is_not_enrolled() || error.is_config() || error.is_bundle() { 78 } else { 1 }
+/// }
+///
+/// // An agent dir without a bundle.
+/// let error = Heartbeat::builder().enrolment(enrolment).start().unwrap_err();
+/// assert_eq!(exit_code(&error), 78);
+/// assert_eq!(error.path(), Some(dir.path().join("ca.crt").as_path()));
+///
+/// // The whole chain, a layer at a time. `{:?}` prints the same.
+/// let mut said = error.to_string();
+/// let mut next = error.source();
+/// while let Some(source) = next {
+///     said += &format!(": {source}");
+///     next = source.source();
+/// }
+/// assert!(said.ends_with("No such file or directory (os error 2)"));
+/// assert_eq!(said, format!("{error:?}"));
+/// # Ok(())
+/// # }
+/// ```
 pub struct Error {
     // Boxed: results are returned far more often than errors are made.
     inner: Box<Inner>,
@@ -98,11 +128,24 @@ impl Error {
     }
 
     /// Whether the host is simply not enrolled: no host uuid, or no master host.
+    ///
+    /// ```
+    /// # use decnet_heartbeat::EnrolmentSources;
+    /// let error = EnrolmentSources::from_variables([("HOME", "/root")]).config("/no/such.ini").read().unwrap_err();
+    /// assert!(error.is_not_enrolled());
+    /// ```
     pub fn is_not_enrolled(&self) -> bool {
         matches!(self.inner.kind, Kind::NotEnrolled { .. })
     }
 
     /// Whether a configured value, from a variable or the ini, cannot be used.
+    ///
+    /// ```
+    /// # use decnet_heartbeat::EnrolmentSources;
+    /// let sources = EnrolmentSources::from_variables([("DECNET_SWARMCTL_PORT", "0")]).config("/no/such.ini");
+    /// let error = sources.read().unwrap_err();
+    /// assert!(error.is_config() && error.to_string().starts_with("DECNET_SWARMCTL_PORT: "));
+    /// ```
     pub fn is_config(&self) -> bool {
         matches!(self.inner.kind, Kind::Config { .. })
     }
@@ -113,6 +156,29 @@ impl Error {
     }
 
     /// Whether the outbox could not keep a delta or could not be opened.
+    ///
+    /// ```
+    /// # #[cfg(feature = "loopback")]
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # use std::time::Duration;
+    /// # use decnet_heartbeat::loopback::LoopbackMaster;
+    /// # use decnet_heartbeat::{Heartbeat, LifecycleDelta, Operation, OutboxLocation, Snapshot};
+    /// # let dir = tempfile::tempdir()?;
+    /// # let master = LoopbackMaster::start()?;
+    /// # let worker = master.enrol(dir.path())?;
+    /// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
+    /// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+    /// # let heartbeat = builder.outbox(OutboxLocation::Memory).start()?;
+    /// let deltas = heartbeat.deltas();
+    /// heartbeat.stop(Duration::from_secs(5));
+    /// // Its outbox is in memory, which nobody looks into any more.
+    /// let error = deltas.push(LifecycleDelta::succeeded("decky-01", Operation::Deploy)).unwrap_err();
+    /// assert!(error.is_outbox() && error.path().is_none());
+    /// # Ok(())
+    /// # }
+    /// # #[cfg(not(feature = "loopback"))]
+    /// # fn main() {}
+    /// ```
     pub fn is_outbox(&self) -> bool {
         matches!(self.inner.kind, Kind::Outbox { .. })
     }

@@ -29,6 +29,29 @@ use crate::worker::Worker;
 ///
 /// It runs on two threads of its own, `decnet-heartbeat` and `decnet-status`. Dropping it stops it, with 2 s for what
 /// still waits; [`stop`](Self::stop) lets the caller choose.
+///
+/// ```
+/// # #[cfg(feature = "loopback")]
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # use std::time::Duration;
+/// # use decnet_heartbeat::loopback::LoopbackMaster;
+/// # use decnet_heartbeat::{Heartbeat, LifecycleDelta, Operation, Snapshot};
+/// # const SOON: Duration = Duration::from_secs(10);
+/// # let dir = tempfile::tempdir()?;
+/// # let master = LoopbackMaster::start()?;
+/// # let worker = master.enrol(dir.path())?;
+/// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
+/// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+/// let heartbeat = builder.start()?; // the first beat goes out at once
+/// assert!(master.wait_for_beats(1, SOON));
+/// heartbeat.deltas().push(LifecycleDelta::succeeded("decky-01", Operation::Deploy))?;
+/// let stopped = heartbeat.stop(Duration::from_secs(5)); // with what still waits
+/// assert_eq!(stopped.undelivered, 0);
+/// # Ok(())
+/// # }
+/// # #[cfg(not(feature = "loopback"))]
+/// # fn main() {}
+/// ```
 #[derive(Debug)]
 pub struct Heartbeat {
     running: Option<Running>,
@@ -50,6 +73,31 @@ struct Running {
 }
 
 /// How a heartbeat stopped.
+///
+/// ```
+/// # #[cfg(feature = "loopback")]
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # use std::time::Duration;
+/// # use decnet_heartbeat::loopback::LoopbackMaster;
+/// # use decnet_heartbeat::{Heartbeat, LifecycleDelta, Operation, Snapshot};
+/// # let dir = tempfile::tempdir()?;
+/// # let mut master = LoopbackMaster::start()?;
+/// # let worker = master.enrol(dir.path())?;
+/// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
+/// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+/// # let heartbeat = builder.start()?;
+/// master.stop(); // an outage
+/// heartbeat.deltas().push(LifecycleDelta::succeeded("decky-01", Operation::Deploy))?;
+/// let stopped = heartbeat.stop(Duration::from_secs(5));
+/// if !stopped.kept {
+///     eprintln!("lost with this process: {} deltas, {} operations", stopped.undelivered, stopped.operations);
+/// }
+/// assert_eq!((stopped.undelivered, stopped.kept), (1, true)); // it waits on the disk for the next start
+/// # Ok(())
+/// # }
+/// # #[cfg(not(feature = "loopback"))]
+/// # fn main() {}
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Stopped {
@@ -68,16 +116,78 @@ pub struct Stopped {
 
 impl Heartbeat {
     /// Everything has a default: see [`HeartbeatBuilder`].
+    ///
+    /// ```
+    /// # use std::time::Duration;
+    /// # use decnet_heartbeat::Heartbeat;
+    /// let error = Heartbeat::builder().interval(Duration::from_millis(1)).start().unwrap_err();
+    /// assert_eq!(error.to_string(), "interval: is 1ms; it must be from 50 ms to 1 h");
+    /// ```
     pub fn builder() -> HeartbeatBuilder {
         HeartbeatBuilder::default()
     }
 
     /// A handle to push deltas with. Clone it, send it to other threads, keep it as long as you like.
+    ///
+    /// ```
+    /// # #[cfg(feature = "loopback")]
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # use std::time::Duration;
+    /// # use decnet_heartbeat::loopback::{LoopbackMaster, RowStatus};
+    /// # use decnet_heartbeat::{Heartbeat, LifecycleDelta, Operation, Snapshot};
+    /// # const SOON: Duration = Duration::from_secs(10);
+    /// # let dir = tempfile::tempdir()?;
+    /// # let master = LoopbackMaster::start()?;
+    /// # let worker = master.enrol(dir.path())?;
+    /// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
+    /// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+    /// # let heartbeat = builder.start()?;
+    /// # master.open_operation(&worker.uuid, "decky-01", "deploy");
+    /// let deltas = heartbeat.deltas();
+    /// let worker = std::thread::spawn(move || deltas.push(LifecycleDelta::succeeded("decky-01", Operation::Deploy)));
+    /// worker.join().expect("it does not panic")?;
+    /// assert!(master.wait_until(SOON, |seen| seen.rows()[0].status == RowStatus::Succeeded));
+    /// # Ok(())
+    /// # }
+    /// # #[cfg(not(feature = "loopback"))]
+    /// # fn main() {}
+    /// ```
     pub fn deltas(&self) -> DeltaSender {
         self.running.as_ref().map_or_else(DeltaSender::dormant, |running| running.deltas.clone())
     }
 
     /// Tracks an operation on `deckies`: see [`DeltaSender::begin`].
+    ///
+    /// ```
+    /// # #[cfg(feature = "loopback")]
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # use std::time::Duration;
+    /// # use decnet_heartbeat::loopback::{LoopbackMaster, RowStatus};
+    /// # use decnet_heartbeat::{Heartbeat, Operation, Snapshot};
+    /// # const SOON: Duration = Duration::from_secs(10);
+    /// # let dir = tempfile::tempdir()?;
+    /// # let master = LoopbackMaster::start()?;
+    /// # let worker = master.enrol(dir.path())?;
+    /// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
+    /// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+    /// # let heartbeat = builder.start()?;
+    /// # master.open_operation(&worker.uuid, "decky-01", "deploy");
+    /// fn deploy(heartbeat: &Heartbeat) -> Result<(), Box<dyn std::error::Error>> {
+    ///     let operation = heartbeat.begin(Operation::Deploy, ["decky-01"])?;
+    ///     let port: u16 = "none".parse()?; // an early return: the guard reports the failure
+    ///     println!("it listens on {port}");
+    ///     operation.succeed();
+    ///     Ok(())
+    /// }
+    ///
+    /// assert!(deploy(&heartbeat).is_err());
+    /// assert!(master.wait_until(SOON, |seen| seen.rows()[0].status == RowStatus::Failed));
+    /// assert_eq!(master.rows()[0].error.as_deref(), Some("deploy ended without a verdict"));
+    /// # Ok(())
+    /// # }
+    /// # #[cfg(not(feature = "loopback"))]
+    /// # fn main() {}
+    /// ```
     ///
     /// # Errors
     ///
@@ -92,6 +202,31 @@ impl Heartbeat {
 
     /// Does `work` on a thread of its own and reports how it ended: see [`DeltaSender::run`].
     ///
+    /// ```
+    /// # #[cfg(feature = "loopback")]
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # use std::time::Duration;
+    /// # use decnet_heartbeat::loopback::{LoopbackMaster, RowStatus};
+    /// # use decnet_heartbeat::{Heartbeat, Operation, Snapshot};
+    /// # const SOON: Duration = Duration::from_secs(10);
+    /// # let dir = tempfile::tempdir()?;
+    /// # let master = LoopbackMaster::start()?;
+    /// # let worker = master.enrol(dir.path())?;
+    /// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
+    /// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+    /// # let heartbeat = builder.start()?;
+    /// # master.open_operation(&worker.uuid, "decky-01", "mutate");
+    /// let work = || -> Result<(), std::io::Error> { panic!("no address left") };
+    /// let thread = heartbeat.run(Operation::Mutate, ["decky-01"], work)?;
+    /// thread.join().expect("the panic is a report, and goes no further");
+    /// assert!(master.wait_until(SOON, |seen| seen.rows()[0].status == RowStatus::Failed));
+    /// assert_eq!(master.rows()[0].error.as_deref(), Some("mutate panicked: no address left"));
+    /// # Ok(())
+    /// # }
+    /// # #[cfg(not(feature = "loopback"))]
+    /// # fn main() {}
+    /// ```
+    ///
     /// # Errors
     ///
     /// As there.
@@ -105,6 +240,30 @@ impl Heartbeat {
     }
 
     /// What it knows of itself. Never blocks on the network or the disk.
+    ///
+    /// ```
+    /// # #[cfg(feature = "loopback")]
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # use std::time::Duration;
+    /// # use decnet_heartbeat::loopback::LoopbackMaster;
+    /// # use decnet_heartbeat::{Heartbeat, Snapshot};
+    /// # const SOON: Duration = Duration::from_secs(10);
+    /// # let dir = tempfile::tempdir()?;
+    /// # let master = LoopbackMaster::start()?;
+    /// # let worker = master.enrol(dir.path())?;
+    /// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
+    /// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+    /// # let heartbeat = builder.start()?;
+    /// # heartbeat.beats().recv_timeout(SOON)?;
+    /// let stats = heartbeat.stats();
+    /// assert!(stats.beats >= 1 && stats.failure.is_none());
+    /// assert_eq!((stats.waiting, stats.dropped), (0, 0));
+    /// assert_eq!(stats.fingerprint, Some(worker.fingerprint)); // what the master has pinned
+    /// # Ok(())
+    /// # }
+    /// # #[cfg(not(feature = "loopback"))]
+    /// # fn main() {}
+    /// ```
     pub fn stats(&self) -> Stats {
         let mut stats = self.stats.read();
         if let Some(running) = &self.running {
@@ -119,12 +278,51 @@ impl Heartbeat {
     /// Whether one of the two threads makes no progress: the heartbeat thread has been at one event for over a minute, or
     /// the status source has owed a snapshot for as long. A watchdog asks this. The beats go on without a source that
     /// hangs; what runs here is then no longer told.
+    ///
+    /// ```
+    /// # #[cfg(feature = "loopback")]
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # use decnet_heartbeat::loopback::LoopbackMaster;
+    /// # use decnet_heartbeat::{Heartbeat, Snapshot};
+    /// # let dir = tempfile::tempdir()?;
+    /// # let master = LoopbackMaster::start()?;
+    /// # let worker = master.enrol(dir.path())?;
+    /// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
+    /// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+    /// # let heartbeat = builder.start()?;
+    /// // In the loop that pets the watchdog:
+    /// if heartbeat.is_stalled() {
+    ///     std::process::abort(); // and the supervisor starts the agent again
+    /// }
+    /// # Ok(())
+    /// # }
+    /// # #[cfg(not(feature = "loopback"))]
+    /// # fn main() {}
+    /// ```
     pub fn is_stalled(&self) -> bool {
         self.stats.read().is_stalled()
     }
 
     /// Says that a beat has ended, well or not, and that [`stats`](Self::stats) has it: for tests, and for whoever shows
     /// the stats. There is one place in the channel, so what is not received in time is folded into one.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # use std::time::Duration;
+    /// # use decnet_heartbeat::loopback::LoopbackMaster;
+    /// # use decnet_heartbeat::{Heartbeat, Snapshot};
+    /// # let dir = tempfile::tempdir()?;
+    /// # let master = LoopbackMaster::start()?;
+    /// # let worker = master.enrol(dir.path())?;
+    /// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
+    /// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+    /// # let heartbeat = builder.start()?;
+    /// let beats = heartbeat.beats();
+    /// beats.recv_timeout(Duration::from_secs(10))?;
+    /// assert!(heartbeat.stats().beats >= 1);
+    /// # Ok(())
+    /// # }
+    /// ```
     #[cfg(feature = "loopback")]
     pub fn beats(&self) -> Receiver<()> {
         self.running.as_ref().map_or_else(crossbeam_channel::never, |running| running.beats.clone())
@@ -132,6 +330,29 @@ impl Heartbeat {
 
     /// Stops within `grace` (a day at the most): the deltas that wait now are posted once more, and that is interrupted when
     /// the grace runs out. It takes no longer than it must: with nothing to post, milliseconds.
+    ///
+    /// ```
+    /// # #[cfg(feature = "loopback")]
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # use std::time::Instant;
+    /// # use std::time::Duration;
+    /// # use decnet_heartbeat::loopback::LoopbackMaster;
+    /// # use decnet_heartbeat::{Heartbeat, Snapshot};
+    /// # let dir = tempfile::tempdir()?;
+    /// # let master = LoopbackMaster::start()?;
+    /// # let worker = master.enrol(dir.path())?;
+    /// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
+    /// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+    /// # let heartbeat = builder.start()?;
+    /// let since = Instant::now();
+    /// // A bound, and not a wait.
+    /// let stopped = heartbeat.stop(Duration::from_secs(60));
+    /// assert!(stopped.in_time && since.elapsed() < Duration::from_secs(30));
+    /// # Ok(())
+    /// # }
+    /// # #[cfg(not(feature = "loopback"))]
+    /// # fn main() {}
+    /// ```
     pub fn stop(mut self, grace: Duration) -> Stopped {
         self.shut_down(grace)
     }
@@ -177,6 +398,33 @@ fn has_ended(ended: &Receiver<()>, by: Instant) -> bool {
 }
 
 /// What a heartbeat is started with.
+///
+/// ```
+/// # #[cfg(feature = "loopback")]
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # use std::time::Duration;
+/// # use decnet_heartbeat::loopback::LoopbackMaster;
+/// # use decnet_heartbeat::{Heartbeat, MasterIdentity, OutboxLocation, Snapshot};
+/// # const SOON: Duration = Duration::from_secs(10);
+/// # let dir = tempfile::tempdir()?;
+/// # let master = LoopbackMaster::start()?;
+/// # let worker = master.enrol(dir.path())?;
+/// let heartbeat = Heartbeat::builder()
+///     .enrolment(worker.enrolment()?)
+///     .status_source(|| Snapshot::new(&serde_json::json!({"deployed": false, "deckies": []})))
+///     .agent_version("1.4.0")
+///     .interval(Duration::from_secs(10))
+///     .outbox(OutboxLocation::File(dir.path().join("outbox.db")))
+///     .master_identity(MasterIdentity::Name)
+///     .start()?;
+/// assert!(master.wait_for_beats(1, SOON));
+/// let beat = master.received()[0].json.clone().ok_or("no JSON")?;
+/// assert_eq!(beat["agent_version"], "1.4.0");
+/// # Ok(())
+/// # }
+/// # #[cfg(not(feature = "loopback"))]
+/// # fn main() {}
+/// ```
 #[derive(Default)]
 pub struct HeartbeatBuilder {
     enrolment: Option<Enrolment>,
@@ -196,6 +444,29 @@ impl HeartbeatBuilder {
     }
 
     /// Where `status` and `topology` come from. Default: [`DecnetStatus`].
+    ///
+    /// ```
+    /// # #[cfg(feature = "loopback")]
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # use std::time::Duration;
+    /// # use decnet_heartbeat::loopback::LoopbackMaster;
+    /// # use decnet_heartbeat::{Heartbeat, Snapshot};
+    /// # const SOON: Duration = Duration::from_secs(10);
+    /// # let dir = tempfile::tempdir()?;
+    /// # let master = LoopbackMaster::start()?;
+    /// # let worker = master.enrol(dir.path())?;
+    /// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
+    /// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+    /// let nothing = || Snapshot::new(&serde_json::json!({"deployed": false, "deckies": []}));
+    /// let heartbeat = builder.status_source(nothing).start()?;
+    /// assert!(master.wait_until(SOON, |seen| {
+    ///     seen.received().iter().filter_map(|beat| beat.json.as_ref()).any(|beat| beat["status"]["deployed"] == false)
+    /// }));
+    /// # Ok(())
+    /// # }
+    /// # #[cfg(not(feature = "loopback"))]
+    /// # fn main() {}
+    /// ```
     pub fn status_source(mut self, source: impl StatusSource + 'static) -> Self {
         self.source = Some(Box::new(source));
         self
@@ -220,12 +491,55 @@ impl HeartbeatBuilder {
     }
 
     /// Who counts as the master. Default: what the enrolment says, otherwise [`MasterIdentity::Name`].
+    ///
+    /// ```
+    /// # #[cfg(feature = "loopback")]
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # use std::time::Duration;
+    /// # use decnet_heartbeat::loopback::LoopbackMaster;
+    /// # use decnet_heartbeat::{Heartbeat, MasterIdentity, Snapshot};
+    /// # const SOON: Duration = Duration::from_secs(10);
+    /// # let dir = tempfile::tempdir()?;
+    /// # let master = LoopbackMaster::start()?;
+    /// # let worker = master.enrol(dir.path())?;
+    /// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
+    /// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+    /// // This one certificate, and no other of its CA.
+    /// let pinned: MasterIdentity = format!("sha256:{}", master.certificate().fingerprint).parse()?;
+    /// let heartbeat = builder.master_identity(pinned).start()?;
+    /// assert!(master.wait_for_beats(1, SOON));
+    /// # Ok(())
+    /// # }
+    /// # #[cfg(not(feature = "loopback"))]
+    /// # fn main() {}
+    /// ```
     pub fn master_identity(mut self, identity: MasterIdentity) -> Self {
         self.identity = Some(identity);
         self
     }
 
     /// Beats on these ticks instead of an interval's: for tests, which then need no clock.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # use std::time::Instant;
+    /// # use std::time::Duration;
+    /// # use decnet_heartbeat::loopback::LoopbackMaster;
+    /// # use decnet_heartbeat::{Heartbeat, Snapshot};
+    /// # const SOON: Duration = Duration::from_secs(10);
+    /// # let dir = tempfile::tempdir()?;
+    /// # let master = LoopbackMaster::start()?;
+    /// # let worker = master.enrol(dir.path())?;
+    /// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
+    /// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+    /// let (tick, ticks) = crossbeam_channel::unbounded();
+    /// let heartbeat = builder.ticks(ticks).start()?;
+    /// assert!(master.wait_for_beats(1, SOON)); // the first one asks for no tick
+    /// tick.send(Instant::now())?;
+    /// assert!(master.wait_for_beats(2, SOON));
+    /// # Ok(())
+    /// # }
+    /// ```
     #[cfg(any(test, feature = "loopback"))]
     pub fn ticks(mut self, ticks: Receiver<Instant>) -> Self {
         self.ticks = Some(ticks);
@@ -234,6 +548,27 @@ impl HeartbeatBuilder {
 
     /// Starts the two threads; the first beat goes out at once. On a host that is not enrolled it starts nothing and
     /// returns a dormant handle, so that callers need no guard.
+    ///
+    /// ```
+    /// # #[cfg(feature = "loopback")]
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # use decnet_heartbeat::loopback::LoopbackMaster;
+    /// # use decnet_heartbeat::{Heartbeat, Snapshot};
+    /// # let dir = tempfile::tempdir()?;
+    /// # let master = LoopbackMaster::start()?;
+    /// # let worker = master.enrol(dir.path())?;
+    /// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
+    /// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+    /// let heartbeat = builder.start()?;
+    /// // Two would deliver every delta twice.
+    /// let error = Heartbeat::builder().enrolment(worker.enrolment()?).start().unwrap_err();
+    /// assert!(error.is_outbox());
+    /// assert!(error.to_string().contains(&format!("process {} already", std::process::id())));
+    /// # Ok(())
+    /// # }
+    /// # #[cfg(not(feature = "loopback"))]
+    /// # fn main() {}
+    /// ```
     ///
     /// # Errors
     ///

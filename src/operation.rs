@@ -15,6 +15,35 @@ use crate::sender::DeltaSender;
 /// [`settle`](Self::settle) for one after the other. What is not settled when it is dropped (a panic, an early return)
 /// is reported failed. None of this waits for the network, and none of it can fail: where the outbox cannot be written
 /// just now, the end is remembered and written with the next change.
+///
+/// ```
+/// # #[cfg(feature = "loopback")]
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # use std::time::Duration;
+/// # use decnet_heartbeat::loopback::{LoopbackMaster, RowStatus};
+/// # use decnet_heartbeat::{Heartbeat, Operation, Outcome, Snapshot};
+/// # const SOON: Duration = Duration::from_secs(10);
+/// # let dir = tempfile::tempdir()?;
+/// # let master = LoopbackMaster::start()?;
+/// # let worker = master.enrol(dir.path())?;
+/// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
+/// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+/// # let heartbeat = builder.start()?;
+/// # for decky in ["decky-01", "decky-02"] {
+/// #     master.open_operation(&worker.uuid, decky, "deploy");
+/// # }
+/// let mut operation = heartbeat.begin(Operation::Deploy, ["decky-01", "decky-02"])?;
+/// operation.settle("decky-01", Outcome::Succeeded)?;
+/// assert_eq!(operation.open().collect::<Vec<_>>(), ["decky-02"]);
+/// operation.fail("no such image"); // the rest of it
+/// assert!(master.wait_until(SOON, |seen| seen.rows().iter().all(|row| row.completed_at.is_some())));
+/// assert_eq!(master.rows()[0].status, RowStatus::Succeeded);
+/// assert_eq!(master.rows()[1].error.as_deref(), Some("no such image"));
+/// # Ok(())
+/// # }
+/// # #[cfg(not(feature = "loopback"))]
+/// # fn main() {}
+/// ```
 #[derive(Debug)]
 #[must_use = "dropping it reports the operation failed"]
 pub struct TrackedOperation {
@@ -49,11 +78,60 @@ impl TrackedOperation {
     }
 
     /// It failed, on all deckies that are not settled yet. The error is cut to 2,000 characters, as the master does.
+    ///
+    /// ```
+    /// # #[cfg(feature = "loopback")]
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # use std::time::Duration;
+    /// # use decnet_heartbeat::loopback::{LoopbackMaster, RowStatus};
+    /// # use decnet_heartbeat::{Heartbeat, Operation, Snapshot};
+    /// # const SOON: Duration = Duration::from_secs(10);
+    /// # let dir = tempfile::tempdir()?;
+    /// # let master = LoopbackMaster::start()?;
+    /// # let worker = master.enrol(dir.path())?;
+    /// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
+    /// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+    /// # let heartbeat = builder.start()?;
+    /// # for decky in ["decky-01", "decky-02"] {
+    /// #     master.open_operation(&worker.uuid, decky, "deploy");
+    /// # }
+    /// let operation = heartbeat.begin(Operation::Deploy, ["decky-01", "decky-02"])?;
+    /// if let Err(error) = std::fs::read("/no/such/compose.yml") {
+    ///     operation.fail(format!("compose.yml: {error}"));
+    /// }
+    /// assert!(master.wait_until(SOON, |seen| seen.rows().iter().all(|row| row.status == RowStatus::Failed)));
+    /// # Ok(())
+    /// # }
+    /// # #[cfg(not(feature = "loopback"))]
+    /// # fn main() {}
+    /// ```
     pub fn fail(mut self, error: impl Into<String>) {
         self.end_all(&Outcome::Failed(error.into()));
     }
 
     /// How it ended on one of the deckies.
+    ///
+    /// ```
+    /// # #[cfg(feature = "loopback")]
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # use decnet_heartbeat::loopback::LoopbackMaster;
+    /// # use decnet_heartbeat::{Heartbeat, Operation, Outcome, Snapshot};
+    /// # let dir = tempfile::tempdir()?;
+    /// # let master = LoopbackMaster::start()?;
+    /// # let worker = master.enrol(dir.path())?;
+    /// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
+    /// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+    /// # let heartbeat = builder.start()?;
+    /// let mut operation = heartbeat.begin(Operation::Deploy, ["decky-01", "decky-02"])?;
+    /// operation.settle("decky-01", Outcome::Failed("exited with 3".to_owned()))?;
+    /// let error = operation.settle("decky-01", Outcome::Succeeded).unwrap_err();
+    /// assert_eq!(error.to_string(), r#"decky name: "decky-01" is not open in this deploy"#);
+    /// operation.succeed(); // decky-02 alone
+    /// # Ok(())
+    /// # }
+    /// # #[cfg(not(feature = "loopback"))]
+    /// # fn main() {}
+    /// ```
     ///
     /// # Errors
     ///

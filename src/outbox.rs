@@ -50,6 +50,25 @@ use store::{Refusal, Store};
 const FILE: &str = "heartbeat.db";
 
 /// Where deltas are kept until the master has them.
+///
+/// ```
+/// # #[cfg(feature = "loopback")]
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # use decnet_heartbeat::loopback::LoopbackMaster;
+/// # use decnet_heartbeat::{Heartbeat, OutboxLocation, Snapshot};
+/// # let dir = tempfile::tempdir()?;
+/// # let master = LoopbackMaster::start()?;
+/// # let worker = master.enrol(dir.path())?;
+/// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
+/// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+/// let file = dir.path().join("outbox.db");
+/// let heartbeat = builder.outbox(OutboxLocation::File(file.clone())).start()?;
+/// assert_eq!(heartbeat.stats().outbox.as_deref(), Some(file.as_path()));
+/// # Ok(())
+/// # }
+/// # #[cfg(not(feature = "loopback"))]
+/// # fn main() {}
+/// ```
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum OutboxLocation {

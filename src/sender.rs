@@ -16,6 +16,38 @@ use crate::operation::{TrackedOperation, reason};
 use crate::outbox::{Kept, Outbox, Poster};
 
 /// Pushes deltas and begins operations. Clone it, send it to other threads; it outlives its heartbeat.
+///
+/// ```
+/// # #[cfg(feature = "loopback")]
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # use std::thread;
+/// # use std::time::Duration;
+/// # use decnet_heartbeat::loopback::{LoopbackMaster, RowStatus};
+/// # use decnet_heartbeat::{Heartbeat, LifecycleDelta, Operation, Snapshot};
+/// # const SOON: Duration = Duration::from_secs(10);
+/// # let dir = tempfile::tempdir()?;
+/// # let master = LoopbackMaster::start()?;
+/// # let worker = master.enrol(dir.path())?;
+/// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
+/// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+/// # let heartbeat = builder.start()?;
+/// # for decky in ["decky-01", "decky-02"] {
+/// #     master.open_operation(&worker.uuid, decky, "mutate");
+/// # }
+/// // Every thread that does something has its own.
+/// let threads = ["decky-01", "decky-02"].map(|decky| {
+///     let deltas = heartbeat.deltas();
+///     thread::spawn(move || deltas.push(LifecycleDelta::succeeded(decky, Operation::Mutate)))
+/// });
+/// for thread in threads {
+///     thread.join().expect("it does not panic")?;
+/// }
+/// assert!(master.wait_until(SOON, |seen| seen.rows().iter().all(|row| row.status == RowStatus::Succeeded)));
+/// # Ok(())
+/// # }
+/// # #[cfg(not(feature = "loopback"))]
+/// # fn main() {}
+/// ```
 #[derive(Clone, Debug)]
 pub struct DeltaSender {
     /// `None`: dormant.
@@ -46,6 +78,32 @@ impl DeltaSender {
     /// read-only file system) it is kept in memory, which the log and [`Stats::outbox`](crate::Stats::outbox) say. On
     /// a host that is not enrolled there is no master to tell, and the delta is dropped.
     ///
+    /// ```
+    /// # #[cfg(feature = "loopback")]
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # use std::time::Duration;
+    /// # use decnet_heartbeat::loopback::LoopbackMaster;
+    /// # use decnet_heartbeat::{Heartbeat, LifecycleDelta, Operation, Snapshot};
+    /// # const SOON: Duration = Duration::from_secs(10);
+    /// # let dir = tempfile::tempdir()?;
+    /// # let mut master = LoopbackMaster::start()?;
+    /// # let worker = master.enrol(dir.path())?;
+    /// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
+    /// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+    /// # let builder = builder.interval(Duration::from_millis(50));
+    /// # let heartbeat = builder.start()?;
+    /// # master.open_operation(&worker.uuid, "decky-01", "deploy");
+    /// master.stop(); // an outage: `push` does not even notice
+    /// heartbeat.deltas().push(LifecycleDelta::failed("decky-01", Operation::Deploy, "no such image"))?;
+    /// assert_eq!(heartbeat.stats().waiting, 1);
+    /// master.start_again()?;
+    /// assert!(master.wait_until(SOON, |seen| seen.rows()[0].error.as_deref() == Some("no such image")));
+    /// # Ok(())
+    /// # }
+    /// # #[cfg(not(feature = "loopback"))]
+    /// # fn main() {}
+    /// ```
+    ///
     /// # Errors
     ///
     /// The decky has no name, or the outbox cannot keep the delta, as another process has it locked for over a second, as
@@ -56,6 +114,27 @@ impl DeltaSender {
     }
 
     /// Reports several at once, in one transaction: all of them are kept, or none. The last is the newest.
+    ///
+    /// ```
+    /// # #[cfg(feature = "loopback")]
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # use decnet_heartbeat::loopback::LoopbackMaster;
+    /// # use decnet_heartbeat::{Heartbeat, LifecycleDelta, Operation, Snapshot};
+    /// # let dir = tempfile::tempdir()?;
+    /// # let master = LoopbackMaster::start()?;
+    /// # let worker = master.enrol(dir.path())?;
+    /// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
+    /// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+    /// # let heartbeat = builder.start()?;
+    /// let ended = ["decky-01", ""].map(|decky| LifecycleDelta::succeeded(decky, Operation::Deploy));
+    /// let error = heartbeat.deltas().push_all(ended).unwrap_err();
+    /// assert_eq!(error.to_string(), "decky name: is empty; a delta needs the name of its decky");
+    /// assert_eq!(heartbeat.stats().waiting, 0); // nor is the first one kept
+    /// # Ok(())
+    /// # }
+    /// # #[cfg(not(feature = "loopback"))]
+    /// # fn main() {}
+    /// ```
     ///
     /// # Errors
     ///
@@ -81,16 +160,32 @@ impl DeltaSender {
     /// is one operation. On a host that is not enrolled nothing is written.
     ///
     /// ```
-    /// # use decnet_heartbeat::{Heartbeat, Operation};
+    /// # #[cfg(feature = "loopback")]
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # use std::time::Duration;
+    /// # use decnet_heartbeat::loopback::{LoopbackMaster, RowStatus};
+    /// # use decnet_heartbeat::{Heartbeat, Operation, Snapshot};
+    /// # const SOON: Duration = Duration::from_secs(10);
+    /// # let dir = tempfile::tempdir()?;
+    /// # let master = LoopbackMaster::start()?;
+    /// # let worker = master.enrol(dir.path())?;
+    /// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
+    /// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+    /// # let heartbeat = builder.start()?;
     /// # fn compose_up() -> Result<(), std::io::Error> { Ok(()) }
-    /// # fn deploy(heartbeat: &Heartbeat) -> Result<(), Box<dyn std::error::Error>> {
+    /// # for decky in ["decky-01", "decky-02"] {
+    /// #     master.open_operation(&worker.uuid, decky, "deploy");
+    /// # }
     /// let operation = heartbeat.begin(Operation::Deploy, ["decky-01", "decky-02"])?;
     /// match compose_up() {
     ///     Ok(()) => operation.succeed(),
     ///     Err(error) => operation.fail(error.to_string()),
     /// }
+    /// assert!(master.wait_until(SOON, |seen| seen.rows().iter().all(|row| row.status == RowStatus::Succeeded)));
     /// # Ok(())
     /// # }
+    /// # #[cfg(not(feature = "loopback"))]
+    /// # fn main() {}
     /// ```
     ///
     /// # Errors
@@ -119,13 +214,27 @@ impl DeltaSender {
     /// waits for the next start.
     ///
     /// ```
-    /// # use decnet_heartbeat::{Heartbeat, Operation};
-    /// # fn compose_up() -> Result<(), std::io::Error> { Ok(()) }
-    /// # fn deploy(heartbeat: &Heartbeat) -> Result<(), decnet_heartbeat::Error> {
+    /// # #[cfg(feature = "loopback")]
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # use std::time::Duration;
+    /// # use decnet_heartbeat::loopback::LoopbackMaster;
+    /// # use decnet_heartbeat::{Heartbeat, Operation, Snapshot};
+    /// # const SOON: Duration = Duration::from_secs(10);
+    /// # let dir = tempfile::tempdir()?;
+    /// # let master = LoopbackMaster::start()?;
+    /// # let worker = master.enrol(dir.path())?;
+    /// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
+    /// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+    /// # let heartbeat = builder.start()?;
+    /// # fn compose_up() -> Result<(), std::io::Error> { Err(std::io::Error::other("no space left")) }
+    /// # master.open_operation(&worker.uuid, "decky-01", "deploy");
     /// heartbeat.run(Operation::Deploy, ["decky-01"], compose_up)?;
-    /// // And to whoever asked: 202 Accepted.
+    /// // And to whoever asked: 202 Accepted. The master hears the rest of it later.
+    /// assert!(master.wait_until(SOON, |seen| seen.rows()[0].error.as_deref() == Some("no space left")));
     /// # Ok(())
     /// # }
+    /// # #[cfg(not(feature = "loopback"))]
+    /// # fn main() {}
     /// ```
     ///
     /// # Errors

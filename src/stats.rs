@@ -12,6 +12,37 @@ use crate::master::Reply;
 /// What the heartbeat knows of itself, as of the last event.
 ///
 /// Serializes to JSON with times in RFC 3339 (UTC) and durations in seconds.
+///
+/// ```
+/// # #[cfg(feature = "loopback")]
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # use std::time::Duration;
+/// # use decnet_heartbeat::loopback::LoopbackMaster;
+/// # use decnet_heartbeat::{Heartbeat, Snapshot, Stats};
+/// # const SOON: Duration = Duration::from_secs(10);
+/// # let dir = tempfile::tempdir()?;
+/// # let master = LoopbackMaster::start()?;
+/// # let worker = master.enrol(dir.path())?;
+/// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
+/// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+/// # let heartbeat = builder.start()?;
+/// # heartbeat.beats().recv_timeout(SOON)?;
+/// /// For the agent's own health page.
+/// fn is_healthy(stats: &Stats) -> bool {
+///     let failures = stats.failure.as_ref().map_or(0, |failure| failure.count);
+///     stats.dormant || (failures < 3 && stats.outbox.is_some())
+/// }
+///
+/// let stats = heartbeat.stats();
+/// assert!(is_healthy(&stats));
+/// let json = serde_json::to_value(&stats)?;
+/// assert_eq!((&json["delivered"], &json["failure"]), (&0.into(), &serde_json::Value::Null));
+/// assert!(json["last_success"].as_str().is_some_and(|at| at.ends_with('Z')));
+/// # Ok(())
+/// # }
+/// # #[cfg(not(feature = "loopback"))]
+/// # fn main() {}
+/// ```
 #[derive(Clone, Debug, Default, Serialize)]
 #[non_exhaustive]
 pub struct Stats {
@@ -80,6 +111,30 @@ pub struct Stats {
 }
 
 /// Beats that failed in a row.
+///
+/// ```
+/// # #[cfg(feature = "loopback")]
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # use std::time::Duration;
+/// # use decnet_heartbeat::loopback::LoopbackMaster;
+/// # use decnet_heartbeat::{Heartbeat, Snapshot};
+/// # const SOON: Duration = Duration::from_secs(10);
+/// # let dir = tempfile::tempdir()?;
+/// # let master = LoopbackMaster::start()?;
+/// # let worker = master.enrol(dir.path())?;
+/// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
+/// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+/// master.decommission(&worker.uuid);
+/// let heartbeat = builder.start()?;
+/// # heartbeat.beats().recv_timeout(SOON)?;
+/// let failure = heartbeat.stats().failure.ok_or("the master does not know this host any more")?;
+/// assert_eq!(failure.class, "http-404");
+/// assert!(failure.count >= 1 && failure.detail.contains("unknown host"));
+/// # Ok(())
+/// # }
+/// # #[cfg(not(feature = "loopback"))]
+/// # fn main() {}
+/// ```
 #[derive(Clone, Debug, Serialize)]
 #[non_exhaustive]
 pub struct Failure {

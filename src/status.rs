@@ -32,6 +32,32 @@ pub trait StatusSource: Send {
     ///
     /// Asked once, before the first snapshot: a first beat that must go out without its snapshot still names the
     /// topology, as the master would otherwise order it to be built again. `None`, the default, where none is kept.
+    ///
+    /// ```
+    /// # use decnet_heartbeat::{AppliedTopology, Observed, Snapshot, StatusSource, Topology};
+    /// # impl Agent {
+    /// #     fn known(&self) -> Topology {
+    /// #         Topology { applied: Some(self.applied.clone()), observed: Observed::Unknown("not asked".into()) }
+    /// #     }
+    /// # }
+    /// struct Agent {
+    ///     applied: AppliedTopology,
+    /// }
+    ///
+    /// impl StatusSource for Agent {
+    ///     fn snapshot(&mut self) -> Snapshot {
+    ///         Snapshot::unknown("the hypervisor does not answer").with_topology(self.known())
+    ///     }
+    ///
+    ///     fn applied_topology(&mut self) -> Option<Topology> {
+    ///         Some(self.known()) // at hand, and nothing is waited for
+    ///     }
+    /// }
+    /// # let (topology_id, applied_version_hash) = ("t-1".to_owned(), "9b1c".to_owned());
+    /// # let applied = AppliedTopology { topology_id, applied_version_hash, applied_at: 0, last_error: None };
+    /// # let mut agent = Agent { applied };
+    /// # assert_eq!(agent.applied_topology().as_ref(), agent.snapshot().topology());
+    /// ```
     fn applied_topology(&mut self) -> Option<Topology> {
         None
     }
@@ -44,6 +70,17 @@ impl<F: FnMut() -> Snapshot + Send> StatusSource for F {
 }
 
 /// What a source found: the wire's `status` object and, where it knows one, its `topology`.
+///
+/// ```
+/// use decnet_heartbeat::Snapshot;
+///
+/// let known = Snapshot::new(&serde_json::json!({"deckies": [], "deployed": false}));
+/// assert_eq!(known.status(), r#"{"deckies":[],"deployed":false}"#);
+/// // Not `{"deckies": []}`: that would say that there are none.
+/// let unknown = Snapshot::unknown("the hypervisor does not answer");
+/// assert_eq!(unknown.status(), r#"{"error":"the hypervisor does not answer"}"#);
+/// assert!(unknown.topology().is_none());
+/// ```
 #[derive(Clone, Debug)]
 pub struct Snapshot {
     status: Box<RawValue>,
@@ -57,6 +94,21 @@ impl Snapshot {
     ///
     /// Anything else, and what is larger than 16 MiB, is said as unknown, with the reason: the master refuses a beat whose
     /// status is no object, and no fault of a source stops a beat.
+    ///
+    /// ```
+    /// # use decnet_heartbeat::Snapshot;
+    /// #[derive(serde::Serialize)]
+    /// struct Status {
+    ///     deployed: bool,
+    ///     deckies: Vec<String>,
+    /// }
+    ///
+    /// let status = Status { deployed: false, deckies: Vec::new() };
+    /// assert_eq!(Snapshot::new(&status).status(), r#"{"deployed":false,"deckies":[]}"#);
+    /// // No object, so the beat says what is wrong with the source.
+    /// let wrong = Snapshot::new(&["decky-01"]);
+    /// assert_eq!(wrong.status(), r#"{"error":"the status source did not give a JSON object"}"#);
+    /// ```
     pub fn new(status: &impl Serialize) -> Self {
         match to_raw_value(status) {
             Ok(status) if status.get().len() > limits::STATUS => {
@@ -69,6 +121,19 @@ impl Snapshot {
     }
 
     /// A snapshot that says why nothing is known. It changes nothing at the master but the host's liveness.
+    ///
+    /// ```
+    /// # use decnet_heartbeat::Snapshot;
+    /// fn snapshot(listed: Result<Vec<String>, std::io::Error>) -> Snapshot {
+    ///     match listed {
+    ///         Ok(deckies) => Snapshot::new(&serde_json::json!({"deployed": !deckies.is_empty(), "deckies": deckies})),
+    ///         Err(error) => Snapshot::unknown(&format!("libvirt: {error}")),
+    ///     }
+    /// }
+    ///
+    /// let refused = std::io::ErrorKind::ConnectionRefused.into();
+    /// assert_eq!(snapshot(Err(refused)).status(), r#"{"error":"libvirt: connection refused"}"#);
+    /// ```
     pub fn unknown(reason: &str) -> Self {
         // Serializing one string cannot fail; were it to, an empty status says nothing either.
         let status = to_raw_value(&body::Status::Unknown { error: reason }).unwrap_or_else(|_| empty_object());
@@ -78,6 +143,15 @@ impl Snapshot {
     /// The same snapshot with a topology.
     ///
     /// Leaving it out is not neutral: where the master expects a topology on this host, it orders it to be built again.
+    ///
+    /// ```
+    /// # use decnet_heartbeat::{Observed, Snapshot, Topology};
+    /// // Nothing is applied on this host, and the containers have been looked at.
+    /// let nothing = Observed::Seen { bridges: Vec::new(), containers: Vec::new() };
+    /// let topology = Topology { applied: None, observed: nothing };
+    /// let snapshot = Snapshot::unknown("libvirt is away").with_topology(topology.clone());
+    /// assert_eq!(snapshot.topology(), Some(&topology));
+    /// ```
     pub fn with_topology(mut self, topology: Topology) -> Self {
         self.topology = Some(topology);
         self
@@ -114,6 +188,24 @@ fn empty_object() -> Box<RawValue> {
 }
 
 /// The topology that this host has applied, and what Docker shows of it.
+///
+/// ```
+/// use decnet_heartbeat::{AppliedTopology, Observed, Topology};
+///
+/// let topology = Topology {
+///     applied: Some(AppliedTopology {
+///         topology_id: "t-1".to_owned(),
+///         applied_version_hash: "9b1c".to_owned(),
+///         applied_at: 1_700_000_000,
+///         last_error: None,
+///     }),
+///     observed: Observed::Seen {
+///         bridges: vec!["decnet-topology-dmz".to_owned()],
+///         containers: vec!["decnet-gateway".to_owned()],
+///     },
+/// };
+/// # assert_eq!(decnet_heartbeat::Snapshot::unknown("").with_topology(topology.clone()).topology(), Some(&topology));
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Topology {
     /// The applied topology; `None` when there is none.

@@ -20,6 +20,25 @@ pub(crate) const DOCKER_SOCKET: &str = "/var/run/docker.sock";
 /// The state file and `topology.db` are only ever read. Docker is asked two things a snapshot. Where Docker does not
 /// answer, or the state file cannot be read, no decky is named and `status.error` says why: the master would take a
 /// decky without states for degraded.
+///
+/// ```
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # let dir = tempfile::tempdir()?;
+/// use decnet_heartbeat::{DecnetStatus, Observed, StatusSource};
+///
+/// let mut source = DecnetStatus::new(dir.path())
+///     .state_file(dir.path().join("decnet-state.json"))
+///     .docker_socket(dir.path().join("docker.sock"));
+/// // There is no state file, so nothing is deployed. There is no topology.db, so none is applied.
+/// let snapshot = source.snapshot();
+/// assert_eq!(snapshot.status(), r#"{"deployed":false,"deckies":[]}"#);
+/// let topology = snapshot.topology().ok_or("it knows that there is none")?;
+/// assert_eq!(topology.applied, None);
+/// // There is no Docker either, which is not the same as no containers.
+/// assert!(matches!(&topology.observed, Observed::Unknown(why) if why.contains("No such file")));
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug)]
 pub struct DecnetStatus {
     state_file: StateFile,
@@ -32,6 +51,18 @@ pub struct DecnetStatus {
 impl DecnetStatus {
     /// With the state file at `/opt/decnet/decnet-state.json`, Docker at `/var/run/docker.sock`, and the topology in
     /// `topology.db` of the agent dir.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # use decnet_heartbeat::{DecnetStatus, Enrolment, Heartbeat};
+    /// # let enrolment = Enrolment::new("0c4f9a52", "master.lan", "/etc/decnet/agent")?;
+    /// let source = DecnetStatus::new(enrolment.agent_dir().value());
+    /// // What a heartbeat does by itself, unless it is given another.
+    /// let builder = Heartbeat::builder().enrolment(enrolment).status_source(source);
+    /// # let _ = builder;
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn new(agent_dir: &Path) -> Self {
         Self {
             state_file: StateFile::new(STATE_FILE.into()),
@@ -42,6 +73,21 @@ impl DecnetStatus {
     }
 
     /// With another state file.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # use decnet_heartbeat::{DecnetStatus, StatusSource};
+    /// # let dir = tempfile::tempdir()?;
+    /// # let path = dir.path().join("decnet-state.json");
+    /// std::fs::write(&path, r#"{"config": {"mode": "swarm", "deckies": []}, "compose_path": "/srv/compose.yml"}"#)?;
+    /// let mut source = DecnetStatus::new(dir.path()).state_file(&path).docker_socket("/no/such/socket");
+    /// // Docker does not answer: no decky is named, and why is said.
+    /// let status: serde_json::Value = serde_json::from_str(source.snapshot().status())?;
+    /// assert_eq!((&status["deployed"], &status["deckies"]), (&true.into(), &serde_json::Value::Null));
+    /// assert!(status["error"].as_str().is_some_and(|why| why.starts_with("Docker at /no/such/socket: ")));
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn state_file(mut self, path: impl Into<PathBuf>) -> Self {
         self.state_file = StateFile::new(path.into());
         self
