@@ -110,6 +110,29 @@
 //!
 //! - `cli` (default): the program, and what only it needs.
 //! - `loopback`: the module of that name, a DECNET master on 127.0.0.1 for tests; and a heartbeat's `ticks` and `beats`.
+//!
+//! # Semver
+//!
+//! Before 1.0 a new minor number may break what is public, and a new patch number never does. Public are:
+//!
+//! - the items that these docs show, `loopback`'s too. A type that is `#[non_exhaustive]` may grow with any version, and
+//!   so may the list of a [`Failure`]'s classes. The texts of an [`Error`] are for people. Items that are
+//!   `#[doc(hidden)]` are nobody's;
+//! - the program's options, environment variables and exit codes, the keys in the JSON of `--stats-file` and of `check
+//!   --json`, and the names of metrics. New ones may come with any version;
+//! - of the log the keys `host`, `master`, `class` and `fingerprint` with what they mean. Its texts, its other keys and
+//!   their order are for people and may change;
+//! - the outbox' file in one direction, see below;
+//! - the oldest Rust that compiles it: 1.89, `rust-version` in Cargo.toml. A newer one is asked for with a new minor
+//!   number only.
+//!
+//! **The outbox and versions.** A newer version takes over an older one's file as it opens it, in one transaction:
+//! every delta in it is still delivered. There is no way back. An older version does not read a newer one's file. If it
+//! is to deliver from it, it moves the file aside, as one that is not its own, begins a new one and says so at `error`.
+//! What was in there is not lost and not delivered either: that takes the newer version, with the file at its old place
+//! again. If it only adds to it, as `push` and `track` do, it leaves the file alone and has its outbox in memory. So
+//! before an agent goes back to an older version, let it end and deliver what it has ([`Stats::operations`] and
+//! [`Stats::waiting`] are 0).
 
 #[cfg(feature = "loopback")]
 #[doc(hidden)]
