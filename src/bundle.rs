@@ -21,9 +21,9 @@ use crate::files::{self, Stamp};
 use crate::identity::hex;
 use crate::limits;
 
-const CA: &str = "ca.crt";
-const CERTIFICATE: &str = "worker.crt";
-const KEY: &str = "worker.key";
+pub(crate) const CA: &str = "ca.crt";
+pub(crate) const CERTIFICATE: &str = "worker.crt";
+pub(crate) const KEY: &str = "worker.key";
 
 /// A bundle whose parts are known to fit.
 pub(crate) struct Bundle {
@@ -71,6 +71,17 @@ impl Bundle {
         warn_of_readers(&dir.join(KEY));
         let certificate = Certificate { fingerprint, expires };
         Ok(Self { roots: Arc::new(roots), identity: Arc::new(identity), certificate })
+    }
+
+    /// Whether our certificate was issued by the bundle's CA. A master that has another one may take it all the same.
+    #[cfg(feature = "cli")]
+    pub(crate) fn is_of_its_ca(&self, provider: &CryptoProvider) -> bool {
+        let [own, others @ ..] = self.identity.cert.as_slice() else { return false };
+        let Ok(own) = ParsedCertificate::try_from(own) else { return false };
+        let algorithms = provider.signature_verification_algorithms.all;
+        let judged = verify_server_cert_signed_by_trust_anchor(&own, &self.roots, others, UnixTime::now(), algorithms);
+        let strangers = [CertificateError::UnknownIssuer, CertificateError::BadSignature];
+        !judged.is_err_and(|error| strangers.into_iter().any(|stranger| error == stranger.into()))
     }
 
     /// What changes when any of the three files does: three `stat`s.

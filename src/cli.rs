@@ -1,5 +1,6 @@
 //! The program's command line, its log and its exit codes. Runs on the program's main thread.
 
+mod check;
 mod command;
 mod demo;
 mod metrics;
@@ -25,6 +26,7 @@ use crate::enrolment::{Enrolment, EnrolmentSources};
 use crate::error::{Error, chain, printable_path};
 use crate::identity::MasterIdentity;
 use crate::outbox::OutboxLocation;
+use crate::status::decnet::{DOCKER_SOCKET, DecnetStatus, STATE_FILE};
 
 /// `EX_CONFIG` of sysexits.h: the host is not enrolled, or its configuration or bundle cannot be used.
 const NOT_CONFIGURED: u8 = 78;
@@ -50,7 +52,7 @@ struct Common {
     /// Who counts as the master: name, ca, sha256:HEX or public [default: name]
     #[arg(long, global = true, value_name = "RULE")]
     master_identity: Option<MasterIdentity>,
-    /// off, error, warn, info, debug or trace [default: info; for push and track warn, for demo off]
+    /// off, error, warn, info, debug or trace [default: info; for push and track warn, for check and demo off]
     #[arg(long, global = true, value_name = "LEVEL")]
     log_level: Option<LevelFilter>,
     /// Append the log to this file instead of stderr
@@ -66,6 +68,8 @@ enum Command {
     Push(PushOptions),
     /// Run a command as an operation, report how it ended, and exit as it did
     Track(TrackOptions),
+    /// Go through all that an agent needs, and say what is wrong with it
+    Check(CheckOptions),
     /// Watch it work against a master of its own; needs nothing
     Demo {
         /// About how long the demonstration takes, from 5 to 600 seconds
@@ -79,12 +83,12 @@ struct RunOptions {
     /// The time between two beats
     #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = humantime::parse_duration)]
     interval: Duration,
-    /// DECNET's state file
-    #[arg(long, value_name = "PATH", default_value = crate::status::decnet::STATE_FILE)]
-    state_file: PathBuf,
-    /// The Docker Engine's socket
-    #[arg(long, value_name = "PATH", default_value = crate::status::decnet::DOCKER_SOCKET)]
-    docker_socket: PathBuf,
+    /// DECNET's state file [default: /opt/decnet/decnet-state.json]
+    #[arg(long, value_name = "PATH")]
+    state_file: Option<PathBuf>,
+    /// The Docker Engine's socket [default: /var/run/docker.sock]
+    #[arg(long, value_name = "PATH")]
+    docker_socket: Option<PathBuf>,
     /// Where deltas are kept [default: heartbeat.db in the agent dir]
     #[arg(long, value_name = "PATH")]
     outbox: Option<PathBuf>,
@@ -94,6 +98,29 @@ struct RunOptions {
     /// Rewrite this file with the stats for Prometheus after each beat; node_exporter reads *.prom
     #[arg(long, value_name = "PATH")]
     metrics_file: Option<PathBuf>,
+}
+
+impl RunOptions {
+    fn state_file(&self) -> &Path {
+        self.state_file.as_deref().unwrap_or(Path::new(STATE_FILE))
+    }
+
+    fn docker_socket(&self) -> &Path {
+        self.docker_socket.as_deref().unwrap_or(Path::new(DOCKER_SOCKET))
+    }
+
+    fn source(&self, agent_dir: &Path) -> DecnetStatus {
+        DecnetStatus::new(agent_dir).state_file(self.state_file()).docker_socket(self.docker_socket())
+    }
+}
+
+#[derive(Debug, clap::Args)]
+struct CheckOptions {
+    #[command(flatten)]
+    run: RunOptions,
+    /// Say it as JSON
+    #[arg(long)]
+    json: bool,
 }
 
 #[derive(Debug, clap::Args)]
@@ -144,7 +171,7 @@ pub fn main() -> ExitCode {
         Command::Run(_) => LevelFilter::Info,
         // Their result is what they print, or their command's.
         Command::Push(_) | Command::Track(_) => LevelFilter::Warn,
-        Command::Demo { .. } => LevelFilter::Off,
+        Command::Check(_) | Command::Demo { .. } => LevelFilter::Off,
     };
     if let Err(error) = start_log(&common, common.log_level.unwrap_or(usual)) {
         return fail(&error);
@@ -156,6 +183,7 @@ pub fn main() -> ExitCode {
         Command::Run(options) => run::run(&common, options).map(|()| ExitCode::SUCCESS),
         Command::Push(options) => push::push(&common, options).map(|()| ExitCode::SUCCESS),
         Command::Track(options) => track::track(&common, options),
+        Command::Check(options) => Ok(check::check(&common, &options)),
         Command::Demo { seconds } => demo::demo(Duration::from_secs(seconds)).map(|()| ExitCode::SUCCESS),
     };
     done.unwrap_or_else(|error| fail(&error))
@@ -213,8 +241,12 @@ fn log_panic(panic: &std::panic::PanicHookInfo<'_>) {
 
 /// Only for a person: `ColorChoice::Auto` would colour a pipe and a journal, too.
 fn colours() -> ColorChoice {
-    let wanted = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
-    if wanted { ColorChoice::Auto } else { ColorChoice::Never }
+    if paints(&std::io::stderr()) { ColorChoice::Auto } else { ColorChoice::Never }
+}
+
+/// Whether there is a terminal, and nobody who wants no colours.
+fn paints(out: &impl IsTerminal) -> bool {
+    out.is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
 }
 
 fn open_log(path: &Path) -> Result<std::fs::File, Error> {

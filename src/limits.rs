@@ -163,6 +163,14 @@ pub(crate) const HOST_UUID: usize = 255;
 #[cfg(feature = "cli")]
 pub(crate) const STDERR_TAIL: usize = 4 * DELTA_ERROR;
 
+/// Bytes that a disk has left at the least for `check` to find it good: what the outbox grows to at the most.
+#[cfg(feature = "cli")]
+pub(crate) const ROOM: u64 = 8 * 1024 * 1024;
+
+/// How long `check` waits after a handshake for what the master says then, beyond four times what the handshake took.
+#[cfg(feature = "cli")]
+pub(crate) const AFTER_HANDSHAKE: Duration = Duration::from_millis(100);
+
 /// How long `track` waits for the end of stderr after its command's: a daemon that it left behind may hold it open.
 #[cfg(feature = "cli")]
 pub(crate) const STDERR_GRACE: Duration = Duration::from_secs(1);

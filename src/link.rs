@@ -5,6 +5,7 @@ use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
+use rustls::pki_types::ServerName;
 use ureq::Agent;
 
 use crate::bundle::{Bundle, Certificate};
@@ -143,8 +144,22 @@ impl fmt::Display for Names<'_> {
 fn connectable(enrolment: &Enrolment, given: Option<MasterIdentity>) -> Result<(Master, Certificate), Error> {
     let provider = tls::provider();
     let bundle = Bundle::load(enrolment.agent_dir().value(), &provider)?;
-    let identity = given.or_else(|| enrolment.master_identity().map(|found| *found.value())).unwrap_or_default();
-    Ok((Master::new(enrolment, &bundle, identity, &provider)?, bundle.certificate))
+    let (name, identity) = (server_name(enrolment)?, identity(enrolment, given));
+    let verifier = tls::verifier(&bundle, identity, &name, &provider);
+    let config = tls::client_config(&bundle, verifier, &provider)?;
+    Ok((Master::new(enrolment, name, config), bundle.certificate))
+}
+
+/// The rule that holds: the program's, otherwise the enrolment's, otherwise the default.
+pub(crate) fn identity(enrolment: &Enrolment, given: Option<MasterIdentity>) -> MasterIdentity {
+    given.or_else(|| enrolment.master_identity().map(|found| *found.value())).unwrap_or_default()
+}
+
+/// The configured host, as TLS has it.
+pub(crate) fn server_name(enrolment: &Enrolment) -> Result<ServerName<'static>, Error> {
+    let host = enrolment.master_host();
+    ServerName::try_from(host.value().clone())
+        .map_err(|source| Error::config(host.provenance().to_string(), "is no host").because(source))
 }
 
 /// Whole days until then; below zero afterwards.

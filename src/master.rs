@@ -5,21 +5,19 @@ use std::io::Read;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
-use rustls::crypto::CryptoProvider;
+use rustls::ClientConfig;
 use rustls::pki_types::{ServerName, UnixTime};
 use ureq::Agent;
 use ureq::config::{AutoHeaderValue, Config, IpFamily};
 use ureq::http::{Response, StatusCode, header};
 
-use crate::bundle::Bundle;
 use crate::delta::from_micros;
 use crate::enrolment::Enrolment;
-use crate::error::{Error, http_problem};
-use crate::identity::MasterIdentity;
+use crate::error::http_problem;
 use crate::limits;
 use crate::resolve::MasterResolver;
 use crate::text::printable;
-use crate::tls::{self, Answer, Connections, TlsConnector};
+use crate::tls::{Answer, Connections, TlsConnector};
 
 /// What an answer means for the beat and its deltas.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -99,22 +97,14 @@ pub(crate) struct Master {
 }
 
 impl Master {
-    pub(crate) fn new(
-        enrolment: &Enrolment,
-        bundle: &Bundle,
-        identity: MasterIdentity,
-        provider: &Arc<CryptoProvider>,
-    ) -> Result<Self, Error> {
-        let (host, port) = (enrolment.master_host().value(), *enrolment.master_port().value());
-        let name = ServerName::try_from(host.clone()).map_err(|source| {
-            Error::config(enrolment.master_host().provenance().to_string(), "is no host").because(source)
-        })?;
-        let tls = TlsConnector::new(tls::client_config(bundle, identity, &name, provider)?, name);
+    /// Behind a TLS configuration, which knows the bundle and the rule for the master's certificate.
+    pub(crate) fn new(enrolment: &Enrolment, name: ServerName<'static>, tls: Arc<ClientConfig>) -> Self {
+        let tls = TlsConnector::new(tls, name);
         let connections = tls.connections();
-        let resolver = MasterResolver::new(host, port);
+        let resolver = MasterResolver::new(enrolment.master_host().value(), *enrolment.master_port().value());
         let agent = Agent::with_parts(config(), tls, resolver.clone());
         let url = format!("https://{}/swarm/heartbeat", enrolment.master_authority());
-        Ok(Self { agent, url, resolver, connections })
+        Self { agent, url, resolver, connections }
     }
 
     /// What answers behind this connector.
@@ -271,11 +261,13 @@ fn explain(error: &ureq::Error) -> String {
     tls.map_or_else(|| http_problem(error), |cause| printable(&explain_tls(cause)))
 }
 
-fn tls_error(error: &std::io::Error) -> Option<&rustls::Error> {
+/// The TLS error inside, where it is one.
+pub(crate) fn tls_error(error: &std::io::Error) -> Option<&rustls::Error> {
     error.get_ref()?.downcast_ref()
 }
 
-fn explain_tls(error: &rustls::Error) -> String {
+/// What went wrong in a handshake, in an operator's words.
+pub(crate) fn explain_tls(error: &rustls::Error) -> String {
     use rustls::{AlertDescription as Alert, CertificateError as Bad, Error as Tls};
     let advice = match error {
         Tls::InvalidCertificate(bad) => match bad {

@@ -41,13 +41,17 @@ use crate::delta::{LifecycleDelta, Operation, micros};
 use crate::error::{Error, chain};
 use crate::limits;
 use entries::{Added, Change, Place};
+#[cfg(feature = "cli")]
+pub(crate) use file::folder;
 use home::{Away, Delivery};
 use lock::Owner;
+#[cfg(feature = "cli")]
+pub(crate) use lock::deliverer;
 use shared::Shared;
 use store::{Refusal, Store};
 
 /// The outbox' name in the agent dir.
-const FILE: &str = "heartbeat.db";
+pub(crate) const FILE: &str = "heartbeat.db";
 
 /// Where deltas are kept until the master has them.
 ///

@@ -49,7 +49,8 @@ impl MasterResolver {
         self.known.lock().unwrap_or_else(PoisonError::into_inner).fresh_since = None;
     }
 
-    fn addresses(&self, patience: Duration) -> Result<Vec<SocketAddr>, ureq::Error> {
+    /// What the host's addresses are, after waiting so long at the most for an answer.
+    pub(crate) fn addresses(&self, patience: Duration) -> Result<Vec<SocketAddr>, ureq::Error> {
         if let Ok(fixed) = self.host.parse::<IpAddr>() {
             return Ok(vec![SocketAddr::new(fixed, self.port)]);
         }

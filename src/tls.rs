@@ -34,21 +34,21 @@ use crate::limits;
 use crate::socket::SocketTransport;
 
 /// The name that the master's own certificate always carries (`PROTOCOL.md`, "TLS").
-const MASTER_NAME: &str = "swarmctl";
+pub(crate) const MASTER_NAME: &str = "swarmctl";
 
 /// ring, for TLS and for the bundle's proof alike.
 pub(crate) fn provider() -> Arc<CryptoProvider> {
     Arc::new(rustls::crypto::ring::default_provider())
 }
 
-/// The configuration for one bundle and one rule. It keeps the session tickets, so it lives as long as the bundle.
-pub(crate) fn client_config(
+/// The rule by which `master`'s certificate is judged.
+pub(crate) fn verifier(
     bundle: &Bundle,
     identity: MasterIdentity,
     master: &ServerName<'static>,
-    provider: &Arc<CryptoProvider>,
-) -> Result<Arc<ClientConfig>, Error> {
-    let verifier = MasterVerifier {
+    provider: &CryptoProvider,
+) -> Arc<dyn ServerCertVerifier> {
+    Arc::new(MasterVerifier {
         roots: match identity {
             MasterIdentity::PublicCa => Arc::new(RootCertStore { roots: webpki_roots::TLS_SERVER_ROOTS.to_vec() }),
             _ => Arc::clone(&bundle.roots),
@@ -56,12 +56,20 @@ pub(crate) fn client_config(
         identity,
         host: master.clone(),
         algorithms: provider.signature_verification_algorithms,
-    };
+    })
+}
+
+/// The configuration for one bundle and one rule. It keeps the session tickets, so it lives as long as the bundle.
+pub(crate) fn client_config(
+    bundle: &Bundle,
+    verifier: Arc<dyn ServerCertVerifier>,
+    provider: &Arc<CryptoProvider>,
+) -> Result<Arc<ClientConfig>, Error> {
     let mut config = ClientConfig::builder_with_provider(Arc::clone(provider))
         .with_protocol_versions(&[&rustls::version::TLS13, &rustls::version::TLS12])
         .map_err(|source| Error::setting("TLS", "the provider lacks TLS 1.2 or 1.3").because(source))?
         .dangerous()
-        .with_custom_certificate_verifier(Arc::new(verifier))
+        .with_custom_certificate_verifier(verifier)
         .with_client_cert_resolver(Arc::new(SingleCertAndKey::from(Arc::clone(&bundle.identity))));
     config.resumption = Resumption::in_memory_sessions(limits::TLS_SESSIONS);
     Ok(Arc::new(config))

@@ -16,15 +16,12 @@ use super::{Common, RunOptions, enrolment, metrics, outbox};
 use crate::error::{Error, printable_path};
 use crate::heartbeat::Heartbeat;
 use crate::stats::Stats;
-use crate::status::decnet::DecnetStatus;
 use crate::{files, limits};
 
 pub(super) fn run(common: &Common, options: RunOptions) -> Result<(), Error> {
     let signals = signals()?;
     let enrolment = enrolment(common)?;
-    let source = DecnetStatus::new(enrolment.agent_dir().value())
-        .state_file(options.state_file)
-        .docker_socket(options.docker_socket);
+    let source = options.source(enrolment.agent_dir().value());
     let mut builder = Heartbeat::builder()
         .enrolment(enrolment)
         .status_source(source)

@@ -32,7 +32,9 @@ pub fn bundle(input: &[u8]) {
             assert_eq!(bundle.certificate.fingerprint.len(), 64);
             assert!(bundle.certificate.fingerprint.bytes().all(|digit| matches!(digit, b'0'..=b'9' | b'a'..=b'f')));
             let name = ServerName::try_from("swarmctl").unwrap();
-            let config = tls::client_config(&bundle, MasterIdentity::Name, &name, &provider).unwrap();
+            let config =
+                tls::client_config(&bundle, tls::verifier(&bundle, MasterIdentity::Name, &name, &provider), &provider)
+                    .unwrap();
             ClientConnection::new(config, name).unwrap();
         }
         Err(error) => {

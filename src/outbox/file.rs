@@ -68,7 +68,7 @@ fn lock_making(path: &Path, deadline: Instant) -> io::Result<File> {
 }
 
 /// Where it is.
-pub(super) fn folder(path: &Path) -> &Path {
+pub(crate) fn folder(path: &Path) -> &Path {
     path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 

@@ -5,6 +5,8 @@
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Read, Write};
+#[cfg(feature = "cli")]
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -49,6 +51,23 @@ impl DeliveryLock {
             Err(TryLockError::Error(error)) => Err(error),
         }
     }
+}
+
+/// The process that delivers from an outbox, as far as this one may see. The kernel's list is read, since to try the lock
+/// would be to keep it, for a moment, from a process that is just starting.
+#[cfg(feature = "cli")]
+pub(crate) fn deliverer(outbox: &Path) -> Option<u32> {
+    let path = beside(outbox, "-lock");
+    let inode = fs::symlink_metadata(&path).ok().filter(|metadata| metadata.is_file())?.ino();
+    let mut holder = String::new();
+    File::open(&path).ok()?.take(limits::OUTBOX_HOLDER).read_to_string(&mut holder).ok()?;
+    let locks = fs::read_to_string("/proc/locks").ok()?;
+    // `1: FLOCK  ADVISORY  WRITE 4711 fe:01:123456 0 EOF`
+    let is_held = locks.lines().any(|lock| match lock.split_whitespace().collect::<Vec<_>>().as_slice() {
+        [_, "FLOCK", _, "WRITE", pid, file, ..] => *pid == holder && file.ends_with(&format!(":{inode}")),
+        _ => false,
+    });
+    holder.parse().ok().filter(|_| is_held)
 }
 
 /// A file to be locked, its owner's alone: what others can open they can lock.

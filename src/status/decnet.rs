@@ -105,6 +105,12 @@ impl DecnetStatus {
         Ok(state.map_or_else(|| Snapshot::new(&Status::nothing(aside)), |state| report(state, engine, aside)))
     }
 
+    /// How many deckies the state file has; `None`: there is no such file.
+    #[cfg(feature = "cli")]
+    pub(crate) fn deckies(&mut self) -> Result<Option<usize>, String> {
+        Ok(self.state_file.read()?.map(State::deckies))
+    }
+
     /// Looks at everything.
     pub(crate) fn look(&mut self) -> Findings {
         let engine = self.docker.engine();

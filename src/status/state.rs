@@ -102,6 +102,12 @@ impl State {
         Ok(Self { mode, compose_path, deckies: deckies.to_owned(), services })
     }
 
+    /// How many there are.
+    #[cfg(feature = "cli")]
+    pub(super) fn deckies(&self) -> usize {
+        self.services.len()
+    }
+
     /// Each service's container is named `<decky>-<service>`, with `_` in the service turned into `-`.
     pub(super) fn runtime<'a>(&'a self, containers: &'a BTreeMap<String, String>) -> Runtime<'a> {
         let mut container = String::new();

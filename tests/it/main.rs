@@ -10,6 +10,7 @@
 
 mod beats;
 mod bundle;
+mod check;
 mod credentials;
 mod delivery;
 mod deltas;

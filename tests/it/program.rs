@@ -12,7 +12,7 @@ use serde_json::Value;
 use crate::support::{PATIENCE, Stage, json_of};
 
 /// The program without this process' environment.
-fn program() -> Command {
+pub fn program() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_decnet-heartbeat"));
     command.env_clear().env("HOME", "/nonexistent");
     command

@@ -1,0 +1,94 @@
+//! `check`: what an agent needs, step by step, in the order in which it needs it. Runs on the program's main thread.
+//!
+//! It changes nothing: it makes no file and delivers no delta. The one beat that it sends says what `run` would say.
+
+mod bundle;
+mod certificate;
+mod host;
+mod master;
+mod steps;
+
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use super::{CheckOptions, Common, enrolment, outbox};
+use crate::enrolment::Enrolment;
+use crate::error::{Error, chain, printable_path};
+use crate::identity::MasterIdentity;
+use crate::status::Snapshot;
+use crate::{limits, link};
+use steps::{Checklist, Step};
+
+/// Every step is a line of the answer, and so is what went wrong in it.
+pub(super) fn check(common: &Common, options: &CheckOptions) -> ExitCode {
+    let run = &options.run;
+    let mut list = Checklist::new(options.json);
+    if let Some(step) = interval(run.interval) {
+        list.add(step);
+    }
+    let enrolment = enrolment(common);
+    let dir = enrolment.as_ref().ok().map(|enrolment| enrolment.agent_dir().value().as_path());
+    // Looked at first, and shown later: the beat says what is found, as one of `run` would.
+    let mut source = run.source(dir.unwrap_or(Path::new("")));
+    let (deckies, found) = (source.deckies(), source.look());
+    let steps = [host::state_file(run, &deckies), host::docker(run, &found), host::topology(dir, &found)];
+    match &enrolment {
+        Ok(enrolment) => enrolled(enrolment, common.master_identity, &found.into_snapshot(), &mut list),
+        Err(error) => not_enrolled(error, &mut list),
+    }
+    steps.into_iter().for_each(|step| list.add(step));
+    list.add(host::outbox(&outbox(run.outbox.clone()), dir));
+    for (name, path) in [("stats-file", &run.stats_file), ("metrics-file", &run.metrics_file)] {
+        if let Some(path) = path {
+            list.add(host::report(name, path));
+        }
+    }
+    list.finish()
+}
+
+/// What can be looked at on a host that is enrolled.
+fn enrolled(enrolment: &Enrolment, given: Option<MasterIdentity>, snapshot: &Snapshot, list: &mut Checklist) {
+    who_and_where(enrolment, given).into_iter().for_each(|step| list.add(step));
+    let bundle = bundle::check(enrolment.agent_dir().value(), list);
+    let rule = link::identity(enrolment, given);
+    if let Err(error) = master::check(enrolment, bundle.as_ref(), rule, snapshot, list) {
+        list.add(Step::unconfigured("tls", chain(&error), MEND));
+    }
+}
+
+const MEND: &str = "mend what is named here; the README's table of the configuration says what it may be";
+
+/// Who we are and where the master is, each with where that was written.
+fn who_and_where(enrolment: &Enrolment, given: Option<MasterIdentity>) -> [Step; 4] {
+    let said = |step, value: String, from: String| {
+        Step::good(step, format!("{value} ({from})")).fact("value", value).fact("from", from)
+    };
+    let (uuid, host, port) = (enrolment.host_uuid(), enrolment.master_host(), enrolment.master_port());
+    let (dir, written) = (enrolment.agent_dir(), enrolment.master_identity());
+    let rule_from = match (given, written) {
+        (Some(_), _) => "--master-identity".to_owned(),
+        (None, Some(rule)) => rule.provenance().to_string(),
+        (None, None) => "default".to_owned(),
+    };
+    [
+        said("host", uuid.value().clone(), uuid.provenance().to_string()),
+        said("master", enrolment.master_authority(), format!("{}; port: {}", host.provenance(), port.provenance())),
+        said("agent-dir", printable_path(dir.value()), dir.provenance().to_string()),
+        said("identity", link::identity(enrolment, given).to_string(), rule_from),
+    ]
+}
+
+fn not_enrolled(error: &Error, list: &mut Checklist) {
+    let name_it = "if it is enrolled, name its ini with --config";
+    list.add(Step::unconfigured("enrolment", chain(error), if error.is_not_enrolled() { name_it } else { MEND }));
+    for step in ["ca.crt", "worker.crt", "worker.key", "name", "tcp", "tls", "beat"] {
+        list.add(Step::not_tried(step, "it takes an enrolment"));
+    }
+}
+
+/// Where it is out of bounds.
+fn interval(interval: Duration) -> Option<Step> {
+    let good = (limits::MIN_INTERVAL..=limits::MAX_INTERVAL).contains(&interval);
+    (!good).then(|| Step::bad("interval", format!("{interval:?} (--interval)"), "make it one from 50 ms to 1 h"))
+}

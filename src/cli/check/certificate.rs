@@ -1,0 +1,158 @@
+//! What a certificate says of itself, for a person. Values only.
+
+use std::net::IpAddr;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use rustls::pki_types::CertificateDer;
+use x509_cert::Certificate;
+use x509_cert::der::Decode;
+use x509_cert::ext::pkix::SubjectAltName;
+use x509_cert::ext::pkix::name::GeneralName;
+
+use super::steps::Step;
+use crate::bundle::fingerprint;
+use crate::delta::{from_micros, micros};
+use crate::limits;
+use crate::link::days_until;
+use crate::text::printable;
+
+/// Names of a certificate that are shown; the others are counted.
+const NAMES: usize = 8;
+
+/// A certificate, with foreign text made safe to print.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Described {
+    pub(super) subject: String,
+    pub(super) issuer: String,
+    /// What it is valid for: DNS names and IP addresses.
+    pub(super) names: Vec<String>,
+    pub(super) begins: SystemTime,
+    pub(super) expires: SystemTime,
+    pub(super) fingerprint: String,
+}
+
+impl Described {
+    /// The error says what about it cannot be read.
+    pub(super) fn of(certificate: &CertificateDer<'_>) -> Result<Self, String> {
+        let parsed = Certificate::from_der(certificate).map_err(|error| printable(&error.to_string()))?;
+        let inside = parsed.tbs_certificate();
+        let alternatives = inside.get_extension::<SubjectAltName>().ok().flatten().map(|(_, names)| names.0);
+        let validity = inside.validity();
+        Ok(Self {
+            subject: printable(&inside.subject().to_string()),
+            issuer: printable(&inside.issuer().to_string()),
+            names: alternatives.unwrap_or_default().iter().filter_map(name).collect(),
+            begins: UNIX_EPOCH + validity.not_before.to_unix_duration(),
+            expires: UNIX_EPOCH + validity.not_after.to_unix_duration(),
+            fingerprint: fingerprint(certificate),
+        })
+    }
+
+    /// The names, so many at the most.
+    pub(super) fn names(&self) -> String {
+        let shown: Vec<_> = self.names.iter().take(NAMES).map(String::as_str).collect();
+        match self.names.len() {
+            0 => "no name".to_owned(),
+            many if many > NAMES => format!("{} and {} more", shown.join(", "), many - NAMES),
+            _ => shown.join(", "),
+        }
+    }
+
+    /// `expires in 42 days (2026-12-24)`
+    pub(super) fn validity(&self, now: SystemTime) -> String {
+        match days_until(self.expires, now) {
+            _ if self.begins > now => format!("valid only from {} on by this host's clock", date(self.begins)),
+            days @ 0.. => format!("expires in {days} days ({})", date(self.expires)),
+            days => format!("expired {} days ago by this host's clock ({})", -1 - days, date(self.expires)),
+        }
+    }
+
+    pub(super) fn is_valid(&self, now: SystemTime) -> bool {
+        (self.begins..=self.expires).contains(&now)
+    }
+
+    pub(super) fn ends_soon(&self, now: SystemTime) -> bool {
+        days_until(self.expires, now) <= limits::EXPIRY_WARNING
+    }
+
+    /// The same for machines.
+    pub(super) fn facts(&self, step: Step, now: SystemTime) -> Step {
+        step.fact("subject", self.subject.as_str())
+            .fact("issuer", self.issuer.as_str())
+            .fact("names", self.names.iter().take(NAMES).map(String::as_str).collect::<Vec<_>>())
+            .fact("expires", rfc3339(self.expires))
+            .fact("days", days_until(self.expires, now))
+            .fact("fingerprint", self.fingerprint.as_str())
+    }
+}
+
+fn name(name: &GeneralName) -> Option<String> {
+    match name {
+        GeneralName::DnsName(name) => Some(printable(name.as_str())),
+        GeneralName::IpAddress(address) => {
+            let bytes = address.as_bytes();
+            let four = <[u8; 4]>::try_from(bytes).map(IpAddr::from);
+            four.or_else(|_| <[u8; 16]>::try_from(bytes).map(IpAddr::from)).ok().map(|address| address.to_string())
+        }
+        _ => None,
+    }
+}
+
+fn rfc3339(at: SystemTime) -> String {
+    humantime::format_rfc3339_seconds(from_micros(micros(at))).to_string()
+}
+
+fn date(at: SystemTime) -> String {
+    rfc3339(at).chars().take(10).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use rustls::pki_types::pem::PemObject;
+
+    use super::*;
+    use crate::loopback::{Authority, Role};
+
+    fn described(role: Role) -> Described {
+        let issued = Authority::new().unwrap().issue(role).unwrap();
+        Described::of(&CertificateDer::from_pem_slice(issued.certificate.as_bytes()).unwrap()).unwrap()
+    }
+
+    #[test]
+    fn a_masters_own_says_whose_it_is_and_what_for() {
+        let master = described(Role::Master);
+        assert_eq!(
+            (master.subject.as_str(), master.issuer.as_str()),
+            ("O=DECNET,CN=swarmctl", "O=DECNET,CN=DECNET SWARM Root CA")
+        );
+        assert_eq!(master.names(), "swarmctl, localhost, 127.0.0.1");
+        let now = SystemTime::now();
+        assert!(master.is_valid(now) && !master.ends_soon(now));
+        assert!(master.validity(now).starts_with("expires in 824 days (20"), "{}", master.validity(now));
+    }
+
+    #[test]
+    fn dates_are_said_by_this_hosts_clock() {
+        let (expired, early) = (described(Role::Expired), described(Role::NotYetValid));
+        let now = SystemTime::now();
+        assert!(
+            expired.validity(now).starts_with("expired 1 days ago by this host's clock"),
+            "{}",
+            expired.validity(now)
+        );
+        assert!(early.validity(now).starts_with("valid only from "), "{}", early.validity(now));
+        assert!(!expired.is_valid(now) && !early.is_valid(now));
+        let short = described(Role::ShortLived("w".to_owned(), Duration::from_secs(86_400 * 2)));
+        assert!(short.is_valid(now) && short.ends_soon(now));
+    }
+
+    #[test]
+    fn what_a_stranger_writes_into_one_is_safe_to_print() {
+        let hostile = described(Role::Named("\u{1b}[2J\nx".to_owned()));
+        for text in [hostile.subject.clone(), hostile.names()] {
+            assert!(!text.chars().any(char::is_control) && text.contains("x"), "{text:?}");
+        }
+    }
+}

@@ -1,0 +1,378 @@
+//! `check`, as an operator sees it and as a machine reads it.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::thread;
+
+use decnet_heartbeat::loopback::{Answer, Authority, Fault, LoopbackMaster, Offered, Options, Role};
+use decnet_heartbeat::{Heartbeat, LifecycleDelta, Operation, Snapshot};
+use serde_json::{Value, json};
+
+use crate::program::program;
+use crate::support::{Stage, now, settled};
+
+/// Every step of a healthy worker, in its order.
+const STEPS: [&str; 15] = [
+    "host",
+    "master",
+    "agent-dir",
+    "identity",
+    "ca.crt",
+    "worker.crt",
+    "worker.key",
+    "name",
+    "tcp",
+    "tls",
+    "beat",
+    "state-file",
+    "docker",
+    "topology",
+    "outbox",
+];
+
+/// An engine without containers and networks.
+fn start_docker(socket: &Path) {
+    let listener = UnixListener::bind(socket).unwrap();
+    thread::spawn(move || {
+        for mut stream in listener.incoming().map_while(Result::ok) {
+            while stream.read(&mut [0; 4096]).is_ok_and(|read| read > 0) {
+                let answer = "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]";
+                if stream.write_all(answer.as_bytes()).is_err() {
+                    break;
+                }
+            }
+        }
+    });
+}
+
+/// An enrolled worker with an engine, and nothing deployed.
+fn worker() -> Stage {
+    worker_of(Options::default())
+}
+
+fn worker_of(options: Options) -> Stage {
+    let stage = Stage::with(options);
+    start_docker(&stage.dir.path().join("docker.sock"));
+    stage.worker.write_ini(&stage.dir.path().join("decnet.ini")).unwrap();
+    stage
+}
+
+fn check(stage: &Stage) -> Command {
+    let (dir, mut command) = (stage.dir.path(), program());
+    command.arg("--config").arg(dir.join("decnet.ini")).arg("check").stdin(Stdio::null());
+    command.arg("--state-file").arg(dir.join("state.json")).arg("--docker-socket").arg(dir.join("docker.sock"));
+    command
+}
+
+/// What a machine reads, and that the program exits as it says.
+struct Report(Value);
+
+impl Report {
+    fn of(command: &mut Command) -> Self {
+        let output = command.arg("--json").output().unwrap();
+        assert_eq!(String::from_utf8_lossy(&output.stderr), "");
+        let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+        assert_eq!(report["exit_code"], output.status.code().unwrap(), "{report:#}");
+        assert_eq!(report["works"], output.status.success(), "{report:#}");
+        Self(report)
+    }
+
+    fn step(&self, name: &str) -> &Value {
+        let steps = self.0["steps"].as_array().unwrap();
+        steps.iter().find(|step| step["step"] == name).unwrap_or_else(|| panic!("no {name}: {:#}", self.0))
+    }
+
+    fn says(&self, name: &str) -> &str {
+        self.step(name)["says"].as_str().unwrap()
+    }
+
+    fn advice(&self, name: &str) -> &str {
+        self.step(name)["advice"].as_str().unwrap_or_default()
+    }
+
+    /// The steps that ended like this.
+    fn ended(&self, outcome: &str) -> Vec<&str> {
+        let steps = self.0["steps"].as_array().unwrap().iter().filter(|step| step["outcome"] == outcome);
+        steps.map(|step| step["step"].as_str().unwrap()).collect()
+    }
+
+    /// The one step that failed, and what the program exits with.
+    fn fails_with(&self, name: &str, code: i32) {
+        assert_eq!((self.ended("failed"), &self.0["exit_code"]), (vec![name], &json!(code)), "{:#}", self.0);
+        assert!(!self.advice(name).is_empty(), "{:#}", self.0);
+    }
+}
+
+#[test]
+fn a_healthy_worker_is_all_ticks_and_nothing_has_changed_but_for_one_beat() {
+    let stage = worker();
+    let before = fs::read_dir(stage.agent_dir()).unwrap().count();
+    let output = check(&stage).output().unwrap();
+    let said = String::from_utf8(output.stdout).unwrap();
+    assert_eq!((output.status.code(), output.stderr.as_slice()), (Some(0), &b""[..]), "{said}");
+    let ticked: Vec<_> = said.lines().filter_map(|line| line.strip_prefix("✓ ")?.split(' ').next()).collect();
+    assert_eq!(ticked, STEPS, "{said}");
+    assert!(said.ends_with("\nAn agent would work here.\n") && !said.contains(['✗', '\u{1b}']), "{said}");
+    let ini = stage.dir.path().join("decnet.ini");
+    assert!(said.contains(&format!("{} ({} [agent] host-uuid)", stage.worker.uuid, ini.display())), "{said}");
+    let [beat] = &stage.master.received()[..] else { panic!("{:?}", stage.master.received()) };
+    let beat = beat.json.as_ref().unwrap();
+    assert_eq!((&beat["host_uuid"], &beat["lifecycle"]), (&json!(stage.worker.uuid), &Value::Null));
+    assert_eq!(beat["status"], json!({"deployed": false, "deckies": []}));
+    assert_eq!(fs::read_dir(stage.agent_dir()).unwrap().count(), before, "no outbox is made");
+}
+
+#[test]
+fn a_machine_reads_the_same() {
+    let stage = worker();
+    let report = Report::of(&mut check(&stage));
+    assert_eq!(report.ended("ok"), STEPS);
+    let own = &report.step("worker.crt")["facts"];
+    assert_eq!((&own["fingerprint"], &own["days"]), (&json!(stage.worker.fingerprint), &json!(824)));
+    let master = &report.step("tls")["facts"];
+    assert_eq!(
+        (&master["version"], &master["rule"], &master["days"]),
+        (&json!("TLS 1.3"), &json!("name"), &json!(824))
+    );
+    assert_eq!(master["fingerprint"], stage.master.certificate().fingerprint);
+    assert_eq!(master["names"], json!(["swarmctl", "localhost", "127.0.0.1"]));
+    let beat = &report.step("beat")["facts"];
+    // The handshake that was tried first has left a ticket.
+    assert_eq!((&beat["class"], &beat["resumed"]), (&json!("http-204"), &json!(true)));
+    assert_eq!(report.step("worker.key")["facts"]["mode"], "0600");
+}
+
+#[test]
+fn each_rule_says_why_it_accepts_the_master() {
+    let stage = worker();
+    let pinned = format!("sha256:{}", stage.master.certificate().fingerprint);
+    for (rule, why) in [
+        ("name", "accepted by name: it is of ca.crt, and for swarmctl"),
+        ("ca", "accepted by ca: it is of ca.crt, and its names do not matter"),
+        (&pinned, "it is the pinned one"),
+    ] {
+        let report = Report::of(check(&stage).args(["--master-identity", rule]));
+        assert!(report.says("tls").ends_with(why), "{}", report.says("tls"));
+        assert!(report.says("identity").ends_with("(--master-identity)"), "{}", report.says("identity"));
+    }
+    let report = Report::of(check(&stage).args(["--master-identity", "public"]));
+    report.fails_with("tls", 1);
+    assert!(report.says("tls").contains("; O=DECNET,CN=swarmctl for swarmctl, "), "{}", report.says("tls"));
+    assert_eq!(report.ended("not-tried"), ["beat"]);
+}
+
+#[test]
+fn an_older_master_is_known_by_its_tls() {
+    let stage = worker_of(Options { offered: Offered::Tls12Only, ..Options::default() });
+    let report = Report::of(&mut check(&stage));
+    assert_eq!((&report.step("tls")["facts"]["version"], &report.0["works"]), (&json!("TLS 1.2"), &json!(true)));
+}
+
+#[test]
+fn a_certificate_that_the_master_does_not_pin_is_named_to_be_compared() {
+    let stage = worker();
+    let other = stage.master.authority().issue(Role::Worker("other".to_owned())).unwrap();
+    stage.master.pin(&stage.worker.uuid, &other.fingerprint);
+    let report = Report::of(&mut check(&stage));
+    report.fails_with("beat", 1);
+    assert!(report.says("beat").starts_with("http-403 in "), "{}", report.says("beat"));
+    assert!(report.advice("beat").contains(&stage.worker.fingerprint), "{}", report.advice("beat"));
+    stage.master.decommission(&stage.worker.uuid);
+    assert!(Report::of(&mut check(&stage)).says("beat").starts_with("http-404 in "));
+}
+
+#[test]
+fn a_certificate_of_another_ca_is_refused_by_the_master_and_seen_here() {
+    let stage = worker();
+    let stranger = Authority::new().unwrap().issue(Role::Worker("stranger".to_owned())).unwrap();
+    fs::write(stage.agent_dir().join("worker.crt"), &stranger.certificate).unwrap();
+    fs::write(stage.agent_dir().join("worker.key"), &stranger.key).unwrap();
+    let report = Report::of(&mut check(&stage));
+    report.fails_with("tls", 1);
+    assert!(report.says("tls").starts_with("the master refused our certificate"), "{}", report.says("tls"));
+    assert!(report.advice("worker.crt").starts_with("it was not issued by ca.crt"), "{}", report.advice("worker.crt"));
+    assert_eq!(stage.master.received().len(), 0);
+}
+
+#[test]
+fn a_master_of_another_ca_is_shown_with_its_names() {
+    let (mut stage, other) = (worker(), Stage::new());
+    stage.worker.port = other.master.port();
+    stage.worker.write_ini(&stage.dir.path().join("decnet.ini")).unwrap();
+    let report = Report::of(&mut check(&stage));
+    report.fails_with("tls", 1);
+    assert!(report.advice("tls").starts_with("enrol this host from this master"), "{}", report.advice("tls"));
+    assert_eq!(report.step("tls")["facts"]["fingerprint"], other.master.certificate().fingerprint);
+}
+
+#[test]
+fn a_master_whose_certificate_has_expired_is_said_to_be_so() {
+    let authority = Authority::new().unwrap();
+    let certificate = Some(authority.issue(Role::Expired).unwrap());
+    let stage = worker_of(Options { certificate, authority: Some(authority), ..Options::default() });
+    let report = Report::of(&mut check(&stage));
+    report.fails_with("tls", 1);
+    assert!(report.advice("tls").starts_with("renew the master's certificate"), "{}", report.advice("tls"));
+}
+
+#[test]
+fn a_master_that_is_down_is_a_matter_of_tcp() {
+    let mut stage = worker();
+    stage.master.stop();
+    let report = Report::of(&mut check(&stage));
+    report.fails_with("tcp", 1);
+    assert!(report.says("tcp").contains("Connection refused"), "{}", report.says("tcp"));
+    assert_eq!(report.ended("not-tried"), ["tls", "beat"]);
+}
+
+#[test]
+fn what_listens_there_and_is_no_master_is_told_apart() {
+    let mut stage = worker();
+    let ssh = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    stage.worker.port = ssh.local_addr().unwrap().port();
+    stage.worker.write_ini(&stage.dir.path().join("decnet.ini")).unwrap();
+    thread::spawn(move || ssh.incoming().map_while(Result::ok).for_each(|mut it| drop(it.write_all(b"SSH-2.0-x\r\n"))));
+    let report = Report::of(&mut check(&stage));
+    report.fails_with("tls", 1);
+    assert!(report.advice("tls").starts_with("see that it is DECNET's swarm controller"), "{}", report.advice("tls"));
+}
+
+#[test]
+fn an_answer_that_is_none_of_the_good_ones_fails_and_says_what_it_means() {
+    let stage = worker();
+    for (answer, means) in [
+        (Answer::status(503).body("busy"), "http-503 in "),
+        (Answer::status(422).body("no"), "the master refuses what this host reports: no"),
+    ] {
+        stage.master.script([Fault::Answer(answer)]);
+        let report = Report::of(&mut check(&stage));
+        report.fails_with("beat", 1);
+        assert!(report.says("beat").contains(means), "{}", report.says("beat"));
+    }
+}
+
+#[test]
+fn a_host_that_is_not_enrolled_is_78_and_the_rest_is_looked_at_all_the_same() {
+    let stage = worker();
+    let report = Report::of(program().args(["check", "--docker-socket"]).arg(stage.dir.path().join("docker.sock")));
+    report.fails_with("enrolment", 78);
+    assert_eq!(report.ended("ok"), ["state-file", "docker"]);
+    assert_eq!(report.ended("not-tried").len(), 9);
+}
+
+#[test]
+fn a_bundle_that_cannot_be_used_is_78_and_its_file_named() {
+    let stage = worker();
+    let other = stage.master.authority().issue(Role::Worker("other".to_owned())).unwrap();
+    fs::write(stage.agent_dir().join("worker.key"), &other.key).unwrap();
+    let report = Report::of(&mut check(&stage));
+    report.fails_with("worker.key", 78);
+    assert_eq!(report.ended("not-tried"), ["tls", "beat"]);
+    fs::remove_file(stage.agent_dir().join("ca.crt")).unwrap();
+    let report = Report::of(&mut check(&stage));
+    report.fails_with("ca.crt", 78);
+    assert_eq!(report.ended("not-tried"), ["worker.key", "tls", "beat"]);
+}
+
+#[test]
+fn what_will_be_wrong_is_advised_in_time() {
+    let stage = worker();
+    let soon = Role::ShortLived("w".to_owned(), std::time::Duration::from_secs(86_400 * 9));
+    let issued = stage.master.authority().issue(soon).unwrap();
+    stage.master.authority().write_bundle(&issued, &stage.agent_dir()).unwrap();
+    stage.master.pin(&stage.worker.uuid, &issued.fingerprint);
+    let key = stage.agent_dir().join("worker.key");
+    fs::set_permissions(&key, fs::Permissions::from_mode(0o644)).unwrap();
+    let report = Report::of(&mut check(&stage));
+    assert_eq!(report.0["works"], true, "{:#}", report.0);
+    assert!(
+        report.advice("worker.crt").starts_with("in time, enrol this host again"),
+        "{}",
+        report.advice("worker.crt")
+    );
+    assert_eq!(report.advice("worker.key"), format!("others can read it: chmod 600 {}", key.display()));
+}
+
+#[test]
+fn docker_and_files_that_cannot_be_read_are_said_each_by_itself() {
+    let stage = worker();
+    fs::remove_file(stage.dir.path().join("docker.sock")).unwrap();
+    Report::of(&mut check(&stage)).fails_with("docker", 1);
+    fs::write(stage.dir.path().join("state.json"), "{").unwrap();
+    fs::write(stage.agent_dir().join("topology.db"), "no database, and long enough to be looked at as one").unwrap();
+    let report = Report::of(&mut check(&stage));
+    assert_eq!(report.ended("failed"), ["state-file", "docker", "topology"], "{:#}", report.0);
+    let beat = stage.master.received().pop().unwrap().json.unwrap();
+    assert!(beat["status"]["error"].as_str().unwrap().contains("state.json"), "the beat says so, too: {beat}");
+}
+
+#[test]
+fn the_outbox_shows_what_waits_and_who_delivers() {
+    let mut stage = worker();
+    let (builder, tick) = stage.builder();
+    let heartbeat = builder.start().unwrap();
+    settled(&heartbeat, |stats| stats.beats == 1);
+    stage.master.stop();
+    heartbeat.deltas().push(LifecycleDelta::succeeded("d", Operation::Deploy)).unwrap();
+    tick.send(now()).unwrap();
+    settled(&heartbeat, |stats| stats.failure.is_some());
+    stage.master.start_again().unwrap();
+    let report = Report::of(&mut check(&stage));
+    let facts = &report.step("outbox")["facts"];
+    let delivered = &facts["delivered_by"];
+    // It may have been delivered meanwhile.
+    assert!(facts["waiting"].as_u64().is_some_and(|waiting| waiting <= 1), "{facts}");
+    assert_eq!(delivered, std::process::id(), "{}", report.says("outbox"));
+    stage.master.stop();
+    heartbeat.deltas().push(LifecycleDelta::succeeded("e", Operation::Deploy)).unwrap();
+    drop(heartbeat);
+    let report = Report::of(&mut check(&stage));
+    let facts = &report.step("outbox")["facts"];
+    assert!(facts["waiting"].as_u64() >= Some(1) && facts["delivered_by"].is_null(), "{facts}");
+    assert!(report.advice("outbox").starts_with("start decnet-heartbeat run"), "{}", report.advice("outbox"));
+    assert!(stage.agent_dir().join("heartbeat.db").exists());
+}
+
+#[test]
+fn an_outbox_that_cannot_be_kept_fails() {
+    let stage = worker();
+    fs::write(stage.agent_dir().join("heartbeat.db"), "not one of ours, and of no use to anybody at all").unwrap();
+    let report = Report::of(&mut check(&stage));
+    report.fails_with("outbox", 1);
+    let still = fs::read_to_string(stage.agent_dir().join("heartbeat.db")).unwrap();
+    assert!(still.starts_with("not one of ours"), "it is not for check to move it aside");
+    Report::of(check(&stage).args(["--outbox", "/nonexistent/folder/heartbeat.db"])).fails_with("outbox", 1);
+    Report::of(check(&stage).args(["--outbox"]).arg(stage.dir.path().join("x.db"))).step("outbox");
+}
+
+#[test]
+fn where_reports_go_and_an_interval_are_looked_at_where_they_are_given() {
+    let stage = worker();
+    let mut command = check(&stage);
+    command.args(["--interval", "1ms", "--metrics-file", "/nonexistent/decnet.prom", "--stats-file"]);
+    let report = Report::of(command.arg(stage.dir.path().join("stats.json")));
+    assert_eq!(report.ended("failed"), ["interval", "metrics-file"], "{:#}", report.0);
+    assert_eq!(report.ended("ok").last(), Some(&"stats-file"));
+}
+
+#[test]
+fn a_heartbeat_that_runs_is_not_disturbed() {
+    let stage = worker();
+    let heartbeat = Heartbeat::builder()
+        .enrolment(stage.worker.enrolment().unwrap())
+        .status_source(|| Snapshot::new(&json!({})))
+        .start()
+        .unwrap();
+    settled(&heartbeat, |stats| stats.beats == 1);
+    for _ in 0..5 {
+        assert_eq!(Report::of(&mut check(&stage)).0["works"], true);
+    }
+    heartbeat.deltas().push(LifecycleDelta::succeeded("d", Operation::Deploy)).unwrap();
+    let stats = settled(&heartbeat, |stats| stats.delivered == 1);
+    assert_eq!((stats.failure.map(|failure| failure.class), stats.panics), (None, 0));
+    drop::<LoopbackMaster>(stage.master);
+}
