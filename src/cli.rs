@@ -11,12 +11,13 @@ mod track;
 
 use std::ffi::OsString;
 use std::fs::OpenOptions;
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
+use clap_complete::Shell;
 use log::LevelFilter;
 use simplelog::{ColorChoice, ConfigBuilder, TermLogger, TerminalMode, ThreadLogMode, WriteLogger};
 
@@ -75,6 +76,11 @@ enum Command {
         /// About how long the demonstration takes, from 5 to 600 seconds
         #[arg(long, value_name = "N", default_value_t = 15, value_parser = clap::value_parser!(u64).range(5..=600))]
         seconds: u64,
+    },
+    /// Print the completions of this command line for a shell
+    Completions {
+        /// The shell
+        shell: Shell,
     },
 }
 
@@ -171,7 +177,7 @@ pub fn main() -> ExitCode {
         Command::Run(_) => LevelFilter::Info,
         // Their result is what they print, or their command's.
         Command::Push(_) | Command::Track(_) => LevelFilter::Warn,
-        Command::Check(_) | Command::Demo { .. } => LevelFilter::Off,
+        Command::Check(_) | Command::Demo { .. } | Command::Completions { .. } => LevelFilter::Off,
     };
     if let Err(error) = start_log(&common, common.log_level.unwrap_or(usual)) {
         return fail(&error);
@@ -185,8 +191,19 @@ pub fn main() -> ExitCode {
         Command::Track(options) => track::track(&common, options),
         Command::Check(options) => Ok(check::check(&common, &options)),
         Command::Demo { seconds } => demo::demo(Duration::from_secs(seconds)).map(|()| ExitCode::SUCCESS),
+        Command::Completions { shell } => {
+            completions(shell);
+            Ok(ExitCode::SUCCESS)
+        }
     };
     done.unwrap_or_else(|error| fail(&error))
+}
+
+fn completions(shell: Shell) {
+    let (mut command, mut script) = (Arguments::command(), Vec::new());
+    clap_complete::generate(shell, &mut command, env!("CARGO_PKG_NAME"), &mut script);
+    // Who reads it may have read enough.
+    let _ = std::io::stdout().write_all(&script);
 }
 
 /// The environment and the ini, after the options.

@@ -156,6 +156,22 @@ fn systemd_hears_that_it_is_ready_alive_and_stopping() {
 }
 
 #[test]
+fn it_prints_completions_that_a_shell_takes() {
+    let script = output(program().args(["completions", "bash"]));
+    assert_eq!((script.status.code(), script.stderr.as_slice()), (Some(0), &b""[..]));
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("completions");
+    std::fs::write(&path, script.stdout).unwrap();
+    // What bash does when somebody types `decnet-heartbeat check --metr` and the tabulator key.
+    let typed = "COMP_WORDS=(decnet-heartbeat check --metr); COMP_CWORD=2; _decnet-heartbeat decnet-heartbeat --metr check; \
+                 echo ${COMPREPLY[@]}";
+    let mut bash = Command::new("bash");
+    let completed = output(bash.arg("-c").arg(format!("source {} && {typed}", path.display())));
+    assert_eq!(String::from_utf8_lossy(&completed.stdout).trim(), "--metrics-file", "{completed:?}");
+    assert_eq!(output(program().args(["completions", "tcsh"])).status.code(), Some(2));
+}
+
+#[test]
 fn the_demo_shows_an_outage_and_the_recovery_of_a_delta() {
     let mut child = program().args(["demo", "--seconds", "5"]).stdout(Stdio::piped()).spawn().unwrap();
     let lines: Vec<_> = BufReader::new(child.stdout.take().unwrap()).lines().map(Result::unwrap).collect();
