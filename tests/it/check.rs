@@ -258,7 +258,9 @@ fn an_answer_that_is_none_of_the_good_ones_fails_and_says_what_it_means() {
 #[test]
 fn a_host_that_is_not_enrolled_is_78_and_the_rest_is_looked_at_all_the_same() {
     let stage = worker();
-    let report = Report::of(program().args(["check", "--docker-socket"]).arg(stage.dir.path().join("docker.sock")));
+    let mut command = program();
+    command.args(["--config", "/nonexistent/decnet.ini", "check", "--state-file", "/nonexistent/state.json"]);
+    let report = Report::of(command.arg("--docker-socket").arg(stage.dir.path().join("docker.sock")));
     report.fails_with("enrolment", 78);
     assert_eq!(report.ended("ok"), ["state-file", "docker"]);
     assert_eq!(report.ended("not-tried").len(), 9);

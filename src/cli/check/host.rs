@@ -3,7 +3,7 @@
 
 use std::io;
 use std::path::Path;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use rustix::fs::{Access, access, statvfs};
 
@@ -112,15 +112,14 @@ fn opened(path: &Path) -> Step {
     }
     let Counts { waiting, held, operations, rejected, oldest } = outbox.books().counts;
     let age = oldest.and_then(|at| SystemTime::now().duration_since(from_micros(at)).ok());
-    let age = age.map(|age| std::time::Duration::from_secs(age.as_secs()));
+    let age = age.map(|age| Duration::from_secs(age.as_secs()));
     let for_how_long =
-        age.map_or_else(String::new, |age| format!(", the oldest for {}", humantime::format_duration(age)));
+        age.map_or_else(String::new, |age| format!(" (the oldest for {})", humantime::format_duration(age)));
     let who = deliverer(path);
     let by = who.map_or_else(|| "nobody delivers from it".to_owned(), |pid| format!("process {pid} delivers from it"));
     let file = printable_path(path);
-    let says = format!(
-        "{file}: {waiting} deltas wait{for_how_long}, {operations} operations in flight, {rejected} refused for good; {by}"
-    );
+    let says =
+        format!("{file}: {waiting} waiting{for_how_long}, {operations} in flight, {rejected} refused for good; {by}");
     let step = Step::good("outbox", says)
         .fact("waiting", waiting)
         .fact("held", held)

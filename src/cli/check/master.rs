@@ -118,9 +118,7 @@ impl<'a> Way<'a> {
 
     /// Who answers there, and who counts as the master.
     fn shake_hands(&self, stream: TcpStream) -> Step {
-        let since = Instant::now();
         let shaken = handshake(&self.config, &self.name, stream);
-        let took = since.elapsed();
         let shown = self.witness.shown();
         let described = shown.as_ref().and_then(|shown| Described::of(shown).ok());
         let now = SystemTime::now();
@@ -128,7 +126,7 @@ impl<'a> Way<'a> {
             format!("; {} for {}, {}", shown.subject, shown.names(), shown.validity(now))
         });
         let step = match shaken {
-            Ok(version) => {
+            Ok((version, took)) => {
                 let accepted = self.accepted_as(shown.as_ref());
                 let step =
                     Step::good("tls", format!("{version} in {}{who}; accepted by {}: {accepted}", ms(took), self.rule));
@@ -241,18 +239,25 @@ fn advice(error: Option<&TlsError>) -> &'static str {
     }
 }
 
-/// Which version it came to. With TLS 1.3 the master may refuse our certificate only after that.
-fn handshake(config: &Arc<ClientConfig>, name: &ServerName<'static>, stream: TcpStream) -> io::Result<&'static str> {
+/// Which version it came to, and how long that took. With TLS 1.3 the master may refuse our certificate only after that.
+fn handshake(
+    config: &Arc<ClientConfig>,
+    name: &ServerName<'static>,
+    stream: TcpStream,
+) -> io::Result<(&'static str, Duration)> {
     let since = Instant::now();
+    // As the agent has it: what is to be said is said at once.
+    stream.set_nodelay(true)?;
     let mut stream = InTime { stream, end: since + limits::CONNECT };
     let mut tls = ClientConnection::new(Arc::clone(config), name.clone()).map_err(io::Error::other)?;
     tls.complete_io(&mut stream)?;
+    let took = since.elapsed();
     let version = match tls.protocol_version() {
         Some(ProtocolVersion::TLSv1_3) => "TLS 1.3",
         _ => "TLS 1.2",
     };
     // What comes within a few round trips: a refusal, or the tickets with which the beat resumes this session.
-    stream.end = Instant::now() + since.elapsed() * 4 + limits::AFTER_HANDSHAKE;
+    stream.end = Instant::now() + took * 4 + limits::AFTER_HANDSHAKE;
     match tls.read_tls(&mut stream) {
         Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => (),
         Err(error) => return Err(error),
@@ -261,7 +266,7 @@ fn handshake(config: &Arc<ClientConfig>, name: &ServerName<'static>, stream: Tcp
     tls.send_close_notify();
     // It is said; whether it is heard does not matter.
     let _ = tls.write_tls(&mut stream);
-    Ok(version)
+    Ok((version, took))
 }
 
 /// A stream on which all calls together end in time.

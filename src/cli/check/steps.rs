@@ -140,7 +140,7 @@ impl Checklist {
             NOT_CONFIGURED => "An agent would not start here",
             _ => "An agent would not do all of its work here",
         };
-        done(&format!("{work}: see the {failed} marked ✗."), exit_code)
+        done(&format!("{work}: see what is marked ✗."), exit_code)
     }
 }
 
