@@ -161,7 +161,7 @@ fn each_rule_says_why_it_accepts_the_master() {
     }
     let report = Report::of(check(&stage).args(["--master-identity", "public"]));
     report.fails_with("tls", 1);
-    assert!(report.says("tls").contains("; O=DECNET,CN=swarmctl for swarmctl, "), "{}", report.says("tls"));
+    assert!(report.says("tls").contains("; CN=swarmctl, O=DECNET for swarmctl, "), "{}", report.says("tls"));
     assert_eq!(report.ended("not-tried"), ["beat"]);
 }
 
@@ -239,6 +239,17 @@ fn what_listens_there_and_is_no_master_is_told_apart() {
     let report = Report::of(&mut check(&stage));
     report.fails_with("tls", 1);
     assert!(report.advice("tls").starts_with("see that it is DECNET's swarm controller"), "{}", report.advice("tls"));
+}
+
+#[test]
+fn a_master_that_takes_a_connection_and_says_nothing_is_given_five_seconds() {
+    let mut stage = worker();
+    let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    stage.worker.port = silent.local_addr().unwrap().port();
+    stage.worker.write_ini(&stage.dir.path().join("decnet.ini")).unwrap();
+    let report = Report::of(&mut check(&stage));
+    report.fails_with("tls", 1);
+    assert_eq!(report.says("tls"), "the handshake has not come to its end within 5 s");
 }
 
 #[test]

@@ -1,13 +1,12 @@
 //! What a certificate says of itself, for a person. Values only.
 
 use std::net::IpAddr;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rustls::pki_types::CertificateDer;
-use x509_cert::Certificate;
-use x509_cert::der::Decode;
-use x509_cert::ext::pkix::SubjectAltName;
-use x509_cert::ext::pkix::name::GeneralName;
+use x509_parser::extensions::GeneralName;
+use x509_parser::parse_x509_certificate;
+use x509_parser::time::ASN1Time;
 
 use super::steps::Step;
 use crate::bundle::fingerprint;
@@ -34,16 +33,15 @@ pub(super) struct Described {
 impl Described {
     /// The error says what about it cannot be read.
     pub(super) fn of(certificate: &CertificateDer<'_>) -> Result<Self, String> {
-        let parsed = Certificate::from_der(certificate).map_err(|error| printable(&error.to_string()))?;
-        let inside = parsed.tbs_certificate();
-        let alternatives = inside.get_extension::<SubjectAltName>().ok().flatten().map(|(_, names)| names.0);
-        let validity = inside.validity();
+        let (_, parsed) = parse_x509_certificate(certificate).map_err(|error| printable(&error.to_string()))?;
+        let alternatives = parsed.subject_alternative_name().ok().flatten().map(|names| &names.value.general_names);
+        let validity = parsed.validity();
         Ok(Self {
-            subject: printable(&inside.subject().to_string()),
-            issuer: printable(&inside.issuer().to_string()),
-            names: alternatives.unwrap_or_default().iter().filter_map(name).collect(),
-            begins: UNIX_EPOCH + validity.not_before.to_unix_duration(),
-            expires: UNIX_EPOCH + validity.not_after.to_unix_duration(),
+            subject: printable(&parsed.subject().to_string()),
+            issuer: printable(&parsed.issuer().to_string()),
+            names: alternatives.into_iter().flatten().filter_map(name).collect(),
+            begins: time(validity.not_before),
+            expires: time(validity.not_after),
             fingerprint: fingerprint(certificate),
         })
     }
@@ -86,16 +84,19 @@ impl Described {
     }
 }
 
-fn name(name: &GeneralName) -> Option<String> {
+fn name(name: &GeneralName<'_>) -> Option<String> {
     match name {
-        GeneralName::DnsName(name) => Some(printable(name.as_str())),
-        GeneralName::IpAddress(address) => {
-            let bytes = address.as_bytes();
-            let four = <[u8; 4]>::try_from(bytes).map(IpAddr::from);
-            four.or_else(|_| <[u8; 16]>::try_from(bytes).map(IpAddr::from)).ok().map(|address| address.to_string())
+        GeneralName::DNSName(name) => Some(printable(name)),
+        GeneralName::IPAddress(bytes) => {
+            let four = <[u8; 4]>::try_from(*bytes).map(IpAddr::from);
+            four.or_else(|_| <[u8; 16]>::try_from(*bytes).map(IpAddr::from)).ok().map(|address| address.to_string())
         }
         _ => None,
     }
+}
+
+fn time(at: ASN1Time) -> SystemTime {
+    UNIX_EPOCH + Duration::from_secs(u64::try_from(at.timestamp()).unwrap_or(0))
 }
 
 fn rfc3339(at: SystemTime) -> String {
@@ -108,8 +109,6 @@ fn date(at: SystemTime) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use rustls::pki_types::pem::PemObject;
 
     use super::*;
@@ -125,7 +124,7 @@ mod tests {
         let master = described(Role::Master);
         assert_eq!(
             (master.subject.as_str(), master.issuer.as_str()),
-            ("O=DECNET,CN=swarmctl", "O=DECNET,CN=DECNET SWARM Root CA")
+            ("CN=swarmctl, O=DECNET", "CN=DECNET SWARM Root CA, O=DECNET")
         );
         assert_eq!(master.names(), "swarmctl, localhost, 127.0.0.1");
         let now = SystemTime::now();
