@@ -1,8 +1,9 @@
-//! The program's command line, its log and its exit codes. Runs on the program's main thread.
+//! The program's command line and its exit codes. Runs on the program's main thread.
 
 mod check;
 mod command;
 mod demo;
+mod logging;
 mod metrics;
 mod push;
 mod report;
@@ -10,8 +11,7 @@ mod run;
 mod track;
 
 use std::ffi::OsString;
-use std::fs::OpenOptions;
-use std::io::{IsTerminal, Write};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -19,18 +19,25 @@ use std::time::Duration;
 use clap::{CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
 use log::LevelFilter;
-use simplelog::{ColorChoice, ConfigBuilder, TermLogger, TerminalMode, ThreadLogMode, WriteLogger};
 
-use crate::collector;
 use crate::delta::Operation;
 use crate::enrolment::{Enrolment, EnrolmentSources};
-use crate::error::{Error, chain, printable_path};
+use crate::error::{Error, chain};
 use crate::identity::MasterIdentity;
 use crate::outbox::OutboxLocation;
 use crate::status::decnet::{DOCKER_SOCKET, DecnetStatus, STATE_FILE};
 
 /// `EX_CONFIG` of sysexits.h: the host is not enrolled, or its configuration or bundle cannot be used.
 const NOT_CONFIGURED: u8 = 78;
+
+const RUN_CODES: &str = "Exits 0 after SIGTERM or SIGINT; 78 when the host is not enrolled or its configuration or bundle cannot \
+                         be used; 2 for a wrong command line; 1 for anything else.";
+const PUSH_CODES: &str =
+    "Exits 0 when the master has the delta or the outbox keeps it; 78 as run does; 1 when it is neither.";
+const TRACK_CODES: &str = "Exits as the command did: with its code, with 128 and the signal that ended it, with 127 where there is \
+                           none, with 126 where it cannot be started.";
+const CHECK_CODES: &str = "Exits 0 only if an agent would work; 78 if it would not even start, for want of an enrolment or a \
+                           bundle; 1 if anything else is wrong.";
 
 /// Tells a DECNET master, over mTLS, that this worker lives, what it runs, and how deploys and mutates ended.
 #[derive(Debug, Parser)]
@@ -64,12 +71,16 @@ struct Common {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Beat until SIGTERM or SIGINT
+    #[command(after_help = RUN_CODES)]
     Run(RunOptions),
     /// Report how an operation ended: now, or by way of the outbox
+    #[command(after_help = PUSH_CODES)]
     Push(PushOptions),
     /// Run a command as an operation, report how it ended, and exit as it did
+    #[command(after_help = TRACK_CODES)]
     Track(TrackOptions),
     /// Go through all that an agent needs, and say what is wrong with it
+    #[command(after_help = CHECK_CODES)]
     Check(CheckOptions),
     /// Watch it work against a master of its own; needs nothing
     Demo {
@@ -179,11 +190,11 @@ pub fn main() -> ExitCode {
         Command::Push(_) | Command::Track(_) => LevelFilter::Warn,
         Command::Check(_) | Command::Demo { .. } | Command::Completions { .. } => LevelFilter::Off,
     };
-    if let Err(error) = start_log(&common, common.log_level.unwrap_or(usual)) {
+    if let Err(error) = logging::start(common.log_file.as_deref(), common.log_level.unwrap_or(usual)) {
         return fail(&error);
     }
     if !matches!(command, Command::Demo { .. }) {
-        std::panic::set_hook(Box::new(log_panic));
+        std::panic::set_hook(Box::new(logging::panicked));
     }
     let done = match command {
         Command::Run(options) => run::run(&common, options).map(|()| ExitCode::SUCCESS),
@@ -202,8 +213,12 @@ pub fn main() -> ExitCode {
 fn completions(shell: Shell) {
     let (mut command, mut script) = (Arguments::command(), Vec::new());
     clap_complete::generate(shell, &mut command, env!("CARGO_PKG_NAME"), &mut script);
-    // Who reads it may have read enough.
-    let _ = std::io::stdout().write_all(&script);
+    print(&String::from_utf8_lossy(&script));
+}
+
+/// Prints the program's answer. Who reads it may have read enough.
+fn print(text: &str) {
+    let _ = std::io::stdout().write_all(text.as_bytes());
 }
 
 /// The environment and the ini, after the options.
@@ -230,45 +245,4 @@ fn fail(error: &Error) -> ExitCode {
         return ExitCode::from(NOT_CONFIGURED);
     }
     ExitCode::FAILURE
-}
-
-/// A line a fact: time in UTC, level, thread, message. The libraries below say nothing here: what they would quote of
-/// an answer is not escaped.
-fn start_log(common: &Common, level: LevelFilter) -> Result<(), Error> {
-    let config = ConfigBuilder::new()
-        .set_time_format_rfc3339()
-        .set_thread_level(LevelFilter::Error)
-        .set_thread_mode(ThreadLogMode::Names)
-        .set_target_level(LevelFilter::Off)
-        .set_location_level(LevelFilter::Off)
-        .add_filter_allow_str("decnet_heartbeat")
-        .build();
-    let started = match &common.log_file {
-        None => TermLogger::init(level, config, TerminalMode::Stderr, colours()),
-        Some(path) => WriteLogger::init(level, config, open_log(path)?),
-    };
-    started.map_err(|source| Error::setting("the log", "is in use already").because(source))
-}
-
-/// On one line, and safe to print: what a panic says may be somebody else's words.
-fn log_panic(panic: &std::panic::PanicHookInfo<'_>) {
-    let at = panic.location().map(ToString::to_string).unwrap_or_default();
-    log::error!("panic: at={at} said={:?}", collector::message(panic.payload()));
-}
-
-/// Only for a person: `ColorChoice::Auto` would colour a pipe and a journal, too.
-fn colours() -> ColorChoice {
-    if paints(&std::io::stderr()) { ColorChoice::Auto } else { ColorChoice::Never }
-}
-
-/// Whether there is a terminal, and nobody who wants no colours.
-fn paints(out: &impl IsTerminal) -> bool {
-    out.is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
-}
-
-fn open_log(path: &Path) -> Result<std::fs::File, Error> {
-    OpenOptions::new().create(true).append(true).open(path).map_err(|source| {
-        let problem = format!("{} cannot be appended to", printable_path(path));
-        Error::setting("--log-file", problem).because(source)
-    })
 }

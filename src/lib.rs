@@ -92,15 +92,17 @@
 //!
 //! # Log levels
 //!
-//! Through the `log` facade, one line a fact, `key=value`:
+//! Through the `log` facade, one line a fact: what happened, and `key=value` in a fixed order. A line that concerns them
+//! begins with `host` (the uuid), `master` (the URL), `class` (of an answer or a failure, in a word) and `fingerprint` (of
+//! this host's certificate); free text is quoted and comes last. The thread's name is the logger's to add.
 //!
 //! - `error`: what costs something, or what only an operator can mend. A host that the master does not accept (with the
-//!   fingerprint that was shown), a delta that it refuses for good or that fell out of the outbox, a status that it
-//!   refuses, a panic that was caught, an outbox in memory, one that was moved aside, or one that cannot note what the
-//!   master has answered.
-//! - `warn`: a beat that failed, changed credentials that do not fit, a key that others can read, Docker or a file that
-//!   cannot be read, operations whose process has died. A failure is said when it changes; a failed beat, and what else
-//!   comes again with each beat, also at its second, fourth, eighth … repetition.
+//!   fingerprint that was shown), a certificate that has expired, a delta that the master refuses for good or that fell
+//!   out of the outbox, a status that it refuses, a panic that was caught, an outbox in memory, one that was moved aside,
+//!   or one that cannot note what the master has answered.
+//! - `warn`: a beat that failed, changed credentials that do not fit, a certificate that expires within 30 days, a key that
+//!   others can read, Docker or a file that cannot be read, operations whose process has died. A failure is said when it
+//!   changes; a failed beat, and what else comes again with each beat, also at its second, fourth, eighth … repetition.
 //! - `info`: start, first success, recovery, credentials taken over, an outbox that is on the disk again, stop.
 //! - `debug`: every beat; a retry on a fresh connection; a name that was not found; a dormant start.
 //!
@@ -183,7 +185,7 @@ pub use stats::{Failure, Stats};
 pub use status::decnet::DecnetStatus;
 pub use status::{AppliedTopology, Observed, Snapshot, StatusSource, Topology};
 
-/// The README's example, compiled.
-#[cfg(doctest)]
+/// The README's examples; the second one runs.
+#[cfg(all(doctest, feature = "loopback"))]
 #[doc = include_str!("../README.md")]
 mod readme {}

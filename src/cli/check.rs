@@ -4,6 +4,7 @@
 
 mod bundle;
 mod certificate;
+mod handshake;
 mod host;
 mod master;
 mod steps;

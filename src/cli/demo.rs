@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, at, select};
 use serde_json::json;
 
+use super::print;
 use crate::delta::{LifecycleDelta, Operation};
 use crate::error::Error;
 use crate::heartbeat::Heartbeat;
@@ -162,13 +163,13 @@ impl Demo {
         let stopped = self.heartbeat.stop(Duration::from_secs(2));
         let took = stopping.elapsed().as_secs_f64() * 1e3;
         let open = self.master.rows().iter().filter(|row| row.status == RowStatus::Running).count();
-        println!(
-            "\n{} beats accepted, {} delivered, {} lost, an outage of {:.1} s survived, stopped in {took:.1} ms.",
+        print(&format!(
+            "\n{} beats accepted, {} delivered, {} lost, an outage of {:.1} s survived, stopped in {took:.1} ms.\n",
             stats.beats,
             deltas(stats.delivered),
             stopped.undelivered,
             self.outage.1.as_secs_f64()
-        );
+        ));
         if open > 0 || stopped.undelivered > 0 {
             return Err(Error::loopback(format!("{open} of its rows are still open; this should not happen")));
         }
@@ -193,7 +194,7 @@ fn source(deployed: Arc<Mutex<bool>>) -> impl FnMut() -> Snapshot + Send {
 }
 
 fn say(start: Instant, mark: &str, what: &str) {
-    println!("{:6.2} s  {mark}  {what}", start.elapsed().as_secs_f64());
+    print(&format!("{:6.2} s  {mark}  {what}\n", start.elapsed().as_secs_f64()));
 }
 
 fn took(stats: &Stats) -> String {

@@ -6,7 +6,7 @@ use clap::CommandFactory;
 use clap::error::ErrorKind;
 
 use super::report::{Reported, Reporter};
-use super::{Arguments, Common, PushOptions, Status, enrolment, outbox};
+use super::{Arguments, Common, PushOptions, Status, enrolment, outbox, print};
 use crate::delta::LifecycleDelta;
 use crate::error::Error;
 
@@ -29,9 +29,9 @@ pub(super) fn push(common: &Common, options: PushOptions) -> Result<(), Error> {
     let mut reporter = Reporter::open(enrolment(common)?, common.master_identity, &outbox(path))?;
     let claimed = reporter.claim(deltas)?;
     match reporter.post(&claimed) {
-        Reported::Delivered => println!("delivered"),
+        Reported::Delivered => print("delivered\n"),
         Reported::Kept(why) => {
-            println!("kept in {} for decnet-heartbeat run, not delivered: {why}", reporter.place());
+            print(&format!("kept in {} for decnet-heartbeat run, not delivered: {why}\n", reporter.place()));
         }
         Reported::Lost(why) => return Err(Error::outbox(None, format!("neither delivered nor kept: {why}"))),
     }

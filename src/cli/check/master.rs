@@ -1,20 +1,18 @@
 //! The way to the master: its name, TCP, TLS, and one beat. Runs on the program's main thread.
 
-use std::io::{self, ErrorKind, Read, Write};
+use std::io::ErrorKind;
 use std::net::{IpAddr, SocketAddr, TcpStream};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::client::danger::ServerCertVerifier;
 use rustls::client::verify_server_name;
-use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls::pki_types::{CertificateDer, ServerName};
 use rustls::server::ParsedCertificate;
-use rustls::{
-    CertificateError, ClientConfig, ClientConnection, DigitallySignedStruct, Error as TlsError, ProtocolVersion,
-    SignatureScheme,
-};
+use rustls::{CertificateError, ClientConfig, Error as TlsError};
 
 use super::certificate::Described;
+use super::handshake::{Shaken, Witness, shake_hands};
 use super::steps::{Checklist, Step};
 use crate::body::{self, Body};
 use crate::bundle::Bundle;
@@ -111,14 +109,14 @@ impl<'a> Way<'a> {
     fn new(enrolment: &'a Enrolment, bundle: &'a Bundle, rule: MasterIdentity) -> Result<Self, Error> {
         let (name, provider) = (server_name(enrolment)?, tls::provider());
         let judge = tls::verifier(bundle, rule, &name, &provider);
-        let witness = Arc::new(Witness { judge, shown: Mutex::default() });
+        let witness = Arc::new(Witness::before(judge));
         let config = tls::client_config(bundle, Arc::clone(&witness) as Arc<dyn ServerCertVerifier>, &provider)?;
         Ok(Self { enrolment, bundle, rule, name, config, witness })
     }
 
     /// Who answers there, and who counts as the master.
     fn shake_hands(&self, stream: TcpStream) -> Step {
-        let shaken = handshake(&self.config, &self.name, stream);
+        let shaken = shake_hands(&self.config, &self.name, stream);
         let shown = self.witness.shown();
         let described = shown.as_ref().and_then(|shown| Described::of(shown).ok());
         let now = SystemTime::now();
@@ -126,7 +124,7 @@ impl<'a> Way<'a> {
             format!("; {} for {}, {}", shown.subject, shown.names(), shown.validity(now))
         });
         let step = match shaken {
-            Ok((version, took)) => {
+            Ok(Shaken { version, took }) => {
                 let accepted = self.accepted_as(shown.as_ref());
                 let step =
                     Step::good("tls", format!("{version} in {}{who}; accepted by {}: {accepted}", ms(took), self.rule));
@@ -236,118 +234,6 @@ fn advice(error: Option<&TlsError>) -> &'static str {
         Some(TlsError::AlertReceived(_)) => "enrol this host again: the master does not take worker.crt",
         Some(_) => "see that it is DECNET's swarm controller that answers there, and that this is its port",
         None => "see that it is DECNET's swarm controller that answers there, and to the network between",
-    }
-}
-
-/// Which version it came to, and how long that took. With TLS 1.3 the master may refuse our certificate only after that.
-fn handshake(
-    config: &Arc<ClientConfig>,
-    name: &ServerName<'static>,
-    stream: TcpStream,
-) -> io::Result<(&'static str, Duration)> {
-    let since = Instant::now();
-    // As the agent has it: what is to be said is said at once.
-    stream.set_nodelay(true)?;
-    let mut stream = InTime { stream, end: since + limits::CONNECT };
-    let mut tls = ClientConnection::new(Arc::clone(config), name.clone()).map_err(io::Error::other)?;
-    tls.complete_io(&mut stream)?;
-    let took = since.elapsed();
-    let version = match tls.protocol_version() {
-        Some(ProtocolVersion::TLSv1_3) => "TLS 1.3",
-        _ => "TLS 1.2",
-    };
-    // What comes within a few round trips: a refusal, or the tickets with which the beat resumes this session.
-    stream.end = Instant::now() + took * 4 + limits::AFTER_HANDSHAKE;
-    match tls.read_tls(&mut stream) {
-        Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => (),
-        Err(error) => return Err(error),
-        Ok(_) => tls.process_new_packets().map(|_| ()).map_err(io::Error::other)?,
-    }
-    tls.send_close_notify();
-    // It is said; whether it is heard does not matter.
-    let _ = tls.write_tls(&mut stream);
-    Ok((version, took))
-}
-
-/// A stream on which all calls together end in time.
-struct InTime {
-    stream: TcpStream,
-    end: Instant,
-}
-
-impl InTime {
-    fn left(&self) -> io::Result<Option<Duration>> {
-        match self.end.saturating_duration_since(Instant::now()) {
-            Duration::ZERO => Err(io::Error::new(ErrorKind::TimedOut, "no end of the handshake in time")),
-            left => Ok(Some(left)),
-        }
-    }
-}
-
-impl Read for InTime {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        self.stream.set_read_timeout(self.left()?)?;
-        self.stream.read(buffer)
-    }
-}
-
-impl Write for InTime {
-    fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
-        self.stream.set_write_timeout(self.left()?)?;
-        self.stream.write(buffer)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.stream.flush()
-    }
-}
-
-/// Remembers the certificate that is shown, and leaves the judgement to the agent's own verifier.
-#[derive(Debug)]
-struct Witness {
-    judge: Arc<dyn ServerCertVerifier>,
-    shown: Mutex<Option<CertificateDer<'static>>>,
-}
-
-impl Witness {
-    fn shown(&self) -> Option<CertificateDer<'static>> {
-        self.shown.lock().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-}
-
-impl ServerCertVerifier for Witness {
-    fn verify_server_cert(
-        &self,
-        end_entity: &CertificateDer<'_>,
-        intermediates: &[CertificateDer<'_>],
-        server_name: &ServerName<'_>,
-        ocsp_response: &[u8],
-        now: UnixTime,
-    ) -> Result<ServerCertVerified, TlsError> {
-        *self.shown.lock().unwrap_or_else(PoisonError::into_inner) = Some(end_entity.clone().into_owned());
-        self.judge.verify_server_cert(end_entity, intermediates, server_name, ocsp_response, now)
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signature: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, TlsError> {
-        self.judge.verify_tls12_signature(message, certificate, signature)
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signature: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, TlsError> {
-        self.judge.verify_tls13_signature(message, certificate, signature)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.judge.supported_verify_schemes()
     }
 }
 

@@ -1,13 +1,13 @@
 //! The steps of a check, as a person reads them and as a program does. Values only; the main thread prints them.
 
 use std::fmt::Write as _;
-use std::io::{self, Write as _};
+use std::io;
 use std::process::ExitCode;
 
 use serde::Serialize;
 use serde_json::{Map, Value};
 
-use super::super::{NOT_CONFIGURED, paints};
+use super::super::{NOT_CONFIGURED, logging, print};
 
 /// How a step went.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -110,7 +110,7 @@ struct Report<'a> {
 
 impl Checklist {
     pub(super) fn new(json: bool) -> Self {
-        Self { steps: Vec::new(), json, paints: paints(&io::stdout()) }
+        Self { steps: Vec::new(), json, paints: logging::paints(&io::stdout()) }
     }
 
     pub(super) fn add(&mut self, step: Step) {
@@ -147,11 +147,6 @@ impl Checklist {
 fn done(summary: &str, exit_code: u8) -> ExitCode {
     print(&format!("\n{summary}\n"));
     ExitCode::from(exit_code)
-}
-
-/// Who reads it may have read enough.
-fn print(text: &str) {
-    let _ = io::stdout().write_all(text.as_bytes());
 }
 
 #[cfg(test)]
