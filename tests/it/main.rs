@@ -17,6 +17,7 @@ mod deltas;
 mod identity;
 mod operations;
 mod program;
+mod readme;
 mod reporting;
 mod retry;
 mod stats;

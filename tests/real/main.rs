@@ -8,6 +8,8 @@
     reason = "a test fails by panicking, and so do its helpers"
 )]
 
+mod check;
+mod container;
 mod disk;
 mod durability;
 mod enrolment;

@@ -62,14 +62,19 @@ impl Docker {
         let length = docker.socket().as_os_str().len();
         assert!(length < 108, "{} is too long for a socket: set TMPDIR to a shorter path", docker.socket().display());
         docker.start_again();
-        let script = format!("tar -C / -c {} | docker import - {IMAGE}", BUSYBOX.trim_start_matches('/'));
-        process::run(docker.client("sh").args(["-c", &script]));
+        docker.import(Path::new("/"), BUSYBOX.trim_start_matches('/'), IMAGE);
         docker
     }
 
     /// What `DOCKER_HOST=unix://…` and the status source take.
     pub fn socket(&self) -> PathBuf {
         self.folder.path().join("docker.sock")
+    }
+
+    /// Makes an image of what is in a folder.
+    pub fn import(&self, folder: &Path, what: &str, image: &str) {
+        let script = format!("tar -C '{}' -c {what} | docker import - {image}", folder.display());
+        process::run(self.client("sh").args(["-c", &script]));
     }
 
     /// A container that was never started: `created`.
@@ -126,7 +131,8 @@ impl Docker {
         process::run(docker.args([IMAGE, BUSYBOX, "sleep", "2147483647"]));
     }
 
-    fn client(&self, program: &str) -> Command {
+    /// A program that talks to this engine, such as `docker`.
+    pub fn client(&self, program: &str) -> Command {
         let mut command = Command::new(program);
         command.env_remove("DOCKER_CONTEXT").env("DOCKER_CONFIG", self.folder.path());
         command.env("DOCKER_HOST", format!("unix://{}", self.socket().display()));
