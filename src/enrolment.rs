@@ -183,6 +183,11 @@ impl Enrolment {
         self.sources.as_ref().map(|sources| sources.ini.value().as_path())
     }
 
+    /// Where the beats go.
+    pub(crate) fn master_url(&self) -> String {
+        format!("https://{}/swarm/heartbeat", self.master_authority())
+    }
+
     /// The master as a URL writes it: `host:port`, an IPv6 address in brackets.
     pub(crate) fn master_authority(&self) -> String {
         let (host, port) = (self.master_host.value(), self.master_port.value());

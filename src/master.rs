@@ -103,8 +103,7 @@ impl Master {
         let connections = tls.connections();
         let resolver = MasterResolver::new(enrolment.master_host().value(), *enrolment.master_port().value());
         let agent = Agent::with_parts(config(), tls, resolver.clone());
-        let url = format!("https://{}/swarm/heartbeat", enrolment.master_authority());
-        Self { agent, url, resolver, connections }
+        Self { agent, url: enrolment.master_url(), resolver, connections }
     }
 
     /// What answers behind this connector.

@@ -38,7 +38,7 @@ use parking_lot::{FairMutex, FairMutexGuard};
 use rusqlite::Connection;
 
 use crate::delta::{LifecycleDelta, Operation, micros};
-use crate::error::{Error, chain};
+use crate::error::{Error, chain, printable_path};
 use crate::limits;
 use entries::{Added, Change, Place};
 #[cfg(feature = "cli")]
@@ -47,7 +47,7 @@ use home::{Away, Delivery};
 use lock::Owner;
 #[cfg(feature = "cli")]
 pub(crate) use lock::deliverer;
-use shared::Shared;
+use shared::{Shared, name};
 use store::{Refusal, Store};
 
 /// The outbox' name in the agent dir.
@@ -385,7 +385,10 @@ impl Outbox {
         let (dropped, most) = (self.books().dropped, limits::OUTBOX_ROWS);
         let unsaid = dropped - mem::replace(&mut shared.said, dropped);
         if unsaid > 0 {
-            log::error!("deltas fell out of the outbox undelivered, too many or too old: deltas={unsaid} most={most}");
+            let outbox = name(self.path.as_deref());
+            log::error!(
+                "deltas fell out of the outbox undelivered, too many or too old: outbox={outbox} deltas={unsaid} most={most}"
+            );
         }
     }
 
@@ -404,7 +407,8 @@ impl Outbox {
         let recovered = shared.change(Some(path), deadline(), recover);
         let operations = recovered.map_err(|source| self.error("cannot be recovered").because(source))?;
         log::warn!(
-            "the processes of operations in flight have died, these are reported failed: operations={operations}"
+            "the processes of operations in flight have died, these are reported failed: outbox={} operations={operations}",
+            printable_path(path)
         );
         Ok(())
     }

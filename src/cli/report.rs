@@ -40,7 +40,7 @@ impl Reporter {
     ) -> Result<Self, Error> {
         let (outbox, problem) = Outbox::open(location, enrolment.agent_dir().value(), Role::Contribute)?;
         if let Some(problem) = problem {
-            log::warn!("the outbox cannot be used: error={:?}", chain(&problem));
+            log::warn!("the outbox cannot be used: {} error={:?}", names(&enrolment), chain(&problem));
         }
         Ok(Self { outbox, enrolment, identity })
     }
@@ -70,12 +70,12 @@ impl Reporter {
     /// What was begun here has ended, and this process will post it.
     pub(super) fn end(&self, ended: &[Kept]) {
         if let Err(error) = self.outbox.end(ended.to_vec(), Poster::Us) {
-            log::warn!("how the operation ended is not on the disk: error={:?}", chain(&error));
+            log::warn!("how the operation ended is not on the disk: {} error={:?}", self.names(), chain(&error));
         }
     }
 
     fn turn_to_memory(&mut self, error: &Error) -> Result<(), Error> {
-        log::warn!("the outbox cannot be used: error={:?}", chain(error));
+        log::warn!("the outbox cannot be used: {} error={:?}", self.names(), chain(error));
         let dir = self.enrolment.agent_dir().value();
         (self.outbox, _) = Outbox::open(&OutboxLocation::Memory, dir, Role::Contribute)?;
         Ok(())
@@ -95,7 +95,7 @@ impl Reporter {
                 break Some(why);
             }
             if let Err(error) = self.outbox.settle(body, &Settled::Delivered, outbox::deadline()) {
-                log::error!("run may send a delta again: error={:?}", chain(&error));
+                log::error!("run may send a delta again: {} error={:?}", self.names(), chain(&error));
             }
             left = later;
         };
@@ -104,7 +104,7 @@ impl Reporter {
             return Reported::Delivered;
         }
         if let Err(error) = self.outbox.release(&left) {
-            log::warn!("what is undelivered is not on the disk: error={:?}", chain(&error));
+            log::warn!("what is undelivered is not on the disk: {} error={:?}", self.names(), chain(&error));
         }
         let why = failed.unwrap_or_else(|| "a newer operation of the same decky is to be heard first".to_owned());
         if self.outbox.path().is_some() { Reported::Kept(why) } else { Reported::Lost(why) }
@@ -146,8 +146,17 @@ impl Reporter {
         }
     }
 
+    /// Who we are to which master: what a line of the log begins with.
+    pub(super) fn names(&self) -> String {
+        names(&self.enrolment)
+    }
+
     /// Where they are kept, for a person.
     pub(super) fn place(&self) -> String {
         self.outbox.path().map_or_else(|| "memory".to_owned(), printable_path)
     }
+}
+
+fn names(enrolment: &Enrolment) -> String {
+    format!("host={} master={}", enrolment.host_uuid().value(), enrolment.master_url())
 }

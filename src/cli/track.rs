@@ -36,9 +36,10 @@ pub(super) fn track(common: &Common, options: TrackOptions) -> Result<ExitCode, 
     match reporter.post(&ended) {
         Reported::Delivered => (),
         Reported::Kept(why) => {
-            log::warn!("kept for decnet-heartbeat run, not delivered: outbox={} error={why:?}", reporter.place());
+            let (names, outbox) = (reporter.names(), reporter.place());
+            log::warn!("kept for decnet-heartbeat run, not delivered: {names} outbox={outbox} error={why:?}");
         }
-        Reported::Lost(why) => log::error!("neither delivered nor kept: error={why:?}"),
+        Reported::Lost(why) => log::error!("neither delivered nor kept: {} error={why:?}", reporter.names()),
     }
     Ok(ExitCode::from(code))
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use super::entries::{self, Copied};
 use super::lock::DeliveryLock;
-use super::shared::Shared;
+use super::shared::{Shared, name};
 use super::store::{Refusal, Store};
 use super::{Outbox, deadline, file, unpoisoned};
 use crate::error::{Error, chain, printable_path};
@@ -118,7 +118,7 @@ impl Outbox {
             return;
         }
         match self.go_home(shared) {
-            Ok(()) => log::info!("the outbox has a file again"),
+            Ok(()) => log::info!("the outbox has a file again: outbox={}", name(self.path.as_deref())),
             Err(Away::Held(error) | Away::Unusable(error)) => {
                 log::debug!("the outbox has no file yet: error={:?}", chain(&error));
             }

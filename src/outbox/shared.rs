@@ -10,7 +10,7 @@ use rusqlite::Connection;
 
 use super::lock::Owner;
 use super::store::{Refusal, Store};
-use crate::error::chain;
+use crate::error::{chain, printable_path};
 use crate::limits;
 
 /// What one thread at a time has.
@@ -51,8 +51,10 @@ impl Shared {
         }
         let written = self.attempt(path, deadline, change);
         match &written {
-            Ok(_) if self.refused.take().is_some() => log::info!("the outbox is on the disk again"),
-            Err(refused) if refused.why != Refusal::Locked => self.turn_to_memory(refused),
+            Ok(_) if self.refused.take().is_some() => {
+                log::info!("the outbox is on the disk again: outbox={}", name(path))
+            }
+            Err(refused) if refused.why != Refusal::Locked => self.turn_to_memory(path, refused),
             _ => (),
         }
         written
@@ -86,10 +88,11 @@ impl Shared {
     }
 
     /// The file refuses for more than a moment: until it takes a change again, what comes is in memory.
-    fn turn_to_memory(&mut self, refused: &Refused) {
+    fn turn_to_memory(&mut self, path: Option<&Path>, refused: &Refused) {
         if self.refused.is_none() {
             log::error!(
-                "the outbox cannot be written, deltas are in memory and do not survive a restart: error={:?}",
+                "the outbox cannot be written, deltas are in memory and do not survive a restart: outbox={} error={:?}",
+                name(path),
                 chain(refused.source.as_ref())
             );
             if let Err(error) = self.store.leave_a_gap() {
@@ -98,4 +101,9 @@ impl Shared {
         }
         self.refused = Some((Instant::now() + limits::OUTBOX_RETRY, refused.why));
     }
+}
+
+/// For the log.
+pub(super) fn name(path: Option<&Path>) -> String {
+    path.map_or_else(|| "memory".to_owned(), printable_path)
 }

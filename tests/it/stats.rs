@@ -96,6 +96,8 @@ fn what_falls_out_is_logged_once_with_the_next_beat() {
         tick.send(now()).unwrap();
         settled(&heartbeat, |stats| stats.beats >= beats);
     }
-    let said = "deltas fell out of the outbox undelivered, too many or too old: deltas=777 most=10000";
+    let file = stage.agent_dir().join("heartbeat.db");
+    let said = "deltas fell out of the outbox undelivered, too many or too old:";
+    let said = format!("{said} outbox={} deltas=777 most=10000", file.display());
     assert_eq!(errors_with("deltas=777"), [said]);
 }

@@ -54,10 +54,10 @@ fn what_a_full_disk_cannot_take_is_in_memory_until_it_can() {
     disk.fill();
     heartbeat.deltas().push(deployed("full-1")).unwrap();
     assert_eq!(heartbeat.stats().outbox, None);
-    let expected = "the outbox cannot be written, deltas are in memory and do not survive a restart: \
-                    error=\"database or disk is full";
+    let expected = "the outbox cannot be written, deltas are in memory and do not survive a restart: outbox=/";
     let said = errors();
     assert!(said.len() == 1 && said[0].starts_with(expected), "{said:?}");
+    assert!(said[0].contains("/heartbeat.db error=\"database or disk is full"), "{said:?}");
     heartbeat.deltas().push(deployed("full-2")).unwrap();
     assert_eq!(errors(), [""; 0], "it is said once");
     operation.succeed();

@@ -75,9 +75,11 @@ fn name(enrolment: &Enrolment) -> (Step, Vec<SocketAddr>) {
 /// The first of the addresses that answers.
 fn tcp(addresses: &[SocketAddr]) -> (Step, Option<TcpStream>) {
     let mut failed = Step::not_tried("tcp", "it takes an address");
+    // There are sixteen at the most.
+    let share = limits::CONNECT / u32::try_from(addresses.len()).unwrap_or(1).max(1);
     for address in addresses {
         let since = Instant::now();
-        match TcpStream::connect_timeout(address, limits::CONNECT) {
+        match TcpStream::connect_timeout(address, share) {
             Ok(stream) => {
                 let took = since.elapsed();
                 let step = Step::good("tcp", format!("{address} answers in {}", ms(took)));
