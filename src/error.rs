@@ -161,13 +161,8 @@ impl Error {
     /// # #[cfg(feature = "loopback")]
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
     /// # use std::time::Duration;
-    /// # use decnet_heartbeat::loopback::LoopbackMaster;
-    /// # use decnet_heartbeat::{Heartbeat, LifecycleDelta, Operation, OutboxLocation, Snapshot};
-    /// # let dir = tempfile::tempdir()?;
-    /// # let master = LoopbackMaster::start()?;
-    /// # let worker = master.enrol(dir.path())?;
-    /// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
-    /// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+    /// # use decnet_heartbeat::{LifecycleDelta, Operation, OutboxLocation};
+    /// # let (_dir, _master, _worker, builder) = decnet_heartbeat::loopback::example()?;
     /// # let heartbeat = builder.outbox(OutboxLocation::Memory).start()?;
     /// let deltas = heartbeat.deltas();
     /// heartbeat.stop(Duration::from_secs(5));

@@ -34,14 +34,9 @@ use crate::worker::Worker;
 /// # #[cfg(feature = "loopback")]
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// # use std::time::Duration;
-/// # use decnet_heartbeat::loopback::LoopbackMaster;
-/// # use decnet_heartbeat::{Heartbeat, LifecycleDelta, Operation, Snapshot};
+/// # use decnet_heartbeat::{LifecycleDelta, Operation};
 /// # const SOON: Duration = Duration::from_secs(10);
-/// # let dir = tempfile::tempdir()?;
-/// # let master = LoopbackMaster::start()?;
-/// # let worker = master.enrol(dir.path())?;
-/// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
-/// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+/// # let (_dir, master, _worker, builder) = decnet_heartbeat::loopback::example()?;
 /// let heartbeat = builder.start()?; // the first beat goes out at once
 /// assert!(master.wait_for_beats(1, SOON));
 /// heartbeat.deltas().push(LifecycleDelta::succeeded("decky-01", Operation::Deploy))?;
@@ -78,13 +73,8 @@ struct Running {
 /// # #[cfg(feature = "loopback")]
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// # use std::time::Duration;
-/// # use decnet_heartbeat::loopback::LoopbackMaster;
-/// # use decnet_heartbeat::{Heartbeat, LifecycleDelta, Operation, Snapshot};
-/// # let dir = tempfile::tempdir()?;
-/// # let mut master = LoopbackMaster::start()?;
-/// # let worker = master.enrol(dir.path())?;
-/// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
-/// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+/// # use decnet_heartbeat::{LifecycleDelta, Operation};
+/// # let (_dir, mut master, _worker, builder) = decnet_heartbeat::loopback::example()?;
 /// # let heartbeat = builder.start()?;
 /// master.stop(); // an outage
 /// heartbeat.deltas().push(LifecycleDelta::succeeded("decky-01", Operation::Deploy))?;
@@ -133,14 +123,10 @@ impl Heartbeat {
     /// # #[cfg(feature = "loopback")]
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
     /// # use std::time::Duration;
-    /// # use decnet_heartbeat::loopback::{LoopbackMaster, RowStatus};
-    /// # use decnet_heartbeat::{Heartbeat, LifecycleDelta, Operation, Snapshot};
+    /// # use decnet_heartbeat::loopback::RowStatus;
+    /// # use decnet_heartbeat::{LifecycleDelta, Operation};
     /// # const SOON: Duration = Duration::from_secs(10);
-    /// # let dir = tempfile::tempdir()?;
-    /// # let master = LoopbackMaster::start()?;
-    /// # let worker = master.enrol(dir.path())?;
-    /// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
-    /// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+    /// # let (_dir, master, worker, builder) = decnet_heartbeat::loopback::example()?;
     /// # let heartbeat = builder.start()?;
     /// # master.open_operation(&worker.uuid, "decky-01", "deploy");
     /// let deltas = heartbeat.deltas();
@@ -162,14 +148,10 @@ impl Heartbeat {
     /// # #[cfg(feature = "loopback")]
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
     /// # use std::time::Duration;
-    /// # use decnet_heartbeat::loopback::{LoopbackMaster, RowStatus};
-    /// # use decnet_heartbeat::{Heartbeat, Operation, Snapshot};
+    /// # use decnet_heartbeat::loopback::RowStatus;
+    /// # use decnet_heartbeat::{Heartbeat, Operation};
     /// # const SOON: Duration = Duration::from_secs(10);
-    /// # let dir = tempfile::tempdir()?;
-    /// # let master = LoopbackMaster::start()?;
-    /// # let worker = master.enrol(dir.path())?;
-    /// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
-    /// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+    /// # let (_dir, master, worker, builder) = decnet_heartbeat::loopback::example()?;
     /// # let heartbeat = builder.start()?;
     /// # master.open_operation(&worker.uuid, "decky-01", "deploy");
     /// fn deploy(heartbeat: &Heartbeat) -> Result<(), Box<dyn std::error::Error>> {
@@ -206,14 +188,10 @@ impl Heartbeat {
     /// # #[cfg(feature = "loopback")]
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
     /// # use std::time::Duration;
-    /// # use decnet_heartbeat::loopback::{LoopbackMaster, RowStatus};
-    /// # use decnet_heartbeat::{Heartbeat, Operation, Snapshot};
+    /// # use decnet_heartbeat::loopback::RowStatus;
+    /// # use decnet_heartbeat::Operation;
     /// # const SOON: Duration = Duration::from_secs(10);
-    /// # let dir = tempfile::tempdir()?;
-    /// # let master = LoopbackMaster::start()?;
-    /// # let worker = master.enrol(dir.path())?;
-    /// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
-    /// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+    /// # let (_dir, master, worker, builder) = decnet_heartbeat::loopback::example()?;
     /// # let heartbeat = builder.start()?;
     /// # master.open_operation(&worker.uuid, "decky-01", "mutate");
     /// let work = || -> Result<(), std::io::Error> { panic!("no address left") };
@@ -245,14 +223,8 @@ impl Heartbeat {
     /// # #[cfg(feature = "loopback")]
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
     /// # use std::time::Duration;
-    /// # use decnet_heartbeat::loopback::LoopbackMaster;
-    /// # use decnet_heartbeat::{Heartbeat, Snapshot};
     /// # const SOON: Duration = Duration::from_secs(10);
-    /// # let dir = tempfile::tempdir()?;
-    /// # let master = LoopbackMaster::start()?;
-    /// # let worker = master.enrol(dir.path())?;
-    /// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
-    /// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+    /// # let (_dir, master, worker, builder) = decnet_heartbeat::loopback::example()?;
     /// # let heartbeat = builder.start()?;
     /// # heartbeat.beats().recv_timeout(SOON)?;
     /// let stats = heartbeat.stats();
@@ -282,13 +254,7 @@ impl Heartbeat {
     /// ```
     /// # #[cfg(feature = "loopback")]
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-    /// # use decnet_heartbeat::loopback::LoopbackMaster;
-    /// # use decnet_heartbeat::{Heartbeat, Snapshot};
-    /// # let dir = tempfile::tempdir()?;
-    /// # let master = LoopbackMaster::start()?;
-    /// # let worker = master.enrol(dir.path())?;
-    /// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
-    /// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+    /// # let (_dir, _master, _worker, builder) = decnet_heartbeat::loopback::example()?;
     /// # let heartbeat = builder.start()?;
     /// // In the loop that pets the watchdog:
     /// if heartbeat.is_stalled() {
@@ -309,13 +275,7 @@ impl Heartbeat {
     /// ```
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
     /// # use std::time::Duration;
-    /// # use decnet_heartbeat::loopback::LoopbackMaster;
-    /// # use decnet_heartbeat::{Heartbeat, Snapshot};
-    /// # let dir = tempfile::tempdir()?;
-    /// # let master = LoopbackMaster::start()?;
-    /// # let worker = master.enrol(dir.path())?;
-    /// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
-    /// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+    /// # let (_dir, _master, _worker, builder) = decnet_heartbeat::loopback::example()?;
     /// # let heartbeat = builder.start()?;
     /// let beats = heartbeat.beats();
     /// beats.recv_timeout(Duration::from_secs(10))?;
@@ -336,13 +296,7 @@ impl Heartbeat {
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
     /// # use std::time::Instant;
     /// # use std::time::Duration;
-    /// # use decnet_heartbeat::loopback::LoopbackMaster;
-    /// # use decnet_heartbeat::{Heartbeat, Snapshot};
-    /// # let dir = tempfile::tempdir()?;
-    /// # let master = LoopbackMaster::start()?;
-    /// # let worker = master.enrol(dir.path())?;
-    /// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
-    /// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+    /// # let (_dir, _master, _worker, builder) = decnet_heartbeat::loopback::example()?;
     /// # let heartbeat = builder.start()?;
     /// let since = Instant::now();
     /// // A bound, and not a wait.
@@ -403,12 +357,9 @@ fn has_ended(ended: &Receiver<()>, by: Instant) -> bool {
 /// # #[cfg(feature = "loopback")]
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// # use std::time::Duration;
-/// # use decnet_heartbeat::loopback::LoopbackMaster;
 /// # use decnet_heartbeat::{Heartbeat, MasterIdentity, OutboxLocation, Snapshot};
 /// # const SOON: Duration = Duration::from_secs(10);
-/// # let dir = tempfile::tempdir()?;
-/// # let master = LoopbackMaster::start()?;
-/// # let worker = master.enrol(dir.path())?;
+/// # let (dir, master, worker, _builder) = decnet_heartbeat::loopback::example()?;
 /// let heartbeat = Heartbeat::builder()
 ///     .enrolment(worker.enrolment()?)
 ///     .status_source(|| Snapshot::new(&serde_json::json!({"deployed": false, "deckies": []})))
@@ -449,14 +400,9 @@ impl HeartbeatBuilder {
     /// # #[cfg(feature = "loopback")]
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
     /// # use std::time::Duration;
-    /// # use decnet_heartbeat::loopback::LoopbackMaster;
-    /// # use decnet_heartbeat::{Heartbeat, Snapshot};
+    /// # use decnet_heartbeat::Snapshot;
     /// # const SOON: Duration = Duration::from_secs(10);
-    /// # let dir = tempfile::tempdir()?;
-    /// # let master = LoopbackMaster::start()?;
-    /// # let worker = master.enrol(dir.path())?;
-    /// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
-    /// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+    /// # let (_dir, master, _worker, builder) = decnet_heartbeat::loopback::example()?;
     /// let nothing = || Snapshot::new(&serde_json::json!({"deployed": false, "deckies": []}));
     /// let heartbeat = builder.status_source(nothing).start()?;
     /// assert!(master.wait_until(SOON, |seen| {
@@ -496,14 +442,9 @@ impl HeartbeatBuilder {
     /// # #[cfg(feature = "loopback")]
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
     /// # use std::time::Duration;
-    /// # use decnet_heartbeat::loopback::LoopbackMaster;
-    /// # use decnet_heartbeat::{Heartbeat, MasterIdentity, Snapshot};
+    /// # use decnet_heartbeat::MasterIdentity;
     /// # const SOON: Duration = Duration::from_secs(10);
-    /// # let dir = tempfile::tempdir()?;
-    /// # let master = LoopbackMaster::start()?;
-    /// # let worker = master.enrol(dir.path())?;
-    /// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
-    /// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+    /// # let (_dir, master, _worker, builder) = decnet_heartbeat::loopback::example()?;
     /// // This one certificate, and no other of its CA.
     /// let pinned: MasterIdentity = format!("sha256:{}", master.certificate().fingerprint).parse()?;
     /// let heartbeat = builder.master_identity(pinned).start()?;
@@ -524,14 +465,8 @@ impl HeartbeatBuilder {
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
     /// # use std::time::Instant;
     /// # use std::time::Duration;
-    /// # use decnet_heartbeat::loopback::LoopbackMaster;
-    /// # use decnet_heartbeat::{Heartbeat, Snapshot};
     /// # const SOON: Duration = Duration::from_secs(10);
-    /// # let dir = tempfile::tempdir()?;
-    /// # let master = LoopbackMaster::start()?;
-    /// # let worker = master.enrol(dir.path())?;
-    /// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
-    /// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+    /// # let (_dir, master, _worker, builder) = decnet_heartbeat::loopback::example()?;
     /// let (tick, ticks) = crossbeam_channel::unbounded();
     /// let heartbeat = builder.ticks(ticks).start()?;
     /// assert!(master.wait_for_beats(1, SOON)); // the first one asks for no tick
@@ -552,13 +487,8 @@ impl HeartbeatBuilder {
     /// ```
     /// # #[cfg(feature = "loopback")]
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-    /// # use decnet_heartbeat::loopback::LoopbackMaster;
-    /// # use decnet_heartbeat::{Heartbeat, Snapshot};
-    /// # let dir = tempfile::tempdir()?;
-    /// # let master = LoopbackMaster::start()?;
-    /// # let worker = master.enrol(dir.path())?;
-    /// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
-    /// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+    /// # use decnet_heartbeat::Heartbeat;
+    /// # let (_dir, _master, worker, builder) = decnet_heartbeat::loopback::example()?;
     /// let heartbeat = builder.start()?;
     /// // Two would deliver every delta twice.
     /// let error = Heartbeat::builder().enrolment(worker.enrolment()?).start().unwrap_err();

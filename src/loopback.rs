@@ -24,6 +24,7 @@
 
 mod book;
 mod certificates;
+mod example;
 mod fault;
 mod http;
 mod server;
@@ -40,6 +41,8 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant, SystemTime};
 
 pub use certificates::{Authority, Issued, Role};
+#[doc(hidden)]
+pub use example::{Scratch, example};
 pub use fault::{Answer, Effect, Fault};
 
 use crate::enrolment::Enrolment;
@@ -177,14 +180,9 @@ impl Enrolled {
     /// ```
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
     /// # use std::time::Duration;
-    /// # use decnet_heartbeat::loopback::LoopbackMaster;
-    /// # use decnet_heartbeat::{Heartbeat, Snapshot};
+    /// # use decnet_heartbeat::Heartbeat;
     /// # const SOON: Duration = Duration::from_secs(10);
-    /// # let dir = tempfile::tempdir()?;
-    /// # let master = LoopbackMaster::start()?;
-    /// # let worker = master.enrol(dir.path())?;
-    /// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
-    /// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+    /// # let (_dir, master, worker, builder) = decnet_heartbeat::loopback::example()?;
     /// let heartbeat = Heartbeat::builder().enrolment(worker.enrolment()?).start()?;
     /// assert!(master.wait_for_beats(1, SOON));
     /// # Ok(())
@@ -202,10 +200,7 @@ impl Enrolled {
     /// ```
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
     /// # use decnet_heartbeat::EnrolmentSources;
-    /// # use decnet_heartbeat::loopback::LoopbackMaster;
-    /// # let dir = tempfile::tempdir()?;
-    /// # let master = LoopbackMaster::start()?;
-    /// # let worker = master.enrol(dir.path())?;
+    /// # let (dir, _master, worker, _builder) = decnet_heartbeat::loopback::example()?;
     /// let ini = dir.path().join("decnet.ini");
     /// worker.write_ini(&ini)?;
     /// // As the agent reads it: `DECNET_CONFIG`, or `--config`.
@@ -282,11 +277,30 @@ impl LoopbackMaster {
     }
 
     /// The port, the same for as long as the master lives.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let (_dir, mut master, _worker, _builder) = decnet_heartbeat::loopback::example()?;
+    /// let port = master.port();
+    /// master.stop();
+    /// master.start_again()?;
+    /// assert_eq!(master.port(), port);
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn port(&self) -> u16 {
         self.port
     }
 
     /// 127.0.0.1 and the port.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let (_dir, master, _worker, _builder) = decnet_heartbeat::loopback::example()?;
+    /// assert_eq!(master.address().to_string(), format!("127.0.0.1:{}", master.port()));
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn address(&self) -> SocketAddr {
         SocketAddr::from((Ipv4Addr::LOCALHOST, self.port))
     }
@@ -310,14 +324,9 @@ impl LoopbackMaster {
     /// ```
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
     /// # use std::time::Duration;
-    /// # use decnet_heartbeat::loopback::{LoopbackMaster, Role};
-    /// # use decnet_heartbeat::{Heartbeat, Snapshot};
+    /// # use decnet_heartbeat::loopback::Role;
     /// # const SOON: Duration = Duration::from_secs(10);
-    /// # let dir = tempfile::tempdir()?;
-    /// # let master = LoopbackMaster::start()?;
-    /// # let worker = master.enrol(dir.path())?;
-    /// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
-    /// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+    /// # let (_dir, master, worker, builder) = decnet_heartbeat::loopback::example()?;
     /// // Another worker's certificate in this one's bundle: stolen, or put there by mistake.
     /// let sibling = master.authority().issue(Role::Worker("worker-02".to_owned()))?;
     /// master.authority().write_bundle(&sibling, &worker.agent_dir)?;
@@ -335,14 +344,9 @@ impl LoopbackMaster {
     /// ```
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
     /// # use std::time::Duration;
-    /// # use decnet_heartbeat::loopback::LoopbackMaster;
-    /// # use decnet_heartbeat::{Heartbeat, MasterIdentity, Snapshot};
+    /// # use decnet_heartbeat::MasterIdentity;
     /// # const SOON: Duration = Duration::from_secs(10);
-    /// # let dir = tempfile::tempdir()?;
-    /// # let master = LoopbackMaster::start()?;
-    /// # let worker = master.enrol(dir.path())?;
-    /// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
-    /// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+    /// # let (_dir, master, _worker, builder) = decnet_heartbeat::loopback::example()?;
     /// let pinned: MasterIdentity = format!("sha256:{}", master.certificate().fingerprint).parse()?;
     /// let heartbeat = builder.master_identity(pinned).start()?;
     /// assert!(master.wait_for_beats(1, SOON));
@@ -380,14 +384,8 @@ impl LoopbackMaster {
     /// ```
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
     /// # use std::time::Duration;
-    /// # use decnet_heartbeat::loopback::LoopbackMaster;
-    /// # use decnet_heartbeat::{Heartbeat, Snapshot};
     /// # const SOON: Duration = Duration::from_secs(10);
-    /// # let dir = tempfile::tempdir()?;
-    /// # let master = LoopbackMaster::start()?;
-    /// # let worker = master.enrol(dir.path())?;
-    /// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
-    /// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+    /// # let (_dir, master, worker, builder) = decnet_heartbeat::loopback::example()?;
     /// # let builder = builder.interval(Duration::from_millis(50));
     /// # let heartbeat = builder.start()?;
     /// # assert!(master.wait_for_beats(1, SOON));
@@ -421,14 +419,8 @@ impl LoopbackMaster {
     /// ```
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
     /// # use std::time::Duration;
-    /// # use decnet_heartbeat::loopback::LoopbackMaster;
-    /// # use decnet_heartbeat::{Heartbeat, Snapshot};
     /// # const SOON: Duration = Duration::from_secs(10);
-    /// # let dir = tempfile::tempdir()?;
-    /// # let master = LoopbackMaster::start()?;
-    /// # let worker = master.enrol(dir.path())?;
-    /// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
-    /// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+    /// # let (_dir, master, worker, builder) = decnet_heartbeat::loopback::example()?;
     /// master.pin(&worker.uuid, &"0".repeat(64)); // somebody else's
     /// let heartbeat = builder.start()?;
     /// assert!(master.wait_until(SOON, |seen| seen.received().iter().any(|beat| beat.status == Some(403))));
@@ -444,14 +436,8 @@ impl LoopbackMaster {
     /// ```
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
     /// # use std::time::Duration;
-    /// # use decnet_heartbeat::loopback::LoopbackMaster;
-    /// # use decnet_heartbeat::{Heartbeat, Snapshot};
     /// # const SOON: Duration = Duration::from_secs(10);
-    /// # let dir = tempfile::tempdir()?;
-    /// # let master = LoopbackMaster::start()?;
-    /// # let worker = master.enrol(dir.path())?;
-    /// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
-    /// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+    /// # let (_dir, master, worker, builder) = decnet_heartbeat::loopback::example()?;
     /// # let builder = builder.interval(Duration::from_millis(50));
     /// # let heartbeat = builder.start()?;
     /// master.decommission(&worker.uuid);
@@ -469,10 +455,8 @@ impl LoopbackMaster {
     ///
     /// ```
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-    /// # use decnet_heartbeat::loopback::{LoopbackMaster, RowStatus};
-    /// # let dir = tempfile::tempdir()?;
-    /// # let master = LoopbackMaster::start()?;
-    /// # let worker = master.enrol(dir.path())?;
+    /// # use decnet_heartbeat::loopback::RowStatus;
+    /// # let (_dir, master, worker, _builder) = decnet_heartbeat::loopback::example()?;
     /// let id = master.open_operation(&worker.uuid, "decky-01", "deploy");
     /// assert_eq!((id, master.rows()[0].status), (1, RowStatus::Running)); // until the worker reports
     /// # Ok(())
@@ -487,14 +471,10 @@ impl LoopbackMaster {
     /// ```
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
     /// # use std::time::Duration;
-    /// # use decnet_heartbeat::loopback::{LoopbackMaster, RowStatus};
-    /// # use decnet_heartbeat::{Heartbeat, LifecycleDelta, Operation, Snapshot};
+    /// # use decnet_heartbeat::loopback::RowStatus;
+    /// # use decnet_heartbeat::{LifecycleDelta, Operation};
     /// # const SOON: Duration = Duration::from_secs(10);
-    /// # let dir = tempfile::tempdir()?;
-    /// # let master = LoopbackMaster::start()?;
-    /// # let worker = master.enrol(dir.path())?;
-    /// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
-    /// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+    /// # let (_dir, master, worker, builder) = decnet_heartbeat::loopback::example()?;
     /// # let heartbeat = builder.start()?;
     /// master.open_operation(&worker.uuid, "decky-01", "deploy");
     /// master.open_operation(&worker.uuid, "decky-01", "deploy"); // once more, before the first has ended
@@ -513,14 +493,10 @@ impl LoopbackMaster {
     /// ```
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
     /// # use std::time::Duration;
-    /// # use decnet_heartbeat::loopback::{LoopbackMaster, ShardState};
-    /// # use decnet_heartbeat::{Heartbeat, Snapshot};
+    /// # use decnet_heartbeat::loopback::ShardState;
+    /// # use decnet_heartbeat::Snapshot;
     /// # const SOON: Duration = Duration::from_secs(10);
-    /// # let dir = tempfile::tempdir()?;
-    /// # let master = LoopbackMaster::start()?;
-    /// # let worker = master.enrol(dir.path())?;
-    /// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
-    /// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+    /// # let (_dir, master, _worker, builder) = decnet_heartbeat::loopback::example()?;
     /// # let decky = serde_json::json!({
     /// #     "name": "decky-01", "ip": "10.0.0.7", "services": ["ssh"],
     /// #     "distro": "debian", "base_image": "debian:12", "hostname": "files",
@@ -544,14 +520,8 @@ impl LoopbackMaster {
     /// ```
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
     /// # use std::time::Duration;
-    /// # use decnet_heartbeat::loopback::LoopbackMaster;
-    /// # use decnet_heartbeat::{Heartbeat, Snapshot};
     /// # const SOON: Duration = Duration::from_secs(10);
-    /// # let dir = tempfile::tempdir()?;
-    /// # let master = LoopbackMaster::start()?;
-    /// # let worker = master.enrol(dir.path())?;
-    /// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
-    /// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+    /// # let (_dir, master, worker, builder) = decnet_heartbeat::loopback::example()?;
     /// # let heartbeat = builder.start()?;
     /// assert!(master.wait_for_beats(1, SOON));
     /// let beat = &master.received()[0];
@@ -569,14 +539,8 @@ impl LoopbackMaster {
     /// ```
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
     /// # use std::time::Duration;
-    /// # use decnet_heartbeat::loopback::LoopbackMaster;
-    /// # use decnet_heartbeat::{Heartbeat, Snapshot};
     /// # const SOON: Duration = Duration::from_secs(10);
-    /// # let dir = tempfile::tempdir()?;
-    /// # let master = LoopbackMaster::start()?;
-    /// # let worker = master.enrol(dir.path())?;
-    /// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
-    /// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+    /// # let (_dir, master, _worker, builder) = decnet_heartbeat::loopback::example()?;
     /// # let heartbeat = builder.start()?;
     /// assert!(master.wait_for_beats(1, SOON));
     /// let bytes: usize = master.take_received().iter().map(|beat| beat.body.len()).sum();
@@ -595,14 +559,8 @@ impl LoopbackMaster {
     /// ```
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
     /// # use std::time::Duration;
-    /// # use decnet_heartbeat::loopback::LoopbackMaster;
-    /// # use decnet_heartbeat::{Heartbeat, Snapshot};
     /// # const SOON: Duration = Duration::from_secs(10);
-    /// # let dir = tempfile::tempdir()?;
-    /// # let master = LoopbackMaster::start()?;
-    /// # let worker = master.enrol(dir.path())?;
-    /// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
-    /// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+    /// # let (_dir, master, _worker, builder) = decnet_heartbeat::loopback::example()?;
     /// # let builder = builder.interval(Duration::from_millis(50));
     /// # let heartbeat = builder.start()?;
     /// assert!(master.wait_for_beats(3, SOON));
@@ -620,14 +578,8 @@ impl LoopbackMaster {
     /// ```
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
     /// # use std::time::Duration;
-    /// # use decnet_heartbeat::loopback::LoopbackMaster;
-    /// # use decnet_heartbeat::{Heartbeat, Snapshot};
     /// # const SOON: Duration = Duration::from_secs(10);
-    /// # let dir = tempfile::tempdir()?;
-    /// # let master = LoopbackMaster::start()?;
-    /// # let worker = master.enrol(dir.path())?;
-    /// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
-    /// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+    /// # let (_dir, master, _worker, builder) = decnet_heartbeat::loopback::example()?;
     /// # let builder = builder.interval(Duration::from_millis(50));
     /// # let heartbeat = builder.start()?;
     /// // A beat that came with the reason why nothing is known.
@@ -647,13 +599,7 @@ impl LoopbackMaster {
     /// ```
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
     /// # use std::time::Duration;
-    /// # use decnet_heartbeat::loopback::LoopbackMaster;
-    /// # use decnet_heartbeat::{Heartbeat, Snapshot};
-    /// # let dir = tempfile::tempdir()?;
-    /// # let master = LoopbackMaster::start()?;
-    /// # let worker = master.enrol(dir.path())?;
-    /// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
-    /// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+    /// # let (_dir, master, _worker, builder) = decnet_heartbeat::loopback::example()?;
     /// assert!(!master.wait_for_beats(1, Duration::ZERO)); // nobody has started yet
     /// let heartbeat = builder.start()?;
     /// assert!(master.wait_for_beats(1, Duration::from_secs(10)));
@@ -671,14 +617,9 @@ impl LoopbackMaster {
     /// ```
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
     /// # use std::time::Duration;
-    /// # use decnet_heartbeat::loopback::{Answer, Effect, Fault, LoopbackMaster};
-    /// # use decnet_heartbeat::{Heartbeat, Snapshot};
+    /// # use decnet_heartbeat::loopback::{Answer, Effect, Fault};
     /// # const SOON: Duration = Duration::from_secs(10);
-    /// # let dir = tempfile::tempdir()?;
-    /// # let master = LoopbackMaster::start()?;
-    /// # let worker = master.enrol(dir.path())?;
-    /// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
-    /// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+    /// # let (_dir, master, _worker, builder) = decnet_heartbeat::loopback::example()?;
     /// # let builder = builder.interval(Duration::from_millis(50));
     /// master.script([Answer::status(503).into(), Fault::CutInBody, Fault::CutAfterBody(Effect::Lost)]);
     /// let heartbeat = builder.start()?;
@@ -697,14 +638,9 @@ impl LoopbackMaster {
     /// ```
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
     /// # use std::time::Duration;
-    /// # use decnet_heartbeat::loopback::{Answer, LoopbackMaster, Seen};
-    /// # use decnet_heartbeat::{Heartbeat, Snapshot};
+    /// # use decnet_heartbeat::loopback::{Answer, Seen};
     /// # const SOON: Duration = Duration::from_secs(10);
-    /// # let dir = tempfile::tempdir()?;
-    /// # let master = LoopbackMaster::start()?;
-    /// # let worker = master.enrol(dir.path())?;
-    /// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
-    /// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+    /// # let (_dir, master, _worker, builder) = decnet_heartbeat::loopback::example()?;
     /// # let builder = builder.interval(Duration::from_millis(50));
     /// # let heartbeat = builder.start()?;
     /// master.always(Some(Answer::status(500).into()));
@@ -767,14 +703,8 @@ impl LoopbackMaster {
     /// ```
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
     /// # use std::time::Duration;
-    /// # use decnet_heartbeat::loopback::LoopbackMaster;
-    /// # use decnet_heartbeat::{Heartbeat, Snapshot};
     /// # const SOON: Duration = Duration::from_secs(10);
-    /// # let dir = tempfile::tempdir()?;
-    /// # let mut master = LoopbackMaster::start()?;
-    /// # let worker = master.enrol(dir.path())?;
-    /// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
-    /// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+    /// # let (_dir, mut master, _worker, builder) = decnet_heartbeat::loopback::example()?;
     /// # let builder = builder.interval(Duration::from_millis(50));
     /// # let heartbeat = builder.start()?;
     /// let address = master.address();
@@ -850,14 +780,8 @@ impl fmt::Debug for LoopbackMaster {
 /// ```
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// # use std::time::Duration;
-/// # use decnet_heartbeat::loopback::LoopbackMaster;
-/// # use decnet_heartbeat::{Heartbeat, Snapshot};
 /// # const SOON: Duration = Duration::from_secs(10);
-/// # let dir = tempfile::tempdir()?;
-/// # let master = LoopbackMaster::start()?;
-/// # let worker = master.enrol(dir.path())?;
-/// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
-/// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+/// # let (_dir, master, _worker, builder) = decnet_heartbeat::loopback::example()?;
 /// # let heartbeat = builder.start()?;
 /// // All of it as of one moment, which calls of `received` and `rows` in turn would not be.
 /// assert!(master.wait_until(SOON, |seen| seen.beats() >= 1 && seen.received().len() >= 1 && seen.rows().is_empty()));
@@ -876,21 +800,68 @@ pub struct Seen {
 
 impl Seen {
     /// As [`LoopbackMaster::received`].
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let (_dir, master, _worker, builder) = decnet_heartbeat::loopback::example()?;
+    /// # let soon = std::time::Duration::from_secs(10);
+    /// let heartbeat = builder.start()?;
+    /// assert!(master.wait_until(soon, |seen| seen.received().iter().any(|beat| beat.status == Some(204))));
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn received(&self) -> &[Received] {
         &self.received
     }
 
     /// As [`LoopbackMaster::connections`].
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let (_dir, master, _worker, builder) = decnet_heartbeat::loopback::example()?;
+    /// # let soon = std::time::Duration::from_secs(10);
+    /// let heartbeat = builder.start()?;
+    /// assert!(master.wait_until(soon, |seen| seen.connections().iter().any(|one| one.handshake.is_some())));
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn connections(&self) -> &[ConnectionReport] {
         &self.connections
     }
 
     /// As [`LoopbackMaster::rows`].
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let (_dir, master, worker, _builder) = decnet_heartbeat::loopback::example()?;
+    /// # let soon = std::time::Duration::from_secs(10);
+    /// master.open_operation(&worker.uuid, "decky-01", "deploy");
+    /// assert!(master.wait_until(soon, |seen| seen.rows().len() == 1));
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn rows(&self) -> &[LifecycleRow] {
         &self.book.rows
     }
 
     /// As [`LoopbackMaster::shards`].
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let (_dir, master, _worker, builder) = decnet_heartbeat::loopback::example()?;
+    /// # let soon = std::time::Duration::from_secs(10);
+    /// use decnet_heartbeat::Snapshot;
+    /// use serde_json::json;
+    ///
+    /// // What is missing from `runtime` is written down as degraded.
+    /// let decky = json!({"name": "decky-01", "services": ["ssh"], "ip": "10.0.0.7", "distro": "debian",
+    ///     "base_image": "debian:12", "hostname": "files"});
+    /// let status = move || Snapshot::new(&json!({"deployed": true, "deckies": [decky.clone()], "runtime": {}}));
+    /// let heartbeat = builder.status_source(status).start()?;
+    /// assert!(master.wait_until(soon, |seen| seen.shards().contains_key("decky-01")));
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn shards(&self) -> &BTreeMap<String, Shard> {
         &self.book.shards
     }
@@ -900,14 +871,9 @@ impl Seen {
     /// ```
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
     /// # use std::time::Duration;
-    /// # use decnet_heartbeat::loopback::{Answer, LoopbackMaster};
-    /// # use decnet_heartbeat::{Heartbeat, Snapshot};
+    /// # use decnet_heartbeat::loopback::Answer;
     /// # const SOON: Duration = Duration::from_secs(10);
-    /// # let dir = tempfile::tempdir()?;
-    /// # let master = LoopbackMaster::start()?;
-    /// # let worker = master.enrol(dir.path())?;
-    /// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
-    /// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+    /// # let (_dir, master, _worker, builder) = decnet_heartbeat::loopback::example()?;
     /// # let builder = builder.interval(Duration::from_millis(50));
     /// master.script([Answer::status(503).into()]);
     /// let heartbeat = builder.start()?;
@@ -947,14 +913,8 @@ fn forget_older_half<T>(list: &mut Vec<T>) {
 /// ```
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// # use std::time::Duration;
-/// # use decnet_heartbeat::loopback::LoopbackMaster;
-/// # use decnet_heartbeat::{Heartbeat, Snapshot};
 /// # const SOON: Duration = Duration::from_secs(10);
-/// # let dir = tempfile::tempdir()?;
-/// # let master = LoopbackMaster::start()?;
-/// # let worker = master.enrol(dir.path())?;
-/// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
-/// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+/// # let (_dir, master, _worker, builder) = decnet_heartbeat::loopback::example()?;
 /// # let heartbeat = builder.start()?;
 /// assert!(master.wait_for_beats(1, SOON));
 /// let beat = &master.received()[0];
@@ -986,6 +946,17 @@ pub struct Received {
 
 impl Received {
     /// The first header of this name, in any case.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let (_dir, master, _worker, builder) = decnet_heartbeat::loopback::example()?;
+    /// # let soon = std::time::Duration::from_secs(10);
+    /// let heartbeat = builder.start()?;
+    /// assert!(master.wait_for_beats(1, soon));
+    /// assert_eq!(master.received()[0].header("Content-Type"), Some("application/json"));
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn header(&self, name: &str) -> Option<&str> {
         fault::first_header(&self.headers, name)
     }
@@ -996,14 +967,9 @@ impl Received {
 /// ```
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// # use std::time::Duration;
-/// # use decnet_heartbeat::loopback::LoopbackMaster;
-/// # use decnet_heartbeat::{Heartbeat, MasterIdentity, Snapshot};
+/// # use decnet_heartbeat::MasterIdentity;
 /// # const SOON: Duration = Duration::from_secs(10);
-/// # let dir = tempfile::tempdir()?;
-/// # let master = LoopbackMaster::start()?;
-/// # let worker = master.enrol(dir.path())?;
-/// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
-/// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+/// # let (_dir, master, _worker, builder) = decnet_heartbeat::loopback::example()?;
 /// let heartbeat = builder.master_identity(MasterIdentity::Fingerprint([0; 32])).start()?; // another master's
 /// assert!(master.wait_until(SOON, |seen| seen.connections().iter().any(|connection| connection.failure.is_some())));
 /// let connection = &master.connections()[0];
@@ -1033,14 +999,9 @@ pub struct ConnectionReport {
 /// ```
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// # use std::time::Duration;
-/// # use decnet_heartbeat::loopback::{LoopbackMaster, TlsVersion};
-/// # use decnet_heartbeat::{Heartbeat, Snapshot};
+/// # use decnet_heartbeat::loopback::TlsVersion;
 /// # const SOON: Duration = Duration::from_secs(10);
-/// # let dir = tempfile::tempdir()?;
-/// # let master = LoopbackMaster::start()?;
-/// # let worker = master.enrol(dir.path())?;
-/// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
-/// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+/// # let (_dir, master, worker, builder) = decnet_heartbeat::loopback::example()?;
 /// # let heartbeat = builder.start()?;
 /// assert!(master.wait_for_beats(1, SOON));
 /// let handshake = master.connections()[0].handshake.clone().ok_or("no handshake")?;
@@ -1063,6 +1024,19 @@ pub struct Handshake {
 }
 
 /// A TLS version.
+///
+/// ```
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # use decnet_heartbeat::loopback::TlsVersion;
+/// # let (_dir, master, _worker, builder) = decnet_heartbeat::loopback::example()?;
+/// # let soon = std::time::Duration::from_secs(10);
+/// let heartbeat = builder.start()?;
+/// assert!(master.wait_for_beats(1, soon));
+/// let version = master.connections()[0].handshake.as_ref().map(|handshake| handshake.version);
+/// assert_eq!(version, Some(TlsVersion::Tls13));
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TlsVersion {
     /// 1.2
@@ -1076,14 +1050,10 @@ pub enum TlsVersion {
 /// ```
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// # use std::time::Duration;
-/// # use decnet_heartbeat::loopback::{LoopbackMaster, RowStatus};
-/// # use decnet_heartbeat::{Heartbeat, LifecycleDelta, Operation, Snapshot};
+/// # use decnet_heartbeat::loopback::RowStatus;
+/// # use decnet_heartbeat::{LifecycleDelta, Operation};
 /// # const SOON: Duration = Duration::from_secs(10);
-/// # let dir = tempfile::tempdir()?;
-/// # let master = LoopbackMaster::start()?;
-/// # let worker = master.enrol(dir.path())?;
-/// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
-/// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+/// # let (_dir, master, worker, builder) = decnet_heartbeat::loopback::example()?;
 /// # let heartbeat = builder.start()?;
 /// master.open_operation(&worker.uuid, "decky-01", "mutate");
 /// heartbeat.deltas().push(LifecycleDelta::failed("decky-01", Operation::Mutate, "no such service"))?;
@@ -1118,14 +1088,10 @@ pub struct LifecycleRow {
 /// ```
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// # use std::time::Duration;
-/// # use decnet_heartbeat::loopback::{LoopbackMaster, RowStatus};
-/// # use decnet_heartbeat::{Heartbeat, Operation, Snapshot};
+/// # use decnet_heartbeat::loopback::RowStatus;
+/// # use decnet_heartbeat::Operation;
 /// # const SOON: Duration = Duration::from_secs(10);
-/// # let dir = tempfile::tempdir()?;
-/// # let master = LoopbackMaster::start()?;
-/// # let worker = master.enrol(dir.path())?;
-/// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
-/// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+/// # let (_dir, master, worker, builder) = decnet_heartbeat::loopback::example()?;
 /// # let heartbeat = builder.start()?;
 /// # master.open_operation(&worker.uuid, "decky-01", "deploy");
 /// assert_eq!(master.rows()[0].status, RowStatus::Running);
@@ -1150,14 +1116,10 @@ pub enum RowStatus {
 /// ```
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// # use std::time::Duration;
-/// # use decnet_heartbeat::loopback::{LoopbackMaster, ShardState};
-/// # use decnet_heartbeat::{Heartbeat, Snapshot};
+/// # use decnet_heartbeat::loopback::ShardState;
+/// # use decnet_heartbeat::Snapshot;
 /// # const SOON: Duration = Duration::from_secs(10);
-/// # let dir = tempfile::tempdir()?;
-/// # let master = LoopbackMaster::start()?;
-/// # let worker = master.enrol(dir.path())?;
-/// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
-/// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+/// # let (_dir, master, worker, builder) = decnet_heartbeat::loopback::example()?;
 /// # let decky = serde_json::json!({
 /// #     "name": "decky-01", "ip": "10.0.0.7", "services": ["ssh"],
 /// #     "distro": "debian", "base_image": "debian:12", "hostname": "files",
@@ -1183,6 +1145,26 @@ pub struct Shard {
 }
 
 /// How a decky was reported.
+///
+/// ```
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # use decnet_heartbeat::loopback::ShardState;
+/// # let (_dir, master, _worker, builder) = decnet_heartbeat::loopback::example()?;
+/// # let soon = std::time::Duration::from_secs(10);
+/// use decnet_heartbeat::Snapshot;
+/// use serde_json::json;
+///
+/// // What is missing from `runtime` is written down as degraded.
+/// let decky = json!({"name": "decky-01", "services": ["ssh"], "ip": "10.0.0.7", "distro": "debian",
+///     "base_image": "debian:12", "hostname": "files"});
+/// let status = move || Snapshot::new(&json!({"deployed": true, "deckies": [decky.clone()], "runtime": {}}));
+/// let heartbeat = builder.status_source(status).start()?;
+/// assert!(master.wait_until(soon, |seen| {
+///     seen.shards().get("decky-01").is_some_and(|shard| shard.state == ShardState::Degraded)
+/// }));
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ShardState {
     /// It runs.

@@ -20,14 +20,10 @@ use crate::sender::DeltaSender;
 /// # #[cfg(feature = "loopback")]
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// # use std::time::Duration;
-/// # use decnet_heartbeat::loopback::{LoopbackMaster, RowStatus};
-/// # use decnet_heartbeat::{Heartbeat, Operation, Outcome, Snapshot};
+/// # use decnet_heartbeat::loopback::RowStatus;
+/// # use decnet_heartbeat::{Operation, Outcome};
 /// # const SOON: Duration = Duration::from_secs(10);
-/// # let dir = tempfile::tempdir()?;
-/// # let master = LoopbackMaster::start()?;
-/// # let worker = master.enrol(dir.path())?;
-/// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
-/// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+/// # let (_dir, master, worker, builder) = decnet_heartbeat::loopback::example()?;
 /// # let heartbeat = builder.start()?;
 /// # for decky in ["decky-01", "decky-02"] {
 /// #     master.open_operation(&worker.uuid, decky, "deploy");
@@ -83,14 +79,10 @@ impl TrackedOperation {
     /// # #[cfg(feature = "loopback")]
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
     /// # use std::time::Duration;
-    /// # use decnet_heartbeat::loopback::{LoopbackMaster, RowStatus};
-    /// # use decnet_heartbeat::{Heartbeat, Operation, Snapshot};
+    /// # use decnet_heartbeat::loopback::RowStatus;
+    /// # use decnet_heartbeat::Operation;
     /// # const SOON: Duration = Duration::from_secs(10);
-    /// # let dir = tempfile::tempdir()?;
-    /// # let master = LoopbackMaster::start()?;
-    /// # let worker = master.enrol(dir.path())?;
-    /// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
-    /// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+    /// # let (_dir, master, worker, builder) = decnet_heartbeat::loopback::example()?;
     /// # let heartbeat = builder.start()?;
     /// # for decky in ["decky-01", "decky-02"] {
     /// #     master.open_operation(&worker.uuid, decky, "deploy");
@@ -114,13 +106,8 @@ impl TrackedOperation {
     /// ```
     /// # #[cfg(feature = "loopback")]
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-    /// # use decnet_heartbeat::loopback::LoopbackMaster;
-    /// # use decnet_heartbeat::{Heartbeat, Operation, Outcome, Snapshot};
-    /// # let dir = tempfile::tempdir()?;
-    /// # let master = LoopbackMaster::start()?;
-    /// # let worker = master.enrol(dir.path())?;
-    /// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
-    /// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+    /// # use decnet_heartbeat::{Operation, Outcome};
+    /// # let (_dir, _master, _worker, builder) = decnet_heartbeat::loopback::example()?;
     /// # let heartbeat = builder.start()?;
     /// let mut operation = heartbeat.begin(Operation::Deploy, ["decky-01", "decky-02"])?;
     /// operation.settle("decky-01", Outcome::Failed("exited with 3".to_owned()))?;

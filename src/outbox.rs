@@ -58,13 +58,8 @@ pub(crate) const FILE: &str = "heartbeat.db";
 /// ```
 /// # #[cfg(feature = "loopback")]
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-/// # use decnet_heartbeat::loopback::LoopbackMaster;
-/// # use decnet_heartbeat::{Heartbeat, OutboxLocation, Snapshot};
-/// # let dir = tempfile::tempdir()?;
-/// # let master = LoopbackMaster::start()?;
-/// # let worker = master.enrol(dir.path())?;
-/// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
-/// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+/// # use decnet_heartbeat::OutboxLocation;
+/// # let (dir, _master, _worker, builder) = decnet_heartbeat::loopback::example()?;
 /// let file = dir.path().join("outbox.db");
 /// let heartbeat = builder.outbox(OutboxLocation::File(file.clone())).start()?;
 /// assert_eq!(heartbeat.stats().outbox.as_deref(), Some(file.as_path()));

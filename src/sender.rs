@@ -22,14 +22,10 @@ use crate::outbox::{Kept, Outbox, Poster};
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// # use std::thread;
 /// # use std::time::Duration;
-/// # use decnet_heartbeat::loopback::{LoopbackMaster, RowStatus};
-/// # use decnet_heartbeat::{Heartbeat, LifecycleDelta, Operation, Snapshot};
+/// # use decnet_heartbeat::loopback::RowStatus;
+/// # use decnet_heartbeat::{LifecycleDelta, Operation};
 /// # const SOON: Duration = Duration::from_secs(10);
-/// # let dir = tempfile::tempdir()?;
-/// # let master = LoopbackMaster::start()?;
-/// # let worker = master.enrol(dir.path())?;
-/// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
-/// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+/// # let (_dir, master, worker, builder) = decnet_heartbeat::loopback::example()?;
 /// # let heartbeat = builder.start()?;
 /// # for decky in ["decky-01", "decky-02"] {
 /// #     master.open_operation(&worker.uuid, decky, "mutate");
@@ -82,14 +78,9 @@ impl DeltaSender {
     /// # #[cfg(feature = "loopback")]
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
     /// # use std::time::Duration;
-    /// # use decnet_heartbeat::loopback::LoopbackMaster;
-    /// # use decnet_heartbeat::{Heartbeat, LifecycleDelta, Operation, Snapshot};
+    /// # use decnet_heartbeat::{LifecycleDelta, Operation};
     /// # const SOON: Duration = Duration::from_secs(10);
-    /// # let dir = tempfile::tempdir()?;
-    /// # let mut master = LoopbackMaster::start()?;
-    /// # let worker = master.enrol(dir.path())?;
-    /// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
-    /// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+    /// # let (_dir, mut master, worker, builder) = decnet_heartbeat::loopback::example()?;
     /// # let builder = builder.interval(Duration::from_millis(50));
     /// # let heartbeat = builder.start()?;
     /// # master.open_operation(&worker.uuid, "decky-01", "deploy");
@@ -118,13 +109,8 @@ impl DeltaSender {
     /// ```
     /// # #[cfg(feature = "loopback")]
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-    /// # use decnet_heartbeat::loopback::LoopbackMaster;
-    /// # use decnet_heartbeat::{Heartbeat, LifecycleDelta, Operation, Snapshot};
-    /// # let dir = tempfile::tempdir()?;
-    /// # let master = LoopbackMaster::start()?;
-    /// # let worker = master.enrol(dir.path())?;
-    /// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
-    /// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+    /// # use decnet_heartbeat::{LifecycleDelta, Operation};
+    /// # let (_dir, _master, _worker, builder) = decnet_heartbeat::loopback::example()?;
     /// # let heartbeat = builder.start()?;
     /// let ended = ["decky-01", ""].map(|decky| LifecycleDelta::succeeded(decky, Operation::Deploy));
     /// let error = heartbeat.deltas().push_all(ended).unwrap_err();
@@ -163,14 +149,10 @@ impl DeltaSender {
     /// # #[cfg(feature = "loopback")]
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
     /// # use std::time::Duration;
-    /// # use decnet_heartbeat::loopback::{LoopbackMaster, RowStatus};
-    /// # use decnet_heartbeat::{Heartbeat, Operation, Snapshot};
+    /// # use decnet_heartbeat::loopback::RowStatus;
+    /// # use decnet_heartbeat::Operation;
     /// # const SOON: Duration = Duration::from_secs(10);
-    /// # let dir = tempfile::tempdir()?;
-    /// # let master = LoopbackMaster::start()?;
-    /// # let worker = master.enrol(dir.path())?;
-    /// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
-    /// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+    /// # let (_dir, master, worker, builder) = decnet_heartbeat::loopback::example()?;
     /// # let heartbeat = builder.start()?;
     /// # fn compose_up() -> Result<(), std::io::Error> { Ok(()) }
     /// # for decky in ["decky-01", "decky-02"] {
@@ -217,14 +199,9 @@ impl DeltaSender {
     /// # #[cfg(feature = "loopback")]
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
     /// # use std::time::Duration;
-    /// # use decnet_heartbeat::loopback::LoopbackMaster;
-    /// # use decnet_heartbeat::{Heartbeat, Operation, Snapshot};
+    /// # use decnet_heartbeat::Operation;
     /// # const SOON: Duration = Duration::from_secs(10);
-    /// # let dir = tempfile::tempdir()?;
-    /// # let master = LoopbackMaster::start()?;
-    /// # let worker = master.enrol(dir.path())?;
-    /// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
-    /// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+    /// # let (_dir, master, worker, builder) = decnet_heartbeat::loopback::example()?;
     /// # let heartbeat = builder.start()?;
     /// # fn compose_up() -> Result<(), std::io::Error> { Err(std::io::Error::other("no space left")) }
     /// # master.open_operation(&worker.uuid, "decky-01", "deploy");

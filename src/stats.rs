@@ -17,14 +17,9 @@ use crate::master::Reply;
 /// # #[cfg(feature = "loopback")]
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// # use std::time::Duration;
-/// # use decnet_heartbeat::loopback::LoopbackMaster;
-/// # use decnet_heartbeat::{Heartbeat, Snapshot, Stats};
+/// # use decnet_heartbeat::Stats;
 /// # const SOON: Duration = Duration::from_secs(10);
-/// # let dir = tempfile::tempdir()?;
-/// # let master = LoopbackMaster::start()?;
-/// # let worker = master.enrol(dir.path())?;
-/// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
-/// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+/// # let (_dir, _master, _worker, builder) = decnet_heartbeat::loopback::example()?;
 /// # let heartbeat = builder.start()?;
 /// # heartbeat.beats().recv_timeout(SOON)?;
 /// /// For the agent's own health page.
@@ -116,14 +111,8 @@ pub struct Stats {
 /// # #[cfg(feature = "loopback")]
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// # use std::time::Duration;
-/// # use decnet_heartbeat::loopback::LoopbackMaster;
-/// # use decnet_heartbeat::{Heartbeat, Snapshot};
 /// # const SOON: Duration = Duration::from_secs(10);
-/// # let dir = tempfile::tempdir()?;
-/// # let master = LoopbackMaster::start()?;
-/// # let worker = master.enrol(dir.path())?;
-/// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
-/// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+/// # let (_dir, master, worker, builder) = decnet_heartbeat::loopback::example()?;
 /// master.decommission(&worker.uuid);
 /// let heartbeat = builder.start()?;
 /// # heartbeat.beats().recv_timeout(SOON)?;

@@ -1,9 +1,6 @@
 //! `demo`: the whole thing against a loopback master, printed as it happens. Nothing is played: every line is what the
 //! heartbeat or the master says of itself. Runs on the program's main thread.
 
-use std::fs::{self, DirBuilder};
-use std::os::unix::fs::DirBuilderExt;
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -14,7 +11,7 @@ use super::print;
 use crate::delta::{LifecycleDelta, Operation};
 use crate::error::Error;
 use crate::heartbeat::Heartbeat;
-use crate::loopback::{Enrolled, LifecycleRow, LoopbackMaster, RowStatus};
+use crate::loopback::{Enrolled, LifecycleRow, LoopbackMaster, RowStatus, Scratch};
 use crate::stats::{Failure, Stats};
 use crate::status::Snapshot;
 
@@ -55,14 +52,14 @@ struct Demo {
     seen: Stats,
     pushed: Instant,
     outage: (Instant, Duration),
-    _folder: Folder,
+    _folder: Scratch,
 }
 
 impl Demo {
     fn new(start: Instant, length: Duration) -> Result<Self, Error> {
-        let folder = Folder::new()?;
+        let folder = Scratch::new()?;
         let master = LoopbackMaster::start()?;
-        let worker = master.enrol(&folder.0.join("agent"))?;
+        let worker = master.enrol(&folder.path().join("agent"))?;
         say(start, "⌂", &format!("a DECNET master with a CA of its own listens on {}", master.address()));
         say(start, "✎", &format!("this host is enrolled as {}, pinned to its certificate", worker.uuid));
         let deployed = Arc::new(Mutex::new(false));
@@ -209,24 +206,4 @@ fn deltas(count: u64) -> String {
 fn describe(row: &LifecycleRow) -> String {
     let error = row.error.as_ref().map_or_else(String::new, |error| format!(" ({error})"));
     format!("{} {} {:?}{error}", row.operation, row.decky, row.status).to_lowercase()
-}
-
-/// A folder of the demo's own, gone with it.
-struct Folder(PathBuf);
-
-impl Folder {
-    fn new() -> Result<Self, Error> {
-        let path = std::env::temp_dir().join(format!("decnet-heartbeat-demo-{:016x}", fastrand::u64(..)));
-        DirBuilder::new().mode(0o700).create(&path).map_err(|source| {
-            Error::loopback(format!("the folder {} cannot be made", path.display())).because(source)
-        })?;
-        Ok(Self(path))
-    }
-}
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        // What is left behind is a few KiB in the folder for such things.
-        let _ = fs::remove_dir_all(&self.0);
-    }
 }

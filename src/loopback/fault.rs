@@ -9,14 +9,9 @@ use std::time::Duration;
 /// ```
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// # use std::time::Duration;
-/// # use decnet_heartbeat::loopback::{Answer, Effect, Fault, LoopbackMaster};
-/// # use decnet_heartbeat::{Heartbeat, Snapshot};
+/// # use decnet_heartbeat::loopback::{Answer, Effect, Fault};
 /// # const SOON: Duration = Duration::from_secs(10);
-/// # let dir = tempfile::tempdir()?;
-/// # let master = LoopbackMaster::start()?;
-/// # let worker = master.enrol(dir.path())?;
-/// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
-/// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+/// # let (_dir, master, _worker, builder) = decnet_heartbeat::loopback::example()?;
 /// # let builder = builder.interval(Duration::from_millis(50));
 /// master.script([
 ///     Fault::CutBeforeHandshake,           // at the first connection
@@ -72,14 +67,10 @@ pub enum Fault {
 /// ```
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// # use std::time::Duration;
-/// # use decnet_heartbeat::loopback::{Effect, Fault, LoopbackMaster, RowStatus, Seen};
-/// # use decnet_heartbeat::{Heartbeat, LifecycleDelta, Operation, Snapshot};
+/// # use decnet_heartbeat::loopback::{Effect, Fault, RowStatus, Seen};
+/// # use decnet_heartbeat::{LifecycleDelta, Operation};
 /// # const SOON: Duration = Duration::from_secs(10);
-/// # let dir = tempfile::tempdir()?;
-/// # let master = LoopbackMaster::start()?;
-/// # let worker = master.enrol(dir.path())?;
-/// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
-/// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+/// # let (_dir, master, worker, builder) = decnet_heartbeat::loopback::example()?;
 /// # let heartbeat = builder.start()?;
 /// # assert!(master.wait_for_beats(1, SOON));
 /// master.open_operation(&worker.uuid, "decky-01", "deploy");
@@ -108,14 +99,9 @@ pub enum Effect {
 /// ```
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// # use std::time::Duration;
-/// # use decnet_heartbeat::loopback::{Answer, LoopbackMaster};
-/// # use decnet_heartbeat::{Heartbeat, Snapshot};
+/// # use decnet_heartbeat::loopback::Answer;
 /// # const SOON: Duration = Duration::from_secs(10);
-/// # let dir = tempfile::tempdir()?;
-/// # let master = LoopbackMaster::start()?;
-/// # let worker = master.enrol(dir.path())?;
-/// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
-/// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+/// # let (_dir, master, _worker, builder) = decnet_heartbeat::loopback::example()?;
 /// let answer = Answer::status(503).header("Retry-After", "1").body("busy");
 /// master.script([answer.into()]);
 /// let heartbeat = builder.start()?;
@@ -142,14 +128,9 @@ impl Answer {
     /// ```
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
     /// # use std::time::Duration;
-    /// # use decnet_heartbeat::loopback::{Answer, LoopbackMaster};
-    /// # use decnet_heartbeat::{Heartbeat, Snapshot};
+    /// # use decnet_heartbeat::loopback::Answer;
     /// # const SOON: Duration = Duration::from_secs(10);
-    /// # let dir = tempfile::tempdir()?;
-    /// # let master = LoopbackMaster::start()?;
-    /// # let worker = master.enrol(dir.path())?;
-    /// # let builder = Heartbeat::builder().enrolment(worker.enrolment()?);
-    /// # let builder = builder.status_source(|| Snapshot::unknown("an example"));
+    /// # let (_dir, master, _worker, builder) = decnet_heartbeat::loopback::example()?;
     /// master.script([Answer::status(500).into()]);
     /// let heartbeat = builder.start()?;
     /// assert!(master.wait_until(SOON, |seen| seen.received().iter().any(|beat| beat.status == Some(500))));
