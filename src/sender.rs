@@ -250,6 +250,10 @@ impl DeltaSender {
 
 impl Inner {
     fn wake(&self) -> Result<(), Error> {
+        // Its thread may still hang in its last call, and will look no more.
+        if self.outbox.is_dead() {
+            return Err(stopped());
+        }
         match self.wake.try_send(()) {
             // Full: the heartbeat thread has been told already, and looks into the outbox for all there is.
             Ok(()) | Err(TrySendError::Full(())) => Ok(()),

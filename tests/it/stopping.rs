@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::bounded;
 use decnet_heartbeat::loopback::{Answer, Effect, Fault};
-use decnet_heartbeat::{LifecycleDelta, Operation, Stopped};
+use decnet_heartbeat::{LifecycleDelta, Operation, OutboxLocation, Stopped};
 use serde_json::json;
 
 use crate::support::{PATIENCE, Stage, deckies, hanging, json_of, now, settled};
@@ -120,6 +120,20 @@ fn a_refusal_of_the_last_post_ends_the_stop_at_once() {
         let sent = stage.master.received().len() - before;
         // Where the backoff ended before the stop, there was a beat of its own.
         assert!((1..=2).contains(&sent), "{status}: {sent}");
+    }
+}
+
+#[test]
+fn what_is_pushed_into_memory_after_a_stop_is_refused_whether_or_not_the_stop_was_in_time() {
+    let stage = Stage::new();
+    for _ in 0..20 {
+        let (builder, _tick) = stage.builder();
+        let heartbeat = builder.outbox(OutboxLocation::Memory).start().unwrap();
+        let deltas = heartbeat.deltas();
+        heartbeat.stop(Duration::ZERO);
+        let error = deltas.push(deployed("d")).unwrap_err();
+        let said = "outbox in memory: the heartbeat has stopped, and nothing outlives it in memory";
+        assert_eq!(error.to_string(), said);
     }
 }
 
