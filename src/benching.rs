@@ -3,8 +3,12 @@
 use std::path::Path;
 
 use crate::body::Body;
+use crate::outbox::schema;
 use crate::status::decnet::DecnetStatus;
 use crate::status::docker::Engine;
+
+/// The outbox' table, as it is made: the floor of what SQLite can do writes the same.
+pub const TABLE: &str = schema::TABLE;
 
 /// Writes one body after another, of a state file and of what Docker has said last.
 #[derive(Debug)]

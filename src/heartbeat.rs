@@ -512,9 +512,7 @@ impl HeartbeatBuilder {
 
     fn start_as(self, enrolment: Result<Enrolment, Error>) -> Result<Heartbeat, Error> {
         let interval = self.interval.unwrap_or(limits::INTERVAL);
-        if !(limits::MIN_INTERVAL..=limits::MAX_INTERVAL).contains(&interval) {
-            return Err(Error::setting("interval", format!("is {interval:?}; it must be from 50 ms to 1 h")));
-        }
+        check_interval(interval)?;
         let enrolment = match enrolment {
             Ok(enrolment) => enrolment,
             Err(error) if error.is_not_enrolled() => {
@@ -539,6 +537,14 @@ impl HeartbeatBuilder {
         let agent_version = self.agent_version.unwrap_or_else(|| env!("CARGO_PKG_VERSION").to_owned());
         start(link, outbox, source, Settings { agent_version, interval, ticks })
     }
+}
+
+/// Refuses an interval that is out of bounds.
+pub(crate) fn check_interval(interval: Duration) -> Result<(), Error> {
+    if (limits::MIN_INTERVAL..=limits::MAX_INTERVAL).contains(&interval) {
+        return Ok(());
+    }
+    Err(Error::setting("interval", format!("is {interval:?}; it must be from 50 ms to 1 h")))
 }
 
 struct Settings {

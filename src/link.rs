@@ -131,8 +131,9 @@ impl Link {
 
 /// `host=… master=…`
 pub(crate) struct Names<'a> {
-    host: &'a str,
-    master: &'a str,
+    pub(crate) host: &'a str,
+    /// Its URL.
+    pub(crate) master: &'a str,
 }
 
 impl fmt::Display for Names<'_> {

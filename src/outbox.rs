@@ -51,7 +51,7 @@ use shared::{Shared, name};
 use store::{Refusal, Store};
 
 /// The outbox' name in the agent dir.
-pub(crate) const FILE: &str = "heartbeat.db";
+const FILE: &str = "heartbeat.db";
 
 /// Where deltas are kept until the master has them.
 ///
@@ -78,6 +78,17 @@ pub enum OutboxLocation {
     File(PathBuf),
     /// Memory: what is undelivered is lost when the process ends.
     Memory,
+}
+
+impl OutboxLocation {
+    /// Its file; `None`: it is in memory.
+    pub(crate) fn path(&self, agent_dir: &Path) -> Option<PathBuf> {
+        match self {
+            Self::AgentDir => Some(agent_dir.join(FILE)),
+            Self::File(path) => Some(path.clone()),
+            Self::Memory => None,
+        }
+    }
 }
 
 /// What an outbox is opened for.
@@ -164,11 +175,7 @@ impl Outbox {
         agent_dir: &Path,
         role: Role,
     ) -> Result<(Self, Option<Error>), Error> {
-        let path = match location {
-            OutboxLocation::AgentDir => Some(agent_dir.join(FILE)),
-            OutboxLocation::File(path) => Some(path.clone()),
-            OutboxLocation::Memory => None,
-        };
+        let path = location.path(agent_dir);
         let store = Store::in_memory().map_err(|source| Error::outbox(None, "cannot be opened").because(source))?;
         let (owner, aged) = (Owner::new(), Instant::now());
         let us = owner.token().to_owned();

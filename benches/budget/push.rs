@@ -7,6 +7,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::unbounded;
+use decnet_heartbeat::benching::TABLE;
 use decnet_heartbeat::{DecnetStatus, Heartbeat, LifecycleDelta, Operation};
 use rusqlite::Connection;
 
@@ -137,17 +138,7 @@ impl RawTable {
         let database = Connection::open(path).unwrap();
         database.pragma_update(None, "journal_mode", "wal").unwrap();
         database.pragma_update(None, "synchronous", "full").unwrap();
-        let table = "CREATE TABLE delta (
-             id INTEGER PRIMARY KEY AUTOINCREMENT,
-             decky TEXT NOT NULL,
-             operation TEXT NOT NULL CHECK (operation IN ('deploy', 'mutate')),
-             error TEXT,
-             completed_at INTEGER,
-             rejected TEXT,
-             owner TEXT,
-             age INTEGER NOT NULL DEFAULT 0
-         ) STRICT";
-        database.execute(table, []).unwrap();
+        database.execute(TABLE, []).unwrap();
         Self(database)
     }
 

@@ -12,22 +12,22 @@ mod steps;
 
 use std::path::Path;
 use std::process::ExitCode;
-use std::time::Duration;
 
 use super::{CheckOptions, Common, enrolment, outbox};
 use crate::enrolment::Enrolment;
 use crate::error::{Error, chain, printable_path};
+use crate::heartbeat::check_interval;
 use crate::identity::MasterIdentity;
+use crate::link;
 use crate::status::Snapshot;
-use crate::{limits, link};
 use steps::{Checklist, Step};
 
 /// Every step is a line of the answer, and so is what went wrong in it.
 pub(super) fn check(common: &Common, options: &CheckOptions) -> ExitCode {
     let run = &options.run;
     let mut list = Checklist::new(options.json);
-    if let Some(step) = interval(run.interval) {
-        list.add(step);
+    if let Err(error) = check_interval(run.interval) {
+        list.add(Step::bad("interval", chain(&error), "correct --interval"));
     }
     let enrolment = enrolment(common);
     let dir = enrolment.as_ref().ok().map(|enrolment| enrolment.agent_dir().value().as_path());
@@ -51,9 +51,9 @@ pub(super) fn check(common: &Common, options: &CheckOptions) -> ExitCode {
 
 /// What can be looked at on a host that is enrolled.
 fn enrolled(enrolment: &Enrolment, given: Option<MasterIdentity>, snapshot: &Snapshot, list: &mut Checklist) {
-    who_and_where(enrolment, given).into_iter().for_each(|step| list.add(step));
-    let bundle = bundle::check(enrolment.agent_dir().value(), list);
     let rule = link::identity(enrolment, given);
+    who_and_where(enrolment, given, rule).into_iter().for_each(|step| list.add(step));
+    let bundle = bundle::check(enrolment.agent_dir().value(), list);
     if let Err(error) = master::check(enrolment, bundle.as_ref(), rule, snapshot, list) {
         list.add(Step::unconfigured("tls", chain(&error), MEND));
     }
@@ -62,7 +62,7 @@ fn enrolled(enrolment: &Enrolment, given: Option<MasterIdentity>, snapshot: &Sna
 const MEND: &str = "mend what is named here; the README's table of the configuration says what it may be";
 
 /// Who we are and where the master is, each with where that was written.
-fn who_and_where(enrolment: &Enrolment, given: Option<MasterIdentity>) -> [Step; 4] {
+fn who_and_where(enrolment: &Enrolment, given: Option<MasterIdentity>, rule: MasterIdentity) -> [Step; 4] {
     let said = |step, value: String, from: String| {
         Step::good(step, format!("{value} ({from})")).fact("value", value).fact("from", from)
     };
@@ -77,7 +77,7 @@ fn who_and_where(enrolment: &Enrolment, given: Option<MasterIdentity>) -> [Step;
         said("host", uuid.value().clone(), uuid.provenance().to_string()),
         said("master", enrolment.master_authority(), format!("{}; port: {}", host.provenance(), port.provenance())),
         said("agent-dir", printable_path(dir.value()), dir.provenance().to_string()),
-        said("identity", link::identity(enrolment, given).to_string(), rule_from),
+        said("identity", rule.to_string(), rule_from),
     ]
 }
 
@@ -87,10 +87,4 @@ fn not_enrolled(error: &Error, list: &mut Checklist) {
     for step in ["ca.crt", "worker.crt", "worker.key", "name", "tcp", "tls", "beat"] {
         list.add(Step::not_tried(step, "it takes an enrolment"));
     }
-}
-
-/// Where it is out of bounds.
-fn interval(interval: Duration) -> Option<Step> {
-    let good = (limits::MIN_INTERVAL..=limits::MAX_INTERVAL).contains(&interval);
-    (!good).then(|| Step::bad("interval", format!("{interval:?} (--interval)"), "make it one from 50 ms to 1 h"))
 }

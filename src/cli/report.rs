@@ -7,7 +7,7 @@ use crate::enrolment::Enrolment;
 use crate::error::{Error, chain, printable_path};
 use crate::identity::MasterIdentity;
 use crate::limits;
-use crate::link::Link;
+use crate::link::{Link, Names};
 use crate::master::Verdict;
 use crate::outbox::{self, Kept, Outbox, OutboxLocation, Poster, Role, Settled};
 use crate::status::decnet::DecnetStatus;
@@ -158,5 +158,5 @@ impl Reporter {
 }
 
 fn names(enrolment: &Enrolment) -> String {
-    format!("host={} master={}", enrolment.host_uuid().value(), enrolment.master_url())
+    Names { host: enrolment.host_uuid().value(), master: &enrolment.master_url() }.to_string()
 }

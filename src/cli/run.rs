@@ -59,7 +59,11 @@ fn watch(heartbeat: &Heartbeat, signals: &Receiver<i32>, mut reports: Vec<Report
                 return Ok(());
             }
             recv(beats) -> beat => match beat {
-                Ok(()) => reports.iter_mut().for_each(|report| report.write(&heartbeat.stats())),
+                Ok(()) if reports.is_empty() => (),
+                Ok(()) => {
+                    let stats = heartbeat.stats();
+                    reports.iter_mut().for_each(|report| report.write(&stats));
+                }
                 Err(_) => return Err(Error::setting("heartbeat", "the thread has ended unasked")),
             },
             recv(watchdog) -> _ => if !heartbeat.is_stalled() {

@@ -102,7 +102,7 @@ const STATEMENTS: usize = 32;
 /// AUTOINCREMENT: an id never comes back, so ids tell what began later. They begin at the clock, in microseconds:
 /// whatever other file (or memory) an outbox has rows in, the ids there are others. A file with another text than this is
 /// none of ours: to change it is to make a new version.
-const TABLE: &str = "CREATE TABLE delta (
+pub(crate) const TABLE: &str = "CREATE TABLE delta (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
     decky TEXT NOT NULL,
     operation TEXT NOT NULL CHECK (operation IN ('deploy', 'mutate')),

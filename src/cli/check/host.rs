@@ -12,7 +12,7 @@ use super::steps::Step;
 use crate::delta::from_micros;
 use crate::error::{chain, printable_path};
 use crate::limits;
-use crate::outbox::{Counts, FILE, Outbox, OutboxLocation, Role, deliverer, folder};
+use crate::outbox::{Counts, Outbox, OutboxLocation, Role, deliverer, folder};
 use crate::status::AppliedTopology;
 use crate::status::decnet::Findings;
 use crate::text::printable;
@@ -78,10 +78,9 @@ pub(super) fn topology(agent_dir: Option<&Path>, found: &Findings) -> Step {
 /// Where deltas are kept, what of them waits, and who delivers from it. A file that is not there is not made: that would be
 /// this user's then, and not that of `run`.
 pub(super) fn outbox(location: &OutboxLocation, agent_dir: Option<&Path>) -> Step {
-    let path = match (location, agent_dir) {
-        (OutboxLocation::File(path), _) => path.clone(),
-        (_, Some(agent_dir)) => agent_dir.join(FILE),
-        (_, None) => return Step::not_tried("outbox", "it takes the agent dir"),
+    let known = agent_dir.is_some() || *location != OutboxLocation::AgentDir;
+    let Some(path) = location.path(agent_dir.unwrap_or(Path::new(""))).filter(|_| known) else {
+        return Step::not_tried("outbox", "it takes the agent dir");
     };
     let file = printable_path(&path);
     let step = match (path.symlink_metadata(), room(folder(&path))) {
