@@ -31,6 +31,19 @@ pub(crate) const RETRY_AFTER: (Duration, Duration) = (Duration::from_secs(1), Du
 /// Deltas in one body: the master works through them one by one in its database.
 pub(crate) const DELTAS_PER_BODY: usize = 500;
 
+/// Beats for which states, or a single delta, are left out after the master has failed on them. A few minutes at the usual
+/// interval; doubled each time.
+pub(crate) const REST_BEATS: u64 = 10;
+
+/// The longest such pause: what the master fails on today may work after its next update.
+pub(crate) const REST_MOST: Duration = Duration::from_secs(24 * 3600);
+
+/// Deltas that are sent one to a body in one beat: a few seconds of POSTs, and not more.
+pub(crate) const SINGLES_PER_BEAT: usize = 50;
+
+/// How long the first beat of a process waits for the topology row. A beat without it makes the master order a rebuild.
+pub(crate) const TOPOLOGY_PATIENCE: Duration = Duration::from_secs(1);
+
 /// What `Drop` allows for the final flush: long enough for one POST, short enough not to be noticed.
 pub(crate) const DROP_GRACE: Duration = Duration::from_secs(2);
 
@@ -67,6 +80,23 @@ pub(crate) const MIN_POST: Duration = Duration::from_secs(1);
 
 /// Bytes of an answer at the most, whatever they are: interim answers (1xx) could go on for ever.
 pub(crate) const ANSWER: usize = 64 * 1024;
+
+/// Bytes that are read from the socket for one answer, and for one handshake: TLS has messages of its own (tickets, key
+/// updates), which could go on for ever. The largest handshake that makes sense, a few certificates, takes some 20 KiB.
+pub(crate) const ANSWER_ON_THE_WIRE: usize = 256 * 1024;
+
+/// When a body cannot be sent any more, an answer that is there already is read for so long: it is in the socket's buffer.
+pub(crate) const EARLY_ANSWER: Duration = Duration::from_millis(100);
+
+/// How long one read waits meanwhile.
+pub(crate) const EARLY_ANSWER_PAUSE: Duration = Duration::from_millis(5);
+
+/// How long a connection is used at the most, so that a name that leads elsewhere is noticed.
+pub(crate) const CONNECTION_AGE: Duration = Duration::from_secs(600);
+
+/// After so many answers in a row that are not 2xx the connection is closed, and the name is looked up again: another
+/// address may answer better.
+pub(crate) const BAD_ANSWERS: u32 = 3;
 
 /// Bytes of an answer that are read; the real master's refusals are below 1 KiB.
 pub(crate) const ANSWER_BODY: usize = 4 * 1024;

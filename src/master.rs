@@ -2,6 +2,8 @@
 
 use std::fmt;
 use std::io::Read;
+use std::mem;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -35,18 +37,21 @@ pub(crate) enum Verdict {
 }
 
 impl Verdict {
-    /// The one place where an answer's status gets its meaning (`PROTOCOL.md`, "The answers").
+    /// The one place where an answer gets its meaning (`PROTOCOL.md`, "The answers").
     ///
     /// | status | verdict | what follows |
     /// | --- | --- | --- |
     /// | 2xx | [`Accepted`](Self::Accepted) | the deltas are delivered, nothing is sent again |
-    /// | 400, 413, 422 | [`BodyRefused`](Self::BodyRefused) | liveness goes on without the deltas |
+    /// | 2xx but 204, a page of HTML | [`TryLater`](Self::TryLater) | a gateway's answer; backoff |
+    /// | 400, 413, 422 | [`BodyRefused`](Self::BodyRefused) | the body is made lighter, see `content` |
     /// | 403, 404 | [`HostRefused`](Self::HostRefused) | keep beating on the tick, keep the deltas |
     /// | 408, 425, 429, 5xx | [`TryLater`](Self::TryLater) | backoff, or `Retry-After` within 1 s to 10 min |
     /// | 3xx and all else | [`TryLater`](Self::TryLater) | never followed; backoff |
     /// | no answer | [`NoAnswer`](Self::NoAnswer) | backoff |
-    fn of(status: StatusCode, retry_after: Option<Duration>) -> Self {
+    fn of(status: StatusCode, retry_after: Option<Duration>, is_page: bool) -> Self {
         match status.as_u16() {
+            // 204 has no body, whatever is said of it.
+            200..=203 | 205..=299 if is_page => Self::TryLater(retry_after),
             200..=299 => Self::Accepted,
             400 | 413 | 422 => Self::BodyRefused,
             403 | 404 => Self::HostRefused,
@@ -71,20 +76,41 @@ pub(crate) struct Reply {
     /// There was no answer on a reused connection, which may have ended before, with or without a word: worth one more try
     /// at once, on a fresh one.
     pub(crate) stale: bool,
+    /// Part of the body was sent, and the answer is 5xx or missing: the master may have applied the deltas.
+    pub(crate) in_doubt: bool,
 }
 
 impl Reply {
-    /// The master's, in the status line of its answer.
-    fn of(status: StatusCode, verdict: Verdict, said: String) -> Self {
-        let class = format!("http-{}", status.as_u16());
-        let detail = if verdict == Verdict::Accepted { String::new() } else { said };
-        Self { verdict, class, detail, took: Duration::ZERO, resumed: false, stale: false }
+    /// The master's, or a gateway's.
+    fn of(status: StatusCode, retry_after: Option<&str>, content_type: Option<&str>, body: &[u8]) -> Self {
+        let is_page = is_page(content_type, body);
+        let retry_after = retry_after.and_then(|text| parse_retry_after(text, SystemTime::now()));
+        let verdict = Verdict::of(status, retry_after, is_page);
+        let said = printable(&String::from_utf8_lossy(body));
+        let detail = match verdict {
+            Verdict::Accepted => String::new(),
+            _ if status.is_success() => printable(&format!("a page of HTML, so a gateway answered: {said}")),
+            _ => said,
+        };
+        Self { verdict, class: format!("http-{}", status.as_u16()), detail, ..Self::unanswered() }
+    }
+
+    fn unanswered() -> Self {
+        Self {
+            verdict: Verdict::NoAnswer,
+            class: String::new(),
+            detail: String::new(),
+            took: Duration::ZERO,
+            resumed: false,
+            stale: false,
+            in_doubt: false,
+        }
     }
 
     /// There was nothing to send, as the body could not be written. Sent as it stands it would be refused.
     pub(crate) fn unwritten(error: &serde_json::Error) -> Self {
         let (class, detail) = ("unwritten".to_owned(), printable(&error.to_string()));
-        Self { verdict: Verdict::BodyRefused, class, detail, took: Duration::ZERO, resumed: false, stale: false }
+        Self { verdict: Verdict::BodyRefused, class, detail, ..Self::unanswered() }
     }
 }
 
@@ -94,16 +120,18 @@ pub(crate) struct Master {
     url: String,
     resolver: MasterResolver,
     connections: Arc<Mutex<Connections>>,
+    /// Answers in a row that are not 2xx.
+    bad_answers: AtomicU32,
 }
 
 impl Master {
     /// Behind a TLS configuration, which knows the bundle and the rule for the master's certificate.
     pub(crate) fn new(enrolment: &Enrolment, name: ServerName<'static>, tls: Arc<ClientConfig>) -> Self {
-        let tls = TlsConnector::new(tls, name);
-        let connections = tls.connections();
         let resolver = MasterResolver::new(enrolment.master_host().value(), *enrolment.master_port().value());
+        let tls = TlsConnector::new(tls, name, resolver.clone());
+        let connections = tls.connections();
         let agent = Agent::with_parts(config(), tls, resolver.clone());
-        Self { agent, url: enrolment.master_url(), resolver, connections }
+        Self { agent, url: enrolment.master_url(), resolver, connections, bad_answers: AtomicU32::new(0) }
     }
 
     /// What answers behind this connector.
@@ -114,7 +142,8 @@ impl Master {
     ) -> Self {
         let resolver = MasterResolver::new("127.0.0.1", 1);
         let agent = Agent::with_parts(config(), connector, resolver.clone());
-        Self { agent, url: "https://127.0.0.1/swarm/heartbeat".to_owned(), resolver, connections }
+        let url = "https://127.0.0.1/swarm/heartbeat".to_owned();
+        Self { agent, url, resolver, connections, bad_answers: AtomicU32::new(0) }
     }
 
     /// A handle that interrupts a POST from another thread; the master cannot be used afterwards.
@@ -129,30 +158,63 @@ impl Master {
 
     /// Posts `body`, all of it within `within`.
     pub(crate) fn post(&self, body: &[u8], within: Duration) -> Reply {
+        self.leave_a_bad_address();
         let started = Instant::now();
         let before = self.connections(|connections| {
-            connections.answer = Answer::default();
+            (connections.answer, connections.body_sent) = (Answer::default(), false);
             connections.tried
         });
         let request = self.agent.post(&self.url).content_type("application/json");
-        let answer = request.config().timeout_global(Some(within)).build().send(body);
+        let answered = request.config().timeout_global(Some(within)).build().send(body);
+        let reply = answered.map(read);
         let took = started.elapsed();
-        let Connections { tried, resumed, answer: seen } = self.connections(|connections| connections.clone());
-        match (answer, seen.status()) {
-            (Ok(answer), _) => Reply { took, resumed, ..read(answer) },
+        let (tried, resumed, body_sent, seen) = self.connections(|connections| {
+            (connections.tried, connections.resumed, connections.body_sent, mem::take(&mut connections.answer))
+        });
+        let reply = reply.unwrap_or_else(|error| match seen.status() {
             // The status line has decided already. What is wrong with the rest changes nothing.
-            (Err(error), Some(status)) => {
-                Reply { took, resumed, ..Reply::of(status, Verdict::of(status, None), explain(&error)) }
+            Some(status) => {
+                let reply = Reply::of(status, seen.header("retry-after"), seen.header("content-type"), seen.body());
+                let has_detail = reply.verdict == Verdict::Accepted || !reply.detail.is_empty();
+                let detail = if has_detail { reply.detail } else { explain(&error) };
+                Reply { detail, ..reply }
             }
-            (Err(error), None) => {
+            None => {
                 let stale = tried == before && may_be_the_connections(&error);
-                // That a connection has ended while it was idle says nothing of the address.
-                if !stale {
-                    self.resolver.distrust();
-                }
-                let (class, detail) = (class(&error), explain(&error));
-                Reply { verdict: Verdict::NoAnswer, class, detail, took, resumed, stale }
+                Reply { class: class(&error), detail: explain(&error), stale, ..Reply::unanswered() }
             }
+        });
+        // That a connection has ended while it was idle says nothing of the address.
+        if reply.verdict == Verdict::NoAnswer && !reply.stale {
+            self.resolver.distrust();
+        }
+        self.count(&reply);
+        let in_doubt = body_sent && (reply.verdict == Verdict::NoAnswer || reply.class.starts_with("http-5"));
+        Reply { took, resumed, in_doubt, ..reply }
+    }
+
+    fn count(&self, reply: &Reply) {
+        match reply.verdict {
+            Verdict::Accepted => self.bad_answers.store(0, Ordering::Relaxed),
+            // The address is looked up again already.
+            Verdict::NoAnswer => (),
+            _ => drop(self.bad_answers.fetch_add(1, Ordering::Relaxed)),
+        }
+    }
+
+    /// Closes a connection that is old, or whose answers are bad, and has the name looked up again: it may lead to
+    /// another master by now.
+    fn leave_a_bad_address(&self) {
+        let is_bad = self.bad_answers.load(Ordering::Relaxed) >= limits::BAD_ANSWERS;
+        let close = self.connections(|connections| {
+            let is_old = connections.opened.is_some_and(|opened| opened.elapsed() >= limits::CONNECTION_AGE);
+            connections.close |= is_bad || is_old;
+            connections.opened = connections.opened.filter(|_| !is_old);
+            is_bad || is_old
+        });
+        if close {
+            self.bad_answers.store(0, Ordering::Relaxed);
+            self.resolver.look_up_again(is_bad);
         }
     }
 
@@ -200,13 +262,19 @@ fn config() -> Config {
 
 /// The verdict of an answer, and the head of what it says.
 fn read(mut answer: Response<ureq::Body>) -> Reply {
-    let status = answer.status();
-    let retry_after = answer.headers().get(header::RETRY_AFTER).and_then(|value| value.to_str().ok());
-    let verdict = Verdict::of(status, retry_after.and_then(|text| parse_retry_after(text, SystemTime::now())));
     let mut said = Vec::new();
     // Read to its end, so that the connection can be used again. A body that breaks off changes nothing.
     let _ = answer.body_mut().as_reader().take(limits::ANSWER_BODY as u64).read_to_end(&mut said);
-    Reply::of(status, verdict, printable(&String::from_utf8_lossy(&said)))
+    let header = |name| answer.headers().get(name).and_then(|value| value.to_str().ok());
+    Reply::of(answer.status(), header(header::RETRY_AFTER), header(header::CONTENT_TYPE), &said)
+}
+
+/// Whether an answer is a page for people. The master's own answers are JSON, or nothing.
+fn is_page(content_type: Option<&str>, body: &[u8]) -> bool {
+    let media_type = content_type.and_then(|text| text.split(';').next()).unwrap_or_default().trim();
+    let is_html = ["text/html", "application/xhtml+xml"].iter().any(|html| media_type.eq_ignore_ascii_case(html));
+    let body = body.strip_prefix(b"\xef\xbb\xbf").unwrap_or(body).trim_ascii_start();
+    is_html || body.starts_with(b"<")
 }
 
 /// `Retry-After` in seconds or as a date, clamped to 1 s … 10 min. Anything else is as if it were not there.
@@ -324,8 +392,28 @@ mod tests {
             (&[300, 301, 302, 303, 307, 308, 401, 402, 405, 418, 451], Verdict::TryLater(None)),
         ] {
             for status in statuses {
-                assert_eq!(Verdict::of(StatusCode::from_u16(*status).unwrap(), later), verdict, "{status}");
+                let status = StatusCode::from_u16(*status).unwrap();
+                assert_eq!(Verdict::of(status, later, false), verdict, "{status}");
+                let of_a_page =
+                    if verdict == Verdict::Accepted && status != 204 { Verdict::TryLater(later) } else { verdict };
+                assert_eq!(Verdict::of(status, later, true), of_a_page, "{status}");
             }
+        }
+    }
+
+    #[test]
+    fn a_page_for_people_is_told_from_the_masters_json() {
+        for (content_type, body, page) in [
+            (Some("text/html"), &b"Back soon"[..], true),
+            (Some("Text/HTML; charset=utf-8"), b"", true),
+            (Some("application/xhtml+xml"), b"", true),
+            (None, b"\xef\xbb\xbf \r\n<!doctype html>", true),
+            (Some("text/plain"), b"<h1>Back soon</h1>", true),
+            (Some("application/json"), b"{\"detail\":\"<p>\"}", false),
+            (Some("text/plain"), b"ok", false),
+            (None, b"", false),
+        ] {
+            assert_eq!(is_page(content_type, body), page, "{content_type:?} {body:?}");
         }
     }
 

@@ -35,6 +35,10 @@ struct Known {
     addresses: Vec<SocketAddr>,
     /// When they were looked up; `None` when they have failed since.
     fresh_since: Option<Instant>,
+    /// The address of the last connection.
+    current: Option<SocketAddr>,
+    /// The address that is tried first: the last one that could be connected to, or the one after it once it has failed.
+    first: Option<SocketAddr>,
     /// A lookup that has not answered yet.
     pending: Option<Receiver<io::Result<Vec<SocketAddr>>>>,
 }
@@ -44,25 +48,43 @@ impl MasterResolver {
         Self { host: host.to_owned(), port, known: Arc::default() }
     }
 
-    /// The known addresses did not serve: the next request looks the name up again.
-    pub(crate) fn distrust(&self) {
-        self.known.lock().unwrap_or_else(PoisonError::into_inner).fresh_since = None;
+    /// A connection to this address is there, whatever comes of it.
+    pub(crate) fn connected_to(&self, address: SocketAddr) {
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        (known.current, known.first) = (Some(address), Some(address));
     }
 
-    /// What the host's addresses are, after waiting so long at the most for an answer.
+    /// The last address did not serve: the next request looks the name up again, and begins with the address after it.
+    pub(crate) fn distrust(&self) {
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        known.fresh_since = None;
+        known.begin_with_the_next();
+    }
+
+    /// The next request looks the name up again. Where the last address answers badly, it begins with the one after it.
+    pub(crate) fn look_up_again(&self, answers_badly: bool) {
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        known.fresh_since = None;
+        if answers_badly {
+            known.begin_with_the_next();
+        }
+    }
+
+    /// What the host's addresses are, in the order in which they are to be tried, after waiting so long at the most for an
+    /// answer.
     pub(crate) fn addresses(&self, patience: Duration) -> Result<Vec<SocketAddr>, ureq::Error> {
         if let Ok(fixed) = self.host.parse::<IpAddr>() {
             return Ok(vec![SocketAddr::new(fixed, self.port)]);
         }
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         if known.fresh_since.is_some_and(|since| since.elapsed() < limits::RESOLVE_AGAIN) {
-            return Ok(known.addresses.clone());
+            return Ok(known.in_order());
         }
         match self.look_up(&mut known.pending, patience) {
             Ok(addresses) => {
                 known.addresses = addresses;
                 known.fresh_since = Some(Instant::now());
-                Ok(known.addresses.clone())
+                Ok(known.in_order())
             }
             Err(error) if known.addresses.is_empty() => Err(error),
             Err(error) => {
@@ -74,7 +96,7 @@ impl MasterResolver {
                 // For as long as a good answer, or every beat would wait for a DNS that is away. Where the address
                 // does not serve, it is distrusted.
                 known.fresh_since = Some(Instant::now());
-                Ok(known.addresses.clone())
+                Ok(known.in_order())
             }
         }
     }
@@ -111,6 +133,22 @@ impl MasterResolver {
             let _ = sender.send(found);
         })?;
         Ok(answer)
+    }
+}
+
+impl Known {
+    fn begin_with_the_next(&mut self) {
+        let current = self.addresses.iter().position(|address| Some(*address) == self.current);
+        if let Some(current) = current {
+            self.first = self.addresses.get(current + 1).or(self.addresses.first()).copied();
+        }
+    }
+
+    fn in_order(&self) -> Vec<SocketAddr> {
+        let mut addresses = self.addresses.clone();
+        let first = addresses.iter().position(|address| Some(*address) == self.first);
+        addresses.rotate_left(first.unwrap_or(0));
+        addresses
     }
 }
 
@@ -159,6 +197,32 @@ mod tests {
         assert!(resolver.known.lock().unwrap().fresh_since.is_some(), "and not by the very next beat");
         resolver.distrust();
         assert!(resolver.known.lock().unwrap().fresh_since.is_none(), "unless the address has failed");
+    }
+
+    #[test]
+    fn after_a_failed_address_the_next_one_is_first() {
+        let resolver = MasterResolver::new("nowhere.invalid", 7);
+        let [a, b, c] = [1, 2, 3].map(|last| SocketAddr::from(([127, 0, 0, last], 7)));
+        let fresh = |addresses: &[SocketAddr]| {
+            let mut known = resolver.known.lock().unwrap();
+            (known.addresses, known.fresh_since) = (addresses.to_vec(), Some(Instant::now()));
+        };
+        let order = || resolver.addresses(Duration::ZERO).unwrap();
+        fresh(&[a, b, c]);
+        assert_eq!(order(), [a, b, c]);
+        resolver.distrust();
+        fresh(&[a, b, c]);
+        assert_eq!(order(), [a, b, c], "none has been connected to");
+        for (failed, next) in [(a, [b, c, a]), (b, [c, a, b]), (c, [a, b, c])] {
+            resolver.connected_to(failed);
+            resolver.distrust();
+            fresh(&[a, b, c]);
+            assert_eq!(order(), next);
+        }
+        resolver.connected_to(b);
+        assert_eq!(order(), [b, c, a], "one that serves is kept");
+        fresh(&[c, a]);
+        assert_eq!(order(), [c, a], "unless the name does not lead there any more");
     }
 
     #[test]

@@ -37,15 +37,16 @@ impl ShutdownHandle for Shut {
 }
 
 impl SocketTransport {
-    /// The first of the addresses that answers. Each but the last has half of the time that is left.
-    pub(crate) fn tcp(details: &ConnectionDetails<'_>) -> Result<Self, ureq::Error> {
+    /// Connected to the first of the addresses that answers, and which one that is. Each but the last has half of the time
+    /// that is left.
+    pub(crate) fn tcp(details: &ConnectionDetails<'_>) -> Result<(Self, SocketAddr), ureq::Error> {
         let budget = Budget::new(details.timeout);
         let mut addresses = details.addrs.iter().peekable();
         while let Some(address) = addresses.next() {
             let is_last = addresses.peek().is_none();
             match Self::tcp_to(*address, details, &budget, is_last) {
                 Err(_) if !is_last => (),
-                connected => return connected,
+                connected => return connected.map(|socket| (socket, *address)),
             }
         }
         Err(ureq::Error::HostNotFound)
@@ -194,7 +195,7 @@ mod tests {
         type Out = SocketTransport;
 
         fn connect(&self, details: &ConnectionDetails<'_>, _: Option<()>) -> Result<Option<Self::Out>, ureq::Error> {
-            SocketTransport::tcp(details).map(Some)
+            SocketTransport::tcp(details).map(|(socket, _)| Some(socket))
         }
     }
 

@@ -6,7 +6,7 @@
 //! between our socket and ureq's HTTP.
 
 use std::fmt;
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::mem;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -31,6 +31,7 @@ use crate::bundle::{self, Bundle};
 use crate::error::Error;
 use crate::identity::{MasterIdentity, hex};
 use crate::limits;
+use crate::resolve::MasterResolver;
 use crate::socket::SocketTransport;
 
 /// The name that the master's own certificate always carries (`PROTOCOL.md`, "TLS").
@@ -156,68 +157,102 @@ impl ServerCertVerifier for MasterVerifier {
 }
 
 /// What the connections of one [`TlsConnector`] were like.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Debug, Default)]
 pub(crate) struct Connections {
-    /// How many were tried. Unchanged over a request: it went out on a connection that was there.
+    /// How many were tried. Unchanged over a request: it was sent on a connection that was there.
     pub(crate) tried: u64,
     /// The last handshake resumed a session.
     pub(crate) resumed: bool,
+    /// When the newest connection was opened.
+    pub(crate) opened: Option<std::time::Instant>,
+    /// The connection that is open is not used again.
+    pub(crate) close: bool,
+    /// Bytes of the last request's body were sent.
+    pub(crate) body_sent: bool,
     /// The answer to the last request, as far as it has come.
     pub(crate) answer: Answer,
 }
 
-/// What is known of an answer, whether or not there will ever be all of it.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Answer {
-    /// Its beginning, as much as a status line needs.
-    head: Vec<u8>,
-    /// Bytes that have come.
-    length: usize,
-}
+/// What has come of an answer, whether or not there will ever be all of it.
+#[derive(Debug, Default)]
+pub(crate) struct Answer(Vec<u8>);
 
 impl Answer {
-    /// `HTTP/1.1 204 `
-    const HEAD: usize = 13;
-
     /// More of it has come. An error: it is too much.
     pub(crate) fn add(&mut self, input: &[u8]) -> Result<(), ureq::Error> {
-        self.head.extend(input.iter().take(Self::HEAD.saturating_sub(self.head.len())));
-        self.length += input.len();
-        match self.length {
+        let length = self.0.len() + input.len();
+        let room = limits::ANSWER.saturating_sub(self.0.len());
+        self.0.extend(input.iter().take(room));
+        match length {
             0..=limits::ANSWER => Ok(()),
             length => Err(ureq::Error::LargeResponseHeader(length, limits::ANSWER)),
         }
     }
 
-    /// Its status, once that is there. An interim one is none.
+    /// Its status, once that is there. An interim answer (1xx) has none; the answer after it has.
     pub(crate) fn status(&self) -> Option<StatusCode> {
-        let head = std::str::from_utf8(&self.head).ok()?;
-        let line = head.strip_prefix("HTTP/1.1 ").or_else(|| head.strip_prefix("HTTP/1.0 "))?;
-        let (code, end) = line.split_at_checked(3)?;
-        let status = StatusCode::from_bytes(code.as_bytes()).ok()?;
-        (end.starts_with([' ', '\r', '\n']) && !status.is_informational()).then_some(status)
+        self.last().map(|(status, _)| status)
     }
+
+    /// The value of a header, if it has come.
+    pub(crate) fn header(&self, name: &str) -> Option<&str> {
+        let (_, rest) = self.last()?;
+        let lines = rest.split(|byte| *byte == b'\n').skip(1).map(<[u8]>::trim_ascii);
+        lines.take_while(|line| !line.is_empty()).find_map(|line| {
+            let (key, value) = std::str::from_utf8(line).ok()?.split_once(':')?;
+            key.eq_ignore_ascii_case(name).then(|| value.trim())
+        })
+    }
+
+    /// What has come of its body, as it is on the wire.
+    pub(crate) fn body(&self) -> &[u8] {
+        self.last().and_then(|(_, rest)| end_of_head(rest).and_then(|end| rest.get(end..))).unwrap_or_default()
+    }
+
+    /// The status of the answer that is not an interim one, and all of it from its status line on.
+    fn last(&self) -> Option<(StatusCode, &[u8])> {
+        let mut rest = self.0.as_slice();
+        loop {
+            rest = rest.trim_ascii_start();
+            let status = status_of(rest)?;
+            if !status.is_informational() || status == StatusCode::SWITCHING_PROTOCOLS {
+                return Some((status, rest));
+            }
+            rest = rest.get(end_of_head(rest)?..)?;
+        }
+    }
+}
+
+/// The status of a line like `HTTP/1.1 204 `.
+fn status_of(head: &[u8]) -> Option<StatusCode> {
+    let line = head.strip_prefix(b"HTTP/1.1 ").or_else(|| head.strip_prefix(b"HTTP/1.0 "))?;
+    let (code, end) = line.split_at_checked(3)?;
+    let status = StatusCode::from_bytes(code).ok()?;
+    matches!(end.first(), Some(b' ' | b'\r' | b'\n')).then_some(status)
+}
+
+/// Where the body begins.
+fn end_of_head(head: &[u8]) -> Option<usize> {
+    let ends = |end: &[u8]| head.windows(end.len()).position(|bytes| bytes == end).map(|at| at + end.len());
+    ends(b"\r\n\r\n").into_iter().chain(ends(b"\n\n")).min()
 }
 
 /// Connects by TCP, and puts TLS on top.
 pub(crate) struct TlsConnector {
     config: Arc<ClientConfig>,
     name: ServerName<'static>,
+    resolver: MasterResolver,
     connections: Arc<Mutex<Connections>>,
 }
 
 impl TlsConnector {
-    pub(crate) fn new(config: Arc<ClientConfig>, name: ServerName<'static>) -> Self {
-        Self { config, name, connections: Arc::default() }
+    pub(crate) fn new(config: Arc<ClientConfig>, name: ServerName<'static>, resolver: MasterResolver) -> Self {
+        Self { config, name, resolver, connections: Arc::default() }
     }
 
     /// A view of the connections to come.
     pub(crate) fn connections(&self) -> Arc<Mutex<Connections>> {
         Arc::clone(&self.connections)
-    }
-
-    fn note(&self, change: impl FnOnce(&mut Connections)) {
-        note(&self.connections, change);
     }
 }
 
@@ -229,16 +264,22 @@ impl Connector for TlsConnector {
     type Out = TlsTransport;
 
     fn connect(&self, details: &ConnectionDetails<'_>, _: Option<()>) -> Result<Option<Self::Out>, ureq::Error> {
-        self.note(|connections| connections.tried += 1);
-        let tcp = SocketTransport::tcp(details)?;
+        note(&self.connections, |connections| {
+            connections.tried += 1;
+            connections.close = false;
+            connections.opened = Some(std::time::Instant::now());
+        });
+        let (tcp, address) = SocketTransport::tcp(details)?;
+        self.resolver.connected_to(address);
         let mut tls = ClientConnection::new(Arc::clone(&self.config), self.name.clone())
             .map_err(|error| ureq::Error::Other(Box::new(error)))?;
-        let mut tcp = TransportAdapter::new(tcp, Arc::clone(&details.current_time));
-        tcp.set_timeout(rest_of(details));
-        tls.complete_io(&mut tcp)?;
-        self.note(|connections| connections.resumed = tls.handshake_kind() == Some(HandshakeKind::Resumed));
+        let mut wire = Wire::new(TransportAdapter::new(tcp, Arc::clone(&details.current_time)));
+        wire.tcp.set_timeout(rest_of(details));
+        tls.complete_io(&mut wire)?;
+        let resumed = tls.handshake_kind() == Some(HandshakeKind::Resumed);
+        note(&self.connections, |connections| connections.resumed = resumed);
         let buffers = LazyBuffers::new(details.config.input_buffer_size(), details.config.output_buffer_size());
-        let stream = StreamOwned::new(tls, tcp);
+        let stream = StreamOwned::new(tls, wire);
         Ok(Some(TlsTransport { buffers, stream, begins: true, unsent: Vec::new(), connections: self.connections() }))
     }
 }
@@ -260,15 +301,145 @@ impl fmt::Debug for TlsConnector {
     }
 }
 
+/// The socket under TLS, with a bound on what is read for one answer. TLS messages that are no data count, too.
+struct Wire {
+    tcp: TransportAdapter<SocketTransport>,
+    /// Bytes that may still be read.
+    allowed: usize,
+    /// Bytes that were sent.
+    sent: u64,
+    /// What of the record that is being read has not come yet.
+    record: Record,
+}
+
+impl Wire {
+    fn new(tcp: TransportAdapter<SocketTransport>) -> Self {
+        Self { tcp, allowed: limits::ANSWER_ON_THE_WIRE, sent: 0, record: Record::default() }
+    }
+
+    /// Connected, silent, and all that was read has been given to TLS, up to the end of a record.
+    fn is_idle(&mut self) -> bool {
+        let tcp = self.tcp.get_mut();
+        self.record.is_complete() && tcp.buffers().input().is_empty() && tcp.is_open()
+    }
+}
+
+impl Read for Wire {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let room = buffer.len().min(self.allowed);
+        if room == 0 && !buffer.is_empty() {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, TooMuch));
+        }
+        let buffer = buffer.get_mut(..room).unwrap_or_default();
+        let count = self.tcp.read(buffer)?;
+        self.allowed -= count.min(self.allowed);
+        self.record.add(buffer.get(..count).unwrap_or_default());
+        Ok(count)
+    }
+}
+
+impl Write for Wire {
+    fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
+        let count = self.tcp.write(buffer)?;
+        self.sent += count as u64;
+        Ok(count)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.tcp.flush()
+    }
+}
+
+/// More than one answer, or one handshake, may take.
+#[derive(Debug)]
+struct TooMuch;
+
+impl fmt::Display for TooMuch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "the other side sent more than {} bytes without an answer", limits::ANSWER_ON_THE_WIRE)
+    }
+}
+
+impl std::error::Error for TooMuch {}
+
+/// How far a TLS record has come: its header of five bytes, which ends with a length, and so many bytes more.
+#[derive(Debug, Default)]
+struct Record {
+    header: Vec<u8>,
+    missing: usize,
+}
+
+impl Record {
+    const HEADER: usize = 5;
+
+    fn add(&mut self, mut input: &[u8]) {
+        while !input.is_empty() {
+            if self.missing > 0 {
+                let skipped = self.missing.min(input.len());
+                self.missing -= skipped;
+                input = input.get(skipped..).unwrap_or_default();
+                continue;
+            }
+            let (some, rest) = input.split_at(input.len().min(Self::HEADER - self.header.len()));
+            self.header.extend_from_slice(some);
+            input = rest;
+            if let [.., high, low] = *self.header.as_slice()
+                && self.header.len() == Self::HEADER
+            {
+                self.missing = usize::from(u16::from_be_bytes([high, low]));
+                self.header.clear();
+            }
+        }
+    }
+
+    fn is_complete(&self) -> bool {
+        self.header.is_empty() && self.missing == 0
+    }
+}
+
 /// TLS over TCP.
 pub(crate) struct TlsTransport {
     buffers: LazyBuffers,
-    stream: StreamOwned<ClientConnection, TransportAdapter<SocketTransport>>,
+    stream: StreamOwned<ClientConnection, Wire>,
     /// The next output is a request's head.
     begins: bool,
     /// What is not sent yet.
     unsent: Vec<u8>,
     connections: Arc<Mutex<Connections>>,
+}
+
+impl TlsTransport {
+    fn send(&mut self) -> io::Result<()> {
+        let unsent = mem::take(&mut self.unsent);
+        let before = self.stream.sock.sent;
+        let sent = self.stream.write_all(&unsent).and_then(|()| self.stream.flush());
+        if self.stream.sock.sent > before {
+            note(&self.connections, |connections| connections.body_sent = true);
+        }
+        sent
+    }
+
+    /// Nothing more can be sent, perhaps because the answer is there already. What has arrived of it is read.
+    fn read_what_has_arrived(&mut self) {
+        let end = std::time::Instant::now() + limits::EARLY_ANSWER;
+        let mut pause = NextTimeout::default();
+        pause.after = Duration::Exact(limits::EARLY_ANSWER_PAUSE);
+        let (tls, wire) = (&mut self.stream.conn, &mut self.stream.sock);
+        let mut some = [0; 4096];
+        while std::time::Instant::now() < end {
+            wire.tcp.set_timeout(pause);
+            let arrived = matches!(tls.read_tls(wire), Ok(1..)) && tls.process_new_packets().is_ok();
+            while let Ok(count @ 1..) = tls.reader().read(&mut some) {
+                let input = some.get(..count).unwrap_or_default();
+                if note(&self.connections, |connections| connections.answer.add(input)).is_err() {
+                    return;
+                }
+            }
+            if !arrived {
+                return;
+            }
+        }
+    }
 }
 
 impl Transport for TlsTransport {
@@ -281,26 +452,43 @@ impl Transport for TlsTransport {
     fn transmit_output(&mut self, amount: usize, timeout: NextTimeout) -> Result<(), ureq::Error> {
         self.unsent.extend_from_slice(self.buffers.output().get(..amount).unwrap_or_default());
         if mem::take(&mut self.begins) {
+            self.stream.sock.allowed = limits::ANSWER_ON_THE_WIRE;
             return Ok(());
         }
-        self.stream.get_mut().set_timeout(timeout);
-        self.stream.write_all(&mem::take(&mut self.unsent))?;
-        self.stream.flush()?;
+        self.stream.sock.tcp.set_timeout(timeout);
+        if let Err(error) = self.send() {
+            self.read_what_has_arrived();
+            return Err(error.into());
+        }
         Ok(())
     }
 
     fn await_input(&mut self, timeout: NextTimeout) -> Result<bool, ureq::Error> {
         self.begins = true;
-        self.stream.get_mut().set_timeout(timeout);
+        self.stream.sock.tcp.set_timeout(timeout);
         let input = self.buffers.input_append_buf();
-        let amount = self.stream.read(input)?;
+        let amount = match self.stream.read(input) {
+            Err(error) if error.get_ref().is_some_and(|inner| inner.is::<TooMuch>()) => {
+                let most = limits::ANSWER_ON_THE_WIRE;
+                return Err(ureq::Error::LargeResponseHeader(most + 1, most));
+            }
+            read => read?,
+        };
         note(&self.connections, |connections| connections.answer.add(input.get(..amount).unwrap_or_default()))?;
         self.buffers.input_appended(amount);
         Ok(amount > 0)
     }
 
+    /// Whether the next request may be sent on it. What is left on it, decrypted or not, would be taken for the next
+    /// answer.
     fn is_open(&mut self) -> bool {
-        self.stream.get_mut().get_mut().is_open()
+        if note(&self.connections, |connections| connections.close) {
+            return false;
+        }
+        let decrypted = self.stream.conn.process_new_packets();
+        let nothing_left =
+            decrypted.is_ok_and(|state| state.plaintext_bytes_to_read() == 0 && !state.peer_has_closed());
+        nothing_left && self.stream.sock.is_idle()
     }
 
     fn is_tls(&self) -> bool {
@@ -310,7 +498,7 @@ impl Transport for TlsTransport {
 
 impl fmt::Debug for TlsTransport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("TlsTransport").field("tcp", &self.stream.sock.inner()).finish_non_exhaustive()
+        f.debug_struct("TlsTransport").field("tcp", &self.stream.sock.tcp.inner()).finish_non_exhaustive()
     }
 }
 
@@ -325,7 +513,11 @@ mod tests {
             ("HTTP/1.0 503\r\n", Some(503)),
             ("HTTP/1.1 204", None),
             ("HTTP/1.1 2040 ", None),
-            ("HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 204 No Content\r\n", None),
+            ("HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 204 No Content\r\n", Some(204)),
+            ("HTTP/1.1 103 Early\r\nLink: x\r\n\r\nHTTP/1.1 100 C\n\nHTTP/1.1 413 Too", Some(413)),
+            ("HTTP/1.1 103 Early\r\nLink: x\r\n", None),
+            ("HTTP/1.1 101 Switching\r\n\r\nHTTP/1.1 204 No Content\r\n", Some(101)),
+            ("\r\nHTTP/1.1 204 No Content\r\n", Some(204)),
             ("HTTP/2 204 ", None),
             ("HTTP/1. 204 No Content\r\n", None),
             ("HTTP/1.x 204 ", None),
