@@ -1,22 +1,23 @@
 //! The status thread: it asks the [`StatusSource`] when the heartbeat thread wants a snapshot, and is the only place
 //! where foreign code and slow reads run. It may hang or panic; the heartbeat thread never waits for it without end.
 
-use std::any::Any;
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 use std::thread;
 use std::time::Instant;
 
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 
 use crate::error::Error;
+use crate::panics::{caught, discard};
+use crate::stats::{SharedStats, ThreadWatch};
 use crate::status::{Snapshot, StatusSource, Topology};
-use crate::text::printable;
 
 /// What the status thread says.
 #[derive(Debug)]
 pub(crate) enum Collected {
-    /// What is known of the topology before the first snapshot. Said at most once, first.
-    Topology(Topology),
+    /// What is known of the topology before the first snapshot, or that the source panicked when it was asked for that.
+    /// Said at most once, first.
+    Topology(Result<Topology, String>),
     /// The answer to a question, and when it was there.
     Snapshot(Snapshot, Instant),
     /// The source panicked when it was asked.
@@ -33,40 +34,33 @@ pub(crate) struct Collector {
 
 impl Collector {
     /// Starts the thread. It is never joined: it may be hanging in foreign code.
-    pub(crate) fn start(source: Box<dyn StatusSource>) -> Result<Self, Error> {
+    pub(crate) fn start(source: Box<dyn StatusSource>, stats: &Arc<SharedStats>) -> Result<Self, Error> {
         const NAME: &str = "decnet-status";
         let (ask, asked) = bounded(1);
         let (answer, collected) = unbounded();
-        thread::Builder::new()
-            .name(NAME.to_owned())
-            .spawn(move || run(source, &asked, &answer))
-            .map_err(|source| Error::thread(NAME, source))?;
+        let watch = ThreadWatch::new(NAME, stats);
+        let run = move || {
+            run(source, &asked, &answer);
+            watch.has_ended_as_wanted();
+        };
+        thread::Builder::new().name(NAME.to_owned()).spawn(run).map_err(|source| Error::thread(NAME, source))?;
         Ok(Self { ask, collected })
     }
 }
 
 fn run(mut source: Box<dyn StatusSource>, asked: &Receiver<()>, answer: &Sender<Collected>) {
-    let known = catch_unwind(AssertUnwindSafe(|| source.applied_topology()));
-    let first = match known {
-        Ok(topology) => topology.map(Collected::Topology),
-        Err(panic) => Some(Collected::Panicked(message(panic.as_ref()))),
-    };
-    if let Some(first) = first {
+    let known = caught(|| source.applied_topology()).transpose();
+    if let Some(known) = known {
         // An error means that the heartbeat thread is gone; then so is the next question.
-        let _ = answer.send(first);
+        let _ = answer.send(Collected::Topology(known));
     }
     while let Ok(()) = asked.recv() {
         // A source that panics is asked again: what state it is in is its own matter, and safe code keeps it sound.
-        let snapshot = match catch_unwind(AssertUnwindSafe(|| source.snapshot())) {
+        let snapshot = match caught(|| source.snapshot()) {
             Ok(snapshot) => Collected::Snapshot(snapshot, Instant::now()),
-            Err(panic) => Collected::Panicked(message(panic.as_ref())),
+            Err(said) => Collected::Panicked(said),
         };
         let _ = answer.send(snapshot);
     }
-}
-
-/// What a panic said, safe to log.
-pub(crate) fn message(panic: &(dyn Any + Send)) -> String {
-    let said = panic.downcast_ref::<&str>().copied().or_else(|| panic.downcast_ref::<String>().map(String::as_str));
-    printable(said.unwrap_or("a panic without a message"))
+    discard(source);
 }

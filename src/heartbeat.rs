@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 
 use crate::collector::Collector;
+use crate::content::Content;
 use crate::delta::{Operation, from_micros};
 use crate::enrolment::Enrolment;
 use crate::error::{Error, chain, printable_path};
@@ -20,7 +21,7 @@ use crate::outbox::{Books, Outbox, OutboxLocation, Role};
 use crate::repeats::Repeats;
 use crate::schedule::{Schedule, Ticks};
 use crate::sender::DeltaSender;
-use crate::stats::{SharedStats, Stats};
+use crate::stats::{SharedStats, Stats, ThreadWatch};
 use crate::status::StatusSource;
 use crate::status::decnet::DecnetStatus;
 use crate::worker::Worker;
@@ -576,20 +577,26 @@ fn start(link: Link, outbox: Outbox, source: Box<dyn StatusSource>, settings: Se
         agent_version,
         outbox: Arc::clone(&outbox),
         stats: Arc::clone(&stats),
-        collector: Collector::start(source)?,
+        collector: Collector::start(source, &stats)?,
         schedule: Schedule::new(interval),
+        content: Content::new(interval),
         ticks,
         deltas,
         beaten,
         stop: stopped,
         deadline: None,
         topology: None,
+        trouble: String::new(),
+        states_rested: false,
+        states_sent: false,
         repeats: Repeats::default(),
         tended: false,
     };
+    let watch = ThreadWatch::new(NAME, &stats);
     let run = move || {
         let _alive = alive;
         worker.run();
+        watch.has_ended_as_wanted();
     };
     let thread =
         thread::Builder::new().name(NAME.to_owned()).spawn(run).map_err(|source| Error::thread(NAME, source))?;

@@ -145,6 +145,7 @@ mod bundle;
 #[doc(hidden)]
 pub mod cli;
 mod collector;
+mod content;
 mod delta;
 mod enrolment;
 mod error;
@@ -162,6 +163,7 @@ pub mod loopback;
 mod master;
 mod operation;
 mod outbox;
+mod panics;
 mod repeats;
 mod resolve;
 mod schedule;

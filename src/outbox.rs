@@ -322,7 +322,18 @@ impl Outbox {
 
     /// The deltas that may go out, newest first, other processes' among them. Those are held back that have a newer
     /// operation in flight.
+    #[cfg(any(test, fuzzing))]
     pub(crate) fn deliverable(&self, most: usize, by: Instant) -> Result<Vec<Kept>, Error> {
+        self.deliverable_where(most, by, None)
+    }
+
+    /// The same, of those that are `wanted`.
+    pub(crate) fn deliverable_where(
+        &self,
+        most: usize,
+        by: Instant,
+        wanted: Option<&dyn Fn(&Kept) -> bool>,
+    ) -> Result<Vec<Kept>, Error> {
         let mut shared = self.enter(by)?;
         // Where it can be, what goes out is on the disk first: an operation's end that the master has heard of and the next
         // start has not would be reported a second time, and as a failure.
@@ -331,7 +342,7 @@ impl Outbox {
         {
             log::debug!("what goes out is not on the disk: error={:?}", chain(&error));
         }
-        let looked = shared.store.read(|db| Ok((entries::counts(db)?, entries::deliverable(db, most)?)));
+        let looked = shared.store.read(|db| Ok((entries::counts(db)?, entries::deliverable(db, most, wanted)?)));
         self.note_down(&shared, looked.as_ref().ok().map(|(counts, _)| *counts));
         looked.map(|(_, deltas)| deltas).map_err(|source| self.error("cannot be read").because(source))
     }

@@ -2,7 +2,8 @@
 //!
 //! - A tick or a delta wants a beat, and the status thread is asked for a snapshot. The beat goes out when the snapshot
 //!   arrives, or without one when patience ends, counted from the question: a source that owes an answer for long is
-//!   not waited for again.
+//!   not waited for again. The first beat waits up to a second for the topology, as the master would otherwise order it
+//!   to be built again.
 //! - A snapshot that comes later goes out in a beat of its own. A delta that comes while a snapshot is being made asks
 //!   for another, since that one may have been begun before.
 //! - After a failure nothing goes out until the backoff ends, whatever is wanted meanwhile; a refused host waits for
@@ -63,12 +64,22 @@ pub(crate) struct Schedule {
     ask_again: bool,
     hold: Hold,
     backoff: Duration,
+    /// Before then the first beat is not sent without its topology.
+    topology_awaited_until: Option<Instant>,
 }
 
 impl Schedule {
     pub(crate) fn new(interval: Duration) -> Self {
         let backoff = limits::BACKOFF_START.min(interval);
-        Self { interval, due: None, asked: None, ask_again: false, hold: Hold::Free, backoff }
+        Self {
+            interval,
+            due: None,
+            asked: None,
+            ask_again: false,
+            hold: Hold::Free,
+            backoff,
+            topology_awaited_until: None,
+        }
     }
 
     /// A beat is wanted.
@@ -89,7 +100,10 @@ impl Schedule {
                 (*self.asked.insert(now), Question::Ask)
             }
         };
-        let due = (asked + self.patience(why)).max(now);
+        if why == Wish::First {
+            self.topology_awaited_until = Some(now + limits::TOPOLOGY_PATIENCE);
+        }
+        let due = (asked + self.patience(why)).max(now).max(self.topology_awaited_until.unwrap_or(now));
         self.due = Some(self.due.map_or(due, |earlier| earlier.min(due)));
         question
     }
@@ -102,6 +116,19 @@ impl Schedule {
         }
     }
 
+    /// The topology is known now: the first beat has no more to wait for than any other.
+    pub(crate) fn topology_is_known(&mut self, now: Instant) {
+        if self.topology_awaited_until.take().is_some() {
+            let due = self.asked.map(|asked| (asked + self.patience(Wish::First)).max(now));
+            self.due = self.due.and(due).or(self.due);
+        }
+    }
+
+    /// Up to when the first beat waits for the topology. `None`: it is known, or has been waited for.
+    pub(crate) fn topology_awaited_until(&self) -> Option<Instant> {
+        self.topology_awaited_until
+    }
+
     /// How long one POST may take.
     pub(crate) fn post_limit(&self) -> Duration {
         (self.interval * 2 / 3).clamp(limits::MIN_POST, limits::POST)
@@ -110,6 +137,7 @@ impl Schedule {
     /// The snapshot that was owed is there. Whether a beat takes it along now.
     pub(crate) fn answered(&mut self) -> bool {
         self.asked = None;
+        self.topology_awaited_until = None;
         let goes_out = self.hold == Hold::Free;
         if goes_out {
             self.due = None;
@@ -143,6 +171,7 @@ impl Schedule {
             }
             (Hold::Free, Some(due)) if due <= now => {
                 self.due = None;
+                self.topology_awaited_until = None;
                 Fired::Beat
             }
             _ => Fired::Nothing,
@@ -258,6 +287,25 @@ mod tests {
     }
 
     #[test]
+    fn the_first_beat_waits_a_second_for_the_topology_and_no_longer_once_it_is_known() {
+        let (mut schedule, t) = start();
+        assert_eq!(schedule.wish(Wish::First, t), Question::Ask);
+        assert_eq!(schedule.wish(Wish::Delta, after(t, 0.1)), Question::None);
+        assert_eq!(schedule.fired(after(t, 0.99)), Fired::Nothing, "a delta does not leave it out either");
+        assert_eq!(schedule.fired(after(t, 1.0)), Fired::Beat);
+        for known in [0.1, 0.4] {
+            let (mut schedule, t) = start();
+            let _ = schedule.wish(Wish::First, t);
+            schedule.topology_is_known(after(t, known));
+            assert_eq!(schedule.fired(after(t, f64::max(known, 0.25) - 0.01)), Fired::Nothing);
+            assert_eq!(schedule.fired(after(t, f64::max(known, 0.25))), Fired::Beat);
+        }
+        let (mut schedule, t) = start();
+        let _ = schedule.wish(Wish::First, t);
+        assert!(schedule.answered(), "the snapshot says all there is to know");
+    }
+
+    #[test]
     fn a_source_that_hangs_is_not_waited_for_twice() {
         let (mut schedule, t) = start();
         let _ = schedule.wish(Wish::Tick, t);
@@ -269,7 +317,7 @@ mod tests {
     #[test]
     fn a_late_snapshot_goes_out_in_a_beat_of_its_own() {
         let (mut schedule, t) = start();
-        let _ = schedule.wish(Wish::First, t);
+        let _ = schedule.wish(Wish::Retry, t);
         assert_eq!(schedule.fired(after(t, 0.25)), Fired::Beat);
         schedule.ended(Verdict::Accepted, after(t, 0.3), 0.0);
         assert!(schedule.answered());

@@ -3,17 +3,16 @@
 
 use std::collections::BTreeSet;
 use std::error::Error as StdError;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
 use crossbeam_channel::{Sender, TrySendError};
 
-use crate::collector::message;
 use crate::delta::{LifecycleDelta, Operation, check_decky};
 use crate::error::{Error, chain};
 use crate::operation::{TrackedOperation, reason};
 use crate::outbox::{Kept, Outbox, Poster};
+use crate::panics::{caught, discard, quietly};
 
 /// Pushes deltas and begins operations. Clone it, send it to other threads; it outlives its heartbeat.
 ///
@@ -225,10 +224,15 @@ impl DeltaSender {
     ) -> Result<JoinHandle<()>, Error> {
         const NAME: &str = "decnet-operation";
         let tracked = self.begin(operation, deckies)?;
-        let run = move || match catch_unwind(AssertUnwindSafe(work)) {
+        let run = move || match caught(work) {
             Ok(Ok(())) => tracked.succeed(),
-            Ok(Err(error)) => tracked.fail(reason(error.into().as_ref())),
-            Err(panic) => tracked.fail(format!("{operation} panicked: {}", message(panic.as_ref()))),
+            Ok(Err(error)) => match caught(|| reason_and_drop(error.into())) {
+                Ok(reason) => tracked.fail(reason),
+                Err(said) => {
+                    tracked.fail(format!("{operation} failed, and its error panicked when it was read: {said}"))
+                }
+            },
+            Err(said) => tracked.fail(format!("{operation} panicked: {said}")),
         };
         thread::Builder::new().name(NAME.to_owned()).spawn(run).map_err(|source| Error::thread(NAME, source))
     }
@@ -236,16 +240,25 @@ impl DeltaSender {
     /// Operations have ended; their rows are in the outbox since they began.
     pub(crate) fn end(&self, ended: Vec<Kept>) {
         let Some(inner) = self.inner.as_ref().filter(|_| !ended.is_empty()) else { return };
+        // The guard may be dropped by a panic, and a second one, of the logger, would end the process.
         if let Err(error) = inner.outbox.end(ended, Poster::Deliverer) {
-            log::error!(
-                "how an operation ended is in memory, a restart would report it failed: error={:?}",
-                chain(&error)
-            );
+            let error = chain(&error);
+            quietly(|| {
+                log::error!("how an operation ended is in memory, a restart would report it failed: error={error:?}");
+            });
         }
         if let Err(error) = inner.wake() {
-            log::error!("how an operation ended will not be reported: error={:?}", chain(&error));
+            let error = chain(&error);
+            quietly(|| log::error!("how an operation ended will not be reported: error={error:?}"));
         }
     }
+}
+
+/// The error's own drop may panic, and its reason is known by then.
+fn reason_and_drop(error: Box<dyn StdError + Send + Sync>) -> String {
+    let reason = reason(error.as_ref());
+    discard(error);
+    reason
 }
 
 impl Inner {

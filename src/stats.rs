@@ -1,7 +1,7 @@
 //! What the heartbeat knows of itself. Written on the heartbeat thread, read from any.
 
 use std::path::PathBuf;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use serde::{Serialize, Serializer};
@@ -95,8 +95,14 @@ pub struct Stats {
     /// Why the last beat said less than all of what runs here: Docker or a file could not be read, or there was no fresh
     /// snapshot. `None`: it said all.
     pub status_fault: Option<String>,
+    /// Of the waiting deltas, the ones that the master failed on when they were sent alone. Each is left out of 10 beats, and
+    /// of twice as many each time that it fails again, up to a day; so are older deltas of its decky and operation.
+    pub resting: u64,
     /// Panics caught, of the status source and of a beat.
     pub panics: u64,
+    /// The thread that has ended although nobody stopped the heartbeat. `None`: both run. It should never be anything else;
+    /// then the agent has to be started again.
+    pub ended_thread: Option<&'static str>,
     /// Since when the heartbeat thread has been busy with one event.
     #[serde(skip)]
     pub(crate) working_since: Option<Instant>,
@@ -148,8 +154,8 @@ impl Stats {
         self.failure.take()
     }
 
-    /// A beat was not accepted. The failure with this one in it, and whether it is of another class than the last.
-    pub(crate) fn failed(&mut self, reply: &Reply) -> (Failure, bool) {
+    /// A beat was not accepted. The failure with this one in it.
+    pub(crate) fn failed(&mut self, reply: &Reply) -> Failure {
         self.answered(reply);
         let before = self.failure.take();
         let failure = Failure {
@@ -159,12 +165,13 @@ impl Stats {
             detail: reply.detail.clone(),
         };
         self.failure = Some(failure.clone());
-        (failure, before.is_none_or(|before| before.class != reply.class))
+        failure
     }
 
-    /// One of the two threads has been at one thing for far longer than it takes.
+    /// One of the two threads has been at one thing for far longer than it takes, or is gone.
     pub(crate) fn is_stalled(&self) -> bool {
-        [self.working_since, self.owed_since].into_iter().flatten().any(|since| since.elapsed() > limits::STALLED)
+        let mut busy = [self.working_since, self.owed_since].into_iter().flatten();
+        self.ended_thread.is_some() || busy.any(|since| since.elapsed() > limits::STALLED)
     }
 
     fn answered(&mut self, reply: &Reply) {
@@ -195,6 +202,32 @@ impl SharedStats {
     }
 }
 
+/// Held by a thread. Dropped by a panic that nothing has caught, it says in the stats that the thread is gone.
+#[derive(Debug)]
+pub(crate) struct ThreadWatch {
+    name: &'static str,
+    /// `None`: the thread has ended as it should.
+    stats: Option<Arc<SharedStats>>,
+}
+
+impl ThreadWatch {
+    pub(crate) fn new(name: &'static str, stats: &Arc<SharedStats>) -> Self {
+        Self { name, stats: Some(Arc::clone(stats)) }
+    }
+
+    pub(crate) fn has_ended_as_wanted(mut self) {
+        self.stats = None;
+    }
+}
+
+impl Drop for ThreadWatch {
+    fn drop(&mut self) {
+        if let Some(stats) = &self.stats {
+            stats.change(|stats| stats.ended_thread = Some(self.name));
+        }
+    }
+}
+
 fn rfc3339<S: Serializer>(at: &Option<SystemTime>, serializer: S) -> Result<S::Ok, S::Error> {
     match at {
         Some(at) => rfc3339_always(at, serializer),
@@ -214,6 +247,21 @@ fn seconds<S: Serializer>(duration: &Option<Duration>, serializer: S) -> Result<
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_thread_that_is_gone_is_a_stall_at_once() {
+        let stats = Arc::new(SharedStats::default());
+        ThreadWatch::new("decnet-status", &stats).has_ended_as_wanted();
+        assert_eq!((stats.read().ended_thread, stats.read().is_stalled()), (None, false));
+        let watch = ThreadWatch::new("decnet-heartbeat", &stats);
+        std::thread::spawn(move || {
+            let _watch = watch;
+            panic!("on purpose");
+        })
+        .join()
+        .unwrap_err();
+        assert_eq!((stats.read().ended_thread, stats.read().is_stalled()), (Some("decnet-heartbeat"), true));
+    }
 
     #[test]
     fn either_thread_that_makes_no_progress_is_a_stall() {

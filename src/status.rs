@@ -87,6 +87,8 @@ pub struct Snapshot {
     topology: Option<Topology>,
     /// What could not be found out, safe to log.
     fault: Option<String>,
+    /// The status says nothing but that.
+    is_unknown: bool,
 }
 
 impl Snapshot {
@@ -114,7 +116,9 @@ impl Snapshot {
             Ok(status) if status.get().len() > limits::STATUS => {
                 Self::unknown(&format!("the status is larger than {} bytes", limits::STATUS))
             }
-            Ok(status) if status.get().starts_with('{') => Self { status, topology: None, fault: None },
+            Ok(status) if status.get().starts_with('{') => {
+                Self { status, topology: None, fault: None, is_unknown: false }
+            }
             Ok(_) => Self::unknown("the status source did not give a JSON object"),
             Err(error) => Self::unknown(&format!("the status source's answer cannot be serialized: {error}")),
         }
@@ -137,7 +141,7 @@ impl Snapshot {
     pub fn unknown(reason: &str) -> Self {
         // Serializing one string cannot fail; were it to, an empty status says nothing either.
         let status = to_raw_value(&body::Status::Unknown { error: reason }).unwrap_or_else(|_| empty_object());
-        Self { status, topology: None, fault: Some(printable(reason)) }
+        Self { status, topology: None, fault: Some(printable(reason)), is_unknown: true }
     }
 
     /// The same snapshot with a topology.
@@ -161,6 +165,11 @@ impl Snapshot {
     pub(crate) fn with_fault(mut self, fault: Option<&str>) -> Self {
         self.fault = fault.map(printable);
         self
+    }
+
+    /// It has no states, only the reason for that.
+    pub(crate) fn is_unknown(&self) -> bool {
+        self.is_unknown
     }
 
     /// What could not be found out.

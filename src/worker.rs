@@ -2,23 +2,26 @@
 
 use std::borrow::Cow;
 use std::mem;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use crossbeam_channel::{Receiver, Sender, never, select};
 
+use serde_json::value::RawValue;
+
 use crate::body::{self, Body};
-use crate::collector::{self, Collected, Collector};
+use crate::collector::{Collected, Collector};
+use crate::content::{Cause, Consequence, Content, Post, PostOutcome, Share};
 use crate::error::chain;
 use crate::limits;
 use crate::link::Link;
 use crate::master::{Reply, Verdict};
 use crate::outbox::{self, Kept, Outbox, Settled};
+use crate::panics::{caught, quietly};
 use crate::repeats::Repeats;
 use crate::schedule::{Fired, Question, Schedule, Ticks, Wish};
 use crate::stats::{Failure, SharedStats};
-use crate::status::{Observed, Snapshot, Topology};
+use crate::status::{AppliedTopology, Observed, Snapshot, Topology};
 use crate::text::printable;
 
 /// What the heartbeat thread wakes for.
@@ -30,6 +33,33 @@ enum Event {
     Timer,
 }
 
+/// What the source found, and when.
+#[derive(Debug)]
+struct States {
+    snapshot: Snapshot,
+    at: Instant,
+}
+
+impl States {
+    /// They may not hold any more.
+    fn are_stale(&self) -> bool {
+        self.at.elapsed() > limits::FRESH
+    }
+
+    /// The states of what runs here, fresh enough to be sent.
+    fn are_known(&self) -> bool {
+        !self.snapshot.is_unknown() && !self.are_stale()
+    }
+}
+
+/// How the POSTs of a beat ended.
+#[derive(Debug)]
+struct BeatEnd {
+    reply: Reply,
+    /// Deltas that the master accepted.
+    delivered: usize,
+}
+
 /// All that the heartbeat thread owns.
 pub(crate) struct Worker {
     pub(crate) link: Link,
@@ -38,6 +68,7 @@ pub(crate) struct Worker {
     pub(crate) stats: Arc<SharedStats>,
     pub(crate) collector: Collector,
     pub(crate) schedule: Schedule,
+    pub(crate) content: Content,
     pub(crate) ticks: Ticks,
     /// A delta is in the outbox.
     pub(crate) deltas: Receiver<()>,
@@ -47,8 +78,14 @@ pub(crate) struct Worker {
     pub(crate) stop: Receiver<Instant>,
     /// Set by a stop.
     pub(crate) deadline: Option<Instant>,
-    /// The last topology known, for the beats that go out without a snapshot.
-    pub(crate) topology: Option<Topology>,
+    /// The last topology known, for the POSTs without states; inside, whether one is applied.
+    pub(crate) topology: Option<Option<AppliedTopology>>,
+    /// What the master failed on last, for the POSTs that leave it out.
+    pub(crate) trouble: String,
+    /// The states rested, and are not accepted yet.
+    pub(crate) states_rested: bool,
+    /// This beat has sent the states.
+    pub(crate) states_sent: bool,
     pub(crate) repeats: Repeats,
     /// The next beat has been tended to.
     pub(crate) tended: bool,
@@ -63,7 +100,8 @@ impl Worker {
         }
         self.guarded(Self::flush);
         self.guarded(Self::finish);
-        log::info!("heartbeat stopped: {} waiting={}", self.link.names(), self.outbox.books().counts.waiting);
+        let waiting = self.outbox.books().counts.waiting;
+        quietly(|| log::info!("heartbeat stopped: {} waiting={waiting}", self.link.names()));
     }
 
     /// Waits for what comes next. `None`: it is time to stop.
@@ -107,14 +145,16 @@ impl Worker {
     /// No panic ends the thread. It counts as a beat without an answer, on a connection that cannot be trusted any more.
     fn guarded(&mut self, work: impl FnOnce(&mut Self)) {
         self.stats.change(|stats| stats.working_since = Some(Instant::now()));
-        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| work(self))) {
-            let said = collector::message(panic.as_ref());
-            if let Some(times) = self.repeats.count("beat", &said, Instant::now()) {
-                log::error!("a beat panicked, going on: {} times={times} panic={said:?}", self.link.names());
-            }
+        if let Err(said) = caught(|| work(self)) {
             self.stats.change(|stats| stats.panics += 1);
-            if let Err(error) = self.link.renew() {
-                log::warn!("the connection cannot be made anew: {} error={:?}", self.link.names(), chain(&error));
+            if let Some(times) = self.repeats.count("beat", &said, Instant::now()) {
+                let names = self.link.names();
+                quietly(|| log::error!("a beat panicked, going on: {names} times={times} panic={said:?}"));
+            }
+            let renewed = caught(|| self.link.renew().map_err(|error| chain(&error)));
+            if let Err(error) = renewed.flatten() {
+                let names = self.link.names();
+                quietly(|| log::warn!("the connection cannot be made anew: {names} error={error:?}"));
             }
             self.schedule.ended(Verdict::NoAnswer, Instant::now(), fastrand::f64());
         }
@@ -131,20 +171,22 @@ impl Worker {
         match event {
             Event::Tick => self.wish(Wish::Tick),
             Event::Delta => self.wish(Wish::Delta),
-            Event::Collected(Collected::Topology(topology)) => self.topology = Some(topology),
+            Event::Collected(Collected::Topology(Ok(topology))) => {
+                self.topology = Some(topology.applied);
+                self.schedule.topology_is_known(Instant::now());
+            }
+            Event::Collected(Collected::Topology(Err(said))) => self.source_panicked(&said),
             Event::Collected(Collected::Snapshot(snapshot, at)) => {
                 self.stats.change(|stats| {
                     stats.snapshots += 1;
                     stats.last_snapshot = Some(SystemTime::now());
                 });
-                self.collected(snapshot, at);
+                self.collected(States { snapshot, at });
             }
             Event::Collected(Collected::Panicked(said)) => {
-                if let Some(times) = self.repeats.count("source", &said, Instant::now()) {
-                    log::error!("the status source panicked: host={} times={times} panic={said:?}", self.host());
-                }
-                self.stats.change(|stats| stats.panics += 1);
-                self.collected(Snapshot::unknown(&format!("the status source panicked: {said}")), Instant::now());
+                self.source_panicked(&said);
+                let snapshot = Snapshot::unknown(&format!("the status source panicked: {said}"));
+                self.collected(States { snapshot, at: Instant::now() });
             }
             Event::Timer => match self.schedule.fired(Instant::now()) {
                 Fired::Beat => self.beat(None),
@@ -174,15 +216,23 @@ impl Worker {
         }
     }
 
-    fn collected(&mut self, snapshot: Snapshot, at: Instant) {
+    fn source_panicked(&mut self, said: &str) {
+        self.stats.change(|stats| stats.panics += 1);
+        if let Some(times) = self.repeats.count("source", said, Instant::now()) {
+            let host = self.host();
+            quietly(|| log::error!("the status source panicked: host={host} times={times} panic={said:?}"));
+        }
+    }
+
+    fn collected(&mut self, states: States) {
         self.stats.change(|stats| (stats.snapshot_owed_since, stats.owed_since) = (None, None));
-        if let Some(topology) = snapshot.topology() {
-            self.topology = Some(topology.clone());
+        if let Some(topology) = states.snapshot.topology() {
+            self.topology = Some(topology.applied.clone());
         }
         match self.schedule.answered() {
-            // What it says may not hold any more.
-            true if at.elapsed() > limits::FRESH => return self.wish(Wish::Tick),
-            true => self.beat(Some(snapshot)),
+            // It waited behind a POST that took its time.
+            true if states.are_stale() => return self.wish(Wish::Tick),
+            true => self.beat(Some(&states)),
             false => (),
         }
         let question = self.schedule.ask_again(Instant::now());
@@ -190,94 +240,130 @@ impl Worker {
     }
 
     /// One beat, with all the deltas that wait, up to a body's worth.
-    fn beat(&mut self, snapshot: Option<Snapshot>) {
+    fn beat(&mut self, states: Option<&States>) {
         if !mem::take(&mut self.tended) {
             self.tend();
         }
-        let snapshot = snapshot.unwrap_or_else(|| self.without_snapshot());
-        let (mut reply, deltas) = self.exchange(&snapshot, limits::DELTAS_PER_BODY);
-        if reply.verdict == Verdict::BodyRefused {
-            reply = self.leave_out(snapshot, deltas.len(), reply);
-        }
+        let Some(BeatEnd { reply, delivered }) = self.make_posts(states) else { return };
         self.note(&reply);
         self.schedule.ended(reply.verdict, Instant::now(), fastrand::f64());
         self.note_next_beat();
         // Full: it has been told already. Gone: nobody asks.
         let _ = self.beaten.try_send(());
-        if reply.verdict == Verdict::Accepted && !deltas.is_empty() && self.free() > 0 {
+        if reply.verdict == Verdict::Accepted && delivered > 0 && self.free() > self.content.resting() {
             self.wish(Wish::Delta);
         }
     }
 
-    /// The body is refused, and would be again as it stands. Liveness goes first: it is tried without its deltas, so many,
-    /// and then without its status. What the master cannot stomach may be in either.
-    fn leave_out(&mut self, mut snapshot: Snapshot, deltas: usize, mut reply: Reply) -> Reply {
-        if deltas > 0 {
-            (reply, _) = self.exchange(&snapshot, 0);
-        }
-        if reply.verdict == Verdict::BodyRefused {
-            let refusal = format!("{}: {}", reply.class, reply.detail);
-            (snapshot, reply) = self.without_status(&refusal);
-        }
-        match reply.verdict {
-            Verdict::Accepted if deltas > 0 => self.isolate(&snapshot, deltas),
-            _ => reply,
-        }
-    }
-
-    fn without_status(&mut self, refusal: &str) -> (Snapshot, Reply) {
-        let snapshot = Snapshot::unknown(&format!("the master refuses the status: {refusal}"));
-        let (reply, _) = self.exchange(&snapshot, 0);
-        if reply.verdict == Verdict::Accepted
-            && let Some(times) = self.repeats.count("status", refusal, Instant::now())
-        {
-            let names = self.link.names();
-            log::error!("the master refuses the status, beating without it: {names} times={times} reason={refusal:?}");
-        }
-        (snapshot, reply)
-    }
-
-    /// Halves a refused body until the delta at fault stands alone, and puts that one aside with the reason. What is
-    /// accepted on the way is delivered. If all of it is, none was at fault, or newer ones have come in between.
-    fn isolate(&mut self, snapshot: &Snapshot, refused: usize) -> Reply {
-        // It shrinks with every answer, so this ends.
-        let mut suspects = refused;
-        loop {
-            let (reply, deltas) = self.exchange(snapshot, suspects.div_ceil(2));
-            match (reply.verdict, deltas.as_slice()) {
-                (Verdict::Accepted, [_, ..]) if self.stop.is_empty() && deltas.len() < suspects => {
-                    suspects -= deltas.len();
-                }
-                (Verdict::BodyRefused, [_, _, ..]) => suspects = deltas.len(),
-                (Verdict::BodyRefused, [delta]) => {
-                    self.reject(delta, &reply);
-                    return Reply { verdict: Verdict::Accepted, ..reply };
-                }
-                _ => return reply,
+    /// The POSTs of one beat. What each carries is decided when the one before it has ended.
+    fn make_posts(&mut self, states: Option<&States>) -> Option<BeatEnd> {
+        let (since, mut last, mut delivered) = (Instant::now(), None, 0);
+        self.content.begin();
+        self.states_sent = false;
+        while last.is_none() || self.may_go_on(since) {
+            let Some(post) = self.content.next(states.is_some_and(States::are_known)) else { break };
+            let Some((reply, deltas)) = self.exchange(post, states) else {
+                self.content.nothing_to_send(post);
+                continue;
+            };
+            if reply.verdict == Verdict::Accepted {
+                delivered += deltas.len();
+            }
+            match self.ended(post, &deltas, &reply) {
+                Consequence::Counts => last = Some(reply),
+                Consequence::Absorbed(cause) => self.absorb(cause, &reply, &deltas),
             }
         }
+        let resting = self.content.resting();
+        self.stats.change(|stats| stats.resting = resting);
+        last.map(|reply| BeatEnd { reply, delivered })
     }
 
-    fn reject(&mut self, kept: &Kept, reply: &Reply) {
+    /// The POSTs after the first must not delay the next beat: each may take two thirds of the interval.
+    fn may_go_on(&self, since: Instant) -> bool {
+        self.stop.is_empty() && since.elapsed() < self.schedule.post_limit() / 2 && !self.within().is_zero()
+    }
+
+    fn ended(&mut self, post: Post, deltas: &[Kept], reply: &Reply) -> Consequence {
+        let outcome = match reply.verdict {
+            Verdict::Accepted => PostOutcome::Accepted,
+            Verdict::BodyRefused => PostOutcome::Refused,
+            Verdict::TryLater(_) | Verdict::NoAnswer if reply.in_doubt => PostOutcome::InDoubt,
+            _ => PostOutcome::Unchanged,
+        };
+        if matches!(outcome, PostOutcome::InDoubt | PostOutcome::Refused) {
+            self.trouble = format!("{}: {}", reply.class, reply.detail);
+        }
+        let was_whole = self.content.is_whole();
+        let consequence = self.content.ended(post, deltas, outcome);
+        if self.content.is_whole() && !was_whole && self.states_rested {
+            self.states_rested = false;
+            quietly(|| log::info!("the master takes the states again: {}", self.link.names()));
+        }
+        consequence
+    }
+
+    /// The beat goes on without what the master does not take.
+    fn absorb(&mut self, cause: Cause, reply: &Reply, deltas: &[Kept]) {
         let reason = format!("{}: {}", reply.class, reply.detail);
+        match (cause, deltas) {
+            (Cause::DeltaRefused, [kept]) => self.reject(kept, &reason),
+            (Cause::DeltaRests, [kept]) => {
+                if let Some(times) = self.repeats.count("delta", &reason, Instant::now()) {
+                    let (decky, operation) = (printable(kept.delta.decky()), kept.delta.operation());
+                    let names = self.link.names();
+                    quietly(|| {
+                        log::warn!(
+                            "the master fails on a delta, it rests: {names} decky={decky:?} operation={operation} \
+                             times={times} reason={reason:?}"
+                        );
+                    });
+                }
+            }
+            (Cause::StatesRest, _) => {
+                self.states_rested = true;
+                let fault = self.why_no_states(None).into_owned();
+                self.stats.change(|stats| stats.status_fault = Some(fault));
+                if let Some(times) = self.repeats.count("states", &reason, Instant::now()) {
+                    let (names, beats) = (self.link.names(), self.content.states_rest_for().unwrap_or_default());
+                    quietly(|| {
+                        log::error!(
+                            "the master fails on the states, beating without them: {names} beats={beats} \
+                             times={times} reason={reason:?}"
+                        );
+                    });
+                }
+            }
+            _ => (),
+        }
+    }
+
+    fn reject(&mut self, kept: &Kept, reason: &str) {
         let (decky, operation) = (printable(kept.delta.decky()), kept.delta.operation());
-        log::error!(
-            "the master refuses a delta for good, it is put aside: {} decky={decky:?} operation={operation} reason={reason:?}",
-            self.link.names()
-        );
-        self.settle(std::slice::from_ref(kept), &Settled::Rejected(reason));
+        let names = self.link.names();
+        quietly(|| {
+            log::error!(
+                "the master refuses a delta for good, it is put aside: {names} decky={decky:?} operation={operation} \
+                 reason={reason:?}"
+            );
+        });
+        self.settle(std::slice::from_ref(kept), &Settled::Rejected(reason.to_owned()));
         self.stats.change(|stats| stats.rejected += 1);
     }
 
-    /// One POST with the newest deltas that may go out, at most so many, and what follows if it is accepted: the deltas in it
-    /// are forgotten. Where the connection had ended it is tried once more at once, with what may
-    /// go out by then: an operation may have begun meanwhile that holds back some of it.
-    fn exchange(&mut self, snapshot: &Snapshot, most: usize) -> (Reply, Vec<Kept>) {
+    /// One POST, and what follows if it is accepted: the deltas in it are forgotten. Where the connection had ended it is
+    /// tried once more at once, with what may be sent by then: an operation may have begun meanwhile that holds back some
+    /// of it, and the states may be old. `None`: it is for a delta that is not there.
+    fn exchange(&mut self, post: Post, states: Option<&States>) -> Option<(Reply, Vec<Kept>)> {
         let end = Instant::now() + self.within();
-        let (mut reply, mut deltas) = self.post(snapshot, most, end);
+        let (mut reply, mut deltas) = self.post(post, states, end)?;
         if reply.stale && Instant::now() < end {
-            log::debug!("the connection has ended, trying a fresh one: {} class={}", self.link.names(), reply.class);
-            (reply, deltas) = self.post(snapshot, most, end);
+            let (names, class) = (self.link.names(), &reply.class);
+            quietly(|| log::debug!("the connection has ended, trying a fresh one: {names} class={class}"));
+            if let Some((again, rest)) = self.post(post, states, end) {
+                let in_doubt = reply.in_doubt || again.in_doubt;
+                (reply, deltas) = (Reply { in_doubt, ..again }, rest);
+            }
         }
         if reply.verdict == Verdict::Accepted {
             if !deltas.is_empty() {
@@ -285,36 +371,80 @@ impl Worker {
             }
             self.accepted(&reply, deltas.len());
         }
-        (reply, deltas)
+        Some((reply, deltas))
     }
 
-    fn post(&mut self, snapshot: &Snapshot, most: usize, end: Instant) -> (Reply, Vec<Kept>) {
-        self.stats.change(|stats| {
-            stats.working_since = Some(Instant::now());
-            stats.status_fault = snapshot.fault().map(str::to_owned);
-        });
-        let deltas = self.waiting(most);
-        let reply = match self.body(snapshot, &deltas) {
+    fn post(&mut self, post: Post, states: Option<&States>, end: Instant) -> Option<(Reply, Vec<Kept>)> {
+        self.stats.change(|stats| stats.working_since = Some(Instant::now()));
+        let deltas = self.share(post.deltas);
+        if deltas.is_empty() && matches!(post.deltas, Share::One | Share::Only(_)) {
+            return None;
+        }
+        self.note_status_fault(post, states);
+        let reply = match self.body(post, states, &deltas) {
             Ok(body) => self.link.master().post(&body, end.saturating_duration_since(Instant::now())),
             Err(error) => Reply::unwritten(&error),
         };
-        (reply, deltas)
+        Some((reply, deltas))
     }
 
-    fn body(&self, snapshot: &Snapshot, deltas: &[Kept]) -> serde_json::Result<Vec<u8>> {
+    /// What the beat does not say of what runs here. Once its states are sent, its other POSTs leave nothing out.
+    fn note_status_fault(&mut self, post: Post, states: Option<&States>) {
+        if self.states_sent {
+            return;
+        }
+        self.states_sent = post.states;
+        let fault = match states {
+            Some(States { snapshot, .. }) if post.states => snapshot.fault().map(str::to_owned),
+            _ => Some(self.why_no_states(states).into_owned()),
+        };
+        self.stats.change(|stats| stats.status_fault = fault);
+    }
+
+    fn body(&self, post: Post, states: Option<&States>, deltas: &[Kept]) -> serde_json::Result<Vec<u8>> {
         let lifecycle: Vec<_> = deltas.iter().map(|kept| &kept.delta).collect();
+        let fresh = states.filter(|states| !states.are_stale());
+        let snapshot = fresh.map(|states| &states.snapshot);
+        let why_not = self.why_no_states(states);
+        let (missing, topology);
+        let status: &RawValue = match snapshot {
+            Some(snapshot) if post.states => snapshot.raw_status(),
+            _ => {
+                missing = Snapshot::unknown(&why_not);
+                missing.raw_status()
+            }
+        };
+        // What is observed is a part of the states: it may be as large, and grows as old.
+        let observed = snapshot.filter(|_| post.states || self.content.is_whole()).and_then(Snapshot::topology);
+        topology = match (observed, &self.topology) {
+            (Some(topology), _) => Some(Cow::Borrowed(topology)),
+            (None, Some(applied)) => {
+                let observed = Observed::Unknown(why_not.into_owned());
+                Some(Cow::Owned(Topology { applied: applied.clone(), observed }))
+            }
+            (None, None) => None,
+        };
         serde_json::to_vec(&Body {
             host_uuid: self.host(),
             agent_version: &self.agent_version,
-            status: snapshot.raw_status(),
-            topology: self.topology_of(snapshot).map(body::Topology::from),
+            status,
+            topology: topology.as_deref().map(body::Topology::from),
             lifecycle: &lifecycle,
         })
     }
 
-    /// The snapshot's topology; where it has none, the last one known: leaving it out would not be neutral.
-    fn topology_of<'a>(&'a self, snapshot: &'a Snapshot) -> Option<&'a Topology> {
-        snapshot.topology().or(self.topology.as_ref())
+    /// Why a POST has no states, for its `status.error`.
+    fn why_no_states<'a>(&self, states: Option<&'a States>) -> Cow<'a, str> {
+        let trouble = &self.trouble;
+        if self.content.states_rest() {
+            return format!("the states are left out, as the master failed on them: {trouble}").into();
+        }
+        match states {
+            Some(states) if states.are_stale() => "no fresh snapshot: it grew old while it was sent".into(),
+            Some(States { snapshot, .. }) if snapshot.is_unknown() => snapshot.fault().unwrap_or_default().into(),
+            Some(_) => format!("the states follow alone, as the master failed on a body with more: {trouble}").into(),
+            None => self.no_snapshot().into(),
+        }
     }
 
     fn within(&self) -> Duration {
@@ -328,14 +458,28 @@ impl Worker {
         self.deadline.map_or(patience, |deadline| deadline.min(patience))
     }
 
-    fn waiting(&mut self, most: usize) -> Vec<Kept> {
-        self.outbox.deliverable(most, self.patience()).unwrap_or_else(|error| {
+    /// The deltas of a POST.
+    fn share(&mut self, share: Share) -> Vec<Kept> {
+        let content = &self.content;
+        let is_free = |kept: &Kept| !content.holds_back(kept);
+        let is_one = |id: i64| move |kept: &Kept| kept.id == id;
+        let (one, by) = (if let Share::Only(id) = share { Some(is_one(id)) } else { None }, self.patience());
+        let free: Option<&dyn Fn(&Kept) -> bool> = if content.resting() > 0 { Some(&is_free) } else { None };
+        let looked = match share {
+            Share::None => return Vec::new(),
+            Share::Newest(most) => self.outbox.deliverable_where(most, by, free),
+            Share::One => self.outbox.deliverable_where(1, by, free),
+            Share::Only(_) => self.outbox.deliverable_where(1, by, one.as_ref().map(|is_one| is_one as _)),
+        };
+        looked.unwrap_or_else(|error| {
             let problem = chain(&error);
             if let Some(times) = self.repeats.count("deliverable", &problem, Instant::now()) {
                 let host = self.host();
-                log::warn!(
-                    "beating without deltas, they stay in the outbox: host={host} times={times} error={problem:?}"
-                );
+                quietly(|| {
+                    log::warn!(
+                        "beating without deltas, they stay in the outbox: host={host} times={times} error={problem:?}"
+                    );
+                });
             }
             Vec::new()
         })
@@ -352,34 +496,45 @@ impl Worker {
             let problem = chain(&error);
             if let Some(times) = self.repeats.count("settle", &problem, Instant::now()) {
                 let host = self.host();
-                log::error!("after a restart a delta may be sent again: host={host} times={times} error={problem:?}");
+                quietly(|| {
+                    log::error!(
+                        "after a restart a delta may be sent again: host={host} times={times} error={problem:?}"
+                    );
+                });
             }
         }
     }
 
-    /// What a beat says when its snapshot is not there in time: nothing but why.
-    fn without_snapshot(&mut self) -> Snapshot {
-        let reason = match (self.deadline, self.schedule.asked()) {
-            (Some(_), _) => Cow::Borrowed("no fresh snapshot: the agent is stopping"),
+    /// What a beat says when its snapshot is not there in time.
+    fn no_snapshot(&self) -> String {
+        match (self.deadline, self.schedule.asked()) {
+            (Some(_), _) => "no fresh snapshot: the agent is stopping".to_owned(),
             (None, Some(asked)) => format!(
                 "no fresh snapshot: the status source has not answered for {:.1} s",
                 asked.elapsed().as_secs_f64()
-            )
-            .into(),
-            (None, None) => "no fresh snapshot".into(),
-        };
-        if let Some(topology) = &mut self.topology {
-            topology.observed = Observed::Unknown(reason.clone().into_owned());
+            ),
+            (None, None) => "no fresh snapshot".to_owned(),
         }
-        Snapshot::unknown(&reason)
     }
 
-    /// What is done before each beat: changed credentials are taken over, and the outbox is put in order.
+    /// What is done before each beat: changed credentials are taken over, and the outbox is put in order. A panic in it
+    /// does not keep the beat from being sent.
     fn tend(&mut self) {
-        self.refresh();
-        self.warn_of_expiry();
-        if let Err(error) = self.outbox.tend() {
-            log::debug!("the outbox is as it was: host={} error={:?}", self.host(), chain(&error));
+        let tended = caught(|| {
+            self.refresh();
+            self.warn_of_expiry();
+        });
+        let outbox = caught(|| {
+            if let Err(error) = self.outbox.tend() {
+                log::debug!("the outbox is as it was: host={} error={:?}", self.host(), chain(&error));
+            }
+        });
+        for said in [tended, outbox].into_iter().filter_map(Result::err) {
+            self.stats.change(|stats| stats.panics += 1);
+            if let Some(times) = self.repeats.count("tend", &said, Instant::now()) {
+                let names = self.link.names();
+                quietly(|| log::error!("a panic before a beat, going on: {names} times={times} panic={said:?}"));
+            }
         }
     }
 
@@ -403,52 +558,78 @@ impl Worker {
     /// start: threads that go on pushing must not make a stop as long as its grace.
     fn flush(&mut self) {
         let mut left = self.free();
+        if left > 0 {
+            self.await_topology();
+        }
         while left > 0 && !self.within().is_zero() {
-            let snapshot = self.without_snapshot();
-            let (reply, deltas) = self.exchange(&snapshot, limits::DELTAS_PER_BODY);
+            let Some(BeatEnd { reply, delivered }) = self.make_posts(None) else { return };
             self.note(&reply);
-            if deltas.is_empty() || reply.verdict != Verdict::Accepted {
+            if delivered == 0 || reply.verdict != Verdict::Accepted {
                 return;
             }
-            left = left.saturating_sub(deltas.len() as u64);
+            left = left.saturating_sub(delivered as u64);
+        }
+    }
+
+    /// A heartbeat that is stopped right after its start has not heard of the topology yet, and must not leave it out.
+    fn await_topology(&mut self) {
+        while let Some(until) = self.schedule.topology_awaited_until() {
+            let by = self.deadline.map_or(until, |deadline| deadline.min(until));
+            let topology = match self.collector.collected.recv_deadline(by) {
+                Ok(Collected::Topology(Ok(topology))) => Some(topology.applied),
+                Ok(Collected::Topology(Err(_))) => continue,
+                Ok(Collected::Snapshot(snapshot, _)) => snapshot.topology().map(|topology| topology.applied.clone()),
+                Ok(Collected::Panicked(_)) | Err(_) => None,
+            };
+            self.topology = topology.or(self.topology.take());
+            return;
         }
     }
 
     /// What the outbox could not write down so far has no later beat to wait for.
     fn finish(&mut self) {
         if let Err(error) = self.outbox.finish(self.deadline.unwrap_or_else(Instant::now)) {
-            let host = self.host();
-            log::error!("what the outbox has in memory ends with this process: host={host} error={:?}", chain(&error));
+            let (host, problem) = (self.host(), chain(&error));
+            quietly(|| {
+                log::error!("what the outbox has in memory ends with this process: host={host} error={problem:?}");
+            });
         }
     }
 
     fn accepted(&self, reply: &Reply, deltas: usize) {
         let (ended, beats) = self.stats.change(|stats| (stats.accepted(reply, deltas), stats.beats));
         let (names, ms) = (self.link.names(), reply.took.as_secs_f64() * 1e3);
-        match ended {
-            Some(failure) => log::info!("beating again: {names} failures={}", failure.count),
-            None if beats == 1 => log::info!("first beat accepted: {names}"),
-            None => (),
-        }
         let (class, resumed) = (&reply.class, reply.resumed);
-        log::debug!("beat accepted: {names} class={class} ms={ms:.1} deltas={deltas} resumed={resumed}");
+        quietly(|| {
+            match ended {
+                Some(failure) => log::info!("beating again: {names} failures={}", failure.count),
+                None if beats == 1 => log::info!("first beat accepted: {names}"),
+                None => (),
+            }
+            log::debug!("beat accepted: {names} class={class} ms={ms:.1} deltas={deltas} resumed={resumed}");
+        });
     }
 
-    /// A beat that failed counts once, however often its body was tried. A change is logged at once, a repetition at a
-    /// decreasing rate.
-    fn note(&self, reply: &Reply) {
+    /// A beat that failed counts once, however many POSTs it made. What fails again is logged at a decreasing rate.
+    fn note(&mut self, reply: &Reply) {
         if reply.verdict == Verdict::Accepted {
             return;
         }
-        let (Failure { count, class, detail, .. }, changed) = self.stats.change(|stats| stats.failed(reply));
+        let Failure { count, class, detail, .. } = self.stats.change(|stats| stats.failed(reply));
         let (level, what) = match reply.verdict {
             // Nobody but an operator can mend this.
             Verdict::HostRefused => (log::Level::Error, "the master does not accept this host, enrol it again"),
             _ => (log::Level::Warn, "beat failed"),
         };
-        let level = if changed || count.is_power_of_two() { level } else { log::Level::Debug };
+        let is_said = self.repeats.count("failure", &class, Instant::now()).is_some();
+        let level = if is_said { level } else { log::Level::Debug };
         let (names, fingerprint) = (self.link.names(), self.link.fingerprint());
-        log::log!(level, "{what}: {names} class={class} fingerprint={fingerprint} failures={count} detail={detail:?}");
+        quietly(|| {
+            log::log!(
+                level,
+                "{what}: {names} class={class} fingerprint={fingerprint} failures={count} detail={detail:?}"
+            );
+        });
     }
 
     fn host(&self) -> &str {

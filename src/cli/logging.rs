@@ -8,8 +8,8 @@ use std::path::Path;
 use log::LevelFilter;
 use simplelog::{ColorChoice, ConfigBuilder, TermLogger, TerminalMode, ThreadLogMode, WriteLogger};
 
-use crate::collector;
 use crate::error::{Error, printable_path};
+use crate::panics;
 
 /// A line a fact: time in UTC, level, thread, message. The libraries below say nothing here: what they would quote of
 /// an answer is not escaped.
@@ -32,7 +32,7 @@ pub(super) fn start(file: Option<&Path>, level: LevelFilter) -> Result<(), Error
 /// On one line, and safe to print: what a panic says may be somebody else's words.
 pub(super) fn panicked(panic: &PanicHookInfo<'_>) {
     let at = panic.location().map(ToString::to_string).unwrap_or_default();
-    log::error!("panic: at={at} said={:?}", collector::message(panic.payload()));
+    log::error!("panic: at={at} said={:?}", panics::said(panic.payload()));
 }
 
 /// Only for a person: `ColorChoice::Auto` would colour a pipe and a journal, too.

@@ -114,7 +114,11 @@ impl Change {
 /// The deltas that may go out, **newest first**: the master gives each delta to the newest open row of its decky and
 /// operation, so this order lands two of one decky on their own rows. One is held back while somebody is at work on a
 /// newer row of its decky and operation: the master would give it that one's.
-pub(super) fn deliverable(db: &Connection, most: usize) -> rusqlite::Result<Vec<Kept>> {
+pub(super) fn deliverable(
+    db: &Connection,
+    most: usize,
+    wanted: Option<&dyn Fn(&Kept) -> bool>,
+) -> rusqlite::Result<Vec<Kept>> {
     let mut select = db.prepare_cached(
         "WITH newest AS (SELECT decky, operation, max(id) AS id FROM current WHERE owner IS NOT NULL
                          GROUP BY decky, operation)
@@ -124,7 +128,13 @@ pub(super) fn deliverable(db: &Connection, most: usize) -> rusqlite::Result<Vec<
                AND (newest.id IS NULL OR d.id > newest.id)
          ORDER BY d.id DESC LIMIT ?1",
     )?;
-    select.query_map([most as i64], kept)?.collect()
+    // What is wanted is decided here, so all of them are read until there are enough.
+    let limit = if wanted.is_some() { -1 } else { most as i64 };
+    let is_wanted = |kept: &rusqlite::Result<Kept>| match (kept, wanted) {
+        (Ok(kept), Some(wanted)) => wanted(kept),
+        _ => true,
+    };
+    select.query_map([limit], kept)?.filter(is_wanted).take(most).collect()
 }
 
 /// Whether something newer of its decky and operation is in flight or waits: this one alone would seal the newer row.

@@ -161,9 +161,15 @@ fn a_status_that_the_master_refuses_is_left_out_and_the_beat_says_so() {
         .always(Some(Fault::AnswerTo(b"indigestible".to_vec(), Answer::status(422).body("cannot\u{1b} eat it"))));
     let source = || Snapshot::new(&json!({"indigestible": true}));
     let heartbeat = builder.status_source(source).start().unwrap();
-    settled(&heartbeat, |stats| stats.beats == 1 && stats.failure.is_none());
-    let error = "the master refuses the status: http-422: cannot\\u{1b} eat it";
-    assert_eq!(json_of(stage.requests(2).last().unwrap())["status"], json!({"error": error}));
+    let stats = settled(&heartbeat, |stats| stats.status_fault.is_some());
+    assert_eq!((stats.beats, stats.failure.is_none()), (1, true));
+    // Whole, light, and the states alone. The beats after it leave these out, and say why.
+    let error = "the states follow alone, as the master failed on a body with more: http-422: cannot\\u{1b} eat it";
+    assert_eq!(json_of(&stage.requests(3)[1])["status"], json!({"error": error}));
+    tick.send(now()).unwrap();
+    let error = "the states are left out, as the master failed on them: http-422: cannot\\u{1b} eat it";
+    assert_eq!(json_of(&stage.requests(4)[3])["status"], json!({"error": error}));
+    assert_eq!(settled(&heartbeat, |stats| stats.beats == 2).status_fault.as_deref(), Some(error));
     // A delta goes out all the same, and one that is indigestible itself is still found.
     heartbeat.deltas().push_all(["a", "indigestible", "b"].map(deployed)).unwrap();
     let stats = settled(&heartbeat, |stats| stats.delivered == 2 && stats.rejected == 1);

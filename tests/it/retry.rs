@@ -43,11 +43,11 @@ fn a_failure_on_a_reused_connection_is_tried_once_more_at_once_and_then_backed_o
     stage.master.script([Fault::CutAfterBody(Effect::Lost), Fault::CutAfterBody(Effect::Lost)]);
     tick.send(now()).unwrap();
     let waits = gaps(&stage, 4);
-    let connections: Vec<_> = stage.master.received().iter().map(|request| request.connection).collect();
+    let connections: Vec<_> = stage.master.received().iter().take(4).map(|request| request.connection).collect();
     assert_eq!(connections, [1, 1, 2, 3]);
     assert!(waits[1] < Duration::from_millis(450), "at once: {waits:?}");
     assert!(waits[2] >= Duration::from_millis(500), "not a third time: {waits:?}");
-    settled(&heartbeat, |stats| stats.beats == 2 && stats.failure.is_none());
+    settled(&heartbeat, |stats| stats.beats >= 2 && stats.failure.is_none());
 }
 
 #[test]
@@ -81,7 +81,7 @@ fn a_failure_on_a_fresh_connection_is_not_tried_again_at_once() {
 fn the_waits_grow_while_it_fails_and_a_success_forgets_them() {
     let stage = Stage::new();
     let (heartbeat, tick) = stage.beating();
-    let away = || Fault::Answer(Answer::status(503));
+    let away = || Fault::Answer(Answer::status(429));
     stage.master.script([away(), away(), away(), Fault::Serve, away()]);
     tick.send(now()).unwrap();
     // A tick or a delta meanwhile shortens nothing.

@@ -63,7 +63,9 @@ fn as_json_they_count_what_waits_what_is_held_what_is_in_flight_and_what_fell_ou
         "last_snapshot": null,
         "snapshot_owed_since": null,
         "status_fault": null,
+        "resting": 0,
         "panics": 0,
+        "ended_thread": null,
     });
     assert_eq!(json, expected);
 }

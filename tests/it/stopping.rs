@@ -196,10 +196,11 @@ fn what_is_pushed_while_it_stops_is_delivered_then_or_after_the_next_start() {
 fn a_stop_in_the_search_for_a_poison_keeps_every_delta() {
     let stage = Stage::new();
     let (heartbeat, _tick) = stage.beating();
-    // Refused with the deltas, accepted without; then half of them are on their way.
-    stage.master.script([Answer::status(422).into(), Fault::Serve, Fault::NeverAnswer(Effect::Lost)]);
+    // Refused with the states and without them, accepted without the deltas; then half of these are on their way.
+    let refused = || Answer::status(422).into();
+    stage.master.script([refused(), refused(), Fault::Serve, Fault::NeverAnswer(Effect::Lost)]);
     heartbeat.deltas().push_all((0..10).map(|n| deployed(&format!("d{n}")))).unwrap();
-    assert_eq!(deckies(&stage.requests(4)[3]).len(), 5);
+    assert_eq!(deckies(&stage.requests(5)[4]).len(), 5);
     let since = Instant::now();
     assert_eq!(told(heartbeat.stop(GRACE)), (10, 0, true, true));
     within_grace(since);
