@@ -384,3 +384,301 @@ fn longer(last: Option<Rest>, most: u64) -> Rest {
     // The beat that begins it does not count.
     Rest { left: length.saturating_add(1), length }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::{BTreeMap, BTreeSet};
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::delta::LifecycleDelta;
+
+    const INTERVAL: Duration = Duration::from_secs(30);
+
+    /// A master that fails on what a test says, and the outbox of its host.
+    #[derive(Default)]
+    struct Peer {
+        waiting: BTreeMap<i64, Kept>,
+        /// Failed on, and refused, together with whatever else.
+        poison: BTreeSet<i64>,
+        refused: BTreeSet<i64>,
+        states: Option<PostOutcome>,
+        /// Nobody answers.
+        is_away: bool,
+        /// More deltas than that in a body are failed on.
+        most: Option<usize>,
+        /// How often each was in a POST that was not refused.
+        sent: BTreeMap<i64, u32>,
+        rejected: BTreeSet<i64>,
+        states_accepted: u32,
+    }
+
+    impl Peer {
+        fn push(&mut self, id: i64) {
+            // Three deckies, so that some share one.
+            let delta = LifecycleDelta::succeeded(format!("d{}", id % 3), Operation::Deploy);
+            self.waiting.insert(id, Kept { id, delta });
+        }
+
+        fn answer(&self, post: Post, deltas: &[Kept]) -> PostOutcome {
+            let has = |ids: &BTreeSet<i64>| deltas.iter().any(|kept| ids.contains(&kept.id));
+            match self.states.filter(|_| post.states) {
+                _ if self.is_away => PostOutcome::InDoubt,
+                Some(outcome) => outcome,
+                _ if has(&self.refused) => PostOutcome::Refused,
+                _ if has(&self.poison) || self.most.is_some_and(|most| deltas.len() > most) => PostOutcome::InDoubt,
+                _ => PostOutcome::Accepted,
+            }
+        }
+
+        fn share(&self, content: &Content, share: Share) -> Vec<Kept> {
+            let free = self.waiting.values().rev().filter(|kept| !content.holds_back(kept)).cloned();
+            match share {
+                Share::None => Vec::new(),
+                Share::Newest(most) => free.take(most).collect(),
+                Share::One => free.take(1).collect(),
+                Share::Only(id) => self.waiting.get(&id).cloned().into_iter().collect(),
+            }
+        }
+
+        /// One beat, as the heartbeat thread makes it: what each POST carried, and how it ended.
+        fn beat(&mut self, content: &mut Content) -> Vec<(bool, Vec<i64>, PostOutcome)> {
+            content.begin();
+            let mut posts = Vec::new();
+            while let Some(post) = content.next(true) {
+                let deltas = self.share(content, post.deltas);
+                if deltas.is_empty() && matches!(post.deltas, Share::One | Share::Only(_)) {
+                    content.nothing_to_send(post);
+                    continue;
+                }
+                assert!(!(post.states && !deltas.is_empty()) || content.is_whole(), "states and deltas apart");
+                let outcome = self.answer(post, &deltas);
+                let ids: Vec<_> = deltas.iter().map(|kept| kept.id).collect();
+                if outcome != PostOutcome::Refused {
+                    ids.iter().for_each(|id| *self.sent.entry(*id).or_default() += 1);
+                }
+                if outcome == PostOutcome::Accepted {
+                    ids.iter().for_each(|id| drop(self.waiting.remove(id)));
+                    self.states_accepted += u32::from(post.states);
+                }
+                if content.ended(post, &deltas, outcome) == Consequence::Absorbed(Cause::DeltaRefused) {
+                    self.waiting.remove(&ids[0]);
+                    self.rejected.insert(ids[0]);
+                }
+                posts.push((post.states, ids, outcome));
+                assert!(posts.len() < 10_000, "a beat ends");
+            }
+            posts
+        }
+    }
+
+    use PostOutcome::{Accepted, InDoubt, Refused, Unchanged};
+
+    #[test]
+    fn while_all_is_well_a_beat_is_one_whole_body() {
+        let (mut content, mut peer) = (Content::new(INTERVAL), Peer::default());
+        peer.push(1);
+        assert_eq!(peer.beat(&mut content), [(true, vec![1], Accepted)]);
+        assert_eq!(peer.beat(&mut content), [(true, vec![], Accepted)]);
+    }
+
+    #[test]
+    fn a_body_that_the_states_fail_is_sent_without_them_and_they_rest_for_ten_beats_and_then_for_twenty() {
+        for failing in [InDoubt, Refused] {
+            let (mut content, mut peer) = (Content::new(INTERVAL), Peer { states: Some(failing), ..Peer::default() });
+            peer.push(1);
+            let first = peer.beat(&mut content);
+            let apart = [(false, vec![1], Accepted), (true, vec![], failing)];
+            match failing {
+                // It may have been applied, so it is the next beat that is lighter.
+                InDoubt => {
+                    assert_eq!(first, [(true, vec![1], InDoubt)]);
+                    assert_eq!(peer.beat(&mut content), apart);
+                }
+                _ => assert_eq!(first, [&[(true, vec![1], Refused)][..], &apart].concat()),
+            }
+            for pause in [10, 20, 40] {
+                for left in (1..=pause).rev() {
+                    assert_eq!(peer.beat(&mut content), [(false, vec![], Accepted)]);
+                    assert_eq!(content.states_rest_for(), Some(left));
+                }
+                assert_eq!(peer.beat(&mut content), [(false, vec![], Accepted), (true, vec![], failing)]);
+            }
+            peer.states = None;
+            while peer.states_accepted == 0 {
+                peer.beat(&mut content);
+            }
+            assert_eq!(peer.beat(&mut content), [(true, vec![], Accepted)], "whole again");
+            peer.states = Some(Refused);
+            peer.beat(&mut content);
+            assert_eq!(content.states_rest_for(), Some(11), "and a rest begins short again");
+        }
+    }
+
+    #[test]
+    fn no_rest_is_longer_than_a_day() {
+        for (interval, most) in [(30, 2_880), (3_600, 24), (86_400, 10)] {
+            let mut content = Content::new(Duration::from_secs(interval));
+            let mut peer = Peer { states: Some(Refused), ..Peer::default() };
+            for _ in 0..20_000 {
+                peer.beat(&mut content);
+                assert!(content.states_rest_for().unwrap_or(0) <= most + 1);
+            }
+            assert_eq!(content.states.unwrap().length, most);
+        }
+    }
+
+    #[test]
+    fn a_delta_that_the_master_fails_on_rests_and_so_do_older_ones_of_its_decky() {
+        let (mut content, mut peer) = (Content::new(INTERVAL), Peer::default());
+        // 2, 5 and 8 share a decky.
+        (1..=8).for_each(|id| peer.push(id));
+        peer.poison.insert(5);
+        assert_eq!(peer.beat(&mut content), [(true, (1..=8).rev().collect(), InDoubt)]);
+        assert_eq!(peer.beat(&mut content), [(false, (1..=8).rev().collect(), InDoubt)]);
+        let one = |id| (false, vec![id], Accepted);
+        let bare = || (false, vec![], Accepted);
+        let states = || (true, vec![], Accepted);
+        let singly =
+            [bare(), one(8), one(7), one(6), (false, vec![5], InDoubt), bare(), one(4), one(3), one(1), states()];
+        assert_eq!(peer.beat(&mut content), singly);
+        assert_eq!((content.resting(), peer.waiting.keys().copied().collect::<Vec<_>>()), (1, vec![2, 5]));
+        // The next of its decky is sent meanwhile, as it is newer.
+        peer.push(11);
+        assert_eq!(peer.beat(&mut content), [(true, vec![11], Accepted)]);
+        for _ in 0..9 {
+            assert_eq!(peer.beat(&mut content), [(true, vec![], Accepted)]);
+        }
+        assert_eq!(peer.beat(&mut content), [(true, vec![], Accepted), (false, vec![5], InDoubt), bare()]);
+        for _ in 0..20 {
+            assert_eq!(peer.beat(&mut content), [(true, vec![], Accepted)]);
+        }
+        peer.poison.clear();
+        assert_eq!(peer.beat(&mut content), [(true, vec![], Accepted), one(5)]);
+        assert_eq!(peer.beat(&mut content), [(true, vec![2], Accepted)]);
+        assert!(peer.waiting.is_empty() && peer.rejected.is_empty() && content.resting() == 0);
+    }
+
+    #[test]
+    fn an_outage_makes_no_delta_a_suspect() {
+        let (mut content, mut peer) = (Content::new(INTERVAL), Peer { is_away: true, ..Peer::default() });
+        (1..=3).for_each(|id| peer.push(id));
+        let tried: Vec<_> = (0..7).flat_map(|_| peer.beat(&mut content)).collect();
+        let (all, none) = (vec![3, 2, 1], vec![]);
+        let carried: Vec<_> = tried.iter().map(|(states, ids, _)| (*states, ids.clone())).collect();
+        let light = |ids: &Vec<i64>| (false, ids.clone());
+        let expected =
+            [(true, all.clone()), light(&all), light(&none), light(&all), light(&none), light(&all), light(&none)];
+        assert_eq!(carried, expected);
+        peer.is_away = false;
+        assert_eq!(peer.beat(&mut content), [(false, all, Accepted), (true, vec![], Accepted)]);
+        assert_eq!(content.resting(), 0);
+    }
+
+    #[test]
+    fn an_outage_among_single_deltas_stops_at_the_first() {
+        let (mut content, mut peer) = (Content::new(INTERVAL), Peer { most: Some(1), ..Peer::default() });
+        (1..=9).for_each(|id| peer.push(id));
+        peer.beat(&mut content);
+        peer.beat(&mut content);
+        content.begin();
+        let post = content.next(true).unwrap();
+        assert_eq!(post, Post { states: false, deltas: Share::None });
+        assert_eq!(content.ended(post, &[], Accepted), Consequence::Counts);
+        let single = content.next(true).unwrap();
+        let deltas = peer.share(&content, single.deltas);
+        assert_eq!(content.ended(single, &deltas, InDoubt), Consequence::Absorbed(Cause::DeltaRests));
+        let bare = content.next(true).unwrap();
+        assert_eq!(content.ended(bare, &[], InDoubt), Consequence::Counts, "the beat has failed");
+        assert_eq!((content.next(true), content.resting()), (None, 1));
+    }
+
+    #[test]
+    fn at_most_fifty_deltas_are_sent_alone_in_a_beat() {
+        let (mut content, mut peer) = (Content::new(INTERVAL), Peer { most: Some(1), ..Peer::default() });
+        (1..=120).for_each(|id| peer.push(id));
+        peer.beat(&mut content);
+        peer.beat(&mut content);
+        let counts: Vec<_> = (0..3).map(|_| peer.beat(&mut content).len()).collect();
+        // Beside the deltas: a bare POST, and the states.
+        assert_eq!(counts, [52, 52, 22]);
+        assert_eq!(peer.beat(&mut content), [(true, vec![], Accepted)]);
+    }
+
+    #[test]
+    fn refused_deltas_are_found_by_halves_without_the_states_and_rejected() {
+        let (mut content, mut peer) = (Content::new(INTERVAL), Peer::default());
+        (1..=40).for_each(|id| peer.push(id));
+        peer.refused.extend([1, 20, 21, 40]);
+        let posts = peer.beat(&mut content);
+        assert_eq!(peer.rejected, peer.refused);
+        assert!(peer.waiting.is_empty());
+        assert_eq!(posts.iter().filter(|(states, ..)| *states).count(), 2, "the first, and the last: {posts:?}");
+        let bare = posts.iter().filter(|(states, ids, _)| !states && ids.is_empty()).count();
+        assert_eq!(bare, 2, "before the halves, and when nothing is left");
+        assert!(posts.len() <= 2 + 4 * 8 + 2, "{}", posts.len());
+        assert!(peer.sent.values().all(|times| *times == 1), "nothing was sent twice: {:?}", peer.sent);
+    }
+
+    #[test]
+    fn what_says_nothing_of_the_body_changes_nothing() {
+        let (mut content, mut peer) = (Content::new(INTERVAL), Peer { states: Some(Unchanged), ..Peer::default() });
+        peer.push(1);
+        for _ in 0..3 {
+            assert_eq!(peer.beat(&mut content), [(true, vec![1], Unchanged)]);
+        }
+        peer.states = None;
+        assert_eq!(peer.beat(&mut content), [(true, vec![1], Accepted)]);
+    }
+
+    #[test]
+    fn states_that_are_not_known_are_not_sent_and_do_not_count_as_accepted() {
+        let mut content = Content::new(INTERVAL);
+        content.begin();
+        let whole = content.next(true).unwrap();
+        let _ = content.ended(whole, &[], InDoubt);
+        content.begin();
+        let light = content.next(false).unwrap();
+        let _ = content.ended(light, &[], Accepted);
+        assert_eq!(content.next(false), None);
+        assert!(!content.is_whole());
+    }
+
+    proptest! {
+        #[test]
+        fn all_but_what_the_master_never_takes_arrives(
+            deltas in 1..90_i64,
+            poison in prop::collection::btree_set(1..90_i64, 0..4),
+            refused in prop::collection::btree_set(1..90_i64, 0..4),
+            states in prop::sample::select(vec![None, Some(InDoubt), Some(Refused)]),
+            most in prop::option::of(1..100_usize),
+            outage in 0..6_u32,
+        ) {
+            let (mut content, mut peer) = (Content::new(INTERVAL), Peer { states, most, ..Peer::default() });
+            (1..=deltas).for_each(|id| peer.push(id));
+            (peer.poison, peer.refused) = (&poison - &refused, refused.clone());
+            peer.is_away = true;
+            for _ in 0..outage {
+                peer.beat(&mut content);
+            }
+            peer.is_away = false;
+            for _ in 0..20 {
+                let posts = peer.beat(&mut content);
+                // The master hears of the host in each beat, at the latest in the next.
+                prop_assert!(posts.iter().any(|(.., outcome)| *outcome == Accepted) || !content.is_whole());
+            }
+            // A poison holds back what is older and of its decky; nothing else is held back.
+            let held = |id: &i64| peer.poison.iter().any(|poison| poison >= id && (poison - id) % 3 == 0);
+            prop_assert!(peer.waiting.keys().all(held), "{:?} behind {:?}", peer.waiting.keys(), peer.poison);
+            prop_assert!(peer.rejected.is_subset(&refused), "{:?}", peer.rejected);
+            peer.poison.clear();
+            for _ in 0..200 {
+                peer.beat(&mut content);
+            }
+            prop_assert!(peer.waiting.is_empty(), "{:?}", peer.waiting.keys());
+            let expected: BTreeSet<_> = refused.into_iter().filter(|id| *id <= deltas).collect();
+            prop_assert_eq!(peer.rejected, expected);
+        }
+    }
+}

@@ -380,6 +380,10 @@ fn utc(time: UnixTime) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::bundle::Bundle;
+    use crate::identity::MasterIdentity;
+    use crate::loopback::{Answer, Effect, Fault, LoopbackMaster, Options};
+    use crate::tls;
 
     #[test]
     fn every_status_of_the_table_has_its_verdict() {
@@ -442,6 +446,117 @@ mod tests {
             ("soon", None),
         ] {
             assert_eq!(parse_retry_after(text, now), wait.map(Duration::from_secs), "{text:?}");
+        }
+    }
+
+    /// Two masters of one CA, and this host as it reaches the one or the other by a name that leads to both.
+    fn two_masters() -> (tempfile::TempDir, [LoopbackMaster; 2], Master) {
+        let dir = tempfile::tempdir().unwrap();
+        let first = LoopbackMaster::start().unwrap();
+        let authority = Some(first.authority().clone());
+        let second = LoopbackMaster::start_with(Options { authority, ..Options::default() }).unwrap();
+        let worker = first.enrol(dir.path()).unwrap();
+        second.pin(&worker.uuid, &worker.fingerprint);
+        let master = client(&worker.enrolment().unwrap());
+        master.resolver.know(&[first.address(), second.address()]);
+        (dir, [first, second], master)
+    }
+
+    fn client(enrolment: &Enrolment) -> Master {
+        let provider = tls::provider();
+        let bundle = Bundle::load(enrolment.agent_dir().value(), &provider).unwrap();
+        let name = ServerName::try_from("127.0.0.1").unwrap();
+        let verifier = tls::verifier(&bundle, MasterIdentity::Name, &name, &provider);
+        let config = tls::client_config(&bundle, verifier, &provider).unwrap();
+        // A name, so that what it leads to can change. It is never looked up here.
+        let enrolment = Enrolment::new(enrolment.host_uuid().value().clone(), "nowhere.invalid", "/").unwrap();
+        Master::new(&enrolment, name, config)
+    }
+
+    fn post(master: &Master) -> String {
+        master.post(b"{}", limits::POST).class
+    }
+
+    #[test]
+    fn a_master_that_answers_badly_three_times_in_a_row_is_left_for_the_next_address() {
+        let (_dir, [bad, good], master) = two_masters();
+        bad.always(Some(Answer::status(503).into()));
+        good.always(Some(Answer::status(204).into()));
+        let classes: Vec<_> = (0..6)
+            .map(|_| {
+                let class = post(&master);
+                master.resolver.know(&[bad.address(), good.address()]);
+                class
+            })
+            .collect();
+        assert_eq!(classes, ["http-503", "http-503", "http-503", "http-204", "http-204", "http-204"]);
+        assert_eq!((bad.connections().len(), good.connections().len()), (1, 1));
+    }
+
+    #[test]
+    fn answers_that_are_bad_now_and_then_keep_the_connection() {
+        let (_dir, [first, second], master) = two_masters();
+        let bad = || Fault::Answer(Answer::status(403));
+        let good = || Fault::Answer(Answer::status(204));
+        first.script([bad(), bad(), good(), bad(), bad(), good()]);
+        assert_eq!(std::array::from_fn::<_, 6, _>(|_| post(&master).len()), [8; 6]);
+        assert_eq!((first.connections().len(), second.connections().len()), (1, 0));
+    }
+
+    #[test]
+    fn after_a_failed_handshake_the_next_attempt_starts_with_the_next_address() {
+        let (_dir, [bad, good], master) = two_masters();
+        good.always(Some(Answer::status(204).into()));
+        bad.script([Fault::CutBeforeHandshake, Fault::Banner(b"HTTP/1.0 400 Bad Request\r\n\r\n".to_vec())]);
+        for _ in 0..2 {
+            master.resolver.know(&[bad.address(), good.address()]);
+            assert!(!post(&master).starts_with("http-"));
+            master.resolver.know(&[bad.address(), good.address()]);
+            assert_eq!(post(&master), "http-204");
+            // The next connection is a new one, and begins with the address that failed.
+            master.resolver.connected_to(bad.address());
+            master.connections(|connections| connections.close = true);
+        }
+        assert_eq!(bad.connections().len(), 2);
+    }
+
+    #[test]
+    fn a_connection_is_left_after_ten_minutes_and_the_name_looked_up_again() {
+        let (_dir, [first, second], master) = two_masters();
+        first.always(Some(Answer::status(204).into()));
+        second.always(Some(Answer::status(204).into()));
+        assert_eq!((post(&master), post(&master)), ("http-204".to_owned(), "http-204".to_owned()));
+        let age = |age: Duration| master.connections(|it| it.opened = Instant::now().checked_sub(age));
+        age(limits::CONNECTION_AGE - Duration::from_secs(5));
+        post(&master);
+        assert_eq!(first.connections().len(), 1);
+        age(limits::CONNECTION_AGE);
+        master.leave_a_bad_address();
+        assert!(!master.resolver.is_fresh(), "it is looked up again");
+        master.resolver.know(&[second.address()]);
+        post(&master);
+        assert_eq!((first.connections().len(), second.connections().len()), (1, 1));
+    }
+
+    #[test]
+    fn in_doubt_is_what_was_sent_and_not_answered_or_answered_with_5xx() {
+        let (_dir, [first, _second], master) = two_masters();
+        master.resolver.know(&[first.address()]);
+        let faults = [
+            (Answer::status(204).into(), false),
+            (Answer::status(500).into(), true),
+            (Answer::status(429).into(), false),
+            (Answer::status(403).into(), false),
+            (Answer::status(422).into(), false),
+            (Fault::CutAfterBody(Effect::Applied), true),
+            (Fault::CutBeforeHandshake, false),
+            (Fault::Raw(b"HTTP/1.1 503 No\r\n".to_vec()), true),
+            (Fault::Raw(b"HTTP/1.1 40".to_vec()), true),
+        ];
+        for (fault, in_doubt) in faults {
+            first.script([fault.clone()]);
+            assert_eq!(master.post(b"{}", limits::POST).in_doubt, in_doubt, "{fault:?}");
+            master.resolver.know(&[first.address()]);
         }
     }
 }

@@ -136,6 +136,19 @@ impl MasterResolver {
     }
 }
 
+#[cfg(test)]
+impl MasterResolver {
+    /// As if the name had just been looked up.
+    pub(crate) fn know(&self, addresses: &[SocketAddr]) {
+        let mut known = self.known.lock().unwrap();
+        (known.addresses, known.fresh_since) = (addresses.to_vec(), Some(Instant::now()));
+    }
+
+    pub(crate) fn is_fresh(&self) -> bool {
+        self.known.lock().unwrap().fresh_since.is_some()
+    }
+}
+
 impl Known {
     fn begin_with_the_next(&mut self) {
         let current = self.addresses.iter().position(|address| Some(*address) == self.current);
@@ -203,10 +216,7 @@ mod tests {
     fn after_a_failed_address_the_next_one_is_first() {
         let resolver = MasterResolver::new("nowhere.invalid", 7);
         let [a, b, c] = [1, 2, 3].map(|last| SocketAddr::from(([127, 0, 0, last], 7)));
-        let fresh = |addresses: &[SocketAddr]| {
-            let mut known = resolver.known.lock().unwrap();
-            (known.addresses, known.fresh_since) = (addresses.to_vec(), Some(Instant::now()));
-        };
+        let fresh = |addresses: &[SocketAddr]| resolver.know(addresses);
         let order = || resolver.addresses(Duration::ZERO).unwrap();
         fresh(&[a, b, c]);
         assert_eq!(order(), [a, b, c]);

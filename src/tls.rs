@@ -301,9 +301,9 @@ impl fmt::Debug for TlsConnector {
     }
 }
 
-/// The socket under TLS, with a bound on what is read for one answer. TLS messages that are no data count, too.
-struct Wire {
-    tcp: TransportAdapter<SocketTransport>,
+/// The stream under TLS, with a bound on what is read for one answer. TLS messages that are no data count, too.
+struct Wire<S> {
+    tcp: S,
     /// Bytes that may still be read.
     allowed: usize,
     /// Bytes that were sent.
@@ -312,11 +312,13 @@ struct Wire {
     record: Record,
 }
 
-impl Wire {
-    fn new(tcp: TransportAdapter<SocketTransport>) -> Self {
+impl<S> Wire<S> {
+    fn new(tcp: S) -> Self {
         Self { tcp, allowed: limits::ANSWER_ON_THE_WIRE, sent: 0, record: Record::default() }
     }
+}
 
+impl Wire<TransportAdapter<SocketTransport>> {
     /// Connected, silent, and all that was read has been given to TLS, up to the end of a record.
     fn is_idle(&mut self) -> bool {
         let tcp = self.tcp.get_mut();
@@ -324,7 +326,7 @@ impl Wire {
     }
 }
 
-impl Read for Wire {
+impl<S: Read> Read for Wire<S> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let room = buffer.len().min(self.allowed);
         if room == 0 && !buffer.is_empty() {
@@ -338,7 +340,7 @@ impl Read for Wire {
     }
 }
 
-impl Write for Wire {
+impl<S: Write> Write for Wire<S> {
     fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
         let count = self.tcp.write(buffer)?;
         self.sent += count as u64;
@@ -400,7 +402,7 @@ impl Record {
 /// TLS over TCP.
 pub(crate) struct TlsTransport {
     buffers: LazyBuffers,
-    stream: StreamOwned<ClientConnection, Wire>,
+    stream: StreamOwned<ClientConnection, Wire<TransportAdapter<SocketTransport>>>,
     /// The next output is a request's head.
     begins: bool,
     /// What is not sent yet.
@@ -527,6 +529,54 @@ mod tests {
             let mut answer = Answer::default();
             head.as_bytes().chunks(2).for_each(|some| answer.add(some).unwrap());
             assert_eq!(answer.status().map(|status| status.as_u16()), status, "{head}");
+        }
+    }
+
+    #[test]
+    fn an_early_answer_is_read_as_far_as_it_has_come() {
+        let said = |answer: &str| {
+            let mut seen = Answer::default();
+            seen.add(answer.as_bytes()).unwrap();
+            (seen.header("retry-after").map(str::to_owned), String::from_utf8(seen.body().to_vec()).unwrap())
+        };
+        let of = |header: Option<&str>, body: &str| (header.map(str::to_owned), body.to_owned());
+        assert_eq!(said("HTTP/1.1 429 No\r\nA: b\r\nRETRY-AFTER:  7 \r\n\r\nno: more"), of(Some("7"), "no: more"));
+        assert_eq!(
+            said("HTTP/1.1 102 P\r\nRetry-After: 1\r\n\r\nHTTP/1.1 429 No\nRetry-After: 2\n\nx"),
+            of(Some("2"), "x")
+        );
+        assert_eq!(said("HTTP/1.1 429 No\r\n\r\nRetry-After: 3\r\n"), of(None, "Retry-After: 3\r\n"));
+        assert_eq!(said("HTTP/1.1 429 No\r\nRetry-Aft"), of(None, ""));
+        assert_eq!(said("HTTP/1.1 102 P\r\n\r\n"), of(None, ""));
+    }
+
+    #[test]
+    fn what_is_read_for_one_answer_is_bounded_whatever_it_is() {
+        let mut wire = Wire::new(io::repeat(0));
+        let mut read = 0;
+        let error = loop {
+            match wire.read(&mut [0; 5_000]) {
+                Ok(count) => read += count,
+                Err(error) => break error,
+            }
+        };
+        assert_eq!(read, limits::ANSWER_ON_THE_WIRE);
+        assert_eq!(error.to_string(), "the other side sent more than 262144 bytes without an answer");
+        assert!(error.get_ref().unwrap().is::<TooMuch>());
+    }
+
+    #[test]
+    fn a_record_that_has_not_come_whole_is_noticed_wherever_it_breaks_off() {
+        let records = [&[23, 3, 3, 0, 3, 1, 2, 3][..], &[22, 3, 3, 0, 0], &[23, 3, 3, 1, 0], &[7; 256]].concat();
+        let ends = [0, 8, 13, records.len()];
+        for step in [1, 2, 3, 7, records.len()] {
+            let mut record = Record::default();
+            let mut read = 0;
+            for some in records.chunks(step) {
+                record.add(some);
+                read += some.len();
+                assert_eq!(record.is_complete(), ends.contains(&read), "{read} by {step}");
+            }
         }
     }
 

@@ -419,6 +419,8 @@ impl Worker {
         topology = match (observed, &self.topology) {
             (Some(topology), _) => Some(Cow::Borrowed(topology)),
             (None, Some(applied)) => {
+                let has_states = post.states && snapshot.is_some();
+                let why_not = if has_states { "this snapshot has no topology".into() } else { why_not };
                 let observed = Observed::Unknown(why_not.into_owned());
                 Some(Cow::Owned(Topology { applied: applied.clone(), observed }))
             }

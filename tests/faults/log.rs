@@ -4,9 +4,10 @@ use std::time::Duration;
 
 use decnet_heartbeat::Heartbeat;
 use decnet_heartbeat::loopback::{Answer, Options, Role};
+use serde_json::json;
 
 use crate::stage::{Stage, World};
-use crate::subject::Source;
+use crate::subject::{Logger, Source};
 
 /// Characters of a line at the most: a few foreign texts, each cut, and what is around them.
 const LINE: usize = 1_500;
@@ -140,4 +141,28 @@ pub fn no_key_is_in_any_debug_text() {
         check_secrets(&stage, &text);
         assert!(!text.contains("PRIVATE KEY") && !text.contains(&issued.key[60..90]), "{text}");
     }
+}
+
+/// Each line of the log is a panic: while all is well, while beats fail, while the outbox is busy, and at a stop.
+pub fn a_logger_that_panics() {
+    let stage = Stage::new(World { logger: Logger::Panics, ..World::default() });
+    let mut subject = stage.start();
+    let before = subject.footprint();
+    subject.push("a");
+    subject.until("the first delta", |stats| stats["delivered"] == 1);
+    stage.master.script([Answer::status(503).into(), Answer::status(422).into()]);
+    subject.push("b");
+    subject.until("a failure", |stats| !stats["failure"].is_null());
+    let stats = subject.until("the second delta", |stats| stats["delivered"] == 2 && stats["failure"].is_null());
+    assert_eq!((&stats["ended_thread"], &stats["waiting"], &stats["rejected"]), (&json!(null), &json!(0), &json!(0)));
+    let beats = stats["beats"].as_u64().unwrap();
+    // Nothing is put off: a line that is lost is no failure of its beat.
+    for more in 1..=5 {
+        subject.tick();
+        subject.until("a beat", |stats| stats["beats"].as_u64() >= Some(beats + more));
+    }
+    assert_eq!(subject.footprint().threads, before.threads);
+    subject.push("c");
+    let stopped = subject.stop(Duration::from_secs(5));
+    assert!(stopped["in_time"] == true && stopped["undelivered"] == 0, "{stopped}");
 }

@@ -60,6 +60,19 @@ pub fn panics_every_second_time() {
     assert!(subject.log_lines("the status source panicked").len() <= 5);
 }
 
+pub fn panics_with_a_stubborn_payload() {
+    let (stage, mut subject) = stage(Source::PanicsWithAStubbornPayload, 30);
+    for _ in 0..5 {
+        beat(&mut subject, Duration::ZERO);
+    }
+    let stats = subject.until("all answers", |stats| stats["snapshot_owed_since"].is_null());
+    assert_eq!((&stats["ended_thread"], &stats["failure"]), (&Value::Null, &Value::Null));
+    assert!(stats["panics"].as_u64() >= Some(5), "{stats}");
+    let last = statuses(&stage).pop().unwrap();
+    assert_eq!(last["error"], "the status source panicked: a panic without a message");
+    assert_eq!(subject.stop(Duration::from_secs(1))["in_time"], true);
+}
+
 pub fn never_returns() {
     let (stage, mut subject) = stage(Source::NeverReturns, 2);
     let threads = subject.footprint().threads;

@@ -15,7 +15,7 @@ use serde_json::Value;
 use crate::docker::Engine;
 use crate::files::{StateFile, TopologyFile};
 use crate::gate::Gate;
-use crate::subject::{Setup, Source};
+use crate::subject::{Logger, Setup, Source};
 
 /// Longer than anything a row waits for; reaching it is a failure.
 pub const PATIENCE: Duration = Duration::from_secs(60);
@@ -32,11 +32,18 @@ pub struct World {
     pub ticks: bool,
     /// What the process may grow by, in KiB.
     pub growth: u64,
+    pub logger: Logger,
 }
 
 impl Default for World {
     fn default() -> Self {
-        Self { interval: Duration::from_secs(30), source: Source::Of(100), ticks: false, growth: 6 * 1024 }
+        Self {
+            interval: Duration::from_secs(30),
+            source: Source::Of(100),
+            ticks: false,
+            growth: 6 * 1024,
+            logger: Logger::Stderr,
+        }
     }
 }
 
@@ -86,6 +93,7 @@ impl Stage {
             interval: self.world.interval,
             source: self.world.source,
             ticks: self.world.ticks,
+            logger: self.world.logger,
         }
     }
 

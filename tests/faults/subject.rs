@@ -22,6 +22,8 @@ pub enum Source {
     Of(usize),
     Panics,
     PanicsEverySecondTime,
+    /// With a payload that panics itself when it is dropped.
+    PanicsWithAStubbornPayload,
     NeverReturns,
     /// Each answer takes so many seconds.
     Takes(u64),
@@ -37,6 +39,43 @@ pub struct Setup {
     pub source: Source,
     /// It beats on its own ticks, or else when it is told to.
     pub ticks: bool,
+    pub logger: Logger,
+}
+
+/// Where the log goes.
+#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+pub enum Logger {
+    Stderr,
+    /// Nowhere: it panics for each line.
+    Panics,
+}
+
+/// A logger with a fault.
+struct Panicking;
+
+impl log::Log for Panicking {
+    fn enabled(&self, _metadata: &log::Metadata<'_>) -> bool {
+        true
+    }
+
+    fn log(&self, record: &log::Record<'_>) {
+        if record.target().starts_with("decnet_heartbeat") {
+            panic!("no log today");
+        }
+    }
+
+    fn flush(&self) {}
+}
+
+/// Panics each time it is dropped, with another one of its kind.
+struct Stubborn(u32);
+
+impl Drop for Stubborn {
+    fn drop(&mut self) {
+        if self.0 > 0 {
+            std::panic::panic_any(Stubborn(self.0 - 1));
+        }
+    }
 }
 
 /// The whole subject.
@@ -48,7 +87,13 @@ pub fn run(setup: &str) {
         .set_thread_mode(ThreadLogMode::Names)
         .add_filter_allow_str("decnet_heartbeat")
         .build();
-    WriteLogger::init(LevelFilter::Trace, config, std::io::stderr()).unwrap();
+    match setup.logger {
+        Logger::Stderr => WriteLogger::init(LevelFilter::Trace, config, std::io::stderr()).unwrap(),
+        Logger::Panics => {
+            log::set_logger(&Panicking).unwrap();
+            log::set_max_level(LevelFilter::Trace);
+        }
+    }
     std::panic::set_hook(Box::new(|_| ()));
     let (tick, ticks) = unbounded();
     match start(&setup, ticks) {
@@ -85,6 +130,7 @@ impl StatusSource for Other {
         match self.source {
             Source::Of(size) => return Snapshot::new(&json!({ "filler": "x".repeat(size) })),
             Source::Panics => panic!("no such \u{1b}[31mdecky\n{}", "x".repeat(1_000)),
+            Source::PanicsWithAStubbornPayload => std::panic::panic_any(Stubborn(3)),
             Source::PanicsEverySecondTime if self.asked.is_multiple_of(2) => panic!("the even one"),
             Source::NeverReturns => loop {
                 thread::park();

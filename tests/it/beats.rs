@@ -1,10 +1,11 @@
 //! When a beat goes out, and what it carries.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::bounded;
-use decnet_heartbeat::loopback::{Options, Received};
+use decnet_heartbeat::loopback::{Fault, Options, Received};
 use decnet_heartbeat::{
     AppliedTopology, Heartbeat, LifecycleDelta, Observed, Operation, Snapshot, StatusSource, Topology,
 };
@@ -157,6 +158,105 @@ fn a_topology_that_is_known_is_never_left_out() {
         later["observed"]["error"].as_str().unwrap().starts_with("no fresh snapshot"),
         "stale is not fresh: {later}"
     );
+}
+
+/// A source that takes a while for each of its two answers, and knows a topology.
+struct Late {
+    topology_after: Duration,
+    snapshot_after: Duration,
+    asked: Arc<AtomicU32>,
+}
+
+impl StatusSource for Late {
+    fn snapshot(&mut self) -> Snapshot {
+        std::thread::sleep(self.snapshot_after);
+        match self.asked.fetch_add(1, Ordering::Relaxed) {
+            0 => nothing_deployed().with_topology(topology(seen("first"))),
+            1 => panic!("no snapshot"),
+            2 => Snapshot::unknown("no snapshot"),
+            _ => nothing_deployed(),
+        }
+    }
+
+    fn applied_topology(&mut self) -> Option<Topology> {
+        std::thread::sleep(self.topology_after);
+        Some(topology(Observed::Unknown("not asked yet".to_owned())))
+    }
+}
+
+fn seen(bridge: &str) -> Observed {
+    Observed::Seen { bridges: vec![bridge.to_owned()], containers: vec![] }
+}
+
+fn late(topology_after: u64, snapshot_after: u64) -> Late {
+    let [topology_after, snapshot_after] = [topology_after, snapshot_after].map(Duration::from_millis);
+    Late { topology_after, snapshot_after, asked: Arc::default() }
+}
+
+#[test]
+fn the_first_beat_waits_a_second_for_its_topology_also_when_a_delta_comes() {
+    let stage = Stage::new();
+    let (builder, _tick) = stage.builder();
+    let since = Instant::now();
+    let heartbeat = builder.status_source(late(700, 60_000)).start().unwrap();
+    heartbeat.deltas().push(LifecycleDelta::succeeded("d", Operation::Deploy)).unwrap();
+    let request = stage.requests(1)[0].clone();
+    assert_eq!(json_of(&request)["topology"]["applied_version_hash"], "h");
+    assert!((Duration::from_millis(700)..Duration::from_secs(3)).contains(&since.elapsed()), "{:?}", since.elapsed());
+}
+
+#[test]
+fn a_topology_that_takes_longer_than_a_second_does_not_hold_up_the_first_beat() {
+    let stage = Stage::new();
+    let (builder, _tick) = stage.builder();
+    let since = Instant::now();
+    let _heartbeat = builder.status_source(late(60_000, 0)).start().unwrap();
+    let request = stage.requests(1)[0].clone();
+    assert_eq!(json_of(&request)["topology"], serde_json::Value::Null);
+    assert!((Duration::from_secs(1)..Duration::from_secs(3)).contains(&since.elapsed()), "{:?}", since.elapsed());
+}
+
+#[test]
+fn a_stop_right_after_the_start_does_not_leave_the_topology_out() {
+    let stage = Stage::new();
+    let (builder, _tick) = stage.builder();
+    let heartbeat = builder.status_source(late(300, 60_000)).start().unwrap();
+    heartbeat.deltas().push(LifecycleDelta::succeeded("d", Operation::Deploy)).unwrap();
+    assert_eq!(heartbeat.stop(PATIENCE).undelivered, 0);
+    let received = stage.requests(1);
+    assert_eq!(json_of(&received[0])["topology"]["applied_version_hash"], "h");
+    assert_eq!(json_of(&received[0])["lifecycle"][0]["decky_name"], "d");
+}
+
+#[test]
+fn what_an_earlier_snapshot_has_observed_is_not_sent_as_if_it_were_of_this_one() {
+    let stage = Stage::new();
+    let (builder, tick) = stage.builder();
+    let heartbeat = builder.status_source(late(0, 0)).start().unwrap();
+    settled(&heartbeat, |stats| stats.beats == 1);
+    for beats in 2..5 {
+        tick.send(now()).unwrap();
+        settled(&heartbeat, |stats| stats.beats == beats);
+    }
+    let topologies: Vec<_> = stage.requests(4).iter().map(|request| json_of(request)["topology"].clone()).collect();
+    assert_eq!(topologies[0]["observed"]["bridges"], json!(["first"]));
+    let expected = ["the status source panicked: no snapshot", "no snapshot", "this snapshot has no topology"];
+    for (topology, error) in topologies[1..].iter().zip(expected) {
+        assert_eq!((&topology["applied_version_hash"], &topology["observed"]), (&json!("h"), &json!({"error": error})));
+    }
+}
+
+#[test]
+fn states_that_grew_old_while_a_beat_was_sent_are_not_sent_again() {
+    let stage = Stage::new();
+    let (heartbeat, tick) = stage.beating();
+    // The connection that was there ends, after so long a silence that the states are stale by then.
+    stage.master.script([Fault::CutAfterSilence(Duration::from_millis(5_200))]);
+    tick.send(now()).unwrap();
+    settled(&heartbeat, |stats| stats.beats >= 2);
+    let statuses: Vec<_> = stage.requests(3).iter().map(|request| json_of(request)["status"].clone()).collect();
+    assert_eq!(statuses[1], json!({"deployed": false, "deckies": []}));
+    assert_eq!(statuses[2], json!({"error": "no fresh snapshot: it grew old while it was sent"}));
 }
 
 #[test]

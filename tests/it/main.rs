@@ -23,3 +23,4 @@ mod retry;
 mod stats;
 mod stopping;
 mod support;
+mod wire;

@@ -407,3 +407,58 @@ fn in_memory_nothing_begins_after_a_stop() {
     let error = deltas.begin(Operation::Deploy, ["d"]).unwrap_err();
     assert_eq!(error.to_string(), "outbox in memory: the heartbeat has stopped, and nothing outlives it in memory");
 }
+
+/// An error with a fault of its own.
+#[derive(Debug)]
+struct Faulty {
+    displays: bool,
+    drops: bool,
+}
+
+impl fmt::Display for Faulty {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        assert!(self.displays, "it has no text");
+        f.write_str("no such image")
+    }
+}
+
+impl StdError for Faulty {}
+
+impl Drop for Faulty {
+    fn drop(&mut self) {
+        assert!(self.drops || std::thread::panicking(), "it does not go");
+    }
+}
+
+/// Throws another one of its kind when it is dropped.
+struct Stubborn(u32);
+
+impl Drop for Stubborn {
+    fn drop(&mut self) {
+        if self.0 > 0 {
+            std::panic::panic_any(Stubborn(self.0 - 1));
+        }
+    }
+}
+
+#[test]
+fn an_error_or_a_payload_that_panics_itself_is_a_report_and_no_panic_of_the_thread() {
+    let stage = Stage::new();
+    let (heartbeat, _tick) = stage.beating();
+    for (displays, drops, reported) in [
+        (true, false, "no such image"),
+        (false, true, "mutate failed, and its error panicked when it was read: it has no text"),
+        (false, false, "mutate failed, and its error panicked when it was read: it has no text"),
+    ] {
+        open(&stage, Operation::Mutate, ["d"]);
+        let work = move || Err::<(), _>(Faulty { displays, drops });
+        heartbeat.run(Operation::Mutate, ["d"], work).unwrap().join().unwrap();
+        stage.closed_rows(stage.master.rows().len());
+        assert_eq!(ends(&stage).pop().unwrap(), failed("d", reported));
+    }
+    open(&stage, Operation::Mutate, ["d"]);
+    let work = || -> Result<(), String> { std::panic::panic_any(Stubborn(2)) };
+    heartbeat.run(Operation::Mutate, ["d"], work).unwrap().join().unwrap();
+    stage.closed_rows(4);
+    assert_eq!(ends(&stage).pop().unwrap(), failed("d", "mutate panicked: a panic without a message"));
+}
