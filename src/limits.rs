@@ -180,13 +180,23 @@ pub(crate) const STDERR_GRACE: Duration = Duration::from_secs(1);
 /// Characters of a delta's error; the master cuts there.
 pub(crate) const DELTA_ERROR: usize = 2_000;
 
-/// Bytes of a decky's name; the master's own limit is 128 characters.
-pub(crate) const DECKY_NAME: usize = 1_024;
+/// Characters of a decky's name, as in DECNET's own model.
+pub(crate) const DECKY_NAME: usize = 128;
+
+/// Characters of `status.error`, which is for people: a source's error may be a whole log.
+pub(crate) const STATUS_ERROR: usize = 2_000;
+
+/// Sources of an error that are followed: real ones have a handful, and an error may be its own source.
+pub(crate) const ERROR_SOURCES: usize = 32;
 
 /// Characters of foreign text in one log line or one error.
 pub(crate) const LOG_TEXT: usize = 300;
 
-/// After this long without it a problem is a new one, and is logged at once.
+/// Different problems of one source that are counted each by itself. Further ones share a count, so that a text that is
+/// new every time does not fill the log.
+pub(crate) const REPEATS_TEXTS: usize = 8;
+
+/// After this long without a problem of its source a problem is a new one, and is logged at once.
 pub(crate) const QUIET: Duration = Duration::from_secs(600);
 
 /// Characters of an error inside `observed`; the original cuts there.
