@@ -165,7 +165,8 @@ pub(crate) fn check_decky(name: &str) -> Result<(), Error> {
     let is_allowed = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'.' | b'-');
     if name.len() > limits::DECKY_NAME || !name.bytes().all(is_allowed) {
         let (name, most) = (quoted(name, limits::DECKY_NAME), limits::DECKY_NAME);
-        let problem = format!("{name} is not a name of DECNET's: A-Z, a-z, 0-9, _, . and - only, at most {most} of them");
+        let problem =
+            format!("{name} is not a name of DECNET's: A-Z, a-z, 0-9, _, . and - only, at most {most} of them");
         return Err(Error::setting("decky name", problem));
     }
     Ok(())
@@ -219,9 +220,14 @@ mod tests {
 
     #[test]
     fn a_name_outside_decnets_pattern_is_refused_and_quoted() {
-        for name in ["a,b", "a b", "d1\n", "\nd1", "d1 ", "a*", "a>", "ä", "a/b", "a\0", "\u{1b}[31m", "a\u{202e}b", "１"] {
+        for name in
+            ["a,b", "a b", "d1\n", "\nd1", "d1 ", "a*", "a>", "ä", "a/b", "a\0", "\u{1b}[31m", "a\u{202e}b", "１"]
+        {
             let error = check_decky(name).unwrap_err().to_string();
-            assert!(error.starts_with(&format!("decky name: {name:?} is not a name of DECNET's: A-Z, a-z, 0-9")), "{error}");
+            assert!(
+                error.starts_with(&format!("decky name: {name:?} is not a name of DECNET's: A-Z, a-z, 0-9")),
+                "{error}"
+            );
             assert!(!error.chars().any(char::is_control), "{error}");
         }
         for name in ["a", "A-z_0.9", "-", ".", "..", "_"] {

@@ -29,7 +29,9 @@ pub(crate) struct Link {
     certificate: Certificate,
     /// What the files looked like when they were taken over.
     stamps: Stamps,
-    /// The reasons for not taking the files over, so that each is logged less and less often.
+    /// The last reason for not taking the files over, so that it is logged once.
+    problem: Option<String>,
+    /// All of them, so that reasons that alternate are logged less and less often.
     problems: Repeats,
     /// The days for which it was last said that the certificate will be valid, so that it is said once a day.
     said: Option<i64>,
@@ -43,7 +45,17 @@ impl Link {
         let (master, certificate) = connectable(&enrolment, given)?;
         let interrupt = Arc::new(Interrupt::default());
         interrupt.watch(master.interrupter());
-        Ok(Self { enrolment, given, master, certificate, stamps, problems: Repeats::default(), said: None, interrupt })
+        Ok(Self {
+            enrolment,
+            given,
+            master,
+            certificate,
+            stamps,
+            problem: None,
+            problems: Repeats::default(),
+            said: None,
+            interrupt,
+        })
     }
 
     pub(crate) fn enrolment(&self) -> &Enrolment {
@@ -98,16 +110,20 @@ impl Link {
             Ok(()) => {
                 // Of before the loading: what changed in between is seen next time.
                 self.stamps = stamps;
+                self.problem = None;
                 true
             }
             Err(error) => {
                 let problem = chain(&error);
-                if let Some(times) = self.problems.count("credentials", &problem, Instant::now()) {
-                    let (names, fingerprint) = (self.names(), self.fingerprint());
-                    log::warn!(
-                        "changed credentials are not usable, keeping the old ones: {names} fingerprint={fingerprint} \
-                         times={times} error={problem:?}"
-                    );
+                if self.problem.as_ref() != Some(&problem) {
+                    if self.problems.count("credentials", &problem, Instant::now()).is_some() {
+                        let (names, fingerprint) = (self.names(), self.fingerprint());
+                        log::warn!(
+                            "changed credentials are not usable, keeping the old ones: {names} \
+                             fingerprint={fingerprint} error={problem:?}"
+                        );
+                    }
+                    self.problem = Some(problem);
                 }
                 false
             }

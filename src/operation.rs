@@ -205,7 +205,8 @@ mod tests {
 
     #[test]
     fn a_reason_is_no_longer_than_a_deltas_error_whatever_the_error_is() {
-        let sources = |said: usize, count: usize| (0..count).fold(Long(said, None), |it, _| Long(said, Some(Box::new(it))));
+        let sources =
+            |said: usize, count: usize| (0..count).fold(Long(said, None), |it, _| Long(said, Some(Box::new(it))));
         for error in [sources(10_000_000, 0), sources(100_000, 10), sources(0, 1_000), sources(7, 1_000)] {
             for text in [reason(&error), chain(&error)] {
                 assert!(text.chars().count() <= 32 * 302, "{}", text.len());

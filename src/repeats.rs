@@ -152,7 +152,8 @@ mod tests {
     #[test]
     fn problems_that_alternate_are_each_said_ever_more_rarely() {
         for kinds in 1..=8 {
-            let said = lines((0..kinds * 1_024).map(|n| ["a", "b", "c", "d", "e", "f", "g", "h"][n % kinds].to_owned()));
+            let said =
+                lines((0..kinds * 1_024).map(|n| ["a", "b", "c", "d", "e", "f", "g", "h"][n % kinds].to_owned()));
             assert_eq!(said, kinds * 11, "{kinds} kinds, 1024 times each");
         }
     }
