@@ -151,7 +151,8 @@ impl LifecycleDelta {
         self.completed_at
     }
 
-    /// Refuses what the master could never match to a row.
+    /// Refuses what the master could never match to a row. Asked before a delta is written; what is in an outbox already,
+    /// from an older version, is sent as it is.
     pub(crate) fn check(&self) -> Result<(), Error> {
         check_decky(&self.decky)
     }

@@ -97,9 +97,11 @@ impl DeltaSender {
     ///
     /// # Errors
     ///
-    /// The decky has no name, or the outbox cannot keep the delta, as another process has it locked for over a second, as
-    /// operations in flight fill it, or as it is in memory and its heartbeat has stopped: nobody will hear of it, and the
-    /// caller may try again.
+    /// - No decky can have this name. DECNET's names are made of A-Z, a-z, 0-9, `_`, `.` and `-`, and have at most 128
+    ///   characters. Trying again does not help.
+    /// - The outbox cannot keep the delta, as another process has it locked for over a second, as operations in flight
+    ///   fill it, or as it is in memory and its heartbeat has stopped. Nobody will hear of the delta, and the caller may
+    ///   try again.
     pub fn push(&self, delta: LifecycleDelta) -> Result<(), Error> {
         self.push_all([delta])
     }

@@ -6,9 +6,9 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use super::docker::{Containers, Docker, Engine, Networks};
-#[cfg(feature = "cli")]
-use super::place::Located;
 use super::place::Place;
+#[cfg(feature = "cli")]
+use super::place::{Located, Unlocated};
 use super::state::{State, StateFile};
 use super::topology::TopologyFile;
 use super::{AppliedTopology, Observed, Snapshot, StatusSource, Topology};
@@ -128,7 +128,7 @@ impl DecnetStatus {
     /// The status, or why it is not known. `aside` is what else is wrong.
     #[cfg(any(test, feature = "loopback"))]
     pub(crate) fn status(&mut self, engine: &Engine, aside: Option<&str>) -> Result<Snapshot, String> {
-        let located = self.state_file.locate()?;
+        let located = self.state_file.locate().map_err(|problem| problem.to_string())?;
         Ok(report(self.state_file.read(&located)?, engine, aside))
     }
 
@@ -150,7 +150,7 @@ impl DecnetStatus {
     pub(crate) fn look(&mut self) -> Findings {
         let engine = self.docker.engine();
         let located = self.state_file.locate();
-        let state = located.as_ref().map_err(String::clone).and_then(|located| self.state_file.read(located));
+        let state = located.as_ref().map_err(ToString::to_string).and_then(|located| self.state_file.read(located));
         let (applied, topology) = self.topology.read();
         let aside = topology.as_ref().err().map(String::as_str);
         #[cfg(feature = "cli")]
@@ -174,7 +174,7 @@ impl DecnetStatus {
 pub(crate) struct Findings {
     pub(crate) engine: Engine,
     #[cfg(feature = "cli")]
-    pub(crate) located: Result<Located, String>,
+    pub(crate) located: Result<Located, Unlocated>,
     /// An error is the state file's.
     pub(crate) status: Result<Snapshot, String>,
     /// How many the state file has, if there is one that can be read.

@@ -37,6 +37,26 @@ pub(crate) struct Located {
     pub(crate) package: Option<PathBuf>,
 }
 
+/// Why it is not known where the state file is, for people.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Unlocated {
+    /// DECNET's package is in none of its places, which are named.
+    Absent(String),
+    /// A place cannot be looked at.
+    Unreadable(String),
+}
+
+impl fmt::Display for Unlocated {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Absent(places) => {
+                write!(f, "the state file was not found: DECNET's Python package is not in {places}")
+            }
+            Self::Unreadable(problem) => write!(f, "it is not known where the state file is: {problem}"),
+        }
+    }
+}
+
 impl fmt::Display for Located {
     /// How it was found, for a person.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -53,8 +73,8 @@ impl Place {
         Self::Searched { root: PathBuf::from("/") }
     }
 
-    /// Where the file is. The error is for people, and says where it was looked for.
-    pub(super) fn locate(&self) -> Result<Located, String> {
+    /// Where the file is.
+    pub(super) fn locate(&self) -> Result<Located, Unlocated> {
         match self {
             Self::Named(file) => Ok(Located { file: file.clone(), package: None }),
             Self::Searched { root } => search(root),
@@ -80,7 +100,7 @@ pub(super) fn means_nothing_deployed(file: &Path) -> Result<(), String> {
 }
 
 /// The first place that has the package. One that cannot be looked at ends the search: a later one might be wrong.
-fn search(root: &Path) -> Result<Located, String> {
+fn search(root: &Path) -> Result<Located, Unlocated> {
     let command = root.join("usr/local/bin/decnet");
     let (venv, editable) = (root.join("opt/decnet/venv"), root.join("opt/decnet"));
     let resolved = resolve(&command)?;
@@ -98,16 +118,14 @@ fn search(root: &Path) -> Result<Located, String> {
             None => format!("{} (it does not exist)", printable_path(&command)),
         };
         let (venv, editable) = (printable_path(&venv), printable_path(&editable));
-        return Err(format!(
-            "the state file was not found: DECNET's Python package is not in {command}, {venv} or {editable}"
-        ));
+        return Err(Unlocated::Absent(format!("{command}, {venv} or {editable}")));
     };
     let file = package.with_file_name(STATE_FILE);
     Ok(Located { file, package: Some(package) })
 }
 
 /// The file that a path leads to. `None`: there is none.
-fn resolve(path: &Path) -> Result<Option<PathBuf>, String> {
+fn resolve(path: &Path) -> Result<Option<PathBuf>, Unlocated> {
     match fs::canonicalize(path) {
         Ok(resolved) => Ok(Some(resolved)),
         Err(error) if is_absent(&error) => Ok(None),
@@ -116,7 +134,7 @@ fn resolve(path: &Path) -> Result<Option<PathBuf>, String> {
 }
 
 /// The package in a virtual environment, or in a prefix such as `/usr/local`. An editable install has none there.
-fn package_of_environment(environment: &Path) -> Result<Option<PathBuf>, String> {
+fn package_of_environment(environment: &Path) -> Result<Option<PathBuf>, Unlocated> {
     // In most environments `lib64` is a symlink to `lib`.
     for lib in ["lib", "lib64"] {
         let mut found = Vec::new();
@@ -158,7 +176,7 @@ impl Version {
 }
 
 /// The versions of Python that a `lib` folder has packages for, the newest first.
-fn python_versions(lib: &Path) -> Result<Vec<Version>, String> {
+fn python_versions(lib: &Path) -> Result<Vec<Version>, Unlocated> {
     let entries = match fs::read_dir(lib) {
         Ok(entries) => entries,
         Err(error) if is_absent(&error) => return Ok(Vec::new()),
@@ -179,7 +197,7 @@ fn python_versions(lib: &Path) -> Result<Vec<Version>, String> {
 
 /// The version of the interpreter that a virtual environment was made for, as its `pyvenv.cfg` has it: `version = 3.11.2`,
 /// or `version_info = 3.11.2.final.0`.
-fn interpreter(environment: &Path) -> Result<Option<Version>, String> {
+fn interpreter(environment: &Path) -> Result<Option<Version>, Unlocated> {
     let path = environment.join("pyvenv.cfg");
     let content = match files::read(&path, limits::PYVENV_CFG) {
         Ok(content) => content,
@@ -198,7 +216,7 @@ fn interpreter(environment: &Path) -> Result<Option<Version>, String> {
 }
 
 /// The package in this folder, if it is there. A file of its name is not a package.
-fn package_in(folder: &Path) -> Result<Option<PathBuf>, String> {
+fn package_in(folder: &Path) -> Result<Option<PathBuf>, Unlocated> {
     let package = folder.join(PACKAGE);
     match fs::metadata(&package) {
         Ok(found) => Ok(found.is_dir().then_some(package)),
@@ -212,9 +230,9 @@ fn is_absent(error: &io::Error) -> bool {
     matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory)
 }
 
-fn unknown(path: &Path, problem: &impl fmt::Display) -> String {
+fn unknown(path: &Path, problem: &impl fmt::Display) -> Unlocated {
     let (path, problem) = (printable_path(path), printable(&problem.to_string()));
-    format!("the state file was not found: {path} cannot be looked at: {problem}")
+    Unlocated::Unreadable(format!("{path} cannot be looked at: {problem}"))
 }
 
 #[cfg(test)]
@@ -251,7 +269,7 @@ mod tests {
         symlink(root.join(target), root.join(COMMAND)).unwrap();
     }
 
-    /// Where the state file is, without the root; or why that is not known.
+    /// Where the state file is, without the root; or what is said of the places that were looked at.
     fn located(root: &Path) -> Result<String, String> {
         let root = fs::canonicalize(root).unwrap();
         let named = |path: &Path| path.strip_prefix(&root).unwrap().display().to_string();
@@ -261,7 +279,7 @@ mod tests {
                 assert!(package.is_dir() && package.parent() == file.parent() && package.ends_with("decnet"));
                 Ok(named(&file))
             }
-            Err(problem) => Err(problem.replace(&format!("{}/", root.display()), "/")),
+            Err(problem) => Err(problem.to_string().replace(&format!("{}/", root.display()), "/")),
         }
     }
 
@@ -363,7 +381,7 @@ mod tests {
             fs::create_dir_all(path.parent().unwrap()).unwrap();
             symlink(&path, &path).unwrap();
             let problem = located(root.path()).unwrap_err();
-            assert!(problem.starts_with(&format!("the state file was not found: /{looped}")), "{problem}");
+            assert!(problem.starts_with(&format!("it is not known where the state file is: /{looped}")), "{problem}");
             assert!(problem.contains(" cannot be looked at: Too many levels of symbolic links"), "{problem}");
         }
     }

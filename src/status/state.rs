@@ -9,7 +9,7 @@ use serde_json::value::RawValue;
 
 use super::docker::Containers;
 use super::list::AtMost;
-use super::place::{Located, Place, means_nothing_deployed};
+use super::place::{Located, Place, Unlocated, means_nothing_deployed};
 use super::sendable;
 use crate::body::Runtime;
 use crate::error::printable_path;
@@ -37,8 +37,8 @@ impl StateFile {
         Self { place, known: None }
     }
 
-    /// Where it is. The error is for people, and says where it was looked for.
-    pub(super) fn locate(&self) -> Result<Located, String> {
+    /// Where it is.
+    pub(super) fn locate(&self) -> Result<Located, Unlocated> {
         self.place.locate()
     }
 
@@ -167,7 +167,7 @@ mod tests {
     }
 
     fn read(file: &mut StateFile) -> Result<Option<&State>, String> {
-        let located = file.locate()?;
+        let located = file.locate().unwrap();
         file.read(&located)
     }
 

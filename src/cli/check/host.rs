@@ -16,7 +16,7 @@ use crate::outbox::{Counts, Outbox, OutboxLocation, Role, deliverer, folder};
 use crate::status::AppliedTopology;
 use crate::status::decnet::Findings;
 use crate::status::docker::Engine;
-use crate::status::place::Located;
+use crate::status::place::{Located, Unlocated};
 use crate::text::printable;
 
 /// How many deckies DECNET says there are, and in which file.
@@ -26,24 +26,20 @@ pub(super) fn state_file(options: &RunOptions, found: &Findings) -> Step {
         (None, Some(_)) => Some(STATE_FILE_VARIABLE),
         (None, None) => None,
     };
-    state_file_step(named, found.located.as_ref(), found.status.as_ref().err(), found.deckies)
+    match &found.located {
+        Ok(located) => located_step(named, located, found.status.as_ref().err(), found.deckies),
+        Err(problem) => unlocated_step(problem),
+    }
 }
 
-/// `named`: what names the file, if something does.
-fn state_file_step(
-    named: Option<&str>,
-    located: Result<&Located, &String>,
-    problem: Option<&String>,
-    deckies: Option<usize>,
-) -> Step {
-    let from = named.map(str::to_owned).or_else(|| located.ok().map(Located::to_string));
-    let from = from.unwrap_or_else(|| "not found".to_owned());
-    let file = located.ok().map(|located| printable_path(&located.file));
-    let step = match (problem, &file, deckies) {
-        (None, Some(file), Some(deckies)) => {
+/// `named`: what names the file, if something does. `deckies`: `None` where there is no file, or a problem.
+fn located_step(named: Option<&str>, located: &Located, problem: Option<&String>, deckies: Option<usize>) -> Step {
+    let (file, from) = (printable_path(&located.file), named.map_or_else(|| located.to_string(), str::to_owned));
+    let step = match (problem, deckies) {
+        (None, Some(deckies)) => {
             Step::good("state-file", format!("{file} ({from}): {}", counted(deckies, "decky", "deckies")))
         }
-        (None, Some(file), None) => {
+        (None, None) => {
             let step = Step::good("state-file", format!("{file} ({from}): it does not exist, so nothing is deployed"));
             if named.is_some() {
                 step.advise("if something is deployed, correct the name of the state file")
@@ -51,15 +47,7 @@ fn state_file_step(
                 step
             }
         }
-        (problem, None, _) => Step::bad(
-            "state-file",
-            problem.map_or("", String::as_str),
-            format!(
-                "let this user look into these folders, or name DECNET's decnet-state.json with --state-file or \
-                 {STATE_FILE_VARIABLE}; until then it is not known what is deployed, and the beats name no decky"
-            ),
-        ),
-        (Some(problem), Some(_), _) => Step::bad(
+        (Some(problem), _) => Step::bad(
             "state-file",
             format!("{problem} ({from})"),
             "correct the name of the file, let this user read it, or let DECNET write it anew; until then the beats \
@@ -67,6 +55,16 @@ fn state_file_step(
         ),
     };
     step.fact("file", file).fact("from", from).fact("deckies", deckies)
+}
+
+fn unlocated_step(problem: &Unlocated) -> Step {
+    let advice = match problem {
+        Unlocated::Absent(_) => "if DECNET is installed elsewhere, name its decnet-state.json with",
+        Unlocated::Unreadable(_) => "let this user look there, or name DECNET's decnet-state.json with",
+    };
+    let costs = "until then it is not known what is deployed, and the beats name no decky";
+    let advice = format!("{advice} --state-file or {STATE_FILE_VARIABLE}; {costs}");
+    Step::bad("state-file", problem.to_string(), advice).fact("file", None::<String>).fact("deckies", None::<usize>)
 }
 
 /// `1 decky`, `2 deckies`
@@ -235,27 +233,29 @@ mod tests {
             package: Some(format!("{folder}/decnet").into()),
         };
         let line = format!("✓ state-file    {folder}/decnet-state.json (found beside {folder}/decnet): ");
-        let shown = |deckies| shown(state_file_step(None, Ok(&located), None, deckies));
+        let shown = |deckies| shown(located_step(None, &located, None, deckies));
         assert_eq!(shown(Some(1)), format!("{line}1 decky\n"));
         assert_eq!(shown(Some(2)), format!("{line}2 deckies\n"));
         assert_eq!(shown(None), format!("{line}it does not exist, so nothing is deployed\n"));
     }
 
     #[test]
-    fn a_state_file_that_was_not_found_is_a_fault() {
-        let problem = "the state file was not found: it is nowhere".to_owned();
-        let text = shown(state_file_step(None, Err(&problem), Some(&problem), None));
-        assert!(text.starts_with("✗ state-file    the state file was not found: it is nowhere\n"), "{text}");
-        assert!(text.contains("→ ") && text.contains("--state-file or DECNET_HEARTBEAT_STATE_FILE"), "{text}");
+    fn a_state_file_that_was_not_found_is_a_fault_with_the_advice_that_fits() {
+        let text = shown(unlocated_step(&Unlocated::Absent("/opt/decnet".to_owned())));
+        let not_found = "✗ state-file    the state file was not found: DECNET's Python package is not in /opt/decnet\n";
+        assert!(text.starts_with(not_found) && text.contains("→ if DECNET is installed elsewhere"), "{text}");
+        let text = shown(unlocated_step(&Unlocated::Unreadable("/opt: Permission denied".to_owned())));
+        let unknown = "✗ state-file    it is not known where the state file is: /opt: Permission denied\n";
+        assert!(text.starts_with(unknown) && text.contains("→ let this user look there"), "{text}");
     }
 
     #[test]
     fn a_named_state_file_is_shown_with_what_names_it() {
         let located = Located { file: "/x".into(), package: None };
-        let text = shown(state_file_step(Some(STATE_FILE_VARIABLE), Ok(&located), None, Some(1)));
+        let text = shown(located_step(Some(STATE_FILE_VARIABLE), &located, None, Some(1)));
         assert_eq!(text, "✓ state-file    /x (DECNET_HEARTBEAT_STATE_FILE): 1 decky\n");
         let problem = "state file /x: EOF".to_owned();
-        let text = shown(state_file_step(Some("--state-file"), Ok(&located), Some(&problem), None));
+        let text = shown(located_step(Some("--state-file"), &located, Some(&problem), None));
         assert!(text.starts_with("✗ state-file    state file /x: EOF (--state-file)\n"), "{text}");
     }
 
