@@ -243,6 +243,24 @@ mod tests {
     }
 
     #[test]
+    fn a_text_passes_if_and_only_if_it_can_be_decoded() {
+        let parts =
+            [r"\ud800", r"\uDBFF", r"\udc00", r"\uDFFF", r"\ud7ff", r"\ue000", r"\\", r#"\""#, r"\n", "u", "d8", "ä"];
+        let mut random = fastrand::Rng::with_seed(15);
+        let (mut good, mut bad) = (0, 0);
+        for _ in 0..20_000 {
+            let text: String = (0..random.usize(0..6)).map(|_| parts[random.usize(0..parts.len())]).collect();
+            let json = format!(r#""{text}""#);
+            let is_text = serde_json::from_str::<String>(&json).is_ok();
+            assert_eq!(of(&json).is_none(), is_text, "{json}");
+            let inside = format!(r#"{{"a": [1, {{"x{text}": null}}], "b": "{text}"}}"#);
+            assert_eq!(of(&inside).is_none(), is_text, "{inside}");
+            *if is_text { &mut good } else { &mut bad } += 1;
+        }
+        assert!(good > 1_000 && bad > 1_000, "{good} good, {bad} bad");
+    }
+
+    #[test]
     fn what_follows_a_problem_of_another_object_is_named_by_its_own_place() {
         let json = r#"{"a": {"x": [1, 2, {"y": 1}]}, "z": ["\udcff"]}"#;
         assert!(of(json).unwrap().starts_with("x.z[0] has"));
