@@ -347,6 +347,7 @@ mod tests {
     use std::io::Write;
     use std::os::unix::net::UnixListener;
     use std::thread;
+    use std::time::Instant;
 
     use super::*;
 
@@ -462,7 +463,9 @@ mod tests {
                 let _ = second.write_all(ok(r#"[{"Names":["/a"],"State":"running"}]"#).as_bytes());
             }
         });
+        let since = Instant::now();
         let engine = Docker::new(socket).engine();
+        assert!(since.elapsed() < limits::DOCKER_CONTAINERS, "{:?}", since.elapsed());
         assert_eq!(states(&engine), [("a", Some("running"))]);
         assert!(engine.networks.unwrap_err().contains(": /networks: timeout: "));
         let both = limits::DOCKER_NETWORKS + limits::DOCKER_CONTAINERS + 2 * limits::TOPOLOGY_BUSY;

@@ -91,7 +91,7 @@ pub(super) fn means_nothing_deployed(file: &Path) -> Result<(), String> {
     let folder = match file.parent() {
         Some(folder) if folder == Path::new("") => Path::new("."),
         Some(folder) => folder,
-        None => return Ok(()),
+        None => return Err("is not the name of a file".to_owned()),
     };
     match fs::metadata(folder) {
         Ok(_) => Ok(()),
@@ -416,6 +416,7 @@ mod tests {
         let problem = |path: &str| means_nothing_deployed(&root.path().join(path)).unwrap_err();
         means_nothing_deployed(&root.path().join("state/none.json")).unwrap();
         means_nothing_deployed(Path::new("no-such-file.json")).unwrap();
+        means_nothing_deployed(Path::new("")).unwrap_err();
         assert!(
             problem("none/none.json").ends_with("none cannot be looked at: No such file or directory (os error 2)")
         );
