@@ -141,7 +141,7 @@ mod tests {
     }
 
     #[test]
-    fn a_problem_is_said_when_it_changes_and_then_ever_more_rarely() {
+    fn a_problem_is_logged_when_it_changes_and_then_less_and_less_often() {
         let (mut repeats, now) = (Repeats::default(), Instant::now());
         let said: Vec<_> = (0..20).filter_map(|_| repeats.count("disk", "full", now)).collect();
         assert_eq!(said, [1, 2, 4, 8, 16]);
@@ -150,7 +150,7 @@ mod tests {
     }
 
     #[test]
-    fn problems_that_alternate_are_each_said_ever_more_rarely() {
+    fn problems_that_alternate_are_each_logged_less_and_less_often() {
         for kinds in 1..=8 {
             let said =
                 lines((0..kinds * 1_024).map(|n| ["a", "b", "c", "d", "e", "f", "g", "h"][n % kinds].to_owned()));
@@ -219,7 +219,7 @@ mod tests {
     }
 
     #[test]
-    fn what_fails_with_every_beat_is_said_ever_more_rarely_also_where_beats_are_an_hour_apart() {
+    fn what_fails_with_every_beat_is_logged_less_and_less_often_at_any_interval() {
         for interval in [limits::MIN_INTERVAL, limits::INTERVAL, limits::QUIET * 2, limits::MAX_INTERVAL] {
             let (mut repeats, start) = (Repeats::default(), Instant::now());
             let count = |n: u32| repeats.count("beat", "refused", start + interval * n);

@@ -180,8 +180,11 @@ impl DeltaSender {
         operation: Operation,
         deckies: impl IntoIterator<Item = impl Into<String>>,
     ) -> Result<TrackedOperation, Error> {
-        let deckies: Vec<String> = deckies.into_iter().map(Into::into).collect::<BTreeSet<_>>().into_iter().collect();
+        let deckies: BTreeSet<String> = deckies.into_iter().map(Into::into).collect();
         deckies.iter().try_for_each(|decky| check_decky(decky))?;
+        let mut deckies: Vec<String> = deckies.into_iter().collect();
+        // They are kept as long as the operation is in flight.
+        deckies.iter_mut().for_each(String::shrink_to_fit);
         if deckies.is_empty() {
             return Err(Error::setting("deckies", "are none; an operation needs the name of a decky"));
         }

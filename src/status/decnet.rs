@@ -199,11 +199,10 @@ impl Findings {
 
     /// All of it together.
     pub(crate) fn into_snapshot(self) -> Snapshot {
-        let left_out = self.engine.left_out();
+        // Not what was left out of Docker's answers: that is nobody's of ours, and all that is ours is said.
         let faults = [
             self.states_problem(),
             self.networks_problem(),
-            left_out.as_deref(),
             self.status.as_ref().err().map(String::as_str),
             self.topology.as_ref().err().map(String::as_str),
         ];
