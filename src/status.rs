@@ -130,7 +130,10 @@ impl Snapshot {
     /// assert_eq!(wrong.status(), r#"{"error":"the status source did not give a JSON object"}"#);
     /// ```
     pub fn new(status: &impl Serialize) -> Self {
-        let snapshot = Self::unchecked(status);
+        let snapshot = match Self::of_parts(status) {
+            Ok(snapshot) => snapshot,
+            Err(problem) => return Self::unknown(&problem),
+        };
         let problem = sendable::problem("status", &snapshot.status);
         match problem.or_else(|| sendable::problem_of_shape(&snapshot.status)) {
             Some(problem) => Self::unknown(&format!("the master cannot read the status of this source: {problem}")),
@@ -138,15 +141,15 @@ impl Snapshot {
         }
     }
 
-    /// As [`new`](Self::new), of parts that have been looked at already.
-    pub(crate) fn unchecked(status: &impl Serialize) -> Self {
+    /// As [`new`](Self::new), of parts that have been looked at already. The error is for people.
+    pub(crate) fn of_parts(status: &impl Serialize) -> Result<Self, String> {
         match to_raw_value(status) {
             Ok(status) if status.get().len() > limits::STATUS => {
-                Self::unknown(&format!("the status is larger than {} bytes", limits::STATUS))
+                Err(format!("the status is larger than {} bytes", limits::STATUS))
             }
-            Ok(status) if status.get().starts_with('{') => Self { status, topology: None, fault: None },
-            Ok(_) => Self::unknown("the status source did not give a JSON object"),
-            Err(error) => Self::unknown(&format!("the status source's answer cannot be serialized: {error}")),
+            Ok(status) if status.get().starts_with('{') => Ok(Self { status, topology: None, fault: None }),
+            Ok(_) => Err("the status source did not give a JSON object".to_owned()),
+            Err(error) => Err(format!("the status source's answer cannot be serialized: {error}")),
         }
     }
 

@@ -21,7 +21,7 @@ pub fn state_file(input: &[u8]) {
     let engine = Engine { containers: Ok(Containers { states, left_out: None }), networks: networks.clone() };
     let away = Engine { containers: Err("away".to_owned()), networks };
     let state = State::parse(input).map_err(|problem| printable(&problem));
-    let reported = |engine| state.as_ref().map(|state| report(Some(state), engine, None)).map_err(String::clone);
+    let reported = |engine| state.as_ref().map_err(String::clone).and_then(|state| report(Some(state), engine, None));
     let seen = check(reported(&engine));
     let unseen = check(reported(&away));
     if let Some(status) = seen {

@@ -129,7 +129,7 @@ impl DecnetStatus {
     #[cfg(any(test, feature = "loopback"))]
     pub(crate) fn status(&mut self, engine: &Engine, aside: Option<&str>) -> Result<Snapshot, String> {
         let located = self.state_file.locate().map_err(|problem| problem.to_string())?;
-        Ok(report(self.state_file.read(&located)?, engine, aside))
+        report(self.state_file.read(&located)?, engine, aside)
     }
 
     /// The state file, and which of these deckies it does not list. `None` where there is no state file, or it cannot be
@@ -155,7 +155,7 @@ impl DecnetStatus {
         let aside = topology.as_ref().err().map(String::as_str);
         #[cfg(feature = "cli")]
         let deckies = state.as_ref().ok().and_then(|state| state.map(State::deckies));
-        let status = state.map(|state| report(state, &engine, aside));
+        let status = state.and_then(|state| report(state, &engine, aside));
         Findings {
             engine,
             #[cfg(feature = "cli")]
@@ -280,24 +280,20 @@ impl Said {
     }
 }
 
-/// What is deployed, and what of it runs. No state: nothing is deployed.
-pub(crate) fn report(state: Option<&State>, engine: &Engine, aside: Option<&str>) -> Snapshot {
-    let Some(state) = state else { return Snapshot::unchecked(&Status::nothing(aside)) };
+/// What is deployed, and what of it runs. No state: nothing is deployed. The error is the state file's: it is too large.
+pub(crate) fn report(state: Option<&State>, engine: &Engine, aside: Option<&str>) -> Result<Snapshot, String> {
+    let Some(state) = state else { return Snapshot::of_parts(&Status::nothing(aside)) };
     let State { mode, compose_path, deckies, .. } = state;
     let containers = engine.containers.as_ref().map_err(String::clone);
     match containers.and_then(|containers| state.runtime(containers)) {
-        Ok(runtime) => Snapshot::unchecked(&Status::Deployed {
-            deployed: true,
-            mode,
-            compose_path,
-            deckies,
-            runtime,
-            error: aside,
-        }),
+        Ok(runtime) => {
+            let error = aside;
+            Snapshot::of_parts(&Status::Deployed { deployed: true, mode, compose_path, deckies, runtime, error })
+        }
         Err(error) => {
             let said = both(&error, aside);
             let status = Status::Unseen { deployed: true, mode, compose_path, error: &said };
-            Snapshot::unchecked(&status).with_fault(Some(&error))
+            Ok(Snapshot::of_parts(&status)?.with_fault(Some(&error)))
         }
     }
 }
@@ -337,6 +333,9 @@ fn runs(state: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixListener;
+
     use super::*;
 
     fn source(state: Option<&str>) -> (tempfile::TempDir, DecnetStatus) {
@@ -493,6 +492,47 @@ mod tests {
         assert!(source.status(&engine, None).unwrap().status().contains(r#""absent""#));
         engine.containers.as_mut().unwrap().left_out = Some(("d-s".to_owned(), 1));
         assert!(source.status(&engine, None).unwrap().fault().unwrap().contains("no usable state"));
+    }
+
+    #[test]
+    fn a_status_that_is_too_large_is_a_problem_of_the_state_file_and_not_of_docker() {
+        let services = vec![format!("\"{}\"", "s".repeat(1_000)); 90].join(",");
+        let deckies: Vec<_> = (0..120).map(|n| format!(r#"{{"name": "d{n}", "services": [{services}]}}"#)).collect();
+        let state = format!(r#"{{"config": {{"mode": 1, "deckies": [{}]}}, "compose_path": 1}}"#, deckies.join(","));
+        let (_dir, mut source) = source(Some(&state));
+        // Each service counts twice: as it stands, and in the runtime.
+        let problem = source.status(&engine(&[]), None).unwrap_err();
+        assert_eq!(problem, format!("the status is larger than {} bytes", crate::limits::STATUS));
+    }
+
+    #[test]
+    fn networks_are_asked_for_first_and_files_are_read_after_the_containers() {
+        let dir = tempfile::tempdir().unwrap();
+        let (state, topology) = (dir.path().join("state.json"), dir.path().join("topology.db"));
+        let listener = UnixListener::bind(dir.path().join("docker.sock")).unwrap();
+        let mut source = DecnetStatus::new(dir.path()).state_file(&state).docker_socket(dir.path().join("docker.sock"));
+        let engine = std::thread::spawn(move || {
+            let (mut stream, mut request, mut asked) = (listener.accept().unwrap().0, [0; 1024], Vec::new());
+            for _ in 0..2 {
+                let read = stream.read(&mut request).unwrap();
+                let line = String::from_utf8_lossy(&request[..read]).lines().next().unwrap().to_owned();
+                if line.starts_with("GET /containers") {
+                    std::fs::write(&state, STATE).unwrap();
+                    let owner = rusqlite::Connection::open(&topology).unwrap();
+                    let table = "CREATE TABLE applied_topology (topology_id TEXT, applied_version_hash TEXT, \
+                                 applied_at INTEGER, last_error TEXT); \
+                                 INSERT INTO applied_topology VALUES ('t', 'h', 5, NULL)";
+                    owner.execute_batch(table).unwrap();
+                }
+                asked.push(line);
+                stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]").unwrap();
+            }
+            asked
+        });
+        let snapshot = source.snapshot();
+        assert_eq!(engine.join().unwrap(), ["GET /networks HTTP/1.1", "GET /containers/json?all=true HTTP/1.1"]);
+        assert!(snapshot.status().contains(r#""d1":{"running":false"#), "{}", snapshot.status());
+        assert_eq!(snapshot.topology().unwrap().applied.as_ref().unwrap().topology_id, "t");
     }
 
     #[test]
