@@ -5,7 +5,7 @@ use std::path::Path;
 use crate::body::Body;
 use crate::outbox::schema;
 use crate::status::decnet::DecnetStatus;
-use crate::status::docker::Engine;
+use crate::status::docker::{Containers, Engine, Networks};
 
 /// The outbox' table, as it is made: the floor of what SQLite can do writes the same.
 pub const TABLE: &str = schema::TABLE;
@@ -14,14 +14,16 @@ pub const TABLE: &str = schema::TABLE;
 #[derive(Debug)]
 pub struct Bodies {
     source: DecnetStatus,
-    engine: Result<Engine, String>,
+    engine: Engine,
 }
 
 impl Bodies {
     /// The state file is at this path, and Docker has these containers: a name and a state each.
     pub fn new(state_file: &Path, containers: Vec<(String, String)>) -> Self {
         let source = DecnetStatus::new(Path::new("/etc/decnet/agent")).state_file(state_file);
-        Self { source, engine: Ok(Engine { containers: containers.into_iter().collect(), bridges: Vec::new() }) }
+        let states = containers.into_iter().map(|(name, state)| (name, Some(state))).collect();
+        let containers = Ok(Containers { states, left_out: None });
+        Self { source, engine: Engine { containers, networks: Ok(Networks::default()) } }
     }
 
     /// A body as it is posted.

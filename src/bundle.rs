@@ -20,6 +20,7 @@ use crate::error::{Error, printable_path};
 use crate::files::{self, Stamp};
 use crate::identity::hex;
 use crate::limits;
+use crate::panics::quietly;
 
 pub(crate) const CA: &str = "ca.crt";
 pub(crate) const CERTIFICATE: &str = "worker.crt";
@@ -139,7 +140,7 @@ fn warn_of_readers(key: &Path) {
     let others = fs::metadata(key).map_or(0, |found| found.permissions().mode() & 0o077);
     if others != 0 {
         let (file, mode) = (printable_path(key), 0o600 | others);
-        log::warn!("the key can be read by others, make it 0600: file={file} mode={mode:04o}");
+        quietly(|| log::warn!("the key can be read by others, make it 0600: file={file} mode={mode:04o}"));
     }
 }
 

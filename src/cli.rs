@@ -16,24 +16,27 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
+use clap::error::ContextValue;
 use clap::{CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
 use log::LevelFilter;
 
-use crate::delta::Operation;
+use crate::delta::{Operation, check_decky};
 use crate::enrolment::{Enrolment, EnrolmentSources};
-use crate::error::{Error, chain};
+use crate::error::{Error, chain, printable_path};
+use crate::heartbeat::check_interval;
 use crate::identity::MasterIdentity;
 use crate::outbox::OutboxLocation;
-use crate::status::decnet::{DOCKER_SOCKET, DecnetStatus, STATE_FILE};
+use crate::status::decnet::{DOCKER_SOCKET, DecnetStatus};
+use crate::{limits, text};
 
 /// `EX_CONFIG` of sysexits.h: the host is not enrolled, or its configuration or bundle cannot be used.
 const NOT_CONFIGURED: u8 = 78;
 
 const RUN_CODES: &str = "Exits 0 after SIGTERM or SIGINT; 78 when the host is not enrolled or its configuration or bundle cannot \
                          be used; 2 for a wrong command line; 1 for anything else.";
-const PUSH_CODES: &str =
-    "Exits 0 when the master has the delta or the outbox keeps it; 78 as run does; 1 when it is neither.";
+const PUSH_CODES: &str = "Exits 0 when the master has the delta or the outbox keeps it; 2 for a wrong command line, such as a name that no \
+     decky can have; 78 as run does; 1 when it is neither.";
 const TRACK_CODES: &str = "Exits as the command did: with its code, with 128 and the signal that ended it, with 127 where there is \
                            none, with 126 where it cannot be started.";
 const CHECK_CODES: &str = "Exits 0 only if an agent would work; 78 if it would not even start, for want of an enrolment or a \
@@ -97,10 +100,10 @@ enum Command {
 
 #[derive(Debug, clap::Args)]
 struct RunOptions {
-    /// The time between two beats
-    #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = humantime::parse_duration)]
+    /// The time between two beats, from 50ms to 1h
+    #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = interval)]
     interval: Duration,
-    /// DECNET's state file [default: /opt/decnet/decnet-state.json]
+    /// DECNET's state file [default: $DECNET_HEARTBEAT_STATE_FILE, or beside DECNET's Python package]
     #[arg(long, value_name = "PATH")]
     state_file: Option<PathBuf>,
     /// The Docker Engine's socket [default: /var/run/docker.sock]
@@ -118,16 +121,12 @@ struct RunOptions {
 }
 
 impl RunOptions {
-    fn state_file(&self) -> &Path {
-        self.state_file.as_deref().unwrap_or(Path::new(STATE_FILE))
-    }
-
     fn docker_socket(&self) -> &Path {
         self.docker_socket.as_deref().unwrap_or(Path::new(DOCKER_SOCKET))
     }
 
     fn source(&self, agent_dir: &Path) -> DecnetStatus {
-        DecnetStatus::new(agent_dir).state_file(self.state_file()).docker_socket(self.docker_socket())
+        source(agent_dir, self.state_file.as_deref()).docker_socket(self.docker_socket())
     }
 }
 
@@ -155,7 +154,7 @@ struct PushOptions {
     #[arg(long, value_name = "PATH")]
     outbox: Option<PathBuf>,
     /// The deckies that it was done to
-    #[arg(value_name = "DECKY", required = true)]
+    #[arg(value_name = "DECKY", required = true, value_parser = decky)]
     deckies: Vec<String>,
 }
 
@@ -171,7 +170,7 @@ struct TrackOptions {
     #[arg(long, value_name = "WHAT")]
     operation: Operation,
     /// The deckies that it is done to
-    #[arg(long = "decky", value_name = "NAME", required = true, num_args = 1..)]
+    #[arg(long = "decky", value_name = "NAME", required = true, num_args = 1.., value_parser = decky)]
     deckies: Vec<String>,
     /// Where deltas are kept [default: heartbeat.db in the agent dir]
     #[arg(long, value_name = "PATH")]
@@ -183,7 +182,7 @@ struct TrackOptions {
 
 /// The whole program.
 pub fn main() -> ExitCode {
-    let Arguments { common, command } = Arguments::parse();
+    let Arguments { common, command } = Arguments::try_parse().unwrap_or_else(|error| escaped(error).exit());
     let usual = match command {
         Command::Run(_) => LevelFilter::Info,
         // Their result is what they print, or their command's.
@@ -231,6 +230,58 @@ fn enrolment(common: &Common) -> Result<Enrolment, Error> {
         sources = sources.agent_dir(dir.clone());
     }
     sources.read()
+}
+
+/// A decky's name of the command line: what no decky can have is refused before anything is written.
+fn decky(name: &str) -> Result<String, Error> {
+    check_decky(name).map(|()| name.to_owned())
+}
+
+/// `--interval`.
+fn interval(text: &str) -> Result<Duration, String> {
+    let interval = humantime::parse_duration(text).map_err(|error| error.to_string())?;
+    check_interval(interval).map(|()| interval).map_err(|error| chain(&error).replace("interval: ", ""))
+}
+
+/// What is wrong with the command line, safe to print: it quotes what was given, and a script may have got that from
+/// somebody else.
+fn escaped(mut error: clap::Error) -> clap::Error {
+    let given = |value: &ContextValue| match value {
+        ContextValue::String(given) => Some(ContextValue::String(text::escaped_within(given, limits::LOG_TEXT))),
+        _ => None,
+    };
+    let safe: Vec<_> = error.context().filter_map(|(kind, value)| Some((kind, given(value)?))).collect();
+    for (kind, value) in safe {
+        error.insert(kind, value);
+    }
+    error
+}
+
+/// The variable that names the state file.
+const STATE_FILE_VARIABLE: &str = "DECNET_HEARTBEAT_STATE_FILE";
+
+/// The state file that the environment names. An empty variable counts as unset.
+fn state_file_of_environment() -> Option<PathBuf> {
+    std::env::var_os(STATE_FILE_VARIABLE).filter(|path| !path.is_empty()).map(PathBuf::from)
+}
+
+/// DECNET's status, with the state file that the option or the environment names, if one does.
+fn source(agent_dir: &Path, state_file: Option<&Path>) -> DecnetStatus {
+    let source = DecnetStatus::new(agent_dir);
+    match state_file.map(Path::to_owned).or_else(state_file_of_environment) {
+        Some(path) => source.state_file(path),
+        None => source,
+    }
+}
+
+/// Warns of names that the state file does not list: the master has no such decky. Where the state file is not there or
+/// cannot be read, nothing is known of any name.
+fn warn_of_unlisted<'a>(agent_dir: &Path, deckies: impl IntoIterator<Item = &'a str>) {
+    let Some((file, unlisted)) = source(agent_dir, None).unlisted(deckies) else { return };
+    for decky in unlisted {
+        let file = printable_path(&file);
+        log::warn!("the state file does not list this decky: decky={decky} file={file}");
+    }
 }
 
 /// `--outbox`.

@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use crate::error::Error;
 use crate::limits;
-use crate::text::cut;
+use crate::text::{cut, quoted};
 
 /// What was done to a decky.
 ///
@@ -102,13 +102,15 @@ impl LifecycleDelta {
     /// let delta = LifecycleDelta::failed("decky-01", Operation::Deploy, log);
     /// assert!(matches!(delta.outcome(), Outcome::Failed(error) if error.len() == 2_000));
     /// ```
-    pub fn failed(decky: impl Into<String>, operation: Operation, error: impl Into<String>) -> Self {
-        let mut error = error.into();
-        error.truncate(cut(&error, limits::DELTA_ERROR).len());
+    pub fn failed(decky: impl Into<String>, operation: Operation, error: impl AsRef<str>) -> Self {
+        // Cut before it is copied: it may be the whole log of a build.
+        let error = cut(error.as_ref(), limits::DELTA_ERROR).to_owned();
         Self::new(decky.into(), operation, Outcome::Failed(error))
     }
 
-    fn new(decky: String, operation: Operation, outcome: Outcome) -> Self {
+    fn new(mut decky: String, operation: Operation, outcome: Outcome) -> Self {
+        // It may have been a part of something long.
+        decky.shrink_to_fit();
         Self { decky, operation, outcome, completed_at: to_the_microsecond(SystemTime::now()) }
     }
 
@@ -149,20 +151,24 @@ impl LifecycleDelta {
         self.completed_at
     }
 
-    /// Refuses what the master could never match to a row.
+    /// Refuses what the master could never match to a row. Asked before a delta is written; what is in an outbox already,
+    /// from an older version, is sent as it is.
     pub(crate) fn check(&self) -> Result<(), Error> {
         check_decky(&self.decky)
     }
 }
 
-/// Refuses a name that the master could never match to a row.
+/// Refuses a name that no decky can have (`PROTOCOL.md`, "`status`"), so the master could never match it to a row.
 pub(crate) fn check_decky(name: &str) -> Result<(), Error> {
     if name.trim().is_empty() {
         return Err(Error::setting("decky name", "is empty; a delta needs the name of its decky"));
     }
-    if name.len() > limits::DECKY_NAME {
-        let most = limits::DECKY_NAME;
-        return Err(Error::setting("decky name", format!("is {} bytes long; at most {most}", name.len())));
+    let is_allowed = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'.' | b'-');
+    if name.len() > limits::DECKY_NAME || !name.bytes().all(is_allowed) {
+        let (name, most) = (quoted(name, limits::DECKY_NAME), limits::DECKY_NAME);
+        let problem =
+            format!("{name} is not a name of DECNET's: A-Z, a-z, 0-9, _, . and - only, at most {most} of them");
+        return Err(Error::setting("decky name", problem));
     }
     Ok(())
 }
@@ -207,7 +213,48 @@ mod tests {
 
     #[test]
     fn a_delta_without_a_decky_is_refused() {
-        let error = LifecycleDelta::succeeded(" ", Operation::Deploy).check().unwrap_err();
-        assert_eq!(error.to_string(), "decky name: is empty; a delta needs the name of its decky");
+        for name in ["", " ", "\n"] {
+            let error = LifecycleDelta::succeeded(name, Operation::Deploy).check().unwrap_err();
+            assert_eq!(error.to_string(), "decky name: is empty; a delta needs the name of its decky");
+        }
+    }
+
+    #[test]
+    fn a_name_outside_decnets_pattern_is_refused_and_quoted() {
+        for name in
+            ["a,b", "a b", "d1\n", "\nd1", "d1 ", "a*", "a>", "ä", "a/b", "a\0", "\u{1b}[31m", "a\u{202e}b", "１"]
+        {
+            let error = check_decky(name).unwrap_err().to_string();
+            assert!(
+                error.starts_with(&format!("decky name: {name:?} is not a name of DECNET's: A-Z, a-z, 0-9")),
+                "{error}"
+            );
+            assert!(!error.chars().any(char::is_control), "{error}");
+        }
+        for name in ["a", "A-z_0.9", "-", ".", "..", "_"] {
+            check_decky(name).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_name_has_at_most_128_characters_and_no_more_of_it_is_shown() {
+        check_decky(&"x".repeat(128)).unwrap();
+        for long in ["x".repeat(129), "ä".repeat(1 << 20)] {
+            let error = check_decky(&long).unwrap_err().to_string();
+            assert!(error.contains("\"… is not a name of DECNET's") && error.contains("at most 128"), "{error}");
+            assert!(error.chars().count() < 300, "{error}");
+        }
+    }
+
+    #[test]
+    fn a_long_error_costs_what_is_kept_of_it() {
+        let log = "x".repeat(10_000_000);
+        for _ in 0..40 {
+            let mut roomy = String::with_capacity(1 << 20);
+            roomy.push('d');
+            let delta = LifecycleDelta::failed(roomy, Operation::Deploy, &log);
+            let Outcome::Failed(error) = &delta.outcome else { panic!("{delta:?}") };
+            assert_eq!((error.len(), error.capacity(), delta.decky.capacity()), (2_000, 2_000, 1));
+        }
     }
 }

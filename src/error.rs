@@ -4,7 +4,8 @@ use std::error::Error as StdError;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-use crate::text::printable;
+use crate::limits;
+use crate::text::{layers, printable};
 
 /// Why enrolling, starting, pushing or stopping did not work.
 ///
@@ -219,14 +220,9 @@ impl StdError for Error {
 
 /// An error and all its sources on one line, safe to log.
 pub(crate) fn chain(error: &dyn StdError) -> String {
-    let mut line = printable(&error.to_string());
-    let mut next = error.source();
-    while let Some(source) = next {
-        line.push_str(": ");
-        line.push_str(&printable(&source.to_string()));
-        next = source.source();
-    }
-    line
+    // One character more than is kept, so that the cut shows.
+    let layers: Vec<_> = layers(error, limits::LOG_TEXT + 1).map(|said| printable(&said)).collect();
+    layers.join(": ")
 }
 
 /// What went wrong in an HTTP exchange, safe to log: of the system's errors their own words.

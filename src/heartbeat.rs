@@ -18,6 +18,7 @@ use crate::limits;
 use crate::link::{Interrupt, Link};
 use crate::operation::TrackedOperation;
 use crate::outbox::{Books, Outbox, OutboxLocation, Role};
+use crate::panics::quietly;
 use crate::repeats::Repeats;
 use crate::schedule::{Schedule, Ticks};
 use crate::sender::DeltaSender;
@@ -517,7 +518,7 @@ impl HeartbeatBuilder {
         let enrolment = match enrolment {
             Ok(enrolment) => enrolment,
             Err(error) if error.is_not_enrolled() => {
-                log::debug!("heartbeat dormant: error={:?}", chain(&error));
+                quietly(|| log::debug!("heartbeat dormant: error={:?}", chain(&error)));
                 let stats = Arc::new(SharedStats::new(Stats { dormant: true, ..Stats::default() }));
                 return Ok(Heartbeat { running: None, stats });
             }
@@ -527,11 +528,13 @@ impl HeartbeatBuilder {
         let link = Link::new(enrolment, self.identity)?;
         let (outbox, problem) = Outbox::open(&self.outbox, &agent_dir, Role::Deliver)?;
         if let Some(problem) = problem {
-            log::error!(
-                "the outbox is in memory, deltas do not survive a restart: {} error={:?}",
-                link.names(),
-                chain(&problem)
-            );
+            quietly(|| {
+                log::error!(
+                    "the outbox is in memory, deltas do not survive a restart: {} error={:?}",
+                    link.names(),
+                    chain(&problem)
+                )
+            });
         }
         let source = self.source.unwrap_or_else(|| Box::new(DecnetStatus::new(&agent_dir)));
         let ticks = self.ticks.map_or_else(|| Ticks::every(interval, Instant::now(), fastrand::f64()), Ticks::fed);
@@ -559,13 +562,14 @@ fn start(link: Link, outbox: Outbox, source: Box<dyn StatusSource>, settings: Se
     let Settings { agent_version, interval, ticks } = settings;
     let mut stats = Stats::default();
     link.describe(&mut stats);
-    log::info!(
-        "heartbeat starting: {} fingerprint={} interval={interval:?} outbox={} waiting={}",
-        link.names(),
-        link.fingerprint(),
-        outbox.path().map_or_else(|| "memory".to_owned(), printable_path),
-        outbox.books().counts.waiting,
-    );
+    let place = outbox.path().map_or_else(|| "memory".to_owned(), printable_path);
+    let waiting = outbox.books().counts.waiting;
+    quietly(|| {
+        let (names, fingerprint) = (link.names(), link.fingerprint());
+        log::info!(
+            "heartbeat starting: {names} fingerprint={fingerprint} interval={interval:?} outbox={place} waiting={waiting}"
+        );
+    });
     let (stats, outbox, interrupt) = (Arc::new(SharedStats::new(stats)), Arc::new(outbox), link.interrupt());
     // One place is enough: the deltas are in the outbox, the channel only says that there are some.
     let (wake, deltas) = bounded(1);
@@ -588,6 +592,7 @@ fn start(link: Link, outbox: Outbox, source: Box<dyn StatusSource>, settings: Se
         topology: None,
         trouble: String::new(),
         states_rested: false,
+        failure_said: false,
         states_sent: false,
         repeats: Repeats::default(),
         tended: false,

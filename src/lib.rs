@@ -79,7 +79,7 @@
 //!
 //! # Status
 //!
-//! [`DecnetStatus`] reads DECNET's state file, Docker and `topology.db`. An agent that knows better gives a
+//! [`DecnetStatus`] finds and reads DECNET's state file, and reads Docker and `topology.db`. An agent that knows better gives a
 //! [`StatusSource`] of its own, or a closure that returns a [`Snapshot`]. What cannot be found out is said inside the
 //! snapshot, as the master draws conclusions from what is left out. A status is at most 16 MiB, and goes out at most five
 //! seconds after it was made.
@@ -101,8 +101,9 @@
 //!   out of the outbox, a status that it refuses, a panic that was caught, an outbox in memory, one that was moved aside,
 //!   or one that cannot note what the master has answered.
 //! - `warn`: a beat that failed, changed credentials that do not fit, a certificate that expires within 30 days, a key that
-//!   others can read, Docker or a file that cannot be read, operations whose process has died. A failure is said when it
-//!   changes; a failed beat, and what else comes again with each beat, also at its second, fourth, eighth … repetition.
+//!   others can read, Docker or a file that cannot be read, operations whose process has died. A failure is logged when it
+//!   changes. A failed beat, what else comes again with each beat, and what alternates or comes and goes, is logged the
+//!   first, second, fourth, eighth … time. Numbers and ids in a text do not make it another failure.
 //! - `info`: start, first success, recovery, credentials taken over, an outbox that is on the disk again, stop.
 //! - `debug`: every beat; a retry on a fresh connection; a name that was not found; a dormant start.
 //!

@@ -119,6 +119,16 @@ pub(crate) const TLS_SESSIONS: usize = 4;
 /// A state file of 10,000 deckies is about 6 MiB.
 pub(crate) const STATE_FILE: u64 = 12 * 1024 * 1024;
 
+/// Entries of a `lib` folder that are looked at for DECNET's package: a virtual environment has a handful, and `/usr/lib`
+/// has some hundreds.
+pub(crate) const LIB_ENTRIES: usize = 4_096;
+
+/// Versions of Python in one `lib` folder that are looked at.
+pub(crate) const PYTHON_VERSIONS: usize = 16;
+
+/// `pyvenv.cfg` of a virtual environment; real ones are below 1 KiB.
+pub(crate) const PYVENV_CFG: u64 = 64 * 1024;
+
 /// How long ago a file's last change must be for the next one to show in its times: some file systems count in two seconds,
 /// and ours are read in whole ones.
 pub(crate) const SETTLED: Duration = Duration::from_secs(3);
@@ -131,6 +141,9 @@ pub(crate) const SERVICES: usize = 100;
 
 /// How deep a decky's JSON may be nested. Python's reader, which the master has, ends at about a thousand.
 pub(crate) const NESTING: usize = 100;
+
+/// Digits of an integer that Python reads: its own limit for text.
+pub(crate) const INTEGER_DIGITS: usize = 4_300;
 
 /// A status: a state file, and its runtime. A source of the agent's own may not flood the master either.
 pub(crate) const STATUS: usize = 16 * 1024 * 1024;
@@ -147,8 +160,13 @@ pub(crate) const DOCKER_NAME: usize = 255;
 /// Bytes of a text in `topology.db`; ids have 36, and an error is for people.
 pub(crate) const TOPOLOGY_TEXT: usize = 64 * 1024;
 
-/// One request to Docker, all of it. The status thread may wait; the beat does not wait for it.
-pub(crate) const DOCKER: Duration = Duration::from_secs(8);
+/// The request for Docker's networks, all of it. They are asked for first, and only `observed` depends on them, so a
+/// request that hangs must leave time for the containers.
+pub(crate) const DOCKER_NETWORKS: Duration = Duration::from_secs(2);
+
+/// The request for Docker's containers, all of it. Both requests and the wait for `topology.db` end within
+/// [`TICK_PATIENCE`], so that a tick's beat can say what was wrong.
+pub(crate) const DOCKER_CONTAINERS: Duration = Duration::from_secs(6);
 
 /// How long a locked `topology.db` is waited for.
 pub(crate) const TOPOLOGY_BUSY: Duration = Duration::from_millis(500);
@@ -210,13 +228,23 @@ pub(crate) const STDERR_GRACE: Duration = Duration::from_secs(1);
 /// Characters of a delta's error; the master cuts there.
 pub(crate) const DELTA_ERROR: usize = 2_000;
 
-/// Bytes of a decky's name; the master's own limit is 128 characters.
-pub(crate) const DECKY_NAME: usize = 1_024;
+/// Characters of a decky's name, as in DECNET's own model.
+pub(crate) const DECKY_NAME: usize = 128;
+
+/// Characters of `status.error`, which is for people: a source's error may be a whole log.
+pub(crate) const STATUS_ERROR: usize = 2_000;
+
+/// Sources of an error that are followed: real ones have a handful, and an error may be its own source.
+pub(crate) const ERROR_SOURCES: usize = 32;
 
 /// Characters of foreign text in one log line or one error.
 pub(crate) const LOG_TEXT: usize = 300;
 
-/// After this long without it a problem is a new one, and is logged at once.
+/// Different problems of one source that are counted each by itself. Further ones share a count, so that a text that is
+/// new every time does not fill the log.
+pub(crate) const REPEATS_TEXTS: usize = 8;
+
+/// After this long without a problem of its source a problem is a new one, and is logged at once.
 pub(crate) const QUIET: Duration = Duration::from_secs(600);
 
 /// Characters of an error inside `observed`; the original cuts there.

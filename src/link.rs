@@ -3,7 +3,7 @@
 
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use rustls::pki_types::ServerName;
 use ureq::Agent;
@@ -15,6 +15,8 @@ use crate::files::Stamp;
 use crate::identity::MasterIdentity;
 use crate::limits;
 use crate::master::Master;
+use crate::panics::quietly;
+use crate::repeats::Repeats;
 use crate::stats::Stats;
 use crate::tls;
 
@@ -28,8 +30,10 @@ pub(crate) struct Link {
     certificate: Certificate,
     /// What the files looked like when they were taken over.
     stamps: Stamps,
-    /// The last reason for not taking the files over, so that it is said once.
+    /// The last reason for not taking the files over, so that it is logged once.
     problem: Option<String>,
+    /// All of them, so that reasons that alternate are logged less and less often.
+    problems: Repeats,
     /// The days for which it was last said that the certificate will be valid, so that it is said once a day.
     said: Option<i64>,
     interrupt: Arc<Interrupt>,
@@ -42,7 +46,17 @@ impl Link {
         let (master, certificate) = connectable(&enrolment, given)?;
         let interrupt = Arc::new(Interrupt::default());
         interrupt.watch(master.interrupter());
-        Ok(Self { enrolment, given, master, certificate, stamps, problem: None, said: None, interrupt })
+        Ok(Self {
+            enrolment,
+            given,
+            master,
+            certificate,
+            stamps,
+            problem: None,
+            problems: Repeats::default(),
+            said: None,
+            interrupt,
+        })
     }
 
     pub(crate) fn enrolment(&self) -> &Enrolment {
@@ -103,11 +117,15 @@ impl Link {
             Err(error) => {
                 let problem = chain(&error);
                 if self.problem.as_ref() != Some(&problem) {
-                    let (names, fingerprint) = (self.names(), self.fingerprint());
-                    log::warn!(
-                        "changed credentials are not usable, keeping the old ones: {names} fingerprint={fingerprint} \
-                         error={problem:?}"
-                    );
+                    if self.problems.count("credentials", &problem, Instant::now()).is_some() {
+                        let (names, fingerprint) = (self.names(), self.fingerprint());
+                        quietly(|| {
+                            log::warn!(
+                                "changed credentials are not usable, keeping the old ones: {names} \
+                             fingerprint={fingerprint} error={problem:?}"
+                            )
+                        });
+                    }
                     self.problem = Some(problem);
                 }
                 false

@@ -6,8 +6,10 @@ use std::thread;
 
 use crate::delta::{LifecycleDelta, Operation, Outcome};
 use crate::error::Error;
+use crate::limits;
 use crate::outbox::Kept;
 use crate::sender::DeltaSender;
+use crate::text::{cut, layers, printable};
 
 /// An operation in flight on one or more deckies. From [`DeltaSender::begin`].
 ///
@@ -97,8 +99,9 @@ impl TrackedOperation {
     /// # #[cfg(not(feature = "loopback"))]
     /// # fn main() {}
     /// ```
-    pub fn fail(mut self, error: impl Into<String>) {
-        self.end_all(&Outcome::Failed(error.into()));
+    pub fn fail(mut self, error: impl AsRef<str>) {
+        // Cut before it is copied for each decky.
+        self.end_all(&Outcome::Failed(cut(error.as_ref(), limits::DELTA_ERROR).to_owned()));
     }
 
     /// How it ended on one of the deckies.
@@ -125,7 +128,7 @@ impl TrackedOperation {
     /// The operation does not have this decky, or it is settled already: the first verdict stands.
     pub fn settle(&mut self, decky: &str, outcome: Outcome) -> Result<(), Error> {
         let Some(place) = self.open.iter().position(|(open, _)| open == decky) else {
-            let name = crate::text::printable(decky);
+            let name = printable(decky);
             return Err(Error::setting("decky name", format!("{name:?} is not open in this {}", self.operation)));
         };
         let (decky, id) = self.open.remove(place);
@@ -157,17 +160,68 @@ impl Drop for TrackedOperation {
     }
 }
 
-/// An error with its sources, for the master. A source that the text before it ends with is not said again.
+/// An error with its sources, for the master. A source that the text before it ends with is not said again. It ends where
+/// a delta's error is cut, whatever the error is.
 pub(crate) fn reason(error: &dyn StdError) -> String {
-    let mut text = error.to_string();
-    let mut next = error.source();
-    while let Some(source) = next {
-        let said = source.to_string();
-        if !text.ends_with(&said) {
+    let mut text = String::new();
+    for said in layers(error, limits::DELTA_ERROR) {
+        if text.is_empty() {
+            text = said;
+        } else if !text.ends_with(&said) {
             text.push_str(": ");
             text.push_str(&said);
         }
-        next = source.source();
+        if text.len() > 4 * limits::DELTA_ERROR {
+            break;
+        }
     }
+    text.truncate(cut(&text, limits::DELTA_ERROR).len());
+    text.shrink_to_fit();
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fmt;
+
+    use super::*;
+    use crate::error::chain;
+
+    /// Says so many characters, and has so many sources like it.
+    #[derive(Debug)]
+    struct Long(usize, Option<Box<Long>>);
+
+    impl fmt::Display for Long {
+        fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            (0..self.0).try_for_each(|_| f.write_str("ä"))
+        }
+    }
+
+    impl StdError for Long {
+        fn source(&self) -> Option<&(dyn StdError + 'static)> {
+            self.1.as_deref().map(|source| source as &(dyn StdError + 'static))
+        }
+    }
+
+    #[test]
+    fn a_reason_is_no_longer_than_a_deltas_error_whatever_the_error_is() {
+        let sources =
+            |said: usize, count: usize| (0..count).fold(Long(said, None), |it, _| Long(said, Some(Box::new(it))));
+        for error in [sources(10_000_000, 0), sources(100_000, 10), sources(0, 1_000), sources(7, 1_000)] {
+            for text in [reason(&error), chain(&error)] {
+                assert!(text.chars().count() <= 32 * 302, "{}", text.len());
+            }
+            let text = reason(&error);
+            assert!(text.chars().count() <= limits::DELTA_ERROR, "{}", text.len());
+            assert!(text.capacity() <= 4 * limits::DELTA_ERROR, "{}", text.capacity());
+        }
+    }
+
+    #[test]
+    fn a_source_that_has_been_said_is_not_said_again() {
+        let error = Error::setting("a", "b").because(Error::setting("c", "d"));
+        assert_eq!(reason(&error), "a: b: c: d");
+        let wrapped = Long(3, Some(Box::new(Long(3, None))));
+        assert_eq!(reason(&wrapped), "äää");
+    }
 }

@@ -40,6 +40,7 @@ use rusqlite::Connection;
 use crate::delta::{LifecycleDelta, Operation, micros};
 use crate::error::{Error, chain, printable_path};
 use crate::limits;
+use crate::panics::quietly;
 use entries::{Added, Change, Place};
 #[cfg(feature = "cli")]
 pub(crate) use file::folder;
@@ -203,7 +204,7 @@ impl Outbox {
         };
         if role == Role::Deliver && problem.is_none() {
             if let Err(error) = outbox.recover(&mut shared, "the agent restarted during ") {
-                log::warn!("operations that were in flight are recovered later: error={:?}", chain(&error));
+                quietly(|| log::warn!("operations that were in flight are recovered later: error={:?}", chain(&error)));
             }
             outbox.sweep();
         }
@@ -340,7 +341,7 @@ impl Outbox {
         if !shared.store.is_written().unwrap_or(true)
             && let Err(error) = self.write_down(&mut shared, by)
         {
-            log::debug!("what goes out is not on the disk: error={:?}", chain(&error));
+            quietly(|| log::debug!("what goes out is not on the disk: error={:?}", chain(&error)));
         }
         let looked = shared.store.read(|db| Ok((entries::counts(db)?, entries::deliverable(db, most, wanted)?)));
         self.note_down(&shared, looked.as_ref().ok().map(|(counts, _)| *counts));
@@ -399,9 +400,11 @@ impl Outbox {
         let unsaid = dropped - mem::replace(&mut shared.said, dropped);
         if unsaid > 0 {
             let outbox = name(self.path.as_deref());
-            log::error!(
-                "deltas fell out of the outbox undelivered, too many or too old: outbox={outbox} deltas={unsaid} most={most}"
-            );
+            quietly(|| {
+                log::error!(
+                    "deltas fell out of the outbox undelivered, too many or too old: outbox={outbox} deltas={unsaid} most={most}"
+                )
+            });
         }
     }
 
@@ -419,17 +422,21 @@ impl Outbox {
         };
         let recovered = shared.change(Some(path), deadline(), recover);
         let operations = recovered.map_err(|source| self.error("cannot be recovered").because(source))?;
-        log::warn!(
-            "the processes of operations in flight have died, these are reported failed: outbox={} operations={operations}",
-            printable_path(path)
-        );
+        quietly(|| {
+            log::warn!(
+                "the processes of operations in flight have died, these are reported failed: outbox={} operations={operations}",
+                printable_path(path)
+            )
+        });
         Ok(())
     }
 
     /// Removes what processes that died without leaving a row have left beside the file.
     fn sweep(&self) {
         if let Some(Err(error)) = self.path.as_deref().map(lock::sweep) {
-            log::debug!("what dead processes left beside the outbox stays there: error={:?}", error.to_string());
+            quietly(|| {
+                log::debug!("what dead processes left beside the outbox stays there: error={:?}", error.to_string())
+            });
         }
     }
 
@@ -479,7 +486,7 @@ impl Outbox {
         if !changes.is_empty() {
             let made = shared.store.remember(|db| changes.iter().try_for_each(|change| change.apply(db)));
             if let Err(error) = made {
-                log::debug!("the outbox cannot be changed: error={:?}", error.to_string());
+                quietly(|| log::debug!("the outbox cannot be changed: error={:?}", error.to_string()));
                 unpoisoned(&self.pending).splice(..0, changes);
             }
         }

@@ -18,6 +18,7 @@ use ureq::unversioned::transport::NextTimeout;
 use ureq::unversioned::transport::time;
 
 use crate::limits;
+use crate::panics::quietly;
 
 /// ureq's `MAX_ADDRS`: pushing more would panic.
 const MOST_ADDRESSES: usize = 16;
@@ -88,11 +89,13 @@ impl MasterResolver {
             }
             Err(error) if known.addresses.is_empty() => Err(error),
             Err(error) => {
-                log::debug!(
-                    "name lookup failed, using the last good address: master={} error={:?}",
-                    self.host,
-                    error.to_string()
-                );
+                quietly(|| {
+                    log::debug!(
+                        "name lookup failed, using the last good address: master={} error={:?}",
+                        self.host,
+                        error.to_string()
+                    )
+                });
                 // For as long as a good answer, or every beat would wait for a DNS that is away. Where the address
                 // does not serve, it is distrusted.
                 known.fresh_since = Some(Instant::now());

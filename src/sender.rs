@@ -96,9 +96,11 @@ impl DeltaSender {
     ///
     /// # Errors
     ///
-    /// The decky has no name, or the outbox cannot keep the delta, as another process has it locked for over a second, as
-    /// operations in flight fill it, or as it is in memory and its heartbeat has stopped: nobody will hear of it, and the
-    /// caller may try again.
+    /// - No decky can have this name. DECNET's names are made of A-Z, a-z, 0-9, `_`, `.` and `-`, and have at most 128
+    ///   characters. Trying again does not help.
+    /// - The outbox cannot keep the delta, as another process has it locked for over a second, as operations in flight
+    ///   fill it, or as it is in memory and its heartbeat has stopped. Nobody will hear of the delta, and the caller may
+    ///   try again.
     pub fn push(&self, delta: LifecycleDelta) -> Result<(), Error> {
         self.push_all([delta])
     }
@@ -128,7 +130,7 @@ impl DeltaSender {
         let deltas: Vec<_> = deltas.into_iter().collect();
         deltas.iter().try_for_each(LifecycleDelta::check)?;
         let Some(inner) = &self.inner else {
-            log::debug!("not enrolled, deltas dropped: deltas={}", deltas.len());
+            quietly(|| log::debug!("not enrolled, deltas dropped: deltas={}", deltas.len()));
             return Ok(());
         };
         if deltas.is_empty() {
@@ -177,8 +179,11 @@ impl DeltaSender {
         operation: Operation,
         deckies: impl IntoIterator<Item = impl Into<String>>,
     ) -> Result<TrackedOperation, Error> {
-        let deckies: Vec<String> = deckies.into_iter().map(Into::into).collect::<BTreeSet<_>>().into_iter().collect();
+        let deckies: BTreeSet<String> = deckies.into_iter().map(Into::into).collect();
         deckies.iter().try_for_each(|decky| check_decky(decky))?;
+        let mut deckies: Vec<String> = deckies.into_iter().collect();
+        // They are kept as long as the operation is in flight.
+        deckies.iter_mut().for_each(String::shrink_to_fit);
         if deckies.is_empty() {
             return Err(Error::setting("deckies", "are none; an operation needs the name of a decky"));
         }

@@ -4,13 +4,15 @@
 pub(crate) mod decnet;
 pub(crate) mod docker;
 mod list;
+pub(crate) mod place;
+mod sendable;
 pub(crate) mod state;
 mod topology;
 
 use serde::Serialize;
 use serde_json::value::{RawValue, to_raw_value};
 
-use crate::text::printable;
+use crate::text::{cut, printable};
 use crate::{body, limits};
 
 /// Where a beat's `status` and `topology` come from.
@@ -94,8 +96,26 @@ pub struct Snapshot {
 impl Snapshot {
     /// A snapshot with this `status`, which must serialize to a JSON object (`PROTOCOL.md`, "`status`").
     ///
-    /// Anything else, and what is larger than 16 MiB, is said as unknown, with the reason: the master refuses a beat whose
-    /// status is no object, and no fault of a source stops a beat.
+    /// # What the master makes of it
+    ///
+    /// | status | meaning |
+    /// | --- | --- |
+    /// | `{}`, or `{"error": "…"}` | the host lives, and nothing is known of its deckies; the master changes none |
+    /// | `"deployed": false`, or no `deckies` | nothing is deployed; the master changes no decky |
+    /// | `"deployed": true`, `deckies` and `runtime` | the master writes down each decky, with its state |
+    ///
+    /// - `deckies` is a list. Each entry is a decky as it stands in DECNET's state file. The master's model is strict: it
+    ///   drops a decky with an unknown key, or without a required one, and writes that to its own log only.
+    /// - `runtime` is an object of objects: `{decky: {"running": bool, "services": {service: state}}}`. A decky in
+    ///   `deckies` that is not in `runtime` is written down as degraded. So where states are not known, leave out
+    ///   `deckies`, and say why in `error`.
+    /// - Strings and keys are text: no lone surrogate (`"\udcff"`), which JSON allows and the master answers 500 for.
+    ///   Integers have at most 4,300 digits, other numbers a finite value, and nothing is nested deeper than 100 levels.
+    /// - All of it is at most 16 MiB.
+    ///
+    /// A status that is no object, has a `deckies` or a `runtime` of another shape, or breaks one of the last two rules is
+    /// replaced by `{"error": …}` with the reason: no fault of a source stops a beat. The entries of `deckies` are not
+    /// looked at.
     ///
     /// ```
     /// # use decnet_heartbeat::Snapshot;
@@ -112,19 +132,33 @@ impl Snapshot {
     /// assert_eq!(wrong.status(), r#"{"error":"the status source did not give a JSON object"}"#);
     /// ```
     pub fn new(status: &impl Serialize) -> Self {
-        match to_raw_value(status) {
-            Ok(status) if status.get().len() > limits::STATUS => {
-                Self::unknown(&format!("the status is larger than {} bytes", limits::STATUS))
-            }
-            Ok(status) if status.get().starts_with('{') => {
-                Self { status, topology: None, fault: None, is_unknown: false }
-            }
-            Ok(_) => Self::unknown("the status source did not give a JSON object"),
-            Err(error) => Self::unknown(&format!("the status source's answer cannot be serialized: {error}")),
+        let snapshot = match Self::of_parts(status) {
+            Ok(snapshot) => snapshot,
+            Err(problem) => return Self::unknown(&problem),
+        };
+        let problem = sendable::problem("status", &snapshot.status);
+        match problem.or_else(|| sendable::problem_of_shape(&snapshot.status)) {
+            Some(problem) => Self::unknown(&format!("the master cannot read the status of this source: {problem}")),
+            None => snapshot,
         }
     }
 
-    /// A snapshot that says why nothing is known. It changes nothing at the master but the host's liveness.
+    /// As [`new`](Self::new), of parts that have been looked at already. The error is for people.
+    pub(crate) fn of_parts(status: &impl Serialize) -> Result<Self, String> {
+        match to_raw_value(status) {
+            Ok(status) if status.get().len() > limits::STATUS => {
+                Err(format!("the status is larger than {} bytes", limits::STATUS))
+            }
+            Ok(status) if status.get().starts_with('{') => {
+                Ok(Self { status, topology: None, fault: None, is_unknown: false })
+            }
+            Ok(_) => Err("the status source did not give a JSON object".to_owned()),
+            Err(error) => Err(format!("the status source's answer cannot be serialized: {error}")),
+        }
+    }
+
+    /// A snapshot that says why nothing is known. It changes nothing at the master but the host's liveness. The reason is
+    /// cut to 2,000 characters.
     ///
     /// ```
     /// # use decnet_heartbeat::Snapshot;
@@ -139,6 +173,7 @@ impl Snapshot {
     /// assert_eq!(snapshot(Err(refused)).status(), r#"{"error":"libvirt: connection refused"}"#);
     /// ```
     pub fn unknown(reason: &str) -> Self {
+        let reason = cut(reason, limits::STATUS_ERROR);
         // Serializing one string cannot fail; were it to, an empty status says nothing either.
         let status = to_raw_value(&body::Status::Unknown { error: reason }).unwrap_or_else(|_| empty_object());
         Self { status, topology: None, fault: Some(printable(reason)), is_unknown: true }
@@ -268,5 +303,35 @@ mod tests {
             Snapshot::new(&wrong).status(),
             r#"{"error":"the status source's answer cannot be serialized: key must be a string"}"#
         );
+    }
+
+    #[test]
+    fn a_status_that_the_master_fails_on_is_said_as_unknown() {
+        let raw = |json: &str| RawValue::from_string(json.to_owned()).unwrap();
+        let said = "the master cannot read the status of this source: ";
+        for (json, problem) in [
+            (
+                r#"{"deckies": [{"name": "\udcff"}]}"#,
+                r"status.deckies[0].name has a lone surrogate, \udcff, on which the master fails",
+            ),
+            (r#"{"deployed": true, "deckies": {"d1": 1}}"#, "deckies is not a list"),
+            (r#"{"runtime": {"d1": "running"}}"#, "a decky in runtime is not an object at line 1 column 29"),
+            (r#"{"x": 1e999}"#, "status.x is a number that is too large"),
+        ] {
+            let expected = serde_json::json!({"error": format!("{said}{problem}")});
+            assert_eq!(Snapshot::new(&raw(json)).status(), expected.to_string());
+        }
+        let inside = std::collections::BTreeMap::from([("x", raw(r#"{"y": "\udcff"}"#))]);
+        assert!(Snapshot::new(&inside).status().contains("status.x.y has a lone surrogate"));
+        for good in [r#"{"deckies": [{"name": "\ud83d\ude00"}], "deployed": true, "runtime": {}}"#, "{}"] {
+            assert_eq!(Snapshot::new(&raw(good)).status(), good);
+        }
+    }
+
+    #[test]
+    fn a_reason_is_cut_before_it_is_copied() {
+        let snapshot = Snapshot::unknown(&"x".repeat(10_000_000));
+        assert_eq!(snapshot.status(), format!(r#"{{"error":"{}"}}"#, "x".repeat(limits::STATUS_ERROR)));
+        assert!(snapshot.fault().unwrap().len() < 2 * limits::LOG_TEXT);
     }
 }

@@ -84,6 +84,8 @@ pub(crate) struct Worker {
     pub(crate) trouble: String,
     /// The states rested, and are not accepted yet.
     pub(crate) states_rested: bool,
+    /// The log has said that beats fail, and not yet that they do not any more.
+    pub(crate) failure_said: bool,
     /// This beat has sent the states.
     pub(crate) states_sent: bool,
     pub(crate) repeats: Repeats,
@@ -528,7 +530,7 @@ impl Worker {
         });
         let outbox = caught(|| {
             if let Err(error) = self.outbox.tend() {
-                log::debug!("the outbox is as it was: host={} error={:?}", self.host(), chain(&error));
+                quietly(|| log::debug!("the outbox is as it was: host={} error={:?}", self.host(), chain(&error)));
             }
         });
         for said in [tended, outbox].into_iter().filter_map(Result::err) {
@@ -542,7 +544,13 @@ impl Worker {
 
     fn refresh(&mut self) {
         if self.link.refresh() {
-            log::info!("took over changed credentials: {} fingerprint={}", self.link.names(), self.link.fingerprint());
+            quietly(|| {
+                log::info!(
+                    "took over changed credentials: {} fingerprint={}",
+                    self.link.names(),
+                    self.link.fingerprint()
+                )
+            });
             self.stats.change(|stats| self.link.describe(stats));
         }
     }
@@ -553,7 +561,9 @@ impl Worker {
             0.. => (log::Level::Warn, "the certificate expires soon, enrol this host again"),
             _ => (log::Level::Error, "the certificate has expired, enrol this host again"),
         };
-        log::log!(level, "{what}: {} fingerprint={} days={days}", self.link.names(), self.link.fingerprint());
+        quietly(|| {
+            log::log!(level, "{what}: {} fingerprint={} days={days}", self.link.names(), self.link.fingerprint())
+        });
     }
 
     /// The last beat: what waits now, within the grace, as often as it takes. What is pushed meanwhile is for the next
@@ -598,10 +608,12 @@ impl Worker {
         }
     }
 
-    fn accepted(&self, reply: &Reply, deltas: usize) {
+    fn accepted(&mut self, reply: &Reply, deltas: usize) {
         let (ended, beats) = self.stats.change(|stats| (stats.accepted(reply, deltas), stats.beats));
         let (names, ms) = (self.link.names(), reply.took.as_secs_f64() * 1e3);
         let (class, resumed) = (&reply.class, reply.resumed);
+        // What comes and goes with every second beat is not worth two lines each time.
+        let ended = ended.filter(|_| mem::take(&mut self.failure_said));
         quietly(|| {
             match ended {
                 Some(failure) => log::info!("beating again: {names} failures={}", failure.count),
@@ -624,6 +636,7 @@ impl Worker {
             _ => (log::Level::Warn, "beat failed"),
         };
         let is_said = self.repeats.count("failure", &class, Instant::now()).is_some();
+        self.failure_said |= is_said;
         let level = if is_said { level } else { log::Level::Debug };
         let (names, fingerprint) = (self.link.names(), self.link.fingerprint());
         quietly(|| {

@@ -16,7 +16,6 @@ use std::process::ExitCode;
 use super::{CheckOptions, Common, enrolment, outbox};
 use crate::enrolment::Enrolment;
 use crate::error::{Error, chain, printable_path};
-use crate::heartbeat::check_interval;
 use crate::identity::MasterIdentity;
 use crate::link;
 use crate::status::Snapshot;
@@ -26,15 +25,12 @@ use steps::{Checklist, Step};
 pub(super) fn check(common: &Common, options: &CheckOptions) -> ExitCode {
     let run = &options.run;
     let mut list = Checklist::new(options.json);
-    if let Err(error) = check_interval(run.interval) {
-        list.add(Step::bad("interval", chain(&error), "correct --interval"));
-    }
     let enrolment = enrolment(common);
     let dir = enrolment.as_ref().ok().map(|enrolment| enrolment.agent_dir().value().as_path());
     // Looked at first, and shown later: the beat says what is found, as one of `run` would.
     let mut source = run.source(dir.unwrap_or(Path::new("")));
-    let (deckies, found) = (source.deckies(), source.look());
-    let steps = [host::state_file(run, &deckies), host::docker(run, &found), host::topology(dir, &found)];
+    let found = source.look();
+    let steps = [host::state_file(run, &found), host::docker(run, &found), host::topology(dir, &found)];
     match &enrolment {
         Ok(enrolment) => enrolled(enrolment, common.master_identity, &found.into_snapshot(), &mut list),
         Err(error) => not_enrolled(error, &mut list),

@@ -6,7 +6,7 @@ use clap::CommandFactory;
 use clap::error::ErrorKind;
 
 use super::report::{Reported, Reporter};
-use super::{Arguments, Common, PushOptions, Status, enrolment, outbox, print};
+use super::{Arguments, Common, PushOptions, Status, enrolment, outbox, print, warn_of_unlisted};
 use crate::delta::LifecycleDelta;
 use crate::error::Error;
 
@@ -26,7 +26,9 @@ pub(super) fn push(common: &Common, options: PushOptions) -> Result<(), Error> {
     };
     let deltas: Vec<LifecycleDelta> = deckies.into_iter().map(delta).collect();
     deltas.iter().try_for_each(LifecycleDelta::check)?;
-    let mut reporter = Reporter::open(enrolment(common)?, common.master_identity, &outbox(path))?;
+    let enrolment = enrolment(common)?;
+    warn_of_unlisted(enrolment.agent_dir().value(), deltas.iter().map(LifecycleDelta::decky));
+    let mut reporter = Reporter::open(enrolment, common.master_identity, &outbox(path))?;
     let claimed = reporter.claim(deltas)?;
     match reporter.post(&claimed) {
         Reported::Delivered => print("delivered\n"),

@@ -1,6 +1,8 @@
 //! What `push` and `track` share: their deltas go to the outbox first, claimed by this process, then to the master at once.
 //! Where the master cannot be reached they stay in the outbox for `run`. Runs on the program's main thread.
 
+use std::path::Path;
+
 use crate::body::{self, Body};
 use crate::delta::{LifecycleDelta, Operation};
 use crate::enrolment::Enrolment;
@@ -144,6 +146,11 @@ impl Reporter {
             }
             _ => Err(format!("{} answered {class}: {detail}", link.master().url())),
         }
+    }
+
+    /// Where the files of this host are.
+    pub(super) fn agent_dir(&self) -> &Path {
+        self.enrolment.agent_dir().value()
     }
 
     /// Who we are to which master: what a line of the log begins with.

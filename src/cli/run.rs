@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::thread;
+use std::time::Instant;
 
 use crossbeam_channel::{Receiver, bounded, never, select, tick};
 use sd_notify::NotifyState;
@@ -15,7 +16,9 @@ use signal_hook::low_level;
 use super::{Common, RunOptions, enrolment, metrics, outbox};
 use crate::error::{Error, printable_path};
 use crate::heartbeat::Heartbeat;
+use crate::repeats::Repeats;
 use crate::stats::Stats;
+use crate::text::printable;
 use crate::{files, limits};
 
 pub(super) fn run(common: &Common, options: RunOptions) -> Result<(), Error> {
@@ -31,10 +34,11 @@ pub(super) fn run(common: &Common, options: RunOptions) -> Result<(), Error> {
         builder = builder.master_identity(identity);
     }
     let heartbeat = builder.start()?;
-    tell_systemd(&[NotifyState::Ready]);
+    let mut systemd = Systemd::default();
+    systemd.tell(&[NotifyState::Ready]);
     let reports = [options.stats_file.map(Report::stats), options.metrics_file.map(Report::metrics)];
-    let watched = watch(&heartbeat, &signals, reports.into_iter().flatten().collect());
-    tell_systemd(&[NotifyState::Stopping]);
+    let watched = watch(&heartbeat, &signals, reports.into_iter().flatten().collect(), &mut systemd);
+    systemd.tell(&[NotifyState::Stopping]);
     let host = host(&heartbeat);
     let stopped = heartbeat.stop(limits::RUN_GRACE);
     if stopped.undelivered > 0 {
@@ -48,7 +52,12 @@ pub(super) fn run(common: &Common, options: RunOptions) -> Result<(), Error> {
 }
 
 /// Returns when a signal asks for the end, or when there is nothing left to watch.
-fn watch(heartbeat: &Heartbeat, signals: &Receiver<i32>, mut reports: Vec<Report>) -> Result<(), Error> {
+fn watch(
+    heartbeat: &Heartbeat,
+    signals: &Receiver<i32>,
+    mut reports: Vec<Report>,
+    systemd: &mut Systemd,
+) -> Result<(), Error> {
     let watchdog = sd_notify::watchdog_enabled().map_or_else(never, |limit| tick(limit / 2));
     let beats = heartbeat.beats();
     loop {
@@ -67,7 +76,7 @@ fn watch(heartbeat: &Heartbeat, signals: &Receiver<i32>, mut reports: Vec<Report
                 Err(_) => return Err(Error::setting("heartbeat", "the thread has ended unasked")),
             },
             recv(watchdog) -> _ => if !heartbeat.is_stalled() {
-                tell_systemd(&[NotifyState::Watchdog]);
+                systemd.tell(&[NotifyState::Watchdog]);
             },
         }
     }
@@ -84,8 +93,10 @@ struct Report {
     text: fn(&Stats) -> serde_json::Result<String>,
     /// `None`: what the umask leaves.
     mode: Option<u32>,
-    /// A file that cannot be written is said once.
-    said: bool,
+    /// The last reason why it could not be written, so that it is logged once.
+    problem: Option<String>,
+    /// All of them: a file that can be written only now and then is logged less and less often.
+    problems: Repeats,
 }
 
 impl Report {
@@ -94,25 +105,33 @@ impl Report {
             path,
             text: |stats| serde_json::to_string_pretty(stats).map(|json| json + "\n"),
             mode: None,
-            said: false,
+            problem: None,
+            problems: Repeats::default(),
         }
     }
 
     /// Whatever the umask is: node_exporter is another user.
     fn metrics(path: PathBuf) -> Self {
-        Self { path, text: |stats| Ok(metrics::text(stats)), mode: Some(0o644), said: false }
+        Self {
+            path,
+            text: |stats| Ok(metrics::text(stats)),
+            mode: Some(0o644),
+            problem: None,
+            problems: Repeats::default(),
+        }
     }
 
     fn write(&mut self, stats: &Stats) {
         let text = (self.text)(stats).map_err(Into::into);
         let written = text.and_then(|text| files::replace(&self.path, text.as_bytes(), self.mode));
-        if let Err(error) = &written
-            && !self.said
+        let problem = written.err().map(|error| printable(&error.to_string()));
+        if let Some(problem) = problem.as_ref().filter(|problem| self.problem.as_ref() != Some(problem))
+            && self.problems.count("stats", problem, Instant::now()).is_some()
         {
             let file = printable_path(&self.path);
-            log::warn!("the stats cannot be written: file={file} error={:?}", error.to_string());
+            log::warn!("the stats cannot be written: file={file} error={problem:?}");
         }
-        self.said = written.is_err();
+        self.problem = problem;
     }
 }
 
@@ -134,9 +153,19 @@ fn signals() -> Result<Receiver<i32>, Error> {
     Ok(receiver)
 }
 
-/// Nothing where there is no systemd.
-fn tell_systemd(state: &[NotifyState<'_>]) {
-    if let Err(error) = sd_notify::notify(state) {
-        log::warn!("systemd cannot be told: error={:?}", error.to_string());
+/// The supervisor, if it is systemd.
+#[derive(Debug, Default)]
+struct Systemd {
+    problems: Repeats,
+}
+
+impl Systemd {
+    /// Nothing where there is no systemd. What fails with every notification is logged less and less often.
+    fn tell(&mut self, state: &[NotifyState<'_>]) {
+        let Err(error) = sd_notify::notify(state) else { return };
+        let problem = printable(&error.to_string());
+        if let Some(times) = self.problems.count("systemd", &problem, Instant::now()) {
+            log::warn!("systemd cannot be told: times={times} error={problem:?}");
+        }
     }
 }

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use super::command::{Ended, Signals};
 use super::report::{Reported, Reporter};
-use super::{Common, TrackOptions, command, enrolment, outbox};
+use super::{Common, TrackOptions, command, enrolment, outbox, warn_of_unlisted};
 use crate::delta::{LifecycleDelta, Outcome, check_decky};
 use crate::error::{Error, chain};
 use crate::outbox::Kept;
@@ -27,6 +27,8 @@ pub(super) fn track(common: &Common, options: TrackOptions) -> Result<ExitCode, 
     };
     let ids = reporter.begin(operation, &deckies)?;
     let Ended { outcome, code } = command::run(&command, &signals);
+    // A deploy lists its deckies while it runs.
+    warn_of_unlisted(reporter.agent_dir(), deckies.iter().map(String::as_str));
     let delta = |decky| match &outcome {
         Outcome::Succeeded => LifecycleDelta::succeeded(decky, operation),
         Outcome::Failed(error) => LifecycleDelta::failed(decky, operation, error.as_str()),

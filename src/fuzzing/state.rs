@@ -9,19 +9,21 @@ use super::assert_sayable;
 use crate::body::Body;
 use crate::status::Snapshot;
 use crate::status::decnet::report;
-use crate::status::docker::Engine;
+use crate::status::docker::{Containers, Engine, Networks};
 use crate::status::state::State;
 use crate::text::printable;
 
 /// Makes a status of a state file with this content, where Docker answers and where it does not.
 pub fn state_file(input: &[u8]) {
     let containers = [("decky-01-ssh", "running"), ("decky-01-smb-share", "exited"), ("decky-02-ftp", "running")];
-    let containers = containers.map(|(name, state)| (name.to_owned(), state.to_owned()));
-    let engine = Engine { containers: containers.into(), bridges: Vec::new() };
+    let states = containers.map(|(name, state)| (name.to_owned(), Some(state.to_owned()))).into();
+    let networks = Ok(Networks::default());
+    let engine = Engine { containers: Ok(Containers { states, left_out: None }), networks: networks.clone() };
+    let away = Engine { containers: Err("away".to_owned()), networks };
     let state = State::parse(input).map_err(|problem| printable(&problem));
-    let reported = |engine| state.as_ref().map(|state| report(state, &engine, None)).map_err(String::clone);
-    let seen = check(reported(Ok(engine)));
-    let unseen = check(reported(Err("away".to_owned())));
+    let reported = |engine| state.as_ref().map_err(String::clone).and_then(|state| report(Some(state), engine, None));
+    let seen = check(reported(&engine));
+    let unseen = check(reported(&away));
     if let Some(status) = seen {
         check_deckies(input, &status);
     }

@@ -12,6 +12,7 @@ use super::store::{Refusal, Store};
 use super::{Outbox, deadline, file, unpoisoned};
 use crate::error::{Error, chain, printable_path};
 use crate::limits;
+use crate::panics::quietly;
 use crate::text::printable;
 
 /// Whether we deliver.
@@ -100,12 +101,14 @@ impl Outbox {
         let aside = file::move_aside(path).map_err(|source| {
             Away::Unusable(Error::outbox(Some(path), "is broken, and cannot be moved aside").because(source))
         })?;
-        log::error!(
-            "the outbox was broken or none, it is moved aside and a new one begun: file={} aside={} error={:?}",
-            printable_path(path),
-            printable_path(&aside),
-            printable(&problem)
-        );
+        quietly(|| {
+            log::error!(
+                "the outbox was broken or none, it is moved aside and a new one begun: file={} aside={} error={:?}",
+                printable_path(path),
+                printable_path(&aside),
+                printable(&problem)
+            )
+        });
         match Store::at(path, deadline()).map_err(Away::Unusable)? {
             Ok(store) => Ok(store),
             Err(problem) => Err(Away::Unusable(Error::outbox(Some(path), "cannot be made anew").because(problem))),
@@ -118,9 +121,9 @@ impl Outbox {
             return;
         }
         match self.go_home(shared) {
-            Ok(()) => log::info!("the outbox has a file again: outbox={}", name(self.path.as_deref())),
+            Ok(()) => quietly(|| log::info!("the outbox has a file again: outbox={}", name(self.path.as_deref()))),
             Err(Away::Held(error) | Away::Unusable(error)) => {
-                log::debug!("the outbox has no file yet: error={:?}", chain(&error));
+                quietly(|| log::debug!("the outbox has no file yet: error={:?}", chain(&error)));
             }
         }
     }

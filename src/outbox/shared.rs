@@ -12,6 +12,7 @@ use super::lock::Owner;
 use super::store::{Refusal, Store};
 use crate::error::{chain, printable_path};
 use crate::limits;
+use crate::panics::quietly;
 
 /// What one thread at a time has.
 #[derive(Debug)]
@@ -52,7 +53,7 @@ impl Shared {
         let written = self.attempt(path, deadline, change);
         match &written {
             Ok(_) if self.refused.take().is_some() => {
-                log::info!("the outbox is on the disk again: outbox={}", name(path))
+                quietly(|| log::info!("the outbox is on the disk again: outbox={}", name(path)))
             }
             Err(refused) if refused.why != Refusal::Locked => self.turn_to_memory(path, refused),
             _ => (),
@@ -90,13 +91,15 @@ impl Shared {
     /// The file refuses for more than a moment: until it takes a change again, what comes is in memory.
     fn turn_to_memory(&mut self, path: Option<&Path>, refused: &Refused) {
         if self.refused.is_none() {
-            log::error!(
-                "the outbox cannot be written, deltas are in memory and do not survive a restart: outbox={} error={:?}",
-                name(path),
-                chain(refused.source.as_ref())
-            );
+            quietly(|| {
+                log::error!(
+                    "the outbox cannot be written, deltas are in memory and do not survive a restart: outbox={} error={:?}",
+                    name(path),
+                    chain(refused.source.as_ref())
+                )
+            });
             if let Err(error) = self.store.leave_a_gap() {
-                log::debug!("the outbox cannot be read: error={:?}", error.to_string());
+                quietly(|| log::debug!("the outbox cannot be read: error={:?}", error.to_string()));
             }
         }
         self.refused = Some((Instant::now() + limits::OUTBOX_RETRY, refused.why));

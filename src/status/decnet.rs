@@ -1,25 +1,31 @@
 //! DECNET's own status: the state file, Docker and the topology, each of which may fail by itself. Runs on the status
 //! thread.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
-use super::docker::{Docker, Engine};
+use super::docker::{Containers, Docker, Engine, Networks};
+use super::place::Place;
+#[cfg(feature = "cli")]
+use super::place::{Located, Unlocated};
 use super::state::{State, StateFile};
 use super::topology::TopologyFile;
 use super::{AppliedTopology, Observed, Snapshot, StatusSource, Topology};
 use crate::body::Status;
-
-/// Where DECNET's agent keeps its state when it is installed under `/opt/decnet`.
-pub(crate) const STATE_FILE: &str = "/opt/decnet/decnet-state.json";
+use crate::panics::quietly;
+use crate::repeats::Repeats;
+use crate::text::printable;
 
 /// Where a Docker Engine listens.
 pub(crate) const DOCKER_SOCKET: &str = "/var/run/docker.sock";
 
 /// What DECNET's own agent reports: the deckies of its state file, the state of their containers, and the topology.
 ///
-/// The state file and `topology.db` are only ever read. Docker is asked two things a snapshot. Where Docker does not
-/// answer, or the state file cannot be read, no decky is named and `status.error` says why: the master would take a
-/// decky without states for degraded.
+/// The state file and `topology.db` are only ever read. Docker is asked two things a snapshot: for its networks, then for
+/// its containers. Where the containers are not known, or the state file cannot be found or read, no decky is named and
+/// `status.error` says why: the master would take a decky without states for degraded. Where the networks are not known,
+/// only `observed` is unknown.
 ///
 /// ```
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -44,13 +50,24 @@ pub struct DecnetStatus {
     state_file: StateFile,
     docker: Docker,
     topology: TopologyFile,
-    /// What was wrong with each, the last time.
-    said: [Said; 3],
+    said: Said,
 }
 
 impl DecnetStatus {
-    /// With the state file at `/opt/decnet/decnet-state.json`, Docker at `/var/run/docker.sock`, and the topology in
-    /// `topology.db` of the agent dir.
+    /// With the state file where DECNET keeps it, Docker at `/var/run/docker.sock`, and the topology in `topology.db` of
+    /// the agent dir.
+    ///
+    /// DECNET keeps its state file beside its Python package. The package is looked for at each snapshot, in this order:
+    ///
+    /// 1. In the virtual environment of `/usr/local/bin/decnet`, which is a symlink to `<environment>/bin/decnet` on a
+    ///    worker that the master's installer made. The package is `lib/python3.X/site-packages/decnet`. Of several
+    ///    versions it is the environment's own (`pyvenv.cfg`), otherwise the newest that has the package.
+    /// 2. In `/opt/decnet/venv`, likewise.
+    /// 3. `/opt/decnet/decnet`, where DECNET was installed editable.
+    ///
+    /// Beside the package "there is no state file" means that nothing is deployed. Where the package is not found, it is
+    /// not known what is deployed, and `status.error` says where it was looked for. A place that cannot be looked at (no
+    /// permission, a loop of symlinks) ends the search: it is not known whether the package is there.
     ///
     /// ```
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -65,14 +82,17 @@ impl DecnetStatus {
     /// ```
     pub fn new(agent_dir: &Path) -> Self {
         Self {
-            state_file: StateFile::new(STATE_FILE.into()),
+            state_file: StateFile::new(Place::searched()),
             docker: Docker::new(DOCKER_SOCKET.into()),
             topology: TopologyFile::new(agent_dir.join("topology.db")),
-            said: Default::default(),
+            said: Said::default(),
         }
     }
 
-    /// With another state file.
+    /// With this state file, which is not looked for.
+    ///
+    /// That it is not there means that nothing is deployed, as long as its folder is there. Where the folder is missing or
+    /// cannot be looked at, or the file is a symlink to nothing, it is not known what is deployed.
     ///
     /// ```
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -89,7 +109,14 @@ impl DecnetStatus {
     /// # }
     /// ```
     pub fn state_file(mut self, path: impl Into<PathBuf>) -> Self {
-        self.state_file = StateFile::new(path.into());
+        self.state_file = StateFile::new(Place::Named(path.into()));
+        self
+    }
+
+    /// Looks for the state file under this folder instead of `/`.
+    #[cfg(test)]
+    fn search_under(mut self, root: &Path) -> Self {
+        self.state_file = StateFile::new(Place::Searched { root: root.to_owned() });
         self
     }
 
@@ -100,42 +127,87 @@ impl DecnetStatus {
     }
 
     /// The status, or why it is not known. `aside` is what else is wrong.
-    pub(crate) fn status(&mut self, engine: &Result<Engine, String>, aside: Option<&str>) -> Result<Snapshot, String> {
-        let state = self.state_file.read()?;
-        Ok(state.map_or_else(|| Snapshot::new(&Status::nothing(aside)), |state| report(state, engine, aside)))
+    #[cfg(any(test, feature = "loopback"))]
+    pub(crate) fn status(&mut self, engine: &Engine, aside: Option<&str>) -> Result<Snapshot, String> {
+        let located = self.state_file.locate().map_err(|problem| problem.to_string())?;
+        report(self.state_file.read(&located)?, engine, aside)
     }
 
-    /// How many deckies the state file has; `None`: there is no such file.
+    /// The state file, and which of these deckies it does not list. `None` where there is no state file, or it cannot be
+    /// found or read: then that is not known.
     #[cfg(feature = "cli")]
-    pub(crate) fn deckies(&mut self) -> Result<Option<usize>, String> {
-        Ok(self.state_file.read()?.map(State::deckies))
+    pub(crate) fn unlisted<'a>(
+        &mut self,
+        deckies: impl IntoIterator<Item = &'a str>,
+    ) -> Option<(PathBuf, Vec<&'a str>)> {
+        let located = self.state_file.locate().ok()?;
+        let state = self.state_file.read(&located).ok()??;
+        let unlisted = deckies.into_iter().filter(|decky| !state.names(decky)).collect();
+        Some((located.file, unlisted))
     }
 
-    /// Looks at everything.
+    /// Looks at everything: first at what may take long, so that the states of containers are as fresh as possible, and
+    /// last at `topology.db`, since an open that hangs in SQLite blocks every other open of this process.
     pub(crate) fn look(&mut self) -> Findings {
         let engine = self.docker.engine();
+        let located = self.state_file.locate();
+        let state = located.as_ref().map_err(ToString::to_string).and_then(|located| self.state_file.read(located));
         let (applied, topology) = self.topology.read();
-        let status = self.status(&engine, topology.as_ref().err().map(String::as_str));
-        Findings { engine, status, applied, topology }
+        let aside = topology.as_ref().err().map(String::as_str);
+        #[cfg(feature = "cli")]
+        let deckies = state.as_ref().ok().and_then(|state| state.map(State::deckies));
+        let status = state.and_then(|state| report(state, &engine, aside));
+        Findings {
+            engine,
+            #[cfg(feature = "cli")]
+            located,
+            status,
+            #[cfg(feature = "cli")]
+            deckies,
+            applied,
+            topology,
+        }
     }
 }
 
 /// What was found, part by part, each with its fault.
 #[derive(Debug)]
 pub(crate) struct Findings {
-    pub(crate) engine: Result<Engine, String>,
+    pub(crate) engine: Engine,
+    #[cfg(feature = "cli")]
+    pub(crate) located: Result<Located, Unlocated>,
     /// An error is the state file's.
     pub(crate) status: Result<Snapshot, String>,
+    /// How many the state file has, if there is one that can be read.
+    #[cfg(feature = "cli")]
+    pub(crate) deckies: Option<usize>,
     /// As [`TopologyFile::read`] has it.
     pub(crate) applied: Option<Option<AppliedTopology>>,
     pub(crate) topology: Result<(), String>,
 }
 
 impl Findings {
+    /// Why the states of containers are not known.
+    pub(crate) fn states_problem(&self) -> Option<&str> {
+        let of_ours = || self.status.as_ref().ok().and_then(Snapshot::fault);
+        self.engine.containers.as_ref().err().map(String::as_str).or_else(of_ours)
+    }
+
+    /// Why the networks are not known. Where Docker does not answer at all, that is said of the containers alone.
+    fn networks_problem(&self) -> Option<&str> {
+        self.engine.networks.as_ref().err().filter(|_| self.engine.containers.is_ok()).map(String::as_str)
+    }
+
     /// All of it together.
     pub(crate) fn into_snapshot(self) -> Snapshot {
-        let faults = [self.engine.as_ref().err(), self.status.as_ref().err(), self.topology.as_ref().err()];
-        let fault = faults.into_iter().flatten().cloned().reduce(|some, more| both(&some, Some(&more)));
+        // Not what was left out of Docker's answers: that is nobody's of ours, and all that is ours is said.
+        let faults = [
+            self.states_problem(),
+            self.networks_problem(),
+            self.status.as_ref().err().map(String::as_str),
+            self.topology.as_ref().err().map(String::as_str),
+        ];
+        let fault = faults.into_iter().flatten().map(str::to_owned).reduce(|some, more| both(&some, Some(&more)));
         let aside = self.topology.err();
         let snapshot = self.status.unwrap_or_else(|error| Snapshot::unknown(&both(&error, aside.as_deref())));
         let snapshot = snapshot.with_fault(fault.as_deref());
@@ -148,11 +220,14 @@ impl Findings {
 
 impl StatusSource for DecnetStatus {
     fn snapshot(&mut self) -> Snapshot {
-        let found = self.look();
-        let [docker_said, state_said, topology_said] = &mut self.said;
-        docker_said.note("Docker", found.engine.as_ref().err());
-        state_said.note("the state file", found.status.as_ref().err());
-        topology_said.note("topology.db", found.topology.as_ref().err());
+        let (found, now) = (self.look(), Instant::now());
+        self.said.note("Docker", found.states_problem(), now);
+        if found.engine.containers.is_ok() {
+            self.said.note("Docker's networks", found.networks_problem(), now);
+            self.said.note("a part of Docker's answer", found.engine.left_out().as_deref(), now);
+        }
+        self.said.note("the state file", found.status.as_ref().err().map(String::as_str), now);
+        self.said.note("topology.db", found.topology.as_ref().err().map(String::as_str), now);
         found.into_snapshot()
     }
 
@@ -162,32 +237,65 @@ impl StatusSource for DecnetStatus {
     }
 }
 
-/// Logs a problem when it comes, changes or goes, and not every 30 s.
+/// Logs a problem when it comes, changes or goes, and not every 30 s. What comes again after it was gone, or alternates
+/// with another one, is logged less and less often. The end of a problem is logged if the problem was.
 #[derive(Debug, Default)]
-struct Said(Option<String>);
+struct Said {
+    repeats: Repeats,
+    /// What was wrong with each, the last time.
+    last: BTreeMap<&'static str, String>,
+    /// What was logged to be wrong, and not yet to be right again.
+    open: BTreeSet<&'static str>,
+}
+
+/// A line of the log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Line {
+    Failed,
+    Recovered,
+}
 
 impl Said {
-    fn note(&mut self, whose: &str, problem: Option<&String>) {
-        if self.0.as_ref() == problem {
-            return;
+    fn note(&mut self, whose: &'static str, problem: Option<&str>, now: Instant) {
+        match self.line(whose, problem, now) {
+            Some(Line::Failed) => {
+                quietly(|| log::warn!("{whose} cannot be read: error={:?}", problem.unwrap_or_default()));
+            }
+            Some(Line::Recovered) => quietly(|| log::info!("{whose} can be read again")),
+            None => (),
         }
-        match problem {
-            Some(problem) => log::warn!("{whose} cannot be read: error={problem:?}"),
-            None => log::info!("{whose} can be read again"),
+    }
+
+    fn line(&mut self, whose: &'static str, problem: Option<&str>, now: Instant) -> Option<Line> {
+        let Some(problem) = problem else {
+            self.last.remove(whose);
+            return self.open.remove(whose).then_some(Line::Recovered);
+        };
+        let last = self.last.insert(whose, problem.to_owned());
+        if last.is_some_and(|last| last == problem) {
+            return None;
         }
-        self.0 = problem.cloned();
+        self.repeats.count(whose, problem, now)?;
+        self.open.insert(whose);
+        Some(Line::Failed)
     }
 }
 
-/// What is deployed, and what of it runs.
-pub(crate) fn report(state: &State, engine: &Result<Engine, String>, aside: Option<&str>) -> Snapshot {
+/// What is deployed, and what of it runs. No state: nothing is deployed. The error is the state file's: it is too large.
+pub(crate) fn report(state: Option<&State>, engine: &Engine, aside: Option<&str>) -> Result<Snapshot, String> {
+    let Some(state) = state else { return Snapshot::of_parts(&Status::nothing(aside)) };
     let State { mode, compose_path, deckies, .. } = state;
-    match engine {
-        Ok(engine) => {
-            let runtime = state.runtime(&engine.containers);
-            Snapshot::new(&Status::Deployed { deployed: true, mode, compose_path, deckies, runtime, error: aside })
+    let containers = engine.containers.as_ref().map_err(String::clone);
+    match containers.and_then(|containers| state.runtime(containers)) {
+        Ok(runtime) => {
+            let error = aside;
+            Snapshot::of_parts(&Status::Deployed { deployed: true, mode, compose_path, deckies, runtime, error })
         }
-        Err(error) => Snapshot::new(&Status::Unseen { deployed: true, mode, compose_path, error: &both(error, aside) }),
+        Err(error) => {
+            let said = both(&error, aside);
+            let status = Status::Unseen { deployed: true, mode, compose_path, error: &said };
+            Ok(Snapshot::of_parts(&status)?.with_fault(Some(&error)))
+        }
     }
 }
 
@@ -196,19 +304,27 @@ fn both(error: &str, aside: Option<&str>) -> String {
     aside.map_or_else(|| error.to_owned(), |aside| format!("{error}; {aside}"))
 }
 
-fn observe(engine: &Result<Engine, String>) -> Observed {
-    match engine {
-        Ok(engine) => {
-            let mut bridges: Vec<_> =
-                engine.bridges.iter().filter(|name| name.starts_with("decnet-topology-")).cloned().collect();
-            bridges.sort();
-            // In the map's order, which is the names'.
-            let containers =
-                engine.containers.iter().filter(|(name, state)| name.starts_with("decnet-") && runs(state));
-            Observed::Seen { bridges, containers: containers.map(|(name, _)| name.clone()).collect() }
+/// What Docker shows of topologies. It takes both answers: one without the other would look like a part that is missing.
+fn observe(engine: &Engine) -> Observed {
+    let (containers, networks) = match (&engine.containers, &engine.networks) {
+        (Ok(containers), Ok(networks)) => (containers, networks),
+        (Err(problem), _) | (_, Err(problem)) => return Observed::Unknown(problem.clone()),
+    };
+    let mut bridges: Vec<_> =
+        networks.bridges.iter().filter(|name| name.starts_with(Networks::OURS)).cloned().collect();
+    bridges.sort();
+    let mut running = Vec::new();
+    // In the map's order, which is the names'.
+    for (name, state) in containers.states.iter().filter(|(name, _)| name.starts_with(Containers::OURS)) {
+        match state {
+            Some(state) if runs(state) => running.push(name.clone()),
+            Some(_) => (),
+            None => {
+                return Observed::Unknown(format!("Docker's answer has no usable state of {}", printable(name)));
+            }
         }
-        Err(error) => Observed::Unknown(error.clone()),
     }
+    Observed::Seen { bridges, containers: running }
 }
 
 /// Docker lists a container as running while it is paused or about to be restarted, too.
@@ -218,6 +334,9 @@ fn runs(state: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixListener;
+
     use super::*;
 
     fn source(state: Option<&str>) -> (tempfile::TempDir, DecnetStatus) {
@@ -230,9 +349,16 @@ mod tests {
         (dir, source)
     }
 
-    fn engine(containers: &[(&str, &str)]) -> Result<Engine, String> {
-        let containers = containers.iter().map(|(name, state)| ((*name).to_owned(), (*state).to_owned())).collect();
-        Ok(Engine { containers, bridges: vec!["decnet-topology-b".into(), "decnet-topology-a".into(), "other".into()] })
+    fn engine(containers: &[(&str, &str)]) -> Engine {
+        let states = containers.iter().map(|(name, state)| ((*name).to_owned(), Some((*state).to_owned()))).collect();
+        let bridges = vec!["decnet-topology-b".into(), "decnet-topology-a".into(), "other".into()];
+        let containers = Ok(Containers { states, left_out: None });
+        Engine { containers, networks: Ok(Networks { bridges, left_out: None }) }
+    }
+
+    /// An engine that answers neither request.
+    fn away(why: &str) -> Engine {
+        Engine { containers: Err(why.to_owned()), networks: Err(why.to_owned()) }
     }
 
     const STATE: &str = r#"{"config": {"mode": "swarm", "unknown": 1, "deckies": [
@@ -300,14 +426,14 @@ mod tests {
     fn a_topology_that_cannot_be_read_is_said_beside_whatever_else_is_said() {
         let dir = "DIR/topology.db: ";
         let state = r#"{"config": {"mode": 1, "deckies": []}, "compose_path": ""}"#;
-        let said = |state: Option<&str>, engine: Result<Engine, String>| {
+        let said = |state: Option<&str>, engine: Engine| {
             let (_dir, mut source) = source(state);
             let snapshot = source.status(&engine, Some(dir)).unwrap();
             serde_json::from_str::<serde_json::Value>(snapshot.status()).unwrap()["error"].take()
         };
         assert_eq!(said(None, engine(&[])), dir);
         assert_eq!(said(Some(state), engine(&[])), dir);
-        assert_eq!(said(Some(state), Err("Docker".to_owned())), format!("Docker; {dir}"));
+        assert_eq!(said(Some(state), away("Docker")), format!("Docker; {dir}"));
     }
 
     #[test]
@@ -321,6 +447,154 @@ mod tests {
                 containers: vec!["decnet-a".into(), "decnet-b".into()],
             }
         );
-        assert_eq!(observe(&Err("away".to_owned())), Observed::Unknown("away".to_owned()));
+        assert_eq!(observe(&away("away")), Observed::Unknown("away".to_owned()));
+    }
+
+    #[test]
+    fn networks_that_are_not_known_cost_observed_alone() {
+        let (_dir, mut source) = source(Some(STATE));
+        let engine =
+            Engine { networks: Err("403".to_owned()), ..engine(&[("d1-ssh", "running"), ("decnet-a", "running")]) };
+        let snapshot = source.status(&engine, None).unwrap();
+        assert!(snapshot.status().contains(r#""d1":{"running":false,"services":{"ssh":"running""#));
+        assert!(!snapshot.status().contains("error") && snapshot.fault().is_none(), "{}", snapshot.status());
+        assert_eq!(observe(&engine), Observed::Unknown("403".to_owned()));
+    }
+
+    #[test]
+    fn a_container_without_a_state_costs_the_deckies_if_it_is_one_of_theirs() {
+        let (_dir, mut source) = source(Some(STATE));
+        let mut engine = engine(&[("d1-ssh", "running")]);
+        let insert = |engine: &mut Engine, name: &str| {
+            engine.containers.as_mut().unwrap().states.insert(name.to_owned(), None);
+        };
+        insert(&mut engine, "somebody-elses");
+        assert!(source.status(&engine, None).unwrap().fault().is_none());
+        assert!(matches!(observe(&engine), Observed::Seen { .. }));
+        insert(&mut engine, "decnet-gateway");
+        assert!(source.status(&engine, None).unwrap().fault().is_none());
+        assert!(matches!(observe(&engine), Observed::Unknown(why) if why.ends_with("of decnet-gateway")));
+        insert(&mut engine, "d1-smb-share");
+        let snapshot = source.status(&engine, None).unwrap();
+        let why = r#"Docker's answer has no usable state of the container "d1-smb-share""#;
+        assert_eq!(snapshot.fault(), Some(why));
+        let status: serde_json::Value = serde_json::from_str(snapshot.status()).unwrap();
+        assert_eq!((&status["error"], status.get("deckies")), (&why.into(), None));
+    }
+
+    #[test]
+    fn a_container_whose_name_was_too_long_is_not_taken_for_absent() {
+        let service = "s".repeat(300);
+        let state = format!(
+            r#"{{"config": {{"mode": 1, "deckies": [{{"name": "d", "services": ["{service}"]}}]}}, "compose_path": 1}}"#
+        );
+        let (_dir, mut source) = source(Some(&state));
+        let mut engine = engine(&[]);
+        assert!(source.status(&engine, None).unwrap().status().contains(r#""absent""#));
+        engine.containers.as_mut().unwrap().left_out = Some(("d-s".to_owned(), 1));
+        assert!(source.status(&engine, None).unwrap().fault().unwrap().contains("no usable state"));
+    }
+
+    #[test]
+    fn a_status_that_is_too_large_is_a_problem_of_the_state_file_and_not_of_docker() {
+        let services = vec![format!("\"{}\"", "s".repeat(1_000)); 90].join(",");
+        let deckies: Vec<_> = (0..120).map(|n| format!(r#"{{"name": "d{n}", "services": [{services}]}}"#)).collect();
+        let state = format!(r#"{{"config": {{"mode": 1, "deckies": [{}]}}, "compose_path": 1}}"#, deckies.join(","));
+        let (_dir, mut source) = source(Some(&state));
+        // Each service counts twice: as it stands, and in the runtime.
+        let problem = source.status(&engine(&[]), None).unwrap_err();
+        assert_eq!(problem, format!("the status is larger than {} bytes", crate::limits::STATUS));
+    }
+
+    #[test]
+    fn networks_are_asked_for_first_and_files_are_read_after_the_containers() {
+        let dir = tempfile::tempdir().unwrap();
+        let (state, topology) = (dir.path().join("state.json"), dir.path().join("topology.db"));
+        let listener = UnixListener::bind(dir.path().join("docker.sock")).unwrap();
+        let mut source = DecnetStatus::new(dir.path()).state_file(&state).docker_socket(dir.path().join("docker.sock"));
+        let engine = std::thread::spawn(move || {
+            let (mut stream, mut request, mut asked) = (listener.accept().unwrap().0, [0; 1024], Vec::new());
+            for _ in 0..2 {
+                let read = stream.read(&mut request).unwrap();
+                let line = String::from_utf8_lossy(&request[..read]).lines().next().unwrap().to_owned();
+                if line.starts_with("GET /containers") {
+                    std::fs::write(&state, STATE).unwrap();
+                    let owner = rusqlite::Connection::open(&topology).unwrap();
+                    let table = "CREATE TABLE applied_topology (topology_id TEXT, applied_version_hash TEXT, \
+                                 applied_at INTEGER, last_error TEXT); \
+                                 INSERT INTO applied_topology VALUES ('t', 'h', 5, NULL)";
+                    owner.execute_batch(table).unwrap();
+                }
+                asked.push(line);
+                stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]").unwrap();
+            }
+            asked
+        });
+        let snapshot = source.snapshot();
+        assert_eq!(engine.join().unwrap(), ["GET /networks HTTP/1.1", "GET /containers/json?all=true HTTP/1.1"]);
+        assert!(snapshot.status().contains(r#""d1":{"running":false"#), "{}", snapshot.status());
+        assert_eq!(snapshot.topology().unwrap().applied.as_ref().unwrap().topology_id, "t");
+    }
+
+    #[test]
+    fn the_state_file_is_looked_for_at_each_snapshot() {
+        let root = tempfile::tempdir().unwrap();
+        let mut source =
+            DecnetStatus::new(root.path()).search_under(root.path()).docker_socket(root.path().join("docker.sock"));
+        let mut status = || serde_json::from_str::<serde_json::Value>(source.snapshot().status()).unwrap();
+        let unknown = status();
+        let why = unknown["error"].as_str().unwrap();
+        assert!(why.starts_with("the state file was not found: ") && why.contains("/opt/decnet/venv"), "{why}");
+        assert_eq!(
+            (unknown.get("deckies"), unknown.get("deployed")),
+            (None, None),
+            "nothing is said of what is not known"
+        );
+        let editable = root.path().join("opt/decnet");
+        std::fs::create_dir_all(editable.join("decnet")).unwrap();
+        assert_eq!(status(), serde_json::json!({"deployed": false, "deckies": []}));
+        std::fs::write(editable.join("decnet-state.json"), STATE).unwrap();
+        assert_eq!(status()["compose_path"], "/x.yml");
+        // A virtual environment comes first.
+        let packages = editable.join("venv/lib/python3.11/site-packages");
+        std::fs::create_dir_all(packages.join("decnet")).unwrap();
+        std::fs::write(packages.join("decnet-state.json"), STATE.replace("/x.yml", "/y.yml")).unwrap();
+        assert_eq!(status()["compose_path"], "/y.yml");
+        std::fs::remove_dir_all(root.path().join("opt")).unwrap();
+        assert!(status()["error"].as_str().unwrap().starts_with("the state file was not found: "));
+    }
+
+    #[test]
+    fn a_named_state_file_is_unknown_where_its_folder_is_missing() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut source = DecnetStatus::new(dir.path()).state_file(dir.path().join("none/state.json"));
+        let problem = source.status(&engine(&[]), None).unwrap_err();
+        assert!(problem.contains("none/state.json: its folder ") && problem.contains("No such file"), "{problem}");
+    }
+
+    #[test]
+    fn flapping_and_alternating_problems_are_logged_less_and_less_often() {
+        let now = Instant::now();
+        let lines = |problems: &mut dyn FnMut(usize) -> Option<String>| {
+            let mut said = Said::default();
+            let lines = (0..4_096).filter_map(|n| said.line("Docker", problems(n).as_deref(), now));
+            let (failed, recovered): (Vec<_>, Vec<_>) = lines.partition(|line| *line != Line::Recovered);
+            (failed.len(), recovered.len())
+        };
+        let flapping = |n: usize| n.is_multiple_of(2).then(|| "refused".to_owned());
+        assert_eq!(lines(&mut { flapping }), (12, 12));
+        let alternating = |n: usize| Some(["refused", "timeout"][n % 2].to_owned());
+        assert_eq!(lines(&mut { alternating }), (24, 0));
+        let with_an_id = |n: usize| Some(format!("request {n:08x} took {n} ms"));
+        assert_eq!(lines(&mut { with_an_id }), (13, 0));
+        let steady = |_: usize| Some("refused".to_owned());
+        assert_eq!(lines(&mut { steady }), (1, 0));
+        let mut said = Said::default();
+        for _ in 0..3 {
+            said.line("Docker", Some("refused"), now);
+        }
+        assert_eq!(said.line("Docker", None, now), Some(Line::Recovered), "it was logged as failed");
+        assert_eq!(said.line("Docker", None, now), None);
+        assert_eq!(said.line("topology.db", None, now), None, "it never failed");
     }
 }

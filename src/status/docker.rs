@@ -1,12 +1,21 @@
 //! Docker's Engine API over its socket: two requests a snapshot, whatever the number of containers. Runs on the
 //! status thread.
+//!
+//! - The two requests fail each by itself. A socket proxy may forbid one of them, and podman answers `/networks` with
+//!   `null` where it has none.
+//! - `null` is an answer that cannot be used, of either request. It may mean an empty list, but the containers of all
+//!   deckies would be reported as absent for it.
+//! - Networks are asked for first, so that the states of containers are as fresh as they can be.
+//! - An entry that is odd (a state that is not a string, a name that is too long) costs what depends on it, and no more.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::io::{self, Read};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use serde::Deserialize;
-use serde::de::DeserializeOwned;
+use serde::de::{DeserializeOwned, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use ureq::Agent;
 use ureq::config::{AutoHeaderValue, Config};
 use ureq::unversioned::resolver::{ResolvedSocketAddrs, Resolver};
@@ -16,21 +25,96 @@ use super::list::AtMost;
 use crate::error::{http_problem, printable_path};
 use crate::limits;
 use crate::socket::SocketTransport;
-use crate::text::printable;
+use crate::text::{cut, printable};
 
-/// What Docker has, read in two requests.
-#[derive(Debug)]
+/// What Docker has, read in two requests. Each error is for people: it names the socket, the request and what went wrong.
+#[derive(Clone, Debug)]
 pub(crate) struct Engine {
-    /// Every container's state by its name, stopped ones too.
-    pub(crate) containers: BTreeMap<String, String>,
-    /// The names of all bridge networks.
+    pub(crate) containers: Result<Containers, String>,
+    pub(crate) networks: Result<Networks, String>,
+}
+
+/// All containers, stopped ones too.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Containers {
+    /// Each one's state by its name. `None`: Docker's answer has no state for it that can be used.
+    pub(crate) states: BTreeMap<String, Option<String>>,
+    /// What is left out of it, as the name is too long: the first name, cut, and how many there are.
+    pub(crate) left_out: Option<(String, usize)>,
+}
+
+/// All bridge networks.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Networks {
     pub(crate) bridges: Vec<String>,
+    /// As of [`Containers::left_out`], or with a driver that is not a string.
+    pub(crate) left_out: Option<(String, usize)>,
 }
 
 impl Engine {
-    fn texts(&self) -> impl Iterator<Item = &String> {
-        self.containers.iter().flat_map(|(name, state)| [name, state]).chain(&self.bridges)
+    /// What was left out of either answer, for people.
+    pub(crate) fn left_out(&self) -> Option<String> {
+        let said = |left_out: &Option<(String, usize)>, what: &str| {
+            let (name, count) = left_out.as_ref()?;
+            let s = if *count == 1 { "" } else { "s" };
+            Some(format!("Docker: {count} {what}{s} with an odd name or driver left out: {}", printable(name)))
+        };
+        let containers = self.containers.as_ref().ok().and_then(|it| said(&it.left_out, "container"));
+        let networks = self.networks.as_ref().ok().and_then(|it| said(&it.left_out, "network"));
+        containers.into_iter().chain(networks).reduce(|some, more| format!("{some}; {more}"))
     }
+}
+
+impl Containers {
+    /// The prefix of those that are topologies'.
+    pub(crate) const OURS: &str = "decnet-";
+
+    fn of(entries: Vec<Container>) -> Result<Self, String> {
+        let mut containers = Self::default();
+        for Container { name, state } in entries {
+            match name {
+                // It may be anybody's.
+                Text::Odd => return Err("a container without a name that can be read".to_owned()),
+                Text::Cut(start) => {
+                    if start.starts_with(Self::OURS) {
+                        containers.states.insert(start.clone(), None);
+                    }
+                    count_in(&mut containers.left_out, start);
+                }
+                Text::Absent => (),
+                Text::Whole(name) => drop(containers.states.insert(name, state.whole())),
+            }
+        }
+        Ok(containers)
+    }
+}
+
+impl Networks {
+    /// The prefix of those that are topologies'.
+    pub(crate) const OURS: &str = "decnet-topology-";
+
+    fn of(entries: Vec<Network>) -> Result<Self, String> {
+        let mut networks = Self::default();
+        for Network { name, driver } in entries {
+            let is_bridge = driver.whole().map(|driver| driver == "bridge");
+            match (name, is_bridge) {
+                (_, Some(false)) => (),
+                (Text::Whole(name), Some(true)) => networks.bridges.push(name),
+                (Text::Whole(name) | Text::Cut(name), _) if !name.starts_with(Self::OURS) => {
+                    count_in(&mut networks.left_out, name);
+                }
+                (Text::Whole(name) | Text::Cut(name), _) => {
+                    return Err(format!("the name or the driver of {} cannot be used", printable(&name)));
+                }
+                (Text::Odd | Text::Absent, _) => return Err("a network without a name that can be read".to_owned()),
+            }
+        }
+        Ok(networks)
+    }
+}
+
+fn count_in(left_out: &mut Option<(String, usize)>, name: String) {
+    left_out.get_or_insert((name, 0)).1 += 1;
 }
 
 /// A client for one socket. It keeps its connection between snapshots.
@@ -52,25 +136,23 @@ impl Docker {
         Self { agent: Agent::with_parts(config(), connector, NoResolver), socket: PathBuf::from("docker.sock") }
     }
 
-    /// The error is for people: it names the socket, the request and what went wrong.
-    pub(crate) fn engine(&self) -> Result<Engine, String> {
-        let containers: List<Container> = self.get("/containers/json?all=true")?;
-        let networks: List<Network> = self.get("/networks")?;
-        let containers = containers.0.into_iter().filter_map(Container::into_entry).collect();
-        let bridges = networks.0.into_iter().filter(|network| network.driver == "bridge").map(|it| it.name);
-        let engine = Engine { containers, bridges: bridges.collect() };
-        if engine.texts().any(|text| text.len() > limits::DOCKER_NAME) {
-            let socket = printable_path(&self.socket);
-            return Err(format!("Docker at {socket}: a name or a state is longer than {} bytes", limits::DOCKER_NAME));
-        }
-        Ok(engine)
+    /// Asks for networks, then for containers.
+    pub(crate) fn engine(&self) -> Engine {
+        let networks = self.get("/networks", limits::DOCKER_NETWORKS, Networks::of);
+        let containers = self.get("/containers/json?all=true", limits::DOCKER_CONTAINERS, Containers::of);
+        Engine { containers, networks }
     }
 
-    fn get<T: DeserializeOwned>(&self, what: &str) -> Result<T, String> {
+    fn get<T: DeserializeOwned, A>(
+        &self,
+        what: &str,
+        limit: Duration,
+        read: impl Fn(Vec<T>) -> Result<A, String>,
+    ) -> Result<A, String> {
         let failed = |problem: String| format!("Docker at {}: {what}: {problem}", printable_path(&self.socket));
         // The host is a formality: the connector knows only the socket.
-        let mut answer =
-            self.agent.get(format!("http://docker{what}")).call().map_err(|error| failed(http_problem(&error)))?;
+        let request = self.agent.get(format!("http://docker{what}")).config().timeout_global(Some(limit)).build();
+        let mut answer = request.call().map_err(|error| failed(http_problem(&error)))?;
         let status = answer.status().as_u16();
         let mut body = answer.body_mut().as_reader().take(limits::DOCKER_ANSWER);
         if status != 200 {
@@ -78,13 +160,14 @@ impl Docker {
             let _ = body.take(limits::LOG_TEXT as u64).read_to_end(&mut said);
             return Err(failed(format!("answered {status} {}", printable(&String::from_utf8_lossy(&said)))));
         }
-        serde_json::from_reader(io::BufReader::new(&mut body)).map_err(|error| {
+        let list = serde_json::from_reader::<_, List<T>>(io::BufReader::new(&mut body)).map_err(|error| {
             let what = if error.is_io() { "broke off" } else { "is not a Docker Engine's" };
             failed(match body.limit() {
                 0 => format!("the answer is larger than {} bytes", limits::DOCKER_ANSWER),
                 _ => format!("the answer {what}: {}", printable(&error.to_string())),
             })
-        })
+        })?;
+        read(list.0).map_err(|problem| failed(format!("the answer is not a Docker Engine's: {problem}")))
     }
 }
 
@@ -93,26 +176,131 @@ type List<T> = AtMost<T, { limits::DOCKER_LIST }>;
 #[derive(Deserialize)]
 #[serde(rename_all = "PascalCase")]
 struct Container {
-    names: Option<Vec<String>>,
-    state: String,
-}
-
-impl Container {
-    /// Its own name and state. Other names of it have a second slash: they are links from other containers.
-    fn into_entry(self) -> Option<(String, String)> {
-        let own = self.names?.into_iter().find_map(|name| {
-            let name = name.strip_prefix('/').unwrap_or(&name);
-            (!name.contains('/')).then(|| name.to_owned())
-        })?;
-        Some((own, self.state))
-    }
+    #[serde(default, rename = "Names", deserialize_with = "own_name")]
+    name: Text,
+    #[serde(default)]
+    state: Text,
 }
 
 #[derive(Deserialize)]
 #[serde(rename_all = "PascalCase")]
 struct Network {
-    name: String,
-    driver: String,
+    #[serde(default)]
+    name: Text,
+    #[serde(default)]
+    driver: Text,
+}
+
+/// A text of Docker's, whatever is at its place.
+#[derive(Debug, Default)]
+enum Text {
+    Whole(String),
+    /// The start of one that is too long.
+    Cut(String),
+    /// `null`, or an empty list of names.
+    Absent,
+    /// It is not there, or something else.
+    #[default]
+    Odd,
+}
+
+impl Text {
+    fn whole(self) -> Option<String> {
+        match self {
+            Self::Whole(text) => Some(text),
+            _ => None,
+        }
+    }
+
+    fn of(text: &str) -> Self {
+        if text.len() <= limits::DOCKER_NAME {
+            return Self::Whole(text.to_owned());
+        }
+        Self::Cut(cut(text, limits::DOCKER_NAME / 4).to_owned())
+    }
+}
+
+impl<'de> Deserialize<'de> for Text {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        Ok(match deserializer.deserialize_any(Lenient)? {
+            Value::Text(text) => text,
+            Value::Null => Self::Absent,
+            Value::List(_) | Value::Other => Self::Odd,
+        })
+    }
+}
+
+/// A container's own name. Other names of it have a second slash: they are links from other containers. A container that
+/// is being removed has no names.
+fn own_name<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Text, D::Error> {
+    Ok(match deserializer.deserialize_any(Lenient)? {
+        Value::List(own_name) => own_name,
+        Value::Null => Text::Absent,
+        Value::Text(_) | Value::Other => Text::Odd,
+    })
+}
+
+/// A JSON value of any type. Nothing is kept of what is not wanted.
+enum Value {
+    Text(Text),
+    /// The own name in a list of names.
+    List(Text),
+    Null,
+    Other,
+}
+
+struct Lenient;
+
+impl<'de> Visitor<'de> for Lenient {
+    type Value = Value;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("anything")
+    }
+
+    fn visit_str<E>(self, text: &str) -> Result<Value, E> {
+        Ok(Value::Text(Text::of(text)))
+    }
+
+    fn visit_unit<E>(self) -> Result<Value, E> {
+        Ok(Value::Null)
+    }
+
+    fn visit_bool<E>(self, _: bool) -> Result<Value, E> {
+        Ok(Value::Other)
+    }
+
+    fn visit_i64<E>(self, _: i64) -> Result<Value, E> {
+        Ok(Value::Other)
+    }
+
+    fn visit_u64<E>(self, _: u64) -> Result<Value, E> {
+        Ok(Value::Other)
+    }
+
+    fn visit_f64<E>(self, _: f64) -> Result<Value, E> {
+        Ok(Value::Other)
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut names: A) -> Result<Value, A::Error> {
+        let own = |name: &str| name.strip_prefix('/').unwrap_or(name).to_owned();
+        let mut found = Text::Absent;
+        while let Some(name) = names.next_element::<Text>()? {
+            found = match (found, name) {
+                (known @ (Text::Whole(_) | Text::Cut(_)), _) => known,
+                (found, Text::Whole(name) | Text::Cut(name)) if own(&name).contains('/') => found,
+                (_, Text::Whole(name)) => Text::Whole(own(&name)),
+                (_, Text::Cut(name)) => Text::Cut(own(&name)),
+                (_, Text::Absent | Text::Odd) => Text::Odd,
+            };
+        }
+        Ok(Value::List(found))
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Value, A::Error> {
+        while map.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {}
+        Ok(Value::Other)
+    }
 }
 
 fn config() -> Config {
@@ -121,7 +309,7 @@ fn config() -> Config {
         .max_redirects(0)
         .http_status_as_error(false)
         .accept_encoding(AutoHeaderValue::None)
-        .timeout_global(Some(limits::DOCKER))
+        .timeout_global(Some(limits::DOCKER_CONTAINERS))
         .max_response_header_size(limits::ANSWER_HEADERS)
         .input_buffer_size(limits::HTTP_BUFFER)
         .output_buffer_size(1024)
@@ -159,6 +347,7 @@ mod tests {
     use std::io::Write;
     use std::os::unix::net::UnixListener;
     use std::thread;
+    use std::time::Instant;
 
     use super::*;
 
@@ -189,42 +378,102 @@ mod tests {
         format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n{json}", json.len())
     }
 
-    /// What is said of a Docker that answers like this, without the socket's name.
-    fn problem(answers: &[&str]) -> String {
-        let (dir, docker) = answering(answers);
-        docker.engine().unwrap_err().replace(&dir.path().display().to_string(), "DIR")
+    fn states(engine: &Engine) -> Vec<(&str, Option<&str>)> {
+        let containers = engine.containers.as_ref().unwrap();
+        containers.states.iter().map(|(name, state)| (name.as_str(), state.as_deref())).collect()
+    }
+
+    /// What is said of a Docker that answers both requests like this, without the socket's name.
+    fn problems(answer: &str) -> [String; 2] {
+        let (dir, docker) = answering(&[answer, answer]);
+        let Engine { containers, networks } = docker.engine();
+        [networks.unwrap_err(), containers.unwrap_err()]
+            .map(|problem| problem.replace(&dir.path().display().to_string(), "DIR"))
     }
 
     #[test]
     fn one_request_each_tells_names_states_and_bridges() {
         let containers = r#"[{"Names":["/web/db","/db"],"State":"running","Other":{"x":[1]}},
-            {"Names":["/cache"],"State":"exited"},{"Names":null,"State":"dead"}]"#;
+            {"Names":["/cache"],"State":"exited"},{"Names":null,"State":"dead"},{"Names":[],"State":"dead"}]"#;
         let networks = r#"[{"Name":"b","Driver":"bridge"},{"Name":"h","Driver":"host"}]"#;
-        let (_dir, docker) = answering(&[&ok(containers), &ok(networks)]);
-        let engine = docker.engine().unwrap();
-        let found: Vec<_> = engine.containers.iter().map(|(name, state)| (name.as_str(), state.as_str())).collect();
-        assert_eq!(found, [("cache", "exited"), ("db", "running")]);
-        assert_eq!(engine.bridges, ["b"]);
+        let (_dir, docker) = answering(&[&ok(networks), &ok(containers)]);
+        let engine = docker.engine();
+        assert_eq!(states(&engine), [("cache", Some("exited")), ("db", Some("running"))]);
+        assert_eq!(
+            (engine.networks.as_ref().unwrap().bridges.as_slice(), engine.left_out()),
+            (&["b".to_owned()][..], None)
+        );
     }
 
     #[test]
     fn a_chunked_answer_is_understood() {
         let chunked = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\n[{\"\r\n21\r\nNames\":[\"/a\"],\"State\":\"running\"}]\r\n0\r\n\r\n";
-        let (_dir, docker) = answering(&[chunked, &ok("[]")]);
-        assert_eq!(docker.engine().unwrap().containers["a"], "running");
+        let (_dir, docker) = answering(&[&ok("[]"), chunked]);
+        assert_eq!(states(&docker.engine()), [("a", Some("running"))]);
     }
 
     #[test]
     fn a_restarted_engine_is_connected_to_anew() {
         let (_dir, docker) =
             answering(&[&ok("[]"), "HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n[] ", &ok("[]"), &ok("[]")]);
-        docker.engine().unwrap();
-        docker.engine().unwrap();
+        for _ in 0..2 {
+            let Engine { containers, networks } = docker.engine();
+            assert!(containers.is_ok() && networks.is_ok(), "{containers:?} {networks:?}");
+        }
+    }
+
+    #[test]
+    fn a_request_that_fails_does_not_cost_the_other_one() {
+        let (good_networks, good_containers) =
+            (ok(r#"[{"Name":"b","Driver":"bridge"}]"#), ok(r#"[{"Names":["/a"],"State":"running"}]"#));
+        for bad in [
+            "HTTP/1.1 403 Forbidden\r\nContent-Length: 9\r\n\r\nForbidden".to_owned(),
+            "HTTP/1.1 404 Not Found\r\nContent-Length: 2\r\n\r\n[]".to_owned(),
+            ok("null"),
+            ok("{}"),
+            ok("[1]"),
+            ok("[null]"),
+            ok("[{}]"),
+            ok(r#"[{"Name":7,"Names":7,"Driver":"bridge","State":"running"}]"#),
+            ok(r#"[{"Names":[7],"State":"running"}]"#),
+            ok(&format!("[{}]", vec!["{}"; limits::DOCKER_LIST + 1].join(","))),
+            "HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n[{\"Name\":\"b\",".to_owned(),
+            String::new(),
+        ] {
+            let (_dir, docker) = answering(&[&bad, &good_containers]);
+            let engine = docker.engine();
+            assert_eq!(states(&engine), [("a", Some("running"))], "{bad:.80}");
+            assert!(engine.networks.unwrap_err().contains(": /networks: "), "{bad:.80}");
+            let (_dir, docker) = answering(&[&good_networks, &bad]);
+            let engine = docker.engine();
+            assert_eq!(engine.networks.unwrap().bridges, ["b"], "{bad:.80}");
+            assert!(engine.containers.unwrap_err().contains(": /containers/json?all=true: "), "{bad:.80}");
+        }
+    }
+
+    #[test]
+    fn a_hanging_answer_about_networks_does_not_cost_the_containers() {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("docker.sock");
+        let listener = UnixListener::bind(&socket).unwrap();
+        thread::spawn(move || {
+            // The first connection is never answered, and stays open.
+            let (_hangs, mut second) = (listener.accept().unwrap(), listener.accept().unwrap().0);
+            while second.read(&mut [0; 1024]).is_ok_and(|read| read > 0) {
+                let _ = second.write_all(ok(r#"[{"Names":["/a"],"State":"running"}]"#).as_bytes());
+            }
+        });
+        let since = Instant::now();
+        let engine = Docker::new(socket).engine();
+        assert!(since.elapsed() < limits::DOCKER_CONTAINERS, "{:?}", since.elapsed());
+        assert_eq!(states(&engine), [("a", Some("running"))]);
+        assert!(engine.networks.unwrap_err().contains(": /networks: timeout: "));
+        let both = limits::DOCKER_NETWORKS + limits::DOCKER_CONTAINERS + 2 * limits::TOPOLOGY_BUSY;
+        assert!(both < limits::TICK_PATIENCE, "a tick's beat waits for all of it");
     }
 
     #[test]
     fn nonsense_is_said_and_never_taken_for_an_engine_without_containers() {
-        let what = "Docker at DIR/docker.sock: /containers/json?all=true";
         for (answer, said) in [
             ("HTTP/1.1 500 Oops\r\nContent-Length: 4\r\n\r\nno\u{1b}\n", "answered 500 no\\u{1b}"),
             // Cut in the middle of a character.
@@ -235,8 +484,8 @@ mod tests {
                 "the answer is not a Docker Engine's: invalid type: map, expected a sequence of at most 25000 at line 1 column 1",
             ),
             (
-                &ok(r#"[{"Names":["/a"]}]"#),
-                "the answer is not a Docker Engine's: missing field `State` at line 1 column 17",
+                &ok("null"),
+                "the answer is not a Docker Engine's: invalid type: null, expected a sequence of at most 25000 at line 1 column 4",
             ),
             (
                 "HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n[{\"Names\":[\"/a\"],",
@@ -244,20 +493,55 @@ mod tests {
             ),
             ("SSH-2.0-OpenSSH_9.2p1\r\n", "protocol: http parse fail: invalid HTTP version"),
         ] {
-            assert_eq!(problem(&[answer]), format!("{what}: {said}"), "{answer}");
+            let expected = ["/networks", "/containers/json?all=true"];
+            let expected = expected.map(|what| format!("Docker at DIR/docker.sock: {what}: {said}"));
+            assert_eq!(problems(answer), expected, "{answer}");
         }
     }
 
     #[test]
-    fn a_name_that_is_no_name_is_said() {
+    fn an_odd_container_costs_its_own_state_alone() {
         let long = "x".repeat(limits::DOCKER_NAME + 1);
-        let container = |name: &str, state: &str| ok(&format!(r#"[{{"Names":["/{name}"],"State":"{state}"}}]"#));
-        let network = ok(&format!(r#"[{{"Name":"{long}","Driver":"bridge"}}]"#));
-        for answers in [[container(&long, "running"), ok("[]")], [container("a", &long), ok("[]")], [ok("[]"), network]]
-        {
-            let said = problem(&answers.each_ref().map(String::as_str));
-            assert_eq!(said, "Docker at DIR/docker.sock: a name or a state is longer than 255 bytes");
+        let odd = [
+            r#"{"Names":["/no-state"]}"#.to_owned(),
+            r#"{"Names":["/null"],"State":null}"#.to_owned(),
+            r#"{"Names":["/number"],"State":{"Status":"running"}}"#.to_owned(),
+            format!(r#"{{"Names":["/long-state"],"State":"{long}"}}"#),
+            format!(r#"{{"Names":["/{long}"],"State":"running"}}"#),
+        ];
+        let containers = format!(r#"[{},{{"Names":[7,"/a"],"State":"running"}}]"#, odd.join(","));
+        let (_dir, docker) = answering(&[&ok("[]"), &ok(&containers)]);
+        let engine = docker.engine();
+        let unknown = ["long-state", "no-state", "null", "number"].map(|name| (name, None));
+        assert_eq!(states(&engine), [&[("a", Some("running"))][..], &unknown[..]].concat());
+        let left_out = engine.left_out().unwrap();
+        assert!(left_out.starts_with("Docker: 1 container with an odd name") && left_out.len() < 200, "{left_out}");
+    }
+
+    #[test]
+    fn an_odd_network_of_others_is_left_out_and_one_of_a_topology_costs_observed() {
+        let long = "x".repeat(limits::DOCKER_NAME);
+        let networks = |odd: &str| ok(&format!(r#"[{odd},{{"Name":"b","Driver":"bridge"}}]"#));
+        for odd in [
+            format!(r#"{{"Name":"x{long}","Driver":"bridge"}}"#),
+            r#"{"Name":"other"}"#.to_owned(),
+            r#"{"Name":"other","Driver":1}"#.to_owned(),
+        ] {
+            let (_dir, docker) = answering(&[&networks(&odd), &ok("[]")]);
+            let engine = docker.engine();
+            assert_eq!(engine.networks.as_ref().unwrap().bridges, ["b"], "{odd}");
+            assert!(engine.left_out().unwrap().starts_with("Docker: 1 network with an odd name"), "{odd}");
         }
+        for odd in [
+            format!(r#"{{"Name":"decnet-topology-{long}","Driver":"bridge"}}"#),
+            r#"{"Name":"decnet-topology-dmz"}"#.to_owned(),
+            r#"{"Name":null,"Driver":"bridge"}"#.to_owned(),
+        ] {
+            let (_dir, docker) = answering(&[&networks(&odd), &ok("[]")]);
+            assert!(docker.engine().networks.is_err(), "{odd}");
+        }
+        let (_dir, docker) = answering(&[&networks(&format!(r#"{{"Name":"x{long}","Driver":"host"}}"#)), &ok("[]")]);
+        assert_eq!(docker.engine().left_out(), None, "it is no bridge");
     }
 
     #[test]
@@ -265,7 +549,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("file");
         std::fs::write(&path, "").unwrap();
-        let error = Docker::new(path).engine().unwrap_err();
-        assert!(error.ends_with("Connection refused (os error 111)"), "{error}");
+        let Engine { containers, networks } = Docker::new(path).engine();
+        for error in [containers.unwrap_err(), networks.unwrap_err()] {
+            assert!(error.ends_with("Connection refused (os error 111)"), "{error}");
+        }
     }
 }

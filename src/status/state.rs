@@ -1,59 +1,71 @@
-//! DECNET's state file: what is deployed here. It is read again when it has changed, and remembered otherwise. Runs on
-//! the status thread.
+//! DECNET's state file: what is deployed here. It is looked for each time, read again when it has changed, and remembered
+//! otherwise. Runs on the status thread.
 
-use std::collections::BTreeMap;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
+use super::docker::Containers;
 use super::list::AtMost;
+use super::place::{Located, Place, Unlocated, means_nothing_deployed};
+use super::sendable;
 use crate::body::Runtime;
 use crate::error::printable_path;
 use crate::files::{self, Stamp};
 use crate::limits;
-use crate::text::printable;
+use crate::text::{printable, quoted};
 
 /// Reads the state file, and remembers what it says.
 #[derive(Debug)]
 pub(super) struct StateFile {
-    path: PathBuf,
+    place: Place,
     known: Option<Known>,
 }
 
 #[derive(Debug)]
 struct Known {
+    path: PathBuf,
     state: State,
     /// What the file looked like; `None` while a change might not show.
     stamp: Option<Stamp>,
 }
 
 impl StateFile {
-    pub(super) fn new(path: PathBuf) -> Self {
-        Self { path, known: None }
+    pub(super) fn new(place: Place) -> Self {
+        Self { place, known: None }
+    }
+
+    /// Where it is.
+    pub(super) fn locate(&self) -> Result<Located, Unlocated> {
+        self.place.locate()
     }
 
     /// What it says. `None`: there is no file, so nothing is deployed. The error is for people, and names the file.
-    pub(super) fn read(&mut self) -> Result<Option<&State>, String> {
+    pub(super) fn read(&mut self, located: &Located) -> Result<Option<&State>, String> {
+        let path = located.file.as_path();
         // Of before the reading: what changes in between is seen next time.
-        let stamp = Stamp::of(&self.path);
-        if self.known.as_ref().is_none_or(|known| known.stamp != Some(stamp)) {
+        let stamp = Stamp::of(path);
+        if self.known.as_ref().is_none_or(|known| known.stamp != Some(stamp) || known.path != path) {
             self.known = None;
-            let content = match files::read(&self.path, limits::STATE_FILE) {
+            let content = match files::read(path, limits::STATE_FILE) {
                 Ok(content) => content,
-                Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-                Err(error) => return Err(self.broken(&error.to_string())),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                    return means_nothing_deployed(path).map(|()| None).map_err(|problem| broken(path, &problem));
+                }
+                Err(error) => return Err(broken(path, &error.to_string())),
             };
-            let state = State::parse(&content).map_err(|problem| self.broken(&problem))?;
-            self.known = Some(Known { state, stamp: stamp.is_settled().then_some(stamp) });
+            let state = State::parse(&content).map_err(|problem| broken(path, &problem))?;
+            let stamp = stamp.is_settled().then_some(stamp);
+            self.known = Some(Known { path: path.to_owned(), state, stamp });
         }
         Ok(self.known.as_ref().map(|known| &known.state))
     }
+}
 
-    fn broken(&self, problem: &str) -> String {
-        format!("state file {}: {}", printable_path(&self.path), printable(problem))
-    }
+fn broken(path: &Path, problem: &str) -> String {
+    format!("state file {}: {}", printable_path(path), printable(problem))
 }
 
 /// What the state file says. What is not looked at is passed on as it stands.
@@ -92,10 +104,13 @@ struct Config<'a> {
 impl State {
     pub(crate) fn parse(content: &[u8]) -> Result<Self, String> {
         let file: File<'_> = serde_json::from_slice(content).map_err(|error| error.to_string())?;
-        if is_nested_deeper(content, limits::NESTING) {
-            return Err(format!("nested deeper than {} levels", limits::NESTING));
-        }
         let deckies = file.config.deckies;
+        // What is sent as it stands; the rest of the file is DECNET's own.
+        for (what, json) in [("mode", file.config.mode), ("compose_path", file.compose_path), ("deckies", deckies)] {
+            if let Some(problem) = sendable::problem(what, json) {
+                return Err(problem);
+            }
+        }
         let AtMost::<Decky, { limits::DECKIES }>(services) =
             serde_json::from_str(deckies.get()).map_err(|error| format!("deckies: {error}"))?;
         let (mode, compose_path) = (file.config.mode.to_owned(), file.compose_path.to_owned());
@@ -103,42 +118,41 @@ impl State {
     }
 
     /// How many there are.
-    #[cfg(feature = "cli")]
+    #[cfg(any(test, feature = "cli"))]
     pub(super) fn deckies(&self) -> usize {
         self.services.len()
     }
 
-    /// Each service's container is named `<decky>-<service>`, with `_` in the service turned into `-`.
-    pub(super) fn runtime<'a>(&'a self, containers: &'a BTreeMap<String, String>) -> Runtime<'a> {
+    /// Whether there is a decky of this name.
+    #[cfg(feature = "cli")]
+    pub(super) fn names(&self, name: &str) -> bool {
+        self.services.iter().any(|decky| decky.name == name)
+    }
+
+    /// Each service's container is named `<decky>-<service>`, with `_` in the service turned into `-`. `Err`: Docker's
+    /// answer does not have the state of one of them.
+    pub(super) fn runtime<'a>(&'a self, containers: &'a Containers) -> Result<Runtime<'a>, String> {
         let mut container = String::new();
         let mut state = |decky: &str, service: &str| {
             container.clear();
             container.extend([decky, "-"]);
             container.extend(service.chars().map(|char| if char == '_' { '-' } else { char }));
-            containers.get(&container).map_or("absent", String::as_str)
+            match containers.states.get(&container) {
+                Some(Some(state)) => Ok(state.as_str()),
+                // It may be one whose name was too long to be kept.
+                None if container.len() <= limits::DOCKER_NAME || containers.left_out.is_none() => Ok("absent"),
+                None | Some(None) => {
+                    let name = quoted(&container, limits::DOCKER_NAME);
+                    Err(format!("Docker's answer has no usable state of the container {name}"))
+                }
+            }
         };
         let mut of = |decky: &'a Decky| {
-            decky.services.0.iter().map(|service| (service.as_str(), state(&decky.name, service))).collect()
+            let states = decky.services.0.iter().map(|service| Ok((service.as_str(), state(&decky.name, service)?)));
+            Ok((decky.name.as_str(), states.collect::<Result<_, String>>()?))
         };
-        Runtime(self.services.iter().map(|decky| (decky.name.as_str(), of(decky))).collect())
+        self.services.iter().map(&mut of).collect::<Result<_, String>>().map(Runtime)
     }
-}
-
-/// Whether valid JSON is nested deeper than so many levels. This is passed on as it stands, and a reader that recurses, as
-/// the master's does, refuses all of the beat for it.
-fn is_nested_deeper(json: &[u8], most: usize) -> bool {
-    let (mut depth, mut in_string, mut escaped) = (0_usize, false, false);
-    json.iter().any(|byte| {
-        match byte {
-            _ if escaped => escaped = false,
-            b'\\' => escaped = true,
-            b'"' => in_string = !in_string,
-            b'[' | b'{' if !in_string => depth += 1,
-            b']' | b'}' if !in_string => depth = depth.saturating_sub(1),
-            _ => (),
-        }
-        depth > most
-    })
 }
 
 #[cfg(test)]
@@ -152,54 +166,81 @@ mod tests {
         format!(r#"{{"config": {{"mode": "swarm", "deckies": {deckies}}}, "compose_path": "/x.yml"}}"#)
     }
 
+    fn read(file: &mut StateFile) -> Result<Option<&State>, String> {
+        let located = file.locate().unwrap();
+        file.read(&located)
+    }
+
     fn deckies(file: &mut StateFile) -> String {
-        file.read().unwrap().unwrap().deckies.get().to_owned()
+        read(file).unwrap().unwrap().deckies.get().to_owned()
     }
 
     /// As if it had been left alone for a while; a change time cannot be set, so it is a test's own matter.
     fn settle(file: &mut StateFile) {
-        file.known.as_mut().unwrap().stamp = Some(Stamp::of(&file.path));
+        let known = file.known.as_mut().unwrap();
+        known.stamp = Some(Stamp::of(&known.path));
     }
 
     #[test]
     fn what_is_known_is_not_read_again_until_it_changes() {
         let dir = tempfile::tempdir().unwrap();
-        let mut file = StateFile::new(dir.path().join("state.json"));
-        fs::write(&file.path, state("[]")).unwrap();
+        let path = dir.path().join("state.json");
+        let mut file = StateFile::new(Place::Named(path.clone()));
+        fs::write(&path, state("[]")).unwrap();
         assert_eq!(deckies(&mut file), "[]");
         file.known.as_mut().unwrap().state.deckies = RawValue::from_string("[1]".to_owned()).unwrap();
         settle(&mut file);
         assert_eq!(deckies(&mut file), "[1]", "remembered");
         // The same size, and the same time of the last change as far as a program can set it.
-        let changed = fs::metadata(&file.path).unwrap().modified().unwrap();
-        fs::write(&file.path, state("[ ]").replace(", ", ",")).unwrap();
-        File::options().write(true).open(&file.path).unwrap().set_modified(changed).unwrap();
+        let changed = fs::metadata(&path).unwrap().modified().unwrap();
+        fs::write(&path, state("[ ]").replace(", ", ",")).unwrap();
+        File::options().write(true).open(&path).unwrap().set_modified(changed).unwrap();
         assert_eq!(deckies(&mut file), "[ ]");
         settle(&mut file);
-        fs::remove_file(&file.path).unwrap();
-        assert!(file.read().unwrap().is_none(), "and gone with its file");
-        fs::write(&file.path, "{").unwrap();
-        assert!(file.read().unwrap_err().contains("state.json: EOF while parsing an object"));
+        fs::remove_file(&path).unwrap();
+        assert!(read(&mut file).unwrap().is_none(), "and gone with its file");
+        fs::write(&path, "{").unwrap();
+        assert!(read(&mut file).unwrap_err().contains("state.json: EOF while parsing an object"));
     }
 
     #[test]
     fn a_file_that_has_just_changed_is_read_again_whatever_it_looks_like() {
         let dir = tempfile::tempdir().unwrap();
-        let mut file = StateFile::new(dir.path().join("state.json"));
-        fs::write(&file.path, state("[]")).unwrap();
+        let path = dir.path().join("state.json");
+        let mut file = StateFile::new(Place::Named(path.clone()));
+        fs::write(&path, state("[]")).unwrap();
         // Its own time may be what somebody likes. When it was really changed is the system's matter.
         for written in [SystemTime::UNIX_EPOCH, SystemTime::now() + Duration::from_secs(3_600)] {
-            File::options().write(true).open(&file.path).unwrap().set_modified(written).unwrap();
+            File::options().write(true).open(&path).unwrap().set_modified(written).unwrap();
             assert_eq!(deckies(&mut file), "[]");
             assert_eq!(file.known.as_ref().unwrap().stamp, None);
         }
     }
 
     #[test]
-    fn what_is_nested_too_deep_for_the_master_is_not_passed_on() {
-        for (json, depth) in [("[{}]", 2), (r#"{"[[[": "\"[[["}"#, 1), (r#"["\\", [[]]]"#, 3), ("1", 0)] {
-            assert!(!is_nested_deeper(json.as_bytes(), depth), "{json}");
-            assert!(depth == 0 || is_nested_deeper(json.as_bytes(), depth - 1), "{json}");
+    fn what_the_master_cannot_read_is_refused_with_its_place() {
+        let surrogate = |place: &str| format!(r"{place} has a lone surrogate, \udcff, on which the master fails");
+        let file = |mode: &str, deckies: &str, path: &str| {
+            format!(r#"{{"config": {{"mode": {mode}, "deckies": {deckies}}}, "compose_path": {path}}}"#)
+        };
+        let decky =
+            |more: &str| format!(r#"[{{"name": "a", "services": []}}, {{"name": "b", "services": [], {more}}}]"#);
+        for (content, problem) in [
+            (file(r#""\udcff""#, "[]", "1"), surrogate("mode")),
+            (file("1", "[]", r#""/opt/\udcff""#), surrogate("compose_path")),
+            (file("1", r#"[{"name": "\udcff", "services": []}]"#, "1"), surrogate("deckies[0].name")),
+            (file("1", r#"[{"name": "a", "services": ["\udcff"]}]"#, "1"), surrogate("deckies[0].services[0]")),
+            (file("1", &decky(r#""x": {"y": ["", "\udcff"]}"#), "1"), surrogate("deckies[1].x.y[1]")),
+            (file("1", &decky(r#""\udcff": 1"#), "1"), surrogate(r"deckies[1].\udcff")),
+            (file("1", &decky(r#""mtu": 1e999"#), "1"), "deckies[1].mtu is a number that is too large".to_owned()),
+            (
+                file("1", &decky(&format!(r#""x": {}{}"#, "[".repeat(200), "]".repeat(200))), "1"),
+                format!("deckies[1].x{}… is nested deeper than 100 levels", "[0]".repeat(6)),
+            ),
+        ] {
+            assert_eq!(State::parse(content.as_bytes()).unwrap_err(), problem, "{content}");
         }
+        let pair = file(r#""\ud83d\ude00""#, &decky(r#""\ud83d\ude00": "\\udcff""#), r#""/""#);
+        assert_eq!(State::parse(pair.as_bytes()).unwrap().deckies(), 2);
     }
 }

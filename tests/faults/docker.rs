@@ -35,6 +35,12 @@ pub enum Docker {
     Pours(usize),
     /// Names that are meant for a terminal.
     IsHostile,
+    /// The request for networks is answered with this, and the other one as ever.
+    SaysOfNetworks(&'static str),
+    /// The request for networks is never answered.
+    HangsForNetworks,
+    /// The request for containers is answered with this, and the other one as ever.
+    SaysOfContainers(&'static str),
 }
 
 /// The socket. It is another one after each change, as after a restart of Docker.
@@ -106,6 +112,12 @@ fn answer_all(mut stream: UnixStream, docker: &Mutex<Docker>) {
                 let _ = stream.write_all(bytes.as_bytes());
                 return;
             }
+            Docker::SaysOfNetworks(bytes) if asks_for_networks => stream.write_all(bytes.as_bytes()),
+            Docker::SaysOfContainers(bytes) if !asks_for_networks => stream.write_all(bytes.as_bytes()),
+            Docker::HangsForNetworks if asks_for_networks => {
+                thread::sleep(Duration::from_secs(120));
+                return;
+            }
             _ if asks_for_networks => send(&mut stream, r#"[{"Name":"bridge","Driver":"bridge"}]"#),
             Docker::Has(count) => send(&mut stream, &format!("[{}]", vec![CONTAINER; count].join(","))),
             Docker::Pours(size) => pour(&mut stream, size),
@@ -136,11 +148,26 @@ const CONTAINER: &str = r#"{"Id":"8a9f0c3b7d","Names":["/d1-ssh"],"Image":"decne
 const HOSTILE: &str = r#"[{"Names":["/decnet-\"'$(reboot)\n\u001b]0;owned\u0007\u202e"],"State":"running"},
     {"Names":["/d1-ssh"],"State":"\u001b[2Jrunning\n"}]"#;
 
+const FORBIDDEN: &str = "HTTP/1.1 403 Forbidden\r\nContent-Length: 9\r\n\r\nForbidden";
+
+const NULL: &str = "HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nnull";
+
+/// One of ours, and somebody else's, which has no state.
+const ODD_ONE_OF_OTHERS: &str = concat!(
+    "HTTP/1.1 200 OK\r\nContent-Length: 65\r\n\r\n",
+    r#"[{"Names":["/d1-ssh"],"State":"running"},{"Names":["/x"],"Id":1}]"#
+);
+
+/// One of ours, without a state.
+const ODD_ONE_OF_OURS: &str =
+    concat!("HTTP/1.1 200 OK\r\nContent-Length: 36\r\n\r\n", r#"[{"Names":["/d1-ssh"],"State":null}]"#);
+
 pub fn rows() -> Vec<Row> {
     let row = |name: &str, docker, right| {
         let world = World { source: Source::Decnet, growth: 40 * 1024, ..World::default() };
         Row::new(format!("docker/{name}"), Fault::Docker(docker), right).with(world)
     };
+    let running = || Right::Tells("/status/runtime/d1/services/ssh", json!("running"));
     let html = "HTTP/1.1 200 OK\r\nContent-Length: 22\r\n\r\n<html>no engine</html>";
     let half = "HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n[{\"Names\":[\"/d1-ssh\"],\"Sta";
     let oops = "HTTP/1.1 500 Oops\r\nContent-Length: 12\r\n\r\nno\u{1b}[31m\nway\u{202e}";
@@ -156,11 +183,20 @@ pub fn rows() -> Vec<Row> {
         // A debug build on a busy machine may be too slow to come to the cap in its eight seconds.
         row("of_100_mb", Docker::Pours(100_000_000), Right::Says("the answer is larger than 33554432 bytes|timeout: ")),
         row("of_60000_containers", Docker::Has(60_000), Right::Says("a list of more than 25000")),
+        row("of_10000_containers", Docker::Has(10_000), running()),
+        row("networks_403", Docker::SaysOfNetworks(FORBIDDEN), running()),
         row(
-            "of_10000_containers",
-            Docker::Has(10_000),
-            Right::Tells("/status/runtime/d1/services/ssh", json!("running")),
+            "networks_403_is_said",
+            Docker::SaysOfNetworks(FORBIDDEN),
+            Right::Warns("/networks: answered 403 Forbidden"),
         ),
+        row("networks_null", Docker::SaysOfNetworks(NULL), running()),
+        row("networks_half_a_reply", Docker::SaysOfNetworks(half), running()),
+        row("networks_never_reply", Docker::HangsForNetworks, running()),
+        row("containers_403", Docker::SaysOfContainers(FORBIDDEN), Right::Says("answered 403 Forbidden")),
+        row("containers_null", Docker::SaysOfContainers(NULL), Right::Says("invalid type: null")),
+        row("an_odd_container_of_others", Docker::SaysOfContainers(ODD_ONE_OF_OTHERS), running()),
+        row("an_odd_container_of_ours", Docker::SaysOfContainers(ODD_ONE_OF_OURS), Right::Says("no usable state of")),
         row("hostile_names", Docker::IsHostile, Right::Tells("/status/runtime/d1/running", json!(false))),
     ]
 }

@@ -138,6 +138,10 @@ pub fn rows() -> Vec<Row> {
         |name: &str, file, right| Row::new(format!("files/topology_{name}"), Fault::Topology(file), right).with(decnet);
     let deployed = || Right::Tells("/status/runtime/d1/services/ssh", json!("running"));
     let kept = || Right::Tells("/topology/applied_version_hash", json!("h"));
+    let surrogate = concat!(
+        r#"{"config": {"mode": "swarm", "deckies": [{"name": "d1", "services": ["ssh"], "banner": ["", "\udcff"]}]},"#,
+        r#""compose_path": "/x"}"#
+    );
     let of_types = r#"{"config": {"mode": "swarm", "deckies": {"name": 1}}, "compose_path": 7}"#;
     vec![
         state("absent", StateFile::Absent, Right::Tells("/status", json!({"deployed": false, "deckies": []}))),
@@ -145,6 +149,11 @@ pub fn rows() -> Vec<Row> {
         state("truncated", StateFile::Holds(&STATE[..70]), Right::Says("EOF while parsing")),
         state("of_100_mb", StateFile::OfSize(100_000_000), Right::Says("larger than")),
         state("of_wrong_types", StateFile::Holds(of_types), Right::Says("invalid type: map, expected a sequence")),
+        state(
+            "with_a_lone_surrogate",
+            StateFile::Holds(surrogate),
+            Right::Says("deckies[0].banner[1] has a lone surrogate"),
+        ),
         state("deeply_nested", StateFile::Deep(100_000), Right::Says("nested deeper than")),
         state("a_fifo", StateFile::Fifo, Right::Says("not a regular file")),
         state("a_directory", StateFile::Directory, Right::Says("not a regular file")),

@@ -36,17 +36,26 @@ const STEPS: [&str; 15] = [
 
 /// An engine without containers and networks.
 fn start_docker(socket: &Path) {
+    start_docker_that(socket, |_| ok("[]"));
+}
+
+/// An engine that gives these answers to requests.
+fn start_docker_that(socket: &Path, answer: impl Fn(&[u8]) -> String + Send + 'static) {
     let listener = UnixListener::bind(socket).unwrap();
     thread::spawn(move || {
         for mut stream in listener.incoming().map_while(Result::ok) {
-            while stream.read(&mut [0; 4096]).is_ok_and(|read| read > 0) {
-                let answer = "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]";
-                if stream.write_all(answer.as_bytes()).is_err() {
+            let mut request = [0; 4096];
+            while let Ok(read @ 1..) = stream.read(&mut request) {
+                if stream.write_all(answer(&request[..read]).as_bytes()).is_err() {
                     break;
                 }
             }
         }
     });
+}
+
+fn ok(json: &str) -> String {
+    format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n{json}", json.len())
 }
 
 /// An enrolled worker with an engine, and nothing deployed.
@@ -270,7 +279,7 @@ fn an_answer_that_is_none_of_the_good_ones_fails_and_says_what_it_means() {
 fn a_host_that_is_not_enrolled_is_78_and_the_rest_is_looked_at_all_the_same() {
     let stage = worker();
     let mut command = program();
-    command.args(["--config", "/nonexistent/decnet.ini", "check", "--state-file", "/nonexistent/state.json"]);
+    command.args(["--config", "/nonexistent/decnet.ini", "check", "--state-file", "/nonexistent"]);
     let report = Report::of(command.arg("--docker-socket").arg(stage.dir.path().join("docker.sock")));
     report.fails_with("enrolment", 78);
     assert_eq!(report.ended("ok"), ["state-file", "docker"]);
@@ -316,11 +325,64 @@ fn docker_and_files_that_cannot_be_read_are_said_each_by_itself() {
     fs::remove_file(stage.dir.path().join("docker.sock")).unwrap();
     Report::of(&mut check(&stage)).fails_with("docker", 1);
     fs::write(stage.dir.path().join("state.json"), "{").unwrap();
+    let report = Report::of(&mut check(&stage));
+    assert_eq!(report.ended("failed"), ["state-file", "docker"], "{:#}", report.0);
+    let beat = stage.master.received().pop().unwrap().json.unwrap();
+    assert!(beat["status"]["error"].as_str().unwrap().contains("state.json"), "the beat says so, too: {beat}");
     fs::write(stage.agent_dir().join("topology.db"), "no database, and long enough to be looked at as one").unwrap();
     let report = Report::of(&mut check(&stage));
     assert_eq!(report.ended("failed"), ["state-file", "docker", "topology"], "{:#}", report.0);
+}
+
+#[test]
+fn no_beat_is_sent_without_a_topology_that_cannot_be_read() {
+    let stage = worker();
+    fs::write(stage.agent_dir().join("topology.db"), "no database, and long enough to be looked at as one").unwrap();
+    let report = Report::of(&mut check(&stage));
+    report.fails_with("topology", 1);
+    assert_eq!(
+        (report.ended("not-tried"), report.says("beat")),
+        (vec!["beat"], "not tried: topology.db cannot be read")
+    );
+    assert_eq!(stage.master.received().len(), 0, "the master would order the topology to be built again");
+}
+
+#[test]
+fn a_state_file_whose_folder_is_missing_is_not_taken_for_nothing_deployed() {
+    let stage = worker();
+    let missing = stage.dir.path().join("none/state.json");
+    // The environment's, as the option is not given.
+    let mut command = program();
+    command.arg("--config").arg(stage.dir.path().join("decnet.ini")).arg("check").stdin(Stdio::null());
+    command.env("DECNET_HEARTBEAT_STATE_FILE", &missing);
+    let report = Report::of(command.arg("--docker-socket").arg(stage.dir.path().join("docker.sock")));
+    report.fails_with("state-file", 1);
+    assert!(report.says("state-file").ends_with("(DECNET_HEARTBEAT_STATE_FILE)"), "{}", report.says("state-file"));
     let beat = stage.master.received().pop().unwrap().json.unwrap();
-    assert!(beat["status"]["error"].as_str().unwrap().contains("state.json"), "the beat says so, too: {beat}");
+    assert!(beat["status"]["error"].as_str().unwrap().contains("none/state.json: its folder "), "{beat}");
+    assert_eq!((beat["status"].get("deckies"), beat["status"].get("deployed")), (None, None));
+}
+
+#[test]
+fn a_refused_request_to_docker_is_named_and_costs_observed_alone() {
+    let stage = worker();
+    let socket = stage.dir.path().join("docker.sock");
+    fs::remove_file(&socket).unwrap();
+    start_docker_that(&socket, |request| match request.starts_with(b"GET /networks ") {
+        true => "HTTP/1.1 403 Forbidden\r\nContent-Length: 9\r\n\r\nForbidden".to_owned(),
+        false => ok(r#"[{"Names":["/d1-ssh"],"State":"running"}]"#),
+    });
+    let decky = json!({"name": "d1", "services": ["ssh"]});
+    let state = json!({"config": {"mode": "swarm", "deckies": [decky]}, "compose_path": "/x"});
+    fs::write(stage.dir.path().join("state.json"), state.to_string()).unwrap();
+    let report = Report::of(&mut check(&stage));
+    report.fails_with("docker", 1);
+    assert!(report.says("docker").contains(": /networks: answered 403 Forbidden"), "{}", report.says("docker"));
+    assert!(report.says("docker").ends_with("; 1 container"), "{}", report.says("docker"));
+    let beat = stage.master.received().pop().unwrap().json.unwrap();
+    assert_eq!(beat["status"]["runtime"], json!({"d1": {"running": true, "services": {"ssh": "running"}}}));
+    assert_eq!(beat["status"].get("error"), None, "{beat}");
+    assert!(beat["topology"]["observed"]["error"].as_str().unwrap().contains("/networks"), "{beat}");
 }
 
 #[test]
@@ -363,12 +425,12 @@ fn an_outbox_that_cannot_be_kept_fails() {
 }
 
 #[test]
-fn where_reports_go_and_an_interval_are_looked_at_where_they_are_given() {
+fn where_reports_go_is_looked_at_where_it_is_given() {
     let stage = worker();
     let mut command = check(&stage);
-    command.args(["--interval", "1ms", "--metrics-file", "/nonexistent/decnet.prom", "--stats-file"]);
+    command.args(["--metrics-file", "/nonexistent/decnet.prom", "--stats-file"]);
     let report = Report::of(command.arg(stage.dir.path().join("stats.json")));
-    assert_eq!(report.ended("failed"), ["interval", "metrics-file"], "{:#}", report.0);
+    assert_eq!(report.ended("failed"), ["metrics-file"], "{:#}", report.0);
     assert_eq!(report.ended("ok").last(), Some(&"stats-file"));
 }
 

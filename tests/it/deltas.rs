@@ -224,3 +224,41 @@ fn without_an_answer_it_is_sent_again() {
     assert!(heartbeat.stats().failure.is_none());
     assert_eq!(stage.master.received().iter().flat_map(deckies).collect::<Vec<_>>(), ["d", "d"]);
 }
+
+#[test]
+fn a_name_that_no_decky_can_have_is_refused_and_nothing_of_it_is_kept() {
+    let stage = Stage::new();
+    let (heartbeat, _tick) = stage.beating();
+    for name in ["a b", "a,b", "a\n", "a*", "a>b", "ä", "\u{202e}a", &"x".repeat(129)] {
+        for error in [
+            heartbeat.deltas().push(deployed(name)).unwrap_err(),
+            heartbeat.deltas().push_all([deployed("good"), deployed(name)]).unwrap_err(),
+            heartbeat.begin(Operation::Deploy, ["good", name]).unwrap_err(),
+            heartbeat.run(Operation::Deploy, [name], || Ok::<_, String>(())).unwrap_err(),
+        ] {
+            let said = error.to_string();
+            assert!(said.contains(" is not a name of DECNET's: A-Z, a-z, 0-9"), "{said}");
+            assert!(!said.contains(['\n', '\u{202e}']) && said.chars().count() < 300, "{said}");
+        }
+    }
+    let stats = heartbeat.stats();
+    assert_eq!((stats.waiting, stats.operations, stats.delivered), (0, 0, 0));
+}
+
+#[test]
+fn a_wrong_name_that_an_older_version_has_kept_holds_nothing_up() {
+    let mut stage = Stage::new();
+    stage.master.stop();
+    let (builder, _tick) = stage.builder();
+    let heartbeat = builder.start().unwrap();
+    heartbeat.deltas().push_all([deployed("a"), deployed("b"), deployed("c")]).unwrap();
+    heartbeat.stop(Duration::ZERO);
+    let outbox = rusqlite::Connection::open(stage.agent_dir().join("heartbeat.db")).unwrap();
+    assert_eq!(outbox.execute("UPDATE delta SET decky = 'b, and' WHERE decky = 'b'", []).unwrap(), 1);
+    drop(outbox);
+    stage.master.start_again().unwrap();
+    let (heartbeat, _tick) = stage.beating();
+    settled(&heartbeat, |stats| stats.waiting == 0 && stats.failure.is_none());
+    let delivered: Vec<_> = stage.master.received().iter().flat_map(deckies).collect();
+    assert_eq!(delivered, ["c", "b, and", "a"]);
+}

@@ -201,11 +201,17 @@ fn a_run_that_fails_reports_the_whole_chain_and_one_that_panics_its_message() {
 #[test]
 fn an_operation_that_no_row_can_be_for_is_refused_and_its_work_not_begun() {
     let stage = Stage::new();
+    let rule = "is not a name of DECNET's: A-Z, a-z, 0-9, _, . and - only, at most 128 of them";
+    let too_long = format!("decky name: \"{}\"… {rule}", "d".repeat(128));
     let (heartbeat, _tick) = stage.beating();
     for (deckies, problem) in [
         (vec![], "deckies: are none; an operation needs the name of a decky"),
         (vec!["d".to_owned(), " ".to_owned()], "decky name: is empty; a delta needs the name of its decky"),
-        (vec!["d".repeat(1_025)], "decky name: is 1025 bytes long; at most 1024"),
+        (
+            vec!["d".to_owned(), "a,b\n".to_owned()],
+            r#"decky name: "a,b\n" is not a name of DECNET's: A-Z, a-z, 0-9, _, . and - only, at most 128 of them"#,
+        ),
+        (vec!["d".repeat(129)], &too_long),
     ] {
         let error = heartbeat.begin(Operation::Deploy, deckies.clone()).unwrap_err();
         assert_eq!(error.to_string(), problem);

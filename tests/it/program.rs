@@ -69,6 +69,74 @@ fn a_wrong_option_is_2_and_named() {
 }
 
 #[test]
+fn an_interval_out_of_its_range_is_2() {
+    for command in ["run", "check"] {
+        for interval in ["10ms", "49ms", "61m", "2h", "0s", "1y", "x", ""] {
+            let output = output(program().args([command, "--interval", interval]));
+            assert_eq!(output.status.code(), Some(2), "{command} {interval}");
+        }
+    }
+    let said = output(program().args(["run", "--interval", "10ms"])).stderr;
+    assert!(String::from_utf8(said).unwrap().contains("is 10ms; it must be from 50 ms to 1 h"));
+}
+
+#[test]
+fn a_name_that_no_decky_can_have_is_2_and_nothing_is_written() {
+    let stage = Stage::new();
+    let files = || std::fs::read_dir(stage.agent_dir()).unwrap().count();
+    let before = files();
+    stage.worker.write_ini(&stage.dir.path().join("decnet.ini")).unwrap();
+    let ran = stage.dir.path().join("ran");
+    for name in ["", " ", "a,b", "a b", "d1\n", "a/b", "a*", "ä", "a\u{1b}[31m", "a\u{202e}b", &"x".repeat(129)] {
+        let mut push = program();
+        push.arg("--config").arg(stage.dir.path().join("decnet.ini"));
+        push.args(["push", "--operation", "deploy", "--status", "succeeded", "decky-01", name]);
+        let mut track = program();
+        track.arg("--config").arg(stage.dir.path().join("decnet.ini"));
+        track.args(["track", "--operation", "deploy", "--decky", "decky-01", name, "--", "touch"]).arg(&ran);
+        for command in [&mut push, &mut track] {
+            let output = output(command);
+            let said = String::from_utf8(output.stderr).unwrap();
+            assert_eq!(output.status.code(), Some(2), "{said}");
+            assert!(said.contains("decky name: "), "{said}");
+            assert!(!said.contains(['\u{1b}', '\u{202e}']), "safe to print: {said:?}");
+            let first = said.split("\n\n").next().unwrap();
+            assert!(!first.contains('\n'), "on one line: {first:?}");
+        }
+    }
+    assert_eq!((files(), ran.exists(), stage.master.received().len()), (before, false, 0));
+}
+
+#[test]
+fn a_decky_that_the_state_file_does_not_list_is_a_warning() {
+    let stage = Stage::new();
+    let (ini, state) = (stage.dir.path().join("decnet.ini"), stage.dir.path().join("state.json"));
+    stage.worker.write_ini(&ini).unwrap();
+    let reported = |name: &str| {
+        let mut push = program();
+        push.arg("--config").arg(&ini).args(["push", "--operation", "deploy", "--status", "succeeded", name]);
+        let mut track = program();
+        track.arg("--config").arg(&ini).args(["track", "--operation", "mutate", "--decky", name, "--", "true"]);
+        [push, track].map(|mut command| {
+            let output = output(command.env("DECNET_HEARTBEAT_STATE_FILE", &state));
+            assert_eq!(output.status.code(), Some(0), "{output:?}");
+            String::from_utf8(output.stderr).unwrap()
+        })
+    };
+    let quiet = || [String::new(), String::new()];
+    assert_eq!(reported("d2"), quiet(), "there is no state file");
+    let content = r#"{"config": {"mode": "swarm", "deckies": [{"name": "d1", "services": []}]}, "compose_path": "/x"}"#;
+    std::fs::write(&state, content).unwrap();
+    assert_eq!(reported("d1"), quiet());
+    for said in reported("d2") {
+        let warning = format!("the state file does not list this decky: decky=d2 file={}", state.display());
+        assert!(said.contains("[WARN]") && said.contains(&warning), "{said}");
+    }
+    std::fs::write(&state, "{").unwrap();
+    assert_eq!(reported("d2"), quiet(), "it is not known what it lists");
+}
+
+#[test]
 fn it_beats_until_sigterm_and_exits_0() {
     let stage = Stage::new();
     let stats = stage.dir.path().join("stats.json");

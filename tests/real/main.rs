@@ -17,4 +17,5 @@ mod heartbeat;
 mod metrics;
 mod operations;
 mod peers;
+mod state_file;
 mod support;

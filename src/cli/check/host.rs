@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime};
 
 use rustix::fs::{Access, access, statvfs};
 
-use super::super::RunOptions;
+use super::super::{RunOptions, STATE_FILE_VARIABLE, state_file_of_environment};
 use super::steps::Step;
 use crate::delta::from_micros;
 use crate::error::{chain, printable_path};
@@ -15,44 +15,104 @@ use crate::limits;
 use crate::outbox::{Counts, Outbox, OutboxLocation, Role, deliverer, folder};
 use crate::status::AppliedTopology;
 use crate::status::decnet::Findings;
+use crate::status::docker::Engine;
+use crate::status::place::{Located, Unlocated};
 use crate::text::printable;
 
-/// How many deckies DECNET says there are. `None`: there is no state file.
-pub(super) fn state_file(options: &RunOptions, deckies: &Result<Option<usize>, String>) -> Step {
-    let file = printable_path(options.state_file());
-    let from = options.state_file.as_ref().map_or("default", |_| "--state-file");
-    let step = match deckies {
-        Ok(Some(1)) => Step::good("state-file", format!("{file} ({from}): 1 decky")),
-        Ok(Some(deckies)) => Step::good("state-file", format!("{file} ({from}): {deckies} deckies")),
-        Ok(None) => Step::good("state-file", format!("{file} ({from}): there is none, so nothing is deployed"))
-            .advise("if something is, name DECNET's decnet-state.json with --state-file"),
-        Err(problem) => Step::bad(
+/// How many deckies DECNET says there are, and in which file.
+pub(super) fn state_file(options: &RunOptions, found: &Findings) -> Step {
+    let named = match (&options.state_file, state_file_of_environment()) {
+        (Some(_), _) => Some("--state-file"),
+        (None, Some(_)) => Some(STATE_FILE_VARIABLE),
+        (None, None) => None,
+    };
+    match &found.located {
+        Ok(located) => located_step(named, located, found.status.as_ref().err(), found.deckies),
+        Err(problem) => unlocated_step(problem),
+    }
+}
+
+/// `named`: what names the file, if something does. `deckies`: `None` where there is no file, or a problem.
+fn located_step(named: Option<&str>, located: &Located, problem: Option<&String>, deckies: Option<usize>) -> Step {
+    let (file, from) = (printable_path(&located.file), named.map_or_else(|| located.to_string(), str::to_owned));
+    let step = match (problem, deckies) {
+        (None, Some(deckies)) => {
+            Step::good("state-file", format!("{file} ({from}): {}", counted(deckies, "decky", "deckies")))
+        }
+        (None, None) => {
+            let step = Step::good("state-file", format!("{file} ({from}): it does not exist, so nothing is deployed"));
+            if named.is_some() {
+                step.advise("if something is deployed, correct the name of the state file")
+            } else {
+                step
+            }
+        }
+        (Some(problem), _) => Step::bad(
             "state-file",
             format!("{problem} ({from})"),
-            "let DECNET write it anew, or let this user read it; until then the beats name no decky",
+            "correct the name of the file, let this user read it, or let DECNET write it anew; until then the beats \
+             name no decky",
         ),
     };
-    step.fact("file", file).fact("from", from).fact("deckies", deckies.as_ref().ok().copied().flatten())
+    step.fact("file", file).fact("from", from).fact("deckies", deckies)
+}
+
+fn unlocated_step(problem: &Unlocated) -> Step {
+    let advice = match problem {
+        Unlocated::Absent(_) => "if DECNET is installed elsewhere, name its decnet-state.json with",
+        Unlocated::Unreadable(_) => "let this user look there, or name DECNET's decnet-state.json with",
+    };
+    let costs = "until then it is not known what is deployed, and the beats name no decky";
+    let advice = format!("{advice} --state-file or {STATE_FILE_VARIABLE}; {costs}");
+    Step::bad("state-file", problem.to_string(), advice).fact("file", None::<String>).fact("deckies", None::<usize>)
+}
+
+/// `1 decky`, `2 deckies`
+fn counted(count: usize, one: &str, more: &str) -> String {
+    format!("{count} {}", if count == 1 { one } else { more })
 }
 
 pub(super) fn docker(options: &RunOptions, found: &Findings) -> Step {
     let socket = printable_path(options.docker_socket());
     let from = options.docker_socket.as_ref().map_or("default", |_| "--docker-socket");
-    let step = match &found.engine {
-        Ok(engine) => {
-            let (containers, bridges) = (engine.containers.len(), engine.bridges.len());
-            Step::good("docker", format!("{socket} ({from}): {containers} containers, {bridges} bridge networks"))
-                .fact("containers", containers)
-                .fact("bridges", bridges)
+    docker_step(&socket, from, &found.engine, found.states_problem())
+}
+
+/// Which of the two requests failed, and what that costs. `states`: why the states of containers are not known; as of
+/// [`Findings::states_problem`], there is a reason wherever the containers are not known.
+fn docker_step(socket: &str, from: &str, engine: &Engine, states: Option<&str>) -> Step {
+    let containers = engine.containers.as_ref().map(|containers| containers.states.len());
+    let bridges = engine.networks.as_ref().map(|networks| networks.bridges.len());
+    let said_containers = counted(containers.unwrap_or(0), "container", "containers");
+    let said_bridges = bridges.map(|count| counted(count, "bridge network", "bridge networks"));
+    let step = match (states, said_bridges) {
+        (None, Ok(bridges)) => {
+            let step = Step::good("docker", format!("{socket} ({from}): {said_containers}, {bridges}"));
+            match engine.left_out() {
+                Some(left_out) => step.advise(left_out),
+                None => step,
+            }
         }
-        Err(problem) => Step::bad(
+        (None, Err(problem)) => Step::bad(
+            "docker",
+            format!("{problem} ({from}); {said_containers}"),
+            "let this user, or the proxy of the socket, ask for /networks; until then the beats name the deckies, and not \
+             what is there of a topology",
+        ),
+        (Some(problem), Ok(bridges)) => Step::bad(
+            "docker",
+            format!("{problem} ({from}); {bridges}"),
+            "let this user, or the proxy of the socket, ask for /containers/json, and see what it answers; until then the \
+             beats name no decky",
+        ),
+        (Some(problem), Err(_)) => Step::bad(
             "docker",
             format!("{problem} ({from})"),
             "start the Docker Engine, let this user use its socket, or name another with --docker-socket; until then \
              the beats name no decky",
         ),
     };
-    step.fact("socket", socket).fact("from", from)
+    step.fact("socket", socket).fact("from", from).fact("containers", containers.ok()).fact("bridges", bridges.ok())
 }
 
 /// `agent_dir`: `None` where it is not known.
@@ -63,7 +123,7 @@ pub(super) fn topology(agent_dir: Option<&Path>, found: &Findings) -> Step {
         (Err(problem), _) => Step::bad(
             "topology",
             problem.clone(),
-            "let this user read it; until then the beats leave the topology out, and the master may order it anew",
+            "let this user read it; until then run leaves the topology out, and the master may order it to be built again",
         ),
         (Ok(()), Some(Some(AppliedTopology { topology_id, applied_version_hash, .. }))) => {
             let (id, hash) = (printable(topology_id), printable(applied_version_hash));
@@ -153,4 +213,77 @@ fn room(folder: &Path) -> Result<(), String> {
     let disk = statvfs(folder).map_err(|error| format!("{shown}: {error}"))?;
     let room = disk.f_bavail.saturating_mul(disk.f_frsize);
     if room < limits::ROOM { Err(format!("the disk of {shown} has {} KiB left", room / 1024)) } else { Ok(()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::status::docker::{Containers, Networks};
+
+    /// How a step looks on the screen.
+    fn shown(step: Step) -> String {
+        step.text(false)
+    }
+
+    #[test]
+    fn a_state_file_is_shown_with_how_it_was_found() {
+        let folder = "/opt/decnet/venv/lib/python3.11/site-packages";
+        let located = Located {
+            file: format!("{folder}/decnet-state.json").into(),
+            package: Some(format!("{folder}/decnet").into()),
+        };
+        let line = format!("✓ state-file    {folder}/decnet-state.json (found beside {folder}/decnet): ");
+        let shown = |deckies| shown(located_step(None, &located, None, deckies));
+        assert_eq!(shown(Some(1)), format!("{line}1 decky\n"));
+        assert_eq!(shown(Some(2)), format!("{line}2 deckies\n"));
+        assert_eq!(shown(None), format!("{line}it does not exist, so nothing is deployed\n"));
+    }
+
+    #[test]
+    fn a_state_file_that_was_not_found_is_a_fault_with_the_advice_that_fits() {
+        let text = shown(unlocated_step(&Unlocated::Absent("/opt/decnet".to_owned())));
+        let not_found = "✗ state-file    the state file was not found: DECNET's Python package is not in /opt/decnet\n";
+        assert!(text.starts_with(not_found) && text.contains("→ if DECNET is installed elsewhere"), "{text}");
+        let text = shown(unlocated_step(&Unlocated::Unreadable("/opt: Permission denied".to_owned())));
+        let unknown = "✗ state-file    it is not known where the state file is: /opt: Permission denied\n";
+        assert!(text.starts_with(unknown) && text.contains("→ let this user look there"), "{text}");
+    }
+
+    #[test]
+    fn a_named_state_file_is_shown_with_what_names_it() {
+        let located = Located { file: "/x".into(), package: None };
+        let text = shown(located_step(Some(STATE_FILE_VARIABLE), &located, None, Some(1)));
+        assert_eq!(text, "✓ state-file    /x (DECNET_HEARTBEAT_STATE_FILE): 1 decky\n");
+        let problem = "state file /x: EOF".to_owned();
+        let text = shown(located_step(Some("--state-file"), &located, Some(&problem), None));
+        assert!(text.starts_with("✗ state-file    state file /x: EOF (--state-file)\n"), "{text}");
+    }
+
+    #[test]
+    fn docker_is_shown_with_the_request_that_failed_and_what_that_costs() {
+        let states = |count: usize| (0..count).map(|n| (n.to_string(), None)).collect();
+        let containers = |count| Ok(Containers { states: states(count), left_out: None });
+        let networks = |count| Ok(Networks { bridges: vec![String::new(); count], left_out: None });
+        let refused = |what: &str| format!("Docker at /s: {what}: answered 403");
+        let shown = |engine: Engine| {
+            let problem = engine.containers.as_ref().err().cloned();
+            shown(docker_step("/s", "default", &engine, problem.as_deref()))
+        };
+        let text = shown(Engine { containers: containers(1), networks: networks(1) });
+        assert_eq!(text, "✓ docker        /s (default): 1 container, 1 bridge network\n");
+        let text = shown(Engine { containers: containers(2), networks: networks(0) });
+        assert_eq!(text, "✓ docker        /s (default): 2 containers, 0 bridge networks\n");
+        let text = shown(Engine { containers: containers(2), networks: Err(refused("/networks")) });
+        assert!(
+            text.starts_with("✗ docker        Docker at /s: /networks: answered 403 (default); 2 containers\n"),
+            "{text}"
+        );
+        assert!(text.contains("the beats name the deckies"), "{text}");
+        let text = shown(Engine { containers: Err(refused("/containers")), networks: networks(1) });
+        assert!(
+            text.starts_with("✗ docker        Docker at /s: /containers: answered 403 (default); 1 bridge network\n"),
+            "{text}"
+        );
+        assert!(text.contains("the beats name no decky"), "{text}");
+    }
 }

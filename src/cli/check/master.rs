@@ -47,7 +47,12 @@ pub(super) fn check(
     let step = way.shake_hands(stream);
     let shaken = step.is_good();
     list.add(step);
-    list.add(if shaken { way.beat(snapshot) } else { Step::not_tried("beat", "it takes TLS") });
+    list.add(match snapshot.topology() {
+        _ if !shaken => Step::not_tried("beat", "it takes TLS"),
+        // The master would order the topology to be built again.
+        None => Step::not_tried("beat", "topology.db cannot be read"),
+        Some(_) => way.beat(snapshot),
+    });
     Ok(())
 }
 

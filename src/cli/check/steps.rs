@@ -73,7 +73,7 @@ impl Step {
         self.outcome == Outcome::Ok
     }
 
-    fn text(&self, paints: bool) -> String {
+    pub(super) fn text(&self, paints: bool) -> String {
         let (mark, colour) = match self.outcome {
             Outcome::Ok => ('✓', 32),
             Outcome::Failed => ('✗', 31),
