@@ -192,11 +192,24 @@ impl Content {
         }
     }
 
-    /// There was no such delta, so the POST was not made.
-    pub(crate) fn nothing_to_send(&mut self, post: Post) {
-        match post.deltas {
-            Share::Only(id) => drop(self.suspects.remove(&id)),
-            _ => self.all_singles_sent(),
+    /// There was no such delta, or the states have grown old, so the POST was not made.
+    pub(crate) fn nothing_to_send(&mut self) {
+        match self.step {
+            Step::Suspects => drop(self.due().and_then(|id| self.suspects.remove(&id))),
+            Step::Singles => self.all_singles_sent(),
+            _ => self.step = Step::Done,
+        }
+    }
+
+    /// The next POST is for the states, and for nothing else.
+    pub(crate) fn wants_states_alone(&self) -> bool {
+        self.step == Step::States
+    }
+
+    /// A body with the states in it was in doubt, and the same without them was accepted in its place.
+    pub(crate) fn states_in_doubt(&mut self) {
+        if self.mode == Mode::Whole {
+            self.mode = Mode::Apart;
         }
     }
 
@@ -449,7 +462,7 @@ mod tests {
             while let Some(post) = content.next(true) {
                 let deltas = self.share(content, post.deltas);
                 if deltas.is_empty() && matches!(post.deltas, Share::One | Share::Only(_)) {
-                    content.nothing_to_send(post);
+                    content.nothing_to_send();
                     continue;
                 }
                 assert!(!(post.states && !deltas.is_empty()) || content.is_whole(), "states and deltas apart");

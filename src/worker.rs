@@ -52,6 +52,15 @@ impl States {
     }
 }
 
+/// A POST that was made.
+#[derive(Debug)]
+struct Sent {
+    /// What it carried: less than it was to, where the states had grown old.
+    post: Post,
+    deltas: Vec<Kept>,
+    reply: Reply,
+}
+
 /// How the POSTs of a beat ended.
 #[derive(Debug)]
 struct BeatEnd {
@@ -264,8 +273,8 @@ impl Worker {
         self.states_sent = false;
         while last.is_none() || self.may_go_on(since) {
             let Some(post) = self.content.next(states.is_some_and(States::are_known)) else { break };
-            let Some((reply, deltas)) = self.exchange(post, states) else {
-                self.content.nothing_to_send(post);
+            let Some(Sent { post, deltas, reply }) = self.exchange(post, states) else {
+                self.content.nothing_to_send();
                 continue;
             };
             if reply.verdict == Verdict::Accepted {
@@ -294,7 +303,7 @@ impl Worker {
             _ => PostOutcome::Unchanged,
         };
         if matches!(outcome, PostOutcome::InDoubt | PostOutcome::Refused) {
-            self.trouble = format!("{}: {}", reply.class, reply.detail);
+            self.in_trouble(reply);
         }
         let was_whole = self.content.is_whole();
         let consequence = self.content.ended(post, deltas, outcome);
@@ -303,6 +312,11 @@ impl Worker {
             quietly(|| log::info!("the master takes the states again: {}", self.link.names()));
         }
         consequence
+    }
+
+    /// What the POSTs that carry less say of it.
+    fn in_trouble(&mut self, reply: &Reply) {
+        self.trouble = format!("{}: {}", reply.class, reply.detail);
     }
 
     /// The beat goes on without what the master does not take.
@@ -355,31 +369,42 @@ impl Worker {
 
     /// One POST, and what follows if it is accepted: the deltas in it are forgotten. Where the connection had ended it is
     /// tried once more at once, with what may be sent by then: an operation may have begun meanwhile that holds back some
-    /// of it, and the states may be old. `None`: it is for a delta that is not there.
-    fn exchange(&mut self, post: Post, states: Option<&States>) -> Option<(Reply, Vec<Kept>)> {
+    /// of it, and the states may be old. `None`: there is nothing of what it is for.
+    fn exchange(&mut self, post: Post, states: Option<&States>) -> Option<Sent> {
         let end = Instant::now() + self.within();
-        let (mut reply, mut deltas) = self.post(post, states, end)?;
-        if reply.stale && Instant::now() < end {
-            let (names, class) = (self.link.names(), &reply.class);
+        let mut sent = self.post(post, states, end)?;
+        if sent.reply.stale && Instant::now() < end {
+            let (names, class) = (self.link.names(), &sent.reply.class);
             quietly(|| log::debug!("the connection has ended, trying a fresh one: {names} class={class}"));
-            if let Some((again, rest)) = self.post(post, states, end) {
-                let in_doubt = reply.in_doubt || again.in_doubt;
-                (reply, deltas) = (Reply { in_doubt, ..again }, rest);
+            if let Some(mut again) = self.post(post, states, end) {
+                again.reply.in_doubt |= sent.reply.in_doubt;
+                if sent.reply.in_doubt && sent.post.states && !again.post.states {
+                    self.in_trouble(&sent.reply);
+                    self.content.states_in_doubt();
+                }
+                sent = again;
             }
         }
-        if reply.verdict == Verdict::Accepted {
-            if !deltas.is_empty() {
-                self.settle(&deltas, &Settled::Delivered);
+        if sent.reply.verdict == Verdict::Accepted {
+            if !sent.deltas.is_empty() {
+                self.settle(&sent.deltas, &Settled::Delivered);
             }
-            self.accepted(&reply, deltas.len());
+            self.accepted(&sent.reply, sent.deltas.len());
         }
-        Some((reply, deltas))
+        Some(sent)
     }
 
-    fn post(&mut self, post: Post, states: Option<&States>, end: Instant) -> Option<(Reply, Vec<Kept>)> {
+    fn post(&mut self, post: Post, states: Option<&States>, end: Instant) -> Option<Sent> {
         self.stats.change(|stats| stats.working_since = Some(Instant::now()));
         let deltas = self.share(post.deltas);
-        if deltas.is_empty() && matches!(post.deltas, Share::One | Share::Only(_)) {
+        // Decided last: the outbox may have taken its time.
+        let post = Post { states: post.states && states.is_some_and(States::are_known), ..post };
+        let has_something = match post.deltas {
+            Share::One | Share::Only(_) => !deltas.is_empty(),
+            Share::None => post.states || !self.content.wants_states_alone(),
+            Share::Newest(_) => true,
+        };
+        if !has_something {
             return None;
         }
         self.note_status_fault(post, states);
@@ -387,12 +412,12 @@ impl Worker {
             Ok(body) => self.link.master().post(&body, end.saturating_duration_since(Instant::now())),
             Err(error) => Reply::unwritten(&error),
         };
-        Some((reply, deltas))
+        Some(Sent { post, deltas, reply })
     }
 
     /// What the beat does not say of what runs here. Once its states are sent, its other POSTs leave nothing out.
     fn note_status_fault(&mut self, post: Post, states: Option<&States>) {
-        if self.states_sent {
+        if self.states_sent && (post.states || post.deltas != Share::Newest(limits::DELTAS_PER_BODY)) {
             return;
         }
         self.states_sent = post.states;

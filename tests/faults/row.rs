@@ -58,6 +58,9 @@ pub enum Right {
     Fails { class: &'static str, says: &'static str, after: Range<f64>, again: Again },
     /// A delta is delivered after so many seconds, and no beat has failed.
     Delivers { after: Range<f64> },
+    /// A delta is delivered after so many seconds, no beat has failed, and one is accepted whose `status.error` has these
+    /// words in it.
+    LeavesOut { after: Range<f64>, says: &'static str },
     /// The beat is on time and accepted, names no decky, and its `status.error` has these words in it; with a `|` between
     /// them, the ones or the others.
     Says(&'static str),
@@ -194,6 +197,19 @@ impl Right {
                 subject.until("the delivery", |stats| stats["delivered"] == 2);
                 within(pushed.elapsed(), after);
                 assert_eq!(subject.log_lines("beat failed"), [""; 0]);
+            }
+            Self::LeavesOut { after, says } => {
+                subject.until("the delivery", |stats| stats["delivered"] == 2);
+                within(pushed.elapsed(), after);
+                assert_eq!(subject.log_lines("beat failed"), [""; 0]);
+                subject.tick();
+                let is_said = || {
+                    stage.master.received().iter().filter(|request| request.status == Some(204)).any(|request| {
+                        let status = &request.json.as_ref().unwrap()["status"];
+                        status["error"].as_str().is_some_and(|error| error.contains(says))
+                    })
+                };
+                assert!(soon(is_said), "{}", subject.log_tail());
             }
             Self::Says(error) => said(stage, subject, error),
             Self::Tells(pointer, value) => {

@@ -282,3 +282,21 @@ fn a_warm_connection_is_used_again() {
     assert!(stage.master.wait_for_beats(2, PATIENCE));
     assert_eq!(stage.master.connections().len(), 1);
 }
+
+#[test]
+fn states_that_a_master_cannot_take_in_time_are_sent_apart_though_the_second_attempt_is_accepted() {
+    let stage = Stage::new();
+    let (heartbeat, tick) = stage.beating();
+    stage.master.script([Fault::CutAfterSilence(Duration::from_millis(5_200))]);
+    tick.send(now()).unwrap();
+    settled(&heartbeat, |stats| stats.beats == 2);
+    tick.send(now()).unwrap();
+    let received = stage.requests(5);
+    let status = |index: usize| json_of(&received[index])["status"].clone();
+    let apart = status(3)["error"].as_str().unwrap().to_owned();
+    assert!(
+        apart.starts_with("the states follow alone, as the master failed on a body with more: closed: "),
+        "{apart}"
+    );
+    assert_eq!(status(4), json!({"deployed": false, "deckies": []}));
+}
