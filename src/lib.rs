@@ -34,7 +34,29 @@
 //! comes later goes out in a beat of its own. So a delta never waits for Docker, and a source that hangs or panics
 //! never stops the beat.
 //!
-//! The first beat goes out at once, the second after a random part of the interval, then one every interval exactly.
+//! The first beat is sent at once, the second after a random part of the interval, then one every interval exactly. The
+//! first beat waits up to 1 s for the topology, since the master orders a topology that is left out to be built again.
+//!
+//! # What a beat carries
+//!
+//! A POST carries states (`status`, and what is `observed` of the topology) only if they are at most 5 s old when it
+//! starts. The applied topology is in every POST.
+//!
+//! The master can fail on a body after it has applied the deltas in it, and a proxy can fail on a body that is too large
+//! for it. Such a body is not sent again unchanged. A POST is *in doubt* if part of its body was sent and the answer is 5xx
+//! or missing.
+//!
+//! - *Whole*, the start: states and deltas in one body. In doubt: the beats after it send them apart.
+//! - *Apart*: the *light* POST comes first: the deltas, and a `status.error` that says why. Once it is accepted, the
+//!   states follow alone. If these are accepted, the next beat is whole again. If they are in doubt or refused, they rest.
+//! - If a light POST with deltas is in doubt, the next beat starts without deltas. If that is accepted, the deltas are sent
+//!   one to a body, the newest first, at most 50 in a beat. A delta that is in doubt alone rests, and so do older ones of
+//!   its decky and operation. It is never rejected for that ([`Stats::resting`]).
+//! - What rests is left out of 10 beats, then of 20, and so on up to a day. [`Stats::status_fault`], the log and
+//!   `status.error` say what is left out.
+//!
+//! A connection is closed when bytes are left on it, after 10 minutes, and after three answers in a row that are not 2xx;
+//! then the name of the master is looked up again. After a failed handshake the next attempt starts with the next address.
 //!
 //! # Operations
 //!
@@ -52,10 +74,10 @@
 //!    to the newest open row, and that would be the other's ([`Stats::waiting`], [`Stats::held`]).
 //! 3. *Sent*, with all others that wait, newest first, at most 500 in a beat. Without an answer, or with one that says
 //!    "later", it waits on, and is sent again after a backoff.
-//! 4. *Delivered* when the master answers 2xx: the row is deleted ([`Stats::delivered`]). Or *rejected*: a body that the
-//!    master refuses is halved until the delta at fault stands alone, and that one stays in the outbox with the
-//!    reason, never to be sent again ([`Stats::rejected`]). Liveness goes on meanwhile; a status that the master refuses is
-//!    left out, and the beat says so.
+//! 4. *Delivered* when the master answers 2xx: the row is deleted ([`Stats::delivered`]). A page of HTML is a gateway's
+//!    answer and delivers nothing. Or *rejected*: a body that the master refuses (400, 413, 422) is sent without its states,
+//!    and its deltas are halved until the delta at fault is alone. That one stays in the outbox with the reason, never to
+//!    be sent again ([`Stats::rejected`]). Liveness goes on meanwhile.
 //! 5. Or *dropped*: beyond 10,000 rows the oldest fall out, the rejected ones first, and after 7 days of waiting every one.
 //!    That is counted and logged ([`Stats::dropped`]).
 //!
@@ -103,8 +125,9 @@
 //! - `warn`: a beat that failed, changed credentials that do not fit, a certificate that expires within 30 days, a key that
 //!   others can read, Docker or a file that cannot be read, operations whose process has died. A failure is logged when it
 //!   changes. A failed beat, what else comes again with each beat, and what alternates or comes and goes, is logged the
-//!   first, second, fourth, eighth … time. Numbers and ids in a text do not make it another failure.
-//! - `info`: start, first success, recovery, credentials taken over, an outbox that is on the disk again, stop.
+//!   first, second, fourth, eighth … time. Numbers and ids in a text do not make it another failure. A delta that rests.
+//! - `info`: start, first success, recovery from a failure that was logged, credentials taken over, an outbox that is on
+//!   the disk again, stop.
 //! - `debug`: every beat; a retry on a fresh connection; a name that was not found; a dormant start.
 //!
 //! Text from the master, Docker or a file is cut to 300 characters, escaped, and kept on its line.
