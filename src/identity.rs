@@ -1,4 +1,4 @@
-//! Who counts as the master: the rule as an operator writes it. Values only; `tls` enforces it.
+//! Who counts as the master: the rule as an operator writes it. Values only; `verifier` enforces it.
 
 use std::fmt;
 use std::str::FromStr;

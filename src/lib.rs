@@ -148,6 +148,7 @@ mod collector;
 mod delta;
 mod enrolment;
 mod error;
+mod explain;
 mod files;
 #[cfg(fuzzing)]
 #[doc(hidden)]
@@ -171,6 +172,7 @@ mod stats;
 mod status;
 mod text;
 mod tls;
+mod verifier;
 mod worker;
 
 pub use delta::{LifecycleDelta, Operation, Outcome};

@@ -12,14 +12,14 @@ use super::certificate::Described;
 use super::steps::{Checklist, Step};
 use crate::bundle::{Bundle, CA, CERTIFICATE, KEY};
 use crate::error::{Error, chain, printable_path};
-use crate::{files, limits, tls};
+use crate::{files, limits, verifier};
 
 /// Why nothing more can be done with a bundle that cannot be used.
 const AGAIN: &str = "enrol this host again from its master, which writes all three files";
 
 /// The bundle, if it can be used.
 pub(super) fn check(dir: &Path, list: &mut Checklist) -> Option<Bundle> {
-    let provider = tls::provider();
+    let provider = verifier::provider();
     let loaded = Bundle::load(dir, &provider);
     let error = loaded.as_ref().err();
     for name in [CA, CERTIFICATE] {

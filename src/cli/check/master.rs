@@ -18,13 +18,14 @@ use crate::body::{self, Body};
 use crate::bundle::Bundle;
 use crate::enrolment::Enrolment;
 use crate::error::{Error, http_problem};
+use crate::explain::{explain_tls, tls_error};
 use crate::identity::MasterIdentity;
 use crate::link::server_name;
-use crate::master::{Master, Reply, Verdict, explain_tls, tls_error};
+use crate::master::{Master, Reply, Verdict};
 use crate::resolve::MasterResolver;
 use crate::status::Snapshot;
 use crate::text::printable;
-use crate::{limits, tls};
+use crate::{limits, verifier};
 
 /// Each step needs the one before it. `bundle`: `None` where it cannot be used.
 pub(super) fn check(
@@ -109,10 +110,10 @@ struct Way<'a> {
 
 impl<'a> Way<'a> {
     fn new(enrolment: &'a Enrolment, bundle: &'a Bundle, rule: MasterIdentity) -> Result<Self, Error> {
-        let (name, provider) = (server_name(enrolment)?, tls::provider());
-        let judge = tls::verifier(bundle, rule, &name, &provider);
+        let (name, provider) = (server_name(enrolment)?, verifier::provider());
+        let judge = verifier::verifier(bundle, rule, &name, &provider);
         let witness = Arc::new(Witness::before(judge));
-        let config = tls::client_config(bundle, Arc::clone(&witness) as Arc<dyn ServerCertVerifier>, &provider)?;
+        let config = verifier::client_config(bundle, Arc::clone(&witness) as Arc<dyn ServerCertVerifier>, &provider)?;
         Ok(Self { enrolment, bundle, rule, name, config, witness })
     }
 
@@ -151,11 +152,11 @@ impl<'a> Way<'a> {
     /// Which part of the rule it was that accepted the certificate.
     fn accepted_as(&self, shown: Option<&CertificateDer<'static>>) -> String {
         let host = self.enrolment.master_host().value();
-        let own = ServerName::try_from(tls::MASTER_NAME).ok();
+        let own = ServerName::try_from(verifier::MASTER_NAME).ok();
         let parsed = shown.and_then(|shown| ParsedCertificate::try_from(shown).ok());
         let is_for_own = own.zip(parsed).is_some_and(|(own, shown)| verify_server_name(&shown, &own).is_ok());
         match self.rule {
-            MasterIdentity::Name if is_for_own => format!("it is of ca.crt, and for {}", tls::MASTER_NAME),
+            MasterIdentity::Name if is_for_own => format!("it is of ca.crt, and for {}", verifier::MASTER_NAME),
             MasterIdentity::Name => format!("it is of ca.crt, and for {host}"),
             MasterIdentity::AnyFromCa => "it is of ca.crt, and its names do not matter".to_owned(),
             MasterIdentity::Fingerprint(_) => "it is the pinned one".to_owned(),
