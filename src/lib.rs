@@ -163,6 +163,7 @@ pub mod loopback;
 mod master;
 mod operation;
 mod outbox;
+mod pem;
 mod repeats;
 mod resolve;
 mod schedule;
@@ -174,6 +175,7 @@ mod text;
 mod tls;
 mod verifier;
 mod worker;
+mod x509;
 
 pub use delta::{LifecycleDelta, Operation, Outcome};
 pub use enrolment::{Enrolment, EnrolmentSources, Found, Provenance};

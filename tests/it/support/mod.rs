@@ -1,6 +1,7 @@
 //! A loopback master with one enrolled worker, and heartbeats that beat when a test says so.
 
 mod log;
+mod openssl;
 mod settled;
 
 use std::path::PathBuf;
@@ -12,6 +13,7 @@ use decnet_heartbeat::{Heartbeat, HeartbeatBuilder, Snapshot};
 use serde_json::{Value, json};
 
 pub use log::{errors_with, remember_errors};
+pub use openssl::OpenSsl;
 pub use settled::settled;
 
 /// Longer than anything a test waits for; reaching it is a failure.
