@@ -832,7 +832,7 @@ mod tests {
                 "/a\n/b",
                 "must be a path on one line, without control characters; are the lines after it indented?".to_owned(),
             ),
-            (MASTER_IDENTITY, "", "must be name, ca, public, or sha256: and 64 hexadecimal digits".to_owned()),
+            (MASTER_IDENTITY, "", "must be name, host, ca, public, or sha256: and 64 hexadecimal digits".to_owned()),
         ] {
             assert!(etc.sources(&[(name, value)]).read().unwrap_err().is_config());
             assert_eq!(etc.refusal(&[(name, value)]), format!("{name}: {problem}"));

@@ -1,81 +1,263 @@
 //! What an error on the way to the master means, in words: a class to search for, and what an operator may do. Values only,
 //! for any thread.
 
+use std::io::{self, ErrorKind};
+
 use rustls::pki_types::UnixTime;
+use rustls::{AlertDescription, CertificateError};
 
 use crate::delta::from_micros;
-use crate::error::http_problem;
+use crate::error::{chain, http_problem};
+use crate::greeting::NotTls;
+use crate::resolve::LookupFailed;
 use crate::text::printable;
+use crate::verifier::Refusal;
 
-/// The class of a failure in one word.
+/// The class of a failure in one word; [`Failure::class`](crate::Failure::class) has the table.
 pub(crate) fn class(error: &ureq::Error) -> String {
-    use std::io::ErrorKind;
     match error {
         ureq::Error::Timeout(timeout) => format!("timeout-{}", timeout.to_string().replace(' ', "-")),
         ureq::Error::HostNotFound => "name".to_owned(),
-        ureq::Error::Io(error) if tls_error(error).is_some() => "tls".to_owned(),
+        ureq::Error::Other(cause) if cause.is::<LookupFailed>() => "name".to_owned(),
+        ureq::Error::Other(cause) if cause.is::<rustls::Error>() => "tls".to_owned(),
+        ureq::Error::Io(error) if tls_error(error).is_some() || not_tls(error).is_some() => "tls".to_owned(),
         ureq::Error::Io(error) => match error.kind() {
             ErrorKind::ConnectionRefused => "refused".to_owned(),
-            ErrorKind::ConnectionReset | ErrorKind::BrokenPipe | ErrorKind::UnexpectedEof => "closed".to_owned(),
-            ErrorKind::HostUnreachable | ErrorKind::NetworkUnreachable => "unreachable".to_owned(),
+            ErrorKind::ConnectionAborted
+            | ErrorKind::ConnectionReset
+            | ErrorKind::BrokenPipe
+            | ErrorKind::UnexpectedEof => "closed".to_owned(),
+            ErrorKind::HostUnreachable | ErrorKind::NetworkUnreachable | ErrorKind::NetworkDown => {
+                "unreachable".to_owned()
+            }
             _ => "io".to_owned(),
         },
         ureq::Error::Protocol(_) | ureq::Error::LargeResponseHeader(..) => "not-http".to_owned(),
-        _ => "other".to_owned(),
+        _ => "io".to_owned(),
     }
 }
 
-/// What went wrong, with what an operator may do where that is not obvious.
+/// What went wrong, with its cause where that is not obvious.
 pub(crate) fn explain(error: &ureq::Error) -> String {
-    let tls = match error {
-        ureq::Error::Io(cause) => tls_error(cause),
-        _ => None,
-    };
-    tls.map_or_else(|| http_problem(error), |cause| printable(&explain_tls(cause)))
+    match error {
+        ureq::Error::Io(cause) => printable(&handshake(cause).says),
+        ureq::Error::Other(cause) if cause.is::<LookupFailed>() => chain(&**cause),
+        error => http_problem(error),
+    }
 }
 
 /// The TLS error inside, where it is one.
-pub(crate) fn tls_error(error: &std::io::Error) -> Option<&rustls::Error> {
+fn tls_error(error: &io::Error) -> Option<&rustls::Error> {
     error.get_ref()?.downcast_ref()
 }
 
-/// What went wrong in a handshake, in an operator's words.
-pub(crate) fn explain_tls(error: &rustls::Error) -> String {
-    use rustls::{AlertDescription as Alert, CertificateError as Bad, Error as Tls};
-    let advice = match error {
-        Tls::InvalidCertificate(bad) => match bad {
-            Bad::ExpiredContext { time, not_after } => {
-                let (now, end) = (utc(*time), utc(*not_after));
-                return format!(
-                    "the master's certificate has expired by this host's clock, which says {now}: it was valid until {end}"
-                );
-            }
-            Bad::NotValidYetContext { time, not_before } => {
-                let (now, start) = (utc(*time), utc(*not_before));
-                return format!(
-                    "the master's certificate is not yet valid by this host's clock, which says {now}: it is from {start} on"
-                );
-            }
-            Bad::NotValidForNameContext { .. } | Bad::NotValidForName => {
-                "the master's certificate is neither for swarmctl nor for its host; see DECNET_MASTER_IDENTITY"
-            }
-            // Every DECNET CA has the same name, so that of another master looks like ours with a wrong signature.
-            Bad::UnknownIssuer | Bad::BadSignature => "the master's certificate is not of our ca.crt",
-            Bad::ApplicationVerificationFailure => "the master's certificate is not the pinned one",
-            Bad::InvalidPurpose | Bad::InvalidPurposeContext { .. } => "the master's certificate is not for servers",
-            // webpki's own error, which rustls passes on as it is.
-            Bad::Other(other) if other.to_string().contains("CaUsedAsEndEntity") => {
-                "the master's certificate is a CA's own, which no server may show"
-            }
-            _ => return error.to_string(),
-        },
-        Tls::AlertReceived(Alert::ProtocolVersion) | Tls::PeerIncompatible(_) => {
-            "the master speaks no TLS that we do: 1.2 or 1.3"
+fn not_tls(error: &io::Error) -> Option<&NotTls> {
+    error.get_ref()?.downcast_ref()
+}
+
+/// What an error means, and what an operator may do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Explained {
+    pub(crate) says: String,
+    /// Both are written side by side, so that they fit. Only `check` has room for it.
+    pub(crate) advice: &'static str,
+}
+
+impl Explained {
+    fn new(says: impl Into<String>, advice: &'static str) -> Self {
+        Self { says: says.into(), advice }
+    }
+}
+
+const PORT: &str = "see that it is DECNET's swarm controller that answers there, and that this is its port";
+const ENROL_HERE: &str = "enrol this host again from this master";
+const REISSUE: &str = "let the master issue certificates with keys and signatures that both sides support";
+
+/// What went wrong on the way to a connection with TLS.
+pub(crate) fn handshake(error: &io::Error) -> Explained {
+    if let Some(error) = tls_error(error) {
+        return tls(error);
+    }
+    let advice = match (not_tls(error), error.kind()) {
+        (Some(NotTls::Http), _) => {
+            "start the master's swarm controller with --tls, which its shipped unit leaves out, or correct the master's port"
         }
-        Tls::AlertReceived(_) => "the master refused our certificate or our TLS",
-        _ => return error.to_string(),
+        (Some(NotTls::Other), _) => "correct the master's host and port: another service listens there",
+        (None, ErrorKind::TimedOut) => {
+            "see that it is DECNET's swarm controller that answers there, and that it runs with --tls; plain HTTP waits \
+             in silence for more"
+        }
+        (None, ErrorKind::UnexpectedEof | ErrorKind::ConnectionReset | ErrorKind::BrokenPipe) => {
+            "see that it is DECNET's swarm controller that answers there; a load balancer that reaches no master closes \
+             like this, too"
+        }
+        (None, _) => "see that it is DECNET's swarm controller that answers there, and to the network between",
     };
-    format!("{advice} ({error})")
+    Explained::new(error.to_string(), advice)
+}
+
+/// What went wrong in a handshake.
+fn tls(error: &rustls::Error) -> Explained {
+    use rustls::{Error as Tls, PeerIncompatible as Incompatible};
+    let Explained { says, advice } = match error {
+        Tls::InvalidCertificate(bad) => return certificate(bad, error),
+        Tls::AlertReceived(alert) => received(*alert),
+        Tls::PeerIncompatible(
+            Incompatible::ServerDoesNotSupportTls12Or13
+            | Incompatible::ServerTlsVersionIsDisabledByOurConfig
+            | Incompatible::Tls12NotOffered
+            | Incompatible::Tls12NotOfferedOrEnabled,
+        ) => OLD_TLS.into(),
+        Tls::PeerIncompatible(Incompatible::NoCertificateRequestSignatureSchemesInCommon) => {
+            Explained::new("the master accepts no signature that worker.key can make", REISSUE)
+        }
+        Tls::PeerIncompatible(_) => {
+            Explained::new("the master and this host have no TLS algorithms in common", REISSUE)
+        }
+        Tls::PeerMisbehaved(_)
+        | Tls::InvalidMessage(_)
+        | Tls::InappropriateMessage { .. }
+        | Tls::InappropriateHandshakeMessage { .. }
+        | Tls::DecryptError => Explained::new(
+            "the other side breaks the rules of TLS",
+            "see that it is DECNET's swarm controller that answers there, and what may change traffic in between",
+        ),
+        _ => return Explained::new(error.to_string(), PORT),
+    };
+    Explained::new(format!("{says} ({error})"), advice)
+}
+
+/// Both as one, for the two ways to learn it.
+struct Known(&'static str, &'static str);
+
+const OLD_TLS: Known = Known(
+    "the master speaks no TLS that we do: 1.2 or 1.3",
+    "let the master, or what answers for it, speak TLS 1.2 or 1.3",
+);
+
+impl From<Known> for Explained {
+    fn from(Known(says, advice): Known) -> Self {
+        Self::new(says, advice)
+    }
+}
+
+/// Why the master's certificate is not accepted.
+fn certificate(bad: &CertificateError, error: &rustls::Error) -> Explained {
+    use CertificateError as Bad;
+    const CLOCKS: &str = "renew the master's certificate, or set this host's clock";
+    let (says, advice) = match bad {
+        Bad::ExpiredContext { time, not_after } => {
+            let (now, end) = (utc(*time), utc(*not_after));
+            let says = format!(
+                "the master's certificate has expired by this host's clock, which says {now}: it was valid until {end}"
+            );
+            return Explained::new(says, CLOCKS);
+        }
+        Bad::NotValidYetContext { time, not_before } => {
+            let (now, start) = (utc(*time), utc(*not_before));
+            let says = format!(
+                "the master's certificate is not yet valid by this host's clock, which says {now}: it is from {start} on"
+            );
+            return Explained::new(says, CLOCKS);
+        }
+        Bad::NotValidForNameContext { .. } | Bad::NotValidForName => (
+            "the master's certificate is not for the configured host",
+            "name the master as its certificate does, or choose another rule with --master-identity",
+        ),
+        // Every DECNET CA has the same name, so that of another master looks like ours with a wrong signature.
+        Bad::UnknownIssuer | Bad::BadSignature => (
+            "the master's certificate is not of our ca.crt",
+            "enrol this host from this master, or correct the master's address; a proxy in front of the master must pass \
+             TLS through, as a certificate of its own is not of ca.crt",
+        ),
+        Bad::ApplicationVerificationFailure => (
+            "the master's certificate is not the pinned one",
+            "correct the pinned fingerprint, if it is the master that answers",
+        ),
+        Bad::InvalidPurpose | Bad::InvalidPurposeContext { .. } => (
+            "the master's certificate is not for servers",
+            "give the master a certificate for servers, issued by its own CA",
+        ),
+        Bad::BadEncoding => ("the master's certificate cannot be read", "let the master issue itself a new one"),
+        Bad::UnhandledCriticalExtension => (
+            "the master's certificate has a critical extension that is not known here",
+            "give the master a certificate without it",
+        ),
+        Bad::Other(other) => match other.0.downcast_ref::<Refusal>() {
+            Some(refusal) => return refused(refusal),
+            // webpki's own error, which rustls passes on as it is.
+            None if other.to_string().contains("CaUsedAsEndEntity") => (
+                "the master's certificate is a CA's own, which no server may show",
+                "give the master a certificate for servers, issued by its own CA",
+            ),
+            None => ("the master's certificate breaks a rule of its chain", "let the master issue itself a new one"),
+        },
+        _ => return Explained::new(error.to_string(), "let the master issue itself a new certificate"),
+    };
+    Explained::new(format!("{says} ({error})"), advice)
+}
+
+/// Our own reasons say it all.
+fn refused(refusal: &Refusal) -> Explained {
+    let advice = match refusal {
+        Refusal::NotMasters { or_host: false, .. } => {
+            "if it is the master, give it its own certificate back or choose another rule with --master-identity; \
+             otherwise somebody poses as the master"
+        }
+        Refusal::NotMasters { or_host: true, .. } => {
+            "name the master as its certificate does, or choose another rule with --master-identity; otherwise somebody \
+             poses as the master"
+        }
+        Refusal::NotPublic => {
+            "choose another rule with --master-identity, or give the master a certificate of a public CA"
+        }
+        Refusal::Unsupported(_) => "give the master a certificate with a key and a signature that are supported",
+        Refusal::NotItsKey => "somebody may pose as the master with a copy of its certificate: see what answers there",
+    };
+    Explained::new(refusal.to_string(), advice)
+}
+
+/// What the master means by an alert, as OpenSSL, which serves it, sends them (`ssl_x509err2alert` in `statem_lib.c`).
+fn received(alert: AlertDescription) -> Explained {
+    use AlertDescription as Alert;
+    let (says, advice) = match alert {
+        Alert::ProtocolVersion => return OLD_TLS.into(),
+        Alert::BadCertificate | Alert::CertificateUnknown => (
+            "the master refused our certificate: it may be too weak, of a signature that it does not take, or not valid yet \
+             by its clock",
+            "see what stands at worker.crt above, and to the master's clock; then enrol this host again",
+        ),
+        Alert::UnsupportedCertificate => ("the master refused our certificate: it is not for clients", ENROL_HERE),
+        Alert::UnknownCA => {
+            ("the master refused our certificate: it is of a CA that the master does not know", ENROL_HERE)
+        }
+        // Every DECNET CA has the same name, so what is of another one is of this one with a wrong signature.
+        Alert::DecryptError => (
+            "the master refused our certificate: its signature, or ours, is wrong, so it is of another master's CA",
+            ENROL_HERE,
+        ),
+        Alert::CertificateExpired => (
+            "the master refused our certificate: it has expired by the master's clock",
+            "enrol this host again, or set the master's clock",
+        ),
+        Alert::CertificateRevoked => ("the master refused our certificate: it is revoked", ENROL_HERE),
+        Alert::AccessDenied => ("the master refused our certificate: access is denied", ENROL_HERE),
+        Alert::NoCertificate | Alert::CertificateRequired => {
+            ("the master got no certificate of ours: it accepts none with the kind of key that worker.key is", REISSUE)
+        }
+        Alert::HandshakeFailure | Alert::InsufficientSecurity => (
+            "the master and this host have no TLS algorithms in common: its key is of a kind that is not supported \
+             here, such as P-521, or it does not take ours",
+            REISSUE,
+        ),
+        Alert::UnrecognisedName => (
+            "what answers there does not know the master's name",
+            "let the proxy or load balancer in front of the master pass TLS through for the name that is configured here",
+        ),
+        Alert::InternalError => ("the master's TLS has failed", "see to the master's log"),
+        _ => ("the master refused our TLS", "see to the master's log, and what may change traffic in between"),
+    };
+    Explained::new(says, advice)
 }
 
 fn utc(time: UnixTime) -> String {

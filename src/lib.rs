@@ -153,6 +153,7 @@ mod files;
 #[cfg(fuzzing)]
 #[doc(hidden)]
 pub mod fuzzing;
+mod greeting;
 pub mod guide;
 mod heartbeat;
 mod identity;

@@ -3,6 +3,8 @@
 //!
 //! Called on the heartbeat thread. At most one lookup runs at a time, and a beat on a known address starts none.
 
+use std::error::Error;
+use std::fmt;
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
@@ -17,10 +19,55 @@ use ureq::unversioned::resolver::{ResolvedSocketAddrs, Resolver};
 use ureq::unversioned::transport::NextTimeout;
 use ureq::unversioned::transport::time;
 
+use crate::error::http_problem;
 use crate::limits;
+use crate::text::printable;
 
 /// ureq's `MAX_ADDRS`: pushing more would panic.
 const MOST_ADDRESSES: usize = 16;
+
+/// The host's name has no address that is known here.
+///
+/// Its source says what the system's resolver said; of that there is only the text.
+#[derive(Debug)]
+pub(crate) struct LookupFailed {
+    host: String,
+    why: Why,
+}
+
+#[derive(Debug)]
+enum Why {
+    /// The resolver's answer, or the system's: there is no such name, or no name server answers.
+    Refused(io::Error),
+    NoAddress,
+    /// There is no thread for it.
+    NotStarted(io::Error),
+    /// The thread has ended without an answer.
+    Lost,
+}
+
+impl fmt::Display for LookupFailed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let host = printable(&self.host);
+        match &self.why {
+            Why::Refused(_) => write!(f, "the name {host} could not be looked up"),
+            Why::NoAddress => write!(f, "the name {host} has no address"),
+            Why::NotStarted(_) => {
+                write!(f, "the name {host} could not be looked up: the system refused a thread for it")
+            }
+            Why::Lost => write!(f, "the name {host} could not be looked up: the lookup ended without an answer"),
+        }
+    }
+}
+
+impl Error for LookupFailed {
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        match &self.why {
+            Why::Refused(source) | Why::NotStarted(source) => Some(source),
+            Why::NoAddress | Why::Lost => None,
+        }
+    }
+}
 
 /// Resolves the one host that is ever asked for. Clones share what they know.
 #[derive(Clone, Debug)]
@@ -69,7 +116,7 @@ impl MasterResolver {
                 log::debug!(
                     "name lookup failed, using the last good address: master={} error={:?}",
                     self.host,
-                    error.to_string()
+                    http_problem(&error)
                 );
                 // For as long as a good answer, or every beat would wait for a DNS that is away. Where the address
                 // does not serve, it is distrusted.
@@ -85,20 +132,20 @@ impl MasterResolver {
         pending: &mut Option<Receiver<io::Result<Vec<SocketAddr>>>>,
         patience: Duration,
     ) -> Result<Vec<SocketAddr>, ureq::Error> {
+        let failed = |why| ureq::Error::Other(Box::new(LookupFailed { host: self.host.clone(), why }));
         let answer = match mem::take(pending) {
             Some(answer) => answer,
-            None => self.spawn_lookup()?,
+            None => self.spawn_lookup().map_err(|source| failed(Why::NotStarted(source)))?,
         };
         match answer.recv_timeout(patience) {
-            Ok(found) => match found? {
-                addresses if addresses.is_empty() => Err(ureq::Error::HostNotFound),
-                addresses => Ok(addresses),
-            },
+            Ok(Ok(addresses)) if addresses.is_empty() => Err(failed(Why::NoAddress)),
+            Ok(Ok(addresses)) => Ok(addresses),
+            Ok(Err(source)) => Err(failed(Why::Refused(source))),
             Err(RecvTimeoutError::Timeout) => {
                 *pending = Some(answer);
                 Err(ureq::Error::Timeout(Timeout::Resolve))
             }
-            Err(RecvTimeoutError::Disconnected) => Err(ureq::Error::HostNotFound),
+            Err(RecvTimeoutError::Disconnected) => Err(failed(Why::Lost)),
         }
     }
 

@@ -443,7 +443,10 @@ impl Worker {
         let (Failure { count, class, detail, .. }, changed) = self.stats.change(|stats| stats.failed(reply));
         let (level, what) = match reply.verdict {
             // Nobody but an operator can mend this.
-            Verdict::HostRefused => (log::Level::Error, "the master does not accept this host, enrol it again"),
+            Verdict::HostRefused if class == "http-404" => {
+                (log::Level::Error, "the master does not know this host, enrol it again")
+            }
+            Verdict::HostRefused => (log::Level::Error, "the master does not accept this host's certificate"),
             _ => (log::Level::Warn, "beat failed"),
         };
         let level = if changed || count.is_power_of_two() { level } else { log::Level::Debug };

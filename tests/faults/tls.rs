@@ -106,14 +106,16 @@ pub fn rows() -> Vec<Row> {
         Row::new(format!("tls/{name}"), Fault::Master(impostor), right)
     };
     let refused = "the master refused our certificate";
+    let web_enrolled = Role::WebEnrolled { name: "sibling".to_owned(), master_host: "127.0.0.1".to_owned() };
     vec![
         row("expired", Impostor::As(Role::Expired), "has expired by this host's clock, which says 20"),
         row("not_yet_valid", Impostor::As(Role::NotYetValid), "is not yet valid by this host's clock, which says 20"),
         row("of_another_ca", Impostor::OfAnotherCa, "is not of our ca.crt"),
         row("without_server_auth", Impostor::As(Role::WithoutServerAuth), "is not for servers"),
         row("a_ca_as_leaf", Impostor::As(Role::CaAsLeaf), "is a CA's own"),
-        row("of_the_wrong_name", Impostor::As(Role::Named("elsewhere".to_owned())), "is neither for swarmctl nor for"),
-        row("of_a_sibling", Impostor::As(Role::Worker("sibling".to_owned())), "is neither for swarmctl nor for"),
+        row("of_the_wrong_name", Impostor::As(Role::Named("elsewhere".to_owned())), "is not the master's own"),
+        row("of_a_sibling", Impostor::As(Role::Worker("sibling".to_owned())), "is not the master's own"),
+        row("of_a_sibling_enrolled_with_the_masters_host", Impostor::As(web_enrolled), "is not the master's own"),
         row("wants_another_client_ca", Impostor::WantingAnotherCa(Offered::Tls12And13), refused),
         row("wants_another_client_ca_by_tls_1.2", Impostor::WantingAnotherCa(Offered::Tls12Only), refused),
         row("speaks_tls_1.1_only", Impostor::OfTls11, "speaks no TLS that we do"),
