@@ -13,7 +13,7 @@ use decnet_heartbeat::{Heartbeat, LifecycleDelta, Operation, Snapshot};
 use serde_json::{Value, json};
 
 use crate::program::program;
-use crate::support::{Stage, now, settled};
+use crate::support::{OpenSsl, Stage, now, settled};
 
 /// Every step of a healthy worker, in its order.
 const STEPS: [&str; 15] = [
@@ -151,7 +151,8 @@ fn each_rule_says_why_it_accepts_the_master() {
     let stage = worker();
     let pinned = format!("sha256:{}", stage.master.certificate().fingerprint);
     for (rule, why) in [
-        ("name", "accepted by name: it is of ca.crt, and for swarmctl"),
+        ("name", "accepted by name: it is of ca.crt, and its common name and a DNS name are swarmctl"),
+        ("host", "accepted by host: it is of ca.crt, and its common name and a DNS name are swarmctl"),
         ("ca", "accepted by ca: it is of ca.crt, and its names do not matter"),
         (&pinned, "it is the pinned one"),
     ] {
@@ -185,8 +186,13 @@ fn a_certificate_that_the_master_does_not_pin_is_named_to_be_compared() {
     report.fails_with("beat", 1);
     assert!(report.says("beat").starts_with("http-403 in "), "{}", report.says("beat"));
     assert!(report.advice("beat").contains(&stage.worker.fingerprint), "{}", report.advice("beat"));
+    assert!(report.advice("beat").contains("must pass TLS through"), "{}", report.advice("beat"));
     stage.master.decommission(&stage.worker.uuid);
-    assert!(Report::of(&mut check(&stage)).says("beat").starts_with("http-404 in "));
+    let report = Report::of(&mut check(&stage));
+    report.fails_with("beat", 1);
+    assert!(report.says("beat").starts_with("http-404 in "), "{}", report.says("beat"));
+    assert!(report.advice("beat").starts_with("enrol this host again"), "{}", report.advice("beat"));
+    assert!(!report.advice("beat").contains("sha256"), "{}", report.advice("beat"));
 }
 
 #[test]
@@ -210,6 +216,7 @@ fn a_master_of_another_ca_is_shown_with_its_names() {
     let report = Report::of(&mut check(&stage));
     report.fails_with("tls", 1);
     assert!(report.advice("tls").starts_with("enrol this host from this master"), "{}", report.advice("tls"));
+    assert!(report.advice("tls").contains("must pass TLS through"), "{}", report.advice("tls"));
     assert_eq!(report.step("tls")["facts"]["fingerprint"], other.master.certificate().fingerprint);
 }
 
@@ -242,7 +249,98 @@ fn what_listens_there_and_is_no_master_is_told_apart() {
     thread::spawn(move || ssh.incoming().map_while(Result::ok).for_each(|mut it| drop(it.write_all(b"SSH-2.0-x\r\n"))));
     let report = Report::of(&mut check(&stage));
     report.fails_with("tls", 1);
-    assert!(report.advice("tls").starts_with("see that it is DECNET's swarm controller"), "{}", report.advice("tls"));
+    assert_eq!(report.says("tls"), "the answer is neither TLS nor HTTP: it is not the master's");
+    assert!(report.advice("tls").starts_with("correct the master's host and port"), "{}", report.advice("tls"));
+}
+
+#[test]
+fn a_master_without_tls_is_told_to_use_it() {
+    let stage = worker();
+    stage.master.always(Some(Fault::Banner(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n".to_vec())));
+    let report = Report::of(&mut check(&stage));
+    report.fails_with("tls", 1);
+    assert!(report.says("tls").starts_with("the answer is plain HTTP, not TLS"), "{}", report.says("tls"));
+    assert!(report.advice("tls").contains("with --tls"), "{}", report.advice("tls"));
+}
+
+#[test]
+fn a_certificate_for_the_masters_host_alone_is_not_the_masters() {
+    let authority = Authority::new().unwrap();
+    let role = Role::WebEnrolled { name: "worker-07".to_owned(), master_host: "127.0.0.1".to_owned() };
+    let certificate = Some(authority.issue(role).unwrap());
+    let stage = worker_of(Options { certificate, authority: Some(authority), ..Options::default() });
+    let report = Report::of(&mut check(&stage));
+    report.fails_with("tls", 1);
+    assert!(report.says("tls").contains(r#"its common name is "worker-07""#), "{}", report.says("tls"));
+    assert!(report.advice("tls").contains("somebody poses as the master"), "{}", report.advice("tls"));
+    let report = Report::of(check(&stage).args(["--master-identity", "host"]));
+    assert!(
+        report.says("tls").ends_with("accepted by host: it is of ca.crt, and for 127.0.0.1, as any worker's may be"),
+        "{}",
+        report.says("tls")
+    );
+}
+
+/// A TLS server of our CA that asks for no client certificate, as a proxy that ends TLS.
+#[test]
+fn a_proxy_that_ends_tls_is_told_to_pass_it_through() {
+    let mut stage = worker();
+    let openssl = OpenSsl::new(stage.dir.path());
+    openssl.issue("proxy", "rsa:2048", "-sha256");
+    fs::write(stage.agent_dir().join("ca.crt"), openssl.read("ca.crt")).unwrap();
+    let served = openssl.serve("proxy");
+    stage.worker.port = served.port;
+    stage.worker.write_ini(&stage.dir.path().join("decnet.ini")).unwrap();
+    let report = Report::of(&mut check(&stage));
+    assert_eq!(report.step("tls")["outcome"], "ok", "{:#}", report.0);
+    assert!(report.advice("tls").starts_with("it asked for no certificate of ours"), "{}", report.advice("tls"));
+    assert!(report.advice("tls").contains("pass TLS through"), "{}", report.advice("tls"));
+}
+
+#[test]
+fn an_old_signature_of_worker_crt_is_named_where_the_master_refuses_it() {
+    let stage = worker();
+    let openssl = OpenSsl::new(stage.dir.path());
+    openssl.issue("old", "rsa:2048", "-sha1");
+    fs::write(stage.agent_dir().join("worker.crt"), openssl.read("old.crt")).unwrap();
+    fs::write(stage.agent_dir().join("worker.key"), openssl.read("old.key")).unwrap();
+    let report = Report::of(&mut check(&stage));
+    let advice = report.advice("worker.crt");
+    assert!(advice.starts_with("the master may refuse it: it is signed with RSA and SHA-1"), "{advice}");
+}
+
+#[test]
+fn a_bundle_that_cannot_be_read_is_not_told_to_enrol_again() {
+    type Damage = fn(&Path);
+    let damages: [(Damage, &str); 2] = [
+        (|path| fs::create_dir(path).unwrap(), "put the file that the enrolment wrote in its place"),
+        (
+            |path| std::os::unix::fs::symlink("/proc/self/mem", path).unwrap(),
+            "see to the disk; the kernel's log says more",
+        ),
+    ];
+    for (damage, advice) in damages {
+        let stage = worker();
+        let path = stage.agent_dir().join("worker.key");
+        fs::remove_file(&path).unwrap();
+        damage(&path);
+        let report = Report::of(&mut check(&stage));
+        report.fails_with("worker.key", 78);
+        assert_eq!(report.advice("worker.key"), advice);
+        assert!(report.says("worker.key").contains(&format!("{}: cannot be read: ", path.display())));
+    }
+}
+
+#[test]
+fn what_is_ignored_in_ca_crt_is_named() {
+    let stage = worker();
+    let path = stage.agent_dir().join("ca.crt");
+    let worker = fs::read_to_string(stage.agent_dir().join("worker.crt")).unwrap();
+    fs::write(&path, worker + &stage.master.authority().certificate()).unwrap();
+    let report = Report::of(&mut check(&stage));
+    assert_eq!(report.0["works"], true, "{:#}", report.0);
+    assert!(report.says("ca.crt").starts_with("CN=DECNET SWARM Root CA, "), "{}", report.says("ca.crt"));
+    assert!(report.advice("ca.crt").contains("not marked as a CA's"), "{}", report.advice("ca.crt"));
 }
 
 #[test]
@@ -262,6 +360,10 @@ fn an_answer_that_is_none_of_the_good_ones_fails_and_says_what_it_means() {
     for (answer, means) in [
         (Answer::status(503).body("busy"), "http-503 in "),
         (Answer::status(422).body("no"), "the master refuses what this host reports: no"),
+        (Answer::status(413), "what this host reports is too large"),
+        (Answer::status(500), "the master has failed on it"),
+        (Answer::status(429), "the master cannot take it now"),
+        (Answer::status(302), "this is no answer of the master's"),
     ] {
         stage.master.script([Fault::Answer(answer)]);
         let report = Report::of(&mut check(&stage));
