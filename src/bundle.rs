@@ -88,7 +88,8 @@ impl Bundle {
             )
             .because(source),
             // Its own words say no more.
-            _ => Error::bundle(&key_file, "holds a private key that cannot be read", ENROL),
+            rustls::Error::General(_) => Error::bundle(&key_file, "holds a private key that cannot be read", ENROL),
+            _ => Error::bundle(&certificate_file, "cannot be used", ENROL).because(source),
         })?;
         warn_of_readers(&key_file);
         for ignored in &ignored {
@@ -263,12 +264,7 @@ pub(crate) fn read(path: &Path) -> Result<Vec<u8>, Error> {
                 "enrol this host, or correct the agent dir, which does not exist"
             }
             io::ErrorKind::NotFound => ENROL,
-            io::ErrorKind::PermissionDenied => "let this user read it and its folder, or run as its owner",
-            io::ErrorKind::InvalidInput | io::ErrorKind::NotADirectory => {
-                "put the file that the enrolment wrote in its place"
-            }
-            io::ErrorKind::FileTooLarge => "put the file that the enrolment wrote in its place: it has a few KiB",
-            _ => "see to the disk; the kernel's log says more",
+            _ => files::remedy(&source),
         };
         Error::bundle(path, "cannot be read", remedy).because(source)
     })

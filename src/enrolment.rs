@@ -537,8 +537,10 @@ impl<'a> Reading<'a> {
 
 impl IniFile {
     fn read(path: &Path) -> Result<Self, Error> {
-        let cannot =
-            |error| Error::config(printable_path(path), "cannot be read; see to its permissions").because(error);
+        let cannot = |error| {
+            let problem = format!("cannot be read; {}", files::remedy(&error));
+            Error::config(printable_path(path), problem).because(error)
+        };
         // Looked at before it is opened: opening a FIFO waits for a writer.
         match fs::metadata(path) {
             Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {

@@ -186,7 +186,7 @@ fn a_file_that_cannot_be_read_is_named_with_what_helps() {
         ),
         (
             |path| fs::write(path, vec![b' '; 1 << 20]).unwrap(),
-            "cannot be read; put the file that the enrolment wrote in its place: it has a few KiB: larger than 262144",
+            "cannot be read; put the file that the enrolment wrote in its place, which has a few KiB: larger than 262144",
         ),
         // Its first page cannot be read.
         (

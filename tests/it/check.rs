@@ -288,7 +288,7 @@ fn a_proxy_that_ends_tls_is_told_to_pass_it_through() {
     let openssl = OpenSsl::new(stage.dir.path());
     openssl.issue("proxy", "rsa:2048", "-sha256");
     fs::write(stage.agent_dir().join("ca.crt"), openssl.read("ca.crt")).unwrap();
-    let served = openssl.serve("proxy");
+    let served = openssl.serve("proxy", "-cipher ALL:@SECLEVEL=0");
     stage.worker.port = served.port;
     stage.worker.write_ini(&stage.dir.path().join("decnet.ini")).unwrap();
     let report = Report::of(&mut check(&stage));
@@ -494,4 +494,49 @@ fn a_heartbeat_that_runs_is_not_disturbed() {
     let stats = settled(&heartbeat, |stats| stats.delivered == 1);
     assert_eq!((stats.failure.map(|failure| failure.class), stats.panics), (None, 0));
     drop::<LoopbackMaster>(stage.master);
+}
+
+/// OpenSSL serves the real master, and its alerts say why it refuses a certificate.
+#[test]
+fn each_alert_of_openssl_is_explained_by_its_cause() {
+    let mut stage = worker();
+    let openssl = OpenSsl::new(stage.dir.path());
+    openssl.issue("server", "rsa:2048", "-sha256");
+    openssl.issue("good", "rsa:2048", "-sha256");
+    openssl.issue("old", "rsa:2048", "-sha1");
+    openssl.run("x509 -req -in good.csr -CA ca.crt -CAkey ca.key -days -1 -extfile ext -out expired.crt");
+    fs::write(openssl.path("ext"), "extendedKeyUsage=serverAuth\n").unwrap();
+    openssl.run("x509 -req -in good.csr -CA ca.crt -CAkey ca.key -days 9 -extfile ext -out server-only.crt");
+    openssl.run("req -x509 -newkey rsa:2048 -nodes -keyout same.key -out same.crt -days 9 -subj /O=DECNET/CN=CA");
+    // As DECNET issues them: nothing but the issuer's name says whose it is.
+    fs::write(openssl.path("ext"), "extendedKeyUsage=clientAuth\nauthorityKeyIdentifier=none\n").unwrap();
+    openssl.run("x509 -req -in good.csr -CA same.crt -CAkey same.key -days 9 -extfile ext -out other.crt");
+    openssl.run("req -x509 -key good.key -out unknown.crt -days 9 -subj /CN=other");
+    fs::write(stage.agent_dir().join("ca.crt"), openssl.read("ca.crt")).unwrap();
+    let served = openssl.serve("server", "-Verify 1 -verify_return_error -CAfile ca.crt");
+    stage.worker.port = served.port;
+    stage.worker.write_ini(&stage.dir.path().join("decnet.ini")).unwrap();
+    for (name, key, says, advice) in [
+        ("old", "old", "the master refused our certificate: it may be too weak", "see what stands at worker.crt"),
+        ("expired", "good", "the master refused our certificate: it has expired", "enrol this host again, or set"),
+        ("server-only", "good", "the master refused our certificate: it is not for clients", "enrol this host again"),
+        (
+            "other",
+            "good",
+            "the master refused our certificate: its signature, or ours, is wrong",
+            "enrol this host again",
+        ),
+        (
+            "unknown",
+            "good",
+            "the master refused our certificate: it is of a CA that the master does not know",
+            "enrol this host",
+        ),
+    ] {
+        fs::write(stage.agent_dir().join("worker.crt"), openssl.read(&format!("{name}.crt"))).unwrap();
+        fs::write(stage.agent_dir().join("worker.key"), openssl.read(&format!("{key}.key"))).unwrap();
+        let report = Report::of(&mut check(&stage));
+        assert!(report.says("tls").starts_with(says), "{name}: {}", report.says("tls"));
+        assert!(report.advice("tls").starts_with(advice), "{name}: {}", report.advice("tls"));
+    }
 }

@@ -163,7 +163,7 @@ fn a_key_or_a_signature_that_cannot_be_verified_is_named() {
         ("large", "ec -pkeyopt ec_paramgen_curve:P-521", "-sha256", "such as P-521"),
     ] {
         openssl.issue(name, key, digest);
-        let served = openssl.serve(name);
+        let served = openssl.serve(name, "-cipher ALL:@SECLEVEL=0");
         let enrolment = stage.worker.enrolment().unwrap().with_master_port(served.port).unwrap();
         let (builder, _tick) = stage.builder();
         let heartbeat = builder.enrolment(enrolment).start().unwrap();

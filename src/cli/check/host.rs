@@ -63,7 +63,8 @@ pub(super) fn topology(agent_dir: Option<&Path>, found: &Findings) -> Step {
         (Err(problem), _) => Step::bad(
             "topology",
             problem.clone(),
-            "let this user read it; until then the beats leave the topology out, and the master may order it anew",
+            "let this user read it, or let DECNET's agent write it anew if it is damaged; until then the beats leave the \
+             topology out, and the master may order it anew",
         ),
         (Ok(()), Some(Some(AppliedTopology { topology_id, applied_version_hash, .. }))) => {
             let (id, hash) = (printable(topology_id), printable(applied_version_hash));
@@ -95,8 +96,8 @@ pub(super) fn outbox(location: &OutboxLocation, agent_dir: Option<&Path>) -> Ste
 }
 
 fn lost(says: impl Into<String>) -> Step {
-    let advice = "let this user write there, or make room, or name another file with --outbox; until then deltas are in \
-                  memory and do not survive a restart";
+    let advice = "let this user write there, make room, or name another file with --outbox (a damaged file is replaced by \
+                  run); until then deltas are in memory and do not survive a restart";
     Step::bad("outbox", says, advice)
 }
 
@@ -138,9 +139,11 @@ pub(super) fn report(name: &'static str, path: &Path) -> Step {
     let file = printable_path(path);
     match room(folder(path)) {
         Ok(()) => Step::good(name, format!("{file} can be written")),
-        Err(problem) => {
-            Step::bad(name, format!("{file}: {problem}"), "let this user write into its folder, or make room there")
-        }
+        Err(problem) => Step::bad(
+            name,
+            format!("{file}: {problem}"),
+            "make its folder, let this user write into it, or make room there",
+        ),
     }
     .fact("file", file)
 }

@@ -88,6 +88,12 @@ fn tcp(addresses: &[SocketAddr]) -> (Step, Option<TcpStream>) {
             Err(error) => {
                 let advice = match error.kind() {
                     ErrorKind::ConnectionRefused => "start the master's swarm controller, or correct the master's port",
+                    ErrorKind::InvalidInput | ErrorKind::AddrNotAvailable | ErrorKind::Unsupported => {
+                        "correct the master's host: this host cannot connect to such an address"
+                    }
+                    _ if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS)) => {
+                        "raise the limits of this host: it has no socket left"
+                    }
                     _ => "see to the route to the master, and to the firewalls on it",
                 };
                 failed = Step::bad("tcp", format!("{address}: {error}"), advice).fact("address", address.to_string());
@@ -223,6 +229,10 @@ fn meaning(verdict: Verdict, class: &str, fingerprint: &str) -> (&'static str, O
                  the master must pass TLS through, as the master sees the proxy's certificate otherwise"
             )),
         ),
+        (Verdict::BodyRefused, "unwritten") => (
+            "nothing was sent, as the body could not be written",
+            Some("see what the state file and topology.db hold".to_owned()),
+        ),
         (Verdict::BodyRefused, "http-413") => (
             "what this host reports is too large",
             Some("let the proxy in front of the master take larger bodies; run would beat without a status".to_owned()),
@@ -255,6 +265,10 @@ fn meaning(verdict: Verdict, class: &str, fingerprint: &str) -> (&'static str, O
         (Verdict::NoAnswer, "not-http") => (
             "what answers there does not speak HTTP/1.1",
             Some("see that it is DECNET's swarm controller that answers there, and that this is its port".to_owned()),
+        ),
+        (Verdict::NoAnswer, "tls") => (
+            "no answer, as TLS has failed",
+            Some("see what the step tls found, and the master's log; run would try again".to_owned()),
         ),
         (Verdict::NoAnswer, _) => {
             ("no answer", Some("see to the master's log, and to the network between; run would try again".to_owned()))

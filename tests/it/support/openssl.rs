@@ -48,10 +48,11 @@ impl OpenSsl {
         ));
     }
 
-    /// Serves with that certificate, and takes weak ones.
-    pub fn serve(&self, name: &str) -> Served {
+    /// Serves with that certificate, and takes weak ones. `options`: more of `s_server`'s, split at spaces.
+    pub fn serve(&self, name: &str, options: &str) -> Served {
         let mut command = Command::new("openssl");
-        command.current_dir(&self.dir).args(["s_server", "-accept", "127.0.0.1:0", "-cipher", "ALL:@SECLEVEL=0"]);
+        command.current_dir(&self.dir).args(["s_server", "-accept", "127.0.0.1:0"]);
+        command.args(options.split(' '));
         command.args(["-cert", &format!("{name}.crt"), "-key", &format!("{name}.key")]);
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
         let mut child = command.spawn().unwrap();
