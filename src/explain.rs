@@ -278,4 +278,40 @@ mod tests {
             assert_eq!(utc(time), said);
         }
     }
+
+    #[test]
+    fn each_alert_has_its_meaning_and_an_advice_that_fits() {
+        use AlertDescription as Alert;
+        for (alert, says, advice) in [
+            (Alert::BadCertificate, "refused our certificate: it may be too weak", "see what stands at worker.crt"),
+            (Alert::UnsupportedCertificate, "it is not for clients", "enrol this host again"),
+            (Alert::UnknownCA, "of a CA that the master does not know", "enrol this host again"),
+            (Alert::DecryptError, "it is of another master's CA", "enrol this host again"),
+            (Alert::CertificateExpired, "expired by the master's clock", "set the master's clock"),
+            (Alert::CertificateRequired, "got no certificate of ours", "keys and signatures that both sides support"),
+            (Alert::HandshakeFailure, "no TLS algorithms in common", "keys and signatures that both sides support"),
+            (Alert::ProtocolVersion, "speaks no TLS that we do", "speak TLS 1.2 or 1.3"),
+            (Alert::UnrecognisedName, "does not know the master's name", "pass TLS through"),
+            (Alert::InternalError, "has failed", "the master's log"),
+            (Alert::IllegalParameter, "refused our TLS", "change traffic in between"),
+        ] {
+            let error = io::Error::other(rustls::Error::AlertReceived(alert));
+            let explained = handshake(&error);
+            assert!(explained.says.contains(says) && explained.advice.contains(advice), "{alert:?}: {explained:?}");
+            assert!(explained.says.ends_with(&format!("(received fatal alert: {alert:?})")), "{explained:?}");
+        }
+    }
+
+    #[test]
+    fn a_peer_that_does_not_speak_tls_is_told_apart_by_what_it_says() {
+        for (speaks, says, advice) in [
+            (NotTls::Http, "plain HTTP", "with --tls"),
+            (NotTls::Other, "neither TLS nor HTTP", "correct the master's host and port"),
+        ] {
+            let error = io::Error::other(speaks);
+            let explained = handshake(&error);
+            assert!(explained.says.contains(says) && explained.advice.contains(advice), "{explained:?}");
+            assert_eq!(class(&ureq::Error::Io(error)), "tls");
+        }
+    }
 }

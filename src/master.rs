@@ -7,9 +7,9 @@ use std::time::{Duration, Instant, SystemTime};
 
 use rustls::ClientConfig;
 use rustls::pki_types::ServerName;
-use ureq::Agent;
 use ureq::config::{AutoHeaderValue, Config, IpFamily};
 use ureq::http::{Response, StatusCode, header};
+use ureq::{Agent, Timeout};
 
 use crate::enrolment::Enrolment;
 use crate::explain::{class, explain};
@@ -228,7 +228,8 @@ fn may_be_the_connections(error: &ureq::Error) -> bool {
     let lost = [Kind::BrokenPipe, Kind::ConnectionAborted, Kind::ConnectionReset, Kind::UnexpectedEof];
     match error {
         ureq::Error::Io(error) => lost.contains(&error.kind()),
-        error => matches!(error, ureq::Error::Timeout(_)),
+        // A name that is still being looked up is no connection yet.
+        error => matches!(error, ureq::Error::Timeout(timeout) if *timeout != Timeout::Resolve),
     }
 }
 

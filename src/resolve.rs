@@ -176,6 +176,7 @@ impl Resolver for MasterResolver {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::explain;
 
     #[test]
     fn a_fixed_address_needs_no_lookup() {
@@ -206,6 +207,32 @@ mod tests {
         assert!(resolver.known.lock().unwrap().fresh_since.is_some(), "and not by the very next beat");
         resolver.distrust();
         assert!(resolver.known.lock().unwrap().fresh_since.is_none(), "unless the address has failed");
+    }
+
+    #[test]
+    fn each_way_to_no_address_is_of_class_name_and_says_why() {
+        let looked_up = |answer: Option<io::Result<Vec<SocketAddr>>>| {
+            let resolver = MasterResolver::new("nowhere.invalid", 7);
+            let (sender, pending) = bounded(1);
+            answer.into_iter().for_each(|answer| sender.send(answer).unwrap());
+            drop(sender);
+            resolver.known.lock().unwrap().pending = Some(pending);
+            resolver.addresses(Duration::ZERO).unwrap_err()
+        };
+        let failed = |why| ureq::Error::Other(Box::new(LookupFailed { host: "nowhere.invalid".to_owned(), why }));
+        let refused = || io::Error::from_raw_os_error(libc::EAGAIN);
+        for (error, says) in [
+            (looked_up(Some(Err(io::Error::other("no such name")))), "could not be looked up: no such name"),
+            (looked_up(Some(Ok(Vec::new()))), "has no address"),
+            (looked_up(None), "could not be looked up: the lookup ended without an answer"),
+            (
+                failed(Why::NotStarted(refused())),
+                "could not be looked up: the system refused a thread for it: Resource temporarily unavailable (os error 11)",
+            ),
+        ] {
+            assert_eq!(explain::class(&error), "name");
+            assert_eq!(explain::explain(&error), format!("the name nowhere.invalid {says}"));
+        }
     }
 
     #[test]

@@ -153,10 +153,10 @@ pub(crate) fn is_masters_own(certificate: &CertificateDer<'_>) -> Result<(), Ref
     let refusal = |problem| Refusal::NotMasters { problem, or_host: false };
     let Some(certificate) = X509::parse(certificate) else { return Err(refusal("it cannot be read".to_owned())) };
     if !certificate.is_called(MASTER_NAME) {
-        let named = certificate.common_name().map(|name| printable(&name));
-        let named =
-            named.map_or_else(|| "it has no common name".to_owned(), |name| format!("its common name is {name:?}"));
-        return Err(refusal(format!("{named} and must be {MASTER_NAME:?} alone")));
+        return Err(refusal(match certificate.common_name().map(|name| printable(&name)) {
+            Some(name) => format!("its common name is {name:?} and must be {MASTER_NAME:?} alone"),
+            None => format!("it has no common name, which must be {MASTER_NAME:?}"),
+        }));
     }
     if !certificate.has_dns_name(MASTER_NAME) {
         return Err(refusal(format!("its common name is {MASTER_NAME:?}, but none of its DNS names is")));
@@ -251,5 +251,37 @@ impl ServerCertVerifier for MasterVerifier {
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
         self.algorithms.supported_schemes()
+    }
+}
+
+#[cfg(test)]
+#[cfg(feature = "loopback")]
+mod tests {
+    use rcgen::{CertificateParams, DistinguishedName, DnType, KeyPair};
+
+    use super::*;
+
+    /// Why a certificate of that common name and these DNS names is not the master's own.
+    fn judged(common_name: Option<&str>, dns_names: &[&str]) -> Option<String> {
+        let names: Vec<_> = dns_names.iter().map(|&name| name.to_owned()).collect();
+        let mut params = CertificateParams::new(names).unwrap();
+        params.distinguished_name = DistinguishedName::new();
+        common_name.into_iter().for_each(|name| params.distinguished_name.push(DnType::CommonName, name));
+        let certificate = params.self_signed(&KeyPair::generate().unwrap()).unwrap();
+        is_masters_own(certificate.der()).err().map(|refusal| refusal.to_string())
+    }
+
+    #[test]
+    fn the_common_name_and_a_dns_name_are_both_needed() {
+        assert_eq!(judged(Some("swarmctl"), &["localhost", "swarmctl"]), None);
+        for (common_name, dns_names, says) in [
+            (Some("swarmctl"), &["localhost"][..], "its common name is \"swarmctl\", but none of its DNS names is"),
+            (Some("swarmctl"), &["*"], "its common name is \"swarmctl\", but none of its DNS names is"),
+            (Some("w\n"), &["swarmctl"], "its common name is \"w\" and must be \"swarmctl\" alone"),
+            (None, &["swarmctl"], "it has no common name, which must be \"swarmctl\""),
+        ] {
+            let said = judged(common_name, dns_names).unwrap();
+            assert_eq!(said, format!("the certificate is not the master's own: {says}"));
+        }
     }
 }

@@ -395,7 +395,8 @@ fn integer<'a>(input: &mut Reader<'a>) -> Result<&'a [u8], Unspecified> {
     Ok(bytes.strip_prefix(&[0]).unwrap_or(bytes))
 }
 
-#[cfg(all(test, feature = "loopback"))]
+#[cfg(test)]
+#[cfg(feature = "loopback")]
 mod tests {
     use rcgen::{
         BasicConstraints, CertificateParams, CertifiedIssuer, CustomExtension, DistinguishedName, DnType, DnValue,
@@ -489,7 +490,7 @@ mod tests {
         let unconstrained = IsCa::Ca(BasicConstraints::Unconstrained);
         let (sign, other) = (KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::DigitalSignature);
         for (is_ca, usages, problem) in [
-            (unconstrained.clone(), vec![], None),
+            (unconstrained, vec![], None),
             (IsCa::Ca(BasicConstraints::Constrained(0)), vec![other, sign], None),
             (unconstrained, vec![other], Some("key usage does not allow issuing")),
             (IsCa::NoCa, vec![], Some("not marked as a CA's")),

@@ -2,8 +2,8 @@
 
 use std::path::Path;
 
-use rusverifier::ClientConnection;
-use rusverifier::pki_types::ServerName;
+use rustls::ClientConnection;
+use rustls::pki_types::ServerName;
 
 use super::{assert_sayable, parts};
 use crate::bundle::Bundle;

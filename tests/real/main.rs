@@ -17,4 +17,5 @@ mod heartbeat;
 mod metrics;
 mod operations;
 mod peers;
+mod resolver;
 mod support;
