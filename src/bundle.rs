@@ -14,7 +14,7 @@ use rustls::crypto::{CryptoProvider, WebPkiSupportedAlgorithms};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, UnixTime};
 use rustls::server::ParsedCertificate;
 use rustls::sign::CertifiedKey;
-use rustls::{CertificateError, RootCertStore};
+use rustls::{CertificateError, InconsistentKeys, RootCertStore};
 
 use crate::error::{Error, printable_path};
 use crate::files::{self, Stamp};
@@ -79,18 +79,7 @@ impl Bundle {
         let own = chain.first().map(|own| (fingerprint(own), expiry(own, provider)));
         let (fingerprint, expires) = own.unwrap_or_default();
         let key = private_key(&key_file, &read(&key_file)?)?;
-        let identity = CertifiedKey::from_der(chain, key, provider).map_err(|source| match source {
-            // Enrolment writes one file after another, so this may pass.
-            rustls::Error::InconsistentKeys(_) => Error::bundle(
-                dir,
-                format!("{CERTIFICATE} and {KEY} do not make an identity"),
-                "enrol this host again, unless it is being enrolled right now",
-            )
-            .because(source),
-            // Its own words say no more.
-            rustls::Error::General(_) => Error::bundle(&key_file, "holds a private key that cannot be read", ENROL),
-            _ => Error::bundle(&certificate_file, "cannot be used", ENROL).because(source),
-        })?;
+        let identity = identity(dir, chain, key, provider)?;
         warn_of_readers(&key_file);
         for ignored in &ignored {
             log::warn!("a certificate of ca.crt is ignored: file={} reason={ignored:?}", printable_path(&ca_file));
@@ -127,6 +116,39 @@ impl Bundle {
     pub(crate) fn stamps(dir: &Path) -> [Stamp; 3] {
         [CA, CERTIFICATE, KEY].map(|name| Stamp::of(&dir.join(name)))
     }
+}
+
+/// Our certificates and the key, if it is the first one's.
+fn identity(
+    dir: &Path,
+    chain: Vec<CertificateDer<'static>>,
+    key: PrivateKeyDer<'static>,
+    provider: &CryptoProvider,
+) -> Result<CertifiedKey, Error> {
+    let key = provider.key_provider.load_private_key(key);
+    // rustls' own words say no more.
+    let key = key.map_err(|_| Error::bundle(dir.join(KEY), "holds a private key that cannot be read", ENROL))?;
+    let identity = CertifiedKey::new(chain, key);
+    let fits = |identity: &CertifiedKey| match identity.keys_match() {
+        // No key of ring's is of this kind.
+        Ok(()) | Err(rustls::Error::InconsistentKeys(InconsistentKeys::Unknown)) => Ok(()),
+        Err(error) => Err(error),
+    };
+    let source = match fits(&identity) {
+        Ok(()) => return Ok(identity),
+        Err(source) => source,
+    };
+    if !matches!(source, rustls::Error::InconsistentKeys(_)) {
+        return Err(Error::bundle(dir.join(CERTIFICATE), "cannot be used", ENROL).because(source));
+    }
+    let others = identity.cert.iter().skip(1);
+    let mut others = others.map(|other| CertifiedKey::new(vec![other.clone()], Arc::clone(&identity.key)));
+    let remedy = match others.any(|other| fits(&other).is_ok()) {
+        true => "put this host's own certificate first in worker.crt",
+        // Enrolment writes one file after another, so this may pass.
+        false => "enrol this host again, unless it is being enrolled right now",
+    };
+    Err(Error::bundle(dir, format!("{CERTIFICATE} and {KEY} do not make an identity"), remedy).because(source))
 }
 
 /// SHA-256 of a certificate's DER in lowercase hexadecimal.

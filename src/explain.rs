@@ -8,7 +8,7 @@ use rustls::{AlertDescription, CertificateError};
 
 use crate::delta::from_micros;
 use crate::error::{chain, http_problem};
-use crate::greeting::NotTls;
+use crate::first_bytes::NotTls;
 use crate::resolve::LookupFailed;
 use crate::text::printable;
 use crate::verifier::Refusal;

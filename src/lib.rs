@@ -150,10 +150,10 @@ mod enrolment;
 mod error;
 mod explain;
 mod files;
+mod first_bytes;
 #[cfg(fuzzing)]
 #[doc(hidden)]
 pub mod fuzzing;
-mod greeting;
 pub mod guide;
 mod heartbeat;
 mod identity;

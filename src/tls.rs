@@ -17,7 +17,7 @@ use ureq::unversioned::transport::{
     Buffers, ConnectionDetails, Connector, LazyBuffers, NextTimeout, Transport, TransportAdapter,
 };
 
-use crate::greeting::Greeting;
+use crate::first_bytes::FirstBytes;
 use crate::limits;
 use crate::socket::SocketTransport;
 
@@ -101,8 +101,8 @@ impl Connector for TlsConnector {
             .map_err(|error| ureq::Error::Other(Box::new(error)))?;
         let mut tcp = TransportAdapter::new(tcp, Arc::clone(&details.current_time));
         tcp.set_timeout(rest_of(details));
-        let mut greeting = Greeting::of(&mut tcp);
-        tls.complete_io(&mut greeting).map_err(|error| greeting.name(error))?;
+        let mut first = FirstBytes::of(&mut tcp);
+        tls.complete_io(&mut first).map_err(|error| first.name(error))?;
         self.note(|connections| connections.resumed = tls.handshake_kind() == Some(HandshakeKind::Resumed));
         let buffers = LazyBuffers::new(details.config.input_buffer_size(), details.config.output_buffer_size());
         let stream = StreamOwned::new(tls, tcp);

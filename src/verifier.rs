@@ -152,7 +152,7 @@ impl MasterVerifier {
 pub(crate) fn is_masters_own(certificate: &CertificateDer<'_>) -> Result<(), Refusal> {
     let refusal = |problem| Refusal::NotMasters { problem, or_host: false };
     let Some(certificate) = X509::parse(certificate) else { return Err(refusal("it cannot be read".to_owned())) };
-    if !certificate.is_called(MASTER_NAME) {
+    if !certificate.has_common_name(MASTER_NAME) {
         return Err(refusal(match certificate.common_name().map(|name| printable(&name)) {
             Some(name) => format!("its common name is {name:?} and must be {MASTER_NAME:?} alone"),
             None => format!("it has no common name, which must be {MASTER_NAME:?}"),

@@ -12,7 +12,7 @@ use untrusted::{Input, Reader};
 
 /// Which keys can be used, for an error.
 pub(crate) const SUPPORTED_KEYS: &str =
-    "supported are RSA keys of 2048 to 4096 bits, ECDSA keys on P-256 or P-384, and Ed25519";
+    "supported are RSA keys of 2048, 3072 or 4096 bits, ECDSA keys on P-256 or P-384, and Ed25519";
 
 /// Which signatures of a certificate can be verified, for an error.
 pub(crate) const SUPPORTED_SIGNATURES: &str =
@@ -109,7 +109,7 @@ impl<'a> X509<'a> {
     ///
     /// This is strict, as whoever is called so counts as the master: a second common name, another case, and any string
     /// type but `UTF8String` and `PrintableString` (the two that RFC 5280, 4.1.2.4, lets a CA use) make it another name.
-    pub(crate) fn is_called(&self, name: &str) -> bool {
+    pub(crate) fn has_common_name(&self, name: &str) -> bool {
         let names = self.common_names();
         let types = [TAG_UTF8_STRING, TAG_PRINTABLE_STRING];
         matches!(names.as_slice(), [(tag, bytes)] if types.contains(tag) && *bytes == name.as_bytes())
@@ -230,7 +230,9 @@ fn extension<'a>(input: &mut Reader<'a>) -> Result<Extension<'a>, Unspecified> {
 
 fn public_key(algorithm: &[u8], key: &[u8]) -> Option<Key> {
     let numbers = || read_all(key, |input| read(sequence(input)?, |input| Ok((integer(input)?, integer(input)?))));
-    Key::of(algorithm, || numbers().map(|(modulus, exponent)| Key::rsa(modulus, exponent, 8192, 3)))
+    Key::of(algorithm, || {
+        numbers().map(|(modulus, exponent)| Key::rsa(modulus, exponent, |bits| (2048..=8192).contains(&bits), 3))
+    })
 }
 
 fn pkcs8(der: &[u8]) -> Option<Key> {
@@ -250,8 +252,8 @@ fn rsa_private(der: &[u8]) -> Option<Key> {
             Ok((integer(input)?, integer(input)?))
         })
     })?;
-    // What ring can sign with is less than what it can verify.
-    Some(Key::rsa(modulus, exponent, 4096, 65_537))
+    // What ring can sign with is less than what it can verify: each prime has a multiple of 512 bits.
+    Some(Key::rsa(modulus, exponent, |bits| matches!(bits, 2048 | 3072 | 4096), 65_537))
 }
 
 fn sec1(der: &[u8]) -> Option<Key> {
@@ -286,17 +288,17 @@ impl Key {
         }
     }
 
-    fn rsa(modulus: &[u8], exponent: &[u8], most: usize, least_exponent: u64) -> Self {
+    fn rsa(modulus: &[u8], exponent: &[u8], has_size: impl Fn(usize) -> bool, least_exponent: u64) -> Self {
         let leading = modulus.first().map_or(0, |byte| byte.leading_zeros() as usize);
         let bits = (modulus.len() * 8).saturating_sub(leading);
         let exponent =
             exponent.iter().fold(0_u64, |number, byte| number.saturating_mul(256).saturating_add((*byte).into()));
-        let is_large = (2048..=most).contains(&bits);
-        let name = match is_large {
+        let has_size = has_size(bits);
+        let name = match has_size {
             true if exponent < least_exponent => format!("an RSA key with the exponent {exponent}"),
             _ => format!("an RSA key of {bits} bits"),
         };
-        Self { name, is_supported: is_large && exponent >= least_exponent }
+        Self { name, is_supported: has_size && exponent >= least_exponent }
     }
 
     /// By the parameters of an elliptic curve key.
@@ -434,7 +436,7 @@ mod tests {
     #[test]
     fn one_common_name_in_the_right_type_and_case_is_the_name() {
         let ours = "swarmctl";
-        for (names, is_called) in [
+        for (names, has) in [
             (vec![text(ours)], true),
             (vec![DnValue::PrintableString(ours.try_into().unwrap())], true),
             (vec![DnValue::Ia5String(ours.try_into().unwrap())], false),
@@ -452,7 +454,7 @@ mod tests {
             (vec![], false),
         ] {
             let der = self_signed(&params(names.clone(), &[ours]));
-            assert_eq!(X509::parse(&der).unwrap().is_called(ours), is_called, "{names:?}");
+            assert_eq!(X509::parse(&der).unwrap().has_common_name(ours), has, "{names:?}");
         }
     }
 
@@ -463,7 +465,7 @@ mod tests {
         let ca = CertifiedIssuer::self_signed(ca, KeyPair::generate().unwrap()).unwrap();
         let worker = params(vec![text("worker")], &[]).signed_by(&KeyPair::generate().unwrap(), &ca).unwrap();
         let der = worker.der();
-        assert!(!X509::parse(der).unwrap().is_called("swarmctl"));
+        assert!(!X509::parse(der).unwrap().has_common_name("swarmctl"));
         assert_eq!(X509::parse(der).unwrap().common_name().unwrap(), "worker");
     }
 

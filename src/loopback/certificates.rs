@@ -189,13 +189,13 @@ impl Authority {
         made().map_err(|cause| Error::loopback(format!("cannot issue a certificate for {role:?}")).because(cause))
     }
 
-    /// Somebody who holds a certificate in that role and issues others with its key, whether or not it may: what a stolen
-    /// worker's key can do. [`certificate`](Self::certificate) is the one that it holds.
+    /// An authority whose own certificate is one that this authority issues for that role. It issues others with its key,
+    /// whether or not its certificate allows it: what a thief can do with a worker's key.
     ///
     /// ```
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
     /// # use decnet_heartbeat::loopback::{Authority, Role};
-    /// let thief = Authority::new()?.usurper(Role::Worker("worker-01".to_owned()))?;
+    /// let thief = Authority::new()?.subordinate(Role::Worker("worker-01".to_owned()))?;
     /// let forged = thief.issue(Role::Master)?; // which nobody should take for the master's
     /// # assert_ne!(forged.certificate, thief.certificate());
     /// # Ok(())
@@ -204,7 +204,7 @@ impl Authority {
     ///
     /// # Errors
     /// As [`issue`](Self::issue).
-    pub fn usurper(&self, role: Role) -> Result<Self, Error> {
+    pub fn subordinate(&self, role: Role) -> Result<Self, Error> {
         let made = || -> Result<_, rcgen::Error> {
             CertifiedIssuer::signed_by(params_of(&role)?, KeyPair::generate()?, &self.issuer)
         };

@@ -86,7 +86,7 @@ fn a_wildcard_is_not_the_masters_name() {
 
 /// An impostor with what a stolen worker's key has signed; the worker's certificate, too.
 fn forged(authority: &Authority) -> (Stage, String) {
-    let thief = authority.usurper(Role::Worker("thief".to_owned())).unwrap();
+    let thief = authority.subordinate(Role::Worker("thief".to_owned())).unwrap();
     let certificate = Some(thief.issue(Role::Master).unwrap());
     let authority = Some(authority.clone());
     (Stage::with(Options { authority, certificate, ..Options::default() }), thief.certificate())

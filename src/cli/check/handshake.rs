@@ -17,7 +17,7 @@ use rustls::{
     ClientConfig, ClientConnection, DigitallySignedStruct, Error as TlsError, ProtocolVersion, SignatureScheme,
 };
 
-use crate::greeting::Greeting;
+use crate::first_bytes::FirstBytes;
 use crate::limits;
 
 /// A handshake that came to its end.
@@ -38,8 +38,8 @@ pub(super) fn shake_hands(
     stream.set_nodelay(true)?;
     let mut stream = InTime { stream, end: since + limits::CONNECT };
     let mut tls = ClientConnection::new(Arc::clone(config), name.clone()).map_err(io::Error::other)?;
-    let mut greeting = Greeting::of(&mut stream);
-    tls.complete_io(&mut greeting).map_err(|error| greeting.name(error))?;
+    let mut first = FirstBytes::of(&mut stream);
+    tls.complete_io(&mut first).map_err(|error| first.name(error))?;
     let took = since.elapsed();
     let version = match tls.protocol_version() {
         Some(ProtocolVersion::TLSv1_3) => "TLS 1.3",

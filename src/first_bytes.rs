@@ -28,12 +28,12 @@ impl fmt::Display for NotTls {
 impl Error for NotTls {}
 
 /// A stream in a handshake. It remembers the first bytes that came.
-pub(crate) struct Greeting<'a, S> {
+pub(crate) struct FirstBytes<'a, S> {
     stream: &'a mut S,
     head: Vec<u8>,
 }
 
-impl<'a, S> Greeting<'a, S> {
+impl<'a, S> FirstBytes<'a, S> {
     /// `HTTP/`; a record of TLS begins with as many.
     const HEAD: usize = 5;
 
@@ -52,7 +52,7 @@ impl<'a, S> Greeting<'a, S> {
     }
 }
 
-impl<S: Read> Read for Greeting<'_, S> {
+impl<S: Read> Read for FirstBytes<'_, S> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let amount = self.stream.read(buffer)?;
         let room = Self::HEAD.saturating_sub(self.head.len());
@@ -61,7 +61,7 @@ impl<S: Read> Read for Greeting<'_, S> {
     }
 }
 
-impl<S: Write> Write for Greeting<'_, S> {
+impl<S: Write> Write for FirstBytes<'_, S> {
     fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
         self.stream.write(buffer)
     }
@@ -88,10 +88,10 @@ mod tests {
             (b"\x16\x02", Some(NotTls::Other)),
         ] {
             let mut stream = io::Cursor::new(said.to_vec());
-            let mut greeting = Greeting::of(&mut stream);
+            let mut first = FirstBytes::of(&mut stream);
             // In pieces, as a network brings it.
-            while greeting.read(&mut [0; 2]).unwrap() > 0 {}
-            let error = greeting.name(io::Error::other("tls"));
+            while first.read(&mut [0; 2]).unwrap() > 0 {}
+            let error = first.name(io::Error::other("tls"));
             assert_eq!(error.get_ref().and_then(|inner| inner.downcast_ref()).copied(), speaks, "{said:?}");
         }
     }
