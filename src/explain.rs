@@ -107,7 +107,7 @@ fn tls(error: &rustls::Error) -> Explained {
             | Incompatible::ServerTlsVersionIsDisabledByOurConfig
             | Incompatible::Tls12NotOffered
             | Incompatible::Tls12NotOfferedOrEnabled,
-        ) => OLD_TLS.into(),
+        ) => old_tls(),
         Tls::PeerIncompatible(Incompatible::NoCertificateRequestSignatureSchemesInCommon) => {
             Explained::new("the master accepts no signature that worker.key can make", REISSUE)
         }
@@ -127,18 +127,10 @@ fn tls(error: &rustls::Error) -> Explained {
     Explained::new(format!("{says} ({error})"), advice)
 }
 
-/// Both as one, for the two ways to learn it.
-struct Known(&'static str, &'static str);
-
-const OLD_TLS: Known = Known(
-    "the master speaks no TLS that we do: 1.2 or 1.3",
-    "let the master, or what answers for it, speak TLS 1.2 or 1.3",
-);
-
-impl From<Known> for Explained {
-    fn from(Known(says, advice): Known) -> Self {
-        Self::new(says, advice)
-    }
+/// Either side can be the one that notices.
+fn old_tls() -> Explained {
+    let says = "the master speaks no TLS that we do: 1.2 or 1.3";
+    Explained::new(says, "let the master, or what answers for it, speak TLS 1.2 or 1.3")
 }
 
 /// Why the master's certificate is not accepted.
@@ -221,7 +213,7 @@ fn refused(refusal: &Refusal) -> Explained {
 fn received(alert: AlertDescription) -> Explained {
     use AlertDescription as Alert;
     let (says, advice) = match alert {
-        Alert::ProtocolVersion => return OLD_TLS.into(),
+        Alert::ProtocolVersion => return old_tls(),
         Alert::BadCertificate | Alert::CertificateUnknown => (
             "the master refused our certificate: it may be too weak, of a signature that it does not take, or not valid yet \
              by its clock",
@@ -231,11 +223,10 @@ fn received(alert: AlertDescription) -> Explained {
         Alert::UnknownCA => {
             ("the master refused our certificate: it is of a CA that the master does not know", ENROL_HERE)
         }
-        // Every DECNET CA has the same name, so what is of another one is of this one with a wrong signature.
-        Alert::DecryptError => (
-            "the master refused our certificate: its signature, or ours, is wrong, so it is of another master's CA",
-            ENROL_HERE,
-        ),
+        // Every DECNET CA has the same name, so that of another master looks like this one's with a wrong signature.
+        Alert::DecryptError => {
+            ("the master refused our certificate: its CA has not signed it, so it is another master's", ENROL_HERE)
+        }
         Alert::CertificateExpired => (
             "the master refused our certificate: it has expired by the master's clock",
             "enrol this host again, or set the master's clock",
@@ -246,8 +237,8 @@ fn received(alert: AlertDescription) -> Explained {
             ("the master got no certificate of ours: it accepts none with the kind of key that worker.key is", REISSUE)
         }
         Alert::HandshakeFailure | Alert::InsufficientSecurity => (
-            "the master and this host have no TLS algorithms in common: its key is of a kind that is not supported \
-             here, such as P-521, or it does not take ours",
+            "the master and this host have no TLS algorithms in common: the master's key is of a kind that is not supported \
+             here, such as P-521, or the master does not take one like worker.key",
             REISSUE,
         ),
         Alert::UnrecognisedName => (
@@ -286,7 +277,7 @@ mod tests {
             (Alert::BadCertificate, "refused our certificate: it may be too weak", "see what stands at worker.crt"),
             (Alert::UnsupportedCertificate, "it is not for clients", "enrol this host again"),
             (Alert::UnknownCA, "of a CA that the master does not know", "enrol this host again"),
-            (Alert::DecryptError, "it is of another master's CA", "enrol this host again"),
+            (Alert::DecryptError, "so it is another master's", "enrol this host again"),
             (Alert::CertificateExpired, "expired by the master's clock", "set the master's clock"),
             (Alert::CertificateRequired, "got no certificate of ours", "keys and signatures that both sides support"),
             (Alert::HandshakeFailure, "no TLS algorithms in common", "keys and signatures that both sides support"),

@@ -69,6 +69,23 @@ impl Error for LookupFailed {
     }
 }
 
+#[cfg(feature = "cli")]
+impl LookupFailed {
+    /// What an operator may do about it.
+    pub(crate) fn advice(&self) -> &'static str {
+        match &self.why {
+            // The resolver's code does not get through the standard library; this is its text in glibc.
+            Why::Refused(source) if source.to_string().contains("Temporary failure") => {
+                "see to the name service of this host, which does not answer, or name the master by its address"
+            }
+            Why::NotStarted(_) => "raise the limit of threads of this host, or name the master by its address",
+            Why::Refused(_) | Why::NoAddress | Why::Lost => {
+                "correct the master's name, see to the name service of this host, or name the master by its address"
+            }
+        }
+    }
+}
+
 /// Resolves the one host that is ever asked for. Clones share what they know.
 #[derive(Clone, Debug)]
 pub(crate) struct MasterResolver {

@@ -93,7 +93,8 @@ pub enum Role {
     },
     /// As [`Worker`](Self::Worker), but it ends after so long from now.
     ShortLived(String, Duration),
-    /// Any other name or IP address, say of a master that an operator has named.
+    /// Any other name or IP address, say of a master whose operator has had it issue a certificate of that name. Workers
+    /// accept it under [`MasterIdentity::Host`](crate::MasterIdentity::Host), and not by default.
     Named(String),
     /// As [`Master`](Self::Master), but it ended yesterday.
     Expired,

@@ -520,12 +520,7 @@ fn each_alert_of_openssl_is_explained_by_its_cause() {
         ("old", "old", "the master refused our certificate: it may be too weak", "see what stands at worker.crt"),
         ("expired", "good", "the master refused our certificate: it has expired", "enrol this host again, or set"),
         ("server-only", "good", "the master refused our certificate: it is not for clients", "enrol this host again"),
-        (
-            "other",
-            "good",
-            "the master refused our certificate: its signature, or ours, is wrong",
-            "enrol this host again",
-        ),
+        ("other", "good", "the master refused our certificate: its CA has not signed it", "enrol this host again"),
         (
             "unknown",
             "good",
@@ -539,4 +534,17 @@ fn each_alert_of_openssl_is_explained_by_its_cause() {
         assert!(report.says("tls").starts_with(says), "{name}: {}", report.says("tls"));
         assert!(report.advice("tls").starts_with(advice), "{name}: {}", report.advice("tls"));
     }
+}
+
+#[test]
+fn a_name_that_is_not_found_fails_and_says_why() {
+    let stage = worker();
+    let mut command = check(&stage);
+    command.env("DECNET_MASTER_HOST", "no-such.invalid");
+    let report = Report::of(&mut command);
+    report.fails_with("name", 1);
+    let says = report.says("name");
+    assert!(says.starts_with("no-such.invalid: the name no-such.invalid could not be looked up: "), "{says}");
+    assert!(report.advice("name").contains("name the master by its address"), "{}", report.advice("name"));
+    assert_eq!(report.ended("not-tried"), ["tcp", "tls", "beat"]);
 }

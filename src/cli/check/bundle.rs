@@ -42,6 +42,8 @@ pub(super) fn check(dir: &Path, list: &mut Checklist) -> Option<Bundle> {
 /// What a good bundle's certificates leave to be said.
 fn advised(step: Step, bundle: &Bundle, provider: &CryptoProvider) -> Step {
     match step.name() {
+        // It has an advice of its own.
+        _ if !step.is_good() => step,
         CA => match bundle.ignored.as_slice() {
             [] => step,
             ignored => step.advise(format!("remove from it what is ignored: {}", ignored.join(", "))),

@@ -21,7 +21,7 @@ use crate::explain::{Explained, explain, handshake};
 use crate::identity::MasterIdentity;
 use crate::link::server_name;
 use crate::master::{Master, Reply, Verdict};
-use crate::resolve::MasterResolver;
+use crate::resolve::{LookupFailed, MasterResolver};
 use crate::status::Snapshot;
 use crate::text::printable;
 use crate::{limits, verifier};
@@ -65,8 +65,11 @@ fn name(enrolment: &Enrolment) -> (Step, Vec<SocketAddr>) {
             (Step::good("name", says).fact("addresses", ips), addresses)
         }
         Err(error) => {
-            let advice =
-                "correct the master's name, see to the name service of this host, or name the master by its address";
+            let advice = match &error {
+                ureq::Error::Other(cause) => cause.downcast_ref().map(LookupFailed::advice),
+                _ => None,
+            };
+            let advice = advice.unwrap_or("see to the name service of this host, or name the master by its address");
             (Step::bad("name", format!("{host}: {}", explain(&error)), advice), Vec::new())
         }
     }
