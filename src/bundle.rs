@@ -42,7 +42,7 @@ pub(crate) struct Bundle {
 }
 
 /// What a bundle that cannot be used takes.
-const ENROL: &str = "enrol this host again from its master, which writes all three files";
+pub(crate) const ENROL: &str = "enrol this host again from its master, which writes all three files";
 const MEND: &str = "mend the file, or enrol this host again";
 const OTHER_KEY: &str = "let the master issue a certificate with such a key, and enrol this host again";
 

@@ -294,6 +294,7 @@ fn a_proxy_that_ends_tls_is_told_to_pass_it_through() {
     let report = Report::of(&mut check(&stage));
     assert_eq!(report.step("tls")["outcome"], "ok", "{:#}", report.0);
     assert!(report.advice("tls").starts_with("it asked for no certificate of ours"), "{}", report.advice("tls"));
+    assert!(report.advice("ca.crt").starts_with("in time, renew the master's CA"), "{}", report.advice("ca.crt"));
     assert!(report.advice("tls").contains("pass TLS through"), "{}", report.advice("tls"));
 }
 

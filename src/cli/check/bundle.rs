@@ -9,12 +9,12 @@ use rustls::crypto::CryptoProvider;
 
 use super::certificate::Described;
 use super::steps::{Checklist, Step};
-use crate::bundle::{self, Bundle, CA, CERTIFICATE, KEY};
+use crate::bundle::{self, Bundle, CA, CERTIFICATE, ENROL, KEY};
 use crate::error::{Error, chain, printable_path};
 use crate::verifier;
 
-/// Why nothing more can be done with a bundle that cannot be used.
-const AGAIN: &str = "enrol this host again from its master, which writes all three files";
+/// A CA that ends is not renewed by an enrolment.
+const RENEW_CA: &str = "renew the master's CA, and then enrol this host again";
 
 /// The bundle, if it can be used.
 pub(super) fn check(dir: &Path, list: &mut Checklist) -> Option<Bundle> {
@@ -51,7 +51,7 @@ fn advised(step: Step, bundle: &Bundle, provider: &CryptoProvider) -> Step {
         _ => match bundle.weak_signature(provider) {
             Some(problem) => step.advise(format!("the master may refuse it: {problem}")),
             None if bundle.is_of_its_ca(provider) => step,
-            None => step.advise(format!("it was not issued by ca.crt: {AGAIN}")),
+            None => step.advise(format!("it was not issued by ca.crt: {ENROL}")),
         },
     }
 }
@@ -61,7 +61,7 @@ fn of_file<'a>(error: Option<&'a Error>, path: &Path) -> Option<&'a Error> {
 }
 
 fn broken(name: &'static str, error: &Error) -> Step {
-    let (says, remedy) = error.bundle_parts().unwrap_or_else(|| (chain(error), AGAIN));
+    let (says, remedy) = error.bundle_parts().unwrap_or_else(|| (chain(error), ENROL));
     let file = error.path().map(printable_path).unwrap_or_default();
     Step::unconfigured(name, format!("{file}: {says}"), remedy)
 }
@@ -78,9 +78,10 @@ fn certificate(name: &'static str, dir: &Path, provider: &CryptoProvider) -> Ste
         CA => format!("{subject}, {}", described.validity(now)),
         _ => format!("{subject}, issued by {issuer}, {}, sha256 {fingerprint}", described.validity(now)),
     };
+    let renew = if name == CA { RENEW_CA } else { ENROL };
     let step = match (described.is_valid(now), described.ends_soon(now)) {
-        (false, _) => Step::bad(name, says, format!("see to this host's clock, or {AGAIN}")),
-        (true, true) => Step::good(name, says).advise(format!("in time, {AGAIN}")),
+        (false, _) => Step::bad(name, says, format!("see to this host's clock, or {renew}")),
+        (true, true) => Step::good(name, says).advise(format!("in time, {renew}")),
         (true, false) => Step::good(name, says),
     };
     described.facts(step, now).fact("file", printable_path(&dir.join(name)))
