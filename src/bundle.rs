@@ -2,6 +2,7 @@
 //! the caller's at start, the heartbeat thread afterwards.
 
 use std::fs;
+use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::Arc;
@@ -9,18 +10,20 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use ring::digest;
 use rustls::client::verify_server_cert_signed_by_trust_anchor;
-use rustls::crypto::CryptoProvider;
-use rustls::pki_types::pem::{self, PemObject};
+use rustls::crypto::{CryptoProvider, WebPkiSupportedAlgorithms};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, UnixTime};
 use rustls::server::ParsedCertificate;
 use rustls::sign::CertifiedKey;
-use rustls::{CertificateError, RootCertStore};
+use rustls::{CertificateError, InconsistentKeys, RootCertStore};
 
 use crate::error::{Error, printable_path};
 use crate::files::{self, Stamp};
 use crate::identity::hex;
 use crate::limits;
 use crate::panics::quietly;
+use crate::pem::{self, Section};
+use crate::text::printable;
+use crate::x509::{X509, unsupported_private_key};
 
 pub(crate) const CA: &str = "ca.crt";
 pub(crate) const CERTIFICATE: &str = "worker.crt";
@@ -34,7 +37,15 @@ pub(crate) struct Bundle {
     pub(crate) identity: Arc<CertifiedKey>,
     /// What the master knows us by.
     pub(crate) certificate: Certificate,
+    /// The certificates of the CA file that may not issue any, and why: they count for nothing.
+    #[cfg(feature = "cli")]
+    pub(crate) ignored: Vec<String>,
 }
+
+/// What a bundle that cannot be used takes.
+pub(crate) const ENROL: &str = "enrol this host again from its master, which writes all three files";
+const MEND: &str = "mend the file, or enrol this host again";
+const OTHER_KEY: &str = "let the master issue a certificate with such a key, and enrol this host again";
 
 /// What is worth knowing of our certificate.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -46,9 +57,9 @@ pub(crate) struct Certificate {
 }
 
 impl Bundle {
-    /// Reads the three files of `dir` and proves them: every certificate of the CA file parses, the key is one that
-    /// can sign (PKCS#1, PKCS#8 or SEC1) and fits the certificate. The files are not written atomically, so a new
-    /// certificate beside an old key is an error here, and the caller looks again later.
+    /// Reads the three files of `dir` and proves them: every certificate of the CA file parses and one at least may issue
+    /// others, the key is one that can sign (PKCS#1, PKCS#8 or SEC1) and fits the certificate. The files are not written
+    /// atomically, so a new certificate beside an old key is an error here, and the caller looks again later.
     pub(crate) fn load(dir: &Path, provider: &CryptoProvider) -> Result<Self, Error> {
         Self::prove(dir, read, provider)
     }
@@ -59,19 +70,29 @@ impl Bundle {
         read: impl Fn(&Path) -> Result<Vec<u8>, Error>,
         provider: &CryptoProvider,
     ) -> Result<Self, Error> {
-        let [ca, certificate, key] = [CA, CERTIFICATE, KEY].map(|name| dir.join(name));
-        let roots = roots(&ca, &read(&ca)?)?;
-        let chain = certificates(&certificate, &read(&certificate)?)?;
+        let [ca_file, certificate_file, key_file] = [CA, CERTIFICATE, KEY].map(|name| dir.join(name));
+        let algorithms = provider.signature_verification_algorithms;
+        let (roots, ignored) = roots(&ca_file, &read(&ca_file)?, &algorithms)?;
+        let chain = certificates(&certificate_file, &read(&certificate_file)?)?;
+        if let Some(problem) = chain.first().and_then(|own| X509::parse(own)).and_then(|own| own.unsupported_key()) {
+            return Err(Error::bundle(certificate_file, format!("cannot be used: {problem}"), OTHER_KEY));
+        }
         let own = chain.first().map(|own| (fingerprint(own), expiry(own, provider)));
         let (fingerprint, expires) = own.unwrap_or_default();
-        let key = private_key(&key, &read(&key)?)?;
-        let identity = CertifiedKey::from_der(chain, key, provider).map_err(|source| {
-            Error::bundle(dir, format!("{CERTIFICATE} and {KEY} do not make an identity; enrol this host again"))
-                .because(source)
-        })?;
-        warn_of_readers(&dir.join(KEY));
+        let key = private_key(&key_file, &read(&key_file)?)?;
+        let identity = identity(dir, chain, key, provider)?;
+        warn_of_readers(&key_file);
+        for ignored in &ignored {
+            log::warn!("a certificate of ca.crt is ignored: file={} reason={ignored:?}", printable_path(&ca_file));
+        }
         let certificate = Certificate { fingerprint, expires };
-        Ok(Self { roots: Arc::new(roots), identity: Arc::new(identity), certificate })
+        Ok(Self {
+            roots: Arc::new(roots),
+            identity: Arc::new(identity),
+            certificate,
+            #[cfg(feature = "cli")]
+            ignored,
+        })
     }
 
     /// Whether our certificate was issued by the bundle's CA. A master that has another one may take it all the same.
@@ -85,10 +106,50 @@ impl Bundle {
         !judged.is_err_and(|error| strangers.into_iter().any(|stranger| error == stranger.into()))
     }
 
+    /// Why a master whose OpenSSL has its defaults may refuse our certificate, whatever its issuer.
+    #[cfg(feature = "cli")]
+    pub(crate) fn weak_signature(&self, provider: &CryptoProvider) -> Option<String> {
+        let own = X509::parse(self.identity.cert.first()?)?;
+        own.unsupported_signature(&provider.signature_verification_algorithms)
+    }
+
     /// What changes when any of the three files does: three `stat`s.
     pub(crate) fn stamps(dir: &Path) -> [Stamp; 3] {
         [CA, CERTIFICATE, KEY].map(|name| Stamp::of(&dir.join(name)))
     }
+}
+
+/// Our certificates and the key, if it is the first one's.
+fn identity(
+    dir: &Path,
+    chain: Vec<CertificateDer<'static>>,
+    key: PrivateKeyDer<'static>,
+    provider: &CryptoProvider,
+) -> Result<CertifiedKey, Error> {
+    let key = provider.key_provider.load_private_key(key);
+    // rustls' own words say no more.
+    let key = key.map_err(|_| Error::bundle(dir.join(KEY), "holds a private key that cannot be read", ENROL))?;
+    let identity = CertifiedKey::new(chain, key);
+    let fits = |identity: &CertifiedKey| match identity.keys_match() {
+        // No key of ring's is of this kind.
+        Ok(()) | Err(rustls::Error::InconsistentKeys(InconsistentKeys::Unknown)) => Ok(()),
+        Err(error) => Err(error),
+    };
+    let source = match fits(&identity) {
+        Ok(()) => return Ok(identity),
+        Err(source) => source,
+    };
+    if !matches!(source, rustls::Error::InconsistentKeys(_)) {
+        return Err(Error::bundle(dir.join(CERTIFICATE), "cannot be used", ENROL).because(source));
+    }
+    let others = identity.cert.iter().skip(1);
+    let mut others = others.map(|other| CertifiedKey::new(vec![other.clone()], Arc::clone(&identity.key)));
+    let remedy = match others.any(|other| fits(&other).is_ok()) {
+        true => "put this host's own certificate first in worker.crt",
+        // Enrolment writes one file after another, so this may pass.
+        false => "enrol this host again, unless it is being enrolled right now",
+    };
+    Err(Error::bundle(dir, format!("{CERTIFICATE} and {KEY} do not make an identity"), remedy).because(source))
 }
 
 /// SHA-256 of a certificate's DER in lowercase hexadecimal.
@@ -110,29 +171,104 @@ fn expiry(certificate: &CertificateDer<'_>, provider: &CryptoProvider) -> Option
     }
 }
 
-fn roots(path: &Path, content: &[u8]) -> Result<RootCertStore, Error> {
+/// The CAs of the file, and of its other certificates why each is none. webpki takes whatever it is given as a root for a CA:
+/// with a worker's certificate among them, that worker's key could make a master's.
+fn roots(
+    path: &Path,
+    content: &[u8],
+    algorithms: &WebPkiSupportedAlgorithms,
+) -> Result<(RootCertStore, Vec<String>), Error> {
     let mut roots = RootCertStore::empty();
-    for ca in certificates(path, content)? {
-        roots.add(ca).map_err(|source| Error::bundle(path, "is not a CA certificate").because(source))?;
+    let mut ignored = Vec::new();
+    for der in certificates(path, content)? {
+        match X509::parse(&der).and_then(|certificate| not_a_root(&certificate, algorithms)) {
+            Some(problem) => ignored.push(problem),
+            None => roots.add(der).map_err(|source| Error::bundle(path, NOT_A_CERTIFICATE, MEND).because(source))?,
+        }
     }
-    Ok(roots)
+    match ignored.first() {
+        Some(problem) if roots.is_empty() => {
+            Err(Error::bundle(path, format!("holds no usable CA certificate: {problem}"), ENROL))
+        }
+        _ => Ok((roots, ignored)),
+    }
 }
 
-fn certificates(path: &Path, content: &[u8]) -> Result<Vec<CertificateDer<'static>>, Error> {
-    let certificates: Vec<_> = CertificateDer::pem_slice_iter(content)
-        .collect::<Result<_, _>>()
-        .map_err(|error| Error::bundle(path, pem_problem(&error)))?;
-    if certificates.is_empty() {
-        return Err(Error::bundle(path, "holds no certificate; it should be a PEM file that begins -----BEGIN CERT"));
-    }
-    Ok(certificates)
+/// Why a certificate is no root, with its common name.
+fn not_a_root(certificate: &X509<'_>, algorithms: &WebPkiSupportedAlgorithms) -> Option<String> {
+    let problem = certificate.not_a_ca(algorithms).map(|what| format!("it is {what}"));
+    let problem = problem.or_else(|| certificate.unsupported_key())?;
+    let name = certificate.common_name().map_or_else(|| "no name".to_owned(), |name| printable(&name));
+    Some(format!("{name}: {problem}"))
 }
 
+const NOT_A_CERTIFICATE: &str = "has a section that is not an X.509 certificate";
+
+/// The first certificate of the CA file that is a root, or else the first one.
+#[cfg(feature = "cli")]
+pub(crate) fn first_root(
+    certificates: &[CertificateDer<'static>],
+    provider: &CryptoProvider,
+) -> Option<CertificateDer<'static>> {
+    let algorithms = provider.signature_verification_algorithms;
+    let is_root = |der: &&CertificateDer<'static>| {
+        X509::parse(der).is_some_and(|certificate| not_a_root(&certificate, &algorithms).is_none())
+    };
+    certificates.iter().find(is_root).or(certificates.first()).cloned()
+}
+
+/// All certificates of a file, at least one.
+pub(crate) fn certificates(path: &Path, content: &[u8]) -> Result<Vec<CertificateDer<'static>>, Error> {
+    let (mut certificates, mut other) = (Vec::new(), None);
+    for section in sections(path, content)? {
+        match section {
+            Section::Certificate(der) if X509::parse(&der).is_none() => {
+                return Err(Error::bundle(path, NOT_A_CERTIFICATE, MEND));
+            }
+            Section::Certificate(der) => certificates.push(CertificateDer::from(der)),
+            Section::PrivateKey(_) | Section::EncryptedKey => other = Some("a private key"),
+            Section::Other(name) => other = Some(name),
+        }
+    }
+    match (certificates.is_empty(), other) {
+        (false, _) => Ok(certificates),
+        (true, Some(other)) => Err(Error::bundle(path, format!("holds no certificate, but {other}"), ENROL)),
+        (true, None) => Err(Error::bundle(path, "holds no PEM section that begins -----BEGIN CERTIFICATE-----", ENROL)),
+    }
+}
+
+/// The one private key of a file.
 fn private_key(path: &Path, content: &[u8]) -> Result<PrivateKeyDer<'static>, Error> {
-    PrivateKeyDer::from_pem_slice(content).map_err(|error| match error {
-        pem::Error::NoItemsFound => Error::bundle(path, "holds no private key; PKCS#1, PKCS#8 and SEC1 are understood"),
-        error => Error::bundle(path, pem_problem(&error)),
-    })
+    let (mut keys, mut encrypted, mut other) = (Vec::new(), false, None);
+    for section in sections(path, content)? {
+        match section {
+            Section::PrivateKey(key) => keys.push(key),
+            Section::EncryptedKey => encrypted = true,
+            Section::Certificate(_) => other = Some("a certificate"),
+            Section::Other(name) => other = Some(name),
+        }
+    }
+    let count = keys.len();
+    match (keys.pop(), encrypted, other) {
+        (Some(key), ..) if count == 1 => match unsupported_private_key(&key) {
+            Some(problem) => Err(Error::bundle(path, format!("cannot be used: it {problem}"), OTHER_KEY)),
+            None => Ok(key),
+        },
+        (Some(_), ..) => Err(Error::bundle(path, format!("holds {count} private keys"), "keep the one of worker.crt")),
+        (None, true, _) => Err(Error::bundle(
+            path,
+            "holds an encrypted private key, and there is nobody to ask for its passphrase",
+            "decrypt it (openssl pkey -in worker.key -out FILE), or enrol this host again",
+        )),
+        (None, false, Some(other)) => Err(Error::bundle(path, format!("holds no private key, but {other}"), ENROL)),
+        (None, false, None) => {
+            Err(Error::bundle(path, "holds no private key; PKCS#1, PKCS#8 and SEC1 in PEM are understood", ENROL))
+        }
+    }
+}
+
+fn sections(path: &Path, content: &[u8]) -> Result<Vec<Section>, Error> {
+    pem::sections(content).map_err(|pem::Problem { what, remedy }| Error::bundle(path, what, remedy.unwrap_or(MEND)))
 }
 
 /// A key that others may read is as good as theirs. It is used all the same: liveness is worth more.
@@ -144,15 +280,15 @@ fn warn_of_readers(key: &Path) {
     }
 }
 
-/// In our own words: the library's quote bytes of the file, and one of the files is a key.
-fn pem_problem(error: &pem::Error) -> &'static str {
-    match error {
-        pem::Error::MissingSectionEnd { .. } => "ends in the middle of a PEM section; was it written half?",
-        pem::Error::Base64Decode(_) => "has a PEM section that is not base64",
-        _ => "is not PEM",
-    }
-}
-
-fn read(path: &Path) -> Result<Vec<u8>, Error> {
-    files::read(path, limits::PEM_FILE).map_err(|source| Error::bundle(path, "cannot be read").because(source))
+pub(crate) fn read(path: &Path) -> Result<Vec<u8>, Error> {
+    files::read(path, limits::PEM_FILE).map_err(|source| {
+        let remedy = match source.kind() {
+            io::ErrorKind::NotFound if path.parent().is_some_and(|dir| !dir.exists()) => {
+                "enrol this host, or correct the agent dir, which does not exist"
+            }
+            io::ErrorKind::NotFound => ENROL,
+            _ => files::remedy(&source),
+        };
+        Error::bundle(path, "cannot be read", remedy).because(source)
+    })
 }

@@ -60,7 +60,7 @@ struct Common {
     /// Where ca.crt, worker.crt, worker.key, topology.db and the outbox are
     #[arg(long, global = true, value_name = "DIR")]
     agent_dir: Option<PathBuf>,
-    /// Who counts as the master: name, ca, sha256:HEX or public [default: name]
+    /// Who counts as the master: name, host, ca, sha256:HEX or public [default: name]
     #[arg(long, global = true, value_name = "RULE")]
     master_identity: Option<MasterIdentity>,
     /// off, error, warn, info, debug or trace [default: info; for push and track warn, for check and demo off]

@@ -537,8 +537,10 @@ impl<'a> Reading<'a> {
 
 impl IniFile {
     fn read(path: &Path) -> Result<Self, Error> {
-        let cannot =
-            |error| Error::config(printable_path(path), "cannot be read; see to its permissions").because(error);
+        let cannot = |error| {
+            let problem = format!("cannot be read; {}", files::remedy(&error));
+            Error::config(printable_path(path), problem).because(error)
+        };
         // Looked at before it is opened: opening a FIFO waits for a writer.
         match fs::metadata(path) {
             Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
@@ -832,7 +834,7 @@ mod tests {
                 "/a\n/b",
                 "must be a path on one line, without control characters; are the lines after it indented?".to_owned(),
             ),
-            (MASTER_IDENTITY, "", "must be name, ca, public, or sha256: and 64 hexadecimal digits".to_owned()),
+            (MASTER_IDENTITY, "", "must be name, host, ca, public, or sha256: and 64 hexadecimal digits".to_owned()),
         ] {
             assert!(etc.sources(&[(name, value)]).read().unwrap_err().is_config());
             assert_eq!(etc.refusal(&[(name, value)]), format!("{name}: {problem}"));

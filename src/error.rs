@@ -63,6 +63,7 @@ enum Kind {
     Bundle {
         path: PathBuf,
         problem: String,
+        remedy: &'static str,
     },
     Outbox {
         path: Option<PathBuf>,
@@ -92,9 +93,17 @@ impl Error {
         Self::new(Kind::Config { place: place.into(), problem: problem.into() })
     }
 
-    /// A file of the bundle that cannot be used.
-    pub(crate) fn bundle(path: impl Into<PathBuf>, problem: impl Into<String>) -> Self {
-        Self::new(Kind::Bundle { path: path.into(), problem: problem.into() })
+    /// A file of the bundle that cannot be used, and what to do about it.
+    pub(crate) fn bundle(path: impl Into<PathBuf>, problem: impl Into<String>, remedy: &'static str) -> Self {
+        Self::new(Kind::Bundle { path: path.into(), problem: problem.into(), remedy })
+    }
+
+    /// What is wrong with a file of the bundle, with its causes, and what to do about it.
+    #[cfg(feature = "cli")]
+    pub(crate) fn bundle_parts(&self) -> Option<(String, &'static str)> {
+        let Kind::Bundle { problem, remedy, .. } = &self.inner.kind else { return None };
+        let problem = printable(problem);
+        Some((self.source().map_or_else(|| problem.clone(), |source| format!("{problem}: {}", chain(source))), remedy))
     }
 
     /// The outbox could not do something. `path` is `None` for one in memory.
@@ -194,7 +203,9 @@ impl fmt::Display for Error {
         match &self.inner.kind {
             Kind::NotEnrolled { missing } => write!(f, "not enrolled: {missing}"),
             Kind::Config { place, problem } => write!(f, "{place}: {problem}"),
-            Kind::Bundle { path, problem } => write!(f, "bundle: {}: {problem}", printable_path(path)),
+            Kind::Bundle { path, problem, remedy } => {
+                write!(f, "bundle: {}: {problem}; {remedy}", printable_path(path))
+            }
             Kind::Outbox { path: Some(path), problem } => write!(f, "outbox {}: {problem}", printable_path(path)),
             Kind::Outbox { path: None, problem } => write!(f, "outbox in memory: {problem}"),
             Kind::Setting { name, problem } => write!(f, "{name}: {problem}"),

@@ -30,6 +30,21 @@ pub(crate) fn read(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
     if content.len() as u64 > limit { Err(too_large()) } else { Ok(content) }
 }
 
+/// What helps where a file that enrolment wrote cannot be read.
+pub(crate) fn remedy(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::PermissionDenied => "let this user read it and its folder, or run as its owner",
+        io::ErrorKind::InvalidInput | io::ErrorKind::IsADirectory | io::ErrorKind::NotADirectory => {
+            "put the file that the enrolment wrote in its place"
+        }
+        io::ErrorKind::FileTooLarge => "put the file that the enrolment wrote in its place, which has a few KiB",
+        io::ErrorKind::NotFound => "put it there, or correct its path",
+        _ if error.raw_os_error() == Some(libc::ELOOP) => "correct the symlinks that lead to it",
+        _ if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)) => "raise the limit of open files",
+        _ => "see to the disk; the kernel's log says more",
+    }
+}
+
 /// The metadata of a regular file; that it is none is an error, as that it is not there is.
 pub(crate) fn regular(path: &Path) -> io::Result<Metadata> {
     let metadata = fs::metadata(path)?;
@@ -89,6 +104,23 @@ mod tests {
         fs::write(&path, b"12345").unwrap();
         assert_eq!(read(&path, 5).unwrap(), b"12345");
         assert_eq!(read(&path, 4).unwrap_err().to_string(), "larger than 4 bytes");
+    }
+
+    #[test]
+    fn what_helps_fits_the_cause() {
+        for (code, remedy) in [
+            (libc::EACCES, "let this user read it and its folder, or run as its owner"),
+            (libc::EPERM, "let this user read it and its folder, or run as its owner"),
+            (libc::EISDIR, "put the file that the enrolment wrote in its place"),
+            (libc::ENOTDIR, "put the file that the enrolment wrote in its place"),
+            (libc::EFBIG, "put the file that the enrolment wrote in its place, which has a few KiB"),
+            (libc::ELOOP, "correct the symlinks that lead to it"),
+            (libc::EMFILE, "raise the limit of open files"),
+            (libc::EIO, "see to the disk; the kernel's log says more"),
+            (libc::ESTALE, "see to the disk; the kernel's log says more"),
+        ] {
+            assert_eq!(super::remedy(&io::Error::from_raw_os_error(code)), remedy, "{code}");
+        }
     }
 
     #[test]

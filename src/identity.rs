@@ -1,4 +1,4 @@
-//! Who counts as the master: the rule as an operator writes it. Values only; `tls` enforces it.
+//! Who counts as the master: the rule as an operator writes it. Values only; `verifier` enforces it.
 
 use std::fmt;
 use std::str::FromStr;
@@ -6,10 +6,12 @@ use std::str::FromStr;
 /// Who counts as the master.
 ///
 /// Every worker's certificate carries `serverAuth`, so under the original agent's rule, "any certificate of
-/// our CA", a stolen worker key can pose as the master. The default asks for the master's name as well.
+/// our CA", a stolen worker key can pose as the master. The default asks for the master's own certificate: the
+/// master issues it to itself (DECNET's `pki.ensure_swarmctl_cert`), with the subject's common name `swarmctl` and a
+/// DNS name `swarmctl`, and no worker's has that common name.
 ///
 /// As text (`DECNET_MASTER_IDENTITY`, `[agent] master-identity`, `--master-identity`):
-/// `name`, `ca`, `sha256:<hex>` or `public`.
+/// `name`, `host`, `ca`, `sha256:<hex>` or `public`.
 ///
 /// ```
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -25,9 +27,18 @@ use std::str::FromStr;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum MasterIdentity {
-    /// `name`: chains to the bundle's `ca.crt`, and is valid for `swarmctl` or for the configured master host.
+    /// `name`: chains to the bundle's `ca.crt`, and is the master's own.
+    ///
+    /// Its subject has exactly one common name, `swarmctl`, as a `UTF8String` or a `PrintableString`, and one of its DNS
+    /// names is `swarmctl`. Both are compared byte for byte: another case or a wildcard is another name.
     #[default]
     Name,
+    /// `host`: as `name`, or it chains to the bundle's `ca.crt` and is valid for the configured master host. For a
+    /// master whose operator has had it issue a certificate of another name.
+    ///
+    /// This is weaker: DECNET's web page enrols a worker with a certificate that is valid for the worker's name *and for
+    /// the master's host*, so the key of any worker that was enrolled there can pose as the master.
+    Host,
     /// `ca`: chains to the bundle's `ca.crt`, whatever its name. The rule of the original agent.
     AnyFromCa,
     /// `sha256:<hex>`: this one certificate, by the SHA-256 of its DER. Neither chain, name nor dates are looked at.
@@ -43,13 +54,14 @@ impl FromStr for MasterIdentity {
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         match text.trim() {
             "name" => Ok(Self::Name),
+            "host" => Ok(Self::Host),
             "ca" => Ok(Self::AnyFromCa),
             "public" => Ok(Self::PublicCa),
             other => other
                 .strip_prefix("sha256:")
                 .and_then(parse_hex)
                 .map(Self::Fingerprint)
-                .ok_or_else(|| "must be name, ca, public, or sha256: and 64 hexadecimal digits".to_owned()),
+                .ok_or_else(|| "must be name, host, ca, public, or sha256: and 64 hexadecimal digits".to_owned()),
         }
     }
 }
@@ -58,6 +70,7 @@ impl fmt::Display for MasterIdentity {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Name => f.write_str("name"),
+            Self::Host => f.write_str("host"),
             Self::AnyFromCa => f.write_str("ca"),
             Self::PublicCa => f.write_str("public"),
             Self::Fingerprint(digest) => write!(f, "sha256:{}", hex(digest)),
@@ -85,7 +98,9 @@ mod tests {
     #[test]
     fn every_rule_survives_being_written_down() {
         let pinned = MasterIdentity::Fingerprint([0xa7; 32]);
-        for rule in [MasterIdentity::Name, MasterIdentity::AnyFromCa, MasterIdentity::PublicCa, pinned] {
+        for rule in
+            [MasterIdentity::Name, MasterIdentity::Host, MasterIdentity::AnyFromCa, MasterIdentity::PublicCa, pinned]
+        {
             assert_eq!(rule.to_string().parse(), Ok(rule));
         }
     }
@@ -98,10 +113,10 @@ mod tests {
 
     #[test]
     fn anything_else_says_what_was_expected() {
-        for text in ["", "any", "NAME", "sha256:", "sha256:abc", &format!("sha256:{}", "g".repeat(64))] {
+        for text in ["", "any", "NAME", "Host", "sha256:", "sha256:abc", &format!("sha256:{}", "g".repeat(64))] {
             assert_eq!(
                 text.parse::<MasterIdentity>(),
-                Err("must be name, ca, public, or sha256: and 64 hexadecimal digits".to_owned()),
+                Err("must be name, host, ca, public, or sha256: and 64 hexadecimal digits".to_owned()),
                 "{text}"
             );
         }

@@ -173,7 +173,9 @@ mod content;
 mod delta;
 mod enrolment;
 mod error;
+mod explain;
 mod files;
+mod first_bytes;
 #[cfg(fuzzing)]
 #[doc(hidden)]
 pub mod fuzzing;
@@ -188,6 +190,7 @@ mod master;
 mod operation;
 mod outbox;
 mod panics;
+mod pem;
 mod repeats;
 mod resolve;
 mod schedule;
@@ -197,7 +200,9 @@ mod stats;
 mod status;
 mod text;
 mod tls;
+mod verifier;
 mod worker;
+mod x509;
 
 pub use delta::{LifecycleDelta, Operation, Outcome};
 pub use enrolment::{Enrolment, EnrolmentSources, Found, Provenance};

@@ -18,7 +18,7 @@ use crate::master::Master;
 use crate::panics::quietly;
 use crate::repeats::Repeats;
 use crate::stats::Stats;
-use crate::tls;
+use crate::verifier;
 
 /// Everything that a beat needs to reach the master as this host.
 #[derive(Debug)]
@@ -161,11 +161,11 @@ impl fmt::Display for Names<'_> {
 }
 
 fn connectable(enrolment: &Enrolment, given: Option<MasterIdentity>) -> Result<(Master, Certificate), Error> {
-    let provider = tls::provider();
+    let provider = verifier::provider();
     let bundle = Bundle::load(enrolment.agent_dir().value(), &provider)?;
     let (name, identity) = (server_name(enrolment)?, identity(enrolment, given));
-    let verifier = tls::verifier(&bundle, identity, &name, &provider);
-    let config = tls::client_config(&bundle, verifier, &provider)?;
+    let judge = verifier::verifier(&bundle, identity, &name, &provider);
+    let config = verifier::client_config(&bundle, judge, &provider)?;
     Ok((Master::new(enrolment, name, config), bundle.certificate))
 }
 

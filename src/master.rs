@@ -8,14 +8,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use rustls::ClientConfig;
-use rustls::pki_types::{ServerName, UnixTime};
-use ureq::Agent;
+use rustls::pki_types::ServerName;
 use ureq::config::{AutoHeaderValue, Config, IpFamily};
 use ureq::http::{Response, StatusCode, header};
+use ureq::{Agent, Timeout};
 
-use crate::delta::from_micros;
 use crate::enrolment::Enrolment;
-use crate::error::http_problem;
+use crate::explain::{class, explain};
 use crate::limits;
 use crate::resolve::MasterResolver;
 use crate::text::printable;
@@ -297,84 +296,9 @@ fn may_be_the_connections(error: &ureq::Error) -> bool {
     let lost = [Kind::BrokenPipe, Kind::ConnectionAborted, Kind::ConnectionReset, Kind::UnexpectedEof];
     match error {
         ureq::Error::Io(error) => lost.contains(&error.kind()),
-        error => matches!(error, ureq::Error::Timeout(_)),
+        // A name that is still being looked up is no connection yet.
+        error => matches!(error, ureq::Error::Timeout(timeout) if *timeout != Timeout::Resolve),
     }
-}
-
-/// The class of a failure in one word.
-fn class(error: &ureq::Error) -> String {
-    use std::io::ErrorKind;
-    match error {
-        ureq::Error::Timeout(timeout) => format!("timeout-{}", timeout.to_string().replace(' ', "-")),
-        ureq::Error::HostNotFound => "name".to_owned(),
-        ureq::Error::Io(error) if tls_error(error).is_some() => "tls".to_owned(),
-        ureq::Error::Io(error) => match error.kind() {
-            ErrorKind::ConnectionRefused => "refused".to_owned(),
-            ErrorKind::ConnectionReset | ErrorKind::BrokenPipe | ErrorKind::UnexpectedEof => "closed".to_owned(),
-            ErrorKind::HostUnreachable | ErrorKind::NetworkUnreachable => "unreachable".to_owned(),
-            _ => "io".to_owned(),
-        },
-        ureq::Error::Protocol(_) | ureq::Error::LargeResponseHeader(..) => "not-http".to_owned(),
-        _ => "other".to_owned(),
-    }
-}
-
-/// What went wrong, with what an operator may do where that is not obvious.
-fn explain(error: &ureq::Error) -> String {
-    let tls = match error {
-        ureq::Error::Io(cause) => tls_error(cause),
-        _ => None,
-    };
-    tls.map_or_else(|| http_problem(error), |cause| printable(&explain_tls(cause)))
-}
-
-/// The TLS error inside, where it is one.
-pub(crate) fn tls_error(error: &std::io::Error) -> Option<&rustls::Error> {
-    error.get_ref()?.downcast_ref()
-}
-
-/// What went wrong in a handshake, in an operator's words.
-pub(crate) fn explain_tls(error: &rustls::Error) -> String {
-    use rustls::{AlertDescription as Alert, CertificateError as Bad, Error as Tls};
-    let advice = match error {
-        Tls::InvalidCertificate(bad) => match bad {
-            Bad::ExpiredContext { time, not_after } => {
-                let (now, end) = (utc(*time), utc(*not_after));
-                return format!(
-                    "the master's certificate has expired by this host's clock, which says {now}: it was valid until {end}"
-                );
-            }
-            Bad::NotValidYetContext { time, not_before } => {
-                let (now, start) = (utc(*time), utc(*not_before));
-                return format!(
-                    "the master's certificate is not yet valid by this host's clock, which says {now}: it is from {start} on"
-                );
-            }
-            Bad::NotValidForNameContext { .. } | Bad::NotValidForName => {
-                "the master's certificate is neither for swarmctl nor for its host; see DECNET_MASTER_IDENTITY"
-            }
-            // Every DECNET CA has the same name, so that of another master looks like ours with a wrong signature.
-            Bad::UnknownIssuer | Bad::BadSignature => "the master's certificate is not of our ca.crt",
-            Bad::ApplicationVerificationFailure => "the master's certificate is not the pinned one",
-            Bad::InvalidPurpose | Bad::InvalidPurposeContext { .. } => "the master's certificate is not for servers",
-            // webpki's own error, which rustls passes on as it is.
-            Bad::Other(other) if other.to_string().contains("CaUsedAsEndEntity") => {
-                "the master's certificate is a CA's own, which no server may show"
-            }
-            _ => return error.to_string(),
-        },
-        Tls::AlertReceived(Alert::ProtocolVersion) | Tls::PeerIncompatible(_) => {
-            "the master speaks no TLS that we do: 1.2 or 1.3"
-        }
-        Tls::AlertReceived(_) => "the master refused our certificate or our TLS",
-        _ => return error.to_string(),
-    };
-    format!("{advice} ({error})")
-}
-
-fn utc(time: UnixTime) -> String {
-    let micros = i64::try_from(time.as_secs()).unwrap_or(i64::MAX).saturating_mul(1_000_000);
-    humantime::format_rfc3339_seconds(from_micros(micros)).to_string()
 }
 
 #[cfg(test)]
@@ -383,7 +307,7 @@ mod tests {
     use crate::bundle::Bundle;
     use crate::identity::MasterIdentity;
     use crate::loopback::{Answer, Effect, Fault, LoopbackMaster, Options};
-    use crate::tls;
+    use crate::verifier;
 
     #[test]
     fn every_status_of_the_table_has_its_verdict() {
@@ -422,14 +346,6 @@ mod tests {
     }
 
     #[test]
-    fn a_clock_that_runs_wild_is_said_as_what_it_is() {
-        for (seconds, said) in [(0, "1970-01-01T00:00:00Z"), (u64::MAX, "9999-12-31T23:59:59Z")] {
-            let time = UnixTime::since_unix_epoch(Duration::from_secs(seconds));
-            assert_eq!(utc(time), said);
-        }
-    }
-
-    #[test]
     fn retry_after_is_clamped_and_junk_is_ignored() {
         let now = httpdate::parse_http_date("Sun, 06 Nov 1994 08:49:37 GMT").unwrap();
         for (text, wait) in [
@@ -463,11 +379,11 @@ mod tests {
     }
 
     fn client(enrolment: &Enrolment) -> Master {
-        let provider = tls::provider();
+        let provider = verifier::provider();
         let bundle = Bundle::load(enrolment.agent_dir().value(), &provider).unwrap();
         let name = ServerName::try_from("127.0.0.1").unwrap();
-        let verifier = tls::verifier(&bundle, MasterIdentity::Name, &name, &provider);
-        let config = tls::client_config(&bundle, verifier, &provider).unwrap();
+        let judge = verifier::verifier(&bundle, MasterIdentity::Name, &name, &provider);
+        let config = verifier::client_config(&bundle, judge, &provider).unwrap();
         // A name, so that what it leads to can change. It is never looked up here.
         let enrolment = Enrolment::new(enrolment.host_uuid().value().clone(), "nowhere.invalid", "/").unwrap();
         Master::new(&enrolment, name, config)

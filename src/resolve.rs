@@ -3,6 +3,8 @@
 //!
 //! Called on the heartbeat thread. At most one lookup runs at a time, and a beat on a known address starts none.
 
+use std::error::Error;
+use std::fmt;
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
@@ -17,11 +19,73 @@ use ureq::unversioned::resolver::{ResolvedSocketAddrs, Resolver};
 use ureq::unversioned::transport::NextTimeout;
 use ureq::unversioned::transport::time;
 
+use crate::error::http_problem;
 use crate::limits;
 use crate::panics::quietly;
+use crate::text::printable;
 
 /// ureq's `MAX_ADDRS`: pushing more would panic.
 const MOST_ADDRESSES: usize = 16;
+
+/// The host's name has no address that is known here.
+///
+/// Its source says what the system's resolver said; of that there is only the text.
+#[derive(Debug)]
+pub(crate) struct LookupFailed {
+    host: String,
+    why: Why,
+}
+
+#[derive(Debug)]
+enum Why {
+    /// The resolver's answer, or the system's: there is no such name, or no name server answers.
+    Refused(io::Error),
+    NoAddress,
+    /// There is no thread for it.
+    NotStarted(io::Error),
+    /// The thread has ended without an answer.
+    Lost,
+}
+
+impl fmt::Display for LookupFailed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let host = printable(&self.host);
+        match &self.why {
+            Why::Refused(_) => write!(f, "the name {host} could not be looked up"),
+            Why::NoAddress => write!(f, "the name {host} has no address"),
+            Why::NotStarted(_) => {
+                write!(f, "the name {host} could not be looked up: the system refused a thread for it")
+            }
+            Why::Lost => write!(f, "the name {host} could not be looked up: the lookup ended without an answer"),
+        }
+    }
+}
+
+impl Error for LookupFailed {
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        match &self.why {
+            Why::Refused(source) | Why::NotStarted(source) => Some(source),
+            Why::NoAddress | Why::Lost => None,
+        }
+    }
+}
+
+#[cfg(feature = "cli")]
+impl LookupFailed {
+    /// What an operator may do about it.
+    pub(crate) fn advice(&self) -> &'static str {
+        match &self.why {
+            // The resolver's code does not get through the standard library; this is its text in glibc.
+            Why::Refused(source) if source.to_string().contains("Temporary failure") => {
+                "see to the name service of this host, which does not answer, or name the master by its address"
+            }
+            Why::NotStarted(_) => "raise the limit of threads of this host, or name the master by its address",
+            Why::Refused(_) | Why::NoAddress | Why::Lost => {
+                "correct the master's name, see to the name service of this host, or name the master by its address"
+            }
+        }
+    }
+}
 
 /// Resolves the one host that is ever asked for. Clones share what they know.
 #[derive(Clone, Debug)]
@@ -89,12 +153,12 @@ impl MasterResolver {
             }
             Err(error) if known.addresses.is_empty() => Err(error),
             Err(error) => {
+                let problem = http_problem(&error);
                 quietly(|| {
                     log::debug!(
-                        "name lookup failed, using the last good address: master={} error={:?}",
-                        self.host,
-                        error.to_string()
-                    )
+                        "name lookup failed, using the last good address: master={} error={problem:?}",
+                        self.host
+                    );
                 });
                 // For as long as a good answer, or every beat would wait for a DNS that is away. Where the address
                 // does not serve, it is distrusted.
@@ -110,20 +174,20 @@ impl MasterResolver {
         pending: &mut Option<Receiver<io::Result<Vec<SocketAddr>>>>,
         patience: Duration,
     ) -> Result<Vec<SocketAddr>, ureq::Error> {
+        let failed = |why| ureq::Error::Other(Box::new(LookupFailed { host: self.host.clone(), why }));
         let answer = match mem::take(pending) {
             Some(answer) => answer,
-            None => self.spawn_lookup()?,
+            None => self.spawn_lookup().map_err(|source| failed(Why::NotStarted(source)))?,
         };
         match answer.recv_timeout(patience) {
-            Ok(found) => match found? {
-                addresses if addresses.is_empty() => Err(ureq::Error::HostNotFound),
-                addresses => Ok(addresses),
-            },
+            Ok(Ok(addresses)) if addresses.is_empty() => Err(failed(Why::NoAddress)),
+            Ok(Ok(addresses)) => Ok(addresses),
+            Ok(Err(source)) => Err(failed(Why::Refused(source))),
             Err(RecvTimeoutError::Timeout) => {
                 *pending = Some(answer);
                 Err(ureq::Error::Timeout(Timeout::Resolve))
             }
-            Err(RecvTimeoutError::Disconnected) => Err(ureq::Error::HostNotFound),
+            Err(RecvTimeoutError::Disconnected) => Err(failed(Why::Lost)),
         }
     }
 
@@ -183,6 +247,7 @@ impl Resolver for MasterResolver {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::explain;
 
     #[test]
     fn a_fixed_address_needs_no_lookup() {
@@ -236,6 +301,32 @@ mod tests {
         assert_eq!(order(), [b, c, a], "one that serves is kept");
         fresh(&[c, a]);
         assert_eq!(order(), [c, a], "unless the name does not lead there any more");
+    }
+
+    #[test]
+    fn each_way_to_no_address_is_of_class_name_and_says_why() {
+        let looked_up = |answer: Option<io::Result<Vec<SocketAddr>>>| {
+            let resolver = MasterResolver::new("nowhere.invalid", 7);
+            let (sender, pending) = bounded(1);
+            answer.into_iter().for_each(|answer| sender.send(answer).unwrap());
+            drop(sender);
+            resolver.known.lock().unwrap().pending = Some(pending);
+            resolver.addresses(Duration::ZERO).unwrap_err()
+        };
+        let failed = |why| ureq::Error::Other(Box::new(LookupFailed { host: "nowhere.invalid".to_owned(), why }));
+        let refused = || io::Error::from_raw_os_error(libc::EAGAIN);
+        for (error, says) in [
+            (looked_up(Some(Err(io::Error::other("no such name")))), "could not be looked up: no such name"),
+            (looked_up(Some(Ok(Vec::new()))), "has no address"),
+            (looked_up(None), "could not be looked up: the lookup ended without an answer"),
+            (
+                failed(Why::NotStarted(refused())),
+                "could not be looked up: the system refused a thread for it: Resource temporarily unavailable (os error 11)",
+            ),
+        ] {
+            assert_eq!(explain::class(&error), "name");
+            assert_eq!(explain::explain(&error), format!("the name nowhere.invalid {says}"));
+        }
     }
 
     #[test]

@@ -138,7 +138,24 @@ pub struct Failure {
     /// When the first failed.
     #[serde(serialize_with = "rfc3339_always")]
     pub since: SystemTime,
-    /// The last one's class, in a word: `http-403`, `refused`, `timeout-connect`, `tls`, …
+    /// The last one's class, in a word.
+    ///
+    /// | class | what happened |
+    /// | --- | --- |
+    /// | `http-403`, `http-503`, … | the master, or what answers for it, gave this status |
+    /// | `name` | the master's name could not be looked up, or has no address |
+    /// | `timeout-resolve` | the lookup of the name has not ended within 5 s |
+    /// | `refused` | nothing listens on the master's port |
+    /// | `unreachable` | there is no route to the master |
+    /// | `timeout-connect` | TCP and TLS were not there within 5 s |
+    /// | `tls` | the handshake failed: a certificate, an alert, or what answers does not speak TLS |
+    /// | `closed` | the connection ended before there was an answer |
+    /// | `timeout-send-body` | the request was not taken within 5 s |
+    /// | `timeout-receive-response` | the answer did not come within 10 s |
+    /// | `timeout-global` | the whole exchange took longer than it may: 20 s, or two thirds of a short interval |
+    /// | `not-http` | the answer was not HTTP/1.1, or longer than it may be |
+    /// | `io` | the system refused something else, such as a socket |
+    /// | `unwritten` | nothing was sent, as the body could not be written as JSON |
     pub class: String,
     /// What the master or the system said; foreign text, cut and escaped.
     pub detail: String,

@@ -657,7 +657,10 @@ impl Worker {
         let Failure { count, class, detail, .. } = self.stats.change(|stats| stats.failed(reply));
         let (level, what) = match reply.verdict {
             // Nobody but an operator can mend this.
-            Verdict::HostRefused => (log::Level::Error, "the master does not accept this host, enrol it again"),
+            Verdict::HostRefused if class == "http-404" => {
+                (log::Level::Error, "the master does not know this host, enrol it again")
+            }
+            Verdict::HostRefused => (log::Level::Error, "the master does not accept this host's certificate"),
             _ => (log::Level::Warn, "beat failed"),
         };
         let is_said = self.repeats.count("failure", &class, Instant::now()).is_some();

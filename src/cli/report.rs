@@ -140,10 +140,15 @@ impl Reporter {
         let (class, detail) = (reply.class, reply.detail);
         match reply.verdict {
             Verdict::Accepted => Ok(()),
+            Verdict::HostRefused if class == "http-404" => {
+                Err(format!("the master does not know this host, enrol it again ({class}): {detail}"))
+            }
             Verdict::HostRefused => {
                 let fingerprint = link.fingerprint();
-                Err(format!("the master does not accept this host ({class}, fingerprint {fingerprint}): {detail}"))
+                let problem = "the master does not accept this host's certificate";
+                Err(format!("{problem} ({class}, fingerprint {fingerprint}): {detail}"))
             }
+            Verdict::NoAnswer => Err(format!("no answer from {}: {class}: {detail}", link.master().url())),
             _ => Err(format!("{} answered {class}: {detail}", link.master().url())),
         }
     }

@@ -9,7 +9,7 @@ use super::{assert_sayable, parts};
 use crate::bundle::Bundle;
 use crate::error::chain;
 use crate::identity::MasterIdentity;
-use crate::tls;
+use crate::verifier;
 
 /// So many base64 digits of a key are a leak.
 const LEAK: usize = 16;
@@ -25,16 +25,19 @@ pub fn bundle(input: &[u8]) {
         }
         .to_vec())
     };
-    let provider = tls::provider();
+    let provider = verifier::provider();
     match Bundle::prove(Path::new("/"), content, &provider) {
         Ok(bundle) => {
             assert!(!bundle.roots.is_empty());
             assert_eq!(bundle.certificate.fingerprint.len(), 64);
             assert!(bundle.certificate.fingerprint.bytes().all(|digit| matches!(digit, b'0'..=b'9' | b'a'..=b'f')));
             let name = ServerName::try_from("swarmctl").unwrap();
-            let config =
-                tls::client_config(&bundle, tls::verifier(&bundle, MasterIdentity::Name, &name, &provider), &provider)
-                    .unwrap();
+            let config = verifier::client_config(
+                &bundle,
+                verifier::verifier(&bundle, MasterIdentity::Name, &name, &provider),
+                &provider,
+            )
+            .unwrap();
             ClientConnection::new(config, name).unwrap();
         }
         Err(error) => {

@@ -60,8 +60,8 @@ pub struct Authority {
 
 /// What a certificate is for. All are signed by the authority and carry an ECDSA P-256 key.
 ///
-/// Unless the variant says otherwise, a certificate is valid from five minutes ago for 825 days and has both
-/// `serverAuth` and `clientAuth`, as every certificate of a real master has.
+/// Unless the variant says otherwise, a certificate is valid from five minutes ago for 825 days, has both `serverAuth` and
+/// `clientAuth`, and bears `O=DECNET, OU=swarm-worker`, as every certificate of a real master has.
 ///
 /// ```
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -82,9 +82,19 @@ pub enum Role {
     Master,
     /// A worker of this name. Two names are two siblings.
     Worker(String),
+    /// A worker that was enrolled through the master's web page: the common name is its own, and the certificate is valid
+    /// for that name and for the master's host as the workers reach it. It can pose as the master wherever that host is all
+    /// that is asked for ([`MasterIdentity::Host`](crate::MasterIdentity::Host)).
+    WebEnrolled {
+        /// The worker's name.
+        name: String,
+        /// The master's host, a DNS name or an IP address.
+        master_host: String,
+    },
     /// As [`Worker`](Self::Worker), but it ends after so long from now.
     ShortLived(String, Duration),
-    /// Any other name or IP address, say of a master that an operator has named.
+    /// Any other name or IP address, say of a master whose operator has had it issue a certificate of that name. Workers
+    /// accept it under [`MasterIdentity::Host`](crate::MasterIdentity::Host), and not by default.
     Named(String),
     /// As [`Master`](Self::Master), but it ended yesterday.
     Expired,
@@ -180,6 +190,30 @@ impl Authority {
         made().map_err(|cause| Error::loopback(format!("cannot issue a certificate for {role:?}")).because(cause))
     }
 
+    /// An authority whose own certificate is one that this authority issues for that role. It issues others with its key,
+    /// whether or not its certificate allows it: what a thief can do with a worker's key.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # use decnet_heartbeat::loopback::{Authority, Role};
+    /// let thief = Authority::new()?.subordinate(Role::Worker("worker-01".to_owned()))?;
+    /// let forged = thief.issue(Role::Master)?; // which nobody should take for the master's
+    /// # assert_ne!(forged.certificate, thief.certificate());
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// As [`issue`](Self::issue).
+    pub fn subordinate(&self, role: Role) -> Result<Self, Error> {
+        let made = || -> Result<_, rcgen::Error> {
+            CertifiedIssuer::signed_by(params_of(&role)?, KeyPair::generate()?, &self.issuer)
+        };
+        let issuer = made()
+            .map_err(|cause| Error::loopback(format!("cannot issue a certificate for {role:?}")).because(cause))?;
+        Ok(Self { issuer: Arc::new(issuer) })
+    }
+
     /// Writes a worker's bundle into `dir`, made if it is missing: `ca.crt`, `worker.crt` and `worker.key` (mode 0600),
     /// one after another, as a master does.
     ///
@@ -230,11 +264,10 @@ impl fmt::Debug for Issued {
 fn params_of(role: &Role) -> Result<CertificateParams, rcgen::Error> {
     let mut params = match role {
         Role::Worker(name) | Role::ShortLived(name, _) | Role::Named(name) => named(name, &[name])?,
+        Role::WebEnrolled { name, master_host } => named(name, &[name, master_host])?,
         _ => named("swarmctl", &["swarmctl", "localhost", "127.0.0.1"])?,
     };
-    if matches!(role, Role::Worker(_) | Role::ShortLived(..)) {
-        params.distinguished_name.push(DnType::OrganizationalUnitName, "swarm-worker");
-    }
+    params.distinguished_name.push(DnType::OrganizationalUnitName, "swarm-worker");
     params.is_ca = IsCa::ExplicitNoCa;
     params.key_usages = vec![KeyUsagePurpose::DigitalSignature, KeyUsagePurpose::KeyEncipherment];
     params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
@@ -247,7 +280,7 @@ fn params_of(role: &Role) -> Result<CertificateParams, rcgen::Error> {
         Role::NotYetValid => params.not_before += DAY,
         Role::WithoutServerAuth => params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth],
         Role::CaAsLeaf => params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained),
-        Role::Master | Role::Worker(_) | Role::Named(_) => {}
+        Role::Master | Role::Worker(_) | Role::WebEnrolled { .. } | Role::Named(_) => {}
     }
     Ok(params)
 }

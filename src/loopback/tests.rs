@@ -345,6 +345,13 @@ fn certificates_are_what_their_role_says() {
         (Role::Worker("w1".to_owned()), "w1", ""),
         (Role::Worker("w1".to_owned()), "swarmctl", "NotValidForName"),
         (Role::Named("192.0.2.1".to_owned()), "192.0.2.1", ""),
+        (Role::WebEnrolled { name: "w1".to_owned(), master_host: "127.0.0.1".to_owned() }, "w1", ""),
+        (Role::WebEnrolled { name: "w1".to_owned(), master_host: "127.0.0.1".to_owned() }, "127.0.0.1", ""),
+        (
+            Role::WebEnrolled { name: "w1".to_owned(), master_host: "127.0.0.1".to_owned() },
+            "swarmctl",
+            "NotValidForName",
+        ),
         (Role::Expired, "swarmctl", "Expired"),
         (Role::NotYetValid, "swarmctl", "NotValidYet"),
         (Role::WithoutServerAuth, "swarmctl", "InvalidPurpose"),

@@ -16,6 +16,11 @@ pub enum Bundle {
     /// A key of another certificate.
     ForeignKey,
     EmptyCa,
+    /// A worker's certificate beside the CA's.
+    WorkerInCa,
+    /// Two sections without a line break between them.
+    GluedCa,
+    EncryptedKey,
     HalfACertificate,
     /// Its key can be read by others.
     Open,
@@ -30,6 +35,18 @@ impl Bundle {
             Self::HalfWritten => fs::write(stage.agent_file("worker.crt"), other.certificate).unwrap(),
             Self::ForeignKey => fs::write(stage.agent_file("worker.key"), other.key).unwrap(),
             Self::EmptyCa => fs::write(stage.agent_file("ca.crt"), "").unwrap(),
+            Self::WorkerInCa => {
+                let ca = stage.master.authority().certificate();
+                fs::write(stage.agent_file("ca.crt"), format!("{ca}{}", other.certificate)).unwrap();
+            }
+            Self::GluedCa => {
+                let ca = stage.master.authority().certificate();
+                fs::write(stage.agent_file("ca.crt"), format!("{}{ca}", ca.trim_end())).unwrap();
+            }
+            Self::EncryptedKey => {
+                let encrypted = other.key.replace("PRIVATE KEY", "ENCRYPTED PRIVATE KEY");
+                fs::write(stage.agent_file("worker.key"), encrypted).unwrap();
+            }
             Self::HalfACertificate => {
                 let half = &other.certificate[..other.certificate.len() / 2];
                 fs::write(stage.agent_file("worker.crt"), half).unwrap();
@@ -55,9 +72,16 @@ pub fn rows() -> Vec<Row> {
         row("half_written", Bundle::HalfWritten, "worker.crt and worker.key do not make an identity"),
         row("half_a_certificate", Bundle::HalfACertificate, "worker.crt: ends in the middle of a PEM section"),
         row("key_of_another_certificate", Bundle::ForeignKey, "worker.crt and worker.key do not make an identity"),
-        row("empty_ca", Bundle::EmptyCa, "ca.crt: holds no certificate"),
+        row("empty_ca", Bundle::EmptyCa, "ca.crt: holds no PEM section"),
+        row("worker_in_ca", Bundle::WorkerInCa, "a certificate of ca.crt is ignored: file="),
+        row("glued_ca", Bundle::GluedCa, "ca.crt: has two PEM sections on one line"),
+        row("encrypted_key", Bundle::EncryptedKey, "worker.key: holds an encrypted private key"),
         row("key_readable_by_others", Bundle::Open, "the key can be read by others, make it 0600: file="),
-        row("directory_gone", Bundle::Gone, "ca.crt: cannot be read: No such file or directory"),
+        row(
+            "directory_gone",
+            Bundle::Gone,
+            "ca.crt: cannot be read; enrol this host, or correct the agent dir, which does not exist: No such file",
+        ),
     ]
 }
 

@@ -4,7 +4,7 @@ use std::io::Write;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use decnet_heartbeat::loopback::{Answer, Authority, LoopbackMaster, Offered, Options, Role};
+use decnet_heartbeat::loopback::{Answer, Authority, Fault as Wire, LoopbackMaster, Offered, Options, Role};
 
 use crate::row::{Again, Fault, Right, Row};
 use crate::stage::{PATIENCE, Stage};
@@ -17,6 +17,8 @@ pub enum Impostor {
     OfAnotherCa,
     /// The master's own certificate, but it wants the agents of another CA.
     WantingAnotherCa(Offered),
+    /// No TLS at all: it says this in plain text.
+    Saying(&'static str),
     /// OpenSSL's server, which speaks nothing newer than TLS 1.1 here.
     OfTls11,
 }
@@ -42,9 +44,13 @@ impl Impostor {
                 let client_ca = Some(other().certificate());
                 Options { client_ca, offered: *offered, ..with(None) }
             }
+            Self::Saying(_) => with(None),
             Self::OfTls11 => return open_ssl(stage),
         };
         let master = LoopbackMaster::start_with(options).unwrap();
+        if let Self::Saying(text) = self {
+            master.always(Some(Wire::Banner(text.as_bytes().to_vec())));
+        }
         // It would accept our beats if they came.
         master.pin(&stage.worker.uuid, &stage.worker.fingerprint);
         stage.gate.lead_to(master.address());
@@ -106,16 +112,20 @@ pub fn rows() -> Vec<Row> {
         Row::new(format!("tls/{name}"), Fault::Master(impostor), right)
     };
     let refused = "the master refused our certificate";
+    let web_enrolled = Role::WebEnrolled { name: "sibling".to_owned(), master_host: "127.0.0.1".to_owned() };
     vec![
         row("expired", Impostor::As(Role::Expired), "has expired by this host's clock, which says 20"),
         row("not_yet_valid", Impostor::As(Role::NotYetValid), "is not yet valid by this host's clock, which says 20"),
         row("of_another_ca", Impostor::OfAnotherCa, "is not of our ca.crt"),
         row("without_server_auth", Impostor::As(Role::WithoutServerAuth), "is not for servers"),
         row("a_ca_as_leaf", Impostor::As(Role::CaAsLeaf), "is a CA's own"),
-        row("of_the_wrong_name", Impostor::As(Role::Named("elsewhere".to_owned())), "is neither for swarmctl nor for"),
-        row("of_a_sibling", Impostor::As(Role::Worker("sibling".to_owned())), "is neither for swarmctl nor for"),
+        row("of_the_wrong_name", Impostor::As(Role::Named("elsewhere".to_owned())), "is not the master's own"),
+        row("of_a_sibling", Impostor::As(Role::Worker("sibling".to_owned())), "is not the master's own"),
+        row("of_a_sibling_enrolled_with_the_masters_host", Impostor::As(web_enrolled), "is not the master's own"),
         row("wants_another_client_ca", Impostor::WantingAnotherCa(Offered::Tls12And13), refused),
         row("wants_another_client_ca_by_tls_1.2", Impostor::WantingAnotherCa(Offered::Tls12Only), refused),
+        row("speaks_plain_http", Impostor::Saying("HTTP/1.1 400 Bad Request\r\n\r\n"), "is plain HTTP, not TLS"),
+        row("speaks_ssh", Impostor::Saying("SSH-2.0-OpenSSH_9.2\r\n"), "is neither TLS nor HTTP"),
         row("speaks_tls_1.1_only", Impostor::OfTls11, "speaks no TLS that we do"),
     ]
 }

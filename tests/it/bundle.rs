@@ -5,7 +5,7 @@ use std::fs;
 use decnet_heartbeat::Error;
 use decnet_heartbeat::loopback::Role;
 
-use crate::support::Stage;
+use crate::support::{OpenSsl, Stage};
 
 /// Starts with a bundle in which one file has another content.
 fn start_with(file: &str, content: &[u8]) -> (Stage, Error) {
@@ -17,6 +17,17 @@ fn start_with(file: &str, content: &[u8]) -> (Stage, Error) {
     (stage, error)
 }
 
+/// The error of a bundle in which one file has another content, without its beginning: its path.
+fn problem(file: &str, content: &[u8]) -> String {
+    let (stage, error) = start_with(file, content);
+    let path = stage.agent_dir().join(file);
+    assert_eq!(error.path(), Some(path.as_path()));
+    let said = format!("{error:?}");
+    said.strip_prefix(&format!("bundle: {}: ", path.display())).unwrap_or_else(|| panic!("{said}")).to_owned()
+}
+
+const ENROL: &str = "enrol this host again from its master, which writes all three files";
+
 #[test]
 fn wrong_material_is_named_with_its_file() {
     let key_only = b"-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n";
@@ -24,31 +35,191 @@ fn wrong_material_is_named_with_its_file() {
     let junk = b"-----BEGIN CERTIFICATE-----\n????\n-----END CERTIFICATE-----\n";
     let not_der = b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n";
     for (file, content, problem) in [
-        ("ca.crt", &b""[..], "holds no certificate; it should be a PEM file that begins -----BEGIN CERT"),
-        ("ca.crt", key_only, "holds no certificate; it should be a PEM file that begins -----BEGIN CERT"),
+        ("ca.crt", &b""[..], "holds no PEM section that begins -----BEGIN CERTIFICATE-----"),
+        ("ca.crt", key_only, "holds no certificate, but a private key"),
         ("ca.crt", half, "ends in the middle of a PEM section; was it written half?"),
         ("ca.crt", junk, "has a PEM section that is not base64"),
-        ("ca.crt", not_der, "is not a CA certificate: invalid peer certificate: BadEncoding"),
-        ("worker.crt", b"", "holds no certificate; it should be a PEM file that begins -----BEGIN CERT"),
-        ("worker.key", b"", "holds no private key; PKCS#1, PKCS#8 and SEC1 are understood"),
+        ("ca.crt", not_der, "has a section that is not an X.509 certificate"),
+        ("worker.crt", b"", "holds no PEM section that begins -----BEGIN CERTIFICATE-----"),
+        ("worker.crt", not_der, "has a section that is not an X.509 certificate"),
+        ("worker.key", b"", "holds no private key; PKCS#1, PKCS#8 and SEC1 in PEM are understood"),
+        ("worker.key", key_only, "holds a private key that cannot be read"),
         ("worker.key", half, "ends in the middle of a PEM section; was it written half?"),
     ] {
-        let (stage, error) = start_with(file, content);
-        let path = stage.agent_dir().join(file);
-        assert_eq!(format!("{error:?}"), format!("bundle: {}: {problem}", path.display()));
-        assert_eq!(error.path(), Some(path.as_path()));
+        let said = self::problem(file, content);
+        assert!(said.starts_with(&format!("{problem}; ")) && said.contains("enrol this host again"), "{file}: {said}");
     }
 }
 
 #[test]
-fn a_file_that_is_not_there_is_named() {
+fn a_byte_order_mark_is_nothing_in_each_file() {
+    for file in ["ca.crt", "worker.crt", "worker.key"] {
+        let stage = Stage::new();
+        let path = stage.agent_dir().join(file);
+        let marked = [b"\xef\xbb\xbf", fs::read(&path).unwrap().as_slice()].concat();
+        fs::write(&path, marked).unwrap();
+        stage.beating();
+    }
+}
+
+#[test]
+fn a_section_that_would_be_lost_is_refused_in_each_file() {
     let stage = Stage::new();
-    let path = stage.agent_dir().join("worker.key");
-    fs::remove_file(&path).unwrap();
+    for file in ["ca.crt", "worker.crt", "worker.key"] {
+        let text = fs::read_to_string(stage.agent_dir().join(file)).unwrap();
+        let said = problem(file, format!("{}{text}", text.trim_end()).as_bytes());
+        assert_eq!(said, "has two PEM sections on one line; put a line break between the END and the BEGIN");
+        let said = problem(file, format!("{text}{}", text.replace("-----BEGIN", "----BEGIN")).as_bytes());
+        assert!(said.starts_with("has a damaged BEGIN or END line; "), "{said}");
+        let wide: Vec<u8> = text.encode_utf16().flat_map(u16::to_le_bytes).collect();
+        assert_eq!(problem(file, &wide), "is UTF-16 text; save it as ASCII or UTF-8");
+    }
+}
+
+#[test]
+fn the_other_labels_of_a_certificate_are_understood() {
+    let stage = Stage::new();
+    let openssl = OpenSsl::new(stage.dir.path());
+    for file in ["ca.crt", "worker.crt"] {
+        let path = stage.agent_dir().join(file);
+        let text = fs::read_to_string(&path).unwrap();
+        fs::write(openssl.path(file), &text).unwrap();
+        // OpenSSL's form has what the certificate is trusted for behind it.
+        openssl.run(&format!("x509 -in {file} -trustout -addtrust serverAuth -setalias master -out trusted.crt"));
+        let trusted = openssl.read("trusted.crt");
+        assert!(trusted.starts_with("-----BEGIN TRUSTED CERTIFICATE-----"));
+        for written in [trusted, text.replace("CERTIFICATE", "X509 CERTIFICATE")] {
+            fs::write(&path, written).unwrap();
+            let (heartbeat, _tick) = stage.beating();
+            assert_eq!(heartbeat.stats().fingerprint.as_deref(), Some(stage.worker.fingerprint.as_str()));
+        }
+    }
+}
+
+#[test]
+fn an_encrypted_key_has_encrypted() {
+    let stage = Stage::new();
+    let openssl = OpenSsl::new(stage.dir.path());
+    fs::copy(stage.agent_dir().join("worker.key"), openssl.path("worker.key")).unwrap();
+    for command in [
+        "pkcs8 -topk8 -in worker.key -passout pass:word -out encrypted.key",
+        "ec -in worker.key -aes128 -passout pass:word -out encrypted.key",
+    ] {
+        openssl.run(command);
+        let said = problem("worker.key", openssl.read("encrypted.key").as_bytes());
+        assert!(said.starts_with("holds an encrypted private key, ") && said.contains("decrypt it"), "{said}");
+    }
+}
+
+#[test]
+fn a_key_of_a_kind_that_is_not_supported_is_named() {
+    let stage = Stage::new();
+    let openssl = OpenSsl::new(stage.dir.path());
+    for (key, kind) in [
+        ("rsa:1024", "an RSA key of 1024 bits"),
+        ("rsa:2560", "an RSA key of 2560 bits"),
+        ("rsa:2048 -pkeyopt rsa_keygen_pubexp:3", "an RSA key with the exponent 3"),
+        ("ec -pkeyopt ec_paramgen_curve:P-521", "an ECDSA key on P-521"),
+        ("ec -pkeyopt ec_paramgen_curve:secp256k1", "an ECDSA key on secp256k1"),
+        ("ed448", "an Ed448 key"),
+    ] {
+        openssl.run(&format!("req -x509 -newkey {key} -nodes -keyout weak.key -out weak.crt -days 9 -subj /CN=w"));
+        let said = problem("worker.key", openssl.read("weak.key").as_bytes());
+        assert!(said.starts_with(&format!("cannot be used: it is {kind}; supported are ")), "{said}");
+        // A signature of these two kinds can be verified, but not made.
+        if !kind.ends_with("exponent 3") && !kind.contains("2560") {
+            for (file, beginning) in
+                [("worker.crt", "cannot be used: "), ("ca.crt", "holds no usable CA certificate: w: ")]
+            {
+                let said = problem(file, openssl.read("weak.crt").as_bytes());
+                assert!(said.starts_with(&format!("{beginning}its key is {kind}; supported are ")), "{said}");
+            }
+        }
+    }
+    openssl.run("ecparam -name secp521r1 -genkey -out sec1.key");
+    let said = problem("worker.key", openssl.read("sec1.key").as_bytes());
+    assert!(said.starts_with("cannot be used: it is an ECDSA key on P-521; "), "{said}");
+    openssl.run("genrsa -traditional -out pkcs1.key 1024");
+    let said = problem("worker.key", openssl.read("pkcs1.key").as_bytes());
+    assert!(said.starts_with("cannot be used: it is an RSA key of 1024 bits; "), "{said}");
+}
+
+#[test]
+fn a_ca_crt_without_a_ca_is_refused() {
+    let stage = Stage::new();
+    let worker = fs::read_to_string(stage.agent_dir().join("worker.crt")).unwrap();
+    let said = problem("ca.crt", worker.as_bytes());
+    assert!(said.starts_with("holds no usable CA certificate: "), "{said}");
+    assert!(said.ends_with(&format!(": it is a certificate that is not marked as a CA's; {ENROL}")), "{said}");
+    let openssl = OpenSsl::new(stage.dir.path());
+    openssl.run(
+        "req -x509 -newkey rsa:2048 -nodes -keyout k -out no.crt -days 9 -subj /CN=no -addext keyUsage=digitalSignature",
+    );
+    let said = problem("ca.crt", openssl.read("no.crt").as_bytes());
+    assert!(said.contains("whose key usage does not allow issuing certificates"), "{said}");
+}
+
+#[test]
+fn what_is_no_ca_beside_one_is_ignored() {
+    let stage = Stage::new();
+    let path = stage.agent_dir().join("ca.crt");
+    let (ca, worker) = (fs::read(&path).unwrap(), fs::read(stage.agent_dir().join("worker.crt")).unwrap());
+    for content in [[ca.clone(), worker.clone()], [worker, ca]] {
+        fs::write(&path, content.concat()).unwrap();
+        stage.beating();
+    }
+}
+
+#[test]
+fn a_certificate_that_does_not_stand_first_is_named() {
+    let stage = Stage::new();
+    let own = fs::read_to_string(stage.agent_dir().join("worker.crt")).unwrap();
+    let path = stage.agent_dir().join("worker.crt");
+    fs::write(&path, stage.master.authority().certificate() + &own).unwrap();
     let (builder, _tick) = stage.builder();
-    let error = builder.start().map(drop).unwrap_err();
-    let expected = format!("bundle: {}: cannot be read: No such file or directory (os error 2)", path.display());
-    assert_eq!(format!("{error:?}"), expected);
+    let said = format!("{:?}", builder.start().map(drop).unwrap_err());
+    assert!(said.contains("do not make an identity; put this host's own certificate first in worker.crt: "), "{said}");
+}
+
+#[test]
+fn two_keys_in_one_file_are_refused() {
+    let stage = Stage::new();
+    let key = fs::read_to_string(stage.agent_dir().join("worker.key")).unwrap();
+    assert_eq!(problem("worker.key", key.repeat(2).as_bytes()), "holds 2 private keys; keep the one of worker.crt");
+}
+
+#[test]
+fn a_file_that_cannot_be_read_is_named_with_what_helps() {
+    type Damage = fn(&std::path::Path);
+    let damages: [(Damage, &str); 5] = [
+        (|_| (), "cannot be read; enrol this host again from its master, which writes all three files: No such file "),
+        (
+            |path| fs::create_dir(path).unwrap(),
+            "cannot be read; put the file that the enrolment wrote in its place: not a regular file",
+        ),
+        (
+            |path| fs::write(path, vec![b' '; 1 << 20]).unwrap(),
+            "cannot be read; put the file that the enrolment wrote in its place, which has a few KiB: larger than 262144",
+        ),
+        // Its first page cannot be read.
+        (
+            |path| std::os::unix::fs::symlink("/proc/self/mem", path).unwrap(),
+            "cannot be read; see to the disk; the kernel's log says more: Input/output error",
+        ),
+        (
+            |path| fs::remove_dir_all(path.parent().unwrap()).unwrap(),
+            "cannot be read; enrol this host, or correct the agent dir, which does not exist: No such file ",
+        ),
+    ];
+    for (damage, problem) in damages {
+        let stage = Stage::new();
+        let path = stage.agent_dir().join("ca.crt");
+        fs::remove_file(&path).unwrap();
+        damage(&path);
+        let (builder, _tick) = stage.builder();
+        let said = format!("{:?}", builder.start().map(drop).unwrap_err());
+        assert!(said.starts_with(&format!("bundle: {}: {problem}", path.display())), "{said}");
+    }
 }
 
 #[test]
@@ -59,8 +230,8 @@ fn a_key_of_another_certificate_is_an_error_and_no_panic() {
     assert_eq!(
         format!("{error:?}"),
         format!(
-            "bundle: {}: worker.crt and worker.key do not make an identity; enrol this host again: \
-             keys may not be consistent: KeyMismatch",
+            "bundle: {}: worker.crt and worker.key do not make an identity; enrol this host again, unless it is being \
+             enrolled right now: keys may not be consistent: KeyMismatch",
             stage.agent_dir().display()
         )
     );

@@ -13,7 +13,7 @@ use decnet_heartbeat::{Heartbeat, LifecycleDelta, Operation, Snapshot};
 use serde_json::{Value, json};
 
 use crate::program::program;
-use crate::support::{Stage, now, settled};
+use crate::support::{OpenSsl, Stage, now, settled};
 
 /// Every step of a healthy worker, in its order.
 const STEPS: [&str; 15] = [
@@ -160,7 +160,8 @@ fn each_rule_says_why_it_accepts_the_master() {
     let stage = worker();
     let pinned = format!("sha256:{}", stage.master.certificate().fingerprint);
     for (rule, why) in [
-        ("name", "accepted by name: it is of ca.crt, and for swarmctl"),
+        ("name", "accepted by name: it is of ca.crt, and its common name and a DNS name are swarmctl"),
+        ("host", "accepted by host: it is of ca.crt, and its common name and a DNS name are swarmctl"),
         ("ca", "accepted by ca: it is of ca.crt, and its names do not matter"),
         (&pinned, "it is the pinned one"),
     ] {
@@ -170,7 +171,11 @@ fn each_rule_says_why_it_accepts_the_master() {
     }
     let report = Report::of(check(&stage).args(["--master-identity", "public"]));
     report.fails_with("tls", 1);
-    assert!(report.says("tls").contains("; CN=swarmctl, O=DECNET for swarmctl, "), "{}", report.says("tls"));
+    assert!(
+        report.says("tls").contains("; CN=swarmctl, O=DECNET, OU=swarm-worker for swarmctl, "),
+        "{}",
+        report.says("tls")
+    );
     assert_eq!(report.ended("not-tried"), ["beat"]);
 }
 
@@ -190,8 +195,13 @@ fn a_certificate_that_the_master_does_not_pin_is_named_to_be_compared() {
     report.fails_with("beat", 1);
     assert!(report.says("beat").starts_with("http-403 in "), "{}", report.says("beat"));
     assert!(report.advice("beat").contains(&stage.worker.fingerprint), "{}", report.advice("beat"));
+    assert!(report.advice("beat").contains("must pass TLS through"), "{}", report.advice("beat"));
     stage.master.decommission(&stage.worker.uuid);
-    assert!(Report::of(&mut check(&stage)).says("beat").starts_with("http-404 in "));
+    let report = Report::of(&mut check(&stage));
+    report.fails_with("beat", 1);
+    assert!(report.says("beat").starts_with("http-404 in "), "{}", report.says("beat"));
+    assert!(report.advice("beat").starts_with("enrol this host again"), "{}", report.advice("beat"));
+    assert!(!report.advice("beat").contains("sha256"), "{}", report.advice("beat"));
 }
 
 #[test]
@@ -215,6 +225,7 @@ fn a_master_of_another_ca_is_shown_with_its_names() {
     let report = Report::of(&mut check(&stage));
     report.fails_with("tls", 1);
     assert!(report.advice("tls").starts_with("enrol this host from this master"), "{}", report.advice("tls"));
+    assert!(report.advice("tls").contains("must pass TLS through"), "{}", report.advice("tls"));
     assert_eq!(report.step("tls")["facts"]["fingerprint"], other.master.certificate().fingerprint);
 }
 
@@ -247,7 +258,99 @@ fn what_listens_there_and_is_no_master_is_told_apart() {
     thread::spawn(move || ssh.incoming().map_while(Result::ok).for_each(|mut it| drop(it.write_all(b"SSH-2.0-x\r\n"))));
     let report = Report::of(&mut check(&stage));
     report.fails_with("tls", 1);
-    assert!(report.advice("tls").starts_with("see that it is DECNET's swarm controller"), "{}", report.advice("tls"));
+    assert_eq!(report.says("tls"), "the answer is neither TLS nor HTTP: it is not the master's");
+    assert!(report.advice("tls").starts_with("correct the master's host and port"), "{}", report.advice("tls"));
+}
+
+#[test]
+fn a_master_without_tls_is_told_to_use_it() {
+    let stage = worker();
+    stage.master.always(Some(Fault::Banner(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n".to_vec())));
+    let report = Report::of(&mut check(&stage));
+    report.fails_with("tls", 1);
+    assert!(report.says("tls").starts_with("the answer is plain HTTP, not TLS"), "{}", report.says("tls"));
+    assert!(report.advice("tls").contains("with --tls"), "{}", report.advice("tls"));
+}
+
+#[test]
+fn a_certificate_for_the_masters_host_alone_is_not_the_masters() {
+    let authority = Authority::new().unwrap();
+    let role = Role::WebEnrolled { name: "worker-07".to_owned(), master_host: "127.0.0.1".to_owned() };
+    let certificate = Some(authority.issue(role).unwrap());
+    let stage = worker_of(Options { certificate, authority: Some(authority), ..Options::default() });
+    let report = Report::of(&mut check(&stage));
+    report.fails_with("tls", 1);
+    assert!(report.says("tls").contains(r#"its common name is "worker-07""#), "{}", report.says("tls"));
+    assert!(report.advice("tls").contains("somebody poses as the master"), "{}", report.advice("tls"));
+    let report = Report::of(check(&stage).args(["--master-identity", "host"]));
+    assert!(
+        report.says("tls").ends_with("accepted by host: it is of ca.crt, and for 127.0.0.1, as any worker's may be"),
+        "{}",
+        report.says("tls")
+    );
+}
+
+/// A TLS server of our CA that asks for no client certificate, as a proxy that ends TLS.
+#[test]
+fn a_proxy_that_ends_tls_is_told_to_pass_it_through() {
+    let mut stage = worker();
+    let openssl = OpenSsl::new(stage.dir.path());
+    openssl.issue("proxy", "rsa:2048", "-sha256");
+    fs::write(stage.agent_dir().join("ca.crt"), openssl.read("ca.crt")).unwrap();
+    let served = openssl.serve("proxy", "-cipher ALL:@SECLEVEL=0");
+    stage.worker.port = served.port;
+    stage.worker.write_ini(&stage.dir.path().join("decnet.ini")).unwrap();
+    let report = Report::of(&mut check(&stage));
+    assert_eq!(report.step("tls")["outcome"], "ok", "{:#}", report.0);
+    assert!(report.advice("tls").starts_with("it asked for no certificate of ours"), "{}", report.advice("tls"));
+    assert!(report.advice("ca.crt").starts_with("in time, renew the master's CA"), "{}", report.advice("ca.crt"));
+    assert!(report.advice("tls").contains("pass TLS through"), "{}", report.advice("tls"));
+}
+
+#[test]
+fn an_old_signature_of_worker_crt_is_named_where_the_master_refuses_it() {
+    let stage = worker();
+    let openssl = OpenSsl::new(stage.dir.path());
+    openssl.issue("old", "rsa:2048", "-sha1");
+    fs::write(stage.agent_dir().join("worker.crt"), openssl.read("old.crt")).unwrap();
+    fs::write(stage.agent_dir().join("worker.key"), openssl.read("old.key")).unwrap();
+    let report = Report::of(&mut check(&stage));
+    let advice = report.advice("worker.crt");
+    assert!(advice.starts_with("the master may refuse it: it is signed with RSA and SHA-1"), "{advice}");
+}
+
+#[test]
+fn a_bundle_that_cannot_be_read_is_not_told_to_enrol_again() {
+    type Damage = fn(&Path);
+    let damages: [(Damage, &str); 2] = [
+        (|path| fs::create_dir(path).unwrap(), "put the file that the enrolment wrote in its place"),
+        (
+            |path| std::os::unix::fs::symlink("/proc/self/mem", path).unwrap(),
+            "see to the disk; the kernel's log says more",
+        ),
+    ];
+    for (damage, advice) in damages {
+        let stage = worker();
+        let path = stage.agent_dir().join("worker.key");
+        fs::remove_file(&path).unwrap();
+        damage(&path);
+        let report = Report::of(&mut check(&stage));
+        report.fails_with("worker.key", 78);
+        assert_eq!(report.advice("worker.key"), advice);
+        assert!(report.says("worker.key").contains(&format!("{}: cannot be read: ", path.display())));
+    }
+}
+
+#[test]
+fn what_is_ignored_in_ca_crt_is_named() {
+    let stage = worker();
+    let path = stage.agent_dir().join("ca.crt");
+    let worker = fs::read_to_string(stage.agent_dir().join("worker.crt")).unwrap();
+    fs::write(&path, worker + &stage.master.authority().certificate()).unwrap();
+    let report = Report::of(&mut check(&stage));
+    assert_eq!(report.0["works"], true, "{:#}", report.0);
+    assert!(report.says("ca.crt").starts_with("CN=DECNET SWARM Root CA, "), "{}", report.says("ca.crt"));
+    assert!(report.advice("ca.crt").contains("not marked as a CA's"), "{}", report.advice("ca.crt"));
 }
 
 #[test]
@@ -267,6 +370,10 @@ fn an_answer_that_is_none_of_the_good_ones_fails_and_says_what_it_means() {
     for (answer, means) in [
         (Answer::status(503).body("busy"), "http-503 in "),
         (Answer::status(422).body("no"), "the master refuses what this host reports: no"),
+        (Answer::status(413), "what this host reports is too large"),
+        (Answer::status(500), "the master has failed on it"),
+        (Answer::status(429), "the master cannot take it now"),
+        (Answer::status(302), "this is no answer of the master's"),
     ] {
         stage.master.script([Fault::Answer(answer)]);
         let report = Report::of(&mut check(&stage));
@@ -450,4 +557,57 @@ fn a_heartbeat_that_runs_is_not_disturbed() {
     let stats = settled(&heartbeat, |stats| stats.delivered == 1);
     assert_eq!((stats.failure.map(|failure| failure.class), stats.panics), (None, 0));
     drop::<LoopbackMaster>(stage.master);
+}
+
+/// OpenSSL serves the real master, and its alerts say why it refuses a certificate.
+#[test]
+fn each_alert_of_openssl_is_explained_by_its_cause() {
+    let mut stage = worker();
+    let openssl = OpenSsl::new(stage.dir.path());
+    openssl.issue("server", "rsa:2048", "-sha256");
+    openssl.issue("good", "rsa:2048", "-sha256");
+    openssl.issue("old", "rsa:2048", "-sha1");
+    openssl.run("x509 -req -in good.csr -CA ca.crt -CAkey ca.key -days -1 -extfile ext -out expired.crt");
+    fs::write(openssl.path("ext"), "extendedKeyUsage=serverAuth\n").unwrap();
+    openssl.run("x509 -req -in good.csr -CA ca.crt -CAkey ca.key -days 9 -extfile ext -out server-only.crt");
+    openssl.run("req -x509 -newkey rsa:2048 -nodes -keyout same.key -out same.crt -days 9 -subj /O=DECNET/CN=CA");
+    // As DECNET issues them: nothing but the issuer's name says whose it is.
+    fs::write(openssl.path("ext"), "extendedKeyUsage=clientAuth\nauthorityKeyIdentifier=none\n").unwrap();
+    openssl.run("x509 -req -in good.csr -CA same.crt -CAkey same.key -days 9 -extfile ext -out other.crt");
+    openssl.run("req -x509 -key good.key -out unknown.crt -days 9 -subj /CN=other");
+    fs::write(stage.agent_dir().join("ca.crt"), openssl.read("ca.crt")).unwrap();
+    let served = openssl.serve("server", "-Verify 1 -verify_return_error -CAfile ca.crt");
+    stage.worker.port = served.port;
+    stage.worker.write_ini(&stage.dir.path().join("decnet.ini")).unwrap();
+    for (name, key, says, advice) in [
+        ("old", "old", "the master refused our certificate: it may be too weak", "see what stands at worker.crt"),
+        ("expired", "good", "the master refused our certificate: it has expired", "enrol this host again, or set"),
+        ("server-only", "good", "the master refused our certificate: it is not for clients", "enrol this host again"),
+        ("other", "good", "the master refused our certificate: its CA has not signed it", "enrol this host again"),
+        (
+            "unknown",
+            "good",
+            "the master refused our certificate: it is of a CA that the master does not know",
+            "enrol this host",
+        ),
+    ] {
+        fs::write(stage.agent_dir().join("worker.crt"), openssl.read(&format!("{name}.crt"))).unwrap();
+        fs::write(stage.agent_dir().join("worker.key"), openssl.read(&format!("{key}.key"))).unwrap();
+        let report = Report::of(&mut check(&stage));
+        assert!(report.says("tls").starts_with(says), "{name}: {}", report.says("tls"));
+        assert!(report.advice("tls").starts_with(advice), "{name}: {}", report.advice("tls"));
+    }
+}
+
+#[test]
+fn a_name_that_is_not_found_fails_and_says_why() {
+    let stage = worker();
+    let mut command = check(&stage);
+    command.env("DECNET_MASTER_HOST", "no-such.invalid");
+    let report = Report::of(&mut command);
+    report.fails_with("name", 1);
+    let says = report.says("name");
+    assert!(says.starts_with("no-such.invalid: the name no-such.invalid could not be looked up: "), "{says}");
+    assert!(report.advice("name").contains("name the master by its address"), "{}", report.advice("name"));
+    assert_eq!(report.ended("not-tried"), ["tcp", "tls", "beat"]);
 }

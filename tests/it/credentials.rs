@@ -1,8 +1,9 @@
 //! A host that is refused keeps beating, and a bundle that is just being written is taken over when it is whole.
 
+use decnet_heartbeat::loopback::Role;
 use decnet_heartbeat::{LifecycleDelta, Operation};
 
-use crate::support::{PATIENCE, Stage, hanging, now, settled};
+use crate::support::{PATIENCE, Stage, errors_with, hanging, now, remember_errors, settled};
 
 #[test]
 fn a_decommissioned_host_keeps_beating_and_keeps_its_deltas() {
@@ -50,4 +51,29 @@ fn a_new_bundle_is_taken_over_while_the_source_hangs() {
     heartbeat.deltas().push(LifecycleDelta::succeeded("d", Operation::Deploy)).unwrap();
     assert!(stage.master.wait_for_beats(2, PATIENCE), "{:?}", heartbeat.stats());
     assert_eq!(settled(&heartbeat, |stats| stats.delivered == 1).failure.map(|failure| failure.class), None);
+}
+
+#[test]
+fn the_log_tells_a_host_that_is_not_known_from_a_certificate_that_is_refused() {
+    remember_errors();
+    let stage = Stage::new();
+    let (heartbeat, tick) = stage.beating();
+    let other = stage.master.authority().issue(Role::Worker("other".to_owned())).unwrap();
+    stage.master.pin(&stage.worker.uuid, &other.fingerprint);
+    let fails =
+        |count| settled(&heartbeat, |stats| stats.failure.as_ref().is_some_and(|failure| failure.count == count));
+    tick.send(now()).unwrap();
+    fails(1);
+    stage.master.decommission(&stage.worker.uuid);
+    tick.send(now()).unwrap();
+    fails(2);
+    let said = errors_with(&stage.worker.uuid);
+    assert!(
+        said[0].starts_with("the master does not accept this host's certificate: ")
+            && said[0].contains("class=http-403 ")
+    );
+    assert!(
+        said[1].starts_with("the master does not know this host, enrol it again: ")
+            && said[1].contains("class=http-404 ")
+    );
 }

@@ -1,9 +1,9 @@
 //! Who counts as the master: nothing of the request leaves before its certificate has been accepted.
 
-use decnet_heartbeat::MasterIdentity;
 use decnet_heartbeat::loopback::{Authority, Issued, Offered, Options, Role, TlsVersion};
+use decnet_heartbeat::{EnrolmentSources, MasterIdentity};
 
-use crate::support::{PATIENCE, Stage, settled};
+use crate::support::{OpenSsl, PATIENCE, Stage, now, settled};
 
 /// A master that shows the certificate of another role, from our CA.
 fn posing(role: Role) -> Stage {
@@ -36,17 +36,23 @@ fn pin(certificate: &Issued) -> MasterIdentity {
 fn the_masters_own_certificate_is_accepted_under_every_rule_but_public() {
     let stage = Stage::new();
     accepted(&stage, MasterIdentity::Name);
+    accepted(&stage, MasterIdentity::Host);
     accepted(&stage, MasterIdentity::AnyFromCa);
     accepted(&stage, pin(stage.master.certificate()));
     let stage = Stage::new();
-    assert!(refused(&stage, MasterIdentity::PublicCa).contains("UnknownIssuer"));
+    let said = refused(&stage, MasterIdentity::PublicCa);
+    assert!(said.starts_with("the certificate is not of a public CA"), "{said}");
 }
 
 #[test]
 fn a_sibling_worker_cannot_pose_as_the_master_by_default() {
     let stage = posing(Role::Worker("sibling".to_owned()));
     let said = refused(&stage, MasterIdentity::default());
-    assert!(said.starts_with("the master's certificate is neither for swarmctl nor for its host"), "{said}");
+    let expected =
+        r#"the certificate is not the master's own: its common name is "sibling" and must be "swarmctl" alone"#;
+    assert_eq!(said, expected);
+    let said = refused(&posing(Role::Worker("sibling".to_owned())), MasterIdentity::Host);
+    assert_eq!(said, format!("{expected}; nor is it valid for the configured host"));
 }
 
 #[test]
@@ -55,8 +61,115 @@ fn a_sibling_worker_can_pose_as_the_master_under_the_originals_rule() {
 }
 
 #[test]
-fn a_certificate_for_the_configured_host_is_accepted() {
-    accepted(&posing(Role::Named("127.0.0.1".to_owned())), MasterIdentity::Name);
+fn a_worker_that_was_enrolled_with_the_masters_host_cannot_pose_as_the_master_by_default() {
+    for master_host in ["127.0.0.1", "swarmctl"] {
+        let role = Role::WebEnrolled { name: "worker-07".to_owned(), master_host: master_host.to_owned() };
+        let said = refused(&posing(role), MasterIdentity::Name);
+        assert!(said.contains(r#"its common name is "worker-07""#), "{said}");
+    }
+}
+
+#[test]
+fn the_rule_host_accepts_any_certificate_of_the_ca_for_the_configured_host() {
+    accepted(&posing(Role::Named("127.0.0.1".to_owned())), MasterIdentity::Host);
+    // Which is its weakness.
+    let role = Role::WebEnrolled { name: "worker-07".to_owned(), master_host: "127.0.0.1".to_owned() };
+    accepted(&posing(role), MasterIdentity::Host);
+}
+
+#[test]
+fn a_wildcard_is_not_the_masters_name() {
+    for name in ["*", "*.swarmctl", "swarmctl.lan", "Swarmctl"] {
+        refused(&posing(Role::Named(name.to_owned())), MasterIdentity::Name);
+    }
+}
+
+/// An impostor with what a stolen worker's key has signed; the worker's certificate, too.
+fn forged(authority: &Authority) -> (Stage, String) {
+    let thief = authority.subordinate(Role::Worker("thief".to_owned())).unwrap();
+    let certificate = Some(thief.issue(Role::Master).unwrap());
+    let authority = Some(authority.clone());
+    (Stage::with(Options { authority, certificate, ..Options::default() }), thief.certificate())
+}
+
+#[test]
+fn a_worker_cannot_issue_a_masters_certificate() {
+    let authority = Authority::new().unwrap();
+    let (mut stage, thief) = forged(&authority);
+    for identity in [MasterIdentity::Name, MasterIdentity::Host, MasterIdentity::AnyFromCa] {
+        refused(&stage, identity);
+    }
+    // As the issuer that comes along.
+    let mut certificate = stage.master.certificate().clone();
+    certificate.certificate += &thief;
+    stage = Stage::with(Options { authority: Some(authority), certificate: Some(certificate), ..Options::default() });
+    for identity in [MasterIdentity::Name, MasterIdentity::AnyFromCa] {
+        refused(&stage, identity);
+    }
+}
+
+#[test]
+fn a_workers_certificate_in_ca_crt_does_not_let_it_issue() {
+    let authority = Authority::new().unwrap();
+    let (stage, thief) = forged(&authority);
+    let path = stage.agent_dir().join("ca.crt");
+    for content in [format!("{}{thief}", authority.certificate()), format!("{thief}{}", authority.certificate())] {
+        std::fs::write(&path, content).unwrap();
+        for identity in [MasterIdentity::Name, MasterIdentity::Host, MasterIdentity::AnyFromCa] {
+            let said = refused(&stage, identity);
+            assert!(said.starts_with("the master's certificate is not of our ca.crt"), "{said}");
+        }
+    }
+    // Nor does it count itself.
+    let worker = authority.issue(Role::Named("swarmctl".to_owned())).unwrap();
+    let other = Authority::new().unwrap();
+    let options = Options { certificate: Some(worker.clone()), authority: Some(other.clone()), ..Options::default() };
+    let stage = Stage::with(options);
+    let content = format!("{}{}", other.certificate(), worker.certificate);
+    std::fs::write(stage.agent_dir().join("ca.crt"), content).unwrap();
+    refused(&stage, MasterIdentity::Name);
+}
+
+#[test]
+fn a_stricter_rule_does_not_resume_a_session_of_a_laxer_one() {
+    let stage = posing(Role::Worker("sibling".to_owned()));
+    let ini = stage.dir.path().join("decnet.ini");
+    let write = |rule: &str| {
+        stage.worker.write_ini(&ini).unwrap();
+        let text = std::fs::read_to_string(&ini).unwrap() + &format!("master-identity = {rule}\n");
+        std::fs::write(&ini, text).unwrap();
+    };
+    write("ca");
+    let enrolment = EnrolmentSources::from_variables([("HOME", "/nonexistent")]).config(&ini).read().unwrap();
+    let (builder, tick) = stage.builder();
+    let heartbeat = builder.enrolment(enrolment).start().unwrap();
+    assert!(stage.master.wait_for_beats(1, PATIENCE), "{:?}", heartbeat.stats());
+    write("name");
+    tick.send(now()).unwrap();
+    let failure = settled(&heartbeat, |stats| stats.failure.is_some()).failure.unwrap();
+    assert_eq!(failure.class, "tls", "{failure:?}");
+    assert_eq!(stage.master.received().len(), 1);
+}
+
+#[test]
+fn a_key_or_a_signature_that_cannot_be_verified_is_named() {
+    let stage = Stage::new();
+    let openssl = OpenSsl::new(stage.dir.path());
+    std::fs::write(stage.agent_dir().join("ca.crt"), openssl.read("ca.crt")).unwrap();
+    for (name, key, digest, says) in [
+        ("small", "rsa:1024", "-sha256", "its key is an RSA key of 1024 bits; supported are "),
+        ("old", "rsa:2048", "-sha1", "it is signed with RSA and SHA-1; supported are "),
+        // OpenSSL finds no signature that both sides know, before it shows its certificate.
+        ("large", "ec -pkeyopt ec_paramgen_curve:P-521", "-sha256", "such as P-521"),
+    ] {
+        openssl.issue(name, key, digest);
+        let served = openssl.serve(name, "-cipher ALL:@SECLEVEL=0");
+        let enrolment = stage.worker.enrolment().unwrap().with_master_port(served.port).unwrap();
+        let (builder, _tick) = stage.builder();
+        let heartbeat = builder.enrolment(enrolment).start().unwrap();
+        let failure = settled(&heartbeat, |stats| stats.failure.is_some()).failure.unwrap();
+        assert!(failure.class == "tls" && failure.detail.contains(says), "{name}: {failure:?}");
+    }
 }
 
 #[test]

@@ -11,6 +11,7 @@
 mod beats;
 mod bundle;
 mod check;
+mod classes;
 mod credentials;
 mod delivery;
 mod deltas;

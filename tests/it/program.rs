@@ -57,7 +57,8 @@ fn a_bundle_that_is_not_there_is_78_and_named() {
     let said = String::from_utf8(output.stderr).unwrap();
     assert_eq!(
         said,
-        "decnet-heartbeat: bundle: /nonexistent/agent/ca.crt: cannot be read: No such file or directory (os error 2)\n"
+        "decnet-heartbeat: bundle: /nonexistent/agent/ca.crt: cannot be read; enrol this host, or correct the agent dir, \
+         which does not exist: No such file or directory (os error 2)\n"
     );
 }
 
@@ -65,7 +66,7 @@ fn a_bundle_that_is_not_there_is_78_and_named() {
 fn a_wrong_option_is_2_and_named() {
     let output = output(program().args(["--master-identity", "anyone", "run"]));
     assert_eq!(output.status.code(), Some(2));
-    assert!(String::from_utf8(output.stderr).unwrap().contains("must be name, ca, public, or sha256:"));
+    assert!(String::from_utf8(output.stderr).unwrap().contains("must be name, host, ca, public, or sha256:"));
 }
 
 #[test]

@@ -4,7 +4,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
 
-use decnet_heartbeat::loopback::{LifecycleRow, RowStatus};
+use decnet_heartbeat::loopback::{LifecycleRow, Role, RowStatus};
 use decnet_heartbeat::{LifecycleDelta, Operation};
 use serde_json::{Value, json};
 
@@ -143,13 +143,28 @@ fn push_says_what_it_has_displaced() {
 }
 
 #[test]
-fn push_says_which_fingerprint_a_master_refused() {
+fn push_tells_a_host_that_is_not_known_from_a_certificate_that_is_refused() {
     let stage = Stage::new();
+    let push = || output(&stage, &[&PUSH_FAILED[..], &["d"]].concat());
+    let other = stage.master.authority().issue(Role::Worker("other".to_owned())).unwrap();
+    stage.master.pin(&stage.worker.uuid, &other.fingerprint);
+    let (code, said, _) = push();
+    let expected = "the master does not accept this host's certificate (http-403, fingerprint ";
+    assert!(code == Some(0) && said.contains(&format!("{expected}{})", stage.worker.fingerprint)), "{said}");
     stage.master.decommission(&stage.worker.uuid);
-    let (code, said, _) = output(&stage, &["push", "--operation", "deploy", "--status", "succeeded", "a"]);
-    assert_eq!(code, Some(0));
-    assert!(said.contains(&format!("(http-404, fingerprint {})", stage.worker.fingerprint)), "{said}");
-    assert_eq!(kept(&stage).len(), 1);
+    let (code, said, _) = push();
+    assert!(
+        code == Some(0) && said.contains("the master does not know this host, enrol it again (http-404): "),
+        "{said}"
+    );
+}
+
+#[test]
+fn push_says_that_there_was_no_answer() {
+    let mut stage = Stage::new();
+    stage.master.stop();
+    let (_, said, _) = output(&stage, &[&PUSH_FAILED[..], &["d"]].concat());
+    assert!(said.contains(&format!("no answer from {}: refused: ", stage.master.url())), "{said}");
 }
 
 #[test]

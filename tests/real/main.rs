@@ -17,5 +17,6 @@ mod heartbeat;
 mod metrics;
 mod operations;
 mod peers;
+mod resolver;
 mod state_file;
 mod support;

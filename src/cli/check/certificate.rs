@@ -124,7 +124,7 @@ mod tests {
         let master = described(Role::Master);
         assert_eq!(
             (master.subject.as_str(), master.issuer.as_str()),
-            ("CN=swarmctl, O=DECNET", "CN=DECNET SWARM Root CA, O=DECNET")
+            ("CN=swarmctl, O=DECNET, OU=swarm-worker", "CN=DECNET SWARM Root CA, O=DECNET")
         );
         assert_eq!(master.names(), "swarmctl, localhost, 127.0.0.1");
         let now = SystemTime::now();

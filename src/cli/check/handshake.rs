@@ -5,15 +5,19 @@
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::TcpStream;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use rustls::client::ResolvesClientCert;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls::sign::CertifiedKey;
 use rustls::{
     ClientConfig, ClientConnection, DigitallySignedStruct, Error as TlsError, ProtocolVersion, SignatureScheme,
 };
 
+use crate::first_bytes::FirstBytes;
 use crate::limits;
 
 /// A handshake that came to its end.
@@ -34,7 +38,8 @@ pub(super) fn shake_hands(
     stream.set_nodelay(true)?;
     let mut stream = InTime { stream, end: since + limits::CONNECT };
     let mut tls = ClientConnection::new(Arc::clone(config), name.clone()).map_err(io::Error::other)?;
-    tls.complete_io(&mut stream)?;
+    let mut first = FirstBytes::of(&mut stream);
+    tls.complete_io(&mut first).map_err(|error| first.name(error))?;
     let took = since.elapsed();
     let version = match tls.protocol_version() {
         Some(ProtocolVersion::TLSv1_3) => "TLS 1.3",
@@ -93,6 +98,34 @@ impl Write for InTime {
 
     fn flush(&mut self) -> io::Result<()> {
         self.stream.flush()
+    }
+}
+
+/// Remembers whether the peer has asked for our certificate: the master does, and a proxy that ends TLS seldom does.
+#[derive(Debug)]
+pub(super) struct Asked {
+    ours: Arc<dyn ResolvesClientCert>,
+    asked: AtomicBool,
+}
+
+impl Asked {
+    pub(super) fn before(ours: Arc<dyn ResolvesClientCert>) -> Self {
+        Self { ours, asked: AtomicBool::new(false) }
+    }
+
+    pub(super) fn was_asked(&self) -> bool {
+        self.asked.load(Ordering::Relaxed)
+    }
+}
+
+impl ResolvesClientCert for Asked {
+    fn resolve(&self, issuers: &[&[u8]], schemes: &[SignatureScheme]) -> Option<Arc<CertifiedKey>> {
+        self.asked.store(true, Ordering::Relaxed);
+        self.ours.resolve(issuers, schemes)
+    }
+
+    fn has_certs(&self) -> bool {
+        self.ours.has_certs()
     }
 }
 

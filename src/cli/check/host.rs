@@ -123,7 +123,8 @@ pub(super) fn topology(agent_dir: Option<&Path>, found: &Findings) -> Step {
         (Err(problem), _) => Step::bad(
             "topology",
             problem.clone(),
-            "let this user read it; until then run leaves the topology out, and the master may order it to be built again",
+            "let this user read it, or let DECNET's agent write it anew if it is damaged; until then run leaves the topology \
+             out, and the master may order it to be built again",
         ),
         (Ok(()), Some(Some(AppliedTopology { topology_id, applied_version_hash, .. }))) => {
             let (id, hash) = (printable(topology_id), printable(applied_version_hash));
@@ -155,8 +156,8 @@ pub(super) fn outbox(location: &OutboxLocation, agent_dir: Option<&Path>) -> Ste
 }
 
 fn lost(says: impl Into<String>) -> Step {
-    let advice = "let this user write there, or make room, or name another file with --outbox; until then deltas are in \
-                  memory and do not survive a restart";
+    let advice = "let this user write there, make room, or name another file with --outbox (a damaged file is replaced by \
+                  run); until then deltas are in memory and do not survive a restart";
     Step::bad("outbox", says, advice)
 }
 
@@ -198,9 +199,11 @@ pub(super) fn report(name: &'static str, path: &Path) -> Step {
     let file = printable_path(path);
     match room(folder(path)) {
         Ok(()) => Step::good(name, format!("{file} can be written")),
-        Err(problem) => {
-            Step::bad(name, format!("{file}: {problem}"), "let this user write into its folder, or make room there")
-        }
+        Err(problem) => Step::bad(
+            name,
+            format!("{file}: {problem}"),
+            "make its folder, let this user write into it, or make room there",
+        ),
     }
     .fact("file", file)
 }

@@ -5,26 +5,26 @@ use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
+use rustls::ClientConfig;
+use rustls::client::ResolvesClientCert;
 use rustls::client::danger::ServerCertVerifier;
-use rustls::client::verify_server_name;
 use rustls::pki_types::{CertificateDer, ServerName};
-use rustls::server::ParsedCertificate;
-use rustls::{CertificateError, ClientConfig, Error as TlsError};
 
 use super::certificate::Described;
-use super::handshake::{Shaken, Witness, shake_hands};
+use super::handshake::{Asked, Shaken, Witness, shake_hands};
 use super::steps::{Checklist, Step};
 use crate::body::{self, Body};
 use crate::bundle::Bundle;
 use crate::enrolment::Enrolment;
-use crate::error::{Error, http_problem};
+use crate::error::Error;
+use crate::explain::{Explained, explain, handshake};
 use crate::identity::MasterIdentity;
 use crate::link::server_name;
-use crate::master::{Master, Reply, Verdict, explain_tls, tls_error};
-use crate::resolve::MasterResolver;
+use crate::master::{Master, Reply, Verdict};
+use crate::resolve::{LookupFailed, MasterResolver};
 use crate::status::Snapshot;
 use crate::text::printable;
-use crate::{limits, tls};
+use crate::{limits, verifier};
 
 /// Each step needs the one before it. `bundle`: `None` where it cannot be used.
 pub(super) fn check(
@@ -70,9 +70,12 @@ fn name(enrolment: &Enrolment) -> (Step, Vec<SocketAddr>) {
             (Step::good("name", says).fact("addresses", ips), addresses)
         }
         Err(error) => {
-            let says = format!("{host}: {}", http_problem(&error));
-            let advice = "see to the name service of this host, or name the master by its address";
-            (Step::bad("name", says, advice), Vec::new())
+            let advice = match &error {
+                ureq::Error::Other(cause) => cause.downcast_ref().map(LookupFailed::advice),
+                _ => None,
+            };
+            let advice = advice.unwrap_or("see to the name service of this host, or name the master by its address");
+            (Step::bad("name", format!("{host}: {}", explain(&error)), advice), Vec::new())
         }
     }
 }
@@ -93,6 +96,12 @@ fn tcp(addresses: &[SocketAddr]) -> (Step, Option<TcpStream>) {
             Err(error) => {
                 let advice = match error.kind() {
                     ErrorKind::ConnectionRefused => "start the master's swarm controller, or correct the master's port",
+                    ErrorKind::InvalidInput | ErrorKind::AddrNotAvailable | ErrorKind::Unsupported => {
+                        "correct the master's host: this host cannot connect to such an address"
+                    }
+                    _ if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS)) => {
+                        "raise the limits of this host: it has no socket left"
+                    }
                     _ => "see to the route to the master, and to the firewalls on it",
                 };
                 failed = Step::bad("tcp", format!("{address}: {error}"), advice).fact("address", address.to_string());
@@ -102,6 +111,13 @@ fn tcp(addresses: &[SocketAddr]) -> (Step, Option<TcpStream>) {
     (failed, None)
 }
 
+/// The master always asks.
+const NOT_ASKED: &str = "it asked for no certificate of ours, which the master does: let a proxy in front of the master pass \
+                         TLS through, or see that the swarm controller asks for client certificates";
+
+/// Why the rules `name` and `host` accept the master's own certificate.
+const OWN: &str = "it is of ca.crt, and its common name and a DNS name are swarmctl";
+
 /// As the agent reaches the master, but for the witness.
 struct Way<'a> {
     enrolment: &'a Enrolment,
@@ -110,15 +126,19 @@ struct Way<'a> {
     name: ServerName<'static>,
     config: Arc<ClientConfig>,
     witness: Arc<Witness>,
+    asked: Arc<Asked>,
 }
 
 impl<'a> Way<'a> {
     fn new(enrolment: &'a Enrolment, bundle: &'a Bundle, rule: MasterIdentity) -> Result<Self, Error> {
-        let (name, provider) = (server_name(enrolment)?, tls::provider());
-        let judge = tls::verifier(bundle, rule, &name, &provider);
+        let (name, provider) = (server_name(enrolment)?, verifier::provider());
+        let judge = verifier::verifier(bundle, rule, &name, &provider);
         let witness = Arc::new(Witness::before(judge));
-        let config = tls::client_config(bundle, Arc::clone(&witness) as Arc<dyn ServerCertVerifier>, &provider)?;
-        Ok(Self { enrolment, bundle, rule, name, config, witness })
+        let config = verifier::client_config(bundle, Arc::clone(&witness) as Arc<dyn ServerCertVerifier>, &provider)?;
+        let mut config = ClientConfig::clone(&config);
+        let asked = Arc::new(Asked::before(Arc::clone(&config.client_auth_cert_resolver)));
+        config.client_auth_cert_resolver = Arc::clone(&asked) as Arc<dyn ResolvesClientCert>;
+        Ok(Self { enrolment, bundle, rule, name, config: Arc::new(config), witness, asked })
     }
 
     /// Who answers there, and who counts as the master.
@@ -137,12 +157,15 @@ impl<'a> Way<'a> {
                     Step::good("tls", format!("{version} in {}{who}; accepted by {}: {accepted}", ms(took), self.rule));
                 let step = step.fact("version", version).fact("ms", millis(took));
                 let soon = described.as_ref().is_some_and(|shown| shown.ends_soon(now));
-                if soon { step.advise("renew the master's certificate in time") } else { step }
+                match (self.asked.was_asked(), soon) {
+                    (false, _) => step.advise(NOT_ASKED),
+                    (true, true) => step.advise("renew the master's certificate in time"),
+                    (true, false) => step,
+                }
             }
             Err(error) => {
-                let tls = tls_error(&error);
-                let says = tls.map_or_else(|| printable(&error.to_string()), |error| printable(&explain_tls(error)));
-                let step = Step::bad("tls", format!("{says}{who}"), advice(tls));
+                let Explained { says, advice } = handshake(&error);
+                let step = Step::bad("tls", format!("{}{who}", printable(&says)), advice);
                 step.fact("our_fingerprint", self.bundle.certificate.fingerprint.as_str())
             }
         };
@@ -156,12 +179,11 @@ impl<'a> Way<'a> {
     /// Which part of the rule it was that accepted the certificate.
     fn accepted_as(&self, shown: Option<&CertificateDer<'static>>) -> String {
         let host = self.enrolment.master_host().value();
-        let own = ServerName::try_from(tls::MASTER_NAME).ok();
-        let parsed = shown.and_then(|shown| ParsedCertificate::try_from(shown).ok());
-        let is_for_own = own.zip(parsed).is_some_and(|(own, shown)| verify_server_name(&shown, &own).is_ok());
+        let is_masters_own = shown.is_some_and(|shown| verifier::is_masters_own(shown).is_ok());
         match self.rule {
-            MasterIdentity::Name if is_for_own => format!("it is of ca.crt, and for {}", tls::MASTER_NAME),
-            MasterIdentity::Name => format!("it is of ca.crt, and for {host}"),
+            MasterIdentity::Name => OWN.to_owned(),
+            MasterIdentity::Host if is_masters_own => OWN.to_owned(),
+            MasterIdentity::Host => format!("it is of ca.crt, and for {host}, as any worker's may be"),
             MasterIdentity::AnyFromCa => "it is of ca.crt, and its names do not matter".to_owned(),
             MasterIdentity::Fingerprint(_) => "it is the pinned one".to_owned(),
             MasterIdentity::PublicCa => format!("it is publicly trusted, and for {host}"),
@@ -186,7 +208,7 @@ impl<'a> Way<'a> {
         let Reply { verdict, class, detail, took, resumed, .. } = reply;
         let session = if resumed { "session resumed" } else { "new session" };
         let says = format!("{class} in {}, {session}", ms(took));
-        let (means, advice) = meaning(verdict, fingerprint);
+        let (means, advice) = meaning(verdict, &class, fingerprint);
         let step = match advice {
             None => Step::good("beat", format!("{says}: {means}")),
             Some(advice) if detail.is_empty() => Step::bad("beat", format!("{says}: {means}"), advice),
@@ -200,47 +222,65 @@ impl<'a> Way<'a> {
 }
 
 /// What an answer means, and what is to be done if it is not the right one.
-fn meaning(verdict: Verdict, fingerprint: &str) -> (&'static str, Option<String>) {
-    match verdict {
-        Verdict::Accepted => ("the master knows this host and took the beat", None),
-        Verdict::HostRefused => (
-            "the master does not accept this host",
-            Some(format!("compare sha256 {fingerprint} with the master's record of this host, or enrol it again")),
+fn meaning(verdict: Verdict, class: &str, fingerprint: &str) -> (&'static str, Option<String>) {
+    match (verdict, class) {
+        (Verdict::Accepted, _) => ("the master knows this host and took the beat", None),
+        (Verdict::HostRefused, "http-404") => (
+            "the master does not know this host",
+            Some("enrol this host again: it was never enrolled there, or has been decommissioned; if it is enrolled, see that \
+                  it is this master's swarm controller that answers there".to_owned()),
         ),
-        Verdict::BodyRefused => (
+        (Verdict::HostRefused, _) => (
+            "the master does not accept this host's certificate",
+            Some(format!(
+                "compare sha256 {fingerprint} with the master's record of this host, or enrol it again; a proxy in front of \
+                 the master must pass TLS through, as the master sees the proxy's certificate otherwise"
+            )),
+        ),
+        (Verdict::BodyRefused, "unwritten") => (
+            "nothing was sent, as the body could not be written",
+            Some("see what the state file and topology.db hold".to_owned()),
+        ),
+        (Verdict::BodyRefused, "http-413") => (
+            "what this host reports is too large",
+            Some("let the proxy in front of the master take larger bodies; run would beat without a status".to_owned()),
+        ),
+        // As nginx says it when it ends TLS and wants a certificate.
+        (Verdict::BodyRefused, "http-400") => (
+            "the request is refused",
+            Some("if what it says is of certificates, let the proxy in front of the master pass TLS through; otherwise see \
+                  what the state file and topology.db hold".to_owned()),
+        ),
+        (Verdict::BodyRefused, _) => (
             "the master refuses what this host reports",
             Some("see what the state file and topology.db hold; run would beat without a status".to_owned()),
         ),
-        Verdict::TryLater(_) => (
+        (Verdict::TryLater(_), "http-502" | "http-503" | "http-504") => (
             "the master cannot take it now",
-            Some("see to the master's log, and that it is DECNET's swarm controller that answers there".to_owned()),
+            Some("see to the master's log; if a proxy answers for the master, see that it reaches the master, and that it \
+                  passes TLS through".to_owned()),
         ),
-        Verdict::NoAnswer => {
-            ("no answer", Some("see to the master's log; run would try again, ever more rarely".to_owned()))
+        (Verdict::TryLater(_), class) if class.starts_with("http-5") => {
+            ("the master has failed on it", Some("see to the master's log; run would try again".to_owned()))
         }
-    }
-}
-
-/// What to do where there is no TLS with the master.
-fn advice(error: Option<&TlsError>) -> &'static str {
-    use CertificateError as Bad;
-    match error {
-        Some(TlsError::InvalidCertificate(bad)) => match bad {
-            Bad::ExpiredContext { .. } | Bad::NotValidYetContext { .. } => {
-                "renew the master's certificate, or set this host's clock"
-            }
-            Bad::NotValidForName | Bad::NotValidForNameContext { .. } => {
-                "name the master as its certificate does, or choose another rule with --master-identity"
-            }
-            Bad::UnknownIssuer | Bad::BadSignature => {
-                "enrol this host from this master, or correct the master's address: ca.crt is another one's"
-            }
-            Bad::ApplicationVerificationFailure => "correct the pinned fingerprint, if it is the master that answers",
-            _ => "give the master a certificate for servers, issued by its own CA",
-        },
-        Some(TlsError::AlertReceived(_)) => "enrol this host again: the master does not take worker.crt",
-        Some(_) => "see that it is DECNET's swarm controller that answers there, and that this is its port",
-        None => "see that it is DECNET's swarm controller that answers there, and to the network between",
+        (Verdict::TryLater(_), "http-408" | "http-425" | "http-429") => {
+            ("the master cannot take it now", Some("wait: run would try again when the answer says".to_owned()))
+        }
+        (Verdict::TryLater(_), _) => (
+            "this is no answer of the master's",
+            Some("see that it is DECNET's swarm controller that answers there, and that this is its port".to_owned()),
+        ),
+        (Verdict::NoAnswer, "not-http") => (
+            "what answers there does not speak HTTP/1.1",
+            Some("see that it is DECNET's swarm controller that answers there, and that this is its port".to_owned()),
+        ),
+        (Verdict::NoAnswer, "tls") => (
+            "no answer, as TLS has failed",
+            Some("see what the step tls found, and the master's log; run would try again".to_owned()),
+        ),
+        (Verdict::NoAnswer, _) => {
+            ("no answer", Some("see to the master's log, and to the network between; run would try again".to_owned()))
+        }
     }
 }
 

@@ -69,6 +69,10 @@ impl Step {
         self
     }
 
+    pub(super) fn name(&self) -> &'static str {
+        self.step
+    }
+
     pub(super) fn is_good(&self) -> bool {
         self.outcome == Outcome::Ok
     }

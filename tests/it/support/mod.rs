@@ -1,6 +1,7 @@
 //! A loopback master with one enrolled worker, and heartbeats that beat when a test says so.
 
 mod log;
+mod openssl;
 mod raw;
 mod settled;
 
@@ -13,6 +14,7 @@ use decnet_heartbeat::{Heartbeat, HeartbeatBuilder, Snapshot};
 use serde_json::{Value, json};
 
 pub use log::{errors_with, remember_errors};
+pub use openssl::OpenSsl;
 pub use raw::RawMaster;
 pub use settled::settled;
 
