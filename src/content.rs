@@ -465,7 +465,7 @@ mod tests {
                     content.nothing_to_send();
                     continue;
                 }
-                assert!(!(post.states && !deltas.is_empty()) || content.is_whole(), "states and deltas apart");
+                assert!(!post.states || deltas.is_empty() || content.is_whole(), "states and deltas apart");
                 let outcome = self.answer(post, &deltas);
                 let ids: Vec<_> = deltas.iter().map(|kept| kept.id).collect();
                 if outcome != PostOutcome::Refused {

@@ -291,8 +291,7 @@ impl TlsTransport {
     /// Nothing more can be sent, perhaps because the answer is there already. What has arrived of it is read.
     fn read_what_has_arrived(&mut self) {
         let end = std::time::Instant::now() + limits::EARLY_ANSWER;
-        let mut pause = NextTimeout::default();
-        pause.after = Duration::Exact(limits::EARLY_ANSWER_PAUSE);
+        let pause = NextTimeout { after: Duration::Exact(limits::EARLY_ANSWER_PAUSE), ..NextTimeout::default() };
         let (tls, wire) = (&mut self.stream.conn, &mut self.stream.sock);
         let mut some = [0; 4096];
         while std::time::Instant::now() < end {

@@ -118,7 +118,7 @@ fn odd() -> Vec<Row> {
         Row::new(
             "answer/another_protocols_banner_without_tls",
             Fault::Afresh(Wire::Banner(b"220 mail ready\r\n".to_vec())),
-            fails("tls", "InvalidContentType"),
+            fails("tls", "neither TLS nor HTTP"),
         ),
         row("headers_of_64_kib", raw(headers.as_bytes()), delivers()),
         row("endless_headers", endless(b"HTTP/1.1 204 No Content\r\nx: ", &[b'y'; 32]), delivers()),
