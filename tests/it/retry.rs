@@ -236,3 +236,69 @@ fn a_rejected_delta_is_no_failure_of_the_beat() {
     let stats = settled(&heartbeat, |stats| stats.rejected == 1);
     assert!(stats.failure.is_none(), "{:?}", stats.failure);
 }
+
+/// A 500 for every body with this in it.
+fn failing_on(part: &str) -> Fault {
+    Fault::AnswerTo(part.as_bytes().to_vec(), Answer::status(500).body("Internal Server Error"))
+}
+
+#[test]
+fn a_delta_on_which_the_master_fails_rests_for_ten_beats_and_stops_neither_beats_nor_other_deltas() {
+    let stage = Stage::new();
+    let (heartbeat, tick) = stage.beating();
+    stage.master.always(Some(failing_on("\"d.1\"")));
+    heartbeat.deltas().push_all(["a", "d.1", "b"].map(deployed)).unwrap();
+    let stats = settled(&heartbeat, |stats| stats.delivered == 2 && stats.resting == 1);
+    assert_eq!((stats.rejected, stats.waiting), (0, 1));
+    let tries = || stage.master.received().iter().filter(|request| deckies(request) == ["d.1"]).count();
+    assert_eq!(tries(), 1);
+    let one_beat = || {
+        let before = heartbeat.stats().beats;
+        tick.send(now()).unwrap();
+        assert!(settled(&heartbeat, |stats| stats.beats > before).failure.is_none());
+    };
+    // What is pushed meanwhile arrives with the whole status, unless it is older and of the same decky.
+    heartbeat.deltas().push(deployed("c")).unwrap();
+    settled(&heartbeat, |stats| stats.delivered == 3);
+    (0..8).for_each(|_| one_beat());
+    assert_eq!(tries(), 1);
+    stage.master.always(None);
+    for _ in 0..3 {
+        one_beat();
+    }
+    let stats = settled(&heartbeat, |stats| stats.delivered == 4);
+    assert_eq!((stats.resting, stats.rejected, stats.waiting, tries()), (0, 0, 0, 2));
+}
+
+#[test]
+fn states_on_which_the_master_fails_rest_and_the_beats_go_on_without_them() {
+    let stage = Stage::new();
+    let (builder, tick) = stage.builder();
+    let source = || decnet_heartbeat::Snapshot::new(&serde_json::json!({"deployed": false, "pad": "large"}));
+    stage.master.always(Some(failing_on("\"pad\"")));
+    let heartbeat = builder.status_source(source).start().unwrap();
+    heartbeat.deltas().push(deployed("d")).unwrap();
+    let stats = settled(&heartbeat, |stats| stats.delivered == 1);
+    assert!(stats.failure.is_none(), "{stats:?}");
+    let one_beat = || {
+        let before = heartbeat.stats().beats;
+        tick.send(now()).unwrap();
+        settled(&heartbeat, |stats| stats.beats > before)
+    };
+    for _ in 0..5 {
+        let fault = one_beat().status_fault.unwrap();
+        assert_eq!(fault, "the states are left out, as the master failed on them: http-500: Internal Server Error");
+    }
+    stage.master.always(None);
+    // Ten beats after it failed they are tried again, and then there is one body for all.
+    while one_beat().status_fault.is_some() {
+        assert!(stage.master.received().len() < 60);
+    }
+    heartbeat.deltas().push(deployed("e")).unwrap();
+    settled(&heartbeat, |stats| stats.delivered == 2);
+    let last = stage.master.received().pop().unwrap();
+    assert_eq!(
+        (deckies(&last), crate::support::json_of(&last)["status"]["pad"].as_str()),
+        (vec!["e".to_owned()], Some("large"))
+    );
+}
