@@ -7,7 +7,7 @@
 //! 1. *Whole* (the start): states and deltas in one body. In doubt → apart, from the next beat on. Refused → apart, at
 //!    once.
 //! 2. *Apart*: a POST carries states or deltas, never both. The *light* POST comes first: the deltas, without states.
-//!    Once it is accepted, the states follow alone. Accepted → whole again. In doubt or refused → the states rest.
+//!    Once it is accepted, the states are sent alone. Accepted → whole again. In doubt or refused → the states rest.
 //! 3. A light POST with deltas in doubt → the next beat starts *bare*: no states, no deltas. Bare in doubt → an outage;
 //!    the deltas are tried together again. Bare accepted → deltas one to a body, newest first.
 //! 4. A single delta in doubt rests, and so do older ones of its decky and operation. It is tried alone from then on. A
@@ -107,6 +107,8 @@ enum Mode {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Step {
     Whole,
+    /// The states alone, before the light POST: the last beat took too long to send them after it.
+    StatesFirst,
     Light,
     Bare,
     /// A bare POST before a refused body of so many deltas is halved.
@@ -157,8 +159,10 @@ impl Content {
         let rests = self.suspects.values_mut().map(|suspect| &mut suspect.rest).chain(&mut self.states);
         rests.for_each(|rest| rest.left = rest.left.saturating_sub(1));
         (self.singles, self.accepted) = (limits::SINGLES_PER_BEAT, false);
+        let states_put_off = matches!(self.step, Step::Suspects | Step::States);
         self.step = match self.mode {
             Mode::Whole => Step::Whole,
+            Mode::Apart if states_put_off => Step::StatesFirst,
             Mode::Apart => Step::Light,
             Mode::Bare | Mode::Singly => Step::Bare,
         };
@@ -170,6 +174,11 @@ impl Content {
         let light = |deltas| Some(Post { states: false, deltas });
         match self.step {
             Step::Whole => Some(Post { states: has_states, deltas: ALL }),
+            Step::StatesFirst if has_states && !self.states_rest() => Some(Post { states: true, deltas: Share::None }),
+            Step::StatesFirst => {
+                self.step = Step::Light;
+                light(ALL)
+            }
             Step::Light => light(ALL),
             Step::Bare | Step::BareBeforeHalves(_) | Step::BareAfterSingle => light(Share::None),
             Step::Halves(suspects) => light(Share::Newest(suspects.div_ceil(2))),
@@ -185,8 +194,11 @@ impl Content {
                 }
             },
             Step::States => {
-                let wanted = self.mode != Mode::Whole && has_states && !self.states_rest();
-                wanted.then_some(Post { states: true, deltas: Share::None })
+                if self.mode == Mode::Whole || !has_states || self.states_rest() {
+                    self.step = Step::Done;
+                    return None;
+                }
+                Some(Post { states: true, deltas: Share::None })
             }
             Step::Done => None,
         }
@@ -197,13 +209,14 @@ impl Content {
         match self.step {
             Step::Suspects => drop(self.due().and_then(|id| self.suspects.remove(&id))),
             Step::Singles => self.all_singles_sent(),
+            Step::StatesFirst => self.step = Step::Light,
             _ => self.step = Step::Done,
         }
     }
 
     /// The next POST is for the states, and for nothing else.
     pub(crate) fn wants_states_alone(&self) -> bool {
-        self.step == Step::States
+        matches!(self.step, Step::States | Step::StatesFirst)
     }
 
     /// A body with the states in it was in doubt, and the same without them was accepted in its place.
@@ -222,7 +235,7 @@ impl Content {
             Step::Bare | Step::BareBeforeHalves(_) | Step::BareAfterSingle => self.bare_ended(outcome),
             Step::Halves(suspects) => return self.half_ended(suspects, deltas, outcome),
             Step::Singles | Step::Suspects => return self.single_ended(deltas, outcome),
-            Step::States => return self.states_ended(outcome),
+            Step::States | Step::StatesFirst => return self.states_ended(outcome),
             Step::Done => (),
         }
         Consequence::Counts
@@ -330,7 +343,11 @@ impl Content {
     }
 
     fn states_ended(&mut self, outcome: PostOutcome) -> Consequence {
-        self.step = Step::Done;
+        self.step = match (self.step, outcome) {
+            (Step::StatesFirst, PostOutcome::Unchanged) => Step::Done,
+            (Step::StatesFirst, _) => Step::Light,
+            _ => Step::Done,
+        };
         match outcome {
             PostOutcome::Accepted => {
                 self.states = None;
@@ -368,7 +385,7 @@ impl Content {
 
     /// In how many beats the states are tried again.
     pub(crate) fn states_rest_for(&self) -> Option<u64> {
-        self.states.map(|rest| rest.left).filter(|left| *left > 0)
+        self.states.map(|rest| rest.left.min(rest.length)).filter(|left| *left > 0)
     }
 
     /// States and deltas share a body.
@@ -525,7 +542,7 @@ mod tests {
             assert_eq!(peer.beat(&mut content), [(true, vec![], Accepted)], "whole again");
             peer.states = Some(Refused);
             peer.beat(&mut content);
-            assert_eq!(content.states_rest_for(), Some(11), "and a rest begins short again");
+            assert_eq!(content.states_rest_for(), Some(10), "and a rest begins short again");
         }
     }
 
@@ -632,6 +649,32 @@ mod tests {
         assert_eq!(bare, 2, "before the halves, and when nothing is left");
         assert!(posts.len() <= 2 + 4 * 8 + 2, "{}", posts.len());
         assert!(peer.sent.values().all(|times| *times == 1), "nothing was sent twice: {:?}", peer.sent);
+    }
+
+    #[test]
+    fn states_that_the_last_beat_had_no_time_for_come_first_in_the_next() {
+        for (outcome, then) in [(Accepted, true), (InDoubt, false), (Unchanged, false)] {
+            let mut content = Content::new(INTERVAL);
+            let alone = Some(Post { states: true, deltas: Share::None });
+            let light = Some(Post { states: false, deltas: Share::Newest(limits::DELTAS_PER_BODY) });
+            let next = |content: &mut Content, outcome| {
+                let post = content.next(true);
+                post.map(|post| content.ended(post, &[], outcome))
+            };
+            content.begin();
+            let _ = next(&mut content, InDoubt);
+            // Each POST takes so long that a beat makes one.
+            for _ in 0..2 {
+                content.begin();
+                assert_eq!(content.next(false), light, "they are not known");
+                let _ = next(&mut content, Accepted);
+            }
+            content.begin();
+            assert_eq!(content.next(true), alone);
+            let consequence = next(&mut content, outcome);
+            assert_eq!(consequence == Some(Consequence::Counts), outcome != InDoubt);
+            assert_eq!((content.next(true), content.is_whole()), (light.filter(|_| outcome != Unchanged), then));
+        }
     }
 
     #[test]

@@ -49,7 +49,7 @@ impl Verdict {
     /// | no answer | [`NoAnswer`](Self::NoAnswer) | backoff |
     fn of(status: StatusCode, retry_after: Option<Duration>, is_page: bool) -> Self {
         match status.as_u16() {
-            // 204 has no body, whatever is said of it.
+            // 204 has no body, so no header can make it a page.
             200..=203 | 205..=299 if is_page => Self::TryLater(retry_after),
             200..=299 => Self::Accepted,
             400 | 413 | 422 => Self::BodyRefused,

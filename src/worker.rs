@@ -105,7 +105,7 @@ pub(crate) struct Worker {
 impl Worker {
     /// Beats until it is stopped, then delivers what waits within the grace.
     pub(crate) fn run(mut self) {
-        self.wish(Wish::First);
+        self.guarded(|worker| worker.wish(Wish::First));
         while let Some(event) = self.next_event() {
             self.guarded(|worker| worker.handle(event));
         }
@@ -471,7 +471,7 @@ impl Worker {
         match states {
             Some(states) if states.are_stale() => "no fresh snapshot: it grew old while it was sent".into(),
             Some(States { snapshot, .. }) if snapshot.is_unknown() => snapshot.fault().unwrap_or_default().into(),
-            Some(_) => format!("the states follow alone, as the master failed on a body with more: {trouble}").into(),
+            Some(_) => format!("the states are sent alone, as the master failed on a body with more: {trouble}").into(),
             None => self.no_snapshot().into(),
         }
     }

@@ -295,7 +295,7 @@ fn states_that_a_master_cannot_take_in_time_are_sent_apart_though_the_second_att
     let status = |index: usize| json_of(&received[index])["status"].clone();
     let apart = status(3)["error"].as_str().unwrap().to_owned();
     assert!(
-        apart.starts_with("the states follow alone, as the master failed on a body with more: closed: "),
+        apart.starts_with("the states are sent alone, as the master failed on a body with more: closed: "),
         "{apart}"
     );
     assert_eq!(status(4), json!({"deployed": false, "deckies": []}));

@@ -164,7 +164,7 @@ fn a_status_that_the_master_refuses_is_left_out_and_the_beat_says_so() {
     let stats = settled(&heartbeat, |stats| stats.status_fault.is_some());
     assert_eq!((stats.beats, stats.failure.is_none()), (1, true));
     // Whole, light, and the states alone. The beats after it leave these out, and say why.
-    let error = "the states follow alone, as the master failed on a body with more: http-422: cannot\\u{1b} eat it";
+    let error = "the states are sent alone, as the master failed on a body with more: http-422: cannot\\u{1b} eat it";
     assert_eq!(json_of(&stage.requests(3)[1])["status"], json!({"error": error}));
     tick.send(now()).unwrap();
     let error = "the states are left out, as the master failed on them: http-422: cannot\\u{1b} eat it";
