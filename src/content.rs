@@ -14,6 +14,7 @@
 //!    bare POST follows it: if that is not accepted either, the master is away, and no other delta is tried.
 //! 5. A refused body applied nothing: the deltas are halved at once, without states, until one is refused alone.
 //! 6. What rests does so for 10 beats, doubled each time up to a day.
+//! 7. A beat that had no time for all of its POSTs is gone on with in the next one.
 //!
 //! `schedule` decides when a beat is sent. This module decides what it carries.
 
@@ -40,8 +41,21 @@ pub(crate) enum Share {
     Newest(usize),
     /// The newest alone, if there is one.
     One,
-    /// One that was in doubt alone before.
+    /// One that was in doubt alone before, unless a newer one of its decky and operation is to be sent first.
     Only(i64),
+    /// Exactly this one, once more.
+    Same(i64),
+}
+
+/// Why there was nothing to send.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Nothing {
+    /// No such delta waits.
+    Gone,
+    /// It waits for something newer of its decky and operation.
+    Held,
+    /// The outbox could not be read, or the states have grown old.
+    NotNow,
 }
 
 /// How one POST ended.
@@ -135,6 +149,8 @@ pub(crate) struct Content {
     day: u64,
     /// Deltas that may still be sent one to a body in this beat.
     singles: usize,
+    /// This beat begins with the suspects, for which the last one had no time.
+    suspects_first: bool,
     /// A POST of this beat was accepted, so the beat is the master's already.
     accepted: bool,
 }
@@ -150,6 +166,7 @@ impl Content {
             suspects: BTreeMap::new(),
             day,
             singles: 0,
+            suspects_first: false,
             accepted: false,
         }
     }
@@ -158,14 +175,26 @@ impl Content {
     pub(crate) fn begin(&mut self) {
         let rests = self.suspects.values_mut().map(|suspect| &mut suspect.rest).chain(&mut self.states);
         rests.for_each(|rest| rest.left = rest.left.saturating_sub(1));
-        (self.singles, self.accepted) = (limits::SINGLES_PER_BEAT, false);
-        let states_put_off = matches!(self.step, Step::Suspects | Step::States);
-        self.step = match self.mode {
-            Mode::Whole => Step::Whole,
-            Mode::Apart if states_put_off => Step::StatesFirst,
-            Mode::Apart => Step::Light,
-            Mode::Bare | Mode::Singly => Step::Bare,
-        };
+        let last_accepted = std::mem::replace(&mut self.accepted, false);
+        self.singles = limits::SINGLES_PER_BEAT;
+        let suspects_put_off = self.step == Step::Suspects && self.due().is_some() && !self.suspects_first;
+        self.suspects_first = suspects_put_off && matches!(self.mode, Mode::Whole | Mode::Apart);
+        self.step = if self.suspects_first { Step::Suspects } else { self.first_step(last_accepted) };
+    }
+
+    /// A beat that had no time for all of its POSTs is gone on with in the next one: begun anew each time, what takes
+    /// long would never come to its end.
+    fn first_step(&self, last_accepted: bool) -> Step {
+        match (self.mode, self.step) {
+            (Mode::Whole, _) => Step::Whole,
+            // A refused half is no liveness, so each of them follows a POST that was accepted.
+            (_, Step::Halves(suspects)) if last_accepted => Step::Halves(suspects),
+            (_, Step::Halves(suspects) | Step::BareBeforeHalves(suspects)) => Step::BareBeforeHalves(suspects),
+            (Mode::Singly, Step::Singles) if last_accepted => Step::Singles,
+            (Mode::Bare | Mode::Singly, _) => Step::Bare,
+            (Mode::Apart, Step::Suspects | Step::States) => Step::StatesFirst,
+            (Mode::Apart, _) => Step::Light,
+        }
     }
 
     /// The next POST of this beat, if there is one. `has_states`: they are known, and still fresh.
@@ -194,22 +223,30 @@ impl Content {
                 }
             },
             Step::States => {
-                if self.mode == Mode::Whole || !has_states || self.states_rest() {
+                if self.mode == Mode::Whole || self.states_rest() {
                     self.step = Step::Done;
                     return None;
                 }
-                Some(Post { states: true, deltas: Share::None })
+                // Where they have grown old meanwhile, they come first in the next beat.
+                has_states.then_some(Post { states: true, deltas: Share::None })
             }
             Step::Done => None,
         }
     }
 
-    /// There was no such delta, or the states have grown old, so the POST was not made.
-    pub(crate) fn nothing_to_send(&mut self) {
-        match self.step {
-            Step::Suspects => drop(self.due().and_then(|id| self.suspects.remove(&id))),
-            Step::Singles => self.all_singles_sent(),
-            Step::StatesFirst => self.step = Step::Light,
+    /// The POST was not made.
+    pub(crate) fn nothing_to_send(&mut self, why: Nothing) {
+        match (self.step, why) {
+            (Step::Suspects, Nothing::Gone) => drop(self.due().and_then(|id| self.suspects.remove(&id))),
+            (Step::Suspects, _) => {
+                let due = self.due();
+                if let Some(suspect) = due.and_then(|id| self.suspects.get_mut(&id)) {
+                    suspect.rest.left = 1;
+                }
+            }
+            (Step::Singles, Nothing::Gone | Nothing::Held) => self.all_singles_sent(),
+            (Step::StatesFirst, _) => self.step = Step::Light,
+            (Step::States, _) => (),
             _ => self.step = Step::Done,
         }
     }
@@ -306,6 +343,7 @@ impl Content {
             (PostOutcome::Accepted, [_, ..]) if deltas.len() < suspects => Step::Halves(suspects - deltas.len()),
             // All of them have been accepted, or held back meanwhile. None was at fault.
             (PostOutcome::Accepted, _) => Step::Suspects,
+            (PostOutcome::InDoubt, [_]) => return self.single_ended(deltas, outcome),
             (PostOutcome::InDoubt, _) => {
                 self.deltas_in_doubt(deltas);
                 Step::Done
@@ -372,10 +410,23 @@ impl Content {
         self.step = Step::Suspects;
     }
 
-    /// A delta whose rest is over, the newest first.
+    /// A delta whose rest is over, the newest first. One that is older than another suspect of its decky and operation
+    /// waits for that one.
     fn due(&self) -> Option<i64> {
+        let is_newest = |id: i64, suspect: &Suspect| {
+            let mut newer = self.suspects.range(id + 1..);
+            !newer.any(|(_, it)| it.operation == suspect.operation && it.decky == suspect.decky)
+        };
         let mut due = self.suspects.iter().rev().filter(|(_, suspect)| suspect.rest.left == 0);
-        due.next().map(|(id, _)| *id)
+        due.find(|(id, suspect)| is_newest(**id, suspect)).map(|(id, _)| *id)
+    }
+
+    /// Whether a delta is a suspect, or a newer one of its decky and operation.
+    pub(crate) fn is_of_suspect(&self, id: i64, kept: &Kept) -> bool {
+        let suspect = self.suspects.get(&id);
+        suspect.is_some_and(|suspect| {
+            kept.id >= id && suspect.operation == kept.delta.operation() && suspect.decky == kept.delta.decky()
+        })
     }
 
     /// The states are not sent in this beat.
@@ -468,18 +519,30 @@ mod tests {
                 Share::None => Vec::new(),
                 Share::Newest(most) => free.take(most).collect(),
                 Share::One => free.take(1).collect(),
-                Share::Only(id) => self.waiting.get(&id).cloned().into_iter().collect(),
+                Share::Only(id) => {
+                    let mut same = self.waiting.values().rev().filter(|kept| content.is_of_suspect(id, kept));
+                    same.next().filter(|kept| kept.id == id).cloned().into_iter().collect()
+                }
+                Share::Same(id) => self.waiting.get(&id).cloned().into_iter().collect(),
             }
         }
 
         /// One beat, as the heartbeat thread makes it: what each POST carried, and how it ended.
         fn beat(&mut self, content: &mut Content) -> Vec<(bool, Vec<i64>, PostOutcome)> {
+            self.short_beat(content, 10_000)
+        }
+
+        /// The same with time for so many POSTs, and then as many as it takes until one is its answer.
+        fn short_beat(&mut self, content: &mut Content, most: usize) -> Vec<(bool, Vec<i64>, PostOutcome)> {
             content.begin();
             let mut posts = Vec::new();
-            while let Some(post) = content.next(true) {
+            let mut has_answer = false;
+            while !has_answer || posts.len() < most {
+                let Some(post) = content.next(true) else { break };
                 let deltas = self.share(content, post.deltas);
                 if deltas.is_empty() && matches!(post.deltas, Share::One | Share::Only(_)) {
-                    content.nothing_to_send();
+                    let is_there = matches!(post.deltas, Share::Only(id) if self.waiting.contains_key(&id));
+                    content.nothing_to_send(if is_there { Nothing::Held } else { Nothing::Gone });
                     continue;
                 }
                 assert!(!post.states || deltas.is_empty() || content.is_whole(), "states and deltas apart");
@@ -492,7 +555,9 @@ mod tests {
                     ids.iter().for_each(|id| drop(self.waiting.remove(id)));
                     self.states_accepted += u32::from(post.states);
                 }
-                if content.ended(post, &deltas, outcome) == Consequence::Absorbed(Cause::DeltaRefused) {
+                let consequence = content.ended(post, &deltas, outcome);
+                has_answer |= consequence == Consequence::Counts;
+                if consequence == Consequence::Absorbed(Cause::DeltaRefused) {
                     self.waiting.remove(&ids[0]);
                     self.rejected.insert(ids[0]);
                 }
@@ -701,7 +766,79 @@ mod tests {
         assert!(!content.is_whole());
     }
 
+    #[test]
+    fn a_suspect_waits_for_a_newer_one_of_its_decky() {
+        let (mut content, mut peer) = (Content::new(INTERVAL), Peer::default());
+        peer.push(1);
+        peer.poison.insert(1);
+        (0..6).for_each(|_| drop(peer.beat(&mut content)));
+        // Of the same decky, and in doubt some beats later.
+        peer.push(4);
+        peer.poison.insert(4);
+        (0..4).for_each(|_| drop(peer.beat(&mut content)));
+        assert_eq!(content.resting(), 2);
+        peer.poison.clear();
+        let mut sent = Vec::new();
+        while !peer.waiting.is_empty() {
+            sent.extend(peer.beat(&mut content).into_iter().flat_map(|(_, ids, _)| ids));
+        }
+        assert_eq!(sent, [4, 1]);
+    }
+
+    #[test]
+    fn a_suspect_that_is_held_is_not_forgotten() {
+        let (mut content, mut peer) = (Content::new(INTERVAL), Peer::default());
+        peer.push(1);
+        peer.poison.insert(1);
+        (0..3).for_each(|_| drop(peer.beat(&mut content)));
+        for _ in 0..30 {
+            content.begin();
+            while let Some(post) = content.next(true) {
+                match post.deltas {
+                    Share::Only(_) => content.nothing_to_send(Nothing::Held),
+                    _ => drop(content.ended(post, &[], Accepted)),
+                }
+            }
+        }
+        assert_eq!(content.resting(), 1);
+        let tried: Vec<_> = peer.beat(&mut content).into_iter().map(|(_, ids, _)| ids).collect();
+        assert_eq!(tried, [vec![], vec![1], vec![]], "alone, as before");
+    }
+
     proptest! {
+        /// However few POSTs there is time for in a beat.
+        #[test]
+        fn a_beat_that_is_cut_short_is_gone_on_with(
+            deltas in 1..40_i64,
+            poison in prop::collection::btree_set(1..40_i64, 0..3),
+            refused in prop::collection::btree_set(1..40_i64, 0..3),
+            most in prop::option::of(1..50_usize),
+            posts in 1..4_usize,
+            outage in 0..4_u32,
+        ) {
+            let (mut content, mut peer) = (Content::new(INTERVAL), Peer { most, ..Peer::default() });
+            (1..=deltas).for_each(|id| peer.push(id));
+            (peer.poison, peer.refused) = (&poison - &refused, refused.clone());
+            peer.is_away = true;
+            (0..outage).for_each(|_| drop(peer.short_beat(&mut content, posts)));
+            peer.is_away = false;
+            let mut deaf = 0;
+            for _ in 0..300 {
+                let accepted = peer.short_beat(&mut content, posts).iter().any(|(.., outcome)| *outcome == Accepted);
+                deaf = if accepted { 0 } else { deaf + 1 };
+                prop_assert!(deaf <= 3, "the master hears of the host again and again");
+            }
+            peer.poison.clear();
+            for _ in 0..400 {
+                peer.short_beat(&mut content, posts);
+            }
+            prop_assert!(peer.waiting.is_empty(), "{:?}", peer.waiting.keys());
+            let expected: BTreeSet<_> = refused.into_iter().filter(|id| *id <= deltas).collect();
+            prop_assert_eq!(&peer.rejected, &expected);
+            prop_assert!(content.is_whole());
+            prop_assert_eq!(peer.short_beat(&mut content, posts), [(true, vec![], Accepted)]);
+        }
+
         #[test]
         fn all_but_what_the_master_never_takes_arrives(
             deltas in 1..90_i64,

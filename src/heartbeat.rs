@@ -591,6 +591,7 @@ fn start(link: Link, outbox: Outbox, source: Box<dyn StatusSource>, settings: Se
         deadline: None,
         topology: None,
         trouble: String::new(),
+        states_trouble: String::new(),
         states_rested: false,
         failure_said: false,
         states_sent: false,

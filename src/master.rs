@@ -75,6 +75,8 @@ pub(crate) struct Reply {
     /// There was no answer on a reused connection, which may have ended before, with or without a word: worth one more try
     /// at once, on a fresh one.
     pub(crate) stale: bool,
+    /// The answer was a page of HTML, so a gateway may have made it.
+    pub(crate) is_page: bool,
     /// Part of the body was sent, and the answer is 5xx or missing: the master may have applied the deltas.
     pub(crate) in_doubt: bool,
 }
@@ -91,7 +93,12 @@ impl Reply {
             _ if status.is_success() => printable(&format!("a page of HTML, so a gateway answered: {said}")),
             _ => said,
         };
-        Self { verdict, class: format!("http-{}", status.as_u16()), detail, ..Self::unanswered() }
+        Self { verdict, class: format!("http-{}", status.as_u16()), detail, is_page, ..Self::unanswered() }
+    }
+
+    /// The beat panicked, so nothing is known of an answer.
+    pub(crate) fn panicked(said: &str) -> Self {
+        Self { class: "panic".to_owned(), detail: said.to_owned(), ..Self::unanswered() }
     }
 
     fn unanswered() -> Self {
@@ -102,6 +109,7 @@ impl Reply {
             took: Duration::ZERO,
             resumed: false,
             stale: false,
+            is_page: false,
             in_doubt: false,
         }
     }
@@ -170,7 +178,9 @@ impl Master {
         let (tried, resumed, body_sent, seen) = self.connections(|connections| {
             (connections.tried, connections.resumed, connections.body_sent, mem::take(&mut connections.answer))
         });
-        let reply = reply.unwrap_or_else(|error| match seen.status() {
+        // What is accepted without 204 could be a page of a gateway: its head says so, and must have come.
+        let has_said = |status: &StatusCode| *status == 204 || !status.is_success() || seen.has_whole_head();
+        let reply = reply.unwrap_or_else(|error| match seen.status().filter(has_said) {
             // The status line has decided already. What is wrong with the rest changes nothing.
             Some(status) => {
                 let reply = Reply::of(status, seen.header("retry-after"), seen.header("content-type"), seen.body());
@@ -194,9 +204,14 @@ impl Master {
 
     fn count(&self, reply: &Reply) {
         match reply.verdict {
-            Verdict::Accepted => self.bad_answers.store(0, Ordering::Relaxed),
+            Verdict::Accepted => {
+                self.bad_answers.store(0, Ordering::Relaxed);
+                self.connections(|connections| connections.has_accepted = true);
+            }
             // The address is looked up again already.
             Verdict::NoAnswer => (),
+            // It is the body's fault: this connection has accepted others.
+            Verdict::BodyRefused if self.connections(|connections| connections.has_accepted) => (),
             _ => drop(self.bad_answers.fetch_add(1, Ordering::Relaxed)),
         }
     }
@@ -417,6 +432,25 @@ mod tests {
         first.script([bad(), bad(), good(), bad(), bad(), good()]);
         assert_eq!(std::array::from_fn::<_, 6, _>(|_| post(&master).len()), [8; 6]);
         assert_eq!((first.connections().len(), second.connections().len()), (1, 0));
+    }
+
+    #[test]
+    fn refused_bodies_are_no_fault_of_an_address_that_has_accepted_one() {
+        let (_dir, [first, second], master) = two_masters();
+        let refused = || Fault::Answer(Answer::status(422));
+        first.script([Fault::Answer(Answer::status(204)), refused(), refused(), refused(), refused()]);
+        let classes: Vec<_> = (0..5).map(|_| post(&master)).collect();
+        assert_eq!(classes[1..], ["http-422"; 4]);
+        assert_eq!((first.connections().len(), second.connections().len()), (1, 0));
+        // One that has never accepted anything may be the wrong one.
+        master.connections(|connections| connections.has_accepted = false);
+        first.script([refused(), refused(), refused()]);
+        (0..3).for_each(|_| drop(post(&master)));
+        second.always(Some(Answer::status(204).into()));
+        master.leave_a_bad_address();
+        master.resolver.know(&[first.address(), second.address()]);
+        assert_eq!(post(&master), "http-204");
+        assert_eq!(second.connections().len(), 1);
     }
 
     #[test]

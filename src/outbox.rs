@@ -348,6 +348,13 @@ impl Outbox {
         looked.map(|(_, deltas)| deltas).map_err(|source| self.error("cannot be read").because(source))
     }
 
+    /// Whether a delta waits for delivery, held back or not.
+    pub(crate) fn waits(&self, id: i64, by: Instant) -> Result<bool, Error> {
+        let shared = self.enter(by)?;
+        let waits = shared.store.read(|db| entries::waits(db, id));
+        waits.map_err(|source| self.error("cannot be read").because(source))
+    }
+
     /// Whether the master has to hear something newer of its decky and operation first, as it would give it this delta's row
     /// or this delta that one's.
     #[cfg(feature = "cli")]

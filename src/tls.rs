@@ -31,6 +31,8 @@ pub(crate) struct Connections {
     pub(crate) resumed: bool,
     /// When the newest connection was opened.
     pub(crate) opened: Option<std::time::Instant>,
+    /// The newest connection has accepted a body.
+    pub(crate) has_accepted: bool,
     /// The connection that is open is not used again.
     pub(crate) close: bool,
     /// Bytes of the last request's body were sent.
@@ -68,6 +70,11 @@ impl Answer {
             let (key, value) = std::str::from_utf8(line).ok()?.split_once(':')?;
             key.eq_ignore_ascii_case(name).then(|| value.trim())
         })
+    }
+
+    /// All of its head has come.
+    pub(crate) fn has_whole_head(&self) -> bool {
+        self.last().is_some_and(|(_, rest)| end_of_head(rest).is_some())
     }
 
     /// What has come of its body, as it is on the wire.
@@ -132,7 +139,7 @@ impl Connector for TlsConnector {
     fn connect(&self, details: &ConnectionDetails<'_>, _: Option<()>) -> Result<Option<Self::Out>, ureq::Error> {
         note(&self.connections, |connections| {
             connections.tried += 1;
-            connections.close = false;
+            (connections.close, connections.has_accepted) = (false, false);
             connections.opened = Some(std::time::Instant::now());
         });
         let (tcp, address) = SocketTransport::tcp(details)?;

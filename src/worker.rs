@@ -11,8 +11,8 @@ use serde_json::value::RawValue;
 
 use crate::body::{self, Body};
 use crate::collector::{Collected, Collector};
-use crate::content::{Cause, Consequence, Content, Post, PostOutcome, Share};
-use crate::error::chain;
+use crate::content::{Cause, Consequence, Content, Nothing, Post, PostOutcome, Share};
+use crate::error::{Error, chain};
 use crate::limits;
 use crate::link::Link;
 use crate::master::{Reply, Verdict};
@@ -91,6 +91,8 @@ pub(crate) struct Worker {
     pub(crate) topology: Option<Option<AppliedTopology>>,
     /// What the master failed on last, for the POSTs that leave it out.
     pub(crate) trouble: String,
+    /// What it said of the states alone.
+    pub(crate) states_trouble: String,
     /// The states rested, and are not accepted yet.
     pub(crate) states_rested: bool,
     /// The log has said that beats fail, and not yet that they do not any more.
@@ -157,7 +159,10 @@ impl Worker {
     fn guarded(&mut self, work: impl FnOnce(&mut Self)) {
         self.stats.change(|stats| stats.working_since = Some(Instant::now()));
         if let Err(said) = caught(|| work(self)) {
-            self.stats.change(|stats| stats.panics += 1);
+            self.stats.change(|stats| {
+                stats.panics += 1;
+                stats.failed(&Reply::panicked(&said));
+            });
             if let Some(times) = self.repeats.count("beat", &said, Instant::now()) {
                 let names = self.link.names();
                 quietly(|| log::error!("a beat panicked, going on: {names} times={times} panic={said:?}"));
@@ -273,9 +278,12 @@ impl Worker {
         self.states_sent = false;
         while last.is_none() || self.may_go_on(since) {
             let Some(post) = self.content.next(states.is_some_and(States::are_known)) else { break };
-            let Some(Sent { post, deltas, reply }) = self.exchange(post, states) else {
-                self.content.nothing_to_send();
-                continue;
+            let Sent { post, deltas, reply } = match self.exchange(post, states) {
+                Ok(sent) => sent,
+                Err(nothing) => {
+                    self.content.nothing_to_send(nothing);
+                    continue;
+                }
             };
             if reply.verdict == Verdict::Accepted {
                 delivered += deltas.len();
@@ -298,6 +306,8 @@ impl Worker {
     fn ended(&mut self, post: Post, deltas: &[Kept], reply: &Reply) -> Consequence {
         let outcome = match reply.verdict {
             Verdict::Accepted => PostOutcome::Accepted,
+            // A gateway's page may be for anything. Nothing is rejected for good because of it.
+            Verdict::BodyRefused if reply.is_page && deltas.len() == 1 && !post.states => PostOutcome::InDoubt,
             Verdict::BodyRefused => PostOutcome::Refused,
             Verdict::TryLater(_) | Verdict::NoAnswer if reply.in_doubt => PostOutcome::InDoubt,
             _ => PostOutcome::Unchanged,
@@ -338,6 +348,7 @@ impl Worker {
             }
             (Cause::StatesRest, _) => {
                 self.states_rested = true;
+                self.states_trouble.clone_from(&reason);
                 let fault = self.why_no_states(None).into_owned();
                 self.stats.change(|stats| stats.status_fault = Some(fault));
                 if let Some(times) = self.repeats.count("states", &reason, Instant::now()) {
@@ -369,14 +380,18 @@ impl Worker {
 
     /// One POST, and what follows if it is accepted: the deltas in it are forgotten. Where the connection had ended it is
     /// tried once more at once, with what may be sent by then: an operation may have begun meanwhile that holds back some
-    /// of it, and the states may be old. `None`: there is nothing of what it is for.
-    fn exchange(&mut self, post: Post, states: Option<&States>) -> Option<Sent> {
+    /// of it, and the states may be old. A delta that is sent alone stays the same one.
+    fn exchange(&mut self, post: Post, states: Option<&States>) -> Result<Sent, Nothing> {
         let end = Instant::now() + self.within();
         let mut sent = self.post(post, states, end)?;
         if sent.reply.stale && Instant::now() < end {
             let (names, class) = (self.link.names(), &sent.reply.class);
             quietly(|| log::debug!("the connection has ended, trying a fresh one: {names} class={class}"));
-            if let Some(mut again) = self.post(post, states, end) {
+            let deltas = match (post.deltas, sent.deltas.as_slice()) {
+                (Share::One | Share::Only(_), [kept]) => Share::Same(kept.id),
+                (share, _) => share,
+            };
+            if let Ok(mut again) = self.post(Post { deltas, ..post }, states, end) {
                 again.reply.in_doubt |= sent.reply.in_doubt;
                 if sent.reply.in_doubt && sent.post.states && !again.post.states {
                     self.in_trouble(&sent.reply);
@@ -391,28 +406,23 @@ impl Worker {
             }
             self.accepted(&sent.reply, sent.deltas.len());
         }
-        Some(sent)
+        Ok(sent)
     }
 
-    fn post(&mut self, post: Post, states: Option<&States>, end: Instant) -> Option<Sent> {
+    fn post(&mut self, post: Post, states: Option<&States>, end: Instant) -> Result<Sent, Nothing> {
         self.stats.change(|stats| stats.working_since = Some(Instant::now()));
-        let deltas = self.share(post.deltas);
+        let deltas = self.share(post.deltas)?;
         // Decided last: the outbox may have taken its time.
         let post = Post { states: post.states && states.is_some_and(States::are_known), ..post };
-        let has_something = match post.deltas {
-            Share::One | Share::Only(_) => !deltas.is_empty(),
-            Share::None => post.states || !self.content.wants_states_alone(),
-            Share::Newest(_) => true,
-        };
-        if !has_something {
-            return None;
+        if !post.states && self.content.wants_states_alone() {
+            return Err(Nothing::NotNow);
         }
         self.note_status_fault(post, states);
         let reply = match self.body(post, states, &deltas) {
             Ok(body) => self.link.master().post(&body, end.saturating_duration_since(Instant::now())),
             Err(error) => Reply::unwritten(&error),
         };
-        Some(Sent { post, deltas, reply })
+        Ok(Sent { post, deltas, reply })
     }
 
     /// What the beat does not say of what runs here. Once its states are sent, its other POSTs leave nothing out.
@@ -466,11 +476,12 @@ impl Worker {
     fn why_no_states<'a>(&self, states: Option<&'a States>) -> Cow<'a, str> {
         let trouble = &self.trouble;
         if self.content.states_rest() {
-            return format!("the states are left out, as the master failed on them: {trouble}").into();
+            return format!("the states are left out, as the master failed on them: {}", self.states_trouble).into();
         }
         match states {
             Some(states) if states.are_stale() => "no fresh snapshot: it grew old while it was sent".into(),
             Some(States { snapshot, .. }) if snapshot.is_unknown() => snapshot.fault().unwrap_or_default().into(),
+            Some(_) if self.content.is_whole() => "the states are in another POST".into(),
             Some(_) => format!("the states are sent alone, as the master failed on a body with more: {trouble}").into(),
             None => self.no_snapshot().into(),
         }
@@ -487,31 +498,48 @@ impl Worker {
         self.deadline.map_or(patience, |deadline| deadline.min(patience))
     }
 
-    /// The deltas of a POST.
-    fn share(&mut self, share: Share) -> Vec<Kept> {
-        let content = &self.content;
-        let is_free = |kept: &Kept| !content.holds_back(kept);
-        let is_one = |id: i64| move |kept: &Kept| kept.id == id;
-        let (one, by) = (if let Share::Only(id) = share { Some(is_one(id)) } else { None }, self.patience());
-        let free: Option<&dyn Fn(&Kept) -> bool> = if content.resting() > 0 { Some(&is_free) } else { None };
-        let looked = match share {
-            Share::None => return Vec::new(),
-            Share::Newest(most) => self.outbox.deliverable_where(most, by, free),
-            Share::One => self.outbox.deliverable_where(1, by, free),
-            Share::Only(_) => self.outbox.deliverable_where(1, by, one.as_ref().map(|is_one| is_one as _)),
-        };
-        looked.unwrap_or_else(|error| {
-            let problem = chain(&error);
-            if let Some(times) = self.repeats.count("deliverable", &problem, Instant::now()) {
-                let host = self.host();
-                quietly(|| {
-                    log::warn!(
-                        "beating without deltas, they stay in the outbox: host={host} times={times} error={problem:?}"
-                    );
-                });
+    /// The deltas of a POST. Without the outbox a beat goes on without deltas.
+    fn share(&mut self, share: Share) -> Result<Vec<Kept>, Nothing> {
+        match self.look_for(share) {
+            Ok(found) => found,
+            Err(error) => {
+                let problem = chain(&error);
+                if let Some(times) = self.repeats.count("deliverable", &problem, Instant::now()) {
+                    let host = self.host();
+                    quietly(|| {
+                        log::warn!(
+                            "beating without deltas, they stay in the outbox: host={host} times={times} \
+                             error={problem:?}"
+                        );
+                    });
+                }
+                if matches!(share, Share::Newest(_)) { Ok(Vec::new()) } else { Err(Nothing::NotNow) }
             }
-            Vec::new()
-        })
+        }
+    }
+
+    fn look_for(&self, share: Share) -> Result<Result<Vec<Kept>, Nothing>, Error> {
+        let (content, by) = (&self.content, self.patience());
+        let is_free = |kept: &Kept| !content.holds_back(kept);
+        let free: Option<&dyn Fn(&Kept) -> bool> = if content.resting() > 0 { Some(&is_free) } else { None };
+        let one = |wanted: &dyn Fn(&Kept) -> bool| self.outbox.deliverable_where(1, by, Some(wanted));
+        let (id, mut found) = match share {
+            Share::None => return Ok(Ok(Vec::new())),
+            Share::Newest(most) => return Ok(Ok(self.outbox.deliverable_where(most, by, free)?)),
+            Share::One => {
+                let found = self.outbox.deliverable_where(1, by, free)?;
+                return Ok(if found.is_empty() { Err(Nothing::Gone) } else { Ok(found) });
+            }
+            // The newest of its decky and operation that waits, if that is it.
+            Share::Only(id) => (id, one(&|kept| content.is_of_suspect(id, kept))?),
+            Share::Same(id) => (id, one(&|kept| kept.id == id)?),
+        };
+        found.retain(|kept| kept.id == id);
+        match found.is_empty() {
+            false => Ok(Ok(found)),
+            true if self.outbox.waits(id, by)? => Ok(Err(Nothing::Held)),
+            true => Ok(Err(Nothing::Gone)),
+        }
     }
 
     /// Deltas that may go out, as of the last look.

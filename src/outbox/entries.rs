@@ -137,6 +137,12 @@ pub(super) fn deliverable(
     select.query_map([limit], kept)?.filter(is_wanted).take(most).collect()
 }
 
+/// Whether a row waits for delivery, held back or not.
+pub(super) fn waits(db: &Connection, id: i64) -> rusqlite::Result<bool> {
+    let mut select = db.prepare_cached("SELECT EXISTS (SELECT 1 FROM current WHERE id = ?1 AND rejected IS NULL)")?;
+    select.query_row([id], |row| row.get(0))
+}
+
 /// Whether something newer of its decky and operation is in flight or waits: this one alone would seal the newer row.
 #[cfg(feature = "cli")]
 pub(super) fn is_overtaken(db: &Connection, Kept { id, delta }: &Kept) -> rusqlite::Result<bool> {

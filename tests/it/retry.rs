@@ -302,3 +302,14 @@ fn states_on_which_the_master_fails_rest_and_the_beats_go_on_without_them() {
         (vec!["e".to_owned()], Some("large"))
     );
 }
+
+#[test]
+fn a_gateways_page_rejects_no_delta() {
+    let stage = Stage::new();
+    let (heartbeat, _tick) = stage.beating();
+    let page = Answer::status(400).header("Content-Type", "text/html").body("<h1>400 Bad Request</h1>");
+    stage.master.always(Some(Fault::AnswerTo(b"\"d1\"".to_vec(), page)));
+    heartbeat.deltas().push_all(["d0", "d1", "d2"].map(deployed)).unwrap();
+    let stats = settled(&heartbeat, |stats| stats.delivered == 2 && stats.resting == 1);
+    assert_eq!((stats.rejected, stats.waiting), (0, 1));
+}

@@ -194,3 +194,21 @@ fn what_is_left_on_a_connection_is_not_the_next_answer() {
         }
     }
 }
+
+#[test]
+fn a_200_whose_head_has_not_come_whole_delivers_nothing() {
+    let page = "HTTP/1.1 200 OK\r\nServer: gateway\r\nContent-Type: text/html\r\n\r\n<h1>Back soon</h1>";
+    let head = page.find("\r\n\r\n").unwrap();
+    for cut in [16, 30, 45, head + 2, page.len()] {
+        let stage = Stage::new();
+        let master = RawMaster::new(&stage, move |connection| {
+            connection.read_request()?;
+            connection.say(&page.as_bytes()[..cut])
+        });
+        let (builder, _tick) = stage.builder();
+        let heartbeat = master.instead(&stage, builder).start().unwrap();
+        heartbeat.deltas().push(deployed("d")).unwrap();
+        let stats = settled(&heartbeat, |stats| stats.failure.is_some());
+        assert_eq!((stats.delivered, stats.beats, stats.waiting), (0, 0, 1), "cut after {cut}: {stats:?}");
+    }
+}
