@@ -246,6 +246,7 @@ impl Content {
             }
             (Step::Singles, Nothing::Gone | Nothing::Held) => self.all_singles_sent(),
             (Step::StatesFirst, _) => self.step = Step::Light,
+            (Step::Light, _) => self.step = Step::Suspects,
             (Step::States, _) => (),
             _ => self.step = Step::Done,
         }
@@ -254,6 +255,11 @@ impl Content {
     /// The next POST is for the states, and for nothing else.
     pub(crate) fn wants_states_alone(&self) -> bool {
         matches!(self.step, Step::States | Step::StatesFirst)
+    }
+
+    /// The beat has been accepted, so the next POST is only made for deltas.
+    pub(crate) fn is_only_for_deltas(&self) -> bool {
+        self.step == Step::Light && self.accepted
     }
 
     /// A body with the states in it was in doubt, and the same without them was accepted in its place.
@@ -540,7 +546,8 @@ mod tests {
             while !has_answer || posts.len() < most {
                 let Some(post) = content.next(true) else { break };
                 let deltas = self.share(content, post.deltas);
-                if deltas.is_empty() && matches!(post.deltas, Share::One | Share::Only(_)) {
+                let is_for_one = matches!(post.deltas, Share::One | Share::Only(_));
+                if deltas.is_empty() && (is_for_one || content.is_only_for_deltas()) {
                     let is_there = matches!(post.deltas, Share::Only(id) if self.waiting.contains_key(&id));
                     content.nothing_to_send(if is_there { Nothing::Held } else { Nothing::Gone });
                     continue;
@@ -711,7 +718,7 @@ mod tests {
         assert!(peer.waiting.is_empty());
         assert_eq!(posts.iter().filter(|(states, ..)| *states).count(), 2, "the first, and the last: {posts:?}");
         let bare = posts.iter().filter(|(states, ids, _)| !states && ids.is_empty()).count();
-        assert_eq!(bare, 2, "before the halves, and when nothing is left");
+        assert_eq!(bare, 1, "before the halves");
         assert!(posts.len() <= 2 + 4 * 8 + 2, "{}", posts.len());
         assert!(peer.sent.values().all(|times| *times == 1), "nothing was sent twice: {:?}", peer.sent);
     }

@@ -417,6 +417,9 @@ impl Worker {
         if !post.states && self.content.wants_states_alone() {
             return Err(Nothing::NotNow);
         }
+        if deltas.is_empty() && self.content.is_only_for_deltas() {
+            return Err(Nothing::Gone);
+        }
         self.note_status_fault(post, states);
         let reply = match self.body(post, states, &deltas) {
             Ok(body) => self.link.master().post(&body, end.saturating_duration_since(Instant::now())),

@@ -20,8 +20,7 @@ pub fn rows() -> Vec<Row> {
     // The body is built anew for each attempt, and the source makes its string twice.
     let big = World { source: Source::Of(BIG), growth: 8 * BIG as u64 / 1024, ..World::default() };
     // By then the states are too old to be sent again, so the second attempt, on a fresh connection, is a small one.
-    let without_states =
-        || Right::LeavesOut { after: 0.0..10.5, says: "the master failed on a body with more: timeout-send-body" };
+    let without_states = || Right::LeavesOut { after: 0.0..10.5, says: ": timeout-send-body: timeout: send body" };
     let closed = || fails("closed", "", 0.0..0.5);
     let was_reset = || fails("closed", "Connection reset by peer", 0.0..0.5);
     let reset = |name: &str, answer| {
