@@ -78,8 +78,8 @@ pub(super) fn docker(options: &RunOptions, found: &Findings) -> Step {
     docker_step(&socket, from, &found.engine, found.states_problem())
 }
 
-/// Which of the two requests failed, and what that costs. `states`: why the states of containers are not known; as of
-/// [`Findings::states_problem`], there is a reason wherever the containers are not known.
+/// Which of the two requests failed, and what that costs. `states`: why the states of containers, or of some that are
+/// deckies', are not known; as of [`Findings::states_problem`], there is a reason wherever the containers are not known.
 fn docker_step(socket: &str, from: &str, engine: &Engine, states: Option<&str>) -> Step {
     let containers = engine.containers.as_ref().map(|containers| containers.states.len());
     let bridges = engine.networks.as_ref().map(|networks| networks.bridges.len());
@@ -98,6 +98,11 @@ fn docker_step(socket: &str, from: &str, engine: &Engine, states: Option<&str>) 
             format!("{problem} ({from}); {said_containers}"),
             "let this user, or the proxy of the socket, ask for /networks; until then the beats name the deckies, and not \
              what is there of a topology",
+        ),
+        (Some(problem), _) if containers.is_ok() => Step::bad(
+            "docker",
+            format!("{socket} ({from}): {problem}"),
+            "remove this container, or let DECNET deploy its decky anew; until then the beats leave out what depends on it",
         ),
         (Some(problem), Ok(bridges)) => Step::bad(
             "docker",
@@ -270,7 +275,7 @@ mod tests {
         let refused = |what: &str| format!("Docker at /s: {what}: answered 403");
         let shown = |engine: Engine| {
             let problem = engine.containers.as_ref().err().cloned();
-            shown(docker_step("/s", "default", &engine, problem.as_deref()))
+            self::shown(docker_step("/s", "default", &engine, problem.as_deref()))
         };
         let text = shown(Engine { containers: containers(1), networks: networks(1) });
         assert_eq!(text, "✓ docker        /s (default): 1 container, 1 bridge network\n");
@@ -288,5 +293,9 @@ mod tests {
             "{text}"
         );
         assert!(text.contains("the beats name no decky"), "{text}");
+        let engine = Engine { containers: containers(2), networks: networks(1) };
+        let text = self::shown(docker_step("/s", "default", &engine, Some("no state; 1 decky is left out")));
+        assert!(text.starts_with("✗ docker        /s (default): no state; 1 decky is left out\n"), "{text}");
+        assert!(!text.contains("/containers/json") && !text.contains("no decky"), "{text}");
     }
 }
