@@ -294,7 +294,10 @@ mod tests {
             (file("1", r#"[{"name": "a", "services": ["\udcff"]}]"#, "1"), surrogate("deckies[0].services[0]")),
             (file("1", &decky(r#""x": {"y": ["", "\udcff"]}"#), "1"), surrogate("deckies[1].x.y[1]")),
             (file("1", &decky(r#""\udcff": 1"#), "1"), surrogate(r"deckies[1].\udcff")),
-            (file("1", &decky(r#""mtu": 1e999"#), "1"), "deckies[1].mtu is a number that is too large".to_owned()),
+            (
+                file("1", &decky(r#""mtu": 1e999"#), "1"),
+                "deckies[1].mtu is a number that is too large: the master takes it for infinity".to_owned(),
+            ),
             (
                 file("1", &decky(&format!(r#""x": {}{}"#, "[".repeat(200), "]".repeat(200))), "1"),
                 format!("deckies[1].x{}… is nested deeper than 100 levels", "[0]".repeat(6)),
