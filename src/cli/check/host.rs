@@ -96,8 +96,8 @@ fn docker_step(socket: &str, from: &str, engine: &Engine, states: Option<&str>) 
         (None, Err(problem)) => Step::bad(
             "docker",
             format!("{problem} ({from}); {said_containers}"),
-            "let this user, or the proxy of the socket, ask for /networks; until then the beats name the deckies, and not \
-             what is there of a topology",
+            "Docker, or the proxy of its socket, must answer /networks with a list; until then the beats name the deckies, \
+             and not what is there of a topology",
         ),
         (Some(problem), _) if containers.is_ok() => Step::bad(
             "docker",
@@ -107,8 +107,8 @@ fn docker_step(socket: &str, from: &str, engine: &Engine, states: Option<&str>) 
         (Some(problem), Ok(bridges)) => Step::bad(
             "docker",
             format!("{problem} ({from}); {bridges}"),
-            "let this user, or the proxy of the socket, ask for /containers/json, and see what it answers; until then the \
-             beats name no decky",
+            "Docker, or the proxy of its socket, must answer /containers/json with a list; until then the beats name no \
+             decky",
         ),
         (Some(problem), Err(_)) => Step::bad(
             "docker",
@@ -239,6 +239,7 @@ mod tests {
         let located = Located {
             file: format!("{folder}/decnet-state.json").into(),
             package: Some(format!("{folder}/decnet").into()),
+            passed_over: None,
         };
         let line = format!("✓ state-file    {folder}/decnet-state.json (found beside {folder}/decnet): ");
         let shown = |deckies| shown(located_step(None, &located, None, deckies));
@@ -259,7 +260,7 @@ mod tests {
 
     #[test]
     fn a_named_state_file_is_shown_with_what_names_it() {
-        let located = Located { file: "/x".into(), package: None };
+        let located = Located { file: "/x".into(), package: None, passed_over: None };
         let text = shown(located_step(Some(STATE_FILE_VARIABLE), &located, None, Some(1)));
         assert_eq!(text, "✓ state-file    /x (DECNET_HEARTBEAT_STATE_FILE): 1 decky\n");
         let problem = "state file /x: EOF".to_owned();
@@ -286,7 +287,7 @@ mod tests {
             text.starts_with("✗ docker        Docker at /s: /networks: answered 403 (default); 2 containers\n"),
             "{text}"
         );
-        assert!(text.contains("the beats name the deckies"), "{text}");
+        assert!(text.contains("must answer /networks with a list; until then the beats name the deckies"), "{text}");
         let text = shown(Engine { containers: Err(refused("/containers")), networks: networks(1) });
         assert!(
             text.starts_with("✗ docker        Docker at /s: /containers: answered 403 (default); 1 bridge network\n"),
