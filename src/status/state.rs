@@ -141,7 +141,8 @@ impl State {
     /// state the master would take it for degraded. Where all are, that is the error.
     pub(super) fn seen<'a>(&'a self, containers: &'a Containers) -> Result<Seen<'a>, String> {
         let mut name = String::new();
-        let states: Vec<_> = self.services.iter().map(|decky| states(decky, containers, &mut name)).collect();
+        let states = self.services.iter().map(|decky| Ok((decky.name.as_str(), states(decky, containers, &mut name)?)));
+        let states: Vec<Result<_, String>> = states.collect();
         let left_out = states.iter().filter(|states| states.is_err()).count();
         let Some(problem) = states.iter().find_map(|states| states.as_ref().err()) else {
             let runtime = Runtime(states.into_iter().flatten().collect());
@@ -172,7 +173,7 @@ fn states<'a>(
     decky: &'a Decky,
     containers: &'a Containers,
     container: &mut String,
-) -> Result<(&'a str, Vec<(&'a str, &'a str)>), String> {
+) -> Result<Vec<(&'a str, &'a str)>, String> {
     let mut state = |service: &str| {
         container.clear();
         container.extend([&decky.name, "-"]);
@@ -187,8 +188,7 @@ fn states<'a>(
             }
         }
     };
-    let states = decky.services.0.iter().map(|service| Ok((service.as_str(), state(service)?)));
-    Ok((decky.name.as_str(), states.collect::<Result<_, String>>()?))
+    decky.services.0.iter().map(|service| Ok((service.as_str(), state(service)?))).collect()
 }
 
 #[cfg(test)]
