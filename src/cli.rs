@@ -16,7 +16,8 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use clap::error::ContextValue;
+use clap::builder::{PathBufValueParser, TypedValueParser};
+use clap::error::{ContextKind, ContextValue};
 use clap::{CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
 use log::LevelFilter;
@@ -44,7 +45,8 @@ const CHECK_CODES: &str = "Exits 0 only if an agent would work; 78 if it would n
 
 /// Tells a DECNET master, over mTLS, that this worker lives, what it runs, and how deploys and mutates ended.
 #[derive(Debug, Parser)]
-#[command(name = "decnet-heartbeat", version, arg_required_else_help = true)]
+// `bin_name`: otherwise the usage quotes argv[0], whatever that is.
+#[command(name = "decnet-heartbeat", bin_name = "decnet-heartbeat", version, arg_required_else_help = true)]
 struct Arguments {
     #[command(flatten)]
     common: Common,
@@ -58,7 +60,7 @@ struct Common {
     #[arg(long, global = true, value_name = "INI")]
     config: Option<PathBuf>,
     /// Where ca.crt, worker.crt, worker.key, topology.db and the outbox are
-    #[arg(long, global = true, value_name = "DIR")]
+    #[arg(long, global = true, value_name = "DIR", value_parser = PathBufValueParser::new().try_map(agent_dir))]
     agent_dir: Option<PathBuf>,
     /// Who counts as the master: name, host, ca, sha256:HEX or public [default: name]
     #[arg(long, global = true, value_name = "RULE")]
@@ -237,6 +239,12 @@ fn decky(name: &str) -> Result<String, Error> {
     check_decky(name).map(|()| name.to_owned())
 }
 
+/// `--agent-dir`. No path that is meant has a control character, and none can be shown as it is.
+fn agent_dir(path: PathBuf) -> Result<PathBuf, &'static str> {
+    let has_control = path.to_string_lossy().contains(char::is_control);
+    if has_control { Err("must be a path on one line, without control characters") } else { Ok(path) }
+}
+
 /// `--interval`.
 fn interval(text: &str) -> Result<Duration, String> {
     let interval = humantime::parse_duration(text).map_err(|error| error.to_string())?;
@@ -246,13 +254,19 @@ fn interval(text: &str) -> Result<Duration, String> {
 /// What is wrong with the command line, safe to print: it quotes what was given, and a script may have got that from
 /// somebody else.
 fn escaped(mut error: clap::Error) -> clap::Error {
+    let escaped = |given: &String| text::escaped_within(given, limits::LOG_TEXT);
     let given = |value: &ContextValue| match value {
-        ContextValue::String(given) => Some(ContextValue::String(text::escaped_within(given, limits::LOG_TEXT))),
+        ContextValue::String(given) => Some(ContextValue::String(escaped(given))),
+        ContextValue::Strings(given) => Some(ContextValue::Strings(given.iter().map(escaped).collect())),
         _ => None,
     };
     let safe: Vec<_> = error.context().filter_map(|(kind, value)| Some((kind, given(value)?))).collect();
     for (kind, value) in safe {
-        error.insert(kind, value);
+        if error.get(kind) != Some(&value) {
+            // Its tip says how to pass the same text, in colours.
+            error.remove(ContextKind::Suggested);
+            error.insert(kind, value);
+        }
     }
     error
 }

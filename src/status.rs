@@ -107,8 +107,8 @@ impl Snapshot {
     /// - `deckies` is a list. Each entry is a decky as it stands in DECNET's state file. The master's model is strict: it
     ///   drops a decky with an unknown key, or without a required one, and writes that to its own log only.
     /// - `runtime` is an object of objects: `{decky: {"running": bool, "services": {service: state}}}`. A decky in
-    ///   `deckies` that is not in `runtime` is written down as degraded. So where states are not known, leave out
-    ///   `deckies`, and say why in `error`.
+    ///   `deckies` that is not in `runtime`, or is null there, is written down as degraded. So where states are not known,
+    ///   leave out `deckies`, or those deckies, and say why in `error`.
     /// - Strings and keys are text: no lone surrogate (`"\udcff"`), which JSON allows and the master answers 500 for.
     ///   Integers have at most 4,300 digits, other numbers a finite value, and nothing is nested deeper than 100 levels.
     /// - All of it is at most 16 MiB.
@@ -138,7 +138,7 @@ impl Snapshot {
         };
         let problem = sendable::problem("status", &snapshot.status);
         match problem.or_else(|| sendable::problem_of_shape(&snapshot.status)) {
-            Some(problem) => Self::unknown(&format!("the master cannot read the status of this source: {problem}")),
+            Some(problem) => Self::unknown(&format!("the status of this source cannot be sent: {problem}")),
             None => snapshot,
         }
     }
@@ -308,7 +308,7 @@ mod tests {
     #[test]
     fn a_status_that_the_master_fails_on_is_said_as_unknown() {
         let raw = |json: &str| RawValue::from_string(json.to_owned()).unwrap();
-        let said = "the master cannot read the status of this source: ";
+        let said = "the status of this source cannot be sent: ";
         for (json, problem) in [
             (
                 r#"{"deckies": [{"name": "\udcff"}]}"#,
@@ -316,7 +316,7 @@ mod tests {
             ),
             (r#"{"deployed": true, "deckies": {"d1": 1}}"#, "deckies is not a list"),
             (r#"{"runtime": {"d1": "running"}}"#, "a decky in runtime is not an object at line 1 column 29"),
-            (r#"{"x": 1e999}"#, "status.x is a number that is too large"),
+            (r#"{"x": 1e999}"#, "status.x is a number that is too large: the master takes it for infinity"),
         ] {
             let expected = serde_json::json!({"error": format!("{said}{problem}")});
             assert_eq!(Snapshot::new(&raw(json)).status(), expected.to_string());

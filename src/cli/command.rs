@@ -20,7 +20,7 @@ use signal_hook::iterator::exfiltrator::WithOrigin;
 use crate::delta::Outcome;
 use crate::error::Error;
 use crate::limits;
-use crate::text::last;
+use crate::text::{last, printable};
 
 /// How a command ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -66,7 +66,7 @@ fn ignored() -> u64 {
 pub(super) fn run(command: &[OsString], signals: &Signals) -> Ended {
     run_to_its_end(command, signals).unwrap_or_else(|error| {
         let code = if error.kind() == io::ErrorKind::NotFound { 127 } else { 126 };
-        let name = command.first().map(|name| name.to_string_lossy()).unwrap_or_default();
+        let name = command.first().map(|name| printable(&name.to_string_lossy())).unwrap_or_default();
         eprintln!("decnet-heartbeat: {name}: {error}");
         Ended { outcome: Outcome::Failed(format!("{name} cannot be run: {error}")), code }
     })

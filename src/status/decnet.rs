@@ -9,7 +9,7 @@ use super::docker::{Containers, Docker, Engine, Networks};
 use super::place::Place;
 #[cfg(feature = "cli")]
 use super::place::{Located, Unlocated};
-use super::state::{State, StateFile};
+use super::state::{Seen, State, StateFile};
 use super::topology::TopologyFile;
 use super::{AppliedTopology, Observed, Snapshot, StatusSource, Topology};
 use crate::body::Status;
@@ -24,8 +24,9 @@ pub(crate) const DOCKER_SOCKET: &str = "/var/run/docker.sock";
 ///
 /// The state file and `topology.db` are only ever read. Docker is asked two things a snapshot: for its networks, then for
 /// its containers. Where the containers are not known, or the state file cannot be found or read, no decky is named and
-/// `status.error` says why: the master would take a decky without states for degraded. Where the networks are not known,
-/// only `observed` is unknown.
+/// `status.error` says why: the master would take a decky without states for degraded. Where only the state of some
+/// containers is not known, their deckies are left out, and the others are named. Where the networks are not known, only
+/// `observed` is unknown.
 ///
 /// ```
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -65,7 +66,8 @@ impl DecnetStatus {
     /// 2. In `/opt/decnet/venv`, likewise.
     /// 3. `/opt/decnet/decnet`, where DECNET was installed editable.
     ///
-    /// Beside the package "there is no state file" means that nothing is deployed. Where the package is not found, it is
+    /// Of several places with the package the first one with a state file counts: a folder of that name may be left behind
+    /// by an update. Beside the package "there is no state file" means that nothing is deployed. Where the package is not found, it is
     /// not known what is deployed, and `status.error` says where it was looked for. A place that cannot be looked at (no
     /// permission, a loop of symlinks) ends the search: it is not known whether the package is there.
     ///
@@ -284,12 +286,14 @@ impl Said {
 /// What is deployed, and what of it runs. No state: nothing is deployed. The error is the state file's: it is too large.
 pub(crate) fn report(state: Option<&State>, engine: &Engine, aside: Option<&str>) -> Result<Snapshot, String> {
     let Some(state) = state else { return Snapshot::of_parts(&Status::nothing(aside)) };
-    let State { mode, compose_path, deckies, .. } = state;
+    let State { mode, compose_path, .. } = state;
     let containers = engine.containers.as_ref().map_err(String::clone);
-    match containers.and_then(|containers| state.runtime(containers)) {
-        Ok(runtime) => {
-            let error = aside;
-            Snapshot::of_parts(&Status::Deployed { deployed: true, mode, compose_path, deckies, runtime, error })
+    match containers.and_then(|containers| state.seen(containers)) {
+        Ok(Seen { deckies, runtime, left_out }) => {
+            let said = left_out.as_deref().map(|left_out| both(left_out, aside));
+            let (deckies, error) = (&*deckies, said.as_deref().or(aside));
+            let status = Status::Deployed { deployed: true, mode, compose_path, deckies, runtime, error };
+            Ok(Snapshot::of_parts(&status)?.with_fault(left_out.as_deref()))
         }
         Err(error) => {
             let said = both(&error, aside);
@@ -405,15 +409,20 @@ mod tests {
         for (state, problem) in [
             ("", "EOF while parsing a value at line 1 column 0"),
             ("{", "EOF while parsing an object at line 1 column 1"),
-            ("[]", "invalid length 0, expected struct File with 2 elements at line 1 column 2"),
-            ("{}", "missing field `config` at line 1 column 2"),
+            ("[]", "invalid type: sequence, expected an object at line 1 column 0"),
+            ("{}", "no key `config` at line 1 column 2"),
+            (r#"{"config": {}, "compose_path": ""}"#, "config: no key `mode`"),
             (
                 r#"{"config": {"mode": 1, "deckies": {}}, "compose_path": ""}"#,
-                "deckies: invalid type: map, expected a sequence of at most 20000 at line 1 column 0",
+                "deckies: invalid type: map, expected a list of at most 20000",
             ),
             (
                 r#"{"config": {"mode": 1, "deckies": [{"name": "x"}]}, "compose_path": ""}"#,
-                "deckies: missing field `services` at line 1 column 14",
+                "deckies[0]: no key `services`",
+            ),
+            (
+                r#"{"config": {"mode": 1, "deckies": [{"name": "x", "services": [1]}]}, "compose_path": ""}"#,
+                "deckies[0].services: invalid type: integer `1`, expected a string",
             ),
         ] {
             let (dir, mut source) = source(Some(state));
@@ -462,9 +471,9 @@ mod tests {
     }
 
     #[test]
-    fn a_container_without_a_state_costs_the_deckies_if_it_is_one_of_theirs() {
+    fn a_container_without_a_state_costs_its_decky_alone() {
         let (_dir, mut source) = source(Some(STATE));
-        let mut engine = engine(&[("d1-ssh", "running")]);
+        let mut engine = engine(&[("d1-ssh", "running"), ("d2-ftp", "running")]);
         let insert = |engine: &mut Engine, name: &str| {
             engine.containers.as_mut().unwrap().states.insert(name.to_owned(), None);
         };
@@ -475,11 +484,20 @@ mod tests {
         assert!(source.status(&engine, None).unwrap().fault().is_none());
         assert!(matches!(observe(&engine), Observed::Unknown(why) if why.ends_with("of decnet-gateway")));
         insert(&mut engine, "d1-smb-share");
-        let snapshot = source.status(&engine, None).unwrap();
-        let why = r#"Docker's answer has no usable state of the container "d1-smb-share""#;
+        let snapshot = source.status(&engine, Some("aside")).unwrap();
+        let why = r#"Docker's answer has no usable state of the container "d1-smb-share"; 1 decky is left out"#;
         assert_eq!(snapshot.fault(), Some(why));
+        let expected = concat!(
+            r#"{"deployed":true,"mode":"swarm","compose_path":"/x.yml","deckies":[{"services": ["ftp"], "name": "d2"}],"#,
+            r#""runtime":{"d2":{"running":true,"services":{"ftp":"running"}}},"#,
+            r#""error":"Docker's answer has no usable state of the container \"d1-smb-share\"; 1 decky is left out; aside"}"#,
+        );
+        assert_eq!(snapshot.status(), expected);
+        insert(&mut engine, "d2-ftp");
+        let snapshot = source.status(&engine, None).unwrap();
+        let why = r#"Docker's answer has no usable state of the container "d1-smb-share"; 2 deckies are left out"#;
         let status: serde_json::Value = serde_json::from_str(snapshot.status()).unwrap();
-        assert_eq!((&status["error"], status.get("deckies")), (&why.into(), None));
+        assert_eq!((snapshot.fault(), &status["error"], status.get("deckies")), (Some(why), &why.into(), None));
     }
 
     #[test]

@@ -6,7 +6,8 @@
 //! - `null` is an answer that cannot be used, of either request. It may mean an empty list, but the containers of all
 //!   deckies would be reported as absent for it.
 //! - Networks are asked for first, so that the states of containers are as fresh as they can be.
-//! - An entry that is odd (a state that is not a string, a name that is too long) costs what depends on it, and no more.
+//! - An entry that is odd (a state that is not a string, a name that is too long) costs what depends on it, and no more: of
+//!   a decky's container that decky, of a topology's `observed`.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -21,7 +22,7 @@ use ureq::config::{AutoHeaderValue, Config};
 use ureq::unversioned::resolver::{ResolvedSocketAddrs, Resolver};
 use ureq::unversioned::transport::{ConnectionDetails, Connector, NextTimeout};
 
-use super::list::AtMost;
+use super::list::{AtMost, Object};
 use crate::error::{http_problem, printable_path};
 use crate::limits;
 use crate::socket::SocketTransport;
@@ -69,9 +70,9 @@ impl Containers {
     /// The prefix of those that are topologies'.
     pub(crate) const OURS: &str = "decnet-";
 
-    fn of(entries: Vec<Container>) -> Result<Self, String> {
+    fn of(entries: Vec<Object<Container>>) -> Result<Self, String> {
         let mut containers = Self::default();
-        for Container { name, state } in entries {
+        for Object(Container { name, state }) in entries {
             match name {
                 // It may be anybody's.
                 Text::Odd => return Err("a container without a name that can be read".to_owned()),
@@ -93,9 +94,9 @@ impl Networks {
     /// The prefix of those that are topologies'.
     pub(crate) const OURS: &str = "decnet-topology-";
 
-    fn of(entries: Vec<Network>) -> Result<Self, String> {
+    fn of(entries: Vec<Object<Network>>) -> Result<Self, String> {
         let mut networks = Self::default();
-        for Network { name, driver } in entries {
+        for Object(Network { name, driver }) in entries {
             let is_bridge = driver.whole().map(|driver| driver == "bridge");
             match (name, is_bridge) {
                 (_, Some(false)) => (),
@@ -147,7 +148,7 @@ impl Docker {
         &self,
         what: &str,
         limit: Duration,
-        read: impl Fn(Vec<T>) -> Result<A, String>,
+        read: impl Fn(Vec<Object<T>>) -> Result<A, String>,
     ) -> Result<A, String> {
         let failed = |problem: String| format!("Docker at {}: {what}: {problem}", printable_path(&self.socket));
         // The host is a formality: the connector knows only the socket.
@@ -171,7 +172,7 @@ impl Docker {
     }
 }
 
-type List<T> = AtMost<T, { limits::DOCKER_LIST }>;
+type List<T> = AtMost<Object<T>, { limits::DOCKER_LIST }>;
 
 #[derive(Deserialize)]
 #[serde(rename_all = "PascalCase")]
@@ -434,6 +435,8 @@ mod tests {
             ok("[1]"),
             ok("[null]"),
             ok("[{}]"),
+            ok(r#"[["b","bridge"]]"#),
+            ok(r#"[[["/a"],"running"]]"#),
             ok(r#"[{"Name":7,"Names":7,"Driver":"bridge","State":"running"}]"#),
             ok(r#"[{"Names":[7],"State":"running"}]"#),
             ok(&format!("[{}]", vec!["{}"; limits::DOCKER_LIST + 1].join(","))),
@@ -481,11 +484,11 @@ mod tests {
             (&ok("<html>"), "the answer is not a Docker Engine's: expected value at line 1 column 1"),
             (
                 &ok(r#"{"message":"x"}"#),
-                "the answer is not a Docker Engine's: invalid type: map, expected a sequence of at most 25000 at line 1 column 1",
+                "the answer is not a Docker Engine's: invalid type: map, expected a list of at most 25000 at line 1 column 1",
             ),
             (
                 &ok("null"),
-                "the answer is not a Docker Engine's: invalid type: null, expected a sequence of at most 25000 at line 1 column 4",
+                "the answer is not a Docker Engine's: invalid type: null, expected a list of at most 25000 at line 1 column 4",
             ),
             (
                 "HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n[{\"Names\":[\"/a\"],",

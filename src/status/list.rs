@@ -1,9 +1,11 @@
-//! Lists that end: what others write is read up to so many entries, and one more is an error. Values only.
+//! JSON that others write, read strictly: a list is read up to so many entries, and an object is no list. Values only.
 
 use std::fmt;
 use std::marker::PhantomData;
 
-use serde::de::{Deserialize, Deserializer, Error, SeqAccess, Visitor};
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{Deserialize, DeserializeSeed, Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde_json::value::RawValue;
 
 /// A sequence of at most `MOST` entries. A file's size alone bounds no memory: an entry may take a hundred times the bytes
 /// that it is written with.
@@ -22,7 +24,7 @@ impl<'de, T: Deserialize<'de>, const MOST: usize> Visitor<'de> for Entries<T, MO
     type Value = AtMost<T, MOST>;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "a sequence of at most {MOST}")
+        write!(f, "a list of at most {MOST}")
     }
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut sequence: A) -> Result<Self::Value, A::Error> {
@@ -37,15 +39,145 @@ impl<'de, T: Deserialize<'de>, const MOST: usize> Visitor<'de> for Entries<T, MO
     }
 }
 
+/// A struct that is written as an object. What serde derives takes a list of the values, too.
+#[derive(Debug)]
+pub(super) struct Object<T>(pub(super) T);
+
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for Object<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_map(Entry(PhantomData))
+    }
+}
+
+struct Entry<T>(PhantomData<T>);
+
+impl<'de, T: Deserialize<'de>> Visitor<'de> for Entry<T> {
+    type Value = Object<T>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an object")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Self::Value, A::Error> {
+        T::deserialize(MapAccessDeserializer::new(map)).map(Object)
+    }
+}
+
+/// The values of these keys of an object, as they stand. Nothing else in it is looked at: a key of others may even be a
+/// text that is none, with a lone surrogate.
+pub(super) fn values<'a, const N: usize>(json: &'a [u8], keys: [&str; N]) -> serde_json::Result<[&'a RawValue; N]> {
+    let mut deserializer = serde_json::Deserializer::from_slice(json);
+    let values = deserializer.deserialize_map(Values(keys))?;
+    deserializer.end()?;
+    Ok(values)
+}
+
+struct Values<'k, const N: usize>([&'k str; N]);
+
+impl<'de, const N: usize> Visitor<'de> for Values<'_, N> {
+    type Value = [&'de RawValue; N];
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an object")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+        let mut found: [Option<&RawValue>; N] = [None; N];
+        while let Some(key) = map.next_key_seed(KeyOf(&self.0))? {
+            let Some((place, name)) = key.and_then(|key| Some((found.get_mut(key)?, self.0.get(key)?))) else {
+                map.next_value::<IgnoredAny>()?;
+                continue;
+            };
+            if place.replace(map.next_value()?).is_some() {
+                return Err(A::Error::custom(format_args!("two keys `{name}`")));
+            }
+        }
+        for (name, value) in self.0.iter().zip(found) {
+            if value.is_none() {
+                return Err(A::Error::custom(format_args!("no key `{name}`")));
+            }
+        }
+        // All are there.
+        Ok(found.map(|value| value.unwrap_or(RawValue::NULL)))
+    }
+}
+
+/// Which of these a key is.
+struct KeyOf<'k>(&'k [&'k str]);
+
+impl<'de> DeserializeSeed<'de> for KeyOf<'_> {
+    type Value = Option<usize>;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
+        // As bytes, since a text would have to be one.
+        deserializer.deserialize_bytes(self)
+    }
+}
+
+impl Visitor<'_> for KeyOf<'_> {
+    type Value = Option<usize>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a key")
+    }
+
+    fn visit_bytes<E>(self, key: &[u8]) -> Result<Self::Value, E> {
+        Ok(self.0.iter().position(|name| name.as_bytes() == key))
+    }
+}
+
+/// What is wrong with JSON, without its line and column: those of a part are not those of the file.
+pub(super) fn without_place(error: &serde_json::Error) -> String {
+    let (text, place) = (error.to_string(), format!(" at line {} column {}", error.line(), error.column()));
+    text.strip_suffix(&place).map_or_else(|| text.clone(), str::to_owned)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_object_is_no_list_of_its_values() {
+        #[derive(serde::Deserialize)]
+        struct Pair {
+            one: u8,
+            two: u8,
+        }
+        let read = serde_json::from_str::<Object<Pair>>;
+        let Object(Pair { one, two }) = read(r#"{"two": 2, "more": [], "one": 1}"#).unwrap();
+        assert_eq!((one, two), (1, 2));
+        assert!(read("[1, 2]").err().unwrap().to_string().starts_with("invalid type: sequence, expected an object"));
+    }
+
+    #[test]
+    fn of_an_object_only_the_wanted_values_are_looked_at() {
+        let of = |json: &'static str| {
+            let found = values(json.as_bytes(), ["a", "b"]);
+            found.map(|found| found.map(RawValue::get)).map_err(|error| without_place(&error))
+        };
+        for json in [
+            r#"{"a": [1], "b": "x"}"#,
+            r#"{"\udcff": 0, "b": "x", "c": "\udcff", "a\ud800": {}, "a": [1]}"#,
+            r#" {"\u0061":[1], "\\": 1, "b" : "x"} "#,
+        ] {
+            assert_eq!(of(json), Ok(["[1]", "\"x\""]), "{json}");
+        }
+        for (json, problem) in [
+            (r#"{"a": 1}"#, "no key `b`"),
+            (r#"{"a": 1, "b": 2, "a": 3}"#, "two keys `a`"),
+            (r#"[1, 2]"#, "invalid type: sequence, expected an object"),
+            (r#"{"a": 1, "b": 2}x"#, "trailing characters"),
+            (r#"{"a": 1, "b": 2"#, "EOF while parsing an object"),
+        ] {
+            assert_eq!(of(json), Err(problem.to_owned()), "{json}");
+        }
+    }
 
     #[test]
     fn one_more_than_the_most_is_an_error() {
         let read = serde_json::from_str::<AtMost<u8, 2>>;
         assert_eq!(read("[1, 2]").unwrap().0, [1, 2]);
         assert_eq!(read("[1, 2, 3]").unwrap_err().to_string(), "a list of more than 2 at line 1 column 9");
-        assert!(read("{}").unwrap_err().to_string().contains("expected a sequence of at most 2"));
+        assert!(read("{}").unwrap_err().to_string().contains("expected a list of at most 2"));
     }
 }

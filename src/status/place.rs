@@ -4,6 +4,9 @@
 //! DECNET writes the file when something is deployed and deletes it afterwards. So "there is no file" means "nothing is
 //! deployed" only where the package is, or in a folder that the operator named. Elsewhere nothing is known. What cannot be
 //! looked at (no permission, a loop of symlinks) is an error, and never "not found".
+//!
+//! A folder is enough for a package, and an update may leave one behind. So of several places with the package the first one
+//! with a state file counts.
 
 use std::fmt;
 use std::fs;
@@ -35,6 +38,8 @@ pub(crate) struct Located {
     pub(crate) file: PathBuf,
     /// `None`: it was named.
     pub(crate) package: Option<PathBuf>,
+    /// A package that comes first, without a state file.
+    pub(crate) passed_over: Option<PathBuf>,
 }
 
 /// Why it is not known where the state file is, for people.
@@ -61,8 +66,12 @@ impl fmt::Display for Located {
     /// How it was found, for a person.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.package {
-            Some(package) => write!(f, "found beside {}", printable_path(package)),
-            None => f.write_str("named"),
+            Some(package) => write!(f, "found beside {}", printable_path(package))?,
+            None => f.write_str("named")?,
+        }
+        match &self.passed_over {
+            Some(package) => write!(f, "; there is none beside {}", printable_path(package)),
+            None => Ok(()),
         }
     }
 }
@@ -76,7 +85,7 @@ impl Place {
     /// Where the file is.
     pub(super) fn locate(&self) -> Result<Located, Unlocated> {
         match self {
-            Self::Named(file) => Ok(Located { file: file.clone(), package: None }),
+            Self::Named(file) => Ok(Located { file: file.clone(), package: None, passed_over: None }),
             Self::Searched { root } => search(root),
         }
     }
@@ -99,29 +108,44 @@ pub(super) fn means_nothing_deployed(file: &Path) -> Result<(), String> {
     }
 }
 
-/// The first place that has the package. One that cannot be looked at ends the search: a later one might be wrong.
+/// The first place that has the package and a state file, otherwise the first that has the package. One that cannot be
+/// looked at ends the search: a later one might be wrong.
 fn search(root: &Path) -> Result<Located, Unlocated> {
     let command = root.join("usr/local/bin/decnet");
     let (venv, editable) = (root.join("opt/decnet/venv"), root.join("opt/decnet"));
     let resolved = resolve(&command)?;
     let of_command = resolved.as_deref().and_then(Path::parent).and_then(Path::parent);
-    let package = match of_command.map(package_of_environment).transpose()?.flatten() {
-        Some(package) => Some(package),
-        None => match package_of_environment(&venv)? {
-            Some(package) => Some(package),
-            None => package_in(&editable)?,
-        },
+    let places =
+        [of_command.map(package_of_environment), Some(package_of_environment(&venv)), Some(package_in(&editable))];
+    let mut first = None;
+    for package in places.into_iter().flatten() {
+        let Some(package) = package? else { continue };
+        let file = package.with_file_name(STATE_FILE);
+        if is_there(&file)? {
+            return Ok(Located { file, package: Some(package), passed_over: first });
+        }
+        first.get_or_insert(package);
+    }
+    if let Some(package) = first {
+        let file = package.with_file_name(STATE_FILE);
+        return Ok(Located { file, package: Some(package), passed_over: None });
+    }
+    let command = match of_command {
+        Some(environment) => format!("{} (of {})", printable_path(environment), printable_path(&command)),
+        None if is_there(&command)? => format!("{} (it leads to a file that does not exist)", printable_path(&command)),
+        None => format!("{} (it does not exist)", printable_path(&command)),
     };
-    let Some(package) = package else {
-        let command = match of_command {
-            Some(environment) => format!("{} (of {})", printable_path(environment), printable_path(&command)),
-            None => format!("{} (it does not exist)", printable_path(&command)),
-        };
-        let (venv, editable) = (printable_path(&venv), printable_path(&editable));
-        return Err(Unlocated::Absent(format!("{command}, {venv} or {editable}")));
-    };
-    let file = package.with_file_name(STATE_FILE);
-    Ok(Located { file, package: Some(package) })
+    let (venv, editable) = (printable_path(&venv), printable_path(&editable));
+    Err(Unlocated::Absent(format!("{command}, {venv} or {editable}")))
+}
+
+/// Whether there is anything at that path, be it a symlink to nothing.
+fn is_there(path: &Path) -> Result<bool, Unlocated> {
+    match fs::symlink_metadata(path) {
+        Ok(_) => Ok(true),
+        Err(error) if is_absent(&error) => Ok(false),
+        Err(error) => Err(unknown(path, &error)),
+    }
 }
 
 /// The file that a path leads to. `None`: there is none.
@@ -129,7 +153,14 @@ fn resolve(path: &Path) -> Result<Option<PathBuf>, Unlocated> {
     match fs::canonicalize(path) {
         Ok(resolved) => Ok(Some(resolved)),
         Err(error) if is_absent(&error) => Ok(None),
-        Err(error) => Err(unknown(path, &error)),
+        Err(error) => match fs::read_link(path) {
+            // The link itself could be read, so it is about what it leads to.
+            Ok(target) => {
+                let (path, target) = (printable_path(path), printable_path(&target));
+                Err(Unlocated::Unreadable(format!("{target}, to which {path} leads, cannot be looked at: {error}")))
+            }
+            Err(_) => Err(unknown(path, &error)),
+        },
     }
 }
 
@@ -274,7 +305,7 @@ mod tests {
         let root = fs::canonicalize(root).unwrap();
         let named = |path: &Path| path.strip_prefix(&root).unwrap().display().to_string();
         match search(&root) {
-            Ok(Located { file, package }) => {
+            Ok(Located { file, package, .. }) => {
                 let package = package.unwrap();
                 assert!(package.is_dir() && package.parent() == file.parent() && package.ends_with("decnet"));
                 Ok(named(&file))
@@ -370,6 +401,51 @@ mod tests {
         let root = worker(&["opt/decnet/decnet/"]);
         link_command(root.path(), "opt/decnet/venv/bin/decnet");
         is_at(root.path(), "opt/decnet");
+    }
+
+    #[test]
+    fn a_package_without_a_state_file_gives_way_to_a_later_one_with_it() {
+        let venv = "opt/decnet/venv/lib/python3.11/site-packages";
+        let dir = worker(&[&format!("{venv}/decnet/__pycache__/"), "opt/decnet/decnet/"]);
+        let root = fs::canonicalize(dir.path()).unwrap();
+        is_at(&root, venv);
+        assert_eq!(search(&root).unwrap().passed_over, None);
+        fs::write(root.join("opt/decnet").join(STATE_FILE), "").unwrap();
+        is_at(&root, "opt/decnet");
+        let located = search(&root).unwrap();
+        let (editable, leftover) = (root.join("opt/decnet/decnet"), root.join(venv).join("decnet"));
+        let said = format!("found beside {}; there is none beside {}", editable.display(), leftover.display());
+        assert_eq!(located.to_string(), said);
+        fs::write(root.join(venv).join(STATE_FILE), "").unwrap();
+        is_at(&root, venv);
+        assert_eq!(search(&root).unwrap().passed_over, None);
+    }
+
+    #[test]
+    fn a_package_without_a_state_file_is_not_taken_where_a_later_place_cannot_be_looked_at() {
+        let root = worker(&["srv/env/bin/decnet", "srv/env/lib/python3.12/site-packages/decnet/", "opt/decnet/venv/"]);
+        link_command(root.path(), "srv/env/bin/decnet");
+        let lib = root.path().join("opt/decnet/venv/lib");
+        symlink(&lib, &lib).unwrap();
+        assert!(located(root.path()).unwrap_err().contains("/opt/decnet/venv/lib"));
+        add(root.path(), "srv/env/lib/python3.12/site-packages/decnet-state.json");
+        is_at(root.path(), "srv/env/lib/python3.12/site-packages");
+    }
+
+    #[test]
+    fn a_command_that_leads_nowhere_is_not_said_to_be_missing() {
+        let root = worker(&[]);
+        link_command(root.path(), "opt/decnet/venv/bin/decnet");
+        let places = "/usr/local/bin/decnet (it leads to a file that does not exist), /opt/decnet/venv or /opt/decnet";
+        assert!(located(root.path()).unwrap_err().ends_with(places));
+        // As where its folder may not be entered: the target is at fault, and not the link.
+        let target = root.path().join("loop");
+        symlink(&target, &target).unwrap();
+        link_command(root.path(), "loop");
+        let problem = located(root.path()).unwrap_err();
+        let said =
+            "/loop, to which /usr/local/bin/decnet leads, cannot be looked at: Too many levels of symbolic links";
+        assert!(problem.contains(said), "{problem}");
     }
 
     #[test]

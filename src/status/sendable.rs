@@ -1,12 +1,13 @@
-//! What the master's JSON reader makes of a text that is passed on as it stands. Values only, for any thread.
+//! What the master makes of a text that is passed on as it stands. Values only, for any thread.
 //!
 //! The master reads a body with Python's `json` and looks at the status after it has applied the deltas in the same body.
-//! So what it cannot read is refused here, with its place. All of this is valid JSON to `serde_json`:
+//! So what it cannot read, or reads as something else, is refused here, with its place. All of this is valid JSON to
+//! `serde_json`:
 //!
 //! - a lone surrogate (`"\udcff"`) in a string or a key: Python reads it and cannot write it again, and the master answers
 //!   500 (`PROTOCOL.md`, "`status`");
 //! - an integer of more than 4,300 digits: Python refuses to read it;
-//! - a number without a finite value (`1e999`): Python reads it as infinite, which is not JSON any more;
+//! - a number without a finite value (`1e999`): the master takes it, but for infinity, which it cannot write as JSON again;
 //! - arrays and objects nested deeper than Python's reader goes.
 
 use std::fmt;
@@ -18,7 +19,7 @@ use serde_json::value::RawValue;
 use crate::limits;
 use crate::text::printable_within;
 
-/// What the master cannot read in valid JSON, and where it is: `deckies[3].name`, where `whole` is the name of all of it.
+/// What cannot be sent of valid JSON, and where it is: `deckies[3].name`, where `whole` is the name of all of it.
 /// One pass, without recursion and without copies.
 pub(super) fn problem(whole: &str, json: &RawValue) -> Option<String> {
     let mut scan = Scan { json: json.get(), levels: Vec::new() };
@@ -26,7 +27,7 @@ pub(super) fn problem(whole: &str, json: &RawValue) -> Option<String> {
 }
 
 /// What the master fails on in a status that is an object: its code after `status` takes `deckies` for a list and each
-/// value of `runtime` for an object.
+/// value of `runtime` for an object, or for nothing where it is null.
 pub(super) fn problem_of_shape(status: &RawValue) -> Option<String> {
     #[derive(Deserialize)]
     struct Shape<'a> {
@@ -43,7 +44,7 @@ pub(super) fn problem_of_shape(status: &RawValue) -> Option<String> {
     }
 }
 
-/// A JSON object whose values are objects. Nothing of it is kept.
+/// A JSON object whose values are objects or null. Nothing of it is kept.
 struct ObjectOfObjects;
 
 impl<'de> Deserialize<'de> for ObjectOfObjects {
@@ -61,7 +62,7 @@ impl<'de> Visitor<'de> for ObjectOfObjects {
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self, A::Error> {
         while let Some((_, value)) = map.next_entry::<IgnoredAny, &RawValue>()? {
-            if !value.get().starts_with('{') {
+            if !value.get().starts_with('{') && value.get() != "null" {
                 return Err(A::Error::custom("a decky in runtime is not an object"));
             }
         }
@@ -193,7 +194,7 @@ fn problem_of_number(number: &str) -> Option<String> {
         return (digits > most).then(|| format!("is a number of {digits} digits; the master reads at most {most}"));
     }
     let is_finite = number.parse::<f64>().is_ok_and(f64::is_finite);
-    (!is_finite).then(|| "is a number that is too large".to_owned())
+    (!is_finite).then(|| "is a number that is too large: the master takes it for infinity".to_owned())
 }
 
 #[cfg(test)]
@@ -267,12 +268,15 @@ mod tests {
     }
 
     #[test]
-    fn numbers_that_the_master_cannot_read_are_found() {
+    fn numbers_that_cannot_be_sent_are_found() {
         let digits = |count: usize| format!(r#"[0, {{"n": -{}}}]"#, "9".repeat(count));
         assert_eq!(of(&digits(4_300)), None);
         assert_eq!(of(&digits(4_301)).unwrap(), "x[1].n is a number of 4301 digits; the master reads at most 4300");
         for number in ["1e999", "-1E999", "1.0e309", &format!("{}.0", "9".repeat(400))] {
-            assert_eq!(of(&format!(r#"{{"a": {number}}}"#)).unwrap(), "x.a is a number that is too large");
+            assert_eq!(
+                of(&format!(r#"{{"a": {number}}}"#)).unwrap(),
+                "x.a is a number that is too large: the master takes it for infinity"
+            );
         }
         assert_eq!(of("1e-999"), None);
     }
@@ -302,7 +306,7 @@ mod tests {
             r#"{"error": "x"}"#,
             r#"{"deployed": true, "deckies": null, "runtime": null}"#,
             r#"{"deckies": [1], "runtime": {}, "deployed": "yes"}"#,
-            r#"{"deckies": [], "runtime": {"a": {}, "b": {"running": true}}}"#,
+            r#"{"deckies": [], "runtime": {"a": {}, "b": {"running": true}, "c": null}}"#,
         ] {
             assert_eq!(of(json), None, "{json}");
         }
@@ -311,7 +315,7 @@ mod tests {
             (r#"{"deckies": "d1"}"#, "deckies is not a list"),
             (r#"{"deckies": [], "d\u0065ckies": {}}"#, "duplicate field `deckies`"),
             (r#"{"runtime": {"d1": "running"}}"#, "a decky in runtime is not an object"),
-            (r#"{"runtime": {"d1": {}, "d2": null}}"#, "a decky in runtime is not an object"),
+            (r#"{"runtime": {"d1": {}, "d2": false}}"#, "a decky in runtime is not an object"),
             (r#"{"runtime": []}"#, "invalid type: sequence, expected runtime to be an object"),
         ] {
             assert!(of(json).unwrap().starts_with(said), "{json}: {:?}", of(json));

@@ -1,14 +1,15 @@
 //! DECNET's state file: what is deployed here. It is looked for each time, read again when it has changed, and remembered
 //! otherwise. Runs on the status thread.
 
+use std::borrow::Cow;
 use std::io;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
-use serde_json::value::RawValue;
+use serde_json::value::{RawValue, to_raw_value};
 
 use super::docker::Containers;
-use super::list::AtMost;
+use super::list::{self, AtMost, without_place};
 use super::place::{Located, Place, Unlocated, means_nothing_deployed};
 use super::sendable;
 use crate::body::Runtime;
@@ -73,47 +74,54 @@ fn broken(path: &Path, problem: &str) -> String {
 pub(crate) struct State {
     pub(super) mode: Box<RawValue>,
     pub(super) compose_path: Box<RawValue>,
-    pub(super) deckies: Box<RawValue>,
+    deckies: Box<RawValue>,
     services: Vec<Decky>,
 }
 
 /// The two keys of a decky that its containers' names are made of.
-#[derive(Debug, Deserialize)]
+#[derive(Debug)]
 struct Decky {
     name: String,
     services: AtMost<String, { limits::SERVICES }>,
 }
 
-/// `decnet-state.json`.
-#[derive(Deserialize)]
-struct File<'a> {
-    #[serde(borrow)]
-    config: Config<'a>,
-    #[serde(borrow)]
-    compose_path: &'a RawValue,
+impl Decky {
+    fn parse(json: &RawValue) -> Result<Self, String> {
+        let [name, services] = list::values(json.get().as_bytes(), ["name", "services"])
+            .map_err(|error| format!(": {}", without_place(&error)))?;
+        Ok(Self { name: read(".name", name)?, services: read(".services", services)? })
+    }
 }
 
-#[derive(Deserialize)]
-struct Config<'a> {
-    #[serde(borrow)]
-    mode: &'a RawValue,
-    #[serde(borrow)]
-    deckies: &'a RawValue,
+/// A value at this place of a text that has been read as JSON.
+fn read<'a, T: Deserialize<'a>>(place: &str, json: &'a RawValue) -> Result<T, String> {
+    serde_json::from_str(json.get()).map_err(|error| format!("{place}: {}", without_place(&error)))
+}
+
+/// The deckies that can be named, and the states of their containers.
+pub(super) struct Seen<'a> {
+    pub(super) deckies: Cow<'a, RawValue>,
+    pub(super) runtime: Runtime<'a>,
+    /// Why others are left out.
+    pub(super) left_out: Option<String>,
 }
 
 impl State {
     pub(crate) fn parse(content: &[u8]) -> Result<Self, String> {
-        let file: File<'_> = serde_json::from_slice(content).map_err(|error| error.to_string())?;
-        let deckies = file.config.deckies;
+        let [config, compose_path] =
+            list::values(content, ["config", "compose_path"]).map_err(|error| error.to_string())?;
+        let [mode, deckies] = list::values(config.get().as_bytes(), ["mode", "deckies"])
+            .map_err(|error| format!("config: {}", without_place(&error)))?;
         // What is sent as it stands; the rest of the file is DECNET's own.
-        for (what, json) in [("mode", file.config.mode), ("compose_path", file.compose_path), ("deckies", deckies)] {
+        for (what, json) in [("mode", mode), ("compose_path", compose_path), ("deckies", deckies)] {
             if let Some(problem) = sendable::problem(what, json) {
                 return Err(problem);
             }
         }
-        let AtMost::<Decky, { limits::DECKIES }>(services) =
-            serde_json::from_str(deckies.get()).map_err(|error| format!("deckies: {error}"))?;
-        let (mode, compose_path) = (file.config.mode.to_owned(), file.compose_path.to_owned());
+        let entries: Deckies<'_> = read("deckies", deckies)?;
+        let decky = |(index, json)| Decky::parse(json).map_err(|problem| format!("deckies[{index}]{problem}"));
+        let services = entries.0.into_iter().enumerate().map(decky).collect::<Result<_, _>>()?;
+        let (mode, compose_path) = (mode.to_owned(), compose_path.to_owned());
         Ok(Self { mode, compose_path, deckies: deckies.to_owned(), services })
     }
 
@@ -129,30 +137,58 @@ impl State {
         self.services.iter().any(|decky| decky.name == name)
     }
 
-    /// Each service's container is named `<decky>-<service>`, with `_` in the service turned into `-`. `Err`: Docker's
-    /// answer does not have the state of one of them.
-    pub(super) fn runtime<'a>(&'a self, containers: &'a Containers) -> Result<Runtime<'a>, String> {
-        let mut container = String::new();
-        let mut state = |decky: &str, service: &str| {
-            container.clear();
-            container.extend([decky, "-"]);
-            container.extend(service.chars().map(|char| if char == '_' { '-' } else { char }));
-            match containers.states.get(&container) {
-                Some(Some(state)) => Ok(state.as_str()),
-                // It may be one whose name was too long to be kept.
-                None if container.len() <= limits::DOCKER_NAME || containers.left_out.is_none() => Ok("absent"),
-                None | Some(None) => {
-                    let name = quoted(&container, limits::DOCKER_NAME);
-                    Err(format!("Docker's answer has no usable state of the container {name}"))
-                }
-            }
+    /// What Docker shows of the deckies. One is left out where the state of one of its containers is not known: without a
+    /// state the master would take it for degraded. Where all are, that is the error.
+    pub(super) fn seen<'a>(&'a self, containers: &'a Containers) -> Result<Seen<'a>, String> {
+        let mut name = String::new();
+        let states = self.services.iter().map(|decky| Ok((decky.name.as_str(), states(decky, containers, &mut name)?)));
+        let states: Vec<Result<_, String>> = states.collect();
+        let left_out = states.iter().filter(|states| states.is_err()).count();
+        let Some(problem) = states.iter().find_map(|states| states.as_ref().err()) else {
+            let runtime = Runtime(states.into_iter().flatten().collect());
+            return Ok(Seen { deckies: Cow::Borrowed(&self.deckies), runtime, left_out: None });
         };
-        let mut of = |decky: &'a Decky| {
-            let states = decky.services.0.iter().map(|service| Ok((service.as_str(), state(&decky.name, service)?)));
-            Ok((decky.name.as_str(), states.collect::<Result<_, String>>()?))
+        let problem = match left_out {
+            1 => format!("{problem}; 1 decky is left out"),
+            count => format!("{problem}; {count} deckies are left out"),
         };
-        self.services.iter().map(&mut of).collect::<Result<_, String>>().map(Runtime)
+        if left_out == states.len() {
+            return Err(problem);
+        }
+        let entries: Deckies<'_> = read("deckies", &self.deckies)?;
+        let known = |(json, states): (_, &Result<_, _>)| states.is_ok().then_some(json);
+        let deckies: Vec<&RawValue> = entries.0.into_iter().zip(&states).filter_map(known).collect();
+        let deckies = to_raw_value(&deckies).map_err(|error| error.to_string())?;
+        let runtime = Runtime(states.into_iter().flatten().collect());
+        Ok(Seen { deckies: Cow::Owned(deckies), runtime, left_out: Some(problem) })
     }
+}
+
+/// The list of deckies, each as it stands.
+type Deckies<'a> = AtMost<&'a RawValue, { limits::DECKIES }>;
+
+/// The states of a decky's services. Each service's container is named `<decky>-<service>`, with `_` in the service turned
+/// into `-`. `Err`: Docker's answer does not have the state of one of them. `container` is room for a name.
+fn states<'a>(
+    decky: &'a Decky,
+    containers: &'a Containers,
+    container: &mut String,
+) -> Result<Vec<(&'a str, &'a str)>, String> {
+    let mut state = |service: &str| {
+        container.clear();
+        container.extend([&decky.name, "-"]);
+        container.extend(service.chars().map(|char| if char == '_' { '-' } else { char }));
+        match containers.states.get(container.as_str()) {
+            Some(Some(state)) => Ok(state.as_str()),
+            // It may be one whose name was too long to be kept.
+            None if container.len() <= limits::DOCKER_NAME || containers.left_out.is_none() => Ok("absent"),
+            None | Some(None) => {
+                let name = quoted(container, limits::DOCKER_NAME);
+                Err(format!("Docker's answer has no usable state of the container {name}"))
+            }
+        }
+    };
+    decky.services.0.iter().map(|service| Ok((service.as_str(), state(service)?))).collect()
 }
 
 #[cfg(test)]
@@ -218,6 +254,32 @@ mod tests {
     }
 
     #[test]
+    fn a_list_in_the_place_of_an_object_is_refused() {
+        for (content, problem) in [
+            (
+                r#"[{"mode": "s", "deckies": []}, "/x"]"#.to_owned(),
+                "invalid type: sequence, expected an object at line 1",
+            ),
+            (
+                r#"{"config": ["s", []], "compose_path": 1}"#.to_owned(),
+                "config: invalid type: sequence, expected an object",
+            ),
+            (state(r#"[["d0", ["ssh"]]]"#), "deckies[0]: invalid type: sequence, expected an object"),
+            (state(r#"[{"name": "a", "services": []}, null]"#), "deckies[1]: invalid type: null, expected an object"),
+        ] {
+            let said = State::parse(content.as_bytes()).unwrap_err();
+            assert!(said.starts_with(problem), "{content}: {said}");
+        }
+    }
+
+    #[test]
+    fn what_is_not_sent_may_have_lone_surrogates() {
+        let content = r#"{"\udcff": "\udcff", "config": {"deckies": [], "x": {"\udcff": "\udcff"}, "\udcff": 1, "mode": 1},
+            "compose_path": 1}"#;
+        assert_eq!(State::parse(content.as_bytes()).unwrap().deckies(), 0);
+    }
+
+    #[test]
     fn what_the_master_cannot_read_is_refused_with_its_place() {
         let surrogate = |place: &str| format!(r"{place} has a lone surrogate, \udcff, on which the master fails");
         let file = |mode: &str, deckies: &str, path: &str| {
@@ -232,7 +294,10 @@ mod tests {
             (file("1", r#"[{"name": "a", "services": ["\udcff"]}]"#, "1"), surrogate("deckies[0].services[0]")),
             (file("1", &decky(r#""x": {"y": ["", "\udcff"]}"#), "1"), surrogate("deckies[1].x.y[1]")),
             (file("1", &decky(r#""\udcff": 1"#), "1"), surrogate(r"deckies[1].\udcff")),
-            (file("1", &decky(r#""mtu": 1e999"#), "1"), "deckies[1].mtu is a number that is too large".to_owned()),
+            (
+                file("1", &decky(r#""mtu": 1e999"#), "1"),
+                "deckies[1].mtu is a number that is too large: the master takes it for infinity".to_owned(),
+            ),
             (
                 file("1", &decky(&format!(r#""x": {}{}"#, "[".repeat(200), "]".repeat(200))), "1"),
                 format!("deckies[1].x{}… is nested deeper than 100 levels", "[0]".repeat(6)),

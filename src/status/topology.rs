@@ -4,8 +4,8 @@ use std::error::Error;
 use std::io;
 use std::path::PathBuf;
 
-use rusqlite::types::Type;
-use rusqlite::{Connection, OpenFlags, OptionalExtension, Row};
+use rusqlite::types::ValueRef;
+use rusqlite::{Connection, OpenFlags, Row};
 
 use super::AppliedTopology;
 use crate::error::{chain, printable_path};
@@ -49,27 +49,36 @@ impl TopologyFile {
         let database = Connection::open_with_flags(&self.path, flags)?;
         database.busy_timeout(limits::TOPOLOGY_BUSY)?;
         let sql = "SELECT topology_id, applied_version_hash, applied_at, last_error FROM applied_topology LIMIT 1";
-        Ok(database.query_row(sql, [], applied).optional()?)
+        let mut select = database.prepare(sql)?;
+        select.query([])?.next()?.map(applied).transpose()
     }
 }
 
-fn applied(row: &Row<'_>) -> rusqlite::Result<AppliedTopology> {
+fn applied(row: &Row<'_>) -> Result<AppliedTopology, Box<dyn Error>> {
     Ok(AppliedTopology {
-        topology_id: text(row, 0)?,
-        applied_version_hash: text(row, 1)?,
-        applied_at: row.get(2)?,
-        last_error: row.get_ref(3)?.as_str_or_null()?.map(|_| text(row, 3)).transpose()?,
+        topology_id: required(row, "topology_id")?,
+        applied_version_hash: required(row, "applied_version_hash")?,
+        applied_at: row.get("applied_at")?,
+        last_error: text(row, "last_error")?,
     })
 }
 
-/// All of it goes out with every beat.
-fn text(row: &Row<'_>, column: usize) -> rusqlite::Result<String> {
-    match row.get_ref(column)?.as_str()? {
-        text if text.len() <= limits::TOPOLOGY_TEXT => Ok(text.to_owned()),
-        _ => {
-            let problem = format!("longer than {} bytes", limits::TOPOLOGY_TEXT);
-            Err(rusqlite::Error::FromSqlConversionFailure(column, Type::Text, problem.into()))
+fn required(row: &Row<'_>, column: &str) -> Result<String, Box<dyn Error>> {
+    Ok(text(row, column)?.ok_or_else(|| format!("{column} is null"))?)
+}
+
+/// A text or null. All of it goes out with every beat, so it is not long.
+fn text(row: &Row<'_>, column: &str) -> Result<Option<String>, Box<dyn Error>> {
+    match row.get_ref(column)? {
+        ValueRef::Null => Ok(None),
+        ValueRef::Text(text) if text.len() > limits::TOPOLOGY_TEXT => {
+            Err(format!("{column} is longer than {} bytes", limits::TOPOLOGY_TEXT).into())
         }
+        ValueRef::Text(text) => match str::from_utf8(text) {
+            Ok(text) => Ok(Some(text.to_owned())),
+            Err(error) => Err(format!("{column} is not a text: {error}").into()),
+        },
+        other => Err(format!("{column} is not a text: {}", other.data_type()).into()),
     }
 }
 
@@ -159,7 +168,32 @@ mod tests {
             let sql = format!("UPDATE applied_topology SET {column} = ?1");
             owner.execute(&sql, ["x".repeat(limits::TOPOLOGY_TEXT + 1)]).unwrap();
             let problem = file.read().1.unwrap_err();
-            assert!(problem.ends_with("longer than 65536 bytes"), "{problem}");
+            assert!(problem.ends_with(&format!("topology.db: {column} is longer than 65536 bytes")), "{problem}");
+            owner.execute(&format!("UPDATE applied_topology SET {column} = 'x'"), []).unwrap();
+        }
+    }
+
+    #[test]
+    fn what_is_wrong_with_a_row_is_said_once_with_its_column() {
+        for (change, said) in [
+            ("topology_id = NULL", "topology_id is null"),
+            ("applied_version_hash = 7", "applied_version_hash is not a text: Integer"),
+            ("last_error = x'00ff'", "last_error is not a text: Blob"),
+            (
+                "last_error = CAST(x'61ff' AS TEXT)",
+                "last_error is not a text: invalid utf-8 sequence of 1 bytes from index 1",
+            ),
+            ("applied_at = 'now'", "Invalid column type Text at index: 2, name: applied_at"),
+        ] {
+            let dir = tempfile::tempdir().unwrap();
+            let mut file = TopologyFile::new(dir.path().join("topology.db"));
+            let owner = Connection::open(&file.path).unwrap();
+            let table = "CREATE TABLE applied_topology (topology_id, applied_version_hash, applied_at, last_error)";
+            owner.execute(table, []).unwrap();
+            owner.execute("INSERT INTO applied_topology VALUES ('t', 'h', 5, NULL)", []).unwrap();
+            owner.execute(&format!("UPDATE applied_topology SET {change}"), []).unwrap();
+            let expected = format!("{}: {said}", file.path.display());
+            assert_eq!(file.read(), (None, Err(expected)));
         }
     }
 

@@ -148,7 +148,7 @@ pub fn rows() -> Vec<Row> {
         state("empty", StateFile::Holds(""), Right::Says("EOF while parsing")),
         state("truncated", StateFile::Holds(&STATE[..70]), Right::Says("EOF while parsing")),
         state("of_100_mb", StateFile::OfSize(100_000_000), Right::Says("larger than")),
-        state("of_wrong_types", StateFile::Holds(of_types), Right::Says("invalid type: map, expected a sequence")),
+        state("of_wrong_types", StateFile::Holds(of_types), Right::Says("deckies: invalid type: map, expected a list")),
         state(
             "with_a_lone_surrogate",
             StateFile::Holds(surrogate),

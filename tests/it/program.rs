@@ -2,6 +2,7 @@
 
 use std::io::{BufRead, BufReader, Read};
 use std::os::unix::net::UnixDatagram;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::Duration;
@@ -67,6 +68,17 @@ fn a_wrong_option_is_2_and_named() {
     let output = output(program().args(["--master-identity", "anyone", "run"]));
     assert_eq!(output.status.code(), Some(2));
     assert!(String::from_utf8(output.stderr).unwrap().contains("must be name, host, ca, public, or sha256:"));
+}
+
+#[test]
+fn an_agent_dir_of_two_lines_is_2_without_advice_about_an_ini() {
+    for command in ["run", "check"] {
+        let output = output(program().args(["--agent-dir", "a\nb", command]));
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(2), "{said}");
+        assert!(said.contains(r"'a\u{a}b' for '--agent-dir <DIR>': must be a path on one line"), "{said}");
+        assert!(!said.contains("indented"), "{said}");
+    }
 }
 
 #[test]
@@ -251,4 +263,13 @@ fn the_demo_shows_an_outage_and_the_recovery_of_a_delta() {
     assert!(told("the master is back") < told("mutate decky-01 failed (compose exited with 1)"));
     let summary = lines.last().unwrap();
     assert!(summary.contains("2 deltas delivered, 0 lost"), "{summary}");
+}
+
+#[test]
+fn the_name_that_it_was_started_by_is_not_printed() {
+    for arguments in [&["push"][..], &["--help"], &["--version"], &["help", "run"]] {
+        let output = output(program().arg0("\u{1b}]0;t\u{7}\u{202e}").args(arguments));
+        let said = String::from_utf8([output.stdout, output.stderr].concat()).unwrap();
+        assert!(said.contains("decnet-heartbeat") && !said.contains('\u{202e}'), "{said:?}");
+    }
 }

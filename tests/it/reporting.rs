@@ -198,6 +198,53 @@ fn a_wrong_command_line_is_2_and_says_what_is_wrong() {
     }
 }
 
+/// Colours, a title, a bell, C1, bidi, line ends.
+const HOSTILE: &str = "\u{1b}[31mR\u{1b}]0;t\u{7}\u{9b}31m\u{202e}\r\n\u{2028}";
+
+fn assert_printable(log: &str) {
+    let is_safe = |c: char| c == '\n' || !(c.is_control() || matches!(c, '\u{2028}'..='\u{202e}'));
+    assert!(log.chars().all(is_safe), "{log:?}");
+}
+
+#[test]
+fn whatever_is_quoted_of_a_wrong_command_line_is_safe_to_print() {
+    let stage = Stage::new();
+    let push = ["push", "--operation", "deploy", "--status", "succeeded"];
+    let (long, short, flag) = (format!("--x{HOSTILE}"), format!("-x{HOSTILE}"), format!("--operatio{HOSTILE}"));
+    for arguments in [
+        &[&push[..], &[&long]].concat()[..],
+        &[&push[..], &[&short]].concat(),
+        &[&push[..], &[&flag]].concat(),
+        &[&push[..], &[HOSTILE]].concat(),
+        &["push", "--operation", HOSTILE],
+        &["push", "--status", HOSTILE],
+        &["run", "--interval", HOSTILE],
+        &["run", "--interval", &format!("5{HOSTILE}")],
+        &["run", HOSTILE],
+        &["run", &long],
+        &["track", "--operation", "deploy", "--decky", "d", &long],
+        &["demo", "--seconds", HOSTILE],
+        &["completions", HOSTILE],
+        &["--master-identity", HOSTILE, "run"],
+        &["--log-level", HOSTILE, "run"],
+        &["--agent-dir", HOSTILE, "run"],
+        &[HOSTILE],
+        &[&format!("run{HOSTILE}")],
+        &[&long],
+        &[&format!("--log-level=info{HOSTILE}")],
+        &["help", HOSTILE],
+    ] {
+        let (code, _, log) = output(&stage, arguments);
+        assert_eq!(code, Some(2), "{arguments:?}: {log}");
+        assert_printable(&log);
+    }
+    // A tip stays where it can be printed as it is.
+    let (_, _, log) = output(&stage, &[&push[..], &["--errors"]].concat());
+    assert!(log.contains("tip: a similar argument exists: '--error'"), "{log}");
+    let (_, _, log) = output(&stage, &[&push[..], &["--xyz"]].concat());
+    assert!(log.contains("tip: to pass '--xyz' as a value, use '-- --xyz'"), "{log}");
+}
+
 #[test]
 fn track_reports_a_success_and_passes_all_three_streams_through() {
     let stage = Stage::new();
@@ -236,6 +283,15 @@ fn track_reports_a_command_that_cannot_be_run() {
         let (exit, _, _) = output(&stage, &[&TRACK[..], &[command]].concat());
         assert_eq!((exit, row(&stage)), (Some(code), (RowStatus::Failed, Some(error.to_owned()))));
     }
+}
+
+#[test]
+fn a_command_that_cannot_be_run_is_named_safe_to_print() {
+    let stage = Stage::new();
+    let (code, _, log) = output(&stage, &[&TRACK[..], &[HOSTILE]].concat());
+    assert_eq!(code, Some(127));
+    assert_printable(&log);
+    assert!(log.contains("decnet-heartbeat: \\u{1b}[31mR"), "{log}");
 }
 
 #[test]

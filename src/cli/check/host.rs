@@ -78,8 +78,8 @@ pub(super) fn docker(options: &RunOptions, found: &Findings) -> Step {
     docker_step(&socket, from, &found.engine, found.states_problem())
 }
 
-/// Which of the two requests failed, and what that costs. `states`: why the states of containers are not known; as of
-/// [`Findings::states_problem`], there is a reason wherever the containers are not known.
+/// Which of the two requests failed, and what that costs. `states`: why the states of containers, or of some that are
+/// deckies', are not known; as of [`Findings::states_problem`], there is a reason wherever the containers are not known.
 fn docker_step(socket: &str, from: &str, engine: &Engine, states: Option<&str>) -> Step {
     let containers = engine.containers.as_ref().map(|containers| containers.states.len());
     let bridges = engine.networks.as_ref().map(|networks| networks.bridges.len());
@@ -96,14 +96,19 @@ fn docker_step(socket: &str, from: &str, engine: &Engine, states: Option<&str>) 
         (None, Err(problem)) => Step::bad(
             "docker",
             format!("{problem} ({from}); {said_containers}"),
-            "let this user, or the proxy of the socket, ask for /networks; until then the beats name the deckies, and not \
-             what is there of a topology",
+            "Docker, or the proxy of its socket, must answer /networks with a list; until then the beats name the deckies, \
+             and not what is there of a topology",
+        ),
+        (Some(problem), _) if containers.is_ok() => Step::bad(
+            "docker",
+            format!("{socket} ({from}): {problem}"),
+            "remove this container, or let DECNET deploy its decky anew; until then the beats leave out what depends on it",
         ),
         (Some(problem), Ok(bridges)) => Step::bad(
             "docker",
             format!("{problem} ({from}); {bridges}"),
-            "let this user, or the proxy of the socket, ask for /containers/json, and see what it answers; until then the \
-             beats name no decky",
+            "Docker, or the proxy of its socket, must answer /containers/json with a list; until then the beats name no \
+             decky",
         ),
         (Some(problem), Err(_)) => Step::bad(
             "docker",
@@ -234,6 +239,7 @@ mod tests {
         let located = Located {
             file: format!("{folder}/decnet-state.json").into(),
             package: Some(format!("{folder}/decnet").into()),
+            passed_over: None,
         };
         let line = format!("✓ state-file    {folder}/decnet-state.json (found beside {folder}/decnet): ");
         let shown = |deckies| shown(located_step(None, &located, None, deckies));
@@ -254,7 +260,7 @@ mod tests {
 
     #[test]
     fn a_named_state_file_is_shown_with_what_names_it() {
-        let located = Located { file: "/x".into(), package: None };
+        let located = Located { file: "/x".into(), package: None, passed_over: None };
         let text = shown(located_step(Some(STATE_FILE_VARIABLE), &located, None, Some(1)));
         assert_eq!(text, "✓ state-file    /x (DECNET_HEARTBEAT_STATE_FILE): 1 decky\n");
         let problem = "state file /x: EOF".to_owned();
@@ -270,7 +276,7 @@ mod tests {
         let refused = |what: &str| format!("Docker at /s: {what}: answered 403");
         let shown = |engine: Engine| {
             let problem = engine.containers.as_ref().err().cloned();
-            shown(docker_step("/s", "default", &engine, problem.as_deref()))
+            self::shown(docker_step("/s", "default", &engine, problem.as_deref()))
         };
         let text = shown(Engine { containers: containers(1), networks: networks(1) });
         assert_eq!(text, "✓ docker        /s (default): 1 container, 1 bridge network\n");
@@ -281,12 +287,16 @@ mod tests {
             text.starts_with("✗ docker        Docker at /s: /networks: answered 403 (default); 2 containers\n"),
             "{text}"
         );
-        assert!(text.contains("the beats name the deckies"), "{text}");
+        assert!(text.contains("must answer /networks with a list; until then the beats name the deckies"), "{text}");
         let text = shown(Engine { containers: Err(refused("/containers")), networks: networks(1) });
         assert!(
             text.starts_with("✗ docker        Docker at /s: /containers: answered 403 (default); 1 bridge network\n"),
             "{text}"
         );
         assert!(text.contains("the beats name no decky"), "{text}");
+        let engine = Engine { containers: containers(2), networks: networks(1) };
+        let text = self::shown(docker_step("/s", "default", &engine, Some("no state; 1 decky is left out")));
+        assert!(text.starts_with("✗ docker        /s (default): no state; 1 decky is left out\n"), "{text}");
+        assert!(!text.contains("/containers/json") && !text.contains("no decky"), "{text}");
     }
 }
