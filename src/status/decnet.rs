@@ -66,8 +66,7 @@ impl DecnetStatus {
     /// 2. In `/opt/decnet/venv`, likewise.
     /// 3. `/opt/decnet/decnet`, where DECNET was installed editable.
     ///
-    /// Of several places with the package the first one with a state file counts: a folder of that name may be left behind
-    /// by an update. Beside the package "there is no state file" means that nothing is deployed. Where the package is not found, it is
+    /// Beside the package "there is no state file" means that nothing is deployed. Where the package is not found, it is
     /// not known what is deployed, and `status.error` says where it was looked for. A place that cannot be looked at (no
     /// permission, a loop of symlinks) ends the search: it is not known whether the package is there.
     ///

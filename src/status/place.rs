@@ -5,8 +5,8 @@
 //! deployed" only where the package is, or in a folder that the operator named. Elsewhere nothing is known. What cannot be
 //! looked at (no permission, a loop of symlinks) is an error, and never "not found".
 //!
-//! A folder is enough for a package, and an update may leave one behind. So of several places with the package the first one
-//! with a state file counts.
+//! The first place with the package counts, whether or not a state file is beside it: one beside a later package may have
+//! been left behind.
 
 use std::fmt;
 use std::fs;
@@ -38,8 +38,6 @@ pub(crate) struct Located {
     pub(crate) file: PathBuf,
     /// `None`: it was named.
     pub(crate) package: Option<PathBuf>,
-    /// A package that comes first, without a state file.
-    pub(crate) passed_over: Option<PathBuf>,
 }
 
 /// Why it is not known where the state file is, for people.
@@ -66,12 +64,8 @@ impl fmt::Display for Located {
     /// How it was found, for a person.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.package {
-            Some(package) => write!(f, "found beside {}", printable_path(package))?,
-            None => f.write_str("named")?,
-        }
-        match &self.passed_over {
-            Some(package) => write!(f, "; there is none beside {}", printable_path(package)),
-            None => Ok(()),
+            Some(package) => write!(f, "found beside {}", printable_path(package)),
+            None => f.write_str("named"),
         }
     }
 }
@@ -85,7 +79,7 @@ impl Place {
     /// Where the file is.
     pub(super) fn locate(&self) -> Result<Located, Unlocated> {
         match self {
-            Self::Named(file) => Ok(Located { file: file.clone(), package: None, passed_over: None }),
+            Self::Named(file) => Ok(Located { file: file.clone(), package: None }),
             Self::Searched { root } => search(root),
         }
     }
@@ -108,27 +102,22 @@ pub(super) fn means_nothing_deployed(file: &Path) -> Result<(), String> {
     }
 }
 
-/// The first place that has the package and a state file, otherwise the first that has the package. One that cannot be
-/// looked at ends the search: a later one might be wrong.
+/// The first place that has the package. One that cannot be looked at ends the search: a later one might be wrong.
 fn search(root: &Path) -> Result<Located, Unlocated> {
     let command = root.join("usr/local/bin/decnet");
     let (venv, editable) = (root.join("opt/decnet/venv"), root.join("opt/decnet"));
     let resolved = resolve(&command)?;
     let of_command = resolved.as_deref().and_then(Path::parent).and_then(Path::parent);
-    let places =
-        [of_command.map(package_of_environment), Some(package_of_environment(&venv)), Some(package_in(&editable))];
-    let mut first = None;
-    for package in places.into_iter().flatten() {
-        let Some(package) = package? else { continue };
+    let package = match of_command.map(package_of_environment).transpose()?.flatten() {
+        Some(package) => Some(package),
+        None => match package_of_environment(&venv)? {
+            Some(package) => Some(package),
+            None => package_in(&editable)?,
+        },
+    };
+    if let Some(package) = package {
         let file = package.with_file_name(STATE_FILE);
-        if is_there(&file)? {
-            return Ok(Located { file, package: Some(package), passed_over: first });
-        }
-        first.get_or_insert(package);
-    }
-    if let Some(package) = first {
-        let file = package.with_file_name(STATE_FILE);
-        return Ok(Located { file, package: Some(package), passed_over: None });
+        return Ok(Located { file, package: Some(package) });
     }
     let command = match of_command {
         Some(environment) => format!("{} (of {})", printable_path(environment), printable_path(&command)),
@@ -404,32 +393,10 @@ mod tests {
     }
 
     #[test]
-    fn a_package_without_a_state_file_gives_way_to_a_later_one_with_it() {
+    fn the_first_package_counts_though_a_later_one_has_a_state_file() {
         let venv = "opt/decnet/venv/lib/python3.11/site-packages";
-        let dir = worker(&[&format!("{venv}/decnet/__pycache__/"), "opt/decnet/decnet/"]);
-        let root = fs::canonicalize(dir.path()).unwrap();
-        is_at(&root, venv);
-        assert_eq!(search(&root).unwrap().passed_over, None);
-        fs::write(root.join("opt/decnet").join(STATE_FILE), "").unwrap();
-        is_at(&root, "opt/decnet");
-        let located = search(&root).unwrap();
-        let (editable, leftover) = (root.join("opt/decnet/decnet"), root.join(venv).join("decnet"));
-        let said = format!("found beside {}; there is none beside {}", editable.display(), leftover.display());
-        assert_eq!(located.to_string(), said);
-        fs::write(root.join(venv).join(STATE_FILE), "").unwrap();
-        is_at(&root, venv);
-        assert_eq!(search(&root).unwrap().passed_over, None);
-    }
-
-    #[test]
-    fn a_package_without_a_state_file_is_not_taken_where_a_later_place_cannot_be_looked_at() {
-        let root = worker(&["srv/env/bin/decnet", "srv/env/lib/python3.12/site-packages/decnet/", "opt/decnet/venv/"]);
-        link_command(root.path(), "srv/env/bin/decnet");
-        let lib = root.path().join("opt/decnet/venv/lib");
-        symlink(&lib, &lib).unwrap();
-        assert!(located(root.path()).unwrap_err().contains("/opt/decnet/venv/lib"));
-        add(root.path(), "srv/env/lib/python3.12/site-packages/decnet-state.json");
-        is_at(root.path(), "srv/env/lib/python3.12/site-packages");
+        let dir = worker(&[&format!("{venv}/decnet/"), "opt/decnet/decnet/", "opt/decnet/decnet-state.json"]);
+        is_at(dir.path(), venv);
     }
 
     #[test]

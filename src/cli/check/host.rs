@@ -239,7 +239,6 @@ mod tests {
         let located = Located {
             file: format!("{folder}/decnet-state.json").into(),
             package: Some(format!("{folder}/decnet").into()),
-            passed_over: None,
         };
         let line = format!("✓ state-file    {folder}/decnet-state.json (found beside {folder}/decnet): ");
         let shown = |deckies| shown(located_step(None, &located, None, deckies));
@@ -260,7 +259,7 @@ mod tests {
 
     #[test]
     fn a_named_state_file_is_shown_with_what_names_it() {
-        let located = Located { file: "/x".into(), package: None, passed_over: None };
+        let located = Located { file: "/x".into(), package: None };
         let text = shown(located_step(Some(STATE_FILE_VARIABLE), &located, None, Some(1)));
         assert_eq!(text, "✓ state-file    /x (DECNET_HEARTBEAT_STATE_FILE): 1 decky\n");
         let problem = "state file /x: EOF".to_owned();
