@@ -21,12 +21,9 @@ pub(crate) fn class(error: &ureq::Error) -> String {
         ureq::Error::Other(cause) if cause.is::<LookupFailed>() => "name".to_owned(),
         ureq::Error::Other(cause) if cause.is::<rustls::Error>() => "tls".to_owned(),
         ureq::Error::Io(error) if tls_error(error).is_some() || not_tls(error).is_some() => "tls".to_owned(),
+        ureq::Error::Io(error) if is_closed(error) => "closed".to_owned(),
         ureq::Error::Io(error) => match error.kind() {
             ErrorKind::ConnectionRefused => "refused".to_owned(),
-            ErrorKind::ConnectionAborted
-            | ErrorKind::ConnectionReset
-            | ErrorKind::BrokenPipe
-            | ErrorKind::UnexpectedEof => "closed".to_owned(),
             ErrorKind::HostUnreachable | ErrorKind::NetworkUnreachable | ErrorKind::NetworkDown => {
                 "unreachable".to_owned()
             }
@@ -44,6 +41,29 @@ pub(crate) fn explain(error: &ureq::Error) -> String {
         ureq::Error::Other(cause) if cause.is::<LookupFailed>() => chain(&**cause),
         error => http_problem(error),
     }
+}
+
+/// The other side has closed the connection, or reset it.
+pub(crate) fn is_closed(error: &io::Error) -> bool {
+    use ErrorKind as Kind;
+    let closed = [Kind::ConnectionAborted, Kind::ConnectionReset, Kind::BrokenPipe, Kind::UnexpectedEof];
+    closed.contains(&error.kind()) && tls_error(error).is_none() && not_tls(error).is_none()
+}
+
+/// A new connection was closed without an answer. The real master sends no alert when it refuses a certificate: asyncio drops
+/// what OpenSSL has written.
+pub(crate) fn closed_without_an_answer(error: &ureq::Error) -> String {
+    printable(&format!("{}: the master may refuse this host's certificate", explain(error)))
+}
+
+/// The connection was closed, and the last thing that it carried was our certificate.
+#[cfg(feature = "cli")]
+pub(crate) fn closed_on_our_certificate() -> Explained {
+    Explained::new(
+        "the master closed the connection after it saw this host's certificate: it probably refuses it",
+        "see what stands at worker.crt above: the master's CA must have issued it, it must be valid by the master's clock, and \
+         for clients (clientAuth); then enrol this host again",
+    )
 }
 
 /// The TLS error inside, where it is one.
@@ -93,7 +113,11 @@ pub(crate) fn handshake(error: &io::Error) -> Explained {
         }
         (None, _) => "see that it is DECNET's swarm controller that answers there, and to the network between",
     };
-    Explained::new(error.to_string(), advice)
+    match error.kind() {
+        // rustls adds a link to its documentation, which is of no use to an operator.
+        ErrorKind::UnexpectedEof => Explained::new("the other side closed the connection", advice),
+        _ => Explained::new(error.to_string(), advice),
+    }
 }
 
 /// What went wrong in a handshake.

@@ -2,14 +2,21 @@
 
 use std::fs;
 use std::io::{Read, Write};
+use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::Arc;
 use std::thread;
 
 use decnet_heartbeat::loopback::{Answer, Authority, Fault, LoopbackMaster, Offered, Options, Role};
 use decnet_heartbeat::{Heartbeat, LifecycleDelta, Operation, Snapshot};
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::server::WebPkiClientVerifier;
+use rustls::version::{TLS12, TLS13};
+use rustls::{RootCertStore, ServerConfig, ServerConnection, SupportedProtocolVersion};
 use serde_json::{Value, json};
 
 use crate::program::program;
@@ -217,6 +224,57 @@ fn a_certificate_of_another_ca_is_refused_by_the_master_and_seen_here() {
     assert_eq!(stage.master.received().len(), 0);
 }
 
+/// A master that refuses our certificate as uvicorn does: it closes the connection, and sends no alert.
+fn refuse_without_an_alert(stage: &Stage, version: &'static SupportedProtocolVersion) -> u16 {
+    let mut roots = RootCertStore::empty();
+    roots.add(CertificateDer::from_pem_slice(Authority::new().unwrap().certificate().as_bytes()).unwrap()).unwrap();
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), Arc::clone(&provider)).build().unwrap();
+    let own = stage.master.certificate();
+    let chain = vec![CertificateDer::from_pem_slice(own.certificate.as_bytes()).unwrap()];
+    let config = ServerConfig::builder_with_provider(provider).with_protocol_versions(&[version]).unwrap();
+    let config = config.with_client_cert_verifier(verifier);
+    let key = PrivateKeyDer::from_pem_slice(own.key.as_bytes()).unwrap();
+    let config = Arc::new(config.with_single_cert(chain, key).unwrap());
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    thread::spawn(move || {
+        for mut socket in listener.incoming().map_while(Result::ok) {
+            let mut tls = ServerConnection::new(Arc::clone(&config)).unwrap();
+            let mut is_accepted = true;
+            while is_accepted && tls.is_handshaking() {
+                while tls.wants_write() {
+                    tls.write_tls(&mut socket).unwrap();
+                }
+                tls.read_tls(&mut socket).unwrap();
+                is_accepted = tls.process_new_packets().is_ok();
+            }
+            assert!(!is_accepted, "our certificate is of another CA");
+        }
+    });
+    port
+}
+
+#[test]
+fn a_master_that_refuses_our_certificate_without_an_alert_is_understood() {
+    for version in [&TLS12, &TLS13] {
+        let mut stage = worker();
+        stage.worker.port = refuse_without_an_alert(&stage, version);
+        stage.worker.write_ini(&stage.dir.path().join("decnet.ini")).unwrap();
+        let report = Report::of(&mut check(&stage));
+        report.fails_with("tls", 1);
+        let said = report.says("tls");
+        assert!(said.starts_with("the master closed the connection after it saw this host's certificate: "), "{said}");
+        assert!(report.advice("tls").contains("then enrol this host again"), "{}", report.advice("tls"));
+        let (builder, _tick) = stage.builder();
+        let heartbeat = builder.start().unwrap();
+        let failure = settled(&heartbeat, |stats| stats.failure.is_some()).failure.unwrap();
+        assert_eq!(failure.class, "closed", "{failure:?}");
+        assert!(failure.detail.ends_with(": the master may refuse this host's certificate"), "{failure:?}");
+        assert!(!failure.detail.contains("http"), "{failure:?}");
+    }
+}
+
 #[test]
 fn a_master_of_another_ca_is_shown_with_its_names() {
     let (mut stage, other) = (worker(), Stage::new());
@@ -252,7 +310,7 @@ fn a_master_that_is_down_is_a_matter_of_tcp() {
 #[test]
 fn what_listens_there_and_is_no_master_is_told_apart() {
     let mut stage = worker();
-    let ssh = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let ssh = TcpListener::bind("127.0.0.1:0").unwrap();
     stage.worker.port = ssh.local_addr().unwrap().port();
     stage.worker.write_ini(&stage.dir.path().join("decnet.ini")).unwrap();
     thread::spawn(move || ssh.incoming().map_while(Result::ok).for_each(|mut it| drop(it.write_all(b"SSH-2.0-x\r\n"))));
@@ -356,7 +414,7 @@ fn what_is_ignored_in_ca_crt_is_named() {
 #[test]
 fn a_master_that_takes_a_connection_and_says_nothing_is_given_five_seconds() {
     let mut stage = worker();
-    let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
     stage.worker.port = silent.local_addr().unwrap().port();
     stage.worker.write_ini(&stage.dir.path().join("decnet.ini")).unwrap();
     let report = Report::of(&mut check(&stage));

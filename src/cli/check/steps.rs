@@ -73,6 +73,10 @@ impl Step {
         self.step
     }
 
+    pub(super) fn says(&self) -> &str {
+        &self.says
+    }
+
     pub(super) fn is_good(&self) -> bool {
         self.outcome == Outcome::Ok
     }
