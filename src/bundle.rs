@@ -102,8 +102,21 @@ impl Bundle {
         let Ok(own) = ParsedCertificate::try_from(own) else { return false };
         let algorithms = provider.signature_verification_algorithms.all;
         let judged = verify_server_cert_signed_by_trust_anchor(&own, &self.roots, others, UnixTime::now(), algorithms);
-        let strangers = [CertificateError::UnknownIssuer, CertificateError::BadSignature];
-        !judged.is_err_and(|error| strangers.into_iter().any(|stranger| error == stranger.into()))
+        #[expect(deprecated, reason = "webpki may still give it")]
+        let is_strangers = |error: &rustls::Error| {
+            use CertificateError as Bad;
+            matches!(
+                error,
+                rustls::Error::InvalidCertificate(
+                    Bad::UnknownIssuer
+                        | Bad::BadSignature
+                        // The CA of that name has a key of another type.
+                        | Bad::UnsupportedSignatureAlgorithm
+                        | Bad::UnsupportedSignatureAlgorithmForPublicKeyContext { .. }
+                )
+            )
+        };
+        !judged.as_ref().is_err_and(is_strangers)
     }
 
     /// Why a master whose OpenSSL has its defaults may refuse our certificate, whatever its issuer.
