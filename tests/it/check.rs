@@ -461,8 +461,84 @@ fn a_bundle_that_cannot_be_used_is_78_and_its_file_named() {
     assert_eq!(report.ended("not-tried"), ["tls", "beat"]);
     fs::remove_file(stage.agent_dir().join("ca.crt")).unwrap();
     let report = Report::of(&mut check(&stage));
-    report.fails_with("ca.crt", 78);
-    assert_eq!(report.ended("not-tried"), ["worker.key", "tls", "beat"]);
+    assert_eq!(report.ended("failed"), ["ca.crt", "worker.key"], "{:#}", report.0);
+    assert_eq!(report.ended("not-tried"), ["tls", "beat"]);
+}
+
+#[test]
+fn each_file_of_a_bundle_is_judged_by_itself() {
+    type Damage = fn(&Path);
+    let damages: [(Damage, &str, &str); 3] = [
+        (|path| fs::remove_file(path).unwrap(), "cannot be read: ", "enrol this host again"),
+        (|path| fs::write(path, "none").unwrap(), "holds no PEM section", "enrol this host again"),
+        (
+            |path| fs::write(path, "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n").unwrap(),
+            "has a section that is not an X.509 certificate",
+            "mend the file",
+        ),
+    ];
+    for (damage, says, advice) in damages {
+        let stage = worker();
+        fs::remove_file(stage.agent_dir().join("ca.crt")).unwrap();
+        damage(&stage.agent_dir().join("worker.crt"));
+        let report = Report::of(&mut check(&stage));
+        assert_eq!(report.ended("failed"), ["ca.crt", "worker.crt"], "{:#}", report.0);
+        assert!(report.says("worker.crt").contains(says), "{}", report.says("worker.crt"));
+        assert!(report.advice("worker.crt").starts_with(advice), "{}", report.advice("worker.crt"));
+        assert_eq!(report.ended("not-tried"), ["worker.key", "tls", "beat"]);
+        fs::write(stage.agent_dir().join("worker.key"), "").unwrap();
+        let report = Report::of(&mut check(&stage));
+        assert_eq!(report.ended("failed"), ["ca.crt", "worker.crt", "worker.key"], "{:#}", report.0);
+    }
+}
+
+#[test]
+fn an_old_root_beside_a_valid_one_is_an_advice() {
+    let stage = worker();
+    let openssl = OpenSsl::new(stage.dir.path());
+    let mut old = rcgen::CertificateParams::default();
+    old.distinguished_name = rcgen::DistinguishedName::new();
+    old.distinguished_name.push(rcgen::DnType::CommonName, "old");
+    old.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+    (old.not_before, old.not_after) = (rcgen::date_time_ymd(2001, 1, 1), rcgen::date_time_ymd(2002, 1, 1));
+    let key = rcgen::KeyPair::generate().unwrap();
+    fs::write(openssl.path("old.crt"), old.self_signed(&key).unwrap().pem()).unwrap();
+    fs::write(openssl.path("old.key"), key.serialize_pem()).unwrap();
+    let path = stage.agent_dir().join("ca.crt");
+    fs::write(&path, openssl.read("old.crt") + &stage.master.authority().certificate()).unwrap();
+    let report = Report::of(&mut check(&stage));
+    assert_eq!(report.0["works"], true, "{:#}", report.0);
+    assert!(report.says("ca.crt").starts_with("CN=DECNET SWARM Root CA, "), "{}", report.says("ca.crt"));
+    let advice = report.advice("ca.crt");
+    assert!(advice.starts_with("remove from it what is not valid: CN=old, expired "), "{advice}");
+    // Our certificate is of the old one.
+    openssl.run("req -newkey rsa:2048 -nodes -keyout own.key -out own.csr -subj /CN=worker");
+    openssl.run("x509 -req -in own.csr -CA old.crt -CAkey old.key -CAcreateserial -days 90 -extfile ext -out own.crt");
+    fs::write(stage.agent_dir().join("worker.crt"), openssl.read("own.crt")).unwrap();
+    fs::write(stage.agent_dir().join("worker.key"), openssl.read("own.key")).unwrap();
+    let advice = Report::of(&mut check(&stage)).advice("worker.crt").to_owned();
+    assert!(advice.starts_with("the master may refuse it, as the CA that issued it is not valid: "), "{advice}");
+    fs::write(&path, openssl.read("old.crt")).unwrap();
+    let report = Report::of(&mut check(&stage));
+    assert_eq!(report.ended("failed")[0], "ca.crt", "{:#}", report.0);
+}
+
+#[test]
+fn a_ca_of_the_same_name_with_a_key_of_another_type_is_not_ours() {
+    let stage = worker();
+    let openssl = OpenSsl::new(stage.dir.path());
+    // A name byte for byte that of the authority.
+    let name = "CN=DECNET SWARM Root CA\nO=DECNET\n";
+    let config = format!("[req]\ndistinguished_name=dn\nprompt=no\nstring_mask=utf8only\n[dn]\n{name}");
+    fs::write(openssl.path("cnf"), config).unwrap();
+    openssl.run(
+        "req -x509 -newkey rsa:2048 -nodes -keyout k -out rsa.crt -days 90 -config cnf -addext basicConstraints=CA:TRUE",
+    );
+    fs::write(stage.agent_dir().join("ca.crt"), openssl.read("rsa.crt")).unwrap();
+    let report = Report::of(&mut check(&stage));
+    report.fails_with("tls", 1);
+    assert!(report.says("tls").starts_with("the master's certificate is not of our ca.crt"), "{}", report.says("tls"));
+    assert!(report.advice("worker.crt").starts_with("it was not issued by ca.crt"), "{}", report.advice("worker.crt"));
 }
 
 #[test]

@@ -191,11 +191,14 @@ impl<'a> Way<'a> {
                 let step =
                     Step::good("tls", format!("{version} in {}{who}; accepted by {}: {accepted}", ms(took), self.rule));
                 let step = step.fact("version", version).fact("ms", millis(took));
-                let soon = described.as_ref().is_some_and(|shown| shown.ends_soon(now));
-                match (self.asked.was_asked(), soon) {
-                    (false, _) => step.advise(NOT_ASKED),
-                    (true, true) => step.advise("renew the master's certificate in time"),
-                    (true, false) => step,
+                match described.as_ref() {
+                    _ if !self.asked.was_asked() => step.advise(NOT_ASKED),
+                    // It is pinned.
+                    Some(shown) if !shown.is_valid(now) => step.advise(
+                        "renew the master's certificate: its dates do not matter to this rule, and they do to other agents",
+                    ),
+                    Some(shown) if shown.ends_soon(now) => step.advise("renew the master's certificate in time"),
+                    _ => step,
                 }
             }
             Err(error) => {

@@ -69,10 +69,6 @@ impl Step {
         self
     }
 
-    pub(super) fn name(&self) -> &'static str {
-        self.step
-    }
-
     pub(super) fn says(&self) -> &str {
         &self.says
     }
