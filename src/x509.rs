@@ -11,8 +11,8 @@ use rustls::pki_types::{PrivateKeyDer, TrustAnchor};
 use untrusted::{Input, Reader};
 
 /// Which keys can be used, for an error.
-pub(crate) const SUPPORTED_KEYS: &str = "supported are RSA keys of 2048, 3072 or 4096 bits with the exponent 65537 or a larger one, ECDSA keys on P-256 or P-384, \
-     and Ed25519";
+pub(crate) const SUPPORTED_KEYS: &str =
+    "supported are RSA of 2048, 3072 or 4096 bits (exponent 65537 and up), ECDSA on P-256 or P-384, and Ed25519";
 
 /// Which signatures of a certificate can be verified, for an error.
 pub(crate) const SUPPORTED_SIGNATURES: &str =

@@ -298,6 +298,19 @@ fn a_master_whose_certificate_has_expired_is_said_to_be_so() {
 }
 
 #[test]
+fn a_pinned_certificate_that_has_expired_is_accepted_and_said_to_be_so() {
+    let authority = Authority::new().unwrap();
+    let expired = authority.issue(Role::Expired).unwrap();
+    let pinned = format!("sha256:{}", expired.fingerprint);
+    let stage = worker_of(Options { certificate: Some(expired), authority: Some(authority), ..Options::default() });
+    let report = Report::of(check(&stage).args(["--master-identity", &pinned]));
+    assert_eq!(report.0["works"], true, "{:#}", report.0);
+    assert!(report.says("tls").contains("expired 1 days ago"), "{}", report.says("tls"));
+    let advice = report.advice("tls");
+    assert!(advice.contains("its dates do not matter to this rule"), "{advice}");
+}
+
+#[test]
 fn a_master_that_is_down_is_a_matter_of_tcp() {
     let mut stage = worker();
     stage.master.stop();
