@@ -350,7 +350,10 @@ fn ms(time: Duration) -> String {
 mod tests {
     use std::net::TcpListener;
 
+    use serde_json::json;
+
     use super::*;
+    use crate::loopback::LoopbackMaster;
 
     #[test]
     fn an_address_that_fails_in_tls_is_left_for_the_next_one() {
@@ -370,6 +373,19 @@ mod tests {
         // None serves: the first that could be connected to is the one to see to.
         let reached = Reached::of(&[gone, bad], shake_hands);
         assert!(reached.tcp.is_good() && reached.tls.is_some_and(|tls| !tls.is_good()));
+    }
+
+    #[test]
+    fn the_beat_goes_where_the_handshake_went_without_another_lookup() {
+        let dir = tempfile::tempdir().unwrap();
+        let master = LoopbackMaster::start().unwrap();
+        let worker = master.enrol(dir.path()).unwrap();
+        let bundle = Bundle::load(dir.path(), &verifier::provider()).unwrap();
+        // A name that leads nowhere.
+        let enrolment = Enrolment::new(&worker.uuid, "nowhere.invalid", dir.path()).unwrap();
+        let way = Way::new(&enrolment, &bundle, MasterIdentity::Name).unwrap();
+        let step = way.beat(&Snapshot::new(&json!({"deployed": false})), &[master.address()]);
+        assert!(step.is_good(), "{}", step.says());
     }
 
     #[test]
