@@ -45,7 +45,7 @@ pub(crate) struct Bundle {
 /// What a bundle that cannot be used takes.
 pub(crate) const ENROL: &str = "enrol this host again from its master, which writes all three files";
 const MEND: &str = "mend the file, or enrol this host again";
-const OTHER_KEY: &str = "let the master issue a certificate with such a key, and enrol this host again";
+const OTHER_KEY: &str = "let the master issue a certificate whose key is supported, and enrol this host again";
 
 /// What is worth knowing of our certificate.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -73,10 +73,7 @@ impl Bundle {
         let [ca_file, certificate_file, key_file] = [CA, CERTIFICATE, KEY].map(|name| dir.join(name));
         let algorithms = provider.signature_verification_algorithms;
         let (roots, ignored) = roots(&ca_file, &read(&ca_file)?, &algorithms)?;
-        let chain = certificates(&certificate_file, &read(&certificate_file)?)?;
-        if let Some(problem) = chain.first().and_then(|own| X509::parse(own)).and_then(|own| own.unsupported_key()) {
-            return Err(Error::bundle(certificate_file, format!("cannot be used: {problem}"), OTHER_KEY));
-        }
+        let chain = own_chain(&certificate_file, &read(&certificate_file)?)?;
         let own = chain.first().map(|own| (fingerprint(own), expiry(own, provider)));
         let (fingerprint, expires) = own.unwrap_or_default();
         let key = private_key(&key_file, &read(&key_file)?)?;
@@ -98,12 +95,31 @@ impl Bundle {
     /// Whether our certificate was issued by the bundle's CA. A master that has another one may take it all the same.
     #[cfg(feature = "cli")]
     pub(crate) fn is_of_its_ca(&self, provider: &CryptoProvider) -> bool {
+        self.is_of(&self.roots, provider)
+    }
+
+    /// Whether our certificate was issued by one of these.
+    #[cfg(feature = "cli")]
+    pub(crate) fn is_of(&self, roots: &RootCertStore, provider: &CryptoProvider) -> bool {
         let [own, others @ ..] = self.identity.cert.as_slice() else { return false };
         let Ok(own) = ParsedCertificate::try_from(own) else { return false };
         let algorithms = provider.signature_verification_algorithms.all;
-        let judged = verify_server_cert_signed_by_trust_anchor(&own, &self.roots, others, UnixTime::now(), algorithms);
-        let strangers = [CertificateError::UnknownIssuer, CertificateError::BadSignature];
-        !judged.is_err_and(|error| strangers.into_iter().any(|stranger| error == stranger.into()))
+        let judged = verify_server_cert_signed_by_trust_anchor(&own, roots, others, UnixTime::now(), algorithms);
+        #[expect(deprecated, reason = "webpki may still give it")]
+        let is_strangers = |error: &rustls::Error| {
+            use CertificateError as Bad;
+            matches!(
+                error,
+                rustls::Error::InvalidCertificate(
+                    Bad::UnknownIssuer
+                        | Bad::BadSignature
+                        // The CA of that name has a key of another type.
+                        | Bad::UnsupportedSignatureAlgorithm
+                        | Bad::UnsupportedSignatureAlgorithmForPublicKeyContext { .. }
+                )
+            )
+        };
+        !judged.as_ref().is_err_and(is_strangers)
     }
 
     /// Why a master whose OpenSSL has its defaults may refuse our certificate, whatever its issuer.
@@ -116,6 +132,48 @@ impl Bundle {
     /// What changes when any of the three files does: three `stat`s.
     pub(crate) fn stamps(dir: &Path) -> [Stamp; 3] {
         [CA, CERTIFICATE, KEY].map(|name| Stamp::of(&dir.join(name)))
+    }
+}
+
+/// What is wrong with each file of a bundle that cannot be used.
+#[cfg(feature = "cli")]
+pub(crate) struct Judged {
+    pub(crate) ca: Result<(), Error>,
+    pub(crate) certificate: Result<(), Error>,
+    /// `None`: it may be good, but there is no certificate that it could fit.
+    pub(crate) key: Option<Result<(), Error>>,
+}
+
+#[cfg(feature = "cli")]
+impl Judged {
+    /// Each file by itself, and then whether certificate and key fit. `found`: what was wrong when the bundle was loaded.
+    pub(crate) fn of(dir: &Path, provider: &CryptoProvider, found: Error) -> Self {
+        let [ca_file, certificate_file, key_file] = [CA, CERTIFICATE, KEY].map(|name| dir.join(name));
+        let algorithms = provider.signature_verification_algorithms;
+        let ca = read(&ca_file).and_then(|content| roots(&ca_file, &content, &algorithms)).map(drop);
+        let chain = read(&certificate_file).and_then(|content| own_chain(&certificate_file, &content));
+        let key = read(&key_file).and_then(|content| private_key(&key_file, &content));
+        let (certificate, key) = match (chain, key) {
+            (Ok(chain), Ok(key)) => match identity(dir, chain, key, provider) {
+                // The files have changed since.
+                Ok(_) if ca.is_ok() => (Ok(()), Some(Err(found))),
+                Ok(_) => (Ok(()), Some(Ok(()))),
+                Err(error) if error.path() == Some(&certificate_file) => (Err(error), None),
+                Err(error) => (Ok(()), Some(Err(error))),
+            },
+            (Ok(_), Err(error)) => (Ok(()), Some(Err(error))),
+            (Err(error), key) => (Err(error), key.err().map(Err)),
+        };
+        Self { ca, certificate, key }
+    }
+}
+
+/// Our certificate, and what comes with it.
+fn own_chain(path: &Path, content: &[u8]) -> Result<Vec<CertificateDer<'static>>, Error> {
+    let chain = certificates(path, content)?;
+    match chain.first().and_then(|own| X509::parse(own)).and_then(|own| own.unsupported_key()) {
+        Some(problem) => Err(Error::bundle(path, format!("cannot be used: {problem}"), OTHER_KEY)),
+        None => Ok(chain),
     }
 }
 
@@ -204,17 +262,11 @@ fn not_a_root(certificate: &X509<'_>, algorithms: &WebPkiSupportedAlgorithms) ->
 
 const NOT_A_CERTIFICATE: &str = "has a section that is not an X.509 certificate";
 
-/// The first certificate of the CA file that is a root, or else the first one.
+/// Whether a certificate of the CA file is a root.
 #[cfg(feature = "cli")]
-pub(crate) fn first_root(
-    certificates: &[CertificateDer<'static>],
-    provider: &CryptoProvider,
-) -> Option<CertificateDer<'static>> {
+pub(crate) fn is_root(der: &CertificateDer<'_>, provider: &CryptoProvider) -> bool {
     let algorithms = provider.signature_verification_algorithms;
-    let is_root = |der: &&CertificateDer<'static>| {
-        X509::parse(der).is_some_and(|certificate| not_a_root(&certificate, &algorithms).is_none())
-    };
-    certificates.iter().find(is_root).or(certificates.first()).cloned()
+    X509::parse(der).is_some_and(|certificate| not_a_root(&certificate, &algorithms).is_none())
 }
 
 /// All certificates of a file, at least one.

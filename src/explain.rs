@@ -9,8 +9,9 @@ use rustls::{AlertDescription, CertificateError};
 use crate::delta::from_micros;
 use crate::error::{chain, http_problem};
 use crate::first_bytes::NotTls;
+use crate::limits;
 use crate::resolve::LookupFailed;
-use crate::text::printable;
+use crate::text::{printable, quoted};
 use crate::verifier::Refusal;
 
 /// The class of a failure in one word; [`Failure::class`](crate::Failure::class) has the table.
@@ -21,12 +22,9 @@ pub(crate) fn class(error: &ureq::Error) -> String {
         ureq::Error::Other(cause) if cause.is::<LookupFailed>() => "name".to_owned(),
         ureq::Error::Other(cause) if cause.is::<rustls::Error>() => "tls".to_owned(),
         ureq::Error::Io(error) if tls_error(error).is_some() || not_tls(error).is_some() => "tls".to_owned(),
+        ureq::Error::Io(error) if is_closed(error) => "closed".to_owned(),
         ureq::Error::Io(error) => match error.kind() {
             ErrorKind::ConnectionRefused => "refused".to_owned(),
-            ErrorKind::ConnectionAborted
-            | ErrorKind::ConnectionReset
-            | ErrorKind::BrokenPipe
-            | ErrorKind::UnexpectedEof => "closed".to_owned(),
             ErrorKind::HostUnreachable | ErrorKind::NetworkUnreachable | ErrorKind::NetworkDown => {
                 "unreachable".to_owned()
             }
@@ -44,6 +42,29 @@ pub(crate) fn explain(error: &ureq::Error) -> String {
         ureq::Error::Other(cause) if cause.is::<LookupFailed>() => chain(&**cause),
         error => http_problem(error),
     }
+}
+
+/// The other side has closed the connection, or reset it.
+pub(crate) fn is_closed(error: &io::Error) -> bool {
+    use ErrorKind as Kind;
+    let closed = [Kind::ConnectionAborted, Kind::ConnectionReset, Kind::BrokenPipe, Kind::UnexpectedEof];
+    closed.contains(&error.kind()) && tls_error(error).is_none() && not_tls(error).is_none()
+}
+
+/// A new connection was closed without an answer. The real master sends no alert when it refuses a certificate: asyncio drops
+/// what OpenSSL has written.
+pub(crate) fn closed_without_an_answer(error: &ureq::Error) -> String {
+    printable(&format!("{}: the master may refuse this host's certificate", explain(error)))
+}
+
+/// The connection was closed, and the last thing that it carried was our certificate.
+#[cfg(feature = "cli")]
+pub(crate) fn closed_on_our_certificate() -> Explained {
+    Explained::new(
+        "the master closed the connection after it saw this host's certificate: it probably refuses it",
+        "see what stands at worker.crt above: the master's CA must have issued it, it must be valid by the master's clock, and \
+         for clients (clientAuth); then enrol this host again",
+    )
 }
 
 /// The TLS error inside, where it is one.
@@ -93,7 +114,11 @@ pub(crate) fn handshake(error: &io::Error) -> Explained {
         }
         (None, _) => "see that it is DECNET's swarm controller that answers there, and to the network between",
     };
-    Explained::new(error.to_string(), advice)
+    match error.kind() {
+        // rustls adds a link to its documentation, which is of no use to an operator.
+        ErrorKind::UnexpectedEof => Explained::new("the other side closed the connection", advice),
+        _ => Explained::new(error.to_string(), advice),
+    }
 }
 
 /// What went wrong in a handshake.
@@ -136,22 +161,10 @@ fn old_tls() -> Explained {
 /// Why the master's certificate is not accepted.
 fn certificate(bad: &CertificateError, error: &rustls::Error) -> Explained {
     use CertificateError as Bad;
-    const CLOCKS: &str = "renew the master's certificate, or set this host's clock";
+    if let Some(says) = dates("the master's certificate", bad) {
+        return Explained::new(says, "renew the master's certificate, or set this host's clock");
+    }
     let (says, advice) = match bad {
-        Bad::ExpiredContext { time, not_after } => {
-            let (now, end) = (utc(*time), utc(*not_after));
-            let says = format!(
-                "the master's certificate has expired by this host's clock, which says {now}: it was valid until {end}"
-            );
-            return Explained::new(says, CLOCKS);
-        }
-        Bad::NotValidYetContext { time, not_before } => {
-            let (now, start) = (utc(*time), utc(*not_before));
-            let says = format!(
-                "the master's certificate is not yet valid by this host's clock, which says {now}: it is from {start} on"
-            );
-            return Explained::new(says, CLOCKS);
-        }
         Bad::NotValidForNameContext { .. } | Bad::NotValidForName => (
             "the master's certificate is not for the configured host",
             "name the master as its certificate does, or choose another rule with --master-identity",
@@ -177,21 +190,73 @@ fn certificate(bad: &CertificateError, error: &rustls::Error) -> Explained {
         ),
         Bad::Other(other) => match other.0.downcast_ref::<Refusal>() {
             Some(refusal) => return refused(refusal),
-            // webpki's own error, which rustls passes on as it is.
-            None if other.to_string().contains("CaUsedAsEndEntity") => (
-                "the master's certificate is a CA's own, which no server may show",
-                "give the master a certificate for servers, issued by its own CA",
-            ),
-            None => ("the master's certificate breaks a rule of its chain", "let the master issue itself a new one"),
+            None => of_webpki(&other.to_string()),
         },
         _ => return Explained::new(error.to_string(), "let the master issue itself a new certificate"),
     };
     Explained::new(format!("{says} ({error})"), advice)
 }
 
+/// What of a certificate's dates is wrong. `whose`: which certificate it is.
+fn dates(whose: &str, bad: &CertificateError) -> Option<String> {
+    match bad {
+        CertificateError::ExpiredContext { time, not_after } => {
+            let (now, end) = (utc(*time), utc(*not_after));
+            Some(format!("{whose} has expired by this host's clock, which says {now}: it was valid until {end}"))
+        }
+        CertificateError::NotValidYetContext { time, not_before } => {
+            let (now, start) = (utc(*time), utc(*not_before));
+            Some(format!("{whose} is not yet valid by this host's clock, which says {now}: it is from {start} on"))
+        }
+        // webpki's `InvalidCertValidity`.
+        CertificateError::Expired => Some(format!("{whose} is never valid: it ends before it begins")),
+        _ => None,
+    }
+}
+
+/// webpki's own error, which rustls passes on as it is.
+fn of_webpki(error: &str) -> (&'static str, &'static str) {
+    match error {
+        "CaUsedAsEndEntity" => (
+            "the master's certificate is a CA's own, which no server may show",
+            "give the master a certificate for servers, issued by its own CA",
+        ),
+        "EndEntityUsedAsCa" => (
+            "the master's certificate is issued by another certificate that is no CA's: somebody may pose as the master",
+            POSES,
+        ),
+        "PathLenConstraintViolated" => (
+            "there are more CAs above the master's certificate than one of them allows",
+            "give the master a certificate that its CA itself has issued",
+        ),
+        "NameConstraintViolation" => (
+            "the master's certificate has a name that its CA may not issue",
+            "give the master a certificate with names that the name constraints of its CA allow",
+        ),
+        "UnsupportedCriticalExtension" => (
+            "the master's certificate, or an issuer's, has a critical extension that is not known here",
+            "give the master a certificate without it",
+        ),
+        "UnsupportedCertVersion" => (
+            "the master's certificate, or an issuer's, is not of version 3 of X.509",
+            "give the master a certificate of version 3, issued by its own CA",
+        ),
+        _ => ("the master's certificate breaks a rule of its chain", "let the master issue itself a new one"),
+    }
+}
+
+const POSES: &str =
+    "see what answers there, and which worker's certificate and key were copied; enrol that worker again";
+
 /// Our own reasons say it all.
 fn refused(refusal: &Refusal) -> Explained {
     let advice = match refusal {
+        Refusal::OfIssuer { name, bad } => {
+            let whose = format!("an issuer of the master's certificate, {},", quoted(name, limits::LOG_TEXT / 2));
+            let says = dates(&whose, bad).unwrap_or_else(|| refusal.to_string());
+            return Explained::new(says, "renew that issuer's certificate at the master, or set this host's clock");
+        }
+        Refusal::NotACa(_) => POSES,
         Refusal::NotMasters { or_host: false, .. } => {
             "if it is the master, give it its own certificate back or choose another rule with --master-identity; \
              otherwise somebody poses as the master"

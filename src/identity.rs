@@ -8,7 +8,9 @@ use std::str::FromStr;
 /// Every worker's certificate carries `serverAuth`, so under the original agent's rule, "any certificate of
 /// our CA", a stolen worker key can pose as the master. The default asks for the master's own certificate: the
 /// master issues it to itself (DECNET's `pki.ensure_swarmctl_cert`), with the subject's common name `swarmctl` and a
-/// DNS name `swarmctl`, and no worker's has that common name.
+/// DNS name `swarmctl`. A worker's certificate has the worker's name as its common name, so never enrol a worker that is
+/// named `swarmctl`: its key could pose as the master. Where one was enrolled, pin the master's certificate with
+/// [`Fingerprint`](Self::Fingerprint).
 ///
 /// As text (`DECNET_MASTER_IDENTITY`, `[agent] master-identity`, `--master-identity`):
 /// `name`, `host`, `ca`, `sha256:<hex>` or `public`.

@@ -3,6 +3,8 @@
 use std::fmt;
 use std::io::Read;
 use std::mem;
+#[cfg(feature = "cli")]
+use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
@@ -14,7 +16,7 @@ use ureq::http::{Response, StatusCode, header};
 use ureq::{Agent, Timeout};
 
 use crate::enrolment::Enrolment;
-use crate::explain::{class, explain};
+use crate::explain::{class, closed_without_an_answer, explain};
 use crate::limits;
 use crate::resolve::MasterResolver;
 use crate::text::printable;
@@ -153,6 +155,12 @@ impl Master {
         Self { agent, url, resolver, connections, bad_answers: AtomicU32::new(0) }
     }
 
+    /// Uses these addresses of the master's in this order, without a lookup.
+    #[cfg(feature = "cli")]
+    pub(crate) fn use_addresses(&self, addresses: &[SocketAddr]) {
+        self.resolver.know(addresses);
+    }
+
     /// A handle that interrupts a POST from another thread; the master cannot be used afterwards.
     pub(crate) fn interrupter(&self) -> Agent {
         self.agent.clone()
@@ -189,8 +197,14 @@ impl Master {
                 Reply { detail, ..reply }
             }
             None => {
-                let stale = tried == before && may_be_the_connections(&error);
-                Reply { class: class(&error), detail: explain(&error), stale, ..Reply::unanswered() }
+                let (class, is_new) = (class(&error), tried != before);
+                let detail = match class.as_str() {
+                    // A resumed session shows no certificate.
+                    "closed" if is_new && !resumed => closed_without_an_answer(&error),
+                    _ => explain(&error),
+                };
+                let stale = !is_new && may_be_the_connections(&error);
+                Reply { class, detail, stale, ..Reply::unanswered() }
             }
         });
         // That a connection has ended while it was idle says nothing of the address.

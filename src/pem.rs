@@ -115,9 +115,9 @@ fn check_is_text(content: &[u8]) -> Result<(), Problem> {
         [0xff, 0xfe, ..] | [0xfe, 0xff, ..] | [b'-', 0, ..] | [0, b'-', ..] => {
             Err(Problem::with("is UTF-16 text", "save it as ASCII or UTF-8"))
         }
-        [0x30, 0x80..=0x84, ..] => {
-            Err(Problem::with("is DER or PKCS#12, not PEM", "convert it with openssl, or enrol this host again"))
-        }
+        [0x30, 0x80..=0x84, ..] => Err(DER),
+        // A short key.
+        [0x30, ..] if first_value(content).is_some_and(|value| value.len() == content.len()) => Err(DER),
         // A file that was never written through, after a crash, is all zeros.
         content if content.contains(&0) => Err(Problem::of("has zero bytes, so it is damaged")),
         _ => Ok(()),
@@ -154,13 +154,34 @@ fn is_label(label: &[u8]) -> bool {
     !label.is_empty() && !label.starts_with(b" ") && !label.ends_with(b" ") && !label.contains(&b'-')
 }
 
-/// Whether a line was to begin or to end a section: hyphens, the word, and what the section is.
+/// Whether a line was to begin or to end a section: right after a run of dashes it has BEGIN or END, and then a label that is
+/// known. Other text between dashes, such as `--- Vendor certificate ---`, is a comment.
 fn is_marker(line: &[u8]) -> bool {
-    let line = line.to_ascii_uppercase();
-    // The first two bytes of every Unicode dash, which word processors write.
-    let is_dashed = count(&line, b"--") > 0 || count(&line, &[0xe2, 0x80]) > 0;
-    let has_any = |words: &[&str]| words.iter().any(|word| count(&line, word.as_bytes()) > 0);
-    is_dashed && has_any(&["BEGIN", "END"]) && has_any(&["-----", "CERT", "KEY"])
+    let text = String::from_utf8_lossy(line).to_ascii_uppercase();
+    let mut dashes = 0;
+    text.split(is_dash).skip(1).any(|piece| {
+        dashes += 1;
+        let is_marked = dashes >= 2
+            && label_of(piece).is_some_and(|label| match label.as_str() {
+                // `----- end -----` is a comment as well.
+                "" => line.starts_with(b"-----BEGIN"),
+                label => Label::of(label.as_bytes()) != Label::Unknown,
+            });
+        dashes = if piece.is_empty() { dashes } else { 0 };
+        is_marked
+    })
+}
+
+/// A hyphen, and the dashes that word processors make of it.
+fn is_dash(c: char) -> bool {
+    matches!(c, '-' | '\u{2010}'..='\u{2015}' | '\u{2212}')
+}
+
+/// What stands behind BEGIN or END, with one space between two words.
+fn label_of(piece: &str) -> Option<String> {
+    let piece = piece.trim_start();
+    let label = piece.strip_prefix("BEGIN").or_else(|| piece.strip_prefix("END"))?;
+    Some(label.split_whitespace().collect::<Vec<_>>().join(" "))
 }
 
 /// An END and a BEGIN behind it.
@@ -222,6 +243,8 @@ impl Open<'_> {
     }
 }
 
+const DER: Problem = Problem::with("is DER or PKCS#12, not PEM", "convert it with openssl, or enrol this host again");
+
 const NOT_BASE64: Problem = Problem::of("has a PEM section that is not base64");
 
 #[cfg(test)]
@@ -273,6 +296,26 @@ mod tests {
     }
 
     #[test]
+    fn text_around_sections_is_a_comment_whatever_its_dashes() {
+        let one = section("CERTIFICATE");
+        for text in [
+            "# ----- appended by ansible -----",
+            "# --- Vendor certificate ---",
+            "-------- Backend CA --------",
+            "# ---- calendar 2026 ----",
+            "subject=CN = xn--legende-certs",
+            "        Subject: O=DECNET, CN=back-end--endcert key",
+            "# The master\u{2019}s CA: send new certificates to ops",
+            "# ----- BEGIN ANSIBLE MANAGED BLOCK -----",
+            "--- end of the vendor's certificates ---",
+            "----- end -----",
+            "----- END KEYS -----",
+        ] {
+            assert_eq!(kinds(format!("{text}\n{one}{text}\n{one}{text}").as_bytes()), ["certificate"; 2], "{text}");
+        }
+    }
+
+    #[test]
     fn what_openssl_adds_to_a_trusted_certificate_is_not_part_of_it() {
         // The certificate, and behind it another value.
         let text = "-----BEGIN TRUSTED CERTIFICATE-----\nMAMBAf8wAwEBAA==\n-----END TRUSTED CERTIFICATE-----\n";
@@ -299,6 +342,10 @@ mod tests {
             "-----BEGIN CERTIFICATE----- ca",
             "> -----BEGIN CERTIFICATE-----",
             "\u{2013}\u{2013}BEGIN CERTIFICATE\u{2013}\u{2013}",
+            "\u{2014}\u{2014}-BEGIN CERTIFICATE\u{2014}\u{2014}-",
+            "# -----BEGIN CERTIFICATE-----",
+            "-----BEGIN CERTIFICATE",
+            "---- BEGIN RSA PRIVATE KEY ----",
             "-----BEGIN -----",
         ] {
             let text = one.clone() + &one.replace("-----BEGIN CERTIFICATE-----", begin);
@@ -334,7 +381,10 @@ mod tests {
         }
         assert_eq!(problem(&[0; 64]), "has zero bytes, so it is damaged");
         assert_eq!(problem(&[one.as_bytes(), &[0; 64]].concat()), "has zero bytes, so it is damaged");
-        assert_eq!(problem(b"\x30\x82\x01\x00\x00"), "is DER or PKCS#12, not PEM");
+        // A long one; and a key of Ed25519 or P-256, which is short and may have zero bytes.
+        for der in [&b"\x30\x82\x01\x00\x00"[..], &[&b"\x30\x2e"[..], &[0; 46]].concat()] {
+            assert_eq!(problem(der), "is DER or PKCS#12, not PEM");
+        }
     }
 
     #[test]

@@ -203,14 +203,15 @@ impl MasterResolver {
     }
 }
 
-#[cfg(test)]
 impl MasterResolver {
     /// As if the name had just been looked up.
+    #[cfg(any(test, feature = "cli"))]
     pub(crate) fn know(&self, addresses: &[SocketAddr]) {
-        let mut known = self.known.lock().unwrap();
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         (known.addresses, known.fresh_since) = (addresses.to_vec(), Some(Instant::now()));
     }
 
+    #[cfg(test)]
     pub(crate) fn is_fresh(&self) -> bool {
         self.known.lock().unwrap().fresh_since.is_some()
     }

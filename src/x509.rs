@@ -7,12 +7,12 @@
 use ring::error::Unspecified;
 use ring::io::der::{self, Tag};
 use rustls::crypto::WebPkiSupportedAlgorithms;
-use rustls::pki_types::PrivateKeyDer;
+use rustls::pki_types::{PrivateKeyDer, TrustAnchor};
 use untrusted::{Input, Reader};
 
 /// Which keys can be used, for an error.
 pub(crate) const SUPPORTED_KEYS: &str =
-    "supported are RSA keys of 2048, 3072 or 4096 bits, ECDSA keys on P-256 or P-384, and Ed25519";
+    "supported are RSA of 2048, 3072 or 4096 bits (exponent 65537 and up), ECDSA on P-256 or P-384, and Ed25519";
 
 /// Which signatures of a certificate can be verified, for an error.
 pub(crate) const SUPPORTED_SIGNATURES: &str =
@@ -24,6 +24,10 @@ const TAG_EXTENSIONS: u8 = 0xa3;
 const TAG_PARAMETERS: u8 = 0xa0;
 const TAG_UTF8_STRING: u8 = 0x0c;
 const TAG_PRINTABLE_STRING: u8 = 0x13;
+const TAG_T61_STRING: u8 = 0x14;
+const TAG_IA5_STRING: u8 = 0x16;
+const TAG_UNIVERSAL_STRING: u8 = 0x1c;
+const TAG_BMP_STRING: u8 = 0x1e;
 const TAG_BOOLEAN: u8 = 0x01;
 const TAG_DNS_NAME: u8 = 0x82;
 
@@ -44,9 +48,18 @@ pub(crate) struct X509<'a> {
     is_v1: bool,
     issuer: &'a [u8],
     subject: &'a [u8],
+    /// The key with its algorithm.
+    public_key: &'a [u8],
     key_algorithm: &'a [u8],
     key: &'a [u8],
     extensions: Vec<Extension<'a>>,
+}
+
+/// A common name, for a person. It is foreign text.
+pub(crate) struct CommonName {
+    pub(crate) text: String,
+    /// What kind of string it is: `an IA5String`.
+    pub(crate) kind: &'static str,
 }
 
 struct Extension<'a> {
@@ -91,7 +104,8 @@ impl<'a> X509<'a> {
         let issuer = sequence(input)?;
         sequence(input)?;
         let subject = sequence(input)?;
-        let (key_algorithm, key) = read(sequence(input)?, |input| {
+        let public_key = sequence(input)?;
+        let (key_algorithm, key) = read(public_key, |input| {
             Ok((sequence(input)?, der::bit_string_with_no_unused_bits(input)?.as_slice_less_safe()))
         })?;
         let mut extensions = Vec::new();
@@ -102,7 +116,18 @@ impl<'a> X509<'a> {
                 _ => continue,
             }
         }
-        Ok(Self { signed, signature_algorithm, signature, is_v1, issuer, subject, key_algorithm, key, extensions })
+        Ok(Self {
+            signed,
+            signature_algorithm,
+            signature,
+            is_v1,
+            issuer,
+            subject,
+            public_key,
+            key_algorithm,
+            key,
+            extensions,
+        })
     }
 
     /// Whether the subject has one common name, and that is `name`.
@@ -117,8 +142,12 @@ impl<'a> X509<'a> {
 
     /// The subject's first common name, for a person; it is foreign text.
     pub(crate) fn common_name(&self) -> Option<String> {
-        let names = self.common_names();
-        names.first().map(|(_, bytes)| String::from_utf8_lossy(bytes).into_owned())
+        self.common_names_as_text().into_iter().next().map(|name| name.text)
+    }
+
+    /// The subject's common names, for a person.
+    pub(crate) fn common_names_as_text(&self) -> Vec<CommonName> {
+        self.common_names().into_iter().map(|(tag, bytes)| CommonName::of(tag, bytes)).collect()
     }
 
     /// Every common name of the subject with the tag of its type, whichever RDN it stands in. None for a subject that cannot
@@ -195,8 +224,46 @@ impl<'a> X509<'a> {
         self.issuer == self.subject
     }
 
+    /// Whether `issuer` has the name of its issuer. Its signature may be another's.
+    pub(crate) fn names_as_issuer(&self, issuer: &X509<'_>) -> bool {
+        self.issuer == issuer.subject
+    }
+
+    /// Whether a root has the name of its issuer.
+    pub(crate) fn names_a_root_as_issuer(&self, roots: &[TrustAnchor<'_>]) -> bool {
+        roots.iter().any(|root| root.subject.as_ref() == self.issuer)
+    }
+
+    /// Whether it is one of the roots: it has the name and the key of one.
+    pub(crate) fn is_a_root(&self, roots: &[TrustAnchor<'_>]) -> bool {
+        roots.iter().any(|root| {
+            root.subject.as_ref() == self.subject && root.subject_public_key_info.as_ref() == self.public_key
+        })
+    }
+
     fn extension(&self, oid: &[u8]) -> Option<&'a [u8]> {
         self.extensions.iter().find(|extension| extension.oid == oid).map(|extension| extension.value)
+    }
+}
+
+impl CommonName {
+    fn of(tag: u8, bytes: &[u8]) -> Self {
+        let text = || String::from_utf8_lossy(bytes).into_owned();
+        let units = || bytes.chunks_exact(2).filter_map(|unit| unit.try_into().ok().map(u16::from_be_bytes));
+        let scalars = || bytes.chunks_exact(4).filter_map(|one| one.try_into().ok().map(u32::from_be_bytes));
+        let scalar = |one| char::from_u32(one).unwrap_or(char::REPLACEMENT_CHARACTER);
+        let (kind, text) = match tag {
+            TAG_UTF8_STRING => ("a UTF8String", text()),
+            TAG_PRINTABLE_STRING => ("a PrintableString", text()),
+            TAG_IA5_STRING => ("an IA5String", text()),
+            TAG_T61_STRING => ("a T61String", text()),
+            TAG_BMP_STRING => {
+                ("a BMPString", char::decode_utf16(units()).map(|c| c.unwrap_or(char::REPLACEMENT_CHARACTER)).collect())
+            }
+            TAG_UNIVERSAL_STRING => ("a UniversalString", scalars().map(scalar).collect()),
+            _ => ("a string of another type", text()),
+        };
+        Self { text, kind }
     }
 }
 

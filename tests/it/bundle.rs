@@ -126,6 +126,10 @@ fn a_key_of_a_kind_that_is_not_supported_is_named() {
         openssl.run(&format!("req -x509 -newkey {key} -nodes -keyout weak.key -out weak.crt -days 9 -subj /CN=w"));
         let said = problem("worker.key", openssl.read("weak.key").as_bytes());
         assert!(said.starts_with(&format!("cannot be used: it is {kind}; supported are ")), "{said}");
+        assert!(said.contains(" (exponent 65537 and up), "), "{said}");
+        assert!(
+            said.ends_with("; let the master issue a certificate whose key is supported, and enrol this host again")
+        );
         // A signature of these two kinds can be verified, but not made.
         if !kind.ends_with("exponent 3") && !kind.contains("2560") {
             for (file, beginning) in

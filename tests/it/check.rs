@@ -2,14 +2,21 @@
 
 use std::fs;
 use std::io::{Read, Write};
+use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::Arc;
 use std::thread;
 
 use decnet_heartbeat::loopback::{Answer, Authority, Fault, LoopbackMaster, Offered, Options, Role};
 use decnet_heartbeat::{Heartbeat, LifecycleDelta, Operation, Snapshot};
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::server::WebPkiClientVerifier;
+use rustls::version::{TLS12, TLS13};
+use rustls::{RootCertStore, ServerConfig, ServerConnection, SupportedProtocolVersion};
 use serde_json::{Value, json};
 
 use crate::program::program;
@@ -217,6 +224,57 @@ fn a_certificate_of_another_ca_is_refused_by_the_master_and_seen_here() {
     assert_eq!(stage.master.received().len(), 0);
 }
 
+/// A master that refuses our certificate as uvicorn does: it closes the connection, and sends no alert.
+fn refuse_without_an_alert(stage: &Stage, version: &'static SupportedProtocolVersion) -> u16 {
+    let mut roots = RootCertStore::empty();
+    roots.add(CertificateDer::from_pem_slice(Authority::new().unwrap().certificate().as_bytes()).unwrap()).unwrap();
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), Arc::clone(&provider)).build().unwrap();
+    let own = stage.master.certificate();
+    let chain = vec![CertificateDer::from_pem_slice(own.certificate.as_bytes()).unwrap()];
+    let config = ServerConfig::builder_with_provider(provider).with_protocol_versions(&[version]).unwrap();
+    let config = config.with_client_cert_verifier(verifier);
+    let key = PrivateKeyDer::from_pem_slice(own.key.as_bytes()).unwrap();
+    let config = Arc::new(config.with_single_cert(chain, key).unwrap());
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    thread::spawn(move || {
+        for mut socket in listener.incoming().map_while(Result::ok) {
+            let mut tls = ServerConnection::new(Arc::clone(&config)).unwrap();
+            let mut is_accepted = true;
+            while is_accepted && tls.is_handshaking() {
+                while tls.wants_write() {
+                    tls.write_tls(&mut socket).unwrap();
+                }
+                tls.read_tls(&mut socket).unwrap();
+                is_accepted = tls.process_new_packets().is_ok();
+            }
+            assert!(!is_accepted, "our certificate is of another CA");
+        }
+    });
+    port
+}
+
+#[test]
+fn a_master_that_refuses_our_certificate_without_an_alert_is_understood() {
+    for version in [&TLS12, &TLS13] {
+        let mut stage = worker();
+        stage.worker.port = refuse_without_an_alert(&stage, version);
+        stage.worker.write_ini(&stage.dir.path().join("decnet.ini")).unwrap();
+        let report = Report::of(&mut check(&stage));
+        report.fails_with("tls", 1);
+        let said = report.says("tls");
+        assert!(said.starts_with("the master closed the connection after it saw this host's certificate: "), "{said}");
+        assert!(report.advice("tls").contains("then enrol this host again"), "{}", report.advice("tls"));
+        let (builder, _tick) = stage.builder();
+        let heartbeat = builder.start().unwrap();
+        let failure = settled(&heartbeat, |stats| stats.failure.is_some()).failure.unwrap();
+        assert_eq!(failure.class, "closed", "{failure:?}");
+        assert!(failure.detail.ends_with(": the master may refuse this host's certificate"), "{failure:?}");
+        assert!(!failure.detail.contains("http"), "{failure:?}");
+    }
+}
+
 #[test]
 fn a_master_of_another_ca_is_shown_with_its_names() {
     let (mut stage, other) = (worker(), Stage::new());
@@ -240,6 +298,19 @@ fn a_master_whose_certificate_has_expired_is_said_to_be_so() {
 }
 
 #[test]
+fn a_pinned_certificate_that_has_expired_is_accepted_and_said_to_be_so() {
+    let authority = Authority::new().unwrap();
+    let expired = authority.issue(Role::Expired).unwrap();
+    let pinned = format!("sha256:{}", expired.fingerprint);
+    let stage = worker_of(Options { certificate: Some(expired), authority: Some(authority), ..Options::default() });
+    let report = Report::of(check(&stage).args(["--master-identity", &pinned]));
+    assert_eq!(report.0["works"], true, "{:#}", report.0);
+    assert!(report.says("tls").contains("expired 1 days ago"), "{}", report.says("tls"));
+    let advice = report.advice("tls");
+    assert!(advice.contains("its dates do not matter to this rule"), "{advice}");
+}
+
+#[test]
 fn a_master_that_is_down_is_a_matter_of_tcp() {
     let mut stage = worker();
     stage.master.stop();
@@ -252,7 +323,7 @@ fn a_master_that_is_down_is_a_matter_of_tcp() {
 #[test]
 fn what_listens_there_and_is_no_master_is_told_apart() {
     let mut stage = worker();
-    let ssh = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let ssh = TcpListener::bind("127.0.0.1:0").unwrap();
     stage.worker.port = ssh.local_addr().unwrap().port();
     stage.worker.write_ini(&stage.dir.path().join("decnet.ini")).unwrap();
     thread::spawn(move || ssh.incoming().map_while(Result::ok).for_each(|mut it| drop(it.write_all(b"SSH-2.0-x\r\n"))));
@@ -356,7 +427,7 @@ fn what_is_ignored_in_ca_crt_is_named() {
 #[test]
 fn a_master_that_takes_a_connection_and_says_nothing_is_given_five_seconds() {
     let mut stage = worker();
-    let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
     stage.worker.port = silent.local_addr().unwrap().port();
     stage.worker.write_ini(&stage.dir.path().join("decnet.ini")).unwrap();
     let report = Report::of(&mut check(&stage));
@@ -403,8 +474,84 @@ fn a_bundle_that_cannot_be_used_is_78_and_its_file_named() {
     assert_eq!(report.ended("not-tried"), ["tls", "beat"]);
     fs::remove_file(stage.agent_dir().join("ca.crt")).unwrap();
     let report = Report::of(&mut check(&stage));
-    report.fails_with("ca.crt", 78);
-    assert_eq!(report.ended("not-tried"), ["worker.key", "tls", "beat"]);
+    assert_eq!(report.ended("failed"), ["ca.crt", "worker.key"], "{:#}", report.0);
+    assert_eq!(report.ended("not-tried"), ["tls", "beat"]);
+}
+
+#[test]
+fn each_file_of_a_bundle_is_judged_by_itself() {
+    type Damage = fn(&Path);
+    let damages: [(Damage, &str, &str); 3] = [
+        (|path| fs::remove_file(path).unwrap(), "cannot be read: ", "enrol this host again"),
+        (|path| fs::write(path, "none").unwrap(), "holds no PEM section", "enrol this host again"),
+        (
+            |path| fs::write(path, "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n").unwrap(),
+            "has a section that is not an X.509 certificate",
+            "mend the file",
+        ),
+    ];
+    for (damage, says, advice) in damages {
+        let stage = worker();
+        fs::remove_file(stage.agent_dir().join("ca.crt")).unwrap();
+        damage(&stage.agent_dir().join("worker.crt"));
+        let report = Report::of(&mut check(&stage));
+        assert_eq!(report.ended("failed"), ["ca.crt", "worker.crt"], "{:#}", report.0);
+        assert!(report.says("worker.crt").contains(says), "{}", report.says("worker.crt"));
+        assert!(report.advice("worker.crt").starts_with(advice), "{}", report.advice("worker.crt"));
+        assert_eq!(report.ended("not-tried"), ["worker.key", "tls", "beat"]);
+        fs::write(stage.agent_dir().join("worker.key"), "").unwrap();
+        let report = Report::of(&mut check(&stage));
+        assert_eq!(report.ended("failed"), ["ca.crt", "worker.crt", "worker.key"], "{:#}", report.0);
+    }
+}
+
+#[test]
+fn an_old_root_beside_a_valid_one_is_an_advice() {
+    let stage = worker();
+    let openssl = OpenSsl::new(stage.dir.path());
+    let mut old = rcgen::CertificateParams::default();
+    old.distinguished_name = rcgen::DistinguishedName::new();
+    old.distinguished_name.push(rcgen::DnType::CommonName, "old");
+    old.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+    (old.not_before, old.not_after) = (rcgen::date_time_ymd(2001, 1, 1), rcgen::date_time_ymd(2002, 1, 1));
+    let key = rcgen::KeyPair::generate().unwrap();
+    fs::write(openssl.path("old.crt"), old.self_signed(&key).unwrap().pem()).unwrap();
+    fs::write(openssl.path("old.key"), key.serialize_pem()).unwrap();
+    let path = stage.agent_dir().join("ca.crt");
+    fs::write(&path, openssl.read("old.crt") + &stage.master.authority().certificate()).unwrap();
+    let report = Report::of(&mut check(&stage));
+    assert_eq!(report.0["works"], true, "{:#}", report.0);
+    assert!(report.says("ca.crt").starts_with("CN=DECNET SWARM Root CA, "), "{}", report.says("ca.crt"));
+    let advice = report.advice("ca.crt");
+    assert!(advice.starts_with("remove from it what is not valid: CN=old, expired "), "{advice}");
+    // Our certificate is of the old one.
+    openssl.run("req -newkey rsa:2048 -nodes -keyout own.key -out own.csr -subj /CN=worker");
+    openssl.run("x509 -req -in own.csr -CA old.crt -CAkey old.key -CAcreateserial -days 90 -extfile ext -out own.crt");
+    fs::write(stage.agent_dir().join("worker.crt"), openssl.read("own.crt")).unwrap();
+    fs::write(stage.agent_dir().join("worker.key"), openssl.read("own.key")).unwrap();
+    let advice = Report::of(&mut check(&stage)).advice("worker.crt").to_owned();
+    assert!(advice.starts_with("the master may refuse it, as the CA that issued it is not valid: "), "{advice}");
+    fs::write(&path, openssl.read("old.crt")).unwrap();
+    let report = Report::of(&mut check(&stage));
+    assert_eq!(report.ended("failed")[0], "ca.crt", "{:#}", report.0);
+}
+
+#[test]
+fn a_ca_of_the_same_name_with_a_key_of_another_type_is_not_ours() {
+    let stage = worker();
+    let openssl = OpenSsl::new(stage.dir.path());
+    // A name byte for byte that of the authority.
+    let name = "CN=DECNET SWARM Root CA\nO=DECNET\n";
+    let config = format!("[req]\ndistinguished_name=dn\nprompt=no\nstring_mask=utf8only\n[dn]\n{name}");
+    fs::write(openssl.path("cnf"), config).unwrap();
+    openssl.run(
+        "req -x509 -newkey rsa:2048 -nodes -keyout k -out rsa.crt -days 90 -config cnf -addext basicConstraints=CA:TRUE",
+    );
+    fs::write(stage.agent_dir().join("ca.crt"), openssl.read("rsa.crt")).unwrap();
+    let report = Report::of(&mut check(&stage));
+    report.fails_with("tls", 1);
+    assert!(report.says("tls").starts_with("the master's certificate is not of our ca.crt"), "{}", report.says("tls"));
+    assert!(report.advice("worker.crt").starts_with("it was not issued by ca.crt"), "{}", report.advice("worker.crt"));
 }
 
 #[test]

@@ -173,6 +173,24 @@ fn a_key_or_a_signature_that_cannot_be_verified_is_named() {
 }
 
 #[test]
+fn the_own_certificate_of_a_proxy_is_not_of_our_ca_whatever_its_version() {
+    let stage = Stage::new();
+    let openssl = OpenSsl::new(stage.dir.path());
+    openssl.run("req -x509 -newkey rsa:2048 -nodes -keyout third.key -out third.crt -days 9 -subj /CN=proxy");
+    openssl.run("req -new -key third.key -out first.csr -subj /CN=proxy");
+    openssl.run("x509 -req -in first.csr -signkey third.key -days 9 -out first.crt");
+    std::fs::copy(openssl.path("third.key"), openssl.path("first.key")).unwrap();
+    for name in ["third", "first"] {
+        let served = openssl.serve(name, "-cipher ALL:@SECLEVEL=0");
+        let enrolment = stage.worker.enrolment().unwrap().with_master_port(served.port).unwrap();
+        let (builder, _tick) = stage.builder();
+        let heartbeat = builder.enrolment(enrolment).start().unwrap();
+        let failure = settled(&heartbeat, |stats| stats.failure.is_some()).failure.unwrap();
+        assert!(failure.detail.starts_with("the master's certificate is not of our ca.crt"), "{name}: {failure:?}");
+    }
+}
+
+#[test]
 fn a_pinned_certificate_is_the_only_one() {
     let stage = Stage::new();
     let other = stage.master.authority().issue(Role::Master).unwrap();

@@ -59,6 +59,9 @@ impl Described {
     /// `expires in 42 days (2026-12-24)`
     pub(super) fn validity(&self, now: SystemTime) -> String {
         match days_until(self.expires, now) {
+            _ if self.begins > self.expires => {
+                format!("never valid: it ends on {}, before it begins on {}", date(self.expires), date(self.begins))
+            }
             _ if self.begins > now => format!("valid only from {} on by this host's clock", date(self.begins)),
             days @ 0.. => format!("expires in {days} days ({})", date(self.expires)),
             days => format!("expired {} days ago by this host's clock ({})", -1 - days, date(self.expires)),
@@ -145,6 +148,15 @@ mod tests {
         assert!(!expired.is_valid(now) && !early.is_valid(now));
         let short = described(Role::ShortLived("w".to_owned(), Duration::from_secs(86_400 * 2)));
         assert!(short.is_valid(now) && short.ends_soon(now));
+    }
+
+    #[test]
+    fn dates_in_the_wrong_order_are_said_to_be_so() {
+        let mut master = described(Role::Master);
+        (master.begins, master.expires) = (master.expires, master.begins);
+        let said = master.validity(SystemTime::now());
+        assert!(said.starts_with("never valid: it ends on 20"), "{said}");
+        assert!(!master.is_valid(SystemTime::now()));
     }
 
     #[test]

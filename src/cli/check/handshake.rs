@@ -17,6 +17,7 @@ use rustls::{
     ClientConfig, ClientConnection, DigitallySignedStruct, Error as TlsError, ProtocolVersion, SignatureScheme,
 };
 
+use crate::explain::is_closed;
 use crate::first_bytes::FirstBytes;
 use crate::limits;
 
@@ -39,7 +40,11 @@ pub(super) fn shake_hands(
     let mut stream = InTime { stream, end: since + limits::CONNECT };
     let mut tls = ClientConnection::new(Arc::clone(config), name.clone()).map_err(io::Error::other)?;
     let mut first = FirstBytes::of(&mut stream);
-    tls.complete_io(&mut first).map_err(|error| first.name(error))?;
+    if let Err(error) = tls.complete_io(&mut first) {
+        let error = first.name(error);
+        let alert = if is_closed(&error) { alert_before_close(&mut tls, &mut stream) } else { None };
+        return Err(alert.unwrap_or(error));
+    }
     let took = since.elapsed();
     let version = match tls.protocol_version() {
         Some(ProtocolVersion::TLSv1_3) => "TLS 1.3",
@@ -50,12 +55,24 @@ pub(super) fn shake_hands(
     match tls.read_tls(&mut stream) {
         Err(error) if error.kind() == ErrorKind::TimedOut => (),
         Err(error) => return Err(error),
+        Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
         Ok(_) => tls.process_new_packets().map(|_| ()).map_err(io::Error::other)?,
     }
     tls.send_close_notify();
     // It is said; whether it is heard does not matter.
     let _ = tls.write_tls(&mut stream);
     Ok(Shaken { version, took })
+}
+
+/// The alert that the peer sent before it closed the connection. It has arrived even where writing has failed.
+fn alert_before_close(tls: &mut ClientConnection, stream: &mut InTime) -> Option<io::Error> {
+    stream.end = Instant::now() + limits::AFTER_HANDSHAKE;
+    while let Ok(1..) = tls.read_tls(stream) {
+        if let Err(error) = tls.process_new_packets() {
+            return Some(io::Error::other(error));
+        }
+    }
+    None
 }
 
 /// A stream on which all calls together end in time.
@@ -113,6 +130,11 @@ impl Asked {
         Self { ours, asked: AtomicBool::new(false) }
     }
 
+    /// Before another handshake.
+    pub(super) fn forget(&self) {
+        self.asked.store(false, Ordering::Relaxed);
+    }
+
     pub(super) fn was_asked(&self) -> bool {
         self.asked.load(Ordering::Relaxed)
     }
@@ -139,6 +161,11 @@ pub(super) struct Witness {
 impl Witness {
     pub(super) fn before(judge: Arc<dyn ServerCertVerifier>) -> Self {
         Self { judge, shown: Mutex::default() }
+    }
+
+    /// Before another handshake.
+    pub(super) fn forget(&self) {
+        *self.shown.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
     /// The certificate that was shown last, whatever the judgement.
@@ -180,5 +207,47 @@ impl ServerCertVerifier for Witness {
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
         self.judge.supported_verify_schemes()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpListener;
+    use std::path::Path;
+
+    use socket2::SockRef;
+
+    use super::*;
+    use crate::bundle::Bundle;
+    use crate::identity::MasterIdentity;
+    use crate::loopback::{Authority, Role};
+    use crate::verifier;
+
+    fn config(dir: &Path) -> Arc<ClientConfig> {
+        let authority = Authority::new().unwrap();
+        authority.write_bundle(&authority.issue(Role::Worker("w".to_owned())).unwrap(), dir).unwrap();
+        let provider = verifier::provider();
+        let bundle = Bundle::load(dir, &provider).unwrap();
+        let judge = verifier::verifier(&bundle, MasterIdentity::Name, &name(), &provider);
+        verifier::client_config(&bundle, judge, &provider).unwrap()
+    }
+
+    fn name() -> ServerName<'static> {
+        ServerName::try_from("127.0.0.1").unwrap()
+    }
+
+    #[test]
+    fn an_alert_that_came_before_a_reset_is_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let config = config(dir.path());
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let stream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (mut peer, _) = listener.accept().unwrap();
+        // A fatal alert: unknown CA. Without linger the connection is reset, and nothing can be written any more.
+        peer.write_all(&[0x15, 3, 3, 0, 2, 2, 48]).unwrap();
+        SockRef::from(&peer).set_linger(Some(Duration::ZERO)).unwrap();
+        drop(peer);
+        let error = shake_hands(&config, &name(), stream).unwrap_err();
+        assert_eq!(error.to_string(), "received fatal alert: UnknownCA");
     }
 }

@@ -17,7 +17,7 @@ use crate::body::{self, Body};
 use crate::bundle::Bundle;
 use crate::enrolment::Enrolment;
 use crate::error::Error;
-use crate::explain::{Explained, explain, handshake};
+use crate::explain::{Explained, closed_on_our_certificate, explain, handshake, is_closed};
 use crate::identity::MasterIdentity;
 use crate::link::server_name;
 use crate::master::{Master, Reply, Verdict};
@@ -36,22 +36,22 @@ pub(super) fn check(
 ) -> Result<(), Error> {
     let (step, addresses) = name(enrolment);
     list.add(step);
-    let (step, stream) = tcp(&addresses);
-    list.add(step);
-    let (Some(bundle), Some(stream)) = (bundle, stream) else {
-        list.add(Step::not_tried("tls", "it takes a connection, and a bundle that can be used"));
-        list.add(Step::not_tried("beat", "it takes TLS"));
-        return Ok(());
-    };
-    let way = Way::new(enrolment, bundle, rule)?;
-    let step = way.shake_hands(stream);
-    let shaken = step.is_good();
-    list.add(step);
-    list.add(match snapshot.topology() {
-        _ if !shaken => Step::not_tried("beat", "it takes TLS"),
+    let way = bundle.map(|bundle| Way::new(enrolment, bundle, rule)).transpose();
+    let not_tried = || Step::not_tried("tls", "it takes a connection, and a bundle that can be used");
+    let reached = Reached::of(&addresses, |stream| match &way {
+        Ok(Some(way)) => way.shake_hands(stream),
+        Ok(None) | Err(_) => not_tried(),
+    });
+    list.add(reached.tcp);
+    let way = way?;
+    let tls = reached.tls.unwrap_or_else(not_tried);
+    let shaken = tls.is_good();
+    list.add(tls);
+    list.add(match (&way, snapshot.topology()) {
         // The master would order the topology to be built again.
-        None => Step::not_tried("beat", "topology.db cannot be read"),
-        Some(_) => way.beat(snapshot),
+        (Some(_), None) if shaken => Step::not_tried("beat", "topology.db cannot be read"),
+        (Some(way), Some(_)) if shaken => way.beat(snapshot, &reached.addresses),
+        _ => Step::not_tried("beat", "it takes TLS"),
     });
     Ok(())
 }
@@ -80,35 +80,68 @@ fn name(enrolment: &Enrolment) -> (Step, Vec<SocketAddr>) {
     }
 }
 
-/// The first of the addresses that answers.
-fn tcp(addresses: &[SocketAddr]) -> (Step, Option<TcpStream>) {
-    let mut failed = Step::not_tried("tcp", "it takes an address");
-    // There are sixteen at the most.
-    let share = limits::CONNECT / u32::try_from(addresses.len()).unwrap_or(1).max(1);
-    for address in addresses {
-        let since = Instant::now();
-        match TcpStream::connect_timeout(address, share) {
-            Ok(stream) => {
-                let took = since.elapsed();
-                let step = Step::good("tcp", format!("{address} answers in {}", ms(took)));
-                return (step.fact("address", address.to_string()).fact("ms", millis(took)), Some(stream));
-            }
-            Err(error) => {
-                let advice = match error.kind() {
-                    ErrorKind::ConnectionRefused => "start the master's swarm controller, or correct the master's port",
-                    ErrorKind::InvalidInput | ErrorKind::AddrNotAvailable | ErrorKind::Unsupported => {
-                        "correct the master's host: this host cannot connect to such an address"
+/// How TCP and TLS went on the first address that serves. If none does, on the first that could be connected to.
+struct Reached {
+    tcp: Step,
+    tls: Option<Step>,
+    /// All addresses, and first the one that serves.
+    addresses: Vec<SocketAddr>,
+}
+
+impl Reached {
+    fn of(addresses: &[SocketAddr], shake_hands: impl Fn(TcpStream) -> Step) -> Self {
+        let (mut tcp, mut tls, mut failed) = (Step::not_tried("tcp", "it takes an address"), None, Vec::new());
+        // There are sixteen at the most.
+        let share = limits::CONNECT / u32::try_from(addresses.len()).unwrap_or(1).max(1);
+        for (position, address) in addresses.iter().enumerate() {
+            let (connected, stream) = connect(*address, share);
+            let shaken = stream.map(&shake_hands);
+            if shaken.as_ref().is_some_and(Step::is_good) {
+                let tcp = match failed.as_slice() {
+                    [] => connected,
+                    // run connects in the same way, and after a failed handshake begins with the next address.
+                    failed => {
+                        connected.advise(format!("see to the addresses that failed before: {}", failed.join("; ")))
                     }
-                    _ if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS)) => {
-                        "raise the limits of this host: it has no socket left"
-                    }
-                    _ => "see to the route to the master, and to the firewalls on it",
                 };
-                failed = Step::bad("tcp", format!("{address}: {error}"), advice).fact("address", address.to_string());
+                let mut addresses = addresses.to_vec();
+                addresses.rotate_left(position);
+                return Self { tcp, tls: shaken, addresses };
+            }
+            failed.push(match &shaken {
+                Some(step) => format!("{address}: {}", step.says()),
+                None => connected.says().to_owned(),
+            });
+            if tls.is_none() {
+                (tcp, tls) = (connected, shaken);
             }
         }
+        Self { tcp, tls, addresses: addresses.to_vec() }
     }
-    (failed, None)
+}
+
+fn connect(address: SocketAddr, within: Duration) -> (Step, Option<TcpStream>) {
+    let since = Instant::now();
+    match TcpStream::connect_timeout(&address, within) {
+        Ok(stream) => {
+            let took = since.elapsed();
+            let step = Step::good("tcp", format!("{address} answers in {}", ms(took)));
+            (step.fact("address", address.to_string()).fact("ms", millis(took)), Some(stream))
+        }
+        Err(error) => {
+            let advice = match error.kind() {
+                ErrorKind::ConnectionRefused => "start the master's swarm controller, or correct the master's port",
+                ErrorKind::InvalidInput | ErrorKind::AddrNotAvailable | ErrorKind::Unsupported => {
+                    "correct the master's host: this host cannot connect to such an address"
+                }
+                _ if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS)) => {
+                    "raise the limits of this host: it has no socket left"
+                }
+                _ => "see to the route to the master, and to the firewalls on it",
+            };
+            (Step::bad("tcp", format!("{address}: {error}"), advice).fact("address", address.to_string()), None)
+        }
+    }
 }
 
 /// The master always asks.
@@ -143,6 +176,8 @@ impl<'a> Way<'a> {
 
     /// Who answers there, and who counts as the master.
     fn shake_hands(&self, stream: TcpStream) -> Step {
+        self.asked.forget();
+        self.witness.forget();
         let shaken = shake_hands(&self.config, &self.name, stream);
         let shown = self.witness.shown();
         let described = shown.as_ref().and_then(|shown| Described::of(shown).ok());
@@ -156,15 +191,21 @@ impl<'a> Way<'a> {
                 let step =
                     Step::good("tls", format!("{version} in {}{who}; accepted by {}: {accepted}", ms(took), self.rule));
                 let step = step.fact("version", version).fact("ms", millis(took));
-                let soon = described.as_ref().is_some_and(|shown| shown.ends_soon(now));
-                match (self.asked.was_asked(), soon) {
-                    (false, _) => step.advise(NOT_ASKED),
-                    (true, true) => step.advise("renew the master's certificate in time"),
-                    (true, false) => step,
+                match described.as_ref() {
+                    _ if !self.asked.was_asked() => step.advise(NOT_ASKED),
+                    // It is pinned.
+                    Some(shown) if !shown.is_valid(now) => step.advise(
+                        "renew the master's certificate: its dates do not matter to this rule, and they do to other agents",
+                    ),
+                    Some(shown) if shown.ends_soon(now) => step.advise("renew the master's certificate in time"),
+                    _ => step,
                 }
             }
             Err(error) => {
-                let Explained { says, advice } = handshake(&error);
+                let Explained { says, advice } = match self.asked.was_asked() && is_closed(&error) {
+                    true => closed_on_our_certificate(),
+                    false => handshake(&error),
+                };
                 let step = Step::bad("tls", format!("{}{who}", printable(&says)), advice);
                 step.fact("our_fingerprint", self.bundle.certificate.fingerprint.as_str())
             }
@@ -191,7 +232,7 @@ impl<'a> Way<'a> {
     }
 
     /// One beat as `run` sends it, without deltas: these are for `run`.
-    fn beat(&self, snapshot: &Snapshot) -> Step {
+    fn beat(&self, snapshot: &Snapshot, addresses: &[SocketAddr]) -> Step {
         let body = serde_json::to_vec(&Body {
             host_uuid: self.enrolment.host_uuid().value(),
             agent_version: env!("CARGO_PKG_VERSION"),
@@ -200,6 +241,7 @@ impl<'a> Way<'a> {
             lifecycle: &[],
         });
         let master = Master::new(self.enrolment, self.name.clone(), Arc::clone(&self.config));
+        master.use_addresses(addresses);
         let reply = match body {
             Ok(body) => master.post(&body, limits::POST),
             Err(error) => Reply::unwritten(&error),
@@ -278,6 +320,18 @@ fn meaning(verdict: Verdict, class: &str, fingerprint: &str) -> (&'static str, O
             "no answer, as TLS has failed",
             Some("see what the step tls found, and the master's log; run would try again".to_owned()),
         ),
+        (Verdict::NoAnswer, "name" | "timeout-resolve") => (
+            "the master's name cannot be looked up",
+            Some("correct the master's name, see to the name service of this host, or name the master by its address".to_owned()),
+        ),
+        (Verdict::NoAnswer, "refused") => (
+            "nothing listens there any more",
+            Some("start the master's swarm controller; run would try again".to_owned()),
+        ),
+        (Verdict::NoAnswer, "unreachable" | "timeout-connect") => (
+            "the master cannot be reached",
+            Some("see to the route to the master, and to the firewalls on it; run would try again".to_owned()),
+        ),
         (Verdict::NoAnswer, _) => {
             ("no answer", Some("see to the master's log, and to the network between; run would try again".to_owned()))
         }
@@ -290,4 +344,67 @@ fn millis(time: Duration) -> f64 {
 
 fn ms(time: Duration) -> String {
     format!("{:.1} ms", millis(time))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpListener;
+
+    use serde_json::json;
+
+    use super::*;
+    use crate::loopback::LoopbackMaster;
+
+    #[test]
+    fn an_address_that_fails_in_tls_is_left_for_the_next_one() {
+        let [bad, good] = [(); 2].map(|()| TcpListener::bind("127.0.0.1:0").unwrap());
+        let gone = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let [bad, good] = [&bad, &good].map(|listener| listener.local_addr().unwrap());
+        let shake_hands = |stream: TcpStream| match stream.peer_addr().unwrap() == good {
+            true => Step::good("tls", "TLS 1.3"),
+            false => Step::bad("tls", "closed", "see to it"),
+        };
+        let reached = Reached::of(&[gone, bad, good], shake_hands);
+        assert!(reached.tcp.is_good() && reached.tls.unwrap().is_good());
+        assert_eq!(reached.addresses, [good, gone, bad], "the beat begins with the one that serves");
+        let said = reached.tcp.text(false);
+        assert!(said.contains(&format!("{gone}: Connection refused")), "{said}");
+        assert!(said.contains(&format!("{bad}: closed")), "{said}");
+        // None serves: the first that could be connected to is the one to see to.
+        let reached = Reached::of(&[gone, bad], shake_hands);
+        assert!(reached.tcp.is_good() && reached.tls.is_some_and(|tls| !tls.is_good()));
+    }
+
+    #[test]
+    fn the_beat_goes_where_the_handshake_went_without_another_lookup() {
+        let dir = tempfile::tempdir().unwrap();
+        let master = LoopbackMaster::start().unwrap();
+        let worker = master.enrol(dir.path()).unwrap();
+        let bundle = Bundle::load(dir.path(), &verifier::provider()).unwrap();
+        // A name that leads nowhere.
+        let enrolment = Enrolment::new(&worker.uuid, "nowhere.invalid", dir.path()).unwrap();
+        let way = Way::new(&enrolment, &bundle, MasterIdentity::Name).unwrap();
+        let step = way.beat(&Snapshot::new(&json!({"deployed": false})), &[master.address()]);
+        assert!(step.is_good(), "{}", step.says());
+    }
+
+    #[test]
+    fn each_class_without_an_answer_has_its_advice() {
+        for (class, advice) in [
+            ("name", "correct the master's name"),
+            ("timeout-resolve", "correct the master's name"),
+            ("refused", "start the master's swarm controller"),
+            ("unreachable", "see to the route"),
+            ("timeout-connect", "see to the route"),
+            ("tls", "see what the step tls found"),
+            ("not-http", "that this is its port"),
+            ("closed", "see to the master's log"),
+        ] {
+            let (_, said) = meaning(Verdict::NoAnswer, class, "");
+            assert!(
+                said.as_ref().unwrap().starts_with(advice) || said.as_ref().unwrap().ends_with(advice),
+                "{class}: {said:?}"
+            );
+        }
+    }
 }

@@ -69,8 +69,8 @@ impl Step {
         self
     }
 
-    pub(super) fn name(&self) -> &'static str {
-        self.step
+    pub(super) fn says(&self) -> &str {
+        &self.says
     }
 
     pub(super) fn is_good(&self) -> bool {
