@@ -200,7 +200,7 @@ impl Master {
                 let (class, is_new) = (class(&error), tried != before);
                 let detail = match class.as_str() {
                     // A resumed session shows no certificate.
-                    "closed" if is_new && !resumed => closed_without_an_answer(&error),
+                    "closed" if is_new && !resumed && seen.is_empty() => closed_without_an_answer(&error),
                     _ => explain(&error),
                 };
                 let stale = !is_new && may_be_the_connections(&error);

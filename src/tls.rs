@@ -57,6 +57,11 @@ impl Answer {
         }
     }
 
+    /// Nothing of it has come.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
     /// Its status, once that is there. An interim answer (1xx) has none; the answer after it has.
     pub(crate) fn status(&self) -> Option<StatusCode> {
         self.last().map(|(status, _)| status)
