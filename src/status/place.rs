@@ -144,11 +144,12 @@ fn resolve(path: &Path) -> Result<Option<PathBuf>, Unlocated> {
         Err(error) if is_absent(&error) => Ok(None),
         Err(error) => match fs::read_link(path) {
             // The link itself could be read, so it is about what it leads to.
-            Ok(target) => {
+            Ok(target) if path.with_file_name(&target) != path => {
+                let target = path.with_file_name(target);
                 let (path, target) = (printable_path(path), printable_path(&target));
                 Err(Unlocated::Unreadable(format!("{target}, to which {path} leads, cannot be looked at: {error}")))
             }
-            Err(_) => Err(unknown(path, &error)),
+            _ => Err(unknown(path, &error)),
         },
     }
 }

@@ -118,6 +118,17 @@ impl Docker {
     /// The engine hangs: it takes connections and never answers, until `thaw`.
     pub fn freeze(&self) {
         process::signal("STOP", self.pid());
+        // The signal reaches one thread after another, and any of them may still answer.
+        let tasks = format!("/proc/{}/task", self.pid());
+        let is_stopped = |task: std::fs::DirEntry| {
+            let stat = std::fs::read_to_string(task.path().join("stat")).unwrap_or_default();
+            stat.rsplit_once(')').is_none_or(|(_, rest)| rest.trim_start().starts_with('T'))
+        };
+        let end = Instant::now() + Duration::from_secs(30);
+        while !std::fs::read_dir(&tasks).unwrap().map_while(Result::ok).all(is_stopped) {
+            assert!(Instant::now() < end, "the engine does not stop");
+            std::thread::yield_now();
+        }
     }
 
     pub fn thaw(&self) {
