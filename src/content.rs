@@ -106,6 +106,13 @@ struct Suspect {
     rest: Rest,
 }
 
+impl Suspect {
+    /// The master cannot tell the rows of the two apart.
+    fn is_of(&self, decky: &str, operation: Operation) -> bool {
+        self.operation == operation && self.decky == decky
+    }
+}
+
 /// What the bodies carry until further notice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Mode {
@@ -421,7 +428,7 @@ impl Content {
     fn due(&self) -> Option<i64> {
         let is_newest = |id: i64, suspect: &Suspect| {
             let mut newer = self.suspects.range(id + 1..);
-            !newer.any(|(_, it)| it.operation == suspect.operation && it.decky == suspect.decky)
+            !newer.any(|(_, it)| it.is_of(&suspect.decky, suspect.operation))
         };
         let mut due = self.suspects.iter().rev().filter(|(_, suspect)| suspect.rest.left == 0);
         due.find(|(id, suspect)| is_newest(**id, suspect)).map(|(id, _)| *id)
@@ -429,15 +436,13 @@ impl Content {
 
     /// Whether a delta is a suspect, or a newer one of its decky and operation.
     pub(crate) fn is_of_suspect(&self, id: i64, kept: &Kept) -> bool {
-        let suspect = self.suspects.get(&id);
-        suspect.is_some_and(|suspect| {
-            kept.id >= id && suspect.operation == kept.delta.operation() && suspect.decky == kept.delta.decky()
-        })
+        let (decky, operation) = (kept.delta.decky(), kept.delta.operation());
+        kept.id >= id && self.suspects.get(&id).is_some_and(|suspect| suspect.is_of(decky, operation))
     }
 
     /// The states are not sent in this beat.
     pub(crate) fn states_rest(&self) -> bool {
-        self.states.is_some_and(|rest| rest.left > 0)
+        self.states_rest_for().is_some()
     }
 
     /// In how many beats the states are tried again.
@@ -458,10 +463,9 @@ impl Content {
     /// Whether a delta stays out of the body: it was in doubt alone, or a newer one of its decky and operation was. The
     /// master would give an older delta the newer one's row.
     pub(crate) fn holds_back(&self, kept: &Kept) -> bool {
+        let (decky, operation) = (kept.delta.decky(), kept.delta.operation());
         let mut newer = self.suspects.range(kept.id..);
-        newer.any(|(id, suspect)| {
-            *id == kept.id || (suspect.operation == kept.delta.operation() && suspect.decky == kept.delta.decky())
-        })
+        newer.any(|(id, suspect)| *id == kept.id || suspect.is_of(decky, operation))
     }
 }
 

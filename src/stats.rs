@@ -52,7 +52,7 @@ pub struct Stats {
     /// The last moment in which our certificate is valid; the log warns from 30 days before it on.
     #[serde(serialize_with = "rfc3339")]
     pub certificate_expires: Option<SystemTime>,
-    /// Beats that the master accepted.
+    /// POSTs that the master accepted. A beat may take several, if the master fails on a body or refuses one.
     pub beats: u64,
     /// When the master last accepted a beat.
     #[serde(serialize_with = "rfc3339")]

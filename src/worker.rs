@@ -306,7 +306,7 @@ impl Worker {
     fn ended(&mut self, post: Post, deltas: &[Kept], reply: &Reply) -> Consequence {
         let outcome = match reply.verdict {
             Verdict::Accepted => PostOutcome::Accepted,
-            // A gateway's page may be for anything. Nothing is rejected for good because of it.
+            // A gateway may answer any body with its page, so no delta is rejected because of one.
             Verdict::BodyRefused if reply.is_page && deltas.len() == 1 && !post.states => PostOutcome::InDoubt,
             Verdict::BodyRefused => PostOutcome::Refused,
             Verdict::TryLater(_) | Verdict::NoAnswer if reply.in_doubt => PostOutcome::InDoubt,
@@ -447,8 +447,10 @@ impl Worker {
         let snapshot = fresh.map(|states| &states.snapshot);
         let why_not = self.why_no_states(states);
         let (missing, topology);
+        // A snapshot without states says itself why, in its source's own words.
+        let has_reason = |snapshot: &Snapshot| snapshot.is_unknown() && !self.content.states_rest();
         let status: &RawValue = match snapshot {
-            Some(snapshot) if post.states => snapshot.raw_status(),
+            Some(snapshot) if post.states || has_reason(snapshot) => snapshot.raw_status(),
             _ => {
                 missing = Snapshot::unknown(&why_not);
                 missing.raw_status()

@@ -194,14 +194,14 @@ impl Findings {
         self.engine.containers.as_ref().err().map(String::as_str).or_else(of_ours)
     }
 
-    /// Why the networks are not known. Where Docker does not answer at all, that is said of the containers alone.
+    /// Why the networks are not known. If Docker does not answer at all, only the containers' problem is reported.
     fn networks_problem(&self) -> Option<&str> {
         self.engine.networks.as_ref().err().filter(|_| self.engine.containers.is_ok()).map(String::as_str)
     }
 
     /// All of it together.
     pub(crate) fn into_snapshot(self) -> Snapshot {
-        // Not what was left out of Docker's answers: that is nobody's of ours, and all that is ours is said.
+        // Entries that were left out of Docker's answers are no fault: none of them belongs to a decky.
         let faults = [
             self.states_problem(),
             self.networks_problem(),

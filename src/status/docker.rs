@@ -384,7 +384,7 @@ mod tests {
         containers.states.iter().map(|(name, state)| (name.as_str(), state.as_deref())).collect()
     }
 
-    /// What is said of a Docker that answers both requests like this, without the socket's name.
+    /// The error for a Docker that answers both requests like this, without the socket's name.
     fn problems(answer: &str) -> [String; 2] {
         let (dir, docker) = answering(&[answer, answer]);
         let Engine { containers, networks } = docker.engine();

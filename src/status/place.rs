@@ -290,7 +290,7 @@ mod tests {
         symlink(root.join(target), root.join(COMMAND)).unwrap();
     }
 
-    /// Where the state file is, without the root; or what is said of the places that were looked at.
+    /// Where the state file is, without the root, or the error.
     fn located(root: &Path) -> Result<String, String> {
         let root = fs::canonicalize(root).unwrap();
         let named = |path: &Path| path.strip_prefix(&root).unwrap().display().to_string();

@@ -5,7 +5,7 @@ use std::time::{Duration, SystemTime};
 use decnet_heartbeat::{LifecycleDelta, Operation, Snapshot};
 use serde_json::json;
 
-use crate::support::{Stage, errors_with, now, remember_errors, settled};
+use crate::support::{Stage, errors_with, json_of, now, remember_errors, settled};
 
 /// The outbox' rows at the most.
 const MOST: usize = 10_000;
@@ -79,6 +79,7 @@ fn what_the_last_beat_could_not_say_is_named_until_it_can() {
     let heartbeat = builder.status_source(source).start().unwrap();
     let stats = settled(&heartbeat, |stats| stats.beats == 1);
     assert_eq!(stats.status_fault.as_deref(), Some("two\\u{a}lines"));
+    assert_eq!(json_of(&stage.requests(1)[0])["status"], json!({"error": "two\nlines"}), "in the source's own words");
     tick.send(now()).unwrap();
     assert_eq!(settled(&heartbeat, |stats| stats.beats == 2).status_fault, None);
 }
