@@ -13,7 +13,8 @@ mod steps;
 use std::path::Path;
 use std::process::ExitCode;
 
-use super::{CheckOptions, Common, enrolment, outbox};
+use super::arguments::{CheckOptions, Common};
+use super::{enrolment, outbox};
 use crate::enrolment::Enrolment;
 use crate::error::{Error, chain, printable_path};
 use crate::identity::MasterIdentity;

@@ -17,6 +17,7 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2};
 use signal_hook::iterator::SignalsInfo;
 use signal_hook::iterator::exfiltrator::WithOrigin;
 
+use super::output::complain;
 use crate::delta::Outcome;
 use crate::error::Error;
 use crate::limits;
@@ -67,7 +68,7 @@ pub(super) fn run(command: &[OsString], signals: &Signals) -> Ended {
     run_to_its_end(command, signals).unwrap_or_else(|error| {
         let code = if error.kind() == io::ErrorKind::NotFound { 127 } else { 126 };
         let name = command.first().map(|name| printable(&name.to_string_lossy())).unwrap_or_default();
-        eprintln!("decnet-heartbeat: {name}: {error}");
+        complain(&format!("{name}: {error}"));
         Ended { outcome: Outcome::Failed(format!("{name} cannot be run: {error}")), code }
     })
 }

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, at, select};
 use serde_json::json;
 
-use super::print;
+use super::output::print;
 use crate::delta::{LifecycleDelta, Operation};
 use crate::error::Error;
 use crate::heartbeat::Heartbeat;

@@ -5,8 +5,10 @@ use std::collections::BTreeSet;
 use clap::CommandFactory;
 use clap::error::ErrorKind;
 
+use super::arguments::{Arguments, Common, PushOptions, Status};
+use super::output::print;
 use super::report::{Reported, Reporter};
-use super::{Arguments, Common, PushOptions, Status, enrolment, outbox, print, warn_of_unlisted};
+use super::{enrolment, outbox, warn_of_unlisted};
 use crate::delta::LifecycleDelta;
 use crate::error::Error;
 

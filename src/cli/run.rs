@@ -13,7 +13,8 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use signal_hook::low_level;
 
-use super::{Common, RunOptions, enrolment, metrics, outbox};
+use super::arguments::{Common, RunOptions};
+use super::{enrolment, metrics, outbox};
 use crate::error::{Error, printable_path};
 use crate::heartbeat::Heartbeat;
 use crate::repeats::Repeats;

@@ -3,9 +3,10 @@
 use std::collections::BTreeSet;
 use std::process::ExitCode;
 
+use super::arguments::{Common, TrackOptions};
 use super::command::{Ended, Signals};
 use super::report::{Reported, Reporter};
-use super::{Common, TrackOptions, command, enrolment, outbox, warn_of_unlisted};
+use super::{command, enrolment, outbox, warn_of_unlisted};
 use crate::delta::{LifecycleDelta, Outcome, check_decky};
 use crate::error::{Error, chain};
 use crate::outbox::Kept;

@@ -7,7 +7,8 @@ use std::time::{Duration, SystemTime};
 
 use rustix::fs::{Access, access, statvfs};
 
-use super::super::{RunOptions, STATE_FILE_VARIABLE, state_file_of_environment};
+use super::super::arguments::RunOptions;
+use super::super::{STATE_FILE_VARIABLE, state_file_of_environment};
 use super::steps::Step;
 use crate::delta::from_micros;
 use crate::error::{chain, printable_path};

@@ -7,7 +7,8 @@ use std::process::ExitCode;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
-use super::super::{NOT_CONFIGURED, logging, print};
+use super::super::output::print;
+use super::super::{NOT_CONFIGURED, logging};
 
 /// How a step went.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
