@@ -202,12 +202,12 @@ fn identity(
     }
     let others = identity.cert.iter().skip(1);
     let mut others = others.map(|other| CertifiedKey::new(vec![other.clone()], Arc::clone(&identity.key)));
-    let remedy = match others.any(|other| fits(&other).is_ok()) {
-        true => "put this host's own certificate first in worker.crt",
+    let unfit = |remedy| Error::bundle(dir, format!("{CERTIFICATE} and {KEY} do not make an identity"), remedy);
+    Err(match others.any(|other| fits(&other).is_ok()) {
+        true => unfit("put this host's own certificate first in worker.crt").because(source),
         // Enrolment writes one file after another, so this may pass.
-        false => "enrol this host again, unless it is being enrolled right now",
-    };
-    Err(Error::bundle(dir, format!("{CERTIFICATE} and {KEY} do not make an identity"), remedy).because(source))
+        false => unfit("enrol this host again, unless it is being enrolled right now").because(source).passing(),
+    })
 }
 
 /// SHA-256 of a certificate's DER in lowercase hexadecimal.
@@ -271,6 +271,10 @@ pub(crate) fn is_root(der: &CertificateDer<'_>, provider: &CryptoProvider) -> bo
 
 /// All certificates of a file, at least one.
 pub(crate) fn certificates(path: &Path, content: &[u8]) -> Result<Vec<CertificateDer<'static>>, Error> {
+    certificates_of(path, content).map_err(|error| unless_half_written(content, error))
+}
+
+fn certificates_of(path: &Path, content: &[u8]) -> Result<Vec<CertificateDer<'static>>, Error> {
     let (mut certificates, mut other) = (Vec::new(), None);
     for section in sections(path, content)? {
         match section {
@@ -291,6 +295,10 @@ pub(crate) fn certificates(path: &Path, content: &[u8]) -> Result<Vec<Certificat
 
 /// The one private key of a file.
 fn private_key(path: &Path, content: &[u8]) -> Result<PrivateKeyDer<'static>, Error> {
+    private_key_of(path, content).map_err(|error| unless_half_written(content, error))
+}
+
+fn private_key_of(path: &Path, content: &[u8]) -> Result<PrivateKeyDer<'static>, Error> {
     let (mut keys, mut encrypted, mut other) = (Vec::new(), false, None);
     for section in sections(path, content)? {
         match section {
@@ -319,6 +327,11 @@ fn private_key(path: &Path, content: &[u8]) -> Result<PrivateKeyDer<'static>, Er
     }
 }
 
+/// An enrolment that is under way has not written the rest of this file yet.
+fn unless_half_written(content: &[u8], error: Error) -> Error {
+    if pem::is_half_written(content) { error.passing() } else { error }
+}
+
 fn sections(path: &Path, content: &[u8]) -> Result<Vec<Section>, Error> {
     pem::sections(content).map_err(|pem::Problem { what, remedy }| Error::bundle(path, what, remedy.unwrap_or(MEND)))
 }
@@ -332,15 +345,75 @@ fn warn_of_readers(key: &Path) {
     }
 }
 
+/// One of the three files. That it is missing may pass if an enrolment is under way, or the file system is not mounted yet.
 pub(crate) fn read(path: &Path) -> Result<Vec<u8>, Error> {
     files::read(path, limits::PEM_FILE).map_err(|source| {
+        let dir = path.parent().unwrap_or(Path::new(""));
+        let is_missing = source.kind() == io::ErrorKind::NotFound;
         let remedy = match source.kind() {
-            io::ErrorKind::NotFound if path.parent().is_some_and(|dir| !dir.exists()) => {
-                "enrol this host, or correct the agent dir, which does not exist"
-            }
-            io::ErrorKind::NotFound => ENROL,
+            _ if is_missing && !dir.exists() => "enrol this host, or correct the agent dir, which does not exist",
+            _ if is_missing => ENROL,
             _ => files::remedy(&source),
         };
-        Error::bundle(path, "cannot be read", remedy).because(source)
+        let error = Error::bundle(path, "cannot be read", remedy).because(source);
+        let may_come =
+            || files::is_empty_folder(dir) || [CA, CERTIFICATE, KEY].iter().any(|name| dir.join(name).exists());
+        if is_missing && may_come() { error.passing() } else { error }
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::verifier;
+
+    /// Cut at every byte, each of the three files is one that an enrolment has not finished, or it is good.
+    #[cfg(feature = "loopback")]
+    #[test]
+    fn every_half_written_file_may_pass_and_garbage_may_not() {
+        use crate::loopback::{Authority, Role};
+        let dir = tempfile::tempdir().unwrap();
+        let authority = Authority::new().unwrap();
+        authority.write_bundle(&authority.issue(Role::Worker("w".to_owned())).unwrap(), dir.path()).unwrap();
+        let provider = verifier::provider();
+        for name in [CA, CERTIFICATE, KEY] {
+            let path = dir.path().join(name);
+            let whole = fs::read(&path).unwrap();
+            let mut refused = 0;
+            for end in 0..whole.len() {
+                fs::write(&path, &whole[..end]).unwrap();
+                if let Err(error) = Bundle::load(dir.path(), &provider) {
+                    assert!(error.is_transient(), "{name} cut at {end}: {error:?}");
+                    refused += 1;
+                }
+            }
+            assert!(refused >= whole.len() - 2, "{name}: {refused} of {}", whole.len());
+            let text = String::from_utf8(whole.clone()).unwrap();
+            let mangled = text.replacen("\nM", "\n!", 1);
+            for garbage in ["garbage", "garbage\n", &mangled, mangled.trim_end(), "\0\0\0"] {
+                fs::write(&path, garbage).unwrap();
+                let error = Bundle::load(dir.path(), &provider).err().unwrap();
+                assert!(!error.is_transient(), "{name} of {garbage:?}: {error:?}");
+            }
+            fs::write(&path, whole).unwrap();
+        }
+    }
+
+    #[test]
+    fn files_that_are_missing_may_come_where_the_folder_is_empty_or_has_the_others() {
+        let parent = tempfile::tempdir().unwrap();
+        let dir = parent.path().join("agent");
+        let transient = || Bundle::load(&dir, &verifier::provider()).err().unwrap().is_transient();
+        assert!(transient(), "the folder in which it is to be is empty");
+        fs::write(parent.path().join("other"), "").unwrap();
+        assert!(!transient(), "there are other files, and the agent dir is missing");
+        fs::create_dir(&dir).unwrap();
+        assert!(transient(), "the agent dir is empty");
+        fs::write(dir.join("heartbeat.db-lock"), "").unwrap();
+        assert!(transient(), "the outbox is ours");
+        fs::write(dir.join("topology.db"), "").unwrap();
+        assert!(!transient(), "somebody else's file is there, and the bundle is not");
+        fs::write(dir.join(KEY), "").unwrap();
+        assert!(transient(), "one of the three is there");
+    }
 }

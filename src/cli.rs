@@ -12,6 +12,7 @@ mod report;
 mod run;
 mod track;
 
+use std::io;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -20,19 +21,24 @@ use arguments::{Arguments, Command, Common, escaped};
 use clap::{CommandFactory, Parser};
 use clap_complete::Shell;
 use log::LevelFilter;
-use output::{complain, print};
+use output::{answer, complain, refuse};
 
 use crate::enrolment::{Enrolment, EnrolmentSources};
 use crate::error::{Error, chain, printable_path};
 use crate::outbox::OutboxLocation;
 use crate::status::decnet::DecnetStatus;
+use crate::text::escaped_lines;
 
-/// `EX_CONFIG` of sysexits.h: the host is not enrolled, or its configuration or bundle cannot be used.
+/// `EX_CONFIG` of sysexits.h: the host is not enrolled, or its configuration or bundle cannot be used, and a restart does not
+/// change that.
 const NOT_CONFIGURED: u8 = 78;
 
 /// The whole program.
 pub fn main() -> ExitCode {
-    let Arguments { common, command } = Arguments::try_parse().unwrap_or_else(|error| escaped(error).exit());
+    let Arguments { common, command } = match Arguments::try_parse() {
+        Ok(arguments) => arguments,
+        Err(error) => return help_or_refuse(error),
+    };
     let usual = match command {
         Command::Run(_) => LevelFilter::Info,
         // Their result is what they print, or their command's.
@@ -49,20 +55,30 @@ pub fn main() -> ExitCode {
         Command::Run(options) => run::run(&common, options).map(|()| ExitCode::SUCCESS),
         Command::Push(options) => push::push(&common, options).map(|()| ExitCode::SUCCESS),
         Command::Track(options) => track::track(&common, options),
-        Command::Check(options) => Ok(check::check(&common, &options)),
+        Command::Check(options) => check::check(&common, &options),
         Command::Demo { seconds } => demo::demo(Duration::from_secs(seconds)).map(|()| ExitCode::SUCCESS),
-        Command::Completions { shell } => {
-            completions(shell);
-            Ok(ExitCode::SUCCESS)
-        }
+        Command::Completions { shell } => completions(shell).map(|()| ExitCode::SUCCESS),
     };
     done.unwrap_or_else(|error| fail(&error))
 }
 
-fn completions(shell: Shell) {
+/// Prints the help or the version, or what is wrong with the command line. What was given is escaped.
+fn help_or_refuse(error: clap::Error) -> ExitCode {
+    let (asked_for, code) = (!error.use_stderr(), error.exit_code());
+    let said = escaped(error).render();
+    if asked_for {
+        // Nothing that was given is in there.
+        let help = if logging::paints(&io::stdout()) { said.ansi().to_string() } else { said.to_string() };
+        return answer(&help).map_or_else(|error| fail(&error), |()| ExitCode::SUCCESS);
+    }
+    refuse(&escaped_lines(&said.to_string()));
+    ExitCode::from(u8::try_from(code).unwrap_or(1))
+}
+
+fn completions(shell: Shell) -> Result<(), Error> {
     let (mut command, mut script) = (Arguments::command(), Vec::new());
     clap_complete::generate(shell, &mut command, env!("CARGO_PKG_NAME"), &mut script);
-    print(&String::from_utf8_lossy(&script));
+    answer(&String::from_utf8_lossy(&script))
 }
 
 /// The environment and the ini, after the options.
@@ -109,10 +125,16 @@ fn outbox(path: Option<PathBuf>) -> OutboxLocation {
     path.map_or(OutboxLocation::AgentDir, OutboxLocation::File)
 }
 
+/// Says why on stderr, unless it is that the reader of the answer has closed the pipe.
 fn fail(error: &Error) -> ExitCode {
-    complain(&chain(error));
-    if error.is_not_enrolled() || error.is_config() || error.is_bundle() {
-        return ExitCode::from(NOT_CONFIGURED);
+    if !error.is_reader_gone() {
+        complain(&chain(error));
     }
-    ExitCode::FAILURE
+    ExitCode::from(code_of(error))
+}
+
+/// What the program exits with for an error: a supervisor starts it again, except after [`NOT_CONFIGURED`].
+fn code_of(error: &Error) -> u8 {
+    let is_configuration = error.is_not_enrolled() || error.is_config() || error.is_bundle();
+    if is_configuration && !error.is_transient() { NOT_CONFIGURED } else { 1 }
 }

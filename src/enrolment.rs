@@ -420,7 +420,8 @@ impl EnrolmentSources {
         .flatten()
         .collect();
         let (Some(host_uuid), Some(master_host), []) = (host_uuid, master_host, missing.as_slice()) else {
-            return Err(Error::not_enrolled(format!("{}; enrol this host from its master", missing.join("; "))));
+            let error = Error::not_enrolled(format!("{}; enrol this host from its master", missing.join("; ")));
+            return Err(if reading.may_come() { error.passing() } else { error });
         };
 
         Ok(Enrolment {
@@ -514,6 +515,17 @@ impl<'a> Reading<'a> {
             None => format!("{variable} is not set, and {}", self.ini_lacks(key)),
         };
         Some(format!("no {what}: {why}"))
+    }
+
+    /// Whether an ini that does not say enough may do so soon: it is empty, or its folder is, as in the middle of an
+    /// enrolment and before a file system is mounted.
+    fn may_come(&self) -> bool {
+        let folder = self.sources.ini.value().parent();
+        match &self.file {
+            IniFile::DoesNotExist => folder.is_some_and(files::is_empty_folder),
+            IniFile::NotAFile => false,
+            IniFile::Read(ini) => ini.is_empty(),
+        }
     }
 
     fn ini_lacks(&self, key: &str) -> String {

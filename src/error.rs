@@ -2,6 +2,7 @@
 
 use std::error::Error as StdError;
 use std::fmt;
+use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 
 use crate::limits;
@@ -20,12 +21,14 @@ use crate::text::{layers, printable};
 /// # let enrolment = Enrolment::new("0c4f9a52", "127.0.0.1", dir.path())?;
 /// use std::error::Error as _;
 ///
-/// /// As the program exits: 78 is for an operator to mend, 1 may be worth another try.
+/// /// As the program exits: 78 is for an operator to mend, 1 is worth another try.
 /// fn exit_code(error: &decnet_heartbeat::Error) -> u8 {
-///     if error.is_not_enrolled() || error.is_config() || error.is_bundle() { 78 } else { 1 }
+///     let configuration = error.is_not_enrolled() || error.is_config() || error.is_bundle();
+///     if configuration && !error.is_transient() { 78 } else { 1 }
 /// }
 ///
-/// // An agent dir without a bundle.
+/// // A folder where the bundle's first file should be.
+/// std::fs::create_dir(dir.path().join("ca.crt"))?;
 /// let error = Heartbeat::builder().enrolment(enrolment).start().unwrap_err();
 /// assert_eq!(exit_code(&error), 78);
 /// assert_eq!(error.path(), Some(dir.path().join("ca.crt").as_path()));
@@ -37,7 +40,7 @@ use crate::text::{layers, printable};
 ///     said += &format!(": {source}");
 ///     next = source.source();
 /// }
-/// assert!(said.ends_with("No such file or directory (os error 2)"));
+/// assert!(said.ends_with("not a regular file"));
 /// assert_eq!(said, format!("{error:?}"));
 /// # Ok(())
 /// # }
@@ -50,6 +53,8 @@ pub struct Error {
 struct Inner {
     kind: Kind,
     source: Option<Box<dyn StdError + Send + Sync>>,
+    /// It may pass, whatever its sources are.
+    passing: bool,
 }
 
 enum Kind {
@@ -76,6 +81,8 @@ enum Kind {
     Thread {
         name: &'static str,
     },
+    #[cfg(feature = "cli")]
+    Answer,
     #[cfg(feature = "loopback")]
     Loopback {
         doing: String,
@@ -117,8 +124,21 @@ impl Error {
     }
 
     /// The system refused a thread.
-    pub(crate) fn thread(name: &'static str, source: std::io::Error) -> Self {
+    pub(crate) fn thread(name: &'static str, source: io::Error) -> Self {
         Self::new(Kind::Thread { name }).because(source)
+    }
+
+    /// The program's answer could not be printed.
+    #[cfg(feature = "cli")]
+    pub(crate) fn answer(source: io::Error) -> Self {
+        Self::new(Kind::Answer).because(source)
+    }
+
+    /// Whoever was to read the program's answer has closed the pipe: no reason to complain.
+    #[cfg(feature = "cli")]
+    pub(crate) fn is_reader_gone(&self) -> bool {
+        let source = self.source().and_then(|source| source.downcast_ref::<io::Error>());
+        matches!(self.inner.kind, Kind::Answer) && source.is_some_and(|error| error.kind() == ErrorKind::BrokenPipe)
     }
 
     /// The loopback master could not do something.
@@ -128,7 +148,13 @@ impl Error {
     }
 
     fn new(kind: Kind) -> Self {
-        Self { inner: Box::new(Inner { kind, source: None }) }
+        Self { inner: Box::new(Inner { kind, source: None, passing: false }) }
+    }
+
+    /// The same error as one that may pass, such as files that are just being written.
+    pub(crate) fn passing(mut self) -> Self {
+        self.inner.passing = true;
+        self
     }
 
     /// The same error with what caused it.
@@ -188,6 +214,36 @@ impl Error {
         matches!(self.inner.kind, Kind::Outbox { .. })
     }
 
+    /// Whether the same call may succeed later, without anybody changing a setting.
+    ///
+    /// It may if the system refused something for a reason that passes: an I/O error, no descriptor or memory left, a file
+    /// server that does not answer, a database that is locked. It may also if the files look as if an enrolment is under
+    /// way or a file system is not mounted yet: certificate and key that do not fit each other, a file that is empty or
+    /// ends in the middle, some of the bundle's three files, or an empty folder where the files should be.
+    ///
+    /// It may not if a value or a file's content cannot be used, or if the system says that a file is missing, is of the
+    /// wrong kind, is too large, or may not be read.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # use decnet_heartbeat::{Enrolment, Heartbeat};
+    /// # let dir = tempfile::tempdir()?;
+    /// # let start = || Heartbeat::builder().enrolment(Enrolment::new("0c4f9a52", "127.0.0.1", dir.path())?).start();
+    /// // The agent dir is empty: its file system may not be mounted yet.
+    /// assert!(start().unwrap_err().is_transient());
+    /// // The enrolment has just made the first file.
+    /// std::fs::write(dir.path().join("ca.crt"), "")?;
+    /// assert!(start().unwrap_err().is_transient());
+    /// // This is no certificate, and will not become one.
+    /// std::fs::write(dir.path().join("ca.crt"), "no certificate\n")?;
+    /// assert!(!start().unwrap_err().is_transient());
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn is_transient(&self) -> bool {
+        self.inner.passing || causes(self).any(passes)
+    }
+
     /// The file at fault, if it is one.
     pub fn path(&self) -> Option<&Path> {
         match &self.inner.kind {
@@ -210,6 +266,8 @@ impl fmt::Display for Error {
             Kind::Outbox { path: None, problem } => write!(f, "outbox in memory: {problem}"),
             Kind::Setting { name, problem } => write!(f, "{name}: {problem}"),
             Kind::Thread { name } => write!(f, "the system refused the thread {name}"),
+            #[cfg(feature = "cli")]
+            Kind::Answer => f.write_str("the answer could not be printed"),
             #[cfg(feature = "loopback")]
             Kind::Loopback { doing } => write!(f, "loopback master: {doing}"),
         }
@@ -227,6 +285,41 @@ impl StdError for Error {
     fn source(&self) -> Option<&(dyn StdError + 'static)> {
         self.inner.source.as_deref().map(|source| source as &(dyn StdError + 'static))
     }
+}
+
+/// What is below an error. At most [`limits::ERROR_SOURCES`], as an error may be its own source.
+fn causes(error: &Error) -> impl Iterator<Item = &(dyn StdError + 'static)> {
+    std::iter::successors(error.source(), |error| (*error).source()).take(limits::ERROR_SOURCES)
+}
+
+/// Whether this is the system's or SQLite's own error, and one of those that may pass.
+fn passes(error: &(dyn StdError + 'static)) -> bool {
+    if let Some(error) = error.downcast_ref::<io::Error>() {
+        return !is_permanent(error);
+    }
+    error.downcast_ref::<rusqlite::Error>().and_then(rusqlite::Error::sqlite_error_code).is_some_and(|code| {
+        use rusqlite::ErrorCode as Code;
+        matches!(
+            code,
+            Code::DatabaseBusy | Code::DatabaseLocked | Code::DiskFull | Code::SystemIoFailure | Code::OutOfMemory
+        )
+    })
+}
+
+/// What only a change of the files or of their permissions ends.
+fn is_permanent(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        ErrorKind::NotFound
+            | ErrorKind::PermissionDenied
+            | ErrorKind::IsADirectory
+            | ErrorKind::NotADirectory
+            // Ours, of what is not a regular file.
+            | ErrorKind::InvalidInput
+            | ErrorKind::InvalidData
+            | ErrorKind::InvalidFilename
+            | ErrorKind::FileTooLarge
+    ) || error.raw_os_error() == Some(libc::ELOOP)
 }
 
 /// An error and all its sources on one line, safe to log.
@@ -247,4 +340,37 @@ pub(crate) fn http_problem(error: &ureq::Error) -> String {
 /// A path in an error or a log line.
 pub(crate) fn printable_path(path: &Path) -> String {
     printable(&path.to_string_lossy())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_a_restart_cannot_mend_is_permanent() {
+        let of = |code| Error::bundle("/a", "cannot be read", "").because(io::Error::from_raw_os_error(code));
+        for code in [libc::ENOENT, libc::EACCES, libc::EPERM, libc::EISDIR, libc::ENOTDIR, libc::EFBIG, libc::ELOOP] {
+            assert!(!of(code).is_transient(), "{:?}", of(code));
+        }
+        assert!(!of(libc::ENAMETOOLONG).is_transient() && !of(libc::EINVAL).is_transient());
+        for code in [
+            libc::EIO,
+            libc::EMFILE,
+            libc::ENFILE,
+            libc::ENOMEM,
+            libc::ESTALE,
+            libc::ETIMEDOUT,
+            libc::ENOTCONN,
+            libc::EHOSTDOWN,
+            libc::ENODEV,
+            libc::EINTR,
+            libc::EAGAIN,
+            libc::ENOSPC,
+        ] {
+            assert!(of(code).is_transient(), "{:?}", of(code));
+        }
+        // Wherever in the chain it stands.
+        assert!(Error::config("/a", "no").because(of(libc::EIO)).is_transient());
+        assert!(!Error::config("/a", "no").is_transient() && Error::config("/a", "no").passing().is_transient());
+    }
 }

@@ -1,6 +1,7 @@
 //! Reading files that others write: bounded, never from a FIFO, and with a stamp that shows whether one has changed.
 //! Runs on the thread that asks.
 
+use std::ffi::OsStr;
 #[cfg(feature = "cli")]
 use std::fs::Permissions;
 use std::fs::{self, File, Metadata};
@@ -13,7 +14,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::time::{Duration, UNIX_EPOCH};
 
-use crate::limits;
+use crate::{limits, outbox};
 
 /// The whole of a regular file of at most `limit` bytes.
 ///
@@ -52,6 +53,21 @@ pub(crate) fn regular(path: &Path) -> io::Result<Metadata> {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
     }
     Ok(metadata)
+}
+
+/// Whether this folder has nothing but our own outbox in it, or does not exist and the nearest one above it that does has
+/// nothing: an enrolment may not have begun, or the file system may not be mounted yet.
+pub(crate) fn is_empty_folder(folder: &Path) -> bool {
+    let is_ours = |name: &OsStr| name.as_encoded_bytes().starts_with(outbox::FILE.as_bytes());
+    for folder in folder.ancestors() {
+        let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
+        match fs::read_dir(folder) {
+            Ok(mut entries) => return entries.all(|entry| entry.is_ok_and(|entry| is_ours(&entry.file_name()))),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => (),
+            Err(_) => return false,
+        }
+    }
+    false
 }
 
 /// Puts `content` at `path` in one step: a reader sees the old file or the new one, never half of it. What stands beside

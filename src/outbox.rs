@@ -52,7 +52,7 @@ use shared::{Shared, name};
 use store::{Refusal, Store};
 
 /// The outbox' name in the agent dir.
-const FILE: &str = "heartbeat.db";
+pub(crate) const FILE: &str = "heartbeat.db";
 
 /// Where deltas are kept until the master has them.
 ///

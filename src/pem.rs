@@ -109,6 +109,23 @@ pub(crate) fn sections(content: &[u8]) -> Result<Vec<Section>, Problem> {
     }
 }
 
+/// Whether the file is empty, or ends within a section: whoever writes it has not finished. Asked of a file that cannot be
+/// used.
+pub(crate) fn is_half_written(content: &[u8]) -> bool {
+    const BEGIN: &[u8] = b"-----BEGIN ";
+    const END: &[u8] = b"-----END ";
+    let mut lines: Vec<&[u8]> = content.split(|byte| *byte == b'\n').map(<[u8]>::trim_ascii).collect();
+    // What follows the last line break.
+    let last = lines.pop().unwrap_or_default();
+    let marker = lines.iter().rfind(|line| line.starts_with(BEGIN) || line.starts_with(END));
+    let is_begun = |line: &[u8]| line.starts_with(BEGIN) || !line.is_empty() && BEGIN.starts_with(line);
+    match marker {
+        _ if content.trim_ascii().is_empty() => true,
+        Some(marker) if marker.starts_with(BEGIN) => !(last.starts_with(END) && last.ends_with(b"-----")),
+        _ => is_begun(last),
+    }
+}
+
 /// DER and UTF-16 hold no line that could be read.
 fn check_is_text(content: &[u8]) -> Result<(), Problem> {
     match content {

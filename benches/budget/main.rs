@@ -10,7 +10,9 @@
     clippy::expect_used,
     clippy::indexing_slicing,
     clippy::panic,
-    reason = "a bench that cannot go on fails there and then"
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "a bench that cannot go on fails there and then, also one that cannot print"
 )]
 
 mod body;

@@ -18,14 +18,15 @@ use crate::identity::MasterIdentity;
 use crate::status::decnet::{DOCKER_SOCKET, DecnetStatus};
 use crate::{limits, text};
 
-const RUN_CODES: &str = "Exits 0 after SIGTERM or SIGINT; 78 when the host is not enrolled or its configuration or bundle cannot \
-                         be used; 2 for a wrong command line; 1 for anything else.";
+const RUN_CODES: &str = "Exits 0 after SIGTERM or SIGINT; 78 when a restart does not help: the host is not enrolled or was \
+                         decommissioned, or its configuration or bundle cannot be used; 2 for a wrong command line; 1 for \
+                         anything else.";
 const PUSH_CODES: &str = "Exits 0 when the master has the delta or the outbox keeps it; 2 for a wrong command line, such as a name that no \
      decky can have; 78 as run does; 1 when it is neither.";
 const TRACK_CODES: &str = "Exits as the command did: with its code, with 128 and the signal that ended it, with 127 where there is \
                            none, with 126 where it cannot be started.";
-const CHECK_CODES: &str = "Exits 0 only if an agent would work; 78 if it would not even start, for want of an enrolment or a \
-                           bundle; 1 if anything else is wrong.";
+const CHECK_CODES: &str = "Exits 0 only if an agent would work; 78 if it would not even start, as run would exit; 1 if anything \
+                           else is wrong, or the answer cannot be printed.";
 
 /// Tells a DECNET master, over mTLS, that this worker lives, what it runs, and how deploys and mutates ended.
 #[derive(Debug, Parser)]
@@ -178,8 +179,8 @@ fn agent_dir(path: PathBuf) -> Result<PathBuf, &'static str> {
 }
 
 /// `--interval`.
-fn interval(text: &str) -> Result<Duration, String> {
-    let interval = humantime::parse_duration(text).map_err(|error| error.to_string())?;
+fn interval(given: &str) -> Result<Duration, String> {
+    let interval = humantime::parse_duration(given).map_err(|error| text::printable(&error.to_string()))?;
     check_interval(interval).map(|()| interval).map_err(|error| chain(&error).replace("interval: ", ""))
 }
 

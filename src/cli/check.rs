@@ -23,7 +23,7 @@ use crate::status::Snapshot;
 use steps::{Checklist, Step};
 
 /// Every step is a line of the answer, and so is what went wrong in it.
-pub(super) fn check(common: &Common, options: &CheckOptions) -> ExitCode {
+pub(super) fn check(common: &Common, options: &CheckOptions) -> Result<ExitCode, Error> {
     let run = &options.run;
     let mut list = Checklist::new(options.json);
     let enrolment = enrolment(common);
@@ -52,7 +52,7 @@ fn enrolled(enrolment: &Enrolment, given: Option<MasterIdentity>, snapshot: &Sna
     who_and_where(enrolment, given, rule).into_iter().for_each(|step| list.add(step));
     let bundle = bundle::check(enrolment.agent_dir().value(), list);
     if let Err(error) = master::check(enrolment, bundle.as_ref(), rule, snapshot, list) {
-        list.add(Step::unconfigured("tls", chain(&error), MEND));
+        list.add(Step::refused("tls", &error, chain(&error), MEND));
     }
 }
 
@@ -80,7 +80,8 @@ fn who_and_where(enrolment: &Enrolment, given: Option<MasterIdentity>, rule: Mas
 
 fn not_enrolled(error: &Error, list: &mut Checklist) {
     let name_it = "if it is enrolled, name its ini with --config";
-    list.add(Step::unconfigured("enrolment", chain(error), if error.is_not_enrolled() { name_it } else { MEND }));
+    let advice = if error.is_not_enrolled() { name_it } else { MEND };
+    list.add(Step::refused("enrolment", error, chain(error), advice));
     for step in ["ca.crt", "worker.crt", "worker.key", "name", "tcp", "tls", "beat"] {
         list.add(Step::not_tried(step, "it takes an enrolment"));
     }

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, at, select};
 use serde_json::json;
 
-use super::output::print;
+use super::output::answer;
 use crate::delta::{LifecycleDelta, Operation};
 use crate::error::Error;
 use crate::heartbeat::Heartbeat;
@@ -35,7 +35,7 @@ pub(super) fn demo(length: Duration) -> Result<(), Error> {
     let start = Instant::now();
     let mut demo = Demo::new(start, length)?;
     for scene in SCRIPT {
-        demo.watch_until(start + length.mul_f64(scene.at));
+        demo.watch_until(start + length.mul_f64(scene.at))?;
         (scene.happens)(&mut demo)?;
     }
     demo.summary()
@@ -60,8 +60,8 @@ impl Demo {
         let folder = Scratch::new()?;
         let master = LoopbackMaster::start()?;
         let worker = master.enrol(&folder.path().join("agent"))?;
-        say(start, "⌂", &format!("a DECNET master with a CA of its own listens on {}", master.address()));
-        say(start, "✎", &format!("this host is enrolled as {}, pinned to its certificate", worker.uuid));
+        say(start, "⌂", &format!("a DECNET master with a CA of its own listens on {}", master.address()))?;
+        say(start, "✎", &format!("this host is enrolled as {}, pinned to its certificate", worker.uuid))?;
         let deployed = Arc::new(Mutex::new(false));
         let heartbeat = Heartbeat::builder()
             .enrolment(worker.enrolment()?)
@@ -73,31 +73,31 @@ impl Demo {
         Ok(Self { start, heartbeat, beats, master, worker, deployed, seen, pushed, outage, _folder: folder })
     }
 
-    fn say(&self, mark: &str, what: &str) {
-        say(self.start, mark, what);
+    fn say(&self, mark: &str, what: &str) -> Result<(), Error> {
+        say(self.start, mark, what)
     }
 
     /// Prints the beats as they end.
-    fn watch_until(&mut self, until: Instant) {
+    fn watch_until(&mut self, until: Instant) -> Result<(), Error> {
         let over = at(until);
         loop {
             select! {
-                recv(self.beats) -> _ => self.beaten(),
-                recv(over) -> _ => return,
+                recv(self.beats) -> _ => self.beaten()?,
+                recv(over) -> _ => return Ok(()),
             }
         }
     }
 
-    fn beaten(&mut self) {
+    fn beaten(&mut self) -> Result<(), Error> {
         let now = self.heartbeat.stats();
         let delivered = now.delivered - self.seen.delivered;
         match (&now.failure, &self.seen.failure) {
             (Some(Failure { class, count, .. }), _) => {
-                self.say("✗", &format!("beat failed ({class}), {count} in a row; {} on disk", deltas(now.waiting)));
+                self.say("✗", &format!("beat failed ({class}), {count} in a row; {} on disk", deltas(now.waiting)))?;
             }
             (None, _) if now.beats == self.seen.beats => (),
-            (None, Some(_)) => self.say("♥", &format!("beat {} accepted: the master is heard again", now.beats)),
-            (None, None) => self.say("♥", &format!("beat {} accepted in {}", now.beats, took(&now))),
+            (None, Some(_)) => self.say("♥", &format!("beat {} accepted: the master is heard again", now.beats))?,
+            (None, None) => self.say("♥", &format!("beat {} accepted in {}", now.beats, took(&now)))?,
         }
         if delivered > 0 {
             let row = self.master.rows().pop().map_or_else(String::new, |row| describe(&row));
@@ -105,15 +105,15 @@ impl Demo {
             self.say(
                 "✓",
                 &format!("{} delivered {waited:.3} s after the push; the master's row: {row}", deltas(delivered)),
-            );
+            )?;
         }
         self.seen = now;
+        Ok(())
     }
 
     fn the_master_orders_a_deploy(&mut self) -> Result<(), Error> {
         self.master.open_operation(&self.worker.uuid, "decky-01", Operation::Deploy.as_str());
-        self.say("→", "the master orders: deploy decky-01. Its row says running until this host reports");
-        Ok(())
+        self.say("→", "the master orders: deploy decky-01. Its row says running until this host reports")
     }
 
     fn the_deploy_succeeds(&mut self) -> Result<(), Error> {
@@ -125,8 +125,7 @@ impl Demo {
         self.master.stop();
         self.outage.0 = Instant::now();
         self.master.open_operation(&self.worker.uuid, "decky-01", Operation::Mutate.as_str());
-        self.say("⚡", "the master is gone: connections cut, new ones refused");
-        Ok(())
+        self.say("⚡", "the master is gone: connections cut, new ones refused")
     }
 
     fn a_mutate_fails_meanwhile(&mut self) -> Result<(), Error> {
@@ -137,21 +136,18 @@ impl Demo {
     fn the_master_comes_back(&mut self) -> Result<(), Error> {
         self.outage.1 = self.outage.0.elapsed();
         self.master.start_again()?;
-        self.say("⚡", "the master is back");
-        Ok(())
+        self.say("⚡", "the master is back")
     }
 
     fn the_end(&mut self) -> Result<(), Error> {
-        self.say("■", "stop");
-        Ok(())
+        self.say("■", "stop")
     }
 
     fn push(&mut self, delta: LifecycleDelta, what: &str) -> Result<(), Error> {
         self.pushed = Instant::now();
         self.heartbeat.deltas().push(delta)?;
         let took = self.pushed.elapsed().as_secs_f64() * 1e3;
-        self.say("+", &format!("push: {what}. On disk after {took:.1} ms, and the caller goes on"));
-        Ok(())
+        self.say("+", &format!("push: {what}. On disk after {took:.1} ms, and the caller goes on"))
     }
 
     fn summary(self) -> Result<(), Error> {
@@ -160,13 +156,13 @@ impl Demo {
         let stopped = self.heartbeat.stop(Duration::from_secs(2));
         let took = stopping.elapsed().as_secs_f64() * 1e3;
         let open = self.master.rows().iter().filter(|row| row.status == RowStatus::Running).count();
-        print(&format!(
+        answer(&format!(
             "\n{} beats accepted, {} delivered, {} lost, an outage of {:.1} s survived, stopped in {took:.1} ms.\n",
             stats.beats,
             deltas(stats.delivered),
             stopped.undelivered,
             self.outage.1.as_secs_f64()
-        ));
+        ))?;
         if open > 0 || stopped.undelivered > 0 {
             return Err(Error::loopback(format!("{open} of its rows are still open; this should not happen")));
         }
@@ -190,8 +186,8 @@ fn source(deployed: Arc<Mutex<bool>>) -> impl FnMut() -> Snapshot + Send {
     }
 }
 
-fn say(start: Instant, mark: &str, what: &str) {
-    print(&format!("{:6.2} s  {mark}  {what}\n", start.elapsed().as_secs_f64()));
+fn say(start: Instant, mark: &str, what: &str) -> Result<(), Error> {
+    answer(&format!("{:6.2} s  {mark}  {what}\n", start.elapsed().as_secs_f64()))
 }
 
 fn took(stats: &Stats) -> String {

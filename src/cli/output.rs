@@ -2,9 +2,22 @@
 
 use std::io::{self, Write};
 
-/// Prints the program's answer. Who reads it may have read enough.
+use crate::error::Error;
+
+/// Prints what a command says beside what it does. That it cannot be printed changes nothing.
 pub(super) fn print(text: &str) {
-    let _ = io::stdout().write_all(text.as_bytes());
+    let _ = answer(text);
+}
+
+/// Prints a part of the answer that a command is there for: if it cannot be printed, the command has failed.
+pub(super) fn answer(text: &str) -> Result<(), Error> {
+    let mut stdout = io::stdout().lock();
+    stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()).map_err(Error::answer)
+}
+
+/// Says on stderr what is wrong with the command line.
+pub(super) fn refuse(text: &str) {
+    let _ = io::stderr().write_all(text.as_bytes());
 }
 
 /// Says why something did not work on stderr, wherever the log goes: an operator looks there first.

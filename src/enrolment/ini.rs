@@ -86,6 +86,11 @@ impl Ini {
         Ok(ini)
     }
 
+    /// Nothing is written in it.
+    pub(super) fn is_empty(&self) -> bool {
+        self.sections.is_empty()
+    }
+
     fn append(&mut self, section: &str, key: &str, line: &str) {
         if let Some(value) = self.sections.get_mut(section).and_then(|section| section.values.get_mut(key)) {
             value.push('\n');

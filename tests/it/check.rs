@@ -393,20 +393,21 @@ fn an_old_signature_of_worker_crt_is_named_where_the_master_refuses_it() {
 #[test]
 fn a_bundle_that_cannot_be_read_is_not_told_to_enrol_again() {
     type Damage = fn(&Path);
-    let damages: [(Damage, &str); 2] = [
-        (|path| fs::create_dir(path).unwrap(), "put the file that the enrolment wrote in its place"),
+    let damages: [(Damage, &str, i32); 2] = [
+        (|path| fs::create_dir(path).unwrap(), "put the file that the enrolment wrote in its place", 78),
         (
             |path| std::os::unix::fs::symlink("/proc/self/mem", path).unwrap(),
             "see to the disk; the kernel's log says more",
+            1,
         ),
     ];
-    for (damage, advice) in damages {
+    for (damage, advice, code) in damages {
         let stage = worker();
         let path = stage.agent_dir().join("worker.key");
         fs::remove_file(&path).unwrap();
         damage(&path);
         let report = Report::of(&mut check(&stage));
-        report.fails_with("worker.key", 78);
+        report.fails_with("worker.key", code);
         assert_eq!(report.advice("worker.key"), advice);
         assert!(report.says("worker.key").contains(&format!("{}: cannot be read: ", path.display())));
     }
@@ -465,12 +466,15 @@ fn a_host_that_is_not_enrolled_is_78_and_the_rest_is_looked_at_all_the_same() {
 }
 
 #[test]
-fn a_bundle_that_cannot_be_used_is_78_and_its_file_named() {
+fn a_bundle_that_cannot_be_used_is_named_by_its_file() {
     let stage = worker();
+    fs::write(stage.agent_dir().join("worker.key"), "garbage").unwrap();
+    Report::of(&mut check(&stage)).fails_with("worker.key", 78);
     let other = stage.master.authority().issue(Role::Worker("other".to_owned())).unwrap();
     fs::write(stage.agent_dir().join("worker.key"), &other.key).unwrap();
     let report = Report::of(&mut check(&stage));
-    report.fails_with("worker.key", 78);
+    // As in the middle of an enrolment.
+    report.fails_with("worker.key", 1);
     assert_eq!(report.ended("not-tried"), ["tls", "beat"]);
     fs::remove_file(stage.agent_dir().join("ca.crt")).unwrap();
     let report = Report::of(&mut check(&stage));

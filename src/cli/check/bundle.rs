@@ -41,7 +41,7 @@ pub(super) fn check(dir: &Path, list: &mut Checklist) -> Option<Bundle> {
 fn broken(name: &'static str, error: &Error) -> Step {
     let (says, remedy) = error.bundle_parts().unwrap_or_else(|| (chain(error), ENROL));
     let file = error.path().map(printable_path).unwrap_or_default();
-    Step::unconfigured(name, format!("{file}: {says}"), remedy)
+    Step::refused(name, error, format!("{file}: {says}"), remedy)
 }
 
 /// The roots of `ca.crt`.

@@ -7,8 +7,10 @@ use std::process::ExitCode;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
-use super::super::output::print;
-use super::super::{NOT_CONFIGURED, logging};
+use super::super::output::answer;
+use super::super::{NOT_CONFIGURED, code_of, logging};
+use crate::error::Error;
+use crate::text::{escaped_json, escaped_lines};
 
 /// How a step went.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -50,9 +52,14 @@ impl Step {
         Self::new(step, Outcome::Failed, says, 1).advise(advice)
     }
 
-    /// An agent would not even start.
-    pub(super) fn unconfigured(step: &'static str, says: impl Into<String>, advice: impl Into<String>) -> Self {
-        Self::new(step, Outcome::Failed, says, NOT_CONFIGURED).advise(advice)
+    /// An agent would not even start, and exits as for this error.
+    pub(super) fn refused(
+        step: &'static str,
+        error: &Error,
+        says: impl Into<String>,
+        advice: impl Into<String>,
+    ) -> Self {
+        Self::new(step, Outcome::Failed, says, code_of(error)).advise(advice)
     }
 
     pub(super) fn not_tried(step: &'static str, why: impl Into<String>) -> Self {
@@ -84,14 +91,20 @@ impl Step {
             Outcome::Failed => ('✗', 31),
             Outcome::NotTried => ('-', 2),
         };
+        let says = one_line(&self.says);
         let mark = if paints { format!("\u{1b}[{colour}m{mark}\u{1b}[0m") } else { mark.to_string() };
-        let mut text = format!("{mark} {:WIDTH$}{}\n", self.step, self.says);
+        let mut text = format!("{mark} {:WIDTH$}{says}\n", self.step);
         if let Some(advice) = &self.advice {
             // Writing to a String cannot fail.
-            let _ = writeln!(text, "  {:WIDTH$}→ {advice}", "");
+            let _ = writeln!(text, "  {:WIDTH$}→ {}", "", one_line(advice));
         }
         text
     }
+}
+
+/// Whoever made the text, it stays on its line and does nothing to a terminal.
+fn one_line(text: &str) -> String {
+    escaped_lines(text).replace('\n', "\\u{a}")
 }
 
 /// What a line begins with is as wide as this.
@@ -102,6 +115,8 @@ pub(super) struct Checklist {
     steps: Vec<Step>,
     json: bool,
     paints: bool,
+    /// Why a part of the answer could not be printed.
+    unprinted: Result<(), Error>,
 }
 
 /// All that a machine may want.
@@ -115,12 +130,12 @@ struct Report<'a> {
 
 impl Checklist {
     pub(super) fn new(json: bool) -> Self {
-        Self { steps: Vec::new(), json, paints: logging::paints(&io::stdout()) }
+        Self { steps: Vec::new(), json, paints: logging::paints(&io::stdout()), unprinted: Ok(()) }
     }
 
     pub(super) fn add(&mut self, step: Step) {
-        if !self.json {
-            print(&step.text(self.paints));
+        if !self.json && self.unprinted.is_ok() {
+            self.unprinted = answer(&step.text(self.paints));
         }
         self.steps.push(step);
     }
@@ -129,29 +144,30 @@ impl Checklist {
         self.steps.iter().map(|step| step.code).max().unwrap_or(0)
     }
 
-    /// Says how it all went.
-    pub(super) fn finish(self) -> ExitCode {
+    /// Says how it all went. An answer that could not be printed is an error, however good it is.
+    pub(super) fn finish(self) -> Result<ExitCode, Error> {
         let exit_code = self.exit_code();
-        let failed = self.steps.iter().filter(|step| step.outcome == Outcome::Failed).count();
-        if self.json {
-            let version = env!("CARGO_PKG_VERSION");
-            let report = Report { version, works: failed == 0, exit_code, steps: &self.steps };
-            // Strings and numbers can be written as JSON.
-            print(&(serde_json::to_string_pretty(&report).unwrap_or_default() + "\n"));
-            return ExitCode::from(exit_code);
-        }
-        let work = match exit_code {
-            0 => return done("An agent would work here.", exit_code),
-            NOT_CONFIGURED => "An agent would not start here",
-            _ => "An agent would not do all of its work here",
-        };
-        done(&format!("{work}: see what is marked ✗."), exit_code)
+        let rest = if self.json { self.report(exit_code) } else { summary(exit_code) };
+        self.unprinted?;
+        answer(&rest)?;
+        Ok(ExitCode::from(exit_code))
+    }
+
+    fn report(&self, exit_code: u8) -> String {
+        let works = self.steps.iter().all(|step| step.outcome != Outcome::Failed);
+        let report = Report { version: env!("CARGO_PKG_VERSION"), works, exit_code, steps: &self.steps };
+        // Strings and numbers can be written as JSON.
+        escaped_json(&serde_json::to_string_pretty(&report).unwrap_or_default()) + "\n"
     }
 }
 
-fn done(summary: &str, exit_code: u8) -> ExitCode {
-    print(&format!("\n{summary}\n"));
-    ExitCode::from(exit_code)
+fn summary(exit_code: u8) -> String {
+    let work = match exit_code {
+        0 => return "\nAn agent would work here.\n".to_owned(),
+        NOT_CONFIGURED => "An agent would not start here",
+        _ => "An agent would not do all of its work here",
+    };
+    format!("\n{work}: see what is marked ✗.\n")
 }
 
 #[cfg(test)]
@@ -169,13 +185,15 @@ mod tests {
     #[test]
     fn the_exit_code_is_the_gravest_one() {
         let exit = |steps: Vec<Step>| {
-            let mut list = Checklist { steps: Vec::new(), json: true, paints: false };
+            let mut list = Checklist { steps: Vec::new(), json: true, paints: false, unprinted: Ok(()) };
             steps.into_iter().for_each(|step| list.add(step));
             list.exit_code()
         };
         let good = || Step::good("a", "").advise("in time");
         assert_eq!(exit(vec![good(), Step::not_tried("b", "")]), 0);
         assert_eq!(exit(vec![good(), Step::bad("b", "", "")]), 1);
-        assert_eq!(exit(vec![Step::unconfigured("a", "", ""), Step::bad("b", "", "")]), 78);
+        let refused = |error: Error| Step::refused("a", &error, "", "");
+        assert_eq!(exit(vec![refused(Error::not_enrolled("")), Step::bad("b", "", "")]), 78);
+        assert_eq!(exit(vec![refused(Error::not_enrolled("").passing())]), 1);
     }
 }
