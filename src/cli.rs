@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use arguments::{Arguments, Command, Common, escaped};
+use arguments::{Arguments, Command, Common, described};
 use clap::{CommandFactory, Parser};
 use clap_complete::Shell;
 use log::LevelFilter;
@@ -27,7 +27,6 @@ use crate::enrolment::{Enrolment, EnrolmentSources};
 use crate::error::{Error, chain, printable_path};
 use crate::outbox::OutboxLocation;
 use crate::status::decnet::DecnetStatus;
-use crate::text::escaped_lines;
 
 /// `EX_CONFIG` of sysexits.h: the host is not enrolled, or its configuration or bundle cannot be used, and a restart does not
 /// change that.
@@ -64,15 +63,15 @@ pub fn main() -> ExitCode {
 
 /// Prints the help or the version, or what is wrong with the command line. What was given is escaped.
 fn help_or_refuse(error: clap::Error) -> ExitCode {
-    let (asked_for, code) = (!error.use_stderr(), error.exit_code());
-    let said = escaped(error).render();
-    if asked_for {
-        // Nothing that was given is in there.
-        let help = if logging::paints(&io::stdout()) { said.ansi().to_string() } else { said.to_string() };
-        return answer(&help).map_or_else(|error| fail(&error), |()| ExitCode::SUCCESS);
+    if error.use_stderr() {
+        let code = u8::try_from(error.exit_code()).unwrap_or(1);
+        refuse(&described(error));
+        return ExitCode::from(code);
     }
-    refuse(&escaped_lines(&said.to_string()));
-    ExitCode::from(u8::try_from(code).unwrap_or(1))
+    // Nothing that was given is in there.
+    let help = error.render();
+    let help = if logging::paints(&io::stdout()) { help.ansi().to_string() } else { help.to_string() };
+    answer(&help).map_or_else(|error| fail(&error), |()| ExitCode::SUCCESS)
 }
 
 fn completions(shell: Shell) -> Result<(), Error> {

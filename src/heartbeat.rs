@@ -10,6 +10,7 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 
 use crate::collector::Collector;
 use crate::content::Content;
+use crate::decommission::Decommission;
 use crate::delta::{Operation, from_micros};
 use crate::enrolment::Enrolment;
 use crate::error::{Error, chain, printable_path};
@@ -584,6 +585,7 @@ fn start(link: Link, outbox: Outbox, source: Box<dyn StatusSource>, settings: Se
         collector: Collector::start(source, &stats)?,
         schedule: Schedule::new(interval),
         content: Content::new(interval),
+        decommission: Decommission::new(interval),
         ticks,
         deltas,
         beaten,

@@ -170,6 +170,7 @@ mod bundle;
 pub mod cli;
 mod collector;
 mod content;
+mod decommission;
 mod delta;
 mod enrolment;
 mod error;

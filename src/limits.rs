@@ -25,6 +25,10 @@ pub(crate) const FRESH: Duration = Duration::from_secs(5);
 /// The first wait after a failed beat; it doubles up to the interval.
 pub(crate) const BACKOFF_START: Duration = Duration::from_secs(1);
 
+/// Intervals for which a host without files must be refused to count as decommissioned: ten minutes at the default, longer than
+/// any enrolment takes.
+pub(crate) const DECOMMISSIONED_INTERVALS: u32 = 20;
+
 /// What a master's `Retry-After` is clamped to: never a busy loop, never silence for good.
 pub(crate) const RETRY_AFTER: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(600));
 

@@ -2,13 +2,16 @@
 //! when they do not. Runs on the caller's thread at start, and on the heartbeat thread before each beat.
 
 use std::fmt;
+use std::fs;
+use std::io::ErrorKind;
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use rustls::pki_types::ServerName;
 use ureq::Agent;
 
-use crate::bundle::{Bundle, Certificate};
+use crate::bundle::{self, Bundle, Certificate};
 use crate::enrolment::Enrolment;
 use crate::error::{Error, chain};
 use crate::files::Stamp;
@@ -131,6 +134,14 @@ impl Link {
                 false
             }
         }
+    }
+
+    /// Whether the ini and the bundle do not exist. What cannot be looked at may exist, and so may what a symlink leads to.
+    pub(crate) fn files_are_gone(&self) -> bool {
+        let dir = self.enrolment.agent_dir().value();
+        let is_gone = |path: &Path| fs::symlink_metadata(path).is_err_and(|error| error.kind() == ErrorKind::NotFound);
+        self.enrolment.ini().is_none_or(is_gone)
+            && [bundle::CA, bundle::CERTIFICATE, bundle::KEY].iter().all(|name| is_gone(&dir.join(name)))
     }
 
     /// Makes the connection anew from the files: after a panic the old one may be in any state.

@@ -1,6 +1,6 @@
 //! What the heartbeat knows of itself. Written on the heartbeat thread, read from any.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -43,6 +43,10 @@ use crate::master::Reply;
 pub struct Stats {
     /// The host is not enrolled: nothing runs, nothing is sent, and `push` keeps nothing.
     pub dormant: bool,
+    /// The master has not accepted this host for 20 intervals without a break (403 or 404), and all that time neither the ini
+    /// nor a file of the bundle has existed: the host was decommissioned. The heartbeat goes on, in case it is enrolled again;
+    /// the program's `run` ends.
+    pub decommissioned: bool,
     /// Who we are to the master.
     pub host_uuid: Option<String>,
     /// Where the beats go.
@@ -82,7 +86,9 @@ pub struct Stats {
     pub operations: u64,
     /// Deltas that fell out of the outbox undelivered: beyond 10,000 the oldest, and after 7 days.
     pub dropped: u64,
-    /// The outbox' file; `None` while something of it is in memory and would not survive the process.
+    /// The outbox' file; `None` while something of it is in memory and would not survive the process. In JSON, which has no
+    /// other text than Unicode, bytes of the path that are not UTF-8 are replaced by U+FFFD.
+    #[serde(serialize_with = "lossy")]
     pub outbox: Option<PathBuf>,
     /// Snapshots that the status source gave.
     pub snapshots: u64,
@@ -259,6 +265,10 @@ fn rfc3339_always<S: Serializer>(at: &SystemTime, serializer: S) -> Result<S::Ok
 
 fn seconds<S: Serializer>(duration: &Option<Duration>, serializer: S) -> Result<S::Ok, S::Error> {
     duration.map(|duration| duration.as_secs_f64()).serialize(serializer)
+}
+
+fn lossy<S: Serializer>(path: &Option<PathBuf>, serializer: S) -> Result<S::Ok, S::Error> {
+    path.as_deref().map(Path::to_string_lossy).serialize(serializer)
 }
 
 #[cfg(test)]

@@ -12,6 +12,7 @@ use serde_json::value::RawValue;
 use crate::body::{self, Body};
 use crate::collector::{Collected, Collector};
 use crate::content::{Cause, Consequence, Content, Nothing, Post, PostOutcome, Share};
+use crate::decommission::Decommission;
 use crate::error::{Error, chain};
 use crate::limits;
 use crate::link::Link;
@@ -78,6 +79,7 @@ pub(crate) struct Worker {
     pub(crate) collector: Collector,
     pub(crate) schedule: Schedule,
     pub(crate) content: Content,
+    pub(crate) decommission: Decommission,
     pub(crate) ticks: Ticks,
     /// A delta is in the outbox.
     pub(crate) deltas: Receiver<()>,
@@ -172,6 +174,7 @@ impl Worker {
                 let names = self.link.names();
                 quietly(|| log::warn!("the connection cannot be made anew: {names} error={error:?}"));
             }
+            self.note_decommission(Verdict::NoAnswer);
             self.schedule.ended(Verdict::NoAnswer, Instant::now(), fastrand::f64());
         }
         self.note_next_beat();
@@ -285,6 +288,7 @@ impl Worker {
                     continue;
                 }
             };
+            self.note_decommission(reply.verdict);
             if reply.verdict == Verdict::Accepted {
                 delivered += deltas.len();
             }
@@ -706,6 +710,24 @@ impl Worker {
                 "{what}: {names} class={class} fingerprint={fingerprint} failures={count} detail={detail:?}"
             );
         });
+    }
+
+    /// Whether the answers of the last intervals and the files say that this host is decommissioned.
+    fn note_decommission(&mut self, verdict: Verdict) {
+        // The files are looked at only where the master refuses this host.
+        let says_so = verdict == Verdict::HostRefused && self.link.files_are_gone();
+        let is_so = self.decommission.answered(says_so, Instant::now());
+        let was_so = self.stats.change(|stats| mem::replace(&mut stats.decommissioned, is_so));
+        if is_so && !was_so {
+            let (names, fingerprint) = (self.link.names(), self.link.fingerprint());
+            let intervals = limits::DECOMMISSIONED_INTERVALS;
+            quietly(|| {
+                log::error!(
+                    "this host is decommissioned, its ini and bundle are gone and the master does not accept it: {names} \
+                     fingerprint={fingerprint} intervals={intervals}"
+                );
+            });
+        }
     }
 
     fn host(&self) -> &str {

@@ -185,8 +185,12 @@ fn interval(given: &str) -> Result<Duration, String> {
 }
 
 /// What is wrong with the command line, safe to print: it quotes what was given, and a script may have got that from
-/// somebody else.
-pub(super) fn escaped(mut error: clap::Error) -> clap::Error {
+/// somebody else. What is quoted is on one line and cut; whatever else is in the text is escaped as well.
+pub(super) fn described(error: clap::Error) -> String {
+    text::escaped_lines(&escaped(error).render().to_string())
+}
+
+fn escaped(mut error: clap::Error) -> clap::Error {
     let escaped = |given: &String| text::escaped_within(given, limits::LOG_TEXT);
     let given = |value: &ContextValue| match value {
         ContextValue::String(given) => Some(ContextValue::String(escaped(given))),
@@ -202,4 +206,63 @@ pub(super) fn escaped(mut error: clap::Error) -> clap::Error {
         }
     }
     error
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::ffi::OsStringExt;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// An argument that may nearly be one of ours, with anything in it.
+    fn argument() -> impl Strategy<Value = OsString> {
+        let start = prop::sample::select(vec![
+            "",
+            "-",
+            "--",
+            "run",
+            "push",
+            "--interval=",
+            "--interval",
+            "--operation=",
+            "--status",
+            "--decky=",
+            "--seconds=",
+            "demo",
+            "completions",
+            "help",
+            "--log-level=",
+            "--master-identity=",
+            "track",
+            "check",
+            "--config",
+            "--no",
+        ]);
+        let bytes = prop_oneof![
+            Just(Vec::new()),
+            prop::collection::vec(any::<u8>(), 0..8),
+            prop::collection::vec(any::<char>(), 0..8).prop_map(|text| String::from_iter(text).into_bytes()),
+            prop::collection::vec(
+                prop::sample::select(vec!['\u{1b}', '\n', '\u{9b}', '\u{202e}', '\u{3164}', '{', '\'']),
+                0..4
+            )
+            .prop_map(|text| String::from_iter(text).into_bytes()),
+        ];
+        (start, bytes).prop_map(|(start, bytes)| OsString::from_vec([start.as_bytes(), &bytes].concat()))
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_the_arguments_are_what_is_said_of_them_is_printable(
+            given in prop::collection::vec(argument(), 0..6)
+        ) {
+            let given = std::iter::once("decnet-heartbeat".into()).chain(given);
+            if let Err(error) = Arguments::try_parse_from(given) {
+                let said = described(error);
+                prop_assert_eq!(text::escaped_lines(&said), said);
+            }
+        }
+    }
 }

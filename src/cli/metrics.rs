@@ -26,7 +26,7 @@ const fn gauge(name: &'static str, help: &'static str, value: fn(&Stats) -> Opti
     Metric { name, kind: "gauge", help, value }
 }
 
-const METRICS: [Metric; 21] = [
+const METRICS: [Metric; 22] = [
     counter("beats_total", "Beats that the master accepted.", |stats| Some(stats.beats as f64)),
     gauge("last_success_timestamp_seconds", "When the master last accepted a beat; 0: never yet.", |stats| {
         stats.last_success.map_or(Some(0.0), moment)
@@ -38,6 +38,11 @@ const METRICS: [Metric; 21] = [
     gauge("failing_since_timestamp_seconds", "When the first of the beats that failed in a row did.", |stats| {
         stats.failure.as_ref().and_then(|failure| moment(failure.since))
     }),
+    gauge(
+        "decommissioned",
+        "Whether the master has not accepted this host for long, and its files are gone.",
+        |stats| truth(stats.decommissioned),
+    ),
     gauge("round_trip_seconds", "From a beat's request to its answer, the last time.", |stats| {
         stats.round_trip.as_ref().map(Duration::as_secs_f64)
     }),

@@ -69,6 +69,7 @@ fn watch(
                 return Ok(());
             }
             recv(beats) -> beat => match beat {
+                Ok(()) if heartbeat.stats().decommissioned => return Err(decommissioned()),
                 Ok(()) if reports.is_empty() => (),
                 Ok(()) => {
                     let stats = heartbeat.stats();
@@ -81,6 +82,14 @@ fn watch(
             },
         }
     }
+}
+
+/// Nothing that a restart could mend: the answer and the files would be the same.
+fn decommissioned() -> Error {
+    Error::not_enrolled(
+        "this host was decommissioned: its ini and its bundle are gone, and the master does not accept it any more; enrol it \
+         again, or remove this program's unit",
+    )
 }
 
 /// For the log.

@@ -13,6 +13,7 @@ mod bundle;
 mod check;
 mod classes;
 mod credentials;
+mod decommission;
 mod delivery;
 mod deltas;
 mod exit_codes;

@@ -41,6 +41,7 @@ fn as_json_they_count_what_waits_what_is_held_what_is_in_flight_and_what_fell_ou
     assert!(json["last_snapshot"].take().is_string());
     let expected = json!({
         "dormant": false,
+        "decommissioned": false,
         "host_uuid": stage.worker.uuid,
         "url": stage.master.url(),
         "fingerprint": stage.worker.fingerprint,
