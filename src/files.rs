@@ -55,6 +55,17 @@ pub(crate) fn regular(path: &Path) -> io::Result<Metadata> {
     Ok(metadata)
 }
 
+/// Whether a file may be put at this path in place of what is there: nothing, or a regular file. A symlink is none.
+#[cfg(feature = "cli")]
+pub(crate) fn replaceable(path: &Path) -> io::Result<()> {
+    match fs::symlink_metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(error),
+        Ok(found) if found.is_file() => Ok(()),
+        Ok(_) => Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file")),
+    }
+}
+
 /// Whether this folder has nothing but our own outbox in it, or does not exist and the nearest one above it that does has
 /// nothing: an enrolment may not have begun, or the file system may not be mounted yet.
 pub(crate) fn is_empty_folder(folder: &Path) -> bool {

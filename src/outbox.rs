@@ -19,6 +19,8 @@ mod entries;
 mod file;
 mod home;
 mod lock;
+#[cfg(feature = "cli")]
+mod look;
 #[cfg(test)]
 #[cfg(feature = "cli")]
 mod model;
@@ -47,7 +49,9 @@ pub(crate) use file::folder;
 use home::{Away, Delivery};
 use lock::Owner;
 #[cfg(feature = "cli")]
-pub(crate) use lock::deliverer;
+pub(crate) use lock::{beside, deliverer};
+#[cfg(feature = "cli")]
+pub(crate) use look::look;
 use shared::{Shared, name};
 use store::{Refusal, Store};
 

@@ -1,7 +1,7 @@
 //! `check`: what an agent needs, step by step, in the order in which it needs it. Runs on the program's main thread.
 //!
-//! It makes no file and delivers no delta. The one beat that it sends says what `run` would say, and an outbox that is there
-//! is opened as `push` opens it.
+//! It makes no file, changes none and delivers no delta. The one beat that it sends says what `run` would say. An outbox that
+//! is there is only read.
 
 mod bundle;
 mod certificate;

@@ -179,7 +179,7 @@ fn owner_path(outbox: &Path, token: &str) -> PathBuf {
 }
 
 /// The path with this at its end.
-pub(super) fn beside(path: &Path, suffix: &str) -> PathBuf {
+pub(crate) fn beside(path: &Path, suffix: &str) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(suffix);
     name.into()

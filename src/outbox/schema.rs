@@ -24,7 +24,7 @@ use rusqlite::{Connection, TransactionBehavior};
 use crate::delta::micros;
 
 /// The schema's version. A migration adds a step to [`migrate`] and raises it.
-const VERSION: i64 = 2;
+pub(super) const VERSION: i64 = 2;
 
 /// "DNHB": tells our files from any other SQLite file. Version 1 did not have it.
 const APPLICATION: i64 = 0x444e_4842;
@@ -55,7 +55,7 @@ pub(crate) const LAST_ID: &str = "max(
 pub(crate) const LAST_ID_AT_MOST: i64 = i64::MAX / 4 * 3;
 
 /// Which version of the schema this is, 0 for an empty database; `None`: it is not ours.
-fn version(db: &Connection) -> rusqlite::Result<Option<i64>> {
+pub(super) fn version(db: &Connection) -> rusqlite::Result<Option<i64>> {
     let pragma = |name| db.pragma_query_value(None, name, |row| row.get::<_, i64>(0));
     let tables: i64 = db.query_row("SELECT count(*) FROM main.sqlite_schema", [], |row| row.get(0))?;
     Ok(match (pragma("application_id")?, pragma("user_version")?, tables) {

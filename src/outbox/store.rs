@@ -50,7 +50,7 @@ impl Refusal {
 
 /// Whether what is in the file is at fault. Of some files that it cannot use, SQLite says no more than that this is an
 /// error, and with one it comes to that only as it makes the first view: all that is done here does well on every other.
-fn is_of_the_content(error: &rusqlite::Error) -> bool {
+pub(super) fn is_of_the_content(error: &rusqlite::Error) -> bool {
     Refusal::of(error) == Refusal::Corrupt || error.sqlite_error_code() == Some(ErrorCode::Unknown)
 }
 

@@ -5,6 +5,8 @@ use std::io::Read;
 use std::os::unix::fs::symlink;
 use std::path::PathBuf;
 use std::process::Child;
+use std::sync::mpsc::channel;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use decnet_heartbeat::loopback::{Answer, Fault};
@@ -36,9 +38,19 @@ fn await_more(stage: &Stage, count: usize) {
 
 /// What it exits with, and what it has said.
 fn ended(mut child: Child) -> (Option<i32>, String) {
-    let mut said = String::new();
-    child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
-    (child.wait().unwrap().code(), said)
+    let mut stderr = child.stderr.take().unwrap();
+    let (sender, all) = channel();
+    let reader = thread::spawn(move || {
+        let mut said = String::new();
+        stderr.read_to_string(&mut said).unwrap();
+        sender.send(said).unwrap();
+    });
+    let in_time = all.recv_timeout(PATIENCE);
+    if in_time.is_err() {
+        child.kill().unwrap();
+    }
+    reader.join().unwrap();
+    (child.wait().unwrap().code(), in_time.unwrap())
 }
 
 #[test]
@@ -102,7 +114,7 @@ fn answer(stage: &Stage, status: u16) {
 
 #[test]
 fn every_break_starts_the_twenty_intervals_anew() {
-    std::thread::scope(|scope| {
+    thread::scope(|scope| {
         for case in BREAKS {
             scope.spawn(move || is_started_anew_by(case));
         }

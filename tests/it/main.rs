@@ -11,6 +11,7 @@
 mod beats;
 mod bundle;
 mod check;
+mod check_only_looks;
 mod classes;
 mod credentials;
 mod decommission;

@@ -1,7 +1,9 @@
 //! What is on this host: the state file, Docker, the topology, the outbox, and where reports go. Runs on the program's main
 //! thread.
 
+use std::fs;
 use std::io;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
@@ -12,13 +14,13 @@ use super::super::{STATE_FILE_VARIABLE, state_file_of_environment};
 use super::steps::Step;
 use crate::delta::from_micros;
 use crate::error::{chain, printable_path};
-use crate::limits;
-use crate::outbox::{Counts, Outbox, OutboxLocation, Role, deliverer, folder};
+use crate::outbox::{self, Counts, OutboxLocation, beside, deliverer, folder};
 use crate::status::AppliedTopology;
 use crate::status::decnet::Findings;
 use crate::status::docker::Engine;
 use crate::status::place::{Located, Unlocated};
 use crate::text::printable;
+use crate::{files, limits};
 
 /// How many deckies DECNET says there are, and in which file.
 pub(super) fn state_file(options: &RunOptions, found: &Findings) -> Step {
@@ -156,7 +158,7 @@ pub(super) fn outbox(location: &OutboxLocation, agent_dir: Option<&Path>) -> Ste
             Step::good("outbox", format!("{file}: run makes it, there is none yet"))
         }
         (Err(error), _) => lost(format!("{file}: {error}")),
-        (Ok(_), Ok(())) => opened(&path),
+        (Ok(_), Ok(())) => looked_at(&path),
     };
     step.fact("file", file)
 }
@@ -167,16 +169,32 @@ fn lost(says: impl Into<String>) -> Step {
     Step::bad("outbox", says, advice)
 }
 
-fn opened(path: &Path) -> Step {
-    let (outbox, problem) = match Outbox::open(&OutboxLocation::File(path.to_owned()), Path::new(""), Role::Contribute)
-    {
-        Ok((outbox, problem)) => (outbox, problem),
+/// What is in the file, of which nothing is changed.
+fn looked_at(path: &Path) -> Step {
+    let file = printable_path(path);
+    if let Err(error) = access(path, Access::READ_OK | Access::WRITE_OK) {
+        return lost(format!("{file} cannot be written: {error}"));
+    }
+    let counts = match outbox::look(path) {
+        Ok(Some(counts)) => counts,
+        Ok(None) => return Step::good("outbox", format!("{file}: of an older version, run takes it over")),
         Err(error) => return lost(chain(&error)),
     };
-    if let Some(problem) = problem {
-        return lost(chain(&problem));
+    let step = counted_step(path, counts);
+    let suffixes = ["", "-wal", "-shm"].map(|suffix| beside(path, suffix));
+    let others = suffixes.iter().find(|file| is_readable_by_others(file));
+    match others.map(|file| printable_path(file)) {
+        Some(file) => step.advise(format!("others can read it: chmod 600 {file}; run would do that")),
+        None => step,
     }
-    let Counts { waiting, held, operations, rejected, oldest } = outbox.books().counts;
+}
+
+fn is_readable_by_others(file: &Path) -> bool {
+    fs::symlink_metadata(file).is_ok_and(|found| found.is_file() && found.permissions().mode() & 0o077 != 0)
+}
+
+fn counted_step(path: &Path, counts: Counts) -> Step {
+    let Counts { waiting, held, operations, rejected, oldest } = counts;
     let age = oldest.and_then(|at| SystemTime::now().duration_since(from_micros(at)).ok());
     let age = age.map(|age| Duration::from_secs(age.as_secs()));
     let for_how_long =
@@ -203,12 +221,14 @@ fn opened(path: &Path) -> Step {
 /// `--stats-file` or `--metrics-file`.
 pub(super) fn report(name: &'static str, path: &Path) -> Step {
     let file = printable_path(path);
-    match room(folder(path)) {
-        Ok(()) => Step::good(name, format!("{file} can be written")),
-        Err(problem) => Step::bad(
+    let advice = "make its folder, let this user write into it, or make room there";
+    match (files::replaceable(path), room(folder(path))) {
+        (Ok(()), Ok(())) => Step::good(name, format!("{file} can be written")),
+        (_, Err(problem)) => Step::bad(name, format!("{file}: {problem}"), advice),
+        (Err(error), Ok(())) => Step::bad(
             name,
-            format!("{file}: {problem}"),
-            "make its folder, let this user write into it, or make room there",
+            format!("{file}: {error}"),
+            "name another file, or remove what is there: run replaces regular files alone, and no symlinks",
         ),
     }
     .fact("file", file)
