@@ -1,6 +1,8 @@
 //! Nothing of the environment gets in, and the service's sandbox is one.
 
+use std::fs;
 use std::net::TcpListener;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use crate::stage::{Stage, World};
@@ -26,23 +28,67 @@ pub fn no_variable_of_the_environment_is_obeyed() {
     assert!(!keys.exists(), "session keys were written down");
 }
 
-/// The README's unit is one that systemd accepts, and its sandbox is rated by systemd's own measure.
-pub fn the_unit_is_sound_and_tight() {
+/// A unit of the README that has this line.
+fn unit_with(line: &str) -> &'static str {
     let readme = include_str!("../../README.md");
-    let unit = readme.split("```ini\n").find(|block| block.starts_with("[Unit]")).unwrap().split("```").next().unwrap();
+    let blocks = readme.split("```ini\n").skip(1).filter_map(|block| block.split("```").next());
+    blocks.into_iter().find(|block| block.lines().any(|it| it == line)).unwrap()
+}
+
+/// A folder with the README's unit. That the program is not installed here says nothing of the unit.
+fn folder_of_units() -> (tempfile::TempDir, PathBuf) {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("decnet-heartbeat.service");
-    // That the program is not installed here says nothing of the unit.
-    std::fs::write(&path, unit.replace("/usr/local/bin/decnet-heartbeat", env!("CARGO_BIN_EXE_decnet-heartbeat")))
-        .unwrap();
-    let analyze = |arguments: &[&str]| {
-        let output = Command::new("systemd-analyze").args(arguments).arg(&path).output().unwrap();
-        let said = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-        assert!(output.status.success(), "{said}");
-        said
-    };
-    let said = analyze(&["verify", "--man=no"]);
-    assert!(!said.contains("decnet-heartbeat.service"), "{said}");
+    let unit = unit_with("Description=DECNET heartbeat");
+    fs::write(&path, unit.replace("/usr/local/bin/decnet-heartbeat", env!("CARGO_BIN_EXE_decnet-heartbeat"))).unwrap();
+    (dir, path)
+}
+
+/// Whether systemd is content, and what it says.
+fn analyze(arguments: &[&str], unit: &Path) -> (bool, String) {
+    let output = Command::new("systemd-analyze").args(arguments).arg(unit).output().unwrap();
+    let said = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    (output.status.success(), said)
+}
+
+fn is_accepted(unit: &Path) -> Result<(), String> {
+    let (accepted, said) = analyze(&["verify", "--man=no"], unit);
+    if accepted && !said.contains("decnet-") { Ok(()) } else { Err(said) }
+}
+
+/// The README's unit is one that systemd accepts, and its sandbox is rated by systemd's own measure.
+pub fn the_unit_is_sound_and_tight() {
+    let (_dir, unit) = folder_of_units();
+    is_accepted(&unit).unwrap();
     // Of 100: below 20 systemd calls it OK.
-    analyze(&["security", "--offline=true", "--threshold=20"]);
+    let (is_tight, said) = analyze(&["security", "--offline=true", "--threshold=20"], &unit);
+    assert!(is_tight, "{said}");
+}
+
+/// It is started again and again, but for 78, and no missing folder keeps it from starting.
+pub fn the_unit_keeps_trying() {
+    let unit = unit_with("Description=DECNET heartbeat");
+    let value = |key: &str| unit.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix('=')).unwrap();
+    assert_eq!(["Restart", "RestartPreventExitStatus", "StartLimitIntervalSec"].map(value), ["always", "78", "0"]);
+    assert!((1..=60).contains(&value("RestartSec").parse::<u32>().unwrap()));
+    let paths =
+        unit.lines().filter(|line| ["ReadWritePaths=", "ReadOnlyPaths="].iter().any(|key| line.starts_with(key)));
+    let paths: Vec<_> = paths.flat_map(|line| line.split_once('=').unwrap().1.split(' ')).collect();
+    assert!(!paths.is_empty() && paths.iter().all(|path| path.starts_with("-/")), "{paths:?}");
+}
+
+/// The drop-in for workers with `decnet-agent` is accepted beside it, and needs it.
+pub fn the_drop_in_binds_it_to_the_agent() {
+    let (dir, unit) = folder_of_units();
+    let drop_ins = dir.path().join("decnet-heartbeat.service.d");
+    fs::create_dir(&drop_ins).unwrap();
+    let drop_in = unit_with("BindsTo=decnet-agent.service");
+    fs::write(drop_ins.join("agent.conf"), drop_in).unwrap();
+    let without_agent = is_accepted(&unit).unwrap_err();
+    assert!(without_agent.contains("decnet-agent.service"), "{without_agent}");
+    fs::write(dir.path().join("decnet-agent.service"), "[Service]\nExecStart=/bin/true\n").unwrap();
+    is_accepted(&unit).unwrap();
+    for line in ["After=decnet-agent.service", "WantedBy=decnet-agent.service"] {
+        assert!(drop_in.lines().any(|it| it == line), "{line}");
+    }
 }
