@@ -192,6 +192,7 @@ mod operation;
 mod outbox;
 mod panics;
 mod pem;
+mod read_only;
 mod repeats;
 mod resolve;
 mod schedule;

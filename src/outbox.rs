@@ -49,7 +49,7 @@ pub(crate) use file::folder;
 use home::{Away, Delivery};
 use lock::Owner;
 #[cfg(feature = "cli")]
-pub(crate) use lock::{beside, deliverer};
+pub(crate) use lock::deliverer;
 #[cfg(feature = "cli")]
 pub(crate) use look::look;
 use shared::{Shared, name};

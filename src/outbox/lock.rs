@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use super::file::folder;
 use crate::limits;
+pub(super) use crate::read_only::beside;
 use crate::text::printable;
 
 /// What an owner's file is called after the outbox' own name.
@@ -176,13 +177,6 @@ pub(super) fn sweep(outbox: &Path) -> io::Result<()> {
 
 fn owner_path(outbox: &Path, token: &str) -> PathBuf {
     beside(outbox, &format!("{OWNER}{token}"))
-}
-
-/// The path with this at its end.
-pub(crate) fn beside(path: &Path, suffix: &str) -> PathBuf {
-    let mut name = path.as_os_str().to_owned();
-    name.push(suffix);
-    name.into()
 }
 
 #[cfg(test)]

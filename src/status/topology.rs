@@ -3,12 +3,14 @@
 use std::error::Error;
 use std::io;
 use std::path::PathBuf;
+use std::time::Instant;
 
 use rusqlite::types::ValueRef;
-use rusqlite::{Connection, OpenFlags, Row};
+use rusqlite::{Connection, Row};
 
 use super::AppliedTopology;
 use crate::error::{chain, printable_path};
+use crate::read_only::Way;
 use crate::{files, limits};
 
 /// Reads `topology.db` and remembers its last row, since leaving a topology out makes the master order it anew.
@@ -45,9 +47,20 @@ impl TopologyFile {
             // A file that cannot be looked at is not a file that is not there: "no topology" makes the master order one.
             looked => looked?,
         };
-        let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
-        let database = Connection::open_with_flags(&self.path, flags)?;
-        database.busy_timeout(limits::TOPOLOGY_BUSY)?;
+        // What SQLite keeps beside a file is beside the one that a symlink leads to.
+        let path = self.path.canonicalize()?;
+        let end = Instant::now() + limits::TOPOLOGY_BUSY;
+        loop {
+            let way = Way::to(&path);
+            let row = Self::row_of(&way.open(&path, limits::TOPOLOGY_BUSY)?);
+            // DECNET's agent has not written meanwhile.
+            if Way::to(&path) == way || Instant::now() >= end {
+                return row;
+            }
+        }
+    }
+
+    fn row_of(database: &Connection) -> Result<Option<AppliedTopology>, Box<dyn Error>> {
         let sql = "SELECT topology_id, applied_version_hash, applied_at, last_error FROM applied_topology LIMIT 1";
         let mut select = database.prepare(sql)?;
         select.query([])?.next()?.map(applied).transpose()
@@ -131,10 +144,26 @@ mod tests {
     #[test]
     fn what_cannot_be_read_now_is_what_it_was() {
         let (_dir, mut file, owner) = file_with_row();
-        owner.execute("BEGIN EXCLUSIVE", []).unwrap();
+        owner.execute_batch("BEGIN EXCLUSIVE; UPDATE applied_topology SET applied_at = 6").unwrap();
         let (last, problem) = file.read();
         assert_eq!(last, Some(Some(row())));
         assert!(problem.unwrap_err().contains("topology.db: database is locked"));
+    }
+
+    #[test]
+    fn a_file_in_wal_mode_is_read_and_nothing_is_made_beside_it() {
+        let (dir, mut file, owner) = file_with_row();
+        owner.pragma_update(None, "journal_mode", "wal").unwrap();
+        owner.execute("UPDATE applied_topology SET applied_at = 6", []).unwrap();
+        let applied = |at| Some(Some(AppliedTopology { applied_at: at, ..row() }));
+        assert_eq!(file.read(), (applied(6), Ok(())), "its owner has it open");
+        let files = || std::fs::read_dir(dir.path()).unwrap().count();
+        assert_eq!(files(), 3);
+        owner.close().unwrap();
+        assert_eq!((file.read(), files()), ((applied(6), Ok(())), 1));
+        let link = TopologyFile::new(dir.path().join("link"));
+        std::os::unix::fs::symlink(&file.path, &link.path).unwrap();
+        assert_eq!(link.row().unwrap(), applied(6).unwrap());
     }
 
     #[test]

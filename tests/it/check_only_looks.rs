@@ -177,6 +177,21 @@ fn what_is_damaged_fails_and_stays() {
 }
 
 #[test]
+fn the_topology_is_read_and_left() {
+    for mode in ["delete", "wal"] {
+        let stage = closed();
+        let topology = stage.agent_dir().join("topology.db");
+        let database = rusqlite::Connection::open(&topology).unwrap();
+        database.pragma_update(None, "journal_mode", mode).unwrap();
+        let table = "CREATE TABLE applied_topology (topology_id TEXT PRIMARY KEY, applied_version_hash TEXT,
+                     hydrated_blob_json TEXT, applied_at INTEGER, last_error TEXT)";
+        database.execute(table, []).unwrap();
+        database.close().unwrap();
+        waits(&outbox_of(&stage));
+    }
+}
+
+#[test]
 fn what_run_would_not_replace_fails_with_an_advice() {
     let stage = Stage::new();
     stage.worker.write_ini(&stage.dir.path().join("decnet.ini")).unwrap();
