@@ -42,7 +42,7 @@ const STEPS: [&str; 15] = [
 ];
 
 /// An engine without containers and networks.
-fn start_docker(socket: &Path) {
+pub fn start_docker(socket: &Path) {
     start_docker_that(socket, |_| ok("[]"));
 }
 

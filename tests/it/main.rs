@@ -20,6 +20,7 @@ mod deltas;
 mod exit_codes;
 mod identity;
 mod operations;
+mod paths;
 mod printing;
 mod program;
 mod readme;
