@@ -3,8 +3,10 @@
 //!
 //! `heartbeat.db` itself is never opened here: closing it would drop SQLite's own locks.
 
+use std::ffi::OsStr;
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Read, Write};
+use std::os::unix::ffi::OsStrExt;
 #[cfg(feature = "cli")]
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::fs::OpenOptionsExt;
@@ -156,11 +158,13 @@ pub(super) fn is_dead(outbox: &Path, token: &[u8]) -> bool {
 
 /// Removes the files of those that died without leaving a row.
 pub(super) fn sweep(outbox: &Path) -> io::Result<()> {
-    let Some(name) = outbox.file_name().and_then(|name| name.to_str()) else { return Ok(()) };
+    // The name may be no text. What is behind it, a token, is.
+    let Some(name) = outbox.file_name().map(OsStr::as_bytes) else { return Ok(()) };
     for entry in fs::read_dir(folder(outbox))? {
         let entry = entry?;
         let file = entry.file_name();
-        let token = file.to_str().and_then(|file| file.strip_prefix(name)).and_then(|rest| rest.strip_prefix(OWNER));
+        let rest = file.as_bytes().strip_prefix(name).and_then(|rest| str::from_utf8(rest).ok());
+        let token = rest.and_then(|rest| rest.strip_prefix(OWNER));
         match token {
             Some(token) if token.ends_with(UNLOCKED) => {
                 let age = entry.metadata()?.modified()?.elapsed();
@@ -217,14 +221,16 @@ mod tests {
     #[test]
     fn what_a_process_left_that_died_before_its_lock_is_swept_up_when_it_is_old() {
         let dir = tempfile::tempdir().unwrap();
-        let outbox = dir.path().join("heartbeat.db");
-        let left = beside(&owner_path(&outbox, Owner::new().token()), UNLOCKED);
-        let file = File::create_new(&left).unwrap();
-        sweep(&outbox).unwrap();
-        assert!(left.exists(), "it may be locked in a moment");
-        file.set_modified(std::time::SystemTime::now() - SOON * 2).unwrap();
-        sweep(&outbox).unwrap();
-        assert!(!left.exists());
+        for name in [&b"heartbeat.db"[..], b"a\xff"] {
+            let outbox = dir.path().join(OsStr::from_bytes(name));
+            let left = beside(&owner_path(&outbox, Owner::new().token()), UNLOCKED);
+            let file = File::create_new(&left).unwrap();
+            sweep(&outbox).unwrap();
+            assert!(left.exists(), "it may be locked in a moment");
+            file.set_modified(std::time::SystemTime::now() - SOON * 2).unwrap();
+            sweep(&outbox).unwrap();
+            assert!(!left.exists());
+        }
     }
 
     #[test]
