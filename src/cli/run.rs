@@ -19,7 +19,7 @@ use crate::error::{Error, printable_path};
 use crate::heartbeat::Heartbeat;
 use crate::repeats::Repeats;
 use crate::stats::Stats;
-use crate::text::printable;
+use crate::text::{escaped_json, printable};
 use crate::{files, limits};
 
 pub(super) fn run(common: &Common, options: RunOptions) -> Result<(), Error> {
@@ -69,11 +69,12 @@ fn watch(
                 return Ok(());
             }
             recv(beats) -> beat => match beat {
-                Ok(()) if heartbeat.stats().decommissioned => return Err(decommissioned()),
-                Ok(()) if reports.is_empty() => (),
                 Ok(()) => {
                     let stats = heartbeat.stats();
                     reports.iter_mut().for_each(|report| report.write(&stats));
+                    if stats.decommissioned {
+                        return Err(decommissioned());
+                    }
                 }
                 Err(_) => return Err(Error::setting("heartbeat", "the thread has ended unasked")),
             },
@@ -113,7 +114,7 @@ impl Report {
     fn stats(path: PathBuf) -> Self {
         Self {
             path,
-            text: |stats| serde_json::to_string_pretty(stats).map(|json| json + "\n"),
+            text: |stats| serde_json::to_string_pretty(stats).map(|json| escaped_json(&json) + "\n"),
             mode: None,
             problem: None,
             problems: Repeats::default(),

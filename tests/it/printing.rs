@@ -5,8 +5,8 @@ use std::fs::{self, File};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::process::{Command, Output, Stdio};
 
-use crate::program::program;
-use crate::support::Stage;
+use crate::program::{program, run};
+use crate::support::{PATIENCE, Stage};
 
 /// Characters that do something to a terminal, hide, or reorder; and bytes that are no text.
 const RAW: [&[u8]; 10] = [
@@ -27,8 +27,13 @@ fn output(command: &mut Command) -> Output {
 }
 
 /// What it printed, which must be text without any such character.
-fn safe(output: &Output) -> String {
-    let said = String::from_utf8([output.stdout.as_slice(), output.stderr.as_slice()].concat()).unwrap();
+fn printed(output: &Output) -> String {
+    safe(&[output.stdout.as_slice(), output.stderr.as_slice()].concat())
+}
+
+/// The text, which must be without any such character.
+fn safe(text: &[u8]) -> String {
+    let said = String::from_utf8(text.to_vec()).unwrap();
     let is_raw = |c: char| c != '\n' && c.is_control();
     let hidden = ['\u{202e}', '\u{ad}', '\u{3164}', '\u{fff9}', '\u{e0041}'];
     assert!(!said.contains(is_raw) && !said.contains(hidden), "{said:?}");
@@ -68,7 +73,7 @@ fn no_argument_reaches_a_terminal_as_it_was_given() {
             vec!["help".into(), before("", raw)],
         ] {
             let output = output(program().args(&arguments));
-            safe(&output);
+            printed(&output);
             assert_eq!(output.status.code(), Some(2), "{arguments:?}");
         }
     }
@@ -89,7 +94,7 @@ fn no_path_and_no_error_reaches_a_terminal_as_it_is() {
             with(&config, &["push", "--operation", "deploy", "--status", "succeeded", "d"]),
         ] {
             assert_eq!(output(&mut command).status.code(), Some(78));
-            safe(&output(&mut command));
+            printed(&output(&mut command));
         }
         let config = ["--config".into(), stage.dir.path().join("decnet.ini").into_os_string()];
         for json in [&["check"][..], &["check", "--json"]] {
@@ -97,14 +102,31 @@ fn no_path_and_no_error_reaches_a_terminal_as_it_is() {
             for option in ["--outbox", "--state-file", "--docker-socket", "--stats-file", "--metrics-file"] {
                 command.arg(option).arg(&path);
             }
-            let said = safe(&output(&mut command));
+            let said = printed(&output(&mut command));
             assert!(said.contains("outbox"), "{said}");
         }
         let mut track = with(&config, &["track", "--operation", "deploy", "--decky", "d", "--"]);
         let ran = output(track.arg(path.join("x")).env("DECNET_HEARTBEAT_STATE_FILE", &path));
         assert!(matches!(ran.status.code(), Some(126 | 127)), "{ran:?}");
-        safe(&ran);
+        printed(&ran);
     }
+}
+
+#[test]
+fn no_path_is_raw_in_the_stats_file() {
+    let stage = Stage::new();
+    let outbox = stage.dir.path().join("\u{9b}31m\u{202e}\u{ad}\u{e0041}");
+    let stats = stage.dir.path().join("stats.json");
+    let mut run = run(&stage.worker, stage.dir.path());
+    run.args(["--interval", "50ms", "--outbox"]).arg(&outbox).arg("--stats-file").arg(&stats).stderr(Stdio::null());
+    let mut run = run.spawn().unwrap();
+    assert!(stage.master.wait_for_beats(3, PATIENCE));
+    run.kill().unwrap();
+    run.wait().unwrap();
+    let written = fs::read(&stats).unwrap();
+    let json: serde_json::Value = serde_json::from_slice(&written).unwrap();
+    assert_eq!(json["outbox"], outbox.to_str().unwrap());
+    safe(&written);
 }
 
 fn with(before: &[OsString], after: &[&str]) -> Command {
