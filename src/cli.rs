@@ -10,6 +10,7 @@ mod output;
 mod push;
 mod report;
 mod run;
+mod systemd;
 mod track;
 
 use std::path::{Path, PathBuf};

@@ -223,6 +223,10 @@ pub(crate) const AFTER_HANDSHAKE: Duration = Duration::from_millis(100);
 #[cfg(feature = "cli")]
 pub(crate) const STDERR_GRACE: Duration = Duration::from_secs(1);
 
+/// The shortest time between two notifications of systemd's watchdog: a smaller one would be a busy loop.
+#[cfg(feature = "cli")]
+pub(crate) const WATCHDOG: Duration = Duration::from_millis(50);
+
 // ---- what is said ---------------------------------------------------------------------------
 
 /// Characters of a delta's error; the master cuts there.

@@ -1,5 +1,5 @@
 //! `run`: beat until a signal comes. The main thread waits for signals, for beats to write the stats and metrics after,
-//! and for the time to pet systemd's watchdog if there is one.
+//! and for the time to notify systemd's watchdog if there is one.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -8,12 +8,12 @@ use std::thread;
 use std::time::Instant;
 
 use crossbeam_channel::{Receiver, bounded, never, select, tick};
-use sd_notify::NotifyState;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use signal_hook::low_level;
 
 use super::arguments::{Common, RunOptions};
+use super::systemd::{self, Systemd};
 use super::{enrolment, metrics, outbox};
 use crate::error::{Error, printable_path};
 use crate::heartbeat::Heartbeat;
@@ -35,11 +35,11 @@ pub(super) fn run(common: &Common, options: RunOptions) -> Result<(), Error> {
         builder = builder.master_identity(identity);
     }
     let heartbeat = builder.start()?;
-    let mut systemd = Systemd::default();
-    systemd.tell(&[NotifyState::Ready]);
+    let mut systemd = Systemd::from_env();
+    systemd.ready();
     let reports = [options.stats_file.map(Report::stats), options.metrics_file.map(Report::metrics)];
     let watched = watch(&heartbeat, &signals, reports.into_iter().flatten().collect(), &mut systemd);
-    systemd.tell(&[NotifyState::Stopping]);
+    systemd.stopping();
     let host = host(&heartbeat);
     let stopped = heartbeat.stop(limits::RUN_GRACE);
     if stopped.undelivered > 0 {
@@ -59,7 +59,7 @@ fn watch(
     mut reports: Vec<Report>,
     systemd: &mut Systemd,
 ) -> Result<(), Error> {
-    let watchdog = sd_notify::watchdog_enabled().map_or_else(never, |limit| tick(limit / 2));
+    let watchdog = systemd::watchdog().map_or_else(never, tick);
     let beats = heartbeat.beats();
     loop {
         select! {
@@ -69,15 +69,17 @@ fn watch(
                 return Ok(());
             }
             recv(beats) -> beat => match beat {
-                Ok(()) if reports.is_empty() => (),
                 Ok(()) => {
-                    let stats = heartbeat.stats();
-                    reports.iter_mut().for_each(|report| report.write(&stats));
+                    if !reports.is_empty() {
+                        let stats = heartbeat.stats();
+                        reports.iter_mut().for_each(|report| report.write(&stats));
+                    }
+                    systemd.catch_up();
                 }
                 Err(_) => return Err(Error::setting("heartbeat", "the thread has ended unasked")),
             },
             recv(watchdog) -> _ => if !heartbeat.is_stalled() {
-                systemd.tell(&[NotifyState::Watchdog]);
+                systemd.alive();
             },
         }
     }
@@ -152,21 +154,4 @@ fn signals() -> Result<Receiver<i32>, Error> {
         .spawn(move || caught.forever().try_for_each(|signal| sender.send(signal)))
         .map_err(|source| Error::thread(NAME, source))?;
     Ok(receiver)
-}
-
-/// The supervisor, if it is systemd.
-#[derive(Debug, Default)]
-struct Systemd {
-    problems: Repeats,
-}
-
-impl Systemd {
-    /// Nothing where there is no systemd. What fails with every notification is logged less and less often.
-    fn tell(&mut self, state: &[NotifyState<'_>]) {
-        let Err(error) = sd_notify::notify(state) else { return };
-        let problem = printable(&error.to_string());
-        if let Some(times) = self.problems.count("systemd", &problem, Instant::now()) {
-            log::warn!("systemd cannot be told: times={times} error={problem:?}");
-        }
-    }
 }
