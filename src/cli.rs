@@ -10,6 +10,7 @@ mod output;
 mod push;
 mod report;
 mod run;
+mod stats_files;
 mod systemd;
 mod track;
 

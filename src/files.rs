@@ -71,6 +71,8 @@ pub(crate) fn replace(path: &Path, content: &[u8], mode: Option<u32>) -> io::Res
         file.set_permissions(Permissions::from_mode(mode))?;
     }
     file.write_all(content)?;
+    // Once more: what is put there meanwhile is somebody's, too.
+    replaceable(path).inspect_err(|_| drop(fs::remove_file(&next)))?;
     fs::rename(&next, path)
 }
 

@@ -227,6 +227,14 @@ pub(crate) const STDERR_GRACE: Duration = Duration::from_secs(1);
 #[cfg(feature = "cli")]
 pub(crate) const WATCHDOG: Duration = Duration::from_millis(50);
 
+/// How long `run` waits at its start for whether `--stats-file` and `--metrics-file` may be replaced.
+#[cfg(feature = "cli")]
+pub(crate) const STATS_CHECK: Duration = Duration::from_secs(1);
+
+/// How long `run` waits at its end for the stats that are being written: a working disk takes a few milliseconds.
+#[cfg(feature = "cli")]
+pub(crate) const STATS_FINISH: Duration = Duration::from_millis(250);
+
 // ---- what is said ---------------------------------------------------------------------------
 
 /// Characters of a delta's error; the master cuts there.
