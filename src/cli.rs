@@ -10,6 +10,7 @@ mod output;
 mod push;
 mod report;
 mod run;
+mod signals;
 mod stats_files;
 mod systemd;
 mod track;
@@ -41,7 +42,10 @@ pub fn main() -> ExitCode {
         Command::Push(_) | Command::Track(_) => LevelFilter::Warn,
         Command::Check(_) | Command::Demo { .. } | Command::Completions { .. } => LevelFilter::Off,
     };
-    if let Err(error) = logging::start(common.log_file.as_deref(), common.log_level.unwrap_or(usual)) {
+    let level = common.log_level.unwrap_or(usual);
+    if let Err(error) =
+        signals::survive_file_size_limit().and_then(|()| logging::start(common.log_file.as_deref(), level))
+    {
         return fail(&error);
     }
     if !matches!(command, Command::Demo { .. }) {

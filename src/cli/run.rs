@@ -2,25 +2,19 @@
 //! written, and for the time to notify systemd's watchdog if there is one. After the start it opens, reads and writes no
 //! file, so no disk delays a signal or the watchdog.
 
-use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
-use std::thread;
-
-use crossbeam_channel::{Receiver, bounded, never, select, tick};
-use signal_hook::consts::{SIGINT, SIGTERM};
-use signal_hook::iterator::Signals;
+use crossbeam_channel::{Receiver, never, select, tick};
 use signal_hook::low_level;
 
 use super::arguments::{Common, RunOptions};
 use super::stats_files::StatsFiles;
 use super::systemd::{self, Systemd};
-use super::{enrolment, outbox};
+use super::{enrolment, outbox, signals};
 use crate::error::Error;
 use crate::heartbeat::Heartbeat;
 use crate::limits;
 
 pub(super) fn run(common: &Common, options: RunOptions) -> Result<(), Error> {
-    let signals = signals()?;
+    let signals = signals::of_run()?;
     let enrolment = enrolment(common)?;
     let source = options.source(enrolment.agent_dir().value());
     let stats_files = StatsFiles::start(options.stats_file, options.metrics_file)?;
@@ -87,22 +81,4 @@ fn watch(
 /// For the log.
 fn host(heartbeat: &Heartbeat) -> String {
     heartbeat.stats().host_uuid.unwrap_or_default()
-}
-
-/// SIGTERM and SIGINT, by way of a thread of their own. The second one ends the program at once.
-fn signals() -> Result<Receiver<i32>, Error> {
-    const NAME: &str = "signals";
-    let failed = |source| Error::setting("signals", "cannot be caught").because(source);
-    let asked = Arc::new(AtomicBool::new(false));
-    for signal in [SIGTERM, SIGINT] {
-        signal_hook::flag::register_conditional_shutdown(signal, 1, Arc::clone(&asked)).map_err(failed)?;
-        signal_hook::flag::register(signal, Arc::clone(&asked)).map_err(failed)?;
-    }
-    let mut caught = Signals::new([SIGTERM, SIGINT]).map_err(failed)?;
-    let (sender, receiver) = bounded(1);
-    thread::Builder::new()
-        .name(NAME.to_owned())
-        .spawn(move || caught.forever().try_for_each(|signal| sender.send(signal)))
-        .map_err(|source| Error::thread(NAME, source))?;
-    Ok(receiver)
 }
