@@ -4,6 +4,9 @@ mod arguments;
 mod check;
 mod command;
 mod demo;
+mod log_line;
+mod log_queue;
+mod log_sink;
 mod logging;
 mod metrics;
 mod output;
@@ -35,6 +38,12 @@ const NOT_CONFIGURED: u8 = 78;
 
 /// The whole program.
 pub fn main() -> ExitCode {
+    let code = execute();
+    logging::flush();
+    code
+}
+
+fn execute() -> ExitCode {
     let Arguments { common, command } = Arguments::try_parse().unwrap_or_else(|error| escaped(error).exit());
     let usual = match command {
         Command::Run(_) => LevelFilter::Info,

@@ -2,6 +2,8 @@
 
 use std::io::{self, Write};
 
+use super::logging::say_on_stderr;
+
 /// Prints the program's answer. Who reads it may have read enough.
 pub(super) fn print(text: &str) {
     let _ = io::stdout().write_all(text.as_bytes());
@@ -9,5 +11,5 @@ pub(super) fn print(text: &str) {
 
 /// Says why something did not work on stderr, wherever the log goes: an operator looks there first.
 pub(super) fn complain(what: &str) {
-    let _ = writeln!(io::stderr(), "decnet-heartbeat: {what}");
+    say_on_stderr(&format!("decnet-heartbeat: {what}\n"));
 }

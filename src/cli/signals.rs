@@ -5,7 +5,7 @@
 //! | signal | `run` | other commands |
 //! | --- | --- | --- |
 //! | TERM, INT | stops; the second one ends it at once | ends (`track` passes it on) |
-//! | HUP | nothing | ends (`track` passes it on) |
+//! | HUP | reopens `--log-file` | ends (`track` passes it on) |
 //! | XFSZ | the file in question is full | the same |
 //! | USR1, USR2, ALRM, VTALRM, PROF, IO, STKFLT, PWR | nothing | ends |
 //! | PIPE | nothing; Rust's runtime ignores it | the same |
@@ -23,6 +23,7 @@ use signal_hook::consts::{SIGALRM, SIGHUP, SIGINT, SIGIO, SIGPROF, SIGTERM, SIGU
 use signal_hook::flag;
 use signal_hook::iterator::Signals;
 
+use super::logging;
 use crate::error::Error;
 
 /// Signals that would end `run` and mean nothing to it. systemd counts an end by some of them as a clean one.
@@ -34,8 +35,8 @@ pub(super) fn survive_file_size_limit() -> Result<(), Error> {
     survive(&[SIGXFSZ])
 }
 
-/// For `run`: the signals that end it. The second one ends the program at once, whatever its threads do.
-/// They are caught by a thread `signals`.
+/// For `run`: the signals that end it. The second one ends the program at once, whatever its threads do. SIGHUP reopens the
+/// log file. Both are done by a thread `signals`.
 pub(super) fn of_run() -> Result<Receiver<c_int>, Error> {
     const NAME: &str = "signals";
     survive(&MEANINGLESS)?;
@@ -51,7 +52,7 @@ pub(super) fn of_run() -> Result<Receiver<c_int>, Error> {
     let act = move || {
         for signal in caught.forever() {
             match signal {
-                SIGHUP => (),
+                SIGHUP => logging::reopen(),
                 // One is enough.
                 signal => drop(sender.try_send(signal)),
             }

@@ -18,6 +18,7 @@ mod deltas;
 mod identity;
 mod operations;
 mod program;
+mod program_log;
 mod program_signals;
 mod program_stats_files;
 mod program_systemd;
