@@ -1,14 +1,18 @@
 //! The program's log: whoever reads it, or does not, delays nothing.
 
+use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, PipeReader, PipeWriter, Read, Write, pipe};
-use std::os::unix::ffi::OsStrExt;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use decnet_heartbeat::loopback::Answer;
+use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
+use rustix::termios::{Action, tcflow};
 
 use crate::program::{program, run};
 use crate::support::{PATIENCE, Running, Stage, line_with, lines};
@@ -66,6 +70,49 @@ fn a_log_that_nobody_reads_stops_neither_beats_nor_sigterm() {
     stage.master.always(None);
     assert!(stage.master.wait_for_beats(5, PATIENCE));
     assert_eq!(running.terminate(PROMPT), Some(0));
+}
+
+/// A terminal: who looks at it, and what a program writes to.
+fn terminal() -> (File, File) {
+    let screen = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
+    grantpt(&screen).unwrap();
+    unlockpt(&screen).unwrap();
+    let path = OsString::from_vec(ptsname(&screen, Vec::new()).unwrap().into_bytes());
+    let terminal =
+        File::options().read(true).write(true).custom_flags(OpenptFlags::NOCTTY.bits() as i32).open(path).unwrap();
+    (File::from(screen), terminal)
+}
+
+#[test]
+fn a_stopped_terminal_stops_neither_beats_nor_sigterm() {
+    let stage = Stage::new();
+    let (screen, terminal) = terminal();
+    let stderr = terminal.try_clone().unwrap();
+    let mut command = run(&stage.worker, stage.dir.path());
+    command.args(["--interval", "50ms", "--log-level", "trace"]).env("TERM", "xterm").stderr(stderr);
+    let mut running = Running::start(&mut command);
+    let mut first = String::new();
+    BufReader::new(screen.try_clone().unwrap()).read_line(&mut first).unwrap();
+    assert!(first.contains("\u{1b}[34m[INFO]"), "in colours: {first:?}");
+    // Ctrl-S.
+    tcflow(&terminal, Action::OOff).unwrap();
+    stage.master.always(Some(Answer::status(503).into()));
+    stage.requests(20);
+    stage.master.always(None);
+    assert_eq!(running.terminate(PROMPT), Some(0));
+}
+
+#[test]
+fn no_colour_and_a_dumb_terminal_get_no_colours() {
+    for (name, value) in [("NO_COLOR", "1"), ("TERM", "dumb")] {
+        let stage = Stage::new();
+        let (screen, terminal) = terminal();
+        let mut command = run(&stage.worker, stage.dir.path());
+        let _running = Running::start(command.env("TERM", "xterm").env(name, value).stderr(terminal));
+        let mut first = String::new();
+        BufReader::new(screen).read_line(&mut first).unwrap();
+        assert!(first.contains(" [INFO] (main) heartbeat starting: "), "{first:?}");
+    }
 }
 
 #[test]
@@ -253,7 +300,7 @@ fn a_log_file_that_cannot_be_opened_is_an_error_of_the_start() {
 #[test]
 fn a_log_file_whose_path_is_not_utf8_works() {
     let stage = Stage::new();
-    let log = stage.dir.path().join(std::ffi::OsStr::from_bytes(b"log-\xff"));
+    let log = stage.dir.path().join(OsStr::from_bytes(b"log-\xff"));
     let mut running = Running::start(&mut logging_to(&stage, &log));
     assert!(stage.master.wait_for_beats(1, PATIENCE));
     assert_eq!(running.terminate(PROMPT), Some(0));
