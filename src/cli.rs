@@ -4,12 +4,18 @@ mod arguments;
 mod check;
 mod command;
 mod demo;
+mod log_line;
+mod log_queue;
+mod log_sink;
 mod logging;
 mod metrics;
 mod output;
 mod push;
 mod report;
 mod run;
+mod signals;
+mod stats_files;
+mod systemd;
 mod track;
 
 use std::io;
@@ -34,6 +40,12 @@ const NOT_CONFIGURED: u8 = 78;
 
 /// The whole program.
 pub fn main() -> ExitCode {
+    let code = execute();
+    logging::flush();
+    code
+}
+
+fn execute() -> ExitCode {
     let Arguments { common, command } = match Arguments::try_parse() {
         Ok(arguments) => arguments,
         Err(error) => return help_or_refuse(error),
@@ -44,7 +56,10 @@ pub fn main() -> ExitCode {
         Command::Push(_) | Command::Track(_) => LevelFilter::Warn,
         Command::Check(_) | Command::Demo { .. } | Command::Completions { .. } => LevelFilter::Off,
     };
-    if let Err(error) = logging::start(common.log_file.as_deref(), common.log_level.unwrap_or(usual)) {
+    let level = common.log_level.unwrap_or(usual);
+    if let Err(error) =
+        signals::survive_file_size_limit().and_then(|()| logging::start(common.log_file.as_deref(), level))
+    {
         return fail(&error);
     }
     if !matches!(command, Command::Demo { .. }) {

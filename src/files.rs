@@ -10,7 +10,7 @@ use std::io::Write;
 use std::io::{self, Read};
 use std::os::unix::fs::MetadataExt;
 #[cfg(feature = "cli")]
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::Path;
 use std::time::{Duration, UNIX_EPOCH};
 
@@ -55,17 +55,6 @@ pub(crate) fn regular(path: &Path) -> io::Result<Metadata> {
     Ok(metadata)
 }
 
-/// Whether a file may be put at this path in place of what is there: nothing, or a regular file. A symlink is none.
-#[cfg(feature = "cli")]
-pub(crate) fn replaceable(path: &Path) -> io::Result<()> {
-    match fs::symlink_metadata(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        Err(error) => Err(error),
-        Ok(found) if found.is_file() => Ok(()),
-        Ok(_) => Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file")),
-    }
-}
-
 /// Whether this folder has nothing but our own outbox in it, or does not exist and the nearest one above it that does has
 /// nothing: an enrolment may not have begun, or the file system may not be mounted yet.
 pub(crate) fn is_empty_folder(folder: &Path) -> bool {
@@ -81,11 +70,12 @@ pub(crate) fn is_empty_folder(folder: &Path) -> bool {
     false
 }
 
-/// Puts `content` at `path` in one step: a reader sees the old file or the new one, never half of it. What stands beside
-/// it under the name that is needed meanwhile is removed and never written through: it may be somebody's symlink. With a
-/// mode it has that one, otherwise what the umask leaves.
+/// Puts `content` at `path` in one step: a reader sees the old file or the new one, never half of it. What
+/// [`replaceable`] refuses stays as it is. What stands beside it under the name that is needed meanwhile is removed and
+/// never written through: it may be somebody's symlink. With a mode it has that one, otherwise what the umask leaves.
 #[cfg(feature = "cli")]
 pub(crate) fn replace(path: &Path, content: &[u8], mode: Option<u32>) -> io::Result<()> {
+    replaceable(path)?;
     let mut next = path.as_os_str().to_owned();
     next.push(".new");
     match fs::remove_file(&next) {
@@ -97,7 +87,29 @@ pub(crate) fn replace(path: &Path, content: &[u8], mode: Option<u32>) -> io::Res
         file.set_permissions(Permissions::from_mode(mode))?;
     }
     file.write_all(content)?;
+    // Once more: what is put there meanwhile is somebody's, too.
+    replaceable(path).inspect_err(|_| drop(fs::remove_file(&next)))?;
     fs::rename(&next, path)
+}
+
+/// Whether [`replace`] may put a file at `path`. `InvalidInput`: something that is not a regular file is there, also a
+/// symlink to one. The system's `/dev/null` would become a file, and who reads a symlink's target would see no new content.
+/// A path where nothing is may be used.
+#[cfg(feature = "cli")]
+pub(crate) fn replaceable(path: &Path) -> io::Result<()> {
+    let kind = match fs::symlink_metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        metadata => metadata?.file_type(),
+    };
+    let what = match kind {
+        _ if kind.is_file() => return Ok(()),
+        _ if kind.is_symlink() => "a symlink",
+        _ if kind.is_dir() => "a directory",
+        _ if kind.is_fifo() => "a FIFO",
+        _ if kind.is_socket() => "a socket",
+        _ => "a device",
+    };
+    Err(io::Error::new(io::ErrorKind::InvalidInput, format!("{what} is there, which is not replaced by a file")))
 }
 
 /// What changes when a file does: its inode, size and times. `None` inside when there is no such file.
@@ -168,6 +180,42 @@ mod tests {
         assert_eq!((fs::read(&path).unwrap(), fs::read(&other).unwrap()), (b"ours".to_vec(), b"theirs".to_vec()));
         assert!(!next.exists());
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o640);
+    }
+
+    #[cfg(feature = "cli")]
+    #[test]
+    fn only_a_regular_file_is_replaced() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        let _socket = std::os::unix::net::UnixListener::bind(at("socket")).unwrap();
+        fs::write(at("file"), b"old").unwrap();
+        fs::create_dir(at("folder")).unwrap();
+        for (target, name) in [("file", "link"), ("nowhere", "dangling"), ("/dev/null", "null")] {
+            std::os::unix::fs::symlink(target, at(name)).unwrap();
+        }
+        assert!(std::process::Command::new("mkfifo").arg(at("fifo")).status().unwrap().success());
+        for (name, what) in [
+            ("socket", "a socket"),
+            ("folder", "a directory"),
+            ("link", "a symlink"),
+            ("dangling", "a symlink"),
+            ("null", "a symlink"),
+            ("fifo", "a FIFO"),
+        ] {
+            let before = fs::symlink_metadata(at(name)).unwrap();
+            let refused = replace(&at(name), b"new", None).unwrap_err();
+            assert_eq!(refused.kind(), io::ErrorKind::InvalidInput);
+            assert_eq!(refused.to_string(), format!("{what} is there, which is not replaced by a file"));
+            let after = fs::symlink_metadata(at(name)).unwrap();
+            assert_eq!((before.ino(), before.file_type()), (after.ino(), after.file_type()), "{name}");
+        }
+        assert_eq!(fs::read(at("file")).unwrap(), b"old", "behind a symlink");
+        assert_eq!(replaceable(Path::new("/dev/null")).unwrap_err().kind(), io::ErrorKind::InvalidInput);
+        assert!(replaceable(&at("new")).is_ok());
+        for name in ["new", "file"] {
+            replace(&at(name), b"new", None).unwrap();
+            assert_eq!(fs::read(at(name)).unwrap(), b"new");
+        }
     }
 
     #[test]

@@ -227,6 +227,41 @@ pub(crate) const AFTER_HANDSHAKE: Duration = Duration::from_millis(100);
 #[cfg(feature = "cli")]
 pub(crate) const STDERR_GRACE: Duration = Duration::from_secs(1);
 
+/// How long `run` waits at its start for whether `--stats-file` and `--metrics-file` may be replaced.
+#[cfg(feature = "cli")]
+pub(crate) const STATS_CHECK: Duration = Duration::from_secs(1);
+
+/// How long `run` waits at its end for the stats that are being written: a working disk takes a few milliseconds.
+#[cfg(feature = "cli")]
+pub(crate) const STATS_FINISH: Duration = Duration::from_millis(250);
+
+/// The shortest time between two notifications of systemd's watchdog: a smaller one would be a busy loop.
+#[cfg(feature = "cli")]
+pub(crate) const WATCHDOG: Duration = Duration::from_millis(50);
+
+// ---- the program's log ----------------------------------------------------------------------
+
+/// Lines of the log that wait for whoever reads it. `trace` logs a few dozen in a beat.
+#[cfg(feature = "cli")]
+pub(crate) const LOG_LINES: usize = 1_024;
+
+/// Bytes of one line: some foreign texts of [`LOG_TEXT`] characters, and what is around them.
+#[cfg(feature = "cli")]
+pub(crate) const LOG_LINE: usize = 8 * 1024;
+
+/// How long a start waits for `--log-file` to be opened: a FIFO without a reader, or a frozen file system, may take for
+/// ever.
+#[cfg(feature = "cli")]
+pub(crate) const LOG_OPEN: Duration = Duration::from_secs(1);
+
+/// How long the end of the program waits for the log at most: a queue that is full takes a slow disk less.
+#[cfg(feature = "cli")]
+pub(crate) const LOG_FLUSH: Duration = Duration::from_secs(1);
+
+/// How long it waits for one line: beyond that nobody reads.
+#[cfg(feature = "cli")]
+pub(crate) const LOG_STUCK: Duration = Duration::from_millis(250);
+
 // ---- what is said ---------------------------------------------------------------------------
 
 /// Characters of a delta's error; the master cuts there.

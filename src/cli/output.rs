@@ -2,6 +2,7 @@
 
 use std::io::{self, Write};
 
+use super::logging::say_on_stderr;
 use crate::error::Error;
 
 /// Prints what a command says beside what it does. That it cannot be printed changes nothing.
@@ -17,10 +18,10 @@ pub(super) fn answer(text: &str) -> Result<(), Error> {
 
 /// Says on stderr what is wrong with the command line.
 pub(super) fn refuse(text: &str) {
-    let _ = io::stderr().write_all(text.as_bytes());
+    say_on_stderr(text);
 }
 
 /// Says why something did not work on stderr, wherever the log goes: an operator looks there first.
 pub(super) fn complain(what: &str) {
-    let _ = writeln!(io::stderr(), "decnet-heartbeat: {what}");
+    say_on_stderr(&format!("decnet-heartbeat: {what}\n"));
 }

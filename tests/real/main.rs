@@ -19,6 +19,7 @@ mod heartbeat;
 mod metrics;
 mod operations;
 mod peers;
+mod program;
 mod resolver;
 mod state_file;
 mod support;

@@ -3,6 +3,7 @@
 mod log;
 mod openssl;
 mod raw;
+mod running;
 mod settled;
 
 use std::path::PathBuf;
@@ -16,6 +17,7 @@ use serde_json::{Value, json};
 pub use log::{errors_with, remember_errors};
 pub use openssl::OpenSsl;
 pub use raw::RawMaster;
+pub use running::{Running, line_with, lines};
 pub use settled::settled;
 
 /// Longer than anything a test waits for; reaching it is a failure.

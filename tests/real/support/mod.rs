@@ -1,6 +1,7 @@
 //! The peers that these tests run: the real master, in Python, and a Docker Engine of their own; and small file systems.
 
 pub mod docker;
+mod frozen;
 mod log;
 mod loopback;
 pub mod master;
@@ -11,6 +12,7 @@ mod stage;
 mod tmpfs;
 
 pub use docker::Docker;
+pub use frozen::Freezable;
 pub use log::errors;
 pub use loopback::Loopback;
 pub use master::RealMaster;

@@ -1,0 +1,94 @@
+//! `--stats-file` and `--metrics-file`: what they may replace.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::io::Read;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{FileTypeExt, symlink};
+use std::os::unix::net::UnixListener;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use crate::program::run;
+use crate::support::{PATIENCE, Running, Stage, line_with, lines};
+
+/// A stop, with room for a busy host.
+const PROMPT: Duration = Duration::from_secs(4);
+
+#[test]
+fn a_target_that_is_no_regular_file_is_78_and_stays() {
+    let stage = Stage::new();
+    let at = |name: &str| stage.dir.path().join(name);
+    let _socket = UnixListener::bind(at("socket")).unwrap();
+    fs::create_dir(at("folder")).unwrap();
+    fs::write(at("file"), "theirs").unwrap();
+    symlink(at("file"), at("link")).unwrap();
+    symlink("/dev/null", at("null")).unwrap();
+    assert!(Command::new("mkfifo").arg(at("fifo")).status().unwrap().success());
+    for option in ["--stats-file", "--metrics-file"] {
+        for (name, what) in [
+            ("socket", "a socket"),
+            ("folder", "a directory"),
+            ("link", "a symlink"),
+            ("null", "a symlink"),
+            ("fifo", "a FIFO"),
+        ] {
+            let before = fs::symlink_metadata(at(name)).unwrap().file_type();
+            let mut running = Running::start(run(&stage.worker, stage.dir.path()).arg(option).arg(at(name)));
+            let code = running.end(PROMPT).code();
+            let mut said = String::new();
+            running.0.stderr.take().unwrap().read_to_string(&mut said).unwrap();
+            assert_eq!(code, Some(78), "{said}");
+            let expected = format!(
+                "decnet-heartbeat: {option}: {} cannot be used; name a regular file, or a path where nothing is: {what} is \
+                 there, which is not replaced by a file\n",
+                at(name).display()
+            );
+            assert_eq!(said, expected);
+            assert_eq!(fs::symlink_metadata(at(name)).unwrap().file_type(), before);
+        }
+    }
+    assert_eq!(fs::read_to_string(at("file")).unwrap(), "theirs");
+    assert_eq!(stage.master.received().len(), 0);
+}
+
+#[test]
+fn what_takes_the_files_place_later_is_not_replaced_either() {
+    let stage = Stage::new();
+    let stats = stage.dir.path().join("stats.json");
+    let mut command = run(&stage.worker, stage.dir.path());
+    let mut running =
+        Running::start(command.args(["--log-level", "trace", "--interval", "50ms", "--stats-file"]).arg(&stats));
+    let said = lines(running.0.stderr.take().unwrap());
+    assert!(stage.master.wait_for_beats(3, PATIENCE));
+    let is_fifo = || fs::symlink_metadata(&stats).unwrap().file_type().is_fifo();
+    let fifo = stage.dir.path().join("fifo");
+    let refused = std::iter::repeat_with(|| {
+        // It may have come between the last look and the rename.
+        if !is_fifo() {
+            assert!(Command::new("mkfifo").arg(&fifo).status().unwrap().success());
+            fs::rename(&fifo, &stats).unwrap();
+        }
+        line_with(&said, "")
+    });
+    let line = refused.take(100).find(|line| line.contains("the stats cannot be written: ")).unwrap();
+    assert!(line.contains("(stats-files)") && line.contains("a FIFO is there"), "{line}");
+    let beats = stage.master.received().len();
+    stage.requests(beats + 3);
+    assert_eq!(running.terminate(PROMPT), Some(0));
+    assert!(is_fifo());
+}
+
+#[test]
+fn paths_that_are_not_utf8_work() {
+    let stage = Stage::new();
+    let [stats, metrics] =
+        [&b"stats-\xff"[..], b"metrics-\xff"].map(|name| stage.dir.path().join(OsStr::from_bytes(name)));
+    let mut command = run(&stage.worker, stage.dir.path());
+    command.args(["--interval", "50ms", "--stats-file"]).arg(&stats).arg("--metrics-file").arg(&metrics);
+    let mut running = Running::start(command.stderr(Stdio::null()));
+    assert!(stage.master.wait_for_beats(3, PATIENCE));
+    assert_eq!(running.terminate(PROMPT), Some(0));
+    assert!(fs::read_to_string(stats).unwrap().contains("\"beats\": "));
+    assert!(fs::read_to_string(metrics).unwrap().contains("decnet_heartbeat_beats_total "));
+}
