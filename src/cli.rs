@@ -2,7 +2,6 @@
 
 mod arguments;
 mod check;
-mod command;
 mod demo;
 mod logging;
 mod metrics;
@@ -32,6 +31,9 @@ const NOT_CONFIGURED: u8 = 78;
 
 /// The whole program.
 pub fn main() -> ExitCode {
+    if track::companion::is_meant() {
+        return track::companion::main();
+    }
     let Arguments { common, command } = Arguments::try_parse().unwrap_or_else(|error| escaped(error).exit());
     let usual = match command {
         Command::Run(_) => LevelFilter::Info,

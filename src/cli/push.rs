@@ -7,14 +7,14 @@ use clap::error::ErrorKind;
 
 use super::arguments::{Arguments, Common, PushOptions, Status};
 use super::output::print;
-use super::report::{Reported, Reporter};
+use super::report::{Patience, Reported, Reporter};
 use super::{enrolment, outbox, warn_of_unlisted};
 use crate::delta::LifecycleDelta;
 use crate::error::Error;
 
 /// Where the deltas are delivered or kept, that is said in a line; otherwise that they are neither is the error.
 pub(super) fn push(common: &Common, options: PushOptions) -> Result<(), Error> {
-    let PushOptions { operation, status, error, outbox: path, deckies } = options;
+    let PushOptions { operation, status, error, outbox: path, telling, deckies } = options;
     if status == Status::Succeeded && error.is_some() {
         let text = "--error says why it failed: it goes with --status failed";
         Arguments::command().error(ErrorKind::ArgumentConflict, text).exit();
@@ -31,13 +31,20 @@ pub(super) fn push(common: &Common, options: PushOptions) -> Result<(), Error> {
     let enrolment = enrolment(common)?;
     warn_of_unlisted(enrolment.agent_dir().value(), deltas.iter().map(LifecycleDelta::decky));
     let mut reporter = Reporter::open(enrolment, common.master_identity, &outbox(path))?;
-    let claimed = reporter.claim(deltas)?;
-    match reporter.post(&claimed) {
-        Reported::Delivered => print("delivered\n"),
+    let reported = if telling.no_wait {
+        reporter.keep(&deltas)
+    } else {
+        let claimed = reporter.claim(deltas)?;
+        reporter.post(&claimed, &mut Patience::new(telling.timeout, None))
+    };
+    let said = match reported {
+        Reported::Delivered => "delivered\n".to_owned(),
+        Reported::Left => format!("kept in {} for decnet-heartbeat run\n", reporter.place()),
         Reported::Kept(why) => {
-            print(&format!("kept in {} for decnet-heartbeat run, not delivered: {why}\n", reporter.place()));
+            format!("kept in {} for decnet-heartbeat run, not delivered: {why}\n", reporter.place())
         }
         Reported::Lost(why) => return Err(Error::outbox(None, format!("neither delivered nor kept: {why}"))),
-    }
+    };
+    print(&said);
     Ok(())
 }

@@ -24,4 +24,5 @@ mod retry;
 mod stats;
 mod stopping;
 mod support;
+mod track;
 mod wire;

@@ -84,7 +84,7 @@ impl Reporter {
         let name = format!("o-{round}-{n}");
         stage.master.open_operation(&stage.worker.uuid, &name, Operation::Deploy.as_str());
         let (script, verdict) =
-            if n % 4 == 1 { ("exit 0", "succeeded") } else { ("echo why >&2; exit 3", "failed exited with 3: why") };
+            if n % 4 == 1 { ("exit 0", "succeeded") } else { ("echo why >&2; exit 3", "failed why") };
         let mut command = program(stage);
         command.args(["track", "--operation", "deploy", "--decky", &name, "--", "sh", "-c", script]);
         stage.hear(&format!("begin {name}"));
