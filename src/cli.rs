@@ -49,7 +49,7 @@ pub fn main() -> ExitCode {
     }
     let done = match command {
         Command::Run(options) => run::run(&common, options).map(|()| ExitCode::SUCCESS),
-        Command::Push(options) => push::push(&common, options).map(|()| ExitCode::SUCCESS),
+        Command::Push(options) => push::push(&common, options),
         Command::Track(options) => track::track(&common, options),
         Command::Check(options) => Ok(check::check(&common, &options)),
         Command::Demo { seconds } => demo::demo(Duration::from_secs(seconds)).map(|()| ExitCode::SUCCESS),

@@ -20,8 +20,9 @@ use crate::{limits, text};
 
 const RUN_CODES: &str = "Exits 0 after SIGTERM or SIGINT; 78 when the host is not enrolled or its configuration or bundle cannot \
                          be used; 2 for a wrong command line; 1 for anything else.";
-const PUSH_CODES: &str = "Exits 0 when the master has the delta or the outbox keeps it; 2 for a wrong command line, such as a name that no \
-     decky can have; 78 as run does; 1 when it is neither.";
+const PUSH_CODES: &str = "Exits 0 when the master has the delta, with --no-wait when the outbox has it; 75 when the outbox has it and \
+     the master could not be told in time, so that run delivers it; 2 for a wrong command line, such as a name that no \
+     decky can have; 78 as run does; 1 when neither has it.";
 const TRACK_CODES: &str = "Exits as the command did: with its code, with 128 and the signal that ended it, with 127 where there is \
      none, with 126 where it cannot be started. A signal that comes before the command starts ends track with 128 and the \
      signal, and the command is not started.

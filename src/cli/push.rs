@@ -1,6 +1,7 @@
 //! `push`: reports how an operation ended, now or by way of the outbox. Runs on the program's main thread.
 
 use std::collections::BTreeSet;
+use std::process::ExitCode;
 
 use clap::CommandFactory;
 use clap::error::ErrorKind;
@@ -12,8 +13,11 @@ use super::{enrolment, outbox, warn_of_unlisted};
 use crate::delta::LifecycleDelta;
 use crate::error::Error;
 
+/// `EX_TEMPFAIL` of sysexits.h: the outbox has the deltas, and the master does not have them yet.
+const KEPT: u8 = 75;
+
 /// Where the deltas are delivered or kept, that is said in a line; otherwise that they are neither is the error.
-pub(super) fn push(common: &Common, options: PushOptions) -> Result<(), Error> {
+pub(super) fn push(common: &Common, options: PushOptions) -> Result<ExitCode, Error> {
     let PushOptions { operation, status, error, outbox: path, telling, deckies } = options;
     if status == Status::Succeeded && error.is_some() {
         let text = "--error says why it failed: it goes with --status failed";
@@ -37,14 +41,15 @@ pub(super) fn push(common: &Common, options: PushOptions) -> Result<(), Error> {
         let claimed = reporter.claim(deltas)?;
         reporter.post(&claimed, &mut Patience::new(telling.timeout, None))
     };
-    let said = match reported {
-        Reported::Delivered => "delivered\n".to_owned(),
-        Reported::Left => format!("kept in {} for decnet-heartbeat run\n", reporter.place()),
+    let (said, code) = match reported {
+        Reported::Delivered => ("delivered\n".to_owned(), ExitCode::SUCCESS),
+        Reported::Left => (format!("kept in {} for decnet-heartbeat run\n", reporter.place()), ExitCode::SUCCESS),
         Reported::Kept(why) => {
-            format!("kept in {} for decnet-heartbeat run, not delivered: {why}\n", reporter.place())
+            let place = reporter.place();
+            (format!("kept in {place} for decnet-heartbeat run, not delivered: {why}\n"), ExitCode::from(KEPT))
         }
         Reported::Lost(why) => return Err(Error::outbox(None, format!("neither delivered nor kept: {why}"))),
     };
     print(&said);
-    Ok(())
+    Ok(code)
 }

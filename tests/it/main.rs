@@ -18,6 +18,7 @@ mod deltas;
 mod identity;
 mod operations;
 mod program;
+mod push;
 mod readme;
 mod reporting;
 mod retry;

@@ -100,7 +100,7 @@ fn push_leaves_to_run_what_the_master_cannot_hear() {
     stage.master.stop();
     let (code, said, _) = output(&stage, &["push", "--operation", "deploy", "--status", "succeeded", "a"]);
     let expected = format!("kept in {} for decnet-heartbeat run, not delivered: ", outbox(&stage).display());
-    assert_eq!(code, Some(0));
+    assert_eq!(code, Some(75), "kept, and not delivered in time");
     assert!(said.starts_with(&expected) && said.trim_end().ends_with("Connection refused (os error 111)"), "{said}");
     assert_eq!(kept(&stage), [("a".to_owned(), None, false)]);
     stage.master.start_again().unwrap();
@@ -121,7 +121,7 @@ fn many_that_push_at_once_on_a_new_host_are_all_kept() {
     let children: Vec<_> = commands.into_iter().map(spawn).collect();
     for child in children {
         let Output { status, stderr, .. } = child.wait_with_output().unwrap();
-        assert!(status.code() == Some(0) && stderr.is_empty(), "{}", String::from_utf8_lossy(&stderr));
+        assert!(status.code() == Some(75) && stderr.is_empty(), "{}", String::from_utf8_lossy(&stderr));
     }
     let mut kept: Vec<_> = kept(&stage).into_iter().map(|(decky, ..)| decky).collect();
     kept.sort();
@@ -136,7 +136,7 @@ fn push_says_what_it_has_displaced() {
     let waiting = (0..10_000).map(|n| LifecycleDelta::succeeded(format!("d{n}"), Operation::Mutate));
     heartbeat.deltas().push_all(waiting).unwrap();
     let (code, _, log) = output(&stage, &[&PUSH_FAILED[..], &["a", "b"]].concat());
-    assert!(code == Some(0) && log.ends_with("/heartbeat.db deltas=2 most=10000\n"), "{log}");
+    assert!(code == Some(75) && log.ends_with("/heartbeat.db deltas=2 most=10000\n"), "{log}");
     assert!(log.contains("[ERROR] (main) deltas fell out of the outbox undelivered"), "{log}");
     let kept = kept(&stage);
     assert_eq!((kept.len(), kept[0].0.as_str(), kept[9_999].0.as_str()), (10_000, "d2", "b"));
@@ -150,11 +150,11 @@ fn push_tells_a_host_that_is_not_known_from_a_certificate_that_is_refused() {
     stage.master.pin(&stage.worker.uuid, &other.fingerprint);
     let (code, said, _) = push();
     let expected = "the master does not accept this host's certificate (http-403, fingerprint ";
-    assert!(code == Some(0) && said.contains(&format!("{expected}{})", stage.worker.fingerprint)), "{said}");
+    assert!(code == Some(75) && said.contains(&format!("{expected}{})", stage.worker.fingerprint)), "{said}");
     stage.master.decommission(&stage.worker.uuid);
     let (code, said, _) = push();
     assert!(
-        code == Some(0) && said.contains("the master does not know this host, enrol it again (http-404): "),
+        code == Some(75) && said.contains("the master does not know this host, enrol it again (http-404): "),
         "{said}"
     );
 }
