@@ -220,9 +220,13 @@ pub(crate) const STDERR_QUEUE: usize = 64 * 1024;
 #[cfg(feature = "cli")]
 pub(crate) const STDERR_WRITE: usize = 4_096;
 
-/// The same for a terminal, which `poll` calls writable when it has room for a single byte.
+/// The same for a terminal that we may not open once more. `poll` calls it writable when it has room for a single byte.
 #[cfg(feature = "cli")]
 pub(crate) const TERMINAL_WRITE: usize = 128;
+
+/// The pause after a write for which there was less room than `poll` said: a line end takes two bytes of a terminal.
+#[cfg(feature = "cli")]
+pub(crate) const STDERR_PAUSE: Duration = Duration::from_millis(20);
 
 /// Bytes that a disk has left at the least for `check` to find it good: what the outbox grows to at the most.
 #[cfg(feature = "cli")]

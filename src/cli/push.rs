@@ -2,9 +2,11 @@
 
 use std::collections::BTreeSet;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use clap::CommandFactory;
 use clap::error::ErrorKind;
+use signal_hook::consts::SIGXFSZ;
 
 use super::arguments::{Arguments, Common, PushOptions, Status};
 use super::output::print;
@@ -18,6 +20,8 @@ const KEPT: u8 = 75;
 
 /// Where the deltas are delivered or kept, that is said in a line; otherwise that they are neither is the error.
 pub(super) fn push(common: &Common, options: PushOptions) -> Result<ExitCode, Error> {
+    // Caught and forgotten: a limit on the size of files is a disk that is full, and must not end us.
+    let _ = signal_hook::flag::register(SIGXFSZ, Arc::default());
     let PushOptions { operation, status, error, outbox: path, telling, deckies } = options;
     if status == Status::Succeeded && error.is_some() {
         let text = "--error says why it failed: it goes with --status failed";

@@ -95,3 +95,13 @@ fn a_refused_thread_does_not_keep_a_push_from_the_master() {
     let output = command.env("RUST_MIN_STACK", "70368744177664").output().unwrap();
     assert_eq!((output.status.code(), output.stdout), (Some(0), b"delivered\n".to_vec()));
 }
+
+#[test]
+fn a_limit_on_the_size_of_files_does_not_end_push() {
+    let stage = Stage::new();
+    let inner = program(&stage, &[&PUSH[..], &["d"]].concat());
+    let mut command = Command::new("sh");
+    command.args(["-c", "ulimit -f 0; exec \"$0\" \"$@\""]).arg(inner.get_program()).args(inner.get_args());
+    let output = command.output().unwrap();
+    assert_eq!((output.status.code(), output.stdout), (Some(0), b"delivered\n".to_vec()));
+}

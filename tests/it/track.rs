@@ -249,6 +249,32 @@ fn a_reader_who_is_slower_than_track_loses_nothing() {
 }
 
 #[test]
+fn a_terminal_that_nobody_reads_keeps_neither_track_nor_its_report() {
+    let stage = stage();
+    let terminal = Terminal::new();
+    let script = "n=0; while [ $n -lt 600 ]; do echo $n xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx >&2; n=$((n+1)); done; \
+                  echo the end >&2; exit 3";
+    let mut child = terminal.spawn(&mut tracked(&stage, script));
+    let since = Instant::now();
+    assert_eq!(child.wait().unwrap().code(), Some(3));
+    assert!(since.elapsed() < Duration::from_secs(5), "{:?}", since.elapsed());
+    let (status, error) = row(&stage);
+    assert!(status == RowStatus::Failed && error.as_ref().unwrap().ends_with("x\nthe end"), "{error:?}");
+    let shown = terminal.shown();
+    assert!(shown.lines().count() == 601 && shown.ends_with("the end\r\n"), "{}", shown.len());
+}
+
+#[test]
+fn a_limit_on_the_size_of_files_does_not_end_track() {
+    let stage = stage();
+    let inner = tracked(&stage, "exit 3");
+    let mut command = Command::new("sh");
+    command.args(["-c", "ulimit -f 0; exec \"$0\" \"$@\""]).arg(inner.get_program()).args(inner.get_args());
+    assert_eq!(command.stderr(Stdio::null()).status().unwrap().code(), Some(3));
+    assert_eq!(row(&stage), (RowStatus::Failed, Some("exited with 3".to_owned())));
+}
+
+#[test]
 fn words_that_nobody_reads_do_not_end_the_command() {
     let stage = stage();
     let (read, write) = io::pipe().unwrap();

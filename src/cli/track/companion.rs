@@ -17,13 +17,13 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io::{self, IsTerminal};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::process::ExitCode;
 use std::time::Instant;
 
-use rustix::event::{PollFd, PollFlags, poll};
-use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{Mode, OFlags, fcntl_getfl, fcntl_setfl, open};
 use rustix::io::{Errno, read, write};
 use rustix::net::{RecvFlags, SendFlags, recv, send};
 use rustix::termios::{tcgetwinsize, tcsetwinsize};
@@ -72,10 +72,27 @@ struct Companion {
     /// Read, and not written yet.
     queue: VecDeque<u8>,
     tail: VecDeque<u8>,
-    /// Bytes of one write.
+    /// Our stderr.
+    output: OwnedFd,
+    /// Bytes of one write to it.
     most: usize,
+    /// When it is tried again, after it had less room than `poll` said.
+    resume: Option<Instant>,
     /// The serial of the question for the tail, and the bytes that have to be written before [`WRITTEN`] is true.
     owed: Option<(u8, usize)>,
+}
+
+/// Our stderr, and how much can be written to it without blocking. A terminal that has room for a byte is writable, so it is
+/// opened once more, not to block: others have the one that we were given.
+fn output() -> io::Result<(OwnedFd, usize)> {
+    let given = io::stderr().as_fd().try_clone_to_owned()?;
+    if !given.is_terminal() {
+        return Ok((given, limits::STDERR_WRITE));
+    }
+    let flags = OFlags::WRONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+    // It may be another user's.
+    let opened = open("/proc/self/fd/2", flags, Mode::empty());
+    Ok(opened.map_or((given, limits::TERMINAL_WRITE), |opened| (opened, limits::STDERR_WRITE)))
 }
 
 /// What can be done without waiting.
@@ -91,6 +108,7 @@ impl Companion {
         let signals = SignalDelivery::with_pipe(caught, handler, SignalOnly, COMMANDS)?;
         // Nobody else has this end.
         fcntl_setfl(io::stdin(), fcntl_getfl(io::stdin())? | OFlags::NONBLOCK)?;
+        let (output, most) = output()?;
         send(io::stdout(), &[READY, 0], SendFlags::NOSIGNAL)?;
         Ok(Self {
             signals,
@@ -99,7 +117,9 @@ impl Companion {
             is_tracked: true,
             queue: VecDeque::new(),
             tail: VecDeque::new(),
-            most: if io::stderr().is_terminal() { limits::TERMINAL_WRITE } else { limits::STDERR_WRITE },
+            output,
+            most,
+            resume: None,
             owed: None,
         })
     }
@@ -124,20 +144,23 @@ impl Companion {
         Ok(())
     }
 
-    fn wait(&self) -> io::Result<Ready> {
-        let (input, output, socket) = (io::stdin(), io::stderr(), io::stdout());
+    fn wait(&mut self) -> io::Result<Ready> {
+        self.resume = self.resume.filter(|resume| Instant::now() < *resume);
+        let (input, socket) = (io::stdin(), io::stdout());
         let reads = self.is_open && self.queue.len() < limits::STDERR_QUEUE;
-        let writes = !self.queue.is_empty();
+        let writes = !self.queue.is_empty() && self.resume.is_none();
         let mut files = vec![PollFd::new(self.signals.get_read(), PollFlags::IN)];
         // A file that is polled is reported when it is closed, too. So the others are left out.
         let polled = [
             (reads, input.as_fd(), PollFlags::IN),
-            (writes, output.as_fd(), PollFlags::OUT),
+            (writes, self.output.as_fd(), PollFlags::OUT),
             (self.is_tracked, socket.as_fd(), PollFlags::IN),
         ];
         let polled = polled.into_iter().filter(|(is_polled, ..)| *is_polled);
         files.extend(polled.map(|(_, file, flags)| PollFd::from_borrowed_fd(file, flags)));
-        match poll(&mut files, None) {
+        let pause = self.resume.map(|resume| resume.saturating_duration_since(Instant::now()));
+        let pause = pause.and_then(|pause| Timespec::try_from(pause).ok());
+        match poll(&mut files, pause.as_ref()) {
             Ok(_) | Err(Errno::INTR) => (),
             Err(error) => return Err(error.into()),
         }
@@ -182,9 +205,13 @@ impl Companion {
     fn give(&mut self) {
         let (first, _) = self.queue.as_slices();
         let chunk = first.get(..self.most).unwrap_or(first);
-        let gone = match write(io::stderr(), chunk) {
+        let gone = match write(&self.output, chunk) {
             Ok(length) => length,
-            Err(Errno::AGAIN | Errno::INTR) => 0,
+            Err(Errno::INTR) => 0,
+            Err(Errno::AGAIN) => {
+                self.resume = Some(Instant::now() + limits::STDERR_PAUSE);
+                0
+            }
             Err(_) => self.queue.len(),
         };
         self.queue.drain(..gone);
@@ -215,7 +242,7 @@ impl Companion {
             }
             SIZE => {
                 // Where one of them has no size there is nothing to be done.
-                let _ = tcgetwinsize(io::stderr()).and_then(|size| tcsetwinsize(io::stdin(), size));
+                let _ = tcgetwinsize(&self.output).and_then(|size| tcsetwinsize(io::stdin(), size));
                 self.say(&[kind, serial]);
             }
             TAIL => {
