@@ -70,6 +70,12 @@ impl<'a> Patience<'a> {
         self.has_ended
     }
 
+    /// Sleeps before what has failed is tried again.
+    fn pause(&self) -> io::Result<()> {
+        let pause = Instant::now() + limits::REPORT_PAUSE;
+        self.sleep(None, pause.min(self.until))
+    }
+
     /// Sleeps until a signal comes or `other` is readable or closed, at the longest until then.
     fn sleep(&self, other: Option<&UnixStream>, until: Instant) -> io::Result<()> {
         let signals = self.signals.as_ref().map(|signals| signals.fd());
@@ -135,6 +141,28 @@ impl Reporter {
         }
     }
 
+    /// Keeps deltas for `run` as soon as their file can be had, for as long as there is time. Whether they are kept.
+    pub(super) fn insist(
+        &mut self,
+        location: &OutboxLocation,
+        deltas: &[LifecycleDelta],
+        patience: &mut Patience<'_>,
+    ) -> bool {
+        while !patience.has_ended() && !patience.left().is_zero() {
+            let opened = Outbox::open(location, self.enrolment.agent_dir().value(), Role::Contribute);
+            if let Ok((outbox, None)) = opened {
+                self.outbox = outbox;
+                if self.keep(deltas) == Reported::Left {
+                    return true;
+                }
+            }
+            if patience.pause().is_err() {
+                break;
+            }
+        }
+        false
+    }
+
     /// Leaves what has ended to `run`.
     pub(super) fn leave(&self, patience: &mut Patience<'_>) -> Reported {
         match self.write_down(patience) {
@@ -195,8 +223,7 @@ impl Reporter {
             if patience.has_ended() || patience.left().is_zero() {
                 return Err(error);
             }
-            let pause = Instant::now() + limits::REPORT_PAUSE;
-            if patience.sleep(None, pause.min(patience.until)).is_err() {
+            if patience.pause().is_err() {
                 return Err(error);
             }
         }

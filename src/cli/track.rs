@@ -20,6 +20,7 @@ mod stderr;
 
 use std::collections::BTreeSet;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use super::arguments::{Common, Telling, TrackOptions};
 use super::report::{Patience, Reported, Reporter};
@@ -45,7 +46,9 @@ pub(super) fn track(common: &Common, options: TrackOptions) -> Result<ExitCode, 
         None => command::run(&command, outputs, &mut signals, &mut stderr),
     };
     if is_enrolled {
-        tracked.end(&ended.outcome, telling, early.is_some(), &mut signals);
+        // A signal before the start asks us to end at once.
+        let telling = early.map_or(telling, |_| Telling { timeout: Duration::ZERO, no_wait: true });
+        tracked.end(&ended.outcome, &telling, &mut signals);
     }
     stderr.finish();
     Ok(ExitCode::from(ended.code))
@@ -93,7 +96,13 @@ impl Tracked<'_> {
     }
 
     /// Reports how it ended: now, or by way of the outbox.
-    fn end(self, outcome: &Outcome, telling: Telling, is_urgent: bool, signals: &mut Signals) {
+    fn end(self, outcome: &Outcome, telling: &Telling, signals: &mut Signals) {
+        // Now, as this is when it ended.
+        let delta = |decky: &String| match outcome {
+            Outcome::Succeeded => LifecycleDelta::succeeded(decky, self.operation),
+            Outcome::Failed(error) => LifecycleDelta::failed(decky, self.operation, error.as_str()),
+        };
+        let deltas: Vec<_> = self.deckies.iter().map(delta).collect();
         let again = if self.begun.is_none() { self.open().map(Some) } else { Ok(None) };
         let mut reporter = match (again, self.reporter) {
             (Ok(Some(reporter)), _) | (_, Some(reporter)) => reporter,
@@ -103,19 +112,12 @@ impl Tracked<'_> {
         // A deploy lists its deckies while it runs.
         warn_of_unlisted(reporter.agent_dir(), self.deckies.iter().map(String::as_str));
         let mut patience = Patience::new(telling.timeout, Some(signals));
-        let is_left = telling.no_wait || is_urgent;
-        let deltas: Vec<_> = self.deckies.into_iter().map(|decky| delta(decky, self.operation, outcome)).collect();
         let reported = match self.begun {
             Some(ids) => {
-                let ended: Vec<_> = ids.into_iter().zip(deltas).map(|(id, delta)| Kept { id, delta }).collect();
-                reporter.end(&ended, if is_left { Poster::Deliverer } else { Poster::Us });
-                if is_left { reporter.leave(&mut patience) } else { reporter.post(&ended, &mut patience) }
+                let ended = ids.into_iter().zip(deltas).map(|(id, delta)| Kept { id, delta }).collect();
+                end_begun(&reporter, ended, telling, &mut patience)
             }
-            None if is_left => reporter.keep(&deltas),
-            None => match reporter.claim(deltas) {
-                Ok(claimed) => reporter.post(&claimed, &mut patience),
-                Err(error) => Reported::Lost(chain(&error)),
-            },
+            None => end_unbegun(&mut reporter, &self.location, deltas, telling, &mut patience),
         };
         match reported {
             Reported::Delivered | Reported::Left => (),
@@ -128,9 +130,41 @@ impl Tracked<'_> {
     }
 }
 
-fn delta(decky: String, operation: Operation, outcome: &Outcome) -> LifecycleDelta {
-    match outcome {
-        Outcome::Succeeded => LifecycleDelta::succeeded(decky, operation),
-        Outcome::Failed(error) => LifecycleDelta::failed(decky, operation, error.as_str()),
+/// Reports rows that are in flight on the disk.
+fn end_begun(reporter: &Reporter, ended: Vec<Kept>, telling: &Telling, patience: &mut Patience<'_>) -> Reported {
+    if telling.no_wait {
+        reporter.end(&ended, Poster::Deliverer);
+        return reporter.leave(patience);
+    }
+    reporter.end(&ended, Poster::Us);
+    reporter.post(&ended, patience)
+}
+
+/// Reports what the disk knows nothing of yet. Where that cannot be changed and the master cannot be reached, neither, the
+/// file is tried for as long as there is time.
+fn end_unbegun(
+    reporter: &mut Reporter,
+    location: &OutboxLocation,
+    deltas: Vec<LifecycleDelta>,
+    telling: &Telling,
+    patience: &mut Patience<'_>,
+) -> Reported {
+    let reported = if telling.no_wait {
+        reporter.keep(&deltas)
+    } else {
+        match reporter.claim(deltas.clone()) {
+            Ok(claimed) => reporter.post(&claimed, patience),
+            Err(error) => Reported::Lost(chain(&error)),
+        }
+    };
+    match reported {
+        Reported::Lost(why) if reporter.insist(location, &deltas, patience) => {
+            if telling.no_wait {
+                Reported::Left
+            } else {
+                Reported::Kept(why)
+            }
+        }
+        reported => reported,
     }
 }

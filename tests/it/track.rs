@@ -536,6 +536,21 @@ fn a_lock_at_the_start_that_is_gone_at_the_end_loses_no_report() {
 }
 
 #[test]
+fn a_lock_that_outlives_the_command_loses_no_report_though_nobody_answers() {
+    let mut stage = stage();
+    let other = lock(&stage);
+    stage.master.stop();
+    let mut child = tracked(&stage, "exit 3").stderr(Stdio::piped()).spawn().unwrap();
+    std::thread::sleep(Duration::from_millis(3_500));
+    other.execute_batch("COMMIT").unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(3));
+    assert_eq!(kept(&stage), [("d".to_owned(), Some("exited with 3".to_owned()), false)]);
+    let mut log = String::new();
+    child.stderr.take().unwrap().read_to_string(&mut log).unwrap();
+    assert!(log.contains("kept for decnet-heartbeat run, not delivered") && !log.contains("neither"), "{log}");
+}
+
+#[test]
 fn a_lock_at_the_end_does_not_make_a_success_a_failure() {
     let stage = stage();
     let fifo = fifo(&stage);
