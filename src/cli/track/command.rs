@@ -77,10 +77,8 @@ fn run_to_its_end(
     stderr: &mut Stderr,
 ) -> io::Result<ExitStatus> {
     let mut child = start(command, outputs)?;
-    // Whether these reached the group before or after the command was in it cannot be known. Twice is better than never.
-    for Caught { signal, .. } in signals.pending() {
-        stderr.group_got(signal);
-        send(&child, signal);
+    for caught in signals.pending() {
+        pass_on_early(caught, &child, stderr);
     }
     // SIGCHLD wakes us, too, unless whoever started us had it blocked.
     let end: Option<OwnedFd> = pidfd_open(Pid::from_child(&child), PidfdFlags::empty()).ok();
@@ -127,6 +125,17 @@ fn pass_on(Caught { signal, by_process }: Caught, child: &Child, stderr: &mut St
     if !(came_to_group && is_in_our_group) {
         send(child, signal);
     }
+}
+
+/// Passes on what came about when the command was started. Whether it was in the group already cannot be known, and twice is
+/// better than never.
+fn pass_on_early(caught: Caught, child: &Child, stderr: &mut Stderr) {
+    if caught.signal == SIGWINCH {
+        return pass_on(caught, child, stderr);
+    }
+    // So that it is not taken for the next one.
+    stderr.group_got(caught.signal);
+    send(child, caught.signal);
 }
 
 fn send(child: &Child, signal: i32) {
