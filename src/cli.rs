@@ -2,7 +2,6 @@
 
 mod arguments;
 mod check;
-mod command;
 mod demo;
 mod log_line;
 mod log_queue;
@@ -40,6 +39,9 @@ const NOT_CONFIGURED: u8 = 78;
 
 /// The whole program.
 pub fn main() -> ExitCode {
+    if track::companion::is_meant() {
+        return track::companion::main();
+    }
     let code = execute();
     logging::flush();
     code
@@ -67,7 +69,7 @@ fn execute() -> ExitCode {
     }
     let done = match command {
         Command::Run(options) => run::run(&common, options).map(|()| ExitCode::SUCCESS),
-        Command::Push(options) => push::push(&common, options).map(|()| ExitCode::SUCCESS),
+        Command::Push(options) => push::push(&common, options),
         Command::Track(options) => track::track(&common, options),
         Command::Check(options) => check::check(&common, &options),
         Command::Demo { seconds } => demo::demo(Duration::from_secs(seconds)).map(|()| ExitCode::SUCCESS),

@@ -211,9 +211,26 @@ pub(crate) const INI_FILE: u64 = 1024 * 1024;
 /// Characters of a host uuid; the master's own have 36, and a column of its database holds 255.
 pub(crate) const HOST_UUID: usize = 255;
 
-/// Bytes of a command's stderr that `track` keeps: what a delta's error holds, of characters of four bytes.
+/// Bytes of a command's stderr that `track` keeps: a delta's error, of characters of four bytes, and as much again three
+/// times for the colours and the overwritten lines of a command that writes to a terminal.
 #[cfg(feature = "cli")]
-pub(crate) const STDERR_TAIL: usize = 4 * DELTA_ERROR;
+pub(crate) const STDERR_TAIL: usize = 4 * 4 * DELTA_ERROR;
+
+/// Bytes of a command's stderr that wait for whoever reads ours: as much as a pipe holds. With more, the command waits.
+#[cfg(feature = "cli")]
+pub(crate) const STDERR_QUEUE: usize = 64 * 1024;
+
+/// Bytes of one write to our stderr: a pipe that `poll` calls writable takes so many without blocking (`PIPE_BUF`).
+#[cfg(feature = "cli")]
+pub(crate) const STDERR_WRITE: usize = 4_096;
+
+/// The same for a terminal that we may not open once more. `poll` calls it writable when it has room for a single byte.
+#[cfg(feature = "cli")]
+pub(crate) const TERMINAL_WRITE: usize = 128;
+
+/// The pause after a write for which there was less room than `poll` said: a line end takes two bytes of a terminal.
+#[cfg(feature = "cli")]
+pub(crate) const STDERR_PAUSE: Duration = Duration::from_millis(20);
 
 /// Bytes that a disk has left at the least for `check` to find it good: what the outbox grows to at the most.
 #[cfg(feature = "cli")]
@@ -223,7 +240,25 @@ pub(crate) const ROOM: u64 = 8 * 1024 * 1024;
 #[cfg(feature = "cli")]
 pub(crate) const AFTER_HANDSHAKE: Duration = Duration::from_millis(100);
 
-/// How long `track` waits for the end of stderr after its command's: a daemon that it left behind may hold it open.
+/// How long `track` waits for the process that copies its command's stderr to start: it takes one `exec`.
+#[cfg(feature = "cli")]
+pub(crate) const COMPANION_START: Duration = Duration::from_secs(5);
+
+/// How long that process may take to answer whether it got a signal. Without an answer the signal is passed on.
+#[cfg(feature = "cli")]
+pub(crate) const COMPANION_ANSWER: Duration = Duration::from_millis(250);
+
+/// How long after a signal to the process group all of the group's processes have noticed it.
+#[cfg(feature = "cli")]
+pub(crate) const GROUP_SIGNAL: Duration = Duration::from_millis(30);
+
+/// How long that process remembers a signal, as `track` may be slow to ask. One that it has not asked about by then did
+/// not reach it.
+#[cfg(feature = "cli")]
+pub(crate) const GROUP_SIGNAL_AGE: Duration = Duration::from_secs(2);
+
+/// After its command has ended, how long `track` waits for the tail of its stderr, and before it exits for the rest of it to
+/// be written to ours.
 #[cfg(feature = "cli")]
 pub(crate) const STDERR_GRACE: Duration = Duration::from_secs(1);
 
@@ -261,6 +296,19 @@ pub(crate) const LOG_FLUSH: Duration = Duration::from_secs(1);
 /// How long it waits for one line: beyond that nobody reads.
 #[cfg(feature = "cli")]
 pub(crate) const LOG_STUCK: Duration = Duration::from_millis(250);
+
+/// What `--timeout` of `push` and `track` may be: zero could never deliver, and a caller that wants to wait for an hour
+/// wants `run`.
+#[cfg(feature = "cli")]
+pub(crate) const REPORT_TIMEOUT: (Duration, Duration) = (Duration::from_millis(1), Duration::from_secs(3600));
+
+/// How long after `--timeout` the answer of the POST is awaited: it ends at the timeout by itself, and says in what.
+#[cfg(feature = "cli")]
+pub(crate) const REPORT_SLACK: Duration = Duration::from_millis(200);
+
+/// The pause before an outbox that refused to be written is tried again.
+#[cfg(feature = "cli")]
+pub(crate) const REPORT_PAUSE: Duration = Duration::from_millis(100);
 
 // ---- what is said ---------------------------------------------------------------------------
 

@@ -21,10 +21,15 @@ use crate::{limits, text};
 const RUN_CODES: &str = "Exits 0 after SIGTERM or SIGINT; 78 when a restart does not help: the host is not enrolled or was \
                          decommissioned, or its configuration or bundle cannot be used; 2 for a wrong command line; 1 for \
                          anything else.";
-const PUSH_CODES: &str = "Exits 0 when the master has the delta or the outbox keeps it; 2 for a wrong command line, such as a name that no \
-     decky can have; 78 as run does; 1 when it is neither.";
+const PUSH_CODES: &str = "Exits 0 when the master has the delta, with --no-wait when the outbox has it; 75 when the outbox has it and \
+     the master could not be told in time, so that run delivers it; 2 for a wrong command line, such as a name that no \
+     decky can have; 78 as run does; 1 when neither has it.";
 const TRACK_CODES: &str = "Exits as the command did: with its code, with 128 and the signal that ended it, with 127 where there is \
-                           none, with 126 where it cannot be started.";
+     none, with 126 where it cannot be started. A signal that comes before the command starts ends track with 128 and the \
+     signal, and the command is not started.
+
+The command's stderr is copied, for the report, by a process of its own that lives for as long as somebody can write to it. \
+Where stdout and stderr are the same file, stdout takes the same way, so that the order is kept. A terminal stays one.";
 const CHECK_CODES: &str = "Exits 0 only if an agent would work; 78 if it would not even start, as run would exit; 1 if anything \
                            else is wrong, or the answer cannot be printed.";
 
@@ -140,9 +145,22 @@ pub(super) struct PushOptions {
     /// Where deltas are kept [default: heartbeat.db in the agent dir]
     #[arg(long, value_name = "PATH")]
     pub(super) outbox: Option<PathBuf>,
+    #[command(flatten)]
+    pub(super) telling: Telling,
     /// The deckies that it was done to
     #[arg(value_name = "DECKY", required = true, value_parser = decky)]
     pub(super) deckies: Vec<String>,
+}
+
+/// How long `push` and `track` try to tell the master.
+#[derive(Debug, clap::Args)]
+pub(super) struct Telling {
+    /// How long to try to tell the master, the lookup of its name included, from 1ms to 1h
+    #[arg(long, value_name = "DURATION", default_value = "10s", value_parser = timeout)]
+    pub(super) timeout: Duration,
+    /// Leave it to the outbox, for run to deliver, without trying to tell the master
+    #[arg(long, conflicts_with = "timeout")]
+    pub(super) no_wait: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -162,6 +180,8 @@ pub(super) struct TrackOptions {
     /// Where deltas are kept [default: heartbeat.db in the agent dir]
     #[arg(long, value_name = "PATH")]
     pub(super) outbox: Option<PathBuf>,
+    #[command(flatten)]
+    pub(super) telling: Telling,
     /// What does it; its exit code is the program's
     #[arg(last = true, required = true, value_name = "COMMAND")]
     pub(super) command: Vec<OsString>,
@@ -182,6 +202,13 @@ fn agent_dir(path: PathBuf) -> Result<PathBuf, &'static str> {
 fn interval(given: &str) -> Result<Duration, String> {
     let interval = humantime::parse_duration(given).map_err(|error| text::printable(&error.to_string()))?;
     check_interval(interval).map(|()| interval).map_err(|error| chain(&error).replace("interval: ", ""))
+}
+
+/// `--timeout`.
+fn timeout(text: &str) -> Result<Duration, String> {
+    let timeout = humantime::parse_duration(text).map_err(|error| error.to_string())?;
+    let (least, most) = limits::REPORT_TIMEOUT;
+    if (least..=most).contains(&timeout) { Ok(timeout) } else { Err("must be from 1 ms to 1 h".to_owned()) }
 }
 
 /// What is wrong with the command line, safe to print: it quotes what was given, and a script may have got that from

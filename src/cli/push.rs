@@ -1,23 +1,27 @@
 //! `push`: reports how an operation ended, now or by way of the outbox. Runs on the program's main thread.
 
 use std::collections::BTreeSet;
+use std::process::ExitCode;
 
 use clap::CommandFactory;
 use clap::error::ErrorKind;
 
 use super::arguments::{Arguments, Common, PushOptions, Status};
 use super::output::print;
-use super::report::{Reported, Reporter};
-use super::{enrolment, outbox, warn_of_unlisted};
+use super::report::{Patience, Reported, Reporter};
+use super::{enrolment, help_or_refuse, outbox, warn_of_unlisted};
 use crate::delta::LifecycleDelta;
 use crate::error::Error;
 
+/// `EX_TEMPFAIL` of sysexits.h: the outbox has the deltas, and the master does not have them yet.
+const KEPT: u8 = 75;
+
 /// Where the deltas are delivered or kept, that is said in a line; otherwise that they are neither is the error.
-pub(super) fn push(common: &Common, options: PushOptions) -> Result<(), Error> {
-    let PushOptions { operation, status, error, outbox: path, deckies } = options;
+pub(super) fn push(common: &Common, options: PushOptions) -> Result<ExitCode, Error> {
+    let PushOptions { operation, status, error, outbox: path, telling, deckies } = options;
     if status == Status::Succeeded && error.is_some() {
         let text = "--error says why it failed: it goes with --status failed";
-        Arguments::command().error(ErrorKind::ArgumentConflict, text).exit();
+        return Ok(help_or_refuse(Arguments::command().error(ErrorKind::ArgumentConflict, text)));
     }
     let error = error.unwrap_or_else(|| "no reason given".to_owned());
     // A decky that is named twice has one delta.
@@ -31,13 +35,21 @@ pub(super) fn push(common: &Common, options: PushOptions) -> Result<(), Error> {
     let enrolment = enrolment(common)?;
     warn_of_unlisted(enrolment.agent_dir().value(), deltas.iter().map(LifecycleDelta::decky));
     let mut reporter = Reporter::open(enrolment, common.master_identity, &outbox(path))?;
-    let claimed = reporter.claim(deltas)?;
-    match reporter.post(&claimed) {
-        Reported::Delivered => print("delivered\n"),
+    let reported = if telling.no_wait {
+        reporter.keep(&deltas)
+    } else {
+        let claimed = reporter.claim(deltas)?;
+        reporter.post(&claimed, &mut Patience::new(telling.timeout, None))
+    };
+    let (said, code) = match reported {
+        Reported::Delivered => ("delivered\n".to_owned(), ExitCode::SUCCESS),
+        Reported::Left => (format!("kept in {} for decnet-heartbeat run\n", reporter.place()), ExitCode::SUCCESS),
         Reported::Kept(why) => {
-            print(&format!("kept in {} for decnet-heartbeat run, not delivered: {why}\n", reporter.place()));
+            let place = reporter.place();
+            (format!("kept in {place} for decnet-heartbeat run, not delivered: {why}\n"), ExitCode::from(KEPT))
         }
         Reported::Lost(why) => return Err(Error::outbox(None, format!("neither delivered nor kept: {why}"))),
-    }
-    Ok(())
+    };
+    print(&said);
+    Ok(code)
 }

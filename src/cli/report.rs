@@ -1,8 +1,17 @@
 //! What `push` and `track` share: their deltas go to the outbox first, claimed by this process, then to the master at once.
-//! Where the master cannot be reached they stay in the outbox for `run`. Runs on the program's main thread.
+//! Where the master cannot be reached in time they stay in the outbox for `run`. The program's main thread uses the outbox;
+//! a thread that nobody waits for after the timeout sends the POST.
 
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
 
+use crossbeam_channel::{Receiver, TryRecvError, bounded};
+
+use super::track::signals::{Signals, wait};
 use crate::body::{self, Body};
 use crate::delta::{LifecycleDelta, Operation};
 use crate::enrolment::Enrolment;
@@ -28,10 +37,51 @@ pub(super) struct Reporter {
 pub(super) enum Reported {
     /// The master has them.
     Delivered,
+    /// They are on the disk, as they were to be.
+    Left,
     /// They are on the disk, and why the master has not heard of them.
     Kept(String),
     /// Neither.
     Lost(String),
+}
+
+/// How long the master may take, and what ends the waiting early.
+#[derive(Debug)]
+pub(super) struct Patience<'a> {
+    until: Instant,
+    signals: Option<&'a mut Signals>,
+    /// A signal has asked us to end.
+    has_ended: bool,
+}
+
+impl<'a> Patience<'a> {
+    /// From now on. Without signals, as they end the process.
+    pub(super) fn new(timeout: Duration, signals: Option<&'a mut Signals>) -> Self {
+        Self { until: Instant::now() + timeout, signals, has_ended: false }
+    }
+
+    fn left(&self) -> Duration {
+        self.until.saturating_duration_since(Instant::now())
+    }
+
+    /// Whether a signal asks us to end.
+    fn has_ended(&mut self) -> bool {
+        self.has_ended = self.has_ended || self.signals.as_mut().is_some_and(|signals| signals.ask_to_end());
+        self.has_ended
+    }
+
+    /// Sleeps before what has failed is tried again.
+    fn pause(&self) -> io::Result<()> {
+        let pause = Instant::now() + limits::REPORT_PAUSE;
+        self.sleep(None, pause.min(self.until))
+    }
+
+    /// Sleeps until a signal comes or `other` is readable or closed, at the longest until then.
+    fn sleep(&self, other: Option<&UnixStream>, until: Instant) -> io::Result<()> {
+        let signals = self.signals.as_ref().map(|signals| signals.fd());
+        let files: Vec<_> = other.map(AsFd::as_fd).into_iter().chain(signals).collect();
+        wait(&files, Some(until))
+    }
 }
 
 impl Reporter {
@@ -58,24 +108,6 @@ impl Reporter {
         }
     }
 
-    /// Writes an operation down as in flight, in memory if the file cannot have it.
-    pub(super) fn begin(&mut self, operation: Operation, deckies: &[String]) -> Result<Vec<i64>, Error> {
-        match self.outbox.begin(operation, deckies) {
-            Err(error) if error.is_outbox() => {
-                self.turn_to_memory(&error)?;
-                self.outbox.begin(operation, deckies)
-            }
-            begun => begun,
-        }
-    }
-
-    /// What was begun here has ended, and this process will post it.
-    pub(super) fn end(&self, ended: &[Kept]) {
-        if let Err(error) = self.outbox.end(ended.to_vec(), Poster::Us) {
-            log::warn!("how the operation ended is not on the disk: {} error={:?}", self.names(), chain(&error));
-        }
-    }
-
     fn turn_to_memory(&mut self, error: &Error) -> Result<(), Error> {
         log::warn!("the outbox cannot be used: {} error={:?}", self.names(), chain(error));
         let dir = self.enrolment.agent_dir().value();
@@ -83,9 +115,66 @@ impl Reporter {
         Ok(())
     }
 
-    /// Posts what this process has claimed, and leaves to `run` what the master has not accepted, or must not hear before
-    /// something newer.
-    pub(super) fn post(&self, deltas: &[Kept]) -> Reported {
+    /// Writes an operation down as in flight.
+    pub(super) fn begin(&self, operation: Operation, deckies: &[String]) -> Result<Vec<i64>, Error> {
+        self.outbox.begin(operation, deckies)
+    }
+
+    /// Whether all that was given to it is on the disk.
+    pub(super) fn is_on_disk(&self) -> bool {
+        self.outbox.path().is_some()
+    }
+
+    /// What was begun here has ended.
+    pub(super) fn end(&self, ended: &[Kept], poster: Poster) {
+        if let Err(error) = self.outbox.end(ended.to_vec(), poster) {
+            log::warn!("how the operation ended is not on the disk: {} error={:?}", self.names(), chain(&error));
+        }
+    }
+
+    /// Keeps deltas for `run` to deliver.
+    pub(super) fn keep(&self, deltas: &[LifecycleDelta]) -> Reported {
+        match self.outbox.keep(deltas) {
+            Ok(()) if self.is_on_disk() => Reported::Left,
+            Ok(()) => Reported::Lost("the outbox is in memory alone".to_owned()),
+            Err(error) => Reported::Lost(chain(&error)),
+        }
+    }
+
+    /// Keeps deltas for `run` as soon as their file can be had, for as long as there is time. Whether they are kept.
+    pub(super) fn insist(
+        &mut self,
+        location: &OutboxLocation,
+        deltas: &[LifecycleDelta],
+        patience: &mut Patience<'_>,
+    ) -> bool {
+        while !patience.has_ended() && !patience.left().is_zero() {
+            let opened = Outbox::open(location, self.enrolment.agent_dir().value(), Role::Contribute);
+            if let Ok((outbox, None)) = opened {
+                self.outbox = outbox;
+                if self.keep(deltas) == Reported::Left {
+                    return true;
+                }
+            }
+            if patience.pause().is_err() {
+                break;
+            }
+        }
+        false
+    }
+
+    /// Leaves what has ended to `run`.
+    pub(super) fn leave(&self, patience: &mut Patience<'_>) -> Reported {
+        match self.write_down(patience) {
+            Ok(()) if self.is_on_disk() => Reported::Left,
+            Ok(()) => Reported::Lost("the outbox is in memory alone".to_owned()),
+            Err(error) => Reported::Lost(chain(&error)),
+        }
+    }
+
+    /// Posts what this process has claimed, and leaves to `run` what the master has not accepted in time, or must not hear
+    /// before something newer.
+    pub(super) fn post(&self, deltas: &[Kept], patience: &mut Patience<'_>) -> Reported {
         let (overtaken, free): (Vec<_>, Vec<_>) = deltas.iter().cloned().partition(|kept| self.is_overtaken(kept));
         let mut left = free.as_slice();
         let failed = loop {
@@ -93,23 +182,28 @@ impl Reporter {
             if body.is_empty() {
                 break None;
             }
-            if let Err(why) = self.post_one(body) {
+            if let Err(why) = self.send(body, patience) {
                 break Some(why);
             }
-            if let Err(error) = self.outbox.settle(body, &Settled::Delivered, outbox::deadline()) {
-                log::error!("run may send a delta again: {} error={:?}", self.names(), chain(&error));
-            }
+            // What the file does not take now it takes in the end, or that is an error there.
+            let _ = self.outbox.settle(body, &Settled::Delivered, outbox::deadline());
             left = later;
         };
         let left = [left, &overtaken].concat();
+        // The same.
+        let _ = if left.is_empty() { Ok(()) } else { self.outbox.release(&left) };
+        if let Err(error) = self.write_down(patience) {
+            log::error!(
+                "the outbox does not know what has been delivered, run may send a delta again: {} error={:?}",
+                self.names(),
+                chain(&error)
+            );
+        }
         if left.is_empty() {
             return Reported::Delivered;
         }
-        if let Err(error) = self.outbox.release(&left) {
-            log::warn!("what is undelivered is not on the disk: {} error={:?}", self.names(), chain(&error));
-        }
         let why = failed.unwrap_or_else(|| "a newer operation of the same decky is to be heard first".to_owned());
-        if self.outbox.path().is_some() { Reported::Kept(why) } else { Reported::Lost(why) }
+        if self.is_on_disk() { Reported::Kept(why) } else { Reported::Lost(why) }
     }
 
     /// Where the outbox cannot say, the delta may not be in there either, and to post it is all that can be done for it.
@@ -120,36 +214,35 @@ impl Reporter {
         })
     }
 
-    /// One POST, with nothing said of what runs here: that is for `run` to say. Why it was not accepted.
-    fn post_one(&self, deltas: &[Kept]) -> Result<(), String> {
-        let agent_dir = self.enrolment.agent_dir().value();
-        // Without it the master may order the topology to be built again.
-        let topology = DecnetStatus::new(agent_dir).applied_topology().ok_or("topology.db cannot be read")?;
-        let link = Link::new(self.enrolment.clone(), self.identity).map_err(|error| chain(&error))?;
-        let lifecycle: Vec<_> = deltas.iter().map(|kept| &kept.delta).collect();
-        let nothing = Snapshot::unknown("a delta alone");
-        let body = Body {
-            host_uuid: link.enrolment().host_uuid().value(),
-            agent_version: env!("CARGO_PKG_VERSION"),
-            status: nothing.raw_status(),
-            topology: Some(body::Topology::from(&topology)),
-            lifecycle: &lifecycle,
-        };
-        let body = serde_json::to_vec(&body).map_err(|error| error.to_string())?;
-        let reply = link.master().post(&body, limits::POST);
-        let (class, detail) = (reply.class, reply.detail);
-        match reply.verdict {
-            Verdict::Accepted => Ok(()),
-            Verdict::HostRefused if class == "http-404" => {
-                Err(format!("the master does not know this host, enrol it again ({class}): {detail}"))
+    /// Tries for as long as there is time: what was in flight on the disk and has not ended there is reported failed when
+    /// this process is gone.
+    fn write_down(&self, patience: &mut Patience<'_>) -> Result<(), Error> {
+        loop {
+            // All that was not written yet is written with any change.
+            let Err(error) = self.outbox.release(&[]) else { return Ok(()) };
+            if patience.has_ended() || patience.left().is_zero() {
+                return Err(error);
             }
-            Verdict::HostRefused => {
-                let fingerprint = link.fingerprint();
-                let problem = "the master does not accept this host's certificate";
-                Err(format!("{problem} ({class}, fingerprint {fingerprint}): {detail}"))
+            if patience.pause().is_err() {
+                return Err(error);
             }
-            Verdict::NoAnswer => Err(format!("no answer from {}: {class}: {detail}", link.master().url())),
-            _ => Err(format!("{} answered {class}: {detail}", link.master().url())),
+        }
+    }
+
+    /// One POST. Why it was not accepted.
+    fn send(&self, deltas: &[Kept], patience: &mut Patience<'_>) -> Result<(), String> {
+        if patience.has_ended() {
+            return Err(SIGNAL.to_owned());
+        }
+        let deltas = deltas.iter().map(|kept| kept.delta.clone()).collect();
+        let post = Post { enrolment: self.enrolment.clone(), identity: self.identity, deltas };
+        let within = patience.left();
+        match post.clone().start(within) {
+            Ok((answer, done)) => await_answer(&answer, &done, patience),
+            Err(error) => {
+                log::debug!("the POST has no thread of its own: error={:?}", error.to_string());
+                post.send(within)
+            }
         }
     }
 
@@ -166,6 +259,90 @@ impl Reporter {
     /// Where they are kept, for a person.
     pub(super) fn place(&self) -> String {
         self.outbox.path().map_or_else(|| "memory".to_owned(), printable_path)
+    }
+}
+
+/// Why a report was not sent to its end.
+const SIGNAL: &str = "a signal came while it was sent";
+
+/// Waits for the answer, but not for a thread that hangs.
+fn await_answer(
+    answer: &Receiver<Result<(), String>>,
+    done: &UnixStream,
+    patience: &mut Patience<'_>,
+) -> Result<(), String> {
+    let until = patience.until + limits::REPORT_SLACK;
+    loop {
+        match answer.try_recv() {
+            Ok(answer) => return answer,
+            Err(TryRecvError::Disconnected) => return Err("the POST panicked".to_owned()),
+            Err(TryRecvError::Empty) => (),
+        }
+        if patience.has_ended() {
+            return Err(SIGNAL.to_owned());
+        }
+        if Instant::now() >= until {
+            return Err("no answer in time".to_owned());
+        }
+        patience.sleep(Some(done), until).map_err(|error| error.to_string())?;
+    }
+}
+
+/// One POST with nothing said of what runs here: that is for `run` to say.
+#[derive(Clone)]
+struct Post {
+    enrolment: Enrolment,
+    identity: Option<MasterIdentity>,
+    deltas: Vec<LifecycleDelta>,
+}
+
+impl Post {
+    /// Sends it on a thread of its own: where its answer comes, and what is closed after that.
+    fn start(self, within: Duration) -> io::Result<(Receiver<Result<(), String>>, UnixStream)> {
+        let (sender, answer) = bounded(1);
+        let (done, open) = UnixStream::pair()?;
+        let send = move || {
+            let _open = open;
+            // Nobody may be waiting any more.
+            let _ = sender.send(self.send(within));
+            drop(sender);
+        };
+        thread::Builder::new().name("report".to_owned()).spawn(send)?;
+        Ok((answer, done))
+    }
+
+    /// Why it was not accepted.
+    fn send(&self, within: Duration) -> Result<(), String> {
+        let until = Instant::now() + within;
+        let agent_dir = self.enrolment.agent_dir().value();
+        // Without it the master may order the topology to be built again.
+        let topology = DecnetStatus::new(agent_dir).applied_topology().ok_or("topology.db cannot be read")?;
+        let link = Link::new(self.enrolment.clone(), self.identity).map_err(|error| chain(&error))?;
+        let lifecycle: Vec<_> = self.deltas.iter().collect();
+        let nothing = Snapshot::unknown("a delta alone");
+        let body = Body {
+            host_uuid: link.enrolment().host_uuid().value(),
+            agent_version: env!("CARGO_PKG_VERSION"),
+            status: nothing.raw_status(),
+            topology: Some(body::Topology::from(&topology)),
+            lifecycle: &lifecycle,
+        };
+        let body = serde_json::to_vec(&body).map_err(|error| error.to_string())?;
+        let reply = link.master().post(&body, until.saturating_duration_since(Instant::now()));
+        let (class, detail) = (reply.class, reply.detail);
+        match reply.verdict {
+            Verdict::Accepted => Ok(()),
+            Verdict::HostRefused if class == "http-404" => {
+                Err(format!("the master does not know this host, enrol it again ({class}): {detail}"))
+            }
+            Verdict::HostRefused => {
+                let fingerprint = link.fingerprint();
+                let problem = "the master does not accept this host's certificate";
+                Err(format!("{problem} ({class}, fingerprint {fingerprint}): {detail}"))
+            }
+            Verdict::NoAnswer => Err(format!("no answer from {}: {class}: {detail}", link.master().url())),
+            _ => Err(format!("{} answered {class}: {detail}", link.master().url())),
+        }
     }
 }
 

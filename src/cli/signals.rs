@@ -74,13 +74,13 @@ fn failed(source: io::Error) -> Error {
     Error::setting("signals", "cannot be caught").because(source)
 }
 
-/// The ignored signals, a bit each from the first on. Where the system does not say, none.
-fn ignored() -> u64 {
+/// The signals that this process ignores, a bit each from the first on. Where the system does not say, none.
+pub(super) fn ignored() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let line = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
     line.and_then(|bits| u64::from_str_radix(bits.trim(), 16).ok()).unwrap_or(0)
 }
 
-fn has(signals: u64, signal: c_int) -> bool {
+pub(super) fn has(signals: u64, signal: c_int) -> bool {
     signals & 1 << (signal - 1) != 0
 }

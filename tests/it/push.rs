@@ -1,0 +1,107 @@
+//! `push`: what its exit code says, how long it takes, and what it leaves to `run`.
+
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use decnet_heartbeat::loopback::{Effect, Fault, RowStatus};
+
+use crate::reporting::{kept, outbox, output, program, row};
+use crate::support::{Stage, settled};
+use crate::track::owners;
+
+const PUSH: [&str; 5] = ["push", "--operation", "deploy", "--status", "succeeded"];
+
+fn push(stage: &Stage, options: &[&str]) -> (Option<i32>, String, String) {
+    output(stage, &[&PUSH[..], options, &["d"]].concat())
+}
+
+#[test]
+fn no_wait_keeps_without_a_post_and_leaves_it_to_run() {
+    let stage = Stage::new();
+    stage.master.open_operation(&stage.worker.uuid, "d", "deploy");
+    let (code, said, log) = push(&stage, &["--no-wait"]);
+    let expected = format!("kept in {} for decnet-heartbeat run\n", outbox(&stage).display());
+    assert_eq!((code, said, log.as_str()), (Some(0), expected, ""));
+    assert!(stage.master.connections().is_empty(), "{:?}", stage.master.connections());
+    assert_eq!((kept(&stage), owners(&stage)), (vec![("d".to_owned(), None, false)], vec![None]));
+    let (_heartbeat, _tick) = stage.beating();
+    stage.closed_rows(1);
+    assert_eq!(row(&stage), (RowStatus::Succeeded, None));
+}
+
+#[test]
+fn no_wait_without_a_file_loses_nothing_silently() {
+    let stage = Stage::new();
+    let (code, said, log) = push(&stage, &["--no-wait", "--outbox", "/nonexistent/db"]);
+    assert_eq!((code, said.as_str()), (Some(1), ""));
+    assert!(log.contains("neither delivered nor kept: the outbox is in memory alone"), "{log}");
+    assert!(stage.master.connections().is_empty());
+}
+
+#[test]
+fn a_timeout_bounds_a_push_to_a_master_that_hangs() {
+    let stage = Stage::new();
+    stage.master.open_operation(&stage.worker.uuid, "d", "deploy");
+    stage.master.always(Some(Fault::NeverAnswer(Effect::Lost)));
+    let since = Instant::now();
+    let (code, said, _) = push(&stage, &["--timeout", "300ms"]);
+    let took = since.elapsed();
+    assert_eq!(code, Some(75), "{said}");
+    assert!((Duration::from_millis(300)..Duration::from_secs(3)).contains(&took), "{took:?}");
+    assert!(said.contains("not delivered: no answer from ") && said.contains("timeout"), "{said}");
+    assert_eq!(owners(&stage), [None], "run may have it");
+    stage.master.always(None);
+    let (heartbeat, _tick) = stage.beating();
+    settled(&heartbeat, |stats| stats.delivered == 1);
+}
+
+#[test]
+fn push_waits_as_long_as_it_is_told_to() {
+    let stage = Stage::new();
+    stage.master.always(Some(Fault::NeverAnswer(Effect::Lost)));
+    let since = Instant::now();
+    let (code, said, _) = push(&stage, &["--timeout", "6s"]);
+    assert_eq!(code, Some(75), "{said}");
+    // Longer than any part of a POST may take by itself where nothing is said.
+    assert!(since.elapsed() >= Duration::from_secs(6), "{:?}", since.elapsed());
+}
+
+#[test]
+fn a_timeout_out_of_its_range_is_2_and_so_is_one_for_no_wait() {
+    let stage = Stage::new();
+    let track = |options: &[&str]| {
+        output(&stage, &[&["track", "--operation", "deploy", "--decky", "d"], options, &["--", "true"]].concat())
+    };
+    for timeout in ["0s", "999us", "2h", "3601s", "x", ""] {
+        for (code, _, log) in [push(&stage, &["--timeout", timeout]), track(&["--timeout", timeout])] {
+            assert_eq!(code, Some(2), "{timeout}: {log}");
+            assert!(log.contains("--timeout"), "{log}");
+        }
+    }
+    let both = ["--no-wait", "--timeout", "1s"];
+    for (code, _, log) in [push(&stage, &both), track(&both)] {
+        assert_eq!(code, Some(2), "{log}");
+    }
+    for timeout in ["1ms", "1h"] {
+        assert_ne!(push(&stage, &["--timeout", timeout]).0, Some(2));
+    }
+}
+
+#[test]
+fn a_refused_thread_does_not_keep_a_push_from_the_master() {
+    let stage = Stage::new();
+    let mut command: Command = program(&stage, &[&PUSH[..], &["d"]].concat());
+    // More stack than any machine has for each thread.
+    let output = command.env("RUST_MIN_STACK", "70368744177664").output().unwrap();
+    assert_eq!((output.status.code(), output.stdout), (Some(0), b"delivered\n".to_vec()));
+}
+
+#[test]
+fn a_limit_on_the_size_of_files_does_not_end_push() {
+    let stage = Stage::new();
+    let inner = program(&stage, &[&PUSH[..], &["d"]].concat());
+    let mut command = Command::new("sh");
+    command.args(["-c", "ulimit -f 0; exec \"$0\" \"$@\""]).arg(inner.get_program()).args(inner.get_args());
+    let output = command.output().unwrap();
+    assert_eq!((output.status.code(), output.stdout), (Some(0), b"delivered\n".to_vec()));
+}

@@ -1,0 +1,587 @@
+//! `track` and the process that it runs: streams, terminals, signals, and what it leaves behind.
+
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use decnet_heartbeat::loopback::{Effect, Fault, RowStatus};
+use rustix::process::{Pid, Signal, kill_process, kill_process_group};
+use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer, openpt, unlockpt};
+use rustix::termios::{Winsize, tcsetwinsize};
+
+use crate::reporting::{TRACK, fifo, kept, outbox, program, row, rows, track, tracking};
+use crate::support::{PATIENCE, Stage};
+
+/// Who owns the rows of the outbox.
+pub fn owners(stage: &Stage) -> Vec<Option<String>> {
+    let database = rusqlite::Connection::open(outbox(stage)).unwrap();
+    let mut select = database.prepare("SELECT owner FROM delta ORDER BY id").unwrap();
+    let owners = select.query_map([], |row| row.get(0)).unwrap();
+    owners.collect::<rusqlite::Result<_>>().unwrap()
+}
+
+fn tracked(stage: &Stage, script: &str) -> Command {
+    program(stage, &[&TRACK[..], &["sh", "-c", script]].concat())
+}
+
+/// A stage with an open deploy of the decky.
+fn stage() -> Stage {
+    let stage = Stage::new();
+    stage.master.open_operation(&stage.worker.uuid, "d", "deploy");
+    stage
+}
+
+fn path(stage: &Stage, name: &str) -> String {
+    stage.dir.path().join(name).to_str().unwrap().to_owned()
+}
+
+fn wait_for(what: &str, mut is_there: impl FnMut() -> bool) {
+    let since = Instant::now();
+    while !is_there() {
+        assert!(since.elapsed() < PATIENCE, "no {what}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// A terminal, as a person has it.
+struct Terminal {
+    controller: OwnedFd,
+}
+
+impl Terminal {
+    fn new() -> Self {
+        let controller = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).unwrap();
+        unlockpt(&controller).unwrap();
+        let terminal = Self { controller };
+        terminal.resize(33, 77);
+        terminal
+    }
+
+    fn resize(&self, ws_row: u16, ws_col: u16) {
+        tcsetwinsize(&self.controller, Winsize { ws_row, ws_col, ws_xpixel: 0, ws_ypixel: 0 }).unwrap();
+    }
+
+    fn side(&self) -> OwnedFd {
+        let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
+        ioctl_tiocgptpeer(&self.controller, flags).unwrap()
+    }
+
+    /// Starts it in here.
+    fn spawn(&self, command: &mut Command) -> Child {
+        command.stdin(self.side()).stdout(self.side()).stderr(self.side());
+        let child = command.spawn().unwrap();
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        child
+    }
+
+    /// What is shown up to the end of all programs in here.
+    fn shown(&self) -> String {
+        let (mut shown, mut buffer) = (Vec::new(), [0; 4096]);
+        // A terminal that nobody has open any more is an error.
+        while let Ok(length @ 1..) = rustix::io::read(&self.controller, &mut buffer) {
+            shown.extend(&buffer[..length]);
+        }
+        String::from_utf8(shown).unwrap()
+    }
+
+    fn shows(&self, what: &str) -> String {
+        let (mut shown, mut buffer) = (String::new(), [0; 4096]);
+        while !shown.contains(what) {
+            let length = rustix::io::read(&self.controller, &mut buffer).unwrap();
+            shown.push_str(str::from_utf8(&buffer[..length]).unwrap());
+        }
+        shown
+    }
+}
+
+/// 300 lines, to stdout and to stderr in turn.
+const ALTERNATING: &str = "n=0; while [ $n -lt 150 ]; do echo out$n; echo err$n >&2; n=$((n+1)); done";
+
+fn alternating(end: &str) -> String {
+    (0..150).map(|n| format!("out{n}{end}err{n}{end}")).collect()
+}
+
+#[test]
+fn a_terminal_stays_one_and_keeps_the_order_of_stdout_and_stderr() {
+    let stage = stage();
+    let terminal = Terminal::new();
+    let script = format!("test -t 0 && test -t 1 && test -t 2 && echo terminals; stty size <&2; {ALTERNATING}");
+    let mut child = terminal.spawn(&mut tracked(&stage, &script));
+    let shown = terminal.shown();
+    assert_eq!(shown, format!("terminals\r\n33 77\r\n{}", alternating("\r\n")));
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+    assert_eq!(row(&stage), (RowStatus::Succeeded, None));
+}
+
+#[test]
+fn one_pipe_for_stdout_and_stderr_keeps_their_order() {
+    let stage = stage();
+    let (mut read, write) = io::pipe().unwrap();
+    let mut command = tracked(&stage, &format!("test -t 1 || test -t 2 || {{ {ALTERNATING}; }}"));
+    let mut child = command.stdout(write.try_clone().unwrap()).stderr(write).spawn().unwrap();
+    drop(command);
+    let mut said = String::new();
+    read.read_to_string(&mut said).unwrap();
+    assert_eq!(said, alternating("\n"));
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+}
+
+#[test]
+fn a_stdout_of_its_own_is_the_commands_as_it_is() {
+    let stage = stage();
+    let file = path(&stage, "out");
+    let mut command = tracked(&stage, "readlink /proc/$$/fd/1; test ! -t 2");
+    assert!(command.stdout(File::create(&file).unwrap()).stderr(Stdio::piped()).status().unwrap().success());
+    assert_eq!(fs::read_to_string(&file).unwrap(), format!("{file}\n"));
+}
+
+#[test]
+fn a_terminal_that_changes_its_size_changes_the_commands() {
+    let stage = stage();
+    let terminal = Terminal::new();
+    let script = "trap 'stty size <&2; exit 0' WINCH; stty size <&2; while :; do sleep 0.05; done";
+    let mut child = terminal.spawn(&mut tracked(&stage, script));
+    terminal.shows("33 77");
+    terminal.resize(50, 132);
+    // The terminal is nobody's controlling one, so it tells nobody.
+    kill_process(Pid::from_child(&child), Signal::WINCH).unwrap();
+    assert!(terminal.shown().contains("50 132"));
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+}
+
+#[test]
+fn what_a_command_paints_on_a_terminal_is_reported_as_text() {
+    let stage = stage();
+    let terminal = Terminal::new();
+    let script = r"printf '\033[1;31mpulling 1%%\rpulling 9%%\rno such image\033[0m\n' >&2; exit 3";
+    let mut child = terminal.spawn(&mut tracked(&stage, script));
+    assert!(terminal.shown().contains("\u{1b}[1;31mpulling 1%\r"));
+    assert_eq!(child.wait().unwrap().code(), Some(3));
+    assert_eq!(row(&stage), (RowStatus::Failed, Some("no such image".to_owned())));
+}
+
+#[test]
+fn an_error_is_what_the_command_wrote_and_a_signal_is_named() {
+    for (script, code, error) in [
+        ("echo 'no such image' >&2; exit 3", 3, "no such image"),
+        ("exit 3", 3, "exited with 3"),
+        ("kill -9 $$", 137, "ended by signal 9"),
+        ("echo why >&2; kill -9 $$", 137, "ended by signal 9: why"),
+    ] {
+        let stage = stage();
+        assert_eq!(track(&stage, script).0, Some(code));
+        assert_eq!(row(&stage), (RowStatus::Failed, Some(error.to_owned())), "{script}");
+    }
+}
+
+/// A command that ends, and leaves something behind that writes to stderr when the FIFO says so.
+fn leaver(stage: &Stage, more: &str) -> String {
+    let (fifo, survived) = (fifo(stage), path(stage, "survived"));
+    let left = format!("read line <'{fifo}'; for n in 1 2 3; do echo word$n >&2 || exit; done; touch '{survived}'");
+    format!("mkfifo '{fifo}'; (trap '' HUP; {left}) >/dev/null </dev/null & echo first >&2; {more}")
+}
+
+#[test]
+fn what_a_command_leaves_behind_goes_on_writing_after_the_end_of_track() {
+    let stage = stage();
+    let mut child = tracked(&stage, &leaver(&stage, "exit 6")).stderr(Stdio::piped()).spawn().unwrap();
+    let since = Instant::now();
+    assert_eq!(child.wait().unwrap().code(), Some(6), "who holds stderr open does not keep track");
+    assert!(since.elapsed() < Duration::from_secs(5), "{:?}", since.elapsed());
+    assert_eq!(row(&stage), (RowStatus::Failed, Some("first".to_owned())));
+    fs::write(fifo(&stage), "go on\n").unwrap();
+    let mut said = String::new();
+    child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
+    assert_eq!(said, "first\nword1\nword2\nword3\n");
+    wait_for("survivor", || fs::exists(path(&stage, "survived")).unwrap());
+}
+
+#[test]
+fn a_killed_track_takes_stderr_from_nobody() {
+    let stage = stage();
+    let (fifo, survived) = (fifo(&stage), path(&stage, "survived"));
+    let script = format!(
+        "mkfifo '{fifo}'; echo ready; read line <'{fifo}'; echo word >&2 && echo more >&2 && touch '{survived}'"
+    );
+    let (mut child, _stdout) = tracking(&stage, &script);
+    child.kill().unwrap();
+    child.wait().unwrap();
+    fs::write(fifo, "go on\n").unwrap();
+    let mut said = String::new();
+    child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
+    assert_eq!(said, "word\nmore\n");
+    wait_for("survivor", || fs::exists(&survived).unwrap());
+}
+
+#[test]
+fn a_terminal_outlives_a_killed_track() {
+    let stage = stage();
+    let terminal = Terminal::new();
+    let fifo = fifo(&stage);
+    let script = format!("mkfifo '{fifo}'; echo ready; read line <'{fifo}'; test -t 2 && echo still one >&2");
+    let mut child = terminal.spawn(&mut tracked(&stage, &script));
+    terminal.shows("ready\r\n");
+    child.kill().unwrap();
+    child.wait().unwrap();
+    fs::write(fifo, "go on\n").unwrap();
+    assert_eq!(terminal.shown(), "still one\r\n");
+}
+
+#[test]
+fn a_reader_who_is_slower_than_track_loses_nothing() {
+    let stage = stage();
+    let (mut read, write) = io::pipe().unwrap();
+    let script = "head -c 150000 /dev/zero | tr '\\0' x >&2; echo; echo the end >&2; exit 3";
+    let mut command = tracked(&stage, script);
+    let mut child = command.stdout(Stdio::null()).stderr(write).spawn().unwrap();
+    drop(command);
+    let since = Instant::now();
+    assert_eq!(child.wait().unwrap().code(), Some(3));
+    assert!(since.elapsed() < Duration::from_secs(5), "{:?}", since.elapsed());
+    let (status, error) = row(&stage);
+    assert!(status == RowStatus::Failed && error.as_ref().unwrap().ends_with("xthe end"), "{error:?}");
+    let mut said = String::new();
+    read.read_to_string(&mut said).unwrap();
+    assert!(said.len() == 150_008 && said.ends_with("xthe end\n"), "{}", said.len());
+}
+
+#[test]
+fn a_terminal_that_nobody_reads_keeps_neither_track_nor_its_report() {
+    let stage = stage();
+    let terminal = Terminal::new();
+    let script = "n=0; while [ $n -lt 600 ]; do echo $n xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx >&2; n=$((n+1)); done; \
+                  echo the end >&2; exit 3";
+    let mut child = terminal.spawn(&mut tracked(&stage, script));
+    let since = Instant::now();
+    assert_eq!(child.wait().unwrap().code(), Some(3));
+    assert!(since.elapsed() < Duration::from_secs(5), "{:?}", since.elapsed());
+    let (status, error) = row(&stage);
+    assert!(status == RowStatus::Failed && error.as_ref().unwrap().ends_with("x\nthe end"), "{error:?}");
+    let shown = terminal.shown();
+    assert!(shown.lines().count() == 601 && shown.ends_with("the end\r\n"), "{}", shown.len());
+}
+
+#[test]
+fn a_limit_on_the_size_of_files_does_not_end_track() {
+    let stage = stage();
+    let inner = tracked(&stage, "exit 3");
+    let mut command = Command::new("sh");
+    command.args(["-c", "ulimit -f 0; exec \"$0\" \"$@\""]).arg(inner.get_program()).args(inner.get_args());
+    assert_eq!(command.stderr(Stdio::null()).status().unwrap().code(), Some(3));
+    assert_eq!(row(&stage), (RowStatus::Failed, Some("exited with 3".to_owned())));
+}
+
+#[test]
+fn words_that_nobody_reads_do_not_end_the_command() {
+    let stage = stage();
+    let (read, write) = io::pipe().unwrap();
+    drop(read);
+    let script = "head -c 500000 /dev/zero >&2 && exit 4";
+    let mut command = tracked(&stage, script);
+    assert_eq!(command.stderr(write).status().unwrap().code(), Some(4));
+}
+
+/// The same command, as a parent starts it that ignores SIGCHLD.
+fn ignoring_sigchld(inner: &Command) -> Command {
+    let mut command = Command::new("env");
+    command.arg("--ignore-signal=CHLD").arg(inner.get_program()).args(inner.get_args());
+    command
+}
+
+#[test]
+fn a_parent_that_ignores_sigchld_does_not_turn_a_success_into_a_failure() {
+    for (script, code, status) in [("exit 0", 0, RowStatus::Succeeded), ("exit 3", 3, RowStatus::Failed)] {
+        let stage = stage();
+        let inner = tracked(&stage, script);
+        let mut command = ignoring_sigchld(&inner);
+        assert_eq!(command.stdin(Stdio::null()).status().unwrap().code(), Some(code));
+        assert_eq!(row(&stage).0, status);
+    }
+}
+
+#[test]
+fn a_refused_thread_neither_fails_a_command_nor_its_report() {
+    let stage = stage();
+    let mut command = tracked(&stage, "echo why >&2; exit 3");
+    // More stack than any machine has for each thread.
+    let output = command.env("RUST_MIN_STACK", "70368744177664").output().unwrap();
+    assert_eq!((output.status.code(), output.stderr), (Some(3), b"why\n".to_vec()));
+    assert_eq!(row(&stage), (RowStatus::Failed, Some("why".to_owned())));
+}
+
+#[test]
+fn a_command_runs_where_its_stderr_cannot_be_copied() {
+    let stage = stage();
+    let inner = program(&stage, &[&TRACK[..], &["cat", "/nonexistent"]].concat());
+    let mut command = Command::new("sh");
+    // Three of its own, two for signals, and none for a pipe.
+    command.args(["-c", "ulimit -n 6; exec \"$0\" \"$@\""]).arg(inner.get_program()).args(inner.get_args());
+    let output = command.stdin(Stdio::null()).output().unwrap();
+    let log = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{log}");
+    assert!(log.contains("stderr is not copied, so a report cannot quote it: error="), "{log}");
+    assert!(log.contains("cat: /nonexistent: No such file"), "{log}");
+}
+
+/// What the kernel says of the signals of a command: the sets that it ignores, blocks and catches.
+fn signal_sets(status: &str) -> Vec<(String, u64)> {
+    let sets = status.lines().map(|line| line.split_once(":\t").unwrap());
+    sets.map(|(name, bits)| (name.to_owned(), u64::from_str_radix(bits, 16).unwrap())).collect()
+}
+
+#[test]
+fn the_command_has_the_default_action_of_every_signal() {
+    let stage = stage();
+    let sets = [&TRACK[..], &["grep", "-E", "Sig(Blk|Ign|Cgt):", "/proc/self/status"]].concat();
+    let inner = program(&stage, &sets);
+    let output = ignoring_sigchld(&inner).output().unwrap();
+    let sets = signal_sets(str::from_utf8(&output.stdout).unwrap());
+    assert_eq!(sets.len(), 3, "{output:?}");
+    for (name, set) in sets {
+        for signal in [Signal::HUP, Signal::XFSZ, Signal::USR1, Signal::USR2, Signal::PIPE, Signal::CHILD, Signal::TERM]
+        {
+            assert_eq!(set & 1 << (signal.as_raw() - 1), 0, "{name} has {signal:?}");
+        }
+    }
+}
+
+/// A script that says each TERM, and ends when the file is there.
+fn counting(stage: &Stage) -> String {
+    let (said, stop) = (path(stage, "said"), path(stage, "stop"));
+    format!("trap 'echo got >>'\\''{said}'\\' TERM; echo ready; while [ ! -e '{stop}' ]; do sleep 0.02; done")
+}
+
+/// How often it has said so by now, after time enough for another one; and it ends.
+fn counted(stage: &Stage, mut child: Child, at_least: usize) -> usize {
+    let said = || fs::read_to_string(path(stage, "said")).unwrap_or_default().lines().count();
+    wait_for("signal", || said() >= at_least);
+    std::thread::sleep(Duration::from_millis(400));
+    fs::write(path(stage, "stop"), "").unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+    said()
+}
+
+/// `track` in a process group of its own, when its command is ready.
+fn in_a_group(command: &mut Command) -> Child {
+    let mut child = command.process_group(0).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+    let mut ready = [0; 6];
+    child.stdout.as_mut().unwrap().read_exact(&mut ready).unwrap();
+    assert_eq!(&ready, b"ready\n");
+    until_it_waits(&child);
+    child
+}
+
+/// Until `track`, whose command has been started, waits for its end: a signal that comes before that is passed on whether
+/// or not it was sent to the group.
+fn until_it_waits(child: &Child) {
+    let status = format!("/proc/{}/status", child.id());
+    wait_for("sleep", || fs::read_to_string(&status).unwrap().contains("State:\tS"));
+}
+
+#[test]
+fn a_signal_to_the_process_group_reaches_the_command_once() {
+    let stage = stage();
+    let child = in_a_group(&mut tracked(&stage, &counting(&stage)));
+    let track = Pid::from_child(&child);
+    // A second one would come together with the first, and not be told from it, if track got it at the same time.
+    kill_process(track, Signal::STOP).unwrap();
+    kill_process_group(track, Signal::TERM).unwrap();
+    wait_for("signal", || fs::exists(path(&stage, "said")).unwrap());
+    kill_process(track, Signal::CONT).unwrap();
+    assert_eq!(counted(&stage, child, 1), 1);
+}
+
+#[test]
+fn a_signal_to_track_alone_reaches_the_command_once_also_after_one_to_the_group() {
+    let stage = stage();
+    let child = in_a_group(&mut tracked(&stage, &counting(&stage)));
+    for n in 1..=3 {
+        kill_process(Pid::from_child(&child), Signal::TERM).unwrap();
+        wait_for("signal", || fs::read_to_string(path(&stage, "said")).unwrap_or_default().lines().count() == n);
+    }
+    kill_process_group(Pid::from_child(&child), Signal::TERM).unwrap();
+    wait_for("signal", || fs::read_to_string(path(&stage, "said")).unwrap_or_default().lines().count() == 4);
+    std::thread::sleep(Duration::from_millis(100));
+    kill_process(Pid::from_child(&child), Signal::TERM).unwrap();
+    assert_eq!(counted(&stage, child, 5), 5);
+}
+
+/// `track` of this script as the leader of a session whose terminal this is.
+fn in_a_session(stage: &Stage, terminal: &Terminal, script: &str) -> Child {
+    let inner = tracked(stage, script);
+    let mut command = Command::new("setsid");
+    command.arg("--ctty").arg(inner.get_program()).args(inner.get_args());
+    let child = terminal.spawn(&mut command);
+    terminal.shows("ready\r\n");
+    until_it_waits(&child);
+    child
+}
+
+#[test]
+fn a_signal_from_the_terminal_reaches_the_command_once() {
+    let stage = stage();
+    let terminal = Terminal::new();
+    let child = in_a_session(&stage, &terminal, &counting(&stage).replace("TERM", "INT"));
+    // Ctrl-C.
+    rustix::io::write(&terminal.controller, b"\x03").unwrap();
+    assert_eq!(counted(&stage, child, 1), 1);
+}
+
+#[test]
+fn the_end_of_a_terminal_reaches_the_command() {
+    let stage = stage();
+    let terminal = Terminal::new();
+    let child = in_a_session(&stage, &terminal, &counting(&stage).replace("TERM", "HUP"));
+    drop(terminal);
+    assert_eq!(counted(&stage, child, 1), 1);
+}
+
+#[test]
+fn a_command_in_a_group_of_its_own_gets_what_is_sent_to_tracks() {
+    let stage = stage();
+    let script = counting(&stage);
+    let child = in_a_group(&mut program(&stage, &[&TRACK[..], &["setsid", "sh", "-c", &script]].concat()));
+    kill_process_group(Pid::from_child(&child), Signal::TERM).unwrap();
+    assert_eq!(counted(&stage, child, 1), 1);
+}
+
+/// The outbox, locked.
+fn lock(stage: &Stage) -> rusqlite::Connection {
+    // It is made where there is none.
+    assert_eq!(track(stage, "exit 0").0, Some(0));
+    let other = rusqlite::Connection::open(outbox(stage)).unwrap();
+    other.execute_batch("BEGIN IMMEDIATE").unwrap();
+    other
+}
+
+#[test]
+fn after_a_signal_before_the_start_the_command_is_not_started() {
+    let stage = stage();
+    let other = lock(&stage);
+    let before = stage.master.received().len();
+    let ran = path(&stage, "ran");
+    let mut child = tracked(&stage, &format!("touch '{ran}'")).stderr(Stdio::piped()).spawn().unwrap();
+    // It waits for the outbox, for a second.
+    std::thread::sleep(Duration::from_millis(400));
+    kill_process(Pid::from_child(&child), Signal::TERM).unwrap();
+    std::thread::sleep(Duration::from_millis(1_000));
+    other.execute_batch("COMMIT").unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(128 + 15));
+    assert!(!fs::exists(&ran).unwrap());
+    let error = "ended by signal 15 before the command started".to_owned();
+    assert_eq!((kept(&stage), owners(&stage)), (vec![("d".to_owned(), Some(error), false)], vec![None]));
+    assert_eq!(stage.master.received().len(), before, "it is left to run");
+}
+
+#[test]
+fn a_command_that_does_not_exist_keeps_nobody_waiting() {
+    let stage = stage();
+    let since = Instant::now();
+    assert_eq!(program(&stage, &[&TRACK[..], &["/nonexistent"]].concat()).output().unwrap().status.code(), Some(127));
+    assert!(since.elapsed() < Duration::from_millis(900), "{:?}", since.elapsed());
+}
+
+#[test]
+fn a_signal_while_the_report_is_sent_leaves_it_to_run_at_once() {
+    for name in [Signal::TERM, Signal::INT, Signal::HUP] {
+        let stage = stage();
+        stage.master.always(Some(Fault::NeverAnswer(Effect::Lost)));
+        let mut command = tracked(&stage, "echo why >&2; exit 3");
+        let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
+        assert!(stage.master.wait_until(PATIENCE, |seen| !seen.received().is_empty()));
+        let since = Instant::now();
+        kill_process(Pid::from_child(&child), name).unwrap();
+        assert_eq!(child.wait().unwrap().code(), Some(3));
+        assert!(since.elapsed() < Duration::from_secs(2), "{name:?}: {:?}", since.elapsed());
+        let mut log = String::new();
+        child.stderr.take().unwrap().read_to_string(&mut log).unwrap();
+        assert!(log.contains("error=\"a signal came while it was sent\""), "{log}");
+        let row = ("d".to_owned(), Some("why".to_owned()), false);
+        assert_eq!((kept(&stage), owners(&stage)), (vec![row], vec![None]));
+    }
+}
+
+#[test]
+fn a_timeout_bounds_the_report_and_no_wait_sends_none() {
+    for (options, least, requests) in [(["--timeout=300ms"], 300, 1), (["--no-wait"], 0, 0)] {
+        let stage = stage();
+        stage.master.always(Some(Fault::NeverAnswer(Effect::Lost)));
+        let arguments = [&TRACK[..5], &options, &["--", "sh", "-c", "exit 3"]].concat();
+        let since = Instant::now();
+        assert_eq!(program(&stage, &arguments).stderr(Stdio::null()).status().unwrap().code(), Some(3));
+        let took = since.elapsed();
+        assert!((Duration::from_millis(least)..Duration::from_secs(3)).contains(&took), "{options:?}: {took:?}");
+        assert_eq!((stage.master.received().len(), owners(&stage)), (requests, vec![None]), "{options:?}");
+    }
+}
+
+#[test]
+fn a_lock_at_the_start_that_is_gone_at_the_end_loses_no_report() {
+    let stage = stage();
+    let other = lock(&stage);
+    stage.master.open_operation(&stage.worker.uuid, "d", "deploy");
+    let fifo = fifo(&stage);
+    let (mut child, _stdout) = tracking(&stage, &format!("mkfifo '{fifo}'; echo ready; read line <'{fifo}'; exit 3"));
+    other.execute_batch("COMMIT").unwrap();
+    // The report cannot be sent, so what keeps it is the file.
+    stage.master.always(Some(Fault::NeverAnswer(Effect::Lost)));
+    fs::write(fifo, "go on\n").unwrap();
+    wait_for("request", || stage.master.received().len() > 1);
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert_eq!(kept(&stage), [("d".to_owned(), Some("exited with 3".to_owned()), false)]);
+}
+
+#[test]
+fn a_lock_that_outlives_the_command_loses_no_report_though_nobody_answers() {
+    let mut stage = stage();
+    let other = lock(&stage);
+    stage.master.stop();
+    let mut child = tracked(&stage, "exit 3").stderr(Stdio::piped()).spawn().unwrap();
+    std::thread::sleep(Duration::from_millis(3_500));
+    other.execute_batch("COMMIT").unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(3));
+    assert_eq!(kept(&stage), [("d".to_owned(), Some("exited with 3".to_owned()), false)]);
+    let mut log = String::new();
+    child.stderr.take().unwrap().read_to_string(&mut log).unwrap();
+    assert!(log.contains("kept for decnet-heartbeat run, not delivered") && !log.contains("neither"), "{log}");
+}
+
+#[test]
+fn a_lock_at_the_end_does_not_make_a_success_a_failure() {
+    let stage = stage();
+    let fifo = fifo(&stage);
+    let (mut child, _stdout) = tracking(&stage, &format!("mkfifo '{fifo}'; echo ready; read line <'{fifo}'"));
+    let other = rusqlite::Connection::open(outbox(&stage)).unwrap();
+    other.execute_batch("BEGIN IMMEDIATE").unwrap();
+    fs::write(fifo, "go on\n").unwrap();
+    std::thread::sleep(Duration::from_millis(3_500));
+    other.execute_batch("COMMIT").unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+    assert_eq!((rows(&stage), kept(&stage)), (vec![(RowStatus::Succeeded, None)], vec![]));
+}
+
+#[test]
+fn a_broken_ini_neither_keeps_a_command_from_running_nor_its_report() {
+    let stage = stage();
+    let (ini, good, fixed) = (path(&stage, "decnet.ini"), path(&stage, "good.ini"), path(&stage, "fixed"));
+    let script = format!("if [ -e '{fixed}' ]; then cp '{good}' '{ini}'; fi; echo why >&2; exit 4");
+    for is_fixed in [false, true] {
+        // Which writes the ini.
+        let mut command = tracked(&stage, &script);
+        fs::copy(&ini, &good).unwrap();
+        if is_fixed {
+            fs::write(&fixed, "").unwrap();
+        }
+        File::options().append(true).open(&ini).unwrap().write_all(b"[agent]\nmaster-host = a b\n").unwrap();
+        let output = command.output().unwrap();
+        let log = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(4), "{log}");
+        assert!(log.contains("the report cannot be prepared, it is tried again after the command: error="), "{log}");
+        assert_eq!(log.contains("neither delivered nor kept: error="), !is_fixed, "{log}");
+    }
+    assert_eq!(row(&stage), (RowStatus::Failed, Some("why".to_owned())));
+}
