@@ -58,7 +58,7 @@ pub(super) struct Common {
     /// off, error, warn, info, debug or trace [default: info; for push and track warn, for check and demo off]
     #[arg(long, global = true, value_name = "LEVEL")]
     pub(super) log_level: Option<LevelFilter>,
-    /// Append the log to this file instead of stderr
+    /// Append the log to this file instead of stderr; SIGHUP has run open it anew
     #[arg(long, global = true, value_name = "PATH")]
     pub(super) log_file: Option<PathBuf>,
 }
