@@ -135,7 +135,11 @@ fn odd() -> Vec<Row> {
         ),
         row("endless_body", endless(b"HTTP/1.1 200 OK\r\n\r\n", &[b'.'; 4096]), delivers()),
         row("endless_body_of_a_refusal", endless(b"HTTP/1.1 503 No\r\n\r\n", &[b'.'; 4096]), fails("http-503", "....")),
-        row("endless_interim_answers", endless(b"", b"HTTP/1.1 100 Continue\r\n\r\n"), fails("not-http", "header")),
+        row(
+            "endless_interim_answers",
+            endless(b"", &b"HTTP/1.1 100 Continue\r\n\r\n".repeat(40)),
+            fails("not-http", "header"),
+        ),
         row("truncated_body_after_204", raw(b"HTTP/1.1 204 No Content\r\ncontent-length: 10\r\n\r\nabc"), delivers()),
         row("truncated_body_after_200", raw(b"HTTP/1.1 200 OK\r\ncontent-length: 10\r\n\r\nabc"), delivers()),
         row("extra_bytes_after_204", raw(b"HTTP/1.1 204 No Content\r\n\r\nHTTP/1.1 403 Forbidden\r\n\r\n"), delivers()),
