@@ -65,6 +65,11 @@ pub(crate) const STALLED: Duration = Duration::from_secs(60);
 #[cfg(feature = "cli")]
 pub(crate) const RUN_GRACE: Duration = Duration::from_secs(5);
 
+/// Signals to stop within so long are one: a supervisor signals a process and its group, or a parent passes on what its group
+/// got. Nobody types as fast.
+#[cfg(feature = "cli")]
+pub(crate) const SAME_STOP: Duration = Duration::from_millis(250);
+
 // ---- the POST -------------------------------------------------------------------------------
 
 /// Name resolution, and then TCP and TLS together; the original's connect timeout.

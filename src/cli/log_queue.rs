@@ -18,6 +18,7 @@ use log::Level;
 
 use super::log_line::Format;
 use super::log_sink::Sink;
+use super::signals;
 use crate::error::{Error, chain};
 use crate::limits;
 
@@ -73,6 +74,7 @@ impl Queue {
         let writer = || Writer { sink: sink(), format: format.clone(), unwritten: 0, shared: Arc::clone(&shared) };
         let (mut threads, answer) = (writer(), sender.clone());
         let work = move || {
+            signals::write_to_any_terminal();
             if let Err(SendError(Err(error))) = answer.send(threads.sink.reopen()) {
                 late(&error);
             }

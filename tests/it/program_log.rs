@@ -103,6 +103,23 @@ fn a_stopped_terminal_stops_neither_beats_nor_sigterm() {
 }
 
 #[test]
+fn a_terminal_that_stops_what_writes_from_the_background_does_not_stop_the_beats() {
+    let stage = Stage::new();
+    let (mut screen, terminal) = terminal();
+    let often = run(&stage.worker, stage.dir.path());
+    // Job control: what is started is in a process group that is not the terminal's.
+    let mut shell = Command::new("setsid");
+    shell.args(["--ctty", "sh", "-c", "stty tostop; set -m; \"$@\" & read line; kill $!; wait $!", "sh"]);
+    shell.args(["timeout", "--foreground", "60"]).arg(often.get_program()).args(often.get_args());
+    shell.args(["--interval", "50ms", "--log-level", "trace"]);
+    shell.stdin(terminal.try_clone().unwrap()).stdout(terminal.try_clone().unwrap()).stderr(terminal);
+    let mut running = Running::start(&mut shell);
+    assert!(stage.master.wait_for_beats(5, PATIENCE));
+    screen.write_all(b"\n").unwrap();
+    assert_eq!(running.end(PROMPT).code(), Some(0));
+}
+
+#[test]
 fn no_colour_and_a_dumb_terminal_get_no_colours() {
     for (name, value) in [("NO_COLOR", "1"), ("TERM", "dumb")] {
         let stage = Stage::new();
