@@ -275,6 +275,10 @@ pub(crate) const STATS_CHECK: Duration = Duration::from_secs(1);
 #[cfg(feature = "cli")]
 pub(crate) const STATS_FINISH: Duration = Duration::from_millis(250);
 
+/// After how long READY is first sent again where systemd had no room for it; each time it is twice as long.
+#[cfg(feature = "cli")]
+pub(crate) const READY: Duration = Duration::from_millis(50);
+
 /// The shortest time between two notifications of systemd's watchdog: a smaller one would be a busy loop.
 #[cfg(feature = "cli")]
 pub(crate) const WATCHDOG: Duration = Duration::from_millis(50);

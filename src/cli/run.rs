@@ -55,6 +55,7 @@ fn watch(
     let watchdog = systemd::watchdog().map_or_else(never, tick);
     let beats = heartbeat.beats();
     loop {
+        let ready = systemd.when_to_catch_up();
         select! {
             recv(signals) -> signal => {
                 let signal = signal.ok().and_then(low_level::signal_name).unwrap_or("none");
@@ -75,6 +76,7 @@ fn watch(
                 }
                 Err(_) => return Err(Error::setting("heartbeat", "the thread has ended unasked")),
             },
+            recv(ready) -> _ => systemd.catch_up(),
             recv(watchdog) -> _ => if !heartbeat.is_stalled() {
                 systemd.alive();
             },
