@@ -59,16 +59,17 @@ fn execute() -> ExitCode {
         Command::Check(_) | Command::Demo { .. } | Command::Completions { .. } => LevelFilter::Off,
     };
     let level = common.log_level.unwrap_or(usual);
-    if let Err(error) =
-        signals::survive_file_size_limit().and_then(|()| logging::start(common.log_file.as_deref(), level))
-    {
-        return fail(&error);
-    }
+    let started = signals::start(matches!(command, Command::Run(_)))
+        .and_then(|stops| logging::start(common.log_file.as_deref(), level).map(|()| stops));
+    let stops = match started {
+        Ok(stops) => stops,
+        Err(error) => return fail(&error),
+    };
     if !matches!(command, Command::Demo { .. }) {
         std::panic::set_hook(Box::new(logging::panicked));
     }
     let done = match command {
-        Command::Run(options) => run::run(&common, options).map(|()| ExitCode::SUCCESS),
+        Command::Run(options) => run::run(&common, options, &stops).map(|()| ExitCode::SUCCESS),
         Command::Push(options) => push::push(&common, options),
         Command::Track(options) => track::track(&common, options),
         Command::Check(options) => check::check(&common, &options),

@@ -14,6 +14,10 @@ use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::Path;
 use std::time::{Duration, UNIX_EPOCH};
 
+#[cfg(feature = "cli")]
+use crate::error::printable_path;
+#[cfg(feature = "cli")]
+use crate::read_only::beside;
 use crate::{limits, outbox};
 
 /// The whole of a regular file of at most `limit` bytes.
@@ -76,20 +80,19 @@ pub(crate) fn is_empty_folder(folder: &Path) -> bool {
 #[cfg(feature = "cli")]
 pub(crate) fn replace(path: &Path, content: &[u8], mode: Option<u32>) -> io::Result<()> {
     replaceable(path)?;
-    let mut next = path.as_os_str().to_owned();
-    next.push(".new");
+    let next = beside(path, ".new");
     match fs::remove_file(&next) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            return Err(io::Error::new(error.kind(), format!("{} cannot be removed: {error}", printable_path(&next))));
+        }
         _ => (),
     }
     let mut file = File::create_new(&next)?;
-    if let Some(mode) = mode {
-        file.set_permissions(Permissions::from_mode(mode))?;
-    }
-    file.write_all(content)?;
+    let mode = mode.map_or(Ok(()), |mode| file.set_permissions(Permissions::from_mode(mode)));
+    let written = mode.and_then(|()| file.write_all(content));
     // Once more: what is put there meanwhile is somebody's, too.
-    replaceable(path).inspect_err(|_| drop(fs::remove_file(&next)))?;
-    fs::rename(&next, path)
+    let replaced = written.and_then(|()| replaceable(path)).and_then(|()| fs::rename(&next, path));
+    replaced.inspect_err(|_| drop(fs::remove_file(&next)))
 }
 
 /// Whether [`replace`] may put a file at `path`. `InvalidInput`: something that is not a regular file is there, also a

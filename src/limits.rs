@@ -65,6 +65,11 @@ pub(crate) const STALLED: Duration = Duration::from_secs(60);
 #[cfg(feature = "cli")]
 pub(crate) const RUN_GRACE: Duration = Duration::from_secs(5);
 
+/// Signals to stop within so long are one: a supervisor signals a process and its group, or a parent passes on what its group
+/// got. Nobody types as fast.
+#[cfg(feature = "cli")]
+pub(crate) const SAME_STOP: Duration = Duration::from_millis(250);
+
 // ---- the POST -------------------------------------------------------------------------------
 
 /// Name resolution, and then TCP and TLS together; the original's connect timeout.
@@ -269,6 +274,10 @@ pub(crate) const STATS_CHECK: Duration = Duration::from_secs(1);
 /// How long `run` waits at its end for the stats that are being written: a working disk takes a few milliseconds.
 #[cfg(feature = "cli")]
 pub(crate) const STATS_FINISH: Duration = Duration::from_millis(250);
+
+/// After how long READY is first sent again where systemd had no room for it; each time it is twice as long.
+#[cfg(feature = "cli")]
+pub(crate) const READY: Duration = Duration::from_millis(50);
 
 /// The shortest time between two notifications of systemd's watchdog: a smaller one would be a busy loop.
 #[cfg(feature = "cli")]

@@ -18,6 +18,7 @@ use log::Level;
 
 use super::log_line::Format;
 use super::log_sink::Sink;
+use super::signals;
 use crate::error::{Error, chain};
 use crate::limits;
 
@@ -56,11 +57,15 @@ impl Queue {
         Self::start(Sink::stderr, format, |_| ()).0
     }
 
-    /// The error is the file's that cannot be opened. Where the answer takes longer than a start may wait, lines are queued
-    /// meanwhile, and `late` is called with the error.
-    pub(super) fn to_file(path: &Path, format: &Format, late: fn(&Error)) -> Result<Self, Error> {
-        let (queue, opened) = Self::start(|| Sink::file(path.to_owned()), format, late);
-        opened.recv_timeout(limits::LOG_OPEN).unwrap_or(Ok(()))?;
+    /// The error is that of a file that can never be opened. Where it may be later (a full disk), or where the answer takes
+    /// longer than a start may wait, `complain` is called with what goes wrong, and the file is opened for the next line.
+    pub(super) fn to_file(path: &Path, format: &Format, complain: fn(&Error)) -> Result<Self, Error> {
+        let (queue, opened) = Self::start(|| Sink::file(path.to_owned()), format, complain);
+        match opened.recv_timeout(limits::LOG_OPEN) {
+            Ok(Err(error)) if error.is_transient() => complain(&error),
+            Ok(answer) => answer?,
+            Err(_) => (),
+        }
         Ok(queue)
     }
 
@@ -73,6 +78,7 @@ impl Queue {
         let writer = || Writer { sink: sink(), format: format.clone(), unwritten: 0, shared: Arc::clone(&shared) };
         let (mut threads, answer) = (writer(), sender.clone());
         let work = move || {
+            signals::write_to_any_terminal();
             if let Err(SendError(Err(error))) = answer.send(threads.sink.reopen()) {
                 late(&error);
             }
@@ -107,8 +113,10 @@ impl Queue {
         match self {
             Self::Direct(writer) => writer.lock().unwrap_or_else(PoisonError::into_inner).reopen(),
             Self::Threaded { lines, shared, .. } => {
-                shared.is_to_reopen.store(true, Ordering::SeqCst);
-                shared.send(lines, Vec::new());
+                // However often it is asked meanwhile, it takes one place in the queue.
+                if !shared.is_to_reopen.swap(true, Ordering::SeqCst) {
+                    shared.send(lines, Vec::new());
+                }
             }
         }
     }
@@ -263,6 +271,18 @@ mod tests {
         assert_eq!([take(), take()], [(3, "5\n".to_owned()), (0, "6\n".to_owned())]);
         flush(&queue);
         assert_eq!(take(), (1, String::new()), "there is no other line to tell of it");
+    }
+
+    #[test]
+    fn however_often_a_file_is_to_be_reopened_there_is_room_for_lines() {
+        let (lines, taken) = bounded(2);
+        let queue = Queue::Threaded { lines, shared: Arc::default(), progress: bounded(0).1 };
+        for _ in 0..5 {
+            queue.reopen();
+        }
+        push(&queue, 0..1);
+        let texts: Vec<_> = taken.try_iter().map(|line| line.text).collect();
+        assert_eq!(texts, [&b""[..], b"0\n"]);
     }
 
     #[test]

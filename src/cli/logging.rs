@@ -25,9 +25,9 @@ static STDERR: OnceLock<Queue> = OnceLock::new();
 pub(super) fn start(file: Option<&Path>, level: LevelFilter) -> Result<(), Error> {
     let format = Format::new(file.is_none() && is_coloured());
     if let Some(path) = file {
-        let late = |error: &Error| say_on_stderr(&format!("decnet-heartbeat: {}\n", chain(error)));
+        let complain = |error: &Error| say_on_stderr(&format!("decnet-heartbeat: {}\n", chain(error)));
         // The first and only time.
-        let _ = FILE.set(Queue::to_file(path, &format, late)?);
+        let _ = FILE.set(Queue::to_file(path, &format, complain)?);
     }
     log::set_boxed_logger(Box::new(Logger { level, format }))
         .map_err(|source| Error::setting("the log", "is in use already").because(source))?;

@@ -8,13 +8,12 @@ use signal_hook::low_level;
 use super::arguments::{Common, RunOptions};
 use super::stats_files::StatsFiles;
 use super::systemd::{self, Systemd};
-use super::{enrolment, outbox, signals};
+use super::{enrolment, outbox};
 use crate::error::Error;
 use crate::heartbeat::Heartbeat;
 use crate::limits;
 
-pub(super) fn run(common: &Common, options: RunOptions) -> Result<(), Error> {
-    let signals = signals::of_run()?;
+pub(super) fn run(common: &Common, options: RunOptions, signals: &Receiver<i32>) -> Result<(), Error> {
     let enrolment = enrolment(common)?;
     let source = options.source(enrolment.agent_dir().value());
     let stats_files = StatsFiles::start(options.stats_file, options.metrics_file)?;
@@ -29,7 +28,7 @@ pub(super) fn run(common: &Common, options: RunOptions) -> Result<(), Error> {
     let heartbeat = builder.start()?;
     let mut systemd = Systemd::from_env();
     systemd.ready();
-    let watched = watch(&heartbeat, &signals, stats_files.as_ref(), &mut systemd);
+    let watched = watch(&heartbeat, signals, stats_files.as_ref(), &mut systemd);
     systemd.stopping();
     let host = host(&heartbeat);
     let stopped = heartbeat.stop(limits::RUN_GRACE);
@@ -56,6 +55,7 @@ fn watch(
     let watchdog = systemd::watchdog().map_or_else(never, tick);
     let beats = heartbeat.beats();
     loop {
+        let ready = systemd.when_to_catch_up();
         select! {
             recv(signals) -> signal => {
                 let signal = signal.ok().and_then(low_level::signal_name).unwrap_or("none");
@@ -76,6 +76,7 @@ fn watch(
                 }
                 Err(_) => return Err(Error::setting("heartbeat", "the thread has ended unasked")),
             },
+            recv(ready) -> _ => systemd.catch_up(),
             recv(watchdog) -> _ => if !heartbeat.is_stalled() {
                 systemd.alive();
             },

@@ -11,6 +11,8 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::time::{Duration, Instant};
 
+use crossbeam_channel::{Receiver, after, never};
+
 use crate::limits;
 use crate::repeats::Repeats;
 use crate::text::printable;
@@ -25,6 +27,8 @@ pub(super) struct Systemd {
     address: Option<SocketAddr>,
     /// READY is to be sent with the next notification.
     owes_ready: bool,
+    /// How long it was waited last for the supervisor to have room for READY.
+    pause: Duration,
     problems: Repeats,
 }
 
@@ -40,7 +44,7 @@ impl Systemd {
                 })
                 .ok()
         });
-        Self { address, owes_ready: false, problems: Repeats::default() }
+        Self { address, owes_ready: false, pause: limits::READY, problems: Repeats::default() }
     }
 
     pub(super) fn ready(&mut self) {
@@ -58,11 +62,21 @@ impl Systemd {
         self.notify(STOPPING);
     }
 
-    /// Sends READY again if it could not be sent. For each beat: there may be no watchdog.
+    /// Sends READY again if it could not be sent. For each beat, and for [`when_to_catch_up`](Self::when_to_catch_up).
     pub(super) fn catch_up(&mut self) {
         if self.owes_ready {
             self.notify("");
         }
+    }
+
+    /// Says when READY is to be sent again: the supervisor does not wait for a beat that is an hour away. Ever later, so that
+    /// a socket that never works costs nothing.
+    pub(super) fn when_to_catch_up(&mut self) -> Receiver<Instant> {
+        if !self.owes_ready || self.address.is_none() {
+            return never();
+        }
+        self.pause = self.pause.saturating_mul(2);
+        after(self.pause)
     }
 
     /// Never waits: a notification for which the supervisor has no room fails. What fails each time is logged less and less

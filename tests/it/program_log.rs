@@ -5,6 +5,7 @@ use std::fs::{self, File};
 use std::io::{BufRead, BufReader, PipeReader, PipeWriter, Read, Write, pipe};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::thread;
@@ -100,6 +101,23 @@ fn a_stopped_terminal_stops_neither_beats_nor_sigterm() {
     stage.requests(20);
     stage.master.always(None);
     assert_eq!(running.terminate(PROMPT), Some(0));
+}
+
+#[test]
+fn a_terminal_that_stops_what_writes_from_the_background_does_not_stop_the_beats() {
+    let stage = Stage::new();
+    let (mut screen, terminal) = terminal();
+    let often = run(&stage.worker, stage.dir.path());
+    // Job control: what is started is in a process group that is not the terminal's.
+    let mut shell = Command::new("setsid");
+    shell.args(["--ctty", "sh", "-c", "stty tostop; set -m; \"$@\" & read line; kill $!; wait $!", "sh"]);
+    shell.args(["timeout", "--foreground", "60"]).arg(often.get_program()).args(often.get_args());
+    shell.args(["--interval", "50ms", "--log-level", "trace"]);
+    shell.stdin(terminal.try_clone().unwrap()).stdout(terminal.try_clone().unwrap()).stderr(terminal);
+    let mut running = Running::start(&mut shell);
+    assert!(stage.master.wait_for_beats(5, PATIENCE));
+    screen.write_all(b"\n").unwrap();
+    assert_eq!(running.end(PROMPT).code(), Some(0));
 }
 
 #[test]
@@ -295,6 +313,25 @@ fn a_log_file_that_cannot_be_opened_is_an_error_of_the_start() {
         let expected = format!("decnet-heartbeat: --log-file: {} cannot be appended to: ", dir.path().display());
         assert!(said.starts_with(&expected) && said.lines().count() == 1, "{said}");
     }
+}
+
+#[test]
+fn a_log_file_that_cannot_be_opened_for_a_reason_that_passes_delays_no_beat_and_is_opened_later() {
+    let stage = Stage::new();
+    let log = stage.dir.path().join("log");
+    // ENXIO, as ENOSPC on a disk that is full.
+    let socket = UnixListener::bind(&log).unwrap();
+    let mut running = Running::start(logging_to(&stage, &log).stderr(Stdio::piped()));
+    let said = lines(running.0.stderr.take().unwrap());
+    line_with(&said, &format!("decnet-heartbeat: --log-file: {} cannot be appended to: ", log.display()));
+    assert!(stage.master.wait_for_beats(3, PATIENCE));
+    drop(socket);
+    fs::remove_file(&log).unwrap();
+    assert_eq!(running.terminate(PROMPT), Some(0));
+    let said = fs::read_to_string(&log).unwrap();
+    let (first, rest) = said.split_once('\n').unwrap();
+    assert!(first.contains("[WARN] (log) lines of the log were dropped: lines="), "{first}");
+    assert!(message(rest).starts_with("stopping: "), "{rest}");
 }
 
 #[test]

@@ -1,11 +1,13 @@
 //! What `run` does on a signal, and every command at the limit of a file's size.
 
+use std::fs;
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use decnet_heartbeat::loopback::{Effect, Fault};
-use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
+use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, prlimit};
 
 use crate::program::{program, run};
 use crate::support::{PATIENCE, Running, Stage, json_of, line_with, lines};
@@ -14,7 +16,7 @@ use crate::support::{PATIENCE, Running, Stage, json_of, line_with, lines};
 const PROMPT: Duration = Duration::from_secs(4);
 
 /// The command after a line of shell.
-fn after(line: &str, command: &Command) -> Command {
+pub fn after(line: &str, command: &Command) -> Command {
     let mut shell = Command::new("sh");
     shell.args(["-c", &format!("{line}; exec \"$@\""), "sh"]).arg(command.get_program()).args(command.get_args());
     shell.env_clear().envs(command.get_envs().filter_map(|(name, value)| Some((name, value?))));
@@ -50,6 +52,8 @@ fn signals_that_mean_nothing_to_run_do_not_end_it() {
         ("PROF", 27),
         ("IO", 29),
         ("PWR", 30),
+        ("RTMIN", 34),
+        ("64", 64),
     ];
     for (name, number) in signals {
         // Handled, not ignored: a command that it would start had the default action. PIPE is Rust's.
@@ -104,8 +108,57 @@ fn the_second_signal_ends_it_at_once() {
     stage.requests(1);
     running.signal("TERM");
     line_with(&said, "stopping: ");
+    thread::sleep(Duration::from_millis(500));
     running.signal("TERM");
     assert_eq!(running.end(PROMPT).code(), Some(1));
+}
+
+#[test]
+fn signals_that_come_together_are_one_and_the_stop_is_orderly() {
+    let stage = Stage::new();
+    let mut running = Running::start(often(&stage).stderr(Stdio::piped()));
+    let said = lines(running.0.stderr.take().unwrap());
+    assert!(stage.master.wait_for_beats(1, PATIENCE));
+    for _ in 0..50 {
+        // As timeout(1) does to a process and then to its group. It may have ended.
+        let _ = kill_process(Pid::from_child(&running.0), Signal::TERM);
+    }
+    assert_eq!(running.end(PROMPT).code(), Some(0));
+    line_with(&said, "heartbeat stopped: ");
+}
+
+#[test]
+fn a_signal_that_was_blocked_at_the_start_stops_it_all_the_same() {
+    let stage = Stage::new();
+    let often = often(&stage);
+    let mut blocked = Command::new("env");
+    blocked.arg("--block-signal").arg(often.get_program()).args(often.get_args()).stderr(Stdio::null());
+    for name in ["TERM", "INT"] {
+        let mut running = Running::start(&mut blocked);
+        let beats = stage.master.received().len();
+        stage.requests(beats + 1);
+        running.signal(name);
+        assert_eq!(running.end(PROMPT).code(), Some(0), "{name}");
+    }
+}
+
+#[test]
+fn hup_while_the_log_file_is_being_opened_does_not_end_it() {
+    let stage = Stage::new();
+    let log = stage.dir.path().join("log");
+    assert!(Command::new("mkfifo").arg(&log).status().unwrap().success());
+    let mut running = Running::start(often(&stage).arg("--log-file").arg(&log));
+    // Nobody reads the FIFO, so that thread waits.
+    let tasks = format!("/proc/{}/task", running.0.id());
+    let names =
+        || fs::read_dir(&tasks).unwrap().filter_map(|task| fs::read_to_string(task.ok()?.path().join("comm")).ok());
+    let until = Instant::now() + PATIENCE;
+    while !names().any(|name| name == "log\n") {
+        assert!(Instant::now() < until);
+    }
+    running.signal("HUP");
+    assert!(stage.master.wait_for_beats(2, PATIENCE));
+    assert_eq!(running.terminate(PROMPT), Some(0));
 }
 
 /// Bytes that the files of this process may grow to; `None`: as the limit was.
@@ -139,7 +192,7 @@ fn a_limit_that_comes_later_is_a_full_disk_and_no_delta_is_sent_twice() {
     push.arg("--config").arg(stage.dir.path().join("decnet.ini"));
     // The master is asked by run alone: nobody listens there.
     push.env("DECNET_SWARMCTL_PORT", "1").args(["push", "--operation", "deploy", "--status", "succeeded", "decky-01"]);
-    assert_eq!(push.output().unwrap().status.code(), Some(75), "kept for run");
+    assert_eq!(push.output().unwrap().status.code(), Some(75));
     line_with(&log, "in memory");
     let beats = stage.master.received().len();
     stage.requests(beats + 5);

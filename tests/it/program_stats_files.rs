@@ -10,6 +10,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use crate::program::run;
+use crate::program_signals::after;
 use crate::support::{PATIENCE, Running, Stage, line_with, lines};
 
 /// A stop, with room for a busy host.
@@ -77,6 +78,32 @@ fn what_takes_the_files_place_later_is_not_replaced_either() {
     stage.requests(beats + 3);
     assert_eq!(running.terminate(PROMPT), Some(0));
     assert!(is_fifo());
+}
+
+#[test]
+fn what_cannot_be_written_leaves_no_file_behind() {
+    let stage = Stage::new();
+    let stats = stage.dir.path().join("stats");
+    let mut command = run(&stage.worker, stage.dir.path());
+    command.args(["--interval", "50ms", "--stats-file"]).arg(&stats);
+    // Half a KiB of each file.
+    let mut running = Running::start(after("ulimit -f 1", &command).stderr(Stdio::piped()));
+    let said = lines(running.0.stderr.take().unwrap());
+    line_with(&said, "the stats cannot be written: ");
+    assert_eq!(running.terminate(PROMPT), Some(0));
+    assert!(!stats.exists() && !stage.dir.path().join("stats.new").exists());
+}
+
+#[test]
+fn what_stands_where_the_stats_are_written_first_is_named() {
+    let stage = Stage::new();
+    let (stats, next) = (stage.dir.path().join("stats"), stage.dir.path().join("stats.new"));
+    fs::create_dir(&next).unwrap();
+    let mut running = Running::start(run(&stage.worker, stage.dir.path()).arg("--stats-file").arg(&stats));
+    let said = lines(running.0.stderr.take().unwrap());
+    let line = line_with(&said, "the stats cannot be written: ");
+    assert!(line.contains(&format!("error=\"{} cannot be removed: ", next.display())), "{line}");
+    assert_eq!(running.terminate(PROMPT), Some(0));
 }
 
 #[test]

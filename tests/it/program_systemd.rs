@@ -84,6 +84,23 @@ fn a_readiness_that_could_not_be_sent_is_sent_again() {
 }
 
 #[test]
+fn a_readiness_that_could_not_be_sent_does_not_wait_for_a_beat_that_is_far_away() {
+    let stage = Stage::new();
+    let path = stage.dir.path().join("notify");
+    let systemd = listen(&path);
+    fill(&path);
+    let mut command = run(&stage.worker, stage.dir.path());
+    command.args(["--interval", "1h"]).env("NOTIFY_SOCKET", &path).stderr(Stdio::null());
+    let mut running = Running::start(&mut command);
+    assert!(stage.master.wait_for_beats(1, PATIENCE));
+    // Its beat is over.
+    std::thread::sleep(Duration::from_millis(200));
+    let heard = std::iter::repeat_with(|| hear(&systemd)).find(|said| said != "FULL=1").unwrap();
+    assert_eq!(heard, "READY=1\n");
+    assert_eq!(running.terminate(PROMPT), Some(0));
+}
+
+#[test]
 fn a_watchdog_of_a_microsecond_is_no_busy_loop() {
     let stage = Stage::new();
     let path = stage.dir.path().join("notify");
