@@ -9,6 +9,7 @@ mod log_sink;
 mod logging;
 mod metrics;
 mod output;
+mod own_files;
 mod push;
 mod report;
 mod run;

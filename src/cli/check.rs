@@ -14,6 +14,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use super::arguments::{CheckOptions, Common};
+use super::own_files::OwnFiles;
 use super::{enrolment, outbox};
 use crate::enrolment::Enrolment;
 use crate::error::{Error, chain, printable_path};
@@ -38,9 +39,12 @@ pub(super) fn check(common: &Common, options: &CheckOptions) -> Result<ExitCode,
     }
     steps.into_iter().for_each(|step| list.add(step));
     list.add(host::outbox(&outbox(run.outbox.clone()), dir));
-    for (name, path) in [("stats-file", &run.stats_file), ("metrics-file", &run.metrics_file)] {
+    let own = OwnFiles::of(common, run, enrolment.as_ref().ok());
+    for (name, option, path) in
+        [("stats-file", "--stats-file", &run.stats_file), ("metrics-file", "--metrics-file", &run.metrics_file)]
+    {
         if let Some(path) = path {
-            list.add(host::report(name, path));
+            list.add(host::report(name, path, own.at(option, path)));
         }
     }
     list.finish()

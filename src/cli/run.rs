@@ -6,6 +6,7 @@ use crossbeam_channel::{Receiver, never, select, tick};
 use signal_hook::low_level;
 
 use super::arguments::{Common, RunOptions};
+use super::own_files::OwnFiles;
 use super::stats_files::StatsFiles;
 use super::systemd::{self, Systemd};
 use super::{enrolment, outbox};
@@ -16,7 +17,8 @@ use crate::limits;
 pub(super) fn run(common: &Common, options: RunOptions, signals: &Receiver<i32>) -> Result<(), Error> {
     let enrolment = enrolment(common)?;
     let source = options.source(enrolment.agent_dir().value());
-    let stats_files = StatsFiles::start(options.stats_file, options.metrics_file)?;
+    let own = OwnFiles::of(common, &options, Some(&enrolment));
+    let stats_files = StatsFiles::start(options.stats_file, options.metrics_file, own)?;
     let mut builder = Heartbeat::builder()
         .enrolment(enrolment)
         .status_source(source)

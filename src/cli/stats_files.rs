@@ -9,6 +9,7 @@ use std::time::Instant;
 use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
 
 use super::metrics;
+use super::own_files::OwnFiles;
 use crate::error::{Error, printable_path};
 use crate::repeats::Repeats;
 use crate::stats::Stats;
@@ -29,7 +30,11 @@ pub(super) struct StatsFiles {
 
 impl StatsFiles {
     /// An existing target that must not be replaced is an error. A disk that does not answer in time is none.
-    pub(super) fn start(stats: Option<PathBuf>, metrics: Option<PathBuf>) -> Result<Option<Self>, Error> {
+    pub(super) fn start(
+        stats: Option<PathBuf>,
+        metrics: Option<PathBuf>,
+        own: OwnFiles,
+    ) -> Result<Option<Self>, Error> {
         let files: Vec<_> =
             [stats.map(StatsFile::stats), metrics.map(StatsFile::metrics)].into_iter().flatten().collect();
         if files.is_empty() {
@@ -41,7 +46,7 @@ impl StatsFiles {
         let taken = waiting.clone();
         let work = move || {
             let _running: Sender<()> = running;
-            let _ = checks.send(files.iter().try_for_each(StatsFile::check));
+            let _ = checks.send(files.iter().try_for_each(|file| file.check(&own)));
             write_each(files, &taken);
         };
         thread::Builder::new().name(NAME.to_owned()).spawn(work).map_err(|source| Error::thread(NAME, source))?;
@@ -105,7 +110,12 @@ impl StatsFile {
     }
 
     /// A folder that is not there yet is no error: it may be mounted later.
-    fn check(&self) -> Result<(), Error> {
+    fn check(&self, own: &OwnFiles) -> Result<(), Error> {
+        if let Some(what) = own.at(self.option, &self.path) {
+            let problem =
+                format!("{} is {what}, which would be replaced; name another file", printable_path(&self.path));
+            return Err(Error::config(self.option, problem));
+        }
         match files::replaceable(&self.path) {
             Err(error) if error.kind() == io::ErrorKind::InvalidInput => Err(refused(self.option, &self.path, error)),
             _ => Ok(()),

@@ -20,6 +20,9 @@ use crate::text::printable;
 /// Where a Docker Engine listens.
 pub(crate) const DOCKER_SOCKET: &str = "/var/run/docker.sock";
 
+/// What the agent has applied of a topology, in the agent dir.
+pub(crate) const TOPOLOGY: &str = "topology.db";
+
 /// What DECNET's own agent reports: the deckies of its state file, the state of their containers, and the topology.
 ///
 /// The state file and `topology.db` are only ever read. Docker is asked two things a snapshot: for its networks, then for
@@ -85,7 +88,7 @@ impl DecnetStatus {
         Self {
             state_file: StateFile::new(Place::searched()),
             docker: Docker::new(DOCKER_SOCKET.into()),
-            topology: TopologyFile::new(agent_dir.join("topology.db")),
+            topology: TopologyFile::new(agent_dir.join(TOPOLOGY)),
             said: Said::default(),
         }
     }

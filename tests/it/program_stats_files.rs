@@ -119,3 +119,48 @@ fn paths_that_are_not_utf8_work() {
     assert!(fs::read_to_string(stats).unwrap().contains("\"beats\": "));
     assert!(fs::read_to_string(metrics).unwrap().contains("decnet_heartbeat_beats_total "));
 }
+
+/// What `run` and `check` say of stats or metrics in this place, and their exit codes.
+fn refused(stage: &Stage, option: &str, path: &std::path::Path, others: &[&OsStr]) -> Vec<String> {
+    let ini = stage.dir.path().join("decnet.ini");
+    stage.worker.write_ini(&ini).unwrap();
+    let said = ["run", "check"].map(|name| {
+        let mut command = crate::program::program();
+        command.arg("--config").arg(&ini).arg(name).arg(option).arg(path).args(others);
+        let output = command.env("DECNET_HEARTBEAT_STATE_FILE", stage.dir.path().join("state")).output().unwrap();
+        let said = String::from_utf8([output.stdout, output.stderr].concat()).unwrap();
+        let line =
+            said.lines().find(|line| line.contains("which would be replaced")).unwrap_or_else(|| panic!("{said}"));
+        assert_eq!(output.status.code(), Some(if name == "run" { 78 } else { 1 }), "{said}");
+        line.to_owned()
+    });
+    said.to_vec()
+}
+
+#[test]
+fn no_file_of_the_heartbeats_own_is_a_target() {
+    let stage = Stage::new();
+    let (dir, agent) = (stage.dir.path(), stage.agent_dir());
+    fs::write(dir.join("state"), "{}").unwrap();
+    let own = [
+        agent.join("worker.key"),
+        agent.join("ca.crt"),
+        agent.join("topology.db"),
+        agent.join("heartbeat.db"),
+        agent.join("heartbeat.db-wal"),
+        dir.join("decnet.ini"),
+        dir.join("state"),
+        agent.join("../agent/./worker.crt"),
+    ];
+    for (option, path) in own.iter().flat_map(|path| [("--stats-file", path), ("--metrics-file", path)]) {
+        let before = fs::read(path).ok();
+        for line in refused(&stage, option, path, &[]) {
+            assert!(line.contains(path.to_str().unwrap()), "{line}");
+        }
+        assert!(path.ends_with("decnet.ini") || fs::read(path).ok() == before, "{}", path.display());
+    }
+    let (both, log) = (dir.join("both"), dir.join("log"));
+    refused(&stage, "--stats-file", &both, &["--metrics-file".as_ref(), both.as_os_str()]);
+    refused(&stage, "--stats-file", &log, &["--log-file".as_ref(), log.as_os_str()]);
+    refused(&stage, "--metrics-file", &both, &["--outbox".as_ref(), both.as_os_str()]);
+}

@@ -219,9 +219,13 @@ fn counted_step(path: &Path, counts: Counts) -> Step {
     }
 }
 
-/// `--stats-file` or `--metrics-file`.
-pub(super) fn report(name: &'static str, path: &Path) -> Step {
+/// `--stats-file` or `--metrics-file`. `own`: which of the heartbeat's own files this is.
+pub(super) fn report(name: &'static str, path: &Path, own: Option<&str>) -> Step {
     let file = printable_path(path);
+    if let Some(what) = own {
+        let problem = format!("{file} is {what}, which would be replaced");
+        return Step::bad(name, problem, "name another file").fact("file", file);
+    }
     let advice = "make its folder, let this user write into it, or make room there";
     match (files::replaceable(path), room(folder(path))) {
         (Ok(()), Ok(())) => Step::good(name, format!("{file} can be written")),

@@ -1,0 +1,58 @@
+//! The files that a heartbeat reads or keeps itself. `--stats-file` and `--metrics-file` are replaced with every beat, so
+//! neither may be one of these: the key or the outbox would be gone. Runs on the thread that asks.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use super::arguments::{Common, RunOptions};
+use super::{outbox, state_file_of_environment};
+use crate::bundle;
+use crate::enrolment::Enrolment;
+use crate::read_only::beside;
+use crate::status::decnet::TOPOLOGY;
+
+/// Each with what it is.
+#[derive(Clone, Debug)]
+pub(super) struct OwnFiles(Vec<(&'static str, PathBuf)>);
+
+impl OwnFiles {
+    /// Without an enrolment only those that the command line and the environment name.
+    pub(super) fn of(common: &Common, options: &RunOptions, enrolment: Option<&Enrolment>) -> Self {
+        let mut files = Vec::new();
+        let named = [
+            ("--stats-file", &options.stats_file),
+            ("--metrics-file", &options.metrics_file),
+            ("--log-file", &common.log_file),
+            ("--config", &common.config),
+            ("the state file", &options.state_file),
+            ("the state file", &state_file_of_environment()),
+        ];
+        files.extend(named.into_iter().filter_map(|(what, path)| Some((what, path.clone()?))));
+        let agent_dir = enrolment.map(|enrolment| enrolment.agent_dir().value());
+        if let Some(dir) = agent_dir {
+            let names = [bundle::CA, bundle::CERTIFICATE, bundle::KEY, TOPOLOGY];
+            files.extend(names.map(|name| (name, dir.join(name))));
+        }
+        files.extend(enrolment.and_then(Enrolment::ini).map(|ini| ("the ini", ini.to_owned())));
+        let location = outbox(options.outbox.clone());
+        if let Some(file) = location.path(agent_dir.map_or(Path::new(""), PathBuf::as_path)) {
+            let parts = ["", "-wal", "-shm", "-journal", "-lock", "-making"];
+            files.extend(parts.map(|part| ("the outbox", beside(&file, part))));
+        }
+        Self(files)
+    }
+
+    /// What `path`, given as `option`, would replace.
+    pub(super) fn at(&self, option: &str, path: &Path) -> Option<&'static str> {
+        let place = place(path);
+        let others = self.0.iter().filter(|(what, _)| *what != option);
+        others.into_iter().find(|(_, file)| self::place(file) == place).map(|(what, _)| *what)
+    }
+}
+
+/// The folder that it leads to, and the name there: a file is replaced by its name.
+fn place(path: &Path) -> (PathBuf, Option<&OsStr>) {
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    (fs::canonicalize(folder).unwrap_or_else(|_| folder.to_owned()), path.file_name())
+}
