@@ -381,16 +381,20 @@ mod tests {
             let whole = fs::read(&path).unwrap();
             let mut refused = 0;
             for end in 0..whole.len() {
-                fs::write(&path, &whole[..end]).unwrap();
-                if let Err(error) = Bundle::load(dir.path(), &provider) {
-                    assert!(error.is_transient(), "{name} cut at {end}: {error:?}");
-                    refused += 1;
+                // Nothing follows, or the room for the rest.
+                for rest in [0, whole.len() - end] {
+                    fs::write(&path, [&whole[..end], &vec![0; rest]].concat()).unwrap();
+                    if let Err(error) = Bundle::load(dir.path(), &provider) {
+                        let is_whole = whole[..end].trim_ascii_end() == whole.trim_ascii_end();
+                        assert!(error.is_transient() || is_whole, "{name} cut at {end}: {error:?}");
+                        refused += usize::from(rest == 0);
+                    }
                 }
             }
             assert!(refused >= whole.len() - 2, "{name}: {refused} of {}", whole.len());
             let text = String::from_utf8(whole.clone()).unwrap();
             let mangled = text.replacen("\nM", "\n!", 1);
-            for garbage in ["garbage", "garbage\n", &mangled, mangled.trim_end(), "\0\0\0"] {
+            for garbage in ["garbage", "garbage\n", &mangled, mangled.trim_end(), "\0garbage"] {
                 fs::write(&path, garbage).unwrap();
                 let error = Bundle::load(dir.path(), &provider).err().unwrap();
                 assert!(!error.is_transient(), "{name} of {garbage:?}: {error:?}");

@@ -40,6 +40,7 @@ pub(crate) fn remedy(error: &io::Error) -> &'static str {
         }
         io::ErrorKind::FileTooLarge => "put the file that the enrolment wrote in its place, which has a few KiB",
         io::ErrorKind::NotFound => "put it there, or correct its path",
+        io::ErrorKind::OutOfMemory => "give it more memory",
         _ if error.raw_os_error() == Some(libc::ELOOP) => "correct the symlinks that lead to it",
         _ if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)) => "raise the limit of open files",
         _ => "see to the disk; the kernel's log says more",
@@ -155,6 +156,7 @@ mod tests {
             (libc::EFBIG, "put the file that the enrolment wrote in its place, which has a few KiB"),
             (libc::ELOOP, "correct the symlinks that lead to it"),
             (libc::EMFILE, "raise the limit of open files"),
+            (libc::ENOMEM, "give it more memory"),
             (libc::EIO, "see to the disk; the kernel's log says more"),
             (libc::ESTALE, "see to the disk; the kernel's log says more"),
         ] {
