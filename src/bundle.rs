@@ -356,8 +356,7 @@ pub(crate) fn read(path: &Path) -> Result<Vec<u8>, Error> {
             _ => files::remedy(&source),
         };
         let error = Error::bundle(path, "cannot be read", remedy).because(source);
-        let may_come =
-            || files::is_empty_folder(dir) || [CA, CERTIFICATE, KEY].iter().any(|name| dir.join(name).exists());
+        let may_come = || files::may_come(path) || [CA, CERTIFICATE, KEY].iter().any(|name| dir.join(name).exists());
         if is_missing && may_come() { error.passing() } else { error }
     })
 }
@@ -419,5 +418,12 @@ mod tests {
         assert!(!transient(), "somebody else's file is there, and the bundle is not");
         fs::write(dir.join(KEY), "").unwrap();
         assert!(transient(), "one of the three is there");
+        let link = |target: &str, path: &Path| std::os::unix::fs::symlink(target, path).unwrap();
+        fs::remove_file(dir.join(KEY)).unwrap();
+        [CA, CERTIFICATE, KEY].iter().for_each(|name| link("/nonexistent/file", &dir.join(name)));
+        assert!(transient(), "they are symlinks, and what these lead to may not be mounted");
+        fs::remove_dir_all(&dir).unwrap();
+        link("/nonexistent/agent", &dir);
+        assert!(transient(), "the agent dir is such a symlink");
     }
 }

@@ -145,6 +145,9 @@ fn an_ini_that_may_still_come_is_1() {
     assert_eq!(codes(), [Some(1); 2], "its folder is empty");
     fs::write(dir.path().join("etc/other"), "").unwrap();
     assert_eq!(codes(), [Some(78); 2], "its folder has other files");
+    symlink("/nonexistent/decnet.ini", &ini).unwrap();
+    assert_eq!(codes(), [Some(1); 2], "it is a symlink, and what that leads to may not be mounted");
+    fs::remove_file(&ini).unwrap();
     fs::write(&ini, "").unwrap();
     assert_eq!(codes(), [Some(1); 2], "it is empty");
 }
