@@ -356,8 +356,7 @@ pub(crate) fn read(path: &Path) -> Result<Vec<u8>, Error> {
             _ => files::remedy(&source),
         };
         let error = Error::bundle(path, "cannot be read", remedy).because(source);
-        let may_come =
-            || files::is_empty_folder(dir) || [CA, CERTIFICATE, KEY].iter().any(|name| dir.join(name).exists());
+        let may_come = || files::may_come(path) || [CA, CERTIFICATE, KEY].iter().any(|name| dir.join(name).exists());
         if is_missing && may_come() { error.passing() } else { error }
     })
 }
@@ -381,16 +380,20 @@ mod tests {
             let whole = fs::read(&path).unwrap();
             let mut refused = 0;
             for end in 0..whole.len() {
-                fs::write(&path, &whole[..end]).unwrap();
-                if let Err(error) = Bundle::load(dir.path(), &provider) {
-                    assert!(error.is_transient(), "{name} cut at {end}: {error:?}");
-                    refused += 1;
+                // Nothing follows, or the room for the rest.
+                for rest in [0, whole.len() - end] {
+                    fs::write(&path, [&whole[..end], &vec![0; rest]].concat()).unwrap();
+                    if let Err(error) = Bundle::load(dir.path(), &provider) {
+                        let is_whole = whole[..end].trim_ascii_end() == whole.trim_ascii_end();
+                        assert!(error.is_transient() || is_whole, "{name} cut at {end}: {error:?}");
+                        refused += usize::from(rest == 0);
+                    }
                 }
             }
             assert!(refused >= whole.len() - 2, "{name}: {refused} of {}", whole.len());
             let text = String::from_utf8(whole.clone()).unwrap();
             let mangled = text.replacen("\nM", "\n!", 1);
-            for garbage in ["garbage", "garbage\n", &mangled, mangled.trim_end(), "\0\0\0"] {
+            for garbage in ["garbage", "garbage\n", &mangled, mangled.trim_end(), "\0garbage"] {
                 fs::write(&path, garbage).unwrap();
                 let error = Bundle::load(dir.path(), &provider).err().unwrap();
                 assert!(!error.is_transient(), "{name} of {garbage:?}: {error:?}");
@@ -415,5 +418,12 @@ mod tests {
         assert!(!transient(), "somebody else's file is there, and the bundle is not");
         fs::write(dir.join(KEY), "").unwrap();
         assert!(transient(), "one of the three is there");
+        let link = |target: &str, path: &Path| std::os::unix::fs::symlink(target, path).unwrap();
+        fs::remove_file(dir.join(KEY)).unwrap();
+        [CA, CERTIFICATE, KEY].iter().for_each(|name| link("/nonexistent/file", &dir.join(name)));
+        assert!(transient(), "they are symlinks, and what these lead to may not be mounted");
+        fs::remove_dir_all(&dir).unwrap();
+        link("/nonexistent/agent", &dir);
+        assert!(transient(), "the agent dir is such a symlink");
     }
 }

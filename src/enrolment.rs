@@ -517,12 +517,11 @@ impl<'a> Reading<'a> {
         Some(format!("no {what}: {why}"))
     }
 
-    /// Whether an ini that does not say enough may do so soon: it is empty, or its folder is, as in the middle of an
-    /// enrolment and before a file system is mounted.
+    /// Whether an ini that does not say enough may do so soon: it is empty, as in the middle of an enrolment, or
+    /// [may come](files::may_come).
     fn may_come(&self) -> bool {
-        let folder = self.sources.ini.value().parent();
         match &self.file {
-            IniFile::DoesNotExist => folder.is_some_and(files::is_empty_folder),
+            IniFile::DoesNotExist => files::may_come(self.sources.ini.value()),
             IniFile::NotAFile => false,
             IniFile::Read(ini) => ini.is_empty(),
         }

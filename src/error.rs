@@ -219,7 +219,8 @@ impl Error {
     /// It may if the system refused something for a reason that passes: an I/O error, no descriptor or memory left, a file
     /// server that does not answer, a database that is locked. It may also if the files look as if an enrolment is under
     /// way or a file system is not mounted yet: certificate and key that do not fit each other, a file that is empty or
-    /// ends in the middle, some of the bundle's three files, or an empty folder where the files should be.
+    /// ends in the middle, some of the bundle's three files, an empty folder where the files should be, or a symlink to them that
+    /// leads nowhere.
     ///
     /// It may not if a value or a file's content cannot be used, or if the system says that a file is missing, is of the
     /// wrong kind, is too large, or may not be read.

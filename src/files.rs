@@ -44,6 +44,7 @@ pub(crate) fn remedy(error: &io::Error) -> &'static str {
         }
         io::ErrorKind::FileTooLarge => "put the file that the enrolment wrote in its place, which has a few KiB",
         io::ErrorKind::NotFound => "put it there, or correct its path",
+        io::ErrorKind::OutOfMemory => "give it more memory",
         _ if error.raw_os_error() == Some(libc::ELOOP) => "correct the symlinks that lead to it",
         _ if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)) => "raise the limit of open files",
         _ => "see to the disk; the kernel's log says more",
@@ -59,16 +60,19 @@ pub(crate) fn regular(path: &Path) -> io::Result<Metadata> {
     Ok(metadata)
 }
 
-/// Whether this folder has nothing but our own outbox in it, or does not exist and the nearest one above it that does has
-/// nothing: an enrolment may not have begun, or the file system may not be mounted yet.
-pub(crate) fn is_empty_folder(folder: &Path) -> bool {
+/// Whether a file that does not exist may come by itself: an enrolment may not have begun, or a file system is not mounted
+/// yet. Its folder has nothing but our own outbox in it, or does not exist and the nearest one above it that does has
+/// nothing; or a symlink on the way leads nowhere.
+pub(crate) fn may_come(path: &Path) -> bool {
     let is_ours = |name: &OsStr| name.as_encoded_bytes().starts_with(outbox::FILE.as_bytes());
-    for folder in folder.ancestors() {
+    for folder in path.ancestors().skip(1) {
         let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
         match fs::read_dir(folder) {
-            Ok(mut entries) => return entries.all(|entry| entry.is_ok_and(|entry| is_ours(&entry.file_name()))),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => (),
-            Err(_) => return false,
+            Ok(mut entries) => {
+                return path.is_symlink() || entries.all(|entry| entry.is_ok_and(|entry| is_ours(&entry.file_name())));
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound && !folder.is_symlink() => (),
+            Err(error) => return error.kind() == io::ErrorKind::NotFound,
         }
     }
     false
@@ -158,6 +162,7 @@ mod tests {
             (libc::EFBIG, "put the file that the enrolment wrote in its place, which has a few KiB"),
             (libc::ELOOP, "correct the symlinks that lead to it"),
             (libc::EMFILE, "raise the limit of open files"),
+            (libc::ENOMEM, "give it more memory"),
             (libc::EIO, "see to the disk; the kernel's log says more"),
             (libc::ESTALE, "see to the disk; the kernel's log says more"),
         ] {

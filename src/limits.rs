@@ -267,6 +267,15 @@ pub(crate) const GROUP_SIGNAL_AGE: Duration = Duration::from_secs(2);
 #[cfg(feature = "cli")]
 pub(crate) const STDERR_GRACE: Duration = Duration::from_secs(1);
 
+/// How long `run` looks again before it says that this host is not enrolled or its bundle cannot be used, after which no
+/// supervisor starts it again: longer than an enrolment takes to remove a file or the agent dir and to write it anew.
+#[cfg(feature = "cli")]
+pub(crate) const ENROLMENT_PATIENCE: Duration = Duration::from_secs(2);
+
+/// The time between two of these looks.
+#[cfg(feature = "cli")]
+pub(crate) const ENROLMENT_LOOK: Duration = Duration::from_millis(50);
+
 /// How long `run` waits at its start for whether `--stats-file` and `--metrics-file` may be replaced.
 #[cfg(feature = "cli")]
 pub(crate) const STATS_CHECK: Duration = Duration::from_secs(1);

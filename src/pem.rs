@@ -109,11 +109,13 @@ pub(crate) fn sections(content: &[u8]) -> Result<Vec<Section>, Problem> {
     }
 }
 
-/// Whether the file is empty, or ends within a section: whoever writes it has not finished. Asked of a file that cannot be
-/// used.
+/// Whether the file is empty, or ends within a section: whoever writes it has not finished. The room that was made for the rest
+/// is zeros, as it is after a crash. Asked of a file that cannot be used.
 pub(crate) fn is_half_written(content: &[u8]) -> bool {
     const BEGIN: &[u8] = b"-----BEGIN ";
     const END: &[u8] = b"-----END ";
+    let written = content.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1);
+    let content = content.get(..written).unwrap_or_default();
     let mut lines: Vec<&[u8]> = content.split(|byte| *byte == b'\n').map(<[u8]>::trim_ascii).collect();
     // What follows the last line break.
     let last = lines.pop().unwrap_or_default();

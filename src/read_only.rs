@@ -72,6 +72,11 @@ impl Way {
     }
 
     fn connect(self, path: &Path, within: Duration) -> rusqlite::Result<Connection> {
+        let journal = beside(path, "-journal");
+        // SQLite opens it to see whether a change was left half done, and opening a FIFO waits for ever.
+        if fs::symlink_metadata(&journal).is_ok_and(|found| !found.is_file()) {
+            return Err(rusqlite::Error::InvalidPath(journal));
+        }
         let flags = OpenFlags::SQLITE_OPEN_READ_ONLY
             | OpenFlags::SQLITE_OPEN_NO_MUTEX
             | OpenFlags::SQLITE_OPEN_NOFOLLOW

@@ -23,7 +23,7 @@ static STDERR: OnceLock<Queue> = OnceLock::new();
 
 /// A line a fact.
 pub(super) fn start(file: Option<&Path>, level: LevelFilter) -> Result<(), Error> {
-    let format = Format::new(file.is_none() && is_coloured());
+    let format = Format::new(file.is_none() && paints(&io::stderr()));
     if let Some(path) = file {
         let complain = |error: &Error| say_on_stderr(&format!("decnet-heartbeat: {}\n", chain(error)));
         // The first and only time.
@@ -59,7 +59,7 @@ impl Log for Logger {
 }
 
 fn stderr() -> &'static Queue {
-    STDERR.get_or_init(|| Queue::to_stderr(&Format::new(is_coloured())))
+    STDERR.get_or_init(|| Queue::to_stderr(&Format::new(paints(&io::stderr()))))
 }
 
 /// A line for stderr, wherever the log goes. It comes after the lines of the log that went there before it.
@@ -92,13 +92,8 @@ pub(super) fn panicked(panic: &PanicHookInfo<'_>) {
     }
 }
 
-/// Only for a person, on a terminal that has colours.
-fn is_coloured() -> bool {
-    let has_colours = std::env::var_os("TERM").is_some_and(|term| !term.is_empty() && term != "dumb");
-    has_colours && paints(&io::stderr())
-}
-
-/// Whether there is a terminal, and nobody who wants no colours.
+/// Whether there is a terminal that has colours, and nobody who wants none.
 pub(super) fn paints(out: &impl IsTerminal) -> bool {
-    out.is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
+    let has_colours = std::env::var_os("TERM").is_some_and(|term| !term.is_empty() && term != "dumb");
+    has_colours && out.is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
 }

@@ -2,6 +2,8 @@
 //! written, and for the time to notify systemd's watchdog if there is one. After the start it opens, reads and writes no
 //! file, so no disk delays a signal or the watchdog.
 
+use std::time::Instant;
+
 use crossbeam_channel::{Receiver, never, select, tick};
 use signal_hook::low_level;
 
@@ -9,25 +11,16 @@ use super::arguments::{Common, RunOptions};
 use super::own_files::OwnFiles;
 use super::stats_files::StatsFiles;
 use super::systemd::{self, Systemd};
-use super::{enrolment, outbox};
+use super::{NOT_CONFIGURED, code_of, enrolment, outbox};
 use crate::error::Error;
 use crate::heartbeat::Heartbeat;
 use crate::limits;
 
 pub(super) fn run(common: &Common, options: RunOptions, signals: &Receiver<i32>) -> Result<(), Error> {
-    let enrolment = enrolment(common)?;
-    let source = options.source(enrolment.agent_dir().value());
-    let own = OwnFiles::of(common, &options, Some(&enrolment));
-    let stats_files = StatsFiles::start(options.stats_file, options.metrics_file, own)?;
-    let mut builder = Heartbeat::builder()
-        .enrolment(enrolment)
-        .status_source(source)
-        .interval(options.interval)
-        .outbox(outbox(options.outbox));
-    if let Some(identity) = common.master_identity {
-        builder = builder.master_identity(identity);
-    }
-    let heartbeat = builder.start()?;
+    // What must not be replaced is said before all that may pass.
+    let own = OwnFiles::of(common, &options, enrolment(common).ok().as_ref());
+    let stats_files = StatsFiles::start(options.stats_file.clone(), options.metrics_file.clone(), own)?;
+    let Some(heartbeat) = start_patiently(common, &options, signals)? else { return Ok(()) };
     let mut systemd = Systemd::from_env();
     systemd.ready();
     let watched = watch(&heartbeat, signals, stats_files.as_ref(), &mut systemd);
@@ -45,6 +38,35 @@ pub(super) fn run(common: &Common, options: RunOptions, signals: &Receiver<i32>)
         files.finish();
     }
     watched
+}
+
+/// What only an operator can mend is told once it has been so for a moment: an enrolment removes files and writes them anew.
+/// `None`: a signal has asked for the end meanwhile.
+fn start_patiently(common: &Common, options: &RunOptions, signals: &Receiver<i32>) -> Result<Option<Heartbeat>, Error> {
+    let end = Instant::now() + limits::ENROLMENT_PATIENCE;
+    loop {
+        match start(common, options) {
+            Err(error) if code_of(&error) == NOT_CONFIGURED && Instant::now() < end => (),
+            started => return started.map(Some),
+        }
+        if signals.recv_timeout(limits::ENROLMENT_LOOK).is_ok() {
+            return Ok(None);
+        }
+    }
+}
+
+fn start(common: &Common, options: &RunOptions) -> Result<Heartbeat, Error> {
+    let enrolment = enrolment(common)?;
+    let source = options.source(enrolment.agent_dir().value());
+    let mut builder = Heartbeat::builder()
+        .enrolment(enrolment)
+        .status_source(source)
+        .interval(options.interval)
+        .outbox(outbox(options.outbox.clone()));
+    if let Some(identity) = common.master_identity {
+        builder = builder.master_identity(identity);
+    }
+    builder.start()
 }
 
 /// Returns when a signal asks for the end, or when there is nothing left to watch.

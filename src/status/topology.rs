@@ -180,6 +180,21 @@ mod tests {
     }
 
     #[test]
+    fn a_fifo_beside_it_is_not_opened() {
+        let (dir, mut file, _owner) = file_with_row();
+        assert!(
+            std::process::Command::new("mkfifo")
+                .arg(dir.path().join("topology.db-journal"))
+                .status()
+                .unwrap()
+                .success()
+        );
+        let (last, problem) = file.read();
+        assert_eq!(last, Some(Some(row())));
+        assert!(problem.unwrap_err().ends_with("topology.db-journal"), "opening it would wait for ever");
+    }
+
+    #[test]
     fn a_row_that_is_gone_with_its_file_is_what_it_was() {
         let (_dir, mut file, _owner) = file_with_row();
         std::fs::remove_file(&file.path).unwrap();

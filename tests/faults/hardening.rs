@@ -70,6 +70,7 @@ pub fn the_unit_keeps_trying() {
     let unit = unit_with("Description=DECNET heartbeat");
     let value = |key: &str| unit.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix('=')).unwrap();
     assert_eq!(["Restart", "RestartPreventExitStatus", "StartLimitIntervalSec"].map(value), ["always", "78", "0"]);
+    assert_eq!(value("ExecReload"), "/bin/kill -HUP $MAINPID");
     assert!((1..=60).contains(&value("RestartSec").parse::<u32>().unwrap()));
     let paths =
         unit.lines().filter(|line| ["ReadWritePaths=", "ReadOnlyPaths="].iter().any(|key| line.starts_with(key)));

@@ -4,15 +4,26 @@ use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::thread;
+use std::time::Duration;
 
 use decnet_heartbeat::loopback::Role;
 
 use crate::program::program;
-use crate::support::Stage;
+use crate::support::{PATIENCE, Running, Stage};
+
+/// So long an enrolment may leave something away.
+const MOMENT: Duration = Duration::from_millis(300);
 
 fn codes(stage: &Stage) -> [Option<i32>; 2] {
     let ini = stage.dir.path().join("decnet.ini");
     [&["run"][..], &["check"]].map(|command| exit(program().arg("--config").arg(&ini).args(command)))
+}
+
+fn run(stage: &Stage) -> Command {
+    let mut command = program();
+    command.arg("--config").arg(stage.dir.path().join("decnet.ini")).arg("run").stderr(Stdio::null());
+    command
 }
 
 fn exit(command: &mut Command) -> Option<i32> {
@@ -83,11 +94,45 @@ fn what_a_restart_cannot_mend_is_78() {
         ("decnet.ini", |path| fs::write(path, "garbage").unwrap()),
         ("decnet.ini", |path| fs::remove_file(path).unwrap()),
     ];
-    for (name, damage) in damages {
-        let stage = worker();
-        damage(&stage.dir.path().join(name));
-        assert_eq!(codes(&stage), [Some(78); 2], "{name}");
-    }
+    thread::scope(|scope| {
+        for (name, damage) in damages {
+            scope.spawn(move || {
+                let stage = worker();
+                damage(&stage.dir.path().join(name));
+                assert_eq!(codes(&stage), [Some(78); 2], "{name}");
+            });
+        }
+    });
+}
+
+/// An enrolment takes something away, and puts it back while `run` starts.
+#[test]
+fn what_an_enrolment_is_writing_anew_is_waited_for() {
+    thread::scope(|scope| {
+        for name in ["agent", "decnet.ini"] {
+            scope.spawn(move || {
+                let stage = worker();
+                let (file, away) = (stage.dir.path().join(name), stage.dir.path().join("away"));
+                fs::rename(&file, &away).unwrap();
+                let mut running = Running::start(&mut run(&stage));
+                running.await_thread("signals");
+                thread::sleep(MOMENT);
+                assert_eq!(running.0.try_wait().unwrap(), None, "{name}");
+                fs::rename(&away, &file).unwrap();
+                assert!(stage.master.wait_for_beats(1, PATIENCE), "{name}");
+                assert_eq!(running.terminate(PATIENCE), Some(0), "{name}");
+            });
+        }
+    });
+}
+
+#[test]
+fn a_signal_ends_the_wait_for_an_enrolment() {
+    let stage = worker();
+    fs::remove_file(stage.dir.path().join("decnet.ini")).unwrap();
+    let mut running = Running::start(&mut run(&stage));
+    running.await_thread("signals");
+    assert_eq!(running.terminate(PATIENCE), Some(0));
 }
 
 #[test]
@@ -100,6 +145,9 @@ fn an_ini_that_may_still_come_is_1() {
     assert_eq!(codes(), [Some(1); 2], "its folder is empty");
     fs::write(dir.path().join("etc/other"), "").unwrap();
     assert_eq!(codes(), [Some(78); 2], "its folder has other files");
+    symlink("/nonexistent/decnet.ini", &ini).unwrap();
+    assert_eq!(codes(), [Some(1); 2], "it is a symlink, and what that leads to may not be mounted");
+    fs::remove_file(&ini).unwrap();
     fs::write(&ini, "").unwrap();
     assert_eq!(codes(), [Some(1); 2], "it is empty");
 }

@@ -130,6 +130,18 @@ fn no_colour_and_a_dumb_terminal_get_no_colours() {
         let mut first = String::new();
         BufReader::new(screen).read_line(&mut first).unwrap();
         assert!(first.contains(" [INFO] (main) heartbeat starting: "), "{first:?}");
+        for answer in ["--help", "check"] {
+            let (screen, terminal) = self::terminal();
+            let mut command = program();
+            command.args(["--config", "/nonexistent/decnet.ini", answer]).env("TERM", "xterm").env(name, value);
+            let mut answering = Running::start(command.stdout(terminal));
+            drop(command);
+            let mut said = Vec::new();
+            // EIO: nobody has the terminal any more.
+            let _ = BufReader::new(screen).read_to_end(&mut said);
+            assert!(answering.end(PATIENCE).code().is_some());
+            assert!(!said.is_empty() && !said.contains(&0x1b), "{name} {answer}: {}", String::from_utf8_lossy(&said));
+        }
     }
 }
 
@@ -147,9 +159,9 @@ fn an_error_reaches_a_slow_reader_and_a_stuck_one_does_not_delay_the_exit() {
         said += &line.unwrap();
     }
     assert!(said.starts_with("decnet-heartbeat: not enrolled: "), "{said}");
-    assert_eq!(running.end(PROMPT).code(), Some(78));
+    assert_eq!(running.end(2 * PROMPT).code(), Some(78));
     let (_reader, full) = full_pipe();
-    assert_eq!(Running::start(not_enrolled().stderr(full)).end(PROMPT).code(), Some(78));
+    assert_eq!(Running::start(not_enrolled().stderr(full)).end(2 * PROMPT).code(), Some(78));
 }
 
 #[test]
@@ -165,7 +177,7 @@ fn a_reader_that_has_gone_ends_nothing() {
     drop(reader);
     let mut not_enrolled = program();
     not_enrolled.args(["--config", "/nonexistent/decnet.ini", "run"]).stderr(writer);
-    assert_eq!(Running::start(&mut not_enrolled).end(PROMPT).code(), Some(78));
+    assert_eq!(Running::start(&mut not_enrolled).end(2 * PROMPT).code(), Some(78));
 }
 
 #[test]

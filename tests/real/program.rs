@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::os::unix::net::UnixDatagram;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
@@ -110,4 +110,47 @@ fn the_main_thread_of_run_touches_no_file_after_its_start() {
     let mut between = calls[ready + 1..stopping].iter().filter(|call| !call.starts_with("---"));
     assert_eq!(between.find(|call| !call.starts_with("sendto(")), None);
     assert!(trace.contains("stats.new"), "another thread has written them");
+}
+
+/// What the README's unit lets it write, with this folder in the place of `/etc/decnet`.
+fn writable(etc: &Path) -> PathBuf {
+    let readme = include_str!("../../README.md");
+    let path = readme.lines().find_map(|line| line.strip_prefix("ReadWritePaths=-")).unwrap();
+    etc.join(Path::new(path).strip_prefix("/etc/decnet").unwrap())
+}
+
+#[test]
+#[ignore = "mounts, and so needs root"]
+fn in_the_sandbox_of_the_unit_an_agent_dir_that_is_made_anew_keeps_deltas() {
+    let dir = tempfile::tempdir().unwrap();
+    let (etc, away) = (dir.path().join("etc"), dir.path().join("away"));
+    let loopback = Loopback::new(&etc.join("agent"));
+    // As `ProtectSystem=strict` does.
+    let sandbox = r#"mount --make-rslave / && mount --bind "$0" "$0" && mount -o remount,ro,bind / && exec "$@""#;
+    let run = run(&loopback, &etc);
+    let mut command = Command::new("unshare");
+    command.args(["-m", "sh", "-c", sandbox]).arg(writable(&etc)).arg(run.get_program()).args(run.get_args());
+    let _running = Running(command.env_clear().stderr(Stdio::null()).spawn().unwrap());
+    assert!(loopback.master.wait_for_beats(2, PATIENCE));
+    fs::rename(etc.join("agent"), &away).unwrap();
+    fs::create_dir(etc.join("agent")).unwrap();
+    for name in ["ca.crt", "worker.crt", "worker.key"] {
+        fs::copy(away.join(name), etc.join("agent").join(name)).unwrap();
+    }
+    // It has taken that over, and its outbox with it.
+    let is_there = || etc.join("agent/heartbeat.db").exists();
+    assert!((0..100).any(|_| {
+        more(&loopback.master, 1);
+        is_there()
+    }));
+    let mut push = Command::new(env!("CARGO_BIN_EXE_decnet-heartbeat"));
+    push.env_clear().arg("--config").arg(etc.join("decnet.ini")).args(["push", "--no-wait", "--operation", "deploy"]);
+    process::run(push.args(["--status", "succeeded", "decky-01"]));
+    for _ in 0..100 {
+        more(&loopback.master, 1);
+        if !loopback.sent().is_empty() {
+            return;
+        }
+    }
+    panic!("what is pushed after it is not delivered");
 }

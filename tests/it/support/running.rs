@@ -4,7 +4,7 @@ use std::io::{BufRead, BufReader, Read};
 use std::process::{Child, Command, ExitStatus};
 use std::sync::mpsc::{Receiver, channel};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::PATIENCE;
 
@@ -19,6 +19,17 @@ impl Running {
     pub fn signal(&self, name: &str) {
         let kill = Command::new("kill").args(["-s", name, &self.0.id().to_string()]).status().unwrap();
         assert!(kill.success(), "{name}");
+    }
+
+    /// Waits until it has a thread of this name.
+    pub fn await_thread(&self, name: &str) {
+        let tasks = format!("/proc/{}/task", self.0.id());
+        let names = || std::fs::read_dir(&tasks).unwrap().map(|task| task.unwrap().path().join("comm"));
+        let end = Instant::now() + PATIENCE;
+        while !names().any(|comm| std::fs::read_to_string(comm).is_ok_and(|found| found.trim_end() == name)) {
+            assert!(Instant::now() < end, "no thread {name}");
+            thread::sleep(Duration::from_millis(5));
+        }
     }
 
     /// How it ends within so long.
