@@ -59,10 +59,17 @@ fn execute() -> ExitCode {
         Command::Check(_) | Command::Demo { .. } | Command::Completions { .. } => LevelFilter::Off,
     };
     let level = common.log_level.unwrap_or(usual);
-    if let Err(error) =
-        signals::survive_file_size_limit().and_then(|()| logging::start(common.log_file.as_deref(), level))
-    {
-        return fail(&error);
+    let started = signals::survive_file_size_limit().and_then(|()| logging::start(common.log_file.as_deref(), level));
+    match started {
+        Ok(()) => (),
+        // Its command runs in any case.
+        Err(error) if matches!(command, Command::Track(_)) => {
+            if let Err(error) = logging::start(None, level) {
+                return fail(&error);
+            }
+            log::warn!("the log is on stderr: error={:?}", chain(&error));
+        }
+        Err(error) => return fail(&error),
     }
     if !matches!(command, Command::Demo { .. }) {
         std::panic::set_hook(Box::new(logging::panicked));

@@ -244,6 +244,15 @@ pub(crate) const AFTER_HANDSHAKE: Duration = Duration::from_millis(100);
 #[cfg(feature = "cli")]
 pub(crate) const COMPANION_START: Duration = Duration::from_secs(5);
 
+/// The time from one start of such a process to the next, where something kills it again and again.
+#[cfg(feature = "cli")]
+pub(crate) const COMPANION_AGAIN: Duration = Duration::from_secs(1);
+
+/// How often `track` looks whether its command has ended, where the kernel has no pidfd that says so: SIGCHLD does, but
+/// whoever started `track` may have it blocked.
+#[cfg(feature = "cli")]
+pub(crate) const COMMAND_LOOK: Duration = Duration::from_secs(1);
+
 /// How long that process may take to answer whether it got a signal. Without an answer the signal is passed on.
 #[cfg(feature = "cli")]
 pub(crate) const COMPANION_ANSWER: Duration = Duration::from_millis(250);

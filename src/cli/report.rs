@@ -78,7 +78,7 @@ impl<'a> Patience<'a> {
 
     /// Sleeps until a signal comes or `other` is readable or closed, at the longest until then.
     fn sleep(&self, other: Option<&UnixStream>, until: Instant) -> io::Result<()> {
-        let signals = self.signals.as_ref().map(|signals| signals.fd());
+        let signals = self.signals.as_ref().and_then(|signals| signals.fd());
         let files: Vec<_> = other.map(AsFd::as_fd).into_iter().chain(signals).collect();
         wait(&files, Some(until))
     }

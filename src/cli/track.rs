@@ -35,7 +35,7 @@ use stderr::Stderr;
 pub(super) fn track(common: &Common, options: TrackOptions) -> Result<ExitCode, Error> {
     let TrackOptions { operation, deckies, outbox: path, telling, command } = options;
     // From here on a signal ends the command, and not us before the report.
-    let mut signals = Signals::catch()?;
+    let mut signals = Signals::catch();
     let (mut stderr, outputs) = Stderr::copied();
     let deckies = deckies.into_iter().collect::<BTreeSet<_>>().into_iter().collect();
     let mut tracked = Tracked { common, operation, deckies, location: outbox(path), reporter: None, begun: None };

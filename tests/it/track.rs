@@ -12,7 +12,7 @@ use rustix::process::{Pid, Signal, kill_process, kill_process_group};
 use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer, openpt, unlockpt};
 use rustix::termios::{Winsize, tcsetwinsize};
 
-use crate::reporting::{TRACK, fifo, kept, outbox, program, row, rows, track, tracking};
+use crate::reporting::{TRACK, fifo, kept, outbox, output, program, row, rows, track, tracking};
 use crate::support::{PATIENCE, Stage};
 
 /// Who owns the rows of the outbox.
@@ -216,6 +216,53 @@ fn a_killed_track_takes_stderr_from_nobody() {
     wait_for("survivor", || fs::exists(&survived).unwrap());
 }
 
+/// The process that copies the command's stderr.
+fn companion(track: &Child) -> Option<Pid> {
+    let id = track.id();
+    let children = fs::read_to_string(format!("/proc/{id}/task/{id}/children")).unwrap();
+    let mut pids = children.split_whitespace().map(|pid| pid.parse().unwrap());
+    let is_companion = |pid: &i32| {
+        fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| line.starts_with(b"decnet-heartbeat-stderr\0"))
+    };
+    pids.find(is_companion).and_then(Pid::from_raw)
+}
+
+#[test]
+fn a_killed_companion_ends_neither_the_command_nor_its_report() {
+    let stage = stage();
+    let fifo = fifo(&stage);
+    let script = format!("mkfifo '{fifo}'; echo ready; read line <'{fifo}'; echo word >&2; echo more >&2; exit 3");
+    let (mut child, _stdout) = tracking(&stage, &script);
+    let killed = companion(&child).unwrap();
+    kill_process(killed, Signal::KILL).unwrap();
+    wait_for("other companion", || companion(&child).is_some_and(|other| other != killed));
+    fs::write(fifo, "go on\n").unwrap();
+    let mut said = String::new();
+    child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(3), "{said}");
+    assert!(said.contains("was killed, another one goes on") && said.contains("word\nmore\n"), "{said}");
+    assert_eq!(row(&stage), (RowStatus::Failed, Some("word\nmore".to_owned())));
+}
+
+#[test]
+fn a_command_does_not_die_while_nobody_reads_its_stderr() {
+    let stage = stage();
+    let (fifo, survived) = (fifo(&stage), path(&stage, "survived"));
+    let script =
+        format!("mkfifo '{fifo}'; echo ready; read line <'{fifo}'; echo word >&2; echo more >&2; touch '{survived}'");
+    let (mut child, _stdout) = tracking(&stage, &script);
+    let track = Pid::from_child(&child);
+    kill_process(track, Signal::STOP).unwrap();
+    kill_process(companion(&child).unwrap(), Signal::KILL).unwrap();
+    fs::write(fifo, "go on\n").unwrap();
+    wait_for("survivor", || fs::exists(&survived).unwrap());
+    kill_process(track, Signal::CONT).unwrap();
+    let mut said = String::new();
+    child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(0), "{said}");
+    assert!(said.contains("word\nmore\n"), "{said}");
+}
+
 #[test]
 fn a_terminal_outlives_a_killed_track() {
     let stage = stage();
@@ -324,6 +371,36 @@ fn a_command_runs_where_its_stderr_cannot_be_copied() {
     assert_eq!(output.status.code(), Some(1), "{log}");
     assert!(log.contains("stderr is not copied, so a report cannot quote it: error="), "{log}");
     assert!(log.contains("cat: /nonexistent: No such file"), "{log}");
+}
+
+#[test]
+fn a_command_runs_where_signals_cannot_be_caught() {
+    for ignores_sigchld in [false, true] {
+        let stage = stage();
+        let mut inner = program(&stage, &[&TRACK[..], &["cat", "/nonexistent"]].concat());
+        if ignores_sigchld {
+            inner = ignoring_sigchld(&inner);
+        }
+        let mut command = Command::new("sh");
+        // One beside its own three, which is what the dynamic loader needs.
+        command.args(["-c", "ulimit -n 4; exec \"$0\" \"$@\""]).arg(inner.get_program()).args(inner.get_args());
+        let output = command.stdin(Stdio::null()).output().unwrap();
+        let log = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{log}");
+        assert!(log.contains("signals cannot be caught, so one may end track before its report: error="), "{log}");
+        assert!(log.contains("cat: /nonexistent: No such file"), "{log}");
+    }
+}
+
+#[test]
+fn a_log_file_that_cannot_be_opened_keeps_neither_a_command_from_running_nor_its_report() {
+    let stage = stage();
+    let dir = path(&stage, "");
+    let arguments = [&["--log-file", &dir], &TRACK[..], &["sh", "-c", "echo why >&2; exit 3"]].concat();
+    let (code, _, log) = output(&stage, &arguments);
+    assert_eq!(code, Some(3), "{log}");
+    assert!(log.contains("the log is on stderr: error=\"--log-file: ") && log.ends_with("why\n"), "{log}");
+    assert_eq!(row(&stage), (RowStatus::Failed, Some("why".to_owned())));
 }
 
 /// What the kernel says of the signals of a command: the sets that it ignores, blocks and catches.

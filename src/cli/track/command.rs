@@ -6,6 +6,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Command, ExitStatus};
+use std::time::Instant;
 
 use rustix::process::{Pid, PidfdFlags, Signal, getpgid, getpgrp, kill_process, pidfd_open};
 use signal_hook::consts::SIGWINCH;
@@ -80,16 +81,18 @@ fn run_to_its_end(
     for caught in signals.pending() {
         pass_on_early(caught, &child, stderr);
     }
-    // SIGCHLD wakes us, too, unless whoever started us had it blocked.
     let end: Option<OwnedFd> = pidfd_open(Pid::from_child(&child), PidfdFlags::empty()).ok();
     loop {
+        let mend = stderr.mend();
         if let Some(status) = child.try_wait()? {
             // What has come up to now was for the command.
             signals.pending();
             return Ok(status);
         }
-        let files: Vec<_> = std::iter::once(signals.fd()).chain(end.as_ref().map(AsFd::as_fd)).collect();
-        wait(&files, None)?;
+        let files: Vec<_> = signals.fd().into_iter().chain(end.as_ref().map(AsFd::as_fd)).collect();
+        // SIGCHLD wakes us, too, unless it cannot be caught or whoever started us had it blocked.
+        let look = end.is_none().then(|| Instant::now() + limits::COMMAND_LOOK);
+        wait(&files, look.or(mend))?;
         for caught in signals.pending() {
             pass_on(caught, &child, stderr);
         }

@@ -3,7 +3,7 @@
 //!
 //! - It is a process, because it must outlive `track`: what a command leaves running writes to the same stderr. It ends
 //!   when nobody can write to that any more and all is written. So the end of `track`, a SIGKILL included, neither takes
-//!   the reader away from a command nor loses a word of it.
+//!   the reader away from a command nor loses a word of it. `track` starts another one where one is killed.
 //! - Its stdin is what the command writes to, a pipe or the controlling side of a pseudoterminal; its stderr is the real
 //!   one; its stdout is a socket to `track`. It has no other file of `track`'s.
 //! - No write blocks: it writes what `poll` says there is room for. What is not written yet is queued. When the queue is
