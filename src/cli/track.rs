@@ -42,7 +42,10 @@ pub(super) fn track(common: &Common, options: TrackOptions) -> Result<ExitCode, 
     let is_enrolled = tracked.begin();
     let early = signals.deadly();
     let ended = match early {
-        Some(signal) => Ended::before_the_start(signal),
+        Some(signal) => {
+            drop(outputs);
+            Ended::before_the_start(signal)
+        }
         None => command::run(&command, outputs, &mut signals, &mut stderr),
     };
     if is_enrolled {

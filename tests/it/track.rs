@@ -322,6 +322,33 @@ fn a_limit_on_the_size_of_files_does_not_end_track() {
 }
 
 #[test]
+fn a_full_stderr_does_not_end_the_command() {
+    let stage = stage();
+    let file = path(&stage, "err");
+    let inner = tracked(&stage, "head -c 500000 /dev/zero >&2; echo why >&2; exit 4");
+    let mut command = Command::new("sh");
+    command.args(["-c", "ulimit -f 8; exec \"$0\" \"$@\""]).arg(inner.get_program()).args(inner.get_args());
+    let since = Instant::now();
+    assert_eq!(command.stderr(File::create(&file).unwrap()).status().unwrap().code(), Some(4));
+    assert!(since.elapsed() < Duration::from_secs(5), "{:?}", since.elapsed());
+    let said = fs::read(&file).unwrap();
+    assert!(!said.is_empty() && !String::from_utf8_lossy(&said).contains("killed"), "{}", said.len());
+}
+
+#[test]
+fn a_companion_that_nobody_needs_ends_before_track() {
+    let stage = stage();
+    let fifo = fifo(&stage);
+    let (mut child, _stdout) =
+        tracking(&stage, &format!("mkfifo '{fifo}'; echo ready; read line <'{fifo}'; echo word >&2"));
+    let companion = companion(&child).unwrap();
+    fs::write(fifo, "go on\n").unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+    // Nor does it stay a zombie where whoever gets the children of track does not wait for them.
+    assert!(!fs::exists(format!("/proc/{}", companion.as_raw_nonzero())).unwrap());
+}
+
+#[test]
 fn words_that_nobody_reads_do_not_end_the_command() {
     let stage = stage();
     let (read, write) = io::pipe().unwrap();

@@ -31,6 +31,7 @@ use signal_hook::iterator::backend::SignalDelivery;
 use signal_hook::iterator::exfiltrator::SignalOnly;
 
 use super::signals::COMMANDS;
+use crate::cli::signals::survive_file_size_limit;
 use crate::limits;
 
 /// The name that it is started by.
@@ -44,7 +45,8 @@ pub(super) const SIGNAL: u8 = b's';
 pub(super) const SIZE: u8 = b'z';
 /// What was written last, which is the answer.
 pub(super) const TAIL: u8 = b't';
-/// All is written that was there when the tail was asked for. An answer to the same question, its second.
+/// All is written that was there when the tail was asked for. An answer to the same question, its second, of one byte: 1 if
+/// somebody may write more, and 0 if the process ends now.
 pub(super) const WRITTEN: u8 = b'w';
 
 /// Whether this process is meant to be one.
@@ -104,6 +106,8 @@ struct Ready {
 
 impl Companion {
     fn start() -> io::Result<Self> {
+        // A file that may not grow is an error of the real stderr.
+        survive_file_size_limit().map_err(io::Error::other)?;
         let (caught, handler) = UnixStream::pair()?;
         let signals = SignalDelivery::with_pipe(caught, handler, SignalOnly, COMMANDS)?;
         // Nobody else has this end.
@@ -262,7 +266,7 @@ impl Companion {
     /// Says that all is written, when it is.
     fn settle(&mut self) {
         if let Some((serial, 0)) = self.owed {
-            self.say(&[WRITTEN, serial]);
+            self.say(&[WRITTEN, serial, u8::from(self.is_open)]);
             self.owed = None;
             self.is_tracked = false;
         }

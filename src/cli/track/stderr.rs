@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use anstream::adapter::strip_str;
 use rustix::fs::fstat;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recv, send, socketpair};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer, openpt, unlockpt};
 use rustix::termios::{OptionalActions, tcgetattr, tcgetwinsize, tcsetattr, tcsetwinsize};
 
@@ -34,7 +35,7 @@ pub(super) struct Stderr {
     /// When a companion was started last.
     started: Instant,
     is_terminal: bool,
-    /// The tail was asked for, which is of a command that has ended.
+    /// The tail was asked for, as the command has ended.
     is_over: bool,
 }
 
@@ -43,7 +44,7 @@ struct Companion {
     socket: OwnedFd,
     /// Of the last question.
     serial: u8,
-    /// Not waited for: it may outlive us.
+    /// It may outlive us.
     process: Child,
 }
 
@@ -125,10 +126,16 @@ impl Stderr {
         text(&tail.unwrap_or_default())
     }
 
-    /// Waits until all is written that was there when the tail was asked for, but not for a reader who does not read.
+    /// Waits until all is written that was there when the tail was asked for, but not for a reader who does not read. Where
+    /// nobody holds the command's stderr any more, the companion ends before us: not everybody who gets our children waits
+    /// for them.
     pub(super) fn finish(&mut self) {
-        if let Some(companion) = self.companion.as_ref().filter(|_| self.is_over) {
-            companion.receive(WRITTEN, limits::STDERR_GRACE);
+        if !self.is_over {
+            self.tail();
+        }
+        let Some(companion) = &mut self.companion else { return };
+        if companion.receive(WRITTEN, limits::STDERR_GRACE).is_some_and(|is_open| is_open == [0]) {
+            companion.reap();
         }
     }
 }
@@ -148,6 +155,13 @@ impl Companion {
             return Err(io::Error::other("the process that copies it has not started"));
         }
         Ok(companion)
+    }
+
+    /// Waits for a companion that ends now.
+    fn reap(&mut self) {
+        let Ok(end) = pidfd_open(Pid::from_child(&self.process), PidfdFlags::empty()) else { return };
+        let _ = wait(&[end.as_fd()], Some(Instant::now() + limits::STDERR_GRACE));
+        let _ = self.process.try_wait();
     }
 
     fn got(&mut self, signal: i32) -> Option<bool> {
