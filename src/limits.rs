@@ -248,8 +248,8 @@ pub(crate) const COMPANION_START: Duration = Duration::from_secs(5);
 #[cfg(feature = "cli")]
 pub(crate) const COMPANION_AGAIN: Duration = Duration::from_secs(1);
 
-/// How often `track` looks whether its command has ended, where the kernel has no pidfd that says so: SIGCHLD does, but
-/// whoever started `track` may have it blocked.
+/// How often `track` looks whether its command has ended, where nothing that it can wait for says so: an old kernel has no
+/// pidfd, whoever started `track` may have SIGCHLD blocked, and a host without memory refuses to wait.
 #[cfg(feature = "cli")]
 pub(crate) const COMMAND_LOOK: Duration = Duration::from_secs(1);
 

@@ -8,7 +8,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use decnet_heartbeat::loopback::{Effect, Fault, RowStatus};
-use rustix::process::{Pid, Signal, kill_process, kill_process_group};
+use rustix::process::{Pid, Resource, Rlimit, Signal, kill_process, kill_process_group, prlimit};
 use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer, openpt, unlockpt};
 use rustix::termios::{Winsize, tcsetwinsize};
 
@@ -415,6 +415,17 @@ fn a_command_runs_where_signals_cannot_be_caught() {
         assert_eq!(output.status.code(), Some(7), "{log}");
         assert!(log.contains("signals cannot be caught, so one may end track before its report: error="), "{log}");
     }
+}
+
+#[test]
+fn a_system_that_does_not_let_track_wait_does_not_fail_a_command_that_runs() {
+    let stage = stage();
+    let child = in_a_group(&mut tracked(&stage, &counting(&stage)));
+    let track = Pid::from_child(&child);
+    // Poll refuses more files than a process may have.
+    prlimit(Some(track), Resource::Nofile, Rlimit { current: Some(1), maximum: Some(1) }).unwrap();
+    kill_process(track, Signal::TERM).unwrap();
+    assert_eq!(counted(&stage, child, 1), 1, "and its code is the command's");
 }
 
 #[test]
