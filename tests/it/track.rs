@@ -3,11 +3,14 @@
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use decnet_heartbeat::loopback::{Effect, Fault, RowStatus};
+use rustix::fs::OFlags;
 use rustix::process::{Pid, Resource, Rlimit, Signal, kill_process, kill_process_group, prlimit};
 use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer, openpt, unlockpt};
 use rustix::termios::{Winsize, tcsetwinsize};
@@ -44,6 +47,13 @@ fn wait_for(what: &str, mut is_there: impl FnMut() -> bool) {
         assert!(since.elapsed() < PATIENCE, "no {what}");
         std::thread::sleep(Duration::from_millis(10));
     }
+}
+
+/// Lets a script go on that reads the FIFO. One that does not read fails the test, and does not hang it.
+fn go_on(fifo: impl AsRef<Path>) {
+    let mut options = File::options();
+    options.write(true).custom_flags(OFlags::NONBLOCK.bits().cast_signed());
+    wait_for("reader", || options.open(&fifo).is_ok_and(|mut fifo| fifo.write_all(b"go on\n").is_ok()));
 }
 
 /// A terminal, as a person has it.
@@ -192,7 +202,7 @@ fn what_a_command_leaves_behind_goes_on_writing_after_the_end_of_track() {
     assert_eq!(child.wait().unwrap().code(), Some(6), "who holds stderr open does not keep track");
     assert!(since.elapsed() < Duration::from_secs(5), "{:?}", since.elapsed());
     assert_eq!(row(&stage), (RowStatus::Failed, Some("first".to_owned())));
-    fs::write(fifo(&stage), "go on\n").unwrap();
+    go_on(fifo(&stage));
     let mut said = String::new();
     child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
     assert_eq!(said, "first\nword1\nword2\nword3\n");
@@ -209,7 +219,7 @@ fn a_killed_track_takes_stderr_from_nobody() {
     let (mut child, _stdout) = tracking(&stage, &script);
     child.kill().unwrap();
     child.wait().unwrap();
-    fs::write(fifo, "go on\n").unwrap();
+    go_on(fifo);
     let mut said = String::new();
     child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
     assert_eq!(said, "word\nmore\n");
@@ -236,7 +246,7 @@ fn a_killed_companion_ends_neither_the_command_nor_its_report() {
     let killed = companion(&child).unwrap();
     kill_process(killed, Signal::KILL).unwrap();
     wait_for("other companion", || companion(&child).is_some_and(|other| other != killed));
-    fs::write(fifo, "go on\n").unwrap();
+    go_on(fifo);
     let mut said = String::new();
     child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
     assert_eq!(child.wait().unwrap().code(), Some(3), "{said}");
@@ -254,7 +264,7 @@ fn a_command_does_not_die_while_nobody_reads_its_stderr() {
     let track = Pid::from_child(&child);
     kill_process(track, Signal::STOP).unwrap();
     kill_process(companion(&child).unwrap(), Signal::KILL).unwrap();
-    fs::write(fifo, "go on\n").unwrap();
+    go_on(fifo);
     wait_for("survivor", || fs::exists(&survived).unwrap());
     kill_process(track, Signal::CONT).unwrap();
     let mut said = String::new();
@@ -273,7 +283,7 @@ fn a_terminal_outlives_a_killed_track() {
     terminal.shows("ready\r\n");
     child.kill().unwrap();
     child.wait().unwrap();
-    fs::write(fifo, "go on\n").unwrap();
+    go_on(fifo);
     assert_eq!(terminal.shown(), "still one\r\n");
 }
 
@@ -342,7 +352,7 @@ fn a_companion_that_nobody_needs_ends_before_track() {
     let (mut child, _stdout) =
         tracking(&stage, &format!("mkfifo '{fifo}'; echo ready; read line <'{fifo}'; echo word >&2"));
     let companion = companion(&child).unwrap();
-    fs::write(fifo, "go on\n").unwrap();
+    go_on(fifo);
     assert_eq!(child.wait().unwrap().code(), Some(0));
     // Nor does it stay a zombie where whoever gets the children of track does not wait for them.
     assert!(!fs::exists(format!("/proc/{}", companion.as_raw_nonzero())).unwrap());
@@ -641,7 +651,7 @@ fn a_lock_at_the_start_that_is_gone_at_the_end_loses_no_report() {
     other.execute_batch("COMMIT").unwrap();
     // The report cannot be sent, so what keeps it is the file.
     stage.master.always(Some(Fault::NeverAnswer(Effect::Lost)));
-    fs::write(fifo, "go on\n").unwrap();
+    go_on(fifo);
     wait_for("request", || stage.master.received().len() > 1);
     child.kill().unwrap();
     child.wait().unwrap();
@@ -670,7 +680,7 @@ fn a_lock_at_the_end_does_not_make_a_success_a_failure() {
     let (mut child, _stdout) = tracking(&stage, &format!("mkfifo '{fifo}'; echo ready; read line <'{fifo}'"));
     let other = rusqlite::Connection::open(outbox(&stage)).unwrap();
     other.execute_batch("BEGIN IMMEDIATE").unwrap();
-    fs::write(fifo, "go on\n").unwrap();
+    go_on(fifo);
     std::thread::sleep(Duration::from_millis(3_500));
     other.execute_batch("COMMIT").unwrap();
     assert_eq!(child.wait().unwrap().code(), Some(0));
