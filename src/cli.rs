@@ -26,6 +26,7 @@ use std::time::Duration;
 use arguments::{Arguments, Command, Common, described};
 use clap::{CommandFactory, Parser};
 use clap_complete::Shell;
+use crossbeam_channel::{Receiver, never};
 use log::LevelFilter;
 use output::{answer, complain, refuse};
 
@@ -60,9 +61,7 @@ fn execute() -> ExitCode {
         Command::Check(_) | Command::Demo { .. } | Command::Completions { .. } => LevelFilter::Off,
     };
     let level = common.log_level.unwrap_or(usual);
-    let started = signals::start(matches!(command, Command::Run(_)))
-        .and_then(|stops| logging::start(common.log_file.as_deref(), level).map(|()| stops));
-    let stops = match started {
+    let stops = match prepare(&command, common.log_file.as_deref(), level) {
         Ok(stops) => stops,
         Err(error) => return fail(&error),
     };
@@ -78,6 +77,23 @@ fn execute() -> ExitCode {
         Command::Completions { shell } => completions(shell).map(|()| ExitCode::SUCCESS),
     };
     done.unwrap_or_else(|error| fail(&error))
+}
+
+/// Signals and the log; of `run`, the signals that ask it to stop. `track` runs its command in any case.
+fn prepare(command: &Command, log_file: Option<&Path>, level: LevelFilter) -> Result<Receiver<i32>, Error> {
+    let signals = signals::start(matches!(command, Command::Run(_)));
+    let log = logging::start(log_file, level);
+    if !matches!(command, Command::Track(_)) {
+        return log.and(signals);
+    }
+    if let Err(error) = log {
+        logging::start(None, level)?;
+        log::warn!("the log is on stderr: error={:?}", chain(&error));
+    }
+    signals.or_else(|error| {
+        log::warn!("a signal may end it: error={:?}", chain(&error));
+        Ok(never())
+    })
 }
 
 /// Prints the help or the version, or what is wrong with the command line. What was given is escaped.

@@ -249,6 +249,15 @@ pub(crate) const AFTER_HANDSHAKE: Duration = Duration::from_millis(100);
 #[cfg(feature = "cli")]
 pub(crate) const COMPANION_START: Duration = Duration::from_secs(5);
 
+/// The time from one start of such a process to the next, where something kills it again and again.
+#[cfg(feature = "cli")]
+pub(crate) const COMPANION_AGAIN: Duration = Duration::from_secs(1);
+
+/// How often `track` looks whether its command has ended, where nothing that it can wait for says so: an old kernel has no
+/// pidfd, whoever started `track` may have SIGCHLD blocked, and a host without memory refuses to wait.
+#[cfg(feature = "cli")]
+pub(crate) const COMMAND_LOOK: Duration = Duration::from_secs(1);
+
 /// How long that process may take to answer whether it got a signal. Without an answer the signal is passed on.
 #[cfg(feature = "cli")]
 pub(crate) const COMPANION_ANSWER: Duration = Duration::from_millis(250);

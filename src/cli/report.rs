@@ -78,7 +78,7 @@ impl<'a> Patience<'a> {
 
     /// Sleeps until a signal comes or `other` is readable or closed, at the longest until then.
     fn sleep(&self, other: Option<&UnixStream>, until: Instant) -> io::Result<()> {
-        let signals = self.signals.as_ref().map(|signals| signals.fd());
+        let signals = self.signals.as_ref().and_then(|signals| signals.fd());
         let files: Vec<_> = other.map(AsFd::as_fd).into_iter().chain(signals).collect();
         wait(&files, Some(until))
     }
@@ -134,11 +134,7 @@ impl Reporter {
 
     /// Keeps deltas for `run` to deliver.
     pub(super) fn keep(&self, deltas: &[LifecycleDelta]) -> Reported {
-        match self.outbox.keep(deltas) {
-            Ok(()) if self.is_on_disk() => Reported::Left,
-            Ok(()) => Reported::Lost("the outbox is in memory alone".to_owned()),
-            Err(error) => Reported::Lost(chain(&error)),
-        }
+        self.left(self.outbox.keep(deltas))
     }
 
     /// Keeps deltas for `run` as soon as their file can be had, for as long as there is time. Whether they are kept.
@@ -165,7 +161,11 @@ impl Reporter {
 
     /// Leaves what has ended to `run`.
     pub(super) fn leave(&self, patience: &mut Patience<'_>) -> Reported {
-        match self.write_down(patience) {
+        self.left(self.write_down(patience))
+    }
+
+    fn left(&self, written: Result<(), Error>) -> Reported {
+        match written {
             Ok(()) if self.is_on_disk() => Reported::Left,
             Ok(()) => Reported::Lost("the outbox is in memory alone".to_owned()),
             Err(error) => Reported::Lost(chain(&error)),
@@ -220,10 +220,7 @@ impl Reporter {
         loop {
             // All that was not written yet is written with any change.
             let Err(error) = self.outbox.release(&[]) else { return Ok(()) };
-            if patience.has_ended() || patience.left().is_zero() {
-                return Err(error);
-            }
-            if patience.pause().is_err() {
+            if patience.has_ended() || patience.left().is_zero() || patience.pause().is_err() {
                 return Err(error);
             }
         }

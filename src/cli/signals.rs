@@ -31,10 +31,15 @@ use crate::limits;
 /// Signals that would end `run` and mean nothing to it. systemd counts an end by some of them as a clean one.
 const MEANINGLESS: [c_int; 8] = [SIGUSR1, SIGUSR2, SIGALRM, SIGVTALRM, SIGPROF, SIGIO, libc::SIGSTKFLT, libc::SIGPWR];
 
-/// For every command, before it writes its first file: a file that may not grow further (`ulimit -f`) is a write that fails,
-/// as on a full disk, and not the end. For `run` also the signals that ask it to stop; for other commands none ever comes.
+/// For every process, before it writes its first file: a file that may not grow further (`ulimit -f`) is a write that fails,
+/// as on a full disk, and not the end.
+pub(super) fn survive_file_size_limit() -> Result<(), Error> {
+    survive([SIGXFSZ])
+}
+
+/// For every command. For `run`, the signals that ask it to stop; for other commands none ever comes.
 pub(super) fn start(is_run: bool) -> Result<Receiver<c_int>, Error> {
-    survive([SIGXFSZ])?;
+    survive_file_size_limit()?;
     let stops = if is_run { of_run()? } else { never() };
     // Last: one that waits would end `run`.
     SigSet::all().thread_unblock().map_err(|error| failed(error.into()))?;

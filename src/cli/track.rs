@@ -35,14 +35,17 @@ use stderr::Stderr;
 pub(super) fn track(common: &Common, options: TrackOptions) -> Result<ExitCode, Error> {
     let TrackOptions { operation, deckies, outbox: path, telling, command } = options;
     // From here on a signal ends the command, and not us before the report.
-    let mut signals = Signals::catch()?;
+    let mut signals = Signals::catch();
     let (mut stderr, outputs) = Stderr::copied();
     let deckies = deckies.into_iter().collect::<BTreeSet<_>>().into_iter().collect();
     let mut tracked = Tracked { common, operation, deckies, location: outbox(path), reporter: None, begun: None };
     let is_enrolled = tracked.begin();
     let early = signals.deadly();
     let ended = match early {
-        Some(signal) => Ended::before_the_start(signal),
+        Some(signal) => {
+            drop(outputs);
+            Ended::before_the_start(signal)
+        }
         None => command::run(&command, outputs, &mut signals, &mut stderr),
     };
     if is_enrolled {

@@ -3,16 +3,19 @@
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use decnet_heartbeat::loopback::{Effect, Fault, RowStatus};
-use rustix::process::{Pid, Signal, kill_process, kill_process_group};
+use rustix::fs::OFlags;
+use rustix::process::{Pid, Resource, Rlimit, Signal, kill_process, kill_process_group, prlimit};
 use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer, openpt, unlockpt};
 use rustix::termios::{Winsize, tcsetwinsize};
 
-use crate::reporting::{TRACK, fifo, kept, outbox, program, row, rows, track, tracking};
+use crate::reporting::{TRACK, fifo, kept, outbox, output, program, row, rows, track, tracking};
 use crate::support::{PATIENCE, Stage};
 
 /// Who owns the rows of the outbox.
@@ -44,6 +47,13 @@ fn wait_for(what: &str, mut is_there: impl FnMut() -> bool) {
         assert!(since.elapsed() < PATIENCE, "no {what}");
         std::thread::sleep(Duration::from_millis(10));
     }
+}
+
+/// Lets a script go on that reads the FIFO. One that does not read fails the test, and does not hang it.
+fn go_on(fifo: impl AsRef<Path>) {
+    let mut options = File::options();
+    options.write(true).custom_flags(OFlags::NONBLOCK.bits().cast_signed());
+    wait_for("reader", || options.open(&fifo).is_ok_and(|mut fifo| fifo.write_all(b"go on\n").is_ok()));
 }
 
 /// A terminal, as a person has it.
@@ -192,7 +202,7 @@ fn what_a_command_leaves_behind_goes_on_writing_after_the_end_of_track() {
     assert_eq!(child.wait().unwrap().code(), Some(6), "who holds stderr open does not keep track");
     assert!(since.elapsed() < Duration::from_secs(5), "{:?}", since.elapsed());
     assert_eq!(row(&stage), (RowStatus::Failed, Some("first".to_owned())));
-    fs::write(fifo(&stage), "go on\n").unwrap();
+    go_on(fifo(&stage));
     let mut said = String::new();
     child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
     assert_eq!(said, "first\nword1\nword2\nword3\n");
@@ -209,11 +219,58 @@ fn a_killed_track_takes_stderr_from_nobody() {
     let (mut child, _stdout) = tracking(&stage, &script);
     child.kill().unwrap();
     child.wait().unwrap();
-    fs::write(fifo, "go on\n").unwrap();
+    go_on(fifo);
     let mut said = String::new();
     child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
     assert_eq!(said, "word\nmore\n");
     wait_for("survivor", || fs::exists(&survived).unwrap());
+}
+
+/// The process that copies the command's stderr.
+fn companion(track: &Child) -> Option<Pid> {
+    let id = track.id();
+    let children = fs::read_to_string(format!("/proc/{id}/task/{id}/children")).unwrap();
+    let mut pids = children.split_whitespace().map(|pid| pid.parse().unwrap());
+    let is_companion = |pid: &i32| {
+        fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| line.starts_with(b"decnet-heartbeat-stderr\0"))
+    };
+    pids.find(is_companion).and_then(Pid::from_raw)
+}
+
+#[test]
+fn a_killed_companion_ends_neither_the_command_nor_its_report() {
+    let stage = stage();
+    let fifo = fifo(&stage);
+    let script = format!("mkfifo '{fifo}'; echo ready; read line <'{fifo}'; echo word >&2; echo more >&2; exit 3");
+    let (mut child, _stdout) = tracking(&stage, &script);
+    let killed = companion(&child).unwrap();
+    kill_process(killed, Signal::KILL).unwrap();
+    wait_for("other companion", || companion(&child).is_some_and(|other| other != killed));
+    go_on(fifo);
+    let mut said = String::new();
+    child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(3), "{said}");
+    assert!(said.contains("was killed, another one goes on") && said.contains("word\nmore\n"), "{said}");
+    assert_eq!(row(&stage), (RowStatus::Failed, Some("word\nmore".to_owned())));
+}
+
+#[test]
+fn a_command_does_not_die_while_nobody_reads_its_stderr() {
+    let stage = stage();
+    let (fifo, survived) = (fifo(&stage), path(&stage, "survived"));
+    let script =
+        format!("mkfifo '{fifo}'; echo ready; read line <'{fifo}'; echo word >&2; echo more >&2; touch '{survived}'");
+    let (mut child, _stdout) = tracking(&stage, &script);
+    let track = Pid::from_child(&child);
+    kill_process(track, Signal::STOP).unwrap();
+    kill_process(companion(&child).unwrap(), Signal::KILL).unwrap();
+    go_on(fifo);
+    wait_for("survivor", || fs::exists(&survived).unwrap());
+    kill_process(track, Signal::CONT).unwrap();
+    let mut said = String::new();
+    child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(0), "{said}");
+    assert!(said.contains("word\nmore\n"), "{said}");
 }
 
 #[test]
@@ -226,7 +283,7 @@ fn a_terminal_outlives_a_killed_track() {
     terminal.shows("ready\r\n");
     child.kill().unwrap();
     child.wait().unwrap();
-    fs::write(fifo, "go on\n").unwrap();
+    go_on(fifo);
     assert_eq!(terminal.shown(), "still one\r\n");
 }
 
@@ -275,6 +332,33 @@ fn a_limit_on_the_size_of_files_does_not_end_track() {
 }
 
 #[test]
+fn a_full_stderr_does_not_end_the_command() {
+    let stage = stage();
+    let file = path(&stage, "err");
+    let inner = tracked(&stage, "head -c 500000 /dev/zero >&2; echo why >&2; exit 4");
+    let mut command = Command::new("sh");
+    command.args(["-c", "ulimit -f 8; exec \"$0\" \"$@\""]).arg(inner.get_program()).args(inner.get_args());
+    let since = Instant::now();
+    assert_eq!(command.stderr(File::create(&file).unwrap()).status().unwrap().code(), Some(4));
+    assert!(since.elapsed() < Duration::from_secs(5), "{:?}", since.elapsed());
+    let said = fs::read(&file).unwrap();
+    assert!(!said.is_empty() && !String::from_utf8_lossy(&said).contains("killed"), "{}", said.len());
+}
+
+#[test]
+fn a_companion_that_nobody_needs_ends_before_track() {
+    let stage = stage();
+    let fifo = fifo(&stage);
+    let (mut child, _stdout) =
+        tracking(&stage, &format!("mkfifo '{fifo}'; echo ready; read line <'{fifo}'; echo word >&2"));
+    let companion = companion(&child).unwrap();
+    go_on(fifo);
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+    // Nor does it stay a zombie where whoever gets the children of track does not wait for them.
+    assert!(!fs::exists(format!("/proc/{}", companion.as_raw_nonzero())).unwrap());
+}
+
+#[test]
 fn words_that_nobody_reads_do_not_end_the_command() {
     let stage = stage();
     let (read, write) = io::pipe().unwrap();
@@ -315,15 +399,54 @@ fn a_refused_thread_neither_fails_a_command_nor_its_report() {
 #[test]
 fn a_command_runs_where_its_stderr_cannot_be_copied() {
     let stage = stage();
-    let inner = program(&stage, &[&TRACK[..], &["cat", "/nonexistent"]].concat());
+    let inner = tracked(&stage, "exit 7");
     let mut command = Command::new("sh");
     // Three of its own, two for signals, and none for a pipe.
     command.args(["-c", "ulimit -n 6; exec \"$0\" \"$@\""]).arg(inner.get_program()).args(inner.get_args());
     let output = command.stdin(Stdio::null()).output().unwrap();
     let log = String::from_utf8(output.stderr).unwrap();
-    assert_eq!(output.status.code(), Some(1), "{log}");
+    assert_eq!(output.status.code(), Some(7), "{log}");
     assert!(log.contains("stderr is not copied, so a report cannot quote it: error="), "{log}");
-    assert!(log.contains("cat: /nonexistent: No such file"), "{log}");
+}
+
+#[test]
+fn a_command_runs_where_signals_cannot_be_caught() {
+    for ignores_sigchld in [false, true] {
+        let stage = stage();
+        let mut inner = tracked(&stage, "exit 7");
+        if ignores_sigchld {
+            inner = ignoring_sigchld(&inner);
+        }
+        let mut command = Command::new("sh");
+        // One beside its own three, which is what the dynamic loader needs.
+        command.args(["-c", "ulimit -n 4; exec \"$0\" \"$@\""]).arg(inner.get_program()).args(inner.get_args());
+        let output = command.stdin(Stdio::null()).output().unwrap();
+        let log = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(7), "{log}");
+        assert!(log.contains("signals cannot be caught, so one may end track before its report: error="), "{log}");
+    }
+}
+
+#[test]
+fn a_system_that_does_not_let_track_wait_does_not_fail_a_command_that_runs() {
+    let stage = stage();
+    let child = in_a_group(&mut tracked(&stage, &counting(&stage)));
+    let track = Pid::from_child(&child);
+    // Poll refuses more files than a process may have.
+    prlimit(Some(track), Resource::Nofile, Rlimit { current: Some(1), maximum: Some(1) }).unwrap();
+    kill_process(track, Signal::TERM).unwrap();
+    assert_eq!(counted(&stage, child, 1), 1, "and its code is the command's");
+}
+
+#[test]
+fn a_log_file_that_cannot_be_opened_keeps_neither_a_command_from_running_nor_its_report() {
+    let stage = stage();
+    let dir = path(&stage, "");
+    let arguments = [&["--log-file", &dir], &TRACK[..], &["sh", "-c", "echo why >&2; exit 3"]].concat();
+    let (code, _, log) = output(&stage, &arguments);
+    assert_eq!(code, Some(3), "{log}");
+    assert!(log.contains("the log is on stderr: error=\"--log-file: ") && log.ends_with("why\n"), "{log}");
+    assert_eq!(row(&stage), (RowStatus::Failed, Some("why".to_owned())));
 }
 
 /// What the kernel says of the signals of a command: the sets that it ignores, blocks and catches.
@@ -528,7 +651,7 @@ fn a_lock_at_the_start_that_is_gone_at_the_end_loses_no_report() {
     other.execute_batch("COMMIT").unwrap();
     // The report cannot be sent, so what keeps it is the file.
     stage.master.always(Some(Fault::NeverAnswer(Effect::Lost)));
-    fs::write(fifo, "go on\n").unwrap();
+    go_on(fifo);
     wait_for("request", || stage.master.received().len() > 1);
     child.kill().unwrap();
     child.wait().unwrap();
@@ -557,7 +680,7 @@ fn a_lock_at_the_end_does_not_make_a_success_a_failure() {
     let (mut child, _stdout) = tracking(&stage, &format!("mkfifo '{fifo}'; echo ready; read line <'{fifo}'"));
     let other = rusqlite::Connection::open(outbox(&stage)).unwrap();
     other.execute_batch("BEGIN IMMEDIATE").unwrap();
-    fs::write(fifo, "go on\n").unwrap();
+    go_on(fifo);
     std::thread::sleep(Duration::from_millis(3_500));
     other.execute_batch("COMMIT").unwrap();
     assert_eq!(child.wait().unwrap().code(), Some(0));

@@ -6,6 +6,8 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Command, ExitStatus};
+use std::thread;
+use std::time::Instant;
 
 use rustix::process::{Pid, PidfdFlags, Signal, getpgid, getpgrp, kill_process, pidfd_open};
 use signal_hook::consts::SIGWINCH;
@@ -31,6 +33,16 @@ impl Ended {
     pub(super) fn before_the_start(signal: i32) -> Self {
         let error = format!("ended by signal {signal} before the command started");
         Self { outcome: Outcome::Failed(error), code: exit_code(128 + signal) }
+    }
+
+    fn not_started(name: &str, error: &io::Error) -> Self {
+        let code = if error.kind() == io::ErrorKind::NotFound { 127 } else { 126 };
+        Self { outcome: Outcome::Failed(format!("{name} cannot be run: {error}")), code }
+    }
+
+    /// It was started, and is gone.
+    fn unknown(error: &io::Error) -> Self {
+        Self { outcome: Outcome::Failed(format!("how it ended is not known: {error}")), code: 1 }
     }
 
     /// An error is what the command itself wrote, where it exited by itself: a prefix would say nothing more, and the
@@ -59,39 +71,41 @@ fn exit_code(code: i32) -> u8 {
 
 /// Runs it to its end, and passes signals on meanwhile.
 pub(super) fn run(command: &[OsString], outputs: Outputs, signals: &mut Signals, stderr: &mut Stderr) -> Ended {
-    match run_to_its_end(command, outputs, signals, stderr) {
-        Ok(status) => Ended::of(status, &stderr.tail()),
+    let mut child = match start(command, outputs) {
+        Ok(child) => child,
         Err(error) => {
-            let code = if error.kind() == io::ErrorKind::NotFound { 127 } else { 126 };
             let name = command.first().map(|name| printable(&name.to_string_lossy())).unwrap_or_default();
             complain(&format!("{name}: {error}"));
-            Ended { outcome: Outcome::Failed(format!("{name} cannot be run: {error}")), code }
+            return Ended::not_started(&name, &error);
         }
+    };
+    match wait_for_its_end(&mut child, signals, stderr) {
+        Ok(status) => Ended::of(status, &stderr.tail()),
+        Err(error) => Ended::unknown(&error),
     }
 }
 
-fn run_to_its_end(
-    command: &[OsString],
-    outputs: Outputs,
-    signals: &mut Signals,
-    stderr: &mut Stderr,
-) -> io::Result<ExitStatus> {
-    let mut child = start(command, outputs)?;
+/// An error only where the system knows nothing of the command any more.
+fn wait_for_its_end(child: &mut Child, signals: &mut Signals, stderr: &mut Stderr) -> io::Result<ExitStatus> {
     for caught in signals.pending() {
-        pass_on_early(caught, &child, stderr);
+        pass_on_early(caught, child, stderr);
     }
-    // SIGCHLD wakes us, too, unless whoever started us had it blocked.
-    let end: Option<OwnedFd> = pidfd_open(Pid::from_child(&child), PidfdFlags::empty()).ok();
+    let end: Option<OwnedFd> = pidfd_open(Pid::from_child(child), PidfdFlags::empty()).ok();
     loop {
+        let mend = stderr.mend();
         if let Some(status) = child.try_wait()? {
             // What has come up to now was for the command.
             signals.pending();
             return Ok(status);
         }
-        let files: Vec<_> = std::iter::once(signals.fd()).chain(end.as_ref().map(AsFd::as_fd)).collect();
-        wait(&files, None)?;
+        let files: Vec<_> = signals.fd().into_iter().chain(end.as_ref().map(AsFd::as_fd)).collect();
+        // SIGCHLD wakes us, too, unless it cannot be caught or whoever started us had it blocked.
+        let look = end.is_none().then(|| Instant::now() + limits::COMMAND_LOOK);
+        if wait(&files, look.or(mend)).is_err() {
+            thread::sleep(limits::COMMAND_LOOK);
+        }
         for caught in signals.pending() {
-            pass_on(caught, &child, stderr);
+            pass_on(caught, child, stderr);
         }
     }
 }

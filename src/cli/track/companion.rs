@@ -3,7 +3,7 @@
 //!
 //! - It is a process, because it must outlive `track`: what a command leaves running writes to the same stderr. It ends
 //!   when nobody can write to that any more and all is written. So the end of `track`, a SIGKILL included, neither takes
-//!   the reader away from a command nor loses a word of it.
+//!   the reader away from a command nor loses a word of it. `track` starts another one where one is killed.
 //! - Its stdin is what the command writes to, a pipe or the controlling side of a pseudoterminal; its stderr is the real
 //!   one; its stdout is a socket to `track`. It has no other file of `track`'s.
 //! - No write blocks: it writes what `poll` says there is room for. What is not written yet is queued. When the queue is
@@ -31,6 +31,7 @@ use signal_hook::iterator::backend::SignalDelivery;
 use signal_hook::iterator::exfiltrator::SignalOnly;
 
 use super::signals::COMMANDS;
+use crate::cli::signals::survive_file_size_limit;
 use crate::limits;
 
 /// The name that it is started by.
@@ -44,7 +45,8 @@ pub(super) const SIGNAL: u8 = b's';
 pub(super) const SIZE: u8 = b'z';
 /// What was written last, which is the answer.
 pub(super) const TAIL: u8 = b't';
-/// All is written that was there when the tail was asked for. An answer to the same question, its second.
+/// All is written that was there when the tail was asked for. An answer to the same question, its second, of one byte: 1 if
+/// somebody may write more, and 0 if the process ends now.
 pub(super) const WRITTEN: u8 = b'w';
 
 /// Whether this process is meant to be one.
@@ -104,6 +106,8 @@ struct Ready {
 
 impl Companion {
     fn start() -> io::Result<Self> {
+        // A file that may not grow is an error of the real stderr.
+        survive_file_size_limit().map_err(io::Error::other)?;
         let (caught, handler) = UnixStream::pair()?;
         let signals = SignalDelivery::with_pipe(caught, handler, SignalOnly, COMMANDS)?;
         // Nobody else has this end.
@@ -262,7 +266,7 @@ impl Companion {
     /// Says that all is written, when it is.
     fn settle(&mut self) {
         if let Some((serial, 0)) = self.owed {
-            self.say(&[WRITTEN, serial]);
+            self.say(&[WRITTEN, serial, u8::from(self.is_open)]);
             self.owed = None;
             self.is_tracked = false;
         }

@@ -3,15 +3,16 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::time::Instant;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use signal_hook::consts::{SIGCHLD, SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2, SIGWINCH};
+use signal_hook::flag;
 use signal_hook::iterator::backend::SignalDelivery;
 use signal_hook::iterator::exfiltrator::WithOrigin;
 
 use crate::cli::signals::{has, ignored};
-use crate::error::Error;
 
 /// The ones that ask a program to end or to do something: the command's, not ours.
 pub(super) const COMMANDS: [i32; 6] = [SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2];
@@ -19,9 +20,9 @@ pub(super) const COMMANDS: [i32; 6] = [SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1
 /// The ones that ask a program to end.
 const ENDING: [i32; 4] = [SIGHUP, SIGINT, SIGQUIT, SIGTERM];
 
-/// Catches signals from when it is made until the process ends.
+/// Catches signals from when it is made until the process ends. `None`: they cannot be caught.
 #[derive(Debug)]
-pub(in crate::cli) struct Signals(SignalDelivery<UnixStream, WithOrigin>);
+pub(in crate::cli) struct Signals(Option<SignalDelivery<UnixStream, WithOrigin>>);
 
 /// A signal that has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,20 +36,29 @@ impl Signals {
     /// Catches all that are the command's, and the change of a terminal's size. One that was ignored when we started, as
     /// under `nohup`, stays ignored. SIGCHLD is caught in any case: where it is ignored, nobody learns how a child ended.
     ///
-    /// The command gets the default action of each, because `exec` resets what is caught.
-    pub(super) fn catch() -> Result<Self, Error> {
+    /// The command gets the default action of each, because `exec` resets what is caught. It runs, too, where nothing can be
+    /// caught; then a signal may end us before the report.
+    pub(super) fn catch() -> Self {
         let ignored = ignored();
         let optional = COMMANDS.into_iter().filter(|signal| !has(ignored, *signal));
         let caught = UnixStream::pair().and_then(|(read, write)| {
             SignalDelivery::with_pipe(read, write, WithOrigin::default(), optional.chain([SIGCHLD, SIGWINCH]))
         });
-        caught.map(Self).map_err(|source| Error::setting("signals", "cannot be caught").because(source))
+        if let Err(error) = &caught {
+            log::warn!(
+                "signals cannot be caught, so one may end track before its report: error={:?}",
+                error.to_string()
+            );
+            // This one needs no file.
+            let _ = flag::register(SIGCHLD, Arc::default());
+        }
+        Self(caught.ok())
     }
 
     /// The command's signals that have come since the last call, and SIGWINCH.
     pub(super) fn pending(&mut self) -> Vec<Caught> {
         let is_passed_on = |signal| COMMANDS.contains(&signal) || signal == SIGWINCH;
-        let caught = self.0.pending().filter(|origin| is_passed_on(origin.signal));
+        let caught = self.0.iter_mut().flat_map(SignalDelivery::pending).filter(|origin| is_passed_on(origin.signal));
         caught.map(|origin| Caught { signal: origin.signal, by_process: origin.process.is_some() }).collect()
     }
 
@@ -63,8 +73,8 @@ impl Signals {
     }
 
     /// Readable when a signal has come.
-    pub(in crate::cli) fn fd(&self) -> BorrowedFd<'_> {
-        self.0.get_read().as_fd()
+    pub(in crate::cli) fn fd(&self) -> Option<BorrowedFd<'_>> {
+        self.0.as_ref().map(|caught| caught.get_read().as_fd())
     }
 }
 

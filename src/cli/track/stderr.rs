@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use anstream::adapter::strip_str;
 use rustix::fs::fstat;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recv, send, socketpair};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer, openpt, unlockpt};
 use rustix::termios::{OptionalActions, tcgetattr, tcgetwinsize, tcsetattr, tcsetwinsize};
 
@@ -29,8 +30,12 @@ pub(super) struct Outputs {
 #[derive(Debug)]
 pub(super) struct Stderr {
     companion: Option<Companion>,
+    /// What the companion reads, kept open so that a command whose companion is killed waits for the next one.
+    input: Option<OwnedFd>,
+    /// When a companion was started last.
+    started: Instant,
     is_terminal: bool,
-    /// The tail was asked for, which is of a command that has ended.
+    /// The tail was asked for, as the command has ended.
     is_over: bool,
 }
 
@@ -39,21 +44,58 @@ struct Companion {
     socket: OwnedFd,
     /// Of the last question.
     serial: u8,
-    /// Not waited for: it may outlive us.
-    _process: Child,
+    /// It may outlive us.
+    process: Child,
 }
 
 impl Stderr {
     /// Starts the companion. Without one the command writes to our stderr itself, and no copy is kept.
     pub(super) fn copied() -> (Self, Outputs) {
         let is_terminal = io::stderr().is_terminal();
-        match Companion::start(is_terminal) {
-            Ok((companion, outputs)) => (Self { companion: Some(companion), is_terminal, is_over: false }, outputs),
+        let copied = || {
+            let (input, output) = if is_terminal { terminal()? } else { pipe()? };
+            let companion = Companion::start(&input)?;
+            let stdout = if is_same_file(io::stdout(), io::stderr()) { Some(output.try_clone()?) } else { None };
+            io::Result::Ok((Some(companion), Some(input), Outputs { stdout, stderr: Some(output) }))
+        };
+        let (companion, input, outputs) = copied().unwrap_or_else(|error| {
+            log::warn!("stderr is not copied, so a report cannot quote it: error={:?}", error.to_string());
+            (None, None, Outputs::default())
+        });
+        (Self { companion, input, started: Instant::now(), is_terminal, is_over: false }, outputs)
+    }
+
+    /// Starts another companion where the last one was killed: without a reader the command would wait for ever. When this
+    /// is to be called again, as it starts no more than one a second.
+    pub(super) fn mend(&mut self) -> Option<Instant> {
+        if self.is_read() {
+            return None;
+        }
+        let next = self.started + limits::COMPANION_AGAIN;
+        if Instant::now() < next {
+            return Some(next);
+        }
+        self.start_another();
+        Some(self.started + limits::COMPANION_AGAIN)
+    }
+
+    /// Whether there is a companion that lives, or none is needed.
+    fn is_read(&mut self) -> bool {
+        let lives = |companion: &mut Companion| matches!(companion.process.try_wait(), Ok(None));
+        self.input.is_none() || self.companion.as_mut().is_some_and(lives)
+    }
+
+    fn start_another(&mut self) {
+        let Some(input) = &self.input else { return };
+        self.started = Instant::now();
+        let started = Companion::start(input);
+        match &started {
+            Ok(_) => log::warn!("the process that copies stderr was killed, another one goes on: what it had is lost"),
             Err(error) => {
-                log::warn!("stderr is not copied, so a report cannot quote it: error={:?}", error.to_string());
-                (Self { companion: None, is_terminal, is_over: false }, Outputs::default())
+                log::warn!("nobody reads the command's stderr, which may have to wait: error={:?}", error.to_string());
             }
         }
+        self.companion = started.ok();
     }
 
     /// Whether this signal came to our whole process group, so that others in it have it, too. `None`: nobody knows.
@@ -76,36 +118,50 @@ impl Stderr {
     /// The end of what the command has written so far, as text.
     pub(super) fn tail(&mut self) -> String {
         self.is_over = true;
+        if !self.is_read() {
+            self.start_another();
+        }
         let companion = self.companion.as_mut();
         let tail = companion.and_then(|companion| companion.ask(TAIL, 0, limits::STDERR_GRACE));
         text(&tail.unwrap_or_default())
     }
 
-    /// Waits until all is written that was there when the tail was asked for, but not for a reader who does not read.
+    /// Waits until all is written that was there when the tail was asked for, but not for a reader who does not read. Where
+    /// nobody holds the command's stderr any more, the companion ends before us: not everybody who gets our children waits
+    /// for them.
     pub(super) fn finish(&mut self) {
-        if let Some(companion) = self.companion.as_ref().filter(|_| self.is_over) {
-            companion.receive(WRITTEN, limits::STDERR_GRACE);
+        if !self.is_over {
+            self.tail();
+        }
+        let Some(companion) = &mut self.companion else { return };
+        if companion.receive(WRITTEN, limits::STDERR_GRACE).is_some_and(|is_open| is_open == [0]) {
+            companion.reap();
         }
     }
 }
 
 impl Companion {
-    fn start(is_terminal: bool) -> io::Result<(Self, Outputs)> {
-        let (input, output) = if is_terminal { terminal()? } else { pipe()? };
+    fn start(input: &OwnedFd) -> io::Result<Self> {
         let flags = SocketFlags::CLOEXEC;
         let (socket, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
         // Whatever has become of our file's name: this is what runs.
         let mut command = Command::new("/proc/self/exe");
-        command.arg0(NAME).current_dir("/").stdin(input).stdout(theirs);
+        command.arg0(NAME).current_dir("/").stdin(input.try_clone()?).stdout(theirs);
         let process = command.spawn()?;
         // The other end of the socket, which the command had.
         drop(command);
-        let companion = Self { socket, serial: 0, _process: process };
+        let companion = Self { socket, serial: 0, process };
         if companion.receive(READY, limits::COMPANION_START).is_none() {
             return Err(io::Error::other("the process that copies it has not started"));
         }
-        let stdout = if is_same_file(io::stdout(), io::stderr()) { Some(output.try_clone()?) } else { None };
-        Ok((companion, Outputs { stdout, stderr: Some(output) }))
+        Ok(companion)
+    }
+
+    /// Waits for a companion that ends now.
+    fn reap(&mut self) {
+        let Ok(end) = pidfd_open(Pid::from_child(&self.process), PidfdFlags::empty()) else { return };
+        let _ = wait(&[end.as_fd()], Some(Instant::now() + limits::STDERR_GRACE));
+        let _ = self.process.try_wait();
     }
 
     fn got(&mut self, signal: i32) -> Option<bool> {
