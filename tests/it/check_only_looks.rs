@@ -205,15 +205,12 @@ fn what_run_would_not_replace_fails_with_an_advice() {
         (|path| drop(std::os::unix::net::UnixListener::bind(path).unwrap()), false),
     ];
     for (number, (make, good)) in makes.into_iter().enumerate() {
-        let path = target.with_extension(number.to_string());
-        make(&path);
-        let report = |paths: [&Path; 2]| -> Value {
-            let mut check = program();
-            check.arg("--config").arg(stage.dir.path().join("decnet.ini")).args(["check", "--json"]);
-            check.arg("--stats-file").arg(paths[0]).arg("--metrics-file").arg(paths[1]);
-            serde_json::from_slice(&check.stdin(Stdio::null()).output().unwrap().stdout).unwrap()
-        };
-        let report = report([&path, &path]);
+        let paths = ["stats", "metrics"].map(|what| target.with_extension(format!("{what}-{number}")));
+        paths.iter().for_each(|path| make(path));
+        let mut check = program();
+        check.arg("--config").arg(stage.dir.path().join("decnet.ini")).args(["check", "--json"]);
+        check.arg("--stats-file").arg(&paths[0]).arg("--metrics-file").arg(&paths[1]);
+        let report: Value = serde_json::from_slice(&check.stdin(Stdio::null()).output().unwrap().stdout).unwrap();
         for name in ["stats-file", "metrics-file"] {
             let step = report["steps"].as_array().unwrap().iter().find(|step| step["step"] == name).unwrap();
             assert_eq!(step["outcome"] == "ok", good, "{number}: {step:#}");
