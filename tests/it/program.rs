@@ -10,10 +10,11 @@ use std::time::Duration;
 use decnet_heartbeat::loopback::{Enrolled, Role};
 use serde_json::Value;
 
-use crate::support::{PATIENCE, Stage, json_of};
+use crate::support::{PATIENCE, Stage, json_of, signals};
 
 /// The program without this process' environment.
 pub fn program() -> Command {
+    signals::none_is_ignored();
     let mut command = Command::new(env!("CARGO_BIN_EXE_decnet-heartbeat"));
     command.env_clear().env("HOME", "/nonexistent");
     command

@@ -5,6 +5,7 @@ mod openssl;
 mod raw;
 mod running;
 mod settled;
+pub mod signals;
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -36,6 +37,7 @@ impl Stage {
     }
 
     pub fn with(options: Options) -> Self {
+        signals::none_is_ignored();
         let dir = tempfile::tempdir().unwrap();
         let master = LoopbackMaster::start_with(options).unwrap();
         let worker = master.enrol(&dir.path().join("agent")).unwrap();
