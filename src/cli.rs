@@ -90,10 +90,8 @@ fn prepare(command: &Command, log_file: Option<&Path>, level: LevelFilter) -> Re
         logging::start(None, level)?;
         log::warn!("the log is on stderr: error={:?}", chain(&error));
     }
-    signals.or_else(|error| {
-        log::warn!("a signal may end it: error={:?}", chain(&error));
-        Ok(never())
-    })
+    // Where signals cannot be caught `track` says so itself, once it needs them.
+    Ok(signals.unwrap_or_else(|_| never()))
 }
 
 /// Prints the help or the version, or what is wrong with the command line. What was given is escaped.

@@ -17,7 +17,7 @@ use crate::heartbeat::Heartbeat;
 use crate::limits;
 
 pub(super) fn run(common: &Common, options: RunOptions, signals: &Receiver<i32>) -> Result<(), Error> {
-    // What must not be replaced is said before all that may pass.
+    // A target that must not be replaced is reported first: the other errors may pass.
     let own = OwnFiles::of(common, &options, enrolment(common).ok().as_ref());
     let stats_files = StatsFiles::start(options.stats_file.clone(), options.metrics_file.clone(), own)?;
     let Some(heartbeat) = start_patiently(common, &options, signals)? else { return Ok(()) };
