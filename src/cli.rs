@@ -2,6 +2,7 @@
 
 mod arguments;
 mod check;
+mod command_signals;
 mod demo;
 mod log_line;
 mod log_queue;

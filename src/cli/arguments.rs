@@ -200,15 +200,19 @@ fn agent_dir(path: PathBuf) -> Result<PathBuf, &'static str> {
 
 /// `--interval`.
 fn interval(given: &str) -> Result<Duration, String> {
-    let interval = humantime::parse_duration(given).map_err(|error| text::printable(&error.to_string()))?;
+    let interval = duration(given)?;
     check_interval(interval).map(|()| interval).map_err(|error| chain(&error).replace("interval: ", ""))
 }
 
 /// `--timeout`.
-fn timeout(text: &str) -> Result<Duration, String> {
-    let timeout = humantime::parse_duration(text).map_err(|error| error.to_string())?;
+fn timeout(given: &str) -> Result<Duration, String> {
+    let timeout = duration(given)?;
     let (least, most) = limits::REPORT_TIMEOUT;
     if (least..=most).contains(&timeout) { Ok(timeout) } else { Err("must be from 1 ms to 1 h".to_owned()) }
+}
+
+fn duration(given: &str) -> Result<Duration, String> {
+    humantime::parse_duration(given).map_err(|error| text::printable(&error.to_string()))
 }
 
 /// What is wrong with the command line, safe to print: it quotes what was given, and a script may have got that from

@@ -9,6 +9,7 @@ use super::arguments::{Common, RunOptions};
 use super::{outbox, state_file_of_environment};
 use crate::bundle;
 use crate::enrolment::Enrolment;
+use crate::outbox::folder;
 use crate::read_only::beside;
 use crate::status::decnet::TOPOLOGY;
 
@@ -53,6 +54,6 @@ impl OwnFiles {
 
 /// The folder that it leads to, and the name there: a file is replaced by its name.
 fn place(path: &Path) -> (PathBuf, Option<&OsStr>) {
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let folder = folder(path);
     (fs::canonicalize(folder).unwrap_or_else(|_| folder.to_owned()), path.file_name())
 }

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, TryRecvError, bounded};
 
-use super::track::signals::{Signals, wait};
+use super::command_signals::{Signals, wait};
 use crate::body::{self, Body};
 use crate::delta::{LifecycleDelta, Operation};
 use crate::enrolment::Enrolment;

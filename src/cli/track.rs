@@ -15,7 +15,6 @@
 
 mod command;
 pub(super) mod companion;
-pub(super) mod signals;
 mod stderr;
 
 use std::collections::BTreeSet;
@@ -23,13 +22,13 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use super::arguments::{Common, Telling, TrackOptions};
+use super::command_signals::Signals;
 use super::report::{Patience, Reported, Reporter};
 use super::{enrolment, outbox, warn_of_unlisted};
 use crate::delta::{LifecycleDelta, Operation, Outcome};
 use crate::error::{Error, chain};
 use crate::outbox::{Kept, OutboxLocation, Poster};
 use command::Ended;
-use signals::Signals;
 use stderr::Stderr;
 
 pub(super) fn track(common: &Common, options: TrackOptions) -> Result<ExitCode, Error> {

@@ -12,8 +12,8 @@ use std::time::Instant;
 use rustix::process::{Pid, PidfdFlags, Signal, getpgid, getpgrp, kill_process, pidfd_open};
 use signal_hook::consts::SIGWINCH;
 
-use super::signals::{Caught, Signals, wait};
 use super::stderr::{Outputs, Stderr};
+use crate::cli::command_signals::{Caught, Signals, wait};
 use crate::cli::output::complain;
 use crate::delta::Outcome;
 use crate::limits;

@@ -30,7 +30,7 @@ use rustix::termios::{tcgetwinsize, tcsetwinsize};
 use signal_hook::iterator::backend::SignalDelivery;
 use signal_hook::iterator::exfiltrator::SignalOnly;
 
-use super::signals::COMMANDS;
+use crate::cli::command_signals::COMMANDS;
 use crate::cli::signals::survive_file_size_limit;
 use crate::limits;
 

@@ -16,7 +16,7 @@ use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer, openpt, unlockpt};
 use rustix::termios::{OptionalActions, tcgetattr, tcgetwinsize, tcsetattr, tcsetwinsize};
 
 use super::companion::{NAME, READY, SIGNAL, SIZE, TAIL, WRITTEN};
-use super::signals::wait;
+use crate::cli::command_signals::wait;
 use crate::limits;
 
 /// What the command gets as its stdout and stderr; where `None`, ours.

@@ -12,7 +12,7 @@ use signal_hook::flag;
 use signal_hook::iterator::backend::SignalDelivery;
 use signal_hook::iterator::exfiltrator::WithOrigin;
 
-use crate::cli::signals::{has, ignored};
+use super::signals::{has, ignored};
 
 /// The ones that ask a program to end or to do something: the command's, not ours.
 pub(super) const COMMANDS: [i32; 6] = [SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2];
@@ -22,7 +22,7 @@ const ENDING: [i32; 4] = [SIGHUP, SIGINT, SIGQUIT, SIGTERM];
 
 /// Catches signals from when it is made until the process ends. `None`: they cannot be caught.
 #[derive(Debug)]
-pub(in crate::cli) struct Signals(Option<SignalDelivery<UnixStream, WithOrigin>>);
+pub(super) struct Signals(Option<SignalDelivery<UnixStream, WithOrigin>>);
 
 /// A signal that has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,18 +68,18 @@ impl Signals {
     }
 
     /// Whether a signal has come since the last call that asks us to end.
-    pub(in crate::cli) fn ask_to_end(&mut self) -> bool {
+    pub(super) fn ask_to_end(&mut self) -> bool {
         self.pending().into_iter().any(|caught| ENDING.contains(&caught.signal))
     }
 
     /// Readable when a signal has come.
-    pub(in crate::cli) fn fd(&self) -> Option<BorrowedFd<'_>> {
+    pub(super) fn fd(&self) -> Option<BorrowedFd<'_>> {
         self.0.as_ref().map(|caught| caught.get_read().as_fd())
     }
 }
 
 /// Sleeps until one of these is readable or closed, at the longest until then. It may return early.
-pub(in crate::cli) fn wait(files: &[BorrowedFd<'_>], until: Option<Instant>) -> io::Result<()> {
+pub(super) fn wait(files: &[BorrowedFd<'_>], until: Option<Instant>) -> io::Result<()> {
     let mut polled: Vec<_> = files.iter().map(|file| PollFd::from_borrowed_fd(*file, PollFlags::IN)).collect();
     let left = until.map(|until| until.saturating_duration_since(Instant::now()));
     let left = left.and_then(|left| Timespec::try_from(left).ok());
