@@ -10,6 +10,9 @@ use crate::status::docker::{Containers, Engine, Networks};
 /// The outbox' table, as it is made: the floor of what SQLite can do writes the same.
 pub const TABLE: &str = schema::TABLE;
 
+/// And its index.
+pub const INDEX: &str = schema::INDEX;
+
 /// Writes one body after another, of a state file and of what Docker has said last.
 #[derive(Debug)]
 pub struct Bodies {

@@ -22,17 +22,19 @@ mod track;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::thread;
 use std::time::Duration;
 
 use arguments::{Arguments, Command, Common, described};
 use clap::{CommandFactory, Parser};
 use clap_complete::Shell;
-use crossbeam_channel::{Receiver, never};
+use crossbeam_channel::{Receiver, bounded, never};
 use log::LevelFilter;
 use output::{answer, complain, refuse};
 
 use crate::enrolment::{Enrolment, EnrolmentSources};
 use crate::error::{Error, chain, printable_path};
+use crate::limits;
 use crate::outbox::OutboxLocation;
 use crate::status::decnet::DecnetStatus;
 
@@ -123,7 +125,18 @@ fn enrolment(common: &Common) -> Result<Enrolment, Error> {
     if let Some(dir) = &common.agent_dir {
         sources = sources.agent_dir(dir.clone());
     }
-    sources.read()
+    let (read, enrolment) = bounded(1);
+    let elsewhere = sources.clone();
+    // Its disk may hang, and a command must run all the same.
+    let run = move || drop(read.send(elsewhere.read()));
+    if thread::Builder::new().name("ini".to_owned()).spawn(run).is_err() {
+        return sources.read();
+    }
+    enrolment.recv_timeout(limits::CREDENTIALS_PATIENCE).unwrap_or_else(|_| {
+        let seconds = limits::CREDENTIALS_PATIENCE.as_secs();
+        let problem = format!("cannot be read, its disk has not answered for {seconds} s; try again when it does");
+        Err(Error::setting("ini", problem).passing())
+    })
 }
 
 /// The variable that names the state file.

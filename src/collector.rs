@@ -1,6 +1,7 @@
 //! The status thread: it asks the [`StatusSource`] when the heartbeat thread wants a snapshot, and is the only place
 //! where foreign code and slow reads run. It may hang or panic; the heartbeat thread never waits for it without end.
 
+use std::cell::Cell;
 use std::sync::Arc;
 use std::thread;
 use std::time::Instant;
@@ -8,9 +9,20 @@ use std::time::Instant;
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 
 use crate::error::Error;
+use crate::limits;
 use crate::panics::{caught, discard};
 use crate::stats::{SharedStats, ThreadWatch};
 use crate::status::{Snapshot, StatusSource, Topology};
+
+thread_local! {
+    static IS_STATUS_THREAD: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Whether this is a status thread. What a source pushes is sent with the next beat: a beat of its own would ask the source
+/// again.
+pub(crate) fn is_status_thread() -> bool {
+    IS_STATUS_THREAD.try_with(Cell::get).unwrap_or_default()
+}
 
 /// What the status thread says.
 #[derive(Debug)]
@@ -43,12 +55,14 @@ impl Collector {
             run(source, &asked, &answer);
             watch.has_ended_as_wanted();
         };
-        thread::Builder::new().name(NAME.to_owned()).spawn(run).map_err(|source| Error::thread(NAME, source))?;
+        let builder = thread::Builder::new().name(NAME.to_owned()).stack_size(limits::STATUS_STACK);
+        builder.spawn(run).map_err(|source| Error::thread(NAME, source))?;
         Ok(Self { ask, collected })
     }
 }
 
 fn run(mut source: Box<dyn StatusSource>, asked: &Receiver<()>, answer: &Sender<Collected>) {
+    IS_STATUS_THREAD.set(true);
     let known = caught(|| source.applied_topology()).transpose();
     if let Some(known) = known {
         // An error means that the heartbeat thread is gone; then so is the next question.

@@ -18,7 +18,8 @@
 //!
 //! `schedule` decides when a beat is sent. This module decides what it carries.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::delta::Operation;
@@ -45,6 +46,13 @@ pub(crate) enum Share {
     Only(i64),
     /// Exactly this one, once more.
     Same(i64),
+}
+
+impl Default for Share {
+    /// A whole body of them.
+    fn default() -> Self {
+        Self::Newest(limits::DELTAS_PER_BODY)
+    }
 }
 
 /// Why there was nothing to send.
@@ -113,6 +121,43 @@ impl Suspect {
     }
 }
 
+/// The deltas that were in doubt alone, by their ids. The outbox thread leaves out what they hold back.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Suspects(BTreeMap<i64, Suspect>);
+
+impl Suspects {
+    pub(crate) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Whether a delta is this suspect, or a newer one of its decky and operation.
+    pub(crate) fn is_of(&self, id: i64, kept: &Kept) -> bool {
+        let (decky, operation) = (kept.delta.decky(), kept.delta.operation());
+        kept.id >= id && self.0.get(&id).is_some_and(|suspect| suspect.is_of(decky, operation))
+    }
+
+    /// What they keep out of a body.
+    pub(crate) fn held_back(&self) -> HeldBack<'_> {
+        let newest = self.0.iter().map(|(id, Suspect { decky, operation, .. })| ((decky.as_str(), *operation), *id));
+        HeldBack { suspects: self, newest: newest.collect() }
+    }
+}
+
+/// Deltas that stay out of a body.
+#[derive(Debug)]
+pub(crate) struct HeldBack<'a> {
+    suspects: &'a Suspects,
+    newest: HashMap<(&'a str, Operation), i64>,
+}
+
+impl HeldBack<'_> {
+    /// It was in doubt alone, or a newer one of its decky and operation was: the master would give it that one's row.
+    pub(crate) fn contains(&self, kept: &Kept) -> bool {
+        let newest = self.newest.get(&(kept.delta.decky(), kept.delta.operation()));
+        newest.is_some_and(|newest| *newest > kept.id) || self.suspects.0.contains_key(&kept.id)
+    }
+}
+
 /// What the bodies carry until further notice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Mode {
@@ -150,8 +195,7 @@ pub(crate) struct Content {
     step: Step,
     /// Set while the states rest. Kept, with nothing left, until they are accepted.
     states: Option<Rest>,
-    /// By their ids.
-    suspects: BTreeMap<i64, Suspect>,
+    suspects: Arc<Suspects>,
     /// The longest rest.
     day: u64,
     /// Deltas that may still be sent one to a body in this beat.
@@ -170,7 +214,7 @@ impl Content {
             mode: Mode::Whole,
             step: Step::Done,
             states: None,
-            suspects: BTreeMap::new(),
+            suspects: Arc::default(),
             day,
             singles: 0,
             suspects_first: false,
@@ -180,8 +224,11 @@ impl Content {
 
     /// A beat begins.
     pub(crate) fn begin(&mut self) {
-        let rests = self.suspects.values_mut().map(|suspect| &mut suspect.rest).chain(&mut self.states);
-        rests.for_each(|rest| rest.left = rest.left.saturating_sub(1));
+        let over = |rest: &mut Rest| rest.left = rest.left.saturating_sub(1);
+        if !self.suspects.is_empty() {
+            self.suspects_mut().values_mut().for_each(|suspect| over(&mut suspect.rest));
+        }
+        self.states.iter_mut().for_each(over);
         let last_accepted = std::mem::replace(&mut self.accepted, false);
         self.singles = limits::SINGLES_PER_BEAT;
         let suspects_put_off = self.step == Step::Suspects && self.due().is_some() && !self.suspects_first;
@@ -244,10 +291,10 @@ impl Content {
     /// The POST was not made.
     pub(crate) fn nothing_to_send(&mut self, why: Nothing) {
         match (self.step, why) {
-            (Step::Suspects, Nothing::Gone) => drop(self.due().and_then(|id| self.suspects.remove(&id))),
+            (Step::Suspects, Nothing::Gone) => drop(self.due().and_then(|id| self.suspects_mut().remove(&id))),
             (Step::Suspects, _) => {
                 let due = self.due();
-                if let Some(suspect) = due.and_then(|id| self.suspects.get_mut(&id)) {
+                if let Some(suspect) = due.and_then(|id| self.suspects_mut().get_mut(&id)) {
                     suspect.rest.left = 1;
                 }
             }
@@ -371,19 +418,19 @@ impl Content {
         let [kept] = deltas else { return Consequence::Counts };
         match outcome {
             PostOutcome::Accepted => {
-                self.suspects.remove(&kept.id);
+                self.suspects_mut().remove(&kept.id);
                 Consequence::Counts
             }
             PostOutcome::InDoubt => {
-                let known = self.suspects.get(&kept.id).map(|suspect| suspect.rest);
+                let known = self.suspects.0.get(&kept.id).map(|suspect| suspect.rest);
                 let (decky, operation) = (kept.delta.decky().to_owned(), kept.delta.operation());
                 let rest = longer(known, self.day);
-                self.suspects.insert(kept.id, Suspect { decky, operation, rest });
+                self.suspects_mut().insert(kept.id, Suspect { decky, operation, rest });
                 self.step = Step::BareAfterSingle;
                 Consequence::Absorbed(Cause::DeltaRests)
             }
             PostOutcome::Refused => {
-                self.suspects.remove(&kept.id);
+                self.suspects_mut().remove(&kept.id);
                 Consequence::Absorbed(Cause::DeltaRefused)
             }
             PostOutcome::Unchanged => {
@@ -426,18 +473,18 @@ impl Content {
     /// A delta whose rest is over, the newest first. One that is older than another suspect of its decky and operation
     /// waits for that one.
     fn due(&self) -> Option<i64> {
-        let is_newest = |id: i64, suspect: &Suspect| {
-            let mut newer = self.suspects.range(id + 1..);
-            !newer.any(|(_, it)| it.is_of(&suspect.decky, suspect.operation))
-        };
-        let mut due = self.suspects.iter().rev().filter(|(_, suspect)| suspect.rest.left == 0);
-        due.find(|(id, suspect)| is_newest(**id, suspect)).map(|(id, _)| *id)
+        let mut seen = HashSet::new();
+        let mut newest = self.suspects.0.iter().rev().filter(|(_, it)| seen.insert((it.decky.as_str(), it.operation)));
+        newest.find(|(_, suspect)| suspect.rest.left == 0).map(|(id, _)| *id)
     }
 
-    /// Whether a delta is a suspect, or a newer one of its decky and operation.
-    pub(crate) fn is_of_suspect(&self, id: i64, kept: &Kept) -> bool {
-        let (decky, operation) = (kept.delta.decky(), kept.delta.operation());
-        kept.id >= id && self.suspects.get(&id).is_some_and(|suspect| suspect.is_of(decky, operation))
+    /// The deltas that were in doubt alone.
+    pub(crate) fn suspects(&self) -> &Arc<Suspects> {
+        &self.suspects
+    }
+
+    fn suspects_mut(&mut self) -> &mut BTreeMap<i64, Suspect> {
+        &mut Arc::make_mut(&mut self.suspects).0
     }
 
     /// The states are not sent in this beat.
@@ -457,15 +504,7 @@ impl Content {
 
     /// Deltas that were in doubt alone.
     pub(crate) fn resting(&self) -> u64 {
-        self.suspects.len() as u64
-    }
-
-    /// Whether a delta stays out of the body: it was in doubt alone, or a newer one of its decky and operation was. The
-    /// master would give an older delta the newer one's row.
-    pub(crate) fn holds_back(&self, kept: &Kept) -> bool {
-        let (decky, operation) = (kept.delta.decky(), kept.delta.operation());
-        let mut newer = self.suspects.range(kept.id..);
-        newer.any(|(id, suspect)| *id == kept.id || suspect.is_of(decky, operation))
+        self.suspects.0.len() as u64
     }
 }
 
@@ -524,13 +563,14 @@ mod tests {
         }
 
         fn share(&self, content: &Content, share: Share) -> Vec<Kept> {
-            let free = self.waiting.values().rev().filter(|kept| !content.holds_back(kept)).cloned();
+            let free =
+                self.waiting.values().rev().filter(|kept| !content.suspects().held_back().contains(kept)).cloned();
             match share {
                 Share::None => Vec::new(),
                 Share::Newest(most) => free.take(most).collect(),
                 Share::One => free.take(1).collect(),
                 Share::Only(id) => {
-                    let mut same = self.waiting.values().rev().filter(|kept| content.is_of_suspect(id, kept));
+                    let mut same = self.waiting.values().rev().filter(|kept| content.suspects().is_of(id, kept));
                     same.next().filter(|kept| kept.id == id).cloned().into_iter().collect()
                 }
                 Share::Same(id) => self.waiting.get(&id).cloned().into_iter().collect(),

@@ -55,6 +55,7 @@ struct Inner {
     source: Option<Box<dyn StdError + Send + Sync>>,
     /// It may pass, whatever its sources are.
     passing: bool,
+    in_doubt: bool,
 }
 
 enum Kind {
@@ -148,12 +149,18 @@ impl Error {
     }
 
     fn new(kind: Kind) -> Self {
-        Self { inner: Box::new(Inner { kind, source: None, passing: false }) }
+        Self { inner: Box::new(Inner { kind, source: None, passing: false, in_doubt: false }) }
     }
 
     /// The same error as one that may pass, such as files that are just being written.
     pub(crate) fn passing(mut self) -> Self {
         self.inner.passing = true;
+        self
+    }
+
+    /// The same error of something that may still be done.
+    pub(crate) fn in_doubt(mut self) -> Self {
+        self.inner.in_doubt = true;
         self
     }
 
@@ -189,6 +196,23 @@ impl Error {
     /// Whether the bundle (`ca.crt`, `worker.crt`, `worker.key`) cannot be used.
     pub fn is_bundle(&self) -> bool {
         matches!(self.inner.kind, Kind::Bundle { .. })
+    }
+
+    /// Whether it is in doubt what has become of a request: the disk has not answered within a second, and it will be done
+    /// when it answers, unless the process ends first. A delta is then kept and sent, so to push it again would send it twice.
+    /// An operation has not begun; its rows are removed again. Where this is false nothing was kept, and to try again is right.
+    ///
+    /// ```
+    /// # use decnet_heartbeat::{DeltaSender, Error, LifecycleDelta};
+    /// fn push(deltas: &DeltaSender, delta: LifecycleDelta) -> Result<(), Error> {
+    ///     match deltas.push(delta.clone()) {
+    ///         Err(error) if error.is_outbox() && !error.is_in_doubt() => deltas.push(delta), // once more
+    ///         answer => answer,
+    ///     }
+    /// }
+    /// ```
+    pub fn is_in_doubt(&self) -> bool {
+        self.inner.in_doubt
     }
 
     /// Whether the outbox could not keep a delta or could not be opened.

@@ -18,7 +18,7 @@ use std::time::{Duration, UNIX_EPOCH};
 use crate::error::printable_path;
 #[cfg(feature = "cli")]
 use crate::read_only::beside;
-use crate::{limits, outbox};
+use crate::{kept, limits};
 
 /// The whole of a regular file of at most `limit` bytes.
 ///
@@ -33,6 +33,18 @@ pub(crate) fn read(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
     // It may be growing.
     File::open(path)?.take(limit + 1).read_to_end(&mut content)?;
     if content.len() as u64 > limit { Err(too_large()) } else { Ok(content) }
+}
+
+/// Which file it is: its device and its inode.
+pub(crate) type Identity = (u64, u64);
+
+pub(crate) fn identity(metadata: &Metadata) -> Identity {
+    (metadata.dev(), metadata.ino())
+}
+
+/// Where a file is.
+pub(crate) fn folder(path: &Path) -> &Path {
+    path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
 /// What helps where a file that enrolment wrote cannot be read.
@@ -64,7 +76,7 @@ pub(crate) fn regular(path: &Path) -> io::Result<Metadata> {
 /// yet. Its folder has nothing but our own outbox in it, or does not exist and the nearest one above it that does has
 /// nothing; or a symlink on the way leads nowhere.
 pub(crate) fn may_come(path: &Path) -> bool {
-    let is_ours = |name: &OsStr| name.as_encoded_bytes().starts_with(outbox::FILE.as_bytes());
+    let is_ours = |name: &OsStr| name.as_encoded_bytes().starts_with(kept::FILE.as_bytes());
     for folder in path.ancestors().skip(1) {
         let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
         match fs::read_dir(folder) {
@@ -142,6 +154,12 @@ mod tests {
     use std::time::SystemTime;
 
     use super::*;
+
+    #[test]
+    fn a_path_of_a_name_alone_is_in_this_folder() {
+        assert_eq!(folder(Path::new("heartbeat.db")), Path::new("."));
+        assert_eq!(folder(Path::new("agent/heartbeat.db")), Path::new("agent"));
+    }
 
     #[test]
     fn more_than_the_limit_is_refused() {

@@ -1,10 +1,9 @@
 //! The handle: build, start, push, stop. Runs on the caller's threads.
 
-use std::error::Error as StdError;
 use std::fmt;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 
@@ -17,8 +16,8 @@ use crate::error::{Error, chain, printable_path};
 use crate::identity::MasterIdentity;
 use crate::limits;
 use crate::link::{Interrupt, Link};
-use crate::operation::TrackedOperation;
-use crate::outbox::{Books, Outbox, OutboxLocation, Role};
+use crate::operation::{IntoDeckies, IntoOutcome, TrackedOperation};
+use crate::outbox::{Books, OutboxLocation};
 use crate::panics::quietly;
 use crate::repeats::Repeats;
 use crate::schedule::{Schedule, Ticks};
@@ -26,12 +25,16 @@ use crate::sender::DeltaSender;
 use crate::stats::{SharedStats, Stats, ThreadWatch};
 use crate::status::StatusSource;
 use crate::status::decnet::DecnetStatus;
+use crate::threads::batches::Batches;
+use crate::threads::client::OutboxClient;
+use crate::threads::start::{self, Started};
 use crate::worker::Worker;
 
 /// A running heartbeat, or a dormant one where the host is not enrolled.
 ///
-/// It runs on two threads of its own, `decnet-heartbeat` and `decnet-status`. Dropping it stops it, with 2 s for what
-/// still waits; [`stop`](Self::stop) lets the caller choose.
+/// It runs on three threads of its own, `decnet-heartbeat`, `decnet-status` and `decnet-outbox`, which ends with the last
+/// [`DeltaSender`] or [`TrackedOperation`]: see [`design`](crate::design). Dropping it stops it, with 2 s for what still waits;
+/// [`stop`](Self::stop) lets the caller choose.
 ///
 /// ```
 /// # #[cfg(feature = "loopback")]
@@ -58,7 +61,6 @@ pub struct Heartbeat {
 
 #[derive(Debug)]
 struct Running {
-    deltas: DeltaSender,
     stop: Sender<Instant>,
     /// A beat has ended, well or not.
     #[cfg_attr(not(feature = "loopback"), expect(dead_code, reason = "tests and the program's stats file want it"))]
@@ -66,8 +68,7 @@ struct Running {
     /// Disconnected when the heartbeat thread has ended.
     ended: Receiver<()>,
     interrupt: Arc<Interrupt>,
-    outbox: Arc<Outbox>,
-    thread: JoinHandle<()>,
+    outbox: Arc<OutboxClient>,
 }
 
 /// How a heartbeat stopped.
@@ -100,7 +101,7 @@ pub struct Stopped {
     /// process ends first, the next start reports it failed.
     pub operations: u64,
     /// All of these are on the disk, and the next start delivers them. False: they are in memory, and are lost with the
-    /// process.
+    /// process, or the disk has not answered in time.
     pub kept: bool,
     /// The heartbeat thread ended within the grace. False: it still hangs in a call that nothing interrupts, such as the
     /// lookup of a name, and ends with that.
@@ -142,7 +143,7 @@ impl Heartbeat {
     /// # fn main() {}
     /// ```
     pub fn deltas(&self) -> DeltaSender {
-        self.running.as_ref().map_or_else(DeltaSender::dormant, |running| running.deltas.clone())
+        self.running.as_ref().map_or_else(DeltaSender::dormant, |running| DeltaSender::new(Arc::clone(&running.outbox)))
     }
 
     /// Tracks an operation on `deckies`: see [`DeltaSender::begin`].
@@ -177,10 +178,10 @@ impl Heartbeat {
     /// # Errors
     ///
     /// As there.
-    pub fn begin(
+    pub fn begin<Kind>(
         &self,
         operation: Operation,
-        deckies: impl IntoIterator<Item = impl Into<String>>,
+        deckies: impl IntoDeckies<Kind>,
     ) -> Result<TrackedOperation, Error> {
         self.deltas().begin(operation, deckies)
     }
@@ -211,11 +212,11 @@ impl Heartbeat {
     /// # Errors
     ///
     /// As there.
-    pub fn run<E: Into<Box<dyn StdError + Send + Sync>>>(
+    pub fn run<Kind, R: IntoOutcome>(
         &self,
         operation: Operation,
-        deckies: impl IntoIterator<Item = impl Into<String>>,
-        work: impl FnOnce() -> Result<(), E> + Send + 'static,
+        deckies: impl IntoDeckies<Kind>,
+        work: impl FnOnce() -> R + Send + 'static,
     ) -> Result<JoinHandle<()>, Error> {
         self.deltas().run(operation, deckies, work)
     }
@@ -246,13 +247,15 @@ impl Heartbeat {
             (stats.waiting, stats.held, stats.operations) = (counts.waiting, counts.held, counts.operations);
             stats.oldest_waiting = counts.oldest.map(from_micros);
             (stats.dropped, stats.outbox) = (dropped, running.outbox.path().map(Into::into));
+            stats.outbox_busy_since = running.outbox.busy_since().map(past);
         }
         stats
     }
 
-    /// Whether one of the two threads makes no progress: the heartbeat thread has been at one event for over a minute, or
-    /// the status source has owed a snapshot for as long. A watchdog asks this. The beats go on without a source that
-    /// hangs; what runs here is then no longer told.
+    /// Whether a thread makes no progress that a restart could help: the heartbeat thread has been at one event for over a
+    /// minute, the status source has owed a snapshot for as long, or a thread has ended. A watchdog asks this. The beats go
+    /// on without a source that hangs; what runs here is then no longer told. They go on without deltas while the disk of
+    /// the outbox does not answer, which is no stall: see [`Stats::outbox_busy_since`].
     ///
     /// ```
     /// # #[cfg(feature = "loopback")]
@@ -291,6 +294,32 @@ impl Heartbeat {
         self.running.as_ref().map_or_else(crossbeam_channel::never, |running| running.beats.clone())
     }
 
+    /// Waits until all deltas that may be sent now have been accepted by the master, or refused for good; at the longest for
+    /// `timeout` (a day at the most). Whether they have been. What is held back by an operation in flight is not waited for,
+    /// nor is what is pushed meanwhile. A beat that waits for the end of a backoff is not sent any earlier.
+    ///
+    /// ```
+    /// # #[cfg(feature = "loopback")]
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # use std::time::Duration;
+    /// # use decnet_heartbeat::loopback::RowStatus;
+    /// # use decnet_heartbeat::{LifecycleDelta, Operation};
+    /// # let (_dir, master, worker, builder) = decnet_heartbeat::loopback::example()?;
+    /// # let heartbeat = builder.start()?;
+    /// # master.open_operation(&worker.uuid, "decky-01", "deploy");
+    /// heartbeat.deltas().push(LifecycleDelta::succeeded("decky-01", Operation::Deploy))?;
+    /// assert!(heartbeat.flush(Duration::from_secs(10)));
+    /// assert_eq!(master.rows()[0].status, RowStatus::Succeeded);
+    /// # Ok(())
+    /// # }
+    /// # #[cfg(not(feature = "loopback"))]
+    /// # fn main() {}
+    /// ```
+    pub fn flush(&self, timeout: Duration) -> bool {
+        let until = Instant::now() + timeout.min(limits::MAX_GRACE);
+        self.running.as_ref().is_none_or(|running| running.outbox.flush(until))
+    }
+
     /// Stops within `grace` (a day at the most): the deltas that wait now are posted once more, and that is interrupted when
     /// the grace runs out. It takes no longer than it must: with nothing to post, milliseconds.
     ///
@@ -318,8 +347,7 @@ impl Heartbeat {
         let Some(running) = self.running.take() else {
             return Stopped { undelivered: 0, operations: 0, kept: true, in_time: true };
         };
-        let Running { deltas, stop, ended, interrupt, outbox, thread, .. } = running;
-        drop(deltas);
+        let Running { stop, ended, interrupt, outbox, .. } = running;
         let grace = grace.min(limits::MAX_GRACE);
         // What an interrupt needs to take effect comes out of the grace, too.
         let slack = (grace / 4).min(limits::INTERRUPT_SLACK);
@@ -332,14 +360,11 @@ impl Heartbeat {
             interrupt.now();
             in_time = has_ended(&ended, end);
         }
-        if in_time {
-            // It has run its last line. A panic there has been logged by its hook.
-            let _ = thread.join();
-        }
-        // It can post no more, so another heartbeat may deliver.
-        outbox.stop_delivering();
+        // It can post no more, so another heartbeat may deliver once this one's last acknowledgement is on the disk.
+        let is_written = outbox.release(end.max(Instant::now() + limits::RELEASE));
         let Books { counts, on_disk, .. } = outbox.books();
-        Stopped { undelivered: counts.waiting, operations: counts.operations, kept: on_disk, in_time }
+        let kept = on_disk && is_written;
+        Stopped { undelivered: counts.waiting, operations: counts.operations, kept, in_time }
     }
 }
 
@@ -484,8 +509,12 @@ impl HeartbeatBuilder {
         self
     }
 
-    /// Starts the two threads; the first beat goes out at once. On a host that is not enrolled it starts nothing and
+    /// Starts the three threads; the first beat goes out at once. It waits 5 s at the longest for the ini and the bundle, and 1 s
+    /// for the outbox, without which it goes on until the disk answers. On a host that is not enrolled no thread is left, and it
     /// returns a dormant handle, so that callers need no guard.
+    ///
+    /// While the disk of a heartbeat that this process has stopped does not answer, another one on the same outbox starts and
+    /// beats. It delivers from the first tick on after the other one's last acknowledgement is on the disk.
     ///
     /// ```
     /// # #[cfg(feature = "loopback")]
@@ -505,42 +534,42 @@ impl HeartbeatBuilder {
     ///
     /// # Errors
     ///
-    /// A configured value or the bundle cannot be used (the error names the variable, key or file), or another
+    /// A configured value or the bundle cannot be used or read in time (the error names the variable, key or file), or another
     /// heartbeat, here or in another process, delivers from the outbox (the error says which), or the system refuses a
-    /// thread.
+    /// thread. No thread is left then, unless it waits for a disk that does not answer.
     pub fn start(mut self) -> Result<Heartbeat, Error> {
-        let enrolment = self.enrolment.take().map_or_else(Enrolment::from_env, Ok);
-        self.start_as(enrolment)
+        let enrolment = self.enrolment.take();
+        self.start_as(move || enrolment.map_or_else(Enrolment::from_env, Ok))
     }
 
-    fn start_as(self, enrolment: Result<Enrolment, Error>) -> Result<Heartbeat, Error> {
+    fn start_as(
+        self,
+        enrolment: impl FnOnce() -> Result<Enrolment, Error> + Send + 'static,
+    ) -> Result<Heartbeat, Error> {
         let interval = self.interval.unwrap_or(limits::INTERVAL);
         check_interval(interval)?;
-        let enrolment = match enrolment {
-            Ok(enrolment) => enrolment,
+        let stats = Arc::new(SharedStats::default());
+        let (enrolment, location) = (Box::new(enrolment), self.outbox);
+        let setup = start::Start { enrolment, identity: self.identity, location, stats: Arc::clone(&stats) };
+        let Started { client, batches, access, problem } = match start::start(setup) {
+            Ok(started) => started,
             Err(error) if error.is_not_enrolled() => {
                 quietly(|| log::debug!("heartbeat dormant: error={:?}", chain(&error)));
-                let stats = Arc::new(SharedStats::new(Stats { dormant: true, ..Stats::default() }));
+                stats.change(|stats| stats.dormant = true);
                 return Ok(Heartbeat { running: None, stats });
             }
             Err(error) => return Err(error),
         };
-        let agent_dir = enrolment.agent_dir().value().clone();
-        let link = Link::new(enrolment, self.identity)?;
-        let (outbox, problem) = Outbox::open(&self.outbox, &agent_dir, Role::Deliver)?;
-        if let Some(problem) = problem {
-            quietly(|| {
-                log::error!(
-                    "the outbox is in memory, deltas do not survive a restart: {} error={:?}",
-                    link.names(),
-                    chain(&problem)
-                )
-            });
+        let agent_dir = access.enrolment.agent_dir().value().clone();
+        let link = Link::new(access);
+        if let Some((what, problem)) = problem {
+            let (names, problem) = (link.names(), chain(&problem));
+            quietly(|| log::error!("{what}: {names} error={problem:?}"));
         }
         let source = self.source.unwrap_or_else(|| Box::new(DecnetStatus::new(&agent_dir)));
         let ticks = self.ticks.map_or_else(|| Ticks::every(interval, Instant::now(), fastrand::f64()), Ticks::fed);
         let agent_version = self.agent_version.unwrap_or_else(|| env!("CARGO_PKG_VERSION").to_owned());
-        start(link, outbox, source, Settings { agent_version, interval, ticks })
+        start(link, client, batches, source, stats, Settings { agent_version, interval, ticks })
     }
 }
 
@@ -558,11 +587,17 @@ struct Settings {
     ticks: Ticks,
 }
 
-fn start(link: Link, outbox: Outbox, source: Box<dyn StatusSource>, settings: Settings) -> Result<Heartbeat, Error> {
+fn start(
+    link: Link,
+    outbox: Arc<OutboxClient>,
+    batches: Batches,
+    source: Box<dyn StatusSource>,
+    stats: Arc<SharedStats>,
+    settings: Settings,
+) -> Result<Heartbeat, Error> {
     const NAME: &str = "decnet-heartbeat";
     let Settings { agent_version, interval, ticks } = settings;
-    let mut stats = Stats::default();
-    link.describe(&mut stats);
+    stats.change(|stats| link.describe(stats));
     let place = outbox.path().map_or_else(|| "memory".to_owned(), printable_path);
     let waiting = outbox.books().counts.waiting;
     quietly(|| {
@@ -571,9 +606,7 @@ fn start(link: Link, outbox: Outbox, source: Box<dyn StatusSource>, settings: Se
             "heartbeat starting: {names} fingerprint={fingerprint} interval={interval:?} outbox={place} waiting={waiting}"
         );
     });
-    let (stats, outbox, interrupt) = (Arc::new(SharedStats::new(stats)), Arc::new(outbox), link.interrupt());
-    // One place is enough: the deltas are in the outbox, the channel only says that there are some.
-    let (wake, deltas) = bounded(1);
+    let interrupt = link.interrupt();
     let (beaten, beats) = bounded(1);
     let (stop, stopped) = bounded(1);
     let (alive, ended) = bounded::<()>(0);
@@ -581,13 +614,13 @@ fn start(link: Link, outbox: Outbox, source: Box<dyn StatusSource>, settings: Se
         link,
         agent_version,
         outbox: Arc::clone(&outbox),
+        batches,
         stats: Arc::clone(&stats),
         collector: Collector::start(source, &stats)?,
         schedule: Schedule::new(interval),
         content: Content::new(interval),
         decommission: Decommission::new(interval),
         ticks,
-        deltas,
         beaten,
         stop: stopped,
         deadline: None,
@@ -598,7 +631,8 @@ fn start(link: Link, outbox: Outbox, source: Box<dyn StatusSource>, settings: Se
         failure_said: false,
         states_sent: false,
         repeats: Repeats::default(),
-        tended: false,
+        overdue_said: false,
+        files_are_gone: false,
     };
     let watch = ThreadWatch::new(NAME, &stats);
     let run = move || {
@@ -606,10 +640,14 @@ fn start(link: Link, outbox: Outbox, source: Box<dyn StatusSource>, settings: Se
         worker.run();
         watch.has_ended_as_wanted();
     };
-    let thread =
-        thread::Builder::new().name(NAME.to_owned()).spawn(run).map_err(|source| Error::thread(NAME, source))?;
-    let deltas = DeltaSender::new(Arc::clone(&outbox), wake);
-    Ok(Heartbeat { running: Some(Running { deltas, stop, beats, ended, interrupt, outbox, thread }), stats })
+    let builder = thread::Builder::new().name(NAME.to_owned()).stack_size(limits::STACK);
+    builder.spawn(run).map_err(|source| Error::thread(NAME, source))?;
+    Ok(Heartbeat { running: Some(Running { stop, beats, ended, interrupt, outbox }), stats })
+}
+
+/// A moment that has passed, by the clock that people read.
+fn past(at: Instant) -> SystemTime {
+    SystemTime::now() - at.elapsed()
 }
 
 impl fmt::Debug for HeartbeatBuilder {
@@ -631,7 +669,7 @@ mod tests {
 
     #[test]
     fn a_host_that_is_not_enrolled_has_a_dormant_heartbeat_that_needs_no_guard() {
-        let heartbeat = Heartbeat::builder().start_as(Err(Error::not_enrolled("no host uuid"))).unwrap();
+        let heartbeat = Heartbeat::builder().start_as(|| Err(Error::not_enrolled("no host uuid"))).unwrap();
         assert!(heartbeat.stats().dormant);
         let deltas = heartbeat.deltas();
         deltas.push(LifecycleDelta::succeeded("d", Operation::Deploy)).unwrap();
@@ -643,7 +681,7 @@ mod tests {
 
     #[test]
     fn a_dormant_heartbeat_does_the_work_and_reports_nothing() {
-        let heartbeat = Heartbeat::builder().start_as(Err(Error::not_enrolled("no host uuid"))).unwrap();
+        let heartbeat = Heartbeat::builder().start_as(|| Err(Error::not_enrolled("no host uuid"))).unwrap();
         let mut operation = heartbeat.begin(Operation::Deploy, ["b", "a", "b"]).unwrap();
         assert_eq!(operation.open().collect::<Vec<_>>(), ["a", "b"]);
         operation.settle("a", Outcome::Succeeded).unwrap();
@@ -668,14 +706,14 @@ mod tests {
 
     #[test]
     fn an_enrolment_that_is_wrong_is_an_error_and_not_dormant() {
-        let error = Heartbeat::builder().start_as(Err(Error::config("DECNET_SWARMCTL_PORT", "is 0"))).unwrap_err();
+        let error = Heartbeat::builder().start_as(|| Err(Error::config("DECNET_SWARMCTL_PORT", "is 0"))).unwrap_err();
         assert_eq!(error.to_string(), "DECNET_SWARMCTL_PORT: is 0");
     }
 
     #[test]
     fn an_interval_out_of_bounds_is_an_error() {
         for interval in [Duration::ZERO, Duration::from_millis(49), Duration::from_secs(3_601)] {
-            let started = Heartbeat::builder().interval(interval).start_as(Err(Error::not_enrolled("")));
+            let started = Heartbeat::builder().interval(interval).start_as(|| Err(Error::not_enrolled("")));
             let expected = format!("interval: is {interval:?}; it must be from 50 ms to 1 h");
             assert_eq!(started.unwrap_err().to_string(), expected);
         }

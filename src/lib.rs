@@ -1,5 +1,5 @@
 //! The heartbeat client of a DECNET worker: it tells the master, over mTLS, that this host lives, what it runs, and how
-//! each deploy or mutate ended. Blocking, on two threads of its own, for agents without an async runtime.
+//! each deploy or mutate ended. Blocking, on three threads of its own, for agents without an async runtime.
 //!
 //! ```no_run
 //! use std::time::Duration;
@@ -18,17 +18,20 @@
 //! # From the top
 //!
 //! ```text
-//!  agent threads                heartbeat thread                                   the master
-//!  ─────────────                ─────────────────────────────                      ──────────
-//!  push(delta) ─▶ outbox ─▶ delta channel ─┐
-//!                 (SQLite)                 ├─ select! ─▶ Body ─▶ POST (ureq/rustls) ─▶ /swarm/heartbeat
-//!             tick every 30 s ─────────────┤               ▲          │
-//!             fresh snapshot ──────────────┘          pending deltas  ▼
-//!                  ▲                                              Verdict ─▶ outbox: ack, keep or reject
-//!  status thread: StatusSource (state file, Docker, topology)
+//!  agent's threads               outbox thread: the disk                heartbeat thread: the network       the master
+//!  ───────────────               ───────────────────────                ─────────────────────────────       ──────────
+//!  push, begin, end ──request──▶ one commit for all queued ──deltas───▶ ┐
+//!         ◀──── Ok, within 1 s ─┘      ▲        ▲                       ├ select! ─▶ body ─▶ POST ────────▶ /swarm/heartbeat
+//!                                      │        └── batch? ◀───────────▶│   ▲                 │
+//!                                      │                tick, 30 s ─────┤   │                 ▼
+//!  status thread: the host             │                stop ───────────┘   │              verdict
+//!  StatusSource ◀── snapshot? ─────────┼────────────────────────────────────┘                 │
+//!  (state file, Docker, topology.db)   └──────────── acknowledge, reject ◀────────────────────┘
 //! ```
 //!
-//! [`Heartbeat::builder`] gathers the parts; `start` starts the threads `decnet-heartbeat` and `decnet-status`. A tick or a
+//! Whatever can hang has a thread of its own; [`design`] has their rules, and what a host program must not do.
+//!
+//! [`Heartbeat::builder`] gathers the parts; `start` starts the threads `decnet-heartbeat`, `decnet-outbox` and `decnet-status`. A tick or a
 //! delta asks the status thread for a snapshot; the beat goes out when it arrives, or without it when patience ends:
 //! 250 ms for the first beat, a delta and a retry, 10 s for a tick, and never more than half an interval. A snapshot that
 //! comes later goes out in a beat of its own. So a delta never waits for Docker, and a source that hangs or panics
@@ -69,7 +72,7 @@
 //! # The life of a delta
 //!
 //! 1. *Pushed*, or written down as in flight when its operation begins: a row in the outbox, a SQLite file in the agent
-//!    dir, written in the caller's thread. The network is never waited for, and the disk a second at most.
+//!    dir, written by the outbox thread. The network is never waited for, and the disk a second at most.
 //! 2. *Waiting*, or *held* while a newer operation of the same decky and operation is in flight: the master gives a delta
 //!    to the newest open row, and that would be the other's ([`Stats::waiting`], [`Stats::held`]).
 //! 3. *Sent*, with all others that wait, newest first, at most 500 in a beat. Without an answer, or with one that says
@@ -85,7 +88,8 @@
 //! process and of the machine, an outage of the master of up to 7 days, and a restart. Two cases are weaker, and both are
 //! said in the log and by [`Stats::outbox`] being `None`: the file cannot be written (a full disk, a read-only file
 //! system), so the delta is in memory until it can; or the outbox is meant to be in memory. `Err` means that nobody will
-//! hear of it unless the caller tries again.
+//! hear of it unless the caller tries again, with one exception: if [`Error::is_in_doubt`], a disk that hangs has not answered
+//! within a second, and the delta will be sent when it does.
 //!
 //! **What at-least-once means for the master.** A delta whose answer got lost on the way is sent again, as nobody can know
 //! whether it arrived. The master closes the newest open row with the first of the two and finds none for the second,
@@ -110,7 +114,7 @@
 //!
 //! [`Enrolment::from_env`] follows the original agent: variables, then `decnet.ini`, then defaults, each value with its
 //! [`Provenance`]. On a host that is not enrolled [`HeartbeatBuilder::start`] returns a dormant handle, so that callers
-//! need no guard. The ini and the bundle are looked at before each beat and taken over when they have changed and fit.
+//! need no guard. The ini and the bundle are looked at for each beat and taken over when they have changed and fit.
 //!
 //! # Log levels
 //!
@@ -170,8 +174,11 @@ mod bundle;
 pub mod cli;
 mod collector;
 mod content;
+mod credentials;
 mod decommission;
 mod delta;
+#[doc = include_str!("docs/design.md")]
+pub mod design {}
 mod enrolment;
 mod error;
 mod explain;
@@ -183,6 +190,7 @@ pub mod fuzzing;
 pub mod guide;
 mod heartbeat;
 mod identity;
+mod kept;
 mod limits;
 mod link;
 #[cfg(feature = "loopback")]
@@ -201,6 +209,7 @@ mod socket;
 mod stats;
 mod status;
 mod text;
+mod threads;
 mod tls;
 mod verifier;
 mod worker;
@@ -211,7 +220,7 @@ pub use enrolment::{Enrolment, EnrolmentSources, Found, Provenance};
 pub use error::Error;
 pub use heartbeat::{Heartbeat, HeartbeatBuilder, Stopped};
 pub use identity::MasterIdentity;
-pub use operation::TrackedOperation;
+pub use operation::{IntoDeckies, IntoOutcome, TrackedOperation};
 pub use outbox::OutboxLocation;
 pub use sender::DeltaSender;
 pub use stats::{Failure, Stats};

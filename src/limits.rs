@@ -183,6 +183,51 @@ pub(crate) const TOPOLOGY_BUSY: Duration = Duration::from_millis(500);
 /// How long anybody waits for the outbox: for another thread, and then for another process' lock. A push must not block.
 pub(crate) const OUTBOX_BUSY: Duration = Duration::from_secs(1);
 
+/// So long before a caller gives up, the outbox thread stops waiting for another process' lock: so he hears of that.
+pub(crate) const OUTBOX_MARGIN: Duration = Duration::from_millis(100);
+
+/// How long a start waits for the ini and the bundle.
+pub(crate) const CREDENTIALS_PATIENCE: Duration = Duration::from_secs(5);
+
+/// Requests that wait for the outbox thread and can still be withdrawn.
+pub(crate) const REQUESTS: usize = 1_024;
+
+/// Rows that are changed in one transaction; a request that has more is alone in it.
+pub(crate) const GROUP_ROWS: usize = 1_000;
+
+/// How long the outbox thread waits, after a group of several requests, for as many again.
+pub(crate) const GATHER: Duration = Duration::from_micros(100);
+
+/// How long the heartbeat thread waits for the deltas of a POST, half an interval at the most. While an answer is overdue it
+/// does not wait again.
+pub(crate) const BATCH_PATIENCE: Duration = Duration::from_millis(250);
+
+/// What came with new deltas is asked for anew when it is older than that: other processes begin operations, too.
+pub(crate) const BATCH_FRESH: Duration = Duration::from_millis(20);
+
+/// How old such a batch may be if the disk does not answer: a snapshot was waited for, and the answer. Operations that this
+/// process has begun since are left out of it; another process' may be missed.
+pub(crate) const BATCH_USABLE: Duration = Duration::from_secs(1);
+
+/// Rows of which it is remembered what began or was answered since a batch was read: far more than in its second.
+pub(crate) const HOLDS: usize = 1_000;
+
+/// If no more deltas wait than that, they come along with the word that there are new ones, and a look at all of them costs
+/// next to nothing.
+pub(crate) const FEW_DELTAS: u64 = 50;
+
+/// Batches that the heartbeat thread has not received yet, and beside which none is offered.
+pub(crate) const OFFERS: usize = 2;
+
+/// A stop waits at least that long for the outbox thread, however short its grace is.
+pub(crate) const RELEASE: Duration = Duration::from_millis(50);
+
+/// The stack of the heartbeat thread and of the outbox thread. Most of it is never touched.
+pub(crate) const STACK: usize = 1024 * 1024;
+
+/// The stack of the status thread, on which foreign code runs: what Rust gives by itself.
+pub(crate) const STATUS_STACK: usize = 2 * 1024 * 1024;
+
 /// The wait before a file is tried again that another process is just making: that takes it a few syncs of the disk.
 pub(crate) const OUTBOX_PAUSE: Duration = Duration::from_millis(5);
 
@@ -191,6 +236,9 @@ pub(crate) const OUTBOX_RETRY: Duration = Duration::from_secs(1);
 
 /// Rows of the outbox, all of them: what a master that is away for days may leave, in a few MB.
 pub(crate) const OUTBOX_ROWS: usize = 10_000;
+
+/// Delivered deltas that are remembered, for people.
+pub(crate) const OUTBOX_DELIVERED: usize = 100;
 
 /// How long a delta waits for delivery at the most: a verdict on an operation of a week ago helps nobody.
 pub(crate) const OUTBOX_AGE: Duration = Duration::from_secs(7 * 24 * 3600);

@@ -11,6 +11,121 @@ use crate::outbox::Kept;
 use crate::sender::DeltaSender;
 use crate::text::{cut, layers, printable};
 
+/// One or more deckies: a name, or anything that gives names. See [`DeltaSender::begin`].
+///
+/// `Kind` is found out by the compiler and need not be written.
+///
+/// ```
+/// # #[cfg(feature = "loopback")]
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # use decnet_heartbeat::Operation;
+/// # let (_dir, _master, _worker, builder) = decnet_heartbeat::loopback::example()?;
+/// # let heartbeat = builder.start()?;
+/// heartbeat.begin(Operation::Deploy, "decky-01")?.succeed();
+/// heartbeat.begin(Operation::Deploy, ["decky-01", "decky-02"])?.succeed();
+/// heartbeat.begin(Operation::Deploy, (1..=2).map(|n| format!("decky-{n:02}")))?.succeed();
+/// # Ok(())
+/// # }
+/// # #[cfg(not(feature = "loopback"))]
+/// # fn main() {}
+/// ```
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` does not name deckies",
+    label = "neither a name nor names",
+    note = "write a name, `\"decky-01\"`, or names, `[\"decky-01\", \"decky-02\"]`"
+)]
+pub trait IntoDeckies<Kind>: kind::Sealed<Kind> {
+    #[doc(hidden)]
+    fn into_deckies(self) -> Vec<String>;
+}
+
+/// What the work of an operation returns: `()`, or a `Result<(), E>` whose error says why it failed. See
+/// [`DeltaSender::run`].
+///
+/// ```
+/// # #[cfg(feature = "loopback")]
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # use decnet_heartbeat::Operation;
+/// # let (_dir, _master, _worker, builder) = decnet_heartbeat::loopback::example()?;
+/// # let heartbeat = builder.start()?;
+/// heartbeat.run(Operation::Deploy, "decky-01", || println!("nothing can fail here"))?;
+/// heartbeat.run(Operation::Deploy, "decky-02", || std::fs::create_dir_all("/tmp"))?;
+/// # Ok(())
+/// # }
+/// # #[cfg(not(feature = "loopback"))]
+/// # fn main() {}
+/// ```
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` does not say how the operation ended",
+    label = "this work must return `()` or a `Result<(), E>`",
+    note = "end the work with `;` if it cannot fail, or with `.map(drop)` if it returns a `Result` with a value"
+)]
+pub trait IntoOutcome: kind::Sealed<kind::Work> {
+    #[doc(hidden)]
+    fn into_outcome(self) -> Result<(), Box<dyn StdError + Send + Sync>>;
+}
+
+/// Nobody else implements these traits, so they may grow.
+mod kind {
+    use std::error::Error as StdError;
+
+    pub trait Sealed<Kind> {}
+
+    /// One name.
+    #[derive(Debug)]
+    pub struct One;
+
+    /// Several.
+    #[derive(Debug)]
+    pub struct Many;
+
+    #[derive(Debug)]
+    pub struct Work;
+
+    impl Sealed<One> for &str {}
+    impl Sealed<One> for String {}
+    impl Sealed<One> for &String {}
+    impl<I: IntoIterator<Item: AsRef<str>>> Sealed<Many> for I {}
+    impl Sealed<Work> for () {}
+    impl<E: Into<Box<dyn StdError + Send + Sync>>> Sealed<Work> for Result<(), E> {}
+}
+
+impl IntoDeckies<kind::One> for &str {
+    fn into_deckies(self) -> Vec<String> {
+        vec![self.to_owned()]
+    }
+}
+
+impl IntoDeckies<kind::One> for String {
+    fn into_deckies(self) -> Vec<String> {
+        vec![self]
+    }
+}
+
+impl IntoDeckies<kind::One> for &String {
+    fn into_deckies(self) -> Vec<String> {
+        vec![self.clone()]
+    }
+}
+
+impl<I: IntoIterator<Item: AsRef<str>>> IntoDeckies<kind::Many> for I {
+    fn into_deckies(self) -> Vec<String> {
+        self.into_iter().map(|decky| decky.as_ref().to_owned()).collect()
+    }
+}
+
+impl IntoOutcome for () {
+    fn into_outcome(self) -> Result<(), Box<dyn StdError + Send + Sync>> {
+        Ok(())
+    }
+}
+
+impl<E: Into<Box<dyn StdError + Send + Sync>>> IntoOutcome for Result<(), E> {
+    fn into_outcome(self) -> Result<(), Box<dyn StdError + Send + Sync>> {
+        self.map_err(Into::into)
+    }
+}
+
 /// An operation in flight on one or more deckies. From [`DeltaSender::begin`].
 ///
 /// It ends with [`succeed`](Self::succeed) or [`fail`](Self::fail) for all of them, or with

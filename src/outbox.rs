@@ -7,17 +7,18 @@
 //!   and comes free when it dies.
 //! - It is an order of events: what began later has the higher id, and while a newer operation is in flight, older deltas
 //!   of its decky are held back.
-//! - Nobody waits for it longer than a second.
 //! - Where the file cannot be written the outbox is in memory, says so, and goes to the file when it can. What the master
 //!   has answered is never sent again meanwhile.
 //! - What falls out of its bounds is counted and logged.
 //!
-//! Called on the threads that push, and on the heartbeat thread; one at a time has the connection, for a transaction and
-//! never for the network.
+//! A value of the outbox thread, which alone calls it: see [`crate::threads::outbox`]. Whatever here takes long delays what that
+//! thread is asked for, and nothing else.
 
+mod copy;
+#[cfg(any(test, fuzzing))]
+mod direct;
 mod entries;
 mod file;
-mod home;
 mod lock;
 #[cfg(feature = "cli")]
 mod look;
@@ -25,38 +26,33 @@ mod look;
 #[cfg(feature = "cli")]
 mod model;
 pub(crate) mod schema;
-mod shared;
 mod store;
 #[cfg(test)]
 mod tests;
 
-use std::collections::BTreeSet;
+use std::cell::RefCell;
+use std::collections::{BTreeSet, VecDeque};
 use std::mem;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use parking_lot::{FairMutex, FairMutexGuard};
 use rusqlite::Connection;
 
-use crate::delta::{LifecycleDelta, Operation, micros};
-use crate::error::{Error, chain, printable_path};
+use crate::delta::micros;
+use crate::error::{Error, chain};
+pub(crate) use crate::kept::{Add, Change, Counts, FILE, Kept, Poster, Settled};
 use crate::limits;
 use crate::panics::quietly;
-use entries::{Added, Change, Place};
-#[cfg(feature = "cli")]
-pub(crate) use file::folder;
-use home::{Away, Delivery};
-use lock::Owner;
+use entries::{Added, Rows};
+use file::Refusal;
+use lock::Delivery;
 #[cfg(feature = "cli")]
 pub(crate) use lock::deliverer;
 #[cfg(feature = "cli")]
 pub(crate) use look::look;
-use shared::{Shared, name};
-use store::{Refusal, Store};
-
-/// The outbox' name in the agent dir.
-pub(crate) const FILE: &str = "heartbeat.db";
+use store::Store;
 
 /// Where deltas are kept until the master has them.
 ///
@@ -101,53 +97,14 @@ impl OutboxLocation {
 pub(crate) enum Role {
     /// To deliver from it, and to recover what others left: one process at a time.
     Deliver,
+    /// The same, as soon as nobody else does.
+    DeliverLater,
     /// To add to it.
     #[cfg_attr(not(feature = "cli"), expect(dead_code, reason = "the program's `push` and `track` do"))]
     Contribute,
 }
 
-/// A delta with its place in the outbox.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Kept {
-    pub(crate) id: i64,
-    pub(crate) delta: LifecycleDelta,
-}
-
-/// What the master has said of a delta for good.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Settled {
-    /// It has it: it is gone from the outbox.
-    Delivered,
-    /// It will never take it: it is kept aside with the reason.
-    Rejected(String),
-}
-
-/// Who posts the delta of an operation that has ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Poster {
-    /// Whoever delivers from the outbox.
-    Deliverer,
-    /// This process itself, until it [releases](Outbox::release) it or ends.
-    Us,
-}
-
-/// How much is in the outbox.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Counts {
-    /// Deltas that the master has neither accepted nor rejected.
-    pub(crate) waiting: u64,
-    /// Of these, the ones that must not go out now: somebody is at work on a newer row of the same decky and operation,
-    /// or posts it himself.
-    pub(crate) held: u64,
-    /// Rows of operations in flight.
-    pub(crate) operations: u64,
-    /// Rows that the master has refused for good.
-    pub(crate) rejected: u64,
-    /// When the operation ended that the oldest waiting delta tells of, in microseconds since 1970.
-    pub(crate) oldest: Option<i64>,
-}
-
-/// What the outbox knows of itself without being asked for its connection.
+/// What the outbox knew of itself last.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Books {
     /// As of the last look.
@@ -158,259 +115,317 @@ pub(crate) struct Books {
     pub(crate) on_disk: bool,
 }
 
+/// [`Books`] that any thread may read. The lock is held to copy or to change a few fields, never longer.
+#[derive(Debug, Default)]
+pub(crate) struct SharedBooks {
+    /// And so many deltas the master has answered for good that the counts do not know of yet.
+    books: Mutex<(Books, u64)>,
+    /// The heartbeat has stopped, and its outbox may have something to write down yet.
+    has_stopped: Arc<AtomicBool>,
+}
+
+impl SharedBooks {
+    /// Without what the master has answered for good.
+    pub(crate) fn read(&self) -> Books {
+        let (mut books, settling) = *self.lock();
+        books.counts.waiting = books.counts.waiting.saturating_sub(settling);
+        books
+    }
+
+    pub(crate) fn note_stop(&self) {
+        self.has_stopped.store(true, Ordering::Relaxed);
+    }
+
+    /// The master has answered for so many deltas for good.
+    pub(crate) fn settle(&self, deltas: u64) {
+        self.lock().1 += deltas;
+    }
+
+    fn change(&self, change: impl FnOnce(&mut Books)) {
+        change(&mut self.lock().0);
+    }
+
+    /// New numbers, in which so many more answers of the master are.
+    fn update(&self, settled: u64, update: impl FnOnce(&mut Books)) {
+        let (books, settling) = &mut *self.lock();
+        update(books);
+        *settling = settling.saturating_sub(settled);
+    }
+
+    /// A panic leaves them whole, as they are changed in single steps.
+    fn lock(&self) -> MutexGuard<'_, (Books, u64)> {
+        self.books.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What has become of one transaction.
+#[derive(Debug)]
+pub(crate) struct Committed {
+    /// The id of each addition's first row; the others follow it.
+    pub(crate) added: Vec<Result<i64, Error>>,
+    /// All changes are in the file, too; or why not. They are never lost before the process ends.
+    pub(crate) changed: Result<(), Error>,
+}
+
+/// Ids of rows that are gone for good, the last ones: a file that comes back, or an older copy of it, may have them.
+#[derive(Debug, Default)]
+struct Gone {
+    ids: BTreeSet<i64>,
+    /// From the one that went first on.
+    order: VecDeque<i64>,
+}
+
+impl Gone {
+    fn insert(&mut self, id: i64) {
+        if self.ids.insert(id) {
+            self.order.push_back(id);
+        }
+        if self.order.len() > limits::OUTBOX_ROWS
+            && let Some(first) = self.order.pop_front()
+        {
+            self.ids.remove(&first);
+        }
+    }
+
+    /// A row of this id is there again.
+    fn remove(&mut self, id: i64) {
+        if self.ids.remove(&id) {
+            self.order.retain(|gone| *gone != id);
+        }
+    }
+}
+
 #[derive(Debug)]
 pub(crate) struct Outbox {
-    /// Waited for in turn, so that threads that push all the time do not keep the beat from it.
-    shared: FairMutex<Shared>,
-    /// Changes that found the connection taken. They are made by whoever has it next.
-    pending: Mutex<Vec<Change>>,
-    books: Mutex<Books>,
-    /// How rows name this process as their owner.
-    us: String,
-    /// Where it belongs; `None` for one that is meant to be in memory.
-    path: Option<PathBuf>,
-    role: Mutex<Delivery>,
+    store: Store,
+    delivery: Delivery,
+    /// Changes that are neither in the file nor in its copy yet.
+    pending: Vec<Change>,
+    /// Answers of the master that are not pending any more, and not in the books yet.
+    settled: u64,
+    gone: Gone,
+    /// Up to when the rows have been aged.
+    aged: Instant,
+    /// How many of those that fell out have been logged.
+    said: u64,
+    /// For whoever wants to know without asking the disk.
+    books: Arc<SharedBooks>,
 }
 
 impl Outbox {
     /// Opens the outbox, or one in memory where the file cannot be used; the second value then says why. To deliver, it
     /// also recovers what processes that have died were at work on.
+    ///
+    /// # Errors
+    ///
+    /// It is to deliver, and another process does.
     pub(crate) fn open(
-        location: &OutboxLocation,
-        agent_dir: &Path,
+        path: Option<PathBuf>,
         role: Role,
+        books: Arc<SharedBooks>,
     ) -> Result<(Self, Option<Error>), Error> {
-        let path = location.path(agent_dir);
-        let store = Store::in_memory().map_err(|source| Error::outbox(None, "cannot be opened").because(source))?;
-        let (owner, aged) = (Owner::new(), Instant::now());
-        let us = owner.token().to_owned();
-        let outbox = Self {
-            shared: FairMutex::new(Shared {
-                store,
-                owner,
-                owning: false,
-                left: BTreeSet::new(),
-                refused: None,
-                aged,
-                said: 0,
-            }),
-            pending: Mutex::default(),
-            books: Mutex::default(),
-            us,
-            path,
-            role: Mutex::new(if role == Role::Deliver { Delivery::Yes(None) } else { Delivery::No }),
+        let delivery = match role {
+            Role::Deliver => Delivery::Yes(None),
+            Role::DeliverLater => Delivery::Wanted,
+            Role::Contribute => Delivery::No,
         };
-        let mut shared = outbox.enter(deadline())?;
-        let problem = match outbox.go_home(&mut shared) {
-            Err(Away::Held(error)) => return Err(error),
-            Err(Away::Unusable(error)) => Some(error),
-            Ok(()) => None,
+        let (store, pending, gone) = (Store::new(path), Vec::new(), Gone::default());
+        let mut outbox = Self { store, delivery, pending, settled: 0, gone, aged: Instant::now(), said: 0, books };
+        let opened = match outbox.take_delivery() {
+            Ok(Err(held)) => return Err(held),
+            Ok(Ok(())) => outbox.open_file(),
+            Err(error) => Err(error),
         };
-        if role == Role::Deliver && problem.is_none() {
-            if let Err(error) = outbox.recover(&mut shared, "the agent restarted during ") {
-                quietly(|| log::warn!("operations that were in flight are recovered later: error={:?}", chain(&error)));
-            }
-            outbox.sweep();
+        if opened.is_ok() {
+            outbox.begin_to_deliver("the agent restarted during ");
         }
-        outbox.count(&shared);
-        drop(shared);
-        Ok((outbox, problem))
+        outbox.count();
+        Ok((outbox, opened.err()))
     }
 
-    /// The file, or `None` for an outbox that is in memory just now.
-    pub(crate) fn path(&self) -> Option<&Path> {
-        self.path.as_deref().filter(|_| self.books().on_disk)
-    }
-
-    pub(crate) fn books(&self) -> Books {
-        *unpoisoned(&self.books)
-    }
-
-    /// Keeps `deltas` in one transaction: all of them are on the disk when it returns, or none. (Or in memory, where
-    /// the file cannot be written, or is not meant to be.)
-    pub(crate) fn keep(&self, deltas: &[LifecycleDelta]) -> Result<(), Error> {
-        // Held until the books have it: a look in between would have counted these already.
-        let (added, _shared) =
-            self.add(deltas.len(), None, |db, place, owner| entries::add(db, place, deltas, owner))?;
-        // Without counting: a push must not cost more when many wait. The next look sets it right.
-        let counts = &mut unpoisoned(&self.books).counts;
-        counts.waiting = (counts.waiting + deltas.len() as u64).saturating_sub(added.dropped);
-        counts.oldest = deltas.iter().map(|delta| micros(delta.when())).chain(counts.oldest).min();
-        Ok(())
-    }
-
-    /// Keeps `deltas` for this process to post itself: nobody else does, until they are [released](Self::release) or it
-    /// ends.
-    #[cfg(feature = "cli")]
-    pub(crate) fn claim(&self, deltas: Vec<LifecycleDelta>) -> Result<Vec<Kept>, Error> {
-        let add = |db: &Connection, place, owner: Option<&str>| entries::add(db, place, &deltas, owner);
-        let (added, shared) = self.add(deltas.len(), Some(&self.us), add)?;
-        self.count(&shared);
-        Ok((added.first..).zip(deltas).map(|(id, delta)| Kept { id, delta }).collect())
-    }
-
-    /// Writes an operation down as in flight, a row for each decky; their ids.
-    pub(crate) fn begin(&self, operation: Operation, deckies: &[String]) -> Result<Vec<i64>, Error> {
-        let begin = |db: &Connection, place, owner: Option<&str>| entries::begin(db, place, operation, deckies, owner);
-        let (added, shared) = self.add(deckies.len(), Some(&self.us), begin)?;
-        self.count(&shared);
-        Ok((added.first..).take(deckies.len()).collect())
-    }
-
-    fn add(
-        &self,
-        rows: usize,
-        owner: Option<&str>,
-        add: impl Fn(&Connection, Place, Option<&str>) -> rusqlite::Result<Option<Added>>,
-    ) -> Result<(Added, FairMutexGuard<'_, Shared>), Error> {
-        let deadline = deadline();
-        let mut shared = self.enter(deadline).map_err(|_| self.error("is busy: nothing was kept"))?;
-        shared.owning |= owner.is_some();
-        let added = match shared.write(self.path.as_deref(), deadline, |db| add(db, Place::File, owner)) {
-            Ok(added) => added,
-            Err(refused) if refused.why == Refusal::Locked => {
-                return Err(self.error("is locked by another process; nothing was kept").because(refused.source));
+    /// Makes all changes that were [noted](Self::note) and these additions in one transaction. Where the file refuses
+    /// it, it is made in memory; only an addition that another process' lock stands in the way of is an error then. An
+    /// addition without room fails alone. `by`: up to when such a lock is waited for.
+    pub(crate) fn commit(&mut self, adds: &[Add], by: Instant) -> Committed {
+        self.store.owner.is_wanted |= adds.iter().any(Add::is_owned);
+        let (made, changed) = self.change(by, |rows, refusal| match refusal {
+            Some(Refusal::Locked) => Ok(Vec::new()),
+            _ => adds.iter().map(|add| rows.add(add)).collect(),
+        });
+        let each = |error: &dyn Fn() -> Error| adds.iter().map(|_| Err(error())).collect();
+        let added = match made {
+            Ok(made) if made.len() == adds.len() => {
+                made.into_iter().zip(adds).map(|(added, add)| self.added(added, add)).collect()
             }
-            Err(_) => {
-                let remembered = shared.store.remember(|db| add(db, Place::Memory, owner));
-                remembered.map_err(|source| self.error("cannot keep anything").because(source))?
-            }
+            Ok(_) => each(&|| self.error("is locked by another process; nothing was kept")),
+            Err(source) => each(&|| self.store.error("cannot keep anything", source.to_string())),
         };
-        let Some(added) = added else {
-            let most = limits::OUTBOX_ROWS;
+        self.note_tally();
+        if !self.delivers() {
+            self.say_dropped();
+        }
+        Committed { added, changed }
+    }
+
+    fn added(&mut self, added: Option<Added>, add: &Add) -> Result<i64, Error> {
+        let Some(Added { first, dropped }) = added else {
+            let (rows, most) = (add.rows(), limits::OUTBOX_ROWS);
             return Err(
                 self.error(&format!("has no room for {rows} more: it holds {most} rows, less what is in flight"))
             );
         };
-        let on_disk = self.is_on_disk(&shared);
-        let mut books = unpoisoned(&self.books);
-        (books.dropped, books.on_disk) = (books.dropped + added.dropped, on_disk);
-        drop(books);
-        if !self.delivers() {
-            self.say_dropped(&mut shared);
+        // A file whose sequence is damaged gives an id again, and its row must not pass for the one that is gone.
+        for id in (first..).take(add.rows()) {
+            self.gone.remove(id);
         }
-        Ok((added, shared))
+        self.books.change(|books| {
+            books.dropped += dropped;
+            if let Add::Deltas(deltas, _) = add {
+                let times = deltas.iter().map(|delta| micros(delta.when()));
+                books.counts.oldest = times.chain(books.counts.oldest).min();
+            }
+        });
+        Ok(first)
     }
 
-    /// Operations that were begun here have ended. As what is settled, this is never lost; an error says that the file
-    /// does not know it yet.
-    pub(crate) fn end(&self, ended: Vec<Kept>, poster: Poster) -> Result<(), Error> {
-        let owner = (poster == Poster::Us).then(|| self.us.clone());
-        self.note(Change::Ended(ended, owner), deadline())
+    /// A change for the next transaction. It is never lost and cannot be refused.
+    pub(crate) fn note(&mut self, change: Change) {
+        match &change {
+            Change::Settled(ids, Settled::Delivered) => ids.iter().for_each(|id| self.gone.insert(*id)),
+            Change::Withdrawn(ids) => ids.clone().for_each(|id| self.gone.insert(id)),
+            _ => (),
+        }
+        self.pending.push(change);
     }
 
-    /// Leaves deltas that this process was to post to whoever delivers.
-    #[cfg(feature = "cli")]
-    pub(crate) fn release(&self, deltas: &[Kept]) -> Result<(), Error> {
-        self.note(Change::Released(deltas.iter().map(|kept| kept.id).collect()), deadline())
-    }
-
-    /// The master has answered for good: these are never sent again. An error says that the file does not know it yet,
-    /// and that after a restart before it does they would be.
-    pub(crate) fn settle(&self, deltas: &[Kept], settled: &Settled, by: Instant) -> Result<(), Error> {
-        self.note(Change::Settled(deltas.iter().map(|kept| kept.id).collect(), settled.clone()), by)
-    }
-
-    fn note(&self, change: Change, by: Instant) -> Result<(), Error> {
-        unpoisoned(&self.pending).push(change);
-        let mut shared = self.enter(by)?;
-        let written = self.write_down(&mut shared, by);
-        self.count(&shared);
-        written
-    }
-
-    /// Moves what is in memory to the file.
-    fn write_down(&self, shared: &mut Shared, deadline: Instant) -> Result<(), Error> {
-        let written = shared.write(self.path.as_deref(), deadline, |_| Ok(()));
-        written.map_err(|refused| self.error("cannot be written").because(refused.source))
+    /// Makes a change after those that were noted, in one transaction on the disk, or in memory where the file refuses it. The
+    /// second value says why it is not on the disk then.
+    fn change<T>(
+        &mut self,
+        by: Instant,
+        change: impl Fn(&mut Rows<'_>, Option<Refusal>) -> rusqlite::Result<T>,
+    ) -> (rusqlite::Result<T>, Result<(), Error>) {
+        let Self { store, pending, .. } = self;
+        let (made, refused) = store.change(by, |rows, refusal| {
+            pending.iter().try_for_each(|change| rows.apply(change))?;
+            change(rows, refusal)
+        });
+        if made.is_ok() {
+            self.settled += pending.drain(..).map(|change| change.settled()).sum::<u64>();
+        }
+        let written = match (refused, &made) {
+            (Some(refused), _) => Err(self.store.error("cannot be written", refused.source)),
+            (None, Err(source)) => Err(self.store.error("cannot be written", source.to_string())),
+            (None, Ok(_)) => Ok(()),
+        };
+        (made, written)
     }
 
     /// The deltas that may go out, newest first, other processes' among them. Those are held back that have a newer
     /// operation in flight.
-    #[cfg(any(test, fuzzing))]
-    pub(crate) fn deliverable(&self, most: usize, by: Instant) -> Result<Vec<Kept>, Error> {
-        self.deliverable_where(most, by, None)
-    }
-
-    /// The same, of those that are `wanted`.
     pub(crate) fn deliverable_where(
-        &self,
+        &mut self,
         most: usize,
-        by: Instant,
         wanted: Option<&dyn Fn(&Kept) -> bool>,
     ) -> Result<Vec<Kept>, Error> {
-        let mut shared = self.enter(by)?;
+        if matches!(self.delivery, Delivery::Wanted) {
+            return Ok(Vec::new());
+        }
         // Where it can be, what goes out is on the disk first: an operation's end that the master has heard of and the next
         // start has not would be reported a second time, and as a failure.
-        if !shared.store.is_written().unwrap_or(true)
-            && let Err(error) = self.write_down(&mut shared, by)
-        {
+        if let Err(error) = self.write_down() {
             quietly(|| log::debug!("what goes out is not on the disk: error={:?}", chain(&error)));
         }
-        let looked = shared.store.read(|db| Ok((entries::counts(db)?, entries::deliverable(db, most, wanted)?)));
-        self.note_down(&shared, looked.as_ref().ok().map(|(counts, _)| *counts));
-        looked.map(|(_, deltas)| deltas).map_err(|source| self.error("cannot be read").because(source))
+        let (gone, back) = (&self.gone.ids, RefCell::new(Vec::new()));
+        let is_wanted = |kept: &Kept| match gone.contains(&kept.id) {
+            true => {
+                back.borrow_mut().push(kept.id);
+                false
+            }
+            false => wanted.is_none_or(|wanted| wanted(kept)),
+        };
+        let found = self.store.read(|db| entries::deliverable(db, most, is_wanted));
+        let back = back.into_inner();
+        // Once: what is pending is tried again before the next look.
+        if !back.is_empty() && self.pending.is_empty() {
+            self.books.settle(back.len() as u64);
+            self.note(Change::Settled(back, Settled::Delivered));
+        }
+        found.map_err(|source| self.store.error("cannot be read", source))
     }
 
     /// Whether a delta waits for delivery, held back or not.
-    pub(crate) fn waits(&self, id: i64, by: Instant) -> Result<bool, Error> {
-        let shared = self.enter(by)?;
-        let waits = shared.store.read(|db| entries::waits(db, id));
-        waits.map_err(|source| self.error("cannot be read").because(source))
+    pub(crate) fn waits(&mut self, id: i64) -> Result<bool, Error> {
+        self.read(|db| entries::waits(db, id))
+    }
+
+    /// Whether a delta up to this id may go out.
+    pub(crate) fn delivers_up_to(&mut self, id: i64) -> Result<bool, Error> {
+        self.read(|db| entries::delivers_up_to(db, id))
+    }
+
+    /// The id of the newest row.
+    pub(crate) fn newest(&mut self) -> Result<i64, Error> {
+        self.read(entries::newest)
     }
 
     /// Whether the master has to hear something newer of its decky and operation first, as it would give it this delta's row
     /// or this delta that one's.
     #[cfg(feature = "cli")]
-    pub(crate) fn is_overtaken(&self, kept: &Kept) -> Result<bool, Error> {
-        let shared = self.enter(deadline())?;
-        let overtaken = shared.store.read(|db| entries::is_overtaken(db, kept));
-        overtaken.map_err(|source| self.error("cannot be read").because(source))
+    pub(crate) fn is_overtaken(&mut self, kept: &Kept) -> Result<bool, Error> {
+        self.read(|db| entries::is_overtaken(db, kept))
+    }
+
+    fn read<T>(&mut self, read: impl FnOnce(&Connection) -> rusqlite::Result<T>) -> Result<T, Error> {
+        self.store.read(read).map_err(|source| self.store.error("cannot be read", source))
     }
 
     /// What is to be done before a beat by the process that delivers: it goes to its file if it is not there, takes over
     /// what dead processes were at work on, lets go of what is too old, and writes down what it could not so far.
-    pub(crate) fn tend(&self) -> Result<(), Error> {
-        if !self.delivers() {
+    pub(crate) fn tend(&mut self) -> Result<(), Error> {
+        if matches!(self.delivery, Delivery::No) {
             return Ok(());
         }
-        let deadline = deadline();
-        let mut shared = self.enter(deadline)?;
-        self.look_for_home(&mut shared);
-        let tended = self.recover(&mut shared, "its process ended during ").and_then(|()| self.age(&mut shared));
-        let tended = tended.and_then(|()| match shared.store.is_written() {
-            Ok(true) => Ok(()),
-            _ => self.write_down(&mut shared, deadline),
-        });
-        self.say_dropped(&mut shared);
-        self.count(&shared);
+        self.look_for_file();
+        let tended = match self.delivers() {
+            true => self.recover("its process ended during ").and_then(|()| self.age()),
+            false => Ok(()),
+        };
+        let tended = tended.and_then(|()| self.write_down());
+        self.say_dropped();
+        self.count();
         tended
     }
 
-    /// The last chance for what the file did not take: it is tried once more, however fresh its refusal is.
-    pub(crate) fn finish(&self, by: Instant) -> Result<(), Error> {
-        if !self.delivers() || self.path.is_none() {
-            return Ok(());
-        }
-        let mut shared = self.enter(by)?;
-        if self.is_on_disk(&shared) {
-            return Ok(());
-        }
-        if let Some((until, _)) = &mut shared.refused {
+    /// Lets another process deliver. What is still added here waits for it. The last chance for what the file did not take: it
+    /// is tried once more, however fresh its refusal is.
+    pub(crate) fn stop_delivering(&mut self) -> Result<(), Error> {
+        if let Some((until, _)) = &mut self.store.refused {
             *until = Instant::now();
         }
-        self.look_for_home(&mut shared);
-        let written = self.write_down(&mut shared, by);
-        self.count(&shared);
+        if self.delivers() {
+            self.look_for_file();
+        }
+        let written = self.write_down();
+        self.delivery = Delivery::No;
+        self.count();
         written
     }
 
+    /// Moves what is in memory to the file, where there is one.
+    fn write_down(&mut self) -> Result<(), Error> {
+        if self.pending.is_empty() && !self.store.is_unwritten() {
+            return Ok(());
+        }
+        self.commit(&[], deadline()).changed
+    }
+
     /// Never silent, and not for each push: the process that delivers says it with the next beat.
-    fn say_dropped(&self, shared: &mut Shared) {
-        let (dropped, most) = (self.books().dropped, limits::OUTBOX_ROWS);
-        let unsaid = dropped - mem::replace(&mut shared.said, dropped);
+    fn say_dropped(&mut self) {
+        let (dropped, most) = (self.books.read().dropped, limits::OUTBOX_ROWS);
+        let unsaid = dropped - mem::replace(&mut self.said, dropped);
         if unsaid > 0 {
-            let outbox = name(self.path.as_deref());
+            let outbox = self.store.name();
             quietly(|| {
                 log::error!(
                     "deltas fell out of the outbox undelivered, too many or too old: outbox={outbox} deltas={unsaid} most={most}"
@@ -419,121 +434,150 @@ impl Outbox {
         }
     }
 
-    /// Reports the operations of dead processes failed, with `reason` and the operation's name.
-    fn recover(&self, shared: &mut Shared, reason: &str) -> Result<(), Error> {
-        let Some(path) = self.path.as_deref() else { return Ok(()) };
-        let owners = shared.store.read(entries::owners);
-        let mut dead = owners.map_err(|source| self.error("cannot be read").because(source))?;
-        dead.retain(|owner| owner != self.us.as_bytes() && lock::is_dead(path, owner));
+    /// Goes to the file at its place, if it is not there and that file can be had, and begins to deliver if nobody else does
+    /// any more.
+    fn look_for_file(&mut self) {
+        let (is_away, had_file, delivered) = (self.store.is_away(), self.store.file.is_some(), self.delivers());
+        let looked = self.take_delivery().and_then(|taken| taken);
+        let looked = looked.and_then(|()| if is_away { self.open_file() } else { Ok(()) });
+        let outbox = self.store.name();
+        match looked {
+            Err(error) if had_file && self.store.file.is_none() => quietly(|| {
+                log::error!(
+                    "the outbox has lost its file, deltas are in memory and do not survive a restart: outbox={outbox} error={:?}",
+                    chain(&error)
+                )
+            }),
+            Err(error) => quietly(|| log::debug!("the outbox has no file yet: error={:?}", chain(&error))),
+            Ok(()) if is_away => quietly(|| log::error!("the outbox has a file again: outbox={outbox}")),
+            Ok(()) => (),
+        }
+        if self.delivers() && !delivered {
+            quietly(|| log::info!("delivering from the outbox now: outbox={outbox}"));
+            self.begin_to_deliver("its process ended during ");
+        }
+    }
+
+    fn open_file(&mut self) -> Result<(), Error> {
+        let may_replace = self.delivers();
+        self.store.open(self.gone.order.iter().copied(), may_replace)
+    }
+
+    /// `Err` inside: another process delivers.
+    fn take_delivery(&mut self) -> Result<Result<(), Error>, Error> {
+        let Some(path) = &self.store.path else { return Ok(Ok(())) };
+        let taken = self
+            .delivery
+            .take(path, &self.books.has_stopped)
+            .map_err(|source| self.store.error("cannot be written", source))?;
+        Ok(taken.map_err(|pid| {
+            self.error(&format!("is delivered from by process {pid} already; stop that one, or use another file"))
+        }))
+    }
+
+    /// Recovers what dead processes were at work on, if we deliver.
+    fn begin_to_deliver(&mut self, reason: &str) {
+        let (true, Some(path)) = (self.delivers(), self.store.path.clone()) else { return };
+        if let Err(error) = self.recover(reason) {
+            quietly(|| log::warn!("operations that were in flight are recovered later: error={:?}", chain(&error)));
+        }
+        if let Err(error) = lock::sweep(&path) {
+            let error = error.to_string();
+            quietly(|| log::debug!("what dead processes left beside the outbox stays there: error={error:?}"));
+        }
+    }
+
+    /// Reports the operations of dead processes failed, with `reason` and the operation's name. Only the file says what they
+    /// are at work on, and only beside it is known whether they live.
+    fn recover(&mut self, reason: &str) -> Result<(), Error> {
+        let Some((file, _)) = &self.store.file else { return Ok(()) };
+        let in_file = entries::owners(&file.db).map_err(|source| self.store.error("cannot be read", source))?;
+        let mut dead = self.read(entries::owners)?;
+        let (us, path) = (self.store.owner.token.as_bytes(), self.store.path.as_deref());
+        let is_dead = |owner: &[u8]| path.is_some_and(|path| lock::is_dead(path, owner));
+        dead.retain(|owner| owner != us && in_file.contains(owner) && is_dead(owner));
         if dead.is_empty() {
             return Ok(());
         }
-        let recover = |db: &Connection| {
-            dead.iter().try_fold(0, |sum, owner| entries::recover(db, owner, reason).map(|count| sum + count))
-        };
-        let recovered = shared.change(Some(path), deadline(), recover);
-        let operations = recovered.map_err(|source| self.error("cannot be recovered").because(source))?;
+        let (recovered, _) = self.change(deadline(), |rows, _| {
+            dead.iter().try_fold(0, |sum, owner| rows.recover(owner, reason).map(|count| sum + count))
+        });
+        let operations = recovered.map_err(|source| self.store.error("cannot be recovered", source))?;
+        let outbox = self.store.name();
         quietly(|| {
             log::warn!(
-                "the processes of operations in flight have died, these are reported failed: outbox={} operations={operations}",
-                printable_path(path)
+                "the processes of operations in flight have died, these are reported failed: outbox={outbox} operations={operations}"
             )
         });
         Ok(())
     }
 
-    /// Removes what processes that died without leaving a row have left beside the file.
-    fn sweep(&self) {
-        if let Some(Err(error)) = self.path.as_deref().map(lock::sweep) {
-            quietly(|| {
-                log::debug!("what dead processes left beside the outbox stays there: error={:?}", error.to_string())
-            });
-        }
-    }
-
     /// Ages the rows by the time that has passed, when that is worth a change. A process that was stopped has not tried
     /// to deliver meanwhile, so no step is a long one.
-    fn age(&self, shared: &mut Shared) -> Result<(), Error> {
-        let passed = shared.aged.elapsed();
+    fn age(&mut self) -> Result<(), Error> {
+        let passed = self.aged.elapsed();
         if passed < limits::OUTBOX_AGING {
             return Ok(());
         }
-        shared.aged = Instant::now();
-        self.age_by(shared, passed.min(limits::OUTBOX_AGING * 2))
+        self.aged = Instant::now();
+        self.age_by(passed.min(limits::OUTBOX_AGING * 2))
     }
 
-    fn age_by(&self, shared: &mut Shared, passed: Duration) -> Result<(), Error> {
-        let older = |db: &Connection| entries::grow_older(db, passed.as_secs());
-        let aged = shared.change(self.path.as_deref(), deadline(), older);
-        unpoisoned(&self.books).dropped += aged.map_err(|source| self.error("cannot be read").because(source))?;
+    fn age_by(&mut self, passed: Duration) -> Result<(), Error> {
+        let (aged, _) = self.change(deadline(), |rows, _| rows.grow_older(passed.as_secs()));
+        let dropped = aged.map_err(|source| self.store.error("cannot be read", source))?;
+        self.books.change(|books| books.dropped += dropped);
         Ok(())
     }
 
-    /// Ages the rows as if so much time had passed.
-    #[cfg(fuzzing)]
-    pub(crate) fn pass(&self, time: Duration) -> Result<(), Error> {
-        let mut shared = self.enter(deadline())?;
-        self.age_by(&mut shared, time)
+    fn delivers(&self) -> bool {
+        matches!(self.delivery, Delivery::Yes(_))
     }
 
     /// Nobody will ever deliver from it, and nothing outlives it: it is in memory, and its heartbeat has stopped.
     pub(crate) fn is_dead(&self) -> bool {
-        !self.delivers() && self.path().is_none()
+        !self.delivers() && !self.store.is_on_disk()
     }
 
-    /// Lets another process deliver. What is still added here waits for it.
-    pub(crate) fn stop_delivering(&self) {
-        *unpoisoned(&self.role) = Delivery::No;
-    }
-
-    fn delivers(&self) -> bool {
-        matches!(*unpoisoned(&self.role), Delivery::Yes(_))
-    }
-
-    /// Waits for the connection, and makes the changes that did not get it.
-    fn enter(&self, deadline: Instant) -> Result<FairMutexGuard<'_, Shared>, Error> {
-        let mut shared = self.shared.try_lock_until(deadline).ok_or_else(|| self.error("is busy"))?;
-        let changes = mem::take(&mut *unpoisoned(&self.pending));
-        if !changes.is_empty() {
-            let made = shared.store.remember(|db| changes.iter().try_for_each(|change| change.apply(db)));
-            if let Err(error) = made {
-                quietly(|| log::debug!("the outbox cannot be changed: error={:?}", error.to_string()));
-                unpoisoned(&self.pending).splice(..0, changes);
-            }
+    /// Brings the numbers up to date that are counted along. How many are held back takes a look at every row: it is exact
+    /// where few wait, and as of the last look otherwise.
+    fn note_tally(&mut self) {
+        let Some(tally) = self.store.tally() else { return self.count() };
+        let counts = tally.update(self.books.lock().0.counts);
+        if tally.may_hold() && counts.waiting <= limits::FEW_DELTAS {
+            return self.count();
         }
-        Ok(shared)
+        let on_disk = self.is_on_disk();
+        let settled = mem::take(&mut self.settled);
+        self.books.update(settled, |books| (books.counts, books.on_disk) = (counts, on_disk));
     }
 
-    /// Brings the books up to date.
-    fn count(&self, shared: &Shared) {
-        self.note_down(shared, shared.store.read(entries::counts).ok());
-    }
-
-    /// Where it could not be read the numbers stay as they were.
-    fn note_down(&self, shared: &Shared, counted: Option<Counts>) {
-        let on_disk = self.is_on_disk(shared);
-        let mut books = unpoisoned(&self.books);
-        books.counts = counted.unwrap_or(books.counts);
-        books.on_disk = on_disk;
+    /// Brings all numbers up to date, with a look at every row. Where they cannot be read they stay as they were.
+    pub(crate) fn count(&mut self) {
+        let (counted, on_disk) = (self.store.read(entries::counts), self.is_on_disk());
+        let settled = mem::take(&mut self.settled);
+        self.books.update(settled, |books| {
+            books.counts = counted.unwrap_or(books.counts);
+            books.on_disk = on_disk;
+        });
     }
 
     /// All of it is in the file at its place.
-    fn is_on_disk(&self, shared: &Shared) -> bool {
-        let at_home = self.path.as_deref().is_some_and(|path| shared.store.is_at(path));
-        at_home && shared.store.is_written().unwrap_or(false)
+    fn is_on_disk(&self) -> bool {
+        self.pending.is_empty() && self.store.is_on_disk()
     }
 
-    fn error(&self, problem: &str) -> Error {
-        Error::outbox(self.path.as_deref(), problem)
+    /// Deltas that wait, as of the last transaction.
+    pub(crate) fn waiting(&self) -> u64 {
+        self.books.read().counts.waiting
+    }
+
+    pub(crate) fn error(&self, problem: &str) -> Error {
+        Error::outbox(self.store.path.as_deref(), problem)
     }
 }
 
 /// Up to when the outbox is waited for at the most.
 pub(crate) fn deadline() -> Instant {
     Instant::now() + limits::OUTBOX_BUSY
-}
-
-/// What is behind these locks is changed in single steps, so a panic leaves it whole.
-fn unpoisoned<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

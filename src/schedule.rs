@@ -23,6 +23,8 @@ pub(crate) enum Wish {
     Tick,
     Delta,
     Retry,
+    /// Somebody waits until all is sent.
+    Flush,
 }
 
 /// Whether the status thread is to be asked for a snapshot.
@@ -110,7 +112,7 @@ impl Schedule {
 
     fn patience(&self, why: Wish) -> Duration {
         match why {
-            Wish::First | Wish::Delta | Wish::Retry => limits::DELTA_PATIENCE.min(self.interval / 2),
+            Wish::First | Wish::Delta | Wish::Retry | Wish::Flush => limits::DELTA_PATIENCE.min(self.interval / 2),
             // Half an interval at the most, or a short one would be over before its beat went out.
             Wish::Tick => limits::TICK_PATIENCE.min(self.interval / 2),
         }
@@ -127,6 +129,10 @@ impl Schedule {
     /// Up to when the first beat waits for the topology. `None`: it is known, or has been waited for.
     pub(crate) fn topology_awaited_until(&self) -> Option<Instant> {
         self.topology_awaited_until
+    }
+
+    pub(crate) fn interval(&self) -> Duration {
+        self.interval
     }
 
     /// How long one POST may take.

@@ -1,20 +1,27 @@
-//! What agents hold: pushes deltas and begins operations, into the outbox in the caller's thread, and down the channel to
-//! the heartbeat thread. Never waits for the network.
+//! What agents hold: it pushes deltas and begins operations, by way of the outbox thread. It never waits for the network.
 
 use std::collections::BTreeSet;
 use std::error::Error as StdError;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
-use crossbeam_channel::{Sender, TrySendError};
-
+use crate::collector::is_status_thread;
 use crate::delta::{LifecycleDelta, Operation, check_decky};
 use crate::error::{Error, chain};
-use crate::operation::{TrackedOperation, reason};
-use crate::outbox::{Kept, Outbox, Poster};
+use crate::operation::{IntoDeckies, IntoOutcome, TrackedOperation, reason};
+use crate::outbox::{Add, Change, Kept, Poster};
 use crate::panics::{caught, discard, quietly};
+use crate::threads::client::OutboxClient;
 
-/// Pushes deltas and begins operations. Clone it, send it to other threads; it outlives its heartbeat.
+/// Pushes deltas and begins operations. Clone it, send it to other threads.
+///
+/// It may outlive its heartbeat. What it pushes after the stop is kept in the file as before, and the next heartbeat on that
+/// file sends it with its next beat; nothing wakes that one. If the outbox is in memory, a push after the stop is an error,
+/// since nobody would deliver it. The outbox thread ends with the last sender and operation.
+///
+/// A [`StatusSource`](crate::StatusSource) may push, too. What it pushes while it is asked for a snapshot is sent with the next
+/// beat, and does not ask for one. A thread that the source starts counts as any other: each push there makes a beat, which asks
+/// the source again.
 ///
 /// ```
 /// # #[cfg(feature = "loopback")]
@@ -46,24 +53,17 @@ use crate::panics::{caught, discard, quietly};
 #[derive(Clone, Debug)]
 pub struct DeltaSender {
     /// `None`: dormant.
-    inner: Option<Inner>,
-}
-
-#[derive(Clone, Debug)]
-struct Inner {
-    outbox: Arc<Outbox>,
-    /// Tells the heartbeat thread that there is something in the outbox.
-    wake: Sender<()>,
+    outbox: Option<Arc<OutboxClient>>,
 }
 
 impl DeltaSender {
-    pub(crate) fn new(outbox: Arc<Outbox>, wake: Sender<()>) -> Self {
-        Self { inner: Some(Inner { outbox, wake }) }
+    pub(crate) fn new(outbox: Arc<OutboxClient>) -> Self {
+        Self { outbox: Some(outbox) }
     }
 
     /// For a host that is not enrolled: there is no master to tell.
     pub(crate) fn dormant() -> Self {
-        Self { inner: None }
+        Self { outbox: None }
     }
 
     /// Reports how an operation ended.
@@ -98,9 +98,10 @@ impl DeltaSender {
     ///
     /// - No decky can have this name. DECNET's names are made of A-Z, a-z, 0-9, `_`, `.` and `-`, and have at most 128
     ///   characters. Trying again does not help.
-    /// - The outbox cannot keep the delta, as another process has it locked for over a second, as operations in flight
-    ///   fill it, or as it is in memory and its heartbeat has stopped. Nobody will hear of the delta, and the caller may
-    ///   try again.
+    /// - The disk has not answered within a second. If [`Error::is_in_doubt`] the delta will be sent when it answers, unless the
+    ///   process ends first, so it must not be pushed again. Otherwise nothing was kept, and the caller may try again.
+    /// - The outbox cannot keep the delta: another process has it locked for a second, operations in flight fill it, 1,024
+    ///   requests wait already, or it is in memory and its heartbeat has stopped. Nothing was kept; the caller may try again.
     pub fn push(&self, delta: LifecycleDelta) -> Result<(), Error> {
         self.push_all([delta])
     }
@@ -129,15 +130,14 @@ impl DeltaSender {
     pub fn push_all(&self, deltas: impl IntoIterator<Item = LifecycleDelta>) -> Result<(), Error> {
         let deltas: Vec<_> = deltas.into_iter().collect();
         deltas.iter().try_for_each(LifecycleDelta::check)?;
-        let Some(inner) = &self.inner else {
+        let Some(outbox) = &self.outbox else {
             quietly(|| log::debug!("not enrolled, deltas dropped: deltas={}", deltas.len()));
             return Ok(());
         };
         if deltas.is_empty() {
             return Ok(());
         }
-        inner.outbox.keep(&deltas)?;
-        inner.wake()
+        outbox.add(Add::Deltas(deltas, Poster::Deliverer), !is_status_thread()).map(drop)
     }
 
     /// Writes an operation down as in flight, and returns the guard that says how it ends.
@@ -174,12 +174,12 @@ impl DeltaSender {
     /// # Errors
     ///
     /// As [`push`](Self::push), and when no decky is named.
-    pub fn begin(
+    pub fn begin<Kind>(
         &self,
         operation: Operation,
-        deckies: impl IntoIterator<Item = impl Into<String>>,
+        deckies: impl IntoDeckies<Kind>,
     ) -> Result<TrackedOperation, Error> {
-        let deckies: BTreeSet<String> = deckies.into_iter().map(Into::into).collect();
+        let deckies: BTreeSet<String> = deckies.into_deckies().into_iter().collect();
         deckies.iter().try_for_each(|decky| check_decky(decky))?;
         let mut deckies: Vec<String> = deckies.into_iter().collect();
         // They are kept as long as the operation is in flight.
@@ -187,17 +187,16 @@ impl DeltaSender {
         if deckies.is_empty() {
             return Err(Error::setting("deckies", "are none; an operation needs the name of a decky"));
         }
-        let ids = match &self.inner {
-            Some(inner) if inner.outbox.is_dead() => return Err(stopped()),
-            Some(inner) => inner.outbox.begin(operation, &deckies)?,
-            None => (0..).take(deckies.len()).collect(),
+        let first = match &self.outbox {
+            Some(outbox) => outbox.add(Add::Operation(operation, deckies.clone()), false)?,
+            None => 0,
         };
-        Ok(TrackedOperation::new(self.clone(), operation, deckies.into_iter().zip(ids)))
+        Ok(TrackedOperation::new(self.clone(), operation, deckies.into_iter().zip(first..)))
     }
 
     /// Does `work` on a thread of its own and reports how it ended, so that the caller can answer at once. An error is
-    /// reported with its sources, a panic with its message. The work goes on when the heartbeat stops, and its report
-    /// waits for the next start.
+    /// reported with its sources, a panic with its message. Work that cannot fail returns `()`. It goes on when the heartbeat
+    /// stops, and its report waits for the next start.
     ///
     /// ```
     /// # #[cfg(feature = "loopback")]
@@ -221,17 +220,17 @@ impl DeltaSender {
     /// # Errors
     ///
     /// As [`begin`](Self::begin), and when the system refuses a thread; the operation is then reported failed.
-    pub fn run<E: Into<Box<dyn StdError + Send + Sync>>>(
+    pub fn run<Kind, R: IntoOutcome>(
         &self,
         operation: Operation,
-        deckies: impl IntoIterator<Item = impl Into<String>>,
-        work: impl FnOnce() -> Result<(), E> + Send + 'static,
+        deckies: impl IntoDeckies<Kind>,
+        work: impl FnOnce() -> R + Send + 'static,
     ) -> Result<JoinHandle<()>, Error> {
         const NAME: &str = "decnet-operation";
         let tracked = self.begin(operation, deckies)?;
-        let run = move || match caught(work) {
+        let run = move || match caught(|| work().into_outcome()) {
             Ok(Ok(())) => tracked.succeed(),
-            Ok(Err(error)) => match caught(|| reason_and_drop(error.into())) {
+            Ok(Err(error)) => match caught(|| reason_and_drop(error)) {
                 Ok(reason) => tracked.fail(reason),
                 Err(said) => {
                     tracked.fail(format!("{operation} failed, and its error panicked when it was read: {said}"))
@@ -244,17 +243,15 @@ impl DeltaSender {
 
     /// Operations have ended; their rows are in the outbox since they began.
     pub(crate) fn end(&self, ended: Vec<Kept>) {
-        let Some(inner) = self.inner.as_ref().filter(|_| !ended.is_empty()) else { return };
+        let Some(outbox) = self.outbox.as_ref().filter(|_| !ended.is_empty()) else { return };
         // The guard may be dropped by a panic, and a second one, of the logger, would end the process.
-        if let Err(error) = inner.outbox.end(ended, Poster::Deliverer) {
+        if let Err(error) = outbox.change(Change::Ended(ended, Poster::Deliverer), !is_status_thread()) {
             let error = chain(&error);
             quietly(|| {
-                log::error!("how an operation ended is in memory, a restart would report it failed: error={error:?}");
+                log::error!(
+                    "how an operation ended is not on the disk yet, a restart would report it failed: error={error:?}"
+                );
             });
-        }
-        if let Err(error) = inner.wake() {
-            let error = chain(&error);
-            quietly(|| log::error!("how an operation ended will not be reported: error={error:?}"));
         }
     }
 }
@@ -264,24 +261,4 @@ fn reason_and_drop(error: Box<dyn StdError + Send + Sync>) -> String {
     let reason = reason(error.as_ref());
     discard(error);
     reason
-}
-
-impl Inner {
-    fn wake(&self) -> Result<(), Error> {
-        // Its thread may still hang in its last call, and will look no more.
-        if self.outbox.is_dead() {
-            return Err(stopped());
-        }
-        match self.wake.try_send(()) {
-            // Full: the heartbeat thread has been told already, and looks into the outbox for all there is.
-            Ok(()) | Err(TrySendError::Full(())) => Ok(()),
-            // Stopped. On the disk it waits for the next start.
-            Err(TrySendError::Disconnected(())) if self.outbox.path().is_some() => Ok(()),
-            Err(TrySendError::Disconnected(())) => Err(stopped()),
-        }
-    }
-}
-
-fn stopped() -> Error {
-    Error::outbox(None, "the heartbeat has stopped, and nothing outlives it in memory")
 }

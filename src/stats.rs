@@ -77,7 +77,8 @@ pub struct Stats {
     pub rejected: u64,
     /// Deltas in the outbox that the master has neither accepted nor refused for good, those of other processes too.
     pub waiting: u64,
-    /// Of these, the ones held back: a newer operation of the same decky is in flight, or another process is posting.
+    /// Of these, the ones held back: a newer operation of the same decky is in flight, or another process is posting. If more
+    /// than 50 wait, it is as of the last beat.
     pub held: u64,
     /// When the operation ended that the oldest waiting delta tells of.
     #[serde(serialize_with = "rfc3339")]
@@ -98,15 +99,18 @@ pub struct Stats {
     /// Since when the status source has owed a snapshot.
     #[serde(serialize_with = "rfc3339")]
     pub snapshot_owed_since: Option<SystemTime>,
+    /// Since when the disk of the outbox has not answered. Beats go on without deltas meanwhile. `None`: nothing is asked of it.
+    #[serde(serialize_with = "rfc3339")]
+    pub outbox_busy_since: Option<SystemTime>,
     /// Why the last beat said less than all of what runs here: Docker or a file could not be read, or there was no fresh
     /// snapshot. `None`: it said all.
     pub status_fault: Option<String>,
     /// Of the waiting deltas, the ones that the master failed on when they were sent alone. Each is left out of 10 beats, and
     /// of twice as many each time that it fails again, up to a day; so are older deltas of its decky and operation.
     pub resting: u64,
-    /// Panics caught, of the status source and of a beat.
+    /// Panics caught, of the status source, of a beat and of the outbox thread.
     pub panics: u64,
-    /// The thread that has ended although nobody stopped the heartbeat. `None`: both run. It should never be anything else;
+    /// The thread that has ended although nobody stopped the heartbeat. `None`: all run. It should never be anything else;
     /// then the agent has to be started again.
     pub ended_thread: Option<&'static str>,
     /// Since when the heartbeat thread has been busy with one event.
@@ -191,7 +195,7 @@ impl Stats {
         failure
     }
 
-    /// One of the two threads has been at one thing for far longer than it takes, or is gone.
+    /// The heartbeat thread or the status thread has been at one thing for far longer than it takes, or is gone.
     pub(crate) fn is_stalled(&self) -> bool {
         let mut busy = [self.working_since, self.owed_since].into_iter().flatten();
         self.ended_thread.is_some() || busy.any(|since| since.elapsed() > limits::STALLED)
@@ -203,15 +207,11 @@ impl Stats {
     }
 }
 
-/// [`Stats`] that two threads share. The lock is held to copy or to change a few fields, never longer.
+/// [`Stats`] that threads share. The lock is held to copy or to change a few fields, never longer.
 #[derive(Debug, Default)]
 pub(crate) struct SharedStats(Mutex<Stats>);
 
 impl SharedStats {
-    pub(crate) fn new(stats: Stats) -> Self {
-        Self(Mutex::new(stats))
-    }
-
     pub(crate) fn read(&self) -> Stats {
         self.lock().clone()
     }

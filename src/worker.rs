@@ -13,23 +13,26 @@ use crate::body::{self, Body};
 use crate::collector::{Collected, Collector};
 use crate::content::{Cause, Consequence, Content, Nothing, Post, PostOutcome, Share};
 use crate::decommission::Decommission;
-use crate::error::{Error, chain};
 use crate::limits;
 use crate::link::Link;
 use crate::master::{Reply, Verdict};
-use crate::outbox::{self, Kept, Outbox, Settled};
+use crate::outbox::{Change, Kept, Settled};
 use crate::panics::{caught, quietly};
 use crate::repeats::Repeats;
 use crate::schedule::{Fired, Question, Schedule, Ticks, Wish};
 use crate::stats::{Failure, SharedStats};
 use crate::status::{AppliedTopology, Observed, Snapshot, Topology};
 use crate::text::printable;
+use crate::threads::batches::{Batch, Batches, News};
+use crate::threads::client::OutboxClient;
 
 /// What the heartbeat thread wakes for.
 #[derive(Debug)]
 enum Event {
     Tick,
-    Delta,
+    News(News),
+    /// What the outbox thread says without being waited for.
+    Batch(Batch),
     Collected(Collected),
     Timer,
 }
@@ -74,15 +77,14 @@ struct BeatEnd {
 pub(crate) struct Worker {
     pub(crate) link: Link,
     pub(crate) agent_version: String,
-    pub(crate) outbox: Arc<Outbox>,
+    pub(crate) outbox: Arc<OutboxClient>,
+    pub(crate) batches: Batches,
     pub(crate) stats: Arc<SharedStats>,
     pub(crate) collector: Collector,
     pub(crate) schedule: Schedule,
     pub(crate) content: Content,
     pub(crate) decommission: Decommission,
     pub(crate) ticks: Ticks,
-    /// A delta is in the outbox.
-    pub(crate) deltas: Receiver<()>,
     /// Told after each beat, without waiting.
     pub(crate) beaten: Sender<()>,
     /// The time by which all must have ended.
@@ -102,8 +104,10 @@ pub(crate) struct Worker {
     /// This beat has sent the states.
     pub(crate) states_sent: bool,
     pub(crate) repeats: Repeats,
-    /// The next beat has been tended to.
-    pub(crate) tended: bool,
+    /// The log has said that the disk does not answer, and not yet that it does again.
+    pub(crate) overdue_said: bool,
+    /// The ini and the bundle do not exist, as of the last batch.
+    pub(crate) files_are_gone: bool,
 }
 
 impl Worker {
@@ -114,7 +118,6 @@ impl Worker {
             self.guarded(|worker| worker.handle(event));
         }
         self.guarded(Self::flush);
-        self.guarded(Self::finish);
         let waiting = self.outbox.books().counts.waiting;
         quietly(|| log::info!("heartbeat stopped: {} waiting={waiting}", self.link.names()));
     }
@@ -139,13 +142,18 @@ impl Worker {
                 }
                 Some(Event::Tick)
             }
-            recv(self.deltas) -> delta => {
-                // Every sender is gone. What they pushed is in the outbox.
-                if delta.is_err() {
-                    self.deltas = never();
+            recv(self.batches.news) -> news => Some(Event::News(news.unwrap_or_else(|_| {
+                // Its thread is gone, which the stats say.
+                self.batches.news = never();
+                News::Pushed
+            }))),
+            recv(self.batches.answers) -> batch => Some(match batch {
+                Ok(batch) => Event::Batch(batch),
+                Err(_) => {
+                    self.batches.answers = never();
+                    Event::News(News::Pushed)
                 }
-                Some(Event::Delta)
-            }
+            }),
             recv(self.collector.collected) -> collected => match collected {
                 Ok(collected) => Some(Event::Collected(collected)),
                 Err(_) => {
@@ -169,10 +177,9 @@ impl Worker {
                 let names = self.link.names();
                 quietly(|| log::error!("a beat panicked, going on: {names} times={times} panic={said:?}"));
             }
-            let renewed = caught(|| self.link.renew().map_err(|error| chain(&error)));
-            if let Err(error) = renewed.flatten() {
+            if let Err(said) = caught(|| self.link.renew()) {
                 let names = self.link.names();
-                quietly(|| log::warn!("the connection cannot be made anew: {names} error={error:?}"));
+                quietly(|| log::warn!("the connection cannot be made anew: {names} panic={said:?}"));
             }
             self.note_decommission(Verdict::NoAnswer);
             self.schedule.ended(Verdict::NoAnswer, Instant::now(), fastrand::f64());
@@ -189,7 +196,11 @@ impl Worker {
     fn handle(&mut self, event: Event) {
         match event {
             Event::Tick => self.wish(Wish::Tick),
-            Event::Delta => self.wish(Wish::Delta),
+            Event::News(News::Pushed) => self.wish(Wish::Delta),
+            // It may have been sent in the meantime.
+            Event::News(News::Flush) if self.outbox.free() == 0 => (),
+            Event::News(News::Flush) => self.wish(Wish::Flush),
+            Event::Batch(batch) => self.came(batch),
             Event::Collected(Collected::Topology(Ok(topology))) => {
                 self.topology = Some(topology.applied);
                 self.schedule.topology_is_known(Instant::now());
@@ -215,13 +226,13 @@ impl Worker {
         }
     }
 
-    /// A beat is wanted. What else it needs is looked after while the status thread makes its snapshot.
+    /// A beat is wanted. While the status thread makes its snapshot the outbox thread looks for changed credentials, and puts
+    /// the outbox in order; not for deltas alone, which ask for as little as they can.
     fn wish(&mut self, why: Wish) {
         let question = self.schedule.wish(why, Instant::now());
         self.put(question);
-        if question == Question::Ask {
-            self.tend();
-            self.tended = true;
+        if !matches!(why, Wish::Delta | Wish::Flush) {
+            self.outbox.tend();
         }
     }
 
@@ -238,7 +249,7 @@ impl Worker {
     fn source_panicked(&mut self, said: &str) {
         self.stats.change(|stats| stats.panics += 1);
         if let Some(times) = self.repeats.count("source", said, Instant::now()) {
-            let host = self.host();
+            let host = self.link.host();
             quietly(|| log::error!("the status source panicked: host={host} times={times} panic={said:?}"));
         }
     }
@@ -260,16 +271,14 @@ impl Worker {
 
     /// One beat, with all the deltas that wait, up to a body's worth.
     fn beat(&mut self, states: Option<&States>) {
-        if !mem::take(&mut self.tended) {
-            self.tend();
-        }
+        self.warn_of_expiry();
         let Some(BeatEnd { reply, delivered }) = self.make_posts(states) else { return };
         self.note(&reply);
         self.schedule.ended(reply.verdict, Instant::now(), fastrand::f64());
         self.note_next_beat();
         // Full: it has been told already. Gone: nobody asks.
         let _ = self.beaten.try_send(());
-        if reply.verdict == Verdict::Accepted && delivered > 0 && self.free() > self.content.resting() {
+        if reply.verdict == Verdict::Accepted && delivered > 0 && self.outbox.free() > self.content.resting() {
             self.wish(Wish::Delta);
         }
     }
@@ -378,7 +387,7 @@ impl Worker {
                  reason={reason:?}"
             );
         });
-        self.settle(std::slice::from_ref(kept), &Settled::Rejected(reason.to_owned()));
+        self.settle(std::slice::from_ref(kept), Settled::Rejected(reason.to_owned()));
         self.stats.change(|stats| stats.rejected += 1);
     }
 
@@ -406,7 +415,7 @@ impl Worker {
         }
         if sent.reply.verdict == Verdict::Accepted {
             if !sent.deltas.is_empty() {
-                self.settle(&sent.deltas, &Settled::Delivered);
+                self.settle(&sent.deltas, Settled::Delivered);
             }
             self.accepted(&sent.reply, sent.deltas.len());
         }
@@ -473,7 +482,7 @@ impl Worker {
             (None, None) => None,
         };
         serde_json::to_vec(&Body {
-            host_uuid: self.host(),
+            host_uuid: self.link.host(),
             agent_version: &self.agent_version,
             status,
             topology: topology.as_deref().map(body::Topology::from),
@@ -501,74 +510,72 @@ impl Worker {
         self.deadline.map_or(limit, |deadline| deadline.saturating_duration_since(Instant::now()).min(limit))
     }
 
-    /// Up to when the outbox is waited for: at a stop no longer than its grace.
-    fn patience(&self) -> Instant {
-        let patience = outbox::deadline();
-        self.deadline.map_or(patience, |deadline| deadline.min(patience))
-    }
-
-    /// The deltas of a POST. Without the outbox a beat goes on without deltas.
+    /// The deltas of a POST. While the outbox does not answer a beat goes on without deltas.
     fn share(&mut self, share: Share) -> Result<Vec<Kept>, Nothing> {
-        match self.look_for(share) {
-            Ok(found) => found,
-            Err(error) => {
-                let problem = chain(&error);
-                if let Some(times) = self.repeats.count("deliverable", &problem, Instant::now()) {
-                    let host = self.host();
-                    quietly(|| {
-                        log::warn!(
-                            "beating without deltas, they stay in the outbox: host={host} times={times} \
-                             error={problem:?}"
-                        );
-                    });
-                }
-                if matches!(share, Share::Newest(_)) { Ok(Vec::new()) } else { Err(Nothing::NotNow) }
-            }
+        if share == Share::None {
+            return Ok(Vec::new());
         }
-    }
-
-    fn look_for(&self, share: Share) -> Result<Result<Vec<Kept>, Nothing>, Error> {
-        let (content, by) = (&self.content, self.patience());
-        let is_free = |kept: &Kept| !content.holds_back(kept);
-        let free: Option<&dyn Fn(&Kept) -> bool> = if content.resting() > 0 { Some(&is_free) } else { None };
-        let one = |wanted: &dyn Fn(&Kept) -> bool| self.outbox.deliverable_where(1, by, Some(wanted));
-        let (id, mut found) = match share {
-            Share::None => return Ok(Ok(Vec::new())),
-            Share::Newest(most) => return Ok(Ok(self.outbox.deliverable_where(most, by, free)?)),
-            Share::One => {
-                let found = self.outbox.deliverable_where(1, by, free)?;
-                return Ok(if found.is_empty() { Err(Nothing::Gone) } else { Ok(found) });
+        let patience = limits::BATCH_PATIENCE.min(self.schedule.interval() / 2).min(self.within());
+        let deltas = match self.batches.get(share, self.content.suspects(), patience) {
+            Some(mut batch) => {
+                self.note_files(&mut batch);
+                batch.deltas
             }
-            // The newest of its decky and operation that waits, if that is it.
-            Share::Only(id) => (id, one(&|kept| content.is_of_suspect(id, kept))?),
-            Share::Same(id) => (id, one(&|kept| kept.id == id)?),
+            None => {
+                self.files_are_gone = false;
+                self.note_overdue();
+                Err(Nothing::NotNow)
+            }
         };
-        found.retain(|kept| kept.id == id);
-        match found.is_empty() {
-            false => Ok(Ok(found)),
-            true if self.outbox.waits(id, by)? => Ok(Err(Nothing::Held)),
-            true => Ok(Err(Nothing::Gone)),
+        match (share, deltas) {
+            (Share::Newest(_), Err(Nothing::NotNow)) => Ok(Vec::new()),
+            (_, deltas) => deltas,
         }
     }
 
-    /// Deltas that may go out, as of the last look.
-    fn free(&self) -> u64 {
-        let counts = self.outbox.books().counts;
-        counts.waiting.saturating_sub(counts.held)
+    /// A batch that nobody waited for: an offer, or an answer that is late.
+    fn came(&mut self, mut batch: Batch) {
+        let has_new_access = batch.access.is_some();
+        self.note_files(&mut batch);
+        let has_deltas = self.batches.came(batch);
+        if mem::take(&mut self.overdue_said) {
+            quietly(|| log::info!("the disk of the outbox answers again: host={}", self.link.host()));
+        }
+        match (has_new_access, has_deltas) {
+            // A master that refused the old ones may accept these.
+            (true, _) => self.wish(Wish::Tick),
+            (false, true) => self.wish(Wish::Delta),
+            (false, false) => (),
+        }
     }
 
-    fn settle(&mut self, deltas: &[Kept], settled: &Settled) {
-        if let Err(error) = self.outbox.settle(deltas, settled, self.patience()) {
-            let problem = chain(&error);
-            if let Some(times) = self.repeats.count("settle", &problem, Instant::now()) {
-                let host = self.host();
-                quietly(|| {
-                    log::error!(
-                        "after a restart a delta may be sent again: host={host} times={times} error={problem:?}"
-                    );
-                });
-            }
+    /// What the ini and the bundle have become comes with a batch.
+    fn note_files(&mut self, batch: &mut Batch) {
+        if let Some(access) = batch.access.take() {
+            self.link.take_over(*access);
+            let (names, fingerprint) = (self.link.names(), self.link.fingerprint());
+            quietly(|| log::info!("took over changed credentials: {names} fingerprint={fingerprint}"));
+            self.stats.change(|stats| self.link.describe(stats));
         }
+        self.files_are_gone = batch.are_gone;
+    }
+
+    fn note_overdue(&mut self) {
+        let Some(since) = self.outbox.busy_since() else { return };
+        if let Some(times) = self.repeats.count("overdue", "", Instant::now()) {
+            self.overdue_said = true;
+            let (host, seconds) = (self.link.host(), since.elapsed().as_secs_f64());
+            quietly(|| {
+                log::error!(
+                    "the disk of the outbox does not answer, beating without deltas: host={host} seconds={seconds:.1} \
+                     times={times}"
+                );
+            });
+        }
+    }
+
+    fn settle(&self, deltas: &[Kept], settled: Settled) {
+        self.outbox.settle(Change::Settled(deltas.iter().map(|kept| kept.id).collect(), settled));
     }
 
     /// What a beat says when its snapshot is not there in time.
@@ -580,40 +587,6 @@ impl Worker {
                 asked.elapsed().as_secs_f64()
             ),
             (None, None) => "no fresh snapshot".to_owned(),
-        }
-    }
-
-    /// What is done before each beat: changed credentials are taken over, and the outbox is put in order. A panic in it
-    /// does not keep the beat from being sent.
-    fn tend(&mut self) {
-        let tended = caught(|| {
-            self.refresh();
-            self.warn_of_expiry();
-        });
-        let outbox = caught(|| {
-            if let Err(error) = self.outbox.tend() {
-                quietly(|| log::debug!("the outbox is as it was: host={} error={:?}", self.host(), chain(&error)));
-            }
-        });
-        for said in [tended, outbox].into_iter().filter_map(Result::err) {
-            self.stats.change(|stats| stats.panics += 1);
-            if let Some(times) = self.repeats.count("tend", &said, Instant::now()) {
-                let names = self.link.names();
-                quietly(|| log::error!("a panic before a beat, going on: {names} times={times} panic={said:?}"));
-            }
-        }
-    }
-
-    fn refresh(&mut self) {
-        if self.link.refresh() {
-            quietly(|| {
-                log::info!(
-                    "took over changed credentials: {} fingerprint={}",
-                    self.link.names(),
-                    self.link.fingerprint()
-                )
-            });
-            self.stats.change(|stats| self.link.describe(stats));
         }
     }
 
@@ -631,7 +604,7 @@ impl Worker {
     /// The last beat: what waits now, within the grace, as often as it takes. What is pushed meanwhile is for the next
     /// start: threads that go on pushing must not make a stop as long as its grace.
     fn flush(&mut self) {
-        let mut left = self.free();
+        let mut left = self.outbox.free();
         if left > 0 {
             self.await_topology();
         }
@@ -657,16 +630,6 @@ impl Worker {
             };
             self.topology = topology.or(self.topology.take());
             return;
-        }
-    }
-
-    /// What the outbox could not write down so far has no later beat to wait for.
-    fn finish(&mut self) {
-        if let Err(error) = self.outbox.finish(self.deadline.unwrap_or_else(Instant::now)) {
-            let (host, problem) = (self.host(), chain(&error));
-            quietly(|| {
-                log::error!("what the outbox has in memory ends with this process: host={host} error={problem:?}");
-            });
         }
     }
 
@@ -714,8 +677,7 @@ impl Worker {
 
     /// Whether the answers of the last intervals and the files say that this host is decommissioned.
     fn note_decommission(&mut self, verdict: Verdict) {
-        // The files are looked at only where the master refuses this host.
-        let says_so = verdict == Verdict::HostRefused && self.link.files_are_gone();
+        let says_so = verdict == Verdict::HostRefused && self.files_are_gone;
         let is_so = self.decommission.answered(says_so, Instant::now());
         let was_so = self.stats.change(|stats| mem::replace(&mut stats.decommissioned, is_so));
         if is_so && !was_so {
@@ -728,10 +690,6 @@ impl Worker {
                 );
             });
         }
-    }
-
-    fn host(&self) -> &str {
-        self.link.enrolment().host_uuid().value()
     }
 }
 

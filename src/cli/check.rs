@@ -16,10 +16,10 @@ use std::process::ExitCode;
 use super::arguments::{CheckOptions, Common};
 use super::own_files::OwnFiles;
 use super::{enrolment, outbox};
+use crate::credentials;
 use crate::enrolment::Enrolment;
 use crate::error::{Error, chain, printable_path};
 use crate::identity::MasterIdentity;
-use crate::link;
 use crate::status::Snapshot;
 use steps::{Checklist, Step};
 
@@ -52,7 +52,7 @@ pub(super) fn check(common: &Common, options: &CheckOptions) -> Result<ExitCode,
 
 /// What can be looked at on a host that is enrolled.
 fn enrolled(enrolment: &Enrolment, given: Option<MasterIdentity>, snapshot: &Snapshot, list: &mut Checklist) {
-    let rule = link::identity(enrolment, given);
+    let rule = credentials::identity(enrolment, given);
     who_and_where(enrolment, given, rule).into_iter().for_each(|step| list.add(step));
     let bundle = bundle::check(enrolment.agent_dir().value(), list);
     if let Err(error) = master::check(enrolment, bundle.as_ref(), rule, snapshot, list) {

@@ -9,7 +9,7 @@ use super::arguments::{Common, RunOptions};
 use super::{outbox, state_file_of_environment};
 use crate::bundle;
 use crate::enrolment::Enrolment;
-use crate::outbox::folder;
+use crate::files::folder;
 use crate::read_only::beside;
 use crate::status::decnet::TOPOLOGY;
 

@@ -7,7 +7,7 @@ use clap::CommandFactory;
 use clap::error::ErrorKind;
 
 use super::arguments::{Arguments, Common, PushOptions, Status};
-use super::output::print;
+use super::output::{complain, print};
 use super::report::{Patience, Reported, Reporter};
 use super::{enrolment, help_or_refuse, outbox, warn_of_unlisted};
 use crate::delta::LifecycleDelta;
@@ -35,18 +35,19 @@ pub(super) fn push(common: &Common, options: PushOptions) -> Result<ExitCode, Er
     let enrolment = enrolment(common)?;
     warn_of_unlisted(enrolment.agent_dir().value(), deltas.iter().map(LifecycleDelta::decky));
     let mut reporter = Reporter::open(enrolment, common.master_identity, &outbox(path))?;
-    let reported = if telling.no_wait {
-        reporter.keep(&deltas)
-    } else {
-        let claimed = reporter.claim(deltas)?;
-        reporter.post(&claimed, &mut Patience::new(telling.timeout, None))
-    };
+    let patience = &mut Patience::new(telling.timeout, None);
+    let reported = reporter.report(&deltas, &telling, patience);
     let (said, code) = match reported {
         Reported::Delivered => ("delivered\n".to_owned(), ExitCode::SUCCESS),
         Reported::Left => (format!("kept in {} for decnet-heartbeat run\n", reporter.place()), ExitCode::SUCCESS),
         Reported::Kept(why) => {
             let place = reporter.place();
             (format!("kept in {place} for decnet-heartbeat run, not delivered: {why}\n"), ExitCode::from(KEPT))
+        }
+        Reported::InDoubt(why) => {
+            complain(&why);
+            reporter.await_disk(patience);
+            return Ok(ExitCode::FAILURE);
         }
         Reported::Lost(why) => return Err(Error::outbox(None, format!("neither delivered nor kept: {why}"))),
     };

@@ -6,13 +6,16 @@ use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, TryRecvError, bounded};
 
+use super::arguments::Telling;
 use super::command_signals::{Signals, wait};
 use crate::body::{self, Body};
+use crate::credentials::Access;
 use crate::delta::{LifecycleDelta, Operation};
 use crate::enrolment::Enrolment;
 use crate::error::{Error, chain, printable_path};
@@ -20,14 +23,16 @@ use crate::identity::MasterIdentity;
 use crate::limits;
 use crate::link::{Link, Names};
 use crate::master::Verdict;
-use crate::outbox::{self, Kept, Outbox, OutboxLocation, Poster, Role, Settled};
+use crate::outbox::{Add, Change, Kept, OutboxLocation, Poster, Settled};
 use crate::status::decnet::DecnetStatus;
 use crate::status::{Snapshot, StatusSource};
+use crate::threads::client::OutboxClient;
+use crate::threads::start::contribute;
 
 /// Where the deltas of this process go.
 #[derive(Debug)]
 pub(super) struct Reporter {
-    outbox: Outbox,
+    outbox: Arc<OutboxClient>,
     enrolment: Enrolment,
     identity: Option<MasterIdentity>,
 }
@@ -41,8 +46,17 @@ pub(super) enum Reported {
     Left,
     /// They are on the disk, and why the master has not heard of them.
     Kept(String),
+    /// They may be on the disk one day, and why nobody knows. To report them again may do it twice.
+    InDoubt(String),
     /// Neither.
     Lost(String),
+}
+
+impl Reported {
+    /// They could not be kept.
+    fn of(error: &Error) -> Self {
+        if error.is_in_doubt() { Self::InDoubt(chain(error)) } else { Self::Lost(chain(error)) }
+    }
 }
 
 /// How long the master may take, and what ends the waiting early.
@@ -90,34 +104,62 @@ impl Reporter {
         identity: Option<MasterIdentity>,
         location: &OutboxLocation,
     ) -> Result<Self, Error> {
-        let (outbox, problem) = Outbox::open(location, enrolment.agent_dir().value(), Role::Contribute)?;
+        let (outbox, problem) = contribute(location.path(enrolment.agent_dir().value()))?;
         if let Some(problem) = problem {
             log::warn!("the outbox cannot be used: {} error={:?}", names(&enrolment), chain(&problem));
         }
         Ok(Self { outbox, enrolment, identity })
     }
 
-    /// Claims deltas, in memory if the file cannot have them.
-    pub(super) fn claim(&mut self, deltas: Vec<LifecycleDelta>) -> Result<Vec<Kept>, Error> {
-        match self.outbox.claim(deltas.clone()) {
-            Err(error) if error.is_outbox() => {
-                self.turn_to_memory(&error)?;
-                self.outbox.claim(deltas)
-            }
-            claimed => claimed,
+    /// Reports deltas that the disk does not know of yet.
+    pub(super) fn report(
+        &mut self,
+        deltas: &[LifecycleDelta],
+        telling: &Telling,
+        patience: &mut Patience<'_>,
+    ) -> Reported {
+        if telling.no_wait {
+            return self.keep(deltas);
         }
+        match self.claim(deltas.to_vec()) {
+            Ok(claimed) => self.post(&claimed, patience),
+            Err(error) => Reported::of(&error),
+        }
+    }
+
+    /// Waits for as long as there is time until the disk has what is in doubt: the end of this process might undo it.
+    pub(super) fn await_disk(&self, patience: &mut Patience<'_>) {
+        while self.outbox.is_busy() && !patience.has_ended() && !patience.left().is_zero() {
+            if patience.pause().is_err() {
+                return;
+            }
+        }
+    }
+
+    /// Claims deltas, in memory if the file cannot have them.
+    fn claim(&mut self, deltas: Vec<LifecycleDelta>) -> Result<Vec<Kept>, Error> {
+        let add = Add::Deltas(deltas.clone(), Poster::Us);
+        let first = match self.outbox.add(add.clone(), false) {
+            // What is in doubt must not be sent twice.
+            Err(error) if error.is_outbox() && !error.is_in_doubt() => {
+                self.turn_to_memory(&error)?;
+                self.outbox.add(add, false)?
+            }
+            added => added?,
+        };
+        Ok((first..).zip(deltas).map(|(id, delta)| Kept { id, delta }).collect())
     }
 
     fn turn_to_memory(&mut self, error: &Error) -> Result<(), Error> {
         log::warn!("the outbox cannot be used: {} error={:?}", self.names(), chain(error));
-        let dir = self.enrolment.agent_dir().value();
-        (self.outbox, _) = Outbox::open(&OutboxLocation::Memory, dir, Role::Contribute)?;
+        (self.outbox, _) = contribute(None)?;
         Ok(())
     }
 
     /// Writes an operation down as in flight.
     pub(super) fn begin(&self, operation: Operation, deckies: &[String]) -> Result<Vec<i64>, Error> {
-        self.outbox.begin(operation, deckies)
+        let first = self.outbox.add(Add::Operation(operation, deckies.to_vec()), false)?;
+        Ok((first..).take(deckies.len()).collect())
     }
 
     /// Whether all that was given to it is on the disk.
@@ -127,36 +169,38 @@ impl Reporter {
 
     /// What was begun here has ended.
     pub(super) fn end(&self, ended: &[Kept], poster: Poster) {
-        if let Err(error) = self.outbox.end(ended.to_vec(), poster) {
+        if let Err(error) = self.outbox.change(Change::Ended(ended.to_vec(), poster), false) {
             log::warn!("how the operation ended is not on the disk: {} error={:?}", self.names(), chain(&error));
         }
     }
 
     /// Keeps deltas for `run` to deliver.
-    pub(super) fn keep(&self, deltas: &[LifecycleDelta]) -> Reported {
-        self.left(self.outbox.keep(deltas))
+    fn keep(&self, deltas: &[LifecycleDelta]) -> Reported {
+        let added = self.outbox.add(Add::Deltas(deltas.to_vec(), Poster::Deliverer), false);
+        self.left(added.map(drop))
     }
 
-    /// Keeps deltas for `run` as soon as their file can be had, for as long as there is time. Whether they are kept.
+    /// Keeps deltas for `run` as soon as their file can be had, for as long as there is time. `None`: they are not kept.
     pub(super) fn insist(
         &mut self,
         location: &OutboxLocation,
         deltas: &[LifecycleDelta],
         patience: &mut Patience<'_>,
-    ) -> bool {
+    ) -> Option<Reported> {
         while !patience.has_ended() && !patience.left().is_zero() {
-            let opened = Outbox::open(location, self.enrolment.agent_dir().value(), Role::Contribute);
+            let opened = contribute(location.path(self.agent_dir()));
             if let Ok((outbox, None)) = opened {
                 self.outbox = outbox;
-                if self.keep(deltas) == Reported::Left {
-                    return true;
+                match self.keep(deltas) {
+                    Reported::Lost(_) => (),
+                    reported => return Some(reported),
                 }
             }
             if patience.pause().is_err() {
                 break;
             }
         }
-        false
+        None
     }
 
     /// Leaves what has ended to `run`.
@@ -168,14 +212,14 @@ impl Reporter {
         match written {
             Ok(()) if self.is_on_disk() => Reported::Left,
             Ok(()) => Reported::Lost("the outbox is in memory alone".to_owned()),
-            Err(error) => Reported::Lost(chain(&error)),
+            Err(error) => Reported::of(&error),
         }
     }
 
     /// Posts what this process has claimed, and leaves to `run` what the master has not accepted in time, or must not hear
     /// before something newer.
     pub(super) fn post(&self, deltas: &[Kept], patience: &mut Patience<'_>) -> Reported {
-        let (overtaken, free): (Vec<_>, Vec<_>) = deltas.iter().cloned().partition(|kept| self.is_overtaken(kept));
+        let (overtaken, free) = self.overtaken_and_free(deltas);
         let mut left = free.as_slice();
         let failed = loop {
             let (body, later) = left.split_at(left.len().min(limits::DELTAS_PER_BODY));
@@ -186,12 +230,12 @@ impl Reporter {
                 break Some(why);
             }
             // What the file does not take now it takes in the end, or that is an error there.
-            let _ = self.outbox.settle(body, &Settled::Delivered, outbox::deadline());
+            let _ = self.outbox.change(Change::Settled(ids(body), Settled::Delivered), false);
             left = later;
         };
         let left = [left, &overtaken].concat();
         // The same.
-        let _ = if left.is_empty() { Ok(()) } else { self.outbox.release(&left) };
+        let _ = if left.is_empty() { Ok(()) } else { self.outbox.change(Change::Released(ids(&left)), false) };
         if let Err(error) = self.write_down(patience) {
             log::error!(
                 "the outbox does not know what has been delivered, run may send a delta again: {} error={:?}",
@@ -206,11 +250,17 @@ impl Reporter {
         if self.is_on_disk() { Reported::Kept(why) } else { Reported::Lost(why) }
     }
 
-    /// Where the outbox cannot say, the delta may not be in there either, and to post it is all that can be done for it.
-    fn is_overtaken(&self, kept: &Kept) -> bool {
-        self.outbox.is_overtaken(kept).unwrap_or_else(|error| {
-            log::debug!("the outbox cannot be asked for newer operations: error={:?}", chain(&error));
-            false
+    /// Where the outbox cannot say, the delta may not be in there either, and to post it is all that can be done for it. A disk
+    /// that has not answered once is not asked about the others.
+    fn overtaken_and_free(&self, deltas: &[Kept]) -> (Vec<Kept>, Vec<Kept>) {
+        let mut answers = true;
+        deltas.iter().cloned().partition(|kept| {
+            answers
+                && self.outbox.is_overtaken(kept).unwrap_or_else(|error| {
+                    log::debug!("the outbox cannot be asked for newer operations: error={:?}", chain(&error));
+                    answers = false;
+                    false
+                })
         })
     }
 
@@ -219,7 +269,7 @@ impl Reporter {
     fn write_down(&self, patience: &mut Patience<'_>) -> Result<(), Error> {
         loop {
             // All that was not written yet is written with any change.
-            let Err(error) = self.outbox.release(&[]) else { return Ok(()) };
+            let Err(error) = self.outbox.change(Change::Released(Vec::new()), false) else { return Ok(()) };
             if patience.has_ended() || patience.left().is_zero() || patience.pause().is_err() {
                 return Err(error);
             }
@@ -314,11 +364,12 @@ impl Post {
         let agent_dir = self.enrolment.agent_dir().value();
         // Without it the master may order the topology to be built again.
         let topology = DecnetStatus::new(agent_dir).applied_topology().ok_or("topology.db cannot be read")?;
-        let link = Link::new(self.enrolment.clone(), self.identity).map_err(|error| chain(&error))?;
+        let access = Access::load(self.enrolment.clone(), self.identity).map_err(|error| chain(&error))?;
+        let link = Link::new(access);
         let lifecycle: Vec<_> = self.deltas.iter().collect();
         let nothing = Snapshot::unknown("a delta alone");
         let body = Body {
-            host_uuid: link.enrolment().host_uuid().value(),
+            host_uuid: link.host(),
             agent_version: env!("CARGO_PKG_VERSION"),
             status: nothing.raw_status(),
             topology: Some(body::Topology::from(&topology)),
@@ -341,6 +392,10 @@ impl Post {
             _ => Err(format!("{} answered {class}: {detail}", link.master().url())),
         }
     }
+}
+
+fn ids(deltas: &[Kept]) -> Vec<i64> {
+    deltas.iter().map(|kept| kept.id).collect()
 }
 
 fn names(enrolment: &Enrolment) -> String {

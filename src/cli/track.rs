@@ -119,13 +119,17 @@ impl Tracked<'_> {
                 let ended = ids.into_iter().zip(deltas).map(|(id, delta)| Kept { id, delta }).collect();
                 end_begun(&reporter, ended, telling, &mut patience)
             }
-            None => end_unbegun(&mut reporter, &self.location, deltas, telling, &mut patience),
+            None => end_unbegun(&mut reporter, &self.location, &deltas, telling, &mut patience),
         };
         match reported {
             Reported::Delivered | Reported::Left => (),
             Reported::Kept(why) => {
                 let (names, outbox) = (reporter.names(), reporter.place());
                 log::warn!("kept for decnet-heartbeat run, not delivered: {names} outbox={outbox} error={why:?}");
+            }
+            Reported::InDoubt(why) => {
+                log::error!("it is in doubt whether the report is kept: {} error={why:?}", reporter.names());
+                reporter.await_disk(&mut patience);
             }
             Reported::Lost(why) => log::error!("neither delivered nor kept: {} error={why:?}", reporter.names()),
         }
@@ -147,26 +151,15 @@ fn end_begun(reporter: &Reporter, ended: Vec<Kept>, telling: &Telling, patience:
 fn end_unbegun(
     reporter: &mut Reporter,
     location: &OutboxLocation,
-    deltas: Vec<LifecycleDelta>,
+    deltas: &[LifecycleDelta],
     telling: &Telling,
     patience: &mut Patience<'_>,
 ) -> Reported {
-    let reported = if telling.no_wait {
-        reporter.keep(&deltas)
-    } else {
-        match reporter.claim(deltas.clone()) {
-            Ok(claimed) => reporter.post(&claimed, patience),
-            Err(error) => Reported::Lost(chain(&error)),
-        }
-    };
-    match reported {
-        Reported::Lost(why) if reporter.insist(location, &deltas, patience) => {
-            if telling.no_wait {
-                Reported::Left
-            } else {
-                Reported::Kept(why)
-            }
-        }
-        reported => reported,
+    let reported = reporter.report(deltas, telling, patience);
+    let Reported::Lost(why) = reported else { return reported };
+    match reporter.insist(location, deltas, patience) {
+        None => Reported::Lost(why),
+        Some(Reported::Left) if !telling.no_wait => Reported::Kept(why),
+        Some(reported) => reported,
     }
 }

@@ -12,7 +12,7 @@ use super::scratch;
 use crate::body::Body;
 use crate::delta::{LifecycleDelta, Operation};
 use crate::limits;
-use crate::outbox::schema::{LAST_ID, LAST_ID_AT_MOST};
+use crate::outbox::schema::{LAST_ID_AT_MOST, last_id};
 use crate::outbox::{Kept, Outbox, OutboxLocation, Role, Settled, deadline};
 use crate::status::Snapshot;
 
@@ -36,22 +36,22 @@ pub fn outbox_rows(input: &[u8]) {
     let [waiting, too_old] = fill(&path, &mut input);
     let used_up = waiting.is_empty();
 
-    let outbox = open(&path);
+    let mut outbox = open(&path);
     outbox.keep(&[good("new")]).unwrap();
-    let kept = deliverable(&outbox);
+    let kept = deliverable(&mut outbox);
     assert_eq!(kept.len(), waiting.len() + 1);
     assert!(ids(&kept).is_superset(&waiting));
     let (settled, left): (Vec<_>, Vec<_>) = kept.into_iter().partition(|kept| settling >> (kept.id & 7) & 1 == 1);
-    settle(&outbox, &settled);
-    assert_eq!(deliverable(&outbox), left);
+    settle(&mut outbox, &settled);
+    assert_eq!(deliverable(&mut outbox), left);
     outbox.pass(limits::OUTBOX_AGING).unwrap();
     outbox.tend().unwrap();
     outbox.keep(&[good("last")]).unwrap();
-    let last = deliverable(&outbox);
+    let last = deliverable(&mut outbox);
     assert_eq!(ids(&last[1..]), &ids(&left) - &too_old);
     drop(outbox);
 
-    assert_eq!(deliverable(&open(&path)), last);
+    assert_eq!(deliverable(&mut open(&path)), last);
     assert_eq!(asides(&path).len(), usize::from(used_up));
 }
 
@@ -66,19 +66,19 @@ pub fn outbox_file(input: &[u8]) {
     }
     let path = fresh("file");
     fs::write(&path, input).unwrap();
-    let outbox = open(&path);
+    let mut outbox = open(&path);
     outbox.keep(&[good("new")]).unwrap();
-    let kept = deliverable(&outbox);
+    let kept = deliverable(&mut outbox);
     assert_eq!(kept[0].delta.decky(), "good-new");
-    settle(&outbox, &kept[1..]);
+    settle(&mut outbox, &kept[1..]);
     outbox.pass(limits::OUTBOX_AGING).unwrap();
     outbox.tend().unwrap();
     outbox.keep(&[good("last")]).unwrap();
-    let last = deliverable(&outbox);
+    let last = deliverable(&mut outbox);
     assert_eq!(last.iter().map(|kept| kept.delta.decky()).collect::<Vec<_>>(), ["good-last", "good-new"]);
     drop(outbox);
 
-    assert_eq!(deliverable(&open(&path)), last);
+    assert_eq!(deliverable(&mut open(&path)), last);
     let asides = asides(&path);
     assert!(asides.len() <= 1);
     let content = |file: &[u8]| file.get(HEADER..).map(<[u8]>::to_vec);
@@ -117,8 +117,7 @@ fn fill(path: &Path, input: &mut Input<'_>) -> [BTreeSet<i64>; 2] {
         let row: [_; 8] = std::array::from_fn(|_| ToSqlOutput::Borrowed(input.value()));
         let _ = insert.execute(params_from_iter(row));
     }
-    let last: i64 = file.query_row(&format!("SELECT {LAST_ID}"), [], |row| row.get(0)).unwrap();
-    if last > LAST_ID_AT_MOST {
+    if last_id(&file).unwrap() > LAST_ID_AT_MOST {
         return Default::default();
     }
     let most = limits::OUTBOX_AGE.as_secs() - limits::OUTBOX_AGING.as_secs();
@@ -132,7 +131,7 @@ fn fill(path: &Path, input: &mut Input<'_>) -> [BTreeSet<i64>; 2] {
 /// As `run` does; where the folder can be written, the outbox is in a file.
 fn open(path: &Path) -> Outbox {
     let location = OutboxLocation::File(path.to_owned());
-    let (outbox, problem) = Outbox::open(&location, Path::new("/"), Role::Deliver).unwrap();
+    let (outbox, problem) = Outbox::open_at(&location, Path::new("/"), Role::Deliver).unwrap();
     assert!(problem.is_none(), "{problem:?}");
     assert_eq!(outbox.path(), Some(path));
     outbox
@@ -143,7 +142,7 @@ fn good(decky: &str) -> LifecycleDelta {
 }
 
 /// What waits, newest first, as a beat can say it.
-fn deliverable(outbox: &Outbox) -> Vec<Kept> {
+fn deliverable(outbox: &mut Outbox) -> Vec<Kept> {
     let kept = outbox.deliverable(limits::OUTBOX_ROWS, deadline()).unwrap();
     assert!(kept.windows(2).all(|pair| pair[0].id > pair[1].id));
     assert_eq!(outbox.books().counts.waiting, kept.len() as u64);
@@ -159,7 +158,7 @@ fn ids(kept: &[Kept]) -> BTreeSet<i64> {
 }
 
 /// The master takes those with even ids, and never will the others.
-fn settle(outbox: &Outbox, kept: &[Kept]) {
+fn settle(outbox: &mut Outbox, kept: &[Kept]) {
     let (delivered, rejected): (Vec<_>, Vec<_>) = kept.iter().cloned().partition(|kept| kept.id & 1 == 0);
     outbox.settle(&delivered, &Settled::Delivered, deadline()).unwrap();
     outbox.settle(&rejected, &Settled::Rejected("no".to_owned()), deadline()).unwrap();

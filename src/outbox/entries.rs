@@ -1,361 +1,291 @@
-//! What is read from the outbox and what is changed in it, in SQL. Runs on the thread that has the outbox' connection,
-//! inside a transaction.
+//! What is read of the outbox' rows and changed in them, in plain SQL on one table, the file's or that of its copy in
+//! memory (see [`super::store`]). Runs on the outbox thread, inside a transaction.
 //!
-//! Everything is read from the view `current`, and changed in the table `unwritten` over it (see [`super::schema`]); how
-//! and when that reaches the file is [`super::store`]'s matter. Only what is new may go into the file at once.
+//! How many rows there are of each kind is counted along, so a change costs the same however much waits.
 
-use std::collections::BTreeSet;
+use std::mem;
+use std::ops::RangeInclusive;
 use std::time::SystemTime;
 
 use rusqlite::types::{ToSqlOutput, Type, ValueRef};
-use rusqlite::{CachedStatement, Connection, OptionalExtension, Row, params, params_from_iter};
+use rusqlite::{Connection, Params, Row, params};
 
-use super::schema::LAST_ID;
-use super::{Counts, Kept, Settled};
-use crate::delta::{LifecycleDelta, Operation, Outcome, from_micros, micros};
+use super::schema::{last_id, value};
+use crate::delta::{LifecycleDelta, Outcome, from_micros, micros};
+use crate::kept::{Add, Change, Counts, Kept, Poster, Settled};
 use crate::limits;
 
-/// Rows were added: the first one's id (the others follow it), and how many deltas fell out to make room.
+/// New rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Added {
+    /// The id of the first; the others follow it.
     pub(super) first: i64,
+    /// Deltas that fell out for them.
     pub(super) dropped: u64,
 }
 
-/// Where new rows go.
-#[derive(Clone, Copy, Debug)]
-pub(super) enum Place {
-    /// Into the file, without the way through memory: there may be many, and there is nothing that they change.
-    File,
-    /// Into memory, since the file refused them.
-    Memory,
+/// How many rows there are of each kind.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Tally {
+    rows: i64,
+    waiting: i64,
+    operations: i64,
+    rejected: i64,
+    /// Rows that a process is at work on. They never fall out.
+    owned: i64,
 }
 
-/// Adds deltas, the last one the newest. With an owner, that one posts them. `None`: there is no room, as operations in
-/// flight fill it, or as they are more than it holds.
-pub(super) fn add(
-    db: &Connection,
-    place: Place,
-    deltas: &[LifecycleDelta],
-    owner: Option<&str>,
-) -> rusqlite::Result<Option<Added>> {
-    let Some(dropped) = make_room(db, deltas.len(), if owner.is_none() { deltas.len() } else { 0 })? else {
-        return Ok(None);
-    };
-    let (first, mut put) = (next_id(db)?, Put::new(db, place)?);
-    for (id, delta) in (first..).zip(deltas) {
-        put.row(id, (delta.decky(), delta.operation()), Some(delta), owner)?;
+pub(super) const EVERY_ID: RangeInclusive<i64> = i64::MIN..=i64::MAX;
+
+impl Tally {
+    pub(super) fn of(db: &Connection, ids: &RangeInclusive<i64>) -> rusqlite::Result<Self> {
+        let mut select = db.prepare_cached(
+            "SELECT count(*), count(*) FILTER (WHERE completed_at IS NOT NULL AND rejected IS NULL),
+                    count(*) FILTER (WHERE completed_at IS NULL), count(rejected), count(owner)
+             FROM delta WHERE id BETWEEN ?1 AND ?2",
+        )?;
+        select.query_row([ids.start(), ids.end()], |row| {
+            let (rows, waiting, operations) = (row.get(0)?, row.get(1)?, row.get(2)?);
+            Ok(Self { rows, waiting, operations, rejected: row.get(3)?, owned: row.get(4)? })
+        })
     }
-    Ok(Some(Added { first, dropped }))
-}
 
-/// Adds an operation in flight, a row for each decky. `None`: as of [`add`].
-pub(super) fn begin(
-    db: &Connection,
-    place: Place,
-    operation: Operation,
-    deckies: &[String],
-    owner: Option<&str>,
-) -> rusqlite::Result<Option<Added>> {
-    let Some(dropped) = make_room(db, deckies.len(), 0)? else { return Ok(None) };
-    let (first, mut put) = (next_id(db)?, Put::new(db, place)?);
-    for (id, decky) in (first..).zip(deckies) {
-        put.row(id, (decky, operation), None, owner)?;
+    /// These numbers in place of what was counted before, and what follows from them for the others.
+    pub(super) fn update(self, counts: Counts) -> Counts {
+        let [waiting, operations, rejected] =
+            [self.waiting, self.operations, self.rejected].map(|number| number.max(0).unsigned_abs());
+        let held = if self.may_hold() { counts.held.min(waiting) } else { 0 };
+        Counts { waiting, held, operations, rejected, oldest: counts.oldest.filter(|_| waiting > 0) }
     }
-    Ok(Some(Added { first, dropped }))
+
+    /// Whether a row may be held back: only what somebody is at work on does that.
+    pub(super) fn may_hold(self) -> bool {
+        self.owned > 0
+    }
+
+    fn add(&mut self, of: Self, times: i64) {
+        self.rows += times * of.rows;
+        self.waiting += times * of.waiting;
+        self.operations += times * of.operations;
+        self.rejected += times * of.rejected;
+        self.owned += times * of.owned;
+    }
 }
 
-/// A change that must not be lost and cannot be refused: where the file is not to be had, it is remembered.
-#[derive(Clone, Debug)]
-pub(super) enum Change {
-    /// The master has answered for good.
-    Settled(Vec<i64>, Settled),
-    /// Operations that were in flight have ended. With an owner, that one posts the deltas.
-    Ended(Vec<Kept>, Option<String>),
-    /// Their owner leaves these to whoever delivers.
-    #[cfg(feature = "cli")]
-    Released(Vec<i64>),
+/// The rows, inside a transaction.
+pub(super) struct Rows<'a> {
+    pub(super) db: &'a Connection,
+    pub(super) tally: Tally,
+    /// How rows name this process as their owner.
+    pub(super) us: &'a str,
+    /// The last id that was given in this transaction.
+    pub(super) last: Option<i64>,
 }
 
-impl Change {
-    pub(super) fn apply(&self, db: &Connection) -> rusqlite::Result<()> {
-        forget_room(db)?;
-        match self {
-            Self::Settled(ids, Settled::Delivered) => {
-                let mut delivered = db.prepare_cached("INSERT OR REPLACE INTO unwritten (id, gone) VALUES (?1, 1)")?;
-                ids.iter().try_for_each(|id| delivered.execute([id]).map(drop))
-            }
-            Self::Settled(ids, Settled::Rejected(reason)) => {
-                let mut rejected = db.prepare_cached(
-                    "INSERT OR REPLACE INTO unwritten
-                     SELECT id, decky, operation, error, completed_at, ?2, NULL, age, 0 FROM current WHERE id = ?1",
-                )?;
-                ids.iter().try_for_each(|id| rejected.execute(params![id, reason]).map(drop))
+/// A row that is new, or in place of an operation's that was in flight: its file may be another one than that in which
+/// it was begun.
+const PUT: &str = "INSERT INTO delta (id, decky, operation, error, completed_at, owner) VALUES (?1, ?2, ?3, ?4, ?5, ?6)
+    ON CONFLICT (id) DO UPDATE SET error = excluded.error, completed_at = excluded.completed_at,
+    owner = excluded.owner, rejected = NULL, age = 0";
+
+/// Remembers what is about to go, for people.
+const REMEMBER: &str = "INSERT INTO delivered (id, decky, operation, error, completed_at, delivered_at)
+    SELECT id, decky, operation, error, completed_at, ?2 FROM delta WHERE id = ?1";
+
+/// All but the last ones.
+const FORGET: &str = "DELETE FROM delivered WHERE number <= (SELECT max(number) FROM delivered) - ?1";
+
+const REMOVE: &str = "DELETE FROM delta WHERE id = ?1";
+const REJECT: &str = "UPDATE delta SET rejected = ?2, owner = NULL WHERE id = ?1";
+#[cfg(feature = "cli")]
+const RELEASE: &str = "UPDATE delta SET owner = NULL WHERE id = ?1";
+
+impl Rows<'_> {
+    /// Adds rows. The oldest fall out for them; `None`: there is no room, as all that is in there is somebody's.
+    pub(super) fn add(&mut self, add: &Add) -> rusqlite::Result<Option<Added>> {
+        let Some(dropped) = self.make_room(add.rows() as i64)? else { return Ok(None) };
+        let (rows, owner) = (add.rows() as i64, add.is_owned().then_some(self.us));
+        // Above every id that was ever given.
+        let first = 1 + self.last.map_or_else(|| last_id(self.db), Ok)?;
+        self.last = Some(first + rows - 1);
+        match add {
+            Add::Deltas(deltas, _) => (first..).zip(deltas).try_for_each(|(id, delta)| put(self.db, id, delta, owner)),
+            Add::Operation(operation, deckies) => (first..).zip(deckies).try_for_each(|(id, decky)| {
+                let row = params![id, decky, operation.as_str(), None::<&str>, None::<i64>, owner];
+                self.db.prepare_cached(PUT)?.execute(row).map(drop)
+            }),
+        }?;
+        let (waiting, operations) = if matches!(add, Add::Deltas(..)) { (rows, 0) } else { (0, rows) };
+        let owned = owner.map_or(0, |_| rows);
+        self.tally.add(Tally { rows, waiting, operations, rejected: 0, owned }, 1);
+        Ok(Some(Added { first, dropped }))
+    }
+
+    /// Makes one of the changes that must not be lost.
+    pub(super) fn apply(&mut self, change: &Change) -> rusqlite::Result<()> {
+        match change {
+            Change::Settled(ids, Settled::Delivered) => ids.iter().try_for_each(|id| self.deliver(*id)),
+            Change::Settled(ids, Settled::Rejected(reason)) => {
+                ids.iter().try_for_each(|id| self.change(*id, REJECT, params![id, reason]))
             }
             #[cfg(feature = "cli")]
-            Self::Released(ids) => {
-                let mut released = db.prepare_cached(
-                    "INSERT OR REPLACE INTO unwritten
-                     SELECT id, decky, operation, error, completed_at, rejected, NULL, age, 0 FROM current
-                     WHERE id = ?1",
-                )?;
-                ids.iter().try_for_each(|id| released.execute([id]).map(drop))
+            Change::Released(ids) => ids.iter().try_for_each(|id| self.change(*id, RELEASE, [id])),
+            Change::Ended(ended, poster) => {
+                let owner = (*poster == Poster::Us).then_some(self.us);
+                let mut end = |Kept { id, delta }: &Kept| self.count_along(*id..=*id, |db| put(db, *id, delta, owner));
+                ended.iter().try_for_each(&mut end)
             }
-            Self::Ended(ended, owner) => {
-                let mut put = Put::new(db, Place::Memory)?;
-                ended.iter().try_for_each(|Kept { id, delta }| {
-                    put.row(*id, (delta.decky(), delta.operation()), Some(delta), owner.as_deref())
-                })
-            }
+            Change::Withdrawn(ids) => ids.clone().try_for_each(|id| self.remove(id)),
         }
     }
+
+    fn deliver(&mut self, id: i64) -> rusqlite::Result<()> {
+        if self.db.prepare_cached(REMEMBER)?.execute(params![id, micros(SystemTime::now())])? > 0 {
+            self.db.prepare_cached(FORGET)?.execute([limits::OUTBOX_DELIVERED as i64])?;
+        }
+        self.remove(id)
+    }
+
+    pub(super) fn remove(&mut self, id: i64) -> rusqlite::Result<()> {
+        self.change(id, REMOVE, [id])
+    }
+
+    /// Changes the row of this id, if it is there.
+    fn change(&mut self, id: i64, sql: &str, params: impl Params) -> rusqlite::Result<()> {
+        self.count_along(id..=id, |db| db.prepare_cached(sql)?.execute(params).map(drop))
+    }
+
+    /// Changes rows of these ids and no others.
+    fn count_along(
+        &mut self,
+        ids: RangeInclusive<i64>,
+        change: impl FnOnce(&Connection) -> rusqlite::Result<()>,
+    ) -> rusqlite::Result<()> {
+        self.tally.add(Tally::of(self.db, &ids)?, -1);
+        change(self.db)?;
+        self.tally.add(Tally::of(self.db, &ids)?, 1);
+        Ok(())
+    }
+
+    /// Takes over what a dead process was at work on: what it had in flight has failed, for `reason` and the operation's
+    /// name, and what it was to post itself waits. How many operations that were.
+    pub(super) fn recover(&mut self, owner: &[u8], reason: &str) -> rusqlite::Result<usize> {
+        // As it is, text that is not UTF-8 too.
+        let owner = ToSqlOutput::Borrowed(ValueRef::Text(owner));
+        let failed = self.db.execute(
+            "UPDATE delta SET error = ?2 || operation, completed_at = ?3 WHERE owner = ?1 AND completed_at IS NULL",
+            params![owner, reason, micros(SystemTime::now())],
+        )?;
+        self.db.execute("UPDATE delta SET owner = NULL WHERE owner = ?1", [&owner])?;
+        self.tally = Tally::of(self.db, &EVERY_ID)?;
+        Ok(failed)
+    }
+
+    /// Ages what waits by so many seconds, and lets go of what is too old. An age beyond the bound, or below zero, is
+    /// damage. How many deltas fell out.
+    pub(super) fn grow_older(&mut self, seconds: u64) -> rusqlite::Result<u64> {
+        let most = limits::OUTBOX_AGE.as_secs() as i64;
+        let older = "UPDATE delta SET age = max(0, min(age, ?2)) + ?1 WHERE owner IS NULL";
+        self.db.execute(older, [seconds as i64, most])?;
+        self.db.execute("DELETE FROM delta WHERE owner IS NULL AND age > ?1", [most])?;
+        let before = mem::replace(&mut self.tally, Tally::of(self.db, &EVERY_ID)?);
+        Ok((before.waiting - self.tally.waiting).unsigned_abs())
+    }
+
+    /// Makes room for so many rows. Those that the master has refused fall out first, then the oldest; of both only what
+    /// nobody is at work on. How many deltas fell out; `None`: that is not enough.
+    fn make_room(&mut self, more: i64) -> rusqlite::Result<Option<u64>> {
+        let excess = (self.tally.rows + more - limits::OUTBOX_ROWS as i64).max(0);
+        if excess > self.tally.rows - self.tally.owned {
+            return Ok(None);
+        }
+        let of_rejected = self.drop_oldest("rejected IS NOT NULL", excess.min(self.tally.rejected))?;
+        let dropped = self.drop_oldest("rejected IS NULL", excess - of_rejected)?;
+        let gone = Tally { rows: of_rejected + dropped, rejected: of_rejected, waiting: dropped, ..Tally::default() };
+        self.tally.add(gone, -1);
+        Ok(Some(dropped.unsigned_abs()))
+    }
+
+    /// Of the rows that nobody is at work on. How many there were.
+    fn drop_oldest(&self, which: &str, most: i64) -> rusqlite::Result<i64> {
+        if most == 0 {
+            return Ok(0);
+        }
+        let oldest = format!("SELECT id FROM delta WHERE owner IS NULL AND {which} ORDER BY id LIMIT ?1");
+        let sql = format!("DELETE FROM delta WHERE id IN ({oldest})");
+        self.db.prepare_cached(&sql)?.execute([most]).map(|count| count as i64)
+    }
 }
+
+fn put(db: &Connection, id: i64, delta: &LifecycleDelta, owner: Option<&str>) -> rusqlite::Result<()> {
+    let error = match delta.outcome() {
+        Outcome::Succeeded => None,
+        Outcome::Failed(error) => Some(error),
+    };
+    let row = params![id, delta.decky(), delta.operation().as_str(), error, micros(delta.when()), owner];
+    db.prepare_cached(PUT)?.execute(row).map(drop)
+}
+
+/// In SQL, whether a row may go out now.
+const IS_DELIVERABLE: &str = "completed_at IS NOT NULL AND rejected IS NULL AND owner IS NULL AND NOT EXISTS (
+    SELECT 1 FROM delta AS newer WHERE newer.owner IS NOT NULL AND newer.decky = delta.decky
+    AND newer.operation = delta.operation AND newer.id > delta.id)";
 
 /// The deltas that may go out, **newest first**: the master gives each delta to the newest open row of its decky and
 /// operation, so this order lands two of one decky on their own rows. One is held back while somebody is at work on a
 /// newer row of its decky and operation: the master would give it that one's.
-pub(super) fn deliverable(
-    db: &Connection,
-    most: usize,
-    wanted: Option<&dyn Fn(&Kept) -> bool>,
-) -> rusqlite::Result<Vec<Kept>> {
-    let mut select = db.prepare_cached(
-        "WITH newest AS (SELECT decky, operation, max(id) AS id FROM current WHERE owner IS NOT NULL
-                         GROUP BY decky, operation)
-         SELECT d.id, d.decky, d.operation, d.error, d.completed_at
-         FROM current AS d LEFT JOIN newest ON newest.decky = d.decky AND newest.operation = d.operation
-         WHERE d.completed_at IS NOT NULL AND d.rejected IS NULL AND d.owner IS NULL
-               AND (newest.id IS NULL OR d.id > newest.id)
-         ORDER BY d.id DESC LIMIT ?1",
-    )?;
-    // What is wanted is decided here, so all of them are read until there are enough.
-    let limit = if wanted.is_some() { -1 } else { most as i64 };
-    let is_wanted = |kept: &rusqlite::Result<Kept>| match (kept, wanted) {
-        (Ok(kept), Some(wanted)) => wanted(kept),
-        _ => true,
-    };
-    select.query_map([limit], kept)?.filter(is_wanted).take(most).collect()
+pub(super) fn deliverable(db: &Connection, most: usize, wanted: impl Fn(&Kept) -> bool) -> rusqlite::Result<Vec<Kept>> {
+    let mut select = db.prepare_cached(&format!(
+        "SELECT id, decky, operation, error, completed_at FROM delta WHERE {IS_DELIVERABLE} ORDER BY id DESC"
+    ))?;
+    // What is wanted is decided here, so they are read until there are enough.
+    let is_wanted = |kept: &rusqlite::Result<Kept>| kept.as_ref().map_or(true, &wanted);
+    select.query_map([], kept)?.filter(is_wanted).take(most).collect()
 }
 
-/// Whether a row waits for delivery, held back or not.
+/// Whether a delta waits for delivery, held back or not.
 pub(super) fn waits(db: &Connection, id: i64) -> rusqlite::Result<bool> {
-    let mut select = db.prepare_cached("SELECT EXISTS (SELECT 1 FROM current WHERE id = ?1 AND rejected IS NULL)")?;
-    select.query_row([id], |row| row.get(0))
+    value(db, "SELECT EXISTS (SELECT 1 FROM delta WHERE id = ?1 AND rejected IS NULL)", [id])
+}
+
+/// Whether a delta up to this id may go out.
+pub(super) fn delivers_up_to(db: &Connection, id: i64) -> rusqlite::Result<bool> {
+    value(db, &format!("SELECT EXISTS (SELECT 1 FROM delta WHERE id <= ?1 AND {IS_DELIVERABLE})"), [id])
+}
+
+/// The id of the newest row, 0 if there is none.
+pub(super) fn newest(db: &Connection) -> rusqlite::Result<i64> {
+    value(db, "SELECT ifnull(max(id), 0) FROM delta", [])
 }
 
 /// Whether something newer of its decky and operation is in flight or waits: this one alone would seal the newer row.
 #[cfg(feature = "cli")]
 pub(super) fn is_overtaken(db: &Connection, Kept { id, delta }: &Kept) -> rusqlite::Result<bool> {
-    let mut select = db.prepare_cached(
-        "SELECT EXISTS (SELECT 1 FROM current
-                        WHERE decky = ?1 AND operation = ?2 AND id > ?3 AND rejected IS NULL)",
-    )?;
-    select.query_row(params![delta.decky(), delta.operation().as_str(), id], |row| row.get(0))
+    let newer = "SELECT 1 FROM delta WHERE decky = ?1 AND operation = ?2 AND id > ?3 AND rejected IS NULL";
+    value(db, &format!("SELECT EXISTS ({newer})"), params![delta.decky(), delta.operation().as_str(), id])
 }
 
-/// How many there are.
+/// All numbers, with those that take a look at every row.
 pub(super) fn counts(db: &Connection) -> rusqlite::Result<Counts> {
-    let mut select = db.prepare_cached(
-        "WITH newest AS (SELECT decky, operation, max(id) AS id FROM current WHERE owner IS NOT NULL
-                         GROUP BY decky, operation)
-         SELECT count(*) FILTER (WHERE d.completed_at IS NOT NULL AND d.rejected IS NULL),
-                count(*) FILTER (WHERE d.completed_at IS NOT NULL AND d.rejected IS NULL
-                                 AND (d.owner IS NOT NULL OR d.id < newest.id)),
-                count(*) FILTER (WHERE d.completed_at IS NULL),
-                count(*) FILTER (WHERE d.rejected IS NOT NULL),
-                min(d.completed_at) FILTER (WHERE d.rejected IS NULL AND typeof(d.completed_at) = 'integer')
-         FROM current AS d LEFT JOIN newest ON newest.decky = d.decky AND newest.operation = d.operation",
-    )?;
-    let number = |row: &Row<'_>, column| row.get::<_, i64>(column).map(i64::unsigned_abs);
-    select.query_row([], |row| {
-        let [waiting, held, operations, rejected] = [0, 1, 2, 3].map(|column| number(row, column));
-        let (waiting, held, operations, rejected) = (waiting?, held?, operations?, rejected?);
-        Ok(Counts { waiting, held, operations, rejected, oldest: row.get(4)? })
-    })
+    let tally = Tally::of(db, &EVERY_ID)?;
+    // Text in the place of a time is damage.
+    let mut select = db.prepare_cached(&format!(
+        "SELECT count(*) FILTER (WHERE NOT ({IS_DELIVERABLE})),
+                min(completed_at) FILTER (WHERE typeof(completed_at) = 'integer')
+         FROM delta WHERE completed_at IS NOT NULL AND rejected IS NULL"
+    ))?;
+    let (held, oldest): (i64, _) = select.query_row([], |row| Ok((row.get(0)?, row.get(1)?)))?;
+    Ok(tally.update(Counts { held: held.unsigned_abs(), oldest, ..Counts::default() }))
 }
 
-/// Those at work on a row. Bytes, since a broken row's owner need not be UTF-8, and is to be recovered from all the same.
+/// Who is at work on a row. What stands there may be no text that we have written.
 pub(super) fn owners(db: &Connection) -> rusqlite::Result<Vec<Vec<u8>>> {
-    let mut select = db.prepare_cached("SELECT DISTINCT owner FROM current WHERE owner IS NOT NULL")?;
+    let mut select = db.prepare_cached("SELECT DISTINCT owner FROM delta WHERE owner IS NOT NULL")?;
     select.query_map([], |row| Ok(row.get_ref(0)?.as_bytes()?.to_vec()))?.collect()
 }
 
-/// What a dead owner was at work on: its operations have failed, with `reason` and their name for an error, and what
-/// it would have posted waits for delivery. How many operations.
-pub(super) fn recover(db: &Connection, owner: &[u8], reason: &str) -> rusqlite::Result<u64> {
-    forget_room(db)?;
-    let owner = ToSqlOutput::Borrowed(ValueRef::Text(owner));
-    let in_flight: i64 =
-        db.query_row("SELECT count(*) FROM current WHERE owner = ?1 AND completed_at IS NULL", [&owner], |row| {
-            row.get(0)
-        })?;
-    db.execute(
-        "INSERT OR REPLACE INTO unwritten
-         SELECT id, decky, operation, iif(completed_at IS NULL, ?2 || operation, error),
-                ifnull(completed_at, ?3), rejected, NULL, age, 0
-         FROM current WHERE owner = ?1",
-        params![owner, reason, micros(SystemTime::now())],
-    )?;
-    Ok(in_flight.unsigned_abs())
-}
-
-/// Adds `seconds` to the age of what waits, and lets go of what is too old. How many deltas fell out undelivered.
-///
-/// An age and not a date, since clocks jump: one that starts in 1970 and is put right must not cost a delta. One that no
-/// row can have is brought back into what there is: a sum that is no integer would stop the aging of all.
-pub(super) fn grow_older(db: &Connection, seconds: u64) -> rusqlite::Result<u64> {
-    forget_room(db)?;
-    let aged = params![seconds as i64, limits::OUTBOX_AGE.as_secs() as i64];
-    let dropped: i64 = db.query_row(
-        &format!("SELECT count(*) FROM current WHERE owner IS NULL AND rejected IS NULL AND {OLDER} > ?2"),
-        aged,
-        |row| row.get(0),
-    )?;
-    let older = format!(
-        "INSERT OR REPLACE INTO unwritten
-         SELECT id, decky, operation, error, completed_at, rejected, owner, {OLDER}, {OLDER} > ?2
-         FROM current WHERE owner IS NULL"
-    );
-    db.execute(&older, aged)?;
-    Ok(dropped.unsigned_abs())
-}
-
-/// An age of 0 to the most, and some seconds more.
-const OLDER: &str = "(max(0, min(age, ?2)) + ?1)";
-
-/// Every row that `from` knows, for another store.
-pub(super) fn copy(from: &Connection, table: Copied, to: &Connection) -> rusqlite::Result<()> {
-    forget_room(to)?;
-    let table = match table {
-        Copied::Everything => "current",
-        Copied::Unwritten => "unwritten WHERE NOT gone",
-    };
-    let columns = "id, decky, operation, error, completed_at, rejected, owner, age";
-    let mut select = from.prepare(&format!("SELECT {columns} FROM {table}"))?;
-    let mut insert =
-        to.prepare(&format!("INSERT INTO unwritten ({columns}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)"))?;
-    let mut rows = select.query([])?;
-    while let Some(row) = rows.next()? {
-        // As they are, text that is not UTF-8 too.
-        let values = (0..8).map(|column| row.get_ref(column).map(ToSqlOutput::Borrowed));
-        insert.execute(params_from_iter(values.collect::<rusqlite::Result<Vec<_>>>()?))?;
-    }
-    Ok(())
-}
-
-/// All ids.
-pub(super) fn ids(db: &Connection) -> rusqlite::Result<Vec<i64>> {
-    db.prepare("SELECT id FROM current")?.query_map([], |row| row.get(0))?.collect()
-}
-
-/// Lets go of the rows with these ids, but for what has just been [`copy`]'d.
-pub(super) fn forget(db: &Connection, ids: &BTreeSet<i64>) -> rusqlite::Result<()> {
-    forget_room(db)?;
-    let mut forget = db.prepare("INSERT OR IGNORE INTO unwritten (id, gone) VALUES (?1, 1)")?;
-    ids.iter().try_for_each(|id| forget.execute([id]).map(drop))
-}
-
-/// How much is [`copy`]'d.
-#[derive(Clone, Copy, Debug)]
-pub(super) enum Copied {
-    Everything,
-    /// What the file does not know.
-    Unwritten,
-}
-
-/// How many rows there are; how many of them nobody is at work on, and how many of those the master has rejected.
-#[derive(Clone, Copy, Debug)]
-struct Room {
-    rows: i64,
-    idle: i64,
-    rejected: i64,
-}
-
-/// Lets the oldest rows go so that `more`, of which `idle` are nobody's work, fit: first those that the master has
-/// rejected, which nobody waits for, then deltas, and never what somebody is at work on. How many deltas; `None`, and
-/// nothing is gone, if that is not enough.
-fn make_room(db: &Connection, more: usize, idle: usize) -> rusqlite::Result<Option<u64>> {
-    let room = room(db)?;
-    let excess = (room.rows + more as i64 - limits::OUTBOX_ROWS as i64).max(0);
-    if excess > room.idle {
-        return Ok(None);
-    }
-    let rejected = excess.min(room.rejected);
-    for (count, which) in [(rejected, "rejected IS NOT NULL"), (excess - rejected, "rejected IS NULL")] {
-        if count > 0 {
-            let sql = format!(
-                "INSERT OR REPLACE INTO unwritten (id, gone)
-                 SELECT id, 1 FROM current WHERE owner IS NULL AND {which} ORDER BY id LIMIT ?1"
-            );
-            db.prepare_cached(&sql)?.execute([count])?;
-        }
-    }
-    let sql = "UPDATE room SET rows = rows + ?1, idle = idle + ?2, rejected = rejected - ?3";
-    db.prepare_cached(sql)?.execute([more as i64 - excess, idle as i64 - excess, rejected])?;
-    Ok(Some((excess - rejected).unsigned_abs()))
-}
-
-/// As last counted, unless another connection has changed the file since, or we have in another way than by adding.
-fn room(db: &Connection) -> rusqlite::Result<Room> {
-    let known = |row: &Row<'_>| Ok(Room { rows: row.get(0)?, idle: row.get(1)?, rejected: row.get(2)? });
-    let version: i64 = db.prepare_cached("PRAGMA main.data_version")?.query_row([], |row| row.get(0))?;
-    let mut select = db.prepare_cached("SELECT rows, idle, rejected FROM room WHERE version = ?1")?;
-    if let Some(room) = select.query_row([version], known).optional()? {
-        return Ok(room);
-    }
-    forget_room(db)?;
-    let sql = "INSERT INTO room
-         SELECT ?1, count(*), count(*) FILTER (WHERE owner IS NULL), count(rejected) FROM current";
-    db.execute(sql, [version])?;
-    select.query_row([version], known)
-}
-
-fn forget_room(db: &Connection) -> rusqlite::Result<()> {
-    db.prepare_cached("DELETE FROM room")?.execute([]).map(drop)
-}
-
-fn next_id(db: &Connection) -> rusqlite::Result<i64> {
-    let next = format!("SELECT 1 + max({LAST_ID}, ifnull((SELECT max(id) FROM unwritten), 0))");
-    db.prepare_cached(&next)?.query_row([], |row| row.get(0))
-}
-
-/// Puts rows, one after another.
-struct Put<'a>(CachedStatement<'a>);
-
-impl<'a> Put<'a> {
-    fn new(db: &'a Connection, place: Place) -> rusqlite::Result<Self> {
-        let sql = match place {
-            Place::File => {
-                "INSERT INTO main.delta (id, decky, operation, error, completed_at, owner)
-                 VALUES (?1, ?2, ?3, ?4, ?5, ?6)"
-            }
-            Place::Memory => {
-                "INSERT OR REPLACE INTO unwritten (id, decky, operation, error, completed_at, owner)
-                 VALUES (?1, ?2, ?3, ?4, ?5, ?6)"
-            }
-        };
-        db.prepare_cached(sql).map(Self)
-    }
-
-    /// In flight unless it has `ended`.
-    fn row(
-        &mut self,
-        id: i64,
-        (decky, operation): (&str, Operation),
-        ended: Option<&LifecycleDelta>,
-        owner: Option<&str>,
-    ) -> rusqlite::Result<()> {
-        let error = ended.and_then(|delta| match delta.outcome() {
-            Outcome::Succeeded => None,
-            Outcome::Failed(error) => Some(error),
-        });
-        let completed_at = ended.map(|delta| micros(delta.when()));
-        self.0.execute(params![id, decky, operation.as_str(), error, completed_at, owner]).map(drop)
-    }
-}
-
-/// Text that is not UTF-8 is made so: one broken row must not keep all the others from the master.
 fn kept(row: &Row<'_>) -> rusqlite::Result<Kept> {
+    // Text that is no UTF-8 is damage, and no reason to send nothing.
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     let (decky, error) = (text(row.get_ref(1)?.as_bytes()?), row.get_ref(3)?.as_bytes_or_null()?.map(text));
     let operation = row

@@ -1,40 +1,123 @@
-//! The outbox' file before SQLite has it: made for its owner alone, and moved aside when it is none of ours. Runs on the
-//! thread that opens the outbox.
+//! The outbox' file: made for its owner alone before SQLite has it, opened, and moved aside when it is none of ours. Runs
+//! on the outbox thread.
 
-use std::fs::{self, File, OpenOptions, Permissions, TryLockError};
+use std::fs::{self, OpenOptions, Permissions, TryLockError};
 use std::io;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Instant, SystemTime};
 
+use rusqlite::ffi::SQLITE_IOERR_SHORT_READ;
+use rusqlite::{Connection, ErrorCode, OpenFlags};
+
 use super::lock::{beside, lock_file};
+use super::schema;
 use crate::delta::{from_micros, micros};
+use crate::error::{Error, printable_path};
 use crate::limits;
+use crate::panics::quietly;
+use crate::text::printable;
 
 /// For the owner alone.
 const MODE: u32 = 0o600;
 
+/// What an error of SQLite means for the file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Refusal {
+    /// Another process has it locked. It will come back.
+    Locked,
+    /// It is no database any more.
+    Corrupt,
+    /// A full disk, a read-only file system, a failing one.
+    Unwritable,
+}
+
+impl Refusal {
+    pub(super) fn of(error: &rusqlite::Error) -> Self {
+        match error.sqlite_error_code() {
+            Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => Self::Locked,
+            Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase) => Self::Corrupt,
+            // The file ends before its pages do.
+            _ if error.sqlite_extended_error_code() == Some(SQLITE_IOERR_SHORT_READ) => Self::Corrupt,
+            _ => Self::Unwritable,
+        }
+    }
+}
+
+/// Whether what is in the file is at fault. Of some files that it cannot use, SQLite says no more than that this is an
+/// error: all that is done here does well on every other.
+pub(super) fn is_of_the_content(error: &rusqlite::Error) -> bool {
+    Refusal::of(error) == Refusal::Corrupt || error.sqlite_error_code() == Some(ErrorCode::Unknown)
+}
+
+/// A connection to the outbox at `path`, made where there is none. One that is none of ours, or broken, is moved aside for
+/// a new one if we `may_replace` it.
+pub(super) fn open(path: &Path, may_replace: bool) -> Result<Connection, Error> {
+    let unusable = |problem: &str| Error::outbox(Some(path), problem);
+    let problem = match prepare_and_connect(path)? {
+        Ok(db) => return Ok(db),
+        Err(problem) if may_replace => problem,
+        Err(problem) => return Err(unusable("is no outbox, or broken").because(problem)),
+    };
+    let aside = move_aside(path).map_err(|source| unusable("is broken, and cannot be moved aside").because(source))?;
+    quietly(|| {
+        log::error!(
+            "the outbox was broken or none, it is moved aside and a new one begun: file={} aside={} error={:?}",
+            printable_path(path),
+            printable_path(&aside),
+            printable(&problem)
+        )
+    });
+    prepare_and_connect(path)?.map_err(|problem| unusable("cannot be made anew").because(problem))
+}
+
+/// `Ok(Err(why))`: the file is there and is no outbox.
+fn prepare_and_connect(path: &Path) -> Result<Result<Connection, String>, Error> {
+    // Whoever waits for it hears of a lock before he gives up.
+    let deadline = Instant::now() + limits::OUTBOX_BUSY - limits::OUTBOX_MARGIN;
+    prepare(path, deadline).map_err(|source| Error::outbox(Some(path), "cannot be written").because(source))?;
+    loop {
+        match connect(path, deadline) {
+            Err(error) if is_of_the_content(&error) => return Ok(Err(error.to_string())),
+            // To two that turn a new file to WAL at once SQLite says so without waiting.
+            Err(error) if Refusal::of(&error) == Refusal::Locked && Instant::now() < deadline => {
+                thread::sleep(limits::OUTBOX_PAUSE);
+            }
+            done => return done.map_err(|source| Error::outbox(Some(path), "cannot be opened").because(source)),
+        }
+    }
+}
+
+fn connect(path: &Path, deadline: Instant) -> rusqlite::Result<Result<Connection, String>> {
+    let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX | OpenFlags::SQLITE_OPEN_NOFOLLOW;
+    let mut db = Connection::open_with_flags(path, flags)?;
+    db.busy_timeout(deadline.saturating_duration_since(Instant::now()))?;
+    // Before anything is changed in it.
+    if let Some(problem) = schema::problem(&db)? {
+        return Ok(Err(problem));
+    }
+    schema::configure(&db)?;
+    db.pragma_update(None, "journal_mode", "wal")?;
+    db.pragma_update(None, "synchronous", "full")?;
+    schema::migrate(&mut db)?;
+    Ok(Ok(db))
+}
+
 /// Makes the file unless it is there, with mode 0600 from its first byte: SQLite would make it readable by others, and
 /// gives `-wal` and `-shm` the mode that it finds here. What is there must be a regular file; others' permissions are
 /// taken from it.
-pub(super) fn prepare(path: &Path, deadline: Instant) -> io::Result<()> {
-    let metadata = match fs::symlink_metadata(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            make(path, deadline)?;
-            fs::symlink_metadata(path)?
-        }
-        found => found?,
-    };
-    if !metadata.is_file() {
+fn prepare(path: &Path, deadline: Instant) -> io::Result<()> {
+    if fs::symlink_metadata(path).is_err_and(|error| error.kind() == io::ErrorKind::NotFound) {
+        make(path, deadline)?;
+    }
+    if !fs::symlink_metadata(path)?.is_file() {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file; a symlink is not followed"));
     }
-    for file in [path, &beside(path, "-wal"), &beside(path, "-shm")] {
-        match fs::symlink_metadata(file) {
-            Ok(found) if found.is_file() && found.permissions().mode() & 0o077 != 0 => {
-                fs::set_permissions(file, Permissions::from_mode(MODE))?;
-            }
-            _ => (),
+    for file in ["", "-wal", "-shm"].map(|suffix| beside(path, suffix)) {
+        let found = fs::symlink_metadata(&file);
+        if found.is_ok_and(|found| found.is_file() && found.permissions().mode() & 0o077 != 0) {
+            fs::set_permissions(file, Permissions::from_mode(MODE))?;
         }
     }
     Ok(())
@@ -42,45 +125,32 @@ pub(super) fn prepare(path: &Path, deadline: Instant) -> io::Result<()> {
 
 /// One process at a time: of two, the slower one would remove what the faster one has already written.
 fn make(path: &Path, deadline: Instant) -> io::Result<()> {
-    let _making = lock_making(path, deadline)?;
+    let making = lock_file(&beside(path, "-making"))?;
+    while let Err(error) = making.try_lock() {
+        match error {
+            TryLockError::Error(error) => return Err(error),
+            TryLockError::WouldBlock if Instant::now() < deadline => thread::sleep(limits::OUTBOX_PAUSE),
+            TryLockError::WouldBlock => {
+                return Err(io::Error::new(io::ErrorKind::TimedOut, "another process is making it"));
+            }
+        }
+    }
     if fs::symlink_metadata(path).is_ok() {
         return Ok(());
     }
     // What is beside it belonged to another file, which is gone. SQLite must not take it for this one's.
-    remove(&beside(path, "-wal"))?;
-    remove(&beside(path, "-shm"))?;
+    for suffix in ["-wal", "-shm"] {
+        if_there(fs::remove_file(beside(path, suffix)))?;
+    }
     OpenOptions::new().write(true).create_new(true).mode(MODE).open(path).map(drop)
 }
 
-/// The right to make the file at `path`, until it is dropped.
-fn lock_making(path: &Path, deadline: Instant) -> io::Result<File> {
-    let making = lock_file(&beside(path, "-making"))?;
-    loop {
-        match making.try_lock() {
-            Ok(()) => return Ok(making),
-            Err(TryLockError::WouldBlock) if Instant::now() < deadline => thread::sleep(limits::OUTBOX_PAUSE),
-            Err(TryLockError::WouldBlock) => {
-                return Err(io::Error::new(io::ErrorKind::TimedOut, "another process is making it"));
-            }
-            Err(TryLockError::Error(error)) => return Err(error),
-        }
-    }
-}
-
-/// Where it is.
-pub(crate) fn folder(path: &Path) -> &Path {
-    path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
-}
-
-fn remove(path: &Path) -> io::Result<()> {
-    match fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-        _ => Ok(()),
-    }
+fn if_there(done: io::Result<()>) -> io::Result<()> {
+    done.or_else(|error| if error.kind() == io::ErrorKind::NotFound { Ok(()) } else { Err(error) })
 }
 
 /// Moves what is no outbox out of the way, with what SQLite keeps beside it. Where it is now.
-pub(super) fn move_aside(path: &Path) -> io::Result<PathBuf> {
+fn move_aside(path: &Path) -> io::Result<PathBuf> {
     let now = from_micros(micros(SystemTime::now()));
     let name = format!("-aside-{}", humantime::format_rfc3339_seconds(now).to_string().replace(':', ""));
     let names = std::iter::once(name.clone()).chain((2..).map(|n| format!("{name}-{n}")));
@@ -88,22 +158,9 @@ pub(super) fn move_aside(path: &Path) -> io::Result<PathBuf> {
     let aside = aside.ok_or(io::ErrorKind::AlreadyExists)?;
     // The database last: its log must not be found beside a new one.
     for suffix in ["-shm", "-wal", ""] {
-        match fs::rename(beside(path, suffix), beside(&aside, suffix)) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => (),
-        }
+        if_there(fs::rename(beside(path, suffix), beside(&aside, suffix)))?;
     }
     Ok(aside)
-}
-
-/// Which file a path leads to; `None` inside when to none.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Identity(Option<(u64, u64)>);
-
-impl Identity {
-    pub(super) fn of(path: &Path) -> Self {
-        Self(fs::symlink_metadata(path).ok().map(|metadata| (metadata.dev(), metadata.ino())))
-    }
 }
 
 #[cfg(test)]
@@ -130,7 +187,8 @@ mod tests {
     fn a_file_that_another_process_is_making_is_waited_for_in_time() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("heartbeat.db");
-        let making = lock_making(&path, Instant::now()).unwrap();
+        let making = lock_file(&beside(&path, "-making")).unwrap();
+        making.lock().unwrap();
         let since = Instant::now();
         let error = prepare(&path, since + Duration::from_millis(50)).unwrap_err();
         assert!(since.elapsed() >= Duration::from_millis(50));
@@ -141,11 +199,5 @@ mod tests {
             waiting.join().unwrap().unwrap();
         });
         assert!(path.exists());
-    }
-
-    #[test]
-    fn a_path_of_a_name_alone_is_in_this_folder() {
-        assert_eq!(folder(Path::new("heartbeat.db")), Path::new("."));
-        assert_eq!(folder(Path::new("agent/heartbeat.db")), Path::new("agent"));
     }
 }

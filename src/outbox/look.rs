@@ -4,8 +4,11 @@ use std::fs;
 use std::path::Path;
 use std::time::Instant;
 
-use super::{Counts, deadline, entries, schema, store};
+use super::entries;
+use super::file::is_of_the_content;
+use super::schema;
 use crate::error::Error;
+use crate::kept::Counts;
 use crate::limits;
 use crate::read_only::{Way, beside, owner};
 
@@ -20,20 +23,20 @@ pub(crate) fn look(path: &Path) -> Result<Option<Counts>, Error> {
     if owner(&beside(path, "-wal")).is_some_and(|of_wal| owner(path) != Some(of_wal)) {
         return Err(error("has another owner than the -wal beside it; run it as the owner of both"));
     }
-    let end = deadline();
+    let end = Instant::now() + limits::OUTBOX_BUSY;
     loop {
         let way = Way::to(path);
         let looked = counts(path, way);
-        match looked {
-            // A process that has just opened or closed it has made or removed what is beside it.
-            _ if Way::to(path) != way && Instant::now() < end => (),
-            Ok(Ok(counts)) => return Ok(counts),
-            Ok(Err(damage)) => return Err(error("is no outbox, or broken").because(damage)),
-            Err(source) if store::is_of_the_content(&source) => {
-                return Err(error("is no outbox, or broken").because(source));
-            }
-            Err(source) => return Err(error("cannot be read").because(source)),
+        // A process that has just opened or closed it has made or removed what is beside it.
+        if Way::to(path) != way && Instant::now() < end {
+            continue;
         }
+        let broken = "is no outbox, or broken";
+        return match looked {
+            Ok(counts) => counts.map_err(|damage| error(broken).because(damage)),
+            Err(source) if is_of_the_content(&source) => Err(error(broken).because(source)),
+            Err(source) => Err(error("cannot be read").because(source)),
+        };
     }
 }
 
@@ -41,19 +44,12 @@ pub(crate) fn look(path: &Path) -> Result<Option<Counts>, Error> {
 fn counts(path: &Path, way: Way) -> rusqlite::Result<Result<Option<Counts>, String>> {
     let database = way.open(path, limits::OUTBOX_BUSY)?;
     if let Some(problem) = schema::problem(&database)? {
-        return Ok(Err(problem.to_owned()));
-    }
-    let damage: String = database.query_row("PRAGMA quick_check(1)", [], |row| row.get(0))?;
-    if damage != "ok" {
-        return Ok(Err(damage));
+        return Ok(Err(problem));
     }
     match schema::version(&database)? {
         // Made, and nothing written yet.
         Some(0) => Ok(Ok(Some(Counts::default()))),
-        Some(schema::VERSION) => {
-            schema::overlay(&database)?;
-            Ok(Ok(Some(entries::counts(&database)?)))
-        }
+        Some(schema::VERSION) => Ok(Ok(Some(entries::counts(&database)?))),
         _ => Ok(Ok(None)),
     }
 }

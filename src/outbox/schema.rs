@@ -1,6 +1,6 @@
 //! What `heartbeat.db` looks like inside, and how an older one becomes a newer one. Runs on the thread that opens it.
 //!
-//! There is one table, of deltas and of the operations that will become deltas:
+//! `delta` has deltas, and the operations that will become deltas:
 //!
 //! | column | |
 //! | --- | --- |
@@ -10,46 +10,48 @@
 //! | `completed_at` | when it ended, in microseconds since 1970; null while the operation is in flight |
 //! | `rejected` | why the master will never take it; null unless it said so |
 //! | `owner` | the process at work on the row: it runs the operation, or posts the delta itself; null: it waits |
-//! | `age` | seconds of delivery that it has waited through, see [`super::entries::grow_older`] |
+//! | `age` | seconds of delivery that it has waited through, see [`super::entries::Rows::grow_older`] |
 //!
-//! Beside it, in memory and for each connection, is `temp.unwritten`: rows as they are by now, which the file does not
-//! know yet, and `gone` where there is none any more. The view `current` is both together, and all that is ever read.
-//! `temp.room` remembers how many rows that are, so that a push need not count them.
+//! `delivered` has the last deltas that the master accepted, for people, and when that was. The index `delta_owned` is of the
+//! rows that somebody is at work on: they hold older ones back.
 
 use std::time::SystemTime;
 
 use rusqlite::config::DbConfig;
-use rusqlite::{Connection, TransactionBehavior};
+use rusqlite::types::FromSql;
+use rusqlite::{Connection, Params, TransactionBehavior};
 
 use crate::delta::micros;
 
 /// The schema's version. A migration adds a step to [`migrate`] and raises it.
-pub(super) const VERSION: i64 = 2;
+pub(super) const VERSION: i64 = 3;
 
 /// "DNHB": tells our files from any other SQLite file. Version 1 did not have it.
 const APPLICATION: i64 = 0x444e_4842;
 
 /// Why this cannot be used as an outbox; `None`: it is one, or nothing yet.
-pub(super) fn problem(db: &Connection) -> rusqlite::Result<Option<&'static str>> {
+pub(super) fn problem(db: &Connection) -> rusqlite::Result<Option<String>> {
     // All of it as of one moment: another process may just be making it.
-    let transaction = db.unchecked_transaction()?;
-    let problem = match version(&transaction)? {
-        None => Some("it is another program's, or a later version's"),
-        Some(0) => None,
-        Some(_) => {
-            let used_up = format!("SELECT {LAST_ID} > ?1");
-            let used_up: bool = transaction.query_row(&used_up, [LAST_ID_AT_MOST], |row| row.get(0))?;
-            used_up.then_some("its ids are used up")
-        }
-    };
-    transaction.commit()?;
-    Ok(problem)
+    let moment = db.unchecked_transaction()?;
+    match version(&moment)? {
+        None => return Ok(Some("it is another program's, or a later version's".to_owned())),
+        Some(1..) if last_id(&moment)? > LAST_ID_AT_MOST => return Ok(Some("its ids are used up".to_owned())),
+        Some(_) => drop(moment),
+    }
+    let damage: String = value(db, "PRAGMA quick_check(1)", [])?;
+    Ok(Some(damage).filter(|damage| damage != "ok"))
 }
 
-/// In SQL, the last id that the file knows of. A sequence that is broken must not lead back to ids of rows that are there.
-pub(crate) const LAST_ID: &str = "max(
-    ifnull((SELECT max(seq) FROM main.sqlite_sequence WHERE name = 'delta' AND typeof(seq) = 'integer'), 0),
-    ifnull((SELECT max(id) FROM main.delta), 0))";
+/// The last id that the file knows of. A sequence that is broken must not lead back to ids of rows that are there.
+pub(crate) fn last_id(db: &Connection) -> rusqlite::Result<i64> {
+    let sequence = "SELECT max(seq) FROM main.sqlite_sequence WHERE name = 'delta' AND typeof(seq) = 'integer'";
+    value(db, &format!("SELECT max(ifnull(({sequence}), 0), ifnull((SELECT max(id) FROM main.delta), 0))"), [])
+}
+
+/// The one value that a statement gives, which is used again and again.
+pub(super) fn value<T: FromSql>(db: &Connection, sql: &str, params: impl Params) -> rusqlite::Result<T> {
+    db.prepare_cached(sql)?.query_row(params, |row| row.get(0))
+}
 
 /// Ids begin at the clock, far below this, and above it none may be left for the next row one day.
 pub(crate) const LAST_ID_AT_MOST: i64 = i64::MAX / 4 * 3;
@@ -60,40 +62,50 @@ pub(super) fn version(db: &Connection) -> rusqlite::Result<Option<i64>> {
     let tables: i64 = db.query_row("SELECT count(*) FROM main.sqlite_schema", [], |row| row.get(0))?;
     Ok(match (pragma("application_id")?, pragma("user_version")?, tables) {
         (0, 0, 0) => Some(0),
-        (0, 1, _) if is_made_of(db, TABLE_1)? => Some(1),
-        (APPLICATION, VERSION, _) if is_made_of(db, TABLE)? => Some(VERSION),
+        (0, 1, _) if is_made_of(db, &[TABLE_1, SEQUENCE])? => Some(1),
+        (APPLICATION, 2, _) if is_made_of(db, &[TABLE, SEQUENCE])? => Some(2),
+        (APPLICATION, VERSION, _) if is_made_of(db, &[DELIVERED, TABLE, INDEX, SEQUENCE])? => Some(VERSION),
         _ => None,
     })
 }
 
-/// Whether the table is this one, white space aside, and no trigger meddles: any program may leave any mark.
-fn is_made_of(db: &Connection, table: &str) -> rusqlite::Result<bool> {
+/// Whether the tables of these names are made so, white space aside, and no trigger meddles: any program may leave any mark.
+fn is_made_of(db: &Connection, parts: &[&str]) -> rusqlite::Result<bool> {
     let mut select = db.prepare(
         "SELECT CAST(ifnull(sql, '') AS BLOB) FROM main.sqlite_schema
-         WHERE name IN ('delta', 'sqlite_sequence') OR type = 'trigger' ORDER BY name",
+         WHERE name IN ('delta', 'delta_owned', 'delivered', 'sqlite_sequence') OR type = 'trigger' ORDER BY name",
     )?;
     let made = select.query_map([], |row| row.get::<_, Vec<u8>>(0))?.collect::<rusqlite::Result<Vec<_>>>()?;
-    let is = |made: &[u8], table: &str| {
-        str::from_utf8(made).is_ok_and(|made| made.split_whitespace().eq(table.split_whitespace()))
+    let is = |(made, part): (&Vec<u8>, &&str)| {
+        str::from_utf8(made).is_ok_and(|made| made.split_whitespace().eq(part.split_whitespace()))
     };
-    Ok(matches!(made.as_slice(), [delta, sequence] if is(delta, table) && is(sequence, SEQUENCE)))
+    Ok(made.len() == parts.len() && made.iter().zip(parts).all(is))
 }
 
-/// Brings an empty or older outbox to [`VERSION`], in one transaction.
+/// Brings an empty or older outbox to [`VERSION`], in one transaction. One of that version is not locked for it.
 pub(super) fn migrate(db: &mut Connection) -> rusqlite::Result<()> {
+    if version(db)? == Some(VERSION) {
+        return Ok(());
+    }
     let transaction = db.transaction_with_behavior(TransactionBehavior::Immediate)?;
-    match version(&transaction)? {
-        Some(0) => transaction.execute_batch(TABLE)?,
-        Some(1) => transaction.execute_batch(&format!("ALTER TABLE delta RENAME TO old; {TABLE}; {FROM_1}"))?,
+    let steps = match version(&transaction)? {
+        Some(0) => format!("{TABLE}; {INDEX}; {DELIVERED}"),
+        Some(1) => format!("ALTER TABLE delta RENAME TO old; {TABLE}; {FROM_1}; {INDEX}; {DELIVERED}"),
+        Some(2) => format!("{INDEX}; {DELIVERED}"),
         // Ours already: another process may have been faster.
         _ => return Ok(()),
-    }
-    transaction.execute("DELETE FROM sqlite_sequence WHERE name = 'delta'", [])?;
-    let first = "INSERT INTO sqlite_sequence SELECT 'delta', max(?1, ifnull(max(id), 0)) FROM delta";
-    transaction.execute(first, [micros(SystemTime::now())])?;
-    transaction.pragma_update(None, "application_id", APPLICATION)?;
-    transaction.pragma_update(None, "user_version", VERSION)?;
-    transaction.commit()
+    };
+    transaction.execute_batch(&steps)?;
+    let last = last_id(&transaction)?.max(micros(SystemTime::now()));
+    transaction.execute_batch(&format!(
+        "DELETE FROM sqlite_sequence WHERE name = 'delta'; INSERT INTO sqlite_sequence VALUES ('delta', {last});
+         PRAGMA application_id = {APPLICATION}; PRAGMA user_version = {VERSION}"
+    ))?;
+    transaction.commit()?;
+    // So the database has these pages: where `-wal` takes the last of the disk, there must be room for them when it is closed.
+    // Where they cannot be moved there now they may be later.
+    let _ = value::<i64>(db, "PRAGMA wal_checkpoint(TRUNCATE)", []);
+    Ok(())
 }
 
 /// Above the number of statements that are used again and again: none is prepared twice.
@@ -130,33 +142,37 @@ const FROM_1: &str = "INSERT INTO delta (id, decky, operation, error, completed_
     SELECT id, decky, operation, error, completed_at, rejected FROM old;
     DROP TABLE old";
 
-/// The connection's own part.
-pub(super) fn overlay(database: &Connection) -> rusqlite::Result<()> {
+/// Only rows that somebody is at work on are in it, so others cost nothing.
+pub(crate) const INDEX: &str = "CREATE INDEX delta_owned ON delta (decky, operation, id) WHERE owner IS NOT NULL";
+
+const DELIVERED: &str = "CREATE TABLE delivered (
+    number INTEGER PRIMARY KEY,
+    id INTEGER NOT NULL,
+    decky TEXT NOT NULL,
+    operation TEXT NOT NULL,
+    error TEXT,
+    completed_at INTEGER,
+    delivered_at INTEGER NOT NULL
+) STRICT";
+
+/// What a connection is set to.
+pub(super) fn configure(database: &Connection) -> rusqlite::Result<()> {
     database.set_prepared_statement_cache_capacity(STATEMENTS);
     // Or a statement whose plan looks at a parameter would be prepared again for each value, which takes longer than it.
     database.set_db_config(DbConfig::SQLITE_DBCONFIG_ENABLE_QPSG, true)?;
-    database.execute_batch(
-        "PRAGMA temp_store = memory;
-         CREATE TEMP TABLE unwritten (
-             id INTEGER PRIMARY KEY, decky TEXT, operation TEXT, error TEXT, completed_at INTEGER, rejected TEXT,
-             owner TEXT, age INTEGER NOT NULL DEFAULT 0, gone INTEGER NOT NULL DEFAULT 0
-         ) STRICT;
-         CREATE TEMP VIEW current AS
-             SELECT id, decky, operation, error, completed_at, rejected, owner, age FROM main.delta
-             WHERE id NOT IN (SELECT id FROM unwritten)
-             UNION ALL
-             SELECT id, decky, operation, error, completed_at, rejected, owner, age FROM unwritten WHERE NOT gone;
-         CREATE TEMP TABLE room (version INTEGER, rows INTEGER, idle INTEGER, rejected INTEGER) STRICT",
-    )
+    database.pragma_update(None, "temp_store", "memory")?;
+    // Of a file whose encoding is damaged SQLite says so only when it makes the temporary schema.
+    database.query_row("SELECT count(*) FROM temp.sqlite_schema", [], |_| Ok(()))
 }
 
 #[cfg(test)]
 mod tests {
     use rusqlite::StatementStatus;
+    use rusqlite::types::Value;
 
     use super::*;
 
-    const MARKS: &str = "PRAGMA application_id = 0x444e4842; PRAGMA user_version = 2";
+    const MARKS: &str = "PRAGMA application_id = 0x444e4842; PRAGMA user_version = 3";
 
     const ROWS_1: &str = "
         INSERT INTO delta VALUES (7, 'd', 'deploy', NULL, 1000, NULL), (9, 'e', 'mutate', 'why', 2000, 'no');
@@ -184,11 +200,56 @@ mod tests {
     }
 
     #[test]
+    fn version_2_keeps_its_rows_and_gives_no_id_again() {
+        let mut database = Connection::open_in_memory().unwrap();
+        let rows = "INSERT INTO delta VALUES (7, 'd', 'deploy', 'why', NULL, NULL, '12-ab', 60);
+                    UPDATE sqlite_sequence SET seq = 4000000000000000;
+                    PRAGMA application_id = 0x444e4842; PRAGMA user_version = 2";
+        database.execute_batch(&format!("{TABLE};{rows}")).unwrap();
+        assert_eq!(problem(&database).unwrap(), None);
+        migrate(&mut database).unwrap();
+        assert_eq!((problem(&database).unwrap(), version(&database).unwrap()), (None, Some(VERSION)));
+        let row = |sql: &str| database.query_row(sql, [], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)));
+        let found: (i64, String, i64) = row("SELECT id, owner, age FROM delta").unwrap();
+        assert_eq!(found, (7, "12-ab".to_owned(), 60));
+        let last: i64 = last_id(&database).unwrap();
+        assert_eq!(last, 4_000_000_000_000_000);
+    }
+
+    #[test]
+    fn a_migration_that_fails_leaves_version_2_as_it_was() {
+        let mut database = Connection::open_in_memory().unwrap();
+        let rows = "INSERT INTO delta VALUES (7, 'd', 'deploy', 'why', NULL, NULL, '12-ab', 60);
+                    PRAGMA application_id = 0x444e4842; PRAGMA user_version = 2";
+        database.execute_batch(&format!("{TABLE};{rows}")).unwrap();
+        let everything = |database: &Connection| -> Vec<(String, Option<String>)> {
+            let sql = "SELECT name, sql FROM sqlite_schema UNION ALL SELECT 'last', seq FROM sqlite_sequence
+                       UNION ALL SELECT 'row', id FROM delta";
+            let mut select = database.prepare(sql).unwrap();
+            let rows =
+                select.query_map([], |row| Ok((row.get(0)?, row.get::<_, Value>(1).map(|it| format!("{it:?}")).ok())));
+            rows.unwrap().collect::<rusqlite::Result<_>>().unwrap()
+        };
+        let before = everything(&database);
+        let pages: i64 = database.query_row("PRAGMA page_count", [], |row| row.get(0)).unwrap();
+        let limit = |database: &Connection, pages: i64| {
+            database.query_row(&format!("PRAGMA max_page_count = {pages}"), [], |_| Ok(())).unwrap();
+        };
+        // Room for the index, and none for the table of what was delivered.
+        limit(&database, pages + 1);
+        migrate(&mut database).unwrap_err();
+        assert_eq!((version(&database).unwrap(), everything(&database)), (Some(2), before));
+        limit(&database, pages + 2);
+        migrate(&mut database).unwrap();
+        assert_eq!((problem(&database).unwrap(), version(&database).unwrap()), (None, Some(VERSION)));
+    }
+
+    #[test]
     fn no_statement_is_prepared_again_for_another_value() {
         let mut database = Connection::open_in_memory().unwrap();
         migrate(&mut database).unwrap();
-        overlay(&database).unwrap();
-        let mut select = database.prepare("SELECT id FROM current ORDER BY id DESC LIMIT ?1").unwrap();
+        configure(&database).unwrap();
+        let mut select = database.prepare("SELECT id FROM delta ORDER BY id DESC LIMIT ?1").unwrap();
         for most in 1..5 {
             assert!(!select.exists([most]).unwrap());
         }
@@ -203,11 +264,18 @@ mod tests {
             ("PRAGMA application_id = 1", false),
             ("PRAGMA user_version = 1", false),
             ("CREATE TABLE delta (id INTEGER PRIMARY KEY, decky, operation); PRAGMA user_version = 1", false),
-            ("PRAGMA user_version = 3", false),
+            ("PRAGMA user_version = 4", false),
             (MARKS, false),
-            (&format!("{TABLE}; CREATE TRIGGER a AFTER DELETE ON delta BEGIN SELECT 1; END; {MARKS}"), false),
-            (&format!("{TABLE}; {MARKS}"), true),
-            ("PRAGMA application_id = 0x444e4842; PRAGMA user_version = 3", false),
+            (
+                &format!(
+                    "{TABLE}; {INDEX}; {DELIVERED}; CREATE TRIGGER a AFTER DELETE ON delta BEGIN SELECT 1; END; {MARKS}"
+                ),
+                false,
+            ),
+            (&format!("{TABLE}; {INDEX}; {DELIVERED}; {MARKS}"), true),
+            (&format!("{TABLE}; PRAGMA application_id = 0x444e4842; PRAGMA user_version = 2"), true),
+            (&format!("{TABLE}; {MARKS}"), false),
+            ("PRAGMA application_id = 0x444e4842; PRAGMA user_version = 4", false),
         ] {
             let database = Connection::open_in_memory().unwrap();
             database.execute_batch(sql).unwrap();

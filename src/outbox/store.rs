@@ -1,190 +1,242 @@
-//! The connection, and how a change reaches the file: each is made in memory first and, in the same transaction, moved to
-//! the file; only new rows go there at once. What the file refuses stays in memory, and moves with the next change that it
-//! takes. Runs on the thread that has the connection.
+//! The rows in their file, or in the copy in memory that takes its place while the file does not take changes: the same SQL
+//! runs on either. What was changed in the copy goes to the file with the first change that the file takes, in one
+//! transaction. Runs on the outbox thread.
 
-use std::collections::BTreeSet;
-use std::path::Path;
-use std::thread;
-use std::time::{Duration, Instant, SystemTime};
+use std::error::Error as StdError;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
 
-use rusqlite::ffi::SQLITE_IOERR_SHORT_READ;
-use rusqlite::{Connection, ErrorCode, OpenFlags, TransactionBehavior};
+use rusqlite::{Connection, TransactionBehavior};
 
-use super::entries::{self, Copied};
-use super::file::Identity;
-use super::schema::LAST_ID;
-use super::{file, schema};
-use crate::delta::micros;
-use crate::error::Error;
+use super::entries::{EVERY_ID, Rows, Tally};
+use super::file::{self, Refusal};
+use super::lock::Owner;
+use super::{copy, schema};
+use crate::error::{Error, chain, printable_path};
+use crate::files::{Identity, identity};
 use crate::limits;
+use crate::panics::quietly;
 
 #[derive(Debug)]
 pub(super) struct Store {
-    database: Connection,
-    /// The file that this is; `None` in memory.
-    file: Option<Identity>,
+    /// Where it belongs; `None`: it is meant to be in memory.
+    pub(super) path: Option<PathBuf>,
+    /// `None`: it is meant to be in memory, or its file is gone.
+    pub(super) file: Option<(Table, Identity)>,
+    /// With the version of the file that it has been brought up to; `None`: the file has it all.
+    copy: Option<(Table, Option<i64>)>,
+    /// Up to when the file is left alone and how it refused the last time, unless it has been written since.
+    pub(super) refused: Option<(Instant, Refusal)>,
+    /// For the rows that name us.
+    pub(super) owner: Owner,
 }
 
-/// What the file's refusal means.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Refusal {
-    /// Another process has it locked. It will come back.
-    Locked,
-    /// It is no database any more.
-    Corrupt,
-    /// A full disk, a read-only file system, a failing one.
-    Unwritable,
+/// The file did not take a change.
+#[derive(Debug)]
+pub(super) struct Refused {
+    pub(super) why: Refusal,
+    pub(super) source: Box<dyn StdError + Send + Sync>,
 }
 
-impl Refusal {
-    pub(super) fn of(error: &rusqlite::Error) -> Self {
-        match error.sqlite_error_code() {
-            Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => Self::Locked,
-            Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase) => Self::Corrupt,
-            // The file ends before its pages do.
-            _ if error.sqlite_extended_error_code() == Some(SQLITE_IOERR_SHORT_READ) => Self::Corrupt,
-            _ => Self::Unwritable,
-        }
+/// One table, and how many rows are in it.
+#[derive(Debug)]
+pub(super) struct Table {
+    pub(super) db: Connection,
+    /// With the version of the file that was counted: another process may change it.
+    tally: Option<(i64, Tally)>,
+}
+
+impl Table {
+    /// Makes a change, after moving to it what `copy` has; or nothing has changed.
+    fn change<T>(
+        &mut self,
+        us: &str,
+        copy: Option<&Connection>,
+        change: impl FnOnce(&mut Rows<'_>) -> rusqlite::Result<T>,
+    ) -> rusqlite::Result<T> {
+        let transaction = self.db.transaction_with_behavior(TransactionBehavior::Immediate)?;
+        let version = version(&transaction)?;
+        copy.map_or(Ok(()), |copy| copy::merge(copy, &transaction))?;
+        let tally = match self.tally {
+            Some((counted, tally)) if counted == version && copy.is_none() => tally,
+            _ => Tally::of(&transaction, &EVERY_ID)?,
+        };
+        let mut rows = Rows { db: &transaction, tally, us, last: None };
+        let done = change(&mut rows)?;
+        let tally = rows.tally;
+        transaction.commit()?;
+        // Its own changes do not change the version.
+        self.tally = Some((version, tally));
+        Ok(done)
     }
 }
 
-/// Whether what is in the file is at fault. Of some files that it cannot use, SQLite says no more than that this is an
-/// error, and with one it comes to that only as it makes the first view: all that is done here does well on every other.
-pub(super) fn is_of_the_content(error: &rusqlite::Error) -> bool {
-    Refusal::of(error) == Refusal::Corrupt || error.sqlite_error_code() == Some(ErrorCode::Unknown)
-}
-
-/// A connection to the file at `path`. `Ok(Err(why))`: it is no outbox.
-fn open(path: &Path, deadline: Instant) -> rusqlite::Result<Result<Connection, String>> {
-    let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX | OpenFlags::SQLITE_OPEN_NOFOLLOW;
-    let mut database = Connection::open_with_flags(path, flags)?;
-    database.busy_timeout(deadline.saturating_duration_since(Instant::now()))?;
-    // Before anything is changed in it.
-    if let Some(problem) = schema::problem(&database)? {
-        return Ok(Err(problem.to_owned()));
-    }
-    let damage: String = database.query_row("PRAGMA quick_check(1)", [], |row| row.get(0))?;
-    if damage != "ok" {
-        return Ok(Err(damage));
-    }
-    database.pragma_update(None, "journal_mode", "wal")?;
-    database.pragma_update(None, "synchronous", "full")?;
-    schema::migrate(&mut database)?;
-    schema::overlay(&database)?;
-    Ok(Ok(database))
+/// Another one after each change that another connection has made.
+fn version(db: &Connection) -> rusqlite::Result<i64> {
+    schema::value(db, "PRAGMA data_version", [])
 }
 
 impl Store {
-    /// A store that lasts as long as the process. Its ids begin at the clock: whatever file its rows come to one day, they
-    /// are newer than what is in there.
-    pub(super) fn in_memory() -> rusqlite::Result<Self> {
-        let mut database = Connection::open_in_memory()?;
-        schema::migrate(&mut database)?;
-        schema::overlay(&database)?;
-        Ok(Self { database, file: None })
+    /// In memory, until it is [opened](Self::open).
+    pub(super) fn new(path: Option<PathBuf>) -> Self {
+        Self { path, file: None, copy: None, refused: None, owner: Owner::new() }
     }
 
-    /// The store in this file, made where there is none. `Ok(Err(why))`: the file is there and is no outbox.
-    pub(super) fn at(path: &Path, deadline: Instant) -> Result<Result<Self, String>, Error> {
-        file::prepare(path, deadline)
-            .map_err(|source| Error::outbox(Some(path), "cannot be written").because(source))?;
-        loop {
-            return match open(path, deadline) {
-                Ok(Ok(database)) => Ok(Ok(Self { database, file: Some(Identity::of(path)) })),
-                Ok(Err(foreign)) => Ok(Err(foreign)),
-                Err(error) if is_of_the_content(&error) => Ok(Err(error.to_string())),
-                // To two that turn a new file to WAL at once SQLite says so without waiting.
-                Err(error) if Refusal::of(&error) == Refusal::Locked && Instant::now() < deadline => {
-                    thread::sleep(limits::OUTBOX_PAUSE);
-                    continue;
+    /// Opens the file at its place, and moves there what is in memory, or in a file that is gone or broken. Of these ids no
+    /// row is there then. One that is no outbox is moved aside for a new one if we `may_replace` it.
+    pub(super) fn open(&mut self, mut gone: impl Iterator<Item = i64>, may_replace: bool) -> Result<(), Error> {
+        let Some(path) = self.path.clone() else { return Ok(()) };
+        // Closed first: what SQLite keeps beside the file that is gone must not mix with the new one's.
+        self.leave_file().map_err(|source| self.error("cannot be left", source))?;
+        let mut table = Table { db: file::open(&path, may_replace)?, tally: None };
+        let identity = fs::symlink_metadata(&path).and_then(|found| self.owner.live(&path).map(|()| identity(&found)));
+        let identity = identity.map_err(|source| self.error("cannot be written", source))?;
+        if let Some((copy, _)) = &self.copy {
+            let moved = table.change(&self.owner.token, Some(&copy.db), |rows| gone.try_for_each(|id| rows.remove(id)));
+            moved.map_err(|source| self.error("cannot be written", source))?;
+        }
+        (self.file, self.copy, self.refused) = (Some((table, identity)), None, None);
+        Ok(())
+    }
+
+    /// Takes everything from a file that is gone, and from a broken one what it did not know.
+    fn leave_file(&mut self) -> rusqlite::Result<()> {
+        if self.file.is_some() {
+            let is_broken = self.is_broken();
+            let copy = self.in_memory()?;
+            if is_broken { copy::refresh(&copy.db, None) } else { copy::change_all(&copy.db) }?;
+            (copy.tally, self.file) = (None, None);
+        }
+        Ok(())
+    }
+
+    /// It is to have a file, and has not the one at its place, or a broken one.
+    pub(super) fn is_away(&self) -> bool {
+        self.path.as_deref().is_some_and(|path| self.is_broken() || !self.is_at(path))
+    }
+
+    fn is_broken(&self) -> bool {
+        matches!(self.refused, Some((_, Refusal::Corrupt)))
+    }
+
+    fn is_at(&self, path: &Path) -> bool {
+        let found = fs::symlink_metadata(path).ok().map(|metadata| identity(&metadata));
+        self.file.as_ref().is_some_and(|(_, identity)| Some(*identity) == found)
+    }
+
+    /// Something is not in the file yet, where there is one.
+    pub(super) fn is_unwritten(&self) -> bool {
+        self.file.is_some() && self.copy.is_some()
+    }
+
+    /// All of it is in the file at its place.
+    pub(super) fn is_on_disk(&self) -> bool {
+        self.copy.is_none() && self.path.as_deref().is_some_and(|path| self.is_at(path))
+    }
+
+    /// For the log.
+    pub(super) fn name(&self) -> String {
+        self.path.as_deref().map_or_else(|| "memory".to_owned(), printable_path)
+    }
+
+    pub(super) fn error(&self, problem: &str, source: impl Into<Box<dyn StdError + Send + Sync>>) -> Error {
+        Error::outbox(self.path.as_deref(), problem).because(source)
+    }
+
+    /// How many rows there are, as of the last change.
+    pub(super) fn tally(&self) -> Option<Tally> {
+        let file = self.file.as_ref().map(|(file, _)| file);
+        self.copy.as_ref().map(|(copy, _)| copy).or(file)?.tally.map(|(_, tally)| tally)
+    }
+
+    pub(super) fn read<T>(&mut self, read: impl FnOnce(&Connection) -> rusqlite::Result<T>) -> rusqlite::Result<T> {
+        let db = match &self.file {
+            Some((file, _)) if self.copy.is_none() => &file.db,
+            _ => &self.in_memory()?.db,
+        };
+        // All of its statements see the same rows.
+        let moment = db.unchecked_transaction()?;
+        read(&moment)
+    }
+
+    /// Makes a change in the file, and it and all that was not written yet are on the disk; or, where the file refuses it,
+    /// in memory. `change` hears why. `by`: up to when another process' lock is waited for.
+    pub(super) fn change<T>(
+        &mut self,
+        by: Instant,
+        change: impl Fn(&mut Rows<'_>, Option<Refusal>) -> rusqlite::Result<T>,
+    ) -> (rusqlite::Result<T>, Option<Refused>) {
+        let refused = match self.write(by, |rows| change(rows, None)) {
+            Ok(done) => return (Ok(done), None),
+            Err(refused) => refused,
+        };
+        let why = refused.as_ref().map(|refused| refused.why);
+        let us = self.owner.token.clone();
+        let changed = self.in_memory().and_then(|copy| copy.change(&us, None, |rows| change(rows, why)));
+        (changed, refused)
+    }
+
+    /// `Err(None)`: there is no file. One that has just refused is left alone for a moment.
+    fn write<T>(
+        &mut self,
+        by: Instant,
+        change: impl FnOnce(&mut Rows<'_>) -> rusqlite::Result<T>,
+    ) -> Result<T, Option<Refused>> {
+        let (Some((file, _)), Some(path)) = (&mut self.file, &self.path) else { return Err(None) };
+        if let Some((_, why)) = self.refused.filter(|(until, _)| Instant::now() < *until) {
+            return Err(Some(Refused { why, source: "it could not be written a moment ago".into() }));
+        }
+        let copy = self.copy.as_ref().map(|(copy, _)| &copy.db);
+        let within = by.saturating_duration_since(Instant::now());
+        let living =
+            self.owner.live(path).map_err(|source| Refused { why: Refusal::Unwritable, source: source.into() });
+        let written = living.and_then(|()| {
+            let written = file.db.busy_timeout(within).and_then(|()| file.change(&self.owner.token, copy, change));
+            written.map_err(|source| Refused { why: Refusal::of(&source), source: source.into() })
+        });
+        match written {
+            Ok(done) => {
+                self.copy = None;
+                if self.refused.take().is_some() {
+                    quietly(|| log::error!("the outbox is on the disk again: outbox={}", self.name()));
                 }
-                Err(source) => Err(Error::outbox(Some(path), "cannot be opened").because(source)),
-            };
+                Ok(done)
+            }
+            Err(refused) => {
+                if refused.why != Refusal::Locked {
+                    self.leave_alone(&refused);
+                }
+                Err(Some(refused))
+            }
         }
     }
 
-    pub(super) fn is_file(&self) -> bool {
-        self.file.is_some()
-    }
-
-    /// Whether `path` still leads to the file that this is.
-    pub(super) fn is_at(&self, path: &Path) -> bool {
-        self.file.is_some_and(|identity| identity == Identity::of(path))
-    }
-
-    /// Everything in here is in the file, too.
-    pub(super) fn is_written(&self) -> rusqlite::Result<bool> {
-        let mut select = self.database.prepare_cached("SELECT NOT EXISTS (SELECT 1 FROM unwritten)")?;
-        select.query_row([], |row| row.get(0))
-    }
-
-    pub(super) fn read<T>(&self, read: impl FnOnce(&Connection) -> rusqlite::Result<T>) -> rusqlite::Result<T> {
-        // Both or all of its statements see the same rows.
-        let transaction = self.database.unchecked_transaction()?;
-        let rows = read(&transaction)?;
-        transaction.commit()?;
-        Ok(rows)
-    }
-
-    /// Makes a change, and it and all that was not written yet are on the disk; or nothing has changed. `within`: how
-    /// long another process' lock is waited for.
-    pub(super) fn write<T>(
-        &mut self,
-        within: Duration,
-        change: impl FnOnce(&Connection) -> rusqlite::Result<T>,
-    ) -> rusqlite::Result<T> {
-        self.database.busy_timeout(within)?;
-        let transaction = self.database.transaction_with_behavior(TransactionBehavior::Immediate)?;
-        let done = change(&transaction)?;
-        for step in [
-            "DELETE FROM main.delta WHERE id IN (SELECT id FROM unwritten)",
-            "INSERT INTO main.delta SELECT id, decky, operation, error, completed_at, rejected, owner, age
-             FROM unwritten WHERE NOT gone ORDER BY id",
-            // What came and went in memory has had its id, too.
-            "UPDATE main.sqlite_sequence SET seq = (SELECT max(id) FROM unwritten)
-             WHERE name = 'delta' AND seq < (SELECT max(id) FROM unwritten)",
-            "DELETE FROM unwritten",
-        ] {
-            transaction.prepare_cached(step)?.execute([])?;
+    /// The file refuses for more than a moment: until it takes a change again, what comes is in memory.
+    fn leave_alone(&mut self, refused: &Refused) {
+        let until = Instant::now() + limits::OUTBOX_RETRY;
+        if self.refused.replace((until, refused.why)).is_none() {
+            let (outbox, error) = (self.name(), chain(refused.source.as_ref()));
+            quietly(|| {
+                log::error!(
+                    "the outbox cannot be written, deltas are in memory and do not survive a restart: outbox={outbox} error={error:?}"
+                )
+            });
         }
-        transaction.commit()?;
-        Ok(done)
     }
 
-    /// Makes a change in memory alone, since the file refused it.
-    pub(super) fn remember<T>(
-        &mut self,
-        change: impl FnOnce(&Connection) -> rusqlite::Result<T>,
-    ) -> rusqlite::Result<T> {
-        let transaction = self.database.transaction_with_behavior(TransactionBehavior::Deferred)?;
-        let done = change(&transaction)?;
-        transaction.commit()?;
-        Ok(done)
-    }
-
-    /// From here on ids lie far above the file's, to which other processes may add meanwhile. A row that is gone marks
-    /// the place; writing forgets it.
-    pub(super) fn leave_a_gap(&mut self) -> rusqlite::Result<()> {
-        let gap = i64::from(fastrand::u32(..));
-        let sql = format!(
-            "INSERT INTO unwritten (id, gone)
-             SELECT ?1 + max(?2, {LAST_ID}, ifnull((SELECT max(id) FROM unwritten), 0)), 1"
-        );
-        self.database.execute(&sql, [gap, micros(SystemTime::now())]).map(drop)
-    }
-
-    /// Takes over what another store has, this one's file permitting: all of it, or what it had not written. Of the rows
-    /// that it may have had before, those that the other one does not know any more are gone.
-    pub(super) fn take_over(
-        &mut self,
-        other: &Self,
-        copied: Copied,
-        before: &BTreeSet<i64>,
-        within: Duration,
-    ) -> rusqlite::Result<()> {
-        self.write(within, |database| {
-            entries::copy(&other.database, copied, database)?;
-            entries::forget(database, before)
-        })
+    /// The copy, made if there is none, with what other processes have changed in the file since the last time.
+    pub(super) fn in_memory(&mut self) -> rusqlite::Result<&mut Table> {
+        let known = self.copy.take();
+        let copy = if let Some(copy) = known { copy } else { (Table { db: copy::open()?, tally: None }, None) };
+        let (copy, refreshed) = self.copy.insert(copy);
+        if let Some((file, _)) = &self.file {
+            // Of a file that cannot be read the copy keeps what it has.
+            let version = version(&file.db).ok().filter(|version| *refreshed != Some(*version));
+            if version.is_some() && copy::refresh(&copy.db, Some(&file.db)).is_ok() {
+                (*refreshed, copy.tally) = (version, None);
+            }
+        }
+        Ok(copy)
     }
 }

@@ -13,6 +13,9 @@ use crate::told::{operation_names, pushed};
 
 pub const PUSHERS: u32 = 4;
 
+/// Half of what the outbox holds.
+const MOST_WAITING: u64 = 5_000;
+
 /// Of a child: where its master and its files are, and which of the children it is.
 pub fn run(arguments: &[String]) {
     let [agent_dir, uuid, port, run] = arguments else { panic!("--child AGENT_DIR UUID PORT RUN") };
@@ -30,12 +33,17 @@ pub fn run(arguments: &[String]) {
     say("started");
     thread::scope(|scope| {
         for pusher in 0..PUSHERS {
-            let deltas = heartbeat.deltas();
+            let (heartbeat, deltas) = (&heartbeat, heartbeat.deltas());
             scope.spawn(move || {
                 for name in (0..).map(|n| format!("p-{run}-{pusher}-{n}")) {
+                    // An outbox that is full would drop the oldest, which is no loss by mistake.
+                    while heartbeat.stats().waiting > MOST_WAITING {
+                        thread::sleep(Duration::from_millis(1));
+                    }
                     say(&format!("try {name}"));
-                    push(&deltas, &pushed(&name));
-                    say(&format!("kept {name}"));
+                    if push(&deltas, &pushed(&name)) {
+                        say(&format!("kept {name}"));
+                    }
                 }
             });
         }
@@ -46,7 +54,7 @@ pub fn run(arguments: &[String]) {
 /// One operation from its beginning to its end, in one of the ways in which it may end.
 fn track(heartbeat: &Heartbeat, name: &str) {
     say(&format!("begin {name}"));
-    let mut tracked = until_kept(|| heartbeat.begin(Operation::Deploy, [name]));
+    let mut tracked = until_begun(|| heartbeat.begin(Operation::Deploy, [name]));
     say(&format!("begun {name}"));
     // It lasts as long as a few commits, so that a kill finds it in flight.
     for n in 0..fastrand::u8(..12) {
@@ -66,18 +74,31 @@ fn ending(name: &str, verdict: &str, end: impl FnOnce()) {
     say(&format!("ended {name}"));
 }
 
-pub fn push(deltas: &DeltaSender, delta: &LifecycleDelta) {
-    until_kept(|| deltas.push(delta.clone()));
-}
-
-/// On a machine so busy that the outbox takes longer than the second which a push may take, it is refused.
-fn until_kept<T>(keep: impl Fn() -> Result<T, Error>) -> T {
+/// Whether it was kept. On a machine so busy that the disk takes longer than a second, it is pushed again, unless it is in
+/// doubt: then it may be sent, and nothing was promised.
+pub fn push(deltas: &DeltaSender, delta: &LifecycleDelta) -> bool {
     loop {
-        match keep() {
-            Ok(kept) => return kept,
-            Err(error) => assert!(error.to_string().ends_with("is busy: nothing was kept"), "{error:?}"),
+        match deltas.push(delta.clone()) {
+            Ok(()) => return true,
+            Err(error) if error.is_in_doubt() => return false,
+            Err(error) => check(&error),
         }
     }
+}
+
+/// On such a machine nothing has begun.
+fn until_begun<T>(begin: impl Fn() -> Result<T, Error>) -> T {
+    loop {
+        match begin() {
+            Ok(begun) => return begun,
+            Err(error) if error.is_in_doubt() => (),
+            Err(error) => check(&error),
+        }
+    }
+}
+
+fn check(error: &Error) {
+    assert!(error.to_string().ends_with("nothing was kept, try again later"), "{error:?}");
 }
 
 fn say(line: &str) {

@@ -51,7 +51,7 @@ pub fn million(options: &Options) -> String {
             .map(|pusher| {
                 scope.spawn({
                     let deltas = heartbeat.deltas();
-                    move || (0..each).for_each(|n| push(&deltas, &delta(pusher, n)))
+                    move || (0..each).for_each(|n| assert!(push(&deltas, &delta(pusher, n))))
                 })
             })
             .collect();

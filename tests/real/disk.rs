@@ -40,6 +40,23 @@ fn fails_once_more(heartbeat: &Heartbeat) {
 
 #[test]
 #[ignore = "needs root, to mount a file system"]
+fn an_outbox_whose_log_has_taken_the_whole_disk_is_on_it_again_after_a_restart() {
+    let (folder, disk) = (tempfile::tempdir().unwrap(), Tmpfs::mount());
+    let loopback = Loopback::new(folder.path());
+    let heartbeat = start(loopback.builder().0, &disk);
+    let fills_the_disk = |_| {
+        heartbeat.deltas().push(deployed("d")).unwrap();
+        heartbeat.stats().outbox.is_none()
+    };
+    assert!((0..1_000).any(fills_the_disk), "the disk has not become full");
+    drop(heartbeat);
+    let heartbeat = start(loopback.builder().0, &disk);
+    heartbeat.deltas().push(deployed("d")).unwrap();
+    assert!(heartbeat.stats().outbox.is_some());
+}
+
+#[test]
+#[ignore = "needs root, to mount a file system"]
 fn what_a_full_disk_cannot_take_is_in_memory_until_it_can() {
     let (folder, disk) = (tempfile::tempdir().unwrap(), Tmpfs::mount());
     let mut loopback = Loopback::new(folder.path());
@@ -49,17 +66,17 @@ fn what_a_full_disk_cannot_take_is_in_memory_until_it_can() {
     loopback.master.stop();
     let operation = heartbeat.begin(Operation::Deploy, ["tracked"]).unwrap();
     heartbeat.deltas().push(deployed("before")).unwrap();
-    assert_eq!(errors(), [""; 0]);
+    assert_eq!(errors(disk.path()), [""; 0]);
 
     disk.fill();
     heartbeat.deltas().push(deployed("full-1")).unwrap();
     assert_eq!(heartbeat.stats().outbox, None);
     let expected = "the outbox cannot be written, deltas are in memory and do not survive a restart: outbox=/";
-    let said = errors();
+    let said = errors(disk.path());
     assert!(said.len() == 1 && said[0].starts_with(expected), "{said:?}");
     assert!(said[0].contains("/heartbeat.db error=\"database or disk is full"), "{said:?}");
     heartbeat.deltas().push(deployed("full-2")).unwrap();
-    assert_eq!(errors(), [""; 0], "it is said once");
+    assert_eq!(errors(disk.path()), [""; 0], "it is said once");
     operation.succeed();
     let stats = heartbeat.stats();
     assert_eq!((stats.waiting, stats.operations, stats.outbox), (4, 0, None));
@@ -73,6 +90,7 @@ fn what_a_full_disk_cannot_take_is_in_memory_until_it_can() {
 
     loopback.master.start_again().unwrap();
     settled(&heartbeat, |stats| stats.delivered == 4 && stats.waiting == 0);
+    assert!(heartbeat.flush(PATIENCE), "the file knows it, too");
     assert_eq!(loopback.sent(), ["full-2", "full-1", "before", "tracked"], "newest first, each once");
     assert_eq!(rows(&file), []);
 }
@@ -105,6 +123,7 @@ fn what_was_delivered_while_the_disk_was_full_is_not_sent_again() {
         beat(&tick);
         heartbeat.beats().recv_timeout(PATIENCE).unwrap();
     }
+    assert!(heartbeat.flush(PATIENCE), "the file knows it, too");
     assert_eq!(loopback.sent(), ["full", "before"]);
     assert_eq!(rows(&file), []);
 }
@@ -137,10 +156,10 @@ fn a_start_on_a_full_disk_is_in_memory_until_there_is_room() {
     let (folder, disk) = (tempfile::tempdir().unwrap(), Tmpfs::mount());
     let mut loopback = Loopback::new(folder.path());
     disk.fill();
-    assert_eq!(errors(), [""; 0]);
+    assert_eq!(errors(disk.path()), [""; 0]);
     let (builder, tick) = loopback.builder();
     let heartbeat = start(builder, &disk);
-    let said = errors();
+    let said = errors(disk.path());
     let expected = "the outbox is in memory, deltas do not survive a restart: host=";
     assert!(said.len() == 1 && said[0].starts_with(expected), "{said:?}");
     let stats = settled(&heartbeat, |stats| stats.beats == 1);
@@ -155,6 +174,7 @@ fn a_start_on_a_full_disk_is_in_memory_until_there_is_room() {
     assert_eq!(rows(&file), [ended("waiting")]);
     loopback.master.start_again().unwrap();
     settled(&heartbeat, |stats| stats.delivered == 2 && stats.waiting == 0);
+    assert!(heartbeat.flush(PATIENCE), "the file knows it, too");
     assert_eq!(loopback.sent(), ["delivered", "waiting"]);
     assert_eq!(rows(&file), []);
 }
@@ -172,10 +192,10 @@ fn a_read_only_file_system_keeps_what_is_on_it_until_it_can_be_written() {
 
     disk.remount("ro");
     loopback.master.start_again().unwrap();
-    assert_eq!(errors(), [""; 0]);
+    assert_eq!(errors(disk.path()), [""; 0]);
     let (builder, tick) = loopback.builder();
     let heartbeat = start(builder, &disk);
-    let said = errors();
+    let said = errors(disk.path());
     let expected = "the outbox is in memory, deltas do not survive a restart: host=";
     assert!(said.len() == 1 && said[0].starts_with(expected), "{said:?}");
     assert!(said[0].contains("Read-only file system"), "{said:?}");
@@ -194,6 +214,7 @@ fn a_read_only_file_system_keeps_what_is_on_it_until_it_can_be_written() {
     fails_once_more(&heartbeat);
     loopback.master.start_again().unwrap();
     settled(&heartbeat, |stats| stats.delivered == 4 && stats.waiting == 0);
+    assert!(heartbeat.flush(PATIENCE), "the file knows it, too");
     assert_eq!(loopback.sent(), ["in-memory", "waiting", "tracked", "on-disk"]);
     assert_eq!(rows(&file), []);
 }

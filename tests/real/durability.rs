@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use decnet_heartbeat::{LifecycleDelta, Operation};
 
@@ -32,6 +33,7 @@ fn work(agent_dir: &Path) {
     step("deliver");
     loopback.master.start_again().unwrap();
     settled(&heartbeat, |stats| stats.delivered == 72 && stats.waiting == 0);
+    assert!(heartbeat.flush(Duration::from_secs(10)), "the disk knows it, too");
     step("end");
 }
 

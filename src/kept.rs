@@ -1,0 +1,105 @@
+//! What other threads know of the outbox: the deltas that it keeps, what may be added to it, and what may become of its rows.
+//! Values only, for any thread; none of them knows of SQLite.
+
+use std::ops::Range;
+
+use crate::delta::{LifecycleDelta, Operation};
+
+/// The outbox' name in the agent dir.
+pub(crate) const FILE: &str = "heartbeat.db";
+
+/// A delta with its place in the outbox.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Kept {
+    pub(crate) id: i64,
+    pub(crate) delta: LifecycleDelta,
+}
+
+/// What the master has said of a delta for good.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Settled {
+    /// It has it: it is gone from the outbox.
+    Delivered,
+    /// It will never take it: it is kept aside with the reason.
+    Rejected(String),
+}
+
+/// Who posts the delta of an operation that has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Poster {
+    /// Whoever delivers from the outbox.
+    Deliverer,
+    /// This process itself, until it releases it or ends.
+    Us,
+}
+
+/// How much is in the outbox.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Counts {
+    /// Deltas that the master has neither accepted nor rejected.
+    pub(crate) waiting: u64,
+    /// Of these, the ones that must not go out now: somebody is at work on a newer row of the same decky and operation,
+    /// or posts it himself.
+    pub(crate) held: u64,
+    /// Rows of operations in flight.
+    pub(crate) operations: u64,
+    /// Rows that the master has refused for good.
+    pub(crate) rejected: u64,
+    /// When the operation ended that the oldest waiting delta tells of, in microseconds since 1970.
+    pub(crate) oldest: Option<i64>,
+}
+
+/// Rows that a thread wants to add: all of them, or none.
+#[derive(Clone, Debug)]
+pub(crate) enum Add {
+    /// Deltas. The last is the newest.
+    Deltas(Vec<LifecycleDelta>, Poster),
+    /// An operation that begins, on these deckies: a row in flight for each.
+    Operation(Operation, Vec<String>),
+}
+
+impl Add {
+    pub(crate) fn rows(&self) -> usize {
+        match self {
+            Self::Deltas(deltas, _) => deltas.len(),
+            Self::Operation(_, deckies) => deckies.len(),
+        }
+    }
+
+    /// This process is at work on the rows.
+    pub(crate) fn is_owned(&self) -> bool {
+        !matches!(self, Self::Deltas(_, Poster::Deliverer))
+    }
+}
+
+/// A change that must not be lost and cannot be refused: where the file does not take it, its copy does.
+#[derive(Clone, Debug)]
+pub(crate) enum Change {
+    /// The master has answered for good.
+    Settled(Vec<i64>, Settled),
+    /// Operations that were in flight have ended, and who posts the deltas.
+    Ended(Vec<Kept>, Poster),
+    /// Rows of an operation that never began: nobody heard of them in time.
+    Withdrawn(Range<i64>),
+    /// Their owner leaves these to whoever delivers.
+    #[cfg(feature = "cli")]
+    Released(Vec<i64>),
+}
+
+impl Change {
+    /// How many rows it changes.
+    pub(crate) fn rows(&self) -> usize {
+        match self {
+            Self::Settled(ids, _) => ids.len(),
+            Self::Ended(ended, _) => ended.len(),
+            Self::Withdrawn(ids) => ids.clone().count(),
+            #[cfg(feature = "cli")]
+            Self::Released(ids) => ids.len(),
+        }
+    }
+
+    /// How many deltas the master has answered for good.
+    pub(crate) fn settled(&self) -> u64 {
+        if let Self::Settled(ids, _) = self { ids.len() as u64 } else { 0 }
+    }
+}

@@ -1,0 +1,80 @@
+//! The outbox used by itself, for tests: each call is a transaction of its own.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::{Add, Books, Change, Kept, Outbox, OutboxLocation, Poster, Role, Settled, deadline};
+use crate::delta::LifecycleDelta;
+#[cfg(test)]
+use crate::delta::Operation;
+use crate::error::Error;
+
+impl Outbox {
+    pub(crate) fn open_at(
+        location: &OutboxLocation,
+        agent_dir: &Path,
+        role: Role,
+    ) -> Result<(Self, Option<Error>), Error> {
+        Self::open(location.path(agent_dir), role, Arc::default())
+    }
+
+    pub(crate) fn books(&self) -> Books {
+        self.books.read()
+    }
+
+    /// The file, or `None` for an outbox that is in memory just now.
+    pub(crate) fn path(&self) -> Option<&Path> {
+        self.store.path.as_deref().filter(|_| self.books().on_disk)
+    }
+
+    fn add(&mut self, add: Add) -> Result<i64, Error> {
+        self.commit(&[add], deadline()).added.remove(0)
+    }
+
+    pub(crate) fn keep(&mut self, deltas: &[LifecycleDelta]) -> Result<(), Error> {
+        self.add(Add::Deltas(deltas.to_vec(), Poster::Deliverer)).map(drop)
+    }
+
+    #[cfg(all(test, feature = "cli"))]
+    pub(crate) fn claim(&mut self, deltas: Vec<LifecycleDelta>) -> Result<Vec<Kept>, Error> {
+        let first = self.add(Add::Deltas(deltas.clone(), Poster::Us))?;
+        Ok((first..).zip(deltas).map(|(id, delta)| Kept { id, delta }).collect())
+    }
+
+    #[cfg(test)]
+    pub(crate) fn begin(&mut self, operation: Operation, deckies: &[String]) -> Result<Vec<i64>, Error> {
+        let first = self.add(Add::Operation(operation, deckies.to_vec()))?;
+        Ok((first..).take(deckies.len()).collect())
+    }
+
+    #[cfg(test)]
+    pub(crate) fn end(&mut self, ended: Vec<Kept>, poster: Poster) -> Result<(), Error> {
+        self.make(Change::Ended(ended, poster), deadline())
+    }
+
+    #[cfg(all(test, feature = "cli"))]
+    pub(crate) fn release(&mut self, deltas: &[Kept]) -> Result<(), Error> {
+        self.make(Change::Released(deltas.iter().map(|kept| kept.id).collect()), deadline())
+    }
+
+    pub(crate) fn settle(&mut self, deltas: &[Kept], settled: &Settled, by: Instant) -> Result<(), Error> {
+        self.make(Change::Settled(deltas.iter().map(|kept| kept.id).collect(), settled.clone()), by)
+    }
+
+    fn make(&mut self, change: Change, by: Instant) -> Result<(), Error> {
+        self.note(change);
+        self.commit(&[], by).changed
+    }
+
+    pub(crate) fn deliverable(&mut self, most: usize, _: Instant) -> Result<Vec<Kept>, Error> {
+        let found = self.deliverable_where(most, None);
+        self.count();
+        found
+    }
+
+    /// Ages the rows as if so much time had passed.
+    pub(crate) fn pass(&mut self, time: Duration) -> Result<(), Error> {
+        self.age_by(time)
+    }
+}
