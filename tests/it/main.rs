@@ -8,6 +8,7 @@
     reason = "a test that cannot go on fails there and then"
 )]
 
+mod api;
 mod beats;
 mod bundle;
 mod check;
@@ -34,5 +35,6 @@ mod retry;
 mod stats;
 mod stopping;
 mod support;
+mod threads;
 mod track;
 mod wire;
