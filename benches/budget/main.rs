@@ -17,8 +17,10 @@
 
 mod body;
 mod containers;
+mod disk;
 mod fleet;
 mod floor;
+mod outbox;
 mod peers;
 mod post;
 mod process;
@@ -32,7 +34,7 @@ mod table;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use table::Figures;
+use table::{Figures, Line};
 
 /// Longer than anything here takes.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -48,7 +50,7 @@ const PARTS: [Part; 9] = [
     Part { name: "post", measure: post::measure },
     Part { name: "push", measure: push::measure },
     Part { name: "hung", measure: push::measure_hung },
-    Part { name: "outbox", measure: push::measure_outbox },
+    Part { name: "outbox", measure: outbox::measure },
     Part { name: "body", measure: body::measure },
     Part { name: "idle", measure: process::measure },
     Part { name: "threads", measure: process::measure_threads },
@@ -58,11 +60,15 @@ const PARTS: [Part; 9] = [
 
 fn main() -> ExitCode {
     let mut arguments: Vec<String> = std::env::args().skip(1).collect();
-    if let [option, setup] = arguments.as_slice()
-        && option == "--subject"
-    {
-        peers::obey(setup);
-        return ExitCode::SUCCESS;
+    if let [option, setup] = arguments.as_slice() {
+        match option.as_str() {
+            "--subject" => {
+                peers::obey(setup);
+                return ExitCode::SUCCESS;
+            }
+            "--embedded" => process::embed(setup),
+            _ => (),
+        }
     }
     // Cargo's own.
     arguments.retain(|argument| argument != "--bench");
@@ -83,6 +89,8 @@ fn main() -> ExitCode {
     }
     table::print(&all);
     unmeasured.iter().for_each(|line| println!("{line}"));
+    println!();
+    all.lines.iter().filter_map(Line::in_words).for_each(|words| println!("{words}"));
     println!("goals missed: {}", all.lines.iter().filter(|line| !line.is_met()).count());
     ExitCode::SUCCESS
 }

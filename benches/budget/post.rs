@@ -1,5 +1,6 @@
 //! One POST, beside rustls writing the same bytes and reading the same answer; and what of it is not the JSON.
 
+use std::path::PathBuf;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -9,6 +10,7 @@ use serde_json::json;
 use tempfile::TempDir;
 
 use crate::PATIENCE;
+use crate::disk;
 use crate::floor::{ACCEPTED, After, Arrival, BareBeat, BareClient, BareMaster};
 use crate::table::{Amount, Figures, Goal, Line, percentile};
 
@@ -17,14 +19,14 @@ const WARM: usize = 3_000;
 const RESUMED: usize = 1_000;
 
 /// Before each exchange: no beat follows on the heels of another, so the machine has gone to sleep meanwhile.
-const PAUSE: Duration = Duration::from_millis(2);
+pub const PAUSE: Duration = Duration::from_millis(2);
 
 /// Makes a body of 2 KB.
 const STATUS: usize = 1_850;
 
 pub fn measure() -> Result<Figures, String> {
-    let warm = Stage::new(After::KeepOpen).measure(WARM);
-    let resumed = Stage::new(After::Close).measure(RESUMED);
+    let warm = Stage::new(After::KeepOpen)?.measure(WARM);
+    let resumed = Stage::new(After::Close)?.measure(RESUMED);
     let line = |what: &str, rounds: &Rounds| Line {
         what: what.to_owned(),
         floor: Some(Amount::Time(percentile(&rounds.bare, 50))),
@@ -62,13 +64,21 @@ pub struct Stage {
 }
 
 impl Stage {
-    pub fn new(after: After) -> Self {
-        Self { master: BareMaster::start(ACCEPTED, after), folder: tempfile::tempdir().unwrap(), after }
+    pub fn new(after: After) -> Result<Self, String> {
+        Self::answering(ACCEPTED, after)
+    }
+
+    pub fn answering(answer: &'static str, after: After) -> Result<Self, String> {
+        Ok(Self { master: BareMaster::start(answer, after), folder: disk::folder()?, after })
+    }
+
+    pub fn agent_dir(&self) -> PathBuf {
+        self.folder.path().join("agent")
     }
 
     pub fn builder(&self) -> (HeartbeatBuilder, Sender<Instant>) {
         let (tick, ticks) = unbounded();
-        let enrolment = self.master.enrol(&self.folder.path().join("agent"));
+        let enrolment = self.master.enrol(&self.agent_dir());
         (Heartbeat::builder().enrolment(enrolment).ticks(ticks).status_source(at_hand()), tick)
     }
 
@@ -79,7 +89,7 @@ impl Stage {
         let beats = heartbeat.beats();
         beats.recv_timeout(PATIENCE).unwrap();
         let request = self.master.arrival().request;
-        let bare = BareClient::new(self.master.address, &self.folder.path().join("agent"));
+        let bare = BareClient::new(self.master.address, &self.agent_dir());
         let bare = BareBeat::start(bare, self.after);
         let mut rounds = Rounds { ours: Vec::new(), bare: Vec::new(), beyond: 0, beyond_bare: 0 };
         for round in 0..count {
@@ -103,7 +113,7 @@ impl Stage {
 }
 
 /// One beat; from its request to its answer.
-pub fn beat(heartbeat: &Heartbeat, tick: &Sender<Instant>, beats: &Receiver<()>) -> Duration {
+fn beat(heartbeat: &Heartbeat, tick: &Sender<Instant>, beats: &Receiver<()>) -> Duration {
     tick.send(Instant::now()).unwrap();
     beats.recv_timeout(PATIENCE).unwrap();
     heartbeat.stats().round_trip.unwrap()

@@ -4,11 +4,14 @@
 use std::fs;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::thread;
 use std::time::Duration;
 
-use decnet_heartbeat::loopback::LoopbackMaster;
+use decnet_heartbeat::loopback::{Enrolled, LoopbackMaster};
+use decnet_heartbeat::{DecnetStatus, Enrolment, Heartbeat};
 use tempfile::TempDir;
 
+use crate::disk;
 use crate::table::{Amount, Figures, Goal, Line};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_decnet-heartbeat");
@@ -20,45 +23,71 @@ const INTERVAL: Duration = Duration::from_secs(30);
 const COUNTED: u64 = 20;
 const QUICK: Duration = Duration::from_secs(1);
 
+/// The program, and an agent that embeds the library and does nothing else, both at once.
 pub fn measure() -> Result<Figures, String> {
-    let stage = Stage::new("127.0.0.1");
-    let program = Killed(stage.run(INTERVAL).spawn().unwrap());
+    let idle = [Stage::new("127.0.0.1")?, Stage::new("127.0.0.1")?];
+    let [run, embedded] = &idle;
+    let program = Killed(run.run(INTERVAL).spawn().unwrap());
+    let agent = Killed(embedded.embed().spawn().unwrap());
     // The second beat comes after a random part of the interval; from then on the ticks are an interval apart.
     let patience = INTERVAL * 2 + Duration::from_secs(10);
-    assert!(stage.master.wait_for_beats(2, patience), "no second beat");
-    let after_beat = settled(program.id());
-    // Just short of the next tick. There is no event to wait for: what is measured is that none comes.
-    assert!(!stage.master.wait_for_beats(3, INTERVAL - INTERVAL / 10), "the third beat came early");
-    let wake_ups = voluntary_switches(program.id()) - after_beat;
-    assert!(stage.master.wait_for_beats(3, patience), "no third beat");
-    settled(program.id());
-    let empty = Killed(empty_program(stage.folder.path()).spawn().unwrap());
+    let wake_ups = thread::scope(|scope| {
+        let of = |stage: &'_ Stage, process: u32| {
+            assert!(stage.master.wait_for_beats(2, patience), "no second beat");
+            let after_beat = settled(process);
+            // Just short of the next tick. There is no event to wait for: what is measured is that none comes.
+            assert!(!stage.master.wait_for_beats(3, INTERVAL - INTERVAL / 10), "the third beat came early");
+            let wake_ups = voluntary_switches(process) - after_beat;
+            assert!(stage.master.wait_for_beats(3, patience), "no third beat");
+            settled(process);
+            Amount::Count(wake_ups as f64)
+        };
+        let of_both = [(run, program.id()), (embedded, agent.id())];
+        let threads = of_both.map(|(stage, process)| scope.spawn(move || of(stage, process)));
+        threads.map(|thread| thread.join().unwrap())
+    });
+    let empty = Killed(empty_program(run.folder.path()).spawn().unwrap());
     settled(empty.id());
     let megabytes = |process: &Killed, field| Amount::Megabytes(status_kb(process.id(), field) / 1024.0);
     let size = fs::metadata(PROGRAM).unwrap().len() as f64 / 1024.0 / 1024.0;
     let line = |what: &str, floor, measured, goal| Line { what: what.to_owned(), floor, measured, goal };
     Ok(vec![
         line(
-            "resident memory, idle; floor: an empty program with two threads",
+            "resident memory of `run`, idle; floor: an empty program with two threads",
             Some(megabytes(&empty, "VmRSS:")),
             megabytes(&program, "VmRSS:"),
+            Goal::AtMost(Amount::Megabytes(7.5)),
+        ),
+        line(
+            "resident memory of an agent that embeds it, idle",
+            Some(megabytes(&empty, "VmRSS:")),
+            megabytes(&agent, "VmRSS:"),
             Goal::AtMost(Amount::Megabytes(7.0)),
         ),
         line(
-            "of it anonymous",
+            "of that of `run` anonymous",
             Some(megabytes(&empty, "RssAnon:")),
             megabytes(&program, "RssAnon:"),
             Goal::AtMostAbove(Amount::Megabytes(1.5)),
         ),
-        line(
-            "wake-ups between two ticks, all threads",
-            None,
-            Amount::Count(wake_ups as f64),
-            Goal::AtMost(Amount::Count(0.0)),
-        ),
+        line("wake-ups of `run` between two ticks, all threads", None, wake_ups[0], Goal::AtMost(Amount::Count(0.0))),
+        line("wake-ups of the agent, the same", None, wake_ups[1], Goal::AtMost(Amount::Count(0.0))),
         line("stripped release binary", None, Amount::Megabytes(size), Goal::AtMost(Amount::Megabytes(5.0))),
     ]
     .into())
+}
+
+/// The agent: a heartbeat as `run` has it, in a process that sleeps.
+pub fn embed(setup: &str) {
+    let (uuid, port, agent_dir): (String, u16, String) = serde_json::from_str(setup).unwrap();
+    let enrolment = Enrolment::new(&uuid, "127.0.0.1", &agent_dir).unwrap().with_master_port(port).unwrap();
+    let nowhere = Path::new(&agent_dir).join("none");
+    let source = DecnetStatus::new(Path::new(&agent_dir)).state_file(&nowhere).docker_socket(&nowhere);
+    let _heartbeat =
+        Heartbeat::builder().enrolment(enrolment).status_source(source).interval(INTERVAL).start().unwrap();
+    loop {
+        thread::park();
+    }
 }
 
 /// Threads started while it beats: with an address for a master, and with a name, which is looked up on a thread.
@@ -77,7 +106,7 @@ pub fn measure_threads() -> Result<Figures, String> {
 }
 
 fn threads_started(host: &str) -> usize {
-    let stage = Stage::new(host);
+    let stage = Stage::new(host).unwrap();
     let trace = stage.folder.path().join("trace");
     let mut strace = Command::new("strace");
     // Its child is the program, and it watches from aside.
@@ -96,19 +125,21 @@ fn threads_started(host: &str) -> usize {
 /// A master, and a worker's configuration.
 struct Stage {
     master: LoopbackMaster,
+    worker: Enrolled,
     folder: TempDir,
 }
 
 impl Stage {
     /// The worker knows its master by this.
-    fn new(host: &str) -> Self {
-        let (master, folder) = (LoopbackMaster::start().unwrap(), tempfile::tempdir().unwrap());
+    fn new(host: &str) -> Result<Self, String> {
+        let (master, folder) = (LoopbackMaster::start().unwrap(), disk::folder()?);
         let ini = folder.path().join("decnet.ini");
-        master.enrol(&folder.path().join("agent")).unwrap().write_ini(&ini).unwrap();
+        let worker = master.enrol(&folder.path().join("agent")).unwrap();
+        worker.write_ini(&ini).unwrap();
         let text = fs::read_to_string(&ini).unwrap();
         assert!(text.contains("127.0.0.1"), "{text}");
         fs::write(&ini, text.replace("127.0.0.1", host)).unwrap();
-        Self { master, folder }
+        Ok(Self { master, worker, folder })
     }
 
     fn run(&self, interval: Duration) -> Command {
@@ -117,6 +148,14 @@ impl Stage {
         command.args(["--interval", &format!("{}ms", interval.as_millis())]);
         command.arg("--state-file").arg(folder.join("none")).arg("--docker-socket").arg(folder.join("none"));
         command.stderr(Stdio::null());
+        command
+    }
+
+    /// This bench's own program again, as [`embed`] has it.
+    fn embed(&self) -> Command {
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        let setup = (&self.worker.uuid, self.master.port(), self.folder.path().join("agent"));
+        command.env_clear().arg("--embedded").arg(serde_json::to_string(&setup).unwrap());
         command
     }
 }

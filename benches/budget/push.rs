@@ -1,4 +1,4 @@
-//! From a push to the master having it, and what a push costs the disk.
+//! From a push to the master having it.
 
 use std::io::Read;
 use std::os::unix::net::UnixListener;
@@ -6,60 +6,117 @@ use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::unbounded;
-use decnet_heartbeat::benching::TABLE;
-use decnet_heartbeat::{DecnetStatus, Heartbeat, LifecycleDelta, Operation};
-use rusqlite::Connection;
+use crossbeam_channel::{Receiver, Sender, unbounded};
+use decnet_heartbeat::DecnetStatus;
 
 use crate::PATIENCE;
-use crate::floor::{After, BareMaster, FORBIDDEN};
-use crate::post::{Stage, beat};
+use crate::disk::{RawTable, delta, wal_has_grown};
+use crate::floor::{After, BareBeat, BareClient};
+use crate::post::{PAUSE, Stage};
 use crate::table::{Amount, Figures, Goal, Line, percentile};
 
-/// Rounds of which the first tenth warms up and is left out.
-const PUSHES: usize = 1_000;
+const PUSHES: usize = 3_000;
 const HUNG: usize = 20;
-const BATCHES: usize = 80;
-const BATCH: usize = 100;
 
+/// A push after a pause, beside what it cannot do without, in turn. To the master that is [`BareDelivery`]; `push()` alone is
+/// beside a commit on the thread that wants it, which has nobody to wait for.
 pub fn measure() -> Result<Figures, String> {
-    let stage = Stage::new(After::KeepOpen);
-    let (builder, tick) = stage.builder();
+    let stage = Stage::new(After::KeepOpen)?;
+    let (builder, _tick) = stage.builder();
     let heartbeat = builder.start().unwrap();
     let (beats, deltas) = (heartbeat.beats(), heartbeat.deltas());
-    beats.recv_timeout(PATIENCE).unwrap();
     stage.master.arrival();
+    let outbox = heartbeat.stats().outbox.expect("an outbox on the disk");
+    let mut request = Vec::new();
+    while !wal_has_grown(&outbox) {
+        while beats.try_recv().is_ok() {}
+        deltas.push(delta()).unwrap();
+        request = stage.master.arrival().request;
+        beats.recv_timeout(PATIENCE).unwrap();
+    }
     let raw = RawTable::new(&stage.folder.path().join("raw.db"));
-    let (mut ours, mut floor) = (Vec::new(), Vec::new());
-    for round in 0..PUSHES {
-        let post = beat(&heartbeat, &tick, &beats);
-        stage.master.arrival();
-        let commit = raw.insert(&[delta()]);
+    let bare = BareDelivery::start(&stage);
+    let mut took = Took::default();
+    for _ in 0..PUSHES {
+        thread::sleep(PAUSE);
+        while beats.try_recv().is_ok() {}
         let (delta, since) = (delta(), Instant::now());
         deltas.push(delta).unwrap();
-        let took = stage.master.arrival().at - since;
-        // Until the delivered delta is forgotten, which is a commit of its own.
+        took.push.push(since.elapsed());
+        took.to_master.push(stage.master.arrival().at - since);
         beats.recv_timeout(PATIENCE).unwrap();
-        if round >= PUSHES / 10 {
-            ours.push(took);
-            floor.push(post + commit);
-        }
+        thread::sleep(PAUSE);
+        took.commit.push(raw.commit());
+        raw.forget();
+        thread::sleep(PAUSE);
+        took.bare_to_master.push(bare.deliver(&request));
     }
-    assert_eq!(heartbeat.stats().delivered, PUSHES as u64);
-    let line = |percent, most| Line {
-        what: format!("push to the master having it, connection warm, p{percent}"),
-        floor: Some(Amount::Time(percentile(&floor, percent))),
-        measured: Amount::Time(percentile(&ours, percent)),
+    assert_eq!(heartbeat.stats().failure.map(|failure| failure.class), None);
+    let line = |what: &str, percent, (floor, measured): (&[Duration], &[Duration]), most| Line {
+        what: format!("{what}, p{percent}"),
+        floor: Some(Amount::Time(percentile(floor, percent))),
+        measured: Amount::Time(percentile(measured, percent)),
         goal: Goal::AtMostTimes(most),
     };
-    Ok(vec![line(50, 1.3), line(99, 2.0)].into())
+    let to_master: (&[_], &[_]) = (&took.bare_to_master, &took.to_master);
+    Ok(vec![
+        line("push to the master having it, connection warm", 50, to_master, 1.15),
+        line("push to the master having it, connection warm", 99, to_master, 1.3),
+        line("push() of one thread with pauses; floor: SQLite's commit", 50, (&took.commit, &took.push), 1.15),
+    ]
+    .into())
+}
+
+#[derive(Default)]
+struct Took {
+    push: Vec<Duration>,
+    commit: Vec<Duration>,
+    to_master: Vec<Duration>,
+    bare_to_master: Vec<Duration>,
+}
+
+/// The least that keeps a delta and delivers it where the disk may hang and the network may hang: a thread for each. The one
+/// that pushes hands over to the first, which commits the row and hands the same request as ours over to the second, which has
+/// a warm connection. Ours has a snapshot made for each beat, too, and this has not. The row is removed when the master has
+/// answered, so this checkpoints about as often.
+struct BareDelivery<'a> {
+    stage: &'a Stage,
+    ask: Sender<Vec<u8>>,
+    done: Receiver<()>,
+}
+
+impl<'a> BareDelivery<'a> {
+    fn start(stage: &'a Stage) -> Self {
+        let client = BareClient::new(stage.master.address, &stage.agent_dir());
+        let (table, beat) = (stage.folder.path().join("delivery.db"), BareBeat::start(client, After::KeepOpen));
+        let ((ask, asked), (finish, done)) = (unbounded::<Vec<u8>>(), unbounded());
+        thread::spawn(move || {
+            let raw = RawTable::new(&table);
+            for request in asked {
+                raw.commit();
+                beat.exchange(&request);
+                raw.forget();
+                let _ = finish.send(());
+            }
+        });
+        Self { stage, ask, done }
+    }
+
+    /// How long it takes until the master has it.
+    fn deliver(&self, request: &[u8]) -> Duration {
+        let (request, since) = (request.to_vec(), Instant::now());
+        self.ask.send(request).unwrap();
+        let took = self.stage.master.arrival().at - since;
+        self.done.recv_timeout(PATIENCE).unwrap();
+        took
+    }
 }
 
 /// Each time a Docker that has answered so far hangs from the push on.
 pub fn measure_hung() -> Result<Figures, String> {
-    let stage = Stage::new(After::KeepOpen);
-    let agent_dir = stage.folder.path().join("agent");
-    let socket = stage.folder.path().join("docker.sock");
+    let stage = Stage::new(After::KeepOpen)?;
+    let (agent_dir, sockets) = (stage.agent_dir(), tempfile::tempdir().unwrap());
+    let socket = sockets.path().join("docker.sock");
     let release = hanging_docker(&socket);
     let source = DecnetStatus::new(&agent_dir).state_file(stage.folder.path().join("none")).docker_socket(socket);
     let (builder, _tick) = stage.builder();
@@ -98,62 +155,4 @@ fn hanging_docker(socket: &Path) -> crossbeam_channel::Sender<()> {
         }
     });
     release
-}
-
-pub fn measure_outbox() -> Result<Figures, String> {
-    let (folder, master) = (tempfile::tempdir().unwrap(), BareMaster::start(FORBIDDEN, After::KeepOpen));
-    // A host that is refused waits for its tick, and none comes: only the pushes have the outbox.
-    let (_tick, ticks) = unbounded();
-    let enrolment = master.enrol(&folder.path().join("agent"));
-    let heartbeat = Heartbeat::builder().enrolment(enrolment).ticks(ticks).start().unwrap();
-    heartbeat.beats().recv_timeout(PATIENCE).unwrap();
-    let raw = RawTable::new(&folder.path().join("raw.db"));
-    let (mut ours, mut floor) = (Vec::new(), Vec::new());
-    for _ in 0..BATCHES {
-        let batch: Vec<_> = (0..BATCH).map(|_| delta()).collect();
-        floor.push(raw.insert(&batch));
-        let since = Instant::now();
-        heartbeat.deltas().push_all(batch).unwrap();
-        ours.push(since.elapsed());
-    }
-    let rate = |times: &[Duration]| Amount::PerSecond(BATCH as f64 / percentile(times, 50).as_secs_f64());
-    Ok(vec![Line {
-        what: format!("durable push_all of {BATCH}, deltas"),
-        floor: Some(rate(&floor)),
-        measured: rate(&ours),
-        goal: Goal::AtLeastTimes(0.8),
-    }]
-    .into())
-}
-
-fn delta() -> LifecycleDelta {
-    LifecycleDelta::failed("decky-01", Operation::Mutate, "compose exited with 1")
-}
-
-/// The same rows in a table like the outbox', written by SQLite and nothing else.
-struct RawTable(Connection);
-
-impl RawTable {
-    fn new(path: &Path) -> Self {
-        let database = Connection::open(path).unwrap();
-        database.pragma_update(None, "journal_mode", "wal").unwrap();
-        database.pragma_update(None, "synchronous", "full").unwrap();
-        database.execute(TABLE, []).unwrap();
-        Self(database)
-    }
-
-    /// In one transaction; how long it took.
-    fn insert(&self, deltas: &[LifecycleDelta]) -> Duration {
-        let since = Instant::now();
-        let transaction = self.0.unchecked_transaction().unwrap();
-        let sql = "INSERT INTO delta (decky, operation, error, completed_at) VALUES (?1, ?2, ?3, ?4)";
-        let mut insert = transaction.prepare_cached(sql).unwrap();
-        for delta in deltas {
-            let row = (delta.decky(), delta.operation().as_str(), "compose exited with 1", 1_700_000_000_000_000_i64);
-            insert.execute(row).unwrap();
-        }
-        drop(insert);
-        transaction.commit().unwrap();
-        since.elapsed()
-    }
 }

@@ -72,6 +72,19 @@ impl Line {
         }
     }
 
+    /// Whether the goal is met, and by what; `None`: there is none.
+    pub fn in_words(&self) -> Option<String> {
+        let (what, measured, goal) = (&self.what, self.measured, self.goal);
+        let met = match (goal, self.is_met()) {
+            (Goal::None, _) => return None,
+            (_, true) => "met",
+            (_, false) => "MISSED",
+        };
+        let of_floor =
+            self.floor.zip(self.ratio()).map(|(floor, ratio)| format!(", {ratio:.2} × its floor of {floor}"));
+        Some(format!("{met}: {what}: {measured}{}; the goal is {goal}", of_floor.unwrap_or_default()))
+    }
+
     fn cells(&self) -> [String; 6] {
         let said = match (self.goal, self.is_met()) {
             (Goal::None, _) => "",
