@@ -294,7 +294,7 @@ impl Heartbeat {
         self.running.as_ref().map_or_else(crossbeam_channel::never, |running| running.beats.clone())
     }
 
-    /// Waits until all deltas that may be sent now have been accepted by the master, or refused for good; at the longest for
+    /// Waits until all deltas that may be sent now have been accepted or rejected by the master; at the longest for
     /// `timeout` (a day at the most). Whether they have been. What is held back by an operation in flight is not waited for,
     /// nor is what is pushed meanwhile. A beat that waits for the end of a backoff is not sent any earlier.
     ///

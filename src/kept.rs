@@ -15,7 +15,7 @@ pub(crate) struct Kept {
     pub(crate) delta: LifecycleDelta,
 }
 
-/// What the master has said of a delta for good.
+/// What has become of a delta that is not sent again.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Settled {
     /// It has it: it is gone from the outbox.
@@ -38,12 +38,12 @@ pub(crate) enum Poster {
 pub(crate) struct Counts {
     /// Deltas that the master has neither accepted nor rejected.
     pub(crate) waiting: u64,
-    /// Of these, the ones that must not go out now: somebody is at work on a newer row of the same decky and operation,
-    /// or posts it himself.
+    /// Of these, the ones that must not be sent now: a process owns a newer row of the same decky and operation, or the row
+    /// itself.
     pub(crate) held: u64,
     /// Rows of operations in flight.
     pub(crate) operations: u64,
-    /// Rows that the master has refused for good.
+    /// Rows that the master has rejected.
     pub(crate) rejected: u64,
     /// When the operation ended that the oldest waiting delta tells of, in microseconds since 1970.
     pub(crate) oldest: Option<i64>,
@@ -66,7 +66,7 @@ impl Add {
         }
     }
 
-    /// This process is at work on the rows.
+    /// This process owns the rows.
     pub(crate) fn is_owned(&self) -> bool {
         !matches!(self, Self::Deltas(_, Poster::Deliverer))
     }
@@ -75,7 +75,7 @@ impl Add {
 /// A change that must not be lost and cannot be refused: where the file does not take it, its copy does.
 #[derive(Clone, Debug)]
 pub(crate) enum Change {
-    /// The master has answered for good.
+    /// The master has accepted or rejected them.
     Settled(Vec<i64>, Settled),
     /// Operations that were in flight have ended, and who posts the deltas.
     Ended(Vec<Kept>, Poster),
@@ -98,7 +98,7 @@ impl Change {
         }
     }
 
-    /// How many deltas the master has answered for good.
+    /// How many deltas the master has accepted or rejected.
     pub(crate) fn settled(&self) -> u64 {
         if let Self::Settled(ids, _) = self { ids.len() as u64 } else { 0 }
     }

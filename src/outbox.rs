@@ -118,14 +118,14 @@ pub(crate) struct Books {
 /// [`Books`] that any thread may read. The lock is held to copy or to change a few fields, never longer.
 #[derive(Debug, Default)]
 pub(crate) struct SharedBooks {
-    /// And so many deltas the master has answered for good that the counts do not know of yet.
+    /// With how many of the deltas that count as waiting the master has accepted or rejected.
     books: Mutex<(Books, u64)>,
     /// The heartbeat has stopped, and its outbox may have something to write down yet.
     has_stopped: Arc<AtomicBool>,
 }
 
 impl SharedBooks {
-    /// Without what the master has answered for good.
+    /// Without what the master has accepted or rejected.
     pub(crate) fn read(&self) -> Books {
         let (mut books, settling) = *self.lock();
         books.counts.waiting = books.counts.waiting.saturating_sub(settling);
@@ -136,7 +136,7 @@ impl SharedBooks {
         self.has_stopped.store(true, Ordering::Relaxed);
     }
 
-    /// The master has answered for so many deltas for good.
+    /// The master has accepted or rejected so many deltas.
     pub(crate) fn settle(&self, deltas: u64) {
         self.lock().1 += deltas;
     }

@@ -101,10 +101,9 @@ impl Batches {
     /// Otherwise it is used only if the disk does not answer, without what is held back by now: where a disk is slow and
     /// threads push all the time, nothing would ever be sent.
     pub(crate) fn get(&mut self, share: Share, suspects: &Arc<Suspects>, patience: Duration) -> Option<Batch> {
-        let is_for_all = share == Share::default() && suspects.is_empty();
         let is_usable = |batch: &Batch| {
             let is_fresh = batch.at.elapsed() < limits::BATCH_FRESH;
-            is_for_all && is_fresh && batch.generation == self.client.generation()
+            is_for_all(share, suspects) && is_fresh && batch.generation == self.client.generation()
         };
         if self.at_hand.as_ref().is_some_and(is_usable) {
             return self.at_hand.take();
@@ -131,7 +130,7 @@ impl Batches {
 
     fn ask_once(&mut self, share: Share, suspects: &Arc<Suspects>, until: Instant) -> Option<Batch> {
         self.asked += 1;
-        self.was_for_all = share == Share::default() && suspects.is_empty();
+        self.was_for_all = is_for_all(share, suspects);
         self.client.ask_for_batch(Question { number: self.asked, share, suspects: Arc::clone(suspects) });
         let mut access = None;
         while let Ok(mut batch) = self.answers.recv_deadline(until) {
@@ -166,6 +165,11 @@ impl Batches {
         deltas.truncate(most);
         Some(batch).filter(|batch| batch.deltas.as_ref().is_ok_and(|deltas| !deltas.is_empty()))
     }
+}
+
+/// A whole body, of all that may be sent: what is offered without a question.
+fn is_for_all(share: Share, suspects: &Suspects) -> bool {
+    share == Share::default() && suspects.is_empty()
 }
 
 #[cfg(test)]

@@ -1,4 +1,5 @@
-//! What other threads have of the outbox thread. Each call is bounded: whoever waits does so for a second at most.
+//! What other threads have of the outbox thread. Each call is bounded: it waits for a second at most, or
+//! until the moment that its caller names.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -41,7 +42,7 @@ impl OutboxClient {
         answer.map_err(|why| self.no_answer(why))?.map(drop)
     }
 
-    /// The master has answered for good. Nobody waits for the disk to know it, and no batch has these deltas any more.
+    /// The master has accepted or rejected deltas. Nobody waits for the disk to know it, and no later batch has them.
     pub(crate) fn settle(&self, change: Change) {
         self.books.settle(change.settled());
         self.desk.tell(Request::Change(change));

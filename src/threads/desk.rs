@@ -18,11 +18,11 @@ use crate::outbox::{Add, Change, Kept};
 pub(crate) enum Request {
     Add(Add),
     Change(Change),
-    /// Changed credentials are loaded, and the outbox is put in order: before each beat but one for deltas alone.
+    /// To look whether the credentials' files exist, and to put the outbox in order: before each beat but one for deltas alone.
     Tend,
     /// The deltas of a POST.
     Batch(Question),
-    /// To be told when all that may be sent now has been accepted, or refused for good.
+    /// To be told when all that may be sent now has been accepted or rejected.
     Flush,
     /// Another process may deliver.
     Release,

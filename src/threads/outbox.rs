@@ -28,7 +28,7 @@ pub(super) struct Heartbeat {
     pub(super) are_gone: bool,
     /// Full: the heartbeat thread has been told already.
     pub(super) news: Sender<News>,
-    /// Answers, and what was not asked for. One question is under way at a time, and an offer is made only where nothing else is.
+    /// Answers and offers. It needs no bound of its own: questions have an answer each, and offers stop while some are unread.
     pub(super) answers: Sender<Batch>,
 }
 
@@ -121,8 +121,7 @@ impl OutboxThread {
         }
         let added = added.into_iter().chain(repeat_with(stopped)).take(adding.len());
         let answers = adding.into_iter().zip(added).map(|((ticket, waiter), added)| (ticket, waiter, added));
-        let firsts: Vec<_> = answers.collect();
-        self.answer_added(&adds, firsts);
+        self.answer_added(&adds, answers.collect());
         let problem = if is_refused { stopped().map(drop) } else { changed };
         self.answer_changed(changing, settled, problem);
         if is_urgent {
@@ -186,24 +185,23 @@ impl OutboxThread {
     }
 
     fn wake(&self, news: News) {
-        // Full: it has been told already. Its receiver may be gone.
+        // Full: it has been told already. It may have ended.
         let _ = self.heartbeat.as_ref().map(|heartbeat| heartbeat.news.try_send(news));
     }
 
     /// New deltas are to be sent, unless all are held back. Where few wait the heartbeat thread need not ask for them. If the disk
     /// `is_slow` it has all that fit into a body, as an answer would come too late.
     fn offer(&mut self, generation: Generation, is_slow: bool) {
-        let Some(answers) = self.heartbeat.as_ref().map(|heartbeat| heartbeat.answers.clone()) else { return };
+        let Some(unread) = self.heartbeat.as_ref().map(|heartbeat| heartbeat.answers.len()) else { return };
         let is_offered = is_slow || self.outbox.waiting() <= limits::FEW_DELTAS;
         let batch = is_offered.then(|| self.batch(&Question::default(), generation));
         let is_nothing = |batch: &Batch| batch.deltas.as_ref().is_ok_and(Vec::is_empty);
         if batch.as_ref().is_some_and(is_nothing) {
             return;
         }
-        // What the heartbeat thread has not received yet is bounded, and what it asks for comes in any case.
-        if let Some(batch) = batch.filter(|_| answers.len() < limits::OFFERS) {
-            // Nobody may be there any more.
-            let _ = answers.send(batch);
+        // Where it reads none it will ask.
+        if let Some(batch) = batch.filter(|_| unread < limits::OFFERS) {
+            self.send(batch);
         }
         self.wake(News::Pushed);
     }
@@ -213,21 +211,22 @@ impl OutboxThread {
             self.outbox.count();
         }
         let batch = self.batch(question, generation);
-        if let Some(heartbeat) = &mut self.heartbeat {
-            let access = heartbeat.credentials.refresh().map(Box::new);
-            // As there.
-            let _ = heartbeat.answers.send(Batch { access, ..batch });
-        }
+        let access = self.heartbeat.as_mut().and_then(|heartbeat| heartbeat.credentials.refresh()).map(Box::new);
+        self.send(Batch { access, ..batch });
     }
 
-    /// Nobody has asked for them, but there is something to send with them.
+    /// Nobody has asked for them, but there are deltas to be sent.
     fn send_changed_credentials(&mut self) {
         let Some(heartbeat) = &mut self.heartbeat else { return };
         if let Some(access) = heartbeat.credentials.refresh() {
-            let batch = Batch { access: Some(Box::new(access)), are_gone: heartbeat.are_gone, ..Batch::nothing() };
-            // As there.
-            let _ = heartbeat.answers.send(batch);
+            let are_gone = heartbeat.are_gone;
+            self.send(Batch { access: Some(Box::new(access)), are_gone, ..Batch::nothing() });
         }
+    }
+
+    fn send(&self, batch: Batch) {
+        // The heartbeat thread may have ended.
+        let _ = self.heartbeat.as_ref().map(|heartbeat| heartbeat.answers.send(batch).is_ok());
     }
 
     fn batch(&mut self, question: &Question, generation: Generation) -> Batch {
