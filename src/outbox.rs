@@ -547,7 +547,9 @@ impl Outbox {
         if tally.may_hold() && counts.waiting <= limits::FEW_DELTAS {
             return self.count();
         }
-        let on_disk = self.is_on_disk();
+        // Whoever delivers looks at the place of the file when he has answered.
+        let is_seen_to = self.delivers() && self.books.lock().0.on_disk && !self.store.is_unwritten();
+        let on_disk = if is_seen_to { self.pending.is_empty() } else { self.is_on_disk() };
         let settled = mem::take(&mut self.settled);
         self.books.update(settled, |books| (books.counts, books.on_disk) = (counts, on_disk));
     }
@@ -562,9 +564,32 @@ impl Outbox {
         });
     }
 
+    /// Brings up to date whether all of it is in the file at its place.
+    pub(crate) fn note_place(&mut self) {
+        let on_disk = self.is_on_disk();
+        self.books.change(|books| books.on_disk = on_disk);
+    }
+
     /// All of it is in the file at its place.
     fn is_on_disk(&self) -> bool {
         self.pending.is_empty() && self.store.is_on_disk()
+    }
+
+    /// What was added in the last transaction, newest first, if it is little and nothing else may go out: what
+    /// [`Self::deliverable_where`] would find, without reading it.
+    pub(crate) fn just_added(&self, adds: &[Add], added: &[Result<i64, Error>]) -> Option<Vec<Kept>> {
+        let rows: usize = adds.iter().zip(added).filter(|(_, added)| added.is_ok()).map(|(add, _)| add.rows()).sum();
+        let (few, waiting) = (1..=limits::FEW_DELTAS, self.books.lock().0.counts.waiting);
+        let is_all = waiting == rows as u64 && !self.store.tally()?.may_hold() && self.pending.is_empty();
+        if !is_all || !few.contains(&waiting) || !self.delivers() {
+            return None;
+        }
+        let each = |(add, first): (&Add, &Result<i64, Error>)| match (add, first) {
+            (Add::Deltas(deltas, _), Ok(first)) => (*first..).zip(deltas.clone()).collect(),
+            _ => Vec::new(),
+        };
+        let new = adds.iter().zip(added).flat_map(each).map(|(id, delta)| Kept { id, delta });
+        Some(new.collect::<Vec<_>>().into_iter().rev().collect())
     }
 
     /// Deltas that wait, as of the last transaction.

@@ -272,13 +272,21 @@ impl Worker {
     /// One beat, with all the deltas that wait, up to a body's worth.
     fn beat(&mut self, states: Option<&States>) {
         self.warn_of_expiry();
-        let Some(BeatEnd { reply, delivered }) = self.make_posts(states) else { return };
-        self.note(&reply);
+        if let Some(end) = self.make_posts(states) {
+            self.beat_ended(&end);
+        }
+        if self.batches.take_news() {
+            self.wish(Wish::Delta);
+        }
+    }
+
+    fn beat_ended(&mut self, BeatEnd { reply, delivered }: &BeatEnd) {
+        self.note(reply);
         self.schedule.ended(reply.verdict, Instant::now(), fastrand::f64());
         self.note_next_beat();
         // Full: it has been told already. Gone: nobody asks.
         let _ = self.beaten.try_send(());
-        if reply.verdict == Verdict::Accepted && delivered > 0 && self.outbox.free() > self.content.resting() {
+        if reply.verdict == Verdict::Accepted && *delivered > 0 && self.outbox.free() > self.content.resting() {
             self.wish(Wish::Delta);
         }
     }

@@ -29,7 +29,9 @@ impl Outbox {
     }
 
     fn add(&mut self, add: Add) -> Result<i64, Error> {
-        self.commit(&[add], deadline()).added.remove(0)
+        let added = self.commit(&[add], deadline()).added.remove(0);
+        self.note_place();
+        added
     }
 
     pub(crate) fn keep(&mut self, deltas: &[LifecycleDelta]) -> Result<(), Error> {
@@ -64,7 +66,9 @@ impl Outbox {
 
     fn make(&mut self, change: Change, by: Instant) -> Result<(), Error> {
         self.note(change);
-        self.commit(&[], by).changed
+        let changed = self.commit(&[], by).changed;
+        self.note_place();
+        changed
     }
 
     pub(crate) fn deliverable(&mut self, most: usize, _: Instant) -> Result<Vec<Kept>, Error> {

@@ -78,7 +78,7 @@ pub(super) struct Rows<'a> {
     pub(super) tally: Tally,
     /// How rows name this process as their owner.
     pub(super) us: &'a str,
-    /// The last id that was given in this transaction.
+    /// The last id that was ever given, where that is known.
     pub(super) last: Option<i64>,
 }
 

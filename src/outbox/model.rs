@@ -471,8 +471,9 @@ impl Bench {
         }
         let Committed { added: firsts, changed } = agent.outbox.commit(&adds, deadline());
         prop_assert!(is_as_it_must_be(&changed, self.trouble), "{:?}", changed);
+        let new = agent.outbox.just_added(&adds, &firsts);
         for (first, add) in firsts.into_iter().zip(&adds) {
-            let new: Vec<_> = match add {
+            let rows: Vec<_> = match add {
                 Add::Deltas(deltas, poster) => {
                     let owner = (*poster == Poster::Us).then_some(us.as_str());
                     deltas.iter().map(|delta| Row::ended(delta, owner)).collect()
@@ -490,7 +491,11 @@ impl Bench {
                 }
                 _ => (),
             }
-            added(first, &new, agent, ledgers, self.trouble)?;
+            added(first, &rows, agent, ledgers, self.trouble)?;
+        }
+        // What is sent without being read is what would be read.
+        if let Some(new) = new {
+            prop_assert_eq!(&new, &self.now.deliverable(usize::MAX));
         }
         Ok(Changed::ByTheAgent)
     }

@@ -43,8 +43,8 @@ pub(super) struct Refused {
 #[derive(Debug)]
 pub(super) struct Table {
     pub(super) db: Connection,
-    /// With the version of the file that was counted: another process may change it.
-    tally: Option<(i64, Tally)>,
+    /// How many rows there are, and the last id. With the version of the file that it is of: another process may change it.
+    known: Option<(i64, Tally, Option<i64>)>,
 }
 
 impl Table {
@@ -58,16 +58,16 @@ impl Table {
         let transaction = self.db.transaction_with_behavior(TransactionBehavior::Immediate)?;
         let version = version(&transaction)?;
         copy.map_or(Ok(()), |copy| copy::merge(copy, &transaction))?;
-        let tally = match self.tally {
-            Some((counted, tally)) if counted == version && copy.is_none() => tally,
-            _ => Tally::of(&transaction, &EVERY_ID)?,
+        let (tally, last) = match self.known {
+            Some((of, tally, last)) if of == version && copy.is_none() => (tally, last),
+            _ => (Tally::of(&transaction, &EVERY_ID)?, None),
         };
-        let mut rows = Rows { db: &transaction, tally, us, last: None };
+        let mut rows = Rows { db: &transaction, tally, us, last };
         let done = change(&mut rows)?;
-        let tally = rows.tally;
+        let (tally, last) = (rows.tally, rows.last);
         transaction.commit()?;
         // Its own changes do not change the version.
-        self.tally = Some((version, tally));
+        self.known = Some((version, tally, last));
         Ok(done)
     }
 }
@@ -89,7 +89,7 @@ impl Store {
         let Some(path) = self.path.clone() else { return Ok(()) };
         // Closed first: what SQLite keeps beside the file that is gone must not mix with the new one's.
         self.leave_file().map_err(|source| self.error("cannot be left", source))?;
-        let mut table = Table { db: file::open(&path, may_replace)?, tally: None };
+        let mut table = Table { db: file::open(&path, may_replace)?, known: None };
         let identity = fs::symlink_metadata(&path).and_then(|found| self.owner.live(&path).map(|()| identity(&found)));
         let identity = identity.map_err(|source| self.error("cannot be written", source))?;
         if let Some((copy, _)) = &self.copy {
@@ -106,7 +106,7 @@ impl Store {
             let is_broken = self.is_broken();
             let copy = self.in_memory()?;
             if is_broken { copy::refresh(&copy.db, None) } else { copy::change_all(&copy.db) }?;
-            (copy.tally, self.file) = (None, None);
+            (copy.known, self.file) = (None, None);
         }
         Ok(())
     }
@@ -147,7 +147,7 @@ impl Store {
     /// How many rows there are, as of the last change.
     pub(super) fn tally(&self) -> Option<Tally> {
         let file = self.file.as_ref().map(|(file, _)| file);
-        self.copy.as_ref().map(|(copy, _)| copy).or(file)?.tally.map(|(_, tally)| tally)
+        self.copy.as_ref().map(|(copy, _)| copy).or(file)?.known.map(|(_, tally, _)| tally)
     }
 
     pub(super) fn read<T>(&mut self, read: impl FnOnce(&Connection) -> rusqlite::Result<T>) -> rusqlite::Result<T> {
@@ -228,13 +228,13 @@ impl Store {
     /// The copy, made if there is none, with what other processes have changed in the file since the last time.
     pub(super) fn in_memory(&mut self) -> rusqlite::Result<&mut Table> {
         let known = self.copy.take();
-        let copy = if let Some(copy) = known { copy } else { (Table { db: copy::open()?, tally: None }, None) };
+        let copy = if let Some(copy) = known { copy } else { (Table { db: copy::open()?, known: None }, None) };
         let (copy, refreshed) = self.copy.insert(copy);
         if let Some((file, _)) = &self.file {
             // Of a file that cannot be read the copy keeps what it has.
             let version = version(&file.db).ok().filter(|version| *refreshed != Some(*version));
             if version.is_some() && copy::refresh(&copy.db, Some(&file.db)).is_ok() {
-                (*refreshed, copy.tally) = (version, None);
+                (*refreshed, copy.known) = (version, None);
             }
         }
         Ok(copy)

@@ -1,6 +1,7 @@
 //! The deltas of a POST: what the outbox thread says may be sent, and for how long that holds. A value of the heartbeat
 //! thread, which waits a moment for a disk that is slow, and then goes on without deltas.
 
+use std::mem;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -48,7 +49,7 @@ impl Batch {
 /// What the outbox thread wakes the heartbeat thread for.
 #[derive(Debug)]
 pub(crate) enum News {
-    /// There are new deltas.
+    /// There are new deltas, and too many to offer them.
     Pushed,
     /// Somebody waits until all is sent.
     Flush,
@@ -69,22 +70,29 @@ pub(crate) struct Batches {
     is_overdue: bool,
     /// What may be sent, as of the last transaction, or of an answer that came late.
     at_hand: Option<Batch>,
+    /// Something new was offered while an answer was waited for.
+    has_news: bool,
 }
 
 impl Batches {
     pub(super) fn new(client: Arc<OutboxClient>, news: Receiver<News>, answers: Receiver<Batch>) -> Self {
-        Self { client, news, answers, asked: 0, was_for_all: false, is_overdue: false, at_hand: None }
+        Self { client, news, answers, asked: 0, was_for_all: false, is_overdue: false, at_hand: None, has_news: false }
     }
 
-    /// A batch has come that nobody waited for. Whether the disk answers again, and there are deltas to send.
+    /// A batch has come that nobody waited for. Whether there are deltas to send, new ones or because the disk answers again.
     pub(crate) fn came(&mut self, batch: Batch) -> bool {
-        let is_late = self.is_overdue && batch.number == self.asked;
+        let (is_late, is_offer) = (self.is_overdue && batch.number == self.asked, batch.number == OFFERED);
         self.is_overdue &= !is_late;
         let has_deltas = batch.deltas.as_ref().is_ok_and(|deltas| !deltas.is_empty());
-        if batch.number == OFFERED || is_late && self.was_for_all {
+        if is_offer || is_late && self.was_for_all {
             self.keep(batch);
         }
-        is_late && has_deltas
+        (is_late || is_offer) && has_deltas
+    }
+
+    /// Whether something new was offered during the last beat: its states may be older than that.
+    pub(crate) fn take_news(&mut self) -> bool {
+        mem::take(&mut self.has_news)
     }
 
     /// The newest one is at hand.
@@ -136,6 +144,7 @@ impl Batches {
         while let Ok(mut batch) = self.answers.recv_deadline(until) {
             access = batch.access.take().or(access);
             let is_offer = batch.number == OFFERED && batch.deltas.is_ok();
+            self.has_news |= is_offer;
             let is_good = is_offer && self.was_for_all && batch.generation == self.client.generation();
             if batch.number == self.asked || is_good {
                 return Some(Batch { access, ..batch });
@@ -239,6 +248,21 @@ mod tests {
         assert_eq!(get(&mut batches, LONG), Some(2));
         assert_eq!(questions(&desk), [2]);
         assert!(!batches.came(any(2)), "it came in time");
+    }
+
+    #[test]
+    fn what_is_offered_calls_for_a_beat_even_if_a_beat_just_waits_for_another_answer() {
+        let (mut batches, desk, answer) = parts();
+        let kept = Kept { id: 1, delta: LifecycleDelta::succeeded("d", Operation::Deploy) };
+        let offer = |desk: &Desk| Batch { deltas: Ok(vec![kept.clone()]), ..batch(OFFERED, desk.generation()) };
+        assert!(batches.came(offer(&desk)));
+        assert!(!batches.came(batch(OFFERED, desk.generation())), "there is nothing in it");
+        assert!(!batches.take_news());
+        desk.tell(push());
+        answer.send(offer(&Desk::default())).unwrap();
+        answer.send(batch(1, desk.generation())).unwrap();
+        assert_eq!(get(&mut batches, LONG), Some(1), "the offer is out of date");
+        assert!(batches.take_news() && !batches.take_news());
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use crossbeam_channel::Sender;
 
-use super::batches::{Batch, News};
+use super::batches::{Batch, News, OFFERED};
 use super::desk::{Answer, Asked, Desk, Question, Request, Waiter};
 use super::requests::{Generation, Taken, Ticket};
 use crate::content::{Nothing, Share};
@@ -117,13 +117,15 @@ impl OutboxThread {
         let since = Instant::now();
         let Committed { added, changed } = self.outbox.commit(&adds, by);
         if is_urgent {
-            self.offer(generation, since.elapsed() > limits::BATCH_FRESH);
+            let new = self.outbox.just_added(&adds, &added);
+            self.offer(new, generation, since.elapsed() > limits::BATCH_FRESH);
         }
         let added = added.into_iter().chain(repeat_with(stopped)).take(adding.len());
         let answers = adding.into_iter().zip(added).map(|((ticket, waiter), added)| (ticket, waiter, added));
         self.answer_added(&adds, answers.collect());
         let problem = if is_refused { stopped().map(drop) } else { changed };
         self.answer_changed(changing, settled, problem);
+        self.outbox.note_place();
         if is_urgent {
             self.send_changed_credentials();
         }
@@ -191,19 +193,22 @@ impl OutboxThread {
 
     /// New deltas are to be sent, unless all are held back. Where few wait the heartbeat thread need not ask for them. If the disk
     /// `is_slow` it has all that fit into a body, as an answer would come too late.
-    fn offer(&mut self, generation: Generation, is_slow: bool) {
+    fn offer(&mut self, new: Option<Vec<Kept>>, generation: Generation, is_slow: bool) {
         let Some(unread) = self.heartbeat.as_ref().map(|heartbeat| heartbeat.answers.len()) else { return };
-        let is_offered = is_slow || self.outbox.waiting() <= limits::FEW_DELTAS;
-        let batch = is_offered.then(|| self.batch(&Question::default(), generation));
-        let is_nothing = |batch: &Batch| batch.deltas.as_ref().is_ok_and(Vec::is_empty);
-        if batch.as_ref().is_some_and(is_nothing) {
-            return;
+        let batch = if let Some(new) = new {
+            Some(self.batch_of(Ok(new), generation))
+        } else if is_slow || self.outbox.waiting() <= limits::FEW_DELTAS {
+            Some(self.batch(&Question::default(), generation))
+        } else {
+            None
+        };
+        match batch {
+            Some(batch) if batch.deltas.as_ref().is_ok_and(Vec::is_empty) => (),
+            // What is offered says that there is something new.
+            Some(batch) if batch.deltas.is_ok() && unread < limits::OFFERS => self.send(batch),
+            // Where it reads none it will ask.
+            _ => self.wake(News::Pushed),
         }
-        // Where it reads none it will ask.
-        if let Some(batch) = batch.filter(|_| unread < limits::OFFERS) {
-            self.send(batch);
-        }
-        self.wake(News::Pushed);
     }
 
     fn send_batch(&mut self, question: &Question, generation: Generation) {
@@ -219,8 +224,10 @@ impl OutboxThread {
     fn send_changed_credentials(&mut self) {
         let Some(heartbeat) = &mut self.heartbeat else { return };
         if let Some(access) = heartbeat.credentials.refresh() {
-            let are_gone = heartbeat.are_gone;
-            self.send(Batch { access: Some(Box::new(access)), are_gone, ..Batch::nothing() });
+            self.send(Batch {
+                access: Some(Box::new(access)),
+                ..self.batch_of(Err(Nothing::NotNow), Generation::default())
+            });
         }
     }
 
@@ -239,8 +246,12 @@ impl OutboxThread {
             }
             Err(Nothing::NotNow)
         });
+        Batch { number: question.number, ..self.batch_of(deltas, generation) }
+    }
+
+    fn batch_of(&self, deltas: Result<Vec<Kept>, Nothing>, generation: Generation) -> Batch {
         let are_gone = self.heartbeat.as_ref().is_some_and(|heartbeat| heartbeat.are_gone);
-        Batch { number: question.number, generation, at: Instant::now(), deltas, access: None, are_gone }
+        Batch { number: OFFERED, generation, at: Instant::now(), deltas, access: None, are_gone }
     }
 
     /// Says that all is sent to those who wait for it. Who waits no longer is forgotten.
