@@ -564,10 +564,13 @@ impl Outbox {
         });
     }
 
-    /// Brings up to date whether all of it is in the file at its place.
-    pub(crate) fn note_place(&mut self) {
+    /// What is to be done after a transaction, when all have their answers: whether the file is still at its place, and one read.
+    /// For the first one SQLite writes to `-shm`, and a disk that freezes from now on would stop it.
+    pub(crate) fn look_again(&mut self) {
         let on_disk = self.is_on_disk();
         self.books.change(|books| books.on_disk = on_disk);
+        // What cannot be read says so to whoever needs it.
+        let _ = self.newest();
     }
 
     /// All of it is in the file at its place.

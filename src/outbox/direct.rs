@@ -30,7 +30,7 @@ impl Outbox {
 
     fn add(&mut self, add: Add) -> Result<i64, Error> {
         let added = self.commit(&[add], deadline()).added.remove(0);
-        self.note_place();
+        self.look_again();
         added
     }
 
@@ -67,7 +67,7 @@ impl Outbox {
     fn make(&mut self, change: Change, by: Instant) -> Result<(), Error> {
         self.note(change);
         let changed = self.commit(&[], by).changed;
-        self.note_place();
+        self.look_again();
         changed
     }
 

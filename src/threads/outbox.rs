@@ -125,7 +125,7 @@ impl OutboxThread {
         self.answer_added(&adds, answers.collect());
         let problem = if is_refused { stopped().map(drop) } else { changed };
         self.answer_changed(changing, settled, problem);
-        self.outbox.note_place();
+        self.outbox.look_again();
         if is_urgent {
             self.send_changed_credentials();
         }

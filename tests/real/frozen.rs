@@ -65,10 +65,14 @@ fn push(deltas: &DeltaSender, decky: &str) -> Told {
 
 /// A heartbeat with an interval, whose first beat was accepted.
 fn start(loopback: &Loopback) -> Heartbeat {
+    start_every(INTERVAL, loopback)
+}
+
+fn start_every(interval: Duration, loopback: &Loopback) -> Heartbeat {
     let source = || Snapshot::new(&json!({"deployed": false, "deckies": []}));
     let builder = Heartbeat::builder().enrolment(loopback.worker.enrolment().unwrap());
     let before = loopback.master.received().len();
-    let heartbeat = builder.interval(INTERVAL).status_source(source).start().unwrap();
+    let heartbeat = builder.interval(interval).status_source(source).start().unwrap();
     assert!(loopback.master.wait_until(PATIENCE, |seen| seen.received().len() > before));
     heartbeat
 }
@@ -220,6 +224,30 @@ fn a_stop_at_a_frozen_disk_knows_what_is_on_it() {
     loopback.master.start_again().unwrap();
     all_is_sent(&start(&loopback));
     sent_as_told(&loopback, [("d", Told::Kept)]);
+}
+
+/// Nothing is asked of the outbox between its last change and the freeze.
+#[test]
+#[ignore = "mounts, and so needs root"]
+fn a_stop_at_a_disk_that_froze_after_the_last_change_knows_what_is_on_it() {
+    for is_delivered in [false, true] {
+        let disk = Freezable::mount();
+        let loopback = Loopback::new(&disk.path().join("agent"));
+        // No tick comes meanwhile.
+        let heartbeat = start_every(Duration::from_secs(600), &loopback);
+        if !is_delivered {
+            loopback.master.decommission(&loopback.worker.uuid);
+        }
+        assert_eq!(push(&heartbeat.deltas(), "d"), Told::Kept);
+        settled(&heartbeat, |stats| if is_delivered { stats.delivered == 1 } else { stats.failure.is_some() });
+        // The outbox thread has done all that it does by itself.
+        thread::sleep(Duration::from_millis(200));
+        disk.freeze();
+        let stopped = heartbeat.stop(Duration::from_millis(100));
+        let undelivered = u64::from(!is_delivered);
+        assert_eq!((stopped.undelivered, stopped.kept, stopped.in_time), (undelivered, true, true));
+        disk.thaw();
+    }
 }
 
 #[test]
