@@ -3,7 +3,7 @@
 //! - A commit is on the disk before it is acknowledged: WAL with `synchronous=FULL`.
 //! - The file is its owner's alone (0600) from its first byte, and `-wal` and `-shm` take after it.
 //! - One process at a time delivers from it and recovers it; any may add to it.
-//! - A row that somebody is at work on (an operation in flight, a delta that `push` posts itself) names that process,
+//! - A row that a process owns (an operation in flight, a delta that `push` posts itself) names that process,
 //!   and comes free when it dies.
 //! - It is an order of events: what began later has the higher id, and while a newer operation is in flight, older deltas
 //!   of its decky are held back.
@@ -167,7 +167,7 @@ pub(crate) struct Committed {
     pub(crate) changed: Result<(), Error>,
 }
 
-/// Ids of rows that are gone for good, the last ones: a file that comes back, or an older copy of it, may have them.
+/// The last ids of rows that must not come back: a file that was away, or an older copy of it, may have them.
 #[derive(Debug, Default)]
 struct Gone {
     ids: BTreeSet<i64>,
@@ -214,7 +214,7 @@ pub(crate) struct Outbox {
 
 impl Outbox {
     /// Opens the outbox, or one in memory where the file cannot be used; the second value then says why. To deliver, it
-    /// also recovers what processes that have died were at work on.
+    /// also recovers the rows of processes that have died.
     ///
     /// # Errors
     ///
@@ -381,20 +381,20 @@ impl Outbox {
     }
 
     /// What is to be done before a beat by the process that delivers: it goes to its file if it is not there, takes over
-    /// what dead processes were at work on, lets go of what is too old, and writes down what it could not so far.
+    /// the rows of dead processes, lets go of what is too old, and writes down what it could not so far.
     pub(crate) fn tend(&mut self) -> Result<(), Error> {
         if matches!(self.delivery, Delivery::No) {
             return Ok(());
         }
         self.look_for_file();
-        let tended = match self.delivers() {
+        let recovered = match self.delivers() {
             true => self.recover("its process ended during ").and_then(|()| self.age()),
             false => Ok(()),
         };
-        let tended = tended.and_then(|()| self.write_down());
+        let written = recovered.and_then(|()| self.write_down());
         self.say_dropped();
         self.count();
-        tended
+        written
     }
 
     /// Lets another process deliver. What is still added here waits for it. The last chance for what the file did not take: it
@@ -475,7 +475,7 @@ impl Outbox {
         }))
     }
 
-    /// Recovers what dead processes were at work on, if we deliver.
+    /// Recovers the rows of dead processes, if we deliver.
     fn begin_to_deliver(&mut self, reason: &str) {
         let (true, Some(path)) = (self.delivers(), self.store.path.clone()) else { return };
         if let Err(error) = self.recover(reason) {
@@ -487,8 +487,8 @@ impl Outbox {
         }
     }
 
-    /// Reports the operations of dead processes failed, with `reason` and the operation's name. Only the file says what they
-    /// are at work on, and only beside it is known whether they live.
+    /// Reports the operations of dead processes failed, with `reason` and the operation's name. Only the file says which rows
+    /// they own, and only beside it is known whether they live.
     fn recover(&mut self, reason: &str) -> Result<(), Error> {
         let Some((file, _)) = &self.store.file else { return Ok(()) };
         let in_file = entries::owners(&file.db).map_err(|source| self.store.error("cannot be read", source))?;
@@ -547,9 +547,9 @@ impl Outbox {
         if tally.may_hold() && counts.waiting <= limits::FEW_DELTAS {
             return self.count();
         }
-        // Whoever delivers looks at the place of the file when he has answered.
-        let is_seen_to = self.delivers() && self.books.lock().0.on_disk && !self.store.is_unwritten();
-        let on_disk = if is_seen_to { self.pending.is_empty() } else { self.is_on_disk() };
+        // The process that delivers looks at the place of the file after the answers: see `look_again`.
+        let was_there = self.delivers() && self.books.lock().0.on_disk && !self.store.is_unwritten();
+        let on_disk = if was_there { self.pending.is_empty() } else { self.is_on_disk() };
         let settled = mem::take(&mut self.settled);
         self.books.update(settled, |books| (books.counts, books.on_disk) = (counts, on_disk));
     }

@@ -1,5 +1,5 @@
 //! The copy in memory: the same table as the file's, while the file does not take changes. It knows which rows were changed
-//! in it, and these go to the file in the end. Rows that other processes are at work on are in it to hold older deltas
+//! in it, and these go to the file when it takes changes again. Rows that other processes own are in it to hold older deltas
 //! back, and nobody changes them here. Runs on the outbox thread.
 
 use std::time::SystemTime;

@@ -31,7 +31,7 @@ pub(super) struct Tally {
     waiting: i64,
     operations: i64,
     rejected: i64,
-    /// Rows that a process is at work on. They never fall out.
+    /// Rows that a process owns. They never fall out.
     owned: i64,
 }
 
@@ -58,7 +58,7 @@ impl Tally {
         Counts { waiting, held, operations, rejected, oldest: counts.oldest.filter(|_| waiting > 0) }
     }
 
-    /// Whether a row may be held back: only what somebody is at work on does that.
+    /// Whether a row may be held back: only rows with an owner do that.
     pub(super) fn may_hold(self) -> bool {
         self.owned > 0
     }
@@ -167,7 +167,7 @@ impl Rows<'_> {
         Ok(())
     }
 
-    /// Takes over what a dead process was at work on: what it had in flight has failed, for `reason` and the operation's
+    /// Takes over the rows of a dead process: what it had in flight has failed, for `reason` and the operation's
     /// name, and what it was to post itself waits. How many operations that were.
     pub(super) fn recover(&mut self, owner: &[u8], reason: &str) -> rusqlite::Result<usize> {
         // As it is, text that is not UTF-8 too.
@@ -193,7 +193,7 @@ impl Rows<'_> {
     }
 
     /// Makes room for so many rows. Those that the master has refused fall out first, then the oldest; of both only what
-    /// nobody is at work on. How many deltas fell out; `None`: that is not enough.
+    /// has no owner. How many deltas fell out; `None`: that is not enough.
     fn make_room(&mut self, more: i64) -> rusqlite::Result<Option<u64>> {
         let excess = (self.tally.rows + more - limits::OUTBOX_ROWS as i64).max(0);
         if excess > self.tally.rows - self.tally.owned {
@@ -206,7 +206,7 @@ impl Rows<'_> {
         Ok(Some(dropped.unsigned_abs()))
     }
 
-    /// Of the rows that nobody is at work on. How many there were.
+    /// Of the rows without an owner. How many there were.
     fn drop_oldest(&self, which: &str, most: i64) -> rusqlite::Result<i64> {
         if most == 0 {
             return Ok(0);
@@ -232,7 +232,7 @@ const IS_DELIVERABLE: &str = "completed_at IS NOT NULL AND rejected IS NULL AND 
     AND newer.operation = delta.operation AND newer.id > delta.id)";
 
 /// The deltas that may go out, **newest first**: the master gives each delta to the newest open row of its decky and
-/// operation, so this order lands two of one decky on their own rows. One is held back while somebody is at work on a
+/// operation, so this order lands two of one decky on their own rows. One is held back while a process owns a
 /// newer row of its decky and operation: the master would give it that one's.
 pub(super) fn deliverable(db: &Connection, most: usize, wanted: impl Fn(&Kept) -> bool) -> rusqlite::Result<Vec<Kept>> {
     let mut select = db.prepare_cached(&format!(
@@ -278,7 +278,7 @@ pub(super) fn counts(db: &Connection) -> rusqlite::Result<Counts> {
     Ok(tally.update(Counts { held: held.unsigned_abs(), oldest, ..Counts::default() }))
 }
 
-/// Who is at work on a row. What stands there may be no text that we have written.
+/// The owners of rows. What stands there may be no text that we have written.
 pub(super) fn owners(db: &Connection) -> rusqlite::Result<Vec<Vec<u8>>> {
     let mut select = db.prepare_cached("SELECT DISTINCT owner FROM delta WHERE owner IS NOT NULL")?;
     select.query_map([], |row| Ok(row.get_ref(0)?.as_bytes()?.to_vec()))?.collect()

@@ -9,11 +9,11 @@
 //! | `error` | why it failed; null for a success |
 //! | `completed_at` | when it ended, in microseconds since 1970; null while the operation is in flight |
 //! | `rejected` | why the master will never take it; null unless it said so |
-//! | `owner` | the process at work on the row: it runs the operation, or posts the delta itself; null: it waits |
+//! | `owner` | the process that owns the row: it runs the operation, or posts the delta itself; null: it waits |
 //! | `age` | seconds of delivery that it has waited through, see [`super::entries::Rows::grow_older`] |
 //!
 //! `delivered` has the last deltas that the master accepted, for people, and when that was. The index `delta_owned` is of the
-//! rows that somebody is at work on: they hold older ones back.
+//! rows with an owner: they hold older ones back.
 
 use std::time::SystemTime;
 
@@ -144,7 +144,7 @@ const FROM_1: &str = "INSERT INTO delta (id, decky, operation, error, completed_
     SELECT id, decky, operation, error, completed_at, rejected FROM old;
     DROP TABLE old";
 
-/// Only rows that somebody is at work on are in it, so others cost nothing.
+/// Only rows with an owner are in it, so others cost nothing.
 pub(crate) const INDEX: &str = "CREATE INDEX delta_owned ON delta (decky, operation, id) WHERE owner IS NOT NULL";
 
 const DELIVERED: &str = "CREATE TABLE delivered (

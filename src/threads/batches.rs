@@ -49,7 +49,7 @@ impl Batch {
 /// What the outbox thread wakes the heartbeat thread for.
 #[derive(Debug)]
 pub(crate) enum News {
-    /// There are new deltas, and too many to offer them.
+    /// There are new deltas that were not offered.
     Pushed,
     /// Somebody waits until all is sent.
     Flush,
