@@ -243,11 +243,12 @@ pub(crate) const OUTBOX_DELIVERED: usize = 100;
 /// How long a delta waits for delivery at the most: a verdict on an operation of a week ago helps nobody.
 pub(crate) const OUTBOX_AGE: Duration = Duration::from_secs(7 * 24 * 3600);
 
-/// Bytes of an owner's name: a pid, a hyphen and 16 digits, with room to spare. No file has a longer one.
-pub(crate) const OUTBOX_OWNER: usize = 64;
-
 /// Bytes that are read of who holds the delivery lock: a pid.
-pub(crate) const OUTBOX_HOLDER: u64 = 16;
+pub(crate) const OUTBOX_HOLDER: usize = 16;
+
+/// How long a lock file has been at its place before an owner that is not locked in it counts as ended: far longer than an
+/// owner takes to notice a new lock file, which takes 10 s.
+pub(crate) const LOCK_SETTLED: Duration = Duration::from_secs(60);
 
 /// How often the rows' ages are written down: each time writes every row.
 pub(crate) const OUTBOX_AGING: Duration = Duration::from_secs(3600);

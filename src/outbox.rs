@@ -47,9 +47,9 @@ use crate::limits;
 use crate::panics::quietly;
 use entries::{Added, Rows};
 use file::Refusal;
-use lock::Delivery;
 #[cfg(feature = "cli")]
 pub(crate) use lock::deliverer;
+use lock::{Deliverer, Owner};
 #[cfg(feature = "cli")]
 pub(crate) use look::look;
 use store::Store;
@@ -195,10 +195,21 @@ impl Gone {
     }
 }
 
+/// Whether we deliver.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Delivery {
+    No,
+    /// Another process does, and we do as soon as it has ended.
+    Wanted,
+    Yes,
+}
+
 #[derive(Debug)]
 pub(crate) struct Outbox {
     store: Store,
     delivery: Delivery,
+    /// The lock file at its place cannot be used, which was logged.
+    has_lock_problem: bool,
     /// Changes that are neither in the file nor in its copy yet.
     pending: Vec<Change>,
     /// Answers of the master that are not pending any more, and not in the books yet.
@@ -225,15 +236,17 @@ impl Outbox {
         books: Arc<SharedBooks>,
     ) -> Result<(Self, Option<Error>), Error> {
         let delivery = match role {
-            Role::Deliver => Delivery::Yes(None),
+            Role::Deliver => Delivery::Yes,
             Role::DeliverLater => Delivery::Wanted,
             Role::Contribute => Delivery::No,
         };
         let (store, pending, gone) = (Store::new(path), Vec::new(), Gone::default());
-        let mut outbox = Self { store, delivery, pending, settled: 0, gone, aged: Instant::now(), said: 0, books };
+        let (aged, said) = (Instant::now(), 0);
+        let mut outbox =
+            Self { store, delivery, has_lock_problem: false, pending, settled: 0, gone, aged, said, books };
         let opened = match outbox.take_delivery() {
-            Ok(Err(held)) => return Err(held),
-            Ok(Ok(())) => outbox.open_file(),
+            Ok(Some(held)) if role == Role::Deliver => return Err(held),
+            Ok(_) => outbox.open_file(),
             Err(error) => Err(error),
         };
         if opened.is_ok() {
@@ -247,7 +260,7 @@ impl Outbox {
     /// it, it is made in memory; only an addition that another process' lock stands in the way of is an error then. An
     /// addition without room fails alone. `by`: up to when such a lock is waited for.
     pub(crate) fn commit(&mut self, adds: &[Add], by: Instant) -> Committed {
-        self.store.owner.is_wanted |= adds.iter().any(Add::is_owned);
+        self.store.locks.is_named |= adds.iter().any(Add::is_owned);
         let (made, changed) = self.change(by, |rows, refusal| match refusal {
             Some(Refusal::Locked) => Ok(Vec::new()),
             _ => adds.iter().map(|add| rows.add(add)).collect(),
@@ -328,7 +341,7 @@ impl Outbox {
         most: usize,
         wanted: Option<&dyn Fn(&Kept) -> bool>,
     ) -> Result<Vec<Kept>, Error> {
-        if matches!(self.delivery, Delivery::Wanted) {
+        if self.delivery == Delivery::Wanted {
             return Ok(Vec::new());
         }
         // Where it can be, what goes out is on the disk first: an operation's end that the master has heard of and the next
@@ -383,7 +396,7 @@ impl Outbox {
     /// What is to be done before a beat by the process that delivers: it goes to its file if it is not there, takes over
     /// what dead processes were at work on, lets go of what is too old, and writes down what it could not so far.
     pub(crate) fn tend(&mut self) -> Result<(), Error> {
-        if matches!(self.delivery, Delivery::No) {
+        if self.delivery == Delivery::No {
             return Ok(());
         }
         self.look_for_file();
@@ -407,6 +420,7 @@ impl Outbox {
             self.look_for_file();
         }
         let written = self.write_down();
+        self.store.locks.stop_delivering();
         self.delivery = Delivery::No;
         self.count();
         written
@@ -438,8 +452,14 @@ impl Outbox {
     /// any more.
     fn look_for_file(&mut self) {
         let (is_away, had_file, delivered) = (self.store.is_away(), self.store.file.is_some(), self.delivers());
-        let looked = self.take_delivery().and_then(|taken| taken);
-        let looked = looked.and_then(|()| if is_away { self.open_file() } else { Ok(()) });
+        let looked = match self.take_delivery() {
+            // Without any lock we must not recover what is in the file.
+            Err(error) if self.delivers() && !self.store.locks.delivers() => Err(error),
+            taken => {
+                self.note_lock(taken);
+                if is_away { self.open_file() } else { Ok(()) }
+            }
+        };
         let outbox = self.store.name();
         match looked {
             Err(error) if had_file && self.store.file.is_none() => quietly(|| {
@@ -463,27 +483,49 @@ impl Outbox {
         self.store.open(self.gone.order.iter().copied(), may_replace)
     }
 
-    /// `Err` inside: another process delivers.
-    fn take_delivery(&mut self) -> Result<Result<(), Error>, Error> {
-        let Some(path) = &self.store.path else { return Ok(Ok(())) };
-        let taken = self
-            .delivery
-            .take(path, &self.books.has_stopped)
-            .map_err(|source| self.store.error("cannot be written", source))?;
-        Ok(taken.map_err(|pid| {
-            self.error(&format!("is delivered from by process {pid} already; stop that one, or use another file"))
-        }))
+    /// Begins to deliver, if we are to and nobody else does. `Some`: another process does.
+    fn take_delivery(&mut self) -> Result<Option<Error>, Error> {
+        let (true, Some(path)) = (self.delivery != Delivery::No, &self.store.path) else { return Ok(None) };
+        let deliverer = self.store.locks.deliver(path, &self.books.has_stopped);
+        match deliverer.map_err(|source| self.store.error("cannot be written", source))? {
+            Deliverer::Us => self.delivery = Delivery::Yes,
+            Deliverer::Stopping => self.delivery = Delivery::Wanted,
+            Deliverer::Another(pid) => {
+                let problem = "is delivered from by process";
+                return Ok(Some(self.error(&format!("{problem} {pid} already; stop that one, or use another file"))));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Stops delivering, if another process does: the lock file was replaced, and it has locked the new one. With a lock file
+    /// that cannot be used we go on with the older one, which is logged once.
+    fn note_lock(&mut self, taken: Result<Option<Error>, Error>) {
+        let had_problem = mem::replace(&mut self.has_lock_problem, taken.is_err());
+        match taken {
+            Ok(Some(held)) if self.delivers() => {
+                self.store.locks.stop_delivering();
+                self.delivery = Delivery::Wanted;
+                let error = chain(&held);
+                quietly(|| log::error!("stopped delivering, as another process does: error={error:?}"));
+            }
+            Err(error) if !had_problem => {
+                let error = chain(&error);
+                quietly(|| {
+                    log::error!("the outbox has lost its lock file, another process may deliver, too: error={error:?}")
+                });
+            }
+            _ => (),
+        }
     }
 
     /// Recovers what dead processes were at work on, if we deliver.
     fn begin_to_deliver(&mut self, reason: &str) {
-        let (true, Some(path)) = (self.delivers(), self.store.path.clone()) else { return };
+        if !self.delivers() {
+            return;
+        }
         if let Err(error) = self.recover(reason) {
             quietly(|| log::warn!("operations that were in flight are recovered later: error={:?}", chain(&error)));
-        }
-        if let Err(error) = lock::sweep(&path) {
-            let error = error.to_string();
-            quietly(|| log::debug!("what dead processes left beside the outbox stays there: error={error:?}"));
         }
     }
 
@@ -493,9 +535,9 @@ impl Outbox {
         let Some((file, _)) = &self.store.file else { return Ok(()) };
         let in_file = entries::owners(&file.db).map_err(|source| self.store.error("cannot be read", source))?;
         let mut dead = self.read(entries::owners)?;
-        let (us, path) = (self.store.owner.token.as_bytes(), self.store.path.as_deref());
-        let is_dead = |owner: &[u8]| path.is_some_and(|path| lock::is_dead(path, owner));
-        dead.retain(|owner| owner != us && in_file.contains(owner) && is_dead(owner));
+        let locks = &self.store.locks;
+        let has_ended = |owner: &[u8]| owner != locks.token.as_bytes() && locks.owner(owner) == Owner::Ended;
+        dead.retain(|owner| in_file.contains(owner) && has_ended(owner));
         if dead.is_empty() {
             return Ok(());
         }
@@ -531,7 +573,7 @@ impl Outbox {
     }
 
     fn delivers(&self) -> bool {
-        matches!(self.delivery, Delivery::Yes(_))
+        self.delivery == Delivery::Yes
     }
 
     /// Nobody will ever deliver from it, and nothing outlives it: it is in memory, and its heartbeat has stopped.

@@ -1,6 +1,6 @@
 //! The outbox on real files.
 
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::process::Stdio;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -317,37 +317,59 @@ fn an_operation_whose_process_lives_is_left_alone_until_it_dies() {
     assert_eq!(outcomes, [failed, Outcome::Succeeded], "and the one that it could not post is ours now");
 }
 
-/// Another process, which has the delivery lock until its input ends.
-pub(super) struct Deliverer(std::process::Child);
+/// The outbox that another process locks, which is this test program once more.
+const LOCKED: &str = "DECNET_HEARTBEAT_TEST_LOCKED";
 
-impl Deliverer {
+/// No test by itself: what the other process does.
+#[test]
+fn another_process() {
+    let Some(outbox) = std::env::var_os(LOCKED) else { return };
+    let mut locks = lock::Locks::new();
+    assert_eq!(locks.deliver(Path::new(&outbox), &Arc::default()).unwrap(), Deliverer::Us);
+    locks.is_named = true;
+    // The test program has written something to this line.
+    writeln!(std::io::stdout(), "\n{}", locks.token).unwrap();
+    std::io::stdin().read_line(&mut String::new()).unwrap();
+}
+
+/// Another process, which has the delivery lock and a place as an owner, until its input ends or it is killed.
+pub(super) struct Another {
+    child: std::process::Child,
+    /// How rows name it.
+    pub(super) token: String,
+}
+
+impl Another {
     pub(super) fn of(outbox: &Path) -> Self {
-        let script = r#"exec 9<>"$0" && flock 9 && printf %s $$ >"$0" && echo locked && read -r _"#;
-        let mut command = std::process::Command::new("sh");
-        let command = command.arg("-c").arg(script).arg(lock::beside(outbox, "-lock"));
+        let mut command = std::process::Command::new(std::env::current_exe().unwrap());
+        let command = command.args(["--exact", "outbox::tests::another_process", "--nocapture"]).env(LOCKED, outbox);
         let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
-        let mut said = String::new();
-        BufReader::new(child.stdout.as_mut().unwrap()).read_line(&mut said).unwrap();
-        assert_eq!(said, "locked\n");
-        Self(child)
+        let mut said = BufReader::new(child.stdout.as_mut().unwrap()).lines().map(Result::unwrap);
+        let token = said.find(|line| line.contains('@')).unwrap();
+        Self { child, token }
     }
 
     pub(super) fn pid(&self) -> u32 {
-        self.0.id()
+        self.child.id()
+    }
+
+    pub(super) fn kill(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
     }
 }
 
-impl Drop for Deliverer {
+impl Drop for Another {
     fn drop(&mut self) {
-        drop(self.0.stdin.take());
-        self.0.wait().unwrap();
+        drop(self.child.stdin.take());
+        self.child.wait().unwrap();
     }
 }
 
 #[test]
 fn a_second_one_that_delivers_hears_who_does_already() {
     let dir = tempfile::tempdir().unwrap();
-    let other = Deliverer::of(&dir.path().join(FILE));
+    let other = Another::of(&dir.path().join(FILE));
     let error = Outbox::open_at(&OutboxLocation::AgentDir, dir.path(), Role::Deliver).unwrap_err();
     let expected = format!(
         "outbox {}: is delivered from by process {} already; stop that one, or use another file",
@@ -945,7 +967,7 @@ fn a_second_one_waits_for_one_whose_heartbeat_has_stopped_and_takes_over() {
 #[test]
 fn one_that_delivers_later_takes_over_from_another_process() {
     let dir = tempfile::tempdir().unwrap();
-    let other = Deliverer::of(&dir.path().join(FILE));
+    let other = Another::of(&dir.path().join(FILE));
     let mut outbox = open_as(dir.path(), Role::DeliverLater);
     outbox.keep(&[delta("d")]).unwrap();
     outbox.tend().unwrap();
