@@ -246,8 +246,11 @@ pub(crate) const OUTBOX_AGE: Duration = Duration::from_secs(7 * 24 * 3600);
 /// Bytes that are read of who holds the delivery lock: a pid.
 pub(crate) const OUTBOX_HOLDER: usize = 16;
 
+/// How often a process that owns rows looks whether the lock file and the outbox' file were replaced.
+pub(crate) const OUTBOX_LOOK: Duration = Duration::from_secs(10);
+
 /// How long a lock file has been at its place before an owner that is not locked in it counts as ended: far longer than an
-/// owner takes to notice a new lock file, which takes 10 s.
+/// owner takes to notice a new lock file, see [`OUTBOX_LOOK`].
 pub(crate) const LOCK_SETTLED: Duration = Duration::from_secs(60);
 
 /// How often the rows' ages are written down: each time writes every row.

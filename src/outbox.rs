@@ -306,6 +306,7 @@ impl Outbox {
         match &change {
             Change::Settled(ids, Settled::Delivered) => ids.iter().for_each(|id| self.gone.insert(*id)),
             Change::Withdrawn(ids) => ids.clone().for_each(|id| self.gone.insert(id)),
+            Change::Ended(_, Poster::Us) => self.store.locks.is_named = true,
             _ => (),
         }
         self.pending.push(change);
@@ -410,6 +411,19 @@ impl Outbox {
         tended
     }
 
+    /// Rows may name this process as their owner. It must [look after them](Self::look_after_rows) then.
+    pub(crate) fn is_named(&self) -> bool {
+        self.store.path.is_some() && self.store.locks.is_named
+    }
+
+    /// Makes sure that others see that the owner of our rows runs, also where the files were replaced.
+    pub(crate) fn look_after_rows(&mut self) {
+        self.look_for_file();
+        let us = self.store.locks.token.clone();
+        let is_named = self.store.read(|db| entries::owns(db, &us)).unwrap_or(true);
+        self.store.locks.is_named = is_named || !self.pending.is_empty();
+    }
+
     /// Lets another process deliver. What is still added here waits for it. The last chance for what the file did not take: it
     /// is tried once more, however fresh its refusal is.
     pub(crate) fn stop_delivering(&mut self) -> Result<(), Error> {
@@ -483,9 +497,13 @@ impl Outbox {
         self.store.open(self.gone.order.iter().copied(), may_replace)
     }
 
-    /// Begins to deliver, if we are to and nobody else does. `Some`: another process does.
+    /// Begins to deliver, if we are to and nobody else does; our place is locked in any case. `Some`: another process does.
     fn take_delivery(&mut self) -> Result<Option<Error>, Error> {
-        let (true, Some(path)) = (self.delivery != Delivery::No, &self.store.path) else { return Ok(None) };
+        let Some(path) = &self.store.path else { return Ok(None) };
+        if self.delivery == Delivery::No {
+            let owned = self.store.locks.own(path);
+            return owned.map(|()| None).map_err(|source| self.store.error("cannot be written", source));
+        }
         let deliverer = self.store.locks.deliver(path, &self.books.has_stopped);
         match deliverer.map_err(|source| self.store.error("cannot be written", source))? {
             Deliverer::Us => self.delivery = Delivery::Yes,

@@ -284,6 +284,11 @@ pub(super) fn owners(db: &Connection) -> rusqlite::Result<Vec<Vec<u8>>> {
     select.query_map([], |row| Ok(row.get_ref(0)?.as_bytes()?.to_vec()))?.collect()
 }
 
+/// Whether a row names this owner.
+pub(super) fn owns(db: &Connection, owner: &str) -> rusqlite::Result<bool> {
+    value(db, "SELECT EXISTS (SELECT 1 FROM delta WHERE owner = ?1)", [owner])
+}
+
 fn kept(row: &Row<'_>) -> rusqlite::Result<Kept> {
     // Text that is no UTF-8 is damage, and no reason to send nothing.
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();

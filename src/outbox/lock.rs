@@ -9,7 +9,8 @@
 //!   lock file is replaced. Whether it does is asked without taking the lock.
 //! - A lock file that was replaced stays open here, and an owner that is locked in any open one runs. An owner that is not
 //!   locked in the file that it names has ended. If that file is not open here, nothing is concluded before the lock file at
-//!   its place has been seen for 60 s: an owner that runs locks its place in a new file within 10 s.
+//!   its place has been seen for 60 s: an owner that runs locks its place in a new file within 10 s. A file that was removed
+//!   has its inode for itself as long as somebody has it open, so no other file passes for it.
 //! - An owner that is no such text was written by somebody else, or by the scheme before this one (a file for each owner, no
 //!   version with it was released). It counts as ended.
 //! - A forked child shares the parent's locks. So a lock is released only by the process that took it.
@@ -181,6 +182,12 @@ impl Locks {
     /// Releases byte 0.
     pub(super) fn stop_delivering(&mut self) {
         self.files.iter_mut().for_each(LockFile::stop_delivering);
+    }
+
+    /// As if the lock file had been at its place for long.
+    #[cfg(test)]
+    pub(super) fn settle(&mut self) {
+        self.files.iter_mut().for_each(|file| file.since -= limits::LOCK_SETTLED);
     }
 
     /// What is known of the owner that a row names. As of the last [look](Self::look).
@@ -389,11 +396,6 @@ mod tests {
         locks
     }
 
-    /// As if the lock file had been at its place for long.
-    fn settle(locks: &mut Locks) {
-        locks.files.last_mut().unwrap().since -= limits::LOCK_SETTLED;
-    }
-
     /// Removes the lock file, so that the next look makes another one.
     fn replace_the_lock_file(outbox: &Path) {
         fs::remove_file(beside(outbox, "-lock")).unwrap();
@@ -504,7 +506,7 @@ mod tests {
         let (mut ours, theirs) = (looking(&outbox), looking(&outbox));
         replace_the_lock_file(&outbox);
         ours.look(&outbox).unwrap();
-        settle(&mut ours);
+        ours.settle();
         assert_eq!(ours.owner(theirs.token.as_bytes()), Owner::Runs);
         let token = theirs.token.clone();
         drop(theirs);
@@ -519,7 +521,7 @@ mod tests {
         replace_the_lock_file(&outbox);
         let mut ours = looking(&outbox);
         assert_eq!(ours.owner(theirs.token.as_bytes()), Owner::Unknown);
-        settle(&mut ours);
+        ours.settle();
         assert_eq!(ours.owner(theirs.token.as_bytes()), Owner::Ended);
         // It has looked meanwhile, as it does every 10 s.
         let token = theirs.token.clone();
@@ -532,7 +534,7 @@ mod tests {
         let (dir, outbox) = outbox();
         let (lock, aside) = (beside(&outbox, "-lock"), dir.path().join("aside"));
         let mut ours = looking(&outbox);
-        settle(&mut ours);
+        ours.settle();
         fs::rename(&lock, &aside).unwrap();
         let theirs = looking(&outbox);
         fs::rename(&aside, &lock).unwrap();
@@ -551,7 +553,7 @@ mod tests {
         let theirs = looking(&outbox);
         replace_the_lock_file(&outbox);
         let mut ours = looking(&outbox);
-        settle(&mut ours);
+        ours.settle();
         replace_the_lock_file(&outbox);
         fs::create_dir(beside(&outbox, "-lock")).unwrap();
         ours.look(&outbox).unwrap_err();

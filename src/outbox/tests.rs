@@ -964,6 +964,109 @@ fn a_second_one_waits_for_one_whose_heartbeat_has_stopped_and_takes_over() {
     }
 }
 
+/// Removes the lock file, as somebody does who deletes the agent dir or tidies up in it.
+fn remove_the_lock_file(dir: &Path) {
+    std::fs::remove_file(lock::beside(&dir.join(FILE), "-lock")).unwrap();
+}
+
+#[test]
+fn a_deliverer_whose_lock_file_was_replaced_stops_at_its_next_tick_while_another_one_delivers() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut outbox = open(dir.path());
+    outbox.keep(&[delta("d")]).unwrap();
+    remove_the_lock_file(dir.path());
+    let other = Another::of(&dir.path().join(FILE));
+    outbox.tend().unwrap();
+    assert!(deckies(&mut outbox).is_empty());
+    outbox.keep(&[delta("e")]).unwrap();
+    assert_eq!(on_disk(dir.path()).len(), 2, "it still adds");
+    drop(other);
+    outbox.tend().unwrap();
+    assert_eq!(deckies(&mut outbox), ["e", "d"]);
+}
+
+#[test]
+fn a_deliverer_whose_lock_file_was_removed_has_the_next_one_at_its_next_tick() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut outbox = open(dir.path());
+    outbox.keep(&[delta("d")]).unwrap();
+    remove_the_lock_file(dir.path());
+    outbox.tend().unwrap();
+    assert_eq!(deckies(&mut outbox), ["d"]);
+    Outbox::open_at(&OutboxLocation::AgentDir, dir.path(), Role::Deliver).expect_err("it has the lock");
+}
+
+#[test]
+fn a_lock_file_that_cannot_be_used_stops_no_delivery() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut outbox = open(dir.path());
+    let id = begin(&mut outbox, "running");
+    remove_the_lock_file(dir.path());
+    let lock = lock::beside(&dir.path().join(FILE), "-lock");
+    assert!(std::process::Command::new("mkfifo").arg(&lock).status().unwrap().success());
+    outbox.tend().unwrap();
+    outbox.end(ended(id, succeeded("running")), Poster::Deliverer).unwrap();
+    assert_eq!(deckies(&mut outbox), ["running"]);
+    std::fs::remove_file(&lock).unwrap();
+    outbox.tend().unwrap();
+    assert!(lock.is_file());
+}
+
+#[test]
+fn no_operation_fails_by_a_replaced_lock_file_while_its_process_runs() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut track = open_as(dir.path(), Role::Contribute);
+    let id = begin(&mut track, "d");
+    let mut outbox = open(dir.path());
+    remove_the_lock_file(dir.path());
+    outbox.tend().unwrap();
+    assert_eq!(counted(&mut outbox), (0, 0, 1), "the old lock file is still open");
+    // One that has seen the new lock file only.
+    drop(outbox);
+    let mut outbox = open(dir.path());
+    outbox.tend().unwrap();
+    assert_eq!(counted(&mut outbox), (0, 0, 1), "the new lock file is too young");
+    track.look_after_rows();
+    outbox.store.locks.settle();
+    outbox.tend().unwrap();
+    assert_eq!(counted(&mut outbox), (0, 0, 1), "its process is locked in the new one, too");
+    track.end(ended(id, succeeded("d")), Poster::Deliverer).unwrap();
+    assert_eq!(deckies(&mut outbox), ["d"]);
+}
+
+#[test]
+fn an_operation_of_a_replaced_lock_file_has_failed_a_minute_after_its_process_ended() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut track = open_as(dir.path(), Role::Contribute);
+    begin(&mut track, "d");
+    // Another process may have it open still, so that no new file gets its inode.
+    let _old = std::fs::File::open(lock::beside(&dir.path().join(FILE), "-lock")).unwrap();
+    remove_the_lock_file(dir.path());
+    drop(track);
+    let mut outbox = open(dir.path());
+    assert_eq!(counted(&mut outbox), (0, 0, 1));
+    outbox.store.locks.settle();
+    outbox.tend().unwrap();
+    assert_eq!((counted(&mut outbox), deckies(&mut outbox)), ((1, 0, 0), vec!["d".to_owned()]));
+}
+
+#[test]
+fn a_process_looks_after_its_rows_as_long_as_it_has_some() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut track = open_as(dir.path(), Role::Contribute);
+    track.keep(&[delta("e")]).unwrap();
+    assert!(!track.is_named());
+    let id = begin(&mut track, "d");
+    track.look_after_rows();
+    assert!(track.is_named());
+    track.end(ended(id, succeeded("d")), Poster::Us).unwrap();
+    track.look_after_rows();
+    assert!(track.is_named(), "it posts it itself");
+    track.settle(&ended(id, succeeded("d")), &Settled::Delivered, deadline()).unwrap();
+    track.look_after_rows();
+    assert!(!track.is_named());
+}
+
 #[test]
 fn one_that_delivers_later_takes_over_from_another_process() {
     let dir = tempfile::tempdir().unwrap();
