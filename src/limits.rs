@@ -253,6 +253,12 @@ pub(crate) const OUTBOX_LOOK: Duration = Duration::from_secs(10);
 /// owner takes to notice a new lock file, see [`OUTBOX_LOOK`].
 pub(crate) const LOCK_SETTLED: Duration = Duration::from_secs(60);
 
+/// After that long somebody must hear of a row of which nobody could tell whether its owner runs; it is said again as often.
+pub(crate) const OUTBOX_STUCK: Duration = Duration::from_secs(24 * 3600);
+
+/// Rows of that kind that a line of the log names.
+pub(crate) const OUTBOX_STUCK_NAMED: usize = 10;
+
 /// How often the rows' ages are written down: each time writes every row.
 pub(crate) const OUTBOX_AGING: Duration = Duration::from_secs(3600);
 

@@ -42,7 +42,7 @@ use rusqlite::Connection;
 
 use crate::delta::micros;
 use crate::error::{Error, chain};
-pub(crate) use crate::kept::{Add, Change, Counts, FILE, Kept, Poster, Settled};
+pub(crate) use crate::kept::{Add, Change, Counts, FILE, Kept, Poster, Settled, Stuck};
 use crate::limits;
 use crate::panics::quietly;
 use entries::{Added, Rows};
@@ -52,6 +52,9 @@ pub(crate) use lock::deliverer;
 use lock::{Deliverer, Owner};
 #[cfg(feature = "cli")]
 pub(crate) use look::look;
+#[cfg(feature = "cli")]
+#[cfg_attr(not(test), expect(unused_imports, reason = "`check` is to name them"))]
+pub(crate) use look::stuck;
 use store::Store;
 
 /// Where deltas are kept until the master has them.
@@ -217,6 +220,8 @@ pub(crate) struct Outbox {
     gone: Gone,
     /// Up to when the rows have been aged.
     aged: Instant,
+    /// When rows were named last of which nobody can tell whether their owners run.
+    said_stuck: Option<Instant>,
     /// How many of those that fell out have been logged.
     said: u64,
     /// For whoever wants to know without asking the disk.
@@ -241,9 +246,18 @@ impl Outbox {
             Role::Contribute => Delivery::No,
         };
         let (store, pending, gone) = (Store::new(path), Vec::new(), Gone::default());
-        let (aged, said) = (Instant::now(), 0);
-        let mut outbox =
-            Self { store, delivery, has_lock_problem: false, pending, settled: 0, gone, aged, said, books };
+        let mut outbox = Self {
+            store,
+            delivery,
+            has_lock_problem: false,
+            pending,
+            settled: 0,
+            gone,
+            aged: Instant::now(),
+            said_stuck: None,
+            said: 0,
+            books,
+        };
         let opened = match outbox.take_delivery() {
             Ok(Some(held)) if role == Role::Deliver => return Err(held),
             Ok(_) => outbox.open_file(),
@@ -550,12 +564,7 @@ impl Outbox {
     /// Reports the operations of dead processes failed, with `reason` and the operation's name. Only the file says what they
     /// are at work on, and only beside it is known whether they live.
     fn recover(&mut self, reason: &str) -> Result<(), Error> {
-        let Some((file, _)) = &self.store.file else { return Ok(()) };
-        let in_file = entries::owners(&file.db).map_err(|source| self.store.error("cannot be read", source))?;
-        let mut dead = self.read(entries::owners)?;
-        let locks = &self.store.locks;
-        let has_ended = |owner: &[u8]| owner != locks.token.as_bytes() && locks.owner(owner) == Owner::Ended;
-        dead.retain(|owner| in_file.contains(owner) && has_ended(owner));
+        let dead = self.owners_that_are(Owner::Ended)?;
         if dead.is_empty() {
             return Ok(());
         }
@@ -584,10 +593,45 @@ impl Outbox {
     }
 
     fn age_by(&mut self, passed: Duration) -> Result<(), Error> {
-        let (aged, _) = self.change(deadline(), |rows, _| rows.grow_older(passed.as_secs()));
+        // Other processes' rows are never changed in memory.
+        let (has_file, unknown) = (self.store.file.is_some(), self.owners_that_are(Owner::Unknown)?);
+        let (aged, _) = self.change(deadline(), |rows, refusal| {
+            if has_file && refusal.is_none() {
+                rows.grow_stuck(passed.as_secs(), &unknown)?;
+            }
+            rows.grow_older(passed.as_secs())
+        });
         let dropped = aged.map_err(|source| self.store.error("cannot be read", source))?;
         self.books.change(|books| books.dropped += dropped);
+        self.say_stuck()
+    }
+
+    /// Names, once a day, the rows of which nobody could tell for a day whether their owners run.
+    fn say_stuck(&mut self) -> Result<(), Error> {
+        let stuck = self.read(entries::stuck)?;
+        if stuck.is_empty() || self.said_stuck.is_some_and(|said| said.elapsed() < limits::OUTBOX_STUCK) {
+            return Ok(());
+        }
+        self.said_stuck = Some(Instant::now());
+        let named: Vec<_> = stuck.iter().take(limits::OUTBOX_STUCK_NAMED).map(Stuck::to_string).collect();
+        let (outbox, rows, named) = (self.store.name(), stuck.len(), named.join(", "));
+        quietly(|| {
+            log::warn!(
+                "cannot tell whether the processes of these operations are running, they and older deltas wait; see to the lock file: outbox={outbox} rows={rows} first={named:?}"
+            )
+        });
         Ok(())
+    }
+
+    /// Other processes that rows name, in the file and here.
+    fn owners_that_are(&mut self, wanted: Owner) -> Result<Vec<Vec<u8>>, Error> {
+        let Some((file, _)) = &self.store.file else { return Ok(Vec::new()) };
+        let in_file = entries::owners(&file.db).map_err(|source| self.store.error("cannot be read", source))?;
+        let mut owners = self.read(entries::owners)?;
+        let locks = &self.store.locks;
+        let is_wanted = |owner: &[u8]| owner != locks.token.as_bytes() && locks.owner(owner) == wanted;
+        owners.retain(|owner| in_file.contains(owner) && is_wanted(owner));
+        Ok(owners)
     }
 
     fn delivers(&self) -> bool {

@@ -1050,6 +1050,41 @@ fn an_operation_of_a_replaced_lock_file_has_failed_a_minute_after_its_process_en
     assert_eq!((counted(&mut outbox), deckies(&mut outbox)), ((1, 0, 0), vec!["d".to_owned()]));
 }
 
+#[cfg(feature = "cli")]
+#[test]
+fn what_nobody_could_tell_of_for_a_day_is_named_until_it_can_be_told() {
+    let dir = tempfile::tempdir().unwrap();
+    let (path, day) = (dir.path().join(FILE), Duration::from_secs(24 * 3600));
+    let lock = lock::beside(&path, "-lock");
+    let mut track = open_as(dir.path(), Role::Contribute);
+    let id = begin(&mut track, "d");
+    remove_the_lock_file(dir.path());
+    let mut outbox = open(dir.path());
+    remove_the_lock_file(dir.path());
+    std::fs::create_dir(&lock).unwrap();
+    begin(&mut outbox, "ours");
+    outbox.tend().unwrap();
+    outbox.pass(day - Duration::from_secs(1)).unwrap();
+    assert_eq!(stuck(&path).unwrap(), []);
+    assert_eq!(outbox.said_stuck, None);
+    outbox.pass(Duration::from_secs(1)).unwrap();
+    let expected = Stuck { id, decky: "d".to_owned(), operation: "mutate".to_owned(), time: day };
+    assert_eq!(expected.to_string(), format!("mutate of d (row {id}, for 1day)"));
+    assert_eq!(stuck(&path).unwrap(), [expected]);
+    let said = outbox.said_stuck;
+    outbox.pass(day * 30).unwrap();
+    assert!(said.is_some() && outbox.said_stuck == said, "once a day");
+    assert_eq!(counted(&mut outbox), (0, 0, 2), "it is left alone");
+    // Now it can be told that its process has ended.
+    std::fs::remove_dir(&lock).unwrap();
+    drop(track);
+    outbox.tend().unwrap();
+    outbox.store.locks.settle();
+    outbox.tend().unwrap();
+    outbox.pass(day).unwrap();
+    assert_eq!((deckies(&mut outbox), stuck(&path).unwrap()), (vec!["d".to_owned()], vec![]), "it waits from now on");
+}
+
 #[test]
 fn a_process_looks_after_its_rows_as_long_as_it_has_some() {
     let dir = tempfile::tempdir().unwrap();
