@@ -521,7 +521,10 @@ impl Outbox {
         let deliverer = self.store.locks.deliver(path, &self.books.has_stopped);
         match deliverer.map_err(|source| self.store.error("cannot be written", source))? {
             Deliverer::Us => self.delivery = Delivery::Yes,
-            Deliverer::Stopping => self.delivery = Delivery::Wanted,
+            Deliverer::Stopping => {
+                self.store.locks.stop_delivering();
+                self.delivery = Delivery::Wanted;
+            }
             Deliverer::Another(pid) => {
                 let problem = "is delivered from by process";
                 return Ok(Some(self.error(&format!("{problem} {pid} already; stop that one, or use another file"))));

@@ -580,6 +580,23 @@ mod tests {
     }
 
     #[test]
+    fn a_forked_child_releases_no_lock_of_its_parent() {
+        let (_dir, outbox) = outbox();
+        let (mut child, _) = deliver(&outbox, &Arc::default());
+        let token = child.token.clone();
+        // What its parent has open, which is the same open file description.
+        let parents = child.files[0].file.try_clone().unwrap();
+        child.files[0].pid -= 1;
+        child.stop_delivering();
+        drop(child);
+        let (other, deliverer) = deliver(&outbox, &Arc::default());
+        assert!(matches!(deliverer, Deliverer::Another(_)));
+        assert_eq!(other.owner(token.as_bytes()), Owner::Runs);
+        drop(parents);
+        assert_eq!(other.owner(token.as_bytes()), Owner::Ended);
+    }
+
+    #[test]
     fn what_is_no_lock_file_is_refused_at_once_and_left_as_it_is() {
         let (dir, outbox) = outbox();
         let (lock, other) = (beside(&outbox, "-lock"), dir.path().join("other"));

@@ -1086,6 +1086,25 @@ fn what_nobody_could_tell_of_for_a_day_is_named_until_it_can_be_told() {
 }
 
 #[test]
+fn a_process_without_a_heartbeat_takes_its_rows_to_an_agent_dir_that_was_made_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let agent = dir.path().join("agent");
+    std::fs::create_dir(&agent).unwrap();
+    let mut track = open_as(&agent, Role::Contribute);
+    let id = begin(&mut track, "d");
+    std::fs::remove_dir_all(&agent).unwrap();
+    track.look_after_rows();
+    std::fs::create_dir(&agent).unwrap();
+    let mut outbox = open(&agent);
+    track.look_after_rows();
+    outbox.store.locks.settle();
+    outbox.tend().unwrap();
+    assert_eq!(counted(&mut outbox), (0, 0, 1), "it is in flight there, and its process runs");
+    track.end(ended(id, succeeded("d")), Poster::Deliverer).unwrap();
+    assert_eq!(deckies(&mut outbox), ["d"]);
+}
+
+#[test]
 fn a_process_looks_after_its_rows_as_long_as_it_has_some() {
     let dir = tempfile::tempdir().unwrap();
     let mut track = open_as(dir.path(), Role::Contribute);
