@@ -274,6 +274,10 @@ impl Outbox {
     /// it, it is made in memory; only an addition that another process' lock stands in the way of is an error then. An
     /// addition without room fails alone. `by`: up to when such a lock is waited for.
     pub(crate) fn commit(&mut self, adds: &[Add], by: Instant) -> Committed {
+        // The process that delivers may have taken our rows to another file, and must hear there how they end.
+        if self.delivery == Delivery::No && self.is_named() && self.store.is_away() {
+            self.look_for_file();
+        }
         self.store.locks.is_named |= adds.iter().any(Add::is_owned);
         let (made, changed) = self.change(by, |rows, refusal| match refusal {
             Some(Refusal::Locked) => Ok(Vec::new()),
@@ -508,6 +512,9 @@ impl Outbox {
 
     fn open_file(&mut self) -> Result<(), Error> {
         let may_replace = self.delivers();
+        if !may_replace && self.store.locks.another_delivers() {
+            self.store.leave_to_deliverer().map_err(|source| self.store.error("cannot be left", source))?;
+        }
         self.store.open(self.gone.order.iter().copied(), may_replace)
     }
 

@@ -179,6 +179,11 @@ impl Locks {
         self.files.iter().any(|file| file.delivers)
     }
 
+    /// Whether another process holds byte 0 of a lock file, also of one that was replaced.
+    pub(super) fn another_delivers(&self) -> bool {
+        self.files.iter().any(|file| file.is_locked(DELIVERY..=DELIVERY).unwrap_or(true))
+    }
+
     /// Releases byte 0.
     pub(super) fn stop_delivering(&mut self) {
         self.files.iter_mut().for_each(LockFile::stop_delivering);

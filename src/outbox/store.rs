@@ -102,6 +102,19 @@ impl Store {
         Ok(())
     }
 
+    /// Takes our own rows from a file that is gone. All others go to the next file with the process that delivers: if we took
+    /// them, too, one that it has delivered meanwhile would come back. What was not written to the file yet is ours.
+    pub(super) fn leave_to_deliverer(&mut self) -> rusqlite::Result<()> {
+        if self.file.is_none() || self.copy.is_some() || self.is_broken() {
+            return Ok(());
+        }
+        self.leave_file()?;
+        let us = self.locks.token.clone();
+        let copy = self.in_memory()?;
+        copy.known = None;
+        copy::keep_owned(&copy.db, &us)
+    }
+
     /// Takes everything from a file that is gone, and from a broken one what it did not know.
     fn leave_file(&mut self) -> rusqlite::Result<()> {
         if self.file.is_some() {

@@ -1105,6 +1105,45 @@ fn a_process_without_a_heartbeat_takes_its_rows_to_an_agent_dir_that_was_made_ag
 }
 
 #[test]
+fn where_the_agent_dir_is_made_again_each_delta_is_delivered_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let agent = dir.path().join("agent");
+    std::fs::create_dir(&agent).unwrap();
+    let mut outbox = open(&agent);
+    outbox.keep(&[delta("waits")]).unwrap();
+    let mut track = open_as(&agent, Role::Contribute);
+    let id = begin(&mut track, "d");
+    std::fs::remove_dir_all(&agent).unwrap();
+    std::fs::create_dir(&agent).unwrap();
+    outbox.tend().unwrap();
+    let kept = outbox.deliverable(10, deadline()).unwrap();
+    assert_eq!((kept.len(), counted(&mut outbox)), (1, (1, 0, 1)));
+    outbox.settle(&kept, &Settled::Delivered, deadline()).unwrap();
+    // It has not looked at its files since, and posts its delta itself.
+    let ours = ended(id, succeeded("d"));
+    track.end(ours.clone(), Poster::Us).unwrap();
+    track.settle(&ours, &Settled::Delivered, deadline()).unwrap();
+    drop(track);
+    outbox.tend().unwrap();
+    assert_eq!((counted(&mut outbox), deckies(&mut outbox)), ((0, 0, 0), Vec::<String>::new()));
+}
+
+#[test]
+fn where_nobody_delivers_what_waits_is_taken_to_an_agent_dir_that_was_made_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let agent = dir.path().join("agent");
+    std::fs::create_dir(&agent).unwrap();
+    let mut track = open_as(&agent, Role::Contribute);
+    track.keep(&[delta("waits")]).unwrap();
+    begin(&mut track, "d");
+    std::fs::remove_dir_all(&agent).unwrap();
+    std::fs::create_dir(&agent).unwrap();
+    track.look_after_rows();
+    let mut outbox = open(&agent);
+    assert_eq!((counted(&mut outbox), deckies(&mut outbox)), ((1, 0, 1), vec!["waits".to_owned()]));
+}
+
+#[test]
 fn a_process_looks_after_its_rows_as_long_as_it_has_some() {
     let dir = tempfile::tempdir().unwrap();
     let mut track = open_as(dir.path(), Role::Contribute);
