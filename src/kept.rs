@@ -1,9 +1,12 @@
 //! What other threads know of the outbox: the deltas that it keeps, what may be added to it, and what may become of its rows.
 //! Values only, for any thread; none of them knows of SQLite.
 
+use std::fmt;
 use std::ops::Range;
+use std::time::Duration;
 
 use crate::delta::{LifecycleDelta, Operation};
+use crate::text::printable;
 
 /// The outbox' name in the agent dir.
 pub(crate) const FILE: &str = "heartbeat.db";
@@ -47,6 +50,24 @@ pub(crate) struct Counts {
     pub(crate) rejected: u64,
     /// When the operation ended that the oldest waiting delta tells of, in microseconds since 1970.
     pub(crate) oldest: Option<i64>,
+}
+
+/// A row of which nobody can tell whether its owner still runs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Stuck {
+    pub(crate) id: i64,
+    pub(crate) decky: String,
+    pub(crate) operation: String,
+    /// For how long that cannot be told, to an hour, and while a process delivers.
+    pub(crate) time: Duration,
+}
+
+impl fmt::Display for Stuck {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { id, decky, operation, time } = self;
+        let (decky, operation, time) = (printable(decky), printable(operation), humantime::format_duration(*time));
+        write!(f, "{operation} of {decky} (row {id}, for {time})")
+    }
 }
 
 /// Rows that a thread wants to add: all of them, or none.

@@ -243,11 +243,22 @@ pub(crate) const OUTBOX_DELIVERED: usize = 100;
 /// How long a delta waits for delivery at the most: a verdict on an operation of a week ago helps nobody.
 pub(crate) const OUTBOX_AGE: Duration = Duration::from_secs(7 * 24 * 3600);
 
-/// Bytes of an owner's name: a pid, a hyphen and 16 digits, with room to spare. No file has a longer one.
-pub(crate) const OUTBOX_OWNER: usize = 64;
-
 /// Bytes that are read of who holds the delivery lock: a pid.
-pub(crate) const OUTBOX_HOLDER: u64 = 16;
+pub(crate) const OUTBOX_HOLDER: usize = 16;
+
+/// How often a process that owns rows looks whether the lock file and the outbox' file were replaced.
+pub(crate) const OUTBOX_LOOK: Duration = Duration::from_secs(10);
+
+/// How long a lock file has been at its place before an owner that is not locked in it counts as ended: far longer than an
+/// owner takes to notice a new lock file, see [`OUTBOX_LOOK`].
+/// A fuzz target runs no other process.
+pub(crate) const LOCK_SETTLED: Duration = Duration::from_secs(if cfg!(fuzzing) { 0 } else { 60 });
+
+/// After that long somebody must hear of a row of which nobody could tell whether its owner runs; it is said again as often.
+pub(crate) const OUTBOX_STUCK: Duration = Duration::from_secs(24 * 3600);
+
+/// Rows of that kind that a line of the log names.
+pub(crate) const OUTBOX_STUCK_NAMED: usize = 10;
 
 /// How often the rows' ages are written down: each time writes every row.
 pub(crate) const OUTBOX_AGING: Duration = Duration::from_secs(3600);

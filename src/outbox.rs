@@ -42,16 +42,19 @@ use rusqlite::Connection;
 
 use crate::delta::micros;
 use crate::error::{Error, chain};
-pub(crate) use crate::kept::{Add, Change, Counts, FILE, Kept, Poster, Settled};
+pub(crate) use crate::kept::{Add, Change, Counts, FILE, Kept, Poster, Settled, Stuck};
 use crate::limits;
 use crate::panics::quietly;
 use entries::{Added, Rows};
 use file::Refusal;
-use lock::Delivery;
 #[cfg(feature = "cli")]
 pub(crate) use lock::deliverer;
+use lock::{Deliverer, Owner};
 #[cfg(feature = "cli")]
 pub(crate) use look::look;
+#[cfg(feature = "cli")]
+#[cfg_attr(not(test), expect(unused_imports, reason = "`check` is to name them"))]
+pub(crate) use look::stuck;
 use store::Store;
 
 /// Where deltas are kept until the master has them.
@@ -195,10 +198,21 @@ impl Gone {
     }
 }
 
+/// Whether we deliver.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Delivery {
+    No,
+    /// Another process does, and we do as soon as it has ended.
+    Wanted,
+    Yes,
+}
+
 #[derive(Debug)]
 pub(crate) struct Outbox {
     store: Store,
     delivery: Delivery,
+    /// The lock file at its place cannot be used, which was logged.
+    has_lock_problem: bool,
     /// Changes that are neither in the file nor in its copy yet.
     pending: Vec<Change>,
     /// Answers of the master that are not pending any more, and not in the books yet.
@@ -206,6 +220,8 @@ pub(crate) struct Outbox {
     gone: Gone,
     /// Up to when the rows have been aged.
     aged: Instant,
+    /// When rows were named last of which nobody can tell whether their owners run.
+    said_stuck: Option<Instant>,
     /// How many of those that fell out have been logged.
     said: u64,
     /// For whoever wants to know without asking the disk.
@@ -225,15 +241,26 @@ impl Outbox {
         books: Arc<SharedBooks>,
     ) -> Result<(Self, Option<Error>), Error> {
         let delivery = match role {
-            Role::Deliver => Delivery::Yes(None),
+            Role::Deliver => Delivery::Yes,
             Role::DeliverLater => Delivery::Wanted,
             Role::Contribute => Delivery::No,
         };
         let (store, pending, gone) = (Store::new(path), Vec::new(), Gone::default());
-        let mut outbox = Self { store, delivery, pending, settled: 0, gone, aged: Instant::now(), said: 0, books };
+        let mut outbox = Self {
+            store,
+            delivery,
+            has_lock_problem: false,
+            pending,
+            settled: 0,
+            gone,
+            aged: Instant::now(),
+            said_stuck: None,
+            said: 0,
+            books,
+        };
         let opened = match outbox.take_delivery() {
-            Ok(Err(held)) => return Err(held),
-            Ok(Ok(())) => outbox.open_file(),
+            Ok(Some(held)) if role == Role::Deliver => return Err(held),
+            Ok(_) => outbox.open_file(),
             Err(error) => Err(error),
         };
         if opened.is_ok() {
@@ -247,7 +274,11 @@ impl Outbox {
     /// it, it is made in memory; only an addition that another process' lock stands in the way of is an error then. An
     /// addition without room fails alone. `by`: up to when such a lock is waited for.
     pub(crate) fn commit(&mut self, adds: &[Add], by: Instant) -> Committed {
-        self.store.owner.is_wanted |= adds.iter().any(Add::is_owned);
+        // The process that delivers may have taken our rows to another file, and must hear there how they end.
+        if self.delivery == Delivery::No && self.is_named() && self.store.is_away() {
+            self.look_for_file();
+        }
+        self.store.locks.is_named |= adds.iter().any(Add::is_owned);
         let (made, changed) = self.change(by, |rows, refusal| match refusal {
             Some(Refusal::Locked) => Ok(Vec::new()),
             _ => adds.iter().map(|add| rows.add(add)).collect(),
@@ -293,6 +324,7 @@ impl Outbox {
         match &change {
             Change::Settled(ids, Settled::Delivered) => ids.iter().for_each(|id| self.gone.insert(*id)),
             Change::Withdrawn(ids) => ids.clone().for_each(|id| self.gone.insert(id)),
+            Change::Ended(_, Poster::Us) => self.store.locks.is_named = true,
             _ => (),
         }
         self.pending.push(change);
@@ -328,7 +360,7 @@ impl Outbox {
         most: usize,
         wanted: Option<&dyn Fn(&Kept) -> bool>,
     ) -> Result<Vec<Kept>, Error> {
-        if matches!(self.delivery, Delivery::Wanted) {
+        if self.delivery == Delivery::Wanted {
             return Ok(Vec::new());
         }
         // Where it can be, what goes out is on the disk first: an operation's end that the master has heard of and the next
@@ -383,7 +415,7 @@ impl Outbox {
     /// What is to be done before a beat by the process that delivers: it goes to its file if it is not there, takes over
     /// the rows of dead processes, lets go of what is too old, and writes down what it could not so far.
     pub(crate) fn tend(&mut self) -> Result<(), Error> {
-        if matches!(self.delivery, Delivery::No) {
+        if self.delivery == Delivery::No {
             return Ok(());
         }
         self.look_for_file();
@@ -397,6 +429,19 @@ impl Outbox {
         written
     }
 
+    /// Rows may name this process as their owner. It must [look after them](Self::look_after_rows) then.
+    pub(crate) fn is_named(&self) -> bool {
+        self.store.path.is_some() && self.store.locks.is_named
+    }
+
+    /// Makes sure that others see that the owner of our rows runs, also where the files were replaced.
+    pub(crate) fn look_after_rows(&mut self) {
+        self.look_for_file();
+        let us = self.store.locks.token.clone();
+        let is_named = self.store.read(|db| entries::owns(db, &us)).unwrap_or(true);
+        self.store.locks.is_named = is_named || !self.pending.is_empty();
+    }
+
     /// Lets another process deliver. What is still added here waits for it. The last chance for what the file did not take: it
     /// is tried once more, however fresh its refusal is.
     pub(crate) fn stop_delivering(&mut self) -> Result<(), Error> {
@@ -407,6 +452,7 @@ impl Outbox {
             self.look_for_file();
         }
         let written = self.write_down();
+        self.store.locks.stop_delivering();
         self.delivery = Delivery::No;
         self.count();
         written
@@ -438,8 +484,14 @@ impl Outbox {
     /// any more.
     fn look_for_file(&mut self) {
         let (is_away, had_file, delivered) = (self.store.is_away(), self.store.file.is_some(), self.delivers());
-        let looked = self.take_delivery().and_then(|taken| taken);
-        let looked = looked.and_then(|()| if is_away { self.open_file() } else { Ok(()) });
+        let looked = match self.take_delivery() {
+            // Without any lock we must not recover what is in the file.
+            Err(error) if self.delivers() && !self.store.locks.delivers() => Err(error),
+            taken => {
+                self.note_lock(taken);
+                if is_away { self.open_file() } else { Ok(()) }
+            }
+        };
         let outbox = self.store.name();
         match looked {
             Err(error) if had_file && self.store.file.is_none() => quietly(|| {
@@ -460,42 +512,69 @@ impl Outbox {
 
     fn open_file(&mut self) -> Result<(), Error> {
         let may_replace = self.delivers();
+        if !may_replace && self.store.locks.another_delivers() {
+            self.store.leave_to_deliverer().map_err(|source| self.store.error("cannot be left", source))?;
+        }
         self.store.open(self.gone.order.iter().copied(), may_replace)
     }
 
-    /// `Err` inside: another process delivers.
-    fn take_delivery(&mut self) -> Result<Result<(), Error>, Error> {
-        let Some(path) = &self.store.path else { return Ok(Ok(())) };
-        let taken = self
-            .delivery
-            .take(path, &self.books.has_stopped)
-            .map_err(|source| self.store.error("cannot be written", source))?;
-        Ok(taken.map_err(|pid| {
-            self.error(&format!("is delivered from by process {pid} already; stop that one, or use another file"))
-        }))
+    /// Begins to deliver, if we are to and nobody else does; our place is locked in any case. `Some`: another process does.
+    fn take_delivery(&mut self) -> Result<Option<Error>, Error> {
+        let Some(path) = &self.store.path else { return Ok(None) };
+        if self.delivery == Delivery::No {
+            let owned = self.store.locks.own(path);
+            return owned.map(|()| None).map_err(|source| self.store.error("cannot be written", source));
+        }
+        let deliverer = self.store.locks.deliver(path, &self.books.has_stopped);
+        match deliverer.map_err(|source| self.store.error("cannot be written", source))? {
+            Deliverer::Us => self.delivery = Delivery::Yes,
+            Deliverer::Stopping => {
+                self.store.locks.stop_delivering();
+                self.delivery = Delivery::Wanted;
+            }
+            Deliverer::Another(pid) => {
+                let problem = "is delivered from by process";
+                return Ok(Some(self.error(&format!("{problem} {pid} already; stop that one, or use another file"))));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Stops delivering, if another process does: the lock file was replaced, and it has locked the new one. With a lock file
+    /// that cannot be used we go on with the older one, which is logged once.
+    fn note_lock(&mut self, taken: Result<Option<Error>, Error>) {
+        let had_problem = mem::replace(&mut self.has_lock_problem, taken.is_err());
+        match taken {
+            Ok(Some(held)) if self.delivers() => {
+                self.store.locks.stop_delivering();
+                self.delivery = Delivery::Wanted;
+                let error = chain(&held);
+                quietly(|| log::error!("stopped delivering, as another process does: error={error:?}"));
+            }
+            Err(error) if !had_problem => {
+                let error = chain(&error);
+                quietly(|| {
+                    log::error!("the outbox has lost its lock file, another process may deliver, too: error={error:?}")
+                });
+            }
+            _ => (),
+        }
     }
 
     /// Recovers the rows of dead processes, if we deliver.
     fn begin_to_deliver(&mut self, reason: &str) {
-        let (true, Some(path)) = (self.delivers(), self.store.path.clone()) else { return };
+        if !self.delivers() {
+            return;
+        }
         if let Err(error) = self.recover(reason) {
             quietly(|| log::warn!("operations that were in flight are recovered later: error={:?}", chain(&error)));
-        }
-        if let Err(error) = lock::sweep(&path) {
-            let error = error.to_string();
-            quietly(|| log::debug!("what dead processes left beside the outbox stays there: error={error:?}"));
         }
     }
 
     /// Reports the operations of dead processes failed, with `reason` and the operation's name. Only the file says which rows
     /// they own, and only beside it is known whether they live.
     fn recover(&mut self, reason: &str) -> Result<(), Error> {
-        let Some((file, _)) = &self.store.file else { return Ok(()) };
-        let in_file = entries::owners(&file.db).map_err(|source| self.store.error("cannot be read", source))?;
-        let mut dead = self.read(entries::owners)?;
-        let (us, path) = (self.store.owner.token.as_bytes(), self.store.path.as_deref());
-        let is_dead = |owner: &[u8]| path.is_some_and(|path| lock::is_dead(path, owner));
-        dead.retain(|owner| owner != us && in_file.contains(owner) && is_dead(owner));
+        let dead = self.owners_that_are(Owner::Ended)?;
         if dead.is_empty() {
             return Ok(());
         }
@@ -524,14 +603,49 @@ impl Outbox {
     }
 
     fn age_by(&mut self, passed: Duration) -> Result<(), Error> {
-        let (aged, _) = self.change(deadline(), |rows, _| rows.grow_older(passed.as_secs()));
+        // Other processes' rows are never changed in memory.
+        let (has_file, unknown) = (self.store.file.is_some(), self.owners_that_are(Owner::Unknown)?);
+        let (aged, _) = self.change(deadline(), |rows, refusal| {
+            if has_file && refusal.is_none() {
+                rows.grow_stuck(passed.as_secs(), &unknown)?;
+            }
+            rows.grow_older(passed.as_secs())
+        });
         let dropped = aged.map_err(|source| self.store.error("cannot be read", source))?;
         self.books.change(|books| books.dropped += dropped);
+        self.say_stuck()
+    }
+
+    /// Names, once a day, the rows of which nobody could tell for a day whether their owners run.
+    fn say_stuck(&mut self) -> Result<(), Error> {
+        let stuck = self.read(entries::stuck)?;
+        if stuck.is_empty() || self.said_stuck.is_some_and(|said| said.elapsed() < limits::OUTBOX_STUCK) {
+            return Ok(());
+        }
+        self.said_stuck = Some(Instant::now());
+        let named: Vec<_> = stuck.iter().take(limits::OUTBOX_STUCK_NAMED).map(Stuck::to_string).collect();
+        let (outbox, rows, named) = (self.store.name(), stuck.len(), named.join(", "));
+        quietly(|| {
+            log::warn!(
+                "cannot tell whether the processes of these operations are running, they and older deltas wait; see to the lock file: outbox={outbox} rows={rows} first={named:?}"
+            )
+        });
         Ok(())
     }
 
+    /// Other processes that rows name, in the file and here.
+    fn owners_that_are(&mut self, wanted: Owner) -> Result<Vec<Vec<u8>>, Error> {
+        let Some((file, _)) = &self.store.file else { return Ok(Vec::new()) };
+        let in_file = entries::owners(&file.db).map_err(|source| self.store.error("cannot be read", source))?;
+        let mut owners = self.read(entries::owners)?;
+        let locks = &self.store.locks;
+        let is_wanted = |owner: &[u8]| owner != locks.token.as_bytes() && locks.owner(owner) == wanted;
+        owners.retain(|owner| in_file.contains(owner) && is_wanted(owner));
+        Ok(owners)
+    }
+
     fn delivers(&self) -> bool {
-        matches!(self.delivery, Delivery::Yes(_))
+        self.delivery == Delivery::Yes
     }
 
     /// Nobody will ever deliver from it, and nothing outlives it: it is in memory, and its heartbeat has stopped.

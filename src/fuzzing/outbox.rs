@@ -121,7 +121,8 @@ fn fill(path: &Path, input: &mut Input<'_>) -> [BTreeSet<i64>; 2] {
         return Default::default();
     }
     let most = limits::OUTBOX_AGE.as_secs() - limits::OUTBOX_AGING.as_secs();
-    [WAITING.to_owned(), format!("{WAITING} AND age > {most}")].map(|which| {
+    // Whose owner has ended, waits from now on.
+    [WAITING.to_owned(), format!("{WAITING} AND owner IS NULL AND age > {most}")].map(|which| {
         let mut select = file.prepare(&format!("SELECT id FROM delta WHERE {which}")).unwrap();
         let ids = select.query_map([], |row| row.get(0)).unwrap();
         ids.map(Result::unwrap).collect()

@@ -56,6 +56,14 @@ pub(super) fn change_all(copy: &Connection) -> rusqlite::Result<()> {
     copy.execute(all, [schema::last_id(copy)?]).map(drop)
 }
 
+/// Forgets all rows but those of this owner, as whoever delivers takes them to the next file.
+pub(super) fn keep_owned(copy: &Connection, owner: &str) -> rusqlite::Result<()> {
+    let transaction = copy.unchecked_transaction()?;
+    copy.execute("DELETE FROM delta WHERE owner IS NOT ?1", [owner])?;
+    copy.execute("DELETE FROM changed WHERE id NOT IN (SELECT id FROM delta)", [])?;
+    transaction.commit()
+}
+
 /// Moves what was changed here to a file, inside its transaction.
 pub(super) fn merge(copy: &Connection, file: &Connection) -> rusqlite::Result<()> {
     for_each(copy, "SELECT id FROM changed", file, "DELETE FROM delta WHERE id = ?1")?;

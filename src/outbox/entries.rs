@@ -5,14 +5,14 @@
 
 use std::mem;
 use std::ops::RangeInclusive;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use rusqlite::types::{ToSqlOutput, Type, ValueRef};
 use rusqlite::{Connection, Params, Row, params};
 
 use super::schema::{last_id, value};
 use crate::delta::{LifecycleDelta, Outcome, from_micros, micros};
-use crate::kept::{Add, Change, Counts, Kept, Poster, Settled};
+use crate::kept::{Add, Change, Counts, Kept, Poster, Settled, Stuck};
 use crate::limits;
 
 /// New rows.
@@ -98,7 +98,7 @@ const FORGET: &str = "DELETE FROM delivered WHERE number <= (SELECT max(number) 
 const REMOVE: &str = "DELETE FROM delta WHERE id = ?1";
 const REJECT: &str = "UPDATE delta SET rejected = ?2, owner = NULL WHERE id = ?1";
 #[cfg(feature = "cli")]
-const RELEASE: &str = "UPDATE delta SET owner = NULL WHERE id = ?1";
+const RELEASE: &str = "UPDATE delta SET owner = NULL, age = 0 WHERE id = ?1";
 
 impl Rows<'_> {
     /// Adds rows. The oldest fall out for them; `None`: there is no room, as all that is in there is somebody's.
@@ -176,7 +176,7 @@ impl Rows<'_> {
             "UPDATE delta SET error = ?2 || operation, completed_at = ?3 WHERE owner = ?1 AND completed_at IS NULL",
             params![owner, reason, micros(SystemTime::now())],
         )?;
-        self.db.execute("UPDATE delta SET owner = NULL WHERE owner = ?1", [&owner])?;
+        self.db.execute("UPDATE delta SET owner = NULL, age = 0 WHERE owner = ?1", [&owner])?;
         self.tally = Tally::of(self.db, &EVERY_ID)?;
         Ok(failed)
     }
@@ -190,6 +190,17 @@ impl Rows<'_> {
         self.db.execute("DELETE FROM delta WHERE owner IS NULL AND age > ?1", [most])?;
         let before = mem::replace(&mut self.tally, Tally::of(self.db, &EVERY_ID)?);
         Ok((before.waiting - self.tally.waiting).unsigned_abs())
+    }
+
+    /// Of rows that somebody is at work on, the age is how long nobody could tell whether these owners run.
+    pub(super) fn grow_stuck(&mut self, seconds: u64, unknown: &[Vec<u8>]) -> rusqlite::Result<()> {
+        for owner in owners(self.db)? {
+            let (is_unknown, owner) = (unknown.contains(&owner), ToSqlOutput::Borrowed(ValueRef::Text(&owner)));
+            let (most, seconds) = (limits::OUTBOX_AGE.as_secs() as i64, seconds as i64);
+            let older = "UPDATE delta SET age = iif(?2, max(0, min(age, ?3)) + ?4, 0) WHERE owner = ?1";
+            self.db.execute(older, params![owner, is_unknown, most, seconds])?;
+        }
+        Ok(())
     }
 
     /// Makes room for so many rows. Those that the master has refused fall out first, then the oldest; of both only what
@@ -282,6 +293,24 @@ pub(super) fn counts(db: &Connection) -> rusqlite::Result<Counts> {
 pub(super) fn owners(db: &Connection) -> rusqlite::Result<Vec<Vec<u8>>> {
     let mut select = db.prepare_cached("SELECT DISTINCT owner FROM delta WHERE owner IS NOT NULL")?;
     select.query_map([], |row| Ok(row.get_ref(0)?.as_bytes()?.to_vec()))?.collect()
+}
+
+/// What nobody could tell of for a day whether its owner runs, the oldest first.
+pub(super) fn stuck(db: &Connection) -> rusqlite::Result<Vec<Stuck>> {
+    let mut select = db.prepare_cached(
+        "SELECT id, decky, operation, age FROM delta WHERE owner IS NOT NULL AND age >= ?1 ORDER BY id",
+    )?;
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    let stuck = |row: &Row<'_>| {
+        let (decky, operation) = (text(row.get_ref(1)?.as_bytes()?), text(row.get_ref(2)?.as_bytes()?));
+        Ok(Stuck { id: row.get(0)?, decky, operation, time: Duration::from_secs(row.get::<_, i64>(3)?.unsigned_abs()) })
+    };
+    select.query_map([limits::OUTBOX_STUCK.as_secs() as i64], stuck)?.collect()
+}
+
+/// Whether a row names this owner.
+pub(super) fn owns(db: &Connection, owner: &str) -> rusqlite::Result<bool> {
+    value(db, "SELECT EXISTS (SELECT 1 FROM delta WHERE owner = ?1)", [owner])
 }
 
 fn kept(row: &Row<'_>) -> rusqlite::Result<Kept> {

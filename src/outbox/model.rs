@@ -291,7 +291,7 @@ impl Process {
     fn end(&mut self, which: usize, verdict: Verdict, poster: Poster, ledgers: &mut [&mut Ledger]) -> Kept {
         let (id, decky, operation) = self.open.remove(which % self.open.len());
         let delta = verdict.delta(&decky, operation);
-        let owner = (poster == Poster::Us).then_some(self.outbox.store.owner.token.as_str());
+        let owner = (poster == Poster::Us).then_some(self.outbox.store.locks.token.as_str());
         ledgers.iter_mut().for_each(|ledger| ledger.end(id, &delta, owner));
         let kept = Kept { id, delta };
         if poster == Poster::Us {
@@ -452,7 +452,7 @@ impl Bench {
             return Ok(Changed::Otherwise);
         }
         let (agent, ledgers) = (&mut self.agent, &mut [&mut self.now]);
-        let us = agent.outbox.store.owner.token.clone();
+        let us = agent.outbox.store.locks.token.clone();
         let mut adds = Vec::new();
         for act in acts {
             match act {
@@ -551,7 +551,7 @@ impl Bench {
         }
         // On the disk or in memory.
         let mut living = living(self.program.as_ref());
-        living.push(&self.agent.outbox.store.owner.token);
+        living.push(&self.agent.outbox.store.locks.token);
         self.now.recover(&living, "its process ended during ");
         Ok(Changed::ByTheAgent)
     }
@@ -626,7 +626,7 @@ impl Bench {
 }
 
 fn living(program: Option<&Process>) -> Vec<&str> {
-    program.map(|program| program.outbox.store.owner.token.as_str()).into_iter().collect()
+    program.map(|program| program.outbox.store.locks.token.as_str()).into_iter().collect()
 }
 
 fn deltas(ended: &[Ended]) -> Vec<LifecycleDelta> {
@@ -652,7 +652,7 @@ fn perform(
     ledgers: &mut [&mut Ledger],
     trouble: Trouble,
 ) -> Result<bool, TestCaseError> {
-    let us = process.outbox.store.owner.token.clone();
+    let us = process.outbox.store.locks.token.clone();
     let noted = |done| is_as_it_must_be(&done, trouble);
     match act {
         Act::Push(ended) => {

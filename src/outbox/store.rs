@@ -11,7 +11,7 @@ use rusqlite::{Connection, TransactionBehavior};
 
 use super::entries::{EVERY_ID, Rows, Tally};
 use super::file::{self, Refusal};
-use super::lock::Owner;
+use super::lock::Locks;
 use super::{copy, schema};
 use crate::error::{Error, chain, printable_path};
 use crate::files::{Identity, identity};
@@ -28,8 +28,8 @@ pub(super) struct Store {
     copy: Option<(Table, Option<i64>)>,
     /// Up to when the file is left alone and how it refused the last time, unless it has been written since.
     pub(super) refused: Option<(Instant, Refusal)>,
-    /// For the rows that name us.
-    pub(super) owner: Owner,
+    /// Who delivers, and that we run, for the rows that name us.
+    pub(super) locks: Locks,
 }
 
 /// The file did not take a change.
@@ -80,7 +80,7 @@ fn version(db: &Connection) -> rusqlite::Result<i64> {
 impl Store {
     /// In memory, until it is [opened](Self::open).
     pub(super) fn new(path: Option<PathBuf>) -> Self {
-        Self { path, file: None, copy: None, refused: None, owner: Owner::new() }
+        Self { path, file: None, copy: None, refused: None, locks: Locks::new() }
     }
 
     /// Opens the file at its place, and moves there what is in memory, or in a file that is gone or broken. Of these ids no
@@ -90,14 +90,29 @@ impl Store {
         // Closed first: what SQLite keeps beside the file that is gone must not mix with the new one's.
         self.leave_file().map_err(|source| self.error("cannot be left", source))?;
         let mut table = Table { db: file::open(&path, may_replace)?, known: None };
-        let identity = fs::symlink_metadata(&path).and_then(|found| self.owner.live(&path).map(|()| identity(&found)));
+        let identity = fs::symlink_metadata(&path).map(|found| identity(&found));
         let identity = identity.map_err(|source| self.error("cannot be written", source))?;
+        // Before a row names us there.
+        self.locks.own(&path).map_err(|source| self.error("cannot be written", source))?;
         if let Some((copy, _)) = &self.copy {
-            let moved = table.change(&self.owner.token, Some(&copy.db), |rows| gone.try_for_each(|id| rows.remove(id)));
+            let moved = table.change(&self.locks.token, Some(&copy.db), |rows| gone.try_for_each(|id| rows.remove(id)));
             moved.map_err(|source| self.error("cannot be written", source))?;
         }
         (self.file, self.copy, self.refused) = (Some((table, identity)), None, None);
         Ok(())
+    }
+
+    /// Takes our own rows from a file that is gone. All others go to the next file with the process that delivers: if we took
+    /// them, too, one that it has delivered meanwhile would come back. What was not written to the file yet is ours.
+    pub(super) fn leave_to_deliverer(&mut self) -> rusqlite::Result<()> {
+        if self.file.is_none() || self.copy.is_some() || self.is_broken() {
+            return Ok(());
+        }
+        self.leave_file()?;
+        let us = self.locks.token.clone();
+        let copy = self.in_memory()?;
+        copy.known = None;
+        copy::keep_owned(&copy.db, &us)
     }
 
     /// Takes everything from a file that is gone, and from a broken one what it did not know.
@@ -172,7 +187,7 @@ impl Store {
             Err(refused) => refused,
         };
         let why = refused.as_ref().map(|refused| refused.why);
-        let us = self.owner.token.clone();
+        let us = self.locks.token.clone();
         let changed = self.in_memory().and_then(|copy| copy.change(&us, None, |rows| change(rows, why)));
         (changed, refused)
     }
@@ -189,10 +204,10 @@ impl Store {
         }
         let copy = self.copy.as_ref().map(|(copy, _)| &copy.db);
         let within = by.saturating_duration_since(Instant::now());
-        let living =
-            self.owner.live(path).map_err(|source| Refused { why: Refusal::Unwritable, source: source.into() });
-        let written = living.and_then(|()| {
-            let written = file.db.busy_timeout(within).and_then(|()| file.change(&self.owner.token, copy, change));
+        let owned = if self.locks.is_named { self.locks.own(path) } else { Ok(()) };
+        let owned = owned.map_err(|source| Refused { why: Refusal::Unwritable, source: source.into() });
+        let written = owned.and_then(|()| {
+            let written = file.db.busy_timeout(within).and_then(|()| file.change(&self.locks.token, copy, change));
             written.map_err(|source| Refused { why: Refusal::of(&source), source: source.into() })
         });
         match written {

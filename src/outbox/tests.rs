@@ -1,6 +1,6 @@
 //! The outbox on real files.
 
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::process::Stdio;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -317,37 +317,59 @@ fn an_operation_whose_process_lives_is_left_alone_until_it_dies() {
     assert_eq!(outcomes, [failed, Outcome::Succeeded], "and the one that it could not post is ours now");
 }
 
-/// Another process, which has the delivery lock until its input ends.
-pub(super) struct Deliverer(std::process::Child);
+/// The outbox that another process locks, which is this test program once more.
+const LOCKED: &str = "DECNET_HEARTBEAT_TEST_LOCKED";
 
-impl Deliverer {
+/// No test by itself: what the other process does.
+#[test]
+fn another_process() {
+    let Some(outbox) = std::env::var_os(LOCKED) else { return };
+    let mut locks = lock::Locks::new();
+    assert_eq!(locks.deliver(Path::new(&outbox), &Arc::default()).unwrap(), Deliverer::Us);
+    locks.is_named = true;
+    // The test program has written something to this line.
+    writeln!(std::io::stdout(), "\n{}", locks.token).unwrap();
+    std::io::stdin().read_line(&mut String::new()).unwrap();
+}
+
+/// Another process, which has the delivery lock and a place as an owner, until its input ends or it is killed.
+pub(super) struct Another {
+    child: std::process::Child,
+    /// How rows name it.
+    pub(super) token: String,
+}
+
+impl Another {
     pub(super) fn of(outbox: &Path) -> Self {
-        let script = r#"exec 9<>"$0" && flock 9 && printf %s $$ >"$0" && echo locked && read -r _"#;
-        let mut command = std::process::Command::new("sh");
-        let command = command.arg("-c").arg(script).arg(lock::beside(outbox, "-lock"));
+        let mut command = std::process::Command::new(std::env::current_exe().unwrap());
+        let command = command.args(["--exact", "outbox::tests::another_process", "--nocapture"]).env(LOCKED, outbox);
         let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
-        let mut said = String::new();
-        BufReader::new(child.stdout.as_mut().unwrap()).read_line(&mut said).unwrap();
-        assert_eq!(said, "locked\n");
-        Self(child)
+        let mut said = BufReader::new(child.stdout.as_mut().unwrap()).lines().map(Result::unwrap);
+        let token = said.find(|line| line.contains('@')).unwrap();
+        Self { child, token }
     }
 
     pub(super) fn pid(&self) -> u32 {
-        self.0.id()
+        self.child.id()
+    }
+
+    pub(super) fn kill(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
     }
 }
 
-impl Drop for Deliverer {
+impl Drop for Another {
     fn drop(&mut self) {
-        drop(self.0.stdin.take());
-        self.0.wait().unwrap();
+        drop(self.child.stdin.take());
+        self.child.wait().unwrap();
     }
 }
 
 #[test]
 fn a_second_one_that_delivers_hears_who_does_already() {
     let dir = tempfile::tempdir().unwrap();
-    let other = Deliverer::of(&dir.path().join(FILE));
+    let other = Another::of(&dir.path().join(FILE));
     let error = Outbox::open_at(&OutboxLocation::AgentDir, dir.path(), Role::Deliver).unwrap_err();
     let expected = format!(
         "outbox {}: is delivered from by process {} already; stop that one, or use another file",
@@ -942,10 +964,206 @@ fn a_second_one_waits_for_one_whose_heartbeat_has_stopped_and_takes_over() {
     }
 }
 
+/// Removes the lock file, as somebody does who deletes the agent dir or tidies up in it.
+fn remove_the_lock_file(dir: &Path) {
+    std::fs::remove_file(lock::beside(&dir.join(FILE), "-lock")).unwrap();
+}
+
+#[test]
+fn a_deliverer_whose_lock_file_was_replaced_stops_at_its_next_tick_while_another_one_delivers() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut outbox = open(dir.path());
+    outbox.keep(&[delta("d")]).unwrap();
+    remove_the_lock_file(dir.path());
+    let other = Another::of(&dir.path().join(FILE));
+    outbox.tend().unwrap();
+    assert!(deckies(&mut outbox).is_empty());
+    outbox.keep(&[delta("e")]).unwrap();
+    assert_eq!(on_disk(dir.path()).len(), 2, "it still adds");
+    drop(other);
+    outbox.tend().unwrap();
+    assert_eq!(deckies(&mut outbox), ["e", "d"]);
+}
+
+#[test]
+fn a_deliverer_whose_lock_file_was_removed_has_the_next_one_at_its_next_tick() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut outbox = open(dir.path());
+    outbox.keep(&[delta("d")]).unwrap();
+    remove_the_lock_file(dir.path());
+    outbox.tend().unwrap();
+    assert_eq!(deckies(&mut outbox), ["d"]);
+    Outbox::open_at(&OutboxLocation::AgentDir, dir.path(), Role::Deliver).expect_err("it has the lock");
+}
+
+#[test]
+fn a_lock_file_that_cannot_be_used_stops_no_delivery() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut outbox = open(dir.path());
+    let id = begin(&mut outbox, "running");
+    remove_the_lock_file(dir.path());
+    let lock = lock::beside(&dir.path().join(FILE), "-lock");
+    assert!(std::process::Command::new("mkfifo").arg(&lock).status().unwrap().success());
+    outbox.tend().unwrap();
+    outbox.end(ended(id, succeeded("running")), Poster::Deliverer).unwrap();
+    assert_eq!(deckies(&mut outbox), ["running"]);
+    std::fs::remove_file(&lock).unwrap();
+    outbox.tend().unwrap();
+    assert!(lock.is_file());
+}
+
+#[test]
+fn no_operation_fails_by_a_replaced_lock_file_while_its_process_runs() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut track = open_as(dir.path(), Role::Contribute);
+    let id = begin(&mut track, "d");
+    let mut outbox = open(dir.path());
+    remove_the_lock_file(dir.path());
+    outbox.tend().unwrap();
+    assert_eq!(counted(&mut outbox), (0, 0, 1), "the old lock file is still open");
+    // One that has seen the new lock file only.
+    drop(outbox);
+    let mut outbox = open(dir.path());
+    outbox.tend().unwrap();
+    assert_eq!(counted(&mut outbox), (0, 0, 1), "the new lock file is too young");
+    track.look_after_rows();
+    outbox.store.locks.settle();
+    outbox.tend().unwrap();
+    assert_eq!(counted(&mut outbox), (0, 0, 1), "its process is locked in the new one, too");
+    track.end(ended(id, succeeded("d")), Poster::Deliverer).unwrap();
+    assert_eq!(deckies(&mut outbox), ["d"]);
+}
+
+#[test]
+fn an_operation_of_a_replaced_lock_file_has_failed_a_minute_after_its_process_ended() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut track = open_as(dir.path(), Role::Contribute);
+    begin(&mut track, "d");
+    // Another process may have it open still, so that no new file gets its inode.
+    let _old = std::fs::File::open(lock::beside(&dir.path().join(FILE), "-lock")).unwrap();
+    remove_the_lock_file(dir.path());
+    drop(track);
+    let mut outbox = open(dir.path());
+    assert_eq!(counted(&mut outbox), (0, 0, 1));
+    outbox.store.locks.settle();
+    outbox.tend().unwrap();
+    assert_eq!((counted(&mut outbox), deckies(&mut outbox)), ((1, 0, 0), vec!["d".to_owned()]));
+}
+
+#[cfg(feature = "cli")]
+#[test]
+fn what_nobody_could_tell_of_for_a_day_is_named_until_it_can_be_told() {
+    let dir = tempfile::tempdir().unwrap();
+    let (path, day) = (dir.path().join(FILE), Duration::from_secs(24 * 3600));
+    let lock = lock::beside(&path, "-lock");
+    let mut track = open_as(dir.path(), Role::Contribute);
+    let id = begin(&mut track, "d");
+    remove_the_lock_file(dir.path());
+    let mut outbox = open(dir.path());
+    remove_the_lock_file(dir.path());
+    std::fs::create_dir(&lock).unwrap();
+    begin(&mut outbox, "ours");
+    outbox.tend().unwrap();
+    outbox.pass(day - Duration::from_secs(1)).unwrap();
+    assert_eq!(stuck(&path).unwrap(), []);
+    assert_eq!(outbox.said_stuck, None);
+    outbox.pass(Duration::from_secs(1)).unwrap();
+    let expected = Stuck { id, decky: "d".to_owned(), operation: "mutate".to_owned(), time: day };
+    assert_eq!(expected.to_string(), format!("mutate of d (row {id}, for 1day)"));
+    assert_eq!(stuck(&path).unwrap(), [expected]);
+    let said = outbox.said_stuck;
+    outbox.pass(day * 30).unwrap();
+    assert!(said.is_some() && outbox.said_stuck == said, "once a day");
+    assert_eq!(counted(&mut outbox), (0, 0, 2), "it is left alone");
+    // Now it can be told that its process has ended.
+    std::fs::remove_dir(&lock).unwrap();
+    drop(track);
+    outbox.tend().unwrap();
+    outbox.store.locks.settle();
+    outbox.tend().unwrap();
+    outbox.pass(day).unwrap();
+    assert_eq!((deckies(&mut outbox), stuck(&path).unwrap()), (vec!["d".to_owned()], vec![]), "it waits from now on");
+}
+
+#[test]
+fn a_process_without_a_heartbeat_takes_its_rows_to_an_agent_dir_that_was_made_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let agent = dir.path().join("agent");
+    std::fs::create_dir(&agent).unwrap();
+    let mut track = open_as(&agent, Role::Contribute);
+    let id = begin(&mut track, "d");
+    std::fs::remove_dir_all(&agent).unwrap();
+    track.look_after_rows();
+    std::fs::create_dir(&agent).unwrap();
+    let mut outbox = open(&agent);
+    track.look_after_rows();
+    outbox.store.locks.settle();
+    outbox.tend().unwrap();
+    assert_eq!(counted(&mut outbox), (0, 0, 1), "it is in flight there, and its process runs");
+    track.end(ended(id, succeeded("d")), Poster::Deliverer).unwrap();
+    assert_eq!(deckies(&mut outbox), ["d"]);
+}
+
+#[test]
+fn where_the_agent_dir_is_made_again_each_delta_is_delivered_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let agent = dir.path().join("agent");
+    std::fs::create_dir(&agent).unwrap();
+    let mut outbox = open(&agent);
+    outbox.keep(&[delta("waits")]).unwrap();
+    let mut track = open_as(&agent, Role::Contribute);
+    let id = begin(&mut track, "d");
+    std::fs::remove_dir_all(&agent).unwrap();
+    std::fs::create_dir(&agent).unwrap();
+    outbox.tend().unwrap();
+    let kept = outbox.deliverable(10, deadline()).unwrap();
+    assert_eq!((kept.len(), counted(&mut outbox)), (1, (1, 0, 1)));
+    outbox.settle(&kept, &Settled::Delivered, deadline()).unwrap();
+    // It has not looked at its files since, and posts its delta itself.
+    let ours = ended(id, succeeded("d"));
+    track.end(ours.clone(), Poster::Us).unwrap();
+    track.settle(&ours, &Settled::Delivered, deadline()).unwrap();
+    drop(track);
+    outbox.tend().unwrap();
+    assert_eq!((counted(&mut outbox), deckies(&mut outbox)), ((0, 0, 0), Vec::<String>::new()));
+}
+
+#[test]
+fn where_nobody_delivers_what_waits_is_taken_to_an_agent_dir_that_was_made_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let agent = dir.path().join("agent");
+    std::fs::create_dir(&agent).unwrap();
+    let mut track = open_as(&agent, Role::Contribute);
+    track.keep(&[delta("waits")]).unwrap();
+    begin(&mut track, "d");
+    std::fs::remove_dir_all(&agent).unwrap();
+    std::fs::create_dir(&agent).unwrap();
+    track.look_after_rows();
+    let mut outbox = open(&agent);
+    assert_eq!((counted(&mut outbox), deckies(&mut outbox)), ((1, 0, 1), vec!["waits".to_owned()]));
+}
+
+#[test]
+fn a_process_looks_after_its_rows_as_long_as_it_has_some() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut track = open_as(dir.path(), Role::Contribute);
+    track.keep(&[delta("e")]).unwrap();
+    assert!(!track.is_named());
+    let id = begin(&mut track, "d");
+    track.look_after_rows();
+    assert!(track.is_named());
+    track.end(ended(id, succeeded("d")), Poster::Us).unwrap();
+    track.look_after_rows();
+    assert!(track.is_named(), "it posts it itself");
+    track.settle(&ended(id, succeeded("d")), &Settled::Delivered, deadline()).unwrap();
+    track.look_after_rows();
+    assert!(!track.is_named());
+}
+
 #[test]
 fn one_that_delivers_later_takes_over_from_another_process() {
     let dir = tempfile::tempdir().unwrap();
-    let other = Deliverer::of(&dir.path().join(FILE));
+    let other = Another::of(&dir.path().join(FILE));
     let mut outbox = open_as(dir.path(), Role::DeliverLater);
     outbox.keep(&[delta("d")]).unwrap();
     outbox.tend().unwrap();

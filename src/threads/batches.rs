@@ -225,7 +225,7 @@ mod tests {
 
     /// The numbers of the questions that are queued.
     fn questions(desk: &Desk) -> Vec<u64> {
-        let asked = if desk.queued() == 0 { Vec::new() } else { desk.next(0).unwrap().requests };
+        let asked = if desk.queued() == 0 { Vec::new() } else { desk.next(0, None).unwrap().requests };
         let number = |request| match request {
             Request::Batch(question) => Some(question.number),
             _ => None,

@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::mem;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, Thread};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::holds::{Hold, Holds};
 use super::requests::{Generation, GivenUp, Requests, Taken, Ticket};
@@ -197,8 +197,9 @@ impl Desk {
     }
 
     /// What the thread does next, all that is queued of at most so many rows; `None`: nothing, ever. After a group of several
-    /// it waits a moment for as many again: threads that push all the time come back for the same commit.
-    pub(crate) fn next(&self, last: usize) -> Option<Taken<Asked>> {
+    /// it waits a moment for as many again: threads that push all the time come back for the same commit. With `within` it waits
+    /// no longer than that, and there may be nothing in what is taken.
+    pub(crate) fn next(&self, last: usize, within: Option<Duration>) -> Option<Taken<Asked>> {
         let mut state = self.lock();
         state.busy_since = None;
         if last > 1 && state.requests.len() < last {
@@ -209,8 +210,14 @@ impl Desk {
         }
         state.wanted = 1;
         let is_idle = |state: &mut State| state.requests.len() == 0 && !state.is_closed;
-        let mut state = self.work.wait_while(state, is_idle).unwrap_or_else(PoisonError::into_inner);
-        if state.requests.len() == 0 {
+        let mut state = match within {
+            Some(within) => {
+                let waited = self.work.wait_timeout_while(state, within, is_idle);
+                waited.unwrap_or_else(PoisonError::into_inner).0
+            }
+            None => self.work.wait_while(state, is_idle).unwrap_or_else(PoisonError::into_inner),
+        };
+        if state.requests.len() == 0 && state.is_closed {
             return None;
         }
         state.busy_since = Some(Instant::now());
@@ -302,8 +309,6 @@ impl Slot {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use crossbeam_channel::bounded;
 
     use super::super::client::OutboxClient;
@@ -324,7 +329,7 @@ mod tests {
 
     /// The one request that is queued.
     fn take(desk: &Desk) -> (Ticket, Waiter) {
-        let (ticket, asked) = desk.next(0).unwrap().requests.pop().unwrap();
+        let (ticket, asked) = desk.next(0, None).unwrap().requests.pop().unwrap();
         (ticket, asked.waiter)
     }
 
@@ -333,7 +338,7 @@ mod tests {
         let desk = Desk::default();
         assert_eq!(ask(&desk, SHORT), Err(NoAnswer::Withdrawn));
         desk.close();
-        assert!(desk.next(0).is_none());
+        assert!(desk.next(0, None).is_none());
     }
 
     #[test]
@@ -383,7 +388,7 @@ mod tests {
         let desk = Desk::default();
         (0..1_000).for_each(|_| desk.tell(Request::Tend));
         assert_eq!(desk.queued(), 1);
-        assert_eq!(desk.next(0).map(|taken| taken.requests.len()), Some(1));
+        assert_eq!(desk.next(0, None).map(|taken| taken.requests.len()), Some(1));
         desk.tell(Request::Tend);
         assert_eq!(desk.queued(), 1, "the next one is another one");
     }
@@ -394,9 +399,19 @@ mod tests {
         assert!(desk.busy_since().is_some(), "the outbox is being opened");
         desk.tell(Request::Tend);
         desk.close();
-        assert_eq!(desk.next(0).map(|taken| taken.requests.len()), Some(1));
+        assert_eq!(desk.next(0, None).map(|taken| taken.requests.len()), Some(1));
         assert!(desk.busy_since().is_some());
-        assert!(desk.next(1).is_none() && desk.busy_since().is_none());
+        assert!(desk.next(1, None).is_none() && desk.busy_since().is_none());
+    }
+
+    #[test]
+    fn where_there_is_something_to_look_after_the_wait_for_requests_has_an_end() {
+        let desk = Desk::default();
+        assert_eq!(desk.next(0, Some(SHORT)).map(|taken| taken.requests.len()), Some(0));
+        desk.tell(Request::Tend);
+        assert_eq!(desk.next(0, Some(LONG)).map(|taken| taken.requests.len()), Some(1));
+        desk.close();
+        assert!(desk.next(0, Some(LONG)).is_none());
     }
 
     #[test]
@@ -405,7 +420,7 @@ mod tests {
         desk.tell(Request::Tend);
         let since = Instant::now();
         // After one of so many, none of which comes back.
-        assert_eq!(desk.next(limits::GROUP_ROWS).map(|taken| taken.requests.len()), Some(1));
+        assert_eq!(desk.next(limits::GROUP_ROWS, None).map(|taken| taken.requests.len()), Some(1));
         assert!(since.elapsed() < Duration::from_secs(1), "{:?}", since.elapsed());
     }
 }

@@ -64,7 +64,8 @@ impl OutboxThread {
     /// Ends with the last one who may ask for something.
     pub(super) fn run(mut self, stats: Option<&SharedStats>) {
         let mut last = 0;
-        while let Some(taken) = self.desk.next(last) {
+        // While it owns rows, a process without a heartbeat looks after them, too.
+        while let Some(taken) = self.desk.next(last, self.outbox.is_named().then_some(limits::OUTBOX_LOOK)) {
             // An acknowledgement brings nobody back.
             last = taken.requests.iter().filter(|(_, asked)| asked.waiter.until.is_some()).count();
             if let Err(said) = caught(|| self.serve(taken)) {
@@ -80,6 +81,9 @@ impl OutboxThread {
 
     /// Changes first, all in one transaction. What is read is of after them.
     fn serve(&mut self, taken: Taken<Asked>) {
+        if taken.requests.is_empty() {
+            return self.outbox.look_after_rows();
+        }
         let (mut group, mut others) = (Group::default(), Vec::new());
         for (ticket, Asked { request, is_urgent, waiter }) in taken.requests {
             group.is_urgent |= is_urgent;

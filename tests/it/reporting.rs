@@ -1,8 +1,10 @@
 //! `push` and `track`: the program as a script on a worker uses it.
 
+use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
 
 use decnet_heartbeat::loopback::{LifecycleRow, Role, RowStatus};
 use decnet_heartbeat::{LifecycleDelta, Operation};
@@ -339,6 +341,22 @@ fn an_ignored_signal_stays_ignored() {
     for mask in masks {
         assert_eq!(u64::from_str_radix(mask, 16).unwrap() & 1, 1, "{output}");
     }
+}
+
+#[test]
+fn a_track_that_has_nothing_else_to_do_notices_that_its_lock_file_was_removed() {
+    let stage = Stage::new();
+    let (mut child, stdout) = tracking(&stage, "echo ready; exec cat");
+    let lock = outbox(&stage).with_file_name("heartbeat.db-lock");
+    fs::remove_file(&lock).unwrap();
+    let since = Instant::now();
+    // Nobody else is there who would make it.
+    while !lock.exists() {
+        assert!(since.elapsed() < PATIENCE, "a minute later its operation would be taken for failed");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    drop((child.stdin.take(), stdout));
+    assert!(child.wait().unwrap().success());
 }
 
 #[test]

@@ -63,8 +63,6 @@ impl Traced {
                 traced.steps.push((step.to_owned(), Vec::new()));
             }
             if let (Some(suffix), true) = (name.strip_prefix("heartbeat.db"), how.contains("O_CREAT")) {
-                // An owner has a name of its own.
-                let suffix = suffix.split_inclusive("-owner").next().unwrap_or_default();
                 let mode = how.split(", ").nth(2).unwrap();
                 let mode = mode.split(|c: char| !c.is_ascii_digit()).next().unwrap();
                 let (step, _) = traced.steps.last().unwrap();
@@ -103,9 +101,7 @@ fn each_commit_is_one_sync_and_no_file_is_ever_anybody_elses() {
     let (end, steps) = steps.split_last().unwrap();
     assert_eq!((end.0.as_str(), steps), ("end", expected.collect::<Vec<_>>().as_slice()));
 
-    let made = ["", "-journal", "-lock", "-making", "-owner", "-shm", "-wal"].map(|suffix| {
-        let step = if suffix == "-owner" { "begin" } else { "start" };
-        (suffix.to_owned(), step.to_owned(), "0600".to_owned())
-    });
+    let made = ["", "-journal", "-lock", "-making", "-shm", "-wal"];
+    let made = made.map(|suffix| (suffix.to_owned(), "start".to_owned(), "0600".to_owned()));
     assert_eq!(traced.made, made.into());
 }
