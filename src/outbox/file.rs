@@ -51,14 +51,36 @@ pub(super) fn is_of_the_content(error: &rusqlite::Error) -> bool {
     Refusal::of(error) == Refusal::Corrupt || error.sqlite_error_code() == Some(ErrorCode::Unknown)
 }
 
-/// A connection to the outbox at `path`, made where there is none. One that is none of ours, or broken, is moved aside for
-/// a new one if we `may_replace` it.
+/// Why there is no connection.
+enum Failure {
+    /// What is in the file is at fault: it is no outbox, or damaged.
+    Damage(String),
+    /// The file cannot be used now. That says nothing about what is in it.
+    Unusable(Error),
+}
+
+/// A connection to the outbox at `path`, made where there is none. A file that is no outbox, or damaged, is moved aside for
+/// a new one if we `may_replace` it, and only if a second, fresh connection finds the same damage: to SQLite a read that
+/// fails once looks the same.
 pub(super) fn open(path: &Path, may_replace: bool) -> Result<Connection, Error> {
     let unusable = |problem: &str| Error::outbox(Some(path), problem);
-    let problem = match prepare_and_connect(path)? {
+    // Whoever waits for it hears of a lock before he gives up.
+    let deadline = Instant::now() + limits::OUTBOX_BUSY - limits::OUTBOX_MARGIN;
+    let first = match prepare_and_connect(path, deadline) {
         Ok(db) => return Ok(db),
-        Err(problem) if may_replace => problem,
-        Err(problem) => return Err(unusable("is no outbox, or broken").because(problem)),
+        Err(Failure::Unusable(_)) => None,
+        Err(Failure::Damage(damage)) => Some(damage),
+    };
+    let damage = match prepare_and_connect(path, deadline) {
+        Ok(db) => return Ok(db),
+        Err(Failure::Unusable(error)) => return Err(error),
+        Err(Failure::Damage(damage)) if first.as_ref() != Some(&damage) => {
+            return Err(unusable("is not read the same twice; check the disk").because(damage));
+        }
+        Err(Failure::Damage(damage)) if !may_replace => {
+            return Err(unusable("is no outbox, or broken").because(damage));
+        }
+        Err(Failure::Damage(damage)) => damage,
     };
     let aside = move_aside(path).map_err(|source| unusable("is broken, and cannot be moved aside").because(source))?;
     quietly(|| {
@@ -66,29 +88,32 @@ pub(super) fn open(path: &Path, may_replace: bool) -> Result<Connection, Error> 
             "the outbox was broken or none, it is moved aside and a new one begun: file={} aside={} error={:?}",
             printable_path(path),
             printable_path(&aside),
-            printable(&problem)
+            printable(&damage)
         )
     });
-    prepare_and_connect(path)?.map_err(|problem| unusable("cannot be made anew").because(problem))
+    prepare_and_connect(path, deadline).map_err(|failure| match failure {
+        Failure::Damage(damage) => unusable("cannot be made anew").because(damage),
+        Failure::Unusable(error) => error,
+    })
 }
 
-/// `Ok(Err(why))`: the file is there and is no outbox.
-fn prepare_and_connect(path: &Path) -> Result<Result<Connection, String>, Error> {
-    // Whoever waits for it hears of a lock before he gives up.
-    let deadline = Instant::now() + limits::OUTBOX_BUSY - limits::OUTBOX_MARGIN;
-    prepare(path, deadline).map_err(|source| Error::outbox(Some(path), "cannot be written").because(source))?;
+fn prepare_and_connect(path: &Path, deadline: Instant) -> Result<Connection, Failure> {
+    let unusable = |problem: &str| Error::outbox(Some(path), problem);
+    prepare(path, deadline).map_err(|source| Failure::Unusable(unusable("cannot be written").because(source)))?;
     loop {
         match connect(path, deadline) {
-            Err(error) if is_of_the_content(&error) => return Ok(Err(error.to_string())),
+            Ok(done) => return done.map_err(Failure::Damage),
+            Err(error) if is_of_the_content(&error) => return Err(Failure::Damage(error.to_string())),
             // To two that turn a new file to WAL at once SQLite says so without waiting.
             Err(error) if Refusal::of(&error) == Refusal::Locked && Instant::now() < deadline => {
                 thread::sleep(limits::OUTBOX_PAUSE);
             }
-            done => return done.map_err(|source| Error::outbox(Some(path), "cannot be opened").because(source)),
+            Err(error) => return Err(Failure::Unusable(unusable("cannot be opened").because(error))),
         }
     }
 }
 
+/// `Ok(Err(damage))`: the file can be read, and what is in it is at fault.
 fn connect(path: &Path, deadline: Instant) -> rusqlite::Result<Result<Connection, String>> {
     let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX | OpenFlags::SQLITE_OPEN_NOFOLLOW;
     let mut db = Connection::open_with_flags(path, flags)?;
