@@ -42,6 +42,7 @@ use rusqlite::Connection;
 
 use crate::delta::micros;
 use crate::error::{Error, chain};
+use crate::files::absolute;
 pub(crate) use crate::kept::{Add, Change, Counts, FILE, Kept, Poster, Settled};
 use crate::limits;
 use crate::panics::quietly;
@@ -82,12 +83,21 @@ pub enum OutboxLocation {
 }
 
 impl OutboxLocation {
-    /// Its file; `None`: it is in memory.
+    /// Its file; `None`: it is in memory. It stays the same where the process changes its folder later, and no name means
+    /// anything to SQLite, as `:memory:` would.
     pub(crate) fn path(&self, agent_dir: &Path) -> Option<PathBuf> {
         match self {
-            Self::AgentDir => Some(agent_dir.join(FILE)),
-            Self::File(path) => Some(path.clone()),
+            Self::AgentDir => Some(absolute(&agent_dir.join(FILE))),
+            Self::File(path) => Some(absolute(path)),
             Self::Memory => None,
+        }
+    }
+
+    /// The same place, wherever the process goes.
+    pub(crate) fn absolute(self) -> Self {
+        match self {
+            Self::File(path) => Self::File(absolute(&path)),
+            other => other,
         }
     }
 }

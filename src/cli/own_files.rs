@@ -9,8 +9,8 @@ use super::arguments::{Common, RunOptions};
 use super::{outbox, state_file_of_environment};
 use crate::bundle;
 use crate::enrolment::Enrolment;
+use crate::files::beside;
 use crate::files::folder;
-use crate::read_only::beside;
 use crate::status::decnet::TOPOLOGY;
 
 /// Each with what it is.

@@ -1,9 +1,9 @@
 //! The outbox' file: made for its owner alone before SQLite has it, opened, and moved aside when it is none of ours. Runs
 //! on the outbox thread.
 
-use std::fs::{self, OpenOptions, Permissions, TryLockError};
+use std::fs::{self, File, Metadata, OpenOptions, TryLockError};
 use std::io;
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Instant, SystemTime};
@@ -13,8 +13,10 @@ use rusqlite::{Connection, ErrorCode, OpenFlags};
 
 use super::lock::{beside, lock_file};
 use super::schema;
+use crate::database_files::{PARTS, Place, give_to_owner_of, in_real_folder};
 use crate::delta::{from_micros, micros};
 use crate::error::{Error, printable_path};
+use crate::files::folder;
 use crate::limits;
 use crate::panics::quietly;
 use crate::text::printable;
@@ -66,6 +68,7 @@ pub(super) fn open(path: &Path, may_replace: bool) -> Result<Connection, Error> 
     let unusable = |problem: &str| Error::outbox(Some(path), problem);
     // Whoever waits for it hears of a lock before he gives up.
     let deadline = Instant::now() + limits::OUTBOX_BUSY - limits::OUTBOX_MARGIN;
+    let path = &in_real_folder(path).map_err(|source| unusable("cannot be written").because(source))?;
     let first = match prepare_and_connect(path, deadline) {
         Ok(db) => return Ok(db),
         Err(Failure::Unusable(_)) => None,
@@ -130,26 +133,36 @@ fn connect(path: &Path, deadline: Instant) -> rusqlite::Result<Result<Connection
 }
 
 /// Makes the file unless it is there, with mode 0600 from its first byte: SQLite would make it readable by others, and
-/// gives `-wal` and `-shm` the mode that it finds here. What is there must be a regular file; others' permissions are
-/// taken from it.
+/// gives `-wal` and `-shm` the mode and the owner that it finds here. What is there, and beside it, must be regular files
+/// with one link and none of a stranger's; others' permissions are taken from those that are ours.
 fn prepare(path: &Path, deadline: Instant) -> io::Result<()> {
-    if fs::symlink_metadata(path).is_err_and(|error| error.kind() == io::ErrorKind::NotFound) {
-        make(path, deadline)?;
-    }
-    if !fs::symlink_metadata(path)?.is_file() {
-        return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file; a symlink is not followed"));
-    }
-    for file in ["", "-wal", "-shm"].map(|suffix| beside(path, suffix)) {
-        let found = fs::symlink_metadata(&file);
-        if found.is_ok_and(|found| found.is_file() && found.permissions().mode() & 0o077 != 0) {
-            fs::set_permissions(file, Permissions::from_mode(MODE))?;
+    let folder = fs::metadata(folder(path))?;
+    let look = |part| own_part(path, part, &folder);
+    PARTS.iter().try_for_each(|part| look(part).map(drop))?;
+    let is_there = look("")?.is_some();
+    // An index without a log: somebody has removed the log. It must not be taken for that of the next log.
+    let is_stale = |index: &Option<Place>| index.is_some() && matches!(look("-wal"), Ok(None));
+    if !is_there || is_stale(&look("-shm")?) {
+        let making = lock_making(path, deadline)?;
+        give_to_owner_of(&folder, &making, &beside(path, "-making"));
+        if look("")?.is_none() {
+            make(path, &folder)?;
+        } else if is_stale(&look("-shm")?) {
+            if_there(fs::remove_file(beside(path, "-shm")))?;
         }
     }
-    Ok(())
+    PARTS.iter().try_for_each(|part| look(part)?.map_or(Ok(()), |place| place.make_private(MODE)))
+}
+
+/// `None`: there is no such file.
+fn own_part(path: &Path, part: &str, folder: &Metadata) -> io::Result<Option<Place>> {
+    let place = Place::look(&beside(path, part))?;
+    place.iter().try_for_each(|place| place.refuse_strangers(folder))?;
+    Ok(place)
 }
 
 /// One process at a time: of two, the slower one would remove what the faster one has already written.
-fn make(path: &Path, deadline: Instant) -> io::Result<()> {
+fn lock_making(path: &Path, deadline: Instant) -> io::Result<File> {
     let making = lock_file(&beside(path, "-making"))?;
     while let Err(error) = making.try_lock() {
         match error {
@@ -160,14 +173,17 @@ fn make(path: &Path, deadline: Instant) -> io::Result<()> {
             }
         }
     }
-    if fs::symlink_metadata(path).is_ok() {
-        return Ok(());
+    Ok(making)
+}
+
+/// What beside it belonged to another file, which is gone, goes: SQLite must not take it for this one's.
+fn make(path: &Path, folder: &Metadata) -> io::Result<()> {
+    for part in ["-journal", "-wal", "-shm"] {
+        if_there(fs::remove_file(beside(path, part)))?;
     }
-    // What is beside it belonged to another file, which is gone. SQLite must not take it for this one's.
-    for suffix in ["-wal", "-shm"] {
-        if_there(fs::remove_file(beside(path, suffix)))?;
-    }
-    OpenOptions::new().write(true).create_new(true).mode(MODE).open(path).map(drop)
+    let file = OpenOptions::new().write(true).create_new(true).mode(MODE).open(path)?;
+    give_to_owner_of(folder, &file, path);
+    Ok(())
 }
 
 fn if_there(done: io::Result<()>) -> io::Result<()> {
@@ -182,7 +198,7 @@ fn move_aside(path: &Path) -> io::Result<PathBuf> {
     let aside = names.map(|name| beside(path, &name)).find(|aside| fs::symlink_metadata(aside).is_err());
     let aside = aside.ok_or(io::ErrorKind::AlreadyExists)?;
     // The database last: its log must not be found beside a new one.
-    for suffix in ["-shm", "-wal", ""] {
+    for suffix in ["-shm", "-wal", "-journal", ""] {
         if_there(fs::rename(beside(path, suffix), beside(&aside, suffix)))?;
     }
     Ok(aside)

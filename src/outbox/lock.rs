@@ -14,9 +14,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
+pub(super) use crate::files::beside;
 use crate::files::{Identity, folder, identity};
 use crate::limits;
-pub(super) use crate::read_only::beside;
 use crate::text::printable;
 
 /// What an owner's file is called after the outbox' own name.

@@ -1,34 +1,38 @@
 //! A look at the outbox' file that changes nothing. Runs on the thread that asks.
 
 use std::fs;
+use std::io;
 use std::path::Path;
 use std::time::Instant;
 
 use super::entries;
 use super::file::is_of_the_content;
 use super::schema;
+use crate::database_files::{Place, in_real_folder};
 use crate::error::Error;
+use crate::files::beside;
+use crate::files::folder;
 use crate::kept::Counts;
 use crate::limits;
-use crate::read_only::{Way, beside, owner};
+use crate::read_only::{Way, owner};
 
 /// What is in the file. `None`: it is of an older version, which `run` takes over.
 pub(crate) fn look(path: &Path) -> Result<Option<Counts>, Error> {
     let error = |problem: &str| Error::outbox(Some(path), problem);
-    match fs::symlink_metadata(path) {
-        Ok(found) if found.is_file() => (),
-        Ok(_) => return Err(error("is not a regular file; a symlink is not followed")),
-        Err(source) => return Err(error("cannot be read").because(source)),
-    }
+    let cannot = |source| error("cannot be read").because(source);
+    let path = &in_real_folder(path).map_err(cannot)?;
+    let place = Place::look(path).and_then(|place| place.ok_or_else(|| io::ErrorKind::NotFound.into()));
+    let folder = fs::metadata(folder(path)).map_err(cannot)?;
+    place.and_then(|place| place.refuse_strangers(&folder)).map_err(cannot)?;
     if owner(&beside(path, "-wal")).is_some_and(|of_wal| owner(path) != Some(of_wal)) {
         return Err(error("has another owner than the -wal beside it; run it as the owner of both"));
     }
     let end = Instant::now() + limits::OUTBOX_BUSY;
     loop {
-        let way = Way::to(path);
+        let way = Way::to(path).map_err(cannot)?;
         let looked = counts(path, way);
         // A process that has just opened or closed it has made or removed what is beside it.
-        if Way::to(path) != way && Instant::now() < end {
+        if Way::to(path).is_ok_and(|now| now != way) && Instant::now() < end {
             continue;
         }
         let broken = "is no outbox, or broken";

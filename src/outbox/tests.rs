@@ -8,7 +8,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use rusqlite::Connection;
 
 use super::*;
+use crate::database_files::PARTS;
 use crate::delta::{LifecycleDelta, Operation, Outcome};
+use crate::files::beside;
 
 fn delta(decky: &str) -> LifecycleDelta {
     LifecycleDelta::failed(decky, Operation::Mutate, "why")
@@ -159,6 +161,97 @@ fn a_symlink_is_not_followed() {
     assert_eq!(outbox.path(), None);
     assert!(problem.unwrap().is_outbox());
     assert_eq!(std::fs::read(&target).unwrap(), b"");
+}
+
+/// What a look at a file shows, its content and all that `stat` knows but when it was read.
+fn looks(path: &Path) -> Option<(String, Option<Vec<u8>>)> {
+    use std::os::unix::fs::MetadataExt;
+    let found = std::fs::symlink_metadata(path).ok()?;
+    let content = found.is_file().then(|| std::fs::read(path).unwrap());
+    let of_file = (found.ino(), found.mode(), found.uid(), found.nlink());
+    Some((format!("{of_file:?} {}.{:09}", found.ctime(), found.ctime_nsec()), content))
+}
+
+#[test]
+fn what_is_no_file_of_its_own_is_refused_and_left_as_it_is() {
+    type Make = fn(&Path, &Path);
+    let makes: [(Make, &str); 5] = [
+        (|path, other| std::os::unix::fs::symlink(other, path).unwrap(), "is a symlink, not a regular file"),
+        (|path, other| std::fs::hard_link(other, path).unwrap(), "has 2 hard links"),
+        (
+            |path, _| assert!(std::process::Command::new("mkfifo").arg(path).status().unwrap().success()),
+            "is a FIFO, not a regular file",
+        ),
+        (|path, _| std::fs::create_dir(path).unwrap(), "is a directory, not a regular file"),
+        (|path, _| drop(std::os::unix::net::UnixListener::bind(path).unwrap()), "is a socket, not a regular file"),
+    ];
+    for ((make, problem), part) in makes.iter().flat_map(|make| PARTS.map(|part| (make, part))) {
+        for is_made in [false, true] {
+            let dir = tempfile::tempdir().unwrap();
+            let (path, other) = (dir.path().join(FILE), dir.path().join("other"));
+            if is_made {
+                open(dir.path()).keep(&[delta("d")]).unwrap();
+            }
+            let place = beside(&path, part);
+            let _ = std::fs::remove_file(&place);
+            std::fs::write(&other, "").unwrap();
+            std::fs::set_permissions(&other, std::fs::Permissions::from_mode(0o644)).unwrap();
+            make(&place, &other);
+            let looked = || (looks(&place), looks(&other), looks(&path));
+            let before = looked();
+            for role in [Role::Deliver, Role::Contribute] {
+                let (outbox, refused) = Outbox::open_at(&OutboxLocation::AgentDir, dir.path(), role).unwrap();
+                let refused = chain(&refused.unwrap());
+                assert!(refused.contains(&format!("heartbeat.db{part} {problem}")), "{part} {role:?}: {refused}");
+                drop(outbox);
+                assert_eq!(looked(), before, "{part} {role:?}: {problem}");
+            }
+            #[cfg(feature = "cli")]
+            if is_made {
+                assert!(chain(&look(&path).unwrap_err()).contains(problem));
+                assert_eq!(looked(), before, "{part}: {problem}");
+            }
+        }
+    }
+}
+
+#[test]
+fn an_outbox_below_a_symlinked_folder_works() {
+    let dir = tempfile::tempdir().unwrap();
+    let (real, link) = (dir.path().join("real"), dir.path().join("link"));
+    std::fs::create_dir(&real).unwrap();
+    std::os::unix::fs::symlink(&real, &link).unwrap();
+    open(&link).keep(&[delta("d")]).unwrap();
+    #[cfg(feature = "cli")]
+    assert_eq!(look(&link.join(FILE)).unwrap().map(|counts| counts.waiting), Some(1));
+    assert_eq!(deckies(&mut open(&real)), ["d"]);
+    // It leads to another folder, where everything goes.
+    let mut outbox = open(&link);
+    let other = dir.path().join("other");
+    std::fs::create_dir(&other).unwrap();
+    std::fs::remove_file(&link).unwrap();
+    std::os::unix::fs::symlink(&other, &link).unwrap();
+    outbox.tend().unwrap();
+    assert!(outbox.path().is_some());
+    assert_eq!(on_disk(&other).len(), 1);
+}
+
+#[test]
+fn no_name_means_anything_but_a_file_and_none_depends_on_the_folder_of_the_process() {
+    for name in [":memory:", "file:x?mode=memory", "x"] {
+        let here = std::env::current_dir().unwrap().join(name);
+        let path = Some(here.clone());
+        assert_eq!(OutboxLocation::File(name.into()).path(Path::new("")), path);
+        assert_eq!(OutboxLocation::File(name.into()).absolute(), OutboxLocation::File(here));
+    }
+    let dir = tempfile::tempdir().unwrap();
+    for name in [":memory:", "file:x", "file:y?mode=memory"] {
+        let location = OutboxLocation::File(dir.path().join(name));
+        let (mut outbox, problem) = Outbox::open_at(&location, dir.path(), Role::Deliver).unwrap();
+        assert!(problem.is_none(), "{problem:?}");
+        outbox.keep(&[delta("d")]).unwrap();
+        assert!(outbox.path().is_some() && dir.path().join(name).exists());
+    }
 }
 
 #[test]
@@ -776,7 +869,7 @@ fn a_fifo_or_a_folder_does_not_hang_it() {
     for name in ["folder", "fifo"] {
         let location = OutboxLocation::File(dir.path().join(name));
         let (_, problem) = Outbox::open_at(&location, dir.path(), Role::Deliver).unwrap();
-        assert!(chain(&problem.unwrap()).ends_with("cannot be written: not a regular file; a symlink is not followed"));
+        assert!(chain(&problem.unwrap()).ends_with("not a regular file; move it away"));
     }
 }
 

@@ -1,6 +1,7 @@
-//! System calls on the outbox' files that fail, one at a time, at every place of a start.
+//! The outbox' files: system calls on them that fail, one at a time, at every place of a start; and whose they are.
 
 use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -113,6 +114,52 @@ fn a_call_that_fails_at_any_place_of_a_start_costs_no_file_and_no_delta() {
         ] {
             let count = (1..).take_while(|nth| start(&outbox, call, error, *nth)).count();
             println!("{work}: {call} {error}: {count} places");
+        }
+    }
+}
+
+#[test]
+#[ignore = "needs root"]
+fn what_root_makes_belongs_to_the_owner_of_the_folder_and_a_strangers_file_is_refused() {
+    const OWNER: u32 = 4_711;
+    let dir = tempfile::tempdir().unwrap();
+    let loopback = Loopback::new(&dir.path().join("agent"));
+    let outbox = dir.path().join("outbox");
+    fs::create_dir(&outbox).unwrap();
+    chown(&outbox, Some(OWNER), Some(OWNER)).unwrap();
+    let start = || {
+        let (builder, tick) = loopback.builder();
+        (builder.outbox(OutboxLocation::File(outbox.join("heartbeat.db"))).start().unwrap(), tick)
+    };
+    let (heartbeat, _tick) = start();
+    heartbeat.deltas().push(LifecycleDelta::succeeded("d0", Operation::Deploy)).unwrap();
+    for part in ["", "-wal", "-shm", "-making"] {
+        let found = fs::metadata(outbox.join(format!("heartbeat.db{part}"))).unwrap();
+        assert_eq!((found.uid(), found.gid(), found.mode() & 0o777), (OWNER, OWNER, 0o600), "{part}");
+    }
+    settled(&heartbeat, |stats| stats.delivered == 1);
+    heartbeat.stop(Duration::from_secs(5));
+    // Somebody else's, who is neither root nor the owner of the folder.
+    let file = outbox.join("heartbeat.db");
+    for part in ["", "-journal", "-wal", "-shm"] {
+        let strangers = outbox.join(format!("heartbeat.db{part}"));
+        if !strangers.exists() {
+            fs::write(&strangers, "").unwrap();
+        }
+        chown(&strangers, Some(OWNER + 1), Some(OWNER)).unwrap();
+        fs::set_permissions(&strangers, fs::Permissions::from_mode(0o644)).unwrap();
+        let looks =
+            |path: &Path| fs::metadata(path).map(|m| (m.ino(), m.uid(), m.mode(), m.len(), m.ctime_nsec())).unwrap();
+        let before = (looks(&file), looks(&strangers));
+        let (heartbeat, tick) = start();
+        beat(&tick);
+        settled(&heartbeat, |stats| stats.beats > 0);
+        assert!(heartbeat.stats().outbox.is_none(), "{part}");
+        drop(heartbeat);
+        assert_eq!((looks(&file), looks(&strangers)), before, "{part}");
+        chown(&strangers, Some(OWNER), Some(OWNER)).unwrap();
+        if !part.is_empty() {
+            fs::remove_file(&strangers).unwrap();
         }
     }
 }
