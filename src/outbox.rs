@@ -258,10 +258,18 @@ impl Outbox {
     /// addition without room fails alone. `by`: up to when such a lock is waited for.
     pub(crate) fn commit(&mut self, adds: &[Add], by: Instant) -> Committed {
         self.store.owner.is_wanted |= adds.iter().any(Add::is_owned);
+        // What would go to a file that nobody finds goes to the one that is there now.
+        if self.store.is_replaced() {
+            self.look_for_file();
+        }
         let (made, changed) = self.change(by, |rows, refusal| match refusal {
             Some(Refusal::Locked) => Ok(Vec::new()),
             _ => adds.iter().map(|add| rows.add(add)).collect(),
         });
+        // It was replaced meanwhile: what has just gone to the old one is moved, too.
+        if self.store.is_replaced() {
+            self.look_for_file();
+        }
         let each = |error: &dyn Fn() -> Error| adds.iter().map(|_| Err(error())).collect();
         let added = match made {
             Ok(made) if made.len() == adds.len() => {
@@ -413,7 +421,8 @@ impl Outbox {
         if let Some((until, _)) = &mut self.store.refused {
             *until = Instant::now();
         }
-        if self.delivers() {
+        // It begins nothing any more that it waits for.
+        if !matches!(self.delivery, Delivery::Wanted) {
             self.look_for_file();
         }
         let written = self.write_down();

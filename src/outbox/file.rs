@@ -1,6 +1,7 @@
 //! The outbox' file: made for its owner alone before SQLite has it, opened, and moved aside when it is none of ours. Runs
 //! on the outbox thread.
 
+use std::collections::BTreeSet;
 use std::fs::{self, File, Metadata, OpenOptions, TryLockError};
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
@@ -8,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Instant, SystemTime};
 
+use rusqlite::config::DbConfig;
 use rusqlite::ffi::SQLITE_IOERR_SHORT_READ;
 use rusqlite::{Connection, ErrorCode, OpenFlags};
 
@@ -16,7 +18,7 @@ use super::schema;
 use crate::database_files::{PARTS, Place, give_to_owner_of, in_real_folder};
 use crate::delta::{from_micros, micros};
 use crate::error::{Error, printable_path};
-use crate::files::folder;
+use crate::files::{Identity, folder, identity};
 use crate::limits;
 use crate::panics::quietly;
 use crate::text::printable;
@@ -64,7 +66,7 @@ enum Failure {
 /// A connection to the outbox at `path`, made where there is none. A file that is no outbox, or damaged, is moved aside for
 /// a new one if we `may_replace` it, and only if a second, fresh connection finds the same damage: to SQLite a read that
 /// fails once looks the same.
-pub(super) fn open(path: &Path, may_replace: bool) -> Result<Connection, Error> {
+pub(super) fn open(path: &Path, may_replace: bool) -> Result<(Connection, Identities), Error> {
     let unusable = |problem: &str| Error::outbox(Some(path), problem);
     // Whoever waits for it hears of a lock before he gives up.
     let deadline = Instant::now() + limits::OUTBOX_BUSY - limits::OUTBOX_MARGIN;
@@ -72,7 +74,11 @@ pub(super) fn open(path: &Path, may_replace: bool) -> Result<Connection, Error> 
     let first = match prepare_and_connect(path, deadline) {
         Ok(db) => return Ok(db),
         Err(Failure::Unusable(_)) => None,
-        Err(Failure::Damage(damage)) => Some(damage),
+        Err(Failure::Damage(damage)) => {
+            // An index of another log shows damage where there is none. Whoever has it open opens the outbox anew.
+            remove_index(path, deadline).map_err(|source| unusable("cannot be written").because(source))?;
+            Some(damage)
+        }
     };
     let damage = match prepare_and_connect(path, deadline) {
         Ok(db) => return Ok(db),
@@ -100,12 +106,13 @@ pub(super) fn open(path: &Path, may_replace: bool) -> Result<Connection, Error> 
     })
 }
 
-fn prepare_and_connect(path: &Path, deadline: Instant) -> Result<Connection, Failure> {
+fn prepare_and_connect(path: &Path, deadline: Instant) -> Result<(Connection, Identities), Failure> {
     let unusable = |problem: &str| Error::outbox(Some(path), problem);
     prepare(path, deadline).map_err(|source| Failure::Unusable(unusable("cannot be written").because(source)))?;
     loop {
         match connect(path, deadline) {
-            Ok(done) => return done.map_err(Failure::Damage),
+            Ok(Ok(db)) => return verify(path, db, deadline),
+            Ok(Err(damage)) => return Err(Failure::Damage(damage)),
             Err(error) if is_of_the_content(&error) => return Err(Failure::Damage(error.to_string())),
             // To two that turn a new file to WAL at once SQLite says so without waiting.
             Err(error) if Refusal::of(&error) == Refusal::Locked && Instant::now() < deadline => {
@@ -114,6 +121,45 @@ fn prepare_and_connect(path: &Path, deadline: Instant) -> Result<Connection, Fai
             Err(error) => return Err(Failure::Unusable(unusable("cannot be opened").because(error))),
         }
     }
+}
+
+/// The connection, if it is one to the files that are at their places, and its index is of this log.
+fn verify(path: &Path, db: Connection, deadline: Instant) -> Result<(Connection, Identities), Failure> {
+    let unusable = |problem: &str| Failure::Unusable(Error::outbox(Some(path), problem));
+    let identities = identities(path);
+    let problem = match (is_open_here(&identities), schema::frames(&db).unwrap_or(0)) {
+        (false, _) => "was replaced while it was opened",
+        (true, 1..) if fs::symlink_metadata(beside(path, "-wal")).is_ok_and(|log| log.len() == 0) => {
+            // Somebody has removed the log, and nobody opens the outbox with this index any more.
+            let _ = remove_index(path, deadline);
+            "had an index of another log"
+        }
+        _ => return Ok((db, identities)),
+    };
+    let _ = leave(&db);
+    Err(unusable(problem))
+}
+
+/// The connection is closed without a change to what is at the places of its files, which may be another outbox' by now: an
+/// ordinary close would write the log to the database, and remove the log by its name.
+pub(super) fn leave(db: &Connection) -> rusqlite::Result<()> {
+    db.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true).map(drop)
+}
+
+/// Which files the database, its log and its index are.
+pub(super) type Identities = [Option<Identity>; 3];
+
+/// The files that are at their places now.
+pub(super) fn identities(path: &Path) -> Identities {
+    ["", "-wal", "-shm"].map(|part| fs::symlink_metadata(beside(path, part)).ok().map(|found| identity(&found)))
+}
+
+/// Whether this process has all of them open. SQLite does not say which log it has; where nothing else does, it is believed.
+fn is_open_here(files: &Identities) -> bool {
+    let Ok(entries) = fs::read_dir("/proc/self/fd") else { return true };
+    let open = entries.filter_map(|entry| Some(identity(&fs::metadata(entry.ok()?.path()).ok()?)));
+    let open: BTreeSet<_> = open.collect();
+    files.iter().all(|file| file.is_some_and(|file| open.contains(&file)))
 }
 
 /// `Ok(Err(damage))`: the file can be read, and what is in it is at fault.
@@ -174,6 +220,12 @@ fn lock_making(path: &Path, deadline: Instant) -> io::Result<File> {
         }
     }
     Ok(making)
+}
+
+/// The next process to open it makes the index anew, of the log that is there.
+fn remove_index(path: &Path, deadline: Instant) -> io::Result<()> {
+    let _making = lock_making(path, deadline)?;
+    if_there(fs::remove_file(beside(path, "-shm")))
 }
 
 /// What beside it belonged to another file, which is gone, goes: SQLite must not take it for this one's.

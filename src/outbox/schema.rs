@@ -87,6 +87,11 @@ fn is_made_of(db: &Connection, parts: &[&str]) -> rusqlite::Result<bool> {
     Ok(made.len() == parts.len() && made.iter().zip(parts).all(is))
 }
 
+/// How many frames the index says are in the log.
+pub(super) fn frames(db: &Connection) -> rusqlite::Result<i64> {
+    db.query_row("PRAGMA wal_checkpoint(NOOP)", [], |row| row.get(1))
+}
+
 /// Brings an empty or older outbox to [`VERSION`], in one transaction. One of that version is not locked for it.
 pub(super) fn migrate(db: &mut Connection) -> rusqlite::Result<()> {
     if version(db)? == Some(VERSION) {

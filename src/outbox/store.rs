@@ -3,18 +3,16 @@
 //! transaction. Runs on the outbox thread.
 
 use std::error::Error as StdError;
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use rusqlite::{Connection, TransactionBehavior};
 
 use super::entries::{EVERY_ID, Rows, Tally};
-use super::file::{self, Refusal};
+use super::file::{self, Identities, Refusal, identities};
 use super::lock::Owner;
 use super::{copy, schema};
 use crate::error::{Error, chain, printable_path};
-use crate::files::{Identity, identity};
 use crate::limits;
 use crate::panics::quietly;
 
@@ -23,7 +21,7 @@ pub(super) struct Store {
     /// Where it belongs; `None`: it is meant to be in memory.
     pub(super) path: Option<PathBuf>,
     /// `None`: it is meant to be in memory, or its file is gone.
-    pub(super) file: Option<(Table, Identity)>,
+    pub(super) file: Option<(Table, Identities)>,
     /// With the version of the file that it has been brought up to; `None`: the file has it all.
     copy: Option<(Table, Option<i64>)>,
     /// Up to when the file is left alone and how it refused the last time, unless it has been written since.
@@ -88,25 +86,37 @@ impl Store {
     pub(super) fn open(&mut self, mut gone: impl Iterator<Item = i64>, may_replace: bool) -> Result<(), Error> {
         let Some(path) = self.path.clone() else { return Ok(()) };
         // Closed first: what SQLite keeps beside the file that is gone must not mix with the new one's.
-        self.leave_file().map_err(|source| self.error("cannot be left", source))?;
-        let mut table = Table { db: file::open(&path, may_replace)?, known: None };
-        let identity = fs::symlink_metadata(&path).and_then(|found| self.owner.live(&path).map(|()| identity(&found)));
-        let identity = identity.map_err(|source| self.error("cannot be written", source))?;
+        self.leave_file(may_replace).map_err(|source| self.error("cannot be left", source))?;
+        let (db, identities) = file::open(&path, may_replace)?;
+        let mut table = Table { db, known: None };
+        self.owner.live(&path).map_err(|source| self.error("cannot be written", source))?;
         if let Some((copy, _)) = &self.copy {
             let moved = table.change(&self.owner.token, Some(&copy.db), |rows| gone.try_for_each(|id| rows.remove(id)));
             moved.map_err(|source| self.error("cannot be written", source))?;
         }
-        (self.file, self.copy, self.refused) = (Some((table, identity)), None, None);
+        (self.file, self.copy, self.refused) = (Some((table, identities)), None, None);
         Ok(())
     }
 
-    /// Takes everything from a file that is gone, and from a broken one what it did not know.
-    fn leave_file(&mut self) -> rusqlite::Result<()> {
-        if self.file.is_some() {
-            let is_broken = self.is_broken();
-            let copy = self.in_memory()?;
-            if is_broken { copy::refresh(&copy.db, None) } else { copy::change_all(&copy.db) }?;
-            (copy.known, self.file) = (None, None);
+    /// Takes everything from a file that was replaced, and from a broken one what it did not know. Rows of other owners are
+    /// taken along by who `delivers`.
+    fn leave_file(&mut self, delivers: bool) -> rusqlite::Result<()> {
+        let Some((file, _)) = self.file.as_ref() else { return Ok(()) };
+        file::leave(&file.db)?;
+        let is_broken = self.is_broken();
+        let us = self.owner.token.clone();
+        let is_read = schema::last_id(&file.db).map(drop);
+        let copy = self.in_memory()?;
+        let of_us_alone = (!delivers).then_some(us.as_str());
+        if is_broken { copy::refresh(&copy.db, None) } else { copy::move_all(&copy.db, of_us_alone) }?;
+        (copy.known, self.file) = (None, None);
+        if let (Err(error), false) = (is_read, is_broken) {
+            let (outbox, error) = (self.name(), error.to_string());
+            quietly(|| {
+                log::error!(
+                    "the outbox was replaced and could not be read, deltas that only it had are lost: outbox={outbox} error={error:?}"
+                )
+            });
         }
         Ok(())
     }
@@ -121,8 +131,12 @@ impl Store {
     }
 
     fn is_at(&self, path: &Path) -> bool {
-        let found = fs::symlink_metadata(path).ok().map(|metadata| identity(&metadata));
-        self.file.as_ref().is_some_and(|(_, identity)| Some(*identity) == found)
+        self.file.as_ref().is_some_and(|(_, known)| *known == identities(path))
+    }
+
+    /// It has a file, and the database, `-wal` or `-shm` at its place is another one or gone.
+    pub(super) fn is_replaced(&self) -> bool {
+        self.file.is_some() && self.path.as_deref().is_some_and(|path| !self.is_at(path))
     }
 
     /// Something is not in the file yet, where there is one.

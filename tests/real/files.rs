@@ -1,9 +1,12 @@
 //! The outbox' files: system calls on them that fail, one at a time, at every place of a start; and whose they are.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use decnet_heartbeat::{LifecycleDelta, Operation, OutboxLocation};
@@ -19,7 +22,7 @@ fn deliver(dir: &Path) {
     while heartbeat.stats().delivered == 0 {
         assert!(Instant::now() < end, "nothing is sent: {:?}", heartbeat.stats());
         beat(&tick);
-        std::thread::sleep(Duration::from_millis(20));
+        thread::sleep(Duration::from_millis(20));
     }
     assert_eq!(loopback.sent(), ["d0"]);
 }
@@ -160,6 +163,81 @@ fn what_root_makes_belongs_to_the_owner_of_the_folder_and_a_strangers_file_is_re
         chown(&strangers, Some(OWNER), Some(OWNER)).unwrap();
         if !part.is_empty() {
             fs::remove_file(&strangers).unwrap();
+        }
+    }
+}
+
+/// Runs the program on the outbox of an agent dir. Whether it has kept its delta.
+fn push(dir: &Path, decky: &str) -> bool {
+    let mut push = Command::new(env!("CARGO_BIN_EXE_decnet-heartbeat"));
+    push.arg("--config").arg(dir.join("decnet.ini")).arg("--agent-dir").arg(dir.join("agent"));
+    push.args(["push", "--no-wait", "--operation", "deploy", "--status", "succeeded", decky]);
+    push.stderr(Stdio::null()).status().unwrap().success()
+}
+
+#[test]
+#[ignore = "takes seconds, and starts many processes"]
+fn no_delta_is_lost_while_the_files_are_removed_renamed_and_replaced() {
+    for part in ["", "-wal", "-shm"] {
+        for how in ["removed", "renamed", "replaced"] {
+            let dir = tempfile::tempdir().unwrap();
+            let loopback = Loopback::new(&dir.path().join("agent"));
+            loopback.worker.write_ini(&dir.path().join("decnet.ini")).unwrap();
+            let (builder, tick) = loopback.builder();
+            let heartbeat = builder.start().unwrap();
+            let place = dir.path().join(format!("agent/heartbeat.db{part}"));
+            let (is_over, pushes) = (AtomicBool::new(false), AtomicU32::new(0));
+            let kept: Vec<String> = thread::scope(|scope| {
+                let (is_over, pushes, dir, heartbeat) = (&is_over, &pushes, dir.path(), &heartbeat);
+                let library = scope.spawn(move || {
+                    let numbers = (0..).take_while(|_| !is_over.load(Ordering::Relaxed));
+                    let push = |n: u32| {
+                        let decky = format!("l{n}");
+                        let pushed = heartbeat.deltas().push(LifecycleDelta::succeeded(&decky, Operation::Deploy));
+                        pushes.fetch_add(1, Ordering::Relaxed);
+                        pushed.is_ok().then_some(decky)
+                    };
+                    numbers.filter_map(push).collect::<Vec<_>>()
+                });
+                let program = scope.spawn(move || {
+                    let numbers = (0..).take_while(|_| !is_over.load(Ordering::Relaxed)).map(|n: u32| format!("p{n}"));
+                    numbers.filter(|decky| push(dir, decky)).collect::<Vec<_>>()
+                });
+                for n in 0..20 {
+                    // What somebody else has added must have been seen before it is taken away.
+                    let seen = pushes.load(Ordering::Relaxed) + 3;
+                    while pushes.load(Ordering::Relaxed) < seen {
+                        thread::sleep(Duration::from_millis(5));
+                    }
+                    // It may be gone just now.
+                    let _ = match how {
+                        "removed" => fs::remove_file(&place),
+                        "renamed" => fs::rename(&place, place.with_extension(format!("old-{n}"))),
+                        _ => {
+                            let next = place.with_extension("next");
+                            fs::write(&next, "").unwrap();
+                            fs::set_permissions(&next, fs::Permissions::from_mode(0o600)).unwrap();
+                            fs::rename(next, &place)
+                        }
+                    };
+                    beat(&tick);
+                }
+                is_over.store(true, Ordering::Relaxed);
+                [library, program].into_iter().flat_map(|pushing| pushing.join().unwrap()).collect()
+            });
+            let missing = || {
+                let sent: BTreeSet<_> = loopback.sent().into_iter().collect();
+                kept.iter().filter(|decky| !sent.contains(*decky)).cloned().collect::<Vec<_>>()
+            };
+            let end = Instant::now() + Duration::from_secs(10);
+            while !missing().is_empty() && Instant::now() < end {
+                beat(&tick);
+                thread::sleep(Duration::from_millis(100));
+            }
+            let names: Vec<_> =
+                fs::read_dir(dir.path().join("agent")).unwrap().map(|e| e.unwrap().file_name()).collect();
+            println!("{part} {how}: {} kept, lost {:?}", kept.len(), missing());
+            assert!(missing().is_empty(), "{part} {how}: of {} {:?} {names:?}", kept.len(), missing());
         }
     }
 }
