@@ -105,13 +105,15 @@ impl Store {
         file::leave(&file.db)?;
         let is_broken = self.is_broken();
         let us = self.owner.token.clone();
-        let is_read = schema::last_id(&file.db).map(drop);
+        let last = version(&file.db);
         let copy = self.in_memory()?;
         let of_us_alone = (!delivers).then_some(us.as_str());
         if is_broken { copy::refresh(&copy.db, None) } else { copy::move_all(&copy.db, of_us_alone) }?;
         (copy.known, self.file) = (None, None);
-        if let (Err(error), false) = (is_read, is_broken) {
-            let (outbox, error) = (self.name(), error.to_string());
+        let read = self.copy.as_ref().and_then(|(_, version)| *version);
+        if !is_broken && (read.is_none() || last.as_ref().ok() != read.as_ref()) {
+            let outbox = self.name();
+            let error = last.err().map_or_else(|| "its rows cannot be read".to_owned(), |error| error.to_string());
             quietly(|| {
                 log::error!(
                     "the outbox was replaced and could not be read, deltas that only it had are lost: outbox={outbox} error={error:?}"

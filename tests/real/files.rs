@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use decnet_heartbeat::{LifecycleDelta, Operation, OutboxLocation};
 
-use crate::support::{Loopback, beat, process, settled};
+use crate::support::{Loopback, beat, errors, process, settled};
 
 /// What the traced process does: it delivers what is in the outbox.
 fn deliver(dir: &Path) {
@@ -240,4 +240,24 @@ fn no_delta_is_lost_while_the_files_are_removed_renamed_and_replaced() {
             assert!(missing().is_empty(), "{part} {how}: of {} {:?} {names:?}", kept.len(), missing());
         }
     }
+}
+
+#[test]
+#[ignore = "needs the log of this process"]
+fn what_cannot_be_read_out_of_a_replaced_file_is_an_error_in_the_log() {
+    let dir = tempfile::tempdir().unwrap();
+    let agent_dir = dir.path().join("agent");
+    errors(&agent_dir);
+    let loopback = Loopback::new(&agent_dir);
+    let (builder, _tick) = loopback.builder();
+    let heartbeat = builder.start().unwrap();
+    heartbeat.deltas().push(LifecycleDelta::succeeded("d0", Operation::Deploy)).unwrap();
+    settled(&heartbeat, |stats| stats.delivered == 1);
+    let file = agent_dir.join("heartbeat.db");
+    rusqlite::Connection::open(&file).unwrap().execute_batch("ALTER TABLE delta RENAME TO theirs").unwrap();
+    fs::remove_file(&file).unwrap();
+    heartbeat.deltas().push(LifecycleDelta::succeeded("d1", Operation::Deploy)).unwrap();
+    settled(&heartbeat, |stats| stats.delivered == 2);
+    let said = errors(&agent_dir);
+    assert!(said.iter().any(|line| line.contains("could not be read, deltas that only it had are lost")), "{said:#?}");
 }
