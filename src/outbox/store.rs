@@ -75,6 +75,18 @@ fn version(db: &Connection) -> rusqlite::Result<i64> {
     schema::value(db, "PRAGMA data_version", [])
 }
 
+impl Drop for Store {
+    /// The last process to close it removes a log by its name, which may be another file's by now.
+    fn drop(&mut self) {
+        if self.is_replaced()
+            && let Some((file, _)) = &self.file
+        {
+            // An error leaves an ordinary close.
+            let _ = file::leave(&file.db);
+        }
+    }
+}
+
 impl Store {
     /// In memory, until it is [opened](Self::open).
     pub(super) fn new(path: Option<PathBuf>) -> Self {

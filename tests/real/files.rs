@@ -206,7 +206,8 @@ fn no_delta_is_lost_while_the_files_are_removed_renamed_and_replaced() {
                 for n in 0..20 {
                     // What somebody else has added must have been seen before it is taken away.
                     let seen = pushes.load(Ordering::Relaxed) + 3;
-                    while pushes.load(Ordering::Relaxed) < seen {
+                    while pushes.load(Ordering::Relaxed) < seen || heartbeat.stats().outbox.is_none() {
+                        beat(&tick);
                         thread::sleep(Duration::from_millis(5));
                     }
                     // It may be gone just now.
