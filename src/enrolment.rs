@@ -661,7 +661,8 @@ fn agent_dir_of(found: Found<PathBuf>) -> Result<Found<PathBuf>, Error> {
         let problem = "must be a path on one line, without control characters; are the lines after it indented?";
         return Err(found.refused("agent dir", problem));
     }
-    Ok(found)
+    // The process may change its folder.
+    Ok(found.map(|path| files::absolute(&path)))
 }
 
 fn master_identity_of(found: Found<String>) -> Result<Found<MasterIdentity>, Error> {

@@ -1,23 +1,21 @@
 //! Reading files that others write: bounded, never from a FIFO, and with a stamp that shows whether one has changed.
 //! Runs on the thread that asks.
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 #[cfg(feature = "cli")]
 use std::fs::Permissions;
-use std::fs::{self, File, Metadata};
+use std::fs::{self, File, FileType, Metadata};
 #[cfg(feature = "cli")]
 use std::io::Write;
 use std::io::{self, Read};
-use std::os::unix::fs::MetadataExt;
 #[cfg(feature = "cli")]
-use std::os::unix::fs::{FileTypeExt, PermissionsExt};
-use std::path::Path;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{self, Path, PathBuf};
 use std::time::{Duration, UNIX_EPOCH};
 
 #[cfg(feature = "cli")]
 use crate::error::printable_path;
-#[cfg(feature = "cli")]
-use crate::read_only::beside;
 use crate::{kept, limits};
 
 /// The whole of a regular file of at most `limit` bytes.
@@ -47,6 +45,18 @@ pub(crate) fn folder(path: &Path) -> &Path {
     path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
+/// The path with this at its end.
+pub(crate) fn beside(path: &Path, suffix: &str) -> PathBuf {
+    let mut name: OsString = path.as_os_str().to_owned();
+    name.push(suffix);
+    name.into()
+}
+
+/// The path from the root on. It is left as it is if it is empty, or if this process' folder is gone.
+pub(crate) fn absolute(path: &Path) -> PathBuf {
+    path::absolute(path).unwrap_or_else(|_| path.to_owned())
+}
+
 /// What helps where a file that enrolment wrote cannot be read.
 pub(crate) fn remedy(error: &io::Error) -> &'static str {
     match error.kind() {
@@ -70,6 +80,18 @@ pub(crate) fn regular(path: &Path) -> io::Result<Metadata> {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
     }
     Ok(metadata)
+}
+
+/// What is no regular file, in words.
+pub(crate) fn special(kind: FileType) -> Option<&'static str> {
+    Some(match kind {
+        _ if kind.is_file() => return None,
+        _ if kind.is_symlink() => "a symlink",
+        _ if kind.is_dir() => "a directory",
+        _ if kind.is_fifo() => "a FIFO",
+        _ if kind.is_socket() => "a socket",
+        _ => "a device",
+    })
 }
 
 /// Whether a file that does not exist may come by itself: an enrolment may not have begun, or a file system is not mounted
@@ -120,14 +142,7 @@ pub(crate) fn replaceable(path: &Path) -> io::Result<()> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         metadata => metadata?.file_type(),
     };
-    let what = match kind {
-        _ if kind.is_file() => return Ok(()),
-        _ if kind.is_symlink() => "a symlink",
-        _ if kind.is_dir() => "a directory",
-        _ if kind.is_fifo() => "a FIFO",
-        _ if kind.is_socket() => "a socket",
-        _ => "a device",
-    };
+    let Some(what) = special(kind) else { return Ok(()) };
     Err(io::Error::new(io::ErrorKind::InvalidInput, format!("{what} is there, which is not replaced by a file")))
 }
 

@@ -549,7 +549,7 @@ impl HeartbeatBuilder {
         let interval = self.interval.unwrap_or(limits::INTERVAL);
         check_interval(interval)?;
         let stats = Arc::new(SharedStats::default());
-        let (enrolment, location) = (Box::new(enrolment), self.outbox);
+        let (enrolment, location) = (Box::new(enrolment), self.outbox.absolute());
         let setup = start::Start { enrolment, identity: self.identity, location, stats: Arc::clone(&stats) };
         let Started { client, batches, access, problem } = match start::start(setup) {
             Ok(started) => started,

@@ -175,6 +175,7 @@ pub mod cli;
 mod collector;
 mod content;
 mod credentials;
+mod database_files;
 mod decommission;
 mod delta;
 #[doc = include_str!("docs/design.md")]

@@ -228,7 +228,7 @@ pub(crate) const STACK: usize = 1024 * 1024;
 /// The stack of the status thread, on which foreign code runs: what Rust gives by itself.
 pub(crate) const STATUS_STACK: usize = 2 * 1024 * 1024;
 
-/// The wait before a file is tried again that another process is just making: that takes it a few syncs of the disk.
+/// The wait before a process asks again for its turn to change the outbox: a change takes a sync of the disk.
 pub(crate) const OUTBOX_PAUSE: Duration = Duration::from_millis(5);
 
 /// How long a file that could not be written is left alone: a full disk must not cost every push a try.
@@ -248,6 +248,9 @@ pub(crate) const OUTBOX_HOLDER: usize = 16;
 
 /// How often a process that owns rows looks whether the lock file and the outbox' file were replaced.
 pub(crate) const OUTBOX_LOOK: Duration = Duration::from_secs(10);
+
+/// How often a lock file that others make, remove or replace meanwhile is looked at again before that is an error.
+pub(crate) const LOCK_TRIES: usize = 100;
 
 /// How long a lock file has been at its place before an owner that is not locked in it counts as ended: far longer than an
 /// owner takes to notice a new lock file, see [`OUTBOX_LOOK`].

@@ -42,6 +42,7 @@ use rusqlite::Connection;
 
 use crate::delta::micros;
 use crate::error::{Error, chain};
+use crate::files::absolute;
 pub(crate) use crate::kept::{Add, Change, Counts, FILE, Kept, Poster, Settled, Stuck};
 use crate::limits;
 use crate::panics::quietly;
@@ -51,11 +52,8 @@ use file::Refusal;
 pub(crate) use lock::deliverer;
 use lock::{Deliverer, Owner};
 #[cfg(feature = "cli")]
-pub(crate) use look::look;
-#[cfg(feature = "cli")]
-#[cfg_attr(not(test), expect(unused_imports, reason = "`check` is to name them"))]
-pub(crate) use look::stuck;
-use store::Store;
+pub(crate) use look::{Looked, look};
+use store::{Share, Store};
 
 /// Where deltas are kept until the master has them.
 ///
@@ -85,12 +83,21 @@ pub enum OutboxLocation {
 }
 
 impl OutboxLocation {
-    /// Its file; `None`: it is in memory.
+    /// Its file; `None`: it is in memory. It stays the same where the process changes its folder later, and no name means
+    /// anything to SQLite, as `:memory:` would.
     pub(crate) fn path(&self, agent_dir: &Path) -> Option<PathBuf> {
         match self {
-            Self::AgentDir => Some(agent_dir.join(FILE)),
-            Self::File(path) => Some(path.clone()),
+            Self::AgentDir => Some(absolute(&agent_dir.join(FILE))),
+            Self::File(path) => Some(absolute(path)),
             Self::Memory => None,
+        }
+    }
+
+    /// The same place, wherever the process goes.
+    pub(crate) fn absolute(self) -> Self {
+        match self {
+            Self::File(path) => Self::File(absolute(&path)),
+            other => other,
         }
     }
 }
@@ -274,10 +281,6 @@ impl Outbox {
     /// it, it is made in memory; only an addition that another process' lock stands in the way of is an error then. An
     /// addition without room fails alone. `by`: up to when such a lock is waited for.
     pub(crate) fn commit(&mut self, adds: &[Add], by: Instant) -> Committed {
-        // The process that delivers may have taken our rows to another file, and must hear there how they end.
-        if self.delivery == Delivery::No && self.is_named() && self.store.is_away() {
-            self.look_for_file();
-        }
         self.store.locks.is_named |= adds.iter().any(Add::is_owned);
         let (made, changed) = self.change(by, |rows, refusal| match refusal {
             Some(Refusal::Locked) => Ok(Vec::new()),
@@ -337,8 +340,13 @@ impl Outbox {
         by: Instant,
         change: impl Fn(&mut Rows<'_>, Option<Refusal>) -> rusqlite::Result<T>,
     ) -> (rusqlite::Result<T>, Result<(), Error>) {
+        let turn = self.store.turn(by);
+        // What would go to a file that nobody finds goes to the one that is there now.
+        if turn.is_ok() && self.store.is_replaced() {
+            self.go_to_file();
+        }
         let Self { store, pending, .. } = self;
-        let (made, refused) = store.change(by, |rows, refusal| {
+        let (made, refused) = store.change(turn, by, |rows, refusal| {
             pending.iter().try_for_each(|change| rows.apply(change))?;
             change(rows, refusal)
         });
@@ -448,7 +456,8 @@ impl Outbox {
         if let Some((until, _)) = &mut self.store.refused {
             *until = Instant::now();
         }
-        if self.delivers() {
+        // It begins nothing any more that it waits for.
+        if !matches!(self.delivery, Delivery::Wanted) {
             self.look_for_file();
         }
         let written = self.write_down();
@@ -480,9 +489,19 @@ impl Outbox {
         }
     }
 
-    /// Goes to the file at its place, if it is not there and that file can be had, and begins to deliver if nobody else does
-    /// any more.
     fn look_for_file(&mut self) {
+        match self.store.turn(deadline()) {
+            Ok(_turn) => self.go_to_file(),
+            Err(error) => {
+                let error = chain(&self.store.error("cannot be looked for", error));
+                quietly(|| log::debug!("the outbox is left as it is: error={error:?}"));
+            }
+        }
+    }
+
+    /// Goes to the file at its place, if it is not there and that file can be had, and begins to deliver if nobody else does
+    /// any more. Within a turn.
+    fn go_to_file(&mut self) {
         let (is_away, had_file, delivered) = (self.store.is_away(), self.store.file.is_some(), self.delivers());
         let looked = match self.take_delivery() {
             // Without any lock we must not recover what is in the file.
@@ -511,11 +530,13 @@ impl Outbox {
     }
 
     fn open_file(&mut self) -> Result<(), Error> {
-        let may_replace = self.delivers();
-        if !may_replace && self.store.locks.another_delivers() {
-            self.store.leave_to_deliverer().map_err(|source| self.store.error("cannot be left", source))?;
-        }
-        self.store.open(self.gone.order.iter().copied(), may_replace)
+        let _turn = self.store.turn(deadline()).map_err(|source| self.store.error("cannot be opened", source))?;
+        let share = match (self.delivers(), self.store.locks.another_delivers()) {
+            (true, _) => Share::Everything,
+            (false, false) => Share::OursAndUnowned,
+            (false, true) => Share::Ours,
+        };
+        self.store.open(self.gone.order.iter().copied(), share)
     }
 
     /// Begins to deliver, if we are to and nobody else does; our place is locked in any case. `Some`: another process does.
@@ -681,6 +702,10 @@ impl Outbox {
     /// What is to be done after a transaction, when all have their answers: whether the file is still at its place, and one read.
     /// For the first one SQLite writes to `-shm`, and a disk that freezes from now on would stop it.
     pub(crate) fn look_again(&mut self) {
+        // What has just gone to a file that was replaced meanwhile is moved, too.
+        if self.store.is_replaced() {
+            self.look_for_file();
+        }
         let on_disk = self.is_on_disk();
         self.books.change(|books| books.on_disk = on_disk);
         // What cannot be read says so to whoever needs it.

@@ -5,18 +5,19 @@
 //! So how a file is opened depends on what is beside it; see [`Way`]. Looking there takes no descriptor of the file: closing one
 //! would drop the locks of SQLite in this process.
 
-use std::ffi::OsString;
 use std::fmt::Write as _;
 use std::fs;
+use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use rusqlite::config::DbConfig;
 use rusqlite::{Connection, ErrorCode, OpenFlags};
 
-use crate::files::Stamp;
+use crate::database_files;
+use crate::files::{Stamp, beside};
 
 /// Whose a file is, if there is anything in it. SQLite changes the mode of one that is empty, and as root also the owner of
 /// `-wal` and `-shm`.
@@ -41,14 +42,16 @@ pub(crate) enum Way {
 }
 
 impl Way {
-    /// What fits now. Where it is another one after the reading, what was read may be neither old nor new.
-    pub(crate) fn to(path: &Path) -> Self {
-        match (owner(&beside(path, "-wal")), owner(&beside(path, "-shm"))) {
+    /// What fits now. Where it is another one after the reading, what was read may be neither old nor new. An error: there is
+    /// something in the place of one of its files that must not be opened.
+    pub(crate) fn to(path: &Path) -> io::Result<Self> {
+        database_files::check(path)?;
+        Ok(match (owner(&beside(path, "-wal")), owner(&beside(path, "-shm"))) {
             (None, _) if beside(path, "-journal").exists() => Self::Journal,
             (None, _) => Self::Unchanging(Stamp::of(path)),
             (Some(_), Some(of_shm)) if Some(of_shm) == owner(path) => Self::Locking,
             (Some(_), _) => Self::Alone,
-        }
+        })
     }
 
     fn parameters(self) -> &'static str {
@@ -72,11 +75,6 @@ impl Way {
     }
 
     fn connect(self, path: &Path, within: Duration) -> rusqlite::Result<Connection> {
-        let journal = beside(path, "-journal");
-        // SQLite opens it to see whether a change was left half done, and opening a FIFO waits for ever.
-        if fs::symlink_metadata(&journal).is_ok_and(|found| !found.is_file()) {
-            return Err(rusqlite::Error::InvalidPath(journal));
-        }
         let flags = OpenFlags::SQLITE_OPEN_READ_ONLY
             | OpenFlags::SQLITE_OPEN_NO_MUTEX
             | OpenFlags::SQLITE_OPEN_NOFOLLOW
@@ -105,11 +103,4 @@ fn uri(path: &Path) -> String {
         }
     }
     uri
-}
-
-/// The path with this at its end.
-pub(crate) fn beside(path: &Path, suffix: &str) -> PathBuf {
-    let mut name: OsString = path.as_os_str().to_owned();
-    name.push(suffix);
-    name.into()
 }

@@ -9,8 +9,8 @@ use super::arguments::{Common, RunOptions};
 use super::{outbox, state_file_of_environment};
 use crate::bundle;
 use crate::enrolment::Enrolment;
+use crate::files::beside;
 use crate::files::folder;
-use crate::read_only::beside;
 use crate::status::decnet::TOPOLOGY;
 
 /// Each with what it is.
@@ -38,7 +38,7 @@ impl OwnFiles {
         files.extend(enrolment.and_then(Enrolment::ini).map(|ini| ("the ini", ini.to_owned())));
         let location = outbox(options.outbox.clone());
         if let Some(file) = location.path(agent_dir.map_or(Path::new(""), PathBuf::as_path)) {
-            let parts = ["", "-wal", "-shm", "-journal", "-lock", "-making"];
+            let parts = ["", "-wal", "-shm", "-journal", "-lock"];
             files.extend(parts.map(|part| ("the outbox", beside(&file, part))));
         }
         Self(files)

@@ -8,10 +8,21 @@ use rusqlite::types::ToSqlOutput;
 use rusqlite::{Connection, params_from_iter};
 
 use super::schema;
+use super::store::Share;
 use crate::delta::micros;
 
 /// The ids of rows that were added, changed or removed here.
 const CHANGED: &str = "CREATE TABLE changed (id INTEGER PRIMARY KEY) STRICT";
+
+/// The ids of rows that another file had, which was replaced. Others may have moved them to the new one already.
+const MOVED: &str = "CREATE TABLE moved (id INTEGER PRIMARY KEY) STRICT";
+
+/// What has ended is newer than what is in flight, and what was rejected newer than what waits.
+const UNLESS_NEWER: &str =
+    "ON CONFLICT (id) DO UPDATE SET error = excluded.error, completed_at = excluded.completed_at,
+    rejected = excluded.rejected, owner = excluded.owner, age = excluded.age
+    WHERE (delta.completed_at IS NULL AND excluded.completed_at IS NOT NULL)
+        OR (delta.rejected IS NULL AND excluded.rejected IS NOT NULL)";
 
 const INSERT: &str = "INSERT INTO delta (id, decky, operation, error, completed_at, rejected, owner, age)";
 const ROWS: &str = "SELECT id, decky, operation, error, completed_at, rejected, owner, age FROM delta";
@@ -22,7 +33,7 @@ pub(super) fn open() -> rusqlite::Result<Connection> {
     let mut copy = Connection::open_in_memory()?;
     schema::migrate(&mut copy)?;
     schema::configure(&copy)?;
-    copy.execute_batch(CHANGED)?;
+    copy.execute_batch(&format!("{CHANGED}; {MOVED}"))?;
     // SQLite itself notes them, so none is forgotten, and what is rolled back is not noted. No `OR IGNORE`: what a statement
     // does in a conflict holds in its triggers, too.
     for (event, row) in [("INSERT", "new"), ("UPDATE", "new"), ("DELETE", "old")] {
@@ -38,7 +49,7 @@ pub(super) fn open() -> rusqlite::Result<Connection> {
 pub(super) fn refresh(copy: &Connection, file: Option<&Connection>) -> rusqlite::Result<()> {
     let transaction = copy.unchecked_transaction()?;
     copy.execute_batch(
-        "CREATE TEMP TABLE kept AS SELECT id FROM changed;
+        "CREATE TEMP TABLE kept AS SELECT id FROM changed UNION SELECT id FROM moved;
          DELETE FROM delta WHERE id NOT IN (SELECT id FROM kept)",
     )?;
     if let Some(file) = file {
@@ -50,25 +61,22 @@ pub(super) fn refresh(copy: &Connection, file: Option<&Connection>) -> rusqlite:
     transaction.commit()
 }
 
-/// All rows count as changed, as the file to which they go is another one, and there no id comes again, either.
-pub(super) fn change_all(copy: &Connection) -> rusqlite::Result<()> {
-    let all = "INSERT OR IGNORE INTO changed SELECT id FROM delta UNION SELECT ?1";
-    copy.execute(all, [schema::last_id(copy)?]).map(drop)
-}
-
-/// Forgets all rows but those of this owner, as whoever delivers takes them to the next file.
-pub(super) fn keep_owned(copy: &Connection, owner: &str) -> rusqlite::Result<()> {
-    let transaction = copy.unchecked_transaction()?;
-    copy.execute("DELETE FROM delta WHERE owner IS NOT ?1", [owner])?;
-    copy.execute("DELETE FROM changed WHERE id NOT IN (SELECT id FROM delta)", [])?;
-    transaction.commit()
+/// These rows are to be moved, as the file to which they go is another one, and there no id comes again, either.
+pub(super) fn move_rows(copy: &Connection, share: Share, us: &str) -> rusqlite::Result<()> {
+    let which = match share {
+        Share::Everything => "?1 IS NOT NULL",
+        Share::OursAndUnowned => "owner IS NULL OR owner = ?1",
+        Share::Ours => "owner = ?1",
+    };
+    copy.execute(&format!("INSERT OR IGNORE INTO moved SELECT id FROM delta WHERE {which}"), [us])?;
+    copy.execute("INSERT OR IGNORE INTO changed SELECT ?1", [schema::last_id(copy)?]).map(drop)
 }
 
 /// Moves what was changed here to a file, inside its transaction.
 pub(super) fn merge(copy: &Connection, file: &Connection) -> rusqlite::Result<()> {
     for_each(copy, "SELECT id FROM changed", file, "DELETE FROM delta WHERE id = ?1")?;
-    let changed = format!("{ROWS} WHERE id IN (SELECT id FROM changed) ORDER BY id");
-    for_each(copy, &changed, file, &format!("{INSERT} VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)"))?;
+    let changed = format!("{ROWS} WHERE id IN (SELECT id FROM changed UNION SELECT id FROM moved) ORDER BY id");
+    for_each(copy, &changed, file, &format!("{INSERT} VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8) {UNLESS_NEWER}"))?;
     let columns = "id, decky, operation, error, completed_at, delivered_at";
     let delivered = format!("SELECT {columns} FROM delivered ORDER BY number");
     for_each(copy, &delivered, file, &format!("INSERT INTO delivered ({columns}) VALUES (?1, ?2, ?3, ?4, ?5, ?6)"))?;

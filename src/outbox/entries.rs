@@ -105,8 +105,9 @@ impl Rows<'_> {
     pub(super) fn add(&mut self, add: &Add) -> rusqlite::Result<Option<Added>> {
         let Some(dropped) = self.make_room(add.rows() as i64)? else { return Ok(None) };
         let (rows, owner) = (add.rows() as i64, add.is_owned().then_some(self.us));
-        // Above every id that was ever given.
-        let first = 1 + self.last.map_or_else(|| last_id(self.db), Ok)?;
+        // Above every id that was ever given, also by a file that somebody has removed: those lie below the clock.
+        let last = self.last.map_or_else(|| last_id(self.db), Ok)?;
+        let first = 1 + last.max(micros(SystemTime::now()));
         self.last = Some(first + rows - 1);
         match add {
             Add::Deltas(deltas, _) => (first..).zip(deltas).try_for_each(|(id, delta)| put(self.db, id, delta, owner)),

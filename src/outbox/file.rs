@@ -1,20 +1,23 @@
 //! The outbox' file: made for its owner alone before SQLite has it, opened, and moved aside when it is none of ours. Runs
 //! on the outbox thread.
 
-use std::fs::{self, OpenOptions, Permissions, TryLockError};
+use std::collections::BTreeSet;
+use std::fs::{self, Metadata, OpenOptions};
 use std::io;
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Instant, SystemTime};
 
+use rusqlite::config::DbConfig;
 use rusqlite::ffi::SQLITE_IOERR_SHORT_READ;
 use rusqlite::{Connection, ErrorCode, OpenFlags};
 
-use super::lock::{beside, lock_file};
 use super::schema;
+use crate::database_files::{PARTS, Place, in_real_folder};
 use crate::delta::{from_micros, micros};
 use crate::error::{Error, printable_path};
+use crate::files::{Identity, beside, folder, identity};
 use crate::limits;
 use crate::panics::quietly;
 use crate::text::printable;
@@ -51,14 +54,44 @@ pub(super) fn is_of_the_content(error: &rusqlite::Error) -> bool {
     Refusal::of(error) == Refusal::Corrupt || error.sqlite_error_code() == Some(ErrorCode::Unknown)
 }
 
-/// A connection to the outbox at `path`, made where there is none. One that is none of ours, or broken, is moved aside for
-/// a new one if we `may_replace` it.
-pub(super) fn open(path: &Path, may_replace: bool) -> Result<Connection, Error> {
+/// Why there is no connection.
+enum Failure {
+    /// What is in the file is at fault: it is no outbox, or damaged.
+    Damage(String),
+    /// The file cannot be used now. That says nothing about what is in it.
+    Unusable(Error),
+}
+
+/// A connection to the outbox at `path`, made where there is none. A file that is no outbox, or damaged, is moved aside for
+/// a new one if we `may_replace` it, and only if a second, fresh connection finds the same damage: to SQLite a read that
+/// fails once looks the same.
+///
+/// It must be the [turn](super::lock::Turn) of this process: of two, the slower one would remove what the faster one has already
+/// written.
+pub(super) fn open(path: &Path, may_replace: bool) -> Result<(Connection, Identities), Error> {
     let unusable = |problem: &str| Error::outbox(Some(path), problem);
-    let problem = match prepare_and_connect(path)? {
+    // Whoever waits for it hears of a lock before he gives up.
+    let deadline = Instant::now() + limits::OUTBOX_BUSY - limits::OUTBOX_MARGIN;
+    let path = &in_real_folder(path).map_err(|source| unusable("cannot be written").because(source))?;
+    let first = match prepare_and_connect(path, deadline) {
         Ok(db) => return Ok(db),
-        Err(problem) if may_replace => problem,
-        Err(problem) => return Err(unusable("is no outbox, or broken").because(problem)),
+        Err(Failure::Unusable(_)) => None,
+        Err(Failure::Damage(damage)) => {
+            // An index of another log shows damage where there is none. Whoever has it open opens the outbox anew.
+            remove_index(path).map_err(|source| unusable("cannot be written").because(source))?;
+            Some(damage)
+        }
+    };
+    let damage = match prepare_and_connect(path, deadline) {
+        Ok(db) => return Ok(db),
+        Err(Failure::Unusable(error)) => return Err(error),
+        Err(Failure::Damage(damage)) if first.as_ref() != Some(&damage) => {
+            return Err(unusable("is not read the same twice; check the disk").because(damage));
+        }
+        Err(Failure::Damage(damage)) if !may_replace => {
+            return Err(unusable("is no outbox, or broken").because(damage));
+        }
+        Err(Failure::Damage(damage)) => damage,
     };
     let aside = move_aside(path).map_err(|source| unusable("is broken, and cannot be moved aside").because(source))?;
     quietly(|| {
@@ -66,29 +99,72 @@ pub(super) fn open(path: &Path, may_replace: bool) -> Result<Connection, Error> 
             "the outbox was broken or none, it is moved aside and a new one begun: file={} aside={} error={:?}",
             printable_path(path),
             printable_path(&aside),
-            printable(&problem)
+            printable(&damage)
         )
     });
-    prepare_and_connect(path)?.map_err(|problem| unusable("cannot be made anew").because(problem))
+    prepare_and_connect(path, deadline).map_err(|failure| match failure {
+        Failure::Damage(damage) => unusable("cannot be made anew").because(damage),
+        Failure::Unusable(error) => error,
+    })
 }
 
-/// `Ok(Err(why))`: the file is there and is no outbox.
-fn prepare_and_connect(path: &Path) -> Result<Result<Connection, String>, Error> {
-    // Whoever waits for it hears of a lock before he gives up.
-    let deadline = Instant::now() + limits::OUTBOX_BUSY - limits::OUTBOX_MARGIN;
-    prepare(path, deadline).map_err(|source| Error::outbox(Some(path), "cannot be written").because(source))?;
+fn prepare_and_connect(path: &Path, deadline: Instant) -> Result<(Connection, Identities), Failure> {
+    let unusable = |problem: &str| Error::outbox(Some(path), problem);
+    prepare(path).map_err(|source| Failure::Unusable(unusable("cannot be written").because(source)))?;
     loop {
         match connect(path, deadline) {
-            Err(error) if is_of_the_content(&error) => return Ok(Err(error.to_string())),
+            Ok(Ok(db)) => return verify(path, db),
+            Ok(Err(damage)) => return Err(Failure::Damage(damage)),
+            Err(error) if is_of_the_content(&error) => return Err(Failure::Damage(error.to_string())),
             // To two that turn a new file to WAL at once SQLite says so without waiting.
             Err(error) if Refusal::of(&error) == Refusal::Locked && Instant::now() < deadline => {
                 thread::sleep(limits::OUTBOX_PAUSE);
             }
-            done => return done.map_err(|source| Error::outbox(Some(path), "cannot be opened").because(source)),
+            Err(error) => return Err(Failure::Unusable(unusable("cannot be opened").because(error))),
         }
     }
 }
 
+/// The connection, if it is one to the files that are at their places, and its index is of this log.
+fn verify(path: &Path, db: Connection) -> Result<(Connection, Identities), Failure> {
+    let unusable = |problem: &str| Failure::Unusable(Error::outbox(Some(path), problem));
+    let identities = identities(path);
+    let problem = match (is_open_here(&identities), schema::frames(&db).unwrap_or(0)) {
+        (false, _) => "was replaced while it was opened",
+        (true, 1..) if fs::symlink_metadata(beside(path, "-wal")).is_ok_and(|log| log.len() == 0) => {
+            // Somebody has removed the log, and nobody opens the outbox with this index any more.
+            let _ = remove_index(path);
+            "had an index of another log"
+        }
+        _ => return Ok((db, identities)),
+    };
+    let _ = leave(&db);
+    Err(unusable(problem))
+}
+
+/// The connection is closed without a change to what is at the places of its files, which may be another outbox' by now: an
+/// ordinary close would write the log to the database, and remove the log by its name.
+pub(super) fn leave(db: &Connection) -> rusqlite::Result<()> {
+    db.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true).map(drop)
+}
+
+/// Which files the database, its log and its index are.
+pub(super) type Identities = [Option<Identity>; 3];
+
+/// The files that are at their places now.
+pub(super) fn identities(path: &Path) -> Identities {
+    ["", "-wal", "-shm"].map(|part| fs::symlink_metadata(beside(path, part)).ok().map(|found| identity(&found)))
+}
+
+/// Whether this process has all of them open. SQLite does not say which log it has; where nothing else does, it is believed.
+fn is_open_here(files: &Identities) -> bool {
+    let Ok(entries) = fs::read_dir("/proc/self/fd") else { return true };
+    let open = entries.filter_map(|entry| Some(identity(&fs::metadata(entry.ok()?.path()).ok()?)));
+    let open: BTreeSet<_> = open.collect();
+    files.iter().all(|file| file.is_some_and(|file| open.contains(&file)))
+}
+
+/// `Ok(Err(damage))`: the file can be read, and what is in it is at fault.
 fn connect(path: &Path, deadline: Instant) -> rusqlite::Result<Result<Connection, String>> {
     let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX | OpenFlags::SQLITE_OPEN_NOFOLLOW;
     let mut db = Connection::open_with_flags(path, flags)?;
@@ -105,42 +181,38 @@ fn connect(path: &Path, deadline: Instant) -> rusqlite::Result<Result<Connection
 }
 
 /// Makes the file unless it is there, with mode 0600 from its first byte: SQLite would make it readable by others, and
-/// gives `-wal` and `-shm` the mode that it finds here. What is there must be a regular file; others' permissions are
-/// taken from it.
-fn prepare(path: &Path, deadline: Instant) -> io::Result<()> {
-    if fs::symlink_metadata(path).is_err_and(|error| error.kind() == io::ErrorKind::NotFound) {
-        make(path, deadline)?;
+/// gives `-wal` and `-shm` the mode and the owner that it finds here. What is there, and beside it, must be regular files
+/// with one link and none of a stranger's; others' permissions are taken from those that are ours.
+fn prepare(path: &Path) -> io::Result<()> {
+    let folder = fs::metadata(folder(path))?;
+    let look = |part| own_part(path, part, &folder);
+    PARTS.iter().try_for_each(|part| look(part).map(drop))?;
+    if look("")?.is_none() {
+        make(path)?;
+    } else if look("-wal")?.is_none() {
+        // An index without a log: somebody has removed the log. It must not be taken for that of the next log.
+        remove_index(path)?;
     }
-    if !fs::symlink_metadata(path)?.is_file() {
-        return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file; a symlink is not followed"));
-    }
-    for file in ["", "-wal", "-shm"].map(|suffix| beside(path, suffix)) {
-        let found = fs::symlink_metadata(&file);
-        if found.is_ok_and(|found| found.is_file() && found.permissions().mode() & 0o077 != 0) {
-            fs::set_permissions(file, Permissions::from_mode(MODE))?;
-        }
-    }
-    Ok(())
+    look("")?.iter().for_each(|place| place.give_to_owner_of(&folder));
+    PARTS.iter().try_for_each(|part| look(part)?.map_or(Ok(()), |place| place.make_private(MODE)))
 }
 
-/// One process at a time: of two, the slower one would remove what the faster one has already written.
-fn make(path: &Path, deadline: Instant) -> io::Result<()> {
-    let making = lock_file(&beside(path, "-making"))?;
-    while let Err(error) = making.try_lock() {
-        match error {
-            TryLockError::Error(error) => return Err(error),
-            TryLockError::WouldBlock if Instant::now() < deadline => thread::sleep(limits::OUTBOX_PAUSE),
-            TryLockError::WouldBlock => {
-                return Err(io::Error::new(io::ErrorKind::TimedOut, "another process is making it"));
-            }
-        }
-    }
-    if fs::symlink_metadata(path).is_ok() {
-        return Ok(());
-    }
-    // What is beside it belonged to another file, which is gone. SQLite must not take it for this one's.
-    for suffix in ["-wal", "-shm"] {
-        if_there(fs::remove_file(beside(path, suffix)))?;
+/// `None`: there is no such file.
+fn own_part(path: &Path, part: &str, folder: &Metadata) -> io::Result<Option<Place>> {
+    let place = Place::look(&beside(path, part))?;
+    place.iter().try_for_each(|place| place.refuse_strangers(folder))?;
+    Ok(place)
+}
+
+/// The next process to open it makes the index anew, of the log that is there.
+fn remove_index(path: &Path) -> io::Result<()> {
+    if_there(fs::remove_file(beside(path, "-shm")))
+}
+
+/// What beside it belonged to another file, which is gone, goes: SQLite must not take it for this one's.
+fn make(path: &Path) -> io::Result<()> {
+    for part in ["-journal", "-wal", "-shm"] {
+        if_there(fs::remove_file(beside(path, part)))?;
     }
     OpenOptions::new().write(true).create_new(true).mode(MODE).open(path).map(drop)
 }
@@ -157,7 +229,7 @@ fn move_aside(path: &Path) -> io::Result<PathBuf> {
     let aside = names.map(|name| beside(path, &name)).find(|aside| fs::symlink_metadata(aside).is_err());
     let aside = aside.ok_or(io::ErrorKind::AlreadyExists)?;
     // The database last: its log must not be found beside a new one.
-    for suffix in ["-shm", "-wal", ""] {
+    for suffix in ["-shm", "-wal", "-journal", ""] {
         if_there(fs::rename(beside(path, suffix), beside(&aside, suffix)))?;
     }
     Ok(aside)
@@ -165,8 +237,6 @@ fn move_aside(path: &Path) -> io::Result<PathBuf> {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
 
     #[test]
@@ -175,29 +245,11 @@ mod tests {
         let path = dir.path().join("heartbeat.db");
         let beside = [beside(&path, "-wal"), beside(&path, "-shm")];
         beside.iter().for_each(|file| fs::write(file, "another's").unwrap());
-        prepare(&path, Instant::now()).unwrap();
+        prepare(&path).unwrap();
         assert_eq!(fs::read(&path).unwrap(), b"");
         assert!(!beside.iter().any(|file| file.exists()));
         beside.iter().for_each(|file| fs::write(file, "this one's").unwrap());
-        prepare(&path, Instant::now()).unwrap();
+        prepare(&path).unwrap();
         assert!(beside.iter().all(|file| file.exists()));
-    }
-
-    #[test]
-    fn a_file_that_another_process_is_making_is_waited_for_in_time() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("heartbeat.db");
-        let making = lock_file(&beside(&path, "-making")).unwrap();
-        making.lock().unwrap();
-        let since = Instant::now();
-        let error = prepare(&path, since + Duration::from_millis(50)).unwrap_err();
-        assert!(since.elapsed() >= Duration::from_millis(50));
-        assert_eq!((error.kind(), path.exists()), (io::ErrorKind::TimedOut, false));
-        std::thread::scope(|scope| {
-            let waiting = scope.spawn(|| prepare(&path, Instant::now() + Duration::from_secs(20)));
-            drop(making);
-            waiting.join().unwrap().unwrap();
-        });
-        assert!(path.exists());
     }
 }

@@ -7,6 +7,8 @@
 //! - A process that has the outbox open holds one more byte, at a random place. A row names its owner as `PLACE@INODE`: that
 //!   place, and the lock file in which the owner locked it first. An owner holds that lock as long as it runs, also when the
 //!   lock file is replaced. Whether it does is asked without taking the lock.
+//! - The last byte is held, for a moment, by the process that opens the outbox' files, changes or leaves them: so nobody removes
+//!   what another one makes, and nobody writes with an index (`-shm`) that is not the others'.
 //! - A lock file that was replaced stays open here, and an owner that is locked in any open one runs. An owner that is not
 //!   locked in the file that it names has ended. If that file is not open here, nothing is concluded before the lock file at
 //!   its place has been seen for 60 s: an owner that runs locks its place in a new file within 10 s. A file that was removed
@@ -18,31 +20,34 @@
 //! `heartbeat.db` itself is never opened here: closing it would drop SQLite's own locks.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File, Metadata, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::ops::RangeInclusive;
-use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, fchown};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::process;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::thread;
 use std::time::Instant;
 
 use nix::fcntl::{FcntlArg, fcntl};
-use nix::unistd::geteuid;
 
-use crate::error::printable_path;
+use crate::database_files::Place;
+pub(super) use crate::files::beside;
 use crate::files::{Identity, folder, identity};
 use crate::limits;
 use crate::panics::quietly;
-pub(super) use crate::read_only::beside;
 use crate::text::printable;
 
 /// The byte of the process that delivers.
 const DELIVERY: i32 = 0;
 
 /// The bytes of owners.
-const PLACES: RangeInclusive<i32> = 1..=i32::MAX;
+const PLACES: RangeInclusive<i32> = 1..=i32::MAX - 1;
+
+/// The byte of the process whose turn it is to change the outbox.
+const TURN: i32 = i32::MAX;
 
 /// The lock files whose byte 0 this process holds, and whether their heartbeats have stopped. A pid would not do: another
 /// container's process may have ours.
@@ -82,12 +87,26 @@ pub(super) struct Locks {
     files: Vec<LockFile>,
     /// The last look has found a lock file that can be used.
     is_current: bool,
+    /// The turn that we have, if we have one.
+    turn: Weak<HeldTurn>,
+}
+
+/// The turn of this process, until its last clone is dropped. In memory there is nothing to lock.
+pub(super) type Turn = Arc<HeldTurn>;
+
+#[derive(Debug, Default)]
+pub(super) struct HeldTurn(Vec<Arc<File>>);
+
+impl Drop for HeldTurn {
+    fn drop(&mut self) {
+        self.0.iter().for_each(|file| unlock(file, TURN..=TURN));
+    }
 }
 
 /// An open lock file. All locks of an outbox in it are of this one open file description.
 #[derive(Debug)]
 struct LockFile {
-    file: File,
+    file: Arc<File>,
     identity: Identity,
     /// Since when it is at its place, as far as this process has seen.
     since: Instant,
@@ -99,7 +118,7 @@ struct LockFile {
 impl Locks {
     pub(super) fn new() -> Self {
         let place = fastrand::i32(PLACES);
-        Self { token: place.to_string(), is_named: false, place, named: None, files: Vec::new(), is_current: false }
+        Self { token: place.to_string(), is_named: false, place, named: None, files: Vec::new(), is_current: false, turn: Weak::new() }
     }
 
     /// Makes sure that the lock file at its place is open, which is made where there is none, and that our place is locked in
@@ -122,7 +141,7 @@ impl Locks {
     }
 
     fn open(&mut self, path: &Path) -> io::Result<LockFile> {
-        let file = lock_file(path)?;
+        let file = Arc::new(lock_file(path)?);
         let identity = identity(&file.metadata()?);
         let file = LockFile { file, identity, since: Instant::now(), delivers: false, pid: process::id() };
         if self.is_named {
@@ -147,11 +166,35 @@ impl Locks {
         });
     }
 
-    /// Makes sure that others see that we run, where rows name us, or will. A lock file that cannot be used does no harm while we are
+    /// Makes sure that others see that we run, should rows name us. A lock file that cannot be used does no harm while we are
     /// locked in an older one.
     pub(super) fn own(&mut self, outbox: &Path) -> io::Result<()> {
         let looked = self.look(outbox);
-        if self.is_named && self.files.is_empty() { looked } else { Ok(()) }
+        if self.files.is_empty() { looked } else { Ok(()) }
+    }
+
+    /// Waits until it is the turn of this process; within a turn it is the same one. `TimedOut`: it was another process' until
+    /// then.
+    pub(super) fn turn(&mut self, outbox: &Path, by: Instant) -> io::Result<Turn> {
+        if let Some(turn) = self.turn.upgrade() {
+            return Ok(turn);
+        }
+        self.own(outbox)?;
+        let mut held = HeldTurn::default();
+        // Others may not have noticed yet that the lock file was replaced.
+        for file in &self.files {
+            while !file.lock(TURN)? {
+                if Instant::now() >= by {
+                    let problem = "another process is writing to it, or is suspended while it does";
+                    return Err(io::Error::new(io::ErrorKind::TimedOut, problem));
+                }
+                thread::sleep(limits::OUTBOX_PAUSE);
+            }
+            held.0.push(Arc::clone(&file.file));
+        }
+        let turn = Arc::new(held);
+        self.turn = Arc::downgrade(&turn);
+        Ok(turn)
     }
 
     /// Locks byte 0 of the lock file at its place, unless we have it. `has_stopped` says of our heartbeat whether it has.
@@ -222,16 +265,11 @@ fn parse(owner: &[u8]) -> Option<(i32, Option<u64>)> {
 impl LockFile {
     /// `false`: somebody else has it.
     fn lock(&self, place: i32) -> io::Result<bool> {
-        match fcntl(&self.file, FcntlArg::F_OFD_SETLK(&range(libc::F_WRLCK, place..=place))) {
+        match fcntl(&*self.file, FcntlArg::F_OFD_SETLK(&range(libc::F_WRLCK, place..=place))) {
             Ok(_) => Ok(true),
             Err(nix::Error::EAGAIN | nix::Error::EACCES) => Ok(false),
             Err(error) => Err(error.into()),
         }
-    }
-
-    fn unlock(&self, places: RangeInclusive<i32>) {
-        // An error leaves the lock to the closing.
-        let _ = fcntl(&self.file, FcntlArg::F_OFD_SETLK(&range(libc::F_UNLCK, places)));
     }
 
     /// Whether somebody else has locked one of them.
@@ -261,7 +299,7 @@ impl LockFile {
         if self.delivers && self.pid == process::id() {
             let mut ours = OURS.lock().unwrap_or_else(PoisonError::into_inner);
             ours.remove(&self.identity);
-            self.unlock(DELIVERY..=DELIVERY);
+            unlock(&self.file, DELIVERY..=DELIVERY);
             self.delivers = false;
         }
     }
@@ -273,7 +311,7 @@ impl Drop for LockFile {
     fn drop(&mut self) {
         self.stop_delivering();
         if self.pid == process::id() {
-            self.unlock(PLACES);
+            unlock(&self.file, PLACES);
         }
     }
 }
@@ -287,6 +325,11 @@ fn range(kind: i32, places: RangeInclusive<i32>) -> libc::flock {
         l_len: libc::off_t::from(*last) - libc::off_t::from(*first) + 1,
         l_pid: 0,
     }
+}
+
+fn unlock(file: &File, places: RangeInclusive<i32>) {
+    // An error leaves the lock to the closing.
+    let _ = fcntl(file, FcntlArg::F_OFD_SETLK(&range(libc::F_UNLCK, places)));
 }
 
 fn is_locked(file: &File, places: RangeInclusive<i32>) -> io::Result<bool> {
@@ -304,74 +347,43 @@ fn pid_text(file: &File) -> io::Result<String> {
 /// The process that delivers from an outbox. Nothing is locked, made or changed.
 #[cfg(feature = "cli")]
 pub(crate) fn deliverer(outbox: &Path) -> Option<u32> {
-    let path = beside(outbox, "-lock");
-    let file = open_checked(OpenOptions::new().read(true), &path).ok()?;
+    let place = Place::look(&beside(outbox, "-lock")).ok()??;
+    let file = open(OpenOptions::new().read(true), &place).ok()??;
     let is_held = is_locked(&file, DELIVERY..=DELIVERY).ok()?;
     pid_text(&file).ok()?.parse().ok().filter(|_| is_held)
 }
 
-/// A file to be locked, made where there is none: for its owner alone, as whoever can open it can lock it. What root makes
-/// belongs to the folder's owner, who could not open it otherwise.
-pub(super) fn lock_file(path: &Path) -> io::Result<File> {
+/// The file to be locked, made where there is none: for its owner alone, as whoever can open it can lock it. What is no lock
+/// file of ours is refused and left as it is.
+fn lock_file(path: &Path) -> io::Result<File> {
     let mut options = OpenOptions::new();
     options.read(true).write(true).mode(0o600);
-    loop {
-        let made = options.clone().create_new(true).open(path);
-        let opened = match made {
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => open_checked(&options, path),
-            made => made,
-        };
-        match opened {
-            // It has been removed meanwhile.
-            Err(error) if error.kind() == io::ErrorKind::NotFound && folder(path).is_dir() => (),
-            opened => {
-                let file = opened?;
-                give_to_the_folders_owner(&file, path)?;
-                return Ok(file);
+    // Others may make it, remove or replace it meanwhile.
+    for _ in 0..limits::LOCK_TRIES {
+        let folder = fs::metadata(folder(path))?;
+        let Some(place) = Place::look(path)? else {
+            match options.clone().create_new(true).open(path) {
+                Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+                _ => continue,
             }
+        };
+        place.refuse_strangers(&folder)?;
+        place.give_to_owner_of(&folder);
+        if let Some(file) = open(&options, &place)? {
+            return Ok(file);
         }
     }
+    Err(io::Error::new(io::ErrorKind::ResourceBusy, "is replaced again and again"))
 }
 
-/// Opens a file that is there. It hangs on nothing, follows no symlink, and refuses what is not a lock file of ours.
-fn open_checked(options: &OpenOptions, path: &Path) -> io::Result<File> {
-    check(&fs::symlink_metadata(path)?, path)?;
-    let file = options.clone().custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_CLOEXEC).open(path)?;
-    check(&file.metadata()?, path)?;
-    Ok(file)
-}
-
-fn check(found: &Metadata, path: &Path) -> io::Result<()> {
-    let owners = [geteuid().as_raw(), 0, fs::metadata(folder(path))?.uid()];
-    let problem = if !found.is_file() {
-        "is not a regular file"
-    } else if found.nlink() > 1 {
-        "has a second name (a hard link)"
-    } else if !owners.contains(&found.uid()) {
-        "belongs to another user"
-    } else {
-        return Ok(());
-    };
-    let problem = format!("{} {problem}; remove it", printable_path(path));
-    Err(io::Error::new(io::ErrorKind::InvalidInput, problem))
-}
-
-fn give_to_the_folders_owner(file: &File, path: &Path) -> io::Result<()> {
-    let (found, folder) = (file.metadata()?, fs::metadata(folder(path))?);
-    // One with more in it is not ours, and stays as it is.
-    let is_ours = found.uid() == 0 && found.len() <= limits::OUTBOX_HOLDER as u64;
-    if !geteuid().is_root() || !is_ours || folder.uid() == 0 {
-        return Ok(());
+/// Opens the file that was found, and hangs on nothing. `None`: another one is at its place by now, or none.
+fn open(options: &OpenOptions, place: &Place) -> io::Result<Option<File>> {
+    let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_CLOEXEC;
+    match options.clone().custom_flags(flags).open(&place.path) {
+        Ok(file) => Ok(Some(file).filter(|file| file.metadata().is_ok_and(|is| identity(&is) == identity(&place.metadata)))),
+        Err(error) if error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ELOOP) => Ok(None),
+        Err(error) => Err(error),
     }
-    if let Err(error) = fchown(file, Some(folder.uid()), Some(folder.gid())).map_err(|error| error.to_string()) {
-        let file = printable_path(path);
-        quietly(|| {
-            log::warn!(
-                "the owner of the folder cannot use the lock file, as it cannot be given to him: file={file} error={error:?}"
-            )
-        });
-    }
-    Ok(())
 }
 
 #[cfg(test)]

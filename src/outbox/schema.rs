@@ -19,7 +19,7 @@ use std::time::SystemTime;
 
 use rusqlite::config::DbConfig;
 use rusqlite::types::FromSql;
-use rusqlite::{Connection, Params, TransactionBehavior};
+use rusqlite::{Connection, Params, TransactionBehavior, ffi};
 
 use crate::delta::micros;
 
@@ -29,7 +29,8 @@ pub(super) const VERSION: i64 = 3;
 /// "DNHB": tells our files from any other SQLite file. Version 1 did not have it.
 const APPLICATION: i64 = 0x444e_4842;
 
-/// Why this cannot be used as an outbox; `None`: it is one, or nothing yet.
+/// Why this cannot be used as an outbox; `None`: it is one, or nothing yet. That a page cannot be read is an error, and no
+/// reason.
 pub(super) fn problem(db: &Connection) -> rusqlite::Result<Option<String>> {
     // All of it as of one moment: another process may just be making it.
     let moment = db.unchecked_transaction()?;
@@ -39,6 +40,10 @@ pub(super) fn problem(db: &Connection) -> rusqlite::Result<Option<String>> {
         Some(_) => drop(moment),
     }
     let damage: String = value(db, "PRAGMA quick_check(1)", [])?;
+    // In the words of SQLite, which has no code for it here.
+    if damage.contains("unable to get the page") || damage.contains("failed to get page") {
+        return Err(rusqlite::Error::SqliteFailure(ffi::Error::new(ffi::SQLITE_IOERR_READ), Some(damage)));
+    }
     Ok(Some(damage).filter(|damage| damage != "ok"))
 }
 
@@ -80,6 +85,11 @@ fn is_made_of(db: &Connection, parts: &[&str]) -> rusqlite::Result<bool> {
         str::from_utf8(made).is_ok_and(|made| made.split_whitespace().eq(part.split_whitespace()))
     };
     Ok(made.len() == parts.len() && made.iter().zip(parts).all(is))
+}
+
+/// How many frames the index says are in the log.
+pub(super) fn frames(db: &Connection) -> rusqlite::Result<i64> {
+    db.query_row("PRAGMA wal_checkpoint(NOOP)", [], |row| row.get(1))
 }
 
 /// Brings an empty or older outbox to [`VERSION`], in one transaction. One of that version is not locked for it.

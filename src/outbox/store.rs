@@ -3,18 +3,17 @@
 //! transaction. Runs on the outbox thread.
 
 use std::error::Error as StdError;
-use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use rusqlite::{Connection, TransactionBehavior};
 
 use super::entries::{EVERY_ID, Rows, Tally};
-use super::file::{self, Refusal};
-use super::lock::Locks;
+use super::file::{self, Identities, Refusal, identities};
+use super::lock::{Locks, Turn};
 use super::{copy, schema};
 use crate::error::{Error, chain, printable_path};
-use crate::files::{Identity, identity};
 use crate::limits;
 use crate::panics::quietly;
 
@@ -23,13 +22,24 @@ pub(super) struct Store {
     /// Where it belongs; `None`: it is meant to be in memory.
     pub(super) path: Option<PathBuf>,
     /// `None`: it is meant to be in memory, or its file is gone.
-    pub(super) file: Option<(Table, Identity)>,
+    pub(super) file: Option<(Table, Identities)>,
     /// With the version of the file that it has been brought up to; `None`: the file has it all.
     copy: Option<(Table, Option<i64>)>,
     /// Up to when the file is left alone and how it refused the last time, unless it has been written since.
     pub(super) refused: Option<(Instant, Refusal)>,
     /// Who delivers, and that we run, for the rows that name us.
     pub(super) locks: Locks,
+}
+
+/// What a process takes to the next file out of one that was replaced. What was not written to that one yet it always takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Share {
+    /// Of the process that delivers.
+    Everything,
+    /// Nobody delivers. Rows of other owners are left to these: they may have done more with them by now.
+    OursAndUnowned,
+    /// Another process delivers. If we took the others, too, one that it has delivered meanwhile would come back.
+    Ours,
 }
 
 /// The file did not take a change.
@@ -77,51 +87,63 @@ fn version(db: &Connection) -> rusqlite::Result<i64> {
     schema::value(db, "PRAGMA data_version", [])
 }
 
+impl Drop for Store {
+    /// The last process to close it removes a log by its name, which may be another file's by now.
+    fn drop(&mut self) {
+        if self.is_replaced()
+            && let Some((file, _)) = &self.file
+        {
+            // An error leaves an ordinary close.
+            let _ = file::leave(&file.db);
+        }
+    }
+}
+
 impl Store {
     /// In memory, until it is [opened](Self::open).
     pub(super) fn new(path: Option<PathBuf>) -> Self {
         Self { path, file: None, copy: None, refused: None, locks: Locks::new() }
     }
 
+    /// The turn of this process to open, change or leave the file. `by`: up to when another process' is waited for.
+    pub(super) fn turn(&mut self, by: Instant) -> io::Result<Turn> {
+        self.path.as_deref().map_or_else(|| Ok(Turn::default()), |path| self.locks.turn(path, by))
+    }
+
     /// Opens the file at its place, and moves there what is in memory, or in a file that is gone or broken. Of these ids no
-    /// row is there then. One that is no outbox is moved aside for a new one if we `may_replace` it.
-    pub(super) fn open(&mut self, mut gone: impl Iterator<Item = i64>, may_replace: bool) -> Result<(), Error> {
+    /// row is there then. One that is no outbox is moved aside for a new one by who delivers.
+    pub(super) fn open(&mut self, mut gone: impl Iterator<Item = i64>, share: Share) -> Result<(), Error> {
         let Some(path) = self.path.clone() else { return Ok(()) };
         // Closed first: what SQLite keeps beside the file that is gone must not mix with the new one's.
-        self.leave_file().map_err(|source| self.error("cannot be left", source))?;
-        let mut table = Table { db: file::open(&path, may_replace)?, known: None };
-        let identity = fs::symlink_metadata(&path).map(|found| identity(&found));
-        let identity = identity.map_err(|source| self.error("cannot be written", source))?;
-        // Before a row names us there.
-        self.locks.own(&path).map_err(|source| self.error("cannot be written", source))?;
+        self.leave_file(share).map_err(|source| self.error("cannot be left", source))?;
+        let (db, identities) = file::open(&path, share == Share::Everything)?;
+        let mut table = Table { db, known: None };
         if let Some((copy, _)) = &self.copy {
             let moved = table.change(&self.locks.token, Some(&copy.db), |rows| gone.try_for_each(|id| rows.remove(id)));
             moved.map_err(|source| self.error("cannot be written", source))?;
         }
-        (self.file, self.copy, self.refused) = (Some((table, identity)), None, None);
+        (self.file, self.copy, self.refused) = (Some((table, identities)), None, None);
         Ok(())
     }
 
-    /// Takes our own rows from a file that is gone. All others go to the next file with the process that delivers: if we took
-    /// them, too, one that it has delivered meanwhile would come back. What was not written to the file yet is ours.
-    pub(super) fn leave_to_deliverer(&mut self) -> rusqlite::Result<()> {
-        if self.file.is_none() || self.copy.is_some() || self.is_broken() {
-            return Ok(());
-        }
-        self.leave_file()?;
-        let us = self.locks.token.clone();
+    /// Takes its share of a file that was replaced, and from a broken one what that did not know.
+    fn leave_file(&mut self, share: Share) -> rusqlite::Result<()> {
+        let Some((file, _)) = self.file.as_ref() else { return Ok(()) };
+        file::leave(&file.db)?;
+        let (is_broken, us) = (self.is_broken(), self.locks.token.clone());
+        let last = version(&file.db);
         let copy = self.in_memory()?;
-        copy.known = None;
-        copy::keep_owned(&copy.db, &us)
-    }
-
-    /// Takes everything from a file that is gone, and from a broken one what it did not know.
-    fn leave_file(&mut self) -> rusqlite::Result<()> {
-        if self.file.is_some() {
-            let is_broken = self.is_broken();
-            let copy = self.in_memory()?;
-            if is_broken { copy::refresh(&copy.db, None) } else { copy::change_all(&copy.db) }?;
-            (copy.known, self.file) = (None, None);
+        if is_broken { copy::refresh(&copy.db, None) } else { copy::move_rows(&copy.db, share, &us) }?;
+        (copy.known, self.file) = (None, None);
+        let read = self.copy.as_ref().and_then(|(_, version)| *version);
+        if !is_broken && (read.is_none() || last.as_ref().ok() != read.as_ref()) {
+            let outbox = self.name();
+            let error = last.err().map_or_else(|| "its rows cannot be read".to_owned(), |error| error.to_string());
+            quietly(|| {
+                log::error!(
+                    "the outbox was replaced and could not be read, deltas that only it had are lost: outbox={outbox} error={error:?}"
+                )
+            });
         }
         Ok(())
     }
@@ -136,8 +158,12 @@ impl Store {
     }
 
     fn is_at(&self, path: &Path) -> bool {
-        let found = fs::symlink_metadata(path).ok().map(|metadata| identity(&metadata));
-        self.file.as_ref().is_some_and(|(_, identity)| Some(*identity) == found)
+        self.file.as_ref().is_some_and(|(_, known)| *known == identities(path))
+    }
+
+    /// It has a file, and the database, `-wal` or `-shm` at its place is another one or gone.
+    pub(super) fn is_replaced(&self) -> bool {
+        self.file.is_some() && self.path.as_deref().is_some_and(|path| !self.is_at(path))
     }
 
     /// Something is not in the file yet, where there is one.
@@ -179,10 +205,11 @@ impl Store {
     /// in memory. `change` hears why. `by`: up to when another process' lock is waited for.
     pub(super) fn change<T>(
         &mut self,
+        turn: io::Result<Turn>,
         by: Instant,
         change: impl Fn(&mut Rows<'_>, Option<Refusal>) -> rusqlite::Result<T>,
     ) -> (rusqlite::Result<T>, Option<Refused>) {
-        let refused = match self.write(by, |rows| change(rows, None)) {
+        let refused = match self.write(turn, by, |rows| change(rows, None)) {
             Ok(done) => return (Ok(done), None),
             Err(refused) => refused,
         };
@@ -195,18 +222,21 @@ impl Store {
     /// `Err(None)`: there is no file. One that has just refused is left alone for a moment.
     fn write<T>(
         &mut self,
+        turn: io::Result<Turn>,
         by: Instant,
         change: impl FnOnce(&mut Rows<'_>) -> rusqlite::Result<T>,
     ) -> Result<T, Option<Refused>> {
-        let (Some((file, _)), Some(path)) = (&mut self.file, &self.path) else { return Err(None) };
+        let Some((file, _)) = &mut self.file else { return Err(None) };
         if let Some((_, why)) = self.refused.filter(|(until, _)| Instant::now() < *until) {
             return Err(Some(Refused { why, source: "it could not be written a moment ago".into() }));
         }
         let copy = self.copy.as_ref().map(|(copy, _)| &copy.db);
         let within = by.saturating_duration_since(Instant::now());
-        let owned = if self.locks.is_named { self.locks.own(path) } else { Ok(()) };
-        let owned = owned.map_err(|source| Refused { why: Refusal::Unwritable, source: source.into() });
-        let written = owned.and_then(|()| {
+        let turn = turn.map_err(|source| {
+            let why = if source.kind() == io::ErrorKind::TimedOut { Refusal::Locked } else { Refusal::Unwritable };
+            Refused { why, source: source.into() }
+        });
+        let written = turn.and_then(|_turn| {
             let written = file.db.busy_timeout(within).and_then(|()| file.change(&self.locks.token, copy, change));
             written.map_err(|source| Refused { why: Refusal::of(&source), source: source.into() })
         });

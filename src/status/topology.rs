@@ -9,9 +9,10 @@ use rusqlite::types::ValueRef;
 use rusqlite::{Connection, Row};
 
 use super::AppliedTopology;
+use crate::database_files::{Place, in_real_folder};
 use crate::error::{chain, printable_path};
+use crate::limits;
 use crate::read_only::Way;
-use crate::{files, limits};
 
 /// Reads `topology.db` and remembers its last row, since leaving a topology out makes the master order it anew.
 #[derive(Debug)]
@@ -38,23 +39,22 @@ impl TopologyFile {
     }
 
     fn row(&self) -> Result<Option<AppliedTopology>, Box<dyn Error>> {
-        match files::regular(&self.path) {
-            // Where a topology is torn down its row goes, and the file stays.
-            Err(error) if error.kind() == io::ErrorKind::NotFound && matches!(self.last, Some(Some(_))) => {
-                return Err("is gone".into());
-            }
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            // A file that cannot be looked at is not a file that is not there: "no topology" makes the master order one.
-            looked => looked?,
+        // A file that cannot be looked at is not a file that is not there: "no topology" makes the master order one.
+        let path = match in_real_folder(&self.path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            path => Some(path?),
         };
-        // What SQLite keeps beside a file is beside the one that a symlink leads to.
-        let path = self.path.canonicalize()?;
+        let place = path.as_deref().map_or(Ok(None), Place::look)?;
+        let Some(path) = path.filter(|_| place.is_some()) else {
+            // Where a topology is torn down its row goes, and the file stays.
+            return if matches!(self.last, Some(Some(_))) { Err("is gone".into()) } else { Ok(None) };
+        };
         let end = Instant::now() + limits::TOPOLOGY_BUSY;
         loop {
-            let way = Way::to(&path);
+            let way = Way::to(&path)?;
             let row = Self::row_of(&way.open(&path, limits::TOPOLOGY_BUSY)?);
             // DECNET's agent has not written meanwhile.
-            if Way::to(&path) == way || Instant::now() >= end {
+            if Way::to(&path).is_ok_and(|now| now == way) || Instant::now() >= end {
                 return row;
             }
         }
@@ -97,7 +97,11 @@ fn text(row: &Row<'_>, column: &str) -> Result<Option<String>, Box<dyn Error>> {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
+    use crate::database_files::PARTS;
+    use crate::files::beside;
 
     const TABLE: &str = "CREATE TABLE applied_topology (topology_id TEXT PRIMARY KEY, applied_version_hash TEXT, \
                          hydrated_blob_json TEXT, applied_at INTEGER, last_error TEXT)";
@@ -161,22 +165,24 @@ mod tests {
         assert_eq!(files(), 3);
         owner.close().unwrap();
         assert_eq!((file.read(), files()), ((applied(6), Ok(())), 1));
-        let link = TopologyFile::new(dir.path().join("link"));
-        std::os::unix::fs::symlink(&file.path, &link.path).unwrap();
-        assert_eq!(link.row().unwrap(), applied(6).unwrap());
     }
 
     #[test]
     fn what_cannot_be_looked_at_is_not_taken_for_no_topology() {
         let (dir, mut file) = file();
-        // A path that leads through itself: `stat` fails, as it does for a folder that we may not enter.
-        std::os::unix::fs::symlink(&file.path, &file.path).unwrap();
+        // A folder that leads through itself: looking there fails, as it does in a folder that we may not enter.
+        let folder = dir.path().join("folder");
+        std::os::unix::fs::symlink(&folder, &folder).unwrap();
+        file.path = folder.join("topology.db");
         let (last, problem) = file.read();
         assert_eq!(last, None);
         assert!(problem.unwrap_err().contains("Too many levels of symbolic links"));
         let mut fifo = TopologyFile::new(dir.path().join("fifo"));
         assert!(std::process::Command::new("mkfifo").arg(&fifo.path).status().unwrap().success());
-        assert!(fifo.read().1.unwrap_err().ends_with("fifo: not a regular file"), "opening it would wait for ever");
+        assert!(
+            fifo.read().1.unwrap_err().ends_with("fifo is a FIFO, not a regular file; move it away"),
+            "opening it would wait for ever"
+        );
     }
 
     #[test]
@@ -191,7 +197,47 @@ mod tests {
         );
         let (last, problem) = file.read();
         assert_eq!(last, Some(Some(row())));
-        assert!(problem.unwrap_err().ends_with("topology.db-journal"), "opening it would wait for ever");
+        assert!(
+            problem.unwrap_err().ends_with("topology.db-journal is a FIFO, not a regular file; move it away"),
+            "opening it would wait for ever"
+        );
+    }
+
+    #[test]
+    fn what_is_no_file_of_its_own_is_refused_unopened() {
+        for part in PARTS {
+            type Make = fn(&Path, &Path);
+            let makes: [(Make, &str); 3] = [
+                (|path, other| std::os::unix::fs::symlink(other, path).unwrap(), "is a symlink, not a regular file"),
+                (|path, other| std::fs::hard_link(other, path).unwrap(), "has 2 hard links"),
+                (
+                    |path, _| assert!(std::process::Command::new("mkfifo").arg(path).status().unwrap().success()),
+                    "is a FIFO, not a regular file",
+                ),
+            ];
+            for (make, problem) in makes {
+                let (dir, mut file, owner) = file_with_row();
+                owner.close().unwrap();
+                let (place, other) = (beside(&file.path, part), dir.path().join("other"));
+                std::fs::write(&other, "theirs").unwrap();
+                let _ = std::fs::remove_file(&place);
+                make(&place, &other);
+                let (last, said) = file.read();
+                assert_eq!(last, Some(Some(row())));
+                let said = said.unwrap_err();
+                assert!(said.contains(&format!("topology.db{part} {problem}")), "{said}");
+                assert_eq!(std::fs::read(&other).unwrap(), b"theirs");
+            }
+        }
+    }
+
+    #[test]
+    fn a_file_below_a_symlinked_folder_is_read() {
+        let (dir, file, _owner) = file_with_row();
+        let link = dir.path().join("link");
+        std::os::unix::fs::symlink(dir.path(), &link).unwrap();
+        let path = TopologyFile::new(link.join("topology.db"));
+        assert_eq!((path.row().unwrap(), file.row().unwrap()), (Some(row()), Some(row())));
     }
 
     #[test]

@@ -101,7 +101,7 @@ fn each_commit_is_one_sync_and_no_file_is_ever_anybody_elses() {
     let (end, steps) = steps.split_last().unwrap();
     assert_eq!((end.0.as_str(), steps), ("end", expected.collect::<Vec<_>>().as_slice()));
 
-    let made = ["", "-journal", "-lock", "-making", "-shm", "-wal"];
+    let made = ["", "-journal", "-lock", "-shm", "-wal"];
     let made = made.map(|suffix| (suffix.to_owned(), "start".to_owned(), "0600".to_owned()));
     assert_eq!(traced.made, made.into());
 }

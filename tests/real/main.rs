@@ -15,6 +15,7 @@ mod container;
 mod disk;
 mod durability;
 mod enrolment;
+mod files;
 mod frozen;
 mod heartbeat;
 mod metrics;

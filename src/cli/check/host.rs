@@ -14,9 +14,10 @@ use super::super::{STATE_FILE_VARIABLE, state_file_of_environment};
 use super::steps::Step;
 use crate::delta::from_micros;
 use crate::error::{chain, printable_path};
+use crate::files::beside;
 use crate::files::folder;
-use crate::outbox::{self, Counts, OutboxLocation, deliverer};
-use crate::read_only::beside;
+use crate::outbox::{self, Looked, OutboxLocation, deliverer};
+use crate::kept::Counts;
 use crate::status::AppliedTopology;
 use crate::status::decnet::Findings;
 use crate::status::docker::Engine;
@@ -177,8 +178,8 @@ fn looked_at(path: &Path) -> Step {
     if let Err(error) = access(path, Access::READ_OK | Access::WRITE_OK) {
         return lost(format!("{file} cannot be written: {error}"));
     }
-    let counts = match outbox::look(path) {
-        Ok(Some(counts)) => counts,
+    let Looked { counts, .. } = match outbox::look(path) {
+        Ok(Some(found)) => found,
         Ok(None) => return Step::good("outbox", format!("{file}: of an older version, run takes it over")),
         Err(error) => return lost(chain(&error)),
     };
