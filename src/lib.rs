@@ -184,6 +184,7 @@ mod error;
 mod explain;
 mod files;
 mod first_bytes;
+mod forked;
 #[cfg(fuzzing)]
 #[doc(hidden)]
 pub mod fuzzing;

@@ -13,6 +13,7 @@ use super::outbox::{Heartbeat, OutboxThread};
 use crate::credentials::{Access, Credentials};
 use crate::enrolment::Enrolment;
 use crate::error::{Error, chain};
+use crate::forked::OutboxThreadRuns;
 use crate::identity::MasterIdentity;
 use crate::limits;
 use crate::outbox::{Outbox, OutboxLocation, Role, SharedBooks};
@@ -43,8 +44,8 @@ pub(crate) struct Started {
 ///
 /// # Errors
 ///
-/// The host is not enrolled, a value or the bundle cannot be used or read, another process delivers from the outbox, or the
-/// system refuses a thread. Nothing runs then.
+/// The host is not enrolled, a value or the bundle cannot be used or read, another process delivers from the outbox, this process
+/// was forked from one in which a heartbeat ran, or the system refuses a thread. Nothing runs then.
 pub(crate) fn start(start: Start) -> Result<Started, Error> {
     let (desk, books) = (Arc::new(Desk::default()), Arc::new(SharedBooks::default()));
     let (news, unread) = bounded(1);
@@ -112,8 +113,10 @@ pub(crate) fn contribute(path: Option<PathBuf>) -> Result<(Arc<OutboxClient>, Op
 /// The thread, and what is disconnected when it has ended.
 fn spawn(run: impl FnOnce() + Send + 'static) -> Result<(JoinHandle<()>, Receiver<()>), Error> {
     let (alive, ended) = bounded(0);
+    let runs = OutboxThreadRuns::new()?;
     let run = move || {
         let _alive: Sender<()> = alive;
+        let _runs = runs;
         run();
     };
     let builder = thread::Builder::new().name(NAME.to_owned()).stack_size(limits::STACK);
