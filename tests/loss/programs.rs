@@ -92,6 +92,10 @@ impl Reporter {
             Outcome::Succeeded => command.arg("succeeded"),
             Outcome::Failed(error) => command.args(["failed", "--error", error]),
         };
+        if fastrand::bool() {
+            // It is left to `run` to deliver it.
+            command.arg("--no-wait");
+        }
         stage.hear(&format!("try {name}"));
         Self { child: spawn(command.arg(&name)), name, verdict: None }
     }

@@ -1,8 +1,8 @@
-//! `rewritten`: the agent dir is deleted, or renamed away, and written again as an enrolment does it, at random moments, while a
+//! `rewritten`: the agent dir is renamed away, or removed, and written again as an enrolment does it, at random moments, while a
 //! `run` that nobody kills, `push` and `track` work on it, and the master is there or not. What was promised must be heard before the next time: until then
 //! somebody has the file open.
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::fs::{self, Permissions};
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
@@ -27,14 +27,15 @@ pub fn rewritten(options: &Options) -> String {
     let bundle = Bundle::of(&stage.worker.agent_dir);
     let mut run = run(&stage, None);
     assert!(stage.master.wait_for_beats(1, PATIENCE));
-    let (mut without, mut lost) = (0, BTreeMap::new());
+    let (mut without, mut lost) = (0, BTreeSet::new());
     for round in 1..=options.rounds {
-        if fastrand::bool() {
+        let is_away = fastrand::bool();
+        if is_away {
             stage.take_away();
         }
         let reporters: Vec<_> = (0..REPORTERS).map(|n| Reporter::start(&mut stage, None, round, n)).collect();
         pause(Duration::from_millis(fastrand::u64(..100)));
-        bundle.write_again(&stage.worker.agent_dir, &stage.folder().join(format!("away-{round}")));
+        let how = bundle.write_again(&stage.worker.agent_dir, &stage.folder().join(format!("away-{round}")));
         for reporter in reporters {
             let (has_promised, _) = reporter.try_end(&mut stage).expect("nobody kills it");
             without += u32::from(!has_promised);
@@ -42,20 +43,22 @@ pub fn rewritten(options: &Options) -> String {
         assert_eq!(run.try_wait().unwrap(), None, "run has ended");
         stage.bring_back();
         for name in owed_after_all(&mut stage, &lost) {
-            lost.insert(name, round);
+            let master = if is_away { "away" } else { "there" };
+            eprintln!("lost: {name}, the folder was {how}, the master was {master}");
+            lost.insert(name);
         }
     }
     kill(&mut run);
-    assert!(lost.is_empty(), "lost, each with its round: {lost:?}");
+    assert!(lost.is_empty(), "lost: {lost:?}");
     format!("{} rounds, {without} reports refused, {}", options.rounds, stage.finish())
 }
 
 /// What is not heard in time, but for what was lost before.
-fn owed_after_all(stage: &mut Stage, lost: &BTreeMap<String, u32>) -> Vec<String> {
+fn owed_after_all(stage: &mut Stage, lost: &BTreeSet<String>) -> Vec<String> {
     let end = Instant::now() + LATEST;
     loop {
         let mut owed = stage.owed();
-        owed.retain(|name| !lost.contains_key(name));
+        owed.retain(|name| !lost.contains(name));
         if owed.is_empty() || Instant::now() > end {
             return owed;
         }
@@ -75,22 +78,20 @@ impl Bundle {
         Self(fs::read_dir(folder).unwrap().map(|file| read(file.unwrap().path())).collect())
     }
 
-    fn write_again(&self, folder: &Path, away: &Path) {
-        if fastrand::bool() {
-            fs::rename(folder, away).unwrap();
-        }
-        // Others make files in it meanwhile.
-        while let Err(error) = fs::remove_dir_all(folder) {
-            match error.kind() {
-                ErrorKind::NotFound => break,
-                ErrorKind::DirectoryNotEmpty => (),
-                _ => panic!("{error}"),
-            }
+    /// How it has removed what was there. The folder is renamed in any case: a push may make a file anew in one that is being
+    /// emptied, and nobody else has that one open when it is removed, too.
+    fn write_again(&self, folder: &Path, away: &Path) -> &'static str {
+        let removes = fastrand::bool();
+        fs::rename(folder, away).unwrap();
+        if removes {
+            // Who has a file in it open may still make files beside it.
+            while fs::remove_dir_all(away).is_err_and(|error| error.kind() != ErrorKind::NotFound) {}
         }
         fs::create_dir_all(folder).unwrap();
         for (name, content, permissions) in &self.0 {
             fs::write(folder.join(name), content).unwrap();
             fs::set_permissions(folder.join(name), permissions.clone()).unwrap();
         }
+        if removes { "removed" } else { "renamed" }
     }
 }
