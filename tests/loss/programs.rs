@@ -79,21 +79,26 @@ impl Reporter {
     pub fn start(stage: &mut Stage, user: Option<u32>, round: u32, n: u32) -> Self {
         let command = program(stage, user);
         if n.is_multiple_of(2) {
-            Self::push(stage, command, format!("p-{round}-{n}"))
+            Self::push(stage, command, format!("p-{round}-{n}"), fastrand::bool())
         } else {
             Self::track(stage, command, round, n)
         }
     }
 
-    fn push(stage: &mut Stage, mut command: Command, name: String) -> Self {
+    /// A push that is left to `run`, which must have the file for that.
+    pub fn left_to_run(stage: &mut Stage, round: u32, n: u32) -> Self {
+        let command = program(stage, None);
+        Self::push(stage, command, format!("p-{round}-{n}"), false)
+    }
+
+    fn push(stage: &mut Stage, mut command: Command, name: String, waits: bool) -> Self {
         let delta = pushed(&name);
         command.args(["push", "--operation", delta.operation().as_str(), "--status"]);
         match delta.outcome() {
             Outcome::Succeeded => command.arg("succeeded"),
             Outcome::Failed(error) => command.args(["failed", "--error", error]),
         };
-        if fastrand::bool() {
-            // It is left to `run` to deliver it.
+        if !waits {
             command.arg("--no-wait");
         }
         stage.hear(&format!("try {name}"));

@@ -42,6 +42,8 @@ pub fn rewritten(options: &Options) -> String {
         }
         assert_eq!(run.try_wait().unwrap(), None, "run has ended");
         stage.bring_back();
+        // Once this one is heard `run` has the new file open.
+        Reporter::left_to_run(&mut stage, round, REPORTERS).end(&mut stage);
         for name in owed_after_all(&mut stage, &lost) {
             let master = if is_away { "away" } else { "there" };
             eprintln!("lost: {name}, the folder was {how}, the master was {master}");
