@@ -82,6 +82,9 @@ enum Kind {
     Thread {
         name: &'static str,
     },
+    Forked {
+        from: u32,
+    },
     #[cfg(feature = "cli")]
     Answer,
     #[cfg(feature = "loopback")]
@@ -127,6 +130,11 @@ impl Error {
     /// The system refused a thread.
     pub(crate) fn thread(name: &'static str, source: io::Error) -> Self {
         Self::new(Kind::Thread { name }).because(source)
+    }
+
+    /// What was called belongs to the process of this pid, from which this one was forked.
+    pub(crate) fn forked(from: u32) -> Self {
+        Self::new(Kind::Forked { from })
     }
 
     /// The program's answer could not be printed.
@@ -291,6 +299,11 @@ impl fmt::Display for Error {
             Kind::Outbox { path: None, problem } => write!(f, "outbox in memory: {problem}"),
             Kind::Setting { name, problem } => write!(f, "{name}: {problem}"),
             Kind::Thread { name } => write!(f, "the system refused the thread {name}"),
+            Kind::Forked { from } => write!(
+                f,
+                "this process was forked from process {from} while a heartbeat was running there, and it has none of its \
+                 threads; start the heartbeat after the fork, in the process that uses it"
+            ),
             #[cfg(feature = "cli")]
             Kind::Answer => f.write_str("the answer could not be printed"),
             #[cfg(feature = "loopback")]

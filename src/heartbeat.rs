@@ -13,6 +13,7 @@ use crate::decommission::Decommission;
 use crate::delta::{Operation, from_micros};
 use crate::enrolment::Enrolment;
 use crate::error::{Error, chain, printable_path};
+use crate::forked::OfProcess;
 use crate::identity::MasterIdentity;
 use crate::limits;
 use crate::link::{Interrupt, Link};
@@ -30,11 +31,17 @@ use crate::threads::client::OutboxClient;
 use crate::threads::start::{self, Started};
 use crate::worker::Worker;
 
+/// The heartbeat thread.
+const NAME: &str = "decnet-heartbeat";
+
 /// A running heartbeat, or a dormant one where the host is not enrolled.
 ///
 /// It runs on three threads of its own, `decnet-heartbeat`, `decnet-status` and `decnet-outbox`, which ends with the last
 /// [`DeltaSender`] or [`TrackedOperation`]: see [`design`](crate::design). Dropping it stops it, with 2 s for what still waits;
 /// [`stop`](Self::stop) lets the caller choose.
+///
+/// It belongs to the process that started it. In one that was forked later it does nothing, and what returns a `Result` returns
+/// an error; its drop there leaves the parent's heartbeat, locks and rows alone. See [`design`](crate::design).
 ///
 /// ```
 /// # #[cfg(feature = "loopback")]
@@ -55,8 +62,8 @@ use crate::worker::Worker;
 /// ```
 #[derive(Debug)]
 pub struct Heartbeat {
-    running: Option<Running>,
-    stats: Arc<SharedStats>,
+    /// `None`: dormant.
+    running: Option<OfProcess<Running>>,
 }
 
 #[derive(Debug)]
@@ -69,6 +76,7 @@ struct Running {
     ended: Receiver<()>,
     interrupt: Arc<Interrupt>,
     outbox: Arc<OutboxClient>,
+    stats: Arc<SharedStats>,
 }
 
 /// How a heartbeat stopped.
@@ -143,7 +151,8 @@ impl Heartbeat {
     /// # fn main() {}
     /// ```
     pub fn deltas(&self) -> DeltaSender {
-        self.running.as_ref().map_or_else(DeltaSender::dormant, |running| DeltaSender::new(Arc::clone(&running.outbox)))
+        let Some(running) = &self.running else { return DeltaSender::dormant() };
+        DeltaSender::new(running.map(|running| Arc::clone(&running.outbox)))
     }
 
     /// Tracks an operation on `deckies`: see [`DeltaSender::begin`].
@@ -221,7 +230,8 @@ impl Heartbeat {
         self.deltas().run(operation, deckies, work)
     }
 
-    /// What it knows of itself. Never blocks on the network or the disk.
+    /// What it knows of itself. Never blocks on the network or the disk. In a process that was forked after the start only
+    /// [`ended_thread`](Stats::ended_thread) is set, as its threads do not run there.
     ///
     /// ```
     /// # #[cfg(feature = "loopback")]
@@ -241,21 +251,22 @@ impl Heartbeat {
     /// # fn main() {}
     /// ```
     pub fn stats(&self) -> Stats {
-        let mut stats = self.stats.read();
-        if let Some(running) = &self.running {
-            let Books { counts, dropped, .. } = running.outbox.books();
-            (stats.waiting, stats.held, stats.operations) = (counts.waiting, counts.held, counts.operations);
-            stats.oldest_waiting = counts.oldest.map(from_micros);
-            (stats.dropped, stats.outbox) = (dropped, running.outbox.path().map(Into::into));
-            stats.outbox_busy_since = running.outbox.busy_since().map(past);
-        }
+        let Some(running) = &self.running else { return Stats { dormant: true, ..Stats::default() } };
+        let Ok(running) = running.get() else { return Stats { ended_thread: Some(NAME), ..Stats::default() } };
+        let mut stats = running.stats.read();
+        let Books { counts, dropped, .. } = running.outbox.books();
+        (stats.waiting, stats.held, stats.operations) = (counts.waiting, counts.held, counts.operations);
+        stats.oldest_waiting = counts.oldest.map(from_micros);
+        (stats.dropped, stats.outbox) = (dropped, running.outbox.path().map(Into::into));
+        stats.outbox_busy_since = running.outbox.busy_since().map(past);
         stats
     }
 
     /// Whether a thread makes no progress that a restart could help: the heartbeat thread has been at one event for over a
     /// minute, the status source has owed a snapshot for as long, or a thread has ended. A watchdog asks this. The beats go
     /// on without a source that hangs; what runs here is then no longer told. They go on without deltas while the disk of
-    /// the outbox does not answer, which is no stall: see [`Stats::outbox_busy_since`].
+    /// the outbox does not answer, which is no stall: see [`Stats::outbox_busy_since`]. In a process that was forked after the
+    /// start it is always true.
     ///
     /// ```
     /// # #[cfg(feature = "loopback")]
@@ -272,7 +283,8 @@ impl Heartbeat {
     /// # fn main() {}
     /// ```
     pub fn is_stalled(&self) -> bool {
-        self.stats.read().is_stalled()
+        let Some(running) = &self.running else { return false };
+        running.get().map_or(true, |running| running.stats.read().is_stalled())
     }
 
     /// Says that a beat has ended, well or not, and that [`stats`](Self::stats) has it: for tests, and for whoever shows
@@ -291,12 +303,14 @@ impl Heartbeat {
     /// ```
     #[cfg(feature = "loopback")]
     pub fn beats(&self) -> Receiver<()> {
-        self.running.as_ref().map_or_else(crossbeam_channel::never, |running| running.beats.clone())
+        let running = self.running.as_ref().and_then(|running| running.get().ok());
+        running.map_or_else(crossbeam_channel::never, |running| running.beats.clone())
     }
 
     /// Waits until all deltas that may be sent now have been accepted or rejected by the master; at the longest for
     /// `timeout` (a day at the most). Whether they have been. What is held back by an operation in flight is not waited for,
-    /// nor is what is pushed meanwhile. A beat that waits for the end of a backoff is not sent any earlier.
+    /// nor is what is pushed meanwhile. A beat that waits for the end of a backoff is not sent any earlier. In a process that was
+    /// forked after the start it is always false, at once.
     ///
     /// ```
     /// # #[cfg(feature = "loopback")]
@@ -317,11 +331,13 @@ impl Heartbeat {
     /// ```
     pub fn flush(&self, timeout: Duration) -> bool {
         let until = Instant::now() + timeout.min(limits::MAX_GRACE);
-        self.running.as_ref().is_none_or(|running| running.outbox.flush(until))
+        let flush = |running: &OfProcess<Running>| running.get().is_ok_and(|running| running.outbox.flush(until));
+        self.running.as_ref().is_none_or(flush)
     }
 
     /// Stops within `grace` (a day at the most): the deltas that wait now are posted once more, and that is interrupted when
-    /// the grace runs out. It takes no longer than it must: with nothing to post, milliseconds.
+    /// the grace runs out. It takes no longer than it must: with nothing to post, milliseconds. In a process that was forked
+    /// after the start it stops nothing and counts nothing, at once: what waits is the parent's.
     ///
     /// ```
     /// # #[cfg(feature = "loopback")]
@@ -344,7 +360,7 @@ impl Heartbeat {
     }
 
     fn shut_down(&mut self, grace: Duration) -> Stopped {
-        let Some(running) = self.running.take() else {
+        let Some(running) = self.running.take().and_then(OfProcess::into_ours) else {
             return Stopped { undelivered: 0, operations: 0, kept: true, in_time: true };
         };
         let Running { stop, ended, interrupt, outbox, .. } = running;
@@ -535,8 +551,8 @@ impl HeartbeatBuilder {
     /// # Errors
     ///
     /// A configured value or the bundle cannot be used or read in time (the error names the variable, key or file), or another
-    /// heartbeat, here or in another process, delivers from the outbox (the error says which), or the system refuses a
-    /// thread. No thread is left then, unless it waits for a disk that does not answer.
+    /// heartbeat, here or in another process, delivers from the outbox (the error says which), or this process was forked from
+    /// one in which a heartbeat, a sender or an operation was left, or the system refuses a thread. No thread is left then, unless it waits for a disk that does not answer.
     pub fn start(mut self) -> Result<Heartbeat, Error> {
         let enrolment = self.enrolment.take();
         self.start_as(move || enrolment.map_or_else(Enrolment::from_env, Ok))
@@ -555,8 +571,7 @@ impl HeartbeatBuilder {
             Ok(started) => started,
             Err(error) if error.is_not_enrolled() => {
                 quietly(|| log::debug!("heartbeat dormant: error={:?}", chain(&error)));
-                stats.change(|stats| stats.dormant = true);
-                return Ok(Heartbeat { running: None, stats });
+                return Ok(Heartbeat { running: None });
             }
             Err(error) => return Err(error),
         };
@@ -595,7 +610,6 @@ fn start(
     stats: Arc<SharedStats>,
     settings: Settings,
 ) -> Result<Heartbeat, Error> {
-    const NAME: &str = "decnet-heartbeat";
     let Settings { agent_version, interval, ticks } = settings;
     stats.change(|stats| link.describe(stats));
     let place = outbox.path().map_or_else(|| "memory".to_owned(), printable_path);
@@ -642,7 +656,8 @@ fn start(
     };
     let builder = thread::Builder::new().name(NAME.to_owned()).stack_size(limits::STACK);
     builder.spawn(run).map_err(|source| Error::thread(NAME, source))?;
-    Ok(Heartbeat { running: Some(Running { stop, beats, ended, interrupt, outbox }), stats })
+    let running = Running { stop, beats, ended, interrupt, outbox, stats };
+    Ok(Heartbeat { running: Some(OfProcess::new(running)) })
 }
 
 /// A moment that has passed, by the clock that people read.

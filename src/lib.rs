@@ -127,8 +127,8 @@
 //!   out of the outbox, a status that it refuses, a panic that was caught, an outbox in memory, one that was moved aside,
 //!   or one that cannot note what the master has answered.
 //! - `warn`: a beat that failed, changed credentials that do not fit, a certificate that expires within 30 days, a key that
-//!   others can read, Docker or a file that cannot be read, operations whose process has died. A failure is logged when it
-//!   changes. A failed beat, what else comes again with each beat, and what alternates or comes and goes, is logged the
+//!   others can read, a folder of the heartbeat's files into which others may write, Docker or a file that cannot be read,
+//!   operations whose process has died. A failure is logged when it changes. A failed beat, what else comes again with each beat, and what alternates or comes and goes, is logged the
 //!   first, second, fourth, eighth … time. Numbers and ids in a text do not make it another failure. A delta that rests.
 //! - `info`: start, first success, recovery from a failure that was logged, credentials taken over, an outbox that is on
 //!   the disk again, stop.
@@ -185,6 +185,7 @@ mod error;
 mod explain;
 mod files;
 mod first_bytes;
+mod forked;
 #[cfg(fuzzing)]
 #[doc(hidden)]
 pub mod fuzzing;
@@ -214,6 +215,7 @@ mod threads;
 mod tls;
 mod verifier;
 mod worker;
+mod writers;
 mod x509;
 
 pub use delta::{LifecycleDelta, Operation, Outcome};

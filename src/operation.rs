@@ -133,6 +133,8 @@ impl<E: Into<Box<dyn StdError + Send + Sync>>> IntoOutcome for Result<(), E> {
 /// is reported failed. None of this waits for the network, and none of it can fail: where the outbox cannot be written
 /// just now, the end is remembered and written with the next change.
 ///
+/// In a process that was forked after it began it reports nothing: it is still the parent's.
+///
 /// ```
 /// # #[cfg(feature = "loopback")]
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -240,8 +242,10 @@ impl TrackedOperation {
     ///
     /// # Errors
     ///
-    /// The operation does not have this decky, or it is settled already: the first verdict stands.
+    /// The operation does not have this decky, or it is settled already: the first verdict stands. Or this process was forked
+    /// after the operation began.
     pub fn settle(&mut self, decky: &str, outcome: Outcome) -> Result<(), Error> {
+        self.deltas.check_process()?;
         let Some(place) = self.open.iter().position(|(open, _)| open == decky) else {
             let name = printable(decky);
             return Err(Error::setting("decky name", format!("{name:?} is not open in this {}", self.operation)));

@@ -8,6 +8,7 @@ use std::thread::{self, JoinHandle};
 use crate::collector::is_status_thread;
 use crate::delta::{LifecycleDelta, Operation, check_decky};
 use crate::error::{Error, chain};
+use crate::forked::OfProcess;
 use crate::operation::{IntoDeckies, IntoOutcome, TrackedOperation, reason};
 use crate::outbox::{Add, Change, Kept, Poster};
 use crate::panics::{caught, discard, quietly};
@@ -17,7 +18,8 @@ use crate::threads::client::OutboxClient;
 ///
 /// It may outlive its heartbeat. What it pushes after the stop is kept in the file as before, and the next heartbeat on that
 /// file sends it with its next beat; nothing wakes that one. If the outbox is in memory, a push after the stop is an error,
-/// since nobody would deliver it. The outbox thread ends with the last sender and operation.
+/// since nobody would deliver it. The outbox thread ends with the last sender and operation. In a process that was forked after the
+/// heartbeat's start every call returns an error.
 ///
 /// A [`StatusSource`](crate::StatusSource) may push, too. What it pushes while it is asked for a snapshot is sent with the next
 /// beat, and does not ask for one. A thread that the source starts counts as any other: each push there makes a beat, which asks
@@ -53,11 +55,11 @@ use crate::threads::client::OutboxClient;
 #[derive(Clone, Debug)]
 pub struct DeltaSender {
     /// `None`: dormant.
-    outbox: Option<Arc<OutboxClient>>,
+    outbox: Option<OfProcess<Arc<OutboxClient>>>,
 }
 
 impl DeltaSender {
-    pub(crate) fn new(outbox: Arc<OutboxClient>) -> Self {
+    pub(crate) fn new(outbox: OfProcess<Arc<OutboxClient>>) -> Self {
         Self { outbox: Some(outbox) }
     }
 
@@ -100,6 +102,7 @@ impl DeltaSender {
     ///   characters. Trying again does not help.
     /// - The disk has not answered within a second. If [`Error::is_in_doubt`] the delta will be sent when it answers, unless the
     ///   process ends first, so it must not be pushed again. Otherwise nothing was kept, and the caller may try again.
+    /// - This process was forked after the heartbeat's start. Nothing was kept.
     /// - The outbox cannot keep the delta: another process has it locked for a second, operations in flight fill it, 1,024
     ///   requests wait already, or it is in memory and its heartbeat has stopped. Nothing was kept; the caller may try again.
     pub fn push(&self, delta: LifecycleDelta) -> Result<(), Error> {
@@ -134,6 +137,7 @@ impl DeltaSender {
             quietly(|| log::debug!("not enrolled, deltas dropped: deltas={}", deltas.len()));
             return Ok(());
         };
+        let outbox = outbox.get()?;
         if deltas.is_empty() {
             return Ok(());
         }
@@ -188,7 +192,7 @@ impl DeltaSender {
             return Err(Error::setting("deckies", "are none; an operation needs the name of a decky"));
         }
         let first = match &self.outbox {
-            Some(outbox) => outbox.add(Add::Operation(operation, deckies.clone()), false)?,
+            Some(outbox) => outbox.get()?.add(Add::Operation(operation, deckies.clone()), false)?,
             None => 0,
         };
         Ok(TrackedOperation::new(self.clone(), operation, deckies.into_iter().zip(first..)))
@@ -241,9 +245,17 @@ impl DeltaSender {
         thread::Builder::new().name(NAME.to_owned()).spawn(run).map_err(|source| Error::thread(NAME, source))
     }
 
+    /// # Errors
+    ///
+    /// This process was forked from the one that the sender belongs to.
+    pub(crate) fn check_process(&self) -> Result<(), Error> {
+        self.outbox.as_ref().map_or(Ok(()), |outbox| outbox.get().map(drop))
+    }
+
     /// Operations have ended; their rows are in the outbox since they began.
     pub(crate) fn end(&self, ended: Vec<Kept>) {
-        let Some(outbox) = self.outbox.as_ref().filter(|_| !ended.is_empty()) else { return };
+        // In a child there is nobody to hear of it, and no lock of a logger is touched.
+        let Some(Ok(outbox)) = self.outbox.as_ref().filter(|_| !ended.is_empty()).map(OfProcess::get) else { return };
         // The guard may be dropped by a panic, and a second one, of the logger, would end the process.
         if let Err(error) = outbox.change(Change::Ended(ended, Poster::Deliverer), !is_status_thread()) {
             let error = chain(&error);

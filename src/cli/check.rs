@@ -21,6 +21,7 @@ use crate::enrolment::Enrolment;
 use crate::error::{Error, chain, printable_path};
 use crate::identity::MasterIdentity;
 use crate::status::Snapshot;
+use crate::writers::others_may_write;
 use steps::{Checklist, Step};
 
 /// Every step is a line of the answer, and so is what went wrong in it.
@@ -74,10 +75,17 @@ fn who_and_where(enrolment: &Enrolment, given: Option<MasterIdentity>, rule: Mas
         (None, Some(rule)) => rule.provenance().to_string(),
         (None, None) => "default".to_owned(),
     };
+    let agent_dir = said("agent-dir", printable_path(dir.value()), dir.provenance().to_string());
+    let agent_dir = match others_may_write(dir.value()) {
+        Some(why) => {
+            agent_dir.advise(format!("others may replace the heartbeat's files, as {why}: chmod go-w or chown it"))
+        }
+        None => agent_dir,
+    };
     [
         said("host", uuid.value().clone(), uuid.provenance().to_string()),
         said("master", enrolment.master_authority(), format!("{}; port: {}", host.provenance(), port.provenance())),
-        said("agent-dir", printable_path(dir.value()), dir.provenance().to_string()),
+        agent_dir,
         said("identity", rule.to_string(), rule_from),
     ]
 }

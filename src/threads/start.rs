@@ -1,6 +1,6 @@
 //! How the outbox thread is started, and what is waited for: a start must not hang on a disk that does.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
@@ -12,12 +12,15 @@ use super::desk::Desk;
 use super::outbox::{Heartbeat, OutboxThread};
 use crate::credentials::{Access, Credentials};
 use crate::enrolment::Enrolment;
-use crate::error::{Error, chain};
+use crate::error::{Error, chain, printable_path};
+use crate::files::folder;
+use crate::forked::OutboxThreadRuns;
 use crate::identity::MasterIdentity;
 use crate::limits;
 use crate::outbox::{Outbox, OutboxLocation, Role, SharedBooks};
 use crate::panics::{caught, quietly};
 use crate::stats::{SharedStats, ThreadWatch};
+use crate::writers::others_may_write;
 
 const NAME: &str = "decnet-outbox";
 
@@ -43,8 +46,8 @@ pub(crate) struct Started {
 ///
 /// # Errors
 ///
-/// The host is not enrolled, a value or the bundle cannot be used or read, another process delivers from the outbox, or the
-/// system refuses a thread. Nothing runs then.
+/// The host is not enrolled, a value or the bundle cannot be used or read, another process delivers from the outbox, this process
+/// was forked from one in which a heartbeat ran, or the system refuses a thread. Nothing runs then.
 pub(crate) fn start(start: Start) -> Result<Started, Error> {
     let (desk, books) = (Arc::new(Desk::default()), Arc::new(SharedBooks::default()));
     let (news, unread) = bounded(1);
@@ -112,8 +115,10 @@ pub(crate) fn contribute(path: Option<PathBuf>) -> Result<(Arc<OutboxClient>, Op
 /// The thread, and what is disconnected when it has ended.
 fn spawn(run: impl FnOnce() + Send + 'static) -> Result<(JoinHandle<()>, Receiver<()>), Error> {
     let (alive, ended) = bounded(0);
+    let runs = OutboxThreadRuns::new()?;
     let run = move || {
         let _alive: Sender<()> = alive;
+        let _runs = runs;
         run();
     };
     let builder = thread::Builder::new().name(NAME.to_owned()).stack_size(limits::STACK);
@@ -136,13 +141,27 @@ fn load(start: Start, loaded: &Sender<Loaded>) -> Option<(Credentials, Option<Pa
     let found = caught(|| enrolment().and_then(|enrolment| Credentials::load(enrolment, identity)));
     match found.unwrap_or_else(|said| Err(Error::setting("credentials", format!("panicked: {said}")))) {
         Ok((credentials, access)) => {
-            let path = location.path(access.enrolment.agent_dir().value());
-            loaded.send(Ok((access, path.clone()))).is_ok().then_some((credentials, path))
+            let agent_dir = access.enrolment.agent_dir().value().clone();
+            let path = location.path(&agent_dir);
+            loaded.send(Ok((access, path.clone()))).ok()?;
+            warn_of_others(&agent_dir, path.as_deref());
+            Some((credentials, path))
         }
         Err(error) => {
             // Nobody may be waiting any more.
             let _ = loaded.send(Err(error));
             None
+        }
+    }
+}
+
+/// Whoever may write into a folder may replace the key, the CA and the outbox.
+fn warn_of_others(agent_dir: &Path, outbox: Option<&Path>) {
+    let beside = outbox.map(folder).filter(|beside| *beside != agent_dir);
+    for dir in [agent_dir].into_iter().chain(beside) {
+        if let Some(why) = others_may_write(dir) {
+            let dir = printable_path(dir);
+            quietly(|| log::warn!("others may replace the heartbeat's files: folder={dir} because={why:?}"));
         }
     }
 }

@@ -38,3 +38,4 @@ mod support;
 mod threads;
 mod track;
 mod wire;
+mod writers;

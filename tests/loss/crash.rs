@@ -17,7 +17,7 @@ use crate::told::{Book, operation_names};
 use crate::verdict::Heard;
 
 /// Longer than anything takes; reaching it is a failure.
-const PATIENCE: Duration = Duration::from_secs(60);
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// What the outbox holds at the most.
 const FULL: u32 = 10_000;
@@ -82,6 +82,8 @@ pub struct Stage {
     pub master: LoopbackMaster,
     away: bool,
     pub worker: Enrolled,
+    /// The program as it is installed.
+    pub program: PathBuf,
     book: Book,
     heard: Heard,
     drained: u32,
@@ -91,7 +93,13 @@ impl Stage {
     pub fn new() -> Self {
         let (folder, master) = (tempfile::tempdir().unwrap(), LoopbackMaster::start().unwrap());
         let worker = master.enrol(&folder.path().join("agent")).unwrap();
-        Self { folder, master, away: false, worker, book: Book::default(), heard: Heard::default(), drained: 0 }
+        let program = env!("CARGO_BIN_EXE_decnet-heartbeat").into();
+        let (book, heard) = (Book::default(), Heard::default());
+        Self { folder, master, away: false, worker, program, book, heard, drained: 0 }
+    }
+
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
     }
 
     pub fn ini(&self) -> PathBuf {
@@ -105,8 +113,7 @@ impl Stage {
     /// Takes the master away or brings it back, once in a while.
     pub fn come_or_go(&mut self) {
         if fastrand::u8(..4) == 0 {
-            self.away = !self.away;
-            if self.away { self.master.stop() } else { self.master.start_again().unwrap() }
+            if self.away { self.bring_back() } else { self.take_away() }
         }
     }
 
@@ -142,11 +149,26 @@ impl Stage {
         rows
     }
 
-    /// A heartbeat that nobody kills delivers what is left.
-    fn drain(&mut self) {
+    /// What was promised and has not been heard yet. The outbox is not looked at.
+    pub fn owed(&mut self) -> Vec<String> {
+        self.heard.hear(&self.book, &self.master.take_received());
+        self.heard.owed(&self.book)
+    }
+
+    pub fn take_away(&mut self) {
+        self.away = true;
+        self.master.stop();
+    }
+
+    pub fn bring_back(&mut self) {
         if std::mem::take(&mut self.away) {
             self.master.start_again().unwrap();
         }
+    }
+
+    /// A heartbeat that nobody kills delivers what is left.
+    fn drain(&mut self) {
+        self.bring_back();
         self.drained += 1;
         let heartbeat = Heartbeat::builder()
             .enrolment(self.worker.enrolment().unwrap())

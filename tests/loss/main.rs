@@ -4,6 +4,8 @@
 //! `cargo test --test loss` runs a tenth of each, `-- --include-ignored` the whole: 300 kills and a million pushes. `-- NAME`
 //! runs those whose name contains it. A longer run, and the same one again: `-- kill --kills 5000 --seed 42`. It is a
 //! program of its own since it kills itself: started with `--child`, it is the process that dies.
+//!
+//! Two run only if they are named: `-- users` (as root) and `-- rewritten`, with `--rounds 300`.
 
 #![allow(
     clippy::unwrap_used,
@@ -19,7 +21,9 @@ mod child;
 mod crash;
 mod million;
 mod programs;
+mod rewritten;
 mod told;
+mod users;
 mod verdict;
 
 use std::panic::catch_unwind;
@@ -30,20 +34,26 @@ struct Scenario {
     name: &'static str,
     /// Gives its figures, and panics where a promise is broken.
     run: fn(&Options) -> String,
+    /// It runs only if it is named.
+    is_optional: bool,
 }
 
 /// In this order: the first one looks at its memory, which the others fill.
-const SCENARIOS: [Scenario; 4] = [
-    Scenario { name: "million", run: million::million },
-    Scenario { name: "kill", run: crash::kill },
-    Scenario { name: "faults", run: crash::faults },
-    Scenario { name: "programs", run: programs::programs },
+const SCENARIOS: [Scenario; 6] = [
+    Scenario { name: "million", run: million::million, is_optional: false },
+    Scenario { name: "kill", run: crash::kill, is_optional: false },
+    Scenario { name: "faults", run: crash::faults, is_optional: false },
+    Scenario { name: "programs", run: programs::programs, is_optional: false },
+    Scenario { name: "users", run: users::users, is_optional: true },
+    Scenario { name: "rewritten", run: rewritten::rewritten, is_optional: true },
 ];
 
 /// The command line, as far as it is not libtest's.
 struct Options {
-    /// SIGKILLs of `kill`; `faults` has a fifth of them, and `programs` that many rounds.
+    /// SIGKILLs of `kill`; `faults` has a fifth of them, and `programs` and `users` that many rounds.
     kills: u32,
+    /// Rounds of `rewritten`.
+    rounds: u32,
     /// Pushes of `million`.
     pushes: u32,
     seed: u64,
@@ -58,9 +68,12 @@ fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     }
     let options = Options::parse(&arguments);
-    let wanted = |name: &str| options.names.is_empty() || options.names.iter().any(|part| name.contains(part.as_str()));
+    let wanted = |scenario: &Scenario| match options.names.as_slice() {
+        [] => !scenario.is_optional,
+        names => names.iter().any(|part| scenario.name.contains(part.as_str())),
+    };
     let mut code = ExitCode::SUCCESS;
-    for Scenario { name, run } in SCENARIOS.into_iter().filter(|scenario| wanted(scenario.name)) {
+    for Scenario { name, run, .. } in SCENARIOS.into_iter().filter(wanted) {
         if options.list {
             println!("{name}: test");
             continue;
@@ -82,13 +95,14 @@ impl Options {
     /// What libtest would understand and we do not (`--include-ignored`, `--nocapture`, …) is passed over.
     fn parse(arguments: &[String]) -> Self {
         let whole = arguments.iter().any(|argument| argument == "--include-ignored" || argument == "--ignored");
-        let (kills, pushes) = if whole { (300, 1_000_000) } else { (30, 100_000) };
-        let mut options = Self { kills, pushes, seed: fastrand::u64(..), names: Vec::new(), list: false };
+        let (kills, rounds, pushes) = if whole { (300, 300, 1_000_000) } else { (30, 30, 100_000) };
+        let mut options = Self { kills, rounds, pushes, seed: fastrand::u64(..), names: Vec::new(), list: false };
         let mut arguments = arguments.iter();
         while let Some(argument) = arguments.next() {
             let mut number = || arguments.next().and_then(|text| text.parse().ok()).expect("a number after the option");
             match argument.as_str() {
                 "--kills" => options.kills = u32::try_from(number()).unwrap(),
+                "--rounds" => options.rounds = u32::try_from(number()).unwrap(),
                 "--pushes" => options.pushes = u32::try_from(number()).unwrap(),
                 "--seed" => options.seed = number(),
                 "--test-threads" | "--format" | "--color" | "--skip" => drop(arguments.next()),

@@ -1,6 +1,7 @@
 //! `programs`: `run`, `push` and `track` as they are installed, side by side on one agent dir. Any of them is killed at a
 //! random moment, while the master is taken away and brought back.
 
+use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::Duration;
 
@@ -16,10 +17,17 @@ const REPORTERS: u32 = 8;
 pub fn programs(options: &Options) -> String {
     let mut stage = Stage::new();
     stage.worker.write_ini(&stage.ini()).unwrap();
+    play(&mut stage, options, &[None], None);
+    stage.finish()
+}
+
+/// Rounds in which any of these users reports, and this one runs `run`.
+pub fn play(stage: &mut Stage, options: &Options, users: &[Option<u32>], service: Option<u32>) {
     for round in 1..=(options.kills / 5).max(1) {
         stage.come_or_go();
-        let mut run = run(&stage);
-        let mut reporters: Vec<_> = (0..REPORTERS).map(|n| Reporter::start(&mut stage, round, n)).collect();
+        let mut run = run(stage, service);
+        let start = |n| Reporter::start(stage, *fastrand::choice(users).unwrap(), round, n);
+        let mut reporters: Vec<_> = (0..REPORTERS).map(start).collect();
         for reporter in &mut reporters {
             pause(Duration::from_millis(fastrand::u64(..6)));
             reporter.maybe_kill();
@@ -27,37 +35,40 @@ pub fn programs(options: &Options) -> String {
         stage.come_or_go();
         if fastrand::bool() {
             kill(&mut run);
-            run = self::run(&stage);
+            run = self::run(stage, service);
         }
         for reporter in reporters {
-            reporter.end(&mut stage);
+            reporter.end(stage);
         }
         kill(&mut run);
         stage.check();
     }
-    stage.finish()
 }
 
-fn program(stage: &Stage) -> Command {
-    let mut program = Command::new(env!("CARGO_BIN_EXE_decnet-heartbeat"));
+/// The program, as this user runs it. `None`: ours.
+fn program(stage: &Stage, user: Option<u32>) -> Command {
+    let mut program = Command::new(&stage.program);
+    if let Some(user) = user {
+        program.uid(user).gid(user);
+    }
     program.arg("--config").arg(stage.ini()).stdin(Stdio::null());
     program
 }
 
-fn run(stage: &Stage) -> Child {
-    let mut run = program(stage);
+pub fn run(stage: &Stage, user: Option<u32>) -> Child {
+    let mut run = program(stage, user);
     run.args(["run", "--interval", "50ms", "--state-file", "/nonexistent", "--docker-socket", "/nonexistent"]);
     run.stderr(Stdio::null()).spawn().unwrap()
 }
 
-fn kill(child: &mut Child) {
+pub fn kill(child: &mut Child) {
     // It may have ended by itself, or have been refused as the one before it was just being killed.
     let _ = child.kill();
     child.wait().unwrap();
 }
 
 /// A `push`, or a `track` of a command that succeeds or fails.
-struct Reporter {
+pub struct Reporter {
     child: Child,
     name: String,
     /// Of a `track`: what it will report.
@@ -65,28 +76,42 @@ struct Reporter {
 }
 
 impl Reporter {
-    fn start(stage: &mut Stage, round: u32, n: u32) -> Self {
-        if n.is_multiple_of(2) { Self::push(stage, format!("p-{round}-{n}")) } else { Self::track(stage, round, n) }
+    pub fn start(stage: &mut Stage, user: Option<u32>, round: u32, n: u32) -> Self {
+        let command = program(stage, user);
+        if n.is_multiple_of(2) {
+            Self::push(stage, command, format!("p-{round}-{n}"), fastrand::bool())
+        } else {
+            Self::track(stage, command, round, n)
+        }
     }
 
-    fn push(stage: &mut Stage, name: String) -> Self {
-        let (mut command, delta) = (program(stage), pushed(&name));
+    /// A push that is left to `run`, which must have the file for that.
+    pub fn left_to_run(stage: &mut Stage, round: u32, n: u32) -> Self {
+        let command = program(stage, None);
+        Self::push(stage, command, format!("p-{round}-{n}"), false)
+    }
+
+    fn push(stage: &mut Stage, mut command: Command, name: String, waits: bool) -> Self {
+        let delta = pushed(&name);
         command.args(["push", "--operation", delta.operation().as_str(), "--status"]);
         match delta.outcome() {
             Outcome::Succeeded => command.arg("succeeded"),
             Outcome::Failed(error) => command.args(["failed", "--error", error]),
         };
+        if !waits {
+            command.arg("--no-wait");
+        }
         stage.hear(&format!("try {name}"));
         Self { child: spawn(command.arg(&name)), name, verdict: None }
     }
 
-    fn track(stage: &mut Stage, round: u32, n: u32) -> Self {
+    fn track(stage: &mut Stage, mut command: Command, round: u32, n: u32) -> Self {
         let name = format!("o-{round}-{n}");
         stage.master.open_operation(&stage.worker.uuid, &name, Operation::Deploy.as_str());
         let (script, verdict) =
             if n % 4 == 1 { ("exit 0", "succeeded") } else { ("echo why >&2; exit 3", "failed why") };
-        let mut command = program(stage);
-        command.args(["track", "--operation", "deploy", "--decky", &name, "--", "sh", "-c", script]);
+        let script = format!("sleep 0.{:03}; {script}", fastrand::u8(..60));
+        command.args(["track", "--operation", "deploy", "--decky", &name, "--", "sh", "-c", &script]);
         stage.hear(&format!("begin {name}"));
         stage.hear(&format!("end {name} {verdict}"));
         Self { child: spawn(&mut command), name, verdict: Some(verdict) }
@@ -99,23 +124,33 @@ impl Reporter {
     }
 
     /// What it has promised by the way in which it ended. One that was killed has promised nothing.
-    fn end(self, stage: &mut Stage) {
+    pub fn end(self, stage: &mut Stage) {
+        let name = self.name.clone();
+        if let Some((has_promised, said)) = self.try_end(stage) {
+            assert!(has_promised, "{name}: {said}");
+        }
+    }
+
+    /// Whether it has promised that the master hears of it, and what it said. `None`: it was killed.
+    pub fn try_end(self, stage: &mut Stage) -> Option<(bool, String)> {
         let Self { child, name, verdict } = self;
         let Output { status, stderr, .. } = child.wait_with_output().unwrap();
-        let Some(code) = status.code() else { return };
-        let said = String::from_utf8(stderr).unwrap();
-        assert!(!said.contains("neither") && !said.contains("cannot be used"), "{name}: {said}");
-        match verdict {
-            None => {
-                assert!(code == 0 || code == 75, "{name}: {code}: {said}");
-                stage.hear(&format!("kept {name}"));
-            }
+        let (code, said) = (status.code()?, String::from_utf8(stderr).unwrap());
+        let has_promised = match verdict {
+            None => code == 0 || code == 75,
             Some(verdict) => {
+                // It ends as its command does, in any case.
                 assert_eq!(code, if verdict == "succeeded" { 0 } else { 3 }, "{name}: {said}");
-                stage.hear(&format!("begun {name}"));
-                stage.hear(&format!("ended {name}"));
+                !said.contains("neither") && !said.contains("cannot be used")
             }
-        }
+        };
+        let promises: &[_] = match (has_promised, verdict) {
+            (false, _) => &[],
+            (true, None) => &["kept"],
+            (true, Some(_)) => &["begun", "ended"],
+        };
+        promises.iter().for_each(|promise| stage.hear(&format!("{promise} {name}")));
+        Some((has_promised, format!("exit code {code}: {said}")))
     }
 }
 

@@ -66,6 +66,12 @@ impl Heard {
         }
     }
 
+    /// Pushes that were kept and operations that have ended, and of which the master has not heard.
+    pub fn owed(&self, book: &Book) -> Vec<String> {
+        let ended = book.operations.iter().filter(|(_, told)| told.ended).map(|(name, _)| name);
+        book.kept.iter().chain(ended).filter(|name| !self.verdicts.contains_key(*name)).cloned().collect()
+    }
+
     /// Deltas in requests that were answered 204, each as often as it came.
     pub fn accepted(&self) -> usize {
         self.verdicts.values().map(Vec::len).sum()
