@@ -118,7 +118,15 @@ struct LockFile {
 impl Locks {
     pub(super) fn new() -> Self {
         let place = fastrand::i32(PLACES);
-        Self { token: place.to_string(), is_named: false, place, named: None, files: Vec::new(), is_current: false, turn: Weak::new() }
+        Self {
+            token: place.to_string(),
+            is_named: false,
+            place,
+            named: None,
+            files: Vec::new(),
+            is_current: false,
+            turn: Weak::new(),
+        }
     }
 
     /// Makes sure that the lock file at its place is open, which is made where there is none, and that our place is locked in
@@ -380,7 +388,9 @@ fn lock_file(path: &Path) -> io::Result<File> {
 fn open(options: &OpenOptions, place: &Place) -> io::Result<Option<File>> {
     let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_CLOEXEC;
     match options.clone().custom_flags(flags).open(&place.path) {
-        Ok(file) => Ok(Some(file).filter(|file| file.metadata().is_ok_and(|is| identity(&is) == identity(&place.metadata)))),
+        Ok(file) => {
+            Ok(Some(file).filter(|file| file.metadata().is_ok_and(|is| identity(&is) == identity(&place.metadata))))
+        }
         Err(error) if error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ELOOP) => Ok(None),
         Err(error) => Err(error),
     }
@@ -388,8 +398,9 @@ fn open(options: &OpenOptions, place: &Place) -> io::Result<Option<File>> {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::{PermissionsExt, symlink};
+    use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
     use std::process::Command;
+    use std::time::Duration;
 
     use super::super::tests::Another;
     use super::*;
@@ -597,6 +608,28 @@ mod tests {
     }
 
     #[test]
+    fn one_process_at_a_time_has_its_turn_also_while_the_lock_file_is_replaced() {
+        let (_dir, outbox) = outbox();
+        let (mut ours, mut theirs) = (Locks::new(), looking(&outbox));
+        let turn = ours.turn(&outbox, Instant::now()).unwrap();
+        drop(ours.turn(&outbox, Instant::now()).unwrap());
+        let (since, bound) = (Instant::now(), Duration::from_millis(50));
+        let error = theirs.turn(&outbox, since + bound).unwrap_err();
+        assert!(
+            error.kind() == io::ErrorKind::TimedOut && since.elapsed() >= bound,
+            "the inner turn has not ended the outer one"
+        );
+        replace_the_lock_file(&outbox);
+        assert_eq!(theirs.turn(&outbox, Instant::now()).unwrap_err().kind(), io::ErrorKind::TimedOut);
+        std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| theirs.turn(&outbox, Instant::now() + Duration::from_secs(20)).unwrap());
+            drop(turn);
+            waiting.join().unwrap();
+        });
+        assert_eq!(theirs.owner(ours.token.as_bytes()), Owner::Runs);
+    }
+
+    #[test]
     fn a_forked_child_releases_no_lock_of_its_parent() {
         let (_dir, outbox) = outbox();
         let (mut child, _) = deliver(&outbox, &Arc::default());
@@ -619,17 +652,19 @@ mod tests {
         let (lock, other) = (beside(&outbox, "-lock"), dir.path().join("other"));
         fs::write(&other, "theirs").unwrap();
         let makers: [(&str, &dyn Fn()); 5] = [
-            ("is not a regular file", &|| symlink(&other, &lock).unwrap()),
-            ("is not a regular file", &|| symlink("nowhere", &lock).unwrap()),
-            ("is not a regular file", &|| fs::create_dir(&lock).unwrap()),
-            ("is not a regular file", &|| assert!(Command::new("mkfifo").arg(&lock).status().unwrap().success())),
-            ("has a second name (a hard link)", &|| fs::hard_link(&other, &lock).unwrap()),
+            ("is a symlink, not a regular file; move it away", &|| symlink(&other, &lock).unwrap()),
+            ("is a symlink, not a regular file; move it away", &|| symlink("nowhere", &lock).unwrap()),
+            ("is a directory, not a regular file; move it away", &|| fs::create_dir(&lock).unwrap()),
+            ("is a FIFO, not a regular file; move it away", &|| {
+                assert!(Command::new("mkfifo").arg(&lock).status().unwrap().success());
+            }),
+            ("has 2 hard links; remove the others, or move it away", &|| fs::hard_link(&other, &lock).unwrap()),
         ];
         for (problem, make) in makers {
             make();
             let kind = fs::symlink_metadata(&lock).unwrap().file_type();
             let error = Locks::new().deliver(&outbox, &Arc::default()).unwrap_err();
-            assert_eq!(error.to_string(), format!("{} {problem}; remove it", lock.display()));
+            assert_eq!(error.to_string(), format!("heartbeat.db-lock {problem}"));
             assert_eq!(fs::symlink_metadata(&lock).unwrap().file_type(), kind);
             assert_eq!(fs::read(&other).unwrap(), b"theirs");
             if kind.is_dir() { fs::remove_dir(&lock) } else { fs::remove_file(&lock) }.unwrap();
@@ -659,7 +694,8 @@ mod tests {
         assert_eq!(owner(), (1000, 1000));
         std::os::unix::fs::chown(&lock, Some(1001), Some(1001)).unwrap();
         let error = Locks::new().look(&outbox).unwrap_err();
-        assert_eq!(error.to_string(), format!("{} belongs to another user; remove it", lock.display()));
+        let problem = "heartbeat.db-lock belongs to user 1001, and neither to this user (0) nor to the owner of its folder (1000)";
+        assert!(error.to_string().starts_with(problem), "{error}");
         assert_eq!(owner(), (1001, 1001));
     }
 }

@@ -5,8 +5,6 @@ use std::io;
 use std::path::Path;
 use std::time::Instant;
 
-use rusqlite::Connection;
-
 use super::entries;
 use super::file::is_of_the_content;
 use super::schema;

@@ -591,7 +591,7 @@ fn a_file_that_is_removed_is_made_anew_with_all_that_was_in_it() {
     let mut outbox = open(dir.path());
     outbox.keep(&[delta("d")]).unwrap();
     std::fs::remove_file(dir.path().join(FILE)).unwrap();
-    outbox.note_place();
+    outbox.count();
     assert_eq!(outbox.path(), None, "nobody would find it there");
     outbox.tend().unwrap();
     assert!(outbox.path().is_some());

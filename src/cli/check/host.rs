@@ -16,8 +16,8 @@ use crate::delta::from_micros;
 use crate::error::{chain, printable_path};
 use crate::files::beside;
 use crate::files::folder;
+use crate::kept::{Counts, Stuck};
 use crate::outbox::{self, Looked, OutboxLocation, deliverer};
-use crate::kept::Counts;
 use crate::status::AppliedTopology;
 use crate::status::decnet::Findings;
 use crate::status::docker::Engine;
@@ -178,18 +178,33 @@ fn looked_at(path: &Path) -> Step {
     if let Err(error) = access(path, Access::READ_OK | Access::WRITE_OK) {
         return lost(format!("{file} cannot be written: {error}"));
     }
-    let Looked { counts, .. } = match outbox::look(path) {
+    let Looked { counts, stuck } = match outbox::look(path) {
         Ok(Some(found)) => found,
         Ok(None) => return Step::good("outbox", format!("{file}: of an older version, run takes it over")),
         Err(error) => return lost(chain(&error)),
     };
-    let step = counted_step(path, counts);
+    let step = stuck_ones(counted_step(path, counts), &stuck);
     let suffixes = ["", "-wal", "-shm"].map(|suffix| beside(path, suffix));
     let others = suffixes.iter().find(|file| is_readable_by_others(file));
     match others.map(|file| printable_path(file)) {
         Some(file) => step.advise(format!("others can read it: chmod 600 {file}; run would do that")),
         None => step,
     }
+}
+
+/// Names the operations of which nobody can tell whether they run.
+fn stuck_ones(step: Step, stuck: &[Stuck]) -> Step {
+    let step = step.fact("stuck", stuck.len());
+    let named: Vec<_> = stuck.iter().take(limits::OUTBOX_STUCK_NAMED).map(Stuck::to_string).collect();
+    if named.is_empty() {
+        return step;
+    }
+    step.advise(format!(
+        "nobody can tell whether the processes of {} operations still run, which wait with older deltas of their deckies; make \
+         heartbeat.db-lock usable for run: {}",
+        stuck.len(),
+        named.join(", ")
+    ))
 }
 
 fn is_readable_by_others(file: &Path) -> bool {
