@@ -2,9 +2,9 @@
 //! on the outbox thread.
 
 use std::collections::BTreeSet;
-use std::fs::{self, Metadata, OpenOptions};
+use std::fs::{self, DirEntry, Metadata, OpenOptions};
 use std::io;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Instant, SystemTime};
@@ -93,6 +93,7 @@ pub(super) fn open(path: &Path, may_replace: bool) -> Result<(Connection, Identi
         }
         Err(Failure::Damage(damage)) => damage,
     };
+    read_through(path).map_err(|source| unusable("cannot be read").because(source))?;
     let aside = move_aside(path).map_err(|source| unusable("is broken, and cannot be moved aside").because(source))?;
     quietly(|| {
         log::error!(
@@ -158,10 +159,34 @@ pub(super) fn identities(path: &Path) -> Identities {
 
 /// Whether this process has all of them open. SQLite does not say which log it has; where nothing else does, it is believed.
 fn is_open_here(files: &Identities) -> bool {
-    let Ok(entries) = fs::read_dir("/proc/self/fd") else { return true };
-    let open = entries.filter_map(|entry| Some(identity(&fs::metadata(entry.ok()?.path()).ok()?)));
-    let open: BTreeSet<_> = open.collect();
+    let Ok(open) = open_here() else { return true };
     files.iter().all(|file| file.is_some_and(|file| open.contains(&file)))
+}
+
+/// The files that this process has open.
+fn open_here() -> io::Result<BTreeSet<Identity>> {
+    let identity = |entry: io::Result<DirEntry>| Some(identity(&fs::metadata(entry.ok()?.path()).ok()?));
+    Ok(fs::read_dir("/proc/self/fd")?.filter_map(identity).collect())
+}
+
+/// Whether the file and its log can be read at all, as far as an outbox may be long: SQLite calls a page damaged that the disk
+/// does not give it. What this process has open otherwise is not opened, as closing it would drop the locks on it.
+fn read_through(path: &Path) -> io::Result<()> {
+    for part in ["", "-journal", "-wal"] {
+        let Some(place) = Place::look(&beside(path, part))? else { continue };
+        if open_here()?.contains(&identity(&place.metadata)) {
+            return Err(io::Error::new(io::ErrorKind::ResourceBusy, "another connection of this process has it open"));
+        }
+        let file = OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(&place.path)?;
+        let (mut page, mut at) = (vec![0; limits::READ_THROUGH_STEP], 0);
+        while at < limits::READ_THROUGH {
+            match file.read_at(&mut page, at)? {
+                0 => break,
+                length => at += length as u64,
+            }
+        }
+    }
+    Ok(())
 }
 
 /// `Ok(Err(damage))`: the file can be read, and what is in it is at fault.
