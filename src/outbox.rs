@@ -702,11 +702,12 @@ impl Outbox {
     /// What is to be done after a transaction, when all have their answers: whether the file is still at its place, and one read.
     /// For the first one SQLite writes to `-shm`, and a disk that freezes from now on would stop it.
     pub(crate) fn look_again(&mut self) {
+        let mut on_disk = self.is_on_disk();
         // What has just gone to a file that was replaced meanwhile is moved, too.
-        if self.store.is_replaced() {
+        if !on_disk && self.store.is_replaced() {
             self.look_for_file();
+            on_disk = self.is_on_disk();
         }
-        let on_disk = self.is_on_disk();
         self.books.change(|books| books.on_disk = on_disk);
         // What cannot be read says so to whoever needs it.
         let _ = self.newest();
