@@ -19,6 +19,7 @@ mod decommission;
 mod delivery;
 mod deltas;
 mod exit_codes;
+mod folder;
 mod identity;
 mod operations;
 mod paths;
