@@ -33,6 +33,7 @@ mod push;
 mod readme;
 mod reporting;
 mod retry;
+mod sharing;
 mod stats;
 mod stopping;
 mod support;
