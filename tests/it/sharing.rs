@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 
 use serde_json::Value;
 
-use crate::support::Stage;
+use crate::support::{PATIENCE, Running, Stage, line_with, lines};
 
 const ROOT: u32 = 0;
 const OWNER: u32 = 4_711;
@@ -161,4 +161,35 @@ fn each_file_that_the_owner_of_the_folder_cannot_use_is_named_and_the_advice_hel
             worker.is_shared_by(&[OWNER, ROOT]);
         }
     }
+}
+
+/// The capabilities that root has with the unit's drop-in, as setpriv wants them.
+fn capabilities_of_the_drop_in() -> String {
+    let readme = include_str!("../../README.md");
+    let mut sets = readme.lines().filter_map(|line| line.strip_prefix("CapabilityBoundingSet="));
+    let set = sets.next_back().unwrap().to_lowercase();
+    set.split(' ').map(|capability| format!(",+{}", capability.strip_prefix("cap_").unwrap())).collect()
+}
+
+#[test]
+#[ignore = "needs root, for another user, and setpriv"]
+fn a_unit_of_root_needs_its_drop_in_for_another_users_folder_and_nothing_else() {
+    let run = |worker: &Worker, capabilities: &str| {
+        let mut command = Command::new("setpriv");
+        command.arg(format!("--bounding-set=-all{capabilities}")).arg(&worker.program).env_clear();
+        command.arg("--config").arg(worker.stage.dir.path().join("decnet.ini"));
+        Running::start(command.args(["run", "--interval", "50ms"]).stdin(Stdio::null()).stderr(Stdio::piped()))
+    };
+    let worker = Worker::of(OWNER, 0o755);
+    let mut without = run(&worker, "");
+    let lines = lines(without.0.stderr.take().unwrap());
+    assert!(line_with(&lines, "the outbox is in memory").contains("Permission denied"));
+    assert_eq!(without.terminate(PATIENCE), Some(0));
+    let mut with = run(&worker, &capabilities_of_the_drop_in());
+    assert!(worker.stage.master.wait_until(PATIENCE, |_| worker.file("").exists()));
+    worker.stage.master.open_operation(&worker.stage.worker.uuid, "d1", "deploy");
+    worker.is_shared_by(&[OWNER, ROOT]);
+    worker.stage.closed_rows(1);
+    assert_eq!([worker.file(""), worker.file("-wal"), worker.file("-lock")].map(|file| owner(&file)), [OWNER; 3]);
+    assert_eq!(with.terminate(PATIENCE), Some(0));
 }
