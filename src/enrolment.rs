@@ -61,7 +61,8 @@ pub struct Enrolment {
 }
 
 impl Enrolment {
-    /// An enrolment of values that the program knows, with the master's port at its default, 8770.
+    /// An enrolment of values that the program knows, with the master's port at its default, 8770. A relative agent dir begins at
+    /// the folder in which this process is now, wherever it goes later.
     ///
     /// # Errors
     /// If the uuid is empty, longer than 255 characters or has characters that do not print; if the host is not a
