@@ -61,7 +61,8 @@ pub struct Enrolment {
 }
 
 impl Enrolment {
-    /// An enrolment of values that the program knows, with the master's port at its default, 8770.
+    /// An enrolment of values that the program knows, with the master's port at its default, 8770. A relative agent dir begins at
+    /// the folder in which this process is now, wherever it goes later.
     ///
     /// # Errors
     /// If the uuid is empty, longer than 255 characters or has characters that do not print; if the host is not a
@@ -315,6 +316,8 @@ pub struct EnrolmentSources {
     ini: Found<PathBuf>,
     agent_dir: Option<PathBuf>,
     default_agent_dir: PathBuf,
+    /// Where this process was: a path that begins nowhere means the same in each later reading.
+    folder: PathBuf,
 }
 
 impl EnrolmentSources {
@@ -357,26 +360,32 @@ impl EnrolmentSources {
             }
         }
         let ini = match variables.get(CONFIG).filter(|path| !path.is_empty()) {
-            Some(path) => Found { value: PathBuf::from(path), provenance: Provenance::Environment(CONFIG) },
+            Some(path) => {
+                Found { value: files::absolute(Path::new(path)), provenance: Provenance::Environment(CONFIG) }
+            }
             None => Found { value: etc.join("decnet.ini"), provenance: Provenance::Default },
         };
         let system = etc.join("agent");
         let default_agent_dir = match home {
-            Some(home) if !system.exists() => home.join(".decnet/agent"),
+            Some(home) if !system.exists() => files::absolute(&home.join(".decnet/agent")),
             _ => system,
         };
-        Self { variables, ini, agent_dir: None, default_agent_dir }
+        let folder = std::env::current_dir().unwrap_or_default();
+        Self { variables, ini, agent_dir: None, default_agent_dir, folder }
     }
 
-    /// The ini that `--config` names, in place of `DECNET_CONFIG` or `/etc/decnet/decnet.ini`.
+    /// The ini that `--config` names, in place of `DECNET_CONFIG` or `/etc/decnet/decnet.ini`. A relative path begins at the
+    /// folder in which this process is now, wherever it goes later.
     pub fn config(mut self, path: impl Into<PathBuf>) -> Self {
-        self.ini = Found { value: path.into(), provenance: Provenance::CommandLine("--config") };
+        let value = files::absolute(&path.into());
+        self.ini = Found { value, provenance: Provenance::CommandLine("--config") };
         self
     }
 
-    /// The agent dir that `--agent-dir` names, whatever the environment and the ini say.
+    /// The agent dir that `--agent-dir` names, whatever the environment and the ini say. A relative path begins at the folder
+    /// in which this process is now; one of the environment or the ini, where it was when these sources were made.
     pub fn agent_dir(mut self, path: impl Into<PathBuf>) -> Self {
-        self.agent_dir = Some(path.into());
+        self.agent_dir = Some(files::absolute(&path.into()));
         self
     }
 
@@ -440,7 +449,7 @@ impl EnrolmentSources {
         }
         // An empty one counts as none, and `~` is a folder of that name: both as in the original.
         match reading.find(AGENT_DIR)?.filter(|found| !found.value.is_empty()) {
-            Some(found) => agent_dir_of(found.map(PathBuf::from)),
+            Some(found) => agent_dir_of(found.map(|path| self.folder.join(path))),
             None => Ok(Found { value: self.default_agent_dir.clone(), provenance: Provenance::Default }),
         }
     }

@@ -76,7 +76,7 @@ pub enum OutboxLocation {
     /// `heartbeat.db` in the agent dir.
     #[default]
     AgentDir,
-    /// This file.
+    /// This file. A relative path is of the folder in which the process is at the start.
     File(PathBuf),
     /// Memory: what is undelivered is lost when the process ends.
     Memory,

@@ -5,6 +5,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use crate::error::printable_path;
+use crate::files::folder;
 
 /// Group and others.
 const WRITABLE_BY_OTHERS: u32 = 0o022;
@@ -14,6 +15,12 @@ const STICKY: u32 = 0o1000;
 
 /// Who has no number in this user namespace: it is not known who that is.
 const NOBODY: u32 = 65_534;
+
+/// The folder of an outbox, if it is another one than the agent dir.
+pub(crate) fn other_folder<'a>(outbox: &'a Path, agent_dir: &Path) -> Option<&'a Path> {
+    let real = |folder: &Path| fs::canonicalize(folder).unwrap_or_else(|_| folder.to_owned());
+    Some(folder(outbox)).filter(|folder| real(folder) != real(agent_dir))
+}
 
 /// Why others than the folder's owner and root may write into it, or put another one in its place; safe to print. `None`:
 /// they may not, or it cannot be looked at, which other errors say.

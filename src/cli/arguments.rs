@@ -13,6 +13,7 @@ use log::LevelFilter;
 use super::source;
 use crate::delta::{Operation, check_decky};
 use crate::error::{Error, chain};
+use crate::files::absolute;
 use crate::heartbeat::check_interval;
 use crate::identity::MasterIdentity;
 use crate::status::decnet::{DOCKER_SOCKET, DecnetStatus};
@@ -47,7 +48,7 @@ pub(super) struct Arguments {
 #[derive(Debug, clap::Args)]
 pub(super) struct Common {
     /// The ini to read instead of $DECNET_CONFIG or /etc/decnet/decnet.ini
-    #[arg(long, global = true, value_name = "INI")]
+    #[arg(long, global = true, value_name = "INI", value_parser = path())]
     pub(super) config: Option<PathBuf>,
     /// Where ca.crt, worker.crt, worker.key, topology.db and the outbox are
     #[arg(long, global = true, value_name = "DIR", value_parser = PathBufValueParser::new().try_map(agent_dir))]
@@ -59,7 +60,7 @@ pub(super) struct Common {
     #[arg(long, global = true, value_name = "LEVEL")]
     pub(super) log_level: Option<LevelFilter>,
     /// Append the log to this file instead of stderr; SIGHUP has run open it anew
-    #[arg(long, global = true, value_name = "PATH")]
+    #[arg(long, global = true, value_name = "PATH", value_parser = path())]
     pub(super) log_file: Option<PathBuf>,
 }
 
@@ -96,19 +97,19 @@ pub(super) struct RunOptions {
     #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = interval)]
     pub(super) interval: Duration,
     /// DECNET's state file [default: $DECNET_HEARTBEAT_STATE_FILE, or beside DECNET's Python package]
-    #[arg(long, value_name = "PATH")]
+    #[arg(long, value_name = "PATH", value_parser = path())]
     pub(super) state_file: Option<PathBuf>,
     /// The Docker Engine's socket [default: /var/run/docker.sock]
-    #[arg(long, value_name = "PATH")]
+    #[arg(long, value_name = "PATH", value_parser = path())]
     pub(super) docker_socket: Option<PathBuf>,
     /// Where deltas are kept [default: heartbeat.db in the agent dir]
-    #[arg(long, value_name = "PATH")]
+    #[arg(long, value_name = "PATH", value_parser = path())]
     pub(super) outbox: Option<PathBuf>,
     /// Rewrite this file with the stats as JSON after each beat
-    #[arg(long, value_name = "PATH")]
+    #[arg(long, value_name = "PATH", value_parser = path())]
     pub(super) stats_file: Option<PathBuf>,
     /// Rewrite this file with the stats for Prometheus after each beat; node_exporter reads *.prom
-    #[arg(long, value_name = "PATH")]
+    #[arg(long, value_name = "PATH", value_parser = path())]
     pub(super) metrics_file: Option<PathBuf>,
 }
 
@@ -143,7 +144,7 @@ pub(super) struct PushOptions {
     #[arg(long, value_name = "TEXT")]
     pub(super) error: Option<String>,
     /// Where deltas are kept [default: heartbeat.db in the agent dir]
-    #[arg(long, value_name = "PATH")]
+    #[arg(long, value_name = "PATH", value_parser = path())]
     pub(super) outbox: Option<PathBuf>,
     #[command(flatten)]
     pub(super) telling: Telling,
@@ -178,7 +179,7 @@ pub(super) struct TrackOptions {
     #[arg(long = "decky", value_name = "NAME", required = true, num_args = 1.., value_parser = decky)]
     pub(super) deckies: Vec<String>,
     /// Where deltas are kept [default: heartbeat.db in the agent dir]
-    #[arg(long, value_name = "PATH")]
+    #[arg(long, value_name = "PATH", value_parser = path())]
     pub(super) outbox: Option<PathBuf>,
     #[command(flatten)]
     pub(super) telling: Telling,
@@ -190,6 +191,11 @@ pub(super) struct TrackOptions {
 /// A decky's name of the command line: what no decky can have is refused before anything is written.
 fn decky(name: &str) -> Result<String, Error> {
     check_decky(name).map(|()| name.to_owned())
+}
+
+/// A file that does not depend on where this process is.
+fn path() -> impl TypedValueParser<Value = PathBuf> {
+    PathBufValueParser::new().map(|path| absolute(&path))
 }
 
 /// `--agent-dir`. No path that is meant has a control character, and none can be shown as it is.

@@ -8,14 +8,15 @@ mod certificate;
 mod handshake;
 mod host;
 mod master;
+mod outbox;
 mod steps;
 
 use std::path::Path;
 use std::process::ExitCode;
 
 use super::arguments::{CheckOptions, Common};
+use super::enrolment;
 use super::own_files::OwnFiles;
-use super::{enrolment, outbox};
 use crate::credentials;
 use crate::enrolment::Enrolment;
 use crate::error::{Error, chain, printable_path};
@@ -39,7 +40,7 @@ pub(super) fn check(common: &Common, options: &CheckOptions) -> Result<ExitCode,
         Err(error) => not_enrolled(error, &mut list),
     }
     steps.into_iter().for_each(|step| list.add(step));
-    list.add(host::outbox(&outbox(run.outbox.clone()), dir));
+    list.add(outbox::step(&super::outbox(run.outbox.clone()), dir));
     let own = OwnFiles::of(common, run, enrolment.as_ref().ok());
     for (name, option, path) in
         [("stats-file", "--stats-file", &run.stats_file), ("metrics-file", "--metrics-file", &run.metrics_file)]
@@ -76,18 +77,19 @@ fn who_and_where(enrolment: &Enrolment, given: Option<MasterIdentity>, rule: Mas
         (None, None) => "default".to_owned(),
     };
     let agent_dir = said("agent-dir", printable_path(dir.value()), dir.provenance().to_string());
-    let agent_dir = match others_may_write(dir.value()) {
-        Some(why) => {
-            agent_dir.advise(format!("others may replace the heartbeat's files, as {why}: chmod go-w or chown it"))
-        }
-        None => agent_dir,
-    };
+    let agent_dir = others_advice(dir.value()).into_iter().fold(agent_dir, Step::advise);
     [
         said("host", uuid.value().clone(), uuid.provenance().to_string()),
         said("master", enrolment.master_authority(), format!("{}; port: {}", host.provenance(), port.provenance())),
         agent_dir,
         said("identity", rule.to_string(), rule_from),
     ]
+}
+
+/// What to do about others who may write into a folder of the heartbeat's.
+fn others_advice(folder: &Path) -> Option<String> {
+    let why = others_may_write(folder)?;
+    Some(format!("others may replace the heartbeat's files, as {why}: chmod go-w or chown it"))
 }
 
 fn not_enrolled(error: &Error, list: &mut Checklist) {

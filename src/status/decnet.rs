@@ -13,6 +13,7 @@ use super::state::{Seen, State, StateFile};
 use super::topology::TopologyFile;
 use super::{AppliedTopology, Observed, Snapshot, StatusSource, Topology};
 use crate::body::Status;
+use crate::files::absolute;
 use crate::panics::quietly;
 use crate::repeats::Repeats;
 use crate::text::printable;
@@ -73,6 +74,9 @@ impl DecnetStatus {
     /// not known what is deployed, and `status.error` says where it was looked for. A place that cannot be looked at (no
     /// permission, a loop of symlinks) ends the search: it is not known whether the package is there.
     ///
+    /// A relative path, here and in the other methods, begins at the folder in which this process is now, wherever it goes
+    /// later.
+    ///
     /// ```
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
     /// # use decnet_heartbeat::{DecnetStatus, Enrolment, Heartbeat};
@@ -88,7 +92,7 @@ impl DecnetStatus {
         Self {
             state_file: StateFile::new(Place::searched()),
             docker: Docker::new(DOCKER_SOCKET.into()),
-            topology: TopologyFile::new(agent_dir.join(TOPOLOGY)),
+            topology: TopologyFile::new(absolute(&agent_dir.join(TOPOLOGY))),
             said: Said::default(),
         }
     }
@@ -113,7 +117,7 @@ impl DecnetStatus {
     /// # }
     /// ```
     pub fn state_file(mut self, path: impl Into<PathBuf>) -> Self {
-        self.state_file = StateFile::new(Place::Named(path.into()));
+        self.state_file = StateFile::new(Place::Named(absolute(&path.into())));
         self
     }
 
@@ -126,7 +130,7 @@ impl DecnetStatus {
 
     /// With another Docker socket.
     pub fn docker_socket(mut self, path: impl Into<PathBuf>) -> Self {
-        self.docker = Docker::new(path.into());
+        self.docker = Docker::new(absolute(&path.into()));
         self
     }
 

@@ -13,14 +13,13 @@ use super::outbox::{Heartbeat, OutboxThread};
 use crate::credentials::{Access, Credentials};
 use crate::enrolment::Enrolment;
 use crate::error::{Error, chain, printable_path};
-use crate::files::folder;
 use crate::forked::OutboxThreadRuns;
 use crate::identity::MasterIdentity;
 use crate::limits;
 use crate::outbox::{Outbox, OutboxLocation, Role, SharedBooks};
 use crate::panics::{caught, quietly};
 use crate::stats::{SharedStats, ThreadWatch};
-use crate::writers::others_may_write;
+use crate::writers::{other_folder, others_may_write};
 
 const NAME: &str = "decnet-outbox";
 
@@ -157,7 +156,7 @@ fn load(start: Start, loaded: &Sender<Loaded>) -> Option<(Credentials, Option<Pa
 
 /// Whoever may write into a folder may replace the key, the CA and the outbox.
 fn warn_of_others(agent_dir: &Path, outbox: Option<&Path>) {
-    let beside = outbox.map(folder).filter(|beside| *beside != agent_dir);
+    let beside = outbox.and_then(|outbox| other_folder(outbox, agent_dir));
     for dir in [agent_dir].into_iter().chain(beside) {
         if let Some(why) = others_may_write(dir) {
             let dir = printable_path(dir);

@@ -93,3 +93,16 @@ pub fn the_drop_in_binds_it_to_the_agent() {
         assert!(drop_in.lines().any(|it| it == line), "{line}");
     }
 }
+
+/// So are the drop-ins for a folder that belongs to another user than root, which leave the sandbox one.
+pub fn the_drop_ins_for_another_users_folder_are_sound_and_tight() {
+    for (line, most) in [("User=decnet", 20), ("CapabilityBoundingSet=CAP_CHOWN CAP_DAC_OVERRIDE", 22)] {
+        let (_dir, unit) = folder_of_units();
+        // As systemd reads a drop-in: after the unit.
+        let whole = [&fs::read_to_string(&unit).unwrap(), "\n", unit_with(line)].concat();
+        fs::write(&unit, whole).unwrap();
+        is_accepted(&unit).unwrap();
+        let (is_tight, said) = analyze(&["security", "--offline=true", &format!("--threshold={most}")], &unit);
+        assert!(is_tight, "{said}");
+    }
+}

@@ -20,7 +20,7 @@ use rustls::{RootCertStore, ServerConfig, ServerConnection, SupportedProtocolVer
 use serde_json::{Value, json};
 
 use crate::program::program;
-use crate::support::{OpenSsl, Stage, now, settled};
+use crate::support::{OpenSsl, PATIENCE, Stage, now, settled};
 
 /// Every step of a healthy worker, in its order.
 const STEPS: [&str; 15] = [
@@ -668,6 +668,36 @@ fn the_outbox_shows_what_waits_and_who_delivers() {
     assert!(facts["waiting"].as_u64() >= Some(1) && facts["delivered_by"].is_null(), "{facts}");
     assert!(report.advice("outbox").starts_with("start decnet-heartbeat run"), "{}", report.advice("outbox"));
     assert!(stage.agent_dir().join("heartbeat.db").exists());
+}
+
+#[test]
+fn operations_that_nobody_could_judge_for_a_day_are_named() {
+    let stage = worker();
+    stage.beating().0.stop(PATIENCE);
+    let database = rusqlite::Connection::open(stage.agent_dir().join("heartbeat.db")).unwrap();
+    let add = |decky: &str, seconds: u32| {
+        let row = (decky, "1@1", seconds);
+        database
+            .execute("INSERT INTO delta (decky, operation, owner, age) VALUES (?1, 'deploy', ?2, ?3)", row)
+            .unwrap();
+        database.last_insert_rowid()
+    };
+    add("d1", 86_399);
+    let report = Report::of(&mut check(&stage));
+    let facts = &report.step("outbox")["facts"];
+    assert_eq!((&facts["operations"], &facts["stuck"], report.advice("outbox")), (&json!(1), &json!(0), ""));
+    let id = add("d\u{1b}2", 86_400);
+    let report = Report::of(&mut check(&stage));
+    assert_eq!(report.step("outbox")["facts"]["stuck"], 1);
+    let named = format!("; 1 stuck: deploy of d\\u{{1b}}2 (row {id}, for 1day)");
+    assert!(report.says("outbox").ends_with(&named), "{named}: {}", report.says("outbox"));
+    let lock = stage.agent_dir().join("heartbeat.db-lock");
+    assert!(report.advice("outbox").contains(&format!("see why {} cannot be used", lock.display())));
+    for _ in 0..20 {
+        add("d3", 90_000);
+    }
+    let says = Report::of(&mut check(&stage)).says("outbox").to_owned();
+    assert!(says.contains("; 21 stuck: ") && says.matches("(row ").count() == 10, "{says}");
 }
 
 #[test]

@@ -141,7 +141,7 @@ fn a_mode_that_lets_others_read_is_an_advice_and_stays() {
 #[test]
 fn what_is_damaged_fails_and_stays() {
     type Damage = fn(&Stage);
-    let damages: [(fn() -> Stage, Damage); 6] = [
+    let damages: [(fn() -> Stage, Damage); 7] = [
         (closed, |stage| fs::write(outbox(stage, ""), "not one of ours, and of no use to anybody").unwrap()),
         (closed, |stage| {
             let mut content = fs::read(outbox(stage, "")).unwrap();
@@ -159,6 +159,10 @@ fn what_is_damaged_fails_and_stays() {
         (closed, |stage| {
             fs::rename(outbox(stage, ""), outbox(stage, "-moved")).unwrap();
             symlink(outbox(stage, "-moved"), outbox(stage, "")).unwrap();
+        }),
+        (closed, |stage| {
+            fs::remove_file(outbox(stage, "-lock")).unwrap();
+            assert!(Command::new("mkfifo").arg(outbox(stage, "-lock")).status().unwrap().success());
         }),
         (crashed, |stage| {
             let mut content = fs::read(outbox(stage, "")).unwrap();

@@ -4,7 +4,6 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
-use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Barrier, OnceLock};
 use std::thread;
@@ -14,7 +13,7 @@ use decnet_heartbeat::loopback::{Answer, Fault};
 use decnet_heartbeat::{DeltaSender, Heartbeat, LifecycleDelta, Operation, OutboxLocation};
 use log::{LevelFilter, Log, Metadata, Record};
 
-use crate::support::{PATIENCE, Stage, deckies, nothing_deployed, now, settled};
+use crate::support::{PATIENCE, Stage, alone, deckies, nothing_deployed, now, settled};
 
 /// What takes no time, on a busy machine.
 const AT_ONCE: Duration = Duration::from_secs(2);
@@ -299,19 +298,6 @@ fn a_source_that_pushes_causes_no_beats_and_its_deltas_are_sent_with_them() {
     assert_eq!((sent.len(), sent.values().max()), (10, Some(&1)), "{sent:?}");
 }
 
-/// This test once more, alone in a process of its own, for its threads or its logger.
-fn alone(test: &str, work: impl FnOnce()) {
-    const CHILD: &str = "DECNET_HEARTBEAT_TEST_ALONE";
-    if std::env::var_os(CHILD).is_some() {
-        return work();
-    }
-    let mut child = Command::new(std::env::current_exe().unwrap());
-    child.args(["--exact", &format!("threads::{test}"), "--nocapture"]).env_clear().env(CHILD, "1");
-    let output = child.env("DECNET_CONFIG", "/no/such.ini").output().unwrap();
-    let said = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success() && said.contains("1 passed"), "{said}");
-}
-
 /// Waits until there are these threads of ours and no others.
 #[track_caller]
 fn await_threads(expected: &[&str]) {
@@ -335,7 +321,7 @@ const ALL: [&str; 3] = ["decnet-heartbea", "decnet-outbox", "decnet-status"];
 
 #[test]
 fn the_outbox_thread_ends_with_the_last_sender_or_operation_and_not_before() {
-    alone("the_outbox_thread_ends_with_the_last_sender_or_operation_and_not_before", || {
+    alone("threads::the_outbox_thread_ends_with_the_last_sender_or_operation_and_not_before", || {
         let stage = Stage::new();
         await_threads(&[]);
         let (heartbeat, _tick) = stage.beating();
@@ -358,7 +344,7 @@ fn the_outbox_thread_ends_with_the_last_sender_or_operation_and_not_before() {
 
 #[test]
 fn a_start_that_fails_or_is_dormant_leaves_no_thread() {
-    alone("a_start_that_fails_or_is_dormant_leaves_no_thread", || {
+    alone("threads::a_start_that_fails_or_is_dormant_leaves_no_thread", || {
         let heartbeat = Heartbeat::builder().start().unwrap();
         assert!(heartbeat.stats().dormant);
         await_threads(&[]);
@@ -401,7 +387,7 @@ impl Log for Panics {
 
 #[test]
 fn a_logger_that_panics_does_not_end_the_outbox_thread() {
-    alone("a_logger_that_panics_does_not_end_the_outbox_thread", || {
+    alone("threads::a_logger_that_panics_does_not_end_the_outbox_thread", || {
         log::set_logger(&Panics).unwrap();
         log::set_max_level(LevelFilter::Trace);
         let stage = Stage::new();

@@ -16,14 +16,19 @@ fn chmod(path: &Path, mode: u32) {
 
 /// What `check` advises about the agent dir at this path.
 fn advice(stage: &Stage, agent_dir: &Path) -> Option<String> {
+    advice_of(stage, agent_dir, "agent-dir", &[])
+}
+
+/// What it advises in a step, with these arguments.
+fn advice_of(stage: &Stage, agent_dir: &Path, name: &str, arguments: &[&Path]) -> Option<String> {
     let ini = stage.dir.path().join("decnet.ini");
     stage.worker.write_ini(&ini).unwrap();
     let mut check = program();
-    check.arg("--config").arg(ini).arg("--agent-dir").arg(agent_dir).args(["check", "--json"]);
+    check.arg("--config").arg(ini).arg("--agent-dir").arg(agent_dir).args(["check", "--json"]).args(arguments);
     let output = check.stdin(Stdio::null()).output().unwrap();
     let report: Value = serde_json::from_slice(&output.stdout).unwrap();
     let steps = report["steps"].as_array().unwrap();
-    let step = steps.iter().find(|step| step["step"] == "agent-dir").unwrap();
+    let step = steps.iter().find(|step| step["step"] == name).unwrap();
     assert_eq!(step["outcome"], "ok");
     step["advice"].as_str().map(str::to_owned)
 }
@@ -61,6 +66,31 @@ fn a_symlink_to_the_agent_dir_hides_no_folder() {
     assert_eq!(advice(&stage, &link), None);
     chmod(&open, 0o777);
     assert!(advice(&stage, &link).unwrap().contains(&format!("{} has the mode 0777", open.display())));
+}
+
+#[test]
+fn check_names_the_folder_of_an_outbox_that_lets_others_write() {
+    let stage = Stage::new();
+    let (above, dir) = (stage.dir.path().join("above"), stage.agent_dir());
+    let beside = above.join("beside");
+    create_dir(&above).unwrap();
+    create_dir(&beside).unwrap();
+    let of_outbox = |file: &Path| advice_of(&stage, &dir, "outbox", &[Path::new("--outbox"), file]);
+    assert_eq!(of_outbox(&beside.join("x.db")), None);
+    for folder in [&beside, &above] {
+        chmod(folder, 0o777);
+        let why = format!("others may replace the heartbeat's files, as {} has the mode 0777: ", folder.display());
+        let advice = of_outbox(&beside.join("x.db"));
+        assert!(advice.as_ref().is_some_and(|advice| advice.starts_with(&why)), "{why}: {advice:?}");
+        chmod(folder, 0o755);
+    }
+    // Of the agent dir it is said once.
+    chmod(&dir, 0o777);
+    let link = stage.dir.path().join("link");
+    symlink(&dir, &link).unwrap();
+    assert!(advice(&stage, &dir).is_some());
+    assert_eq!(advice_of(&stage, &dir, "outbox", &[]), None);
+    assert_eq!(of_outbox(&link.join("x.db")), None);
 }
 
 #[test]

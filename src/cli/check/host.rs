@@ -1,23 +1,14 @@
-//! What is on this host: the state file, Docker, the topology, the outbox, and where reports go. Runs on the program's main
-//! thread.
+//! What is on this host: the state file, Docker, the topology, and where reports go. Runs on the program's main thread.
 
-use std::fs;
-use std::io;
-use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
-use std::time::{Duration, SystemTime};
 
 use rustix::fs::{Access, access, statvfs};
 
 use super::super::arguments::RunOptions;
 use super::super::{STATE_FILE_VARIABLE, state_file_of_environment};
 use super::steps::Step;
-use crate::delta::from_micros;
-use crate::error::{chain, printable_path};
-use crate::files::beside;
+use crate::error::printable_path;
 use crate::files::folder;
-use crate::kept::{Counts, Stuck};
-use crate::outbox::{self, Looked, OutboxLocation, deliverer};
 use crate::status::AppliedTopology;
 use crate::status::decnet::Findings;
 use crate::status::docker::Engine;
@@ -147,95 +138,6 @@ pub(super) fn topology(agent_dir: Option<&Path>, found: &Findings) -> Step {
     step.fact("file", file)
 }
 
-/// Where deltas are kept, what of them waits, and who delivers from it. A file that is not there is not made: that would be
-/// this user's then, and not that of `run`.
-pub(super) fn outbox(location: &OutboxLocation, agent_dir: Option<&Path>) -> Step {
-    let known = agent_dir.is_some() || *location != OutboxLocation::AgentDir;
-    let Some(path) = location.path(agent_dir.unwrap_or(Path::new(""))).filter(|_| known) else {
-        return Step::not_tried("outbox", "it takes the agent dir");
-    };
-    let file = printable_path(&path);
-    let step = match (path.symlink_metadata(), room(folder(&path))) {
-        (_, Err(problem)) => lost(format!("{file}: {problem}")),
-        (Err(error), _) if error.kind() == io::ErrorKind::NotFound => {
-            Step::good("outbox", format!("{file}: run makes it, there is none yet"))
-        }
-        (Err(error), _) => lost(format!("{file}: {error}")),
-        (Ok(_), Ok(())) => looked_at(&path),
-    };
-    step.fact("file", file)
-}
-
-fn lost(says: impl Into<String>) -> Step {
-    let advice = "let this user write there, make room, or name another file with --outbox (a damaged file is replaced by \
-                  run); until then deltas are in memory and do not survive a restart";
-    Step::bad("outbox", says, advice)
-}
-
-/// What is in the file, of which nothing is changed.
-fn looked_at(path: &Path) -> Step {
-    let file = printable_path(path);
-    if let Err(error) = access(path, Access::READ_OK | Access::WRITE_OK) {
-        return lost(format!("{file} cannot be written: {error}"));
-    }
-    let Looked { counts, stuck } = match outbox::look(path) {
-        Ok(Some(found)) => found,
-        Ok(None) => return Step::good("outbox", format!("{file}: of an older version, run takes it over")),
-        Err(error) => return lost(chain(&error)),
-    };
-    let step = stuck_ones(counted_step(path, counts), &stuck);
-    let suffixes = ["", "-wal", "-shm"].map(|suffix| beside(path, suffix));
-    let others = suffixes.iter().find(|file| is_readable_by_others(file));
-    match others.map(|file| printable_path(file)) {
-        Some(file) => step.advise(format!("others can read it: chmod 600 {file}; run would do that")),
-        None => step,
-    }
-}
-
-/// Names the operations of which nobody can tell whether they run.
-fn stuck_ones(step: Step, stuck: &[Stuck]) -> Step {
-    let step = step.fact("stuck", stuck.len());
-    let named: Vec<_> = stuck.iter().take(limits::OUTBOX_STUCK_NAMED).map(Stuck::to_string).collect();
-    if named.is_empty() {
-        return step;
-    }
-    step.advise(format!(
-        "nobody can tell whether the processes of {} operations still run, which wait with older deltas of their deckies; make \
-         heartbeat.db-lock usable for run: {}",
-        stuck.len(),
-        named.join(", ")
-    ))
-}
-
-fn is_readable_by_others(file: &Path) -> bool {
-    fs::symlink_metadata(file).is_ok_and(|found| found.is_file() && found.permissions().mode() & 0o077 != 0)
-}
-
-fn counted_step(path: &Path, counts: Counts) -> Step {
-    let Counts { waiting, held, operations, rejected, oldest } = counts;
-    let age = oldest.and_then(|at| SystemTime::now().duration_since(from_micros(at)).ok());
-    let age = age.map(|age| Duration::from_secs(age.as_secs()));
-    let for_how_long =
-        age.map_or_else(String::new, |age| format!(" (the oldest for {})", humantime::format_duration(age)));
-    let who = deliverer(path);
-    let by = who.map_or_else(|| "nobody delivers from it".to_owned(), |pid| format!("process {pid} delivers from it"));
-    let file = printable_path(path);
-    let says =
-        format!("{file}: {waiting} waiting{for_how_long}, {operations} in flight, {rejected} refused for good; {by}");
-    let step = Step::good("outbox", says)
-        .fact("waiting", waiting)
-        .fact("held", held)
-        .fact("operations", operations)
-        .fact("rejected", rejected)
-        .fact("oldest_seconds", age.map(|age| age.as_secs()))
-        .fact("delivered_by", who);
-    match (waiting, who, rejected) {
-        (1.., None, _) => step.advise("start decnet-heartbeat run, which delivers what waits"),
-        (_, _, 1..) => step.advise("see in the file what was refused, and why: the README has the query"),
-        _ => step,
-    }
-}
-
 /// `--stats-file` or `--metrics-file`. `own`: which of the heartbeat's own files this is.
 pub(super) fn report(name: &'static str, path: &Path, own: Option<&str>) -> Step {
     let file = printable_path(path);
@@ -257,7 +159,7 @@ pub(super) fn report(name: &'static str, path: &Path, own: Option<&str>) -> Step
 }
 
 /// Whether this user can make and replace files here, and there is room for them.
-fn room(folder: &Path) -> Result<(), String> {
+pub(super) fn room(folder: &Path) -> Result<(), String> {
     let shown = printable_path(folder);
     access(folder, Access::WRITE_OK | Access::EXEC_OK)
         .map_err(|error| format!("{shown} cannot be written: {error}"))?;

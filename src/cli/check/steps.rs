@@ -72,6 +72,16 @@ impl Step {
         self
     }
 
+    /// What to do before what there is to do already.
+    pub(super) fn advise_first(mut self, advice: impl Into<String>) -> Self {
+        let advice = advice.into();
+        self.advice = Some(match self.advice {
+            Some(then) => format!("{advice}; {then}"),
+            None => advice,
+        });
+        self
+    }
+
     pub(super) fn fact(mut self, name: &str, value: impl Into<Value>) -> Self {
         self.facts.insert(name.to_owned(), value.into());
         self

@@ -1,5 +1,6 @@
 //! A loopback master with one enrolled worker, and heartbeats that beat when a test says so.
 
+mod alone;
 mod log;
 mod openssl;
 mod raw;
@@ -15,6 +16,7 @@ use decnet_heartbeat::loopback::{Answer, Enrolled, Fault, LoopbackMaster, Option
 use decnet_heartbeat::{Heartbeat, HeartbeatBuilder, Snapshot};
 use serde_json::{Value, json};
 
+pub use alone::alone;
 pub use log::{errors_with, remember_errors};
 pub use openssl::OpenSsl;
 pub use raw::RawMaster;
