@@ -173,11 +173,13 @@ fn open_here() -> io::Result<BTreeSet<Identity>> {
 /// does not give it. What this process has open otherwise is not opened, as closing it would drop the locks on it.
 fn read_through(path: &Path) -> io::Result<()> {
     for part in ["", "-journal", "-wal"] {
-        let Some(place) = Place::look(&beside(path, part))? else { continue };
-        if open_here()?.contains(&identity(&place.metadata)) {
+        let path = beside(path, part);
+        // The descriptor of the look is closed again, or the file would always be open here.
+        let Some(found) = Place::look(&path)?.map(|place| identity(&place.metadata)) else { continue };
+        if open_here()?.contains(&found) {
             return Err(io::Error::new(io::ErrorKind::ResourceBusy, "another connection of this process has it open"));
         }
-        let file = OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(&place.path)?;
+        let file = OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(&path)?;
         let (mut page, mut at) = (vec![0; limits::READ_THROUGH_STEP], 0);
         while at < limits::READ_THROUGH {
             match file.read_at(&mut page, at)? {
