@@ -3,8 +3,8 @@
 
 use std::collections::BTreeSet;
 use std::fs::{self, DirEntry, Metadata, OpenOptions};
-use std::io;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::io::{self, Read};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Instant, SystemTime};
@@ -180,13 +180,7 @@ fn read_through(path: &Path) -> io::Result<()> {
             return Err(io::Error::new(io::ErrorKind::ResourceBusy, "another connection of this process has it open"));
         }
         let file = OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(&path)?;
-        let (mut page, mut at) = (vec![0; limits::READ_THROUGH_STEP], 0);
-        while at < limits::READ_THROUGH {
-            match file.read_at(&mut page, at)? {
-                0 => break,
-                length => at += length as u64,
-            }
-        }
+        io::copy(&mut file.take(limits::READ_THROUGH), &mut io::sink())?;
     }
     Ok(())
 }
