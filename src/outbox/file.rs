@@ -208,11 +208,16 @@ fn prepare(path: &Path) -> io::Result<()> {
     let folder = fs::metadata(folder(path))?;
     let look = |part| own_part(path, part, &folder);
     PARTS.iter().try_for_each(|part| look(part).map(drop))?;
-    if look("")?.is_none() {
-        make(path)?;
-    } else if look("-wal")?.is_none() {
+    match look("")? {
+        None => {
+            remove_what_is_beside(path)?;
+            OpenOptions::new().write(true).create_new(true).mode(MODE).open(path)?;
+        }
+        // SQLite writes to the database before it writes to a log.
+        Some(database) if database.metadata.len() == 0 => remove_what_is_beside(path)?,
         // An index without a log: somebody has removed the log. It must not be taken for that of the next log.
-        remove_index(path)?;
+        Some(_) if look("-wal")?.is_none() => remove_index(path)?,
+        Some(_) => (),
     }
     look("")?.iter().for_each(|place| place.give_to_owner_of(&folder));
     PARTS.iter().try_for_each(|part| look(part)?.map_or(Ok(()), |place| place.make_private(MODE)))
@@ -230,12 +235,10 @@ fn remove_index(path: &Path) -> io::Result<()> {
     if_there(fs::remove_file(beside(path, "-shm")))
 }
 
-/// What beside it belonged to another file, which is gone, goes: SQLite must not take it for this one's.
-fn make(path: &Path) -> io::Result<()> {
-    for part in ["-journal", "-wal", "-shm"] {
-        if_there(fs::remove_file(beside(path, part)))?;
-    }
-    OpenOptions::new().write(true).create_new(true).mode(MODE).open(path).map(drop)
+/// What is beside a new file belonged to another one, which somebody may still have open. It goes: SQLite must not take it for
+/// this one's, and must not change the index of the other one.
+fn remove_what_is_beside(path: &Path) -> io::Result<()> {
+    ["-journal", "-wal", "-shm"].iter().try_for_each(|part| if_there(fs::remove_file(beside(path, part))))
 }
 
 fn if_there(done: io::Result<()>) -> io::Result<()> {
@@ -261,6 +264,16 @@ mod tests {
     use super::*;
 
     #[test]
+    fn what_is_beside_an_empty_file_belonged_to_another_and_is_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("heartbeat.db");
+        let beside = [beside(&path, "-wal"), beside(&path, "-shm")];
+        beside.iter().chain([&path]).for_each(|file| fs::write(file, "").unwrap());
+        prepare(&path).unwrap();
+        assert!(path.exists() && !beside.iter().any(|file| file.exists()));
+    }
+
+    #[test]
     fn what_is_beside_a_new_file_belonged_to_another_and_is_removed() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("heartbeat.db");
@@ -269,7 +282,7 @@ mod tests {
         prepare(&path).unwrap();
         assert_eq!(fs::read(&path).unwrap(), b"");
         assert!(!beside.iter().any(|file| file.exists()));
-        beside.iter().for_each(|file| fs::write(file, "this one's").unwrap());
+        beside.iter().chain([&path]).for_each(|file| fs::write(file, "this one's").unwrap());
         prepare(&path).unwrap();
         assert!(beside.iter().all(|file| file.exists()));
     }
