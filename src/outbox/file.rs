@@ -66,12 +66,10 @@ enum Failure {
 /// a new one if we `may_replace` it, and only if a second, fresh connection finds the same damage: to SQLite a read that
 /// fails once looks the same.
 ///
-/// It must be the [turn](super::lock::Turn) of this process: of two, the slower one would remove what the faster one has already
+/// `deadline`: up to when another process' lock is waited for. It must be the [turn](super::lock::Turn) of this process: of two, the slower one would remove what the faster one has already
 /// written.
-pub(super) fn open(path: &Path, may_replace: bool) -> Result<(Connection, Identities), Error> {
+pub(super) fn open(path: &Path, may_replace: bool, deadline: Instant) -> Result<(Connection, Identities), Error> {
     let unusable = |problem: &str| Error::outbox(Some(path), problem);
-    // Whoever waits for it hears of a lock before he gives up.
-    let deadline = Instant::now() + limits::OUTBOX_BUSY - limits::OUTBOX_MARGIN;
     let path = &in_real_folder(path).map_err(|source| unusable("cannot be written").because(source))?;
     let first = match prepare_and_connect(path, deadline) {
         Ok(db) => return Ok(db),

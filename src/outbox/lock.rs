@@ -193,7 +193,8 @@ impl Locks {
         for file in &self.files {
             while !file.lock(TURN)? {
                 if Instant::now() >= by {
-                    let problem = "another process is writing to it, or is suspended while it does";
+                    let problem =
+                        "another process is writing to it, or is suspended while it does; resume or end that one";
                     return Err(io::Error::new(io::ErrorKind::TimedOut, problem));
                 }
                 thread::sleep(limits::OUTBOX_PAUSE);

@@ -1,10 +1,11 @@
 //! The outbox' files: system calls on them that fail, one at a time, at every place of a start; and whose they are.
 
 use std::collections::BTreeSet;
+use std::error::Error as _;
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -44,31 +45,29 @@ fn deliver(dir: &Path) {
     assert_eq!(loopback.sent(), ["d0"]);
 }
 
-/// Tries again, as the error says.
-fn within_patience<T>(mut attempt: impl FnMut() -> Result<T, Error>) -> T {
-    let end = Instant::now() + Duration::from_secs(30);
-    loop {
-        match attempt() {
-            Ok(done) => return done,
-            Err(error) => assert!(Instant::now() < end, "{error}"),
-        }
-    }
+/// Whether it was kept. After an unlock that failed SQLite waits for itself for 10 s, or takes the file for locked: nothing
+/// is kept then, or that is in doubt.
+fn kept<T>(result: Result<T, Error>) -> Option<T> {
+    let is_locked = |error: &Error| {
+        let problems = ["its disk has not answered", "is locked by another process; nothing was kept"];
+        problems.iter().any(|problem| error.to_string().contains(problem))
+    };
+    result.inspect_err(|error| assert!(is_locked(error), "{error}")).ok()
 }
 
-/// What a traced process does: it beats, keeps what it is given, and delivers at least that. An unlock that fails makes SQLite
-/// wait for itself for 10 s; a push is refused or in doubt then.
+/// What a traced process does: it beats, keeps what it is given, and delivers at least that.
 fn run(dir: &Path) {
     let (loopback, heartbeat, tick) = start(dir);
     let mut given = Vec::new();
     for n in 1..4 {
-        given.extend([format!("d{n}"), format!("m{n}")]);
-        within_patience(|| match heartbeat.deltas().push(deployed(&format!("d{n}"))) {
-            Err(error) if !error.is_in_doubt() => Err(error),
-            _ => Ok(()),
-        });
-        let begun = within_patience(|| heartbeat.begin(Operation::Mutate, [format!("m{n}")]));
+        let pushed = kept(heartbeat.deltas().push(deployed(&format!("d{n}"))));
+        given.extend(pushed.map(|()| format!("d{n}")));
+        let begun = kept(heartbeat.begin(Operation::Mutate, [format!("m{n}")]));
         beat(&tick);
-        begun.succeed();
+        if let Some(operation) = begun {
+            given.push(format!("m{n}"));
+            operation.succeed();
+        }
     }
     beats_until_sent(&loopback, &heartbeat, &tick, &given);
     let beats = heartbeat.stats().beats;
@@ -222,7 +221,6 @@ fn a_call_that_fails_while_a_heartbeat_runs_costs_no_file_and_no_delta() {
         ("pwrite64", "ENOSPC"),
         ("pwrite64", "EIO"),
         ("fdatasync,fsync", "EIO"),
-        ("fcntl", "ENOLCK"),
         ("mmap", "ENOMEM"),
         ("ftruncate", "EIO"),
     ] {
@@ -280,12 +278,17 @@ fn what_root_makes_belongs_to_the_owner_of_the_folder_and_a_strangers_file_is_re
     }
 }
 
-/// Runs the program on the outbox of an agent dir. Whether it has kept its delta.
-fn push(dir: &Path, decky: &str) -> bool {
+/// The program, which adds to the outbox of an agent dir.
+fn push_of(dir: &Path, decky: &str) -> Command {
     let mut push = Command::new(env!("CARGO_BIN_EXE_decnet-heartbeat"));
     push.arg("--config").arg(dir.join("decnet.ini")).arg("--agent-dir").arg(dir.join("agent"));
     push.args(["push", "--no-wait", "--operation", "deploy", "--status", "succeeded", decky]);
-    push.stdout(Stdio::null()).stderr(Stdio::null()).status().unwrap().success()
+    push
+}
+
+/// Whether it has kept its delta.
+fn push(dir: &Path, decky: &str) -> bool {
+    push_of(dir, decky).stdout(Stdio::null()).stderr(Stdio::null()).status().unwrap().success()
 }
 
 #[test]
@@ -353,6 +356,65 @@ fn no_delta_is_lost_while_the_files_are_removed_renamed_and_replaced() {
             println!("{part} {how}: {} kept, lost {:?}", kept.len(), missing());
             assert!(missing().is_empty(), "{part} {how}: of {} {:?} {names:?}", kept.len(), missing());
         }
+    }
+}
+
+/// A push of the program that is suspended in the middle of its commit, and its tracer.
+fn suspended_push(dir: &Path, decky: &str) -> (Child, u32) {
+    let trace = dir.join("suspended");
+    let mut strace = Command::new("strace");
+    strace.args(["-f", "-qq", "-e", "trace=fdatasync,fsync", "-e", "inject=fdatasync,fsync:signal=STOP:when=1"]);
+    strace.arg("-P").arg(dir.join("agent/heartbeat.db-wal")).arg("-o").arg(&trace).arg("--");
+    let push = push_of(dir, decky);
+    let tracer = strace.arg(push.get_program()).args(push.get_args()).stdout(Stdio::null()).spawn().unwrap();
+    let end = Instant::now() + Duration::from_secs(20);
+    loop {
+        let said = fs::read_to_string(&trace).unwrap_or_default();
+        if let Some(line) = said.lines().find(|line| line.contains("stopped by SIGSTOP")) {
+            return (tracer, line.split_whitespace().next().unwrap().parse().unwrap());
+        }
+        assert!(Instant::now() < end, "{said}");
+        thread::sleep(Duration::from_millis(10));
+    }
+}
+
+#[test]
+#[ignore = "needs strace"]
+fn while_a_process_is_suspended_within_its_turn_pushes_are_refused_and_beats_go_on() {
+    for how in ["CONT", "KILL"] {
+        let scratch = tempfile::tempdir().unwrap();
+        let dir = scratch.path().canonicalize().unwrap();
+        let loopback = Loopback::new(&dir.join("agent"));
+        loopback.worker.write_ini(&dir.join("decnet.ini")).unwrap();
+        let (builder, tick) = loopback.builder();
+        let heartbeat = builder.start().unwrap();
+        heartbeat.deltas().push(deployed("before")).unwrap();
+        let (mut tracer, pid) = suspended_push(&dir, "suspended");
+
+        let since = Instant::now();
+        let refused = heartbeat.deltas().push(deployed("refused")).unwrap_err();
+        assert!(since.elapsed() < Duration::from_secs(2) && !refused.is_in_doubt(), "{refused}");
+        let source = refused.source().map(ToString::to_string);
+        assert_eq!(
+            (refused.to_string().ends_with("is locked by another process; nothing was kept"), source.as_deref()),
+            (true, Some("another process is writing to it, or is suspended while it does; resume or end that one"))
+        );
+        let mut program = push_of(&dir, "refused");
+        let output = program.output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success() && said.contains("is suspended while it does"), "{said}");
+        for _ in 0..3 {
+            let beats = heartbeat.stats().beats;
+            beat(&tick);
+            settled(&heartbeat, |stats| stats.beats > beats);
+        }
+
+        process::signal(how, pid);
+        // Its own caller has heard that it is in doubt.
+        process::end(&mut tracer, Duration::from_secs(20)).unwrap();
+        heartbeat.deltas().push(deployed("after")).unwrap();
+        beats_until_sent(&loopback, &heartbeat, &tick, &["before".to_owned(), "after".to_owned()]);
+        assert!(!loopback.sent().contains(&"refused".to_owned()));
     }
 }
 
