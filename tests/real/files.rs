@@ -155,6 +155,11 @@ fn a_call_that_fails_at_any_place_of_a_start_costs_no_file_and_no_delta() {
         return match work.as_str() {
             "deliver" => deliver(Path::new(&dir)),
             "run" => run(Path::new(&dir)),
+            "look" => {
+                let database = rusqlite::Connection::open(Path::new(&dir).join("agent/heartbeat.db")).unwrap();
+                let rows: u32 = database.query_row("SELECT count(*) FROM delta", [], |row| row.get(0)).unwrap();
+                assert!(rows > 0);
+            }
             work => fill(Path::new(&dir), work == "fill and die"),
         };
     }
@@ -357,6 +362,51 @@ fn no_delta_is_lost_while_the_files_are_removed_renamed_and_replaced() {
             assert!(missing().is_empty(), "{part} {how}: of {} {:?} {names:?}", kept.len(), missing());
         }
     }
+}
+
+#[test]
+#[ignore = "starts many processes"]
+fn no_delta_is_lost_where_the_host_program_reads_the_outbox_itself() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut loopback = Loopback::new(&dir.path().join("agent"));
+    loopback.worker.write_ini(&dir.path().join("decnet.ini")).unwrap();
+    let (builder, tick) = loopback.builder();
+    let heartbeat = builder.start().unwrap();
+    settled(&heartbeat, |stats| stats.beats == 1);
+    loopback.master.stop();
+    let log = dir.path().join("agent/heartbeat.db-wal");
+    let log = || fs::metadata(&log).map(|found| found.ino()).ok();
+    let (mut kept, mut lost_logs) = (Vec::new(), 0);
+    for n in 0..20 {
+        let (ours, theirs) = (format!("l{n}"), format!("p{n}"));
+        heartbeat.deltas().push(deployed(&ours)).unwrap();
+        let before = log();
+        // As a backup does. Its end drops the locks that SQLite has on these files in this process. That on the database alone is
+        // not enough: SQLite looks at those of the index, too.
+        for part in ["", "-wal", "-shm"] {
+            fs::read(dir.path().join(format!("agent/heartbeat.db{part}"))).unwrap();
+        }
+        // So another one takes itself for the last one, and removes the log at its end.
+        process::run(&mut child(dir.path(), "look"));
+        lost_logs += u32::from(log() != before);
+        if n % 2 == 0 {
+            // It makes a log anew, while the heartbeat has the old one.
+            assert!(push(dir.path(), &theirs));
+            kept.push(theirs);
+        }
+        if n % 3 == 0 {
+            beat(&tick);
+        }
+        kept.push(ours);
+    }
+    assert!(lost_logs > 10, "{lost_logs}");
+    loopback.master.start_again().unwrap();
+    beats_until_sent(&loopback, &heartbeat, &tick, &kept);
+    assert!(heartbeat.flush(Duration::from_secs(10)));
+    let mut sent = loopback.sent();
+    sent.sort();
+    kept.sort();
+    assert_eq!(sent, kept, "each of them once");
 }
 
 /// A push of the program that is suspended in the middle of its commit, and its tracer.
