@@ -55,25 +55,42 @@ fn kept<T>(result: Result<T, Error>) -> Option<T> {
     result.inspect_err(|error| assert!(is_locked(error), "{error}")).ok()
 }
 
-/// What a traced process does: it beats, keeps what it is given, and delivers at least that.
-fn run(dir: &Path) {
-    let (loopback, heartbeat, tick) = start(dir);
+/// The deckies of what was kept.
+fn give(heartbeat: &Heartbeat, tick: &Sender<Instant>) -> Vec<String> {
     let mut given = Vec::new();
     for n in 1..4 {
         let pushed = kept(heartbeat.deltas().push(deployed(&format!("d{n}"))));
         given.extend(pushed.map(|()| format!("d{n}")));
         let begun = kept(heartbeat.begin(Operation::Mutate, [format!("m{n}")]));
-        beat(&tick);
+        beat(tick);
         if let Some(operation) = begun {
             given.push(format!("m{n}"));
             operation.succeed();
         }
     }
+    given
+}
+
+/// What a traced process does: it beats, keeps what it is given, and delivers at least that.
+fn run(dir: &Path) {
+    let (loopback, heartbeat, tick) = start(dir);
+    let given = give(&heartbeat, &tick);
     beats_until_sent(&loopback, &heartbeat, &tick, &given);
     let beats = heartbeat.stats().beats;
     beat(&tick);
     settled(&heartbeat, |stats| stats.beats > beats);
     fs::write(dir.join("sent"), loopback.sent().join("\n")).unwrap();
+}
+
+/// What a traced process does: it leaves what it is given to the next one, as there is no master.
+fn outlast(dir: &Path) {
+    let (mut loopback, heartbeat, tick) = start(dir);
+    settled(&heartbeat, |stats| stats.beats > 0);
+    loopback.master.stop();
+    let given = give(&heartbeat, &tick);
+    assert!(heartbeat.stop(Duration::from_secs(20)).kept);
+    fs::write(dir.join("sent"), loopback.sent().join("\n")).unwrap();
+    fs::write(dir.join("given"), given.join("\n")).unwrap();
 }
 
 /// An outbox with a delta that waits, left by a process that was killed if it `has_died`.
@@ -93,8 +110,6 @@ fn fill(dir: &Path, has_died: bool) {
 
 const TEST: &str = "files::a_call_that_fails_at_any_place_of_a_start_costs_no_file_and_no_delta";
 const CHILD: &str = "DECNET_HEARTBEAT_TEST_FAILING_CALLS";
-/// Of the places of a long life so many are passed over each time.
-const STEP: usize = 1;
 const WORK: &str = "DECNET_HEARTBEAT_TEST_FAILING_CALLS_WORK";
 
 fn child(dir: &Path, work: &str) -> Command {
@@ -155,6 +170,7 @@ fn a_call_that_fails_at_any_place_of_a_start_costs_no_file_and_no_delta() {
         return match work.as_str() {
             "deliver" => deliver(Path::new(&dir)),
             "run" => run(Path::new(&dir)),
+            "outlast" => outlast(Path::new(&dir)),
             "look" => {
                 let database = rusqlite::Connection::open(Path::new(&dir).join("agent/heartbeat.db")).unwrap();
                 let rows: u32 = database.query_row("SELECT count(*) FROM delta", [], |row| row.get(0)).unwrap();
@@ -186,17 +202,20 @@ fn a_call_that_fails_at_any_place_of_a_start_costs_no_file_and_no_delta() {
     }
 }
 
-/// What was sent while calls failed, and by a later start for which none fails.
-fn sent_then_and_later(outbox: &Path, faults: &[Fault<'_>]) -> Option<BTreeSet<String>> {
-    let scratch = with_failing_calls(outbox, "run", faults)?;
-    let sent = fs::read_to_string(scratch.path().join("sent")).unwrap();
-    let mut sent: BTreeSet<_> = sent.lines().map(str::to_owned).collect();
-    if !sent.contains("d0") {
+/// What was there before, and what was given to the process whose calls fail, is sent by it or by a later one for which none
+/// fails. `None`: there were not so many calls.
+fn all_is_sent(outbox: &Path, work: &str, faults: &[Fault<'_>]) -> Option<()> {
+    let scratch = with_failing_calls(outbox, work, faults)?;
+    let lines = |name| fs::read_to_string(scratch.path().join(name)).unwrap_or_default();
+    let (sent, given) = (lines("sent"), lines("given"));
+    let is_sent = |decky: &str| sent.lines().any(|sent| sent == decky);
+    let missing = given.lines().chain(["d0"]).filter(|decky| !is_sent(decky)).map(str::to_owned);
+    let missing: Vec<_> = missing.collect();
+    if !missing.is_empty() {
         let (loopback, heartbeat, tick) = start(scratch.path());
-        beats_until_sent(&loopback, &heartbeat, &tick, &["d0".to_owned()]);
-        sent.extend(loopback.sent());
+        beats_until_sent(&loopback, &heartbeat, &tick, &missing);
     }
-    Some(sent)
+    Some(())
 }
 
 #[test]
@@ -209,7 +228,7 @@ fn a_disk_that_fails_for_good_at_any_place_costs_no_file_and_no_delta() {
         // Each connection fails at the same page, and so does who reads the file from its beginning to its end.
         let one_page = |nth: usize| vec![("pread64", "EIO", format!("{nth}+{nth}")), ("read", "EIO", "1+".to_owned())];
         for faults in [&all_from as &dyn Fn(usize) -> Vec<Fault<'static>>, &one_page] {
-            let count = (1..).map_while(|nth| sent_then_and_later(&outbox, &faults(nth))).count();
+            let count = (1..).map_while(|nth| all_is_sent(&outbox, "run", &faults(nth))).count();
             println!("{work}: {:?}: {count} places", faults(0));
         }
     }
@@ -229,10 +248,10 @@ fn a_call_that_fails_while_a_heartbeat_runs_costs_no_file_and_no_delta() {
         ("mmap", "ENOMEM"),
         ("ftruncate", "EIO"),
     ] {
-        for lasts in ["", "+"] {
-            let sent = |nth: usize| sent_then_and_later(&outbox, &[(call, error, format!("{nth}{lasts}"))]);
-            let count = (1..).step_by(STEP).map_while(sent).count();
-            println!("{call} {error}{lasts}: {count} places");
+        for (work, lasts) in [("run", "+"), ("outlast", "")] {
+            let sent = |nth: usize| all_is_sent(&outbox, work, &[(call, error, format!("{nth}{lasts}"))]);
+            let count = (1..).map_while(sent).count();
+            println!("{work}: {call} {error}{lasts}: {count} places");
         }
     }
 }
@@ -384,7 +403,7 @@ fn no_delta_is_lost_where_the_host_program_reads_the_outbox_itself() {
         // As a backup does. Its end drops the locks that SQLite has on these files in this process. That on the database alone is
         // not enough: SQLite looks at those of the index, too.
         for part in ["", "-wal", "-shm"] {
-            fs::read(dir.path().join(format!("agent/heartbeat.db{part}"))).unwrap();
+            let _ = fs::read(dir.path().join(format!("agent/heartbeat.db{part}")));
         }
         // So another one takes itself for the last one, and removes the log at its end.
         process::run(&mut child(dir.path(), "look"));
