@@ -319,13 +319,17 @@ fn push(dir: &Path, decky: &str) -> bool {
 #[ignore = "takes seconds, and starts many processes"]
 fn no_delta_is_lost_while_the_files_are_removed_renamed_and_replaced() {
     for part in ["", "-wal", "-shm", "-lock"] {
-        for how in ["removed", "renamed", "replaced"] {
+        for how in ["removed", "renamed", "replaced", "replaced by an older one"] {
             let dir = tempfile::tempdir().unwrap();
             let loopback = Loopback::new(&dir.path().join("agent"));
             loopback.worker.write_ini(&dir.path().join("decnet.ini")).unwrap();
             let (builder, tick) = loopback.builder();
             let heartbeat = builder.start().unwrap();
             let place = dir.path().join(format!("agent/heartbeat.db{part}"));
+            let (older, next) = (dir.path().join("older"), dir.path().join("agent/next"));
+            // By another process, as closing it would drop the locks that SQLite has on it in this one.
+            let copy = |from: &Path, to: &Path| process::run(Command::new("cp").arg("-p").arg(from).arg(to));
+            copy(&place, &older);
             let (is_over, pushes) = (AtomicBool::new(false), AtomicU32::new(0));
             let kept: Vec<String> = thread::scope(|scope| {
                 let (is_over, pushes, dir, heartbeat) = (&is_over, &pushes, dir.path(), &heartbeat);
@@ -339,9 +343,12 @@ fn no_delta_is_lost_while_the_files_are_removed_renamed_and_replaced() {
                     };
                     numbers.filter_map(push).collect::<Vec<_>>()
                 });
-                let program = scope.spawn(move || {
-                    let numbers = (0..).take_while(|_| !is_over.load(Ordering::Relaxed)).map(|n: u32| format!("p{n}"));
-                    numbers.filter(|decky| push(dir, decky)).collect::<Vec<_>>()
+                let programs = ["p", "q"].map(|program| {
+                    scope.spawn(move || {
+                        let numbers = (0..).take_while(|_| !is_over.load(Ordering::Relaxed));
+                        let deckies = numbers.map(|n: u32| format!("{program}{n}"));
+                        deckies.filter(|decky| push(dir, decky)).collect::<Vec<_>>()
+                    })
                 });
                 for n in 0..20 {
                     // What somebody else has added must have been seen before it is taken away.
@@ -354,17 +361,20 @@ fn no_delta_is_lost_while_the_files_are_removed_renamed_and_replaced() {
                     let _ = match how {
                         "removed" => fs::remove_file(&place),
                         "renamed" => fs::rename(&place, place.with_extension(format!("old-{n}"))),
+                        "replaced by an older one" => {
+                            copy(&older, &next);
+                            fs::rename(&next, &place)
+                        }
                         _ => {
-                            let next = place.with_extension("next");
                             fs::write(&next, "").unwrap();
                             fs::set_permissions(&next, fs::Permissions::from_mode(0o600)).unwrap();
-                            fs::rename(next, &place)
+                            fs::rename(&next, &place)
                         }
                     };
                     beat(&tick);
                 }
                 is_over.store(true, Ordering::Relaxed);
-                [library, program].into_iter().flat_map(|pushing| pushing.join().unwrap()).collect()
+                [library].into_iter().chain(programs).flat_map(|pushing| pushing.join().unwrap()).collect()
             });
             let missing = || {
                 let sent: BTreeSet<_> = loopback.sent().into_iter().collect();
