@@ -438,19 +438,22 @@ fn no_delta_is_lost_where_the_host_program_reads_the_outbox_itself() {
     assert_eq!(sent, kept, "each of them once");
 }
 
-/// A push of the program that is suspended in the middle of its commit, and its tracer.
-fn suspended_push(dir: &Path, decky: &str) -> (Child, u32) {
-    let trace = dir.join("suspended");
+/// A push of the program that is suspended in the middle of its commit: its tracer, which writes this trace.
+fn suspended_push(dir: &Path, decky: &str, trace: &Path) -> Child {
     let mut strace = Command::new("strace");
     strace.args(["-f", "-qq", "-e", "trace=fdatasync,fsync", "-e", "inject=fdatasync,fsync:signal=STOP:when=1"]);
-    strace.arg("-P").arg(dir.join("agent/heartbeat.db-wal")).arg("-o").arg(&trace).arg("--");
+    strace.arg("-P").arg(dir.join("agent/heartbeat.db-wal")).arg("-o").arg(trace).arg("--");
     let push = push_of(dir, decky);
-    let tracer = strace.arg(push.get_program()).args(push.get_args()).stdout(Stdio::null()).spawn().unwrap();
+    strace.arg(push.get_program()).args(push.get_args()).stdout(Stdio::null()).spawn().unwrap()
+}
+
+/// Waits until the process is suspended, and gives its id.
+fn suspended(trace: &Path) -> u32 {
     let end = Instant::now() + Duration::from_secs(20);
     loop {
-        let said = fs::read_to_string(&trace).unwrap_or_default();
+        let said = fs::read_to_string(trace).unwrap_or_default();
         if let Some(line) = said.lines().find(|line| line.contains("stopped by SIGSTOP")) {
-            return (tracer, line.split_whitespace().next().unwrap().parse().unwrap());
+            return line.split_whitespace().next().unwrap().parse().unwrap();
         }
         assert!(Instant::now() < end, "{said}");
         thread::sleep(Duration::from_millis(10));
@@ -468,7 +471,9 @@ fn while_a_process_is_suspended_within_its_turn_pushes_are_refused_and_beats_go_
         let (builder, tick) = loopback.builder();
         let heartbeat = builder.start().unwrap();
         heartbeat.deltas().push(deployed("before")).unwrap();
-        let (mut tracer, pid) = suspended_push(&dir, "suspended");
+        let trace = dir.join("trace");
+        let mut tracer = suspended_push(&dir, "suspended", &trace);
+        let pid = suspended(&trace);
 
         let since = Instant::now();
         let refused = heartbeat.deltas().push(deployed("refused")).unwrap_err();
