@@ -64,10 +64,10 @@ enum Failure {
 
 /// A connection to the outbox at `path`, made where there is none. A file that is no outbox, or damaged, is moved aside for
 /// a new one if we `may_replace` it, and only if a second, fresh connection finds the same damage: to SQLite a read that
-/// fails once looks the same.
+/// fails once looks the same. All of it must be readable, too. `deadline`: up to when another process' lock is waited for.
 ///
-/// `deadline`: up to when another process' lock is waited for. It must be the [turn](super::lock::Turn) of this process: of two, the slower one would remove what the faster one has already
-/// written.
+/// It must be the [turn](super::lock::Turn) of this process: of two, the slower one would remove what the faster one has
+/// already written.
 pub(super) fn open(path: &Path, may_replace: bool, deadline: Instant) -> Result<(Connection, Identities), Error> {
     let unusable = |problem: &str| Error::outbox(Some(path), problem);
     let path = &in_real_folder(path).map_err(|source| unusable("cannot be written").because(source))?;
