@@ -252,9 +252,6 @@ pub(crate) const OUTBOX_LOOK: Duration = Duration::from_secs(10);
 /// Bytes of a damaged outbox that must be readable before it is moved aside: more than 10,000 rows take.
 pub(crate) const READ_THROUGH: u64 = 256 * 1024 * 1024;
 
-/// Bytes that are read at a time for it.
-pub(crate) const READ_THROUGH_STEP: usize = 64 * 1024;
-
 /// How often a lock file that others make, remove or replace meanwhile is looked at again before that is an error.
 pub(crate) const LOCK_TRIES: usize = 100;
 

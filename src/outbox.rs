@@ -32,6 +32,7 @@ mod tests;
 
 use std::cell::RefCell;
 use std::collections::{BTreeSet, VecDeque};
+use std::error::Error as StdError;
 use std::mem;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -291,7 +292,11 @@ impl Outbox {
             Ok(made) if made.len() == adds.len() => {
                 made.into_iter().zip(adds).map(|(added, add)| self.added(added, add)).collect()
             }
-            Ok(_) => each(&|| self.error("is locked by another process; nothing was kept")),
+            Ok(_) => each(&|| {
+                let locked = self.error("is locked by another process; nothing was kept");
+                let source = changed.as_ref().err().and_then(StdError::source);
+                source.map(ToString::to_string).into_iter().fold(locked, Error::because)
+            }),
             Err(source) => each(&|| self.store.error("cannot keep anything", source.to_string())),
         };
         self.note_tally();
@@ -456,6 +461,7 @@ impl Outbox {
         if let Some((until, _)) = &mut self.store.refused {
             *until = Instant::now();
         }
+        self.store.locked = None;
         // It begins nothing any more that it waits for.
         if !matches!(self.delivery, Delivery::Wanted) {
             self.look_for_file();
@@ -472,7 +478,8 @@ impl Outbox {
         if self.pending.is_empty() && !self.store.is_unwritten() {
             return Ok(());
         }
-        self.commit(&[], deadline()).changed
+        let by = self.store.patience();
+        self.commit(&[], by).changed
     }
 
     /// Never silent, and not for each push: the process that delivers says it with the next beat.
@@ -490,7 +497,8 @@ impl Outbox {
     }
 
     fn look_for_file(&mut self) {
-        match self.store.turn(deadline()) {
+        let by = self.store.patience();
+        match self.store.turn(by) {
             Ok(_turn) => self.go_to_file(),
             Err(error) => {
                 let error = chain(&self.store.error("cannot be looked for", error));
@@ -530,13 +538,14 @@ impl Outbox {
     }
 
     fn open_file(&mut self) -> Result<(), Error> {
-        let _turn = self.store.turn(deadline()).map_err(|source| self.store.error("cannot be opened", source))?;
+        let by = self.store.patience();
+        let _turn = self.store.turn(by).map_err(|source| self.store.error("cannot be opened", source))?;
         let share = match (self.delivers(), self.store.locks.another_delivers()) {
             (true, _) => Share::Everything,
             (false, false) => Share::OursAndUnowned,
             (false, true) => Share::Ours,
         };
-        self.store.open(self.gone.order.iter().copied(), share)
+        self.store.open(self.gone.order.iter().copied(), share, by)
     }
 
     /// Begins to deliver, if we are to and nobody else does; our place is locked in any case. `Some`: another process does.
@@ -599,7 +608,8 @@ impl Outbox {
         if dead.is_empty() {
             return Ok(());
         }
-        let (recovered, _) = self.change(deadline(), |rows, _| {
+        let by = self.store.patience();
+        let (recovered, _) = self.change(by, |rows, _| {
             dead.iter().try_fold(0, |sum, owner| rows.recover(owner, reason).map(|count| sum + count))
         });
         let operations = recovered.map_err(|source| self.store.error("cannot be recovered", source))?;
@@ -626,7 +636,8 @@ impl Outbox {
     fn age_by(&mut self, passed: Duration) -> Result<(), Error> {
         // Other processes' rows are never changed in memory.
         let (has_file, unknown) = (self.store.file.is_some(), self.owners_that_are(Owner::Unknown)?);
-        let (aged, _) = self.change(deadline(), |rows, refusal| {
+        let by = self.store.patience();
+        let (aged, _) = self.change(by, |rows, refusal| {
             if has_file && refusal.is_none() {
                 rows.grow_stuck(passed.as_secs(), &unknown)?;
             }

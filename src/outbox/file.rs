@@ -3,8 +3,8 @@
 
 use std::collections::BTreeSet;
 use std::fs::{self, DirEntry, Metadata, OpenOptions};
-use std::io;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::io::{self, Read};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Instant, SystemTime};
@@ -64,14 +64,12 @@ enum Failure {
 
 /// A connection to the outbox at `path`, made where there is none. A file that is no outbox, or damaged, is moved aside for
 /// a new one if we `may_replace` it, and only if a second, fresh connection finds the same damage: to SQLite a read that
-/// fails once looks the same.
+/// fails once looks the same. All of it must be readable, too. `deadline`: up to when another process' lock is waited for.
 ///
-/// It must be the [turn](super::lock::Turn) of this process: of two, the slower one would remove what the faster one has already
-/// written.
-pub(super) fn open(path: &Path, may_replace: bool) -> Result<(Connection, Identities), Error> {
+/// It must be the [turn](super::lock::Turn) of this process: of two, the slower one would remove what the faster one has
+/// already written.
+pub(super) fn open(path: &Path, may_replace: bool, deadline: Instant) -> Result<(Connection, Identities), Error> {
     let unusable = |problem: &str| Error::outbox(Some(path), problem);
-    // Whoever waits for it hears of a lock before he gives up.
-    let deadline = Instant::now() + limits::OUTBOX_BUSY - limits::OUTBOX_MARGIN;
     let path = &in_real_folder(path).map_err(|source| unusable("cannot be written").because(source))?;
     let first = match prepare_and_connect(path, deadline) {
         Ok(db) => return Ok(db),
@@ -173,18 +171,14 @@ fn open_here() -> io::Result<BTreeSet<Identity>> {
 /// does not give it. What this process has open otherwise is not opened, as closing it would drop the locks on it.
 fn read_through(path: &Path) -> io::Result<()> {
     for part in ["", "-journal", "-wal"] {
-        let Some(place) = Place::look(&beside(path, part))? else { continue };
-        if open_here()?.contains(&identity(&place.metadata)) {
+        let path = beside(path, part);
+        // The descriptor of the look is closed again, or the file would always be open here.
+        let Some(found) = Place::look(&path)?.map(|place| identity(&place.metadata)) else { continue };
+        if open_here()?.contains(&found) {
             return Err(io::Error::new(io::ErrorKind::ResourceBusy, "another connection of this process has it open"));
         }
-        let file = OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(&place.path)?;
-        let (mut page, mut at) = (vec![0; limits::READ_THROUGH_STEP], 0);
-        while at < limits::READ_THROUGH {
-            match file.read_at(&mut page, at)? {
-                0 => break,
-                length => at += length as u64,
-            }
-        }
+        let file = OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(&path)?;
+        io::copy(&mut file.take(limits::READ_THROUGH), &mut io::sink())?;
     }
     Ok(())
 }
@@ -212,11 +206,16 @@ fn prepare(path: &Path) -> io::Result<()> {
     let folder = fs::metadata(folder(path))?;
     let look = |part| own_part(path, part, &folder);
     PARTS.iter().try_for_each(|part| look(part).map(drop))?;
-    if look("")?.is_none() {
-        make(path)?;
-    } else if look("-wal")?.is_none() {
+    match look("")? {
+        None => {
+            remove_what_is_beside(path)?;
+            OpenOptions::new().write(true).create_new(true).mode(MODE).open(path)?;
+        }
+        // SQLite writes to the database before it writes to a log.
+        Some(database) if database.metadata.len() == 0 => remove_what_is_beside(path)?,
         // An index without a log: somebody has removed the log. It must not be taken for that of the next log.
-        remove_index(path)?;
+        Some(_) if look("-wal")?.is_none() => remove_index(path)?,
+        Some(_) => (),
     }
     look("")?.iter().for_each(|place| place.give_to_owner_of(&folder));
     PARTS.iter().try_for_each(|part| look(part)?.map_or(Ok(()), |place| place.make_private(MODE)))
@@ -234,12 +233,10 @@ fn remove_index(path: &Path) -> io::Result<()> {
     if_there(fs::remove_file(beside(path, "-shm")))
 }
 
-/// What beside it belonged to another file, which is gone, goes: SQLite must not take it for this one's.
-fn make(path: &Path) -> io::Result<()> {
-    for part in ["-journal", "-wal", "-shm"] {
-        if_there(fs::remove_file(beside(path, part)))?;
-    }
-    OpenOptions::new().write(true).create_new(true).mode(MODE).open(path).map(drop)
+/// What is beside a new file belonged to another one, which somebody may still have open. It goes: SQLite must not take it for
+/// this one's, and must not change the index of the other one.
+fn remove_what_is_beside(path: &Path) -> io::Result<()> {
+    ["-journal", "-wal", "-shm"].iter().try_for_each(|part| if_there(fs::remove_file(beside(path, part))))
 }
 
 fn if_there(done: io::Result<()>) -> io::Result<()> {
@@ -265,6 +262,16 @@ mod tests {
     use super::*;
 
     #[test]
+    fn what_is_beside_an_empty_file_belonged_to_another_and_is_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("heartbeat.db");
+        let beside = [beside(&path, "-wal"), beside(&path, "-shm")];
+        beside.iter().chain([&path]).for_each(|file| fs::write(file, "").unwrap());
+        prepare(&path).unwrap();
+        assert!(path.exists() && !beside.iter().any(|file| file.exists()));
+    }
+
+    #[test]
     fn what_is_beside_a_new_file_belonged_to_another_and_is_removed() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("heartbeat.db");
@@ -273,7 +280,7 @@ mod tests {
         prepare(&path).unwrap();
         assert_eq!(fs::read(&path).unwrap(), b"");
         assert!(!beside.iter().any(|file| file.exists()));
-        beside.iter().for_each(|file| fs::write(file, "this one's").unwrap());
+        beside.iter().chain([&path]).for_each(|file| fs::write(file, "this one's").unwrap());
         prepare(&path).unwrap();
         assert!(beside.iter().all(|file| file.exists()));
     }

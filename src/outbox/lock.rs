@@ -187,18 +187,21 @@ impl Locks {
         if let Some(turn) = self.turn.upgrade() {
             return Ok(turn);
         }
-        self.own(outbox)?;
         let mut held = HeldTurn::default();
-        // Others may not have noticed yet that the lock file was replaced.
-        for file in &self.files {
-            while !file.lock(TURN)? {
+        loop {
+            self.own(outbox)?;
+            let is_held = |file: &LockFile| held.0.iter().any(|held| Arc::ptr_eq(held, &file.file));
+            // Others may not have noticed yet that the lock file was replaced, or it was while we waited.
+            let Some(next) = self.files.iter().find(|file| !is_held(file)) else { break };
+            while !next.lock(TURN)? {
                 if Instant::now() >= by {
-                    let problem = "another process is writing to it, or is suspended while it does";
+                    let problem =
+                        "another process is writing to it, or is suspended while it does; resume or end that one";
                     return Err(io::Error::new(io::ErrorKind::TimedOut, problem));
                 }
                 thread::sleep(limits::OUTBOX_PAUSE);
             }
-            held.0.push(Arc::clone(&file.file));
+            held.0.push(Arc::clone(&next.file));
         }
         let turn = Arc::new(held);
         self.turn = Arc::downgrade(&turn);
@@ -621,9 +624,22 @@ mod tests {
         );
         replace_the_lock_file(&outbox);
         assert_eq!(theirs.turn(&outbox, Instant::now()).unwrap_err().kind(), io::ErrorKind::TimedOut);
+        let mut new = Locks::new();
+        let has_turn = AtomicBool::new(false);
         std::thread::scope(|scope| {
-            let waiting = scope.spawn(|| theirs.turn(&outbox, Instant::now() + Duration::from_secs(20)).unwrap());
+            let waiting = scope.spawn(|| {
+                let turn = theirs.turn(&outbox, Instant::now() + Duration::from_secs(20)).unwrap();
+                has_turn.store(true, Ordering::Relaxed);
+                turn
+            });
+            // While it waits, too.
+            std::thread::sleep(bound);
+            replace_the_lock_file(&outbox);
+            let turn_of_new = new.turn(&outbox, Instant::now()).unwrap();
             drop(turn);
+            std::thread::sleep(bound);
+            assert!(!has_turn.load(Ordering::Relaxed));
+            drop(turn_of_new);
             waiting.join().unwrap();
         });
         assert_eq!(theirs.owner(ours.token.as_bytes()), Owner::Runs);

@@ -5,7 +5,7 @@
 use std::error::Error as StdError;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use rusqlite::{Connection, TransactionBehavior};
 
@@ -27,6 +27,8 @@ pub(super) struct Store {
     copy: Option<(Table, Option<i64>)>,
     /// Up to when the file is left alone and how it refused the last time, unless it has been written since.
     pub(super) refused: Option<(Instant, Refusal)>,
+    /// When another process' lock was waited for in vain, unless the file has been written since.
+    pub(super) locked: Option<Instant>,
     /// Who delivers, and that we run, for the rows that name us.
     pub(super) locks: Locks,
 }
@@ -102,21 +104,33 @@ impl Drop for Store {
 impl Store {
     /// In memory, until it is [opened](Self::open).
     pub(super) fn new(path: Option<PathBuf>) -> Self {
-        Self { path, file: None, copy: None, refused: None, locks: Locks::new() }
+        Self { path, file: None, copy: None, refused: None, locked: None, locks: Locks::new() }
     }
 
     /// The turn of this process to open, change or leave the file. `by`: up to when another process' is waited for.
     pub(super) fn turn(&mut self, by: Instant) -> io::Result<Turn> {
-        self.path.as_deref().map_or_else(|| Ok(Turn::default()), |path| self.locks.turn(path, by))
+        let Some(path) = &self.path else { return Ok(Turn::default()) };
+        let turn = self.locks.turn(path, by);
+        if turn.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::TimedOut) {
+            self.locked = Some(Instant::now());
+        }
+        turn
+    }
+
+    /// Up to when another process' lock is waited for where no caller says so. Who waits for the outbox to open hears of it
+    /// before he gives up. It is not waited for again where that was in vain a moment ago, as the callers come after it.
+    pub(super) fn patience(&self) -> Instant {
+        let was_locked = self.locked.is_some_and(|at| at.elapsed() < limits::OUTBOX_RETRY);
+        Instant::now() + if was_locked { Duration::ZERO } else { limits::OUTBOX_BUSY - limits::OUTBOX_MARGIN }
     }
 
     /// Opens the file at its place, and moves there what is in memory, or in a file that is gone or broken. Of these ids no
     /// row is there then. One that is no outbox is moved aside for a new one by who delivers.
-    pub(super) fn open(&mut self, mut gone: impl Iterator<Item = i64>, share: Share) -> Result<(), Error> {
+    pub(super) fn open(&mut self, mut gone: impl Iterator<Item = i64>, share: Share, by: Instant) -> Result<(), Error> {
         let Some(path) = self.path.clone() else { return Ok(()) };
         // Closed first: what SQLite keeps beside the file that is gone must not mix with the new one's.
         self.leave_file(share).map_err(|source| self.error("cannot be left", source))?;
-        let (db, identities) = file::open(&path, share == Share::Everything)?;
+        let (db, identities) = file::open(&path, share == Share::Everything, by)?;
         let mut table = Table { db, known: None };
         if let Some((copy, _)) = &self.copy {
             let moved = table.change(&self.locks.token, Some(&copy.db), |rows| gone.try_for_each(|id| rows.remove(id)));
@@ -242,15 +256,16 @@ impl Store {
         });
         match written {
             Ok(done) => {
-                self.copy = None;
+                (self.copy, self.locked) = (None, None);
                 if self.refused.take().is_some() {
                     quietly(|| log::error!("the outbox is on the disk again: outbox={}", self.name()));
                 }
                 Ok(done)
             }
             Err(refused) => {
-                if refused.why != Refusal::Locked {
-                    self.leave_alone(&refused);
+                match refused.why {
+                    Refusal::Locked => self.locked = Some(Instant::now()),
+                    _ => self.leave_alone(&refused),
                 }
                 Err(Some(refused))
             }

@@ -665,6 +665,19 @@ fn what_is_no_outbox_is_moved_aside_and_nothing_of_it_is_lost() {
         drop(Outbox::open_at(&OutboxLocation::File(path.to_owned()), Path::new("/"), Role::Deliver).unwrap());
         with_byte_of(path, at, byte);
     };
+    // In the middle of one page of many.
+    let one_page = |path: &Path| {
+        let rows: Vec<_> = (0..200).map(|n| delta(&format!("{n:0200}"))).collect();
+        open(path.parent().unwrap()).keep(&rows).unwrap();
+        let mut bytes = std::fs::read(path).unwrap();
+        let page = bytes.len() / 4_096 / 2 * 4_096;
+        bytes[page..page + 4_096].iter_mut().for_each(|byte| *byte = !*byte);
+        std::fs::write(path, bytes).unwrap();
+    };
+    let later_version = |path: &Path| {
+        open(path.parent().unwrap()).keep(&[delta("later")]).unwrap();
+        sql(path, &format!("PRAGMA user_version = {}", schema::VERSION + 1));
+    };
     let later_format = |path: &Path| with_byte(path, 47, 5);
     let no_encoding = |path: &Path| with_byte(path, 59, 4);
     let no_encoding_of_version_2 = |path: &Path| {
@@ -683,6 +696,8 @@ fn what_is_no_outbox_is_moved_aside_and_nothing_of_it_is_lost() {
         &broken,
         &marked,
         &version_1,
+        &one_page,
+        &later_version,
         &later_format,
         &no_encoding,
         &no_encoding_of_version_2,
@@ -703,6 +718,46 @@ fn what_is_no_outbox_is_moved_aside_and_nothing_of_it_is_lost() {
         assert!(std::fs::read(&aside[0]).unwrap() == before, "it is as it was");
         assert_eq!(deckies(&mut outbox), ["d"]);
     }
+}
+
+#[test]
+fn a_log_that_is_damaged_costs_no_file_and_nothing_that_is_before_the_damage() {
+    type Damage<'a> = &'a dyn Fn(&mut Vec<u8>);
+    let damages: [(Damage<'_>, &[&str]); 5] = [
+        (&|_| (), &["c", "b", "a"]),
+        (&|log| log.fill(0xa5), &["a"]),
+        (&|log| log.clear(), &["a"]),
+        (&|log| log.truncate(log.len() - 700), &["b", "a"]),
+        (&|log| *log.last_mut().unwrap() ^= 1, &["b", "a"]),
+    ];
+    for (number, (damage, left)) in damages.into_iter().enumerate() {
+        let dir = tempfile::tempdir().unwrap();
+        // Its end brings it to the database.
+        open(dir.path()).keep(&[delta("a")]).unwrap();
+        let mut killed = open(dir.path());
+        ["b", "c"].iter().for_each(|decky| killed.keep(&[delta(decky)]).unwrap());
+        connection(&mut killed).set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true).unwrap();
+        drop(killed);
+        let path = beside(&dir.path().join(FILE), "-wal");
+        let mut log = std::fs::read(&path).unwrap();
+        damage(&mut log);
+        std::fs::write(&path, log).unwrap();
+        let mut outbox = open(dir.path());
+        assert_eq!(deckies(&mut outbox), left, "{number}");
+        outbox.keep(&[delta("after")]).unwrap();
+        drop(outbox);
+        assert_eq!(deckies(&mut open(dir.path())).len(), left.len() + 1);
+        let names = std::fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().file_name());
+        assert!(!names.into_iter().any(|name| name.to_str().unwrap().contains("aside")), "{number}");
+    }
+}
+
+#[test]
+fn an_empty_file_becomes_an_outbox() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join(FILE), "").unwrap();
+    open_as(dir.path(), Role::Contribute).keep(&[delta("a")]).unwrap();
+    assert_eq!(deckies(&mut open(dir.path())), ["a"]);
 }
 
 /// Changes the file as nobody of ours would.

@@ -406,8 +406,10 @@ mod tests {
 
     #[test]
     fn where_there_is_something_to_look_after_the_wait_for_requests_has_an_end() {
-        let desk = Desk::default();
-        assert_eq!(desk.next(0, Some(SHORT)).map(|taken| taken.requests.len()), Some(0));
+        let desk = Arc::new(Desk::default());
+        let (waiting, (ended, ends)) = (Arc::clone(&desk), std::sync::mpsc::channel());
+        std::thread::spawn(move || ended.send(waiting.next(0, Some(SHORT)).map(|taken| taken.requests.len())));
+        assert_eq!(ends.recv_timeout(LONG), Ok(Some(0)));
         desk.tell(Request::Tend);
         assert_eq!(desk.next(0, Some(LONG)).map(|taken| taken.requests.len()), Some(1));
         desk.close();

@@ -120,15 +120,20 @@ impl OutboxThread {
         let by = untils.min().and_then(|until| until.checked_sub(limits::OUTBOX_MARGIN)).unwrap_or_else(deadline);
         let since = Instant::now();
         let Committed { added, changed } = self.outbox.commit(&adds, by);
-        if is_urgent {
+        let (is_slow, is_written) = (since.elapsed() > limits::BATCH_FRESH, changed.is_ok());
+        if is_urgent && is_written {
             let new = self.outbox.just_added(&adds, &added);
-            self.offer(new, generation, since.elapsed() > limits::BATCH_FRESH);
+            self.offer(new, generation, is_slow);
         }
         let added = added.into_iter().chain(repeat_with(stopped)).take(adding.len());
         let answers = adding.into_iter().zip(added).map(|((ticket, waiter), added)| (ticket, waiter, added));
         self.answer_added(&adds, answers.collect());
         let problem = if is_refused { stopped().map(drop) } else { changed };
         self.answer_changed(changing, settled, problem);
+        // What the file has refused is tried again before it is offered, and nobody waits for that.
+        if is_urgent && !is_written {
+            self.offer(None, generation, is_slow);
+        }
         self.outbox.look_again();
         if is_urgent {
             self.send_changed_credentials();

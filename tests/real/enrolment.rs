@@ -53,7 +53,11 @@ impl Outcome {
                     master_port: other_port,
                     agent_dir: other_dir,
                 },
-            ) => (host_uuid, master_host, master_port, agent_dir) == (other_uuid, other_host, other_port, other_dir),
+            ) => {
+                // Ours stays where it is, also when the process changes its folder.
+                let other_dir = std::path::absolute(other_dir).unwrap();
+                (host_uuid, master_host, master_port, agent_dir) == (other_uuid, other_host, other_port, &other_dir)
+            }
             (Self::NotEnrolled, Self::NotEnrolled) => true,
             // The words differ; that there are some is enough.
             (Self::Refused { error }, Self::Refused { error: other_error }) => {
