@@ -1224,6 +1224,39 @@ fn where_the_agent_dir_is_made_again_each_delta_is_delivered_once() {
 }
 
 #[test]
+fn what_was_delivered_from_the_new_file_is_not_moved_there_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut outbox = open(dir.path());
+    let mut track = open_as(dir.path(), Role::Contribute);
+    let ours = ended(begin(&mut track, "d"), succeeded("d"));
+    std::fs::remove_file(dir.path().join(FILE)).unwrap();
+    track.end(ours.clone(), Poster::Us).unwrap();
+    track.settle(&ours, &Settled::Delivered, deadline()).unwrap();
+    drop(track);
+    // It has only the older file open, in which the operation is in flight.
+    outbox.tend().unwrap();
+    assert_eq!((counted(&mut outbox), deckies(&mut outbox)), ((0, 0, 0), Vec::<String>::new()));
+}
+
+#[test]
+fn what_another_process_has_delivered_does_not_come_back_with_an_older_copy_of_the_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let backup = dir.path().join("backup");
+    let mut outbox = open(dir.path());
+    let mut track = open_as(dir.path(), Role::Contribute);
+    let ours = ended(begin(&mut track, "d"), succeeded("d"));
+    spoil(dir.path(), &format!("VACUUM INTO '{}'", backup.display()));
+    track.end(ours.clone(), Poster::Us).unwrap();
+    track.settle(&ours, &Settled::Delivered, deadline()).unwrap();
+    drop(track);
+    // Its log would still be there.
+    ["-wal", "-shm"].iter().for_each(|part| std::fs::remove_file(beside(&dir.path().join(FILE), part)).unwrap());
+    std::fs::rename(&backup, dir.path().join(FILE)).unwrap();
+    outbox.tend().unwrap();
+    assert_eq!((counted(&mut outbox), deckies(&mut outbox)), ((0, 0, 0), Vec::<String>::new()));
+}
+
+#[test]
 fn where_nobody_delivers_what_waits_is_taken_to_an_agent_dir_that_was_made_again() {
     let dir = tempfile::tempdir().unwrap();
     let agent = dir.path().join("agent");
