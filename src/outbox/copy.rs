@@ -78,7 +78,10 @@ pub(super) fn move_rows(copy: &Connection, file: &Connection, share: Share, us: 
     let _ = for_each(file, &delivered, copy, INSERT_DELIVERED);
     copy.execute("INSERT OR IGNORE INTO moved SELECT id FROM delivered", [])?;
     copy.execute(&format!("INSERT OR IGNORE INTO moved SELECT id FROM delta WHERE {which}"), [us])?;
-    copy.execute("INSERT OR IGNORE INTO changed SELECT ?1", [schema::last_id(copy)?]).map(drop)
+    // Without the gap of this copy: above the clock an id might be given again by a process that has only an older copy or a
+    // part of the file. What was added here is in `changed` anyway.
+    let last = schema::last_id(file).or_else(|_| schema::last_id(copy))?;
+    copy.execute("INSERT OR IGNORE INTO changed SELECT ?1", [last]).map(drop)
 }
 
 /// Moves what was changed here to a file, inside its transaction. What was moved from another file may have been delivered from
