@@ -1712,3 +1712,25 @@ fn what_cannot_be_moved_at_once_is_moved_at_the_end() {
     track.stop_delivering().unwrap();
     assert_eq!(on_disk(&folder).len(), 1);
 }
+
+#[test]
+fn a_process_without_a_heartbeat_whose_folder_was_away_is_in_the_new_one_with_its_next_change() {
+    let dir = tempfile::tempdir().unwrap();
+    let agent = dir.path().join("agent");
+    std::fs::create_dir(&agent).unwrap();
+    let mut outbox = open(&agent);
+    std::fs::remove_dir_all(&agent).unwrap();
+    let mut track = open_without_a_file(&agent);
+    let id = begin(&mut track, "d");
+    std::fs::create_dir(&agent).unwrap();
+    outbox.tend().unwrap();
+    track.end(ended(id, succeeded("d")), Poster::Deliverer).unwrap();
+    assert!(track.path().is_some());
+    assert_eq!(deckies(&mut outbox), ["d"]);
+}
+
+fn open_without_a_file(dir: &Path) -> Outbox {
+    let (outbox, problem) = Outbox::open_at(&OutboxLocation::AgentDir, dir, Role::Contribute).unwrap();
+    assert!(problem.is_some());
+    outbox
+}
