@@ -79,9 +79,9 @@ pub(super) fn move_rows(copy: &Connection, file: &Connection, share: Share, us: 
     copy.execute("INSERT OR IGNORE INTO moved SELECT id FROM delivered", [])?;
     copy.execute(&format!("INSERT OR IGNORE INTO moved SELECT id FROM delta WHERE {which}"), [us])?;
     // Without the gap of this copy: above the clock an id might be given again by a process that has only an older copy or a
-    // part of the file. What was added here is in `changed` anyway.
+    // part of the file. What was added here is in `changed` anyway, and a row that is left to its owner stays as it is.
     let last = schema::last_id(file).or_else(|_| schema::last_id(copy))?;
-    copy.execute("INSERT OR IGNORE INTO changed SELECT ?1", [last]).map(drop)
+    copy.execute("INSERT OR IGNORE INTO moved SELECT ?1 WHERE ?1 NOT IN (SELECT id FROM delta)", [last]).map(drop)
 }
 
 /// Moves what was changed here to a file, inside its transaction. What was moved from another file may have been delivered from
@@ -95,7 +95,7 @@ pub(super) fn merge(copy: &Connection, file: &Connection) -> rusqlite::Result<()
     for_each(copy, &rows, file, &format!("{INSERT} {values} {UNLESS_NEWER}"))?;
     for_each(copy, &format!("{DELIVERED} ORDER BY number"), file, INSERT_DELIVERED)?;
     // What came and went in memory has had its id, too.
-    raise_last_id(file, schema::value(copy, "SELECT ifnull(max(id), 0) FROM changed", [])?)
+    raise_last_id(file, schema::value(copy, &format!("SELECT ifnull(max(id), 0) FROM ({ids})"), [])?)
 }
 
 fn raise_last_id(db: &Connection, to: i64) -> rusqlite::Result<()> {

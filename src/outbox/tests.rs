@@ -1238,6 +1238,22 @@ fn what_was_delivered_from_the_new_file_is_not_moved_there_again() {
     assert_eq!((counted(&mut outbox), deckies(&mut outbox)), ((0, 0, 0), Vec::<String>::new()));
 }
 
+#[cfg(feature = "cli")]
+#[test]
+fn what_has_ended_in_the_new_file_is_not_in_flight_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut outbox = open(dir.path());
+    let mut track = open_as(dir.path(), Role::Contribute);
+    let ours = ended(begin(&mut track, "d"), succeeded("d"));
+    std::fs::remove_file(dir.path().join(FILE)).unwrap();
+    track.end(ours.clone(), Poster::Us).unwrap();
+    outbox.tend().unwrap();
+    track.release(&ours).unwrap();
+    drop(track);
+    outbox.tend().unwrap();
+    assert_eq!((counted(&mut outbox), deckies(&mut outbox)), ((1, 0, 0), vec!["d".to_owned()]));
+}
+
 #[test]
 fn what_another_process_has_delivered_does_not_come_back_with_an_older_copy_of_the_file() {
     let dir = tempfile::tempdir().unwrap();
