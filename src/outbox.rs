@@ -346,8 +346,10 @@ impl Outbox {
         change: impl Fn(&mut Rows<'_>, Option<Refusal>) -> rusqlite::Result<T>,
     ) -> (rusqlite::Result<T>, Result<(), Error>) {
         let turn = self.store.turn(by);
-        // What would go to a file that nobody finds goes to the one that is there now.
-        if turn.is_ok() && self.store.is_replaced() {
+        // What would go to a file that nobody finds goes to the one that is there now. Who does not deliver has no other
+        // moment to look for a file than its next change.
+        let is_away = if self.delivery == Delivery::No { self.store.is_away() } else { self.store.is_replaced() };
+        if turn.is_ok() && is_away {
             self.go_to_file();
         }
         let Self { store, pending, .. } = self;

@@ -167,6 +167,11 @@ impl Reporter {
         self.outbox.path().is_some()
     }
 
+    /// The same, after another attempt to write there what is not.
+    pub(super) fn goes_to_disk(&self) -> bool {
+        self.is_on_disk() || self.outbox.change(Change::Released(Vec::new()), false).is_ok() && self.is_on_disk()
+    }
+
     /// What was begun here has ended.
     pub(super) fn end(&self, ended: &[Kept], poster: Poster) {
         if let Err(error) = self.outbox.change(Change::Ended(ended.to_vec(), poster), false) {

@@ -64,7 +64,7 @@ struct Tracked<'a> {
     location: OutboxLocation,
     /// `None` while the enrolment cannot be read.
     reporter: Option<Reporter>,
-    /// The rows that are in flight on the disk.
+    /// The rows that are in flight.
     begun: Option<Vec<i64>>,
 }
 
@@ -86,8 +86,7 @@ impl Tracked<'_> {
             }
         };
         match reporter.begin(self.operation, &self.deckies) {
-            // What is in memory ends with us anyway.
-            Ok(ids) => self.begun = Some(ids).filter(|_| reporter.is_on_disk()),
+            Ok(ids) => self.begun = Some(ids),
             Err(error) => log::warn!("the outbox cannot be used: {} error={:?}", reporter.names(), chain(&error)),
         }
         true
@@ -98,14 +97,16 @@ impl Tracked<'_> {
     }
 
     /// Reports how it ended: now, or by way of the outbox.
-    fn end(self, outcome: &Outcome, telling: &Telling, signals: &mut Signals) {
+    fn end(mut self, outcome: &Outcome, telling: &Telling, signals: &mut Signals) {
         // Now, as this is when it ended.
         let delta = |decky: &String| match outcome {
             Outcome::Succeeded => LifecycleDelta::succeeded(decky, self.operation),
             Outcome::Failed(error) => LifecycleDelta::failed(decky, self.operation, error.as_str()),
         };
         let deltas: Vec<_> = self.deckies.iter().map(delta).collect();
-        let again = if self.begun.is_none() { self.open().map(Some) } else { Ok(None) };
+        // Rows in memory end with us. Any that are in a file, also in one that was replaced, must end by this name.
+        let begun = self.begun.take().filter(|_| self.reporter.as_ref().is_some_and(Reporter::goes_to_disk));
+        let again = if begun.is_none() { self.open().map(Some) } else { Ok(None) };
         let mut reporter = match (again, self.reporter) {
             (Ok(Some(reporter)), _) | (_, Some(reporter)) => reporter,
             (Ok(None), None) => return,
@@ -114,7 +115,7 @@ impl Tracked<'_> {
         // A deploy lists its deckies while it runs.
         warn_of_unlisted(reporter.agent_dir(), self.deckies.iter().map(String::as_str));
         let mut patience = Patience::new(telling.timeout, Some(signals));
-        let reported = match self.begun {
+        let reported = match begun {
             Some(ids) => {
                 let ended = ids.into_iter().zip(deltas).map(|(id, delta)| Kept { id, delta }).collect();
                 end_begun(&reporter, ended, telling, &mut patience)

@@ -14,7 +14,8 @@ use crate::delta::micros;
 /// The ids of rows that were added, changed or removed here.
 const CHANGED: &str = "CREATE TABLE changed (id INTEGER PRIMARY KEY) STRICT";
 
-/// The ids of rows that another file had, which was replaced. Others may have moved them to the new one already.
+/// The ids of rows that another file had, which was replaced, and of those that were delivered from it. Others may have moved
+/// them to the new one already.
 const MOVED: &str = "CREATE TABLE moved (id INTEGER PRIMARY KEY) STRICT";
 
 /// What has ended is newer than what is in flight, and what was rejected newer than what waits.
@@ -26,6 +27,9 @@ const UNLESS_NEWER: &str =
 
 const INSERT: &str = "INSERT INTO delta (id, decky, operation, error, completed_at, rejected, owner, age)";
 const ROWS: &str = "SELECT id, decky, operation, error, completed_at, rejected, owner, age FROM delta";
+const INSERT_DELIVERED: &str = "INSERT INTO delivered (id, decky, operation, error, completed_at, delivered_at)
+    SELECT ?1, ?2, ?3, ?4, ?5, ?6 WHERE ?1 NOT IN (SELECT id FROM delivered)";
+const DELIVERED: &str = "SELECT id, decky, operation, error, completed_at, delivered_at FROM delivered";
 
 /// An empty copy. Its ids lie above the clock, by a random gap: whatever file its rows come to one day, the ids there are
 /// others.
@@ -61,27 +65,37 @@ pub(super) fn refresh(copy: &Connection, file: Option<&Connection>) -> rusqlite:
     transaction.commit()
 }
 
-/// These rows are to be moved, as the file to which they go is another one, and there no id comes again, either.
-pub(super) fn move_rows(copy: &Connection, share: Share, us: &str) -> rusqlite::Result<()> {
+/// These rows of `file` are to be moved, as the file to which they go is another one, and there no id comes again, either. Nor
+/// does what was delivered: that one may be an older copy.
+pub(super) fn move_rows(copy: &Connection, file: &Connection, share: Share, us: &str) -> rusqlite::Result<()> {
     let which = match share {
         Share::Everything => "?1 IS NOT NULL",
         Share::OursAndUnowned => "owner IS NULL OR owner = ?1",
         Share::Ours => "owner = ?1",
     };
+    // A damaged file may have given an id again. One that cannot be read has nothing to add.
+    let delivered = format!("{DELIVERED} WHERE id NOT IN (SELECT id FROM delta) ORDER BY number");
+    let _ = for_each(file, &delivered, copy, INSERT_DELIVERED);
+    copy.execute("INSERT OR IGNORE INTO moved SELECT id FROM delivered", [])?;
     copy.execute(&format!("INSERT OR IGNORE INTO moved SELECT id FROM delta WHERE {which}"), [us])?;
-    copy.execute("INSERT OR IGNORE INTO changed SELECT ?1", [schema::last_id(copy)?]).map(drop)
+    // Without the gap of this copy: above the clock an id might be given again by a process that has only an older copy or a
+    // part of the file. What was added here is in `changed` anyway, and a row that is left to its owner stays as it is.
+    let last = schema::last_id(file).or_else(|_| schema::last_id(copy))?;
+    copy.execute("INSERT OR IGNORE INTO moved SELECT ?1 WHERE ?1 NOT IN (SELECT id FROM delta)", [last]).map(drop)
 }
 
-/// Moves what was changed here to a file, inside its transaction.
+/// Moves what was changed here to a file, inside its transaction. What was moved from another file may have been delivered from
+/// this one meanwhile.
 pub(super) fn merge(copy: &Connection, file: &Connection) -> rusqlite::Result<()> {
-    for_each(copy, "SELECT id FROM changed", file, "DELETE FROM delta WHERE id = ?1")?;
-    let changed = format!("{ROWS} WHERE id IN (SELECT id FROM changed UNION SELECT id FROM moved) ORDER BY id");
-    for_each(copy, &changed, file, &format!("{INSERT} VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8) {UNLESS_NEWER}"))?;
-    let columns = "id, decky, operation, error, completed_at, delivered_at";
-    let delivered = format!("SELECT {columns} FROM delivered ORDER BY number");
-    for_each(copy, &delivered, file, &format!("INSERT INTO delivered ({columns}) VALUES (?1, ?2, ?3, ?4, ?5, ?6)"))?;
+    let gone = "SELECT id FROM changed UNION SELECT id FROM moved WHERE id NOT IN (SELECT id FROM delta)";
+    for_each(copy, gone, file, "DELETE FROM delta WHERE id = ?1")?;
+    let ids = "SELECT id FROM changed UNION SELECT id FROM moved";
+    let rows = format!("SELECT *, id IN (SELECT id FROM moved) FROM ({ROWS} WHERE id IN ({ids}) ORDER BY id)");
+    let values = "SELECT ?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8 WHERE NOT ?9 OR ?1 NOT IN (SELECT id FROM delivered)";
+    for_each(copy, &rows, file, &format!("{INSERT} {values} {UNLESS_NEWER}"))?;
+    for_each(copy, &format!("{DELIVERED} ORDER BY number"), file, INSERT_DELIVERED)?;
     // What came and went in memory has had its id, too.
-    raise_last_id(file, schema::value(copy, "SELECT ifnull(max(id), 0) FROM changed", [])?)
+    raise_last_id(file, schema::value(copy, &format!("SELECT ifnull(max(id), 0) FROM ({ids})"), [])?)
 }
 
 fn raise_last_id(db: &Connection, to: i64) -> rusqlite::Result<()> {

@@ -146,8 +146,12 @@ impl Store {
         file::leave(&file.db)?;
         let (is_broken, us) = (self.is_broken(), self.locks.token.clone());
         let last = version(&file.db);
-        let copy = self.in_memory()?;
-        if is_broken { copy::refresh(&copy.db, None) } else { copy::move_rows(&copy.db, share, &us) }?;
+        self.in_memory()?;
+        let (Some((file, _)), Some((copy, _))) = (&self.file, &mut self.copy) else { return Ok(()) };
+        match is_broken {
+            true => copy::refresh(&copy.db, None),
+            false => copy::move_rows(&copy.db, &file.db, share, &us),
+        }?;
         (copy.known, self.file) = (None, None);
         let read = self.copy.as_ref().and_then(|(_, version)| *version);
         if !is_broken && (read.is_none() || last.as_ref().ok() != read.as_ref()) {

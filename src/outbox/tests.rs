@@ -1279,6 +1279,55 @@ fn where_the_agent_dir_is_made_again_each_delta_is_delivered_once() {
 }
 
 #[test]
+fn what_was_delivered_from_the_new_file_is_not_moved_there_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut outbox = open(dir.path());
+    let mut track = open_as(dir.path(), Role::Contribute);
+    let ours = ended(begin(&mut track, "d"), succeeded("d"));
+    std::fs::remove_file(dir.path().join(FILE)).unwrap();
+    track.end(ours.clone(), Poster::Us).unwrap();
+    track.settle(&ours, &Settled::Delivered, deadline()).unwrap();
+    drop(track);
+    // It has only the older file open, in which the operation is in flight.
+    outbox.tend().unwrap();
+    assert_eq!((counted(&mut outbox), deckies(&mut outbox)), ((0, 0, 0), Vec::<String>::new()));
+}
+
+#[cfg(feature = "cli")]
+#[test]
+fn what_has_ended_in_the_new_file_is_not_in_flight_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut outbox = open(dir.path());
+    let mut track = open_as(dir.path(), Role::Contribute);
+    let ours = ended(begin(&mut track, "d"), succeeded("d"));
+    std::fs::remove_file(dir.path().join(FILE)).unwrap();
+    track.end(ours.clone(), Poster::Us).unwrap();
+    outbox.tend().unwrap();
+    track.release(&ours).unwrap();
+    drop(track);
+    outbox.tend().unwrap();
+    assert_eq!((counted(&mut outbox), deckies(&mut outbox)), ((1, 0, 0), vec!["d".to_owned()]));
+}
+
+#[test]
+fn what_another_process_has_delivered_does_not_come_back_with_an_older_copy_of_the_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let backup = dir.path().join("backup");
+    let mut outbox = open(dir.path());
+    let mut track = open_as(dir.path(), Role::Contribute);
+    let ours = ended(begin(&mut track, "d"), succeeded("d"));
+    spoil(dir.path(), &format!("VACUUM INTO '{}'", backup.display()));
+    track.end(ours.clone(), Poster::Us).unwrap();
+    track.settle(&ours, &Settled::Delivered, deadline()).unwrap();
+    drop(track);
+    // Its log would still be there.
+    ["-wal", "-shm"].iter().for_each(|part| std::fs::remove_file(beside(&dir.path().join(FILE), part)).unwrap());
+    std::fs::rename(&backup, dir.path().join(FILE)).unwrap();
+    outbox.tend().unwrap();
+    assert_eq!((counted(&mut outbox), deckies(&mut outbox)), ((0, 0, 0), Vec::<String>::new()));
+}
+
+#[test]
 fn where_nobody_delivers_what_waits_is_taken_to_an_agent_dir_that_was_made_again() {
     let dir = tempfile::tempdir().unwrap();
     let agent = dir.path().join("agent");
@@ -1733,4 +1782,26 @@ fn what_cannot_be_moved_at_once_is_moved_at_the_end() {
     std::fs::create_dir(&folder).unwrap();
     track.stop_delivering().unwrap();
     assert_eq!(on_disk(&folder).len(), 1);
+}
+
+#[test]
+fn a_process_without_a_heartbeat_whose_folder_was_away_is_in_the_new_one_with_its_next_change() {
+    let dir = tempfile::tempdir().unwrap();
+    let agent = dir.path().join("agent");
+    std::fs::create_dir(&agent).unwrap();
+    let mut outbox = open(&agent);
+    std::fs::remove_dir_all(&agent).unwrap();
+    let mut track = open_without_a_file(&agent);
+    let id = begin(&mut track, "d");
+    std::fs::create_dir(&agent).unwrap();
+    outbox.tend().unwrap();
+    track.end(ended(id, succeeded("d")), Poster::Deliverer).unwrap();
+    assert!(track.path().is_some());
+    assert_eq!(deckies(&mut outbox), ["d"]);
+}
+
+fn open_without_a_file(dir: &Path) -> Outbox {
+    let (outbox, problem) = Outbox::open_at(&OutboxLocation::AgentDir, dir, Role::Contribute).unwrap();
+    assert!(problem.is_some());
+    outbox
 }

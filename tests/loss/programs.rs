@@ -21,11 +21,11 @@ pub fn programs(options: &Options) -> String {
     stage.finish()
 }
 
-/// Rounds in which any of these users reports, and this one runs `run`.
+/// Rounds in which any of these users reports, and this one runs `run`, but for once in a while.
 pub fn play(stage: &mut Stage, options: &Options, users: &[Option<u32>], service: Option<u32>) {
     for round in 1..=(options.kills / 5).max(1) {
         stage.come_or_go();
-        let mut run = run(stage, service);
+        let mut run = Running::start(stage, by(users, service));
         let start = |n| Reporter::start(stage, *fastrand::choice(users).unwrap(), round, n);
         let mut reporters: Vec<_> = (0..REPORTERS).map(start).collect();
         for reporter in &mut reporters {
@@ -34,15 +34,20 @@ pub fn play(stage: &mut Stage, options: &Options, users: &[Option<u32>], service
         }
         stage.come_or_go();
         if fastrand::bool() {
-            kill(&mut run);
-            run = self::run(stage, service);
+            run.kill();
+            run = Running::start(stage, by(users, service));
         }
         for reporter in reporters {
             reporter.end(stage);
         }
-        kill(&mut run);
+        run.kill();
         stage.check();
     }
+}
+
+/// Who starts a `run`: the service's user, and once in a while any of them, by mistake.
+fn by(users: &[Option<u32>], service: Option<u32>) -> Option<u32> {
+    if fastrand::u8(..5) == 0 { *fastrand::choice(users).unwrap() } else { service }
 }
 
 /// The program, as this user runs it. `None`: ours.
@@ -55,16 +60,31 @@ fn program(stage: &Stage, user: Option<u32>) -> Command {
     program
 }
 
-pub fn run(stage: &Stage, user: Option<u32>) -> Child {
-    let mut run = program(stage, user);
-    run.args(["run", "--interval", "50ms", "--state-file", "/nonexistent", "--docker-socket", "/nonexistent"]);
-    run.stderr(Stdio::null()).spawn().unwrap()
+/// A `run`, which is killed with the end of its scenario.
+pub struct Running(Child);
+
+impl Running {
+    pub fn start(stage: &Stage, user: Option<u32>) -> Self {
+        let mut run = program(stage, user);
+        run.args(["run", "--interval", "50ms", "--state-file", "/nonexistent", "--docker-socket", "/nonexistent"]);
+        Self(run.stderr(Stdio::null()).spawn().unwrap())
+    }
+
+    pub fn assert_runs(&mut self) {
+        assert_eq!(self.0.try_wait().unwrap(), None, "run has ended");
+    }
+
+    pub fn kill(&mut self) {
+        // It may have ended by itself, or have been refused as the one before it was just being killed.
+        let _ = self.0.kill();
+        self.0.wait().unwrap();
+    }
 }
 
-pub fn kill(child: &mut Child) {
-    // It may have ended by itself, or have been refused as the one before it was just being killed.
-    let _ = child.kill();
-    child.wait().unwrap();
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.kill();
+    }
 }
 
 /// A `push`, or a `track` of a command that succeeds or fails.
