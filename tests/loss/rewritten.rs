@@ -24,8 +24,8 @@ const LATEST: Duration = Duration::from_secs(20);
 const LOOK: Duration = Duration::from_millis(5);
 
 /// An older copy of the database is so many rounds old at the most: the outbox remembers the last 100 that were delivered, and
-/// a round has four.
-const COPY_ROUNDS: u32 = 20;
+/// a round has four or more.
+const COPY_ROUNDS: u32 = 10;
 
 /// The database, what SQLite keeps beside it, and the lock file.
 const PARTS: [&str; 4] = ["", "-wal", "-shm", "-lock"];
