@@ -4,6 +4,9 @@ use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::Path;
 use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use rusqlite::Connection;
@@ -37,7 +40,8 @@ const STATE: &str = r#"{"config": {"mode": "swarm", "deckies": [{"name": "d1", "
 impl StateFile {
     pub const GOOD: Self = Self::Holds(STATE);
 
-    pub fn put(self, path: &Path) {
+    /// Nobody else may be at work on the path: what `put` returned before must be dropped.
+    pub fn put(self, path: &Path) -> Option<Replacing> {
         let beside = path.with_extension("beside");
         clear(path);
         match self {
@@ -57,8 +61,9 @@ impl StateFile {
                 symlink(beside, path).unwrap();
             }
             Self::SymlinkToItself => symlink(path, path).unwrap(),
-            Self::Replaced => replace_for_a_while(path),
+            Self::Replaced => return Some(Replacing::start(path)),
         }
+        None
     }
 }
 
@@ -71,18 +76,34 @@ fn clear(path: &Path) {
     }
 }
 
-/// Each of them whole, and put there in one step.
-fn replace_for_a_while(path: &Path) {
-    let (path, beside) = (path.to_owned(), path.with_extension("next"));
-    fs::write(&path, STATE).unwrap();
-    std::thread::spawn(move || {
-        for n in 0..200 {
-            let filler = " ".repeat(n * 1_000);
-            // The stage may be gone by then.
-            let _ = fs::write(&beside, format!("{filler}{STATE}")).and_then(|()| fs::rename(&beside, &path));
-            std::thread::sleep(Duration::from_millis(10));
-        }
-    });
+/// Puts one whole file after the other at a place, each in one step, for two seconds or until it is dropped.
+pub struct Replacing {
+    thread: Option<JoinHandle<()>>,
+    is_over: Arc<AtomicBool>,
+}
+
+impl Replacing {
+    fn start(path: &Path) -> Self {
+        let (path, beside) = (path.to_owned(), path.with_extension("next"));
+        fs::write(&path, STATE).unwrap();
+        let is_over = Arc::new(AtomicBool::new(false));
+        let asked = Arc::clone(&is_over);
+        let replace = move || {
+            for n in (0..200).take_while(|_| !asked.load(Relaxed)) {
+                let filler = " ".repeat(n * 1_000);
+                fs::write(&beside, format!("{filler}{STATE}")).and_then(|()| fs::rename(&beside, &path)).unwrap();
+                thread::sleep(Duration::from_millis(10));
+            }
+        };
+        Self { thread: Some(thread::spawn(replace)), is_over }
+    }
+}
+
+impl Drop for Replacing {
+    fn drop(&mut self) {
+        self.is_over.store(true, Relaxed);
+        self.thread.take().unwrap().join().unwrap();
+    }
 }
 
 /// What is at the place of `topology.db`.

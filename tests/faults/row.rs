@@ -162,7 +162,7 @@ impl Fault {
             Self::Master(impostor) => return Some(impostor.take_over(stage)),
             Self::Bundle(bundle) => bundle.put(stage),
             Self::Docker(docker) => stage.docker.set(*docker),
-            Self::State(file) => file.put(&stage.path("state.json")),
+            Self::State(file) => put_state(stage, *file),
             Self::Topology(file) => stage.locked = file.put(&stage.agent_file("topology.db")),
         }
         None
@@ -174,11 +174,17 @@ pub fn mend(stage: &mut Stage) {
     Bundle::mend(stage);
     stage.locked = None;
     stage.docker.set(Docker::Works);
-    StateFile::GOOD.put(&stage.path("state.json"));
+    put_state(stage, StateFile::GOOD);
     TopologyFile::Good.put(&stage.agent_file("topology.db"));
     stage.master.always(None);
     stage.gate.lead_to(stage.master.address());
     stage.gate.set(Network::Works);
+}
+
+fn put_state(stage: &mut Stage, file: StateFile) {
+    // It would go on at the same place.
+    stage.replacing = None;
+    stage.replacing = file.put(&stage.path("state.json"));
 }
 
 impl Right {

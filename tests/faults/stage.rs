@@ -13,7 +13,7 @@ use decnet_heartbeat::loopback::{Enrolled, LoopbackMaster, Options};
 use serde_json::Value;
 
 use crate::docker::Engine;
-use crate::files::{StateFile, TopologyFile};
+use crate::files::{Replacing, StateFile, TopologyFile};
 use crate::gate::Gate;
 use crate::subject::{Logger, Setup, Source};
 
@@ -49,6 +49,8 @@ impl Default for World {
 
 pub struct Stage {
     pub world: World,
+    /// What goes on at the state file's place, which must end before the folder does.
+    pub replacing: Option<Replacing>,
     pub dir: tempfile::TempDir,
     pub master: LoopbackMaster,
     pub gate: Gate,
@@ -68,12 +70,12 @@ impl Stage {
         let mut worker = master.enrol(&dir.path().join("agent")).unwrap();
         worker.port = gate.port();
         worker.write_ini(&dir.path().join("decnet.ini")).unwrap();
-        StateFile::GOOD.put(&dir.path().join("state.json"));
+        let replacing = StateFile::GOOD.put(&dir.path().join("state.json"));
         TopologyFile::Good.put(&worker.agent_dir.join("topology.db"));
         let docker = Engine::start(&dir.path().join("docker.sock"));
         let bundle = [("ca.crt", 0o644), ("worker.crt", 0o644), ("worker.key", 0o600)]
             .map(|(name, mode)| (name, fs::read_to_string(worker.agent_dir.join(name)).unwrap(), mode));
-        Self { world, dir, master, gate, worker, docker, bundle, locked: None }
+        Self { world, replacing, dir, master, gate, worker, docker, bundle, locked: None }
     }
 
     pub fn path(&self, name: &str) -> PathBuf {
