@@ -2,10 +2,10 @@
 
 use std::path::Path;
 
-use crate::body::Body;
+use crate::master::body::Body;
 use crate::outbox::schema;
 use crate::status::decnet::DecnetStatus;
-use crate::status::docker::{Containers, Engine, Networks};
+use crate::status::docker::{Containers, DockerState, Networks};
 
 /// The outbox' table, as it is made: the floor of what SQLite can do writes the same.
 pub const TABLE: &str = schema::TABLE;
@@ -17,7 +17,7 @@ pub const INDEX: &str = schema::INDEX;
 #[derive(Debug)]
 pub struct Bodies {
     source: DecnetStatus,
-    engine: Engine,
+    engine: DockerState,
 }
 
 impl Bodies {
@@ -26,7 +26,7 @@ impl Bodies {
         let source = DecnetStatus::new(Path::new("/etc/decnet/agent")).state_file(state_file);
         let states = containers.into_iter().map(|(name, state)| (name, Some(state))).collect();
         let containers = Ok(Containers { states, left_out: None });
-        Self { source, engine: Engine { containers, networks: Ok(Networks::default()) } }
+        Self { source, engine: DockerState { containers, networks: Ok(Networks::default()) } }
     }
 
     /// A body as it is posted.
@@ -37,7 +37,8 @@ impl Bodies {
     pub fn write(&mut self) -> Result<Vec<u8>, String> {
         let snapshot = self.source.status(&self.engine, None)?;
         let status = snapshot.raw_status();
-        let body = Body { host_uuid: "u", agent_version: "1", status, topology: None, lifecycle: &[] };
+        let body =
+            Body { host_uuid: "u", agent_version: "1", status, topology: None, lifecycle: &[] };
         serde_json::to_vec(&body).map_err(|error| error.to_string())
     }
 }

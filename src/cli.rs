@@ -32,8 +32,8 @@ use crossbeam_channel::{Receiver, bounded, never};
 use log::LevelFilter;
 use output::{answer, complain, refuse};
 
-use crate::enrolment::{Enrolment, EnrolmentSources};
-use crate::error::{Error, chain, printable_path};
+use crate::credentials::enrolment::{Enrolment, EnrolmentSources};
+use crate::error::{Error, chain, sanitize_path};
 use crate::limits;
 use crate::outbox::OutboxLocation;
 use crate::status::decnet::DecnetStatus;
@@ -76,14 +76,20 @@ fn execute() -> ExitCode {
         Command::Push(options) => push::push(&common, options),
         Command::Track(options) => track::track(&common, options),
         Command::Check(options) => check::check(&common, &options),
-        Command::Demo { seconds } => demo::demo(Duration::from_secs(seconds)).map(|()| ExitCode::SUCCESS),
+        Command::Demo { seconds } => {
+            demo::demo(Duration::from_secs(seconds)).map(|()| ExitCode::SUCCESS)
+        }
         Command::Completions { shell } => completions(shell).map(|()| ExitCode::SUCCESS),
     };
     done.unwrap_or_else(|error| fail(&error))
 }
 
 /// Signals and the log; of `run`, the signals that ask it to stop. `track` runs its command in any case.
-fn prepare(command: &Command, log_file: Option<&Path>, level: LevelFilter) -> Result<Receiver<i32>, Error> {
+fn prepare(
+    command: &Command,
+    log_file: Option<&Path>,
+    level: LevelFilter,
+) -> Result<Receiver<i32>, Error> {
     let signals = signals::start(matches!(command, Command::Run(_)));
     let log = logging::start(log_file, level);
     if !matches!(command, Command::Track(_)) {
@@ -106,7 +112,8 @@ fn help_or_refuse(error: clap::Error) -> ExitCode {
     }
     // Nothing that was given is in there.
     let help = error.render();
-    let help = if logging::paints(&io::stdout()) { help.ansi().to_string() } else { help.to_string() };
+    let help =
+        if logging::paints(&io::stdout()) { help.ansi().to_string() } else { help.to_string() };
     answer(&help).map_or_else(|error| fail(&error), |()| ExitCode::SUCCESS)
 }
 
@@ -134,7 +141,9 @@ fn enrolment(common: &Common) -> Result<Enrolment, Error> {
     }
     enrolment.recv_timeout(limits::CREDENTIALS_PATIENCE).unwrap_or_else(|_| {
         let seconds = limits::CREDENTIALS_PATIENCE.as_secs();
-        let problem = format!("cannot be read, its disk has not answered for {seconds} s; try again when it does");
+        let problem = format!(
+            "cannot be read, its disk has not answered for {seconds} s; try again when it does"
+        );
         Err(Error::setting("ini", problem).passing())
     })
 }
@@ -161,7 +170,7 @@ fn source(agent_dir: &Path, state_file: Option<&Path>) -> DecnetStatus {
 fn warn_of_unlisted<'a>(agent_dir: &Path, deckies: impl IntoIterator<Item = &'a str>) {
     let Some((file, unlisted)) = source(agent_dir, None).unlisted(deckies) else { return };
     for decky in unlisted {
-        let file = printable_path(&file);
+        let file = sanitize_path(&file);
         log::warn!("the state file does not list this decky: decky={decky} file={file}");
     }
 }

@@ -1,6 +1,11 @@
 //! Our side and the master's, as the files say: taken over anew when they change and prove usable, kept as they were
 //! when they do not. Runs on the outbox thread, since the agent dir may hang.
 
+pub(crate) mod bundle;
+pub(crate) mod enrolment;
+pub(crate) mod link;
+pub(crate) mod pem;
+
 use std::fs;
 use std::io::ErrorKind;
 use std::path::Path;
@@ -10,26 +15,26 @@ use std::time::Instant;
 use rustls::ClientConfig;
 use rustls::pki_types::ServerName;
 
-use crate::bundle::{self, Bundle, Certificate};
-use crate::enrolment::Enrolment;
+use crate::credentials::enrolment::Enrolment;
 use crate::error::{Error, chain};
-use crate::files::Stamp;
-use crate::identity::MasterIdentity;
-use crate::master::Master;
+use crate::files::FileVersion;
+use crate::log_throttle::LogThrottle;
+use crate::master::MasterClient;
+use crate::master::identity::MasterIdentity;
+use crate::master::verifier;
 use crate::panics::quietly;
-use crate::repeats::Repeats;
-use crate::verifier;
+use bundle::{Bundle, Certificate};
 
 /// All that a connection to the master needs, in memory.
 #[derive(Clone, Debug)]
-pub(crate) struct Access {
+pub(crate) struct Credentials {
     pub(crate) enrolment: Enrolment,
     pub(crate) certificate: Certificate,
     name: ServerName<'static>,
     tls: Arc<ClientConfig>,
 }
 
-impl Access {
+impl Credentials {
     /// Loads and proves everything. An error names the file or key at fault.
     pub(crate) fn load(enrolment: Enrolment, given: Option<MasterIdentity>) -> Result<Self, Error> {
         let provider = verifier::provider();
@@ -41,33 +46,36 @@ impl Access {
     }
 
     /// The master, with no connection to it yet.
-    pub(crate) fn master(&self) -> Master {
-        Master::new(&self.enrolment, self.name.clone(), Arc::clone(&self.tls))
+    pub(crate) fn master(&self) -> MasterClient {
+        MasterClient::new(&self.enrolment, self.name.clone(), Arc::clone(&self.tls))
     }
 }
 
 /// The ini and the bundle, looked at again and again.
 #[derive(Debug)]
-pub(crate) struct Credentials {
+pub(crate) struct CredentialFiles {
     enrolment: Enrolment,
     /// The rule given by the program; otherwise the enrolment's, otherwise the default.
     given: Option<MasterIdentity>,
     /// Of the certificate that was taken over last.
     fingerprint: String,
     /// What the files looked like when they were taken over.
-    stamps: Stamps,
+    stamps: FileVersions,
     /// The last reason for not taking the files over, so that it is logged once.
     problem: Option<String>,
     /// All of them, so that reasons that alternate are logged less and less often.
-    problems: Repeats,
+    problems: LogThrottle,
 }
 
-impl Credentials {
-    pub(crate) fn load(enrolment: Enrolment, given: Option<MasterIdentity>) -> Result<(Self, Access), Error> {
-        let stamps = Stamps::of(&enrolment);
-        let access = Access::load(enrolment.clone(), given)?;
+impl CredentialFiles {
+    pub(crate) fn load(
+        enrolment: Enrolment,
+        given: Option<MasterIdentity>,
+    ) -> Result<(Self, Credentials), Error> {
+        let stamps = FileVersions::of(&enrolment);
+        let access = Credentials::load(enrolment.clone(), given)?;
         let fingerprint = access.certificate.fingerprint.clone();
-        let problems = Repeats::default();
+        let problems = LogThrottle::default();
         Ok((Self { enrolment, given, fingerprint, stamps, problem: None, problems }, access))
     }
 
@@ -75,12 +83,13 @@ impl Credentials {
     ///
     /// The bundle's files are written one after another. What does not fit yet is looked at again next time, and the
     /// old pair goes on meanwhile.
-    pub(crate) fn refresh(&mut self) -> Option<Access> {
-        let stamps = Stamps::of(&self.enrolment);
+    pub(crate) fn refresh(&mut self) -> Option<Credentials> {
+        let stamps = FileVersions::of(&self.enrolment);
         if stamps == self.stamps {
             return None;
         }
-        match self.enrolment.reload().and_then(|enrolment| Access::load(enrolment, self.given)) {
+        match self.enrolment.reload().and_then(|enrolment| Credentials::load(enrolment, self.given))
+        {
             Ok(access) => {
                 // Of before the loading: what changed in between is seen next time.
                 self.stamps = stamps;
@@ -116,9 +125,13 @@ impl Credentials {
     /// Whether the ini and the bundle do not exist. What cannot be looked at may exist, and so may what a symlink leads to.
     pub(crate) fn are_gone(&self) -> bool {
         let dir = self.enrolment.agent_dir().value();
-        let is_gone = |path: &Path| fs::symlink_metadata(path).is_err_and(|error| error.kind() == ErrorKind::NotFound);
+        let is_gone = |path: &Path| {
+            fs::symlink_metadata(path).is_err_and(|error| error.kind() == ErrorKind::NotFound)
+        };
         self.enrolment.ini().is_none_or(is_gone)
-            && [bundle::CA, bundle::CERTIFICATE, bundle::KEY].iter().all(|name| is_gone(&dir.join(name)))
+            && [bundle::CA, bundle::CERTIFICATE, bundle::KEY]
+                .iter()
+                .all(|name| is_gone(&dir.join(name)))
     }
 }
 
@@ -130,19 +143,23 @@ pub(crate) fn identity(enrolment: &Enrolment, given: Option<MasterIdentity>) -> 
 /// The configured host, as TLS has it.
 pub(crate) fn server_name(enrolment: &Enrolment) -> Result<ServerName<'static>, Error> {
     let host = enrolment.master_host();
-    ServerName::try_from(host.value().clone())
-        .map_err(|source| Error::config(host.provenance().to_string(), "is no host").because(source))
+    ServerName::try_from(host.value().clone()).map_err(|source| {
+        Error::config(host.provenance().to_string(), "is no host").with_source(source)
+    })
 }
 
 /// What the ini and the bundle looked like.
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct Stamps {
-    ini: Option<Stamp>,
-    bundle: [Stamp; 3],
+struct FileVersions {
+    ini: Option<FileVersion>,
+    bundle: [FileVersion; 3],
 }
 
-impl Stamps {
+impl FileVersions {
     fn of(enrolment: &Enrolment) -> Self {
-        Self { ini: enrolment.ini().map(Stamp::of), bundle: Bundle::stamps(enrolment.agent_dir().value()) }
+        Self {
+            ini: enrolment.ini().map(FileVersion::of),
+            bundle: Bundle::stamps(enrolment.agent_dir().value()),
+        }
     }
 }

@@ -166,8 +166,9 @@ pub(crate) fn check_decky(name: &str) -> Result<(), Error> {
     let is_allowed = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'.' | b'-');
     if name.len() > limits::DECKY_NAME || !name.bytes().all(is_allowed) {
         let (name, most) = (quoted(name, limits::DECKY_NAME), limits::DECKY_NAME);
-        let problem =
-            format!("{name} is not a name of DECNET's: A-Z, a-z, 0-9, _, . and - only, at most {most} of them");
+        let problem = format!(
+            "{name} is not a name of DECNET's: A-Z, a-z, 0-9, _, . and - only, at most {most} of them"
+        );
         return Err(Error::setting("decky name", problem));
     }
     Ok(())
@@ -208,25 +209,45 @@ mod tests {
         assert_eq!(early.when(), UNIX_EPOCH);
         let late = delta.completed_at(UNIX_EPOCH + Duration::from_secs(1 << 40));
         assert_eq!(micros(late.when()), LAST_MICROSECOND);
-        assert_eq!(humantime::format_rfc3339_micros(late.when()).to_string(), "9999-12-31T23:59:59.999999Z");
+        assert_eq!(
+            humantime::format_rfc3339_micros(late.when()).to_string(),
+            "9999-12-31T23:59:59.999999Z"
+        );
     }
 
     #[test]
     fn a_delta_without_a_decky_is_refused() {
         for name in ["", " ", "\n"] {
             let error = LifecycleDelta::succeeded(name, Operation::Deploy).check().unwrap_err();
-            assert_eq!(error.to_string(), "decky name: is empty; a delta needs the name of its decky");
+            assert_eq!(
+                error.to_string(),
+                "decky name: is empty; a delta needs the name of its decky"
+            );
         }
     }
 
     #[test]
     fn a_name_outside_decnets_pattern_is_refused_and_quoted() {
-        for name in
-            ["a,b", "a b", "d1\n", "\nd1", "d1 ", "a*", "a>", "ä", "a/b", "a\0", "\u{1b}[31m", "a\u{202e}b", "１"]
-        {
+        for name in [
+            "a,b",
+            "a b",
+            "d1\n",
+            "\nd1",
+            "d1 ",
+            "a*",
+            "a>",
+            "ä",
+            "a/b",
+            "a\0",
+            "\u{1b}[31m",
+            "a\u{202e}b",
+            "１",
+        ] {
             let error = check_decky(name).unwrap_err().to_string();
             assert!(
-                error.starts_with(&format!("decky name: {name:?} is not a name of DECNET's: A-Z, a-z, 0-9")),
+                error.starts_with(&format!(
+                    "decky name: {name:?} is not a name of DECNET's: A-Z, a-z, 0-9"
+                )),
                 "{error}"
             );
             assert!(!error.chars().any(char::is_control), "{error}");
@@ -241,7 +262,10 @@ mod tests {
         check_decky(&"x".repeat(128)).unwrap();
         for long in ["x".repeat(129), "ä".repeat(1 << 20)] {
             let error = check_decky(&long).unwrap_err().to_string();
-            assert!(error.contains("\"… is not a name of DECNET's") && error.contains("at most 128"), "{error}");
+            assert!(
+                error.contains("\"… is not a name of DECNET's") && error.contains("at most 128"),
+                "{error}"
+            );
             assert!(error.chars().count() < 300, "{error}");
         }
     }

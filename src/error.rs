@@ -6,7 +6,7 @@ use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 
 use crate::limits;
-use crate::text::{layers, printable};
+use crate::text::{layers, sanitize};
 
 /// Why enrolling, starting, pushing or stopping did not work.
 ///
@@ -105,7 +105,11 @@ impl Error {
     }
 
     /// A file of the bundle that cannot be used, and what to do about it.
-    pub(crate) fn bundle(path: impl Into<PathBuf>, problem: impl Into<String>, remedy: &'static str) -> Self {
+    pub(crate) fn bundle(
+        path: impl Into<PathBuf>,
+        problem: impl Into<String>,
+        remedy: &'static str,
+    ) -> Self {
         Self::new(Kind::Bundle { path: path.into(), problem: problem.into(), remedy })
     }
 
@@ -113,8 +117,12 @@ impl Error {
     #[cfg(feature = "cli")]
     pub(crate) fn bundle_parts(&self) -> Option<(String, &'static str)> {
         let Kind::Bundle { problem, remedy, .. } = &self.inner.kind else { return None };
-        let problem = printable(problem);
-        Some((self.source().map_or_else(|| problem.clone(), |source| format!("{problem}: {}", chain(source))), remedy))
+        let problem = sanitize(problem);
+        Some((
+            self.source()
+                .map_or_else(|| problem.clone(), |source| format!("{problem}: {}", chain(source))),
+            remedy,
+        ))
     }
 
     /// The outbox could not do something. `path` is `None` for one in memory.
@@ -129,7 +137,7 @@ impl Error {
 
     /// The system refused a thread.
     pub(crate) fn thread(name: &'static str, source: io::Error) -> Self {
-        Self::new(Kind::Thread { name }).because(source)
+        Self::new(Kind::Thread { name }).with_source(source)
     }
 
     /// What was called belongs to the process of this pid, from which this one was forked.
@@ -140,14 +148,15 @@ impl Error {
     /// The program's answer could not be printed.
     #[cfg(feature = "cli")]
     pub(crate) fn answer(source: io::Error) -> Self {
-        Self::new(Kind::Answer).because(source)
+        Self::new(Kind::Answer).with_source(source)
     }
 
     /// Whoever was to read the program's answer has closed the pipe: no reason to complain.
     #[cfg(feature = "cli")]
     pub(crate) fn is_reader_gone(&self) -> bool {
         let source = self.source().and_then(|source| source.downcast_ref::<io::Error>());
-        matches!(self.inner.kind, Kind::Answer) && source.is_some_and(|error| error.kind() == ErrorKind::BrokenPipe)
+        matches!(self.inner.kind, Kind::Answer)
+            && source.is_some_and(|error| error.kind() == ErrorKind::BrokenPipe)
     }
 
     /// The loopback master could not do something.
@@ -173,7 +182,10 @@ impl Error {
     }
 
     /// The same error with what caused it.
-    pub(crate) fn because(mut self, source: impl Into<Box<dyn StdError + Send + Sync>>) -> Self {
+    pub(crate) fn with_source(
+        mut self,
+        source: impl Into<Box<dyn StdError + Send + Sync>>,
+    ) -> Self {
         self.inner.source = Some(source.into());
         self
     }
@@ -293,9 +305,11 @@ impl fmt::Display for Error {
             Kind::NotEnrolled { missing } => write!(f, "not enrolled: {missing}"),
             Kind::Config { place, problem } => write!(f, "{place}: {problem}"),
             Kind::Bundle { path, problem, remedy } => {
-                write!(f, "bundle: {}: {problem}; {remedy}", printable_path(path))
+                write!(f, "bundle: {}: {problem}; {remedy}", sanitize_path(path))
             }
-            Kind::Outbox { path: Some(path), problem } => write!(f, "outbox {}: {problem}", printable_path(path)),
+            Kind::Outbox { path: Some(path), problem } => {
+                write!(f, "outbox {}: {problem}", sanitize_path(path))
+            }
             Kind::Outbox { path: None, problem } => write!(f, "outbox in memory: {problem}"),
             Kind::Setting { name, problem } => write!(f, "{name}: {problem}"),
             Kind::Thread { name } => write!(f, "the system refused the thread {name}"),
@@ -335,13 +349,20 @@ fn passes(error: &(dyn StdError + 'static)) -> bool {
     if let Some(error) = error.downcast_ref::<io::Error>() {
         return !is_permanent(error);
     }
-    error.downcast_ref::<rusqlite::Error>().and_then(rusqlite::Error::sqlite_error_code).is_some_and(|code| {
-        use rusqlite::ErrorCode as Code;
-        matches!(
-            code,
-            Code::DatabaseBusy | Code::DatabaseLocked | Code::DiskFull | Code::SystemIoFailure | Code::OutOfMemory
-        )
-    })
+    error
+        .downcast_ref::<rusqlite::Error>()
+        .and_then(rusqlite::Error::sqlite_error_code)
+        .is_some_and(|code| {
+            use rusqlite::ErrorCode as Code;
+            matches!(
+                code,
+                Code::DatabaseBusy
+                    | Code::DatabaseLocked
+                    | Code::DiskFull
+                    | Code::SystemIoFailure
+                    | Code::OutOfMemory
+            )
+        })
 }
 
 /// What only a change of the files or of their permissions ends.
@@ -363,21 +384,21 @@ fn is_permanent(error: &io::Error) -> bool {
 /// An error and all its sources on one line, safe to log.
 pub(crate) fn chain(error: &dyn StdError) -> String {
     // One character more than is kept, so that the cut shows.
-    let layers: Vec<_> = layers(error, limits::LOG_TEXT + 1).map(|said| printable(&said)).collect();
+    let layers: Vec<_> = layers(error, limits::LOG_TEXT + 1).map(|said| sanitize(&said)).collect();
     layers.join(": ")
 }
 
 /// What went wrong in an HTTP exchange, safe to log: of the system's errors their own words.
 pub(crate) fn http_problem(error: &ureq::Error) -> String {
     match error {
-        ureq::Error::Io(error) => printable(&error.to_string()),
+        ureq::Error::Io(error) => sanitize(&error.to_string()),
         error => chain(error),
     }
 }
 
 /// A path in an error or a log line.
-pub(crate) fn printable_path(path: &Path) -> String {
-    printable(&path.to_string_lossy())
+pub(crate) fn sanitize_path(path: &Path) -> String {
+    sanitize(&path.to_string_lossy())
 }
 
 #[cfg(test)]
@@ -386,8 +407,19 @@ mod tests {
 
     #[test]
     fn only_what_a_restart_cannot_mend_is_permanent() {
-        let of = |code| Error::bundle("/a", "cannot be read", "").because(io::Error::from_raw_os_error(code));
-        for code in [libc::ENOENT, libc::EACCES, libc::EPERM, libc::EISDIR, libc::ENOTDIR, libc::EFBIG, libc::ELOOP] {
+        let of = |code| {
+            Error::bundle("/a", "cannot be read", "")
+                .with_source(io::Error::from_raw_os_error(code))
+        };
+        for code in [
+            libc::ENOENT,
+            libc::EACCES,
+            libc::EPERM,
+            libc::EISDIR,
+            libc::ENOTDIR,
+            libc::EFBIG,
+            libc::ELOOP,
+        ] {
             assert!(!of(code).is_transient(), "{:?}", of(code));
         }
         assert!(!of(libc::ENAMETOOLONG).is_transient() && !of(libc::EINVAL).is_transient());
@@ -408,7 +440,10 @@ mod tests {
             assert!(of(code).is_transient(), "{:?}", of(code));
         }
         // Wherever in the chain it stands.
-        assert!(Error::config("/a", "no").because(of(libc::EIO)).is_transient());
-        assert!(!Error::config("/a", "no").is_transient() && Error::config("/a", "no").passing().is_transient());
+        assert!(Error::config("/a", "no").with_source(of(libc::EIO)).is_transient());
+        assert!(
+            !Error::config("/a", "no").is_transient()
+                && Error::config("/a", "no").passing().is_transient()
+        );
     }
 }

@@ -15,14 +15,16 @@ use std::path::{self, Path, PathBuf};
 use std::time::{Duration, UNIX_EPOCH};
 
 #[cfg(feature = "cli")]
-use crate::error::printable_path;
-use crate::{kept, limits};
+use crate::error::sanitize_path;
+use crate::limits;
+use crate::outbox::queued;
 
 /// The whole of a regular file of at most `limit` bytes.
 ///
 /// A FIFO, a socket or a device is refused before it is opened, since opening it may block for ever.
 pub(crate) fn read(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
-    let too_large = || io::Error::new(io::ErrorKind::FileTooLarge, format!("larger than {limit} bytes"));
+    let too_large =
+        || io::Error::new(io::ErrorKind::FileTooLarge, format!("larger than {limit} bytes"));
     let size = regular(path)?.len();
     if size > limit {
         return Err(too_large());
@@ -60,15 +62,21 @@ pub(crate) fn absolute(path: &Path) -> PathBuf {
 /// What helps where a file that enrolment wrote cannot be read.
 pub(crate) fn remedy(error: &io::Error) -> &'static str {
     match error.kind() {
-        io::ErrorKind::PermissionDenied => "let this user read it and its folder, or run as its owner",
-        io::ErrorKind::InvalidInput | io::ErrorKind::IsADirectory | io::ErrorKind::NotADirectory => {
-            "put the file that the enrolment wrote in its place"
+        io::ErrorKind::PermissionDenied => {
+            "let this user read it and its folder, or run as its owner"
         }
-        io::ErrorKind::FileTooLarge => "put the file that the enrolment wrote in its place, which has a few KiB",
+        io::ErrorKind::InvalidInput
+        | io::ErrorKind::IsADirectory
+        | io::ErrorKind::NotADirectory => "put the file that the enrolment wrote in its place",
+        io::ErrorKind::FileTooLarge => {
+            "put the file that the enrolment wrote in its place, which has a few KiB"
+        }
         io::ErrorKind::NotFound => "put it there, or correct its path",
         io::ErrorKind::OutOfMemory => "give it more memory",
         _ if error.raw_os_error() == Some(libc::ELOOP) => "correct the symlinks that lead to it",
-        _ if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)) => "raise the limit of open files",
+        _ if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)) => {
+            "raise the limit of open files"
+        }
         _ => "see to the disk; the kernel's log says more",
     }
 }
@@ -98,12 +106,13 @@ pub(crate) fn special(kind: FileType) -> Option<&'static str> {
 /// yet. Its folder has nothing but our own outbox in it, or does not exist and the nearest one above it that does has
 /// nothing; or a symlink on the way leads nowhere.
 pub(crate) fn may_come(path: &Path) -> bool {
-    let is_ours = |name: &OsStr| name.as_encoded_bytes().starts_with(kept::FILE.as_bytes());
+    let is_ours = |name: &OsStr| name.as_encoded_bytes().starts_with(queued::FILE.as_bytes());
     for folder in path.ancestors().skip(1) {
         let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
         match fs::read_dir(folder) {
             Ok(mut entries) => {
-                return path.is_symlink() || entries.all(|entry| entry.is_ok_and(|entry| is_ours(&entry.file_name())));
+                return path.is_symlink()
+                    || entries.all(|entry| entry.is_ok_and(|entry| is_ours(&entry.file_name())));
             }
             Err(error) if error.kind() == io::ErrorKind::NotFound && !folder.is_symlink() => (),
             Err(error) => return error.kind() == io::ErrorKind::NotFound,
@@ -121,7 +130,10 @@ pub(crate) fn replace(path: &Path, content: &[u8], mode: Option<u32>) -> io::Res
     let next = beside(path, ".new");
     match fs::remove_file(&next) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            return Err(io::Error::new(error.kind(), format!("{} cannot be removed: {error}", printable_path(&next))));
+            return Err(io::Error::new(
+                error.kind(),
+                format!("{} cannot be removed: {error}", sanitize_path(&next)),
+            ));
         }
         _ => (),
     }
@@ -143,17 +155,24 @@ pub(crate) fn replaceable(path: &Path) -> io::Result<()> {
         metadata => metadata?.file_type(),
     };
     let Some(what) = special(kind) else { return Ok(()) };
-    Err(io::Error::new(io::ErrorKind::InvalidInput, format!("{what} is there, which is not replaced by a file")))
+    Err(io::Error::new(
+        io::ErrorKind::InvalidInput,
+        format!("{what} is there, which is not replaced by a file"),
+    ))
 }
 
 /// What changes when a file does: its inode, size and times. `None` inside when there is no such file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Stamp(Option<(u64, u64, i64, i64, i64, i64)>);
+pub(crate) struct FileVersion(Option<(u64, u64, i64, i64, i64, i64)>);
 
-impl Stamp {
+impl FileVersion {
     /// One `stat`, which follows symlinks as reading does.
     pub(crate) fn of(path: &Path) -> Self {
-        Self(fs::metadata(path).ok().map(|m| (m.ino(), m.size(), m.mtime(), m.mtime_nsec(), m.ctime(), m.ctime_nsec())))
+        Self(
+            fs::metadata(path)
+                .ok()
+                .map(|m| (m.ino(), m.size(), m.mtime(), m.mtime_nsec(), m.ctime(), m.ctime_nsec())),
+        )
     }
 
     /// The last change is so long ago by this host's clock that one more would have another time.
@@ -192,7 +211,10 @@ mod tests {
             (libc::EPERM, "let this user read it and its folder, or run as its owner"),
             (libc::EISDIR, "put the file that the enrolment wrote in its place"),
             (libc::ENOTDIR, "put the file that the enrolment wrote in its place"),
-            (libc::EFBIG, "put the file that the enrolment wrote in its place, which has a few KiB"),
+            (
+                libc::EFBIG,
+                "put the file that the enrolment wrote in its place, which has a few KiB",
+            ),
             (libc::ELOOP, "correct the symlinks that lead to it"),
             (libc::EMFILE, "raise the limit of open files"),
             (libc::ENOMEM, "give it more memory"),
@@ -214,11 +236,15 @@ mod tests {
     #[test]
     fn a_symlink_beside_a_replaced_file_is_not_written_through() {
         let dir = tempfile::tempdir().unwrap();
-        let (path, next, other) = (dir.path().join("stats"), dir.path().join("stats.new"), dir.path().join("other"));
+        let (path, next, other) =
+            (dir.path().join("stats"), dir.path().join("stats.new"), dir.path().join("other"));
         fs::write(&other, b"theirs").unwrap();
         std::os::unix::fs::symlink(&other, &next).unwrap();
         replace(&path, b"ours", Some(0o640)).unwrap();
-        assert_eq!((fs::read(&path).unwrap(), fs::read(&other).unwrap()), (b"ours".to_vec(), b"theirs".to_vec()));
+        assert_eq!(
+            (fs::read(&path).unwrap(), fs::read(&other).unwrap()),
+            (b"ours".to_vec(), b"theirs".to_vec())
+        );
         assert!(!next.exists());
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o640);
     }
@@ -246,12 +272,22 @@ mod tests {
             let before = fs::symlink_metadata(at(name)).unwrap();
             let refused = replace(&at(name), b"new", None).unwrap_err();
             assert_eq!(refused.kind(), io::ErrorKind::InvalidInput);
-            assert_eq!(refused.to_string(), format!("{what} is there, which is not replaced by a file"));
+            assert_eq!(
+                refused.to_string(),
+                format!("{what} is there, which is not replaced by a file")
+            );
             let after = fs::symlink_metadata(at(name)).unwrap();
-            assert_eq!((before.ino(), before.file_type()), (after.ino(), after.file_type()), "{name}");
+            assert_eq!(
+                (before.ino(), before.file_type()),
+                (after.ino(), after.file_type()),
+                "{name}"
+            );
         }
         assert_eq!(fs::read(at("file")).unwrap(), b"old", "behind a symlink");
-        assert_eq!(replaceable(Path::new("/dev/null")).unwrap_err().kind(), io::ErrorKind::InvalidInput);
+        assert_eq!(
+            replaceable(Path::new("/dev/null")).unwrap_err().kind(),
+            io::ErrorKind::InvalidInput
+        );
         assert!(replaceable(&at("new")).is_ok());
         for name in ["new", "file"] {
             replace(&at(name), b"new", None).unwrap();
@@ -263,24 +299,33 @@ mod tests {
     fn a_stamp_is_settled_once_its_change_is_some_seconds_old() {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs() as i64;
         let most = limits::SETTLED.as_secs() as i64;
-        for (changed, settled) in
-            [(now, false), (now - most + 1, false), (now - most - 2, true), (now + 60, false), (-1, false)]
-        {
-            assert_eq!(Stamp(Some((1, 1, 1, 1, changed, 1))).is_settled(), settled, "{}", changed - now);
+        for (changed, settled) in [
+            (now, false),
+            (now - most + 1, false),
+            (now - most - 2, true),
+            (now + 60, false),
+            (-1, false),
+        ] {
+            assert_eq!(
+                FileVersion(Some((1, 1, 1, 1, changed, 1))).is_settled(),
+                settled,
+                "{}",
+                changed - now
+            );
         }
-        assert!(!Stamp(None).is_settled());
+        assert!(!FileVersion(None).is_settled());
     }
 
     #[test]
     fn a_replaced_file_has_another_stamp() {
         let dir = tempfile::tempdir().unwrap();
         let (path, next) = (dir.path().join("a"), dir.path().join("b"));
-        assert_eq!(Stamp::of(&path), Stamp(None));
+        assert_eq!(FileVersion::of(&path), FileVersion(None));
         fs::write(&path, b"1").unwrap();
-        let before = Stamp::of(&path);
-        assert_eq!(before, Stamp::of(&path));
+        let before = FileVersion::of(&path);
+        assert_eq!(before, FileVersion::of(&path));
         fs::write(&next, b"1").unwrap();
         fs::rename(&next, &path).unwrap();
-        assert_ne!(before, Stamp::of(&path));
+        assert_ne!(before, FileVersion::of(&path));
     }
 }

@@ -48,7 +48,8 @@ fn assert_sayable(text: &str) {
 fn scratch() -> &'static Path {
     static SCRATCH: OnceLock<PathBuf> = OnceLock::new();
     SCRATCH.get_or_init(|| {
-        let path = std::env::temp_dir().join(format!("decnet-heartbeat-fuzz-{}", std::process::id()));
+        let path =
+            std::env::temp_dir().join(format!("decnet-heartbeat-fuzz-{}", std::process::id()));
         std::fs::create_dir_all(&path).unwrap();
         path
     })

@@ -7,29 +7,29 @@ use std::time::{Duration, Instant, SystemTime};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 
-use crate::collector::Collector;
-use crate::content::Content;
-use crate::decommission::Decommission;
+use crate::credentials::enrolment::Enrolment;
+use crate::credentials::link::{MasterLink, PostInterrupt};
 use crate::delta::{Operation, from_micros};
-use crate::enrolment::Enrolment;
-use crate::error::{Error, chain, printable_path};
+use crate::deltas::DeltaSender;
+use crate::deltas::operation::{IntoDeckies, IntoOutcome, TrackedOperation};
+use crate::error::{Error, chain, sanitize_path};
 use crate::forked::OfProcess;
-use crate::identity::MasterIdentity;
 use crate::limits;
-use crate::link::{Interrupt, Link};
-use crate::operation::{IntoDeckies, IntoOutcome, TrackedOperation};
-use crate::outbox::{Books, OutboxLocation};
+use crate::log_throttle::LogThrottle;
+use crate::master::identity::MasterIdentity;
+use crate::outbox::{OutboxLocation, OutboxStats};
 use crate::panics::quietly;
-use crate::repeats::Repeats;
-use crate::schedule::{Schedule, Ticks};
-use crate::sender::DeltaSender;
 use crate::stats::{SharedStats, Stats, ThreadWatch};
 use crate::status::StatusSource;
 use crate::status::decnet::DecnetStatus;
 use crate::threads::batches::Batches;
-use crate::threads::client::OutboxClient;
+use crate::threads::content::Content;
+use crate::threads::decommission::Decommission;
+use crate::threads::heartbeat::Worker;
+use crate::threads::outbox_client::OutboxClient;
+use crate::threads::schedule::{Schedule, Ticks};
 use crate::threads::start::{self, Started};
-use crate::worker::Worker;
+use crate::threads::status::StatusThread;
 
 /// The heartbeat thread.
 const NAME: &str = "decnet-heartbeat";
@@ -70,11 +70,14 @@ pub struct Heartbeat {
 struct Running {
     stop: Sender<Instant>,
     /// A beat has ended, well or not.
-    #[cfg_attr(not(feature = "loopback"), expect(dead_code, reason = "tests and the program's stats file want it"))]
+    #[cfg_attr(
+        not(feature = "loopback"),
+        expect(dead_code, reason = "tests and the program's stats file want it")
+    )]
     beats: Receiver<()>,
     /// Disconnected when the heartbeat thread has ended.
     ended: Receiver<()>,
-    interrupt: Arc<Interrupt>,
+    interrupt: Arc<PostInterrupt>,
     outbox: Arc<OutboxClient>,
     stats: Arc<SharedStats>,
 }
@@ -251,11 +254,16 @@ impl Heartbeat {
     /// # fn main() {}
     /// ```
     pub fn stats(&self) -> Stats {
-        let Some(running) = &self.running else { return Stats { dormant: true, ..Stats::default() } };
-        let Ok(running) = running.get() else { return Stats { ended_thread: Some(NAME), ..Stats::default() } };
+        let Some(running) = &self.running else {
+            return Stats { dormant: true, ..Stats::default() };
+        };
+        let Ok(running) = running.get() else {
+            return Stats { ended_thread: Some(NAME), ..Stats::default() };
+        };
         let mut stats = running.stats.read();
-        let Books { counts, dropped, .. } = running.outbox.books();
-        (stats.waiting, stats.held, stats.operations) = (counts.waiting, counts.held, counts.operations);
+        let OutboxStats { counts, dropped, .. } = running.outbox.books();
+        (stats.waiting, stats.held, stats.operations) =
+            (counts.waiting, counts.held, counts.operations);
         stats.oldest_waiting = counts.oldest.map(from_micros);
         (stats.dropped, stats.outbox) = (dropped, running.outbox.path().map(Into::into));
         stats.outbox_busy_since = running.outbox.busy_since().map(past);
@@ -331,7 +339,9 @@ impl Heartbeat {
     /// ```
     pub fn flush(&self, timeout: Duration) -> bool {
         let until = Instant::now() + timeout.min(limits::MAX_GRACE);
-        let flush = |running: &OfProcess<Running>| running.get().is_ok_and(|running| running.outbox.flush(until));
+        let flush = |running: &OfProcess<Running>| {
+            running.get().is_ok_and(|running| running.outbox.flush(until))
+        };
         self.running.as_ref().is_none_or(flush)
     }
 
@@ -378,7 +388,7 @@ impl Heartbeat {
         }
         // It can post no more, so another heartbeat may deliver once this one's last acknowledgement is on the disk.
         let is_written = outbox.release(end.max(Instant::now() + limits::RELEASE));
-        let Books { counts, on_disk, .. } = outbox.books();
+        let OutboxStats { counts, on_disk, .. } = outbox.books();
         let kept = on_disk && is_written;
         Stopped { undelivered: counts.waiting, operations: counts.operations, kept, in_time }
     }
@@ -566,7 +576,12 @@ impl HeartbeatBuilder {
         check_interval(interval)?;
         let stats = Arc::new(SharedStats::default());
         let (enrolment, location) = (Box::new(enrolment), self.outbox.absolute());
-        let setup = start::Start { enrolment, identity: self.identity, location, stats: Arc::clone(&stats) };
+        let setup = start::Start {
+            enrolment,
+            identity: self.identity,
+            location,
+            stats: Arc::clone(&stats),
+        };
         let Started { client, batches, access, problem } = match start::start(setup) {
             Ok(started) => started,
             Err(error) if error.is_not_enrolled() => {
@@ -576,14 +591,17 @@ impl HeartbeatBuilder {
             Err(error) => return Err(error),
         };
         let agent_dir = access.enrolment.agent_dir().value().clone();
-        let link = Link::new(access);
+        let link = MasterLink::new(access);
         if let Some((what, problem)) = problem {
             let (names, problem) = (link.names(), chain(&problem));
             quietly(|| log::error!("{what}: {names} error={problem:?}"));
         }
         let source = self.source.unwrap_or_else(|| Box::new(DecnetStatus::new(&agent_dir)));
-        let ticks = self.ticks.map_or_else(|| Ticks::every(interval, Instant::now(), fastrand::f64()), Ticks::fed);
-        let agent_version = self.agent_version.unwrap_or_else(|| env!("CARGO_PKG_VERSION").to_owned());
+        let ticks = self
+            .ticks
+            .map_or_else(|| Ticks::every(interval, Instant::now(), fastrand::f64()), Ticks::fed);
+        let agent_version =
+            self.agent_version.unwrap_or_else(|| env!("CARGO_PKG_VERSION").to_owned());
         start(link, client, batches, source, stats, Settings { agent_version, interval, ticks })
     }
 }
@@ -603,7 +621,7 @@ struct Settings {
 }
 
 fn start(
-    link: Link,
+    link: MasterLink,
     outbox: Arc<OutboxClient>,
     batches: Batches,
     source: Box<dyn StatusSource>,
@@ -612,7 +630,7 @@ fn start(
 ) -> Result<Heartbeat, Error> {
     let Settings { agent_version, interval, ticks } = settings;
     stats.change(|stats| link.describe(stats));
-    let place = outbox.path().map_or_else(|| "memory".to_owned(), printable_path);
+    let place = outbox.path().map_or_else(|| "memory".to_owned(), sanitize_path);
     let waiting = outbox.books().counts.waiting;
     quietly(|| {
         let (names, fingerprint) = (link.names(), link.fingerprint());
@@ -630,7 +648,7 @@ fn start(
         outbox: Arc::clone(&outbox),
         batches,
         stats: Arc::clone(&stats),
-        collector: Collector::start(source, &stats)?,
+        collector: StatusThread::start(source, &stats)?,
         schedule: Schedule::new(interval),
         content: Content::new(interval),
         decommission: Decommission::new(interval),
@@ -644,7 +662,7 @@ fn start(
         states_rested: false,
         failure_said: false,
         states_sent: false,
-        repeats: Repeats::default(),
+        repeats: LogThrottle::default(),
         overdue_said: false,
         files_are_gone: false,
     };
@@ -684,7 +702,8 @@ mod tests {
 
     #[test]
     fn a_host_that_is_not_enrolled_has_a_dormant_heartbeat_that_needs_no_guard() {
-        let heartbeat = Heartbeat::builder().start_as(|| Err(Error::not_enrolled("no host uuid"))).unwrap();
+        let heartbeat =
+            Heartbeat::builder().start_as(|| Err(Error::not_enrolled("no host uuid"))).unwrap();
         assert!(heartbeat.stats().dormant);
         let deltas = heartbeat.deltas();
         deltas.push(LifecycleDelta::succeeded("d", Operation::Deploy)).unwrap();
@@ -696,7 +715,8 @@ mod tests {
 
     #[test]
     fn a_dormant_heartbeat_does_the_work_and_reports_nothing() {
-        let heartbeat = Heartbeat::builder().start_as(|| Err(Error::not_enrolled("no host uuid"))).unwrap();
+        let heartbeat =
+            Heartbeat::builder().start_as(|| Err(Error::not_enrolled("no host uuid"))).unwrap();
         let mut operation = heartbeat.begin(Operation::Deploy, ["b", "a", "b"]).unwrap();
         assert_eq!(operation.open().collect::<Vec<_>>(), ["a", "b"]);
         operation.settle("a", Outcome::Succeeded).unwrap();
@@ -721,14 +741,17 @@ mod tests {
 
     #[test]
     fn an_enrolment_that_is_wrong_is_an_error_and_not_dormant() {
-        let error = Heartbeat::builder().start_as(|| Err(Error::config("DECNET_SWARMCTL_PORT", "is 0"))).unwrap_err();
+        let error = Heartbeat::builder()
+            .start_as(|| Err(Error::config("DECNET_SWARMCTL_PORT", "is 0")))
+            .unwrap_err();
         assert_eq!(error.to_string(), "DECNET_SWARMCTL_PORT: is 0");
     }
 
     #[test]
     fn an_interval_out_of_bounds_is_an_error() {
         for interval in [Duration::ZERO, Duration::from_millis(49), Duration::from_secs(3_601)] {
-            let started = Heartbeat::builder().interval(interval).start_as(|| Err(Error::not_enrolled("")));
+            let started =
+                Heartbeat::builder().interval(interval).start_as(|| Err(Error::not_enrolled("")));
             let expected = format!("interval: is {interval:?}; it must be from 50 ms to 1 h");
             assert_eq!(started.unwrap_err().to_string(), expected);
         }

@@ -167,65 +167,45 @@
 #[cfg(feature = "loopback")]
 #[doc(hidden)]
 pub mod benching;
-mod body;
-mod bundle;
 #[cfg(feature = "cli")]
 #[doc(hidden)]
 pub mod cli;
-mod collector;
-mod content;
 mod credentials;
-mod database_files;
-mod decommission;
 mod delta;
+mod deltas;
+mod folder_access;
+mod log_throttle;
+mod sqlite;
+mod transport;
 #[doc = include_str!("docs/design.md")]
 pub mod design {}
-mod enrolment;
 mod error;
-mod explain;
 mod files;
-mod first_bytes;
 mod forked;
 #[cfg(fuzzing)]
 #[doc(hidden)]
 pub mod fuzzing;
 pub mod guide;
 mod heartbeat;
-mod identity;
-mod kept;
 mod limits;
-mod link;
 #[cfg(feature = "loopback")]
 pub mod loopback;
 mod master;
-mod operation;
 mod outbox;
 mod panics;
-mod pem;
-mod read_only;
-mod repeats;
-mod resolve;
-mod schedule;
-mod sender;
-mod socket;
 mod stats;
 mod status;
 mod text;
 mod threads;
-mod tls;
-mod verifier;
-mod worker;
-mod writers;
-mod x509;
 
+pub use credentials::enrolment::{Enrolment, EnrolmentSources, Provenance, Sourced};
 pub use delta::{LifecycleDelta, Operation, Outcome};
-pub use enrolment::{Enrolment, EnrolmentSources, Found, Provenance};
+pub use deltas::DeltaSender;
+pub use deltas::operation::{IntoDeckies, IntoOutcome, TrackedOperation};
 pub use error::Error;
 pub use heartbeat::{Heartbeat, HeartbeatBuilder, Stopped};
-pub use identity::MasterIdentity;
-pub use operation::{IntoDeckies, IntoOutcome, TrackedOperation};
+pub use master::identity::MasterIdentity;
 pub use outbox::OutboxLocation;
-pub use sender::DeltaSender;
 pub use stats::{Failure, Stats};
 pub use status::decnet::DecnetStatus;
 pub use status::{AppliedTopology, Observed, Snapshot, StatusSource, Topology};

@@ -30,7 +30,8 @@ pub(crate) const BACKOFF_START: Duration = Duration::from_secs(1);
 pub(crate) const DECOMMISSIONED_INTERVALS: u32 = 20;
 
 /// What a master's `Retry-After` is clamped to: never a busy loop, never silence for good.
-pub(crate) const RETRY_AFTER: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(600));
+pub(crate) const RETRY_AFTER: (Duration, Duration) =
+    (Duration::from_secs(1), Duration::from_secs(600));
 
 /// Deltas in one body: the master works through them one by one in its database.
 pub(crate) const DELTAS_PER_BODY: usize = 500;
@@ -392,7 +393,8 @@ pub(crate) const LOG_STUCK: Duration = Duration::from_millis(250);
 /// What `--timeout` of `push` and `track` may be: zero could never deliver, and a caller that wants to wait for an hour
 /// wants `run`.
 #[cfg(feature = "cli")]
-pub(crate) const REPORT_TIMEOUT: (Duration, Duration) = (Duration::from_millis(1), Duration::from_secs(3600));
+pub(crate) const REPORT_TIMEOUT: (Duration, Duration) =
+    (Duration::from_millis(1), Duration::from_secs(3600));
 
 /// How long after `--timeout` the answer of the POST is awaited: it ends at the timeout by itself, and says in what.
 #[cfg(feature = "cli")]

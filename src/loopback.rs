@@ -45,7 +45,7 @@ pub use certificates::{Authority, Issued, Role};
 pub use example::{Scratch, example};
 pub use fault::{Answer, Effect, Fault};
 
-use crate::enrolment::Enrolment;
+use crate::credentials::enrolment::Enrolment;
 use crate::error::Error;
 use crate::limits;
 use book::Book;
@@ -192,7 +192,8 @@ impl Enrolled {
     /// # Errors
     /// When the agent dir has no name.
     pub fn enrolment(&self) -> Result<Enrolment, Error> {
-        Enrolment::new(&self.uuid, Ipv4Addr::LOCALHOST.to_string(), &self.agent_dir)?.with_master_port(self.port)
+        Enrolment::new(&self.uuid, Ipv4Addr::LOCALHOST.to_string(), &self.agent_dir)?
+            .with_master_port(self.port)
     }
 
     /// Writes the worker's `decnet.ini` to `path`, as an enrolment bundle has it.
@@ -262,7 +263,11 @@ impl LoopbackMaster {
         let authority = options.authority.map_or_else(Authority::new, Ok)?;
         let certificate = options.certificate.map_or_else(|| authority.issue(Role::Master), Ok)?;
         let client_ca = options.client_ca.unwrap_or_else(|| authority.certificate());
-        let shared = Shared { state: Mutex::new(State::default()), changed: Condvar::new(), idle: options.idle };
+        let shared = Shared {
+            state: Mutex::new(State::default()),
+            changed: Condvar::new(),
+            idle: options.idle,
+        };
         let mut master = Self {
             authority,
             certificate,
@@ -723,10 +728,12 @@ impl LoopbackMaster {
         if self.accepting.is_some() {
             return Ok(());
         }
-        let cannot = |doing: &str, cause: std::io::Error| Error::loopback(doing).because(cause);
+        let cannot = |doing: &str, cause: std::io::Error| Error::loopback(doing).with_source(cause);
         let tls = certificates::server_config(&self.certificate, &self.client_ca, self.offered)?;
-        let listener = self.listen().map_err(|cause| cannot("cannot listen on 127.0.0.1", cause))?;
-        self.port = listener.local_addr().map_err(|cause| cannot("cannot tell its port", cause))?.port();
+        let listener =
+            self.listen().map_err(|cause| cannot("cannot listen on 127.0.0.1", cause))?;
+        self.port =
+            listener.local_addr().map_err(|cause| cannot("cannot tell its port", cause))?.port();
         self.shared.lock().stopping = false;
         let running = Running::new(&self.shared);
         let shared = Arc::clone(&self.shared);
@@ -757,7 +764,8 @@ impl LoopbackMaster {
                 }
             }
         }
-        let bind = |_| TcpListener::bind((Ipv4Addr::LOCALHOST, fastrand::u16(limits::loopback::PORTS)));
+        let bind =
+            |_| TcpListener::bind((Ipv4Addr::LOCALHOST, fastrand::u16(limits::loopback::PORTS)));
         let mut tried = (0..limits::loopback::PORTS_TRIED).map(bind);
         tried.find(Result::is_ok).unwrap_or_else(|| TcpListener::bind((Ipv4Addr::LOCALHOST, 0)))
     }
@@ -889,7 +897,9 @@ impl Seen {
     fn remember_request(&mut self, received: Received) {
         self.bytes += received.body.len();
         self.received.push(received);
-        if self.received.len() >= 2 * limits::loopback::HISTORY || self.bytes > limits::loopback::HISTORY_BYTES {
+        if self.received.len() >= 2 * limits::loopback::HISTORY
+            || self.bytes > limits::loopback::HISTORY_BYTES
+        {
             forget_older_half(&mut self.received);
             self.bytes = self.received.iter().map(|request| request.body.len()).sum();
         }
@@ -1175,7 +1185,8 @@ pub enum ShardState {
 
 /// A random uuid (version 4).
 fn new_uuid() -> String {
-    let bits = (fastrand::u128(..) & !(0xf000 << 64) & !(0xc000 << 48)) | (0x4000 << 64) | (0x8000 << 48);
+    let bits =
+        (fastrand::u128(..) & !(0xf000 << 64) & !(0xc000 << 48)) | (0x4000 << 64) | (0x8000 << 48);
     let hex = format!("{bits:032x}");
     let part = |from, to| hex.get(from..to).unwrap_or_default();
     [part(0, 8), part(8, 12), part(12, 16), part(16, 20), part(20, 32)].join("-")

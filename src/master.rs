@@ -1,5 +1,14 @@
 //! One POST and one [`Verdict`]: the only user of ureq towards the master. Runs on the heartbeat thread.
 
+pub(crate) mod body;
+pub(crate) mod explain;
+pub(crate) mod first_bytes;
+pub(crate) mod identity;
+pub(crate) mod resolver;
+pub(crate) mod tls;
+pub(crate) mod verifier;
+pub(crate) mod x509;
+
 use std::fmt;
 use std::io::Read;
 use std::mem;
@@ -15,12 +24,12 @@ use ureq::config::{AutoHeaderValue, Config, IpFamily};
 use ureq::http::{Response, StatusCode, header};
 use ureq::{Agent, Timeout};
 
-use crate::enrolment::Enrolment;
-use crate::explain::{class, closed_without_an_answer, explain};
+use crate::credentials::enrolment::Enrolment;
 use crate::limits;
-use crate::resolve::MasterResolver;
-use crate::text::printable;
-use crate::tls::{Answer, Connections, TlsConnector};
+use crate::master::explain::{class, closed_without_an_answer, explain};
+use crate::master::resolver::MasterResolver;
+use crate::master::tls::{Answer, Connections, TlsConnector};
+use crate::text::sanitize;
 
 /// What an answer means for the beat and its deltas.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,13 +37,13 @@ pub(crate) enum Verdict {
     /// The deltas in the body are delivered.
     Accepted,
     /// The body is refused. It would be refused again as it stands.
-    BodyRefused,
+    BodyRejected,
     /// The master does not know this host, or not this certificate. An operator may enrol it again.
-    HostRefused,
+    HostRejected,
     /// The master cannot answer now; after how long it wants to be asked again, if it says so.
-    TryLater(Option<Duration>),
+    RetryLater(Option<Duration>),
     /// There was no answer.
-    NoAnswer,
+    NoResponse,
 }
 
 impl Verdict {
@@ -43,28 +52,28 @@ impl Verdict {
     /// | status | verdict | what follows |
     /// | --- | --- | --- |
     /// | 2xx | [`Accepted`](Self::Accepted) | the deltas are delivered, nothing is sent again |
-    /// | 2xx but 204, a page of HTML | [`TryLater`](Self::TryLater) | a gateway's answer; backoff |
-    /// | 400, 413, 422 | [`BodyRefused`](Self::BodyRefused) | the body is made lighter, see `content` |
-    /// | 403, 404 | [`HostRefused`](Self::HostRefused) | keep beating on the tick, keep the deltas |
-    /// | 408, 425, 429, 5xx | [`TryLater`](Self::TryLater) | backoff, or `Retry-After` within 1 s to 10 min |
-    /// | 3xx and all else | [`TryLater`](Self::TryLater) | never followed; backoff |
-    /// | no answer | [`NoAnswer`](Self::NoAnswer) | backoff |
+    /// | 2xx but 204, a page of HTML | [`RetryLater`](Self::RetryLater) | a gateway's answer; backoff |
+    /// | 400, 413, 422 | [`BodyRejected`](Self::BodyRejected) | the body is made lighter, see `content` |
+    /// | 403, 404 | [`HostRejected`](Self::HostRejected) | keep beating on the tick, keep the deltas |
+    /// | 408, 425, 429, 5xx | [`RetryLater`](Self::RetryLater) | backoff, or `Retry-After` within 1 s to 10 min |
+    /// | 3xx and all else | [`RetryLater`](Self::RetryLater) | never followed; backoff |
+    /// | no answer | [`NoResponse`](Self::NoResponse) | backoff |
     fn of(status: StatusCode, retry_after: Option<Duration>, is_page: bool) -> Self {
         match status.as_u16() {
             // 204 has no body, so no header can make it a page.
-            200..=203 | 205..=299 if is_page => Self::TryLater(retry_after),
+            200..=203 | 205..=299 if is_page => Self::RetryLater(retry_after),
             200..=299 => Self::Accepted,
-            400 | 413 | 422 => Self::BodyRefused,
-            403 | 404 => Self::HostRefused,
-            408 | 425 | 429 | 500..=599 => Self::TryLater(retry_after),
-            _ => Self::TryLater(None),
+            400 | 413 | 422 => Self::BodyRejected,
+            403 | 404 => Self::HostRejected,
+            408 | 425 | 429 | 500..=599 => Self::RetryLater(retry_after),
+            _ => Self::RetryLater(None),
         }
     }
 }
 
 /// How one POST ended.
 #[derive(Clone, Debug)]
-pub(crate) struct Reply {
+pub(crate) struct PostResult {
     pub(crate) verdict: Verdict,
     /// What class of thing happened, in a word that can be searched for: `http-204`, `timeout-connect`, `refused`.
     pub(crate) class: String,
@@ -83,19 +92,32 @@ pub(crate) struct Reply {
     pub(crate) in_doubt: bool,
 }
 
-impl Reply {
+impl PostResult {
     /// The master's, or a gateway's.
-    fn of(status: StatusCode, retry_after: Option<&str>, content_type: Option<&str>, body: &[u8]) -> Self {
+    fn of(
+        status: StatusCode,
+        retry_after: Option<&str>,
+        content_type: Option<&str>,
+        body: &[u8],
+    ) -> Self {
         let is_page = is_page(content_type, body);
         let retry_after = retry_after.and_then(|text| parse_retry_after(text, SystemTime::now()));
         let verdict = Verdict::of(status, retry_after, is_page);
-        let said = printable(&String::from_utf8_lossy(body));
+        let said = sanitize(&String::from_utf8_lossy(body));
         let detail = match verdict {
             Verdict::Accepted => String::new(),
-            _ if status.is_success() => printable(&format!("a page of HTML, so a gateway answered: {said}")),
+            _ if status.is_success() => {
+                sanitize(&format!("a page of HTML, so a gateway answered: {said}"))
+            }
             _ => said,
         };
-        Self { verdict, class: format!("http-{}", status.as_u16()), detail, is_page, ..Self::unanswered() }
+        Self {
+            verdict,
+            class: format!("http-{}", status.as_u16()),
+            detail,
+            is_page,
+            ..Self::unanswered()
+        }
     }
 
     /// The beat panicked, so nothing is known of an answer.
@@ -105,7 +127,7 @@ impl Reply {
 
     fn unanswered() -> Self {
         Self {
-            verdict: Verdict::NoAnswer,
+            verdict: Verdict::NoResponse,
             class: String::new(),
             detail: String::new(),
             took: Duration::ZERO,
@@ -118,13 +140,13 @@ impl Reply {
 
     /// There was nothing to send, as the body could not be written. Sent as it stands it would be refused.
     pub(crate) fn unwritten(error: &serde_json::Error) -> Self {
-        let (class, detail) = ("unwritten".to_owned(), printable(&error.to_string()));
-        Self { verdict: Verdict::BodyRefused, class, detail, ..Self::unanswered() }
+        let (class, detail) = ("unwritten".to_owned(), sanitize(&error.to_string()));
+        Self { verdict: Verdict::BodyRejected, class, detail, ..Self::unanswered() }
     }
 }
 
 /// The master, as this host may talk to it. It is replaced whole when the bundle or the enrolment changes.
-pub(crate) struct Master {
+pub(crate) struct MasterClient {
     agent: Agent,
     url: String,
     resolver: MasterResolver,
@@ -133,14 +155,25 @@ pub(crate) struct Master {
     bad_answers: AtomicU32,
 }
 
-impl Master {
+impl MasterClient {
     /// Behind a TLS configuration, which knows the bundle and the rule for the master's certificate.
-    pub(crate) fn new(enrolment: &Enrolment, name: ServerName<'static>, tls: Arc<ClientConfig>) -> Self {
-        let resolver = MasterResolver::new(enrolment.master_host().value(), *enrolment.master_port().value());
+    pub(crate) fn new(
+        enrolment: &Enrolment,
+        name: ServerName<'static>,
+        tls: Arc<ClientConfig>,
+    ) -> Self {
+        let resolver =
+            MasterResolver::new(enrolment.master_host().value(), *enrolment.master_port().value());
         let tls = TlsConnector::new(tls, name, resolver.clone());
         let connections = tls.connections();
         let agent = Agent::with_parts(config(), tls, resolver.clone());
-        Self { agent, url: enrolment.master_url(), resolver, connections, bad_answers: AtomicU32::new(0) }
+        Self {
+            agent,
+            url: enrolment.master_url(),
+            resolver,
+            connections,
+            bad_answers: AtomicU32::new(0),
+        }
     }
 
     /// What answers behind this connector.
@@ -172,7 +205,7 @@ impl Master {
     }
 
     /// Posts `body`, all of it within `within`.
-    pub(crate) fn post(&self, body: &[u8], within: Duration) -> Reply {
+    pub(crate) fn post(&self, body: &[u8], within: Duration) -> PostResult {
         self.leave_a_bad_address();
         let started = Instant::now();
         let before = self.connections(|connections| {
@@ -184,48 +217,62 @@ impl Master {
         let reply = answered.map(read);
         let took = started.elapsed();
         let (tried, resumed, body_sent, seen) = self.connections(|connections| {
-            (connections.tried, connections.resumed, connections.body_sent, mem::take(&mut connections.answer))
+            (
+                connections.tried,
+                connections.resumed,
+                connections.body_sent,
+                mem::take(&mut connections.answer),
+            )
         });
         // What is accepted without 204 could be a page of a gateway: its head says so, and must have come.
-        let has_said = |status: &StatusCode| *status == 204 || !status.is_success() || seen.has_whole_head();
+        let has_said =
+            |status: &StatusCode| *status == 204 || !status.is_success() || seen.has_whole_head();
         let reply = reply.unwrap_or_else(|error| match seen.status().filter(has_said) {
             // The status line has decided already. What is wrong with the rest changes nothing.
             Some(status) => {
-                let reply = Reply::of(status, seen.header("retry-after"), seen.header("content-type"), seen.body());
+                let reply = PostResult::of(
+                    status,
+                    seen.header("retry-after"),
+                    seen.header("content-type"),
+                    seen.body(),
+                );
                 let has_detail = reply.verdict == Verdict::Accepted || !reply.detail.is_empty();
                 let detail = if has_detail { reply.detail } else { explain(&error) };
-                Reply { detail, ..reply }
+                PostResult { detail, ..reply }
             }
             None => {
                 let (class, is_new) = (class(&error), tried != before);
                 let detail = match class.as_str() {
                     // A resumed session shows no certificate.
-                    "closed" if is_new && !resumed && seen.is_empty() => closed_without_an_answer(&error),
+                    "closed" if is_new && !resumed && seen.is_empty() => {
+                        closed_without_an_answer(&error)
+                    }
                     _ => explain(&error),
                 };
                 let stale = !is_new && may_be_the_connections(&error);
-                Reply { class, detail, stale, ..Reply::unanswered() }
+                PostResult { class, detail, stale, ..PostResult::unanswered() }
             }
         });
         // That a connection has ended while it was idle says nothing of the address.
-        if reply.verdict == Verdict::NoAnswer && !reply.stale {
+        if reply.verdict == Verdict::NoResponse && !reply.stale {
             self.resolver.distrust();
         }
         self.count(&reply);
-        let in_doubt = body_sent && (reply.verdict == Verdict::NoAnswer || reply.class.starts_with("http-5"));
-        Reply { took, resumed, in_doubt, ..reply }
+        let in_doubt = body_sent
+            && (reply.verdict == Verdict::NoResponse || reply.class.starts_with("http-5"));
+        PostResult { took, resumed, in_doubt, ..reply }
     }
 
-    fn count(&self, reply: &Reply) {
+    fn count(&self, reply: &PostResult) {
         match reply.verdict {
             Verdict::Accepted => {
                 self.bad_answers.store(0, Ordering::Relaxed);
                 self.connections(|connections| connections.has_accepted = true);
             }
             // The address is looked up again already.
-            Verdict::NoAnswer => (),
+            Verdict::NoResponse => (),
             // It is the body's fault: this connection has accepted others.
-            Verdict::BodyRefused if self.connections(|connections| connections.has_accepted) => (),
+            Verdict::BodyRejected if self.connections(|connections| connections.has_accepted) => (),
             _ => drop(self.bad_answers.fetch_add(1, Ordering::Relaxed)),
         }
     }
@@ -235,7 +282,8 @@ impl Master {
     fn leave_a_bad_address(&self) {
         let is_bad = self.bad_answers.load(Ordering::Relaxed) >= limits::BAD_ANSWERS;
         let close = self.connections(|connections| {
-            let is_old = connections.opened.is_some_and(|opened| opened.elapsed() >= limits::CONNECTION_AGE);
+            let is_old =
+                connections.opened.is_some_and(|opened| opened.elapsed() >= limits::CONNECTION_AGE);
             connections.close |= is_bad || is_old;
             connections.opened = connections.opened.filter(|_| !is_old);
             is_bad || is_old
@@ -251,7 +299,7 @@ impl Master {
     }
 }
 
-impl fmt::Debug for Master {
+impl fmt::Debug for MasterClient {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Master").field("url", &self.url).finish_non_exhaustive()
     }
@@ -289,18 +337,26 @@ fn config() -> Config {
 }
 
 /// The verdict of an answer, and the head of what it says.
-fn read(mut answer: Response<ureq::Body>) -> Reply {
+fn read(mut answer: Response<ureq::Body>) -> PostResult {
     let mut said = Vec::new();
     // Read to its end, so that the connection can be used again. A body that breaks off changes nothing.
     let _ = answer.body_mut().as_reader().take(limits::ANSWER_BODY as u64).read_to_end(&mut said);
     let header = |name| answer.headers().get(name).and_then(|value| value.to_str().ok());
-    Reply::of(answer.status(), header(header::RETRY_AFTER), header(header::CONTENT_TYPE), &said)
+    PostResult::of(
+        answer.status(),
+        header(header::RETRY_AFTER),
+        header(header::CONTENT_TYPE),
+        &said,
+    )
 }
 
 /// Whether an answer is a page for people. The master's own answers are JSON, or nothing.
 fn is_page(content_type: Option<&str>, body: &[u8]) -> bool {
-    let media_type = content_type.and_then(|text| text.split(';').next()).unwrap_or_default().trim();
-    let is_html = ["text/html", "application/xhtml+xml"].iter().any(|html| media_type.eq_ignore_ascii_case(html));
+    let media_type =
+        content_type.and_then(|text| text.split(';').next()).unwrap_or_default().trim();
+    let is_html = ["text/html", "application/xhtml+xml"]
+        .iter()
+        .any(|html| media_type.eq_ignore_ascii_case(html));
     let body = body.strip_prefix(b"\xef\xbb\xbf").unwrap_or(body).trim_ascii_start();
     is_html || body.starts_with(b"<")
 }
@@ -322,7 +378,8 @@ pub(crate) fn parse_retry_after(text: &str, now: SystemTime) -> Option<Duration>
 /// is only slow is not asked twice as often for it: the connection that is tried then is no reused one.
 fn may_be_the_connections(error: &ureq::Error) -> bool {
     use std::io::ErrorKind as Kind;
-    let lost = [Kind::BrokenPipe, Kind::ConnectionAborted, Kind::ConnectionReset, Kind::UnexpectedEof];
+    let lost =
+        [Kind::BrokenPipe, Kind::ConnectionAborted, Kind::ConnectionReset, Kind::UnexpectedEof];
     match error {
         ureq::Error::Io(error) => lost.contains(&error.kind()),
         // A name that is still being looked up is no connection yet.
@@ -333,26 +390,29 @@ fn may_be_the_connections(error: &ureq::Error) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::bundle::Bundle;
-    use crate::identity::MasterIdentity;
+    use crate::credentials::bundle::Bundle;
     use crate::loopback::{Answer, Effect, Fault, LoopbackMaster, Options};
-    use crate::verifier;
+    use crate::master::identity::MasterIdentity;
+    use crate::master::verifier;
 
     #[test]
     fn every_status_of_the_table_has_its_verdict() {
         let later = Some(Duration::from_secs(7));
         for (statuses, verdict) in [
             (&[200, 201, 202, 204, 206][..], Verdict::Accepted),
-            (&[400, 413, 422], Verdict::BodyRefused),
-            (&[403, 404], Verdict::HostRefused),
-            (&[408, 425, 429, 500, 502, 503, 504, 599], Verdict::TryLater(later)),
-            (&[300, 301, 302, 303, 307, 308, 401, 402, 405, 418, 451], Verdict::TryLater(None)),
+            (&[400, 413, 422], Verdict::BodyRejected),
+            (&[403, 404], Verdict::HostRejected),
+            (&[408, 425, 429, 500, 502, 503, 504, 599], Verdict::RetryLater(later)),
+            (&[300, 301, 302, 303, 307, 308, 401, 402, 405, 418, 451], Verdict::RetryLater(None)),
         ] {
             for status in statuses {
                 let status = StatusCode::from_u16(*status).unwrap();
                 assert_eq!(Verdict::of(status, later, false), verdict, "{status}");
-                let of_a_page =
-                    if verdict == Verdict::Accepted && status != 204 { Verdict::TryLater(later) } else { verdict };
+                let of_a_page = if verdict == Verdict::Accepted && status != 204 {
+                    Verdict::RetryLater(later)
+                } else {
+                    verdict
+                };
                 assert_eq!(Verdict::of(status, later, true), of_a_page, "{status}");
             }
         }
@@ -395,11 +455,12 @@ mod tests {
     }
 
     /// Two masters of one CA, and this host as it reaches the one or the other by a name that leads to both.
-    fn two_masters() -> (tempfile::TempDir, [LoopbackMaster; 2], Master) {
+    fn two_masters() -> (tempfile::TempDir, [LoopbackMaster; 2], MasterClient) {
         let dir = tempfile::tempdir().unwrap();
         let first = LoopbackMaster::start().unwrap();
         let authority = Some(first.authority().clone());
-        let second = LoopbackMaster::start_with(Options { authority, ..Options::default() }).unwrap();
+        let second =
+            LoopbackMaster::start_with(Options { authority, ..Options::default() }).unwrap();
         let worker = first.enrol(dir.path()).unwrap();
         second.pin(&worker.uuid, &worker.fingerprint);
         let master = client(&worker.enrolment().unwrap());
@@ -407,18 +468,19 @@ mod tests {
         (dir, [first, second], master)
     }
 
-    fn client(enrolment: &Enrolment) -> Master {
+    fn client(enrolment: &Enrolment) -> MasterClient {
         let provider = verifier::provider();
         let bundle = Bundle::load(enrolment.agent_dir().value(), &provider).unwrap();
         let name = ServerName::try_from("127.0.0.1").unwrap();
         let judge = verifier::verifier(&bundle, MasterIdentity::Name, &name, &provider);
         let config = verifier::client_config(&bundle, judge, &provider).unwrap();
         // A name, so that what it leads to can change. It is never looked up here.
-        let enrolment = Enrolment::new(enrolment.host_uuid().value().clone(), "nowhere.invalid", "/").unwrap();
-        Master::new(&enrolment, name, config)
+        let enrolment =
+            Enrolment::new(enrolment.host_uuid().value().clone(), "nowhere.invalid", "/").unwrap();
+        MasterClient::new(&enrolment, name, config)
     }
 
-    fn post(master: &Master) -> String {
+    fn post(master: &MasterClient) -> String {
         master.post(b"{}", limits::POST).class
     }
 
@@ -434,7 +496,10 @@ mod tests {
                 class
             })
             .collect();
-        assert_eq!(classes, ["http-503", "http-503", "http-503", "http-204", "http-204", "http-204"]);
+        assert_eq!(
+            classes,
+            ["http-503", "http-503", "http-503", "http-204", "http-204", "http-204"]
+        );
         assert_eq!((bad.connections().len(), good.connections().len()), (1, 1));
     }
 
@@ -452,7 +517,13 @@ mod tests {
     fn refused_bodies_are_no_fault_of_an_address_that_has_accepted_one() {
         let (_dir, [first, second], master) = two_masters();
         let refused = || Fault::Answer(Answer::status(422));
-        first.script([Fault::Answer(Answer::status(204)), refused(), refused(), refused(), refused()]);
+        first.script([
+            Fault::Answer(Answer::status(204)),
+            refused(),
+            refused(),
+            refused(),
+            refused(),
+        ]);
         let classes: Vec<_> = (0..5).map(|_| post(&master)).collect();
         assert_eq!(classes[1..], ["http-422"; 4]);
         assert_eq!((first.connections().len(), second.connections().len()), (1, 0));
@@ -471,7 +542,10 @@ mod tests {
     fn after_a_failed_handshake_the_next_attempt_starts_with_the_next_address() {
         let (_dir, [bad, good], master) = two_masters();
         good.always(Some(Answer::status(204).into()));
-        bad.script([Fault::CutBeforeHandshake, Fault::Banner(b"HTTP/1.0 400 Bad Request\r\n\r\n".to_vec())]);
+        bad.script([
+            Fault::CutBeforeHandshake,
+            Fault::Banner(b"HTTP/1.0 400 Bad Request\r\n\r\n".to_vec()),
+        ]);
         for _ in 0..2 {
             master.resolver.know(&[bad.address(), good.address()]);
             assert!(!post(&master).starts_with("http-"));
@@ -490,7 +564,8 @@ mod tests {
         first.always(Some(Answer::status(204).into()));
         second.always(Some(Answer::status(204).into()));
         assert_eq!((post(&master), post(&master)), ("http-204".to_owned(), "http-204".to_owned()));
-        let age = |age: Duration| master.connections(|it| it.opened = Instant::now().checked_sub(age));
+        let age =
+            |age: Duration| master.connections(|it| it.opened = Instant::now().checked_sub(age));
         age(limits::CONNECTION_AGE - Duration::from_secs(5));
         post(&master);
         assert_eq!(first.connections().len(), 1);

@@ -17,14 +17,15 @@
 mod copy;
 #[cfg(any(test, fuzzing))]
 mod direct;
-mod entries;
 mod file;
-mod lock;
 #[cfg(feature = "cli")]
-mod look;
+mod inspect;
+mod locks;
 #[cfg(test)]
 #[cfg(feature = "cli")]
 mod model;
+pub(crate) mod queued;
+mod rows;
 pub(crate) mod schema;
 mod store;
 #[cfg(test)]
@@ -44,17 +45,19 @@ use rusqlite::Connection;
 use crate::delta::micros;
 use crate::error::{Error, chain};
 use crate::files::absolute;
-pub(crate) use crate::kept::{Add, Change, Counts, FILE, Kept, Poster, Settled, Stuck};
 use crate::limits;
+pub(crate) use crate::outbox::queued::{
+    DeliveryResult, FILE, NewRows, QueueCounts, QueuedDelta, RowChange, SentBy, UnjudgedRow,
+};
 use crate::panics::quietly;
-use entries::{Added, Rows};
-use file::Refusal;
+use file::FileProblem;
 #[cfg(feature = "cli")]
-pub(crate) use lock::deliverer;
-use lock::{Deliverer, Owner};
+pub(crate) use inspect::{OutboxSummary, look};
 #[cfg(feature = "cli")]
-pub(crate) use look::{Looked, look};
-use store::{Share, Store};
+pub(crate) use locks::deliverer;
+use locks::{Deliverer, Owner};
+use rows::{InsertedRows, Rows};
+use store::{MovedRows, Store};
 
 /// Where deltas are kept until the master has them.
 ///
@@ -111,33 +114,36 @@ pub(crate) enum Role {
     /// The same, as soon as nobody else does.
     DeliverLater,
     /// To add to it.
-    #[cfg_attr(not(feature = "cli"), expect(dead_code, reason = "the program's `push` and `track` do"))]
+    #[cfg_attr(
+        not(feature = "cli"),
+        expect(dead_code, reason = "the program's `push` and `track` do")
+    )]
     Contribute,
 }
 
 /// What the outbox knew of itself last.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Books {
+pub(crate) struct OutboxStats {
     /// As of the last look.
-    pub(crate) counts: Counts,
+    pub(crate) counts: QueueCounts,
     /// Deltas that fell out undelivered, since the outbox was opened.
     pub(crate) dropped: u64,
     /// All of it is in its file.
     pub(crate) on_disk: bool,
 }
 
-/// [`Books`] that any thread may read. The lock is held to copy or to change a few fields, never longer.
+/// [`OutboxStats`] that any thread may read. The lock is held to copy or to change a few fields, never longer.
 #[derive(Debug, Default)]
-pub(crate) struct SharedBooks {
+pub(crate) struct SharedOutboxStats {
     /// With how many of the deltas that count as waiting the master has accepted or rejected.
-    books: Mutex<(Books, u64)>,
+    books: Mutex<(OutboxStats, u64)>,
     /// The heartbeat has stopped, and its outbox may have something to write down yet.
     has_stopped: Arc<AtomicBool>,
 }
 
-impl SharedBooks {
+impl SharedOutboxStats {
     /// Without what the master has accepted or rejected.
-    pub(crate) fn read(&self) -> Books {
+    pub(crate) fn read(&self) -> OutboxStats {
         let (mut books, settling) = *self.lock();
         books.counts.waiting = books.counts.waiting.saturating_sub(settling);
         books
@@ -152,26 +158,26 @@ impl SharedBooks {
         self.lock().1 += deltas;
     }
 
-    fn change(&self, change: impl FnOnce(&mut Books)) {
+    fn change(&self, change: impl FnOnce(&mut OutboxStats)) {
         change(&mut self.lock().0);
     }
 
     /// New numbers, in which so many more answers of the master are.
-    fn update(&self, settled: u64, update: impl FnOnce(&mut Books)) {
+    fn update(&self, settled: u64, update: impl FnOnce(&mut OutboxStats)) {
         let (books, settling) = &mut *self.lock();
         update(books);
         *settling = settling.saturating_sub(settled);
     }
 
     /// A panic leaves them whole, as they are changed in single steps.
-    fn lock(&self) -> MutexGuard<'_, (Books, u64)> {
+    fn lock(&self) -> MutexGuard<'_, (OutboxStats, u64)> {
         self.books.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// What has become of one transaction.
 #[derive(Debug)]
-pub(crate) struct Committed {
+pub(crate) struct CommitResult {
     /// The id of each addition's first row; the others follow it.
     pub(crate) added: Vec<Result<i64, Error>>,
     /// All changes are in the file, too; or why not. They are never lost before the process ends.
@@ -180,13 +186,13 @@ pub(crate) struct Committed {
 
 /// The last ids of rows that must not come back: a file that was away, or an older copy of it, may have them.
 #[derive(Debug, Default)]
-struct Gone {
+struct DeletedIds {
     ids: BTreeSet<i64>,
     /// From the one that went first on.
     order: VecDeque<i64>,
 }
 
-impl Gone {
+impl DeletedIds {
     fn insert(&mut self, id: i64) {
         if self.ids.insert(id) {
             self.order.push_back(id);
@@ -222,10 +228,10 @@ pub(crate) struct Outbox {
     /// The lock file at its place cannot be used, which was logged.
     has_lock_problem: bool,
     /// Changes that are neither in the file nor in its copy yet.
-    pending: Vec<Change>,
+    pending: Vec<RowChange>,
     /// Answers of the master that are not pending any more, and not in the books yet.
     settled: u64,
-    gone: Gone,
+    gone: DeletedIds,
     /// Up to when the rows have been aged.
     aged: Instant,
     /// When rows were named last of which nobody can tell whether their owners run.
@@ -233,7 +239,7 @@ pub(crate) struct Outbox {
     /// How many of those that fell out have been logged.
     said: u64,
     /// For whoever wants to know without asking the disk.
-    books: Arc<SharedBooks>,
+    books: Arc<SharedOutboxStats>,
 }
 
 impl Outbox {
@@ -246,14 +252,14 @@ impl Outbox {
     pub(crate) fn open(
         path: Option<PathBuf>,
         role: Role,
-        books: Arc<SharedBooks>,
+        books: Arc<SharedOutboxStats>,
     ) -> Result<(Self, Option<Error>), Error> {
         let delivery = match role {
             Role::Deliver => Delivery::Yes,
             Role::DeliverLater => Delivery::Wanted,
             Role::Contribute => Delivery::No,
         };
-        let (store, pending, gone) = (Store::new(path), Vec::new(), Gone::default());
+        let (store, pending, gone) = (Store::new(path), Vec::new(), DeletedIds::default());
         let mut outbox = Self {
             store,
             delivery,
@@ -281,10 +287,10 @@ impl Outbox {
     /// Makes all changes that were [noted](Self::note) and these additions in one transaction. Where the file refuses
     /// it, it is made in memory; only an addition that another process' lock stands in the way of is an error then. An
     /// addition without room fails alone. `by`: up to when such a lock is waited for.
-    pub(crate) fn commit(&mut self, adds: &[Add], by: Instant) -> Committed {
-        self.store.locks.is_named |= adds.iter().any(Add::is_owned);
+    pub(crate) fn commit(&mut self, adds: &[NewRows], by: Instant) -> CommitResult {
+        self.store.locks.is_named |= adds.iter().any(NewRows::is_owned);
         let (made, changed) = self.change(by, |rows, refusal| match refusal {
-            Some(Refusal::Locked) => Ok(Vec::new()),
+            Some(FileProblem::Locked) => Ok(Vec::new()),
             _ => adds.iter().map(|add| rows.add(add)).collect(),
         });
         let each = |error: &dyn Fn() -> Error| adds.iter().map(|_| Err(error())).collect();
@@ -295,7 +301,7 @@ impl Outbox {
             Ok(_) => each(&|| {
                 let locked = self.error("is locked by another process; nothing was kept");
                 let source = changed.as_ref().err().and_then(StdError::source);
-                source.map(ToString::to_string).into_iter().fold(locked, Error::because)
+                source.map(ToString::to_string).into_iter().fold(locked, Error::with_source)
             }),
             Err(source) => each(&|| self.store.error("cannot keep anything", source.to_string())),
         };
@@ -303,15 +309,15 @@ impl Outbox {
         if !self.delivers() {
             self.say_dropped();
         }
-        Committed { added, changed }
+        CommitResult { added, changed }
     }
 
-    fn added(&mut self, added: Option<Added>, add: &Add) -> Result<i64, Error> {
-        let Some(Added { first, dropped }) = added else {
+    fn added(&mut self, added: Option<InsertedRows>, add: &NewRows) -> Result<i64, Error> {
+        let Some(InsertedRows { first, dropped }) = added else {
             let (rows, most) = (add.rows(), limits::OUTBOX_ROWS);
-            return Err(
-                self.error(&format!("has no room for {rows} more: it holds {most} rows, less what is in flight"))
-            );
+            return Err(self.error(&format!(
+                "has no room for {rows} more: it holds {most} rows, less what is in flight"
+            )));
         };
         // A file whose sequence is damaged gives an id again, and its row must not pass for the one that is gone.
         for id in (first..).take(add.rows()) {
@@ -319,7 +325,7 @@ impl Outbox {
         }
         self.books.change(|books| {
             books.dropped += dropped;
-            if let Add::Deltas(deltas, _) = add {
+            if let NewRows::Deltas(deltas, _) = add {
                 let times = deltas.iter().map(|delta| micros(delta.when()));
                 books.counts.oldest = times.chain(books.counts.oldest).min();
             }
@@ -328,11 +334,13 @@ impl Outbox {
     }
 
     /// A change for the next transaction. It is never lost and cannot be refused.
-    pub(crate) fn note(&mut self, change: Change) {
+    pub(crate) fn note(&mut self, change: RowChange) {
         match &change {
-            Change::Settled(ids, Settled::Delivered) => ids.iter().for_each(|id| self.gone.insert(*id)),
-            Change::Withdrawn(ids) => ids.clone().for_each(|id| self.gone.insert(id)),
-            Change::Ended(_, Poster::Us) => self.store.locks.is_named = true,
+            RowChange::DeliveryResult(ids, DeliveryResult::Delivered) => {
+                ids.iter().for_each(|id| self.gone.insert(*id))
+            }
+            RowChange::Withdrawn(ids) => ids.clone().for_each(|id| self.gone.insert(id)),
+            RowChange::Ended(_, SentBy::Us) => self.store.locks.is_named = true,
             _ => (),
         }
         self.pending.push(change);
@@ -343,12 +351,16 @@ impl Outbox {
     fn change<T>(
         &mut self,
         by: Instant,
-        change: impl Fn(&mut Rows<'_>, Option<Refusal>) -> rusqlite::Result<T>,
+        change: impl Fn(&mut Rows<'_>, Option<FileProblem>) -> rusqlite::Result<T>,
     ) -> (rusqlite::Result<T>, Result<(), Error>) {
         let turn = self.store.turn(by);
         // What would go to a file that nobody finds goes to the one that is there now. Who does not deliver has no other
         // moment to look for a file than its next change.
-        let is_away = if self.delivery == Delivery::No { self.store.is_away() } else { self.store.is_replaced() };
+        let is_away = if self.delivery == Delivery::No {
+            self.store.is_away()
+        } else {
+            self.store.is_replaced()
+        };
         if turn.is_ok() && is_away {
             self.go_to_file();
         }
@@ -373,8 +385,8 @@ impl Outbox {
     pub(crate) fn deliverable_where(
         &mut self,
         most: usize,
-        wanted: Option<&dyn Fn(&Kept) -> bool>,
-    ) -> Result<Vec<Kept>, Error> {
+        wanted: Option<&dyn Fn(&QueuedDelta) -> bool>,
+    ) -> Result<Vec<QueuedDelta>, Error> {
         if self.delivery == Delivery::Wanted {
             return Ok(Vec::new());
         }
@@ -384,46 +396,49 @@ impl Outbox {
             quietly(|| log::debug!("what goes out is not on the disk: error={:?}", chain(&error)));
         }
         let (gone, back) = (&self.gone.ids, RefCell::new(Vec::new()));
-        let is_wanted = |kept: &Kept| match gone.contains(&kept.id) {
+        let is_wanted = |kept: &QueuedDelta| match gone.contains(&kept.id) {
             true => {
                 back.borrow_mut().push(kept.id);
                 false
             }
             false => wanted.is_none_or(|wanted| wanted(kept)),
         };
-        let found = self.store.read(|db| entries::deliverable(db, most, is_wanted));
+        let found = self.store.read(|db| rows::deliverable(db, most, is_wanted));
         let back = back.into_inner();
         // Once: what is pending is tried again before the next look.
         if !back.is_empty() && self.pending.is_empty() {
             self.books.settle(back.len() as u64);
-            self.note(Change::Settled(back, Settled::Delivered));
+            self.note(RowChange::DeliveryResult(back, DeliveryResult::Delivered));
         }
         found.map_err(|source| self.store.error("cannot be read", source))
     }
 
     /// Whether a delta waits for delivery, held back or not.
     pub(crate) fn waits(&mut self, id: i64) -> Result<bool, Error> {
-        self.read(|db| entries::waits(db, id))
+        self.read(|db| rows::waits(db, id))
     }
 
     /// Whether a delta up to this id may go out.
     pub(crate) fn delivers_up_to(&mut self, id: i64) -> Result<bool, Error> {
-        self.read(|db| entries::delivers_up_to(db, id))
+        self.read(|db| rows::delivers_up_to(db, id))
     }
 
     /// The id of the newest row.
     pub(crate) fn newest(&mut self) -> Result<i64, Error> {
-        self.read(entries::newest)
+        self.read(rows::newest)
     }
 
     /// Whether the master has to hear something newer of its decky and operation first, as it would give it this delta's row
     /// or this delta that one's.
     #[cfg(feature = "cli")]
-    pub(crate) fn is_overtaken(&mut self, kept: &Kept) -> Result<bool, Error> {
-        self.read(|db| entries::is_overtaken(db, kept))
+    pub(crate) fn is_overtaken(&mut self, kept: &QueuedDelta) -> Result<bool, Error> {
+        self.read(|db| rows::is_overtaken(db, kept))
     }
 
-    fn read<T>(&mut self, read: impl FnOnce(&Connection) -> rusqlite::Result<T>) -> Result<T, Error> {
+    fn read<T>(
+        &mut self,
+        read: impl FnOnce(&Connection) -> rusqlite::Result<T>,
+    ) -> Result<T, Error> {
         self.store.read(read).map_err(|source| self.store.error("cannot be read", source))
     }
 
@@ -453,7 +468,7 @@ impl Outbox {
     pub(crate) fn look_after_rows(&mut self) {
         self.look_for_file();
         let us = self.store.locks.token.clone();
-        let is_named = self.store.read(|db| entries::owns(db, &us)).unwrap_or(true);
+        let is_named = self.store.read(|db| rows::owns(db, &us)).unwrap_or(true);
         self.store.locks.is_named = is_named || !self.pending.is_empty();
     }
 
@@ -512,7 +527,8 @@ impl Outbox {
     /// Goes to the file at its place, if it is not there and that file can be had, and begins to deliver if nobody else does
     /// any more. Within a turn.
     fn go_to_file(&mut self) {
-        let (is_away, had_file, delivered) = (self.store.is_away(), self.store.file.is_some(), self.delivers());
+        let (is_away, had_file, delivered) =
+            (self.store.is_away(), self.store.file.is_some(), self.delivers());
         let looked = match self.take_delivery() {
             // Without any lock we must not recover what is in the file.
             Err(error) if self.delivers() && !self.store.locks.delivers() => Err(error),
@@ -529,8 +545,12 @@ impl Outbox {
                     chain(&error)
                 )
             }),
-            Err(error) => quietly(|| log::debug!("the outbox has no file yet: error={:?}", chain(&error))),
-            Ok(()) if is_away => quietly(|| log::error!("the outbox has a file again: outbox={outbox}")),
+            Err(error) => {
+                quietly(|| log::debug!("the outbox has no file yet: error={:?}", chain(&error)))
+            }
+            Ok(()) if is_away => {
+                quietly(|| log::error!("the outbox has a file again: outbox={outbox}"))
+            }
             Ok(()) => (),
         }
         if self.delivers() && !delivered {
@@ -541,11 +561,12 @@ impl Outbox {
 
     fn open_file(&mut self) -> Result<(), Error> {
         let by = self.store.patience();
-        let _turn = self.store.turn(by).map_err(|source| self.store.error("cannot be opened", source))?;
+        let _turn =
+            self.store.turn(by).map_err(|source| self.store.error("cannot be opened", source))?;
         let share = match (self.delivers(), self.store.locks.another_delivers()) {
-            (true, _) => Share::Everything,
-            (false, false) => Share::OursAndUnowned,
-            (false, true) => Share::Ours,
+            (true, _) => MovedRows::Everything,
+            (false, false) => MovedRows::OursAndUnowned,
+            (false, true) => MovedRows::Ours,
         };
         self.store.open(self.gone.order.iter().copied(), share, by)
     }
@@ -555,7 +576,9 @@ impl Outbox {
         let Some(path) = &self.store.path else { return Ok(None) };
         if self.delivery == Delivery::No {
             let owned = self.store.locks.own(path);
-            return owned.map(|()| None).map_err(|source| self.store.error("cannot be written", source));
+            return owned
+                .map(|()| None)
+                .map_err(|source| self.store.error("cannot be written", source));
         }
         let deliverer = self.store.locks.deliver(path, &self.books.has_stopped);
         match deliverer.map_err(|source| self.store.error("cannot be written", source))? {
@@ -566,7 +589,9 @@ impl Outbox {
             }
             Deliverer::Another(pid) => {
                 let problem = "is delivered from by process";
-                return Ok(Some(self.error(&format!("{problem} {pid} already; stop that one, or use another file"))));
+                return Ok(Some(self.error(&format!(
+                    "{problem} {pid} already; stop that one, or use another file"
+                ))));
             }
         }
         Ok(None)
@@ -581,12 +606,16 @@ impl Outbox {
                 self.store.locks.stop_delivering();
                 self.delivery = Delivery::Wanted;
                 let error = chain(&held);
-                quietly(|| log::error!("stopped delivering, as another process does: error={error:?}"));
+                quietly(|| {
+                    log::error!("stopped delivering, as another process does: error={error:?}")
+                });
             }
             Err(error) if !had_problem => {
                 let error = chain(&error);
                 quietly(|| {
-                    log::error!("the outbox has lost its lock file, another process may deliver, too: error={error:?}")
+                    log::error!(
+                        "the outbox has lost its lock file, another process may deliver, too: error={error:?}"
+                    )
                 });
             }
             _ => (),
@@ -599,7 +628,12 @@ impl Outbox {
             return;
         }
         if let Err(error) = self.recover(reason) {
-            quietly(|| log::warn!("operations that were in flight are recovered later: error={:?}", chain(&error)));
+            quietly(|| {
+                log::warn!(
+                    "operations that were in flight are recovered later: error={:?}",
+                    chain(&error)
+                )
+            });
         }
     }
 
@@ -612,9 +646,11 @@ impl Outbox {
         }
         let by = self.store.patience();
         let (recovered, _) = self.change(by, |rows, _| {
-            dead.iter().try_fold(0, |sum, owner| rows.recover(owner, reason).map(|count| sum + count))
+            dead.iter()
+                .try_fold(0, |sum, owner| rows.recover(owner, reason).map(|count| sum + count))
         });
-        let operations = recovered.map_err(|source| self.store.error("cannot be recovered", source))?;
+        let operations =
+            recovered.map_err(|source| self.store.error("cannot be recovered", source))?;
         let outbox = self.store.name();
         quietly(|| {
             log::warn!(
@@ -637,7 +673,8 @@ impl Outbox {
 
     fn age_by(&mut self, passed: Duration) -> Result<(), Error> {
         // Other processes' rows are never changed in memory.
-        let (has_file, unknown) = (self.store.file.is_some(), self.owners_that_are(Owner::Unknown)?);
+        let (has_file, unknown) =
+            (self.store.file.is_some(), self.owners_that_are(Owner::Unknown)?);
         let by = self.store.patience();
         let (aged, _) = self.change(by, |rows, refusal| {
             if has_file && refusal.is_none() {
@@ -652,12 +689,15 @@ impl Outbox {
 
     /// Names, once a day, the rows of which nobody could tell for a day whether their owners run.
     fn say_stuck(&mut self) -> Result<(), Error> {
-        let stuck = self.read(entries::stuck)?;
-        if stuck.is_empty() || self.said_stuck.is_some_and(|said| said.elapsed() < limits::OUTBOX_STUCK) {
+        let stuck = self.read(rows::stuck)?;
+        if stuck.is_empty()
+            || self.said_stuck.is_some_and(|said| said.elapsed() < limits::OUTBOX_STUCK)
+        {
             return Ok(());
         }
         self.said_stuck = Some(Instant::now());
-        let named: Vec<_> = stuck.iter().take(limits::OUTBOX_STUCK_NAMED).map(Stuck::to_string).collect();
+        let named: Vec<_> =
+            stuck.iter().take(limits::OUTBOX_STUCK_NAMED).map(UnjudgedRow::to_string).collect();
         let (outbox, rows, named) = (self.store.name(), stuck.len(), named.join(", "));
         quietly(|| {
             log::warn!(
@@ -670,10 +710,12 @@ impl Outbox {
     /// Other processes that rows name, in the file and here.
     fn owners_that_are(&mut self, wanted: Owner) -> Result<Vec<Vec<u8>>, Error> {
         let Some((file, _)) = &self.store.file else { return Ok(Vec::new()) };
-        let in_file = entries::owners(&file.db).map_err(|source| self.store.error("cannot be read", source))?;
-        let mut owners = self.read(entries::owners)?;
+        let in_file =
+            rows::owners(&file.db).map_err(|source| self.store.error("cannot be read", source))?;
+        let mut owners = self.read(rows::owners)?;
         let locks = &self.store.locks;
-        let is_wanted = |owner: &[u8]| owner != locks.token.as_bytes() && locks.owner(owner) == wanted;
+        let is_wanted =
+            |owner: &[u8]| owner != locks.token.as_bytes() && locks.owner(owner) == wanted;
         owners.retain(|owner| in_file.contains(owner) && is_wanted(owner));
         Ok(owners)
     }
@@ -696,7 +738,8 @@ impl Outbox {
             return self.count();
         }
         // The process that delivers looks at the place of the file after the answers: see `look_again`.
-        let was_there = self.delivers() && self.books.lock().0.on_disk && !self.store.is_unwritten();
+        let was_there =
+            self.delivers() && self.books.lock().0.on_disk && !self.store.is_unwritten();
         let on_disk = if was_there { self.pending.is_empty() } else { self.is_on_disk() };
         let settled = mem::take(&mut self.settled);
         self.books.update(settled, |books| (books.counts, books.on_disk) = (counts, on_disk));
@@ -704,7 +747,7 @@ impl Outbox {
 
     /// Brings all numbers up to date, with a look at every row. Where they cannot be read they stay as they were.
     pub(crate) fn count(&mut self) {
-        let (counted, on_disk) = (self.store.read(entries::counts), self.is_on_disk());
+        let (counted, on_disk) = (self.store.read(rows::counts), self.is_on_disk());
         let settled = mem::take(&mut self.settled);
         self.books.update(settled, |books| {
             books.counts = counted.unwrap_or(books.counts);
@@ -733,18 +776,29 @@ impl Outbox {
 
     /// What was added in the last transaction, newest first, if it is little and nothing else may go out: what
     /// [`Self::deliverable_where`] would find, without reading it.
-    pub(crate) fn just_added(&self, adds: &[Add], added: &[Result<i64, Error>]) -> Option<Vec<Kept>> {
-        let rows: usize = adds.iter().zip(added).filter(|(_, added)| added.is_ok()).map(|(add, _)| add.rows()).sum();
+    pub(crate) fn just_added(
+        &self,
+        adds: &[NewRows],
+        added: &[Result<i64, Error>],
+    ) -> Option<Vec<QueuedDelta>> {
+        let rows: usize = adds
+            .iter()
+            .zip(added)
+            .filter(|(_, added)| added.is_ok())
+            .map(|(add, _)| add.rows())
+            .sum();
         let (few, waiting) = (1..=limits::FEW_DELTAS, self.books.lock().0.counts.waiting);
-        let is_all = waiting == rows as u64 && !self.store.tally()?.may_hold() && self.pending.is_empty();
+        let is_all =
+            waiting == rows as u64 && !self.store.tally()?.may_hold() && self.pending.is_empty();
         if !is_all || !few.contains(&waiting) || !self.delivers() {
             return None;
         }
-        let each = |(add, first): (&Add, &Result<i64, Error>)| match (add, first) {
-            (Add::Deltas(deltas, _), Ok(first)) => (*first..).zip(deltas.clone()).collect(),
+        let each = |(add, first): (&NewRows, &Result<i64, Error>)| match (add, first) {
+            (NewRows::Deltas(deltas, _), Ok(first)) => (*first..).zip(deltas.clone()).collect(),
             _ => Vec::new(),
         };
-        let new = adds.iter().zip(added).flat_map(each).map(|(id, delta)| Kept { id, delta });
+        let new =
+            adds.iter().zip(added).flat_map(each).map(|(id, delta)| QueuedDelta { id, delta });
         Some(new.collect::<Vec<_>>().into_iter().rev().collect())
     }
 

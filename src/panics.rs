@@ -4,7 +4,7 @@ use std::any::Any;
 use std::mem;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use crate::text::printable;
+use crate::text::sanitize;
 
 /// Runs foreign code. A panic becomes its message, safe to log.
 pub(crate) fn caught<T>(work: impl FnOnce() -> T) -> Result<T, String> {
@@ -26,8 +26,11 @@ pub(crate) fn discard<T>(value: T) {
 
 /// What a panic said, safe to log.
 pub(crate) fn said(panic: &(dyn Any + Send)) -> String {
-    let said = panic.downcast_ref::<&str>().copied().or_else(|| panic.downcast_ref::<String>().map(String::as_str));
-    printable(said.unwrap_or("a panic without a message"))
+    let said = panic
+        .downcast_ref::<&str>()
+        .copied()
+        .or_else(|| panic.downcast_ref::<String>().map(String::as_str));
+    sanitize(said.unwrap_or("a panic without a message"))
 }
 
 fn message(panic: Box<dyn Any + Send>) -> String {
@@ -68,7 +71,10 @@ mod tests {
     #[test]
     fn a_payload_that_panics_when_it_is_dropped_goes_no_further() {
         for times in [0, 1, 2, 7] {
-            assert_eq!(caught(|| panic_any(Stubborn(times))), Err("a panic without a message".to_owned()));
+            assert_eq!(
+                caught(|| panic_any(Stubborn(times))),
+                Err("a panic without a message".to_owned())
+            );
         }
     }
 }

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant, SystemTime};
 use serde::{Serialize, Serializer};
 
 use crate::limits;
-use crate::master::Reply;
+use crate::master::PostResult;
 
 /// What the heartbeat knows of itself, as of the last event.
 ///
@@ -173,7 +173,7 @@ pub struct Failure {
 
 impl Stats {
     /// A POST was accepted, with so many deltas. The failures that it ends.
-    pub(crate) fn accepted(&mut self, reply: &Reply, deltas: usize) -> Option<Failure> {
+    pub(crate) fn accepted(&mut self, reply: &PostResult, deltas: usize) -> Option<Failure> {
         self.answered(reply);
         self.beats += 1;
         self.delivered += deltas as u64;
@@ -182,7 +182,7 @@ impl Stats {
     }
 
     /// A beat was not accepted. The failure with this one in it.
-    pub(crate) fn failed(&mut self, reply: &Reply) -> Failure {
+    pub(crate) fn failed(&mut self, reply: &PostResult) -> Failure {
         self.answered(reply);
         let before = self.failure.take();
         let failure = Failure {
@@ -201,7 +201,7 @@ impl Stats {
         self.ended_thread.is_some() || busy.any(|since| since.elapsed() > limits::STALLED)
     }
 
-    fn answered(&mut self, reply: &Reply) {
+    fn answered(&mut self, reply: &PostResult) {
         self.round_trip = Some(reply.took);
         self.resumed = reply.resumed;
     }
@@ -287,17 +287,27 @@ mod tests {
         })
         .join()
         .unwrap_err();
-        assert_eq!((stats.read().ended_thread, stats.read().is_stalled()), (Some("decnet-heartbeat"), true));
+        assert_eq!(
+            (stats.read().ended_thread, stats.read().is_stalled()),
+            (Some("decnet-heartbeat"), true)
+        );
     }
 
     #[test]
     fn either_thread_that_makes_no_progress_is_a_stall() {
         let (now, second) = (Instant::now(), Duration::from_secs(1));
-        let (long, short) = (now.checked_sub(limits::STALLED + second), now.checked_sub(limits::STALLED - second * 5));
+        let (long, short) = (
+            now.checked_sub(limits::STALLED + second),
+            now.checked_sub(limits::STALLED - second * 5),
+        );
         assert!(long.is_some() && short.is_some());
-        for (working_since, owed_since, stalled) in
-            [(None, None, false), (short, short, false), (long, None, true), (None, long, true), (short, long, true)]
-        {
+        for (working_since, owed_since, stalled) in [
+            (None, None, false),
+            (short, short, false),
+            (long, None, true),
+            (None, long, true),
+            (short, long, true),
+        ] {
             let stats = Stats { working_since, owed_since, ..Stats::default() };
             assert_eq!(stats.is_stalled(), stalled, "{working_since:?} {owed_since:?}");
         }

@@ -12,8 +12,9 @@ mod topology;
 use serde::Serialize;
 use serde_json::value::{RawValue, to_raw_value};
 
-use crate::text::{cut, printable};
-use crate::{body, limits};
+use crate::limits;
+use crate::master::body;
+use crate::text::{cut, sanitize};
 
 /// Where a beat's `status` and `topology` come from.
 ///
@@ -138,7 +139,9 @@ impl Snapshot {
         };
         let problem = sendable::problem("status", &snapshot.status);
         match problem.or_else(|| sendable::problem_of_shape(&snapshot.status)) {
-            Some(problem) => Self::unknown(&format!("the status of this source cannot be sent: {problem}")),
+            Some(problem) => {
+                Self::unknown(&format!("the status of this source cannot be sent: {problem}"))
+            }
             None => snapshot,
         }
     }
@@ -175,8 +178,9 @@ impl Snapshot {
     pub fn unknown(reason: &str) -> Self {
         let reason = cut(reason, limits::STATUS_ERROR);
         // Serializing one string cannot fail; were it to, an empty status says nothing either.
-        let status = to_raw_value(&body::Status::Unknown { error: reason }).unwrap_or_else(|_| empty_object());
-        Self { status, topology: None, fault: Some(printable(reason)), is_unknown: true }
+        let status = to_raw_value(&body::Status::Unknown { error: reason })
+            .unwrap_or_else(|_| empty_object());
+        Self { status, topology: None, fault: Some(sanitize(reason)), is_unknown: true }
     }
 
     /// The same snapshot with a topology.
@@ -198,7 +202,7 @@ impl Snapshot {
 
     /// The same snapshot, which says inside what could not be found out.
     pub(crate) fn with_fault(mut self, fault: Option<&str>) -> Self {
-        self.fault = fault.map(printable);
+        self.fault = fault.map(sanitize);
         self
     }
 
@@ -292,7 +296,10 @@ mod tests {
     #[test]
     fn a_status_that_is_no_object_is_said_as_unknown() {
         for wrong in [serde_json::json!([1]), serde_json::json!("x"), serde_json::json!(null)] {
-            assert_eq!(Snapshot::new(&wrong).status(), r#"{"error":"the status source did not give a JSON object"}"#);
+            assert_eq!(
+                Snapshot::new(&wrong).status(),
+                r#"{"error":"the status source did not give a JSON object"}"#
+            );
         }
     }
 
@@ -315,15 +322,23 @@ mod tests {
                 r"status.deckies[0].name has a lone surrogate, \udcff, on which the master fails",
             ),
             (r#"{"deployed": true, "deckies": {"d1": 1}}"#, "deckies is not a list"),
-            (r#"{"runtime": {"d1": "running"}}"#, "a decky in runtime is not an object at line 1 column 29"),
-            (r#"{"x": 1e999}"#, "status.x is a number that is too large: the master takes it for infinity"),
+            (
+                r#"{"runtime": {"d1": "running"}}"#,
+                "a decky in runtime is not an object at line 1 column 29",
+            ),
+            (
+                r#"{"x": 1e999}"#,
+                "status.x is a number that is too large: the master takes it for infinity",
+            ),
         ] {
             let expected = serde_json::json!({"error": format!("{said}{problem}")});
             assert_eq!(Snapshot::new(&raw(json)).status(), expected.to_string());
         }
         let inside = std::collections::BTreeMap::from([("x", raw(r#"{"y": "\udcff"}"#))]);
         assert!(Snapshot::new(&inside).status().contains("status.x.y has a lone surrogate"));
-        for good in [r#"{"deckies": [{"name": "\ud83d\ude00"}], "deployed": true, "runtime": {}}"#, "{}"] {
+        for good in
+            [r#"{"deckies": [{"name": "\ud83d\ude00"}], "deployed": true, "runtime": {}}"#, "{}"]
+        {
             assert_eq!(Snapshot::new(&raw(good)).status(), good);
         }
     }
@@ -331,7 +346,10 @@ mod tests {
     #[test]
     fn a_reason_is_cut_before_it_is_copied() {
         let snapshot = Snapshot::unknown(&"x".repeat(10_000_000));
-        assert_eq!(snapshot.status(), format!(r#"{{"error":"{}"}}"#, "x".repeat(limits::STATUS_ERROR)));
+        assert_eq!(
+            snapshot.status(),
+            format!(r#"{{"error":"{}"}}"#, "x".repeat(limits::STATUS_ERROR))
+        );
         assert!(snapshot.fault().unwrap().len() < 2 * limits::LOG_TEXT);
     }
 }

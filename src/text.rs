@@ -8,7 +8,7 @@ use std::fmt::{self, Display, Write};
 use crate::limits;
 
 /// `text` for a log line or an error: at most [`limits::LOG_TEXT`] characters, unprintable ones escaped.
-pub(crate) fn printable(text: &str) -> String {
+pub(crate) fn sanitize(text: &str) -> String {
     printable_within(text, limits::LOG_TEXT)
 }
 
@@ -91,7 +91,9 @@ pub(crate) fn displayed(what: &(impl Display + ?Sized), most: usize) -> String {
 /// An error and its sources, each displayed up to `most` characters. At most [`limits::ERROR_SOURCES`] of them, as an error
 /// may be its own source.
 pub(crate) fn layers<'a>(error: &'a dyn Error, most: usize) -> impl Iterator<Item = String> + 'a {
-    let next = |error: &&'a (dyn Error + 'a)| (*error).source().map(|source| source as &'a (dyn Error + 'a));
+    let next = |error: &&'a (dyn Error + 'a)| {
+        (*error).source().map(|source| source as &'a (dyn Error + 'a))
+    };
     let chain = std::iter::successors(Some(error), next);
     chain.take(limits::ERROR_SOURCES).map(move |error| displayed(error, most))
 }
@@ -164,29 +166,43 @@ mod tests {
 
     #[test]
     fn control_and_bidi_characters_are_escaped() {
-        assert_eq!(printable("a\nb\u{1b}[31m\u{202e}c"), "a\\u{a}b\\u{1b}[31m\\u{202e}c");
+        assert_eq!(sanitize("a\nb\u{1b}[31m\u{202e}c"), "a\\u{a}b\\u{1b}[31m\\u{202e}c");
     }
 
     /// Unicode's own tables, as a crate of others has them.
     #[test]
     fn every_character_that_unicode_calls_invisible_is_escaped_and_no_other() {
         use regex_syntax::hir::{Class, HirKind};
-        let invisible =
-            r"[\p{Cc}\p{Cf}\p{Zl}\p{Zp}\p{Default_Ignorable_Code_Point}\p{Noncharacter_Code_Point}\p{Bidi_Control}]";
-        let HirKind::Class(Class::Unicode(class)) = regex_syntax::parse(invisible).unwrap().into_kind() else {
+        let invisible = r"[\p{Cc}\p{Cf}\p{Zl}\p{Zp}\p{Default_Ignorable_Code_Point}\p{Noncharacter_Code_Point}\p{Bidi_Control}]";
+        let HirKind::Class(Class::Unicode(class)) =
+            regex_syntax::parse(invisible).unwrap().into_kind()
+        else {
             panic!("a class of characters");
         };
-        let expected: Vec<char> = class.iter().flat_map(|range| range.start()..=range.end()).collect();
+        let expected: Vec<char> =
+            class.iter().flat_map(|range| range.start()..=range.end()).collect();
         let found: Vec<char> = ('\0'..=char::MAX).filter(|c| !is_printable(*c)).collect();
         assert_eq!(found, expected);
-        for c in ['\u{80}', '\u{9b}', '\u{ad}', '\u{115f}', '\u{202e}', '\u{3164}', '\u{ffa0}', '\u{fff9}', '\u{e0041}']
-        {
+        for c in [
+            '\u{80}',
+            '\u{9b}',
+            '\u{ad}',
+            '\u{115f}',
+            '\u{202e}',
+            '\u{3164}',
+            '\u{ffa0}',
+            '\u{fff9}',
+            '\u{e0041}',
+        ] {
             assert!(!is_printable(c), "{c:?}");
         }
         for c in ['\0'..=char::MAX].into_iter().flatten() {
             let text = format!("a{c}b");
             for shown in [escaped_within(&text, 9), quoted(&text, 9)] {
-                assert!(shown.chars().all(is_printable) && shown.contains('a') && shown.contains('b'), "{shown:?}");
+                assert!(
+                    shown.chars().all(is_printable) && shown.contains('a') && shown.contains('b'),
+                    "{shown:?}"
+                );
             }
         }
     }
@@ -265,6 +281,9 @@ mod tests {
     #[cfg(feature = "cli")]
     #[test]
     fn of_long_text_the_last_characters_are_kept() {
-        assert_eq!((last("äöü", 2), last("äö", 2), last("ä", 2), last("ä", 0)), ("öü", "äö", "ä", ""));
+        assert_eq!(
+            (last("äöü", 2), last("äö", 2), last("ä", 2), last("ä", 0)),
+            ("öü", "äö", "ä", "")
+        );
     }
 }

@@ -1,9 +1,14 @@
-//! The outbox thread and what passes between it and the others.
+//! The three threads, and what passes between them.
 
 pub(crate) mod batches;
-pub(crate) mod client;
-mod desk;
-mod holds;
+pub(crate) mod content;
+pub(crate) mod decommission;
+pub(crate) mod heartbeat;
+mod held;
 mod outbox;
+pub(crate) mod outbox_client;
+pub(crate) mod request_queue;
 mod requests;
+pub(crate) mod schedule;
 pub(crate) mod start;
+pub(crate) mod status;

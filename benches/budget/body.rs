@@ -22,9 +22,12 @@ const UNCHANGED: Duration = Duration::from_secs(5);
 pub fn measure() -> Result<Figures, String> {
     let folder = tempfile::tempdir().unwrap();
     let path = |deckies: usize| folder.path().join(format!("{deckies}.json"));
-    SIZES.iter().for_each(|deckies| std::fs::write(path(*deckies), state(*deckies, &SERVICES).to_string()).unwrap());
+    SIZES.iter().for_each(|deckies| {
+        std::fs::write(path(*deckies), state(*deckies, &SERVICES).to_string()).unwrap()
+    });
     thread::sleep(UNCHANGED);
-    let sizes: Vec<Size> = SIZES.iter().map(|deckies| Size::measure(*deckies, &path(*deckies))).collect();
+    let sizes: Vec<Size> =
+        SIZES.iter().map(|deckies| Size::measure(*deckies, &path(*deckies))).collect();
     let [fewest, .., most] = sizes.as_slice() else { unreachable!("there are four") };
     let growth = |time: fn(&Size) -> Duration| {
         let each = |size: &Size| time(size).as_secs_f64() / size.deckies as f64;
@@ -32,7 +35,10 @@ pub fn measure() -> Result<Figures, String> {
     };
     let mut lines: Vec<Line> = sizes.iter().flat_map(Size::lines).collect();
     lines.push(Line {
-        what: format!("growth of a decky's time, {} to {}; floor: serde_json's", fewest.deckies, most.deckies),
+        what: format!(
+            "growth of a decky's time, {} to {}; floor: serde_json's",
+            fewest.deckies, most.deckies
+        ),
         floor: Some(growth(|size| size.written)),
         measured: growth(|size| size.ours),
         goal: Goal::AtMostTimes(1.5),
@@ -105,7 +111,8 @@ pub fn state(deckies: usize, services: &[&str]) -> Value {
 }
 
 fn containers(deckies: usize) -> Vec<(String, String)> {
-    let of = |decky: usize| SERVICES.map(|service| (container(decky, service), "running".to_owned()));
+    let of =
+        |decky: usize| SERVICES.map(|service| (container(decky, service), "running".to_owned()));
     (1..=deckies).flat_map(of).collect()
 }
 

@@ -58,19 +58,22 @@ impl Stage {
         if !support::python_path().exists() {
             return Err("the real master: tests/real/setup.sh".to_owned());
         }
-        let (master, docker, folder) = (RealMaster::start(), Docker::start(), tempfile::tempdir().unwrap());
+        let (master, docker, folder) =
+            (RealMaster::start(), Docker::start(), tempfile::tempdir().unwrap());
         Ok(Self { master, docker, folder, containers: 0 })
     }
 
     /// So many of the services run on each decky, one after another.
     fn deploy(&mut self, services: usize) {
         while self.containers < DECKIES * services {
-            let (decky, service) = (self.containers % DECKIES + 1, SERVICES[self.containers / DECKIES]);
+            let (decky, service) =
+                (self.containers % DECKIES + 1, SERVICES[self.containers / DECKIES]);
             self.docker.run(&container(decky, service));
             self.containers += 1;
         }
         if services > 0 {
-            std::fs::write(self.state_file(), state(DECKIES, &SERVICES[..services]).to_string()).unwrap();
+            std::fs::write(self.state_file(), state(DECKIES, &SERVICES[..services]).to_string())
+                .unwrap();
         }
     }
 
@@ -81,7 +84,13 @@ impl Stage {
     /// A host of its own at the master.
     fn setup(&self, name: &str) -> Setup {
         let name = format!("{name}-{}", self.containers);
-        Setup::new(&self.master, &name, &self.folder.path().join(&name), &self.state_file(), &self.docker.socket())
+        Setup::new(
+            &self.master,
+            &name,
+            &self.folder.path().join(&name),
+            &self.state_file(),
+            &self.docker.socket(),
+        )
     }
 
     /// Each beat resumes a session of the real master's, whose tickets have our certificate in them.
@@ -92,19 +101,29 @@ impl Stage {
         let before = relay.passed();
         told(&mut peer, "beat");
         Line {
-            what: "bytes on the wire beyond the JSON, both ways, session resumed with the real master".to_owned(),
+            what:
+                "bytes on the wire beyond the JSON, both ways, session resumed with the real master"
+                    .to_owned(),
             floor: None,
-            measured: Amount::Bytes((relay.passed() - before) as f64 - self.json_of_a_beat() as f64),
+            measured: Amount::Bytes(
+                (relay.passed() - before) as f64 - self.json_of_a_beat() as f64,
+            ),
             goal: Goal::AtMost(Amount::Bytes(1_000.0)),
         }
     }
 
     /// Bytes of the body, from a master that can be asked.
     fn json_of_a_beat(&self) -> usize {
-        let (master, agent_dir) = (BareMaster::start(ACCEPTED, After::KeepOpen), self.folder.path().join("bare"));
-        let source = DecnetStatus::new(&agent_dir).state_file(self.state_file()).docker_socket(self.docker.socket());
+        let (master, agent_dir) =
+            (BareMaster::start(ACCEPTED, After::KeepOpen), self.folder.path().join("bare"));
+        let source = DecnetStatus::new(&agent_dir)
+            .state_file(self.state_file())
+            .docker_socket(self.docker.socket());
         let (tick, ticks) = unbounded();
-        let builder = Heartbeat::builder().enrolment(master.enrol(&agent_dir)).status_source(source).ticks(ticks);
+        let builder = Heartbeat::builder()
+            .enrolment(master.enrol(&agent_dir))
+            .status_source(source)
+            .ticks(ticks);
         let _heartbeat = builder.start().unwrap();
         master.arrival();
         tick.send(Instant::now()).unwrap();
@@ -115,7 +134,10 @@ impl Stage {
         let mut peer = Peer::ours(&self.setup("ours"));
         let beats: Vec<Took> = (0..ROUNDS).map(|_| told(&mut peer, "beat")).skip(1).collect();
         Line {
-            what: format!("a whole beat with {DECKIES} deckies and {} real containers, CPU, p50", self.containers),
+            what: format!(
+                "a whole beat with {DECKIES} deckies and {} real containers, CPU, p50",
+                self.containers
+            ),
             floor: None,
             measured: median(&beats, |took| took.cpu),
             goal: Goal::AtMost(Amount::Time(Duration::from_millis(3))),
@@ -145,7 +167,11 @@ impl Stage {
             ours: of(&took[1]),
         };
         vec![
-            pair("a beat, from the tick to its 204, p50", &|took| median(took, |took| took.wall), &beats),
+            pair(
+                "a beat, from the tick to its 204, p50",
+                &|took| median(took, |took| took.wall),
+                &beats,
+            ),
             pair("CPU of a beat, p50", &|took| median(took, |took| took.cpu), &beats),
             pair("from a push to its 204, p50", &|took| median(took, |took| took.wall), &pushes),
             pair("CPU of a push, p50", &|took| median(took, |took| took.cpu), &pushes),
@@ -160,7 +186,8 @@ fn told(peer: &mut Peer, what: &str) -> Took {
 }
 
 fn median(took: &[Took], what: impl Fn(&Took) -> f64) -> Amount {
-    let times: Vec<Duration> = took.iter().map(|took| Duration::from_secs_f64(what(took))).collect();
+    let times: Vec<Duration> =
+        took.iter().map(|took| Duration::from_secs_f64(what(took))).collect();
     Amount::Time(percentile(&times, 50))
 }
 

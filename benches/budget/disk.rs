@@ -18,7 +18,11 @@ pub fn folder() -> Result<TempDir, String> {
     const TMPFS: i64 = 0x0102_1994;
     let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let is_memory = rustix::fs::statfs(folder.path()).unwrap().f_type == TMPFS;
-    if is_memory { Err("a target folder on a disk, and not on a tmpfs".to_owned()) } else { Ok(folder) }
+    if is_memory {
+        Err("a target folder on a disk, and not on a tmpfs".to_owned())
+    } else {
+        Ok(folder)
+    }
 }
 
 /// Whether the WAL beside this database has grown once.
@@ -66,12 +70,22 @@ impl RawTable {
 
     /// The last row is delivered.
     pub fn forget(&self) {
-        self.0.prepare_cached("DELETE FROM delta WHERE id = (SELECT max(id) FROM delta)").unwrap().execute([]).unwrap();
+        self.0
+            .prepare_cached("DELETE FROM delta WHERE id = (SELECT max(id) FROM delta)")
+            .unwrap()
+            .execute([])
+            .unwrap();
     }
 
     fn insert(&self, delta: &LifecycleDelta) {
-        let sql = "INSERT INTO delta (decky, operation, error, completed_at) VALUES (?1, ?2, ?3, ?4)";
-        let row = (delta.decky(), delta.operation().as_str(), "compose exited with 1", 1_700_000_000_000_000_i64);
+        let sql =
+            "INSERT INTO delta (decky, operation, error, completed_at) VALUES (?1, ?2, ?3, ?4)";
+        let row = (
+            delta.decky(),
+            delta.operation().as_str(),
+            "compose exited with 1",
+            1_700_000_000_000_000_i64,
+        );
         self.0.prepare_cached(sql).unwrap().execute(row).unwrap();
     }
 }

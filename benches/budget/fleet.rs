@@ -17,13 +17,15 @@ const WATCHED: Duration = Duration::from_secs(15);
 const SLOT: Duration = Duration::from_millis(100);
 
 pub fn measure() -> Result<Figures, String> {
-    let (folder, master) = (tempfile::tempdir().unwrap(), BareMaster::start(ACCEPTED, After::KeepOpen));
+    let (folder, master) =
+        (tempfile::tempdir().unwrap(), BareMaster::start(ACCEPTED, After::KeepOpen));
     let agent_dir = folder.path().join("agent");
     master.enrol(&agent_dir);
     let start = |host: usize| {
         let enrolment = master.host(&format!("00000000-0000-4000-8000-{host:012}"), &agent_dir);
         let nothing = || Snapshot::new(&json!({"deployed": false, "deckies": []}));
-        let builder = Heartbeat::builder().enrolment(enrolment).status_source(nothing).interval(INTERVAL);
+        let builder =
+            Heartbeat::builder().enrolment(enrolment).status_source(nothing).interval(INTERVAL);
         builder.outbox(OutboxLocation::Memory).start().unwrap()
     };
     let fleet: Vec<Heartbeat> = (0..HOSTS).map(start).collect();

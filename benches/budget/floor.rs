@@ -16,10 +16,13 @@ use rustls::crypto::ring::{Ticketer, default_provider};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use rustls::server::WebPkiClientVerifier;
-use rustls::{ClientConfig, ClientConnection, RootCertStore, ServerConfig, ServerConnection, StreamOwned};
+use rustls::{
+    ClientConfig, ClientConnection, RootCertStore, ServerConfig, ServerConnection, StreamOwned,
+};
 
 /// What a real master answers to a beat that it accepts.
-pub const ACCEPTED: &str = "HTTP/1.1 204 No Content\r\ndate: Tue, 24 Nov 2026 12:00:00 GMT\r\nserver: uvicorn\r\n\r\n";
+pub const ACCEPTED: &str =
+    "HTTP/1.1 204 No Content\r\ndate: Tue, 24 Nov 2026 12:00:00 GMT\r\nserver: uvicorn\r\n\r\n";
 
 /// And to one that it does not.
 pub const FORBIDDEN: &str = "HTTP/1.1 403 Forbidden\r\ndate: Tue, 24 Nov 2026 12:00:00 GMT\r\nserver: uvicorn\r\n\
@@ -87,7 +90,10 @@ impl BareMaster {
 
     /// Another host with the bundle in `agent_dir`.
     pub fn host(&self, uuid: &str, agent_dir: &Path) -> Enrolment {
-        Enrolment::new(uuid, "127.0.0.1", agent_dir).unwrap().with_master_port(self.address.port()).unwrap()
+        Enrolment::new(uuid, "127.0.0.1", agent_dir)
+            .unwrap()
+            .with_master_port(self.address.port())
+            .unwrap()
     }
 
     pub fn arrival(&self) -> Arrival {
@@ -98,7 +104,8 @@ impl BareMaster {
 fn server_config(authority: &Authority) -> Arc<ServerConfig> {
     let (own, provider) = (authority.issue(Role::Master).unwrap(), Arc::new(default_provider()));
     let roots = Arc::new(roots(authority.certificate().as_bytes()));
-    let verifier = WebPkiClientVerifier::builder_with_provider(roots, Arc::clone(&provider)).build().unwrap();
+    let verifier =
+        WebPkiClientVerifier::builder_with_provider(roots, Arc::clone(&provider)).build().unwrap();
     let chain = vec![CertificateDer::from_pem_slice(own.certificate.as_bytes()).unwrap()];
     let mut config = ServerConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()
@@ -125,7 +132,8 @@ fn serve(
 ) -> io::Result<()> {
     socket.set_nodelay(true)?;
     let counted = Counted { socket, bytes: AtomicU64::new(0) };
-    let mut stream = StreamOwned::new(ServerConnection::new(tls).map_err(io::Error::other)?, counted);
+    let mut stream =
+        StreamOwned::new(ServerConnection::new(tls).map_err(io::Error::other)?, counted);
     loop {
         let request = read_message(&mut stream)?;
         let bytes = stream.sock.bytes.swap(0, Ordering::Relaxed);

@@ -72,12 +72,17 @@ fn main() -> ExitCode {
     }
     // Cargo's own.
     arguments.retain(|argument| argument != "--bench");
-    if let Some(unknown) = arguments.iter().find(|name| PARTS.iter().all(|part| part.name != **name)) {
+    if let Some(unknown) =
+        arguments.iter().find(|name| PARTS.iter().all(|part| part.name != **name))
+    {
         eprintln!("there is no part {unknown}: {}", PARTS.map(|part| part.name).join(", "));
         return ExitCode::FAILURE;
     }
     let (mut all, mut unmeasured) = (Figures::default(), Vec::new());
-    for part in PARTS.iter().filter(|part| arguments.is_empty() || arguments.iter().any(|name| name == part.name)) {
+    for part in PARTS
+        .iter()
+        .filter(|part| arguments.is_empty() || arguments.iter().any(|name| name == part.name))
+    {
         eprintln!("measuring: {}", part.name);
         match (part.measure)() {
             Ok(figures) => {

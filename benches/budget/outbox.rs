@@ -71,7 +71,8 @@ fn push_all() -> Result<Line, String> {
         floor.push(raw.commit_all(&batch));
         ours.push(refused.push_all(BATCH));
     }
-    let rate = |times: &[Duration]| Amount::PerSecond(BATCH as f64 / percentile(times, 50).as_secs_f64());
+    let rate =
+        |times: &[Duration]| Amount::PerSecond(BATCH as f64 / percentile(times, 50).as_secs_f64());
     Ok(Line {
         what: format!("durable push_all of {BATCH}, deltas"),
         floor: Some(rate(&floor)),
@@ -90,20 +91,25 @@ fn together() -> Result<[Line; 2], String> {
         floor.take(|| (0..COMMITS).map(|_| raw.commit()).collect());
         ours.take(|| {
             thread::scope(|scope| {
-                let threads: Vec<_> = (0..THREADS).map(|_| scope.spawn(|| push(&refused.heartbeat))).collect();
+                let threads: Vec<_> =
+                    (0..THREADS).map(|_| scope.spawn(|| push(&refused.heartbeat))).collect();
                 threads.into_iter().flat_map(|thread| thread.join().unwrap()).collect()
             })
         });
     }
     Ok([
         Line {
-            what: format!("durable pushes of {THREADS} threads together; floor: SQLite alone, one commit each"),
+            what: format!(
+                "durable pushes of {THREADS} threads together; floor: SQLite alone, one commit each"
+            ),
             floor: Some(floor.rate()),
             measured: ours.rate(),
             goal: Goal::AtLeastTimes(4.0),
         },
         Line {
-            what: format!("push() of {THREADS} threads together, p99; floor: a commit of SQLite's, p99"),
+            what: format!(
+                "push() of {THREADS} threads together, p99; floor: a commit of SQLite's, p99"
+            ),
             floor: Some(Amount::Time(percentile(&floor.each, 99))),
             measured: Amount::Time(percentile(&ours.each, 99)),
             goal: Goal::AtMostTimes(2.5),
@@ -164,7 +170,9 @@ fn begin() -> Result<Line, String> {
         ours.push(begin(&full));
     }
     Ok(Line {
-        what: format!("begin with {WAITING} rows waiting, p50; floor: of an outbox that is almost empty"),
+        what: format!(
+            "begin with {WAITING} rows waiting, p50; floor: of an outbox that is almost empty"
+        ),
         floor: Some(Amount::Time(percentile(&floor, 50))),
         measured: Amount::Time(percentile(&ours, 50)),
         goal: Goal::AtMostTimes(2.0),

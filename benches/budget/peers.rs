@@ -38,7 +38,13 @@ pub struct Setup {
 
 impl Setup {
     /// A host of its own at the real master.
-    pub fn new(master: &RealMaster, name: &str, agent_dir: &Path, state_file: &Path, docker_socket: &Path) -> Self {
+    pub fn new(
+        master: &RealMaster,
+        name: &str,
+        agent_dir: &Path,
+        state_file: &Path,
+        docker_socket: &Path,
+    ) -> Self {
         let text = |path: &Path| path.to_str().unwrap().to_owned();
         Self {
             uuid: master.enrol(name, agent_dir).uuid,
@@ -68,19 +74,29 @@ impl Peer {
     /// `tests/real/heartbeat_peer.py`.
     pub fn python(setup: &Setup) -> Self {
         let mut command = Command::new(support::python());
-        command.arg(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/real/heartbeat_peer.py")).arg(&setup.state_file);
+        command
+            .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/real/heartbeat_peer.py"))
+            .arg(&setup.state_file);
         command.current_dir(&setup.agent_dir).env("HOME", &setup.agent_dir);
         command.env("DECNET_TESTING", "1").env("DECNET_CONFIG", "/nowhere/decnet.ini");
         command.env("DECNET_JWT_SECRET", "j".repeat(40)).env("DECNET_BUS_ENABLED", "false");
         command.env("DECNET_HOST_UUID", &setup.uuid).env("DECNET_MASTER_HOST", "127.0.0.1");
-        command.env("DECNET_SWARMCTL_PORT", setup.port.to_string()).env("DECNET_AGENT_DIR", &setup.agent_dir);
+        command
+            .env("DECNET_SWARMCTL_PORT", setup.port.to_string())
+            .env("DECNET_AGENT_DIR", &setup.agent_dir);
         command.env("DOCKER_HOST", format!("unix://{}", setup.docker_socket));
         Self::start(&mut command)
     }
 
     fn start(command: &mut Command) -> Self {
-        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
-        let (stdin, stdout) = (child.stdin.take().unwrap(), BufReader::new(child.stdout.take().unwrap()));
+        let mut child = command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let (stdin, stdout) =
+            (child.stdin.take().unwrap(), BufReader::new(child.stdout.take().unwrap()));
         Self { _process: Killed(child), stdin, stdout }
     }
 
@@ -89,7 +105,8 @@ impl Peer {
         writeln!(self.stdin, "{what}").unwrap();
         let mut line = String::new();
         self.stdout.read_line(&mut line).unwrap();
-        let took: Took = serde_json::from_str(&line).unwrap_or_else(|error| panic!("{what}: {error}: {line:?}"));
+        let took: Took =
+            serde_json::from_str(&line).unwrap_or_else(|error| panic!("{what}: {error}: {line:?}"));
         assert!(took.failures.is_empty(), "{what}: {:?}", took.failures);
         took
     }
@@ -112,7 +129,10 @@ pub fn obey(setup: &str) {
         let (wall, cpu) = (Instant::now(), cpu_time());
         match line.as_str() {
             "beat" => tick.send(Instant::now()).unwrap(),
-            _ => heartbeat.deltas().push(LifecycleDelta::succeeded("decky-1", Operation::Deploy)).unwrap(),
+            _ => heartbeat
+                .deltas()
+                .push(LifecycleDelta::succeeded("decky-1", Operation::Deploy))
+                .unwrap(),
         }
         beats.recv().unwrap();
         let wall = wall.elapsed().as_secs_f64();

@@ -121,7 +121,8 @@ fn beat(heartbeat: &Heartbeat, tick: &Sender<Instant>, beats: &Receiver<()>) -> 
 
 /// A source that has its snapshot at hand.
 fn at_hand() -> impl FnMut() -> Snapshot + Send + 'static {
-    let snapshot = Snapshot::new(&json!({"deployed": false, "deckies": [], "filling": "x".repeat(STATUS)}));
+    let snapshot =
+        Snapshot::new(&json!({"deployed": false, "deckies": [], "filling": "x".repeat(STATUS)}));
     move || snapshot.clone()
 }
 

@@ -36,7 +36,10 @@ pub fn measure() -> Result<Figures, String> {
             assert!(stage.master.wait_for_beats(2, patience), "no second beat");
             let after_beat = settled(process);
             // Just short of the next tick. There is no event to wait for: what is measured is that none comes.
-            assert!(!stage.master.wait_for_beats(3, INTERVAL - INTERVAL / 10), "the third beat came early");
+            assert!(
+                !stage.master.wait_for_beats(3, INTERVAL - INTERVAL / 10),
+                "the third beat came early"
+            );
             let wake_ups = voluntary_switches(process) - after_beat;
             assert!(stage.master.wait_for_beats(3, patience), "no third beat");
             settled(process);
@@ -48,9 +51,11 @@ pub fn measure() -> Result<Figures, String> {
     });
     let empty = Killed(empty_program(run.folder.path()).spawn().unwrap());
     settled(empty.id());
-    let megabytes = |process: &Killed, field| Amount::Megabytes(status_kb(process.id(), field) / 1024.0);
+    let megabytes =
+        |process: &Killed, field| Amount::Megabytes(status_kb(process.id(), field) / 1024.0);
     let size = fs::metadata(PROGRAM).unwrap().len() as f64 / 1024.0 / 1024.0;
-    let line = |what: &str, floor, measured, goal| Line { what: what.to_owned(), floor, measured, goal };
+    let line =
+        |what: &str, floor, measured, goal| Line { what: what.to_owned(), floor, measured, goal };
     Ok(vec![
         line(
             "resident memory of `run`, idle; floor: an empty program with two threads",
@@ -70,9 +75,24 @@ pub fn measure() -> Result<Figures, String> {
             megabytes(&program, "RssAnon:"),
             Goal::AtMostAbove(Amount::Megabytes(1.5)),
         ),
-        line("wake-ups of `run` between two ticks, all threads", None, wake_ups[0], Goal::AtMost(Amount::Count(0.0))),
-        line("wake-ups of the agent, the same", None, wake_ups[1], Goal::AtMost(Amount::Count(0.0))),
-        line("stripped release binary", None, Amount::Megabytes(size), Goal::AtMost(Amount::Megabytes(5.0))),
+        line(
+            "wake-ups of `run` between two ticks, all threads",
+            None,
+            wake_ups[0],
+            Goal::AtMost(Amount::Count(0.0)),
+        ),
+        line(
+            "wake-ups of the agent, the same",
+            None,
+            wake_ups[1],
+            Goal::AtMost(Amount::Count(0.0)),
+        ),
+        line(
+            "stripped release binary",
+            None,
+            Amount::Megabytes(size),
+            Goal::AtMost(Amount::Megabytes(5.0)),
+        ),
     ]
     .into())
 }
@@ -80,11 +100,17 @@ pub fn measure() -> Result<Figures, String> {
 /// The agent: a heartbeat as `run` has it, in a process that sleeps.
 pub fn embed(setup: &str) {
     let (uuid, port, agent_dir): (String, u16, String) = serde_json::from_str(setup).unwrap();
-    let enrolment = Enrolment::new(&uuid, "127.0.0.1", &agent_dir).unwrap().with_master_port(port).unwrap();
+    let enrolment =
+        Enrolment::new(&uuid, "127.0.0.1", &agent_dir).unwrap().with_master_port(port).unwrap();
     let nowhere = Path::new(&agent_dir).join("none");
-    let source = DecnetStatus::new(Path::new(&agent_dir)).state_file(&nowhere).docker_socket(&nowhere);
-    let _heartbeat =
-        Heartbeat::builder().enrolment(enrolment).status_source(source).interval(INTERVAL).start().unwrap();
+    let source =
+        DecnetStatus::new(Path::new(&agent_dir)).state_file(&nowhere).docker_socket(&nowhere);
+    let _heartbeat = Heartbeat::builder()
+        .enrolment(enrolment)
+        .status_source(source)
+        .interval(INTERVAL)
+        .start()
+        .unwrap();
     loop {
         thread::park();
     }
@@ -114,7 +140,9 @@ fn threads_started(host: &str) -> usize {
     let program = stage.run(QUICK);
     strace.arg(program.get_program()).args(program.get_args()).env_clear().stderr(Stdio::null());
     let _program = Killed(strace.spawn().unwrap());
-    let started = || fs::read_to_string(&trace).unwrap().lines().filter(|line| line.contains("clone")).count();
+    let started = || {
+        fs::read_to_string(&trace).unwrap().lines().filter(|line| line.contains("clone")).count()
+    };
     assert!(stage.master.wait_for_beats(2, crate::PATIENCE), "no second beat");
     let before = started();
     assert!(before >= 3, "strace sees the program's own threads");
@@ -146,7 +174,11 @@ impl Stage {
         let (folder, mut command) = (self.folder.path(), Command::new(PROGRAM));
         command.env_clear().arg("--config").arg(folder.join("decnet.ini")).arg("run");
         command.args(["--interval", &format!("{}ms", interval.as_millis())]);
-        command.arg("--state-file").arg(folder.join("none")).arg("--docker-socket").arg(folder.join("none"));
+        command
+            .arg("--state-file")
+            .arg(folder.join("none"))
+            .arg("--docker-socket")
+            .arg(folder.join("none"));
         command.stderr(Stdio::null());
         command
     }
@@ -162,10 +194,14 @@ impl Stage {
 
 /// Compiled as the program is.
 fn empty_program(folder: &Path) -> Command {
-    let (source, program) = (concat!(env!("CARGO_MANIFEST_DIR"), "/benches/budget/empty.rs"), folder.join("empty"));
+    let (source, program) =
+        (concat!(env!("CARGO_MANIFEST_DIR"), "/benches/budget/empty.rs"), folder.join("empty"));
     let rustc = std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
     let mut compile = Command::new(rustc);
-    compile.args(["--edition=2024", "-Copt-level=3", "-Cstrip=symbols", "-o"]).arg(&program).arg(source);
+    compile
+        .args(["--edition=2024", "-Copt-level=3", "-Cstrip=symbols", "-o"])
+        .arg(&program)
+        .arg(source);
     assert!(compile.status().expect("rustc").success());
     Command::new(program)
 }
@@ -200,7 +236,9 @@ fn settled(process: u32) -> u64 {
 
 /// How often the threads went to sleep of their own accord, and so woke up before.
 fn voluntary_switches(process: u32) -> u64 {
-    tasks(process).map(|task| field(&task, "voluntary_ctxt_switches:").parse::<u64>().unwrap()).sum()
+    tasks(process)
+        .map(|task| field(&task, "voluntary_ctxt_switches:").parse::<u64>().unwrap())
+        .sum()
 }
 
 /// `status` of each thread.

@@ -62,7 +62,12 @@ pub fn measure() -> Result<Figures, String> {
     Ok(vec![
         line("push to the master having it, connection warm", 50, to_master, 1.15),
         line("push to the master having it, connection warm", 99, to_master, 1.3),
-        line("push() of one thread with pauses; floor: SQLite's commit", 50, (&took.commit, &took.push), 1.15),
+        line(
+            "push() of one thread with pauses; floor: SQLite's commit",
+            50,
+            (&took.commit, &took.push),
+            1.15,
+        ),
     ]
     .into())
 }
@@ -88,7 +93,8 @@ struct BareDelivery<'a> {
 impl<'a> BareDelivery<'a> {
     fn start(stage: &'a Stage) -> Self {
         let client = BareClient::new(stage.master.address, &stage.agent_dir());
-        let (table, beat) = (stage.folder.path().join("delivery.db"), BareBeat::start(client, After::KeepOpen));
+        let (table, beat) =
+            (stage.folder.path().join("delivery.db"), BareBeat::start(client, After::KeepOpen));
         let ((ask, asked), (finish, done)) = (unbounded::<Vec<u8>>(), unbounded());
         thread::spawn(move || {
             let raw = RawTable::new(&table);
@@ -118,7 +124,9 @@ pub fn measure_hung() -> Result<Figures, String> {
     let (agent_dir, sockets) = (stage.agent_dir(), tempfile::tempdir().unwrap());
     let socket = sockets.path().join("docker.sock");
     let release = hanging_docker(&socket);
-    let source = DecnetStatus::new(&agent_dir).state_file(stage.folder.path().join("none")).docker_socket(socket);
+    let source = DecnetStatus::new(&agent_dir)
+        .state_file(stage.folder.path().join("none"))
+        .docker_socket(socket);
     let (builder, _tick) = stage.builder();
     let heartbeat = builder.status_source(source).start().unwrap();
     // The first beat goes out without its snapshot, the next one with it.

@@ -20,7 +20,8 @@ impl Relay {
         thread::spawn(move || {
             for near in listener.incoming().map_while(Result::ok) {
                 let far = TcpStream::connect(("127.0.0.1", to)).unwrap();
-                let (back, forth) = ((far.try_clone().unwrap(), near.try_clone().unwrap()), (near, far));
+                let (back, forth) =
+                    ((far.try_clone().unwrap(), near.try_clone().unwrap()), (near, far));
                 for (from, to) in [back, forth] {
                     let counter = Arc::clone(&counter);
                     thread::spawn(move || pass(from, to, &counter));

@@ -80,9 +80,14 @@ impl Line {
             (_, true) => "met",
             (_, false) => "MISSED",
         };
-        let of_floor =
-            self.floor.zip(self.ratio()).map(|(floor, ratio)| format!(", {ratio:.2} × its floor of {floor}"));
-        Some(format!("{met}: {what}: {measured}{}; the goal is {goal}", of_floor.unwrap_or_default()))
+        let of_floor = self
+            .floor
+            .zip(self.ratio())
+            .map(|(floor, ratio)| format!(", {ratio:.2} × its floor of {floor}"));
+        Some(format!(
+            "{met}: {what}: {measured}{}; the goal is {goal}",
+            of_floor.unwrap_or_default()
+        ))
     }
 
     fn cells(&self) -> [String; 6] {
@@ -106,7 +111,10 @@ impl Amount {
     fn value(self) -> f64 {
         match self {
             Self::Time(time) => time.as_secs_f64(),
-            Self::Bytes(value) | Self::Megabytes(value) | Self::Count(value) | Self::PerSecond(value) => value,
+            Self::Bytes(value)
+            | Self::Megabytes(value)
+            | Self::Count(value)
+            | Self::PerSecond(value) => value,
         }
     }
 }
@@ -114,9 +122,15 @@ impl Amount {
 impl fmt::Display for Amount {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Time(time) if *time < Duration::from_micros(10) => write!(f, "{} ns", time.as_nanos()),
-            Self::Time(time) if *time < Duration::from_millis(1) => write!(f, "{:.0} µs", time.as_secs_f64() * 1e6),
-            Self::Time(time) if *time < Duration::from_millis(100) => write!(f, "{:.2} ms", time.as_secs_f64() * 1e3),
+            Self::Time(time) if *time < Duration::from_micros(10) => {
+                write!(f, "{} ns", time.as_nanos())
+            }
+            Self::Time(time) if *time < Duration::from_millis(1) => {
+                write!(f, "{:.0} µs", time.as_secs_f64() * 1e6)
+            }
+            Self::Time(time) if *time < Duration::from_millis(100) => {
+                write!(f, "{:.2} ms", time.as_secs_f64() * 1e3)
+            }
             Self::Time(time) => write!(f, "{:.0} ms", time.as_secs_f64() * 1e3),
             Self::Bytes(bytes) => write!(f, "{bytes:.0} B"),
             Self::Megabytes(megabytes) => write!(f, "{megabytes:.1} MB"),
@@ -145,7 +159,9 @@ pub fn print(figures: &Figures) {
     let head = ["what", "floor, same run", "measured", "ratio", "goal", ""];
     print_rows(head, figures.lines.iter().map(Line::cells).collect());
     let ratio = |pair: &Pair| format!("{:.1} ×", pair.python.value() / pair.ours.value());
-    let cells = |pair: &Pair| [pair.what.clone(), pair.python.to_string(), pair.ours.to_string(), ratio(pair)];
+    let cells = |pair: &Pair| {
+        [pair.what.clone(), pair.python.to_string(), pair.ours.to_string(), ratio(pair)]
+    };
     let head = ["beside the Python module", "decnet.agent.heartbeat 1.0.0", "here", "ratio"];
     print_rows(head, figures.pairs.iter().map(cells).collect());
 }
@@ -155,12 +171,14 @@ fn print_rows<const COLUMNS: usize>(head: [&str; COLUMNS], mut rows: Vec<[String
         return;
     }
     rows.insert(0, head.map(str::to_owned));
-    let widths: [usize; COLUMNS] =
-        std::array::from_fn(|column| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0));
+    let widths: [usize; COLUMNS] = std::array::from_fn(|column| {
+        rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0)
+    });
     rows.insert(1, widths.map(|width| "-".repeat(width)));
     println!();
     for row in rows {
-        let cells: Vec<String> = row.iter().zip(widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
+        let cells: Vec<String> =
+            row.iter().zip(widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
         println!("| {} |", cells.join(" | "));
     }
 }

@@ -15,9 +15,10 @@ use crate::delta::{Operation, check_decky};
 use crate::error::{Error, chain};
 use crate::files::absolute;
 use crate::heartbeat::check_interval;
-use crate::identity::MasterIdentity;
+use crate::limits;
+use crate::master::identity::MasterIdentity;
 use crate::status::decnet::{DOCKER_SOCKET, DecnetStatus};
-use crate::{limits, text};
+use crate::text;
 
 const RUN_CODES: &str = "Exits 0 after SIGTERM or SIGINT; 78 when a restart does not help: the host is not enrolled or was \
                          decommissioned, or its configuration or bundle cannot be used; 2 for a wrong command line; 1 for \
@@ -37,7 +38,12 @@ const CHECK_CODES: &str = "Exits 0 only if an agent would work; 78 if it would n
 /// Tells a DECNET master, over mTLS, that this worker lives, what it runs, and how deploys and mutates ended.
 #[derive(Debug, Parser)]
 // `bin_name`: otherwise the usage quotes argv[0], whatever that is.
-#[command(name = "decnet-heartbeat", bin_name = "decnet-heartbeat", version, arg_required_else_help = true)]
+#[command(
+    name = "decnet-heartbeat",
+    bin_name = "decnet-heartbeat",
+    version,
+    arg_required_else_help = true
+)]
 pub(super) struct Arguments {
     #[command(flatten)]
     pub(super) common: Common,
@@ -147,7 +153,7 @@ pub(super) struct PushOptions {
     #[arg(long, value_name = "PATH", value_parser = path())]
     pub(super) outbox: Option<PathBuf>,
     #[command(flatten)]
-    pub(super) telling: Telling,
+    pub(super) telling: DeltaOptions,
     /// The deckies that it was done to
     #[arg(value_name = "DECKY", required = true, value_parser = decky)]
     pub(super) deckies: Vec<String>,
@@ -155,7 +161,7 @@ pub(super) struct PushOptions {
 
 /// How long `push` and `track` try to tell the master.
 #[derive(Debug, clap::Args)]
-pub(super) struct Telling {
+pub(super) struct DeltaOptions {
     /// How long to try to tell the master, the lookup of its name included, from 1ms to 1h
     #[arg(long, value_name = "DURATION", default_value = "10s", value_parser = timeout)]
     pub(super) timeout: Duration,
@@ -182,7 +188,7 @@ pub(super) struct TrackOptions {
     #[arg(long, value_name = "PATH", value_parser = path())]
     pub(super) outbox: Option<PathBuf>,
     #[command(flatten)]
-    pub(super) telling: Telling,
+    pub(super) telling: DeltaOptions,
     /// What does it; its exit code is the program's
     #[arg(last = true, required = true, value_name = "COMMAND")]
     pub(super) command: Vec<OsString>,
@@ -201,24 +207,34 @@ fn path() -> impl TypedValueParser<Value = PathBuf> {
 /// `--agent-dir`. No path that is meant has a control character, and none can be shown as it is.
 fn agent_dir(path: PathBuf) -> Result<PathBuf, &'static str> {
     let has_control = path.to_string_lossy().contains(char::is_control);
-    if has_control { Err("must be a path on one line, without control characters") } else { Ok(path) }
+    if has_control {
+        Err("must be a path on one line, without control characters")
+    } else {
+        Ok(path)
+    }
 }
 
 /// `--interval`.
 fn interval(given: &str) -> Result<Duration, String> {
     let interval = duration(given)?;
-    check_interval(interval).map(|()| interval).map_err(|error| chain(&error).replace("interval: ", ""))
+    check_interval(interval)
+        .map(|()| interval)
+        .map_err(|error| chain(&error).replace("interval: ", ""))
 }
 
 /// `--timeout`.
 fn timeout(given: &str) -> Result<Duration, String> {
     let timeout = duration(given)?;
     let (least, most) = limits::REPORT_TIMEOUT;
-    if (least..=most).contains(&timeout) { Ok(timeout) } else { Err("must be from 1 ms to 1 h".to_owned()) }
+    if (least..=most).contains(&timeout) {
+        Ok(timeout)
+    } else {
+        Err("must be from 1 ms to 1 h".to_owned())
+    }
 }
 
 fn duration(given: &str) -> Result<Duration, String> {
-    humantime::parse_duration(given).map_err(|error| text::printable(&error.to_string()))
+    humantime::parse_duration(given).map_err(|error| text::sanitize(&error.to_string()))
 }
 
 /// What is wrong with the command line, safe to print: it quotes what was given, and a script may have got that from
@@ -231,10 +247,13 @@ fn escaped(mut error: clap::Error) -> clap::Error {
     let escaped = |given: &String| text::escaped_within(given, limits::LOG_TEXT);
     let given = |value: &ContextValue| match value {
         ContextValue::String(given) => Some(ContextValue::String(escaped(given))),
-        ContextValue::Strings(given) => Some(ContextValue::Strings(given.iter().map(escaped).collect())),
+        ContextValue::Strings(given) => {
+            Some(ContextValue::Strings(given.iter().map(escaped).collect()))
+        }
         _ => None,
     };
-    let safe: Vec<_> = error.context().filter_map(|(kind, value)| Some((kind, given(value)?))).collect();
+    let safe: Vec<_> =
+        error.context().filter_map(|(kind, value)| Some((kind, given(value)?))).collect();
     for (kind, value) in safe {
         if error.get(kind) != Some(&value) {
             // Its tip says how to pass the same text, in colours.
@@ -280,14 +299,18 @@ mod tests {
         let bytes = prop_oneof![
             Just(Vec::new()),
             prop::collection::vec(any::<u8>(), 0..8),
-            prop::collection::vec(any::<char>(), 0..8).prop_map(|text| String::from_iter(text).into_bytes()),
+            prop::collection::vec(any::<char>(), 0..8)
+                .prop_map(|text| String::from_iter(text).into_bytes()),
             prop::collection::vec(
-                prop::sample::select(vec!['\u{1b}', '\n', '\u{9b}', '\u{202e}', '\u{3164}', '{', '\'']),
+                prop::sample::select(vec![
+                    '\u{1b}', '\n', '\u{9b}', '\u{202e}', '\u{3164}', '{', '\''
+                ]),
                 0..4
             )
             .prop_map(|text| String::from_iter(text).into_bytes()),
         ];
-        (start, bytes).prop_map(|(start, bytes)| OsString::from_vec([start.as_bytes(), &bytes].concat()))
+        (start, bytes)
+            .prop_map(|(start, bytes)| OsString::from_vec([start.as_bytes(), &bytes].concat()))
     }
 
     proptest! {

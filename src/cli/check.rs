@@ -18,11 +18,11 @@ use super::arguments::{CheckOptions, Common};
 use super::enrolment;
 use super::own_files::OwnFiles;
 use crate::credentials;
-use crate::enrolment::Enrolment;
-use crate::error::{Error, chain, printable_path};
-use crate::identity::MasterIdentity;
+use crate::credentials::enrolment::Enrolment;
+use crate::error::{Error, chain, sanitize_path};
+use crate::folder_access::others_may_write;
+use crate::master::identity::MasterIdentity;
 use crate::status::Snapshot;
-use crate::writers::others_may_write;
 use steps::{Checklist, Step};
 
 /// Every step is a line of the answer, and so is what went wrong in it.
@@ -34,17 +34,21 @@ pub(super) fn check(common: &Common, options: &CheckOptions) -> Result<ExitCode,
     // Looked at first, and shown later: the beat says what is found, as one of `run` would.
     let mut source = run.source(dir.unwrap_or(Path::new("")));
     let found = source.look();
-    let steps = [host::state_file(run, &found), host::docker(run, &found), host::topology(dir, &found)];
+    let steps =
+        [host::state_file(run, &found), host::docker(run, &found), host::topology(dir, &found)];
     match &enrolment {
-        Ok(enrolment) => enrolled(enrolment, common.master_identity, &found.into_snapshot(), &mut list),
+        Ok(enrolment) => {
+            enrolled(enrolment, common.master_identity, &found.into_snapshot(), &mut list)
+        }
         Err(error) => not_enrolled(error, &mut list),
     }
     steps.into_iter().for_each(|step| list.add(step));
     list.add(outbox::step(&super::outbox(run.outbox.clone()), dir));
     let own = OwnFiles::of(common, run, enrolment.as_ref().ok());
-    for (name, option, path) in
-        [("stats-file", "--stats-file", &run.stats_file), ("metrics-file", "--metrics-file", &run.metrics_file)]
-    {
+    for (name, option, path) in [
+        ("stats-file", "--stats-file", &run.stats_file),
+        ("metrics-file", "--metrics-file", &run.metrics_file),
+    ] {
         if let Some(path) = path {
             list.add(host::report(name, path, own.at(option, path)));
         }
@@ -53,7 +57,12 @@ pub(super) fn check(common: &Common, options: &CheckOptions) -> Result<ExitCode,
 }
 
 /// What can be looked at on a host that is enrolled.
-fn enrolled(enrolment: &Enrolment, given: Option<MasterIdentity>, snapshot: &Snapshot, list: &mut Checklist) {
+fn enrolled(
+    enrolment: &Enrolment,
+    given: Option<MasterIdentity>,
+    snapshot: &Snapshot,
+    list: &mut Checklist,
+) {
     let rule = credentials::identity(enrolment, given);
     who_and_where(enrolment, given, rule).into_iter().for_each(|step| list.add(step));
     let bundle = bundle::check(enrolment.agent_dir().value(), list);
@@ -62,25 +71,35 @@ fn enrolled(enrolment: &Enrolment, given: Option<MasterIdentity>, snapshot: &Sna
     }
 }
 
-const MEND: &str = "mend what is named here; the README's table of the configuration says what it may be";
+const MEND: &str =
+    "mend what is named here; the README's table of the configuration says what it may be";
 
 /// Who we are and where the master is, each with where that was written.
-fn who_and_where(enrolment: &Enrolment, given: Option<MasterIdentity>, rule: MasterIdentity) -> [Step; 4] {
+fn who_and_where(
+    enrolment: &Enrolment,
+    given: Option<MasterIdentity>,
+    rule: MasterIdentity,
+) -> [Step; 4] {
     let said = |step, value: String, from: String| {
         Step::good(step, format!("{value} ({from})")).fact("value", value).fact("from", from)
     };
-    let (uuid, host, port) = (enrolment.host_uuid(), enrolment.master_host(), enrolment.master_port());
+    let (uuid, host, port) =
+        (enrolment.host_uuid(), enrolment.master_host(), enrolment.master_port());
     let (dir, written) = (enrolment.agent_dir(), enrolment.master_identity());
     let rule_from = match (given, written) {
         (Some(_), _) => "--master-identity".to_owned(),
         (None, Some(rule)) => rule.provenance().to_string(),
         (None, None) => "default".to_owned(),
     };
-    let agent_dir = said("agent-dir", printable_path(dir.value()), dir.provenance().to_string());
+    let agent_dir = said("agent-dir", sanitize_path(dir.value()), dir.provenance().to_string());
     let agent_dir = others_advice(dir.value()).into_iter().fold(agent_dir, Step::advise);
     [
         said("host", uuid.value().clone(), uuid.provenance().to_string()),
-        said("master", enrolment.master_authority(), format!("{}; port: {}", host.provenance(), port.provenance())),
+        said(
+            "master",
+            enrolment.master_authority(),
+            format!("{}; port: {}", host.provenance(), port.provenance()),
+        ),
         agent_dir,
         said("identity", rule.to_string(), rule_from),
     ]

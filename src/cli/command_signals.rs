@@ -42,7 +42,12 @@ impl Signals {
         let ignored = ignored();
         let optional = COMMANDS.into_iter().filter(|signal| !has(ignored, *signal));
         let caught = UnixStream::pair().and_then(|(read, write)| {
-            SignalDelivery::with_pipe(read, write, WithOrigin::default(), optional.chain([SIGCHLD, SIGWINCH]))
+            SignalDelivery::with_pipe(
+                read,
+                write,
+                WithOrigin::default(),
+                optional.chain([SIGCHLD, SIGWINCH]),
+            )
         });
         if let Err(error) = &caught {
             log::warn!(
@@ -58,13 +63,22 @@ impl Signals {
     /// The command's signals that have come since the last call, and SIGWINCH.
     pub(super) fn pending(&mut self) -> Vec<Caught> {
         let is_passed_on = |signal| COMMANDS.contains(&signal) || signal == SIGWINCH;
-        let caught = self.0.iter_mut().flat_map(SignalDelivery::pending).filter(|origin| is_passed_on(origin.signal));
-        caught.map(|origin| Caught { signal: origin.signal, by_process: origin.process.is_some() }).collect()
+        let caught = self
+            .0
+            .iter_mut()
+            .flat_map(SignalDelivery::pending)
+            .filter(|origin| is_passed_on(origin.signal));
+        caught
+            .map(|origin| Caught { signal: origin.signal, by_process: origin.process.is_some() })
+            .collect()
     }
 
     /// The first signal that has come since the last call and that would have ended a program which does not catch it.
     pub(super) fn deadly(&mut self) -> Option<i32> {
-        self.pending().into_iter().map(|caught| caught.signal).find(|signal| COMMANDS.contains(signal))
+        self.pending()
+            .into_iter()
+            .map(|caught| caught.signal)
+            .find(|signal| COMMANDS.contains(signal))
     }
 
     /// Whether a signal has come since the last call that asks us to end.
@@ -80,7 +94,8 @@ impl Signals {
 
 /// Sleeps until one of these is readable or closed, at the longest until then. It may return early.
 pub(super) fn wait(files: &[BorrowedFd<'_>], until: Option<Instant>) -> io::Result<()> {
-    let mut polled: Vec<_> = files.iter().map(|file| PollFd::from_borrowed_fd(*file, PollFlags::IN)).collect();
+    let mut polled: Vec<_> =
+        files.iter().map(|file| PollFd::from_borrowed_fd(*file, PollFlags::IN)).collect();
     let left = until.map(|until| until.saturating_duration_since(Instant::now()));
     let left = left.and_then(|left| Timespec::try_from(left).ok());
     match poll(&mut polled, left.as_ref()) {

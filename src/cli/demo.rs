@@ -60,8 +60,16 @@ impl Demo {
         let folder = Scratch::new()?;
         let master = LoopbackMaster::start()?;
         let worker = master.enrol(&folder.path().join("agent"))?;
-        say(start, "⌂", &format!("a DECNET master with a CA of its own listens on {}", master.address()))?;
-        say(start, "✎", &format!("this host is enrolled as {}, pinned to its certificate", worker.uuid))?;
+        say(
+            start,
+            "⌂",
+            &format!("a DECNET master with a CA of its own listens on {}", master.address()),
+        )?;
+        say(
+            start,
+            "✎",
+            &format!("this host is enrolled as {}, pinned to its certificate", worker.uuid),
+        )?;
         let deployed = Arc::new(Mutex::new(false));
         let heartbeat = Heartbeat::builder()
             .enrolment(worker.enrolment()?)
@@ -70,7 +78,18 @@ impl Demo {
             .start()?;
         let (beats, seen) = (heartbeat.beats(), heartbeat.stats());
         let (pushed, outage) = (start, (start, Duration::ZERO));
-        Ok(Self { start, heartbeat, beats, master, worker, deployed, seen, pushed, outage, _folder: folder })
+        Ok(Self {
+            start,
+            heartbeat,
+            beats,
+            master,
+            worker,
+            deployed,
+            seen,
+            pushed,
+            outage,
+            _folder: folder,
+        })
     }
 
     fn say(&self, mark: &str, what: &str) -> Result<(), Error> {
@@ -93,18 +112,31 @@ impl Demo {
         let delivered = now.delivered - self.seen.delivered;
         match (&now.failure, &self.seen.failure) {
             (Some(Failure { class, count, .. }), _) => {
-                self.say("✗", &format!("beat failed ({class}), {count} in a row; {} on disk", deltas(now.waiting)))?;
+                self.say(
+                    "✗",
+                    &format!(
+                        "beat failed ({class}), {count} in a row; {} on disk",
+                        deltas(now.waiting)
+                    ),
+                )?;
             }
             (None, _) if now.beats == self.seen.beats => (),
-            (None, Some(_)) => self.say("♥", &format!("beat {} accepted: the master is heard again", now.beats))?,
-            (None, None) => self.say("♥", &format!("beat {} accepted in {}", now.beats, took(&now)))?,
+            (None, Some(_)) => {
+                self.say("♥", &format!("beat {} accepted: the master is heard again", now.beats))?
+            }
+            (None, None) => {
+                self.say("♥", &format!("beat {} accepted in {}", now.beats, took(&now)))?
+            }
         }
         if delivered > 0 {
             let row = self.master.rows().pop().map_or_else(String::new, |row| describe(&row));
             let waited = self.pushed.elapsed().as_secs_f64();
             self.say(
                 "✓",
-                &format!("{} delivered {waited:.3} s after the push; the master's row: {row}", deltas(delivered)),
+                &format!(
+                    "{} delivered {waited:.3} s after the push; the master's row: {row}",
+                    deltas(delivered)
+                ),
             )?;
         }
         self.seen = now;
@@ -113,12 +145,18 @@ impl Demo {
 
     fn the_master_orders_a_deploy(&mut self) -> Result<(), Error> {
         self.master.open_operation(&self.worker.uuid, "decky-01", Operation::Deploy.as_str());
-        self.say("→", "the master orders: deploy decky-01. Its row says running until this host reports")
+        self.say(
+            "→",
+            "the master orders: deploy decky-01. Its row says running until this host reports",
+        )
     }
 
     fn the_deploy_succeeds(&mut self) -> Result<(), Error> {
         *self.deployed.lock().unwrap_or_else(PoisonError::into_inner) = true;
-        self.push(LifecycleDelta::succeeded("decky-01", Operation::Deploy), "deploy of decky-01 succeeded")
+        self.push(
+            LifecycleDelta::succeeded("decky-01", Operation::Deploy),
+            "deploy of decky-01 succeeded",
+        )
     }
 
     fn the_master_goes_away(&mut self) -> Result<(), Error> {
@@ -164,7 +202,9 @@ impl Demo {
             self.outage.1.as_secs_f64()
         ))?;
         if open > 0 || stopped.undelivered > 0 {
-            return Err(Error::loopback(format!("{open} of its rows are still open; this should not happen")));
+            return Err(Error::loopback(format!(
+                "{open} of its rows are still open; this should not happen"
+            )));
         }
         Ok(())
     }
@@ -181,8 +221,10 @@ fn source(deployed: Arc<Mutex<bool>>) -> impl FnMut() -> Snapshot + Send {
             "base_image": "debian:bookworm", "hostname": "fileserver"
         });
         let runtime = json!({"decky-01": {"running": true, "services": {"ssh": "running"}}});
-        Snapshot::new(&json!({"deployed": true, "mode": "swarm", "compose_path": "/opt/decnet/decnet-compose.yml",
-            "deckies": [decky], "runtime": runtime}))
+        Snapshot::new(
+            &json!({"deployed": true, "mode": "swarm", "compose_path": "/opt/decnet/decnet-compose.yml",
+            "deckies": [decky], "runtime": runtime}),
+        )
     }
 }
 

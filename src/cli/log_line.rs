@@ -43,7 +43,9 @@ impl Format {
 
     /// A line of the log's own.
     pub(super) fn own_line(&self, level: Level, what: Arguments<'_>) -> Vec<u8> {
-        self.line(&Record::builder().level(level).target(env!("CARGO_CRATE_NAME")).args(what).build())
+        self.line(
+            &Record::builder().level(level).target(env!("CARGO_CRATE_NAME")).args(what).build(),
+        )
     }
 }
 
@@ -72,7 +74,11 @@ impl Write for Buffer {
         let room = limits::LOG_LINE.saturating_sub(line.len());
         let taken = piece.get(..room).unwrap_or(piece);
         line.extend_from_slice(taken);
-        if taken.is_empty() && !piece.is_empty() { Err(io::ErrorKind::WriteZero.into()) } else { Ok(taken.len()) }
+        if taken.is_empty() && !piece.is_empty() {
+            Err(io::ErrorKind::WriteZero.into())
+        } else {
+            Ok(taken.len())
+        }
     }
 
     fn flush(&mut self) -> io::Result<()> {
@@ -90,7 +96,9 @@ fn coloured(line: Vec<u8>, level: Level) -> Vec<u8> {
         Level::Trace => 37,
     };
     let tag = format!("[{level}]");
-    String::from_utf8_lossy(&line).replacen(&tag, &format!("\u{1b}[{colour}m{tag}\u{1b}[0m"), 1).into_bytes()
+    String::from_utf8_lossy(&line)
+        .replacen(&tag, &format!("\u{1b}[{colour}m{tag}\u{1b}[0m"), 1)
+        .into_bytes()
 }
 
 #[cfg(test)]
@@ -117,7 +125,8 @@ mod tests {
 
     #[test]
     fn another_crates_line_is_none() {
-        let record = Record::builder().level(Level::Error).target("rustls").args(format_args!("x")).build();
+        let record =
+            Record::builder().level(Level::Error).target("rustls").args(format_args!("x")).build();
         assert_eq!(Format::new(true).line(&record), b"");
     }
 
@@ -135,7 +144,11 @@ mod tests {
     #[test]
     fn a_line_is_cut_on_a_character_while_it_is_formatted() {
         let cut = line(&Format::new(false), format_args!("{Endless}"));
-        assert!(cut.ends_with("…\n") && cut.len() <= limits::LOG_LINE + "…\n".len(), "{}", cut.len());
+        assert!(
+            cut.ends_with("…\n") && cut.len() <= limits::LOG_LINE + "…\n".len(),
+            "{}",
+            cut.len()
+        );
     }
 
     /// Panics.
@@ -150,7 +163,9 @@ mod tests {
     #[test]
     fn a_value_that_panics_costs_its_line_alone() {
         let format = Format::new(false);
-        assert!(catch_unwind(AssertUnwindSafe(|| line(&format, format_args!("{Broken}")))).is_err());
+        assert!(
+            catch_unwind(AssertUnwindSafe(|| line(&format, format_args!("{Broken}")))).is_err()
+        );
         assert!(line(&format, format_args!("next")).ends_with("next\n"));
     }
 }

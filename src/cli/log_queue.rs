@@ -59,7 +59,11 @@ impl Queue {
 
     /// The error is that of a file that can never be opened. Where it may be later (a full disk), or where the answer takes
     /// longer than a start may wait, `complain` is called with what goes wrong, and the file is opened for the next line.
-    pub(super) fn to_file(path: &Path, format: &Format, complain: fn(&Error)) -> Result<Self, Error> {
+    pub(super) fn to_file(
+        path: &Path,
+        format: &Format,
+        complain: fn(&Error),
+    ) -> Result<Self, Error> {
         let (queue, opened) = Self::start(|| Sink::file(path.to_owned()), format, complain);
         match opened.recv_timeout(limits::LOG_OPEN) {
             Ok(Err(error)) if error.is_transient() => complain(&error),
@@ -70,12 +74,21 @@ impl Queue {
     }
 
     /// And whether the sink could be opened, once that is known.
-    fn start(sink: impl Fn() -> Sink, format: &Format, late: fn(&Error)) -> (Self, Receiver<Result<(), Error>>) {
+    fn start(
+        sink: impl Fn() -> Sink,
+        format: &Format,
+        late: fn(&Error),
+    ) -> (Self, Receiver<Result<(), Error>>) {
         let (sender, opened) = bounded(1);
         let (lines, taken) = bounded(limits::LOG_LINES);
         let (written, progress) = bounded(1);
         let shared = Arc::new(Shared::default());
-        let writer = || Writer { sink: sink(), format: format.clone(), unwritten: 0, shared: Arc::clone(&shared) };
+        let writer = || Writer {
+            sink: sink(),
+            format: format.clone(),
+            unwritten: 0,
+            shared: Arc::clone(&shared),
+        };
         let (mut threads, answer) = (writer(), sender.clone());
         let work = move || {
             signals::write_to_any_terminal();
@@ -96,7 +109,10 @@ impl Queue {
     pub(super) fn push(&self, text: Vec<u8>) {
         match self {
             Self::Direct(writer) => {
-                writer.lock().unwrap_or_else(PoisonError::into_inner).write(&Line { dropped: 0, text });
+                writer
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .write(&Line { dropped: 0, text });
             }
             Self::Threaded { lines, shared, .. } => {
                 if !shared.send(lines, text) {
@@ -167,7 +183,10 @@ impl Writer {
             }
             self.write(&line);
             if lines.is_empty() {
-                self.write(&Line { dropped: self.shared.dropped.swap(0, Ordering::SeqCst), text: Vec::new() });
+                self.write(&Line {
+                    dropped: self.shared.dropped.swap(0, Ordering::SeqCst),
+                    text: Vec::new(),
+                });
             }
             self.shared.waiting.fetch_sub(1, Ordering::SeqCst);
             let _ = written.try_send(());
@@ -200,7 +219,9 @@ impl Writer {
                 let error = chain(&error);
                 self.say(
                     Level::Warn,
-                    format_args!("the log file cannot be reopened and the old one is used: error={error:?}"),
+                    format_args!(
+                        "the log file cannot be reopened and the old one is used: error={error:?}"
+                    ),
                 );
             }
         }
@@ -255,7 +276,10 @@ mod tests {
             assert_eq!(next(), format!("{n}\n"));
         }
         let notice = next();
-        assert!(notice.ends_with("[WARN] (log) lines of the log were dropped: lines=476\n"), "{notice}");
+        assert!(
+            notice.ends_with("[WARN] (log) lines of the log were dropped: lines=476\n"),
+            "{notice}"
+        );
         push(&queue, 5_000..5_002);
         assert_eq!([next(), next()], ["5000\n", "5001\n"]);
     }
@@ -264,7 +288,12 @@ mod tests {
     fn a_line_tells_of_those_that_were_dropped_just_before_it() {
         let (lines, taken) = bounded(2);
         let queue = Queue::Threaded { lines, shared: Arc::default(), progress: bounded(0).1 };
-        let take = || taken.try_recv().map(|line| (line.dropped, String::from_utf8(line.text).unwrap())).unwrap();
+        let take = || {
+            taken
+                .try_recv()
+                .map(|line| (line.dropped, String::from_utf8(line.text).unwrap()))
+                .unwrap()
+        };
         push(&queue, 0..5);
         assert_eq!([take(), take()], [(0, "0\n".to_owned()), (0, "1\n".to_owned())]);
         push(&queue, 5..8);
@@ -298,7 +327,11 @@ mod tests {
         push(&queue, 0..10);
         let start = Instant::now();
         flush(&queue);
-        assert!(start.elapsed() < limits::LOG_STUCK + Duration::from_secs(2), "{:?}", start.elapsed());
+        assert!(
+            start.elapsed() < limits::LOG_STUCK + Duration::from_secs(2),
+            "{:?}",
+            start.elapsed()
+        );
         let mut said = String::new();
         let reader = File::open(&fifo);
         // The writer ends with its queue.
@@ -312,7 +345,12 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("log");
         let (sink, format) = (Sink::file(path.clone()), Format::new(false));
-        let queue = Queue::Direct(Mutex::new(Writer { sink, format, unwritten: 3, shared: Arc::default() }));
+        let queue = Queue::Direct(Mutex::new(Writer {
+            sink,
+            format,
+            unwritten: 3,
+            shared: Arc::default(),
+        }));
         push(&queue, 0..2);
         let said = fs::read_to_string(&path).unwrap();
         let (notice, rest) = said.split_once('\n').unwrap();
@@ -327,6 +365,9 @@ mod tests {
     fn a_file_that_cannot_be_opened_is_an_error_with_its_name() {
         let dir = tempfile::tempdir().unwrap();
         let error = Queue::to_file(dir.path(), &Format::new(false), |_| ()).unwrap_err();
-        assert_eq!(error.to_string(), format!("--log-file: {} cannot be appended to", dir.path().display()));
+        assert_eq!(
+            error.to_string(),
+            format!("--log-file: {} cannot be appended to", dir.path().display())
+        );
     }
 }

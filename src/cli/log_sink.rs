@@ -11,17 +11,17 @@ use std::path::{Path, PathBuf};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 
-use crate::error::{Error, printable_path};
+use crate::error::{Error, sanitize_path};
 
 #[derive(Debug)]
 pub(super) struct Sink {
-    place: Place,
+    place: LogTarget,
     /// The last line lacks its end.
     is_cut: bool,
 }
 
 #[derive(Debug)]
-enum Place {
+enum LogTarget {
     Stderr,
     File {
         path: PathBuf,
@@ -32,20 +32,20 @@ enum Place {
 
 impl Sink {
     pub(super) fn stderr() -> Self {
-        Self { place: Place::Stderr, is_cut: false }
+        Self { place: LogTarget::Stderr, is_cut: false }
     }
 
     /// Not opened yet.
     pub(super) fn file(path: PathBuf) -> Self {
-        Self { place: Place::File { path, file: None }, is_cut: false }
+        Self { place: LogTarget::File { path, file: None }, is_cut: false }
     }
 
     /// Opens the file anew. Where that fails the old one stays. Of stderr there is nothing to open.
     pub(super) fn reopen(&mut self) -> Result<(), Error> {
-        let Place::File { path, file } = &mut self.place else { return Ok(()) };
+        let LogTarget::File { path, file } = &mut self.place else { return Ok(()) };
         let opened = open(path).map_err(|source| {
-            let problem = format!("{} cannot be appended to", printable_path(path));
-            Error::setting("--log-file", problem).because(source)
+            let problem = format!("{} cannot be appended to", sanitize_path(path));
+            Error::setting("--log-file", problem).with_source(source)
         })?;
         *file = Some(opened);
         self.is_cut = false;
@@ -54,15 +54,15 @@ impl Sink {
 
     /// Writes one line.
     pub(super) fn write(&mut self, line: &[u8]) -> io::Result<()> {
-        if matches!(self.place, Place::File { file: None, .. }) {
+        if matches!(self.place, LogTarget::File { file: None, .. }) {
             self.reopen().map_err(io::Error::other)?;
         }
         let text = if self.is_cut { [b"\n", line].concat() } else { line.to_vec() };
         let mut left = text.as_slice();
         let result = match &self.place {
-            Place::Stderr => write_all(io::stderr().as_fd(), &mut left),
-            Place::File { file: Some(file), .. } => write_all(file.as_fd(), &mut left),
-            Place::File { file: None, .. } => Err(Errno::BADF),
+            LogTarget::Stderr => write_all(io::stderr().as_fd(), &mut left),
+            LogTarget::File { file: Some(file), .. } => write_all(file.as_fd(), &mut left),
+            LogTarget::File { file: None, .. } => Err(Errno::BADF),
         };
         let written = text.len() - left.len();
         if let Some(last) = text.get(..written).and_then(<[u8]>::last) {
@@ -74,7 +74,9 @@ impl Sink {
 
     /// A FIFO whose reader has left, and a file that its server has forgotten, work again once they are opened anew.
     fn give_up_if_gone(&mut self, result: Result<(), Errno>) {
-        if let (Place::File { file, .. }, Err(Errno::PIPE | Errno::STALE)) = (&mut self.place, result) {
+        if let (LogTarget::File { file, .. }, Err(Errno::PIPE | Errno::STALE)) =
+            (&mut self.place, result)
+        {
             *file = None;
         }
     }
@@ -144,7 +146,10 @@ mod tests {
         fs::rename(&path, &moved).unwrap();
         fs::create_dir(&path).unwrap();
         let error = sink.reopen().unwrap_err();
-        assert_eq!(error.to_string(), format!("--log-file: {} cannot be appended to", path.display()));
+        assert_eq!(
+            error.to_string(),
+            format!("--log-file: {} cannot be appended to", path.display())
+        );
         sink.write(b"two\n").unwrap();
         assert_eq!(fs::read(moved).unwrap(), b"one\ntwo\n");
     }

@@ -13,7 +13,8 @@ use log::{LevelFilter, Log, Metadata, Record};
 use super::log_line::Format;
 use super::log_queue::Queue;
 use crate::error::{Error, chain};
-use crate::{limits, panics};
+use crate::limits;
+use crate::panics;
 
 /// `--log-file`.
 static FILE: OnceLock<Queue> = OnceLock::new();
@@ -25,12 +26,13 @@ static STDERR: OnceLock<Queue> = OnceLock::new();
 pub(super) fn start(file: Option<&Path>, level: LevelFilter) -> Result<(), Error> {
     let format = Format::new(file.is_none() && paints(&io::stderr()));
     if let Some(path) = file {
-        let complain = |error: &Error| say_on_stderr(&format!("decnet-heartbeat: {}\n", chain(error)));
+        let complain =
+            |error: &Error| say_on_stderr(&format!("decnet-heartbeat: {}\n", chain(error)));
         // The first and only time.
         let _ = FILE.set(Queue::to_file(path, &format, complain)?);
     }
     log::set_boxed_logger(Box::new(Logger { level, format }))
-        .map_err(|source| Error::setting("the log", "is in use already").because(source))?;
+        .map_err(|source| Error::setting("the log", "is in use already").with_source(source))?;
     log::set_max_level(level);
     Ok(())
 }
@@ -94,6 +96,9 @@ pub(super) fn panicked(panic: &PanicHookInfo<'_>) {
 
 /// Whether there is a terminal that has colours, and nobody who wants none.
 pub(super) fn paints(out: &impl IsTerminal) -> bool {
-    let has_colours = std::env::var_os("TERM").is_some_and(|term| !term.is_empty() && term != "dumb");
-    has_colours && out.is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
+    let has_colours =
+        std::env::var_os("TERM").is_some_and(|term| !term.is_empty() && term != "dumb");
+    has_colours
+        && out.is_terminal()
+        && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
 }

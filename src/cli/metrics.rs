@@ -18,7 +18,11 @@ struct Metric {
     value: fn(&Stats) -> Option<f64>,
 }
 
-const fn counter(name: &'static str, help: &'static str, value: fn(&Stats) -> Option<f64>) -> Metric {
+const fn counter(
+    name: &'static str,
+    help: &'static str,
+    value: fn(&Stats) -> Option<f64>,
+) -> Metric {
     Metric { name, kind: "counter", help, value }
 }
 
@@ -28,16 +32,22 @@ const fn gauge(name: &'static str, help: &'static str, value: fn(&Stats) -> Opti
 
 const METRICS: [Metric; 22] = [
     counter("beats_total", "Beats that the master accepted.", |stats| Some(stats.beats as f64)),
-    gauge("last_success_timestamp_seconds", "When the master last accepted a beat; 0: never yet.", |stats| {
-        stats.last_success.map_or(Some(0.0), moment)
+    gauge(
+        "last_success_timestamp_seconds",
+        "When the master last accepted a beat; 0: never yet.",
+        |stats| stats.last_success.map_or(Some(0.0), moment),
+    ),
+    gauge("next_beat_timestamp_seconds", "When the next beat is due.", |stats| {
+        stats.next_beat.and_then(moment)
     }),
-    gauge("next_beat_timestamp_seconds", "When the next beat is due.", |stats| stats.next_beat.and_then(moment)),
     gauge("failure_streak", "Beats that failed in a row.", |stats| {
         Some(stats.failure.as_ref().map_or(0.0, |failure| failure.count as f64))
     }),
-    gauge("failing_since_timestamp_seconds", "When the first of the beats that failed in a row did.", |stats| {
-        stats.failure.as_ref().and_then(|failure| moment(failure.since))
-    }),
+    gauge(
+        "failing_since_timestamp_seconds",
+        "When the first of the beats that failed in a row did.",
+        |stats| stats.failure.as_ref().and_then(|failure| moment(failure.since)),
+    ),
     gauge(
         "decommissioned",
         "Whether the master has not accepted this host for long, and its files are gone.",
@@ -46,16 +56,26 @@ const METRICS: [Metric; 22] = [
     gauge("round_trip_seconds", "From a beat's request to its answer, the last time.", |stats| {
         stats.round_trip.as_ref().map(Duration::as_secs_f64)
     }),
-    gauge("session_resumed", "Whether the last TLS handshake resumed a session.", |stats| truth(stats.resumed)),
-    counter("deltas_delivered_total", "Deltas that the master accepted.", |stats| Some(stats.delivered as f64)),
-    counter("deltas_rejected_total", "Deltas that the master refused for good.", |stats| Some(stats.rejected as f64)),
+    gauge("session_resumed", "Whether the last TLS handshake resumed a session.", |stats| {
+        truth(stats.resumed)
+    }),
+    counter("deltas_delivered_total", "Deltas that the master accepted.", |stats| {
+        Some(stats.delivered as f64)
+    }),
+    counter("deltas_rejected_total", "Deltas that the master refused for good.", |stats| {
+        Some(stats.rejected as f64)
+    }),
     counter("deltas_dropped_total", "Deltas that fell out of the outbox undelivered.", |stats| {
         Some(stats.dropped as f64)
     }),
-    gauge("deltas_waiting", "Deltas that the master has neither accepted nor refused for good.", |stats| {
-        Some(stats.waiting as f64)
+    gauge(
+        "deltas_waiting",
+        "Deltas that the master has neither accepted nor refused for good.",
+        |stats| Some(stats.waiting as f64),
+    ),
+    gauge("deltas_held", "Waiting deltas that something newer holds back.", |stats| {
+        Some(stats.held as f64)
     }),
-    gauge("deltas_held", "Waiting deltas that something newer holds back.", |stats| Some(stats.held as f64)),
     gauge(
         "oldest_waiting_timestamp_seconds",
         "When the operation ended that the oldest waiting delta tells of.",
@@ -64,18 +84,28 @@ const METRICS: [Metric; 22] = [
     gauge("operations_in_flight", "Operations in flight, counted for each decky.", |stats| {
         Some(stats.operations as f64)
     }),
-    gauge("outbox_durable", "Whether all of the outbox is in its file.", |stats| truth(stats.outbox.is_some())),
+    gauge("outbox_durable", "Whether all of the outbox is in its file.", |stats| {
+        truth(stats.outbox.is_some())
+    }),
     gauge("status_known", "Whether the last beat said all of what runs here.", |stats| {
         truth(stats.status_fault.is_none())
     }),
-    counter("snapshots_total", "Snapshots that the status source gave.", |stats| Some(stats.snapshots as f64)),
-    gauge("last_snapshot_timestamp_seconds", "When the status source gave the last snapshot.", |stats| {
-        stats.last_snapshot.and_then(moment)
+    counter("snapshots_total", "Snapshots that the status source gave.", |stats| {
+        Some(stats.snapshots as f64)
     }),
-    gauge("snapshot_owed_since_timestamp_seconds", "Since when the status source has owed a snapshot.", |stats| {
-        stats.snapshot_owed_since.and_then(moment)
+    gauge(
+        "last_snapshot_timestamp_seconds",
+        "When the status source gave the last snapshot.",
+        |stats| stats.last_snapshot.and_then(moment),
+    ),
+    gauge(
+        "snapshot_owed_since_timestamp_seconds",
+        "Since when the status source has owed a snapshot.",
+        |stats| stats.snapshot_owed_since.and_then(moment),
+    ),
+    counter("panics_total", "Panics caught, of the status source and of a beat.", |stats| {
+        Some(stats.panics as f64)
     }),
-    counter("panics_total", "Panics caught, of the status source and of a beat.", |stats| Some(stats.panics as f64)),
     gauge(
         "certificate_expiry_timestamp_seconds",
         "The last moment in which this host's certificate is valid.",
@@ -101,7 +131,14 @@ pub(super) fn text(stats: &Stats) -> String {
     sample(&mut text, "info", "gauge", "Who we are to the master, and where it is.", &us, 1.0);
     if let Some(failure) = &stats.failure {
         let class = labels(&[("class", &failure.class)]);
-        sample(&mut text, "failure_info", "gauge", "The class of the last beat's failure.", &class, 1.0);
+        sample(
+            &mut text,
+            "failure_info",
+            "gauge",
+            "The class of the last beat's failure.",
+            &class,
+            1.0,
+        );
     }
     text
 }
@@ -116,7 +153,8 @@ fn sample(text: &mut String, name: &str, kind: &str, help: &str, labels: &str, v
 }
 
 fn labels(labels: &[(&str, &str)]) -> String {
-    let labels: Vec<_> = labels.iter().map(|(name, value)| format!("{name}=\"{}\"", escaped(value))).collect();
+    let labels: Vec<_> =
+        labels.iter().map(|(name, value)| format!("{name}=\"{}\"", escaped(value))).collect();
     format!("{{{}}}", labels.join(","))
 }
 
@@ -143,10 +181,18 @@ mod tests {
     #[test]
     fn what_is_not_there_has_no_sample_and_no_success_yet_is_long_ago() {
         let samples = samples(&Stats::default());
-        assert!(samples.contains(&"decnet_heartbeat_last_success_timestamp_seconds 0".to_owned()), "{samples:?}");
-        for absent in
-            ["next_beat", "failing_since", "round_trip", "oldest_waiting", "certificate_expiry", "failure_info"]
-        {
+        assert!(
+            samples.contains(&"decnet_heartbeat_last_success_timestamp_seconds 0".to_owned()),
+            "{samples:?}"
+        );
+        for absent in [
+            "next_beat",
+            "failing_since",
+            "round_trip",
+            "oldest_waiting",
+            "certificate_expiry",
+            "failure_info",
+        ] {
             assert!(!samples.iter().any(|sample| sample.contains(absent)), "{absent}: {samples:?}");
         }
     }
@@ -163,7 +209,10 @@ mod tests {
             "outbox_durable 0",
             "status_known 1",
         ] {
-            assert!(samples.contains(&format!("decnet_heartbeat_{sample}")), "{sample}: {samples:?}");
+            assert!(
+                samples.contains(&format!("decnet_heartbeat_{sample}")),
+                "{sample}: {samples:?}"
+            );
         }
     }
 
@@ -171,12 +220,17 @@ mod tests {
     fn every_metric_has_its_help_and_type_once() {
         let text = text(&Stats::default());
         for comment in ["# HELP ", "# TYPE "] {
-            let mut names: Vec<_> =
-                text.lines().filter_map(|line| line.strip_prefix(comment)?.split(' ').next()).collect();
+            let mut names: Vec<_> = text
+                .lines()
+                .filter_map(|line| line.strip_prefix(comment)?.split(' ').next())
+                .collect();
             let all = names.len();
             names.sort_unstable();
             names.dedup();
-            assert_eq!((names.len(), text.lines().filter(|line| !line.starts_with('#')).count()), (all, all));
+            assert_eq!(
+                (names.len(), text.lines().filter(|line| !line.starts_with('#')).count()),
+                (all, all)
+            );
         }
     }
 

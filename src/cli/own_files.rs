@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 
 use super::arguments::{Common, RunOptions};
 use super::{outbox, state_file_of_environment};
-use crate::bundle;
-use crate::enrolment::Enrolment;
+use crate::credentials::bundle;
+use crate::credentials::enrolment::Enrolment;
 use crate::files::beside;
 use crate::files::folder;
 use crate::status::decnet::TOPOLOGY;

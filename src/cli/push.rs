@@ -39,17 +39,24 @@ pub(super) fn push(common: &Common, options: PushOptions) -> Result<ExitCode, Er
     let reported = reporter.report(&deltas, &telling, patience);
     let (said, code) = match reported {
         Reported::Delivered => ("delivered\n".to_owned(), ExitCode::SUCCESS),
-        Reported::Left => (format!("kept in {} for decnet-heartbeat run\n", reporter.place()), ExitCode::SUCCESS),
-        Reported::Kept(why) => {
+        Reported::Left => {
+            (format!("kept in {} for decnet-heartbeat run\n", reporter.place()), ExitCode::SUCCESS)
+        }
+        Reported::QueuedDelta(why) => {
             let place = reporter.place();
-            (format!("kept in {place} for decnet-heartbeat run, not delivered: {why}\n"), ExitCode::from(KEPT))
+            (
+                format!("kept in {place} for decnet-heartbeat run, not delivered: {why}\n"),
+                ExitCode::from(KEPT),
+            )
         }
         Reported::InDoubt(why) => {
             complain(&why);
             reporter.await_disk(patience);
             return Ok(ExitCode::FAILURE);
         }
-        Reported::Lost(why) => return Err(Error::outbox(None, format!("neither delivered nor kept: {why}"))),
+        Reported::Lost(why) => {
+            return Err(Error::outbox(None, format!("neither delivered nor kept: {why}")));
+        }
     };
     print(&said);
     Ok(code)

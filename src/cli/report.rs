@@ -12,21 +12,21 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, TryRecvError, bounded};
 
-use super::arguments::Telling;
+use super::arguments::DeltaOptions;
 use super::command_signals::{Signals, wait};
-use crate::body::{self, Body};
-use crate::credentials::Access;
+use crate::credentials::Credentials;
+use crate::credentials::enrolment::Enrolment;
+use crate::credentials::link::{LogKeys, MasterLink};
 use crate::delta::{LifecycleDelta, Operation};
-use crate::enrolment::Enrolment;
-use crate::error::{Error, chain, printable_path};
-use crate::identity::MasterIdentity;
+use crate::error::{Error, chain, sanitize_path};
 use crate::limits;
-use crate::link::{Link, Names};
 use crate::master::Verdict;
-use crate::outbox::{Add, Change, Kept, OutboxLocation, Poster, Settled};
+use crate::master::body::{self, Body};
+use crate::master::identity::MasterIdentity;
+use crate::outbox::{DeliveryResult, NewRows, OutboxLocation, QueuedDelta, RowChange, SentBy};
 use crate::status::decnet::DecnetStatus;
 use crate::status::{Snapshot, StatusSource};
-use crate::threads::client::OutboxClient;
+use crate::threads::outbox_client::OutboxClient;
 use crate::threads::start::contribute;
 
 /// Where the deltas of this process go.
@@ -45,7 +45,7 @@ pub(super) enum Reported {
     /// They are on the disk, as they were to be.
     Left,
     /// They are on the disk, and why the master has not heard of them.
-    Kept(String),
+    QueuedDelta(String),
     /// They may be on the disk one day, and why nobody knows. To report them again may do it twice.
     InDoubt(String),
     /// Neither.
@@ -80,7 +80,8 @@ impl<'a> Patience<'a> {
 
     /// Whether a signal asks us to end.
     fn has_ended(&mut self) -> bool {
-        self.has_ended = self.has_ended || self.signals.as_mut().is_some_and(|signals| signals.ask_to_end());
+        self.has_ended =
+            self.has_ended || self.signals.as_mut().is_some_and(|signals| signals.ask_to_end());
         self.has_ended
     }
 
@@ -106,7 +107,11 @@ impl Reporter {
     ) -> Result<Self, Error> {
         let (outbox, problem) = contribute(location.path(enrolment.agent_dir().value()))?;
         if let Some(problem) = problem {
-            log::warn!("the outbox cannot be used: {} error={:?}", names(&enrolment), chain(&problem));
+            log::warn!(
+                "the outbox cannot be used: {} error={:?}",
+                names(&enrolment),
+                chain(&problem)
+            );
         }
         Ok(Self { outbox, enrolment, identity })
     }
@@ -115,7 +120,7 @@ impl Reporter {
     pub(super) fn report(
         &mut self,
         deltas: &[LifecycleDelta],
-        telling: &Telling,
+        telling: &DeltaOptions,
         patience: &mut Patience<'_>,
     ) -> Reported {
         if telling.no_wait {
@@ -137,8 +142,8 @@ impl Reporter {
     }
 
     /// Claims deltas, in memory if the file cannot have them.
-    fn claim(&mut self, deltas: Vec<LifecycleDelta>) -> Result<Vec<Kept>, Error> {
-        let add = Add::Deltas(deltas.clone(), Poster::Us);
+    fn claim(&mut self, deltas: Vec<LifecycleDelta>) -> Result<Vec<QueuedDelta>, Error> {
+        let add = NewRows::Deltas(deltas.clone(), SentBy::Us);
         let first = match self.outbox.add(add.clone(), false) {
             // What is in doubt must not be sent twice.
             Err(error) if error.is_outbox() && !error.is_in_doubt() => {
@@ -147,7 +152,7 @@ impl Reporter {
             }
             added => added?,
         };
-        Ok((first..).zip(deltas).map(|(id, delta)| Kept { id, delta }).collect())
+        Ok((first..).zip(deltas).map(|(id, delta)| QueuedDelta { id, delta }).collect())
     }
 
     fn turn_to_memory(&mut self, error: &Error) -> Result<(), Error> {
@@ -157,8 +162,12 @@ impl Reporter {
     }
 
     /// Writes an operation down as in flight.
-    pub(super) fn begin(&self, operation: Operation, deckies: &[String]) -> Result<Vec<i64>, Error> {
-        let first = self.outbox.add(Add::Operation(operation, deckies.to_vec()), false)?;
+    pub(super) fn begin(
+        &self,
+        operation: Operation,
+        deckies: &[String],
+    ) -> Result<Vec<i64>, Error> {
+        let first = self.outbox.add(NewRows::Operation(operation, deckies.to_vec()), false)?;
         Ok((first..).take(deckies.len()).collect())
     }
 
@@ -169,19 +178,25 @@ impl Reporter {
 
     /// The same, after another attempt to write there what is not.
     pub(super) fn goes_to_disk(&self) -> bool {
-        self.is_on_disk() || self.outbox.change(Change::Released(Vec::new()), false).is_ok() && self.is_on_disk()
+        self.is_on_disk()
+            || self.outbox.change(RowChange::Released(Vec::new()), false).is_ok()
+                && self.is_on_disk()
     }
 
     /// What was begun here has ended.
-    pub(super) fn end(&self, ended: &[Kept], poster: Poster) {
-        if let Err(error) = self.outbox.change(Change::Ended(ended.to_vec(), poster), false) {
-            log::warn!("how the operation ended is not on the disk: {} error={:?}", self.names(), chain(&error));
+    pub(super) fn end(&self, ended: &[QueuedDelta], poster: SentBy) {
+        if let Err(error) = self.outbox.change(RowChange::Ended(ended.to_vec(), poster), false) {
+            log::warn!(
+                "how the operation ended is not on the disk: {} error={:?}",
+                self.names(),
+                chain(&error)
+            );
         }
     }
 
     /// Keeps deltas for `run` to deliver.
     fn keep(&self, deltas: &[LifecycleDelta]) -> Reported {
-        let added = self.outbox.add(Add::Deltas(deltas.to_vec(), Poster::Deliverer), false);
+        let added = self.outbox.add(NewRows::Deltas(deltas.to_vec(), SentBy::Deliverer), false);
         self.left(added.map(drop))
     }
 
@@ -223,7 +238,7 @@ impl Reporter {
 
     /// Posts what this process has claimed, and leaves to `run` what the master has not accepted in time, or must not hear
     /// before something newer.
-    pub(super) fn post(&self, deltas: &[Kept], patience: &mut Patience<'_>) -> Reported {
+    pub(super) fn post(&self, deltas: &[QueuedDelta], patience: &mut Patience<'_>) -> Reported {
         let (overtaken, free) = self.overtaken_and_free(deltas);
         let mut left = free.as_slice();
         let failed = loop {
@@ -235,12 +250,18 @@ impl Reporter {
                 break Some(why);
             }
             // What the file does not take now it takes in the end, or that is an error there.
-            let _ = self.outbox.change(Change::Settled(ids(body), Settled::Delivered), false);
+            let _ = self
+                .outbox
+                .change(RowChange::DeliveryResult(ids(body), DeliveryResult::Delivered), false);
             left = later;
         };
         let left = [left, &overtaken].concat();
         // The same.
-        let _ = if left.is_empty() { Ok(()) } else { self.outbox.change(Change::Released(ids(&left)), false) };
+        let _ = if left.is_empty() {
+            Ok(())
+        } else {
+            self.outbox.change(RowChange::Released(ids(&left)), false)
+        };
         if let Err(error) = self.write_down(patience) {
             log::error!(
                 "the outbox does not know what has been delivered, run may send a delta again: {} error={:?}",
@@ -251,18 +272,23 @@ impl Reporter {
         if left.is_empty() {
             return Reported::Delivered;
         }
-        let why = failed.unwrap_or_else(|| "a newer operation of the same decky is to be heard first".to_owned());
-        if self.is_on_disk() { Reported::Kept(why) } else { Reported::Lost(why) }
+        let why = failed.unwrap_or_else(|| {
+            "a newer operation of the same decky is to be heard first".to_owned()
+        });
+        if self.is_on_disk() { Reported::QueuedDelta(why) } else { Reported::Lost(why) }
     }
 
     /// Where the outbox cannot say, the delta may not be in there either, and to post it is all that can be done for it. A disk
     /// that has not answered once is not asked about the others.
-    fn overtaken_and_free(&self, deltas: &[Kept]) -> (Vec<Kept>, Vec<Kept>) {
+    fn overtaken_and_free(&self, deltas: &[QueuedDelta]) -> (Vec<QueuedDelta>, Vec<QueuedDelta>) {
         let mut answers = true;
         deltas.iter().cloned().partition(|kept| {
             answers
                 && self.outbox.is_overtaken(kept).unwrap_or_else(|error| {
-                    log::debug!("the outbox cannot be asked for newer operations: error={:?}", chain(&error));
+                    log::debug!(
+                        "the outbox cannot be asked for newer operations: error={:?}",
+                        chain(&error)
+                    );
                     answers = false;
                     false
                 })
@@ -274,7 +300,9 @@ impl Reporter {
     fn write_down(&self, patience: &mut Patience<'_>) -> Result<(), Error> {
         loop {
             // All that was not written yet is written with any change.
-            let Err(error) = self.outbox.change(Change::Released(Vec::new()), false) else { return Ok(()) };
+            let Err(error) = self.outbox.change(RowChange::Released(Vec::new()), false) else {
+                return Ok(());
+            };
             if patience.has_ended() || patience.left().is_zero() || patience.pause().is_err() {
                 return Err(error);
             }
@@ -282,7 +310,7 @@ impl Reporter {
     }
 
     /// One POST. Why it was not accepted.
-    fn send(&self, deltas: &[Kept], patience: &mut Patience<'_>) -> Result<(), String> {
+    fn send(&self, deltas: &[QueuedDelta], patience: &mut Patience<'_>) -> Result<(), String> {
         if patience.has_ended() {
             return Err(SIGNAL.to_owned());
         }
@@ -310,7 +338,7 @@ impl Reporter {
 
     /// Where they are kept, for a person.
     pub(super) fn place(&self) -> String {
-        self.outbox.path().map_or_else(|| "memory".to_owned(), printable_path)
+        self.outbox.path().map_or_else(|| "memory".to_owned(), sanitize_path)
     }
 }
 
@@ -368,9 +396,11 @@ impl Post {
         let until = Instant::now() + within;
         let agent_dir = self.enrolment.agent_dir().value();
         // Without it the master may order the topology to be built again.
-        let topology = DecnetStatus::new(agent_dir).applied_topology().ok_or("topology.db cannot be read")?;
-        let access = Access::load(self.enrolment.clone(), self.identity).map_err(|error| chain(&error))?;
-        let link = Link::new(access);
+        let topology =
+            DecnetStatus::new(agent_dir).applied_topology().ok_or("topology.db cannot be read")?;
+        let access = Credentials::load(self.enrolment.clone(), self.identity)
+            .map_err(|error| chain(&error))?;
+        let link = MasterLink::new(access);
         let lifecycle: Vec<_> = self.deltas.iter().collect();
         let nothing = Snapshot::unknown("a delta alone");
         let body = Body {
@@ -385,24 +415,26 @@ impl Post {
         let (class, detail) = (reply.class, reply.detail);
         match reply.verdict {
             Verdict::Accepted => Ok(()),
-            Verdict::HostRefused if class == "http-404" => {
-                Err(format!("the master does not know this host, enrol it again ({class}): {detail}"))
-            }
-            Verdict::HostRefused => {
+            Verdict::HostRejected if class == "http-404" => Err(format!(
+                "the master does not know this host, enrol it again ({class}): {detail}"
+            )),
+            Verdict::HostRejected => {
                 let fingerprint = link.fingerprint();
                 let problem = "the master does not accept this host's certificate";
                 Err(format!("{problem} ({class}, fingerprint {fingerprint}): {detail}"))
             }
-            Verdict::NoAnswer => Err(format!("no answer from {}: {class}: {detail}", link.master().url())),
+            Verdict::NoResponse => {
+                Err(format!("no answer from {}: {class}: {detail}", link.master().url()))
+            }
             _ => Err(format!("{} answered {class}: {detail}", link.master().url())),
         }
     }
 }
 
-fn ids(deltas: &[Kept]) -> Vec<i64> {
+fn ids(deltas: &[QueuedDelta]) -> Vec<i64> {
     deltas.iter().map(|kept| kept.id).collect()
 }
 
 fn names(enrolment: &Enrolment) -> String {
-    Names { host: enrolment.host_uuid().value(), master: &enrolment.master_url() }.to_string()
+    LogKeys { host: enrolment.host_uuid().value(), master: &enrolment.master_url() }.to_string()
 }

@@ -16,10 +16,15 @@ use crate::error::Error;
 use crate::heartbeat::Heartbeat;
 use crate::limits;
 
-pub(super) fn run(common: &Common, options: RunOptions, signals: &Receiver<i32>) -> Result<(), Error> {
+pub(super) fn run(
+    common: &Common,
+    options: RunOptions,
+    signals: &Receiver<i32>,
+) -> Result<(), Error> {
     // A target that must not be replaced is reported first: the other errors may pass.
     let own = OwnFiles::of(common, &options, enrolment(common).ok().as_ref());
-    let stats_files = StatsFiles::start(options.stats_file.clone(), options.metrics_file.clone(), own)?;
+    let stats_files =
+        StatsFiles::start(options.stats_file.clone(), options.metrics_file.clone(), own)?;
     let Some(heartbeat) = start_patiently(common, &options, signals)? else { return Ok(()) };
     let mut systemd = Systemd::from_env();
     systemd.ready();
@@ -42,7 +47,11 @@ pub(super) fn run(common: &Common, options: RunOptions, signals: &Receiver<i32>)
 
 /// What only an operator can mend is told once it has been so for a moment: an enrolment removes files and writes them anew.
 /// `None`: a signal has asked for the end meanwhile.
-fn start_patiently(common: &Common, options: &RunOptions, signals: &Receiver<i32>) -> Result<Option<Heartbeat>, Error> {
+fn start_patiently(
+    common: &Common,
+    options: &RunOptions,
+    signals: &Receiver<i32>,
+) -> Result<Option<Heartbeat>, Error> {
     let end = Instant::now() + limits::ENROLMENT_PATIENCE;
     loop {
         match start(common, options) {

@@ -20,7 +20,9 @@ use std::thread;
 
 use crossbeam_channel::{Receiver, bounded, never};
 use nix::sys::signal::{SigSet, Signal};
-use signal_hook::consts::{SIGALRM, SIGHUP, SIGINT, SIGIO, SIGPROF, SIGTERM, SIGUSR1, SIGUSR2, SIGVTALRM, SIGXFSZ};
+use signal_hook::consts::{
+    SIGALRM, SIGHUP, SIGINT, SIGIO, SIGPROF, SIGTERM, SIGUSR1, SIGUSR2, SIGVTALRM, SIGXFSZ,
+};
 use signal_hook::flag;
 use signal_hook::iterator::Signals;
 
@@ -29,7 +31,8 @@ use crate::error::Error;
 use crate::limits;
 
 /// Signals that would end `run` and mean nothing to it. systemd counts an end by some of them as a clean one.
-const MEANINGLESS: [c_int; 8] = [SIGUSR1, SIGUSR2, SIGALRM, SIGVTALRM, SIGPROF, SIGIO, libc::SIGSTKFLT, libc::SIGPWR];
+const MEANINGLESS: [c_int; 8] =
+    [SIGUSR1, SIGUSR2, SIGALRM, SIGVTALRM, SIGPROF, SIGIO, libc::SIGSTKFLT, libc::SIGPWR];
 
 /// For every process, before it writes its first file: a file that may not grow further (`ulimit -f`) is a write that fails,
 /// as on a full disk, and not the end.
@@ -51,7 +54,8 @@ fn of_run() -> Result<Receiver<c_int>, Error> {
     const NAME: &str = "signals";
     survive(MEANINGLESS.into_iter().chain(libc::SIGRTMIN()..=libc::SIGRTMAX()))?;
     let ignored = ignored();
-    let wanted: Vec<_> = [SIGTERM, SIGINT, SIGHUP].into_iter().filter(|signal| !has(ignored, *signal)).collect();
+    let wanted: Vec<_> =
+        [SIGTERM, SIGINT, SIGHUP].into_iter().filter(|signal| !has(ignored, *signal)).collect();
     let is_last = Arc::new(AtomicBool::new(false));
     for signal in wanted.iter().copied().filter(|signal| *signal != SIGHUP) {
         flag::register_conditional_shutdown(signal, 1, Arc::clone(&is_last)).map_err(failed)?;
@@ -71,7 +75,10 @@ fn of_run() -> Result<Receiver<c_int>, Error> {
             is_last.store(true, Ordering::SeqCst);
         }
     };
-    thread::Builder::new().name(NAME.to_owned()).spawn(act).map_err(|source| Error::thread(NAME, source))?;
+    thread::Builder::new()
+        .name(NAME.to_owned())
+        .spawn(act)
+        .map_err(|source| Error::thread(NAME, source))?;
     Ok(stops)
 }
 
@@ -91,7 +98,7 @@ fn survive(signals: impl IntoIterator<Item = c_int>) -> Result<(), Error> {
 }
 
 fn failed(source: io::Error) -> Error {
-    Error::setting("signals", "cannot be caught").because(source)
+    Error::setting("signals", "cannot be caught").with_source(source)
 }
 
 /// The signals that this process ignores, a bit each from the first on. Where the system does not say, none.

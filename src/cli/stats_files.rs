@@ -10,11 +10,12 @@ use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
 
 use super::metrics;
 use super::own_files::OwnFiles;
-use crate::error::{Error, printable_path};
-use crate::repeats::Repeats;
+use crate::error::{Error, sanitize_path};
+use crate::files;
+use crate::limits;
+use crate::log_throttle::LogThrottle;
 use crate::stats::Stats;
-use crate::text::{escaped_json, printable};
-use crate::{files, limits};
+use crate::text::{escaped_json, sanitize};
 
 const NAME: &str = "stats-files";
 
@@ -35,8 +36,10 @@ impl StatsFiles {
         metrics: Option<PathBuf>,
         own: OwnFiles,
     ) -> Result<Option<Self>, Error> {
-        let files: Vec<_> =
-            [stats.map(StatsFile::stats), metrics.map(StatsFile::metrics)].into_iter().flatten().collect();
+        let files: Vec<_> = [stats.map(StatsFile::stats), metrics.map(StatsFile::metrics)]
+            .into_iter()
+            .flatten()
+            .collect();
         if files.is_empty() {
             return Ok(None);
         }
@@ -49,7 +52,10 @@ impl StatsFiles {
             let _ = checks.send(files.iter().try_for_each(|file| file.check(&own)));
             write_each(files, &taken);
         };
-        thread::Builder::new().name(NAME.to_owned()).spawn(work).map_err(|source| Error::thread(NAME, source))?;
+        thread::Builder::new()
+            .name(NAME.to_owned())
+            .spawn(work)
+            .map_err(|source| Error::thread(NAME, source))?;
         checked.recv_timeout(limits::STATS_CHECK).unwrap_or(Ok(()))?;
         Ok(Some(Self { newest, waiting, end }))
     }
@@ -86,12 +92,14 @@ struct StatsFile {
     /// The last reason why it could not be written, so that it is logged once.
     problem: Option<String>,
     /// All of them: a file that can be written only now and then is logged less and less often.
-    problems: Repeats,
+    problems: LogThrottle,
 }
 
 impl StatsFile {
     fn stats(path: PathBuf) -> Self {
-        let text = |stats: &Stats| serde_json::to_string_pretty(stats).map(|json| escaped_json(&json) + "\n");
+        let text = |stats: &Stats| {
+            serde_json::to_string_pretty(stats).map(|json| escaped_json(&json) + "\n")
+        };
         Self::new("--stats-file", path, text, None)
     }
 
@@ -106,18 +114,22 @@ impl StatsFile {
         text: fn(&Stats) -> serde_json::Result<String>,
         mode: Option<u32>,
     ) -> Self {
-        Self { option, path, text, mode, problem: None, problems: Repeats::default() }
+        Self { option, path, text, mode, problem: None, problems: LogThrottle::default() }
     }
 
     /// A folder that is not there yet is no error: it may be mounted later.
     fn check(&self, own: &OwnFiles) -> Result<(), Error> {
         if let Some(what) = own.at(self.option, &self.path) {
-            let problem =
-                format!("{} is {what}, which would be replaced; name another file", printable_path(&self.path));
+            let problem = format!(
+                "{} is {what}, which would be replaced; name another file",
+                sanitize_path(&self.path)
+            );
             return Err(Error::config(self.option, problem));
         }
         match files::replaceable(&self.path) {
-            Err(error) if error.kind() == io::ErrorKind::InvalidInput => Err(refused(self.option, &self.path, error)),
+            Err(error) if error.kind() == io::ErrorKind::InvalidInput => {
+                Err(refused(self.option, &self.path, error))
+            }
             _ => Ok(()),
         }
     }
@@ -125,11 +137,12 @@ impl StatsFile {
     fn write(&mut self, stats: &Stats) {
         let text = (self.text)(stats).map_err(Into::into);
         let written = text.and_then(|text| files::replace(&self.path, text.as_bytes(), self.mode));
-        let problem = written.err().map(|error| printable(&error.to_string()));
-        if let Some(problem) = problem.as_ref().filter(|problem| self.problem.as_ref() != Some(problem))
+        let problem = written.err().map(|error| sanitize(&error.to_string()));
+        if let Some(problem) =
+            problem.as_ref().filter(|problem| self.problem.as_ref() != Some(problem))
             && self.problems.count("stats", problem, Instant::now()).is_some()
         {
-            let file = printable_path(&self.path);
+            let file = sanitize_path(&self.path);
             log::warn!("the stats cannot be written: file={file} error={problem:?}");
         }
         self.problem = problem;
@@ -137,8 +150,11 @@ impl StatsFile {
 }
 
 fn refused(option: &str, path: &Path, error: io::Error) -> Error {
-    let problem = format!("{} cannot be used; name a regular file, or a path where nothing is", printable_path(path));
-    Error::config(option, problem).because(error)
+    let problem = format!(
+        "{} cannot be used; name a regular file, or a path where nothing is",
+        sanitize_path(path)
+    );
+    Error::config(option, problem).with_source(error)
 }
 
 #[cfg(test)]

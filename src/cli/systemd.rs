@@ -14,8 +14,8 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, after, never};
 
 use crate::limits;
-use crate::repeats::Repeats;
-use crate::text::printable;
+use crate::log_throttle::LogThrottle;
+use crate::text::sanitize;
 
 const READY: &str = "READY=1\n";
 const STOPPING: &str = "STOPPING=1\n";
@@ -29,22 +29,26 @@ pub(super) struct Systemd {
     owes_ready: bool,
     /// How long it was waited last for the supervisor to have room for READY.
     pause: Duration,
-    problems: Repeats,
+    problems: LogThrottle,
 }
 
 impl Systemd {
     /// What the environment says. Where it cannot be used, that is logged, once.
     pub(super) fn from_env() -> Self {
-        let address = env::var_os("NOTIFY_SOCKET").filter(|name| !name.is_empty()).and_then(|name| {
-            let address = address(&name);
-            address
-                .inspect_err(|error| {
-                    let (name, problem) = (printable(&name.to_string_lossy()), error.to_string());
-                    log::warn!("systemd cannot be notified: NOTIFY_SOCKET={name:?} error={problem:?}");
-                })
-                .ok()
-        });
-        Self { address, owes_ready: false, pause: limits::READY, problems: Repeats::default() }
+        let address =
+            env::var_os("NOTIFY_SOCKET").filter(|name| !name.is_empty()).and_then(|name| {
+                let address = address(&name);
+                address
+                    .inspect_err(|error| {
+                        let (name, problem) =
+                            (sanitize(&name.to_string_lossy()), error.to_string());
+                        log::warn!(
+                            "systemd cannot be notified: NOTIFY_SOCKET={name:?} error={problem:?}"
+                        );
+                    })
+                    .ok()
+            });
+        Self { address, owes_ready: false, pause: limits::READY, problems: LogThrottle::default() }
     }
 
     pub(super) fn ready(&mut self) {
@@ -87,7 +91,7 @@ impl Systemd {
         match send(address, states.as_bytes()) {
             Ok(()) => self.owes_ready = false,
             Err(error) => {
-                let problem = printable(&error.to_string());
+                let problem = sanitize(&error.to_string());
                 if let Some(times) = self.problems.count("systemd", &problem, Instant::now()) {
                     log::warn!("systemd could not be notified: times={times} error={problem:?}");
                 }
@@ -107,15 +111,22 @@ fn address(name: &OsStr) -> io::Result<SocketAddr> {
     match name.as_bytes() {
         [b'@', abstract_name @ ..] => SocketAddr::from_abstract_name(abstract_name),
         [b'/', ..] => SocketAddr::from_pathname(name),
-        _ => Err(io::Error::new(io::ErrorKind::InvalidInput, "neither an absolute path nor an abstract socket")),
+        _ => Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            "neither an absolute path nor an abstract socket",
+        )),
     }
 }
 
 /// How often systemd is to hear that all is well: twice in the time after which it ends the service. `None`: it does not
 /// watch this process.
 pub(super) fn watchdog() -> Option<Duration> {
-    let theirs = env::var_os("WATCHDOG_PID").is_none_or(|pid| number(pid) == Some(u64::from(std::process::id())));
-    let limit = env::var_os("WATCHDOG_USEC").filter(|_| theirs).and_then(number).filter(|usec| *usec > 0)?;
+    let theirs = env::var_os("WATCHDOG_PID")
+        .is_none_or(|pid| number(pid) == Some(u64::from(std::process::id())));
+    let limit = env::var_os("WATCHDOG_USEC")
+        .filter(|_| theirs)
+        .and_then(number)
+        .filter(|usec| *usec > 0)?;
     Some((Duration::from_micros(limit) / 2).max(limits::WATCHDOG))
 }
 

@@ -21,13 +21,13 @@ use std::collections::BTreeSet;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use super::arguments::{Common, Telling, TrackOptions};
+use super::arguments::{Common, DeltaOptions, TrackOptions};
 use super::command_signals::Signals;
 use super::report::{Patience, Reported, Reporter};
 use super::{enrolment, outbox, warn_of_unlisted};
 use crate::delta::{LifecycleDelta, Operation, Outcome};
 use crate::error::{Error, chain};
-use crate::outbox::{Kept, OutboxLocation, Poster};
+use crate::outbox::{OutboxLocation, QueuedDelta, SentBy};
 use command::Ended;
 use stderr::Stderr;
 
@@ -37,7 +37,8 @@ pub(super) fn track(common: &Common, options: TrackOptions) -> Result<ExitCode, 
     let mut signals = Signals::catch();
     let (mut stderr, outputs) = Stderr::copied();
     let deckies = deckies.into_iter().collect::<BTreeSet<_>>().into_iter().collect();
-    let mut tracked = Tracked { common, operation, deckies, location: outbox(path), reporter: None, begun: None };
+    let mut tracked =
+        Tracked { common, operation, deckies, location: outbox(path), reporter: None, begun: None };
     let is_enrolled = tracked.begin();
     let early = signals.deadly();
     let ended = match early {
@@ -49,7 +50,8 @@ pub(super) fn track(common: &Common, options: TrackOptions) -> Result<ExitCode, 
     };
     if is_enrolled {
         // A signal before the start asks us to end at once.
-        let telling = early.map_or(telling, |_| Telling { timeout: Duration::ZERO, no_wait: true });
+        let telling =
+            early.map_or(telling, |_| DeltaOptions { timeout: Duration::ZERO, no_wait: true });
         tracked.end(&ended.outcome, &telling, &mut signals);
     }
     stderr.finish();
@@ -87,7 +89,11 @@ impl Tracked<'_> {
         };
         match reporter.begin(self.operation, &self.deckies) {
             Ok(ids) => self.begun = Some(ids),
-            Err(error) => log::warn!("the outbox cannot be used: {} error={:?}", reporter.names(), chain(&error)),
+            Err(error) => log::warn!(
+                "the outbox cannot be used: {} error={:?}",
+                reporter.names(),
+                chain(&error)
+            ),
         }
         true
     }
@@ -97,7 +103,7 @@ impl Tracked<'_> {
     }
 
     /// Reports how it ended: now, or by way of the outbox.
-    fn end(mut self, outcome: &Outcome, telling: &Telling, signals: &mut Signals) {
+    fn end(mut self, outcome: &Outcome, telling: &DeltaOptions, signals: &mut Signals) {
         // Now, as this is when it ended.
         let delta = |decky: &String| match outcome {
             Outcome::Succeeded => LifecycleDelta::succeeded(decky, self.operation),
@@ -105,45 +111,66 @@ impl Tracked<'_> {
         };
         let deltas: Vec<_> = self.deckies.iter().map(delta).collect();
         // Rows in memory end with us. Any that are in a file, also in one that was replaced, must end by this name.
-        let begun = self.begun.take().filter(|_| self.reporter.as_ref().is_some_and(Reporter::goes_to_disk));
+        let begun = self
+            .begun
+            .take()
+            .filter(|_| self.reporter.as_ref().is_some_and(Reporter::goes_to_disk));
         let again = if begun.is_none() { self.open().map(Some) } else { Ok(None) };
         let mut reporter = match (again, self.reporter) {
             (Ok(Some(reporter)), _) | (_, Some(reporter)) => reporter,
             (Ok(None), None) => return,
-            (Err(error), None) => return log::error!("neither delivered nor kept: error={:?}", chain(&error)),
+            (Err(error), None) => {
+                return log::error!("neither delivered nor kept: error={:?}", chain(&error));
+            }
         };
         // A deploy lists its deckies while it runs.
         warn_of_unlisted(reporter.agent_dir(), self.deckies.iter().map(String::as_str));
         let mut patience = Patience::new(telling.timeout, Some(signals));
         let reported = match begun {
             Some(ids) => {
-                let ended = ids.into_iter().zip(deltas).map(|(id, delta)| Kept { id, delta }).collect();
+                let ended = ids
+                    .into_iter()
+                    .zip(deltas)
+                    .map(|(id, delta)| QueuedDelta { id, delta })
+                    .collect();
                 end_begun(&reporter, ended, telling, &mut patience)
             }
             None => end_unbegun(&mut reporter, &self.location, &deltas, telling, &mut patience),
         };
         match reported {
             Reported::Delivered | Reported::Left => (),
-            Reported::Kept(why) => {
+            Reported::QueuedDelta(why) => {
                 let (names, outbox) = (reporter.names(), reporter.place());
-                log::warn!("kept for decnet-heartbeat run, not delivered: {names} outbox={outbox} error={why:?}");
+                log::warn!(
+                    "kept for decnet-heartbeat run, not delivered: {names} outbox={outbox} error={why:?}"
+                );
             }
             Reported::InDoubt(why) => {
-                log::error!("it is in doubt whether the report is kept: {} error={why:?}", reporter.names());
+                log::error!(
+                    "it is in doubt whether the report is kept: {} error={why:?}",
+                    reporter.names()
+                );
                 reporter.await_disk(&mut patience);
             }
-            Reported::Lost(why) => log::error!("neither delivered nor kept: {} error={why:?}", reporter.names()),
+            Reported::Lost(why) => {
+                log::error!("neither delivered nor kept: {} error={why:?}", reporter.names())
+            }
         }
     }
 }
 
 /// Reports rows that are in flight on the disk.
-fn end_begun(reporter: &Reporter, ended: Vec<Kept>, telling: &Telling, patience: &mut Patience<'_>) -> Reported {
+fn end_begun(
+    reporter: &Reporter,
+    ended: Vec<QueuedDelta>,
+    telling: &DeltaOptions,
+    patience: &mut Patience<'_>,
+) -> Reported {
     if telling.no_wait {
-        reporter.end(&ended, Poster::Deliverer);
+        reporter.end(&ended, SentBy::Deliverer);
         return reporter.leave(patience);
     }
-    reporter.end(&ended, Poster::Us);
+    reporter.end(&ended, SentBy::Us);
     reporter.post(&ended, patience)
 }
 
@@ -153,14 +180,14 @@ fn end_unbegun(
     reporter: &mut Reporter,
     location: &OutboxLocation,
     deltas: &[LifecycleDelta],
-    telling: &Telling,
+    telling: &DeltaOptions,
     patience: &mut Patience<'_>,
 ) -> Reported {
     let reported = reporter.report(deltas, telling, patience);
     let Reported::Lost(why) = reported else { return reported };
     match reporter.insist(location, deltas, patience) {
         None => Reported::Lost(why),
-        Some(Reported::Left) if !telling.no_wait => Reported::Kept(why),
+        Some(Reported::Left) if !telling.no_wait => Reported::QueuedDelta(why),
         Some(reported) => reported,
     }
 }

@@ -10,31 +10,35 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, UNIX_EPOCH};
 
 use serde::de::IgnoredAny;
-use ureq::unversioned::transport::{Buffers, ConnectionDetails, Connector, LazyBuffers, NextTimeout, Transport};
+use ureq::unversioned::transport::{
+    Buffers, ConnectionDetails, Connector, LazyBuffers, NextTimeout, Transport,
+};
 
 use super::{SEPARATOR, assert_sayable, parts};
 use crate::limits;
-use crate::master::{Master, Verdict, parse_retry_after};
-use crate::socket::SocketTransport;
-use crate::status::docker::{Docker, Engine};
-use crate::tls::Connections;
+use crate::master::tls::Connections;
+use crate::master::{MasterClient, Verdict, parse_retry_after};
+use crate::status::docker::{Docker, DockerState};
+use crate::transport::SocketTransport;
 
 /// Posts a beat to a master that says this, in pieces with a NUL between each two. The last of several it says again and
 /// again, without end.
 pub fn master(input: &[u8]) {
-    let mut pieces: VecDeque<_> = input.split(|byte| *byte == SEPARATOR).map(<[u8]>::to_vec).collect();
+    let mut pieces: VecDeque<_> =
+        input.split(|byte| *byte == SEPARATOR).map(<[u8]>::to_vec).collect();
     let forever = if pieces.len() > 1 { pieces.pop_back().unwrap_or_default() } else { Vec::new() };
     let said = [pieces.make_contiguous().concat(), forever.repeat(2)].concat();
-    let connector = InMemory { pieces, forever, taken: Arc::default(), connections: Arc::default() };
+    let connector =
+        InMemory { pieces, forever, taken: Arc::default(), connections: Arc::default() };
     let (taken, connections) = (Arc::clone(&connector.taken), Arc::clone(&connector.connections));
-    let reply = Master::behind(connector, connections).post(b"{}", limits::POST);
+    let reply = MasterClient::behind(connector, connections).post(b"{}", limits::POST);
     assert_sayable(&reply.detail);
     assert_sayable(&reply.class);
     assert!(taken.load(Ordering::Relaxed) <= MOST_TAKEN, "{taken:?} bytes of one answer");
-    assert_eq!(reply.class.starts_with("http-"), reply.verdict != Verdict::NoAnswer);
+    assert_eq!(reply.class.starts_with("http-"), reply.verdict != Verdict::NoResponse);
     match reply.verdict {
         Verdict::Accepted => assert!(has_status(&said, b"2") && reply.detail.is_empty()),
-        Verdict::TryLater(Some(wait)) => assert_wait(wait),
+        Verdict::RetryLater(Some(wait)) => assert_wait(wait),
         _ => (),
     }
 }
@@ -50,7 +54,9 @@ fn has_status(answer: &[u8], status: &[u8]) -> bool {
 pub fn retry_after(input: &[u8]) {
     let Ok(text) = std::str::from_utf8(input) else { return };
     // 6 November 1994, the date of RFC 9110's examples; and as early and as late as there are dates.
-    for now in [784_111_777, 0, 253_402_300_799].map(|seconds| UNIX_EPOCH + Duration::from_secs(seconds)) {
+    for now in
+        [784_111_777, 0, 253_402_300_799].map(|seconds| UNIX_EPOCH + Duration::from_secs(seconds))
+    {
         if let Some(wait) = parse_retry_after(text, now) {
             assert_wait(wait);
         }
@@ -65,11 +71,16 @@ fn assert_wait(wait: Duration) {
 /// Asks a Docker whose two answers have these bodies, with a NUL between them.
 pub fn docker_json(input: &[u8]) {
     let answers: [&[u8]; 2] = parts(input);
-    let ok =
-        |json: &[u8]| [format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n", json.len()).as_bytes(), json].concat();
+    let ok = |json: &[u8]| {
+        [format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n", json.len()).as_bytes(), json]
+            .concat()
+    };
     let found = ask(answers.map(ok));
     for (json, found) in answers.into_iter().zip(found) {
-        assert!(is_array(json) || !found, "an engine without containers would count every decky as degraded");
+        assert!(
+            is_array(json) || !found,
+            "an engine without containers would count every decky as degraded"
+        );
     }
 }
 
@@ -78,7 +89,9 @@ pub fn docker_http(input: &[u8]) {
     let answers: [&[u8]; 2] = parts(input);
     // A connection that is kept gives its rest to the second request.
     if ask(answers.map(<[u8]>::to_vec)).contains(&true) {
-        assert!(answers.into_iter().any(|answer| has_status(answer, b"200") && answer.contains(&b'[')));
+        assert!(
+            answers.into_iter().any(|answer| has_status(answer, b"200") && answer.contains(&b'['))
+        );
     }
 }
 
@@ -91,10 +104,16 @@ fn ask(answers: [Vec<u8>; 2]) -> [bool; 2] {
     let connector = Answering { answers: Mutex::new(answers.into()), peers: Mutex::default() };
     let engine = Docker::behind(connector).engine();
     engine.left_out().iter().for_each(|left_out| assert_sayable(left_out));
-    let Engine { containers, networks } = engine;
-    [networks.as_ref().err(), containers.as_ref().err()].into_iter().flatten().for_each(|it| assert_sayable(it));
+    let DockerState { containers, networks } = engine;
+    [networks.as_ref().err(), containers.as_ref().err()]
+        .into_iter()
+        .flatten()
+        .for_each(|it| assert_sayable(it));
     let is_own = |name: &String| !name.contains('/') && name.len() <= limits::DOCKER_NAME;
-    assert!(containers.iter().all(|it| it.states.keys().all(is_own)), "a link's name is none of its own");
+    assert!(
+        containers.iter().all(|it| it.states.keys().all(is_own)),
+        "a link's name is none of its own"
+    );
     [networks.is_ok(), containers.is_ok()]
 }
 
@@ -113,12 +132,25 @@ struct InMemory {
 impl Connector for InMemory {
     type Out = InMemoryTransport;
 
-    fn connect(&self, details: &ConnectionDetails<'_>, _: Option<()>) -> Result<Option<Self::Out>, ureq::Error> {
-        let buffers = LazyBuffers::new(details.config.input_buffer_size(), details.config.output_buffer_size());
+    fn connect(
+        &self,
+        details: &ConnectionDetails<'_>,
+        _: Option<()>,
+    ) -> Result<Option<Self::Out>, ureq::Error> {
+        let buffers = LazyBuffers::new(
+            details.config.input_buffer_size(),
+            details.config.output_buffer_size(),
+        );
         let (pieces, taken) = (self.pieces.clone(), Arc::clone(&self.taken));
         // Of single bytes there would be so many that it takes seconds.
         let forever = self.forever.repeat(limits::HTTP_BUFFER / 4 / self.forever.len().max(1) + 1);
-        Ok(Some(InMemoryTransport { buffers, pieces, forever, taken, connections: Arc::clone(&self.connections) }))
+        Ok(Some(InMemoryTransport {
+            buffers,
+            pieces,
+            forever,
+            taken,
+            connections: Arc::clone(&self.connections),
+        }))
     }
 }
 
@@ -176,7 +208,11 @@ struct Answering {
 impl Connector for Answering {
     type Out = SocketTransport;
 
-    fn connect(&self, details: &ConnectionDetails<'_>, _: Option<()>) -> Result<Option<Self::Out>, ureq::Error> {
+    fn connect(
+        &self,
+        details: &ConnectionDetails<'_>,
+        _: Option<()>,
+    ) -> Result<Option<Self::Out>, ureq::Error> {
         let (ours, mut peer) = UnixStream::pair()?;
         peer.write_all(&self.answers.lock().unwrap().pop_front().unwrap_or_default())?;
         peer.shutdown(Shutdown::Write)?;

@@ -6,10 +6,10 @@ use rustls::ClientConnection;
 use rustls::pki_types::ServerName;
 
 use super::{assert_sayable, parts};
-use crate::bundle::Bundle;
+use crate::credentials::bundle::Bundle;
 use crate::error::chain;
-use crate::identity::MasterIdentity;
-use crate::verifier;
+use crate::master::identity::MasterIdentity;
+use crate::master::verifier;
 
 /// So many base64 digits of a key are a leak.
 const LEAK: usize = 16;
@@ -30,7 +30,13 @@ pub fn bundle(input: &[u8]) {
         Ok(bundle) => {
             assert!(!bundle.roots.is_empty());
             assert_eq!(bundle.certificate.fingerprint.len(), 64);
-            assert!(bundle.certificate.fingerprint.bytes().all(|digit| matches!(digit, b'0'..=b'9' | b'a'..=b'f')));
+            assert!(
+                bundle
+                    .certificate
+                    .fingerprint
+                    .bytes()
+                    .all(|digit| matches!(digit, b'0'..=b'9' | b'a'..=b'f'))
+            );
             let name = ServerName::try_from("swarmctl").unwrap();
             let config = verifier::client_config(
                 &bundle,

@@ -1,7 +1,7 @@
 //! `decnet.ini`, whatever stands in it.
 
 use super::assert_sayable;
-use crate::enrolment::{Enrolment, EnrolmentSources};
+use crate::credentials::enrolment::{Enrolment, EnrolmentSources};
 use crate::error::{Error, chain};
 
 /// Stands at the end of the ini, where nothing refers to it: of such values no error may speak.
@@ -13,7 +13,11 @@ const SAID: [&[(&str, &str)]; 4] = [
     &[],
     &[("DECNET_MODE", "agent")],
     &[("DECNET_SWARMCTL_PORT", "8770")],
-    &[("DECNET_SWARMCTL_PORT", "8770"), ("DECNET_HOST_UUID", "0c4f9a52"), ("DECNET_MASTER_HOST", "master.lan")],
+    &[
+        ("DECNET_SWARMCTL_PORT", "8770"),
+        ("DECNET_HOST_UUID", "0c4f9a52"),
+        ("DECNET_MASTER_HOST", "master.lan"),
+    ],
 ];
 
 /// Reads an enrolment from an ini with this content.
@@ -28,7 +32,9 @@ pub fn ini(input: &[u8]) {
 }
 
 fn read(variables: &[(&str, &str)], content: Vec<u8>) -> Result<Enrolment, Error> {
-    EnrolmentSources::from_variables(variables.iter().copied()).config("decnet.ini").read_content(content)
+    EnrolmentSources::from_variables(variables.iter().copied())
+        .config("decnet.ini")
+        .read_content(content)
 }
 
 fn check(read: Result<Enrolment, Error>) {
@@ -38,7 +44,9 @@ fn check(read: Result<Enrolment, Error>) {
             assert_sayable(&enrolment.master_authority());
             assert_ne!(*enrolment.master_port().value(), 0);
             assert!(!enrolment.agent_dir().value().to_string_lossy().contains(char::is_control));
-            for provenance in [enrolment.host_uuid().provenance(), enrolment.agent_dir().provenance()] {
+            for provenance in
+                [enrolment.host_uuid().provenance(), enrolment.agent_dir().provenance()]
+            {
                 assert_sayable(&provenance.to_string());
             }
         }

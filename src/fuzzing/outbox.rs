@@ -9,11 +9,11 @@ use rusqlite::types::{ToSqlOutput, ValueRef};
 use rusqlite::{Connection, params_from_iter};
 
 use super::scratch;
-use crate::body::Body;
 use crate::delta::{LifecycleDelta, Operation};
 use crate::limits;
+use crate::master::body::Body;
 use crate::outbox::schema::{LAST_ID_AT_MOST, last_id};
-use crate::outbox::{Kept, Outbox, OutboxLocation, Role, Settled, deadline};
+use crate::outbox::{DeliveryResult, Outbox, OutboxLocation, QueuedDelta, Role, deadline};
 use crate::status::Snapshot;
 
 /// Rows of one input: more of them find nothing new.
@@ -41,7 +41,8 @@ pub fn outbox_rows(input: &[u8]) {
     let kept = deliverable(&mut outbox);
     assert_eq!(kept.len(), waiting.len() + 1);
     assert!(ids(&kept).is_superset(&waiting));
-    let (settled, left): (Vec<_>, Vec<_>) = kept.into_iter().partition(|kept| settling >> (kept.id & 7) & 1 == 1);
+    let (settled, left): (Vec<_>, Vec<_>) =
+        kept.into_iter().partition(|kept| settling >> (kept.id & 7) & 1 == 1);
     settle(&mut outbox, &settled);
     assert_eq!(deliverable(&mut outbox), left);
     outbox.pass(limits::OUTBOX_AGING).unwrap();
@@ -75,14 +76,20 @@ pub fn outbox_file(input: &[u8]) {
     outbox.tend().unwrap();
     outbox.keep(&[good("last")]).unwrap();
     let last = deliverable(&mut outbox);
-    assert_eq!(last.iter().map(|kept| kept.delta.decky()).collect::<Vec<_>>(), ["good-last", "good-new"]);
+    assert_eq!(
+        last.iter().map(|kept| kept.delta.decky()).collect::<Vec<_>>(),
+        ["good-last", "good-new"]
+    );
     drop(outbox);
 
     assert_eq!(deliverable(&mut open(&path)), last);
     let asides = asides(&path);
     assert!(asides.len() <= 1);
     let content = |file: &[u8]| file.get(HEADER..).map(<[u8]>::to_vec);
-    assert!(asides.iter().all(|aside| content(&fs::read(aside).unwrap()) == content(input)), "it is as it was");
+    assert!(
+        asides.iter().all(|aside| content(&fs::read(aside).unwrap()) == content(input)),
+        "it is as it was"
+    );
 }
 
 /// The place of an outbox in a folder of its own, where nothing is.
@@ -109,7 +116,8 @@ fn fill(path: &Path, input: &mut Input<'_>) -> [BTreeSet<i64>; 2] {
     let file = Connection::open(path).unwrap();
     let sequence = ToSqlOutput::Borrowed(input.value());
     file.execute("UPDATE sqlite_sequence SET seq = ifnull(?1, seq)", [sequence]).unwrap();
-    let mut insert = file.prepare("INSERT INTO delta VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)").unwrap();
+    let mut insert =
+        file.prepare("INSERT INTO delta VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)").unwrap();
     for _ in 0..ROWS {
         if input.0.is_empty() {
             break;
@@ -143,26 +151,29 @@ fn good(decky: &str) -> LifecycleDelta {
 }
 
 /// What waits, newest first, as a beat can say it.
-fn deliverable(outbox: &mut Outbox) -> Vec<Kept> {
+fn deliverable(outbox: &mut Outbox) -> Vec<QueuedDelta> {
     let kept = outbox.deliverable(limits::OUTBOX_ROWS, deadline()).unwrap();
     assert!(kept.windows(2).all(|pair| pair[0].id > pair[1].id));
     assert_eq!(outbox.books().counts.waiting, kept.len() as u64);
-    let (status, lifecycle) = (Snapshot::unknown(""), kept.iter().map(|kept| &kept.delta).collect::<Vec<_>>());
+    let (status, lifecycle) =
+        (Snapshot::unknown(""), kept.iter().map(|kept| &kept.delta).collect::<Vec<_>>());
     let status = status.raw_status();
-    let body = Body { host_uuid: "u", agent_version: "1", status, topology: None, lifecycle: &lifecycle };
+    let body =
+        Body { host_uuid: "u", agent_version: "1", status, topology: None, lifecycle: &lifecycle };
     serde_json::to_vec(&body).unwrap();
     kept
 }
 
-fn ids(kept: &[Kept]) -> BTreeSet<i64> {
+fn ids(kept: &[QueuedDelta]) -> BTreeSet<i64> {
     kept.iter().map(|kept| kept.id).collect()
 }
 
 /// The master takes those with even ids, and never will the others.
-fn settle(outbox: &mut Outbox, kept: &[Kept]) {
-    let (delivered, rejected): (Vec<_>, Vec<_>) = kept.iter().cloned().partition(|kept| kept.id & 1 == 0);
-    outbox.settle(&delivered, &Settled::Delivered, deadline()).unwrap();
-    outbox.settle(&rejected, &Settled::Rejected("no".to_owned()), deadline()).unwrap();
+fn settle(outbox: &mut Outbox, kept: &[QueuedDelta]) {
+    let (delivered, rejected): (Vec<_>, Vec<_>) =
+        kept.iter().cloned().partition(|kept| kept.id & 1 == 0);
+    outbox.settle(&delivered, &DeliveryResult::Delivered, deadline()).unwrap();
+    outbox.settle(&rejected, &DeliveryResult::Rejected("no".to_owned()), deadline()).unwrap();
 }
 
 /// The files that were moved aside.

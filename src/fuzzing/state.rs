@@ -6,22 +6,31 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 
 use super::assert_sayable;
-use crate::body::Body;
+use crate::master::body::Body;
 use crate::status::Snapshot;
 use crate::status::decnet::report;
-use crate::status::docker::{Containers, Engine, Networks};
+use crate::status::docker::{Containers, DockerState, Networks};
 use crate::status::state::State;
-use crate::text::printable;
+use crate::text::sanitize;
 
 /// Makes a status of a state file with this content, where Docker answers and where it does not.
 pub fn state_file(input: &[u8]) {
-    let containers = [("decky-01-ssh", "running"), ("decky-01-smb-share", "exited"), ("decky-02-ftp", "running")];
+    let containers = [
+        ("decky-01-ssh", "running"),
+        ("decky-01-smb-share", "exited"),
+        ("decky-02-ftp", "running"),
+    ];
     let states = containers.map(|(name, state)| (name.to_owned(), Some(state.to_owned()))).into();
     let networks = Ok(Networks::default());
-    let engine = Engine { containers: Ok(Containers { states, left_out: None }), networks: networks.clone() };
-    let away = Engine { containers: Err("away".to_owned()), networks };
-    let state = State::parse(input).map_err(|problem| printable(&problem));
-    let reported = |engine| state.as_ref().map_err(String::clone).and_then(|state| report(Some(state), engine, None));
+    let engine = DockerState {
+        containers: Ok(Containers { states, left_out: None }),
+        networks: networks.clone(),
+    };
+    let away = DockerState { containers: Err("away".to_owned()), networks };
+    let state = State::parse(input).map_err(|problem| sanitize(&problem));
+    let reported = |engine| {
+        state.as_ref().map_err(String::clone).and_then(|state| report(Some(state), engine, None))
+    };
     let seen = check(reported(&engine));
     let unseen = check(reported(&away));
     if let Some(status) = seen {
@@ -29,7 +38,10 @@ pub fn state_file(input: &[u8]) {
     }
     if let Some(status) = unseen {
         assert_eq!(object(&status).get("error").map(|error| error.get()), Some(r#""away""#));
-        assert!(!object(&status).contains_key("deckies"), "a decky without states would count as degraded");
+        assert!(
+            !object(&status).contains_key("deckies"),
+            "a decky without states would count as degraded"
+        );
     }
 }
 
@@ -43,7 +55,13 @@ fn check(status: Result<Snapshot, String>) -> Option<String> {
         }
     };
     let status_sent = snapshot.raw_status();
-    let body = Body { host_uuid: "u", agent_version: "1", status: status_sent, topology: None, lifecycle: &[] };
+    let body = Body {
+        host_uuid: "u",
+        agent_version: "1",
+        status: status_sent,
+        topology: None,
+        lifecycle: &[],
+    };
     let body = serde_json::to_string(&body).unwrap();
     assert_eq!(object(&body)["status"].get(), snapshot.status());
     object(snapshot.status());

@@ -9,7 +9,8 @@ use serde_json::{Map, Value, json};
 
 use super::fault::{Answer, first_header};
 use super::{Enrolled, LifecycleRow, Received, RowStatus, Shard, ShardState};
-use crate::{limits, text};
+use crate::limits;
+use crate::text;
 
 #[derive(Debug, Default)]
 pub(super) struct Book {
@@ -101,7 +102,9 @@ impl Book {
     fn beat(&mut self, heartbeat: &Heartbeat, fingerprint: &str) -> Answer {
         match self.pins.get(&heartbeat.host_uuid) {
             None => return refusal(404, "unknown host"),
-            Some(pinned) if pinned != fingerprint => return refusal(403, "cert fingerprint mismatch"),
+            Some(pinned) if pinned != fingerprint => {
+                return refusal(403, "cert fingerprint mismatch");
+            }
             Some(_) => {}
         }
         for delta in heartbeat.lifecycle.iter().flatten() {
@@ -121,8 +124,11 @@ impl Book {
             "failed" => RowStatus::Failed,
             _ => return None,
         };
-        let fits = |row: &LifecycleRow| row.host_uuid == uuid && row.decky == decky && row.operation == operation;
-        let place = *self.running.iter().rev().find(|place| self.rows.get(**place).is_some_and(fits))?;
+        let fits = |row: &LifecycleRow| {
+            row.host_uuid == uuid && row.decky == decky && row.operation == operation
+        };
+        let place =
+            *self.running.iter().rev().find(|place| self.rows.get(**place).is_some_and(fits))?;
         let row = self.rows.get_mut(place)?;
         row.status = status;
         if status != RowStatus::Running {
@@ -146,9 +152,17 @@ impl Book {
         let runtime = status.get("runtime");
         for decky in status.get("deckies").and_then(Value::as_array).into_iter().flatten() {
             let Some(decky) = parse_decky(decky) else { continue };
-            let running = runtime.and_then(|all| all.get(&decky.name)).and_then(|state| state.get("running"));
-            let state = if running.is_some_and(is_truthy) { ShardState::Running } else { ShardState::Degraded };
-            self.shards.insert(decky.name, Shard { host_uuid: uuid.to_owned(), services: decky.services, state });
+            let running =
+                runtime.and_then(|all| all.get(&decky.name)).and_then(|state| state.get("running"));
+            let state = if running.is_some_and(is_truthy) {
+                ShardState::Running
+            } else {
+                ShardState::Degraded
+            };
+            self.shards.insert(
+                decky.name,
+                Shard { host_uuid: uuid.to_owned(), services: decky.services, state },
+            );
         }
     }
 }
@@ -184,14 +198,21 @@ fn parse(request: &Received) -> Result<Heartbeat, Answer> {
         return Err(refusal(400, "There was an error parsing the body"));
     }
     if !is_json(first_header(&request.headers, "content-type").unwrap_or_default()) {
-        return Err(unprocessable("model_attributes_type", "Input should be a valid dictionary or object"));
+        return Err(unprocessable(
+            "model_attributes_type",
+            "Input should be a valid dictionary or object",
+        ));
     }
     match &request.json {
         Some(Value::Object(body)) => {
             // By way of a `Value`: of a key that stands there twice, the last one counts.
-            Heartbeat::deserialize(body).map_err(|cause| unprocessable("value_error", &cause.to_string()))
+            Heartbeat::deserialize(body)
+                .map_err(|cause| unprocessable("value_error", &cause.to_string()))
         }
-        Some(_) => Err(unprocessable("model_attributes_type", "Input should be a valid dictionary or object")),
+        Some(_) => Err(unprocessable(
+            "model_attributes_type",
+            "Input should be a valid dictionary or object",
+        )),
         None if request.body.is_empty() => Err(unprocessable("missing", "Field required")),
         None => Err(unprocessable("json_invalid", "JSON decode error")),
     }
@@ -200,12 +221,17 @@ fn parse(request: &Received) -> Result<Heartbeat, Answer> {
 /// `application/json` or `application/…+json`, with or without parameters.
 fn is_json(content_type: &str) -> bool {
     let essence = content_type.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
-    essence.strip_prefix("application/").is_some_and(|subtype| subtype == "json" || subtype.ends_with("+json"))
+    essence
+        .strip_prefix("application/")
+        .is_some_and(|subtype| subtype == "json" || subtype.ends_with("+json"))
 }
 
 fn parse_decky(decky: &Value) -> Option<Decky> {
     // A list of the values in their order would do for serde.
-    decky.as_object().and_then(|decky| Decky::deserialize(decky).ok()).filter(|decky| !decky.services.is_empty())
+    decky
+        .as_object()
+        .and_then(|decky| Decky::deserialize(decky).ok())
+        .filter(|decky| !decky.services.is_empty())
 }
 
 /// RFC 3339 in UTC, with a `Z` or an offset of nothing.

@@ -9,8 +9,8 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rcgen::{
-    BasicConstraints, CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, IsCa, KeyPair,
-    KeyUsagePurpose,
+    BasicConstraints, CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, IsCa,
+    KeyPair, KeyUsagePurpose,
 };
 use ring::digest::{SHA256, digest};
 use rustls::RootCertStore;
@@ -21,8 +21,8 @@ use rustls::server::{ServerConfig, WebPkiClientVerifier};
 use rustls::version::{TLS12, TLS13};
 
 use super::Offered;
-use crate::error::{Error, printable_path};
-use crate::identity::hex;
+use crate::error::{Error, sanitize_path};
+use crate::master::identity::hex;
 
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 
@@ -139,11 +139,16 @@ impl Authority {
             let mut params = named("DECNET SWARM Root CA", &[])?;
             params.not_after = params.not_before + 3650 * DAY;
             params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
-            params.key_usages =
-                vec![KeyUsagePurpose::DigitalSignature, KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+            params.key_usages = vec![
+                KeyUsagePurpose::DigitalSignature,
+                KeyUsagePurpose::KeyCertSign,
+                KeyUsagePurpose::CrlSign,
+            ];
             CertifiedIssuer::self_signed(params, KeyPair::generate()?)
         };
-        let issuer = made().map_err(|cause| Error::loopback("cannot make a certificate authority").because(cause))?;
+        let issuer = made().map_err(|cause| {
+            Error::loopback("cannot make a certificate authority").with_source(cause)
+        })?;
         Ok(Self { issuer: Arc::new(issuer) })
     }
 
@@ -187,7 +192,9 @@ impl Authority {
                 key: key.serialize_pem(),
             })
         };
-        made().map_err(|cause| Error::loopback(format!("cannot issue a certificate for {role:?}")).because(cause))
+        made().map_err(|cause| {
+            Error::loopback(format!("cannot issue a certificate for {role:?}")).with_source(cause)
+        })
     }
 
     /// An authority whose own certificate is one that this authority issues for that role. It issues others with its key,
@@ -209,8 +216,9 @@ impl Authority {
         let made = || -> Result<_, rcgen::Error> {
             CertifiedIssuer::signed_by(params_of(&role)?, KeyPair::generate()?, &self.issuer)
         };
-        let issuer = made()
-            .map_err(|cause| Error::loopback(format!("cannot issue a certificate for {role:?}")).because(cause))?;
+        let issuer = made().map_err(|cause| {
+            Error::loopback(format!("cannot issue a certificate for {role:?}")).with_source(cause)
+        })?;
         Ok(Self { issuer: Arc::new(issuer) })
     }
 
@@ -249,7 +257,9 @@ impl Authority {
 
 impl fmt::Debug for Authority {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Authority").field("fingerprint", &fingerprint(self.issuer.der())).finish_non_exhaustive()
+        f.debug_struct("Authority")
+            .field("fingerprint", &fingerprint(self.issuer.der()))
+            .finish_non_exhaustive()
     }
 }
 
@@ -270,7 +280,8 @@ fn params_of(role: &Role) -> Result<CertificateParams, rcgen::Error> {
     params.distinguished_name.push(DnType::OrganizationalUnitName, "swarm-worker");
     params.is_ca = IsCa::ExplicitNoCa;
     params.key_usages = vec![KeyUsagePurpose::DigitalSignature, KeyUsagePurpose::KeyEncipherment];
-    params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+    params.extended_key_usages =
+        vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
     match role {
         Role::Expired => {
             params.not_after = params.not_before - DAY;
@@ -278,7 +289,9 @@ fn params_of(role: &Role) -> Result<CertificateParams, rcgen::Error> {
         }
         Role::ShortLived(_, left) => params.not_after = params.not_before + BACKDATED + *left,
         Role::NotYetValid => params.not_before += DAY,
-        Role::WithoutServerAuth => params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth],
+        Role::WithoutServerAuth => {
+            params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth]
+        }
         Role::CaAsLeaf => params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained),
         Role::Master | Role::Worker(_) | Role::WebEnrolled { .. } | Role::Named(_) => {}
     }
@@ -300,7 +313,11 @@ fn named(common_name: &str, alternatives: &[&str]) -> Result<CertificateParams, 
 
 /// The server's side of TLS: client certificates from `client_ca` (PEM) are required; sessions resume by ticket, and
 /// the keys of the tickets are new with each configuration, as they are with each start of uvicorn.
-pub(super) fn server_config(server: &Issued, client_ca: &str, offered: Offered) -> Result<Arc<ServerConfig>, Error> {
+pub(super) fn server_config(
+    server: &Issued,
+    client_ca: &str,
+    offered: Offered,
+) -> Result<Arc<ServerConfig>, Error> {
     let made = || -> Result<_, Box<dyn std::error::Error + Send + Sync>> {
         let versions: &[_] = match offered {
             Offered::Tls12And13 => &[&TLS13, &TLS12],
@@ -311,8 +328,11 @@ pub(super) fn server_config(server: &Issued, client_ca: &str, offered: Offered) 
         for certificate in CertificateDer::pem_slice_iter(client_ca.as_bytes()) {
             roots.add(certificate?)?;
         }
-        let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), Arc::clone(&provider)).build()?;
-        let chain = CertificateDer::pem_slice_iter(server.certificate.as_bytes()).collect::<Result<Vec<_>, _>>()?;
+        let verifier =
+            WebPkiClientVerifier::builder_with_provider(Arc::new(roots), Arc::clone(&provider))
+                .build()?;
+        let chain = CertificateDer::pem_slice_iter(server.certificate.as_bytes())
+            .collect::<Result<Vec<_>, _>>()?;
         let mut config = ServerConfig::builder_with_provider(provider)
             .with_protocol_versions(versions)?
             .with_client_cert_verifier(verifier)
@@ -320,7 +340,7 @@ pub(super) fn server_config(server: &Issued, client_ca: &str, offered: Offered) 
         config.ticketer = Ticketer::new()?;
         Ok(Arc::new(config))
     };
-    made().map_err(|cause| Error::loopback("cannot set up TLS").because(cause))
+    made().map_err(|cause| Error::loopback("cannot set up TLS").with_source(cause))
 }
 
 /// SHA-256 of a certificate's DER, in lowercase hexadecimal.
@@ -331,7 +351,8 @@ pub(super) fn fingerprint(der: &[u8]) -> String {
 /// Writes a file whose mode is right before its content is there.
 pub(super) fn write_file(path: &Path, text: &str, mode: u32) -> Result<(), Error> {
     let written = || {
-        let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(mode).open(path)?;
+        let mut file =
+            OpenOptions::new().write(true).create(true).truncate(true).mode(mode).open(path)?;
         file.set_permissions(Permissions::from_mode(mode))?;
         file.write_all(text.as_bytes())
     };
@@ -339,5 +360,5 @@ pub(super) fn write_file(path: &Path, text: &str, mode: u32) -> Result<(), Error
 }
 
 fn cannot_write(path: &Path, cause: std::io::Error) -> Error {
-    Error::loopback(format!("cannot write {}", printable_path(path))).because(cause)
+    Error::loopback(format!("cannot write {}", sanitize_path(path))).with_source(cause)
 }

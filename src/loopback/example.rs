@@ -20,9 +20,11 @@ impl Scratch {
     /// # Errors
     /// When it cannot be made.
     pub fn new() -> Result<Self, Error> {
-        let path = std::env::temp_dir().join(format!("decnet-heartbeat-{:016x}", fastrand::u64(..)));
+        let path =
+            std::env::temp_dir().join(format!("decnet-heartbeat-{:016x}", fastrand::u64(..)));
         DirBuilder::new().mode(0o700).create(&path).map_err(|source| {
-            Error::loopback(format!("the folder {} cannot be made", path.display())).because(source)
+            Error::loopback(format!("the folder {} cannot be made", path.display()))
+                .with_source(source)
         })?;
         Ok(Self(path))
     }

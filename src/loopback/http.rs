@@ -26,12 +26,18 @@ pub(super) fn parse_head(bytes: &[u8]) -> Result<Option<(Head, usize)>, httparse
         .iter()
         .map(|header| (header.name.to_owned(), String::from_utf8_lossy(header.value).into_owned()))
         .collect();
-    let length = match (first_header(&headers, "transfer-encoding"), first_header(&headers, "content-length")) {
+    let length = match (
+        first_header(&headers, "transfer-encoding"),
+        first_header(&headers, "content-length"),
+    ) {
         (Some(_), _) => None,
         (None, None) => Some(0),
-        (None, Some(length)) => Some(length.trim().parse().map_err(|_| httparse::Error::HeaderValue)?),
+        (None, Some(length)) => {
+            Some(length.trim().parse().map_err(|_| httparse::Error::HeaderValue)?)
+        }
     };
-    let closes = first_header(&headers, "connection").is_some_and(|value| value.eq_ignore_ascii_case("close"));
+    let closes = first_header(&headers, "connection")
+        .is_some_and(|value| value.eq_ignore_ascii_case("close"));
     let target = request.path.unwrap_or_default();
     let head = Head {
         method: request.method.unwrap_or_default().to_owned(),
@@ -46,12 +52,17 @@ pub(super) fn parse_head(bytes: &[u8]) -> Result<Option<(Head, usize)>, httparse
 /// An answer's bytes, with the headers that uvicorn adds.
 pub(super) fn wire(answer: &Answer) -> Vec<u8> {
     let date = httpdate::fmt_http_date(SystemTime::now());
-    let mut head =
-        format!("HTTP/1.1 {} {}\r\ndate: {date}\r\nserver: uvicorn\r\n", answer.status, phrase(answer.status));
+    let mut head = format!(
+        "HTTP/1.1 {} {}\r\ndate: {date}\r\nserver: uvicorn\r\n",
+        answer.status,
+        phrase(answer.status)
+    );
     for (name, value) in &answer.headers {
         head.push_str(&format!("{name}: {value}\r\n"));
     }
-    let says_length = ["content-length", "transfer-encoding"].iter().any(|name| answer.first_header(name).is_some());
+    let says_length = ["content-length", "transfer-encoding"]
+        .iter()
+        .any(|name| answer.first_header(name).is_some());
     if !says_length && answer.status >= 200 && !matches!(answer.status, 204 | 304) {
         head.push_str(&format!("content-length: {}\r\n", answer.body.len()));
     }

@@ -67,7 +67,9 @@ impl Shared {
 
     fn report(&self, number: u64, change: impl FnOnce(&mut ConnectionReport)) {
         let mut state = self.lock();
-        if let Some(report) = state.seen.connections.iter_mut().rev().find(|report| report.number == number) {
+        if let Some(report) =
+            state.seen.connections.iter_mut().rev().find(|report| report.number == number)
+        {
             change(report);
         }
         self.changed.notify_all();
@@ -196,7 +198,14 @@ fn serve(mut socket: TcpStream, tls: Arc<ServerConfig>, open: &Open) -> io::Resu
     let handshake = handshake_of(&session);
     shared.report(open.number, |report| report.handshake = Some(handshake.clone()));
     let stream = StreamOwned::new(session, socket);
-    Conversation { number: open.number, fingerprint: handshake.fingerprint, shared, stream, unread: Vec::new() }.run()
+    Conversation {
+        number: open.number,
+        fingerprint: handshake.fingerprint,
+        shared,
+        stream,
+        unread: Vec::new(),
+    }
+    .run()
 }
 
 fn handshake_of(session: &ServerConnection) -> Handshake {
@@ -264,12 +273,18 @@ impl Conversation<'_> {
         if fault == Some(Fault::CutBeforeRequest) {
             return Ok(Next::Cut);
         }
-        let Some(head) = self.read_head()? else { return self.refuse(400, "Invalid HTTP request received.") };
-        let Some(length) = head.length else { return self.refuse(411, "The loopback master wants a length.") };
+        let Some(head) = self.read_head()? else {
+            return self.refuse(400, "Invalid HTTP request received.");
+        };
+        let Some(length) = head.length else {
+            return self.refuse(411, "The loopback master wants a length.");
+        };
         if length > limits::REQUEST_BODY {
             return self.refuse(413, "The loopback master does not read that much.");
         }
-        if first_header(&head.headers, "expect").is_some_and(|value| value.eq_ignore_ascii_case("100-continue")) {
+        if first_header(&head.headers, "expect")
+            .is_some_and(|value| value.eq_ignore_ascii_case("100-continue"))
+        {
             self.stream.write_all(b"HTTP/1.1 100 Continue\r\n\r\n")?;
         }
         if fault == Some(Fault::CutInBody) {
@@ -279,7 +294,9 @@ impl Conversation<'_> {
         }
         let body = self.read_body(length)?;
         let fault = match fault {
-            Some(Fault::AnswerTo(part, answer)) => has(&body, &part).then_some(Fault::Answer(answer)),
+            Some(Fault::AnswerTo(part, answer)) => {
+                has(&body, &part).then_some(Fault::Answer(answer))
+            }
             fault => fault,
         };
         self.reply(head, body, fault)
@@ -304,7 +321,9 @@ impl Conversation<'_> {
             Some(Fault::Answer(answer)) => {
                 self.record(&head, body, Reply::Status(answer.status));
                 self.stream.write_all(&wire(&answer))?;
-                let close = answer.first_header("connection").is_some_and(|value| value.eq_ignore_ascii_case("close"));
+                let close = answer
+                    .first_header("connection")
+                    .is_some_and(|value| value.eq_ignore_ascii_case("close"));
                 Ok(if close { Next::Close } else { head.next() })
             }
             Some(Fault::Raw(bytes)) => {
@@ -380,7 +399,12 @@ impl Conversation<'_> {
             self.stream.sock.set_read_timeout(Some(self.shared.idle))?;
             match self.read_some() {
                 Ok(()) => {}
-                Err(error) if matches!(error.kind(), ErrorKind::UnexpectedEof | ErrorKind::ConnectionReset) => {
+                Err(error)
+                    if matches!(
+                        error.kind(),
+                        ErrorKind::UnexpectedEof | ErrorKind::ConnectionReset
+                    ) =>
+                {
                     return Ok(false);
                 }
                 Err(error) if is_timeout(&error) => return Ok(false),

@@ -48,8 +48,15 @@ fn client_tls(ca: &str, identity: Option<(&str, &str)>) -> Arc<ClientConfig> {
     Arc::new(match identity {
         None => builder.with_no_client_auth(),
         Some((certificate, key)) => {
-            let chain = CertificateDer::pem_slice_iter(certificate.as_bytes()).collect::<Result<_, _>>().unwrap();
-            builder.with_client_auth_cert(chain, PrivateKeyDer::from_pem_slice(key.as_bytes()).unwrap()).unwrap()
+            let chain = CertificateDer::pem_slice_iter(certificate.as_bytes())
+                .collect::<Result<_, _>>()
+                .unwrap();
+            builder
+                .with_client_auth_cert(
+                    chain,
+                    PrivateKeyDer::from_pem_slice(key.as_bytes()).unwrap(),
+                )
+                .unwrap()
         }
     })
 }
@@ -87,7 +94,10 @@ fn answer(stream: &mut Stream) -> io::Result<(u16, String)> {
     }
     let head = String::from_utf8(head).unwrap();
     let status = head.split(' ').nth(1).unwrap().parse().unwrap();
-    let length = head.lines().find_map(|line| line.strip_prefix("content-length: ")).map_or(0, |n| n.parse().unwrap());
+    let length = head
+        .lines()
+        .find_map(|line| line.strip_prefix("content-length: "))
+        .map_or(0, |n| n.parse().unwrap());
     let mut body = vec![0; length];
     stream.read_exact(&mut body)?;
     Ok((status, String::from_utf8(body).unwrap()))
@@ -110,7 +120,9 @@ impl World {
     }
 
     fn status(&self, status: &Value) -> u16 {
-        post(&mut self.connect(), &json!({ "host_uuid": self.worker.uuid, "status": status })).unwrap().0
+        post(&mut self.connect(), &json!({ "host_uuid": self.worker.uuid, "status": status }))
+            .unwrap()
+            .0
     }
 }
 
@@ -143,10 +155,16 @@ fn who_is_not_enrolled_or_shows_another_certificate_is_refused() {
     let unknown = json!({ "host_uuid": "nobody", "status": {} });
     let mine = json!({ "host_uuid": world.worker.uuid, "status": {} });
     let mut stream = world.connect();
-    assert_eq!(post(&mut stream, &unknown).unwrap(), (404, r#"{"detail":"unknown host"}"#.to_owned()));
+    assert_eq!(
+        post(&mut stream, &unknown).unwrap(),
+        (404, r#"{"detail":"unknown host"}"#.to_owned())
+    );
     let fresh = world.master.re_enrol(&world.worker.uuid, world.dir.path()).unwrap();
     assert_ne!(fresh.fingerprint, world.worker.fingerprint);
-    assert_eq!(post(&mut stream, &mine).unwrap(), (403, r#"{"detail":"cert fingerprint mismatch"}"#.to_owned()));
+    assert_eq!(
+        post(&mut stream, &mine).unwrap(),
+        (403, r#"{"detail":"cert fingerprint mismatch"}"#.to_owned())
+    );
     world.master.pin(&world.worker.uuid, &world.worker.fingerprint.to_uppercase());
     assert_eq!(post(&mut stream, &mine).unwrap().0, 204);
     world.master.decommission(&world.worker.uuid);
@@ -189,9 +207,10 @@ fn what_is_not_the_model_is_refused() {
 fn other_paths_and_methods_are_refused() {
     let world = world(Options::default());
     let mut stream = world.connect();
-    for (line, status, detail) in
-        [("POST /swarm/else", 404, "Not Found"), ("GET /swarm/heartbeat?a=b", 405, "Method Not Allowed")]
-    {
+    for (line, status, detail) in [
+        ("POST /swarm/else", 404, "Not Found"),
+        ("GET /swarm/heartbeat?a=b", 405, "Method Not Allowed"),
+    ] {
         write!(stream, "{line} HTTP/1.1\r\nhost: x\r\n\r\n").unwrap();
         assert_eq!(answer(&mut stream).unwrap(), (status, format!(r#"{{"detail":"{detail}"}}"#)));
     }
@@ -206,12 +225,20 @@ fn a_delta_seals_the_newest_open_row_of_its_decky_operation_and_host() {
     let open = |uuid: &str, decky, operation| world.master.open_operation(uuid, decky, operation);
     let old = open(&world.worker.uuid, "d1", "deploy");
     let new = open(&world.worker.uuid, "d1", "deploy");
-    for (uuid, decky, operation) in
-        [("another", "d1", "deploy"), (&world.worker.uuid, "d2", "deploy"), (&world.worker.uuid, "d1", "mutate")]
-    {
+    for (uuid, decky, operation) in [
+        ("another", "d1", "deploy"),
+        (&world.worker.uuid, "d2", "deploy"),
+        (&world.worker.uuid, "d1", "mutate"),
+    ] {
         open(uuid, decky, operation);
     }
-    assert_eq!(world.beat(&json!([delta("d1", "failed", &"ä".repeat(3000)), delta("d1", "succeeded", "x")])), 204);
+    assert_eq!(
+        world.beat(&json!([
+            delta("d1", "failed", &"ä".repeat(3000)),
+            delta("d1", "succeeded", "x")
+        ])),
+        204
+    );
     let rows = world.master.rows();
     let row = |id| rows.iter().find(|row| row.id == id).unwrap();
     assert_eq!(row(new).status, RowStatus::Failed);
@@ -231,9 +258,11 @@ fn malformed_deltas_are_skipped_and_running_closes_nothing() {
         { "decky_name": "d1", "operation": "deploy", "status": "running" },
     ]);
     assert_eq!(world.beat(&unfinished), 204);
-    assert_eq!((world.master.rows()[0].status, world.master.rows()[0].completed_at), (RowStatus::Running, None));
-    let finished =
-        json!([{ "decky_name": "d1", "operation": "deploy", "status": "succeeded", "completed_at": "soon" }]);
+    assert_eq!(
+        (world.master.rows()[0].status, world.master.rows()[0].completed_at),
+        (RowStatus::Running, None)
+    );
+    let finished = json!([{ "decky_name": "d1", "operation": "deploy", "status": "succeeded", "completed_at": "soon" }]);
     assert_eq!(world.beat(&finished), 204);
     assert_eq!(world.master.rows()[0].status, RowStatus::Succeeded);
     assert!(world.master.rows()[0].completed_at.is_some(), "the master's own clock");
@@ -251,28 +280,39 @@ fn deckies_become_shards_as_their_runtime_says() {
     strange["unknown_key"] = json!(1);
     let mut idle = decky("idle");
     idle["services"] = json!([]);
-    let deckies = json!([decky("up"), decky("down"), decky("missing"), strange, idle, "not a decky"]);
+    let deckies =
+        json!([decky("up"), decky("down"), decky("missing"), strange, idle, "not a decky"]);
     let runtime = json!({ "up": { "running": true }, "down": { "running": false } });
     assert_eq!(world.status(&json!({ "deployed": false, "deckies": deckies })), 204);
     assert_eq!(world.status(&json!({ "deployed": true, "deckies": [] })), 204);
     assert!(world.master.shards().is_empty());
-    assert_eq!(world.status(&json!({ "deployed": true, "deckies": deckies, "runtime": runtime })), 204);
+    assert_eq!(
+        world.status(&json!({ "deployed": true, "deckies": deckies, "runtime": runtime })),
+        204
+    );
     let shards = world.master.shards();
     let states: Vec<_> = shards.iter().map(|(name, shard)| (name.as_str(), shard.state)).collect();
     assert_eq!(
         states,
-        [("down", ShardState::Degraded), ("missing", ShardState::Degraded), ("up", ShardState::Running)]
+        [
+            ("down", ShardState::Degraded),
+            ("missing", ShardState::Degraded),
+            ("up", ShardState::Running)
+        ]
     );
     assert_eq!(shards["up"].services, ["ssh"]);
 }
 
 #[test]
 fn a_resumed_session_shows_the_certificate_still() {
-    for (offered, version) in [(Offered::Tls12And13, TlsVersion::Tls13), (Offered::Tls12Only, TlsVersion::Tls12)] {
+    for (offered, version) in
+        [(Offered::Tls12And13, TlsVersion::Tls13), (Offered::Tls12Only, TlsVersion::Tls12)]
+    {
         let world = world(Options { offered, ..Options::default() });
         assert_eq!(world.beat(&json!([])), 204);
         assert_eq!(world.beat(&json!([])), 204);
-        let handshakes: Vec<_> = world.master.connections().into_iter().filter_map(|one| one.handshake).collect();
+        let handshakes: Vec<_> =
+            world.master.connections().into_iter().filter_map(|one| one.handshake).collect();
         let expected = |resumed| Handshake {
             version,
             resumed,
@@ -299,9 +339,19 @@ fn clients_without_a_certificate_of_the_ca_get_no_further_than_the_handshake() {
         let error = post(&mut stream, &json!({})).unwrap_err();
         assert!(error.to_string().contains("alert"), "{error}");
         drop(stream);
-        let refused =
-            |seen: &Seen| seen.connections().last().unwrap().failure.as_ref().is_some_and(|why| why.contains(reason));
-        assert!(world.master.wait_until(PATIENCE, refused), "{reason}: {:?}", world.master.connections().last());
+        let refused = |seen: &Seen| {
+            seen.connections()
+                .last()
+                .unwrap()
+                .failure
+                .as_ref()
+                .is_some_and(|why| why.contains(reason))
+        };
+        assert!(
+            world.master.wait_until(PATIENCE, refused),
+            "{reason}: {:?}",
+            world.master.connections().last()
+        );
     }
     assert!(world.master.received().is_empty());
 }
@@ -328,7 +378,9 @@ fn certificates_are_what_their_role_says() {
     let (ca, other) = (Authority::new().unwrap(), Authority::new().unwrap());
     let provider = Arc::new(default_provider());
     let verifier =
-        WebPkiServerVerifier::builder_with_provider(Arc::new(roots(&ca.certificate())), provider).build().unwrap();
+        WebPkiServerVerifier::builder_with_provider(Arc::new(roots(&ca.certificate())), provider)
+            .build()
+            .unwrap();
     let judge = |issued: &Issued, name: &'static str| {
         let leaf = CertificateDer::from_pem_slice(issued.certificate.as_bytes()).unwrap();
         let name = ServerName::try_from(name).unwrap();
@@ -345,8 +397,16 @@ fn certificates_are_what_their_role_says() {
         (Role::Worker("w1".to_owned()), "w1", ""),
         (Role::Worker("w1".to_owned()), "swarmctl", "NotValidForName"),
         (Role::Named("192.0.2.1".to_owned()), "192.0.2.1", ""),
-        (Role::WebEnrolled { name: "w1".to_owned(), master_host: "127.0.0.1".to_owned() }, "w1", ""),
-        (Role::WebEnrolled { name: "w1".to_owned(), master_host: "127.0.0.1".to_owned() }, "127.0.0.1", ""),
+        (
+            Role::WebEnrolled { name: "w1".to_owned(), master_host: "127.0.0.1".to_owned() },
+            "w1",
+            "",
+        ),
+        (
+            Role::WebEnrolled { name: "w1".to_owned(), master_host: "127.0.0.1".to_owned() },
+            "127.0.0.1",
+            "",
+        ),
         (
             Role::WebEnrolled { name: "w1".to_owned(), master_host: "127.0.0.1".to_owned() },
             "swarmctl",
@@ -359,7 +419,10 @@ fn certificates_are_what_their_role_says() {
     ];
     for (role, name, expected) in table {
         let verdict = judge(&ca.issue(role.clone()).unwrap(), name);
-        assert!(verdict.contains(expected) && verdict.is_empty() == expected.is_empty(), "{role:?} {name}: {verdict}");
+        assert!(
+            verdict.contains(expected) && verdict.is_empty() == expected.is_empty(),
+            "{role:?} {name}: {verdict}"
+        );
         // Every one of them can be put in front of a client.
         let certificate = Some(ca.issue(role).unwrap());
         LoopbackMaster::start_with(Options { certificate, ..Options::default() }).unwrap();
@@ -395,26 +458,41 @@ fn an_outage_cuts_and_refuses_and_its_end_forgets_nothing_but_the_sessions() {
     let mut world = world(Options::default());
     let row = world.master.open_operation(&world.worker.uuid, "d1", "deploy");
     let mut kept = world.connect();
-    assert_eq!(post(&mut kept, &json!({ "host_uuid": world.worker.uuid, "status": {} })).unwrap().0, 204);
+    assert_eq!(
+        post(&mut kept, &json!({ "host_uuid": world.worker.uuid, "status": {} })).unwrap().0,
+        204
+    );
     let port = world.master.port();
     world.master.stop();
     world.master.stop();
     assert!(post(&mut kept, &json!({})).is_err(), "cut");
-    assert_eq!(connect(&world.master, &world.tls).unwrap_err().kind(), ErrorKind::ConnectionRefused);
+    assert_eq!(
+        connect(&world.master, &world.tls).unwrap_err().kind(),
+        ErrorKind::ConnectionRefused
+    );
     assert!(world.master.connections().iter().all(|one| !one.open));
     world.master.start_again().unwrap();
     assert_eq!(world.master.port(), port);
     assert_eq!(world.beat(&json!([delta("d1", "succeeded", "x")])), 204);
-    assert_eq!((world.master.rows()[0].id, world.master.rows()[0].status), (row, RowStatus::Succeeded));
+    assert_eq!(
+        (world.master.rows()[0].id, world.master.rows()[0].status),
+        (row, RowStatus::Succeeded)
+    );
     assert_eq!(world.master.received().len(), 2);
-    assert!(!world.master.connections()[1].handshake.as_ref().unwrap().resumed, "the tickets' keys are new");
+    assert!(
+        !world.master.connections()[1].handshake.as_ref().unwrap().resumed,
+        "the tickets' keys are new"
+    );
 }
 
 #[test]
 fn idle_connections_are_closed_in_order() {
     let world = world(Options { idle: SILENCE, ..Options::default() });
     let mut stream = world.connect();
-    assert_eq!(post(&mut stream, &json!({ "host_uuid": world.worker.uuid, "status": {} })).unwrap().0, 204);
+    assert_eq!(
+        post(&mut stream, &json!({ "host_uuid": world.worker.uuid, "status": {} })).unwrap().0,
+        204
+    );
     assert_eq!(stream.read(&mut [0]).unwrap(), 0, "with close_notify");
     drop(stream);
     assert!(world.master.wait_until(PATIENCE, |seen| !seen.connections()[0].open));
@@ -436,7 +514,9 @@ fn outcome(result: io::Result<(u16, String)>) -> Outcome {
         Err(error) => match error.kind() {
             ErrorKind::WouldBlock | ErrorKind::TimedOut => Outcome::Silence,
             ErrorKind::InvalidData => Outcome::NotTls,
-            ErrorKind::UnexpectedEof | ErrorKind::ConnectionReset | ErrorKind::BrokenPipe => Outcome::Cut,
+            ErrorKind::UnexpectedEof | ErrorKind::ConnectionReset | ErrorKind::BrokenPipe => {
+                Outcome::Cut
+            }
             other => panic!("{other:?}"),
         },
     }
@@ -463,9 +543,24 @@ fn each_fault_shows_as_what_it_is() {
         (Fault::NeverAnswer(Effect::Applied), Outcome::Silence, vec![None], true),
         (Fault::NeverAnswer(Effect::Lost), Outcome::Silence, vec![None], false),
         (unavailable.into(), Outcome::Answered(503), vec![Some(503)], false),
-        (Fault::AnswerTo(b"\"d1\"".to_vec(), Answer::status(422)), Outcome::Answered(422), vec![Some(422)], false),
-        (Fault::AnswerTo(b"\"d2\"".to_vec(), Answer::status(422)), Outcome::Answered(204), vec![Some(204)], true),
-        (Fault::Raw(b"HTTP/1.1 299 Odd\r\n\r\n".to_vec()), Outcome::Answered(299), vec![None], false),
+        (
+            Fault::AnswerTo(b"\"d1\"".to_vec(), Answer::status(422)),
+            Outcome::Answered(422),
+            vec![Some(422)],
+            false,
+        ),
+        (
+            Fault::AnswerTo(b"\"d2\"".to_vec(), Answer::status(422)),
+            Outcome::Answered(204),
+            vec![Some(204)],
+            true,
+        ),
+        (
+            Fault::Raw(b"HTTP/1.1 299 Odd\r\n\r\n".to_vec()),
+            Outcome::Answered(299),
+            vec![None],
+            false,
+        ),
         (endless(b"HTTP/1.1 200 OK\r\n\r\n"), Outcome::Answered(200), vec![None], false),
         (Fault::Slowly(Duration::from_micros(10)), Outcome::Answered(204), vec![Some(204)], true),
         (Fault::CutAfterAnswer, Outcome::Answered(204), vec![Some(204)], true),
@@ -482,11 +577,16 @@ fn each_fault_shows_as_what_it_is() {
         let body = json!({ "host_uuid": world.worker.uuid, "status": {}, "lifecycle": deltas });
         assert_eq!(outcome(post(&mut stream, &body)), expected, "{fault:?}");
         if fault == Fault::CutAfterAnswer {
-            assert_eq!(stream.read(&mut [0]).unwrap_err().kind(), ErrorKind::UnexpectedEof, "no close_notify");
+            assert_eq!(
+                stream.read(&mut [0]).unwrap_err().kind(),
+                ErrorKind::UnexpectedEof,
+                "no close_notify"
+            );
         }
         drop(stream);
         assert!(world.master.wait_until(PATIENCE, |seen| !seen.connections()[0].open), "{fault:?}");
-        let remembered: Vec<_> = world.master.received().iter().map(|request| request.status).collect();
+        let remembered: Vec<_> =
+            world.master.received().iter().map(|request| request.status).collect();
         assert_eq!(remembered, statuses, "{fault:?}");
         assert_eq!(world.master.rows()[0].status == RowStatus::Succeeded, applied, "{fault:?}");
         assert_eq!(world.master.faults_left(), 0);
@@ -513,7 +613,9 @@ fn the_script_runs_in_its_order_and_then_what_always_holds() {
 
 #[test]
 fn a_stop_waits_for_no_client() {
-    for fault in [Fault::Serve, Fault::NeverHandshake, Fault::NeverAnswer(Effect::Lost), endless(b"")] {
+    for fault in
+        [Fault::Serve, Fault::NeverHandshake, Fault::NeverAnswer(Effect::Lost), endless(b"")]
+    {
         let mut world = world(Options::default());
         let moment = fault.moment();
         world.master.script([fault.clone()]);
@@ -536,7 +638,9 @@ fn a_stop_waits_for_no_client() {
 #[test]
 fn a_panic_under_the_lock_does_not_wedge_the_master() {
     let world = world(Options::default());
-    let panicked = catch_unwind(AssertUnwindSafe(|| world.master.wait_until(PATIENCE, |_| panic!("on purpose"))));
+    let panicked = catch_unwind(AssertUnwindSafe(|| {
+        world.master.wait_until(PATIENCE, |_| panic!("on purpose"))
+    }));
     assert!(panicked.is_err());
     assert_eq!(world.beat(&json!([])), 204);
 }

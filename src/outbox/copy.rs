@@ -8,7 +8,7 @@ use rusqlite::types::ToSqlOutput;
 use rusqlite::{Connection, params_from_iter};
 
 use super::schema;
-use super::store::Share;
+use super::store::MovedRows;
 use crate::delta::micros;
 
 /// The ids of rows that were added, changed or removed here.
@@ -25,11 +25,15 @@ const UNLESS_NEWER: &str =
     WHERE (delta.completed_at IS NULL AND excluded.completed_at IS NOT NULL)
         OR (delta.rejected IS NULL AND excluded.rejected IS NOT NULL)";
 
-const INSERT: &str = "INSERT INTO delta (id, decky, operation, error, completed_at, rejected, owner, age)";
-const ROWS: &str = "SELECT id, decky, operation, error, completed_at, rejected, owner, age FROM delta";
-const INSERT_DELIVERED: &str = "INSERT INTO delivered (id, decky, operation, error, completed_at, delivered_at)
+const INSERT: &str =
+    "INSERT INTO delta (id, decky, operation, error, completed_at, rejected, owner, age)";
+const ROWS: &str =
+    "SELECT id, decky, operation, error, completed_at, rejected, owner, age FROM delta";
+const INSERT_DELIVERED: &str =
+    "INSERT INTO delivered (id, decky, operation, error, completed_at, delivered_at)
     SELECT ?1, ?2, ?3, ?4, ?5, ?6 WHERE ?1 NOT IN (SELECT id FROM delivered)";
-const DELIVERED: &str = "SELECT id, decky, operation, error, completed_at, delivered_at FROM delivered";
+const DELIVERED: &str =
+    "SELECT id, decky, operation, error, completed_at, delivered_at FROM delivered";
 
 /// An empty copy. Its ids lie above the clock, by a random gap: whatever file its rows come to one day, the ids there are
 /// others.
@@ -41,8 +45,12 @@ pub(super) fn open() -> rusqlite::Result<Connection> {
     // SQLite itself notes them, so none is forgotten, and what is rolled back is not noted. No `OR IGNORE`: what a statement
     // does in a conflict holds in its triggers, too.
     for (event, row) in [("INSERT", "new"), ("UPDATE", "new"), ("DELETE", "old")] {
-        let note = format!("INSERT INTO changed SELECT {row}.id WHERE {row}.id NOT IN (SELECT id FROM changed)");
-        copy.execute_batch(&format!("CREATE TRIGGER after_{event} AFTER {event} ON delta BEGIN {note}; END"))?;
+        let note = format!(
+            "INSERT INTO changed SELECT {row}.id WHERE {row}.id NOT IN (SELECT id FROM changed)"
+        );
+        copy.execute_batch(&format!(
+            "CREATE TRIGGER after_{event} AFTER {event} ON delta BEGIN {note}; END"
+        ))?;
     }
     raise_last_id(&copy, micros(SystemTime::now()) + gap())?;
     Ok(copy)
@@ -61,17 +69,24 @@ pub(super) fn refresh(copy: &Connection, file: Option<&Connection>) -> rusqlite:
         for_each(file, ROWS, copy, &format!("{INSERT} {values}"))?;
         raise_last_id(copy, schema::last_id(file)? + gap())?;
     }
-    copy.execute_batch("DELETE FROM changed WHERE id NOT IN (SELECT id FROM kept); DROP TABLE kept")?;
+    copy.execute_batch(
+        "DELETE FROM changed WHERE id NOT IN (SELECT id FROM kept); DROP TABLE kept",
+    )?;
     transaction.commit()
 }
 
 /// These rows of `file` are to be moved, as the file to which they go is another one, and there no id comes again, either. Nor
 /// does what was delivered: that one may be an older copy.
-pub(super) fn move_rows(copy: &Connection, file: &Connection, share: Share, us: &str) -> rusqlite::Result<()> {
+pub(super) fn move_rows(
+    copy: &Connection,
+    file: &Connection,
+    share: MovedRows,
+    us: &str,
+) -> rusqlite::Result<()> {
     let which = match share {
-        Share::Everything => "?1 IS NOT NULL",
-        Share::OursAndUnowned => "owner IS NULL OR owner = ?1",
-        Share::Ours => "owner = ?1",
+        MovedRows::Everything => "?1 IS NOT NULL",
+        MovedRows::OursAndUnowned => "owner IS NULL OR owner = ?1",
+        MovedRows::Ours => "owner = ?1",
     };
     // A damaged file may have given an id again. One that cannot be read has nothing to add.
     let delivered = format!("{DELIVERED} WHERE id NOT IN (SELECT id FROM delta) ORDER BY number");
@@ -81,21 +96,31 @@ pub(super) fn move_rows(copy: &Connection, file: &Connection, share: Share, us: 
     // Without the gap of this copy: above the clock an id might be given again by a process that has only an older copy or a
     // part of the file. What was added here is in `changed` anyway, and a row that is left to its owner stays as it is.
     let last = schema::last_id(file).or_else(|_| schema::last_id(copy))?;
-    copy.execute("INSERT OR IGNORE INTO moved SELECT ?1 WHERE ?1 NOT IN (SELECT id FROM delta)", [last]).map(drop)
+    copy.execute(
+        "INSERT OR IGNORE INTO moved SELECT ?1 WHERE ?1 NOT IN (SELECT id FROM delta)",
+        [last],
+    )
+    .map(drop)
 }
 
 /// Moves what was changed here to a file, inside its transaction. What was moved from another file may have been delivered from
 /// this one meanwhile.
 pub(super) fn merge(copy: &Connection, file: &Connection) -> rusqlite::Result<()> {
-    let gone = "SELECT id FROM changed UNION SELECT id FROM moved WHERE id NOT IN (SELECT id FROM delta)";
+    let gone =
+        "SELECT id FROM changed UNION SELECT id FROM moved WHERE id NOT IN (SELECT id FROM delta)";
     for_each(copy, gone, file, "DELETE FROM delta WHERE id = ?1")?;
     let ids = "SELECT id FROM changed UNION SELECT id FROM moved";
-    let rows = format!("SELECT *, id IN (SELECT id FROM moved) FROM ({ROWS} WHERE id IN ({ids}) ORDER BY id)");
+    let rows = format!(
+        "SELECT *, id IN (SELECT id FROM moved) FROM ({ROWS} WHERE id IN ({ids}) ORDER BY id)"
+    );
     let values = "SELECT ?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8 WHERE NOT ?9 OR ?1 NOT IN (SELECT id FROM delivered)";
     for_each(copy, &rows, file, &format!("{INSERT} {values} {UNLESS_NEWER}"))?;
     for_each(copy, &format!("{DELIVERED} ORDER BY number"), file, INSERT_DELIVERED)?;
     // What came and went in memory has had its id, too.
-    raise_last_id(file, schema::value(copy, &format!("SELECT ifnull(max(id), 0) FROM ({ids})"), [])?)
+    raise_last_id(
+        file,
+        schema::value(copy, &format!("SELECT ifnull(max(id), 0) FROM ({ids})"), [])?,
+    )
 }
 
 fn raise_last_id(db: &Connection, to: i64) -> rusqlite::Result<()> {
@@ -108,7 +133,12 @@ fn gap() -> i64 {
 }
 
 /// Runs a statement for each row of another database, with its values as they are, text that is not UTF-8 too.
-fn for_each(from: &Connection, select: &str, to: &Connection, statement: &str) -> rusqlite::Result<()> {
+fn for_each(
+    from: &Connection,
+    select: &str,
+    to: &Connection,
+    statement: &str,
+) -> rusqlite::Result<()> {
     let (mut select, mut statement) = (from.prepare(select)?, to.prepare(statement)?);
     let columns = select.column_count();
     let mut rows = select.query([])?;

@@ -4,7 +4,10 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::{Add, Books, Change, Kept, Outbox, OutboxLocation, Poster, Role, Settled, deadline};
+use super::{
+    DeliveryResult, NewRows, Outbox, OutboxLocation, OutboxStats, QueuedDelta, Role, RowChange,
+    SentBy, deadline,
+};
 use crate::delta::LifecycleDelta;
 #[cfg(test)]
 use crate::delta::Operation;
@@ -19,7 +22,7 @@ impl Outbox {
         Self::open(location.path(agent_dir), role, Arc::default())
     }
 
-    pub(crate) fn books(&self) -> Books {
+    pub(crate) fn books(&self) -> OutboxStats {
         self.books.read()
     }
 
@@ -28,50 +31,66 @@ impl Outbox {
         self.store.path.as_deref().filter(|_| self.books().on_disk)
     }
 
-    fn add(&mut self, add: Add) -> Result<i64, Error> {
+    fn add(&mut self, add: NewRows) -> Result<i64, Error> {
         let added = self.commit(&[add], deadline()).added.remove(0);
         self.look_again();
         added
     }
 
     pub(crate) fn keep(&mut self, deltas: &[LifecycleDelta]) -> Result<(), Error> {
-        self.add(Add::Deltas(deltas.to_vec(), Poster::Deliverer)).map(drop)
+        self.add(NewRows::Deltas(deltas.to_vec(), SentBy::Deliverer)).map(drop)
     }
 
     #[cfg(all(test, feature = "cli"))]
-    pub(crate) fn claim(&mut self, deltas: Vec<LifecycleDelta>) -> Result<Vec<Kept>, Error> {
-        let first = self.add(Add::Deltas(deltas.clone(), Poster::Us))?;
-        Ok((first..).zip(deltas).map(|(id, delta)| Kept { id, delta }).collect())
+    pub(crate) fn claim(&mut self, deltas: Vec<LifecycleDelta>) -> Result<Vec<QueuedDelta>, Error> {
+        let first = self.add(NewRows::Deltas(deltas.clone(), SentBy::Us))?;
+        Ok((first..).zip(deltas).map(|(id, delta)| QueuedDelta { id, delta }).collect())
     }
 
     #[cfg(test)]
-    pub(crate) fn begin(&mut self, operation: Operation, deckies: &[String]) -> Result<Vec<i64>, Error> {
-        let first = self.add(Add::Operation(operation, deckies.to_vec()))?;
+    pub(crate) fn begin(
+        &mut self,
+        operation: Operation,
+        deckies: &[String],
+    ) -> Result<Vec<i64>, Error> {
+        let first = self.add(NewRows::Operation(operation, deckies.to_vec()))?;
         Ok((first..).take(deckies.len()).collect())
     }
 
     #[cfg(test)]
-    pub(crate) fn end(&mut self, ended: Vec<Kept>, poster: Poster) -> Result<(), Error> {
-        self.make(Change::Ended(ended, poster), deadline())
+    pub(crate) fn end(&mut self, ended: Vec<QueuedDelta>, poster: SentBy) -> Result<(), Error> {
+        self.make(RowChange::Ended(ended, poster), deadline())
     }
 
     #[cfg(all(test, feature = "cli"))]
-    pub(crate) fn release(&mut self, deltas: &[Kept]) -> Result<(), Error> {
-        self.make(Change::Released(deltas.iter().map(|kept| kept.id).collect()), deadline())
+    pub(crate) fn release(&mut self, deltas: &[QueuedDelta]) -> Result<(), Error> {
+        self.make(RowChange::Released(deltas.iter().map(|kept| kept.id).collect()), deadline())
     }
 
-    pub(crate) fn settle(&mut self, deltas: &[Kept], settled: &Settled, by: Instant) -> Result<(), Error> {
-        self.make(Change::Settled(deltas.iter().map(|kept| kept.id).collect(), settled.clone()), by)
+    pub(crate) fn settle(
+        &mut self,
+        deltas: &[QueuedDelta],
+        settled: &DeliveryResult,
+        by: Instant,
+    ) -> Result<(), Error> {
+        self.make(
+            RowChange::DeliveryResult(deltas.iter().map(|kept| kept.id).collect(), settled.clone()),
+            by,
+        )
     }
 
-    fn make(&mut self, change: Change, by: Instant) -> Result<(), Error> {
+    fn make(&mut self, change: RowChange, by: Instant) -> Result<(), Error> {
         self.note(change);
         let changed = self.commit(&[], by).changed;
         self.look_again();
         changed
     }
 
-    pub(crate) fn deliverable(&mut self, most: usize, _: Instant) -> Result<Vec<Kept>, Error> {
+    pub(crate) fn deliverable(
+        &mut self,
+        most: usize,
+        _: Instant,
+    ) -> Result<Vec<QueuedDelta>, Error> {
         let found = self.deliverable_where(most, None);
         self.count();
         found

@@ -14,20 +14,20 @@ use rusqlite::ffi::SQLITE_IOERR_SHORT_READ;
 use rusqlite::{Connection, ErrorCode, OpenFlags};
 
 use super::schema;
-use crate::database_files::{PARTS, Place, in_real_folder};
 use crate::delta::{from_micros, micros};
-use crate::error::{Error, printable_path};
+use crate::error::{Error, sanitize_path};
 use crate::files::{Identity, beside, folder, identity};
 use crate::limits;
 use crate::panics::quietly;
-use crate::text::printable;
+use crate::sqlite::files::{DatabaseFile, PARTS, in_real_folder};
+use crate::text::sanitize;
 
 /// For the owner alone.
 const MODE: u32 = 0o600;
 
 /// What an error of SQLite means for the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Refusal {
+pub(super) enum FileProblem {
     /// Another process has it locked. It will come back.
     Locked,
     /// It is no database any more.
@@ -36,13 +36,15 @@ pub(super) enum Refusal {
     Unwritable,
 }
 
-impl Refusal {
+impl FileProblem {
     pub(super) fn of(error: &rusqlite::Error) -> Self {
         match error.sqlite_error_code() {
             Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => Self::Locked,
             Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase) => Self::Corrupt,
             // The file ends before its pages do.
-            _ if error.sqlite_extended_error_code() == Some(SQLITE_IOERR_SHORT_READ) => Self::Corrupt,
+            _ if error.sqlite_extended_error_code() == Some(SQLITE_IOERR_SHORT_READ) => {
+                Self::Corrupt
+            }
             _ => Self::Unwritable,
         }
     }
@@ -51,11 +53,12 @@ impl Refusal {
 /// Whether what is in the file is at fault. Of some files that it cannot use, SQLite says no more than that this is an
 /// error: all that is done here does well on every other.
 pub(super) fn is_of_the_content(error: &rusqlite::Error) -> bool {
-    Refusal::of(error) == Refusal::Corrupt || error.sqlite_error_code() == Some(ErrorCode::Unknown)
+    FileProblem::of(error) == FileProblem::Corrupt
+        || error.sqlite_error_code() == Some(ErrorCode::Unknown)
 }
 
 /// Why there is no connection.
-enum Failure {
+enum OpenFailure {
     /// What is in the file is at fault: it is no outbox, or damaged.
     Damage(String),
     /// The file cannot be used now. That says nothing about what is in it.
@@ -66,71 +69,91 @@ enum Failure {
 /// a new one if we `may_replace` it, and only if a second, fresh connection finds the same damage: to SQLite a read that
 /// fails once looks the same. All of it must be readable, too. `deadline`: up to when another process' lock is waited for.
 ///
-/// It must be the [turn](super::lock::Turn) of this process: of two, the slower one would remove what the faster one has
+/// It must be the [turn](super::locks::Turn) of this process: of two, the slower one would remove what the faster one has
 /// already written.
-pub(super) fn open(path: &Path, may_replace: bool, deadline: Instant) -> Result<(Connection, Identities), Error> {
+pub(super) fn open(
+    path: &Path,
+    may_replace: bool,
+    deadline: Instant,
+) -> Result<(Connection, Identities), Error> {
     let unusable = |problem: &str| Error::outbox(Some(path), problem);
-    let path = &in_real_folder(path).map_err(|source| unusable("cannot be written").because(source))?;
+    let path = &in_real_folder(path)
+        .map_err(|source| unusable("cannot be written").with_source(source))?;
     let first = match prepare_and_connect(path, deadline) {
         Ok(db) => return Ok(db),
-        Err(Failure::Unusable(_)) => None,
-        Err(Failure::Damage(damage)) => {
+        Err(OpenFailure::Unusable(_)) => None,
+        Err(OpenFailure::Damage(damage)) => {
             // An index of another log shows damage where there is none. Whoever has it open opens the outbox anew.
-            remove_index(path).map_err(|source| unusable("cannot be written").because(source))?;
+            remove_index(path)
+                .map_err(|source| unusable("cannot be written").with_source(source))?;
             Some(damage)
         }
     };
     let damage = match prepare_and_connect(path, deadline) {
         Ok(db) => return Ok(db),
-        Err(Failure::Unusable(error)) => return Err(error),
-        Err(Failure::Damage(damage)) if first.as_ref() != Some(&damage) => {
-            return Err(unusable("is not read the same twice; check the disk").because(damage));
+        Err(OpenFailure::Unusable(error)) => return Err(error),
+        Err(OpenFailure::Damage(damage)) if first.as_ref() != Some(&damage) => {
+            return Err(unusable("is not read the same twice; check the disk").with_source(damage));
         }
-        Err(Failure::Damage(damage)) if !may_replace => {
-            return Err(unusable("is no outbox, or broken").because(damage));
+        Err(OpenFailure::Damage(damage)) if !may_replace => {
+            return Err(unusable("is no outbox, or broken").with_source(damage));
         }
-        Err(Failure::Damage(damage)) => damage,
+        Err(OpenFailure::Damage(damage)) => damage,
     };
-    read_through(path).map_err(|source| unusable("cannot be read").because(source))?;
-    let aside = move_aside(path).map_err(|source| unusable("is broken, and cannot be moved aside").because(source))?;
+    read_through(path).map_err(|source| unusable("cannot be read").with_source(source))?;
+    let aside = move_aside(path)
+        .map_err(|source| unusable("is broken, and cannot be moved aside").with_source(source))?;
     quietly(|| {
         log::error!(
             "the outbox was broken or none, it is moved aside and a new one begun: file={} aside={} error={:?}",
-            printable_path(path),
-            printable_path(&aside),
-            printable(&damage)
+            sanitize_path(path),
+            sanitize_path(&aside),
+            sanitize(&damage)
         )
     });
     prepare_and_connect(path, deadline).map_err(|failure| match failure {
-        Failure::Damage(damage) => unusable("cannot be made anew").because(damage),
-        Failure::Unusable(error) => error,
+        OpenFailure::Damage(damage) => unusable("cannot be made anew").with_source(damage),
+        OpenFailure::Unusable(error) => error,
     })
 }
 
-fn prepare_and_connect(path: &Path, deadline: Instant) -> Result<(Connection, Identities), Failure> {
+fn prepare_and_connect(
+    path: &Path,
+    deadline: Instant,
+) -> Result<(Connection, Identities), OpenFailure> {
     let unusable = |problem: &str| Error::outbox(Some(path), problem);
-    prepare(path).map_err(|source| Failure::Unusable(unusable("cannot be written").because(source)))?;
+    prepare(path).map_err(|source| {
+        OpenFailure::Unusable(unusable("cannot be written").with_source(source))
+    })?;
     loop {
         match connect(path, deadline) {
             Ok(Ok(db)) => return verify(path, db),
-            Ok(Err(damage)) => return Err(Failure::Damage(damage)),
-            Err(error) if is_of_the_content(&error) => return Err(Failure::Damage(error.to_string())),
+            Ok(Err(damage)) => return Err(OpenFailure::Damage(damage)),
+            Err(error) if is_of_the_content(&error) => {
+                return Err(OpenFailure::Damage(error.to_string()));
+            }
             // To two that turn a new file to WAL at once SQLite says so without waiting.
-            Err(error) if Refusal::of(&error) == Refusal::Locked && Instant::now() < deadline => {
+            Err(error)
+                if FileProblem::of(&error) == FileProblem::Locked && Instant::now() < deadline =>
+            {
                 thread::sleep(limits::OUTBOX_PAUSE);
             }
-            Err(error) => return Err(Failure::Unusable(unusable("cannot be opened").because(error))),
+            Err(error) => {
+                return Err(OpenFailure::Unusable(unusable("cannot be opened").with_source(error)));
+            }
         }
     }
 }
 
 /// The connection, if it is one to the files that are at their places, and its index is of this log.
-fn verify(path: &Path, db: Connection) -> Result<(Connection, Identities), Failure> {
-    let unusable = |problem: &str| Failure::Unusable(Error::outbox(Some(path), problem));
+fn verify(path: &Path, db: Connection) -> Result<(Connection, Identities), OpenFailure> {
+    let unusable = |problem: &str| OpenFailure::Unusable(Error::outbox(Some(path), problem));
     let identities = identities(path);
     let problem = match (is_open_here(&identities), schema::frames(&db).unwrap_or(0)) {
         (false, _) => "was replaced while it was opened",
-        (true, 1..) if fs::symlink_metadata(beside(path, "-wal")).is_ok_and(|log| log.len() == 0) => {
+        (true, 1..)
+            if fs::symlink_metadata(beside(path, "-wal")).is_ok_and(|log| log.len() == 0) =>
+        {
             // Somebody has removed the log, and nobody opens the outbox with this index any more.
             let _ = remove_index(path);
             "had an index of another log"
@@ -152,7 +175,8 @@ pub(super) type Identities = [Option<Identity>; 3];
 
 /// The files that are at their places now.
 pub(super) fn identities(path: &Path) -> Identities {
-    ["", "-wal", "-shm"].map(|part| fs::symlink_metadata(beside(path, part)).ok().map(|found| identity(&found)))
+    ["", "-wal", "-shm"]
+        .map(|part| fs::symlink_metadata(beside(path, part)).ok().map(|found| identity(&found)))
 }
 
 /// Whether this process has all of them open. SQLite does not say which log it has; where nothing else does, it is believed.
@@ -163,7 +187,8 @@ fn is_open_here(files: &Identities) -> bool {
 
 /// The files that this process has open.
 fn open_here() -> io::Result<BTreeSet<Identity>> {
-    let identity = |entry: io::Result<DirEntry>| Some(identity(&fs::metadata(entry.ok()?.path()).ok()?));
+    let identity =
+        |entry: io::Result<DirEntry>| Some(identity(&fs::metadata(entry.ok()?.path()).ok()?));
     Ok(fs::read_dir("/proc/self/fd")?.filter_map(identity).collect())
 }
 
@@ -173,11 +198,19 @@ fn read_through(path: &Path) -> io::Result<()> {
     for part in ["", "-journal", "-wal"] {
         let path = beside(path, part);
         // The descriptor of the look is closed again, or the file would always be open here.
-        let Some(found) = Place::look(&path)?.map(|place| identity(&place.metadata)) else { continue };
+        let Some(found) = DatabaseFile::look(&path)?.map(|place| identity(&place.metadata)) else {
+            continue;
+        };
         if open_here()?.contains(&found) {
-            return Err(io::Error::new(io::ErrorKind::ResourceBusy, "another connection of this process has it open"));
+            return Err(io::Error::new(
+                io::ErrorKind::ResourceBusy,
+                "another connection of this process has it open",
+            ));
         }
-        let file = OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(&path)?;
+        let file = OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
+            .open(&path)?;
         io::copy(&mut file.take(limits::READ_THROUGH), &mut io::sink())?;
     }
     Ok(())
@@ -185,7 +218,9 @@ fn read_through(path: &Path) -> io::Result<()> {
 
 /// `Ok(Err(damage))`: the file can be read, and what is in it is at fault.
 fn connect(path: &Path, deadline: Instant) -> rusqlite::Result<Result<Connection, String>> {
-    let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX | OpenFlags::SQLITE_OPEN_NOFOLLOW;
+    let flags = OpenFlags::SQLITE_OPEN_READ_WRITE
+        | OpenFlags::SQLITE_OPEN_NO_MUTEX
+        | OpenFlags::SQLITE_OPEN_NOFOLLOW;
     let mut db = Connection::open_with_flags(path, flags)?;
     db.busy_timeout(deadline.saturating_duration_since(Instant::now()))?;
     // Before anything is changed in it.
@@ -222,8 +257,8 @@ fn prepare(path: &Path) -> io::Result<()> {
 }
 
 /// `None`: there is no such file.
-fn own_part(path: &Path, part: &str, folder: &Metadata) -> io::Result<Option<Place>> {
-    let place = Place::look(&beside(path, part))?;
+fn own_part(path: &Path, part: &str, folder: &Metadata) -> io::Result<Option<DatabaseFile>> {
+    let place = DatabaseFile::look(&beside(path, part))?;
     place.iter().try_for_each(|place| place.refuse_strangers(folder))?;
     Ok(place)
 }
@@ -236,7 +271,9 @@ fn remove_index(path: &Path) -> io::Result<()> {
 /// What is beside a new file belonged to another one, which somebody may still have open. It goes: SQLite must not take it for
 /// this one's, and must not change the index of the other one.
 fn remove_what_is_beside(path: &Path) -> io::Result<()> {
-    ["-journal", "-wal", "-shm"].iter().try_for_each(|part| if_there(fs::remove_file(beside(path, part))))
+    ["-journal", "-wal", "-shm"]
+        .iter()
+        .try_for_each(|part| if_there(fs::remove_file(beside(path, part))))
 }
 
 fn if_there(done: io::Result<()>) -> io::Result<()> {
@@ -246,9 +283,11 @@ fn if_there(done: io::Result<()>) -> io::Result<()> {
 /// Moves what is no outbox out of the way, with what SQLite keeps beside it. Where it is now.
 fn move_aside(path: &Path) -> io::Result<PathBuf> {
     let now = from_micros(micros(SystemTime::now()));
-    let name = format!("-aside-{}", humantime::format_rfc3339_seconds(now).to_string().replace(':', ""));
+    let name =
+        format!("-aside-{}", humantime::format_rfc3339_seconds(now).to_string().replace(':', ""));
     let names = std::iter::once(name.clone()).chain((2..).map(|n| format!("{name}-{n}")));
-    let aside = names.map(|name| beside(path, &name)).find(|aside| fs::symlink_metadata(aside).is_err());
+    let aside =
+        names.map(|name| beside(path, &name)).find(|aside| fs::symlink_metadata(aside).is_err());
     let aside = aside.ok_or(io::ErrorKind::AlreadyExists)?;
     // The database last: its log must not be found beside a new one.
     for suffix in ["-shm", "-wal", "-journal", ""] {

@@ -36,7 +36,7 @@ enum Step {
     /// The agent asks for so many that may go out.
     Fetch(usize),
     /// The master answers, for so many of those that were fetched last, from this one on.
-    Settle(usize, usize, Settled),
+    Settle(usize, usize, DeliveryResult),
     /// The same again.
     SettleAgain,
     Tend,
@@ -63,13 +63,13 @@ enum Act {
     Push(Vec<Ended>),
     /// On these deckies, so many times over.
     Begin(Operation, Vec<&'static str>, usize),
-    End(usize, Verdict, Poster),
+    End(usize, Verdict, SentBy),
     /// To post these itself.
     Claim(Vec<Ended>),
     /// So many of those that it was to post itself.
     Release(usize, usize),
     /// So many of those that it posted itself, and the master has answered.
-    Settle(usize, usize, Settled),
+    Settle(usize, usize, DeliveryResult),
 }
 
 /// Deltas, so many that are the same.
@@ -90,7 +90,9 @@ impl Verdict {
         let (delta, second) = match self {
             Self::Success(second) => (LifecycleDelta::succeeded(decky, operation), second),
             Self::Failure(second) => (LifecycleDelta::failed(decky, operation, "why"), second),
-            Self::LongFailure(second) => (LifecycleDelta::failed(decky, operation, "why".repeat(600)), second),
+            Self::LongFailure(second) => {
+                (LifecycleDelta::failed(decky, operation, "why".repeat(600)), second)
+            }
         };
         delta.completed_at(UNIX_EPOCH + Duration::from_secs(second))
     }
@@ -116,7 +118,16 @@ impl Row {
     fn in_flight(decky: &str, operation: Operation, owner: &str) -> Self {
         let owner = Some(owner.to_owned());
         let decky = decky.to_owned();
-        Self { id: 0, decky, operation, error: None, completed_at: None, rejected: None, owner, age: 0 }
+        Self {
+            id: 0,
+            decky,
+            operation,
+            error: None,
+            completed_at: None,
+            rejected: None,
+            owner,
+            age: 0,
+        }
     }
 
     fn ended(delta: &LifecycleDelta, owner: Option<&str>) -> Self {
@@ -138,12 +149,15 @@ impl Row {
         self.completed_at.is_some() && self.rejected.is_none()
     }
 
-    fn kept(&self) -> Kept {
+    fn kept(&self) -> QueuedDelta {
         let delta = match &self.error {
             None => LifecycleDelta::succeeded(&self.decky, self.operation),
             Some(error) => LifecycleDelta::failed(&self.decky, self.operation, error),
         };
-        Kept { id: self.id, delta: delta.completed_at(from_micros(self.completed_at.unwrap())) }
+        QueuedDelta {
+            id: self.id,
+            delta: delta.completed_at(from_micros(self.completed_at.unwrap())),
+        }
     }
 }
 
@@ -205,23 +219,26 @@ impl Ledger {
         self.of(ids).for_each(|row| row.owner = None);
     }
 
-    fn settle(&mut self, ids: &BTreeSet<i64>, settled: &Settled) {
+    fn settle(&mut self, ids: &BTreeSet<i64>, settled: &DeliveryResult) {
         match settled {
-            Settled::Delivered => self.delivered += self.remove(ids),
-            Settled::Rejected(reason) => {
+            DeliveryResult::Delivered => self.delivered += self.remove(ids),
+            DeliveryResult::Rejected(reason) => {
                 self.rejected += self.of(ids).filter(|row| row.waits()).count() as u64;
-                self.of(ids).for_each(|row| (row.rejected, row.owner) = (Some(reason.clone()), None));
+                self.of(ids)
+                    .for_each(|row| (row.rejected, row.owner) = (Some(reason.clone()), None));
             }
         }
     }
 
     /// What was in flight in a process that has died has failed, and what it was to post waits for delivery.
     fn recover(&mut self, living: &[&str], reason: &str) {
-        let dead = |row: &&mut Row| row.owner.as_deref().is_some_and(|owner| !living.contains(&owner));
+        let dead =
+            |row: &&mut Row| row.owner.as_deref().is_some_and(|owner| !living.contains(&owner));
         for row in self.rows.iter_mut().filter(dead) {
             row.owner = None;
             if row.completed_at.is_none() {
-                (row.error, row.completed_at) = (Some(format!("{reason}{}", row.operation)), Some(BY_ITSELF));
+                (row.error, row.completed_at) =
+                    (Some(format!("{reason}{}", row.operation)), Some(BY_ITSELF));
                 self.pushed += 1;
             }
         }
@@ -229,8 +246,16 @@ impl Ledger {
 
     /// What nobody is at work on grows older, and goes after seven days. How many deltas fell out.
     fn age(&mut self, days: u64) -> u64 {
-        self.rows.iter_mut().filter(|row| row.owner.is_none()).for_each(|row| row.age += days * DAY);
-        let old = self.rows.iter().filter(|row| row.owner.is_none() && row.age > 7 * DAY).map(|row| row.id).collect();
+        self.rows
+            .iter_mut()
+            .filter(|row| row.owner.is_none())
+            .for_each(|row| row.age += days * DAY);
+        let old = self
+            .rows
+            .iter()
+            .filter(|row| row.owner.is_none() && row.age > 7 * DAY)
+            .map(|row| row.id)
+            .collect();
         let dropped = self.remove(&old);
         self.dropped += dropped;
         dropped
@@ -241,11 +266,13 @@ impl Ledger {
         let of = |row: &Row| (row.decky.clone(), row.operation);
         let owned = self.rows.iter().filter(|row| row.owner.is_some());
         let newest: HashMap<_, _> = owned.map(|row| (of(row), row.id)).collect();
-        let held = |row: &&Row| row.owner.is_some() || newest.get(&of(row)).is_some_and(|newest| *newest > row.id);
+        let held = |row: &&Row| {
+            row.owner.is_some() || newest.get(&of(row)).is_some_and(|newest| *newest > row.id)
+        };
         self.rows.iter().filter(|row| row.waits()).filter(held).map(|row| row.id).collect()
     }
 
-    fn deliverable(&self, most: usize) -> Vec<Kept> {
+    fn deliverable(&self, most: usize) -> Vec<QueuedDelta> {
         let held = self.held();
         let free = self.rows.iter().rev().filter(|row| row.waits() && !held.contains(&row.id));
         free.take(most).map(Row::kept).collect()
@@ -255,13 +282,18 @@ impl Ledger {
         self.rows.iter().filter(|row| row.waits()).count() as u64
     }
 
-    fn counts(&self) -> Counts {
-        Counts {
+    fn counts(&self) -> QueueCounts {
+        QueueCounts {
             waiting: self.waiting(),
             held: self.held().len() as u64,
             operations: self.rows.iter().filter(|row| row.completed_at.is_none()).count() as u64,
             rejected: self.rows.iter().filter(|row| row.rejected.is_some()).count() as u64,
-            oldest: self.rows.iter().filter(|row| row.waits()).filter_map(|row| row.completed_at).min(),
+            oldest: self
+                .rows
+                .iter()
+                .filter(|row| row.waits())
+                .filter_map(|row| row.completed_at)
+                .min(),
         }
     }
 
@@ -277,7 +309,7 @@ struct Process {
     /// Operations in flight.
     open: Vec<(i64, String, Operation)>,
     /// Deltas that it is to post itself.
-    ours: Vec<Kept>,
+    ours: Vec<QueuedDelta>,
     /// Deltas that fell out since it was started.
     dropped: u64,
 }
@@ -288,13 +320,19 @@ impl Process {
     }
 
     /// Ends one of its operations, but for the outbox.
-    fn end(&mut self, which: usize, verdict: Verdict, poster: Poster, ledgers: &mut [&mut Ledger]) -> Kept {
+    fn end(
+        &mut self,
+        which: usize,
+        verdict: Verdict,
+        poster: SentBy,
+        ledgers: &mut [&mut Ledger],
+    ) -> QueuedDelta {
         let (id, decky, operation) = self.open.remove(which % self.open.len());
         let delta = verdict.delta(&decky, operation);
-        let owner = (poster == Poster::Us).then_some(self.outbox.store.locks.token.as_str());
+        let owner = (poster == SentBy::Us).then_some(self.outbox.store.locks.token.as_str());
         ledgers.iter_mut().for_each(|ledger| ledger.end(id, &delta, owner));
-        let kept = Kept { id, delta };
-        if poster == Poster::Us {
+        let kept = QueuedDelta { id, delta };
+        if poster == SentBy::Us {
             self.ours.push(kept.clone());
         }
         kept
@@ -327,8 +365,8 @@ struct Bench {
     trouble: Trouble,
     /// Has the file locked.
     other: Option<Connection>,
-    fetched: Vec<Kept>,
-    settled: Option<(Vec<Kept>, Settled)>,
+    fetched: Vec<QueuedDelta>,
+    settled: Option<(Vec<QueuedDelta>, DeliveryResult)>,
     began: i64,
 }
 
@@ -405,7 +443,9 @@ impl Bench {
             }
             Step::Free if self.trouble == Trouble::Full => self.free(),
             Step::Unlock if matches!(self.trouble, Trouble::Locked(_)) => self.unlock(),
-            Step::Fill | Step::Free | Step::Lock | Step::Unlock | Step::Remove => Changed::Otherwise,
+            Step::Fill | Step::Free | Step::Lock | Step::Unlock | Step::Remove => {
+                Changed::Otherwise
+            }
         };
         self.check(changed)
     }
@@ -456,38 +496,44 @@ impl Bench {
         let mut adds = Vec::new();
         for act in acts {
             match act {
-                Act::Push(ended) => adds.push(Add::Deltas(deltas(ended), Poster::Deliverer)),
-                Act::Claim(ended) => adds.push(Add::Deltas(deltas(ended), Poster::Us)),
+                Act::Push(ended) => adds.push(NewRows::Deltas(deltas(ended), SentBy::Deliverer)),
+                Act::Claim(ended) => adds.push(NewRows::Deltas(deltas(ended), SentBy::Us)),
                 Act::Begin(operation, deckies, times) => {
                     let deckies = deckies.repeat(*times).into_iter().map(str::to_owned).collect();
-                    adds.push(Add::Operation(*operation, deckies));
+                    adds.push(NewRows::Operation(*operation, deckies));
                 }
                 Act::End(which, verdict, poster) if !agent.open.is_empty() => {
                     let kept = agent.end(*which, *verdict, *poster, ledgers);
-                    agent.outbox.note(Change::Ended(vec![kept], *poster));
+                    agent.outbox.note(RowChange::Ended(vec![kept], *poster));
                 }
                 Act::End(..) | Act::Release(..) | Act::Settle(..) => (),
             }
         }
-        let Committed { added: firsts, changed } = agent.outbox.commit(&adds, deadline());
+        let CommitResult { added: firsts, changed } = agent.outbox.commit(&adds, deadline());
         prop_assert!(is_as_it_must_be(&changed, self.trouble), "{:?}", changed);
         let new = agent.outbox.just_added(&adds, &firsts);
         for (first, add) in firsts.into_iter().zip(&adds) {
             let rows: Vec<_> = match add {
-                Add::Deltas(deltas, poster) => {
-                    let owner = (*poster == Poster::Us).then_some(us.as_str());
+                NewRows::Deltas(deltas, poster) => {
+                    let owner = (*poster == SentBy::Us).then_some(us.as_str());
                     deltas.iter().map(|delta| Row::ended(delta, owner)).collect()
                 }
-                Add::Operation(operation, deckies) => {
+                NewRows::Operation(operation, deckies) => {
                     deckies.iter().map(|decky| Row::in_flight(decky, *operation, &us)).collect()
                 }
             };
             match (&first, add) {
-                (Ok(first), Add::Deltas(deltas, Poster::Us)) => {
-                    agent.ours.extend((*first..).zip(deltas).map(|(id, delta)| Kept { id, delta: delta.clone() }));
+                (Ok(first), NewRows::Deltas(deltas, SentBy::Us)) => {
+                    agent.ours.extend(
+                        (*first..)
+                            .zip(deltas)
+                            .map(|(id, delta)| QueuedDelta { id, delta: delta.clone() }),
+                    );
                 }
-                (Ok(first), Add::Operation(operation, deckies)) => {
-                    agent.open.extend((*first..).zip(deckies).map(|(id, decky)| (id, decky.clone(), *operation)));
+                (Ok(first), NewRows::Operation(operation, deckies)) => {
+                    agent.open.extend(
+                        (*first..).zip(deckies).map(|(id, decky)| (id, decky.clone(), *operation)),
+                    );
                 }
                 _ => (),
             }
@@ -503,7 +549,9 @@ impl Bench {
     /// It has no part in the agent's troubles: it waits until they are over, unless the disk is full for the agent alone.
     fn by_the_program(&mut self, act: &Act) -> Result<Changed, TestCaseError> {
         if matches!(self.trouble, Trouble::None | Trouble::Full) {
-            let program = self.program.get_or_insert_with(|| Process::start(self.dir.path(), Role::Contribute));
+            let program = self
+                .program
+                .get_or_insert_with(|| Process::start(self.dir.path(), Role::Contribute));
             perform(act, program, &mut [&mut self.file, &mut self.now], Trouble::None)?;
             prop_assert!(program.outbox.books().on_disk);
             prop_assert_eq!(program.outbox.books().dropped, program.dropped);
@@ -514,7 +562,8 @@ impl Bench {
     fn restart(&mut self) -> Changed {
         self.unlock();
         let Self { dir, agent, program, .. } = self;
-        let (outbox, _) = Outbox::open_at(&OutboxLocation::Memory, dir.path(), Role::Contribute).unwrap();
+        let (outbox, _) =
+            Outbox::open_at(&OutboxLocation::Memory, dir.path(), Role::Contribute).unwrap();
         // Dead before it is started again.
         agent.outbox = outbox;
         *agent = Process::start(dir.path(), Role::Deliver);
@@ -524,7 +573,10 @@ impl Bench {
         Changed::ByTheAgent
     }
 
-    fn settle(&mut self, (these, settled): (Vec<Kept>, Settled)) -> Result<Changed, TestCaseError> {
+    fn settle(
+        &mut self,
+        (these, settled): (Vec<QueuedDelta>, DeliveryResult),
+    ) -> Result<Changed, TestCaseError> {
         if these.is_empty() || !self.has_patience() {
             return Ok(Changed::Otherwise);
         }
@@ -582,7 +634,10 @@ impl Bench {
         outbox.count();
         let books = outbox.books();
         let on_disk = books.on_disk;
-        prop_assert_eq!(books, Books { counts: self.now.counts(), dropped: self.agent.dropped, on_disk });
+        prop_assert_eq!(
+            books,
+            OutboxStats { counts: self.now.counts(), dropped: self.agent.dropped, on_disk }
+        );
         // A change that the agent makes goes to a new file.
         if self.trouble == Trouble::Removed && self.path().exists() {
             self.trouble = Trouble::None;
@@ -597,7 +652,11 @@ impl Bench {
         }
         match self.trouble {
             Trouble::Removed => prop_assert!(!self.path().exists()),
-            _ => agree("the file", &rows(&Connection::open(self.path()).unwrap()).unwrap(), &self.file.rows)?,
+            _ => agree(
+                "the file",
+                &rows(&Connection::open(self.path()).unwrap()).unwrap(),
+                &self.file.rows,
+            )?,
         }
         prop_assert!(self.now.adds_up() && self.file.adds_up(), "{:?} {:?}", self.now, self.file);
         Ok(())
@@ -607,8 +666,13 @@ impl Bench {
     fn learn_times(&mut self, found: &[Row]) -> Result<(), TestCaseError> {
         let until = micros(std::time::SystemTime::now());
         for row in self.now.rows.iter_mut().filter(|row| row.completed_at == Some(BY_ITSELF)) {
-            row.completed_at = found.iter().find(|found| found.id == row.id).and_then(|found| found.completed_at);
-            prop_assert!(row.completed_at.is_some_and(|at| (self.began..=until).contains(&at)), "{:?}", row);
+            row.completed_at =
+                found.iter().find(|found| found.id == row.id).and_then(|found| found.completed_at);
+            prop_assert!(
+                row.completed_at.is_some_and(|at| (self.began..=until).contains(&at)),
+                "{:?}",
+                row
+            );
         }
         Ok(())
     }
@@ -634,9 +698,9 @@ fn living(program: Option<&Process>) -> Vec<&str> {
 }
 
 fn deltas(ended: &[Ended]) -> Vec<LifecycleDelta> {
-    let deltas = ended
-        .iter()
-        .map(|Ended(decky, operation, verdict, times)| std::iter::repeat_n(verdict.delta(decky, *operation), *times));
+    let deltas = ended.iter().map(|Ended(decky, operation, verdict, times)| {
+        std::iter::repeat_n(verdict.delta(decky, *operation), *times)
+    });
     deltas.flatten().collect()
 }
 
@@ -665,17 +729,20 @@ fn perform(
             let kept = process.outbox.keep(&deltas);
             // It says nothing of ids: they are the newest.
             let newest = "SELECT ifnull(max(id), 0) FROM delta";
-            let newest: i64 = process.outbox.store.read(|db| db.query_row(newest, [], |row| row.get(0))).unwrap();
+            let newest: i64 =
+                process.outbox.store.read(|db| db.query_row(newest, [], |row| row.get(0))).unwrap();
             let first = newest + 1 - new.len() as i64;
             added(kept.map(|()| first), &new, process, ledgers, trouble)?;
         }
         Act::Begin(operation, deckies, times) => {
             let deckies: Vec<_> = deckies.repeat(*times).into_iter().map(str::to_owned).collect();
-            let new: Vec<_> = deckies.iter().map(|decky| Row::in_flight(decky, *operation, &us)).collect();
+            let new: Vec<_> =
+                deckies.iter().map(|decky| Row::in_flight(decky, *operation, &us)).collect();
             let ids = process.outbox.begin(*operation, &deckies);
             if let Ok(ids) = &ids {
                 prop_assert!(ids.iter().copied().eq((ids[0]..).take(deckies.len())), "{:?}", ids);
-                let open = ids.iter().zip(&deckies).map(|(id, decky)| (*id, decky.clone(), *operation));
+                let open =
+                    ids.iter().zip(&deckies).map(|(id, decky)| (*id, decky.clone(), *operation));
                 process.open.extend(open);
             }
             added(ids.map(|ids| ids[0]), &new, process, ledgers, trouble)?;
@@ -685,7 +752,8 @@ fn perform(
             let new: Vec<_> = deltas.iter().map(|delta| Row::ended(delta, Some(&us))).collect();
             let kept = process.outbox.claim(deltas.clone());
             if let Ok(kept) = &kept {
-                let expected = (kept[0].id..).zip(deltas).map(|(id, delta)| Kept { id, delta });
+                let expected =
+                    (kept[0].id..).zip(deltas).map(|(id, delta)| QueuedDelta { id, delta });
                 prop_assert!(kept.iter().cloned().eq(expected), "{:?}", kept);
                 process.ours.extend_from_slice(kept);
             }
@@ -735,7 +803,12 @@ fn added(
     match first {
         Ok(first) => {
             prop_assert!(fits && !matches!(trouble, Trouble::Locked(_)));
-            prop_assert!(first > ledgers[0].newest, "{} is no newer than {}", first, ledgers[0].newest);
+            prop_assert!(
+                first > ledgers[0].newest,
+                "{} is no newer than {}",
+                first,
+                ledgers[0].newest
+            );
             process.dropped += ledgers[0].add(first, new);
             for ledger in &mut ledgers[1..] {
                 ledger.add(first, new);
@@ -745,10 +818,15 @@ fn added(
             let text = error.to_string();
             match trouble {
                 Trouble::Locked(_) => {
-                    prop_assert!(text.ends_with("is locked by another process; nothing was kept"), "{}", text)
+                    prop_assert!(
+                        text.ends_with("is locked by another process; nothing was kept"),
+                        "{}",
+                        text
+                    )
                 }
                 _ => {
-                    let no_room = format!("has no room for {} more: it holds 10000 rows, ", new.len());
+                    let no_room =
+                        format!("has no room for {} more: it holds 10000 rows, ", new.len());
                     prop_assert!(!fits && text.contains(&no_room), "{}", text);
                 }
             }
@@ -775,8 +853,13 @@ fn rows(db: &Connection) -> rusqlite::Result<Vec<Row>> {
 }
 
 /// Says the first difference alone: there may be ten thousand rows.
-fn agree<T: Debug + PartialEq>(what: &str, found: &[T], expected: &[T]) -> Result<(), TestCaseError> {
-    let place = (0..found.len().max(expected.len())).find(|place| found.get(*place) != expected.get(*place));
+fn agree<T: Debug + PartialEq>(
+    what: &str,
+    found: &[T],
+    expected: &[T],
+) -> Result<(), TestCaseError> {
+    let place = (0..found.len().max(expected.len()))
+        .find(|place| found.get(*place) != expected.get(*place));
     let Some(place) = place else { return Ok(()) };
     let short = |item: Option<&T>| format!("{item:?}").chars().take(300).collect::<String>();
     let (found_here, expected_here) = (short(found.get(place)), short(expected.get(place)));
@@ -789,16 +872,23 @@ fn agree<T: Debug + PartialEq>(what: &str, found: &[T], expected: &[T]) -> Resul
 
 /// Holds the outbox against the model in so many sequences of steps.
 fn hold(cases: u32, steps: impl Strategy<Value = Vec<Step>>) {
-    let config = Config { cases, failure_persistence: None, max_shrink_time: 20_000, ..Config::default() };
+    let config =
+        Config { cases, failure_persistence: None, max_shrink_time: 20_000, ..Config::default() };
     let held = TestRunner::new(config).run(&steps, |steps| {
         let mut bench = Bench::new();
         for (place, step) in steps.iter().enumerate() {
-            bench.step(step).map_err(|why| TestCaseError::fail(format!("after step {place}, {step:?}: {why}")))?;
+            bench.step(step).map_err(|why| {
+                TestCaseError::fail(format!("after step {place}, {step:?}: {why}"))
+            })?;
         }
         bench.finish()
     });
     if let Err(TestError::Fail(why, steps)) = held {
-        let steps: String = steps.iter().enumerate().map(|(place, step)| format!("{place:>3} {step:?}\n")).collect();
+        let steps: String = steps
+            .iter()
+            .enumerate()
+            .map(|(place, step)| format!("{place:>3} {step:?}\n"))
+            .collect();
         panic!("{why}\nThe shortest such sequence:\n{steps}");
     }
     held.unwrap();
@@ -816,19 +906,22 @@ fn verdict() -> impl Strategy<Value = Verdict> {
     prop_oneof![2 => short(), 1 => (0..99_u64).prop_map(Verdict::LongFailure)]
 }
 
-fn poster() -> impl Strategy<Value = Poster> {
-    prop_oneof![2 => Just(Poster::Deliverer), 1 => Just(Poster::Us)]
+fn poster() -> impl Strategy<Value = SentBy> {
+    prop_oneof![2 => Just(SentBy::Deliverer), 1 => Just(SentBy::Us)]
 }
 
-fn settled() -> impl Strategy<Value = Settled> {
-    prop_oneof![2 => Just(Settled::Delivered), 1 => Just(Settled::Rejected("no".to_owned()))]
+fn settled() -> impl Strategy<Value = DeliveryResult> {
+    prop_oneof![2 => Just(DeliveryResult::Delivered), 1 => Just(DeliveryResult::Rejected("no".to_owned()))]
 }
 
 fn deckies() -> impl Strategy<Value = Vec<&'static str>> {
     subsequence(&["a", "b", "c"][..], 1..=2)
 }
 
-fn ended(verdict: impl Strategy<Value = Verdict>, times: impl Strategy<Value = usize>) -> impl Strategy<Value = Ended> {
+fn ended(
+    verdict: impl Strategy<Value = Verdict>,
+    times: impl Strategy<Value = usize>,
+) -> impl Strategy<Value = Ended> {
     let decky = select(&["a", "b", "c"][..]);
     (decky, operation(), verdict, times)
         .prop_map(|(decky, operation, verdict, times)| Ended(decky, operation, verdict, times))
@@ -863,7 +956,8 @@ fn step() -> impl Strategy<Value = Step> {
 
 #[test]
 fn nothing_is_lost_and_nothing_comes_twice() {
-    let trouble = prop_oneof![2 => Just(Step::Fill), 2 => Just(Step::Free), 1 => Just(Step::Remove)];
+    let trouble =
+        prop_oneof![2 => Just(Step::Fill), 2 => Just(Step::Free), 1 => Just(Step::Remove)];
     hold(96, vec(prop_oneof![8 => step().boxed(), 1 => trouble.boxed()], 1..50));
 }
 
@@ -872,8 +966,9 @@ fn nothing_is_lost_and_nothing_comes_twice() {
 fn a_locked_file_changes_nothing_but_what_cannot_be_refused() {
     let before = || vec(step(), 1..12);
     let locked = || vec(step(), 1..6);
-    let steps = (before(), locked(), before())
-        .prop_map(|(before, locked, after)| [before, vec![Step::Lock], locked, vec![Step::Unlock], after].concat());
+    let steps = (before(), locked(), before()).prop_map(|(before, locked, after)| {
+        [before, vec![Step::Lock], locked, vec![Step::Unlock], after].concat()
+    });
     hold(6, steps);
 }
 

@@ -10,7 +10,7 @@
 //! | `completed_at` | when it ended, in microseconds since 1970; null while the operation is in flight |
 //! | `rejected` | why the master will never take it; null unless it said so |
 //! | `owner` | the process that owns the row: it runs the operation, or posts the delta itself; null: it waits |
-//! | `age` | seconds of delivery that it has waited through, see [`super::entries::Rows::grow_older`]; with an owner those in which nobody could tell whether it runs |
+//! | `age` | seconds of delivery that it has waited through, see [`super::rows::Rows::grow_older`]; with an owner those in which nobody could tell whether it runs |
 //!
 //! `delivered` has the last deltas that the master accepted, for people, and when that was. The index `delta_owned` is of the
 //! rows with an owner: they hold older ones back.
@@ -36,13 +36,18 @@ pub(super) fn problem(db: &Connection) -> rusqlite::Result<Option<String>> {
     let moment = db.unchecked_transaction()?;
     match version(&moment)? {
         None => return Ok(Some("it is another program's, or a later version's".to_owned())),
-        Some(1..) if last_id(&moment)? > LAST_ID_AT_MOST => return Ok(Some("its ids are used up".to_owned())),
+        Some(1..) if last_id(&moment)? > LAST_ID_AT_MOST => {
+            return Ok(Some("its ids are used up".to_owned()));
+        }
         Some(_) => drop(moment),
     }
     let damage: String = value(db, "PRAGMA quick_check(1)", [])?;
     // In the words of SQLite, which has no code for it here.
     if damage.contains("unable to get the page") || damage.contains("failed to get page") {
-        return Err(rusqlite::Error::SqliteFailure(ffi::Error::new(ffi::SQLITE_IOERR_READ), Some(damage)));
+        return Err(rusqlite::Error::SqliteFailure(
+            ffi::Error::new(ffi::SQLITE_IOERR_READ),
+            Some(damage),
+        ));
     }
     Ok(Some(damage).filter(|damage| damage != "ok"))
 }
@@ -50,11 +55,21 @@ pub(super) fn problem(db: &Connection) -> rusqlite::Result<Option<String>> {
 /// The last id that the file knows of. A sequence that is broken must not lead back to ids of rows that are there.
 pub(crate) fn last_id(db: &Connection) -> rusqlite::Result<i64> {
     let sequence = "SELECT max(seq) FROM main.sqlite_sequence WHERE name = 'delta' AND typeof(seq) = 'integer'";
-    value(db, &format!("SELECT max(ifnull(({sequence}), 0), ifnull((SELECT max(id) FROM main.delta), 0))"), [])
+    value(
+        db,
+        &format!(
+            "SELECT max(ifnull(({sequence}), 0), ifnull((SELECT max(id) FROM main.delta), 0))"
+        ),
+        [],
+    )
 }
 
 /// The one value that a statement gives, which is used again and again.
-pub(super) fn value<T: FromSql>(db: &Connection, sql: &str, params: impl Params) -> rusqlite::Result<T> {
+pub(super) fn value<T: FromSql>(
+    db: &Connection,
+    sql: &str,
+    params: impl Params,
+) -> rusqlite::Result<T> {
     db.prepare_cached(sql)?.query_row(params, |row| row.get(0))
 }
 
@@ -64,12 +79,15 @@ pub(crate) const LAST_ID_AT_MOST: i64 = i64::MAX / 4 * 3;
 /// Which version of the schema this is, 0 for an empty database; `None`: it is not ours.
 pub(super) fn version(db: &Connection) -> rusqlite::Result<Option<i64>> {
     let pragma = |name| db.pragma_query_value(None, name, |row| row.get::<_, i64>(0));
-    let tables: i64 = db.query_row("SELECT count(*) FROM main.sqlite_schema", [], |row| row.get(0))?;
+    let tables: i64 =
+        db.query_row("SELECT count(*) FROM main.sqlite_schema", [], |row| row.get(0))?;
     Ok(match (pragma("application_id")?, pragma("user_version")?, tables) {
         (0, 0, 0) => Some(0),
         (0, 1, _) if is_made_of(db, &[TABLE_1, SEQUENCE])? => Some(1),
         (APPLICATION, 2, _) if is_made_of(db, &[TABLE, SEQUENCE])? => Some(2),
-        (APPLICATION, VERSION, _) if is_made_of(db, &[DELIVERED, TABLE, INDEX, SEQUENCE])? => Some(VERSION),
+        (APPLICATION, VERSION, _) if is_made_of(db, &[DELIVERED, TABLE, INDEX, SEQUENCE])? => {
+            Some(VERSION)
+        }
         _ => None,
     })
 }
@@ -80,7 +98,9 @@ fn is_made_of(db: &Connection, parts: &[&str]) -> rusqlite::Result<bool> {
         "SELECT CAST(ifnull(sql, '') AS BLOB) FROM main.sqlite_schema
          WHERE name IN ('delta', 'delta_owned', 'delivered', 'sqlite_sequence') OR type = 'trigger' ORDER BY name",
     )?;
-    let made = select.query_map([], |row| row.get::<_, Vec<u8>>(0))?.collect::<rusqlite::Result<Vec<_>>>()?;
+    let made = select
+        .query_map([], |row| row.get::<_, Vec<u8>>(0))?
+        .collect::<rusqlite::Result<Vec<_>>>()?;
     let is = |(made, part): (&Vec<u8>, &&str)| {
         str::from_utf8(made).is_ok_and(|made| made.split_whitespace().eq(part.split_whitespace()))
     };
@@ -100,7 +120,9 @@ pub(super) fn migrate(db: &mut Connection) -> rusqlite::Result<()> {
     let transaction = db.transaction_with_behavior(TransactionBehavior::Immediate)?;
     let steps = match version(&transaction)? {
         Some(0) => format!("{TABLE}; {INDEX}; {DELIVERED}"),
-        Some(1) => format!("ALTER TABLE delta RENAME TO old; {TABLE}; {FROM_1}; {INDEX}; {DELIVERED}"),
+        Some(1) => {
+            format!("ALTER TABLE delta RENAME TO old; {TABLE}; {FROM_1}; {INDEX}; {DELIVERED}")
+        }
         Some(2) => format!("{INDEX}; {DELIVERED}"),
         // Ours already: another process may have been faster.
         _ => return Ok(()),
@@ -155,7 +177,8 @@ const FROM_1: &str = "INSERT INTO delta (id, decky, operation, error, completed_
     DROP TABLE old";
 
 /// Only rows with an owner are in it, so others cost nothing.
-pub(crate) const INDEX: &str = "CREATE INDEX delta_owned ON delta (decky, operation, id) WHERE owner IS NOT NULL";
+pub(crate) const INDEX: &str =
+    "CREATE INDEX delta_owned ON delta (decky, operation, id) WHERE owner IS NOT NULL";
 
 const DELIVERED: &str = "CREATE TABLE delivered (
     number INTEGER PRIMARY KEY,
@@ -205,9 +228,14 @@ mod tests {
             .unwrap()
             .collect::<rusqlite::Result<_>>()
             .unwrap();
-        let expected = [(7, "d".to_owned(), None, Some(1000)), (9, "e".to_owned(), Some("no".to_owned()), Some(2000))];
+        let expected = [
+            (7, "d".to_owned(), None, Some(1000)),
+            (9, "e".to_owned(), Some("no".to_owned()), Some(2000)),
+        ];
         assert_eq!(rows, expected);
-        let last: i64 = database.query_row("SELECT max(seq) FROM sqlite_sequence", [], |row| row.get(0)).unwrap();
+        let last: i64 = database
+            .query_row("SELECT max(seq) FROM sqlite_sequence", [], |row| row.get(0))
+            .unwrap();
         assert!(last > 9, "{last}");
     }
 
@@ -220,8 +248,13 @@ mod tests {
         database.execute_batch(&format!("{TABLE};{rows}")).unwrap();
         assert_eq!(problem(&database).unwrap(), None);
         migrate(&mut database).unwrap();
-        assert_eq!((problem(&database).unwrap(), version(&database).unwrap()), (None, Some(VERSION)));
-        let row = |sql: &str| database.query_row(sql, [], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)));
+        assert_eq!(
+            (problem(&database).unwrap(), version(&database).unwrap()),
+            (None, Some(VERSION))
+        );
+        let row = |sql: &str| {
+            database.query_row(sql, [], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)))
+        };
         let found: (i64, String, i64) = row("SELECT id, owner, age FROM delta").unwrap();
         assert_eq!(found, (7, "12-ab".to_owned(), 60));
         let last: i64 = last_id(&database).unwrap();
@@ -238,14 +271,17 @@ mod tests {
             let sql = "SELECT name, sql FROM sqlite_schema UNION ALL SELECT 'last', seq FROM sqlite_sequence
                        UNION ALL SELECT 'row', id FROM delta";
             let mut select = database.prepare(sql).unwrap();
-            let rows =
-                select.query_map([], |row| Ok((row.get(0)?, row.get::<_, Value>(1).map(|it| format!("{it:?}")).ok())));
+            let rows = select.query_map([], |row| {
+                Ok((row.get(0)?, row.get::<_, Value>(1).map(|it| format!("{it:?}")).ok()))
+            });
             rows.unwrap().collect::<rusqlite::Result<_>>().unwrap()
         };
         let before = everything(&database);
         let pages: i64 = database.query_row("PRAGMA page_count", [], |row| row.get(0)).unwrap();
         let limit = |database: &Connection, pages: i64| {
-            database.query_row(&format!("PRAGMA max_page_count = {pages}"), [], |_| Ok(())).unwrap();
+            database
+                .query_row(&format!("PRAGMA max_page_count = {pages}"), [], |_| Ok(()))
+                .unwrap();
         };
         // Room for the index, and none for the table of what was delivered.
         limit(&database, pages + 1);
@@ -253,7 +289,10 @@ mod tests {
         assert_eq!((version(&database).unwrap(), everything(&database)), (Some(2), before));
         limit(&database, pages + 2);
         migrate(&mut database).unwrap();
-        assert_eq!((problem(&database).unwrap(), version(&database).unwrap()), (None, Some(VERSION)));
+        assert_eq!(
+            (problem(&database).unwrap(), version(&database).unwrap()),
+            (None, Some(VERSION))
+        );
     }
 
     #[test]
@@ -261,7 +300,8 @@ mod tests {
         let mut database = Connection::open_in_memory().unwrap();
         migrate(&mut database).unwrap();
         configure(&database).unwrap();
-        let mut select = database.prepare("SELECT id FROM delta ORDER BY id DESC LIMIT ?1").unwrap();
+        let mut select =
+            database.prepare("SELECT id FROM delta ORDER BY id DESC LIMIT ?1").unwrap();
         for most in 1..5 {
             assert!(!select.exists([most]).unwrap());
         }
@@ -275,7 +315,10 @@ mod tests {
             ("CREATE TABLE theirs (a)", false),
             ("PRAGMA application_id = 1", false),
             ("PRAGMA user_version = 1", false),
-            ("CREATE TABLE delta (id INTEGER PRIMARY KEY, decky, operation); PRAGMA user_version = 1", false),
+            (
+                "CREATE TABLE delta (id INTEGER PRIMARY KEY, decky, operation); PRAGMA user_version = 1",
+                false,
+            ),
             ("PRAGMA user_version = 4", false),
             (MARKS, false),
             (
@@ -285,7 +328,10 @@ mod tests {
                 false,
             ),
             (&format!("{TABLE}; {INDEX}; {DELIVERED}; {MARKS}"), true),
-            (&format!("{TABLE}; PRAGMA application_id = 0x444e4842; PRAGMA user_version = 2"), true),
+            (
+                &format!("{TABLE}; PRAGMA application_id = 0x444e4842; PRAGMA user_version = 2"),
+                true,
+            ),
             (&format!("{TABLE}; {MARKS}"), false),
             ("PRAGMA application_id = 0x444e4842; PRAGMA user_version = 4", false),
         ] {

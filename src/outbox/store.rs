@@ -9,11 +9,11 @@ use std::time::{Duration, Instant};
 
 use rusqlite::{Connection, TransactionBehavior};
 
-use super::entries::{EVERY_ID, Rows, Tally};
-use super::file::{self, Identities, Refusal, identities};
-use super::lock::{Locks, Turn};
+use super::file::{self, FileProblem, Identities, identities};
+use super::locks::{Locks, Turn};
+use super::rows::{EVERY_ID, RowCounts, Rows};
 use super::{copy, schema};
-use crate::error::{Error, chain, printable_path};
+use crate::error::{Error, chain, sanitize_path};
 use crate::limits;
 use crate::panics::quietly;
 
@@ -26,7 +26,7 @@ pub(super) struct Store {
     /// With the version of the file that it has been brought up to; `None`: the file has it all.
     copy: Option<(Table, Option<i64>)>,
     /// Up to when the file is left alone and how it refused the last time, unless it has been written since.
-    pub(super) refused: Option<(Instant, Refusal)>,
+    pub(super) refused: Option<(Instant, FileProblem)>,
     /// When another process' lock was waited for in vain, unless the file has been written since.
     pub(super) locked: Option<Instant>,
     /// Who delivers, and that we run, for the rows that name us.
@@ -35,7 +35,7 @@ pub(super) struct Store {
 
 /// What a process takes to the next file out of one that was replaced. What was not written to that one yet it always takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Share {
+pub(super) enum MovedRows {
     /// Of the process that delivers.
     Everything,
     /// Nobody delivers. Rows of other owners are left to these: they may have done more with them by now.
@@ -46,8 +46,8 @@ pub(super) enum Share {
 
 /// The file did not take a change.
 #[derive(Debug)]
-pub(super) struct Refused {
-    pub(super) why: Refusal,
+pub(super) struct WriteFailure {
+    pub(super) why: FileProblem,
     pub(super) source: Box<dyn StdError + Send + Sync>,
 }
 
@@ -56,7 +56,7 @@ pub(super) struct Refused {
 pub(super) struct Table {
     pub(super) db: Connection,
     /// How many rows there are, and the last id. With the version of the file that it is of: another process may change it.
-    known: Option<(i64, Tally, Option<i64>)>,
+    known: Option<(i64, RowCounts, Option<i64>)>,
 }
 
 impl Table {
@@ -72,7 +72,7 @@ impl Table {
         copy.map_or(Ok(()), |copy| copy::merge(copy, &transaction))?;
         let (tally, last) = match self.known {
             Some((of, tally, last)) if of == version && copy.is_none() => (tally, last),
-            _ => (Tally::of(&transaction, &EVERY_ID)?, None),
+            _ => (RowCounts::of(&transaction, &EVERY_ID)?, None),
         };
         let mut rows = Rows { db: &transaction, tally, us, last };
         let done = change(&mut rows)?;
@@ -121,19 +121,27 @@ impl Store {
     /// before he gives up. It is not waited for again where that was in vain a moment ago, as the callers come after it.
     pub(super) fn patience(&self) -> Instant {
         let was_locked = self.locked.is_some_and(|at| at.elapsed() < limits::OUTBOX_RETRY);
-        Instant::now() + if was_locked { Duration::ZERO } else { limits::OUTBOX_BUSY - limits::OUTBOX_MARGIN }
+        Instant::now()
+            + if was_locked { Duration::ZERO } else { limits::OUTBOX_BUSY - limits::OUTBOX_MARGIN }
     }
 
     /// Opens the file at its place, and moves there what is in memory, or in a file that is gone or broken. Of these ids no
     /// row is there then. One that is no outbox is moved aside for a new one by who delivers.
-    pub(super) fn open(&mut self, mut gone: impl Iterator<Item = i64>, share: Share, by: Instant) -> Result<(), Error> {
+    pub(super) fn open(
+        &mut self,
+        mut gone: impl Iterator<Item = i64>,
+        share: MovedRows,
+        by: Instant,
+    ) -> Result<(), Error> {
         let Some(path) = self.path.clone() else { return Ok(()) };
         // Closed first: what SQLite keeps beside the file that is gone must not mix with the new one's.
         self.leave_file(share).map_err(|source| self.error("cannot be left", source))?;
-        let (db, identities) = file::open(&path, share == Share::Everything, by)?;
+        let (db, identities) = file::open(&path, share == MovedRows::Everything, by)?;
         let mut table = Table { db, known: None };
         if let Some((copy, _)) = &self.copy {
-            let moved = table.change(&self.locks.token, Some(&copy.db), |rows| gone.try_for_each(|id| rows.remove(id)));
+            let moved = table.change(&self.locks.token, Some(&copy.db), |rows| {
+                gone.try_for_each(|id| rows.remove(id))
+            });
             moved.map_err(|source| self.error("cannot be written", source))?;
         }
         (self.file, self.copy, self.refused) = (Some((table, identities)), None, None);
@@ -141,13 +149,15 @@ impl Store {
     }
 
     /// Takes its share of a file that was replaced, and from a broken one what that did not know.
-    fn leave_file(&mut self, share: Share) -> rusqlite::Result<()> {
+    fn leave_file(&mut self, share: MovedRows) -> rusqlite::Result<()> {
         let Some((file, _)) = self.file.as_ref() else { return Ok(()) };
         file::leave(&file.db)?;
         let (is_broken, us) = (self.is_broken(), self.locks.token.clone());
         let last = version(&file.db);
         self.in_memory()?;
-        let (Some((file, _)), Some((copy, _))) = (&self.file, &mut self.copy) else { return Ok(()) };
+        let (Some((file, _)), Some((copy, _))) = (&self.file, &mut self.copy) else {
+            return Ok(());
+        };
         match is_broken {
             true => copy::refresh(&copy.db, None),
             false => copy::move_rows(&copy.db, &file.db, share, &us),
@@ -156,7 +166,9 @@ impl Store {
         let read = self.copy.as_ref().and_then(|(_, version)| *version);
         if !is_broken && (read.is_none() || last.as_ref().ok() != read.as_ref()) {
             let outbox = self.name();
-            let error = last.err().map_or_else(|| "its rows cannot be read".to_owned(), |error| error.to_string());
+            let error = last
+                .err()
+                .map_or_else(|| "its rows cannot be read".to_owned(), |error| error.to_string());
             quietly(|| {
                 log::error!(
                     "the outbox was replaced and could not be read, deltas that only it had are lost: outbox={outbox} error={error:?}"
@@ -172,7 +184,7 @@ impl Store {
     }
 
     fn is_broken(&self) -> bool {
-        matches!(self.refused, Some((_, Refusal::Corrupt)))
+        matches!(self.refused, Some((_, FileProblem::Corrupt)))
     }
 
     fn is_at(&self, path: &Path) -> bool {
@@ -196,20 +208,27 @@ impl Store {
 
     /// For the log.
     pub(super) fn name(&self) -> String {
-        self.path.as_deref().map_or_else(|| "memory".to_owned(), printable_path)
+        self.path.as_deref().map_or_else(|| "memory".to_owned(), sanitize_path)
     }
 
-    pub(super) fn error(&self, problem: &str, source: impl Into<Box<dyn StdError + Send + Sync>>) -> Error {
-        Error::outbox(self.path.as_deref(), problem).because(source)
+    pub(super) fn error(
+        &self,
+        problem: &str,
+        source: impl Into<Box<dyn StdError + Send + Sync>>,
+    ) -> Error {
+        Error::outbox(self.path.as_deref(), problem).with_source(source)
     }
 
     /// How many rows there are, as of the last change.
-    pub(super) fn tally(&self) -> Option<Tally> {
+    pub(super) fn tally(&self) -> Option<RowCounts> {
         let file = self.file.as_ref().map(|(file, _)| file);
         self.copy.as_ref().map(|(copy, _)| copy).or(file)?.known.map(|(_, tally, _)| tally)
     }
 
-    pub(super) fn read<T>(&mut self, read: impl FnOnce(&Connection) -> rusqlite::Result<T>) -> rusqlite::Result<T> {
+    pub(super) fn read<T>(
+        &mut self,
+        read: impl FnOnce(&Connection) -> rusqlite::Result<T>,
+    ) -> rusqlite::Result<T> {
         let db = match &self.file {
             Some((file, _)) if self.copy.is_none() => &file.db,
             _ => &self.in_memory()?.db,
@@ -225,15 +244,16 @@ impl Store {
         &mut self,
         turn: io::Result<Turn>,
         by: Instant,
-        change: impl Fn(&mut Rows<'_>, Option<Refusal>) -> rusqlite::Result<T>,
-    ) -> (rusqlite::Result<T>, Option<Refused>) {
+        change: impl Fn(&mut Rows<'_>, Option<FileProblem>) -> rusqlite::Result<T>,
+    ) -> (rusqlite::Result<T>, Option<WriteFailure>) {
         let refused = match self.write(turn, by, |rows| change(rows, None)) {
             Ok(done) => return (Ok(done), None),
             Err(refused) => refused,
         };
         let why = refused.as_ref().map(|refused| refused.why);
         let us = self.locks.token.clone();
-        let changed = self.in_memory().and_then(|copy| copy.change(&us, None, |rows| change(rows, why)));
+        let changed =
+            self.in_memory().and_then(|copy| copy.change(&us, None, |rows| change(rows, why)));
         (changed, refused)
     }
 
@@ -243,32 +263,47 @@ impl Store {
         turn: io::Result<Turn>,
         by: Instant,
         change: impl FnOnce(&mut Rows<'_>) -> rusqlite::Result<T>,
-    ) -> Result<T, Option<Refused>> {
+    ) -> Result<T, Option<WriteFailure>> {
         let Some((file, _)) = &mut self.file else { return Err(None) };
         if let Some((_, why)) = self.refused.filter(|(until, _)| Instant::now() < *until) {
-            return Err(Some(Refused { why, source: "it could not be written a moment ago".into() }));
+            return Err(Some(WriteFailure {
+                why,
+                source: "it could not be written a moment ago".into(),
+            }));
         }
         let copy = self.copy.as_ref().map(|(copy, _)| &copy.db);
         let within = by.saturating_duration_since(Instant::now());
         let turn = turn.map_err(|source| {
-            let why = if source.kind() == io::ErrorKind::TimedOut { Refusal::Locked } else { Refusal::Unwritable };
-            Refused { why, source: source.into() }
+            let why = if source.kind() == io::ErrorKind::TimedOut {
+                FileProblem::Locked
+            } else {
+                FileProblem::Unwritable
+            };
+            WriteFailure { why, source: source.into() }
         });
         let written = turn.and_then(|_turn| {
-            let written = file.db.busy_timeout(within).and_then(|()| file.change(&self.locks.token, copy, change));
-            written.map_err(|source| Refused { why: Refusal::of(&source), source: source.into() })
+            let written = file
+                .db
+                .busy_timeout(within)
+                .and_then(|()| file.change(&self.locks.token, copy, change));
+            written.map_err(|source| WriteFailure {
+                why: FileProblem::of(&source),
+                source: source.into(),
+            })
         });
         match written {
             Ok(done) => {
                 (self.copy, self.locked) = (None, None);
                 if self.refused.take().is_some() {
-                    quietly(|| log::error!("the outbox is on the disk again: outbox={}", self.name()));
+                    quietly(|| {
+                        log::error!("the outbox is on the disk again: outbox={}", self.name())
+                    });
                 }
                 Ok(done)
             }
             Err(refused) => {
                 match refused.why {
-                    Refusal::Locked => self.locked = Some(Instant::now()),
+                    FileProblem::Locked => self.locked = Some(Instant::now()),
                     _ => self.leave_alone(&refused),
                 }
                 Err(Some(refused))
@@ -277,7 +312,7 @@ impl Store {
     }
 
     /// The file refuses for more than a moment: until it takes a change again, what comes is in memory.
-    fn leave_alone(&mut self, refused: &Refused) {
+    fn leave_alone(&mut self, refused: &WriteFailure) {
         let until = Instant::now() + limits::OUTBOX_RETRY;
         if self.refused.replace((until, refused.why)).is_none() {
             let (outbox, error) = (self.name(), chain(refused.source.as_ref()));
@@ -292,7 +327,11 @@ impl Store {
     /// The copy, made if there is none, with what other processes have changed in the file since the last time.
     pub(super) fn in_memory(&mut self) -> rusqlite::Result<&mut Table> {
         let known = self.copy.take();
-        let copy = if let Some(copy) = known { copy } else { (Table { db: copy::open()?, known: None }, None) };
+        let copy = if let Some(copy) = known {
+            copy
+        } else {
+            (Table { db: copy::open()?, known: None }, None)
+        };
         let (copy, refreshed) = self.copy.insert(copy);
         if let Some((file, _)) = &self.file {
             // Of a file that cannot be read the copy keeps what it has.

@@ -9,9 +9,9 @@ use rusqlite::Connection;
 use rusqlite::config::DbConfig;
 
 use super::*;
-use crate::database_files::PARTS;
 use crate::delta::{LifecycleDelta, Operation, Outcome};
 use crate::files::{beside, identity};
+use crate::sqlite::files::PARTS;
 
 fn delta(decky: &str) -> LifecycleDelta {
     LifecycleDelta::failed(decky, Operation::Mutate, "why")
@@ -28,19 +28,28 @@ pub(super) fn open_as(dir: &Path, role: Role) -> Outbox {
 }
 
 fn deckies(outbox: &mut Outbox) -> Vec<String> {
-    outbox.deliverable(10, deadline()).unwrap().into_iter().map(|kept| kept.delta.decky().to_owned()).collect()
+    outbox
+        .deliverable(10, deadline())
+        .unwrap()
+        .into_iter()
+        .map(|kept| kept.delta.decky().to_owned())
+        .collect()
 }
 
 /// What waits, what of it is held, and what is in flight.
 fn counted(outbox: &mut Outbox) -> (u64, u64, u64) {
     outbox.count();
-    let Counts { waiting, held, operations, .. } = outbox.books().counts;
+    let QueueCounts { waiting, held, operations, .. } = outbox.books().counts;
     (waiting, held, operations)
 }
 
 #[test]
 fn sqlite_has_no_wal_reset_bug() {
-    assert!(rusqlite::version_number() >= 3_051_003, "{}: a commit may get lost", rusqlite::version());
+    assert!(
+        rusqlite::version_number() >= 3_051_003,
+        "{}: a commit may get lost",
+        rusqlite::version()
+    );
 }
 
 #[test]
@@ -50,7 +59,8 @@ fn what_is_kept_survives_reopening_and_comes_newest_first() {
     open(dir.path()).keep(&[first.clone(), second.clone()]).unwrap();
     let mut outbox = open(dir.path());
     assert_eq!(outbox.books().counts.waiting, 2);
-    let kept: Vec<_> = outbox.deliverable(10, deadline()).unwrap().into_iter().map(|kept| kept.delta).collect();
+    let kept: Vec<_> =
+        outbox.deliverable(10, deadline()).unwrap().into_iter().map(|kept| kept.delta).collect();
     assert_eq!(kept, [second, first]);
 }
 
@@ -60,8 +70,8 @@ fn what_is_delivered_or_rejected_never_comes_again() {
     let mut outbox = open(dir.path());
     outbox.keep(&[delta("a"), delta("b"), delta("c")]).unwrap();
     let kept = outbox.deliverable(10, deadline()).unwrap();
-    outbox.settle(&kept[..1], &Settled::Delivered, deadline()).unwrap();
-    outbox.settle(&kept[1..2], &Settled::Rejected("no".to_owned()), deadline()).unwrap();
+    outbox.settle(&kept[..1], &DeliveryResult::Delivered, deadline()).unwrap();
+    outbox.settle(&kept[1..2], &DeliveryResult::Rejected("no".to_owned()), deadline()).unwrap();
     assert_eq!(outbox.books().counts.waiting, 1);
     drop(outbox);
     assert_eq!(deckies(&mut open(dir.path())), ["a"]);
@@ -75,7 +85,7 @@ fn the_last_hundred_that_were_delivered_are_remembered_also_of_those_in_memory()
         for n in names {
             outbox.keep(&[delta(&format!("d{n}"))]).unwrap();
             let kept = outbox.deliverable(1, deadline()).unwrap();
-            let _ = outbox.settle(&kept, &Settled::Delivered, deadline());
+            let _ = outbox.settle(&kept, &DeliveryResult::Delivered, deadline());
         }
     };
     let remembered = || -> Vec<String> {
@@ -103,14 +113,18 @@ fn what_is_settled_while_the_file_is_locked_is_not_sent_again_and_written_down_l
     let other = Connection::open(dir.path().join(FILE)).unwrap();
     other.execute_batch("BEGIN IMMEDIATE").unwrap();
     let kept = outbox.deliverable(10, deadline()).unwrap();
-    let error = outbox.settle(&kept[..1], &Settled::Delivered, deadline()).unwrap_err();
+    let error = outbox.settle(&kept[..1], &DeliveryResult::Delivered, deadline()).unwrap_err();
     assert!(error.to_string().ends_with("cannot be written"), "{error}");
-    outbox.settle(&kept[1..2], &Settled::Rejected("no".to_owned()), deadline()).unwrap_err();
+    outbox.settle(&kept[1..2], &DeliveryResult::Rejected("no".to_owned()), deadline()).unwrap_err();
     assert_eq!((deckies(&mut outbox), outbox.books().counts.waiting), (vec!["a".to_owned()], 1));
     other.execute_batch("COMMIT").unwrap();
     assert_eq!(deckies(&mut outbox), ["a"]);
     outbox.tend().unwrap();
-    assert_eq!(deckies(&mut open_as(dir.path(), Role::Contribute)), ["a"], "now the file knows it too");
+    assert_eq!(
+        deckies(&mut open_as(dir.path(), Role::Contribute)),
+        ["a"],
+        "now the file knows it too"
+    );
 }
 
 #[test]
@@ -128,7 +142,8 @@ fn of_those_that_make_the_file_at_once_none_loses_anything() {
         let dir = tempfile::tempdir().unwrap();
         let mut outboxes: Vec<_> = std::thread::scope(|scope| {
             let add = |n: usize| {
-                let mut outbox = open_as(dir.path(), if n == round { Role::Deliver } else { Role::Contribute });
+                let mut outbox =
+                    open_as(dir.path(), if n == round { Role::Deliver } else { Role::Contribute });
                 outbox.keep(&[delta(&n.to_string())]).unwrap();
                 outbox
             };
@@ -158,7 +173,8 @@ fn a_symlink_is_not_followed() {
     let target = dir.path().join("target");
     std::fs::write(&target, "").unwrap();
     std::os::unix::fs::symlink(&target, dir.path().join("heartbeat.db")).unwrap();
-    let (outbox, problem) = Outbox::open_at(&OutboxLocation::AgentDir, dir.path(), Role::Deliver).unwrap();
+    let (outbox, problem) =
+        Outbox::open_at(&OutboxLocation::AgentDir, dir.path(), Role::Deliver).unwrap();
     assert_eq!(outbox.path(), None);
     assert!(problem.unwrap().is_outbox());
     assert_eq!(std::fs::read(&target).unwrap(), b"");
@@ -177,14 +193,22 @@ fn looks(path: &Path) -> Option<(String, Option<Vec<u8>>)> {
 fn what_is_no_file_of_its_own_is_refused_and_left_as_it_is() {
     type Make = fn(&Path, &Path);
     let makes: [(Make, &str); 5] = [
-        (|path, other| std::os::unix::fs::symlink(other, path).unwrap(), "is a symlink, not a regular file"),
+        (
+            |path, other| std::os::unix::fs::symlink(other, path).unwrap(),
+            "is a symlink, not a regular file",
+        ),
         (|path, other| std::fs::hard_link(other, path).unwrap(), "has 2 hard links"),
         (
-            |path, _| assert!(std::process::Command::new("mkfifo").arg(path).status().unwrap().success()),
+            |path, _| {
+                assert!(std::process::Command::new("mkfifo").arg(path).status().unwrap().success())
+            },
             "is a FIFO, not a regular file",
         ),
         (|path, _| std::fs::create_dir(path).unwrap(), "is a directory, not a regular file"),
-        (|path, _| drop(std::os::unix::net::UnixListener::bind(path).unwrap()), "is a socket, not a regular file"),
+        (
+            |path, _| drop(std::os::unix::net::UnixListener::bind(path).unwrap()),
+            "is a socket, not a regular file",
+        ),
     ];
     for ((make, problem), part) in makes.iter().flat_map(|make| PARTS.map(|part| (make, part))) {
         for is_made in [false, true] {
@@ -201,9 +225,13 @@ fn what_is_no_file_of_its_own_is_refused_and_left_as_it_is() {
             let looked = || (looks(&place), looks(&other), looks(&path));
             let before = looked();
             for role in [Role::Deliver, Role::Contribute] {
-                let (outbox, refused) = Outbox::open_at(&OutboxLocation::AgentDir, dir.path(), role).unwrap();
+                let (outbox, refused) =
+                    Outbox::open_at(&OutboxLocation::AgentDir, dir.path(), role).unwrap();
                 let refused = chain(&refused.unwrap());
-                assert!(refused.contains(&format!("heartbeat.db{part} {problem}")), "{part} {role:?}: {refused}");
+                assert!(
+                    refused.contains(&format!("heartbeat.db{part} {problem}")),
+                    "{part} {role:?}: {refused}"
+                );
                 drop(outbox);
                 assert_eq!(looked(), before, "{part} {role:?}: {problem}");
             }
@@ -272,14 +300,15 @@ fn begin(outbox: &mut Outbox, decky: &str) -> i64 {
     outbox.begin(Operation::Mutate, &[decky.to_owned()]).unwrap()[0]
 }
 
-fn ended(id: i64, delta: LifecycleDelta) -> Vec<Kept> {
-    vec![Kept { id, delta }]
+fn ended(id: i64, delta: LifecycleDelta) -> Vec<QueuedDelta> {
+    vec![QueuedDelta { id, delta }]
 }
 
 /// What is on the disk, as another program would see it: decky, error, owned or not.
 fn on_disk(dir: &Path) -> Vec<(String, Option<String>, bool)> {
     let database = Connection::open(dir.join(FILE)).unwrap();
-    let mut select = database.prepare("SELECT decky, error, owner IS NOT NULL FROM delta ORDER BY id").unwrap();
+    let mut select =
+        database.prepare("SELECT decky, error, owner IS NOT NULL FROM delta ORDER BY id").unwrap();
     let rows = select.query_map([], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?))).unwrap();
     rows.collect::<rusqlite::Result<_>>().unwrap()
 }
@@ -317,7 +346,7 @@ fn an_older_delta_is_held_back_while_a_newer_operation_is_in_flight() {
     outbox.keep(&[LifecycleDelta::succeeded("d", Operation::Deploy)]).unwrap();
     assert_eq!(deckies(&mut outbox), ["d", "other"], "the deploy of d, and not its mutate");
     assert_eq!(counted(&mut outbox), (3, 1, 1));
-    outbox.end(ended(id, succeeded("d")), Poster::Deliverer).unwrap();
+    outbox.end(ended(id, succeeded("d")), SentBy::Deliverer).unwrap();
     let kept = outbox.deliverable(10, deadline()).unwrap();
     let outcomes: Vec<_> = kept.iter().map(|kept| kept.delta.outcome().clone()).collect();
     let failed = || Outcome::Failed("why".to_owned());
@@ -332,13 +361,13 @@ fn once_nobody_is_at_work_nothing_counts_as_held_without_another_look() {
     outbox.keep(&[delta("d")]).unwrap();
     let id = begin(&mut outbox, "d");
     assert_eq!(counted(&mut outbox), (1, 1, 1));
-    outbox.end(ended(id, succeeded("d")), Poster::Deliverer).unwrap();
-    let Counts { waiting, held, .. } = outbox.books().counts;
+    outbox.end(ended(id, succeeded("d")), SentBy::Deliverer).unwrap();
+    let QueueCounts { waiting, held, .. } = outbox.books().counts;
     assert_eq!((waiting, held), (2, 0));
     let ids = outbox.deliverable(2, deadline()).unwrap().into_iter().map(|kept| kept.id).collect();
-    outbox.note(Change::Settled(ids, Settled::Delivered));
+    outbox.note(RowChange::DeliveryResult(ids, DeliveryResult::Delivered));
     outbox.commit(&[], deadline()).changed.unwrap();
-    assert_eq!(outbox.books().counts, Counts::default());
+    assert_eq!(outbox.books().counts, QueueCounts::default());
 }
 
 #[test]
@@ -346,10 +375,11 @@ fn of_operations_that_overlap_the_one_that_began_first_is_the_older() {
     let dir = tempfile::tempdir().unwrap();
     let mut outbox = open(dir.path());
     let (first, second) = (begin(&mut outbox, "d"), begin(&mut outbox, "d"));
-    outbox.end(ended(first, delta("d")), Poster::Deliverer).unwrap();
+    outbox.end(ended(first, delta("d")), SentBy::Deliverer).unwrap();
     assert!(deckies(&mut outbox).is_empty(), "the newer one is in flight");
-    outbox.end(ended(second, succeeded("d")), Poster::Deliverer).unwrap();
-    let ids: Vec<_> = outbox.deliverable(10, deadline()).unwrap().into_iter().map(|kept| kept.id).collect();
+    outbox.end(ended(second, succeeded("d")), SentBy::Deliverer).unwrap();
+    let ids: Vec<_> =
+        outbox.deliverable(10, deadline()).unwrap().into_iter().map(|kept| kept.id).collect();
     assert_eq!(ids, [second, first]);
 }
 
@@ -359,14 +389,14 @@ fn what_is_overtaken_is_not_to_be_posted_alone() {
     let dir = tempfile::tempdir().unwrap();
     let (mut track, mut outbox) = (open_as(dir.path(), Role::Contribute), open(dir.path()));
     let id = begin(&mut track, "d");
-    let ours = Kept { id, delta: succeeded("d") };
+    let ours = QueuedDelta { id, delta: succeeded("d") };
     let mut overtaken = || track.is_overtaken(&ours).unwrap();
     outbox.keep(&[delta("other"), LifecycleDelta::succeeded("d", Operation::Deploy)]).unwrap();
     assert!(!overtaken(), "by another decky's, or by another operation of this one");
     outbox.keep(&[delta("d")]).unwrap();
     assert!(overtaken(), "by a delta that waits");
     let waiting = outbox.deliverable(1, deadline()).unwrap();
-    outbox.settle(&waiting, &Settled::Rejected("no".to_owned()), deadline()).unwrap();
+    outbox.settle(&waiting, &DeliveryResult::Rejected("no".to_owned()), deadline()).unwrap();
     assert!(!overtaken(), "by one that the master will never take");
     begin(&mut outbox, "d");
     assert!(overtaken(), "by an operation in flight");
@@ -381,7 +411,10 @@ fn an_operation_whose_process_died_has_failed() {
     drop(theirs);
     let mut outbox = open(dir.path());
     let kept = outbox.deliverable(10, deadline()).unwrap();
-    assert_eq!(kept[0].delta.outcome(), &Outcome::Failed("the agent restarted during mutate".to_owned()));
+    assert_eq!(
+        kept[0].delta.outcome(),
+        &Outcome::Failed("the agent restarted during mutate".to_owned())
+    );
     assert!(kept[0].delta.when().elapsed().unwrap() < Duration::from_secs(60));
     assert_eq!(counted(&mut outbox), (1, 0, 0));
 }
@@ -395,14 +428,22 @@ fn an_operation_whose_process_lives_is_left_alone_until_it_dies() {
     let mut outbox = open(dir.path());
     outbox.tend().unwrap();
     assert_eq!(outbox.books().counts.operations, 2);
-    track.end(ended(id, succeeded("d")), Poster::Us).unwrap();
+    track.end(ended(id, succeeded("d")), SentBy::Us).unwrap();
     assert!(deckies(&mut outbox).is_empty(), "track posts it itself");
     drop(track);
     outbox.tend().unwrap();
-    let outcomes: Vec<_> =
-        outbox.deliverable(10, deadline()).unwrap().into_iter().map(|kept| kept.delta.outcome().clone()).collect();
+    let outcomes: Vec<_> = outbox
+        .deliverable(10, deadline())
+        .unwrap()
+        .into_iter()
+        .map(|kept| kept.delta.outcome().clone())
+        .collect();
     let failed = Outcome::Failed("its process ended during mutate".to_owned());
-    assert_eq!(outcomes, [failed, Outcome::Succeeded], "and the one that it could not post is ours now");
+    assert_eq!(
+        outcomes,
+        [failed, Outcome::Succeeded],
+        "and the one that it could not post is ours now"
+    );
 }
 
 /// The outbox that another process locks, which is this test program once more.
@@ -412,7 +453,7 @@ const LOCKED: &str = "DECNET_HEARTBEAT_TEST_LOCKED";
 #[test]
 fn another_process() {
     let Some(outbox) = std::env::var_os(LOCKED) else { return };
-    let mut locks = lock::Locks::new();
+    let mut locks = locks::Locks::new();
     assert_eq!(locks.deliver(Path::new(&outbox), &Arc::default()).unwrap(), Deliverer::Us);
     locks.is_named = true;
     // The test program has written something to this line.
@@ -430,7 +471,9 @@ pub(super) struct Another {
 impl Another {
     pub(super) fn of(outbox: &Path) -> Self {
         let mut command = std::process::Command::new(std::env::current_exe().unwrap());
-        let command = command.args(["--exact", "outbox::tests::another_process", "--nocapture"]).env(LOCKED, outbox);
+        let command = command
+            .args(["--exact", "outbox::tests::another_process", "--nocapture"])
+            .env(LOCKED, outbox);
         let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
         let mut said = BufReader::new(child.stdout.as_mut().unwrap()).lines().map(Result::unwrap);
         let token = said.find(|line| line.contains('@')).unwrap();
@@ -480,7 +523,10 @@ fn a_locked_file_is_waited_for_a_second_and_no_longer() {
     assert!(since.elapsed() < Duration::from_millis(1_500), "{:?}", since.elapsed());
     assert!(error.ends_with("is locked by another process; nothing was kept"), "{error}");
     let error = outbox.begin(Operation::Deploy, &["d".to_owned()]).unwrap_err();
-    assert!(error.to_string().ends_with("is locked by another process; nothing was kept"), "{error}");
+    assert!(
+        error.to_string().ends_with("is locked by another process; nothing was kept"),
+        "{error}"
+    );
     other.execute_batch("COMMIT").unwrap();
     outbox.keep(&[delta("later")]).unwrap();
     assert_eq!(deckies(&mut outbox), ["later"], "what was refused was not kept");
@@ -491,9 +537,14 @@ fn a_file_that_is_locked_at_the_start_is_waited_for_a_second_and_is_no_broken_on
     let dir = tempfile::tempdir().unwrap();
     open(dir.path()).keep(&[delta("d")]).unwrap();
     let other = Connection::open(dir.path().join(FILE)).unwrap();
-    other.execute_batch("PRAGMA locking_mode = exclusive; BEGIN IMMEDIATE; UPDATE delta SET age = age").unwrap();
+    other
+        .execute_batch(
+            "PRAGMA locking_mode = exclusive; BEGIN IMMEDIATE; UPDATE delta SET age = age",
+        )
+        .unwrap();
     let since = Instant::now();
-    let (mut outbox, problem) = Outbox::open_at(&OutboxLocation::AgentDir, dir.path(), Role::Deliver).unwrap();
+    let (mut outbox, problem) =
+        Outbox::open_at(&OutboxLocation::AgentDir, dir.path(), Role::Deliver).unwrap();
     assert!(since.elapsed() < Duration::from_millis(1_500), "{:?}", since.elapsed());
     let problem = chain(&problem.unwrap());
     assert!(problem.contains("cannot be opened: database is locked"), "{problem}");
@@ -501,7 +552,10 @@ fn a_file_that_is_locked_at_the_start_is_waited_for_a_second_and_is_no_broken_on
     assert_eq!(outbox.path(), None);
     drop(other);
     outbox.tend().unwrap();
-    assert_eq!((deckies(&mut outbox), outbox.path().is_some()), (vec!["e".to_owned(), "d".to_owned()], true));
+    assert_eq!(
+        (deckies(&mut outbox), outbox.path().is_some()),
+        (vec!["e".to_owned(), "d".to_owned()], true)
+    );
 }
 
 #[test]
@@ -525,12 +579,16 @@ fn a_full_disk_turns_it_to_memory_and_it_goes_back_when_there_is_room() {
     let many: Vec<_> = (0..200).map(|n| delta(&format!("{n:0500}"))).collect();
     outbox.keep(&many).unwrap();
     assert_eq!(outbox.path(), None, "not all of it is on the disk");
-    outbox.end(ended(id, succeeded("running")), Poster::Deliverer).unwrap_err();
+    outbox.end(ended(id, succeeded("running")), SentBy::Deliverer).unwrap_err();
     let kept = outbox.deliverable(500, deadline()).unwrap();
     assert_eq!(kept.len(), 204);
-    let of = |decky: &str| kept.iter().filter(|kept| kept.delta.decky() == decky).cloned().collect::<Vec<_>>();
-    outbox.settle(&of("delivered"), &Settled::Delivered, deadline()).unwrap_err();
-    outbox.settle(&of("rejected"), &Settled::Rejected("no".to_owned()), deadline()).unwrap_err();
+    let of = |decky: &str| {
+        kept.iter().filter(|kept| kept.delta.decky() == decky).cloned().collect::<Vec<_>>()
+    };
+    outbox.settle(&of("delivered"), &DeliveryResult::Delivered, deadline()).unwrap_err();
+    outbox
+        .settle(&of("rejected"), &DeliveryResult::Rejected("no".to_owned()), deadline())
+        .unwrap_err();
     assert_eq!(outbox.deliverable(500, deadline()).unwrap().len(), 202);
     assert_eq!(on_disk(dir.path()).len(), 4);
     free_the_disk(&mut outbox);
@@ -554,7 +612,7 @@ fn a_file_that_has_just_refused_is_left_alone_for_a_moment() {
     outbox.keep(&[delta(&"d".repeat(5_000))]).unwrap();
     let (until, why) = outbox.store.refused.unwrap();
     assert!(until >= before + limits::OUTBOX_RETRY);
-    assert_eq!(why, Refusal::Unwritable);
+    assert_eq!(why, FileProblem::Unwritable);
     free_the_disk(&mut outbox);
     outbox.store.refused = Some((Instant::now() + Duration::from_secs(60), why));
     outbox.keep(&[delta("e")]).unwrap();
@@ -578,7 +636,7 @@ fn a_file_that_cannot_be_had_at_first_is_gone_to_later() {
     std::fs::create_dir(dir.path().join("later")).unwrap();
     outbox.tend().unwrap();
     assert_eq!(outbox.path(), Some(path.as_path()));
-    outbox.end(ended(id, succeeded("e")), Poster::Deliverer).unwrap();
+    outbox.end(ended(id, succeeded("e")), SentBy::Deliverer).unwrap();
     drop(outbox);
     let (mut outbox, problem) = Outbox::open_at(&location, dir.path(), Role::Deliver).unwrap();
     assert!(problem.is_none());
@@ -613,8 +671,8 @@ fn what_was_settled_while_the_file_was_elsewhere_is_settled_when_it_is_back() {
     outbox.tend().unwrap();
     assert_eq!(outbox.path(), None);
     let waiting = outbox.deliverable(3, deadline()).unwrap();
-    outbox.settle(&waiting[..1], &Settled::Delivered, deadline()).unwrap();
-    outbox.settle(&waiting[1..2], &Settled::Rejected("no".to_owned()), deadline()).unwrap();
+    outbox.settle(&waiting[..1], &DeliveryResult::Delivered, deadline()).unwrap();
+    outbox.settle(&waiting[1..2], &DeliveryResult::Rejected("no".to_owned()), deadline()).unwrap();
     outbox.keep(&[delta("d")]).unwrap();
     std::fs::rename(&elsewhere, &agent).unwrap();
     outbox.tend().unwrap();
@@ -642,10 +700,14 @@ fn what_another_process_adds_to_the_new_file_first_is_not_overwritten() {
 fn what_is_no_outbox_is_moved_aside_and_nothing_of_it_is_lost() {
     let sql = |path: &Path, sql: &str| Connection::open(path).unwrap().execute_batch(sql).unwrap();
     let foreign = |path: &Path| sql(path, "CREATE TABLE theirs (a)");
-    let text = |path: &Path| std::fs::write(path, "not a database, and longer than a header is\n".repeat(9)).unwrap();
+    let text = |path: &Path| {
+        std::fs::write(path, "not a database, and longer than a header is\n".repeat(9)).unwrap()
+    };
     let broken = |path: &Path| {
         let mut outbox =
-            Outbox::open_at(&OutboxLocation::File(path.to_owned()), Path::new("/"), Role::Deliver).unwrap().0;
+            Outbox::open_at(&OutboxLocation::File(path.to_owned()), Path::new("/"), Role::Deliver)
+                .unwrap()
+                .0;
         (0..200).for_each(|n| outbox.keep(&[delta(&format!("{n:0200}"))]).unwrap());
         drop(outbox);
         let mut bytes = std::fs::read(path).unwrap();
@@ -653,7 +715,10 @@ fn what_is_no_outbox_is_moved_aside_and_nothing_of_it_is_lost() {
         std::fs::write(path, bytes).unwrap();
     };
     let marked = |path: &Path| {
-        sql(path, "CREATE TABLE theirs (a); PRAGMA application_id = 0x444e4842; PRAGMA user_version = 2");
+        sql(
+            path,
+            "CREATE TABLE theirs (a); PRAGMA application_id = 0x444e4842; PRAGMA user_version = 2",
+        );
     };
     let version_1 = |path: &Path| sql(path, "CREATE TABLE delta (id); PRAGMA user_version = 1");
     let with_byte_of = |path: &Path, at: usize, byte| {
@@ -662,7 +727,10 @@ fn what_is_no_outbox_is_moved_aside_and_nothing_of_it_is_lost() {
         std::fs::write(path, bytes).unwrap();
     };
     let with_byte = |path: &Path, at: usize, byte| {
-        drop(Outbox::open_at(&OutboxLocation::File(path.to_owned()), Path::new("/"), Role::Deliver).unwrap());
+        drop(
+            Outbox::open_at(&OutboxLocation::File(path.to_owned()), Path::new("/"), Role::Deliver)
+                .unwrap(),
+        );
         with_byte_of(path, at, byte);
     };
     // In the middle of one page of many.
@@ -686,9 +754,17 @@ fn what_is_no_outbox_is_moved_aside_and_nothing_of_it_is_lost() {
         with_byte_of(path, 59, 4);
     };
     let short = |path: &Path| {
-        drop(Outbox::open_at(&OutboxLocation::File(path.to_owned()), Path::new("/"), Role::Deliver).unwrap());
+        drop(
+            Outbox::open_at(&OutboxLocation::File(path.to_owned()), Path::new("/"), Role::Deliver)
+                .unwrap(),
+        );
         let size = std::fs::metadata(path).unwrap().len();
-        std::fs::File::options().write(true).open(path).unwrap().set_len(size - 4_096 - 700).unwrap();
+        std::fs::File::options()
+            .write(true)
+            .open(path)
+            .unwrap()
+            .set_len(size - 4_096 - 700)
+            .unwrap();
     };
     for spoil in [
         &foreign as &dyn Fn(&Path),
@@ -707,13 +783,16 @@ fn what_is_no_outbox_is_moved_aside_and_nothing_of_it_is_lost() {
         let path = dir.path().join(FILE);
         spoil(&path);
         let before = std::fs::read(&path).unwrap();
-        let contributor = Outbox::open_at(&OutboxLocation::AgentDir, dir.path(), Role::Contribute).unwrap();
+        let contributor =
+            Outbox::open_at(&OutboxLocation::AgentDir, dir.path(), Role::Contribute).unwrap();
         assert!(contributor.1.is_some(), "not its to care for");
         assert!(std::fs::read(&path).unwrap() == before, "it is as it was");
         let mut outbox = open(dir.path());
         outbox.keep(&[delta("d")]).unwrap();
         let names = std::fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().path());
-        let aside = names.filter(|name| name.to_str().unwrap().contains("heartbeat.db-aside-")).collect::<Vec<_>>();
+        let aside = names
+            .filter(|name| name.to_str().unwrap().contains("heartbeat.db-aside-"))
+            .collect::<Vec<_>>();
         assert_eq!(aside.len(), 1, "{aside:?}");
         assert!(std::fs::read(&aside[0]).unwrap() == before, "it is as it was");
         assert_eq!(deckies(&mut outbox), ["d"]);
@@ -736,7 +815,9 @@ fn a_log_that_is_damaged_costs_no_file_and_nothing_that_is_before_the_damage() {
         open(dir.path()).keep(&[delta("a")]).unwrap();
         let mut killed = open(dir.path());
         ["b", "c"].iter().for_each(|decky| killed.keep(&[delta(decky)]).unwrap());
-        connection(&mut killed).set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true).unwrap();
+        connection(&mut killed)
+            .set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true)
+            .unwrap();
         drop(killed);
         let path = beside(&dir.path().join(FILE), "-wal");
         let mut log = std::fs::read(&path).unwrap();
@@ -748,7 +829,10 @@ fn a_log_that_is_damaged_costs_no_file_and_nothing_that_is_before_the_damage() {
         drop(outbox);
         assert_eq!(deckies(&mut open(dir.path())).len(), left.len() + 1);
         let names = std::fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().file_name());
-        assert!(!names.into_iter().any(|name| name.to_str().unwrap().contains("aside")), "{number}");
+        assert!(
+            !names.into_iter().any(|name| name.to_str().unwrap().contains("aside")),
+            "{number}"
+        );
     }
 }
 
@@ -783,7 +867,7 @@ fn text_that_is_broken_keeps_no_other_row_from_the_master() {
     assert!(outbox.path().is_some());
     let kept = outbox.deliverable(10, deadline()).unwrap();
     assert_eq!(kept[1].delta.outcome(), &Outcome::Failed("\u{fffd}".to_owned()));
-    outbox.settle(&kept, &Settled::Delivered, deadline()).unwrap();
+    outbox.settle(&kept, &DeliveryResult::Delivered, deadline()).unwrap();
     assert!(on_disk(dir.path()).is_empty());
 }
 
@@ -792,7 +876,10 @@ fn a_broken_sequence_of_ids_costs_no_row() {
     for broken in ["1", "-5", "'x'", "1.5", "NULL"] {
         let dir = tempfile::tempdir().unwrap();
         open(dir.path()).keep(&[delta("a"), delta("b")]).unwrap();
-        spoil(dir.path(), &format!("UPDATE delta SET id = id % 2 + 1; UPDATE sqlite_sequence SET seq = {broken}"));
+        spoil(
+            dir.path(),
+            &format!("UPDATE delta SET id = id % 2 + 1; UPDATE sqlite_sequence SET seq = {broken}"),
+        );
         let mut outbox = open(dir.path());
         outbox.keep(&[delta("c")]).unwrap();
         let mut deckies = deckies(&mut outbox);
@@ -812,8 +899,10 @@ fn a_delta_with_an_id_below_all_others_goes_out_too() {
 
 #[test]
 fn where_no_ids_are_left_a_new_file_is_begun() {
-    for used_up in ["UPDATE delta SET id = 9223372036854775807", "UPDATE sqlite_sequence SET seq = 9223372036854775806"]
-    {
+    for used_up in [
+        "UPDATE delta SET id = 9223372036854775807",
+        "UPDATE sqlite_sequence SET seq = 9223372036854775806",
+    ] {
         let dir = tempfile::tempdir().unwrap();
         open(dir.path()).keep(&[delta("d")]).unwrap();
         spoil(dir.path(), used_up);
@@ -834,9 +923,13 @@ fn ages_that_cannot_be_do_not_stop_the_others() {
     );
     let mut outbox = open(dir.path());
     outbox.pass(limits::OUTBOX_AGING).unwrap();
-    assert_eq!((deckies(&mut outbox), outbox.books().dropped), (vec!["young".to_owned(), "good".to_owned()], 1));
+    assert_eq!(
+        (deckies(&mut outbox), outbox.books().dropped),
+        (vec!["young".to_owned(), "good".to_owned()], 1)
+    );
     let database = Connection::open(dir.path().join(FILE)).unwrap();
-    let oldest: i64 = database.query_row("SELECT max(age) FROM delta", [], |row| row.get(0)).unwrap();
+    let oldest: i64 =
+        database.query_row("SELECT max(age) FROM delta", [], |row| row.get(0)).unwrap();
     assert_eq!(oldest, 3600);
 }
 
@@ -848,7 +941,10 @@ fn a_file_that_breaks_while_it_is_open_is_moved_aside_too() {
     outbox.keep(&(0..400).map(|n| delta(&format!("{n:0200}"))).collect::<Vec<_>>()).unwrap();
     // Into the file, out of SQLite's cache, and then broken.
     outbox.store.read(|db| db.execute_batch("PRAGMA cache_size = 0")).unwrap();
-    Connection::open(&path).unwrap().query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(())).unwrap();
+    Connection::open(&path)
+        .unwrap()
+        .query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(()))
+        .unwrap();
     let length = std::fs::metadata(&path).unwrap().len();
     std::fs::write(&path, vec![0xa5; length as usize]).unwrap();
     for _ in 0..3 {
@@ -865,30 +961,37 @@ fn beyond_its_rows_the_oldest_fall_out_and_are_counted() {
     let dir = tempfile::tempdir().unwrap();
     let mut outbox = open(dir.path());
     let id = begin(&mut outbox, "running");
-    outbox.keep(&(0..limits::OUTBOX_ROWS - 1).map(|n| delta(&n.to_string())).collect::<Vec<_>>()).unwrap();
+    outbox
+        .keep(&(0..limits::OUTBOX_ROWS - 1).map(|n| delta(&n.to_string())).collect::<Vec<_>>())
+        .unwrap();
     assert_eq!(outbox.books().dropped, 0);
     let oldest = outbox.deliverable(limits::OUTBOX_ROWS, deadline()).unwrap().pop().unwrap();
-    outbox.settle(&[oldest], &Settled::Rejected("no".to_owned()), deadline()).unwrap();
+    outbox.settle(&[oldest], &DeliveryResult::Rejected("no".to_owned()), deadline()).unwrap();
     outbox.keep(&[delta("a"), delta("b"), delta("c")]).unwrap();
     assert_eq!(outbox.books().dropped, 2, "and the rejected one before them");
     let kept = outbox.deliverable(limits::OUTBOX_ROWS, deadline()).unwrap();
     assert_eq!((kept.len(), kept.last().unwrap().delta.decky()), (limits::OUTBOX_ROWS - 1, "3"));
-    outbox.end(ended(id, succeeded("running")), Poster::Deliverer).unwrap();
+    outbox.end(ended(id, succeeded("running")), SentBy::Deliverer).unwrap();
     let error = outbox.keep(&vec![delta("many"); limits::OUTBOX_ROWS + 1]).unwrap_err();
     assert!(error.to_string().contains("has no room for 10001 more"), "{error}");
 }
 
 #[test]
 fn operations_in_flight_never_fall_out() {
-    let mut outbox = Outbox::open_at(&OutboxLocation::Memory, Path::new("/"), Role::Deliver).unwrap().0;
+    let mut outbox =
+        Outbox::open_at(&OutboxLocation::Memory, Path::new("/"), Role::Deliver).unwrap().0;
     let many: Vec<_> = (0..limits::OUTBOX_ROWS).map(|n| n.to_string()).collect();
     let ids = outbox.begin(Operation::Deploy, &many).unwrap();
     let error = outbox.keep(&[delta("d")]).unwrap_err();
-    let text = "outbox in memory: has no room for 1 more: it holds 10000 rows, less what is in flight";
+    let text =
+        "outbox in memory: has no room for 1 more: it holds 10000 rows, less what is in flight";
     assert_eq!(error.to_string(), text);
-    outbox.end(ended(ids[0], succeeded("0")), Poster::Deliverer).unwrap();
+    outbox.end(ended(ids[0], succeeded("0")), SentBy::Deliverer).unwrap();
     outbox.keep(&[delta("d")]).unwrap();
-    assert_eq!((counted(&mut outbox), outbox.books().dropped, outbox.books().on_disk), ((1, 0, 9_999), 1, false));
+    assert_eq!(
+        (counted(&mut outbox), outbox.books().dropped, outbox.books().on_disk),
+        ((1, 0, 9_999), 1, false)
+    );
     outbox.keep(&[delta("e")]).unwrap();
     outbox.keep(&[delta("f"), delta("g")]).unwrap_err();
     assert_eq!((deckies(&mut outbox), outbox.books().dropped), (vec!["e".to_owned()], 2));
@@ -940,7 +1043,13 @@ fn others_permissions_are_taken_from_a_file_that_is_there() {
 fn a_fifo_or_a_folder_does_not_hang_it() {
     let dir = tempfile::tempdir().unwrap();
     std::fs::create_dir(dir.path().join("folder")).unwrap();
-    assert!(std::process::Command::new("mkfifo").arg(dir.path().join("fifo")).status().unwrap().success());
+    assert!(
+        std::process::Command::new("mkfifo")
+            .arg(dir.path().join("fifo"))
+            .status()
+            .unwrap()
+            .success()
+    );
     for name in ["folder", "fifo"] {
         let location = OutboxLocation::File(dir.path().join(name));
         let (_, problem) = Outbox::open_at(&location, dir.path(), Role::Deliver).unwrap();
@@ -954,7 +1063,7 @@ fn the_end_of_an_operation_is_on_the_disk_before_it_goes_out() {
     let mut outbox = open(dir.path());
     let id = begin(&mut outbox, "d");
     // Noted, and not made yet.
-    outbox.note(Change::Ended(ended(id, succeeded("d")), Poster::Deliverer));
+    outbox.note(RowChange::Ended(ended(id, succeeded("d")), SentBy::Deliverer));
     assert_eq!(deckies(&mut outbox), ["d"]);
     // Killed now, it must not be reported failed by the next start: the master may have heard that it succeeded.
     assert_eq!(on_disk(dir.path()), [("d".to_owned(), None, false)]);
@@ -968,12 +1077,12 @@ fn transactions(dir: &Path) -> usize {
     log[HEADER..].chunks_exact(FRAME).filter(|frame| frame[4..8] != [0; 4]).count()
 }
 
-fn push(deckies: &[&str]) -> Add {
-    Add::Deltas(deckies.iter().map(|decky| delta(decky)).collect(), Poster::Deliverer)
+fn push(deckies: &[&str]) -> NewRows {
+    NewRows::Deltas(deckies.iter().map(|decky| delta(decky)).collect(), SentBy::Deliverer)
 }
 
-fn operation(decky: &str) -> Add {
-    Add::Operation(Operation::Mutate, vec![decky.to_owned()])
+fn operation(decky: &str) -> NewRows {
+    NewRows::Operation(Operation::Mutate, vec![decky.to_owned()])
 }
 
 /// Another process' lock.
@@ -991,11 +1100,14 @@ fn a_group_is_one_transaction_and_what_has_no_room_fails_alone() {
     let kept = outbox.deliverable(2, deadline()).unwrap();
     let running = begin(&mut outbox, "running");
     let before = transactions(dir.path());
-    outbox.note(Change::Settled(vec![kept[1].id], Settled::Delivered));
-    outbox.note(Change::Settled(vec![kept[0].id], Settled::Rejected("no".to_owned())));
-    outbox.note(Change::Ended(ended(running, succeeded("running")), Poster::Deliverer));
-    let too_many = Add::Deltas(vec![delta("many"); limits::OUTBOX_ROWS + 1], Poster::Deliverer);
-    let Committed { added, changed } =
+    outbox.note(RowChange::DeliveryResult(vec![kept[1].id], DeliveryResult::Delivered));
+    outbox.note(RowChange::DeliveryResult(
+        vec![kept[0].id],
+        DeliveryResult::Rejected("no".to_owned()),
+    ));
+    outbox.note(RowChange::Ended(ended(running, succeeded("running")), SentBy::Deliverer));
+    let too_many = NewRows::Deltas(vec![delta("many"); limits::OUTBOX_ROWS + 1], SentBy::Deliverer);
+    let CommitResult { added, changed } =
         outbox.commit(&[push(&["a", "b"]), too_many, operation("c"), push(&["d"])], deadline());
     changed.unwrap();
     assert_eq!(transactions(dir.path()), before + 1);
@@ -1016,10 +1128,10 @@ fn under_another_process_lock_additions_fail_and_changes_are_in_memory() {
     let running = begin(&mut outbox, "running");
     let delivered = outbox.deliverable(2, deadline()).unwrap().pop().unwrap();
     let other = lock_the_file(dir.path());
-    outbox.note(Change::Settled(vec![delivered.id], Settled::Delivered));
-    outbox.note(Change::Ended(ended(running, succeeded("running")), Poster::Deliverer));
+    outbox.note(RowChange::DeliveryResult(vec![delivered.id], DeliveryResult::Delivered));
+    outbox.note(RowChange::Ended(ended(running, succeeded("running")), SentBy::Deliverer));
     let by = Instant::now() + Duration::from_millis(50);
-    let Committed { added, changed } = outbox.commit(&[push(&["a"]), operation("b")], by);
+    let CommitResult { added, changed } = outbox.commit(&[push(&["a"]), operation("b")], by);
     assert!(changed.unwrap_err().to_string().ends_with("cannot be written"));
     for added in added {
         let error = added.unwrap_err().to_string();
@@ -1031,7 +1143,13 @@ fn under_another_process_lock_additions_fail_and_changes_are_in_memory() {
     outbox.commit(&[], deadline()).changed.unwrap();
     assert!(outbox.path().is_some());
     let rows = on_disk(dir.path());
-    assert_eq!(rows, [("waiting".to_owned(), Some("why".to_owned()), false), ("running".to_owned(), None, false)]);
+    assert_eq!(
+        rows,
+        [
+            ("waiting".to_owned(), Some("why".to_owned()), false),
+            ("running".to_owned(), None, false)
+        ]
+    );
 }
 
 #[test]
@@ -1042,7 +1160,7 @@ fn the_rows_of_an_operation_that_never_began_are_removed() {
     let names = ["d".to_owned(), "e".to_owned()];
     let first = outbox.begin(Operation::Mutate, &names).unwrap()[0];
     assert_eq!(counted(&mut outbox), (1, 1, 2));
-    outbox.note(Change::Withdrawn(first..first + 2));
+    outbox.note(RowChange::Withdrawn(first..first + 2));
     outbox.commit(&[], deadline()).changed.unwrap();
     assert_eq!((counted(&mut outbox), deckies(&mut outbox)), ((1, 0, 0), vec!["d".to_owned()]));
     assert_eq!(on_disk(dir.path()).len(), 1);
@@ -1054,18 +1172,29 @@ fn a_transaction_that_fails_or_panics_loses_no_change() {
     let mut outbox = open(dir.path());
     outbox.keep(&[delta("a"), delta("b")]).unwrap();
     let kept = outbox.deliverable(2, deadline()).unwrap();
-    outbox.note(Change::Settled(vec![kept[0].id], Settled::Delivered));
+    outbox.note(RowChange::DeliveryResult(vec![kept[0].id], DeliveryResult::Delivered));
     let panics = || outbox.change::<()>(deadline(), |_, _| panic!("in the middle of it"));
     std::panic::catch_unwind(std::panic::AssertUnwindSafe(panics)).unwrap_err();
     // Neither the file nor memory takes it: the master's word needs more room than there is.
     fill_the_disk(&mut outbox);
     let copy = &outbox.store.in_memory().unwrap().db;
     copy.query_row("PRAGMA max_page_count = 1", [], |_| Ok(())).unwrap();
-    outbox.note(Change::Settled(vec![kept[1].id], Settled::Rejected("no".repeat(50_000))));
-    let Committed { added, changed } = outbox.commit(&[push(&["c"])], deadline());
-    assert!(added.into_iter().all(|added| added.unwrap_err().to_string().ends_with("cannot keep anything")));
+    outbox.note(RowChange::DeliveryResult(
+        vec![kept[1].id],
+        DeliveryResult::Rejected("no".repeat(50_000)),
+    ));
+    let CommitResult { added, changed } = outbox.commit(&[push(&["c"])], deadline());
+    assert!(
+        added
+            .into_iter()
+            .all(|added| added.unwrap_err().to_string().ends_with("cannot keep anything"))
+    );
     changed.unwrap_err();
-    assert_eq!(deckies(&mut outbox), ["a"], "what was delivered is not offered again, whatever the disk says");
+    assert_eq!(
+        deckies(&mut outbox),
+        ["a"],
+        "what was delivered is not offered again, whatever the disk says"
+    );
     assert_eq!(outbox.path(), None);
     free_the_disk(&mut outbox);
     outbox.tend().unwrap();
@@ -1081,9 +1210,13 @@ fn a_second_one_waits_for_one_whose_heartbeat_has_stopped_and_takes_over() {
         let mut first = open(dir.path());
         first.keep(&[delta("d")]).unwrap();
         begin(&mut first, "running");
-        let refused = Outbox::open_at(&OutboxLocation::AgentDir, dir.path(), Role::Deliver).unwrap_err();
+        let refused =
+            Outbox::open_at(&OutboxLocation::AgentDir, dir.path(), Role::Deliver).unwrap_err();
         let us = std::process::id();
-        assert!(refused.to_string().contains(&format!("is delivered from by process {us} already")), "{refused}");
+        assert!(
+            refused.to_string().contains(&format!("is delivered from by process {us} already")),
+            "{refused}"
+        );
         first.books.note_stop();
         let mut second = open(dir.path());
         assert!(deckies(&mut second).is_empty());
@@ -1111,12 +1244,12 @@ fn a_second_one_waits_for_one_whose_heartbeat_has_stopped_and_takes_over() {
 }
 
 /// Removes the lock file, as somebody does who deletes the agent dir or tidies up in it.
-fn stuck(path: &Path) -> Vec<Stuck> {
+fn stuck(path: &Path) -> Vec<UnjudgedRow> {
     look(path).unwrap().unwrap().stuck
 }
 
 fn remove_the_lock_file(dir: &Path) {
-    std::fs::remove_file(lock::beside(&dir.join(FILE), "-lock")).unwrap();
+    std::fs::remove_file(locks::beside(&dir.join(FILE), "-lock")).unwrap();
 }
 
 #[test]
@@ -1143,7 +1276,8 @@ fn a_deliverer_whose_lock_file_was_removed_has_the_next_one_at_its_next_tick() {
     remove_the_lock_file(dir.path());
     outbox.tend().unwrap();
     assert_eq!(deckies(&mut outbox), ["d"]);
-    Outbox::open_at(&OutboxLocation::AgentDir, dir.path(), Role::Deliver).expect_err("it has the lock");
+    Outbox::open_at(&OutboxLocation::AgentDir, dir.path(), Role::Deliver)
+        .expect_err("it has the lock");
 }
 
 #[test]
@@ -1152,10 +1286,10 @@ fn a_lock_file_that_cannot_be_used_stops_no_delivery() {
     let mut outbox = open(dir.path());
     let id = begin(&mut outbox, "running");
     remove_the_lock_file(dir.path());
-    let lock = lock::beside(&dir.path().join(FILE), "-lock");
+    let lock = locks::beside(&dir.path().join(FILE), "-lock");
     assert!(std::process::Command::new("mkfifo").arg(&lock).status().unwrap().success());
     outbox.tend().unwrap();
-    outbox.end(ended(id, succeeded("running")), Poster::Deliverer).unwrap();
+    outbox.end(ended(id, succeeded("running")), SentBy::Deliverer).unwrap();
     assert_eq!(deckies(&mut outbox), ["running"]);
     std::fs::remove_file(&lock).unwrap();
     outbox.tend().unwrap();
@@ -1180,7 +1314,7 @@ fn no_operation_fails_by_a_replaced_lock_file_while_its_process_runs() {
     outbox.store.locks.settle();
     outbox.tend().unwrap();
     assert_eq!(counted(&mut outbox), (0, 0, 1), "its process is locked in the new one, too");
-    track.end(ended(id, succeeded("d")), Poster::Deliverer).unwrap();
+    track.end(ended(id, succeeded("d")), SentBy::Deliverer).unwrap();
     assert_eq!(deckies(&mut outbox), ["d"]);
 }
 
@@ -1190,7 +1324,7 @@ fn an_operation_of_a_replaced_lock_file_has_failed_a_minute_after_its_process_en
     let mut track = open_as(dir.path(), Role::Contribute);
     begin(&mut track, "d");
     // Another process may have it open still, so that no new file gets its inode.
-    let _old = std::fs::File::open(lock::beside(&dir.path().join(FILE), "-lock")).unwrap();
+    let _old = std::fs::File::open(locks::beside(&dir.path().join(FILE), "-lock")).unwrap();
     remove_the_lock_file(dir.path());
     drop(track);
     let mut outbox = open(dir.path());
@@ -1205,7 +1339,7 @@ fn an_operation_of_a_replaced_lock_file_has_failed_a_minute_after_its_process_en
 fn what_nobody_could_tell_of_for_a_day_is_named_until_it_can_be_told() {
     let dir = tempfile::tempdir().unwrap();
     let (path, day) = (dir.path().join(FILE), Duration::from_secs(24 * 3600));
-    let lock = lock::beside(&path, "-lock");
+    let lock = locks::beside(&path, "-lock");
     let mut track = open_as(dir.path(), Role::Contribute);
     let id = begin(&mut track, "d");
     remove_the_lock_file(dir.path());
@@ -1218,7 +1352,8 @@ fn what_nobody_could_tell_of_for_a_day_is_named_until_it_can_be_told() {
     assert_eq!(stuck(&path), []);
     assert_eq!(outbox.said_stuck, None);
     outbox.pass(Duration::from_secs(1)).unwrap();
-    let expected = Stuck { id, decky: "d".to_owned(), operation: "mutate".to_owned(), time: day };
+    let expected =
+        UnjudgedRow { id, decky: "d".to_owned(), operation: "mutate".to_owned(), time: day };
     assert_eq!(expected.to_string(), format!("mutate of d (row {id}, for 1day)"));
     assert_eq!(stuck(&path), [expected]);
     let said = outbox.said_stuck;
@@ -1232,7 +1367,11 @@ fn what_nobody_could_tell_of_for_a_day_is_named_until_it_can_be_told() {
     outbox.store.locks.settle();
     outbox.tend().unwrap();
     outbox.pass(day).unwrap();
-    assert_eq!((deckies(&mut outbox), stuck(&path)), (vec!["d".to_owned()], vec![]), "it waits from now on");
+    assert_eq!(
+        (deckies(&mut outbox), stuck(&path)),
+        (vec!["d".to_owned()], vec![]),
+        "it waits from now on"
+    );
 }
 
 #[test]
@@ -1250,7 +1389,7 @@ fn a_process_without_a_heartbeat_takes_its_rows_to_an_agent_dir_that_was_made_ag
     outbox.store.locks.settle();
     outbox.tend().unwrap();
     assert_eq!(counted(&mut outbox), (0, 0, 1), "it is in flight there, and its process runs");
-    track.end(ended(id, succeeded("d")), Poster::Deliverer).unwrap();
+    track.end(ended(id, succeeded("d")), SentBy::Deliverer).unwrap();
     assert_eq!(deckies(&mut outbox), ["d"]);
 }
 
@@ -1268,11 +1407,11 @@ fn where_the_agent_dir_is_made_again_each_delta_is_delivered_once() {
     outbox.tend().unwrap();
     let kept = outbox.deliverable(10, deadline()).unwrap();
     assert_eq!((kept.len(), counted(&mut outbox)), (1, (1, 0, 1)));
-    outbox.settle(&kept, &Settled::Delivered, deadline()).unwrap();
+    outbox.settle(&kept, &DeliveryResult::Delivered, deadline()).unwrap();
     // It has not looked at its files since, and posts its delta itself.
     let ours = ended(id, succeeded("d"));
-    track.end(ours.clone(), Poster::Us).unwrap();
-    track.settle(&ours, &Settled::Delivered, deadline()).unwrap();
+    track.end(ours.clone(), SentBy::Us).unwrap();
+    track.settle(&ours, &DeliveryResult::Delivered, deadline()).unwrap();
     drop(track);
     outbox.tend().unwrap();
     assert_eq!((counted(&mut outbox), deckies(&mut outbox)), ((0, 0, 0), Vec::<String>::new()));
@@ -1285,8 +1424,8 @@ fn what_was_delivered_from_the_new_file_is_not_moved_there_again() {
     let mut track = open_as(dir.path(), Role::Contribute);
     let ours = ended(begin(&mut track, "d"), succeeded("d"));
     std::fs::remove_file(dir.path().join(FILE)).unwrap();
-    track.end(ours.clone(), Poster::Us).unwrap();
-    track.settle(&ours, &Settled::Delivered, deadline()).unwrap();
+    track.end(ours.clone(), SentBy::Us).unwrap();
+    track.settle(&ours, &DeliveryResult::Delivered, deadline()).unwrap();
     drop(track);
     // It has only the older file open, in which the operation is in flight.
     outbox.tend().unwrap();
@@ -1301,7 +1440,7 @@ fn what_has_ended_in_the_new_file_is_not_in_flight_again() {
     let mut track = open_as(dir.path(), Role::Contribute);
     let ours = ended(begin(&mut track, "d"), succeeded("d"));
     std::fs::remove_file(dir.path().join(FILE)).unwrap();
-    track.end(ours.clone(), Poster::Us).unwrap();
+    track.end(ours.clone(), SentBy::Us).unwrap();
     outbox.tend().unwrap();
     track.release(&ours).unwrap();
     drop(track);
@@ -1317,11 +1456,13 @@ fn what_another_process_has_delivered_does_not_come_back_with_an_older_copy_of_t
     let mut track = open_as(dir.path(), Role::Contribute);
     let ours = ended(begin(&mut track, "d"), succeeded("d"));
     spoil(dir.path(), &format!("VACUUM INTO '{}'", backup.display()));
-    track.end(ours.clone(), Poster::Us).unwrap();
-    track.settle(&ours, &Settled::Delivered, deadline()).unwrap();
+    track.end(ours.clone(), SentBy::Us).unwrap();
+    track.settle(&ours, &DeliveryResult::Delivered, deadline()).unwrap();
     drop(track);
     // Its log would still be there.
-    ["-wal", "-shm"].iter().for_each(|part| std::fs::remove_file(beside(&dir.path().join(FILE), part)).unwrap());
+    ["-wal", "-shm"]
+        .iter()
+        .for_each(|part| std::fs::remove_file(beside(&dir.path().join(FILE), part)).unwrap());
     std::fs::rename(&backup, dir.path().join(FILE)).unwrap();
     outbox.tend().unwrap();
     assert_eq!((counted(&mut outbox), deckies(&mut outbox)), ((0, 0, 0), Vec::<String>::new()));
@@ -1351,10 +1492,10 @@ fn a_process_looks_after_its_rows_as_long_as_it_has_some() {
     let id = begin(&mut track, "d");
     track.look_after_rows();
     assert!(track.is_named());
-    track.end(ended(id, succeeded("d")), Poster::Us).unwrap();
+    track.end(ended(id, succeeded("d")), SentBy::Us).unwrap();
     track.look_after_rows();
     assert!(track.is_named(), "it posts it itself");
-    track.settle(&ended(id, succeeded("d")), &Settled::Delivered, deadline()).unwrap();
+    track.settle(&ended(id, succeeded("d")), &DeliveryResult::Delivered, deadline()).unwrap();
     track.look_after_rows();
     assert!(!track.is_named());
 }
@@ -1371,7 +1512,8 @@ fn one_that_delivers_later_takes_over_from_another_process() {
     drop(other);
     outbox.tend().unwrap();
     assert_eq!(deckies(&mut outbox), ["d"]);
-    Outbox::open_at(&OutboxLocation::AgentDir, dir.path(), Role::Deliver).expect_err("it has the lock");
+    Outbox::open_at(&OutboxLocation::AgentDir, dir.path(), Role::Deliver)
+        .expect_err("it has the lock");
 }
 
 /// An operation of a process that lives, and an older delta that waits for it.
@@ -1414,7 +1556,7 @@ fn the_end_that_another_process_reports_is_seen_in_memory() {
     fill_the_disk(&mut outbox);
     outbox.keep(&[delta(&"x".repeat(5_000))]).unwrap();
     assert_eq!(counted(&mut outbox), (1, 0, 1));
-    track.end(ended(id, succeeded("d")), Poster::Deliverer).unwrap();
+    track.end(ended(id, succeeded("d")), SentBy::Deliverer).unwrap();
     assert_eq!((counted(&mut outbox), outbox.path()), ((2, 0, 0), None));
     assert_eq!(
         outbox.deliverable(2, deadline()).unwrap()[1].delta,
@@ -1436,8 +1578,8 @@ fn the_same_file_gets_the_rows_that_were_changed_and_no_other() {
     let kept = outbox.deliverable(3, deadline()).unwrap();
     fill_the_disk(&mut outbox);
     outbox.keep(&[delta(&"x".repeat(5_000))]).unwrap();
-    outbox.settle(&kept[1..2], &Settled::Delivered, deadline()).unwrap_err();
-    outbox.settle(&kept[..1], &Settled::Rejected("no".to_owned()), deadline()).unwrap_err();
+    outbox.settle(&kept[1..2], &DeliveryResult::Delivered, deadline()).unwrap_err();
+    outbox.settle(&kept[..1], &DeliveryResult::Rejected("no".to_owned()), deadline()).unwrap_err();
     // Nobody of ours does that: it shows who writes the row.
     spoil(dir.path(), "UPDATE delta SET age = 1");
     // Nothing is read in between, so the copy does not know of it.
@@ -1454,10 +1596,10 @@ fn another_file_gets_all_that_was_not_acknowledged() {
     let mut outbox = open(dir.path());
     outbox.keep(&["before", "delivered", "rejected", "last"].map(delta)).unwrap();
     let kept = outbox.deliverable(4, deadline()).unwrap();
-    outbox.settle(&kept[2..3], &Settled::Delivered, deadline()).unwrap();
+    outbox.settle(&kept[2..3], &DeliveryResult::Delivered, deadline()).unwrap();
     std::fs::remove_file(dir.path().join(FILE)).unwrap();
-    outbox.settle(&kept[1..2], &Settled::Rejected("no".to_owned()), deadline()).unwrap();
-    outbox.settle(&kept[..1], &Settled::Delivered, deadline()).unwrap();
+    outbox.settle(&kept[1..2], &DeliveryResult::Rejected("no".to_owned()), deadline()).unwrap();
+    outbox.settle(&kept[..1], &DeliveryResult::Delivered, deadline()).unwrap();
     outbox.keep(&[delta("after")]).unwrap();
     outbox.tend().unwrap();
     assert!(outbox.path().is_some());
@@ -1483,22 +1625,29 @@ fn what_was_acknowledged_is_not_offered_again_though_an_older_copy_of_the_file_c
     let back_up = format!("VACUUM INTO '{}'", backup.display());
     spoil(dir.path(), &back_up);
     let kept = outbox.deliverable(1, deadline()).unwrap();
-    outbox.settle(&kept, &Settled::Delivered, deadline()).unwrap();
-    outbox.end(ended(running, succeeded("running")), Poster::Deliverer).unwrap();
+    outbox.settle(&kept, &DeliveryResult::Delivered, deadline()).unwrap();
+    outbox.end(ended(running, succeeded("running")), SentBy::Deliverer).unwrap();
     let kept = outbox.deliverable(1, deadline()).unwrap();
-    outbox.settle(&kept, &Settled::Delivered, deadline()).unwrap();
-    outbox.note(Change::Withdrawn(withdrawn..withdrawn + 1));
+    outbox.settle(&kept, &DeliveryResult::Delivered, deadline()).unwrap();
+    outbox.note(RowChange::Withdrawn(withdrawn..withdrawn + 1));
     outbox.commit(&[], deadline()).changed.unwrap();
     assert_eq!(deckies(&mut outbox), ["waiting"]);
     // Another file, at the same place.
-    ["-wal", "-shm"].iter().for_each(|suffix| std::fs::remove_file(lock::beside(&path, suffix)).unwrap());
+    ["-wal", "-shm"]
+        .iter()
+        .for_each(|suffix| std::fs::remove_file(locks::beside(&path, suffix)).unwrap());
     std::fs::rename(&backup, &path).unwrap();
     outbox.tend().unwrap();
     assert!(outbox.path().is_some());
-    assert_eq!((deckies(&mut outbox), counted(&mut outbox)), (vec!["waiting".to_owned()], (1, 0, 0)));
+    assert_eq!(
+        (deckies(&mut outbox), counted(&mut outbox)),
+        (vec!["waiting".to_owned()], (1, 0, 0))
+    );
     assert_eq!(on_disk(dir.path()).len(), 1);
     // Its rows, in the same file.
-    let row = format!("INSERT INTO delta (id, decky, operation, completed_at) VALUES ({running}, 'd', 'deploy', 1)");
+    let row = format!(
+        "INSERT INTO delta (id, decky, operation, completed_at) VALUES ({running}, 'd', 'deploy', 1)"
+    );
     spoil(dir.path(), &row);
     assert_eq!(deckies(&mut outbox), ["waiting"]);
     outbox.tend().unwrap();
@@ -1515,7 +1664,7 @@ fn an_id_that_a_damaged_file_gives_again_costs_no_row() {
     spoil(dir.path(), &format!("UPDATE sqlite_sequence SET seq = {ahead}"));
     outbox.keep(&[delta("first")]).unwrap();
     let first = outbox.deliverable(1, deadline()).unwrap();
-    outbox.settle(&first, &Settled::Delivered, deadline()).unwrap();
+    outbox.settle(&first, &DeliveryResult::Delivered, deadline()).unwrap();
     spoil(dir.path(), &format!("UPDATE sqlite_sequence SET seq = {}", first[0].id - 1));
     outbox.keep(&[delta("second")]).unwrap();
     let second = outbox.deliverable(1, deadline()).unwrap();
@@ -1523,7 +1672,7 @@ fn an_id_that_a_damaged_file_gives_again_costs_no_row() {
     std::fs::remove_file(dir.path().join(FILE)).unwrap();
     outbox.tend().unwrap();
     assert_eq!(deckies(&mut outbox), ["second"], "in another file, too");
-    outbox.settle(&second, &Settled::Delivered, deadline()).unwrap();
+    outbox.settle(&second, &DeliveryResult::Delivered, deadline()).unwrap();
     assert!(deckies(&mut outbox).is_empty());
 }
 
@@ -1534,13 +1683,15 @@ fn no_id_is_given_twice_though_the_log_that_has_it_is_lost() {
     let before = begin(&mut outbox, "d");
     file::leave(connection(&mut outbox)).unwrap();
     drop(outbox);
-    ["-wal", "-shm"].iter().for_each(|part| std::fs::remove_file(beside(&dir.path().join(FILE), part)).unwrap());
+    ["-wal", "-shm"]
+        .iter()
+        .for_each(|part| std::fs::remove_file(beside(&dir.path().join(FILE), part)).unwrap());
     assert!(begin(&mut open(dir.path()), "d") > before);
 }
 
 #[test]
 fn so_many_ids_are_remembered_and_the_one_that_went_first_is_forgotten() {
-    let mut gone = Gone::default();
+    let mut gone = DeletedIds::default();
     let most = limits::OUTBOX_ROWS as i64;
     (0..most).rev().for_each(|id| gone.insert(id));
     gone.insert(5);
@@ -1563,7 +1714,7 @@ fn an_id_that_was_acknowledged_in_memory_is_never_given_again() {
         let kept = outbox.deliverable(1, deadline()).unwrap();
         assert!(kept[0].id > newest, "{n}");
         newest = kept[0].id;
-        let _ = outbox.settle(&kept, &Settled::Delivered, deadline());
+        let _ = outbox.settle(&kept, &DeliveryResult::Delivered, deadline());
     }
     assert_eq!(outbox.path(), None);
     free_the_disk(&mut outbox);
@@ -1575,7 +1726,7 @@ fn an_id_that_was_acknowledged_in_memory_is_never_given_again() {
     let mut outbox = open(dir.path());
     let next = begin(&mut outbox, "d");
     assert!(next > newest);
-    outbox.note(Change::Withdrawn(next..next + 1));
+    outbox.note(RowChange::Withdrawn(next..next + 1));
     outbox.commit(&[], deadline()).changed.unwrap();
     std::fs::remove_file(dir.path().join(FILE)).unwrap();
     outbox.tend().unwrap();
@@ -1590,7 +1741,8 @@ fn ids_in_memory_lie_above_the_clock_and_the_file_by_a_random_gap() {
     let gaps: Vec<_> = (0..5)
         .map(|_| {
             let before = now();
-            let (mut outbox, problem) = Outbox::open_at(&missing, dir.path(), Role::Deliver).unwrap();
+            let (mut outbox, problem) =
+                Outbox::open_at(&missing, dir.path(), Role::Deliver).unwrap();
             assert!(problem.is_some());
             begin(&mut outbox, "d") - before
         })
@@ -1632,26 +1784,27 @@ fn steps_where(waiting: usize, is_in_memory: bool) -> Vec<(&'static str, u64)> {
     let (id, begun) = steps(&mut outbox, |outbox| begin(outbox, "7"));
     measured.push(("begin", begun));
     measured.push(("push", steps(&mut outbox, |outbox| outbox.keep(&[delta("7")]).unwrap()).1));
-    let end = |outbox: &mut Outbox| outbox.end(ended(id, succeeded("7")), Poster::Deliverer).unwrap();
+    let end =
+        |outbox: &mut Outbox| outbox.end(ended(id, succeeded("7")), SentBy::Deliverer).unwrap();
     measured.push(("end", steps(&mut outbox, end).1));
     let find = |outbox: &mut Outbox| outbox.deliverable_where(50, None).unwrap();
     let (kept, found) = steps(&mut outbox, find);
     assert_eq!(kept.len(), 50);
     measured.push(("batch", found));
-    let ids = |kept: &[Kept]| kept.iter().map(|kept| kept.id).collect::<Vec<_>>();
+    let ids = |kept: &[QueuedDelta]| kept.iter().map(|kept| kept.id).collect::<Vec<_>>();
     let settle = |ids, settled| {
         move |outbox: &mut Outbox| {
-            outbox.note(Change::Settled(ids, settled));
+            outbox.note(RowChange::DeliveryResult(ids, settled));
             outbox.commit(&[], deadline()).changed.unwrap();
         }
     };
-    let delivered = settle(ids(&kept[..25]), Settled::Delivered);
+    let delivered = settle(ids(&kept[..25]), DeliveryResult::Delivered);
     measured.push(("delivered", steps(&mut outbox, delivered).1));
-    let rejected = settle(ids(&kept[25..]), Settled::Rejected("no".to_owned()));
+    let rejected = settle(ids(&kept[25..]), DeliveryResult::Rejected("no".to_owned()));
     measured.push(("rejected", steps(&mut outbox, rejected).1));
     let withdrawn = begin(&mut outbox, "8");
     let withdraw = move |outbox: &mut Outbox| {
-        outbox.note(Change::Withdrawn(withdrawn..withdrawn + 1));
+        outbox.note(RowChange::Withdrawn(withdrawn..withdrawn + 1));
         outbox.commit(&[], deadline()).changed.unwrap();
     };
     measured.push(("withdrawn", steps(&mut outbox, withdraw).1));
@@ -1669,16 +1822,17 @@ fn a_change_costs_the_same_however_much_waits() {
 #[test]
 fn what_waits_is_never_counted_too_low_while_answers_are_written_down() {
     const DELTAS: u64 = 2_000;
-    let mut outbox = Outbox::open_at(&OutboxLocation::Memory, Path::new("/no/such"), Role::Deliver).unwrap().0;
+    let mut outbox =
+        Outbox::open_at(&OutboxLocation::Memory, Path::new("/no/such"), Role::Deliver).unwrap().0;
     outbox.keep(&(0..DELTAS).map(|n| delta(&n.to_string())).collect::<Vec<_>>()).unwrap();
     let kept = outbox.deliverable_where(DELTAS as usize, None).unwrap();
     let (books, answered) = (Arc::clone(&outbox.books), AtomicU64::new(0));
     std::thread::scope(|scope| {
         scope.spawn(|| {
-            for Kept { id, .. } in kept {
+            for QueuedDelta { id, .. } in kept {
                 answered.fetch_add(1, Ordering::SeqCst);
                 books.settle(1);
-                outbox.note(Change::Settled(vec![id], Settled::Delivered));
+                outbox.note(RowChange::DeliveryResult(vec![id], DeliveryResult::Delivered));
                 outbox.commit(&[], deadline());
             }
         });
@@ -1710,7 +1864,9 @@ const MISCHIEFS: [(&str, Mischief); 3] = [
 
 #[test]
 fn whatever_is_done_to_its_files_every_delta_is_in_the_one_that_is_there() {
-    for ((how, mischief), part) in MISCHIEFS.iter().flat_map(|one| ["", "-wal", "-shm"].map(|part| (one, part))) {
+    for ((how, mischief), part) in
+        MISCHIEFS.iter().flat_map(|one| ["", "-wal", "-shm"].map(|part| (one, part)))
+    {
         let dir = tempfile::tempdir().unwrap();
         let place = beside(&dir.path().join(FILE), part);
         for role in [Role::Deliver, Role::Contribute] {
@@ -1722,7 +1878,9 @@ fn whatever_is_done_to_its_files_every_delta_is_in_the_one_that_is_there() {
                 assert!(outbox.path().is_some(), "{part} {how}: {n}");
             }
             // Killed: nothing is written down when it ends.
-            connection(&mut outbox).set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true).unwrap();
+            connection(&mut outbox)
+                .set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true)
+                .unwrap();
         }
         let mut outbox = open(dir.path());
         assert_eq!(outbox.deliverable(30, deadline()).unwrap().len(), 20, "{part} {how}");
@@ -1757,16 +1915,27 @@ fn what_others_have_done_in_the_new_file_is_not_undone() {
     std::fs::remove_file(dir.path().join(FILE)).unwrap();
     // The first one ends and is gone; then the second one comes, which knows it in flight; and then who delivers.
     let [mut first, mut second] = tracks;
-    first.end(ended(ids[0], succeeded("d")), Poster::Deliverer).unwrap();
+    first.end(ended(ids[0], succeeded("d")), SentBy::Deliverer).unwrap();
     drop(first);
     second.keep(&[delta("e")]).unwrap();
     outbox.tend().unwrap();
     outbox.tend().unwrap();
-    assert_eq!(counted(&mut outbox), (2, 1, 1), "one is in flight, and holds the one that has ended");
-    second.end(ended(ids[1], succeeded("d")), Poster::Deliverer).unwrap();
-    let outcomes: Vec<_> =
-        outbox.deliverable(9, deadline()).unwrap().into_iter().map(|kept| kept.delta.outcome().clone()).collect();
-    assert_eq!(outcomes, [Outcome::Failed("why".to_owned()), Outcome::Succeeded, Outcome::Succeeded]);
+    assert_eq!(
+        counted(&mut outbox),
+        (2, 1, 1),
+        "one is in flight, and holds the one that has ended"
+    );
+    second.end(ended(ids[1], succeeded("d")), SentBy::Deliverer).unwrap();
+    let outcomes: Vec<_> = outbox
+        .deliverable(9, deadline())
+        .unwrap()
+        .into_iter()
+        .map(|kept| kept.delta.outcome().clone())
+        .collect();
+    assert_eq!(
+        outcomes,
+        [Outcome::Failed("why".to_owned()), Outcome::Succeeded, Outcome::Succeeded]
+    );
 }
 
 #[test]
@@ -1777,7 +1946,7 @@ fn what_cannot_be_moved_at_once_is_moved_at_the_end() {
     let mut track = open_as(&folder, Role::Contribute);
     let id = begin(&mut track, "d");
     std::fs::remove_dir_all(&folder).unwrap();
-    track.end(ended(id, succeeded("d")), Poster::Deliverer).unwrap();
+    track.end(ended(id, succeeded("d")), SentBy::Deliverer).unwrap();
     assert_eq!(track.path(), None);
     std::fs::create_dir(&folder).unwrap();
     track.stop_delivering().unwrap();
@@ -1795,13 +1964,14 @@ fn a_process_without_a_heartbeat_whose_folder_was_away_is_in_the_new_one_with_it
     let id = begin(&mut track, "d");
     std::fs::create_dir(&agent).unwrap();
     outbox.tend().unwrap();
-    track.end(ended(id, succeeded("d")), Poster::Deliverer).unwrap();
+    track.end(ended(id, succeeded("d")), SentBy::Deliverer).unwrap();
     assert!(track.path().is_some());
     assert_eq!(deckies(&mut outbox), ["d"]);
 }
 
 fn open_without_a_file(dir: &Path) -> Outbox {
-    let (outbox, problem) = Outbox::open_at(&OutboxLocation::AgentDir, dir, Role::Contribute).unwrap();
+    let (outbox, problem) =
+        Outbox::open_at(&OutboxLocation::AgentDir, dir, Role::Contribute).unwrap();
     assert!(problem.is_some());
     outbox
 }

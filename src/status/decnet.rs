@@ -5,18 +5,18 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use super::docker::{Containers, Docker, Engine, Networks};
-use super::place::Place;
+use super::docker::{Containers, Docker, DockerState, Networks};
+use super::place::StateFilePath;
 #[cfg(feature = "cli")]
-use super::place::{Located, Unlocated};
+use super::place::{Located, NotLocated};
 use super::state::{Seen, State, StateFile};
 use super::topology::TopologyFile;
 use super::{AppliedTopology, Observed, Snapshot, StatusSource, Topology};
-use crate::body::Status;
 use crate::files::absolute;
+use crate::log_throttle::LogThrottle;
+use crate::master::body::Status;
 use crate::panics::quietly;
-use crate::repeats::Repeats;
-use crate::text::printable;
+use crate::text::sanitize;
 
 /// Where a Docker Engine listens.
 pub(crate) const DOCKER_SOCKET: &str = "/var/run/docker.sock";
@@ -90,7 +90,7 @@ impl DecnetStatus {
     /// ```
     pub fn new(agent_dir: &Path) -> Self {
         Self {
-            state_file: StateFile::new(Place::searched()),
+            state_file: StateFile::new(StateFilePath::searched()),
             docker: Docker::new(DOCKER_SOCKET.into()),
             topology: TopologyFile::new(absolute(&agent_dir.join(TOPOLOGY))),
             said: Said::default(),
@@ -117,14 +117,14 @@ impl DecnetStatus {
     /// # }
     /// ```
     pub fn state_file(mut self, path: impl Into<PathBuf>) -> Self {
-        self.state_file = StateFile::new(Place::Named(absolute(&path.into())));
+        self.state_file = StateFile::new(StateFilePath::Named(absolute(&path.into())));
         self
     }
 
     /// Looks for the state file under this folder instead of `/`.
     #[cfg(test)]
     fn search_under(mut self, root: &Path) -> Self {
-        self.state_file = StateFile::new(Place::Searched { root: root.to_owned() });
+        self.state_file = StateFile::new(StateFilePath::Searched { root: root.to_owned() });
         self
     }
 
@@ -136,7 +136,11 @@ impl DecnetStatus {
 
     /// The status, or why it is not known. `aside` is what else is wrong.
     #[cfg(any(test, feature = "loopback"))]
-    pub(crate) fn status(&mut self, engine: &Engine, aside: Option<&str>) -> Result<Snapshot, String> {
+    pub(crate) fn status(
+        &mut self,
+        engine: &DockerState,
+        aside: Option<&str>,
+    ) -> Result<Snapshot, String> {
         let located = self.state_file.locate().map_err(|problem| problem.to_string())?;
         report(self.state_file.read(&located)?, engine, aside)
     }
@@ -156,16 +160,19 @@ impl DecnetStatus {
 
     /// Looks at everything: first at what may take long, so that the states of containers are as fresh as possible, and
     /// last at `topology.db`, since an open that hangs in SQLite blocks every other open of this process.
-    pub(crate) fn look(&mut self) -> Findings {
+    pub(crate) fn look(&mut self) -> StatusProbe {
         let engine = self.docker.engine();
         let located = self.state_file.locate();
-        let state = located.as_ref().map_err(ToString::to_string).and_then(|located| self.state_file.read(located));
+        let state = located
+            .as_ref()
+            .map_err(ToString::to_string)
+            .and_then(|located| self.state_file.read(located));
         let (applied, topology) = self.topology.read();
         let aside = topology.as_ref().err().map(String::as_str);
         #[cfg(feature = "cli")]
         let deckies = state.as_ref().ok().and_then(|state| state.map(State::deckies));
         let status = state.and_then(|state| report(state, &engine, aside));
-        Findings {
+        StatusProbe {
             engine,
             #[cfg(feature = "cli")]
             located,
@@ -180,10 +187,10 @@ impl DecnetStatus {
 
 /// What was found, part by part, each with its fault.
 #[derive(Debug)]
-pub(crate) struct Findings {
-    pub(crate) engine: Engine,
+pub(crate) struct StatusProbe {
+    pub(crate) engine: DockerState,
     #[cfg(feature = "cli")]
-    pub(crate) located: Result<Located, Unlocated>,
+    pub(crate) located: Result<Located, NotLocated>,
     /// An error is the state file's.
     pub(crate) status: Result<Snapshot, String>,
     /// How many the state file has, if there is one that can be read.
@@ -194,7 +201,7 @@ pub(crate) struct Findings {
     pub(crate) topology: Result<(), String>,
 }
 
-impl Findings {
+impl StatusProbe {
     /// Why the states of containers are not known.
     pub(crate) fn states_problem(&self) -> Option<&str> {
         let of_ours = || self.status.as_ref().ok().and_then(Snapshot::fault);
@@ -203,7 +210,12 @@ impl Findings {
 
     /// Why the networks are not known. If Docker does not answer at all, only the containers' problem is reported.
     fn networks_problem(&self) -> Option<&str> {
-        self.engine.networks.as_ref().err().filter(|_| self.engine.containers.is_ok()).map(String::as_str)
+        self.engine
+            .networks
+            .as_ref()
+            .err()
+            .filter(|_| self.engine.containers.is_ok())
+            .map(String::as_str)
     }
 
     /// All of it together.
@@ -215,12 +227,19 @@ impl Findings {
             self.status.as_ref().err().map(String::as_str),
             self.topology.as_ref().err().map(String::as_str),
         ];
-        let fault = faults.into_iter().flatten().map(str::to_owned).reduce(|some, more| both(&some, Some(&more)));
+        let fault = faults
+            .into_iter()
+            .flatten()
+            .map(str::to_owned)
+            .reduce(|some, more| both(&some, Some(&more)));
         let aside = self.topology.err();
-        let snapshot = self.status.unwrap_or_else(|error| Snapshot::unknown(&both(&error, aside.as_deref())));
+        let snapshot =
+            self.status.unwrap_or_else(|error| Snapshot::unknown(&both(&error, aside.as_deref())));
         let snapshot = snapshot.with_fault(fault.as_deref());
         match self.applied {
-            Some(applied) => snapshot.with_topology(Topology { applied, observed: observe(&self.engine) }),
+            Some(applied) => {
+                snapshot.with_topology(Topology { applied, observed: observe(&self.engine) })
+            }
             None => snapshot,
         }
     }
@@ -241,7 +260,10 @@ impl StatusSource for DecnetStatus {
 
     fn applied_topology(&mut self) -> Option<Topology> {
         let applied = self.topology.read().0?;
-        Some(Topology { applied, observed: Observed::Unknown("Docker has not been asked yet".to_owned()) })
+        Some(Topology {
+            applied,
+            observed: Observed::Unknown("Docker has not been asked yet".to_owned()),
+        })
     }
 }
 
@@ -249,7 +271,7 @@ impl StatusSource for DecnetStatus {
 /// with another one, is logged less and less often. The end of a problem is logged if the problem was.
 #[derive(Debug, Default)]
 struct Said {
-    repeats: Repeats,
+    repeats: LogThrottle,
     /// What was wrong with each, the last time.
     last: BTreeMap<&'static str, String>,
     /// What was logged to be wrong, and not yet to be right again.
@@ -267,7 +289,9 @@ impl Said {
     fn note(&mut self, whose: &'static str, problem: Option<&str>, now: Instant) {
         match self.line(whose, problem, now) {
             Some(Line::Failed) => {
-                quietly(|| log::warn!("{whose} cannot be read: error={:?}", problem.unwrap_or_default()));
+                quietly(|| {
+                    log::warn!("{whose} cannot be read: error={:?}", problem.unwrap_or_default())
+                });
             }
             Some(Line::Recovered) => quietly(|| log::info!("{whose} can be read again")),
             None => (),
@@ -290,7 +314,11 @@ impl Said {
 }
 
 /// What is deployed, and what of it runs. No state: nothing is deployed. The error is the state file's: it is too large.
-pub(crate) fn report(state: Option<&State>, engine: &Engine, aside: Option<&str>) -> Result<Snapshot, String> {
+pub(crate) fn report(
+    state: Option<&State>,
+    engine: &DockerState,
+    aside: Option<&str>,
+) -> Result<Snapshot, String> {
     let Some(state) = state else { return Snapshot::of_parts(&Status::nothing(aside)) };
     let State { mode, compose_path, .. } = state;
     let containers = engine.containers.as_ref().map_err(String::clone);
@@ -298,7 +326,8 @@ pub(crate) fn report(state: Option<&State>, engine: &Engine, aside: Option<&str>
         Ok(Seen { deckies, runtime, left_out }) => {
             let said = left_out.as_deref().map(|left_out| both(left_out, aside));
             let (deckies, error) = (&*deckies, said.as_deref().or(aside));
-            let status = Status::Deployed { deployed: true, mode, compose_path, deckies, runtime, error };
+            let status =
+                Status::Deployed { deployed: true, mode, compose_path, deckies, runtime, error };
             Ok(Snapshot::of_parts(&status)?.with_fault(left_out.as_deref()))
         }
         Err(error) => {
@@ -315,7 +344,7 @@ fn both(error: &str, aside: Option<&str>) -> String {
 }
 
 /// What Docker shows of topologies. It takes both answers: one without the other would look like a part that is missing.
-fn observe(engine: &Engine) -> Observed {
+fn observe(engine: &DockerState) -> Observed {
     let (containers, networks) = match (&engine.containers, &engine.networks) {
         (Ok(containers), Ok(networks)) => (containers, networks),
         (Err(problem), _) | (_, Err(problem)) => return Observed::Unknown(problem.clone()),
@@ -325,12 +354,17 @@ fn observe(engine: &Engine) -> Observed {
     bridges.sort();
     let mut running = Vec::new();
     // In the map's order, which is the names'.
-    for (name, state) in containers.states.iter().filter(|(name, _)| name.starts_with(Containers::OURS)) {
+    for (name, state) in
+        containers.states.iter().filter(|(name, _)| name.starts_with(Containers::OURS))
+    {
         match state {
             Some(state) if runs(state) => running.push(name.clone()),
             Some(_) => (),
             None => {
-                return Observed::Unknown(format!("Docker's answer has no usable state of {}", printable(name)));
+                return Observed::Unknown(format!(
+                    "Docker's answer has no usable state of {}",
+                    sanitize(name)
+                ));
             }
         }
     }
@@ -355,20 +389,25 @@ mod tests {
         if let Some(state) = state {
             std::fs::write(&path, state).unwrap();
         }
-        let source = DecnetStatus::new(dir.path()).state_file(path).docker_socket(dir.path().join("docker.sock"));
+        let source = DecnetStatus::new(dir.path())
+            .state_file(path)
+            .docker_socket(dir.path().join("docker.sock"));
         (dir, source)
     }
 
-    fn engine(containers: &[(&str, &str)]) -> Engine {
-        let states = containers.iter().map(|(name, state)| ((*name).to_owned(), Some((*state).to_owned()))).collect();
+    fn engine(containers: &[(&str, &str)]) -> DockerState {
+        let states = containers
+            .iter()
+            .map(|(name, state)| ((*name).to_owned(), Some((*state).to_owned())))
+            .collect();
         let bridges = vec!["decnet-topology-b".into(), "decnet-topology-a".into(), "other".into()];
         let containers = Ok(Containers { states, left_out: None });
-        Engine { containers, networks: Ok(Networks { bridges, left_out: None }) }
+        DockerState { containers, networks: Ok(Networks { bridges, left_out: None }) }
     }
 
     /// An engine that answers neither request.
-    fn away(why: &str) -> Engine {
-        Engine { containers: Err(why.to_owned()), networks: Err(why.to_owned()) }
+    fn away(why: &str) -> DockerState {
+        DockerState { containers: Err(why.to_owned()), networks: Err(why.to_owned()) }
     }
 
     const STATE: &str = r#"{"config": {"mode": "swarm", "unknown": 1, "deckies": [
@@ -378,7 +417,8 @@ mod tests {
     #[test]
     fn deckies_pass_through_untouched() {
         let (_dir, mut source) = source(Some(STATE));
-        let containers = [("d1-ssh", "running"), ("d1-smb-share", "exited"), ("d1-smb_share", "running")];
+        let containers =
+            [("d1-ssh", "running"), ("d1-smb-share", "exited"), ("d1-smb_share", "running")];
         assert_eq!(
             source.status(&engine(&containers), None).unwrap().status(),
             concat!(
@@ -432,7 +472,8 @@ mod tests {
             ),
         ] {
             let (dir, mut source) = source(Some(state));
-            let expected = format!("state file {}: {problem}", dir.path().join("decnet-state.json").display());
+            let expected =
+                format!("state file {}: {problem}", dir.path().join("decnet-state.json").display());
             assert_eq!(source.status(&engine(&[]), None).unwrap_err(), expected, "{state}");
         }
     }
@@ -441,7 +482,7 @@ mod tests {
     fn a_topology_that_cannot_be_read_is_said_beside_whatever_else_is_said() {
         let dir = "DIR/topology.db: ";
         let state = r#"{"config": {"mode": 1, "deckies": []}, "compose_path": ""}"#;
-        let said = |state: Option<&str>, engine: Engine| {
+        let said = |state: Option<&str>, engine: DockerState| {
             let (_dir, mut source) = source(state);
             let snapshot = source.status(&engine, Some(dir)).unwrap();
             serde_json::from_str::<serde_json::Value>(snapshot.status()).unwrap()["error"].take()
@@ -453,8 +494,12 @@ mod tests {
 
     #[test]
     fn observed_is_sorted_and_only_of_topologies() {
-        let engine =
-            engine(&[("decnet-b", "running"), ("decnet-a", "paused"), ("decnet-c", "exited"), ("x", "running")]);
+        let engine = engine(&[
+            ("decnet-b", "running"),
+            ("decnet-a", "paused"),
+            ("decnet-c", "exited"),
+            ("x", "running"),
+        ]);
         assert_eq!(
             observe(&engine),
             Observed::Seen {
@@ -468,11 +513,17 @@ mod tests {
     #[test]
     fn networks_that_are_not_known_cost_observed_alone() {
         let (_dir, mut source) = source(Some(STATE));
-        let engine =
-            Engine { networks: Err("403".to_owned()), ..engine(&[("d1-ssh", "running"), ("decnet-a", "running")]) };
+        let engine = DockerState {
+            networks: Err("403".to_owned()),
+            ..engine(&[("d1-ssh", "running"), ("decnet-a", "running")])
+        };
         let snapshot = source.status(&engine, None).unwrap();
         assert!(snapshot.status().contains(r#""d1":{"running":false,"services":{"ssh":"running""#));
-        assert!(!snapshot.status().contains("error") && snapshot.fault().is_none(), "{}", snapshot.status());
+        assert!(
+            !snapshot.status().contains("error") && snapshot.fault().is_none(),
+            "{}",
+            snapshot.status()
+        );
         assert_eq!(observe(&engine), Observed::Unknown("403".to_owned()));
     }
 
@@ -480,7 +531,7 @@ mod tests {
     fn a_container_without_a_state_costs_its_decky_alone() {
         let (_dir, mut source) = source(Some(STATE));
         let mut engine = engine(&[("d1-ssh", "running"), ("d2-ftp", "running")]);
-        let insert = |engine: &mut Engine, name: &str| {
+        let insert = |engine: &mut DockerState, name: &str| {
             engine.containers.as_mut().unwrap().states.insert(name.to_owned(), None);
         };
         insert(&mut engine, "somebody-elses");
@@ -488,7 +539,9 @@ mod tests {
         assert!(matches!(observe(&engine), Observed::Seen { .. }));
         insert(&mut engine, "decnet-gateway");
         assert!(source.status(&engine, None).unwrap().fault().is_none());
-        assert!(matches!(observe(&engine), Observed::Unknown(why) if why.ends_with("of decnet-gateway")));
+        assert!(
+            matches!(observe(&engine), Observed::Unknown(why) if why.ends_with("of decnet-gateway"))
+        );
         insert(&mut engine, "d1-smb-share");
         let snapshot = source.status(&engine, Some("aside")).unwrap();
         let why = r#"Docker's answer has no usable state of the container "d1-smb-share"; 1 decky is left out"#;
@@ -503,7 +556,10 @@ mod tests {
         let snapshot = source.status(&engine, None).unwrap();
         let why = r#"Docker's answer has no usable state of the container "d1-smb-share"; 2 deckies are left out"#;
         let status: serde_json::Value = serde_json::from_str(snapshot.status()).unwrap();
-        assert_eq!((snapshot.fault(), &status["error"], status.get("deckies")), (Some(why), &why.into(), None));
+        assert_eq!(
+            (snapshot.fault(), &status["error"], status.get("deckies")),
+            (Some(why), &why.into(), None)
+        );
     }
 
     #[test]
@@ -522,8 +578,12 @@ mod tests {
     #[test]
     fn a_status_that_is_too_large_is_a_problem_of_the_state_file_and_not_of_docker() {
         let services = vec![format!("\"{}\"", "s".repeat(1_000)); 90].join(",");
-        let deckies: Vec<_> = (0..120).map(|n| format!(r#"{{"name": "d{n}", "services": [{services}]}}"#)).collect();
-        let state = format!(r#"{{"config": {{"mode": 1, "deckies": [{}]}}, "compose_path": 1}}"#, deckies.join(","));
+        let deckies: Vec<_> =
+            (0..120).map(|n| format!(r#"{{"name": "d{n}", "services": [{services}]}}"#)).collect();
+        let state = format!(
+            r#"{{"config": {{"mode": 1, "deckies": [{}]}}, "compose_path": 1}}"#,
+            deckies.join(",")
+        );
         let (_dir, mut source) = source(Some(&state));
         // Each service counts twice: as it stands, and in the runtime.
         let problem = source.status(&engine(&[]), None).unwrap_err();
@@ -535,12 +595,16 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (state, topology) = (dir.path().join("state.json"), dir.path().join("topology.db"));
         let listener = UnixListener::bind(dir.path().join("docker.sock")).unwrap();
-        let mut source = DecnetStatus::new(dir.path()).state_file(&state).docker_socket(dir.path().join("docker.sock"));
+        let mut source = DecnetStatus::new(dir.path())
+            .state_file(&state)
+            .docker_socket(dir.path().join("docker.sock"));
         let engine = std::thread::spawn(move || {
-            let (mut stream, mut request, mut asked) = (listener.accept().unwrap().0, [0; 1024], Vec::new());
+            let (mut stream, mut request, mut asked) =
+                (listener.accept().unwrap().0, [0; 1024], Vec::new());
             for _ in 0..2 {
                 let read = stream.read(&mut request).unwrap();
-                let line = String::from_utf8_lossy(&request[..read]).lines().next().unwrap().to_owned();
+                let line =
+                    String::from_utf8_lossy(&request[..read]).lines().next().unwrap().to_owned();
                 if line.starts_with("GET /containers") {
                     std::fs::write(&state, STATE).unwrap();
                     let owner = rusqlite::Connection::open(&topology).unwrap();
@@ -555,7 +619,10 @@ mod tests {
             asked
         });
         let snapshot = source.snapshot();
-        assert_eq!(engine.join().unwrap(), ["GET /networks HTTP/1.1", "GET /containers/json?all=true HTTP/1.1"]);
+        assert_eq!(
+            engine.join().unwrap(),
+            ["GET /networks HTTP/1.1", "GET /containers/json?all=true HTTP/1.1"]
+        );
         assert!(snapshot.status().contains(r#""d1":{"running":false"#), "{}", snapshot.status());
         assert_eq!(snapshot.topology().unwrap().applied.as_ref().unwrap().topology_id, "t");
     }
@@ -563,12 +630,17 @@ mod tests {
     #[test]
     fn the_state_file_is_looked_for_at_each_snapshot() {
         let root = tempfile::tempdir().unwrap();
-        let mut source =
-            DecnetStatus::new(root.path()).search_under(root.path()).docker_socket(root.path().join("docker.sock"));
-        let mut status = || serde_json::from_str::<serde_json::Value>(source.snapshot().status()).unwrap();
+        let mut source = DecnetStatus::new(root.path())
+            .search_under(root.path())
+            .docker_socket(root.path().join("docker.sock"));
+        let mut status =
+            || serde_json::from_str::<serde_json::Value>(source.snapshot().status()).unwrap();
         let unknown = status();
         let why = unknown["error"].as_str().unwrap();
-        assert!(why.starts_with("the state file was not found: ") && why.contains("/opt/decnet/venv"), "{why}");
+        assert!(
+            why.starts_with("the state file was not found: ") && why.contains("/opt/decnet/venv"),
+            "{why}"
+        );
         assert_eq!(
             (unknown.get("deckies"), unknown.get("deployed")),
             (None, None),
@@ -582,7 +654,8 @@ mod tests {
         // A virtual environment comes first.
         let packages = editable.join("venv/lib/python3.11/site-packages");
         std::fs::create_dir_all(packages.join("decnet")).unwrap();
-        std::fs::write(packages.join("decnet-state.json"), STATE.replace("/x.yml", "/y.yml")).unwrap();
+        std::fs::write(packages.join("decnet-state.json"), STATE.replace("/x.yml", "/y.yml"))
+            .unwrap();
         assert_eq!(status()["compose_path"], "/y.yml");
         std::fs::remove_dir_all(root.path().join("opt")).unwrap();
         assert!(status()["error"].as_str().unwrap().starts_with("the state file was not found: "));
@@ -591,9 +664,13 @@ mod tests {
     #[test]
     fn a_named_state_file_is_unknown_where_its_folder_is_missing() {
         let dir = tempfile::tempdir().unwrap();
-        let mut source = DecnetStatus::new(dir.path()).state_file(dir.path().join("none/state.json"));
+        let mut source =
+            DecnetStatus::new(dir.path()).state_file(dir.path().join("none/state.json"));
         let problem = source.status(&engine(&[]), None).unwrap_err();
-        assert!(problem.contains("none/state.json: its folder ") && problem.contains("No such file"), "{problem}");
+        assert!(
+            problem.contains("none/state.json: its folder ") && problem.contains("No such file"),
+            "{problem}"
+        );
     }
 
     #[test]
@@ -602,7 +679,8 @@ mod tests {
         let lines = |problems: &mut dyn FnMut(usize) -> Option<String>| {
             let mut said = Said::default();
             let lines = (0..4_096).filter_map(|n| said.line("Docker", problems(n).as_deref(), now));
-            let (failed, recovered): (Vec<_>, Vec<_>) = lines.partition(|line| *line != Line::Recovered);
+            let (failed, recovered): (Vec<_>, Vec<_>) =
+                lines.partition(|line| *line != Line::Recovered);
             (failed.len(), recovered.len())
         };
         let flapping = |n: usize| n.is_multiple_of(2).then(|| "refused".to_owned());
@@ -617,7 +695,11 @@ mod tests {
         for _ in 0..3 {
             said.line("Docker", Some("refused"), now);
         }
-        assert_eq!(said.line("Docker", None, now), Some(Line::Recovered), "it was logged as failed");
+        assert_eq!(
+            said.line("Docker", None, now),
+            Some(Line::Recovered),
+            "it was logged as failed"
+        );
         assert_eq!(said.line("Docker", None, now), None);
         assert_eq!(said.line("topology.db", None, now), None, "it never failed");
     }

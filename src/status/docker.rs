@@ -22,15 +22,15 @@ use ureq::config::{AutoHeaderValue, Config};
 use ureq::unversioned::resolver::{ResolvedSocketAddrs, Resolver};
 use ureq::unversioned::transport::{ConnectionDetails, Connector, NextTimeout};
 
-use super::list::{AtMost, Object};
-use crate::error::{http_problem, printable_path};
+use super::list::{BoundedVec, Object};
+use crate::error::{http_problem, sanitize_path};
 use crate::limits;
-use crate::socket::SocketTransport;
-use crate::text::{cut, printable};
+use crate::text::{cut, sanitize};
+use crate::transport::SocketTransport;
 
 /// What Docker has, read in two requests. Each error is for people: it names the socket, the request and what went wrong.
 #[derive(Clone, Debug)]
-pub(crate) struct Engine {
+pub(crate) struct DockerState {
     pub(crate) containers: Result<Containers, String>,
     pub(crate) networks: Result<Networks, String>,
 }
@@ -52,15 +52,19 @@ pub(crate) struct Networks {
     pub(crate) left_out: Option<(String, usize)>,
 }
 
-impl Engine {
+impl DockerState {
     /// What was left out of either answer, for people.
     pub(crate) fn left_out(&self) -> Option<String> {
         let said = |left_out: &Option<(String, usize)>, what: &str| {
             let (name, count) = left_out.as_ref()?;
             let s = if *count == 1 { "" } else { "s" };
-            Some(format!("Docker: {count} {what}{s} with an odd name or driver left out: {}", printable(name)))
+            Some(format!(
+                "Docker: {count} {what}{s} with an odd name or driver left out: {}",
+                sanitize(name)
+            ))
         };
-        let containers = self.containers.as_ref().ok().and_then(|it| said(&it.left_out, "container"));
+        let containers =
+            self.containers.as_ref().ok().and_then(|it| said(&it.left_out, "container"));
         let networks = self.networks.as_ref().ok().and_then(|it| said(&it.left_out, "network"));
         containers.into_iter().chain(networks).reduce(|some, more| format!("{some}; {more}"))
     }
@@ -105,9 +109,14 @@ impl Networks {
                     count_in(&mut networks.left_out, name);
                 }
                 (Text::Whole(name) | Text::Cut(name), _) => {
-                    return Err(format!("the name or the driver of {} cannot be used", printable(&name)));
+                    return Err(format!(
+                        "the name or the driver of {} cannot be used",
+                        sanitize(&name)
+                    ));
                 }
-                (Text::Odd | Text::Absent, _) => return Err("a network without a name that can be read".to_owned()),
+                (Text::Odd | Text::Absent, _) => {
+                    return Err("a network without a name that can be read".to_owned());
+                }
             }
         }
         Ok(networks)
@@ -134,14 +143,18 @@ impl Docker {
     /// What answers behind this connector.
     #[cfg(fuzzing)]
     pub(crate) fn behind(connector: impl Connector) -> Self {
-        Self { agent: Agent::with_parts(config(), connector, NoResolver), socket: PathBuf::from("docker.sock") }
+        Self {
+            agent: Agent::with_parts(config(), connector, NoResolver),
+            socket: PathBuf::from("docker.sock"),
+        }
     }
 
     /// Asks for networks, then for containers.
-    pub(crate) fn engine(&self) -> Engine {
+    pub(crate) fn engine(&self) -> DockerState {
         let networks = self.get("/networks", limits::DOCKER_NETWORKS, Networks::of);
-        let containers = self.get("/containers/json?all=true", limits::DOCKER_CONTAINERS, Containers::of);
-        Engine { containers, networks }
+        let containers =
+            self.get("/containers/json?all=true", limits::DOCKER_CONTAINERS, Containers::of);
+        DockerState { containers, networks }
     }
 
     fn get<T: DeserializeOwned, A>(
@@ -150,29 +163,42 @@ impl Docker {
         limit: Duration,
         read: impl Fn(Vec<Object<T>>) -> Result<A, String>,
     ) -> Result<A, String> {
-        let failed = |problem: String| format!("Docker at {}: {what}: {problem}", printable_path(&self.socket));
+        let failed = |problem: String| {
+            format!("Docker at {}: {what}: {problem}", sanitize_path(&self.socket))
+        };
         // The host is a formality: the connector knows only the socket.
-        let request = self.agent.get(format!("http://docker{what}")).config().timeout_global(Some(limit)).build();
+        let request = self
+            .agent
+            .get(format!("http://docker{what}"))
+            .config()
+            .timeout_global(Some(limit))
+            .build();
         let mut answer = request.call().map_err(|error| failed(http_problem(&error)))?;
         let status = answer.status().as_u16();
         let mut body = answer.body_mut().as_reader().take(limits::DOCKER_ANSWER);
         if status != 200 {
             let mut said = Vec::new();
             let _ = body.take(limits::LOG_TEXT as u64).read_to_end(&mut said);
-            return Err(failed(format!("answered {status} {}", printable(&String::from_utf8_lossy(&said)))));
+            return Err(failed(format!(
+                "answered {status} {}",
+                sanitize(&String::from_utf8_lossy(&said))
+            )));
         }
-        let list = serde_json::from_reader::<_, List<T>>(io::BufReader::new(&mut body)).map_err(|error| {
-            let what = if error.is_io() { "broke off" } else { "is not a Docker Engine's" };
-            failed(match body.limit() {
-                0 => format!("the answer is larger than {} bytes", limits::DOCKER_ANSWER),
-                _ => format!("the answer {what}: {}", printable(&error.to_string())),
-            })
-        })?;
-        read(list.0).map_err(|problem| failed(format!("the answer is not a Docker Engine's: {problem}")))
+        let list = serde_json::from_reader::<_, List<T>>(io::BufReader::new(&mut body)).map_err(
+            |error| {
+                let what = if error.is_io() { "broke off" } else { "is not a Docker Engine's" };
+                failed(match body.limit() {
+                    0 => format!("the answer is larger than {} bytes", limits::DOCKER_ANSWER),
+                    _ => format!("the answer {what}: {}", sanitize(&error.to_string())),
+                })
+            },
+        )?;
+        read(list.0)
+            .map_err(|problem| failed(format!("the answer is not a Docker Engine's: {problem}")))
     }
 }
 
-type List<T> = AtMost<Object<T>, { limits::DOCKER_LIST }>;
+type List<T> = BoundedVec<Object<T>, { limits::DOCKER_LIST }>;
 
 #[derive(Deserialize)]
 #[serde(rename_all = "PascalCase")]
@@ -324,7 +350,12 @@ fn config() -> Config {
 struct NoResolver;
 
 impl Resolver for NoResolver {
-    fn resolve(&self, _: &ureq::http::Uri, _: &Config, _: NextTimeout) -> Result<ResolvedSocketAddrs, ureq::Error> {
+    fn resolve(
+        &self,
+        _: &ureq::http::Uri,
+        _: &Config,
+        _: NextTimeout,
+    ) -> Result<ResolvedSocketAddrs, ureq::Error> {
         Ok(self.empty())
     }
 }
@@ -338,7 +369,11 @@ struct UnixConnector {
 impl Connector for UnixConnector {
     type Out = SocketTransport;
 
-    fn connect(&self, details: &ConnectionDetails<'_>, _: Option<()>) -> Result<Option<Self::Out>, ureq::Error> {
+    fn connect(
+        &self,
+        details: &ConnectionDetails<'_>,
+        _: Option<()>,
+    ) -> Result<Option<Self::Out>, ureq::Error> {
         SocketTransport::unix(&self.socket, details).map(Some)
     }
 }
@@ -379,7 +414,7 @@ mod tests {
         format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n{json}", json.len())
     }
 
-    fn states(engine: &Engine) -> Vec<(&str, Option<&str>)> {
+    fn states(engine: &DockerState) -> Vec<(&str, Option<&str>)> {
         let containers = engine.containers.as_ref().unwrap();
         containers.states.iter().map(|(name, state)| (name.as_str(), state.as_deref())).collect()
     }
@@ -387,7 +422,7 @@ mod tests {
     /// The error for a Docker that answers both requests like this, without the socket's name.
     fn problems(answer: &str) -> [String; 2] {
         let (dir, docker) = answering(&[answer, answer]);
-        let Engine { containers, networks } = docker.engine();
+        let DockerState { containers, networks } = docker.engine();
         [networks.unwrap_err(), containers.unwrap_err()]
             .map(|problem| problem.replace(&dir.path().display().to_string(), "DIR"))
     }
@@ -415,18 +450,24 @@ mod tests {
 
     #[test]
     fn a_restarted_engine_is_connected_to_anew() {
-        let (_dir, docker) =
-            answering(&[&ok("[]"), "HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n[] ", &ok("[]"), &ok("[]")]);
+        let (_dir, docker) = answering(&[
+            &ok("[]"),
+            "HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n[] ",
+            &ok("[]"),
+            &ok("[]"),
+        ]);
         for _ in 0..2 {
-            let Engine { containers, networks } = docker.engine();
+            let DockerState { containers, networks } = docker.engine();
             assert!(containers.is_ok() && networks.is_ok(), "{containers:?} {networks:?}");
         }
     }
 
     #[test]
     fn a_request_that_fails_does_not_cost_the_other_one() {
-        let (good_networks, good_containers) =
-            (ok(r#"[{"Name":"b","Driver":"bridge"}]"#), ok(r#"[{"Names":["/a"],"State":"running"}]"#));
+        let (good_networks, good_containers) = (
+            ok(r#"[{"Name":"b","Driver":"bridge"}]"#),
+            ok(r#"[{"Names":["/a"],"State":"running"}]"#),
+        );
         for bad in [
             "HTTP/1.1 403 Forbidden\r\nContent-Length: 9\r\n\r\nForbidden".to_owned(),
             "HTTP/1.1 404 Not Found\r\nContent-Length: 2\r\n\r\n[]".to_owned(),
@@ -450,7 +491,10 @@ mod tests {
             let (_dir, docker) = answering(&[&good_networks, &bad]);
             let engine = docker.engine();
             assert_eq!(engine.networks.unwrap().bridges, ["b"], "{bad:.80}");
-            assert!(engine.containers.unwrap_err().contains(": /containers/json?all=true: "), "{bad:.80}");
+            assert!(
+                engine.containers.unwrap_err().contains(": /containers/json?all=true: "),
+                "{bad:.80}"
+            );
         }
     }
 
@@ -480,8 +524,14 @@ mod tests {
         for (answer, said) in [
             ("HTTP/1.1 500 Oops\r\nContent-Length: 4\r\n\r\nno\u{1b}\n", "answered 500 no\\u{1b}"),
             // Cut in the middle of a character.
-            ("HTTP/1.1 500 Oops\r\nContent-Length: 4\r\n\r\nno \u{202e}", "answered 500 no \u{fffd}"),
-            (&ok("<html>"), "the answer is not a Docker Engine's: expected value at line 1 column 1"),
+            (
+                "HTTP/1.1 500 Oops\r\nContent-Length: 4\r\n\r\nno \u{202e}",
+                "answered 500 no \u{fffd}",
+            ),
+            (
+                &ok("<html>"),
+                "the answer is not a Docker Engine's: expected value at line 1 column 1",
+            ),
             (
                 &ok(r#"{"message":"x"}"#),
                 "the answer is not a Docker Engine's: invalid type: map, expected a list of at most 25000 at line 1 column 1",
@@ -497,7 +547,8 @@ mod tests {
             ("SSH-2.0-OpenSSH_9.2p1\r\n", "protocol: http parse fail: invalid HTTP version"),
         ] {
             let expected = ["/networks", "/containers/json?all=true"];
-            let expected = expected.map(|what| format!("Docker at DIR/docker.sock: {what}: {said}"));
+            let expected =
+                expected.map(|what| format!("Docker at DIR/docker.sock: {what}: {said}"));
             assert_eq!(problems(answer), expected, "{answer}");
         }
     }
@@ -518,7 +569,10 @@ mod tests {
         let unknown = ["long-state", "no-state", "null", "number"].map(|name| (name, None));
         assert_eq!(states(&engine), [&[("a", Some("running"))][..], &unknown[..]].concat());
         let left_out = engine.left_out().unwrap();
-        assert!(left_out.starts_with("Docker: 1 container with an odd name") && left_out.len() < 200, "{left_out}");
+        assert!(
+            left_out.starts_with("Docker: 1 container with an odd name") && left_out.len() < 200,
+            "{left_out}"
+        );
     }
 
     #[test]
@@ -533,7 +587,10 @@ mod tests {
             let (_dir, docker) = answering(&[&networks(&odd), &ok("[]")]);
             let engine = docker.engine();
             assert_eq!(engine.networks.as_ref().unwrap().bridges, ["b"], "{odd}");
-            assert!(engine.left_out().unwrap().starts_with("Docker: 1 network with an odd name"), "{odd}");
+            assert!(
+                engine.left_out().unwrap().starts_with("Docker: 1 network with an odd name"),
+                "{odd}"
+            );
         }
         for odd in [
             format!(r#"{{"Name":"decnet-topology-{long}","Driver":"bridge"}}"#),
@@ -543,7 +600,8 @@ mod tests {
             let (_dir, docker) = answering(&[&networks(&odd), &ok("[]")]);
             assert!(docker.engine().networks.is_err(), "{odd}");
         }
-        let (_dir, docker) = answering(&[&networks(&format!(r#"{{"Name":"x{long}","Driver":"host"}}"#)), &ok("[]")]);
+        let (_dir, docker) =
+            answering(&[&networks(&format!(r#"{{"Name":"x{long}","Driver":"host"}}"#)), &ok("[]")]);
         assert_eq!(docker.engine().left_out(), None, "it is no bridge");
     }
 
@@ -552,7 +610,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("file");
         std::fs::write(&path, "").unwrap();
-        let Engine { containers, networks } = Docker::new(path).engine();
+        let DockerState { containers, networks } = Docker::new(path).engine();
         for error in [containers.unwrap_err(), networks.unwrap_err()] {
             assert!(error.ends_with("Connection refused (os error 111)"), "{error}");
         }

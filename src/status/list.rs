@@ -4,15 +4,17 @@ use std::fmt;
 use std::marker::PhantomData;
 
 use serde::de::value::MapAccessDeserializer;
-use serde::de::{Deserialize, DeserializeSeed, Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde::de::{
+    Deserialize, DeserializeSeed, Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Visitor,
+};
 use serde_json::value::RawValue;
 
 /// A sequence of at most `MOST` entries. A file's size alone bounds no memory: an entry may take a hundred times the bytes
 /// that it is written with.
 #[derive(Debug)]
-pub(super) struct AtMost<T, const MOST: usize>(pub(super) Vec<T>);
+pub(super) struct BoundedVec<T, const MOST: usize>(pub(super) Vec<T>);
 
-impl<'de, T: Deserialize<'de>, const MOST: usize> Deserialize<'de> for AtMost<T, MOST> {
+impl<'de, T: Deserialize<'de>, const MOST: usize> Deserialize<'de> for BoundedVec<T, MOST> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         deserializer.deserialize_seq(Entries(PhantomData))
     }
@@ -21,7 +23,7 @@ impl<'de, T: Deserialize<'de>, const MOST: usize> Deserialize<'de> for AtMost<T,
 struct Entries<T, const MOST: usize>(PhantomData<T>);
 
 impl<'de, T: Deserialize<'de>, const MOST: usize> Visitor<'de> for Entries<T, MOST> {
-    type Value = AtMost<T, MOST>;
+    type Value = BoundedVec<T, MOST>;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "a list of at most {MOST}")
@@ -35,7 +37,7 @@ impl<'de, T: Deserialize<'de>, const MOST: usize> Visitor<'de> for Entries<T, MO
             }
             entries.push(entry);
         }
-        Ok(AtMost(entries))
+        Ok(BoundedVec(entries))
     }
 }
 
@@ -65,7 +67,10 @@ impl<'de, T: Deserialize<'de>> Visitor<'de> for Entry<T> {
 
 /// The values of these keys of an object, as they stand. Nothing else in it is looked at: a key of others may even be a
 /// text that is none, with a lone surrogate.
-pub(super) fn values<'a, const N: usize>(json: &'a [u8], keys: [&str; N]) -> serde_json::Result<[&'a RawValue; N]> {
+pub(super) fn values<'a, const N: usize>(
+    json: &'a [u8],
+    keys: [&str; N],
+) -> serde_json::Result<[&'a RawValue; N]> {
     let mut deserializer = serde_json::Deserializer::from_slice(json);
     let values = deserializer.deserialize_map(Values(keys))?;
     deserializer.end()?;
@@ -84,7 +89,9 @@ impl<'de, const N: usize> Visitor<'de> for Values<'_, N> {
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
         let mut found: [Option<&RawValue>; N] = [None; N];
         while let Some(key) = map.next_key_seed(KeyOf(&self.0))? {
-            let Some((place, name)) = key.and_then(|key| Some((found.get_mut(key)?, self.0.get(key)?))) else {
+            let Some((place, name)) =
+                key.and_then(|key| Some((found.get_mut(key)?, self.0.get(key)?)))
+            else {
                 map.next_value::<IgnoredAny>()?;
                 continue;
             };
@@ -128,7 +135,8 @@ impl Visitor<'_> for KeyOf<'_> {
 
 /// What is wrong with JSON, without its line and column: those of a part are not those of the file.
 pub(super) fn without_place(error: &serde_json::Error) -> String {
-    let (text, place) = (error.to_string(), format!(" at line {} column {}", error.line(), error.column()));
+    let (text, place) =
+        (error.to_string(), format!(" at line {} column {}", error.line(), error.column()));
     text.strip_suffix(&place).map_or_else(|| text.clone(), str::to_owned)
 }
 
@@ -146,7 +154,13 @@ mod tests {
         let read = serde_json::from_str::<Object<Pair>>;
         let Object(Pair { one, two }) = read(r#"{"two": 2, "more": [], "one": 1}"#).unwrap();
         assert_eq!((one, two), (1, 2));
-        assert!(read("[1, 2]").err().unwrap().to_string().starts_with("invalid type: sequence, expected an object"));
+        assert!(
+            read("[1, 2]")
+                .err()
+                .unwrap()
+                .to_string()
+                .starts_with("invalid type: sequence, expected an object")
+        );
     }
 
     #[test]
@@ -175,9 +189,12 @@ mod tests {
 
     #[test]
     fn one_more_than_the_most_is_an_error() {
-        let read = serde_json::from_str::<AtMost<u8, 2>>;
+        let read = serde_json::from_str::<BoundedVec<u8, 2>>;
         assert_eq!(read("[1, 2]").unwrap().0, [1, 2]);
-        assert_eq!(read("[1, 2, 3]").unwrap_err().to_string(), "a list of more than 2 at line 1 column 9");
+        assert_eq!(
+            read("[1, 2, 3]").unwrap_err().to_string(),
+            "a list of more than 2 at line 1 column 9"
+        );
         assert!(read("{}").unwrap_err().to_string().contains("expected a list of at most 2"));
     }
 }

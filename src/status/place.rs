@@ -13,9 +13,10 @@ use std::fs;
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 
-use crate::error::printable_path;
-use crate::text::printable;
-use crate::{files, limits};
+use crate::error::sanitize_path;
+use crate::files;
+use crate::limits;
+use crate::text::sanitize;
 
 /// The name of the state file.
 const STATE_FILE: &str = "decnet-state.json";
@@ -25,7 +26,7 @@ const PACKAGE: &str = "decnet";
 
 /// Which state file is read.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Place {
+pub(super) enum StateFilePath {
     /// The one that somebody named.
     Named(PathBuf),
     /// The one that DECNET has on this host, which is looked for each time. The folder is `/`, or a test's.
@@ -42,20 +43,25 @@ pub(crate) struct Located {
 
 /// Why it is not known where the state file is, for people.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Unlocated {
+pub(crate) enum NotLocated {
     /// DECNET's package is in none of its places, which are named.
     Absent(String),
     /// A place cannot be looked at.
     Unreadable(String),
 }
 
-impl fmt::Display for Unlocated {
+impl fmt::Display for NotLocated {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Absent(places) => {
-                write!(f, "the state file was not found: DECNET's Python package is not in {places}")
+                write!(
+                    f,
+                    "the state file was not found: DECNET's Python package is not in {places}"
+                )
             }
-            Self::Unreadable(problem) => write!(f, "it is not known where the state file is: {problem}"),
+            Self::Unreadable(problem) => {
+                write!(f, "it is not known where the state file is: {problem}")
+            }
         }
     }
 }
@@ -64,20 +70,20 @@ impl fmt::Display for Located {
     /// How it was found, for a person.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.package {
-            Some(package) => write!(f, "found beside {}", printable_path(package)),
+            Some(package) => write!(f, "found beside {}", sanitize_path(package)),
             None => f.write_str("named"),
         }
     }
 }
 
-impl Place {
+impl StateFilePath {
     /// Where DECNET has it on this host.
     pub(super) fn searched() -> Self {
         Self::Searched { root: PathBuf::from("/") }
     }
 
     /// Where the file is.
-    pub(super) fn locate(&self) -> Result<Located, Unlocated> {
+    pub(super) fn locate(&self) -> Result<Located, NotLocated> {
         match self {
             Self::Named(file) => Ok(Located { file: file.clone(), package: None }),
             Self::Searched { root } => search(root),
@@ -98,12 +104,14 @@ pub(super) fn means_nothing_deployed(file: &Path) -> Result<(), String> {
     };
     match fs::metadata(folder) {
         Ok(_) => Ok(()),
-        Err(error) => Err(format!("its folder {} cannot be looked at: {error}", printable_path(folder))),
+        Err(error) => {
+            Err(format!("its folder {} cannot be looked at: {error}", sanitize_path(folder)))
+        }
     }
 }
 
 /// The first place that has the package. One that cannot be looked at ends the search: a later one might be wrong.
-fn search(root: &Path) -> Result<Located, Unlocated> {
+fn search(root: &Path) -> Result<Located, NotLocated> {
     let command = root.join("usr/local/bin/decnet");
     let (venv, editable) = (root.join("opt/decnet/venv"), root.join("opt/decnet"));
     let resolved = resolve(&command)?;
@@ -120,16 +128,20 @@ fn search(root: &Path) -> Result<Located, Unlocated> {
         return Ok(Located { file, package: Some(package) });
     }
     let command = match of_command {
-        Some(environment) => format!("{} (of {})", printable_path(environment), printable_path(&command)),
-        None if is_there(&command)? => format!("{} (it leads to a file that does not exist)", printable_path(&command)),
-        None => format!("{} (it does not exist)", printable_path(&command)),
+        Some(environment) => {
+            format!("{} (of {})", sanitize_path(environment), sanitize_path(&command))
+        }
+        None if is_there(&command)? => {
+            format!("{} (it leads to a file that does not exist)", sanitize_path(&command))
+        }
+        None => format!("{} (it does not exist)", sanitize_path(&command)),
     };
-    let (venv, editable) = (printable_path(&venv), printable_path(&editable));
-    Err(Unlocated::Absent(format!("{command}, {venv} or {editable}")))
+    let (venv, editable) = (sanitize_path(&venv), sanitize_path(&editable));
+    Err(NotLocated::Absent(format!("{command}, {venv} or {editable}")))
 }
 
 /// Whether there is anything at that path, be it a symlink to nothing.
-fn is_there(path: &Path) -> Result<bool, Unlocated> {
+fn is_there(path: &Path) -> Result<bool, NotLocated> {
     match fs::symlink_metadata(path) {
         Ok(_) => Ok(true),
         Err(error) if is_absent(&error) => Ok(false),
@@ -138,7 +150,7 @@ fn is_there(path: &Path) -> Result<bool, Unlocated> {
 }
 
 /// The file that a path leads to. `None`: there is none.
-fn resolve(path: &Path) -> Result<Option<PathBuf>, Unlocated> {
+fn resolve(path: &Path) -> Result<Option<PathBuf>, NotLocated> {
     match fs::canonicalize(path) {
         Ok(resolved) => Ok(Some(resolved)),
         Err(error) if is_absent(&error) => Ok(None),
@@ -146,8 +158,10 @@ fn resolve(path: &Path) -> Result<Option<PathBuf>, Unlocated> {
             // The link itself could be read, so it is about what it leads to.
             Ok(target) if path.with_file_name(&target) != path => {
                 let target = path.with_file_name(target);
-                let (path, target) = (printable_path(path), printable_path(&target));
-                Err(Unlocated::Unreadable(format!("{target}, to which {path} leads, cannot be looked at: {error}")))
+                let (path, target) = (sanitize_path(path), sanitize_path(&target));
+                Err(NotLocated::Unreadable(format!(
+                    "{target}, to which {path} leads, cannot be looked at: {error}"
+                )))
             }
             _ => Err(unknown(path, &error)),
         },
@@ -155,7 +169,7 @@ fn resolve(path: &Path) -> Result<Option<PathBuf>, Unlocated> {
 }
 
 /// The package in a virtual environment, or in a prefix such as `/usr/local`. An editable install has none there.
-fn package_of_environment(environment: &Path) -> Result<Option<PathBuf>, Unlocated> {
+fn package_of_environment(environment: &Path) -> Result<Option<PathBuf>, NotLocated> {
     // In most environments `lib64` is a symlink to `lib`.
     for lib in ["lib", "lib64"] {
         let mut found = Vec::new();
@@ -197,7 +211,7 @@ impl Version {
 }
 
 /// The versions of Python that a `lib` folder has packages for, the newest first.
-fn python_versions(lib: &Path) -> Result<Vec<Version>, Unlocated> {
+fn python_versions(lib: &Path) -> Result<Vec<Version>, NotLocated> {
     let entries = match fs::read_dir(lib) {
         Ok(entries) => entries,
         Err(error) if is_absent(&error) => return Ok(Vec::new()),
@@ -218,7 +232,7 @@ fn python_versions(lib: &Path) -> Result<Vec<Version>, Unlocated> {
 
 /// The version of the interpreter that a virtual environment was made for, as its `pyvenv.cfg` has it: `version = 3.11.2`,
 /// or `version_info = 3.11.2.final.0`.
-fn interpreter(environment: &Path) -> Result<Option<Version>, Unlocated> {
+fn interpreter(environment: &Path) -> Result<Option<Version>, NotLocated> {
     let path = environment.join("pyvenv.cfg");
     let content = match files::read(&path, limits::PYVENV_CFG) {
         Ok(content) => content,
@@ -237,7 +251,7 @@ fn interpreter(environment: &Path) -> Result<Option<Version>, Unlocated> {
 }
 
 /// The package in this folder, if it is there. A file of its name is not a package.
-fn package_in(folder: &Path) -> Result<Option<PathBuf>, Unlocated> {
+fn package_in(folder: &Path) -> Result<Option<PathBuf>, NotLocated> {
     let package = folder.join(PACKAGE);
     match fs::metadata(&package) {
         Ok(found) => Ok(found.is_dir().then_some(package)),
@@ -251,9 +265,9 @@ fn is_absent(error: &io::Error) -> bool {
     matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory)
 }
 
-fn unknown(path: &Path, problem: &impl fmt::Display) -> Unlocated {
-    let (path, problem) = (printable_path(path), printable(&problem.to_string()));
-    Unlocated::Unreadable(format!("{path} cannot be looked at: {problem}"))
+fn unknown(path: &Path, problem: &impl fmt::Display) -> NotLocated {
+    let (path, problem) = (sanitize_path(path), sanitize(&problem.to_string()));
+    NotLocated::Unreadable(format!("{path} cannot be looked at: {problem}"))
 }
 
 #[cfg(test)]
@@ -297,7 +311,11 @@ mod tests {
         match search(&root) {
             Ok(Located { file, package, .. }) => {
                 let package = package.unwrap();
-                assert!(package.is_dir() && package.parent() == file.parent() && package.ends_with("decnet"));
+                assert!(
+                    package.is_dir()
+                        && package.parent() == file.parent()
+                        && package.ends_with("decnet")
+                );
                 Ok(named(&file))
             }
             Err(problem) => Err(problem.to_string().replace(&format!("{}/", root.display()), "/")),
@@ -324,7 +342,8 @@ mod tests {
     #[test]
     fn the_command_leads_to_an_environment_anywhere() {
         let elsewhere = "srv/env/lib/python3.12/site-packages";
-        let root = worker(&["srv/env/bin/decnet", &format!("{elsewhere}/decnet/"), "opt/decnet/decnet/"]);
+        let root =
+            worker(&["srv/env/bin/decnet", &format!("{elsewhere}/decnet/"), "opt/decnet/decnet/"]);
         link_command(root.path(), "srv/env/bin/decnet");
         is_at(root.path(), elsewhere);
         // By way of another symlink.
@@ -338,7 +357,10 @@ mod tests {
 
     #[test]
     fn an_editable_install_has_it_in_its_source() {
-        let root = worker(&["opt/decnet/venv/bin/decnet", "opt/decnet/venv/lib/python3.11/site-packages/decnet.pth"]);
+        let root = worker(&[
+            "opt/decnet/venv/bin/decnet",
+            "opt/decnet/venv/lib/python3.11/site-packages/decnet.pth",
+        ]);
         link_command(root.path(), "opt/decnet/venv/bin/decnet");
         add(root.path(), "opt/decnet/decnet/");
         is_at(root.path(), "opt/decnet");
@@ -348,7 +370,11 @@ mod tests {
     fn of_several_pythons_it_is_the_interpreters_own_or_the_newest_with_the_package() {
         let packages = |version: &str| format!("opt/decnet/venv/lib/{version}/site-packages");
         let with = |version: &str| format!("{}/decnet/", packages(version));
-        let root = worker(&[&with("python3.9"), &with("python3.10"), &format!("{}/", packages("python3.12"))]);
+        let root = worker(&[
+            &with("python3.9"),
+            &with("python3.10"),
+            &format!("{}/", packages("python3.12")),
+        ]);
         is_at(root.path(), &packages("python3.10"));
         let config = root.path().join("opt/decnet/venv/pyvenv.cfg");
         for (content, version) in [
@@ -361,8 +387,15 @@ mod tests {
             fs::write(&config, content).unwrap();
             is_at(root.path(), &packages(version));
         }
-        for name in ["python3.x", "python3.010", "python3.", "python3.+7", "python4.1", "python3.99999", "python3.13t"]
-        {
+        for name in [
+            "python3.x",
+            "python3.010",
+            "python3.",
+            "python3.+7",
+            "python4.1",
+            "python3.99999",
+            "python3.13t",
+        ] {
             add(root.path(), &with(name));
         }
         is_at(root.path(), &packages("python3.10"));
@@ -370,8 +403,10 @@ mod tests {
 
     #[test]
     fn lib64_is_looked_into_where_lib_has_no_package() {
-        let root =
-            worker(&["opt/decnet/venv/lib/python3.11/", "opt/decnet/venv/lib64/python3.11/site-packages/decnet/"]);
+        let root = worker(&[
+            "opt/decnet/venv/lib/python3.11/",
+            "opt/decnet/venv/lib64/python3.11/site-packages/decnet/",
+        ]);
         is_at(root.path(), "opt/decnet/venv/lib64/python3.11/site-packages");
     }
 
@@ -382,7 +417,11 @@ mod tests {
         let places = "/usr/local/bin/decnet (it does not exist), /opt/decnet/venv or /opt/decnet";
         assert_eq!(located(root.path()), Err(format!("{nothing}{places}")));
         // A stray state file is nobody's, and a file is not a package.
-        let root = worker(&["opt/decnet/decnet-state.json", "opt/decnet/venv/bin/decnet", "opt/decnet/decnet"]);
+        let root = worker(&[
+            "opt/decnet/decnet-state.json",
+            "opt/decnet/venv/bin/decnet",
+            "opt/decnet/decnet",
+        ]);
         add(root.path(), "opt/decnet/venv/lib/python3.11/site-packages/decnet");
         link_command(root.path(), "opt/decnet/venv/bin/decnet");
         let places = "/opt/decnet/venv (of /usr/local/bin/decnet), /opt/decnet/venv or /opt/decnet";
@@ -396,7 +435,11 @@ mod tests {
     #[test]
     fn the_first_package_counts_though_a_later_one_has_a_state_file() {
         let venv = "opt/decnet/venv/lib/python3.11/site-packages";
-        let dir = worker(&[&format!("{venv}/decnet/"), "opt/decnet/decnet/", "opt/decnet/decnet-state.json"]);
+        let dir = worker(&[
+            &format!("{venv}/decnet/"),
+            "opt/decnet/decnet/",
+            "opt/decnet/decnet-state.json",
+        ]);
         is_at(dir.path(), venv);
     }
 
@@ -411,22 +454,29 @@ mod tests {
         symlink(&target, &target).unwrap();
         link_command(root.path(), "loop");
         let problem = located(root.path()).unwrap_err();
-        let said =
-            "/loop, to which /usr/local/bin/decnet leads, cannot be looked at: Too many levels of symbolic links";
+        let said = "/loop, to which /usr/local/bin/decnet leads, cannot be looked at: Too many levels of symbolic links";
         assert!(problem.contains(said), "{problem}");
     }
 
     #[test]
     fn what_cannot_be_looked_at_is_not_taken_for_not_found() {
         // Each has a package in the last place, which is not to be taken.
-        for looped in [COMMAND, "opt/decnet/venv", "opt/decnet/venv/lib", "opt/decnet/venv/lib/python3.11"] {
+        for looped in
+            [COMMAND, "opt/decnet/venv", "opt/decnet/venv/lib", "opt/decnet/venv/lib/python3.11"]
+        {
             let root = worker(&["opt/decnet/decnet/"]);
             let path = root.path().join(looped);
             fs::create_dir_all(path.parent().unwrap()).unwrap();
             symlink(&path, &path).unwrap();
             let problem = located(root.path()).unwrap_err();
-            assert!(problem.starts_with(&format!("it is not known where the state file is: /{looped}")), "{problem}");
-            assert!(problem.contains(" cannot be looked at: Too many levels of symbolic links"), "{problem}");
+            assert!(
+                problem.starts_with(&format!("it is not known where the state file is: /{looped}")),
+                "{problem}"
+            );
+            assert!(
+                problem.contains(" cannot be looked at: Too many levels of symbolic links"),
+                "{problem}"
+            );
         }
     }
 
@@ -438,7 +488,9 @@ mod tests {
         }
         let problem = located(root.path()).unwrap_err();
         assert!(
-            problem.ends_with("/opt/decnet/venv/lib cannot be looked at: it has more than 4096 entries"),
+            problem.ends_with(
+                "/opt/decnet/venv/lib cannot be looked at: it has more than 4096 entries"
+            ),
             "{problem}"
         );
     }
@@ -451,7 +503,11 @@ mod tests {
         }
         let fifo = root.path().join("opt/decnet/venv/pyvenv.cfg");
         assert!(std::process::Command::new("mkfifo").arg(fifo).status().unwrap().success());
-        assert!(located(root.path()).unwrap_err().ends_with("pyvenv.cfg cannot be looked at: not a regular file"));
+        assert!(
+            located(root.path())
+                .unwrap_err()
+                .ends_with("pyvenv.cfg cannot be looked at: not a regular file")
+        );
     }
 
     #[test]
@@ -462,7 +518,8 @@ mod tests {
         means_nothing_deployed(Path::new("no-such-file.json")).unwrap();
         means_nothing_deployed(Path::new("")).unwrap_err();
         assert!(
-            problem("none/none.json").ends_with("none cannot be looked at: No such file or directory (os error 2)")
+            problem("none/none.json")
+                .ends_with("none cannot be looked at: No such file or directory (os error 2)")
         );
         symlink(root.path().join("none/x.json"), root.path().join("state/link.json")).unwrap();
         assert_eq!(problem("state/link.json"), "is a symlink to a file that does not exist");

@@ -106,7 +106,9 @@ impl Scan<'_> {
                         (*key, *is_key) = (text, false);
                     }
                     if let Some(surrogate) = lone_surrogate(text) {
-                        return Some(format!("has a lone surrogate, {surrogate}, on which the master fails"));
+                        return Some(format!(
+                            "has a lone surrogate, {surrogate}, on which the master fails"
+                        ));
                     }
                 }
                 b'-' | b'0'..=b'9' => {
@@ -158,12 +160,13 @@ fn lone_surrogate(text: &str) -> Option<&str> {
     let mut rest = text;
     while let Some(at) = rest.find('\\') {
         let escape = rest.get(at..)?;
-        let (length, is_lone) = match (surrogate(escape), surrogate(escape.get(6..).unwrap_or_default())) {
-            (Some(0xd800..=0xdbff), Some(0xdc00..=0xdfff)) => (12, false),
-            (Some(_), _) => (6, true),
-            // Also `\\`, whose second half begins nothing.
-            (None, _) => (2, false),
-        };
+        let (length, is_lone) =
+            match (surrogate(escape), surrogate(escape.get(6..).unwrap_or_default())) {
+                (Some(0xd800..=0xdbff), Some(0xdc00..=0xdfff)) => (12, false),
+                (Some(_), _) => (6, true),
+                // Also `\\`, whose second half begins nothing.
+                (None, _) => (2, false),
+            };
         if is_lone {
             return escape.get(..length);
         }
@@ -191,10 +194,12 @@ fn problem_of_number(number: &str) -> Option<String> {
     if is_integer {
         let digits = number.trim_start_matches('-').len();
         let most = limits::INTEGER_DIGITS;
-        return (digits > most).then(|| format!("is a number of {digits} digits; the master reads at most {most}"));
+        return (digits > most)
+            .then(|| format!("is a number of {digits} digits; the master reads at most {most}"));
     }
     let is_finite = number.parse::<f64>().is_ok_and(f64::is_finite);
-    (!is_finite).then(|| "is a number that is too large: the master takes it for infinity".to_owned())
+    (!is_finite)
+        .then(|| "is a number that is too large: the master takes it for infinity".to_owned())
 }
 
 #[cfg(test)]
@@ -245,12 +250,15 @@ mod tests {
 
     #[test]
     fn a_text_passes_if_and_only_if_it_can_be_decoded() {
-        let parts =
-            [r"\ud800", r"\uDBFF", r"\udc00", r"\uDFFF", r"\ud7ff", r"\ue000", r"\\", r#"\""#, r"\n", "u", "d8", "ä"];
+        let parts = [
+            r"\ud800", r"\uDBFF", r"\udc00", r"\uDFFF", r"\ud7ff", r"\ue000", r"\\", r#"\""#,
+            r"\n", "u", "d8", "ä",
+        ];
         let mut random = fastrand::Rng::with_seed(15);
         let (mut good, mut bad) = (0, 0);
         for _ in 0..20_000 {
-            let text: String = (0..random.usize(0..6)).map(|_| parts[random.usize(0..parts.len())]).collect();
+            let text: String =
+                (0..random.usize(0..6)).map(|_| parts[random.usize(0..parts.len())]).collect();
             let json = format!(r#""{text}""#);
             let is_text = serde_json::from_str::<String>(&json).is_ok();
             assert_eq!(of(&json).is_none(), is_text, "{json}");
@@ -271,7 +279,10 @@ mod tests {
     fn numbers_that_cannot_be_sent_are_found() {
         let digits = |count: usize| format!(r#"[0, {{"n": -{}}}]"#, "9".repeat(count));
         assert_eq!(of(&digits(4_300)), None);
-        assert_eq!(of(&digits(4_301)).unwrap(), "x[1].n is a number of 4301 digits; the master reads at most 4300");
+        assert_eq!(
+            of(&digits(4_301)).unwrap(),
+            "x[1].n is a number of 4301 digits; the master reads at most 4300"
+        );
         for number in ["1e999", "-1E999", "1.0e309", &format!("{}.0", "9".repeat(400))] {
             assert_eq!(
                 of(&format!(r#"{{"a": {number}}}"#)).unwrap(),

@@ -9,19 +9,19 @@ use serde::Deserialize;
 use serde_json::value::{RawValue, to_raw_value};
 
 use super::docker::Containers;
-use super::list::{self, AtMost, without_place};
-use super::place::{Located, Place, Unlocated, means_nothing_deployed};
+use super::list::{self, BoundedVec, without_place};
+use super::place::{Located, NotLocated, StateFilePath, means_nothing_deployed};
 use super::sendable;
-use crate::body::Runtime;
-use crate::error::printable_path;
-use crate::files::{self, Stamp};
+use crate::error::sanitize_path;
+use crate::files::{self, FileVersion};
 use crate::limits;
-use crate::text::{printable, quoted};
+use crate::master::body::Runtime;
+use crate::text::{quoted, sanitize};
 
 /// Reads the state file, and remembers what it says.
 #[derive(Debug)]
 pub(super) struct StateFile {
-    place: Place,
+    place: StateFilePath,
     known: Option<Known>,
 }
 
@@ -30,16 +30,16 @@ struct Known {
     path: PathBuf,
     state: State,
     /// What the file looked like; `None` while a change might not show.
-    stamp: Option<Stamp>,
+    stamp: Option<FileVersion>,
 }
 
 impl StateFile {
-    pub(super) fn new(place: Place) -> Self {
+    pub(super) fn new(place: StateFilePath) -> Self {
         Self { place, known: None }
     }
 
     /// Where it is.
-    pub(super) fn locate(&self) -> Result<Located, Unlocated> {
+    pub(super) fn locate(&self) -> Result<Located, NotLocated> {
         self.place.locate()
     }
 
@@ -47,13 +47,16 @@ impl StateFile {
     pub(super) fn read(&mut self, located: &Located) -> Result<Option<&State>, String> {
         let path = located.file.as_path();
         // Of before the reading: what changes in between is seen next time.
-        let stamp = Stamp::of(path);
-        if self.known.as_ref().is_none_or(|known| known.stamp != Some(stamp) || known.path != path) {
+        let stamp = FileVersion::of(path);
+        if self.known.as_ref().is_none_or(|known| known.stamp != Some(stamp) || known.path != path)
+        {
             self.known = None;
             let content = match files::read(path, limits::STATE_FILE) {
                 Ok(content) => content,
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                    return means_nothing_deployed(path).map(|()| None).map_err(|problem| broken(path, &problem));
+                    return means_nothing_deployed(path)
+                        .map(|()| None)
+                        .map_err(|problem| broken(path, &problem));
                 }
                 Err(error) => return Err(broken(path, &error.to_string())),
             };
@@ -66,7 +69,7 @@ impl StateFile {
 }
 
 fn broken(path: &Path, problem: &str) -> String {
-    format!("state file {}: {}", printable_path(path), printable(problem))
+    format!("state file {}: {}", sanitize_path(path), sanitize(problem))
 }
 
 /// What the state file says. What is not looked at is passed on as it stands.
@@ -82,7 +85,7 @@ pub(crate) struct State {
 #[derive(Debug)]
 struct Decky {
     name: String,
-    services: AtMost<String, { limits::SERVICES }>,
+    services: BoundedVec<String, { limits::SERVICES }>,
 }
 
 impl Decky {
@@ -119,7 +122,9 @@ impl State {
             }
         }
         let entries: Deckies<'_> = read("deckies", deckies)?;
-        let decky = |(index, json)| Decky::parse(json).map_err(|problem| format!("deckies[{index}]{problem}"));
+        let decky = |(index, json)| {
+            Decky::parse(json).map_err(|problem| format!("deckies[{index}]{problem}"))
+        };
         let services = entries.0.into_iter().enumerate().map(decky).collect::<Result<_, _>>()?;
         let (mode, compose_path) = (mode.to_owned(), compose_path.to_owned());
         Ok(Self { mode, compose_path, deckies: deckies.to_owned(), services })
@@ -141,7 +146,10 @@ impl State {
     /// state the master would take it for degraded. Where all are, that is the error.
     pub(super) fn seen<'a>(&'a self, containers: &'a Containers) -> Result<Seen<'a>, String> {
         let mut name = String::new();
-        let states = self.services.iter().map(|decky| Ok((decky.name.as_str(), states(decky, containers, &mut name)?)));
+        let states = self
+            .services
+            .iter()
+            .map(|decky| Ok((decky.name.as_str(), states(decky, containers, &mut name)?)));
         let states: Vec<Result<_, String>> = states.collect();
         let left_out = states.iter().filter(|states| states.is_err()).count();
         let Some(problem) = states.iter().find_map(|states| states.as_ref().err()) else {
@@ -157,7 +165,8 @@ impl State {
         }
         let entries: Deckies<'_> = read("deckies", &self.deckies)?;
         let known = |(json, states): (_, &Result<_, _>)| states.is_ok().then_some(json);
-        let deckies: Vec<&RawValue> = entries.0.into_iter().zip(&states).filter_map(known).collect();
+        let deckies: Vec<&RawValue> =
+            entries.0.into_iter().zip(&states).filter_map(known).collect();
         let deckies = to_raw_value(&deckies).map_err(|error| error.to_string())?;
         let runtime = Runtime(states.into_iter().flatten().collect());
         Ok(Seen { deckies: Cow::Owned(deckies), runtime, left_out: Some(problem) })
@@ -165,7 +174,7 @@ impl State {
 }
 
 /// The list of deckies, each as it stands.
-type Deckies<'a> = AtMost<&'a RawValue, { limits::DECKIES }>;
+type Deckies<'a> = BoundedVec<&'a RawValue, { limits::DECKIES }>;
 
 /// The states of a decky's services. Each service's container is named `<decky>-<service>`, with `_` in the service turned
 /// into `-`. `Err`: Docker's answer does not have the state of one of them. `container` is room for a name.
@@ -181,7 +190,9 @@ fn states<'a>(
         match containers.states.get(container.as_str()) {
             Some(Some(state)) => Ok(state.as_str()),
             // It may be one whose name was too long to be kept.
-            None if container.len() <= limits::DOCKER_NAME || containers.left_out.is_none() => Ok("absent"),
+            None if container.len() <= limits::DOCKER_NAME || containers.left_out.is_none() => {
+                Ok("absent")
+            }
             None | Some(None) => {
                 let name = quoted(container, limits::DOCKER_NAME);
                 Err(format!("Docker's answer has no usable state of the container {name}"))
@@ -199,7 +210,9 @@ mod tests {
     use super::*;
 
     fn state(deckies: &str) -> String {
-        format!(r#"{{"config": {{"mode": "swarm", "deckies": {deckies}}}, "compose_path": "/x.yml"}}"#)
+        format!(
+            r#"{{"config": {{"mode": "swarm", "deckies": {deckies}}}, "compose_path": "/x.yml"}}"#
+        )
     }
 
     fn read(file: &mut StateFile) -> Result<Option<&State>, String> {
@@ -214,17 +227,18 @@ mod tests {
     /// As if it had been left alone for a while; a change time cannot be set, so it is a test's own matter.
     fn settle(file: &mut StateFile) {
         let known = file.known.as_mut().unwrap();
-        known.stamp = Some(Stamp::of(&known.path));
+        known.stamp = Some(FileVersion::of(&known.path));
     }
 
     #[test]
     fn what_is_known_is_not_read_again_until_it_changes() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("state.json");
-        let mut file = StateFile::new(Place::Named(path.clone()));
+        let mut file = StateFile::new(StateFilePath::Named(path.clone()));
         fs::write(&path, state("[]")).unwrap();
         assert_eq!(deckies(&mut file), "[]");
-        file.known.as_mut().unwrap().state.deckies = RawValue::from_string("[1]".to_owned()).unwrap();
+        file.known.as_mut().unwrap().state.deckies =
+            RawValue::from_string("[1]".to_owned()).unwrap();
         settle(&mut file);
         assert_eq!(deckies(&mut file), "[1]", "remembered");
         // The same size, and the same time of the last change as far as a program can set it.
@@ -243,7 +257,7 @@ mod tests {
     fn a_file_that_has_just_changed_is_read_again_whatever_it_looks_like() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("state.json");
-        let mut file = StateFile::new(Place::Named(path.clone()));
+        let mut file = StateFile::new(StateFilePath::Named(path.clone()));
         fs::write(&path, state("[]")).unwrap();
         // Its own time may be what somebody likes. When it was really changed is the system's matter.
         for written in [SystemTime::UNIX_EPOCH, SystemTime::now() + Duration::from_secs(3_600)] {
@@ -264,8 +278,14 @@ mod tests {
                 r#"{"config": ["s", []], "compose_path": 1}"#.to_owned(),
                 "config: invalid type: sequence, expected an object",
             ),
-            (state(r#"[["d0", ["ssh"]]]"#), "deckies[0]: invalid type: sequence, expected an object"),
-            (state(r#"[{"name": "a", "services": []}, null]"#), "deckies[1]: invalid type: null, expected an object"),
+            (
+                state(r#"[["d0", ["ssh"]]]"#),
+                "deckies[0]: invalid type: sequence, expected an object",
+            ),
+            (
+                state(r#"[{"name": "a", "services": []}, null]"#),
+                "deckies[1]: invalid type: null, expected an object",
+            ),
         ] {
             let said = State::parse(content.as_bytes()).unwrap_err();
             assert!(said.starts_with(problem), "{content}: {said}");
@@ -281,22 +301,37 @@ mod tests {
 
     #[test]
     fn what_the_master_cannot_read_is_refused_with_its_place() {
-        let surrogate = |place: &str| format!(r"{place} has a lone surrogate, \udcff, on which the master fails");
-        let file = |mode: &str, deckies: &str, path: &str| {
-            format!(r#"{{"config": {{"mode": {mode}, "deckies": {deckies}}}, "compose_path": {path}}}"#)
+        let surrogate = |place: &str| {
+            format!(r"{place} has a lone surrogate, \udcff, on which the master fails")
         };
-        let decky =
-            |more: &str| format!(r#"[{{"name": "a", "services": []}}, {{"name": "b", "services": [], {more}}}]"#);
+        let file = |mode: &str, deckies: &str, path: &str| {
+            format!(
+                r#"{{"config": {{"mode": {mode}, "deckies": {deckies}}}, "compose_path": {path}}}"#
+            )
+        };
+        let decky = |more: &str| {
+            format!(r#"[{{"name": "a", "services": []}}, {{"name": "b", "services": [], {more}}}]"#)
+        };
         for (content, problem) in [
             (file(r#""\udcff""#, "[]", "1"), surrogate("mode")),
             (file("1", "[]", r#""/opt/\udcff""#), surrogate("compose_path")),
-            (file("1", r#"[{"name": "\udcff", "services": []}]"#, "1"), surrogate("deckies[0].name")),
-            (file("1", r#"[{"name": "a", "services": ["\udcff"]}]"#, "1"), surrogate("deckies[0].services[0]")),
-            (file("1", &decky(r#""x": {"y": ["", "\udcff"]}"#), "1"), surrogate("deckies[1].x.y[1]")),
+            (
+                file("1", r#"[{"name": "\udcff", "services": []}]"#, "1"),
+                surrogate("deckies[0].name"),
+            ),
+            (
+                file("1", r#"[{"name": "a", "services": ["\udcff"]}]"#, "1"),
+                surrogate("deckies[0].services[0]"),
+            ),
+            (
+                file("1", &decky(r#""x": {"y": ["", "\udcff"]}"#), "1"),
+                surrogate("deckies[1].x.y[1]"),
+            ),
             (file("1", &decky(r#""\udcff": 1"#), "1"), surrogate(r"deckies[1].\udcff")),
             (
                 file("1", &decky(r#""mtu": 1e999"#), "1"),
-                "deckies[1].mtu is a number that is too large: the master takes it for infinity".to_owned(),
+                "deckies[1].mtu is a number that is too large: the master takes it for infinity"
+                    .to_owned(),
             ),
             (
                 file("1", &decky(&format!(r#""x": {}{}"#, "[".repeat(200), "]".repeat(200))), "1"),

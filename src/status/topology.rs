@@ -9,10 +9,10 @@ use rusqlite::types::ValueRef;
 use rusqlite::{Connection, Row};
 
 use super::AppliedTopology;
-use crate::database_files::{Place, in_real_folder};
-use crate::error::{chain, printable_path};
+use crate::error::{chain, sanitize_path};
 use crate::limits;
-use crate::read_only::Way;
+use crate::sqlite::files::{DatabaseFile, in_real_folder};
+use crate::sqlite::read_only::ReadMode;
 
 /// Reads `topology.db` and remembers its last row, since leaving a topology out makes the master order it anew.
 #[derive(Debug)]
@@ -32,9 +32,10 @@ impl TopologyFile {
     pub(crate) fn read(&mut self) -> (Option<Option<AppliedTopology>>, Result<(), String>) {
         match self.row() {
             Ok(row) => (self.last.insert(row).clone().into(), Ok(())),
-            Err(error) => {
-                (self.last.clone(), Err(format!("{}: {}", printable_path(&self.path), chain(error.as_ref()))))
-            }
+            Err(error) => (
+                self.last.clone(),
+                Err(format!("{}: {}", sanitize_path(&self.path), chain(error.as_ref()))),
+            ),
         }
     }
 
@@ -44,17 +45,21 @@ impl TopologyFile {
             Err(error) if error.kind() == io::ErrorKind::NotFound => None,
             path => Some(path?),
         };
-        let place = path.as_deref().map_or(Ok(None), Place::look)?;
+        let place = path.as_deref().map_or(Ok(None), DatabaseFile::look)?;
         let Some(path) = path.filter(|_| place.is_some()) else {
             // Where a topology is torn down its row goes, and the file stays.
-            return if matches!(self.last, Some(Some(_))) { Err("is gone".into()) } else { Ok(None) };
+            return if matches!(self.last, Some(Some(_))) {
+                Err("is gone".into())
+            } else {
+                Ok(None)
+            };
         };
         let end = Instant::now() + limits::TOPOLOGY_BUSY;
         loop {
-            let way = Way::to(&path)?;
+            let way = ReadMode::to(&path)?;
             let row = Self::row_of(&way.open(&path, limits::TOPOLOGY_BUSY)?);
             // DECNET's agent has not written meanwhile.
-            if Way::to(&path).is_ok_and(|now| now == way) || Instant::now() >= end {
+            if ReadMode::to(&path).is_ok_and(|now| now == way) || Instant::now() >= end {
                 return row;
             }
         }
@@ -100,8 +105,8 @@ mod tests {
     use std::path::Path;
 
     use super::*;
-    use crate::database_files::PARTS;
     use crate::files::beside;
+    use crate::sqlite::files::PARTS;
 
     const TABLE: &str = "CREATE TABLE applied_topology (topology_id TEXT PRIMARY KEY, applied_version_hash TEXT, \
                          hydrated_blob_json TEXT, applied_at INTEGER, last_error TEXT)";
@@ -180,7 +185,10 @@ mod tests {
         let mut fifo = TopologyFile::new(dir.path().join("fifo"));
         assert!(std::process::Command::new("mkfifo").arg(&fifo.path).status().unwrap().success());
         assert!(
-            fifo.read().1.unwrap_err().ends_with("fifo is a FIFO, not a regular file; move it away"),
+            fifo.read()
+                .1
+                .unwrap_err()
+                .ends_with("fifo is a FIFO, not a regular file; move it away"),
             "opening it would wait for ever"
         );
     }
@@ -198,7 +206,9 @@ mod tests {
         let (last, problem) = file.read();
         assert_eq!(last, Some(Some(row())));
         assert!(
-            problem.unwrap_err().ends_with("topology.db-journal is a FIFO, not a regular file; move it away"),
+            problem
+                .unwrap_err()
+                .ends_with("topology.db-journal is a FIFO, not a regular file; move it away"),
             "opening it would wait for ever"
         );
     }
@@ -208,10 +218,21 @@ mod tests {
         for part in PARTS {
             type Make = fn(&Path, &Path);
             let makes: [(Make, &str); 3] = [
-                (|path, other| std::os::unix::fs::symlink(other, path).unwrap(), "is a symlink, not a regular file"),
+                (
+                    |path, other| std::os::unix::fs::symlink(other, path).unwrap(),
+                    "is a symlink, not a regular file",
+                ),
                 (|path, other| std::fs::hard_link(other, path).unwrap(), "has 2 hard links"),
                 (
-                    |path, _| assert!(std::process::Command::new("mkfifo").arg(path).status().unwrap().success()),
+                    |path, _| {
+                        assert!(
+                            std::process::Command::new("mkfifo")
+                                .arg(path)
+                                .status()
+                                .unwrap()
+                                .success()
+                        )
+                    },
                     "is a FIFO, not a regular file",
                 ),
             ];
@@ -252,13 +273,24 @@ mod tests {
     #[test]
     fn a_text_that_is_too_long_to_go_out_with_every_beat_is_said() {
         let (_dir, mut file, owner) = file_with_row();
-        owner.execute("UPDATE applied_topology SET last_error = ?1", ["x".repeat(limits::TOPOLOGY_TEXT)]).unwrap();
-        assert_eq!(file.read().0.unwrap().unwrap().last_error.unwrap().len(), limits::TOPOLOGY_TEXT);
+        owner
+            .execute(
+                "UPDATE applied_topology SET last_error = ?1",
+                ["x".repeat(limits::TOPOLOGY_TEXT)],
+            )
+            .unwrap();
+        assert_eq!(
+            file.read().0.unwrap().unwrap().last_error.unwrap().len(),
+            limits::TOPOLOGY_TEXT
+        );
         for column in ["topology_id", "applied_version_hash", "last_error"] {
             let sql = format!("UPDATE applied_topology SET {column} = ?1");
             owner.execute(&sql, ["x".repeat(limits::TOPOLOGY_TEXT + 1)]).unwrap();
             let problem = file.read().1.unwrap_err();
-            assert!(problem.ends_with(&format!("topology.db: {column} is longer than 65536 bytes")), "{problem}");
+            assert!(
+                problem.ends_with(&format!("topology.db: {column} is longer than 65536 bytes")),
+                "{problem}"
+            );
             owner.execute(&format!("UPDATE applied_topology SET {column} = 'x'"), []).unwrap();
         }
     }
@@ -290,7 +322,8 @@ mod tests {
     #[test]
     fn what_never_could_be_read_is_not_known() {
         let (_dir, mut file) = file();
-        std::fs::write(&file.path, "this is no database, and long enough to be looked at as one").unwrap();
+        std::fs::write(&file.path, "this is no database, and long enough to be looked at as one")
+            .unwrap();
         let (last, problem) = file.read();
         assert_eq!(last, None);
         assert!(problem.unwrap_err().contains("file is not a database"));

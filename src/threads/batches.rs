@@ -7,13 +7,13 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::Receiver;
 
-use super::client::OutboxClient;
-use super::desk::Question;
+use super::outbox_client::OutboxClient;
+use super::request_queue::BatchRequest;
 use super::requests::Generation;
-use crate::content::{Nothing, Share, Suspects};
-use crate::credentials::Access;
+use crate::credentials::Credentials;
 use crate::limits;
-use crate::outbox::Kept;
+use crate::outbox::QueuedDelta;
+use crate::threads::content::{DeltaSelection, Nothing, Suspects};
 
 /// What may be sent, as of one moment.
 #[derive(Debug)]
@@ -22,9 +22,9 @@ pub(crate) struct Batch {
     pub(super) number: u64,
     pub(super) generation: Generation,
     pub(super) at: Instant,
-    pub(crate) deltas: Result<Vec<Kept>, Nothing>,
+    pub(crate) deltas: Result<Vec<QueuedDelta>, Nothing>,
     /// Changed credentials.
-    pub(crate) access: Option<Box<Access>>,
+    pub(crate) access: Option<Box<Credentials>>,
     /// The ini and the bundle do not exist.
     pub(crate) are_gone: bool,
 }
@@ -48,7 +48,7 @@ impl Batch {
 
 /// What the outbox thread wakes the heartbeat thread for.
 #[derive(Debug)]
-pub(crate) enum News {
+pub(crate) enum OutboxEvent {
     /// There are new deltas that were not offered.
     Pushed,
     /// Somebody waits until all is sent.
@@ -59,7 +59,7 @@ pub(crate) enum News {
 #[derive(Debug)]
 pub(crate) struct Batches {
     client: Arc<OutboxClient>,
-    pub(crate) news: Receiver<News>,
+    pub(crate) news: Receiver<OutboxEvent>,
     /// Answers, and what was not asked for.
     pub(crate) answers: Receiver<Batch>,
     /// The question that was put last.
@@ -75,13 +75,27 @@ pub(crate) struct Batches {
 }
 
 impl Batches {
-    pub(super) fn new(client: Arc<OutboxClient>, news: Receiver<News>, answers: Receiver<Batch>) -> Self {
-        Self { client, news, answers, asked: 0, was_for_all: false, is_overdue: false, at_hand: None, has_news: false }
+    pub(super) fn new(
+        client: Arc<OutboxClient>,
+        news: Receiver<OutboxEvent>,
+        answers: Receiver<Batch>,
+    ) -> Self {
+        Self {
+            client,
+            news,
+            answers,
+            asked: 0,
+            was_for_all: false,
+            is_overdue: false,
+            at_hand: None,
+            has_news: false,
+        }
     }
 
     /// A batch has come that nobody waited for. Whether there are deltas to send, new ones or because the disk answers again.
     pub(crate) fn came(&mut self, batch: Batch) -> bool {
-        let (is_late, is_offer) = (self.is_overdue && batch.number == self.asked, batch.number == OFFERED);
+        let (is_late, is_offer) =
+            (self.is_overdue && batch.number == self.asked, batch.number == OFFERED);
         self.is_overdue &= !is_late;
         let has_deltas = batch.deltas.as_ref().is_ok_and(|deltas| !deltas.is_empty());
         if is_offer || is_late && self.was_for_all {
@@ -108,7 +122,12 @@ impl Batches {
     /// What is at hand is used as it is if it is fresh and nothing was changed since: other processes begin operations, too.
     /// Otherwise it is used only if the disk does not answer, without what is held back by now: where a disk is slow and
     /// threads push all the time, nothing would ever be sent.
-    pub(crate) fn get(&mut self, share: Share, suspects: &Arc<Suspects>, patience: Duration) -> Option<Batch> {
+    pub(crate) fn get(
+        &mut self,
+        share: DeltaSelection,
+        suspects: &Arc<Suspects>,
+        patience: Duration,
+    ) -> Option<Batch> {
         let is_usable = |batch: &Batch| {
             let is_fresh = batch.at.elapsed() < limits::BATCH_FRESH;
             is_for_all(share, suspects) && is_fresh && batch.generation == self.client.generation()
@@ -123,7 +142,12 @@ impl Batches {
 
     /// Waits for the answer, or for an offer that is as good. What else comes is kept. This thread may have come late to the
     /// answer, and deltas may have been kept since; so it asks once more then, but not for ever, as threads may push all the time.
-    fn ask(&mut self, share: Share, suspects: &Arc<Suspects>, patience: Duration) -> Option<Batch> {
+    fn ask(
+        &mut self,
+        share: DeltaSelection,
+        suspects: &Arc<Suspects>,
+        patience: Duration,
+    ) -> Option<Batch> {
         let until = Instant::now() + patience;
         let first = self.ask_once(share, suspects, until)?;
         if first.number == OFFERED || first.generation == self.client.generation() {
@@ -131,21 +155,32 @@ impl Batches {
         }
         let Batch { access, .. } = first;
         let second = self.ask_once(share, suspects, until);
-        let last = second.or_else(|| self.free_of(Batch { access: None, ..first }, share, suspects));
+        let last =
+            second.or_else(|| self.free_of(Batch { access: None, ..first }, share, suspects));
         let last = last.unwrap_or_else(Batch::nothing);
         Some(Batch { access: last.access.or(access), ..last })
     }
 
-    fn ask_once(&mut self, share: Share, suspects: &Arc<Suspects>, until: Instant) -> Option<Batch> {
+    fn ask_once(
+        &mut self,
+        share: DeltaSelection,
+        suspects: &Arc<Suspects>,
+        until: Instant,
+    ) -> Option<Batch> {
         self.asked += 1;
         self.was_for_all = is_for_all(share, suspects);
-        self.client.ask_for_batch(Question { number: self.asked, share, suspects: Arc::clone(suspects) });
+        self.client.ask_for_batch(BatchRequest {
+            number: self.asked,
+            share,
+            suspects: Arc::clone(suspects),
+        });
         let mut access = None;
         while let Ok(mut batch) = self.answers.recv_deadline(until) {
             access = batch.access.take().or(access);
             let is_offer = batch.number == OFFERED && batch.deltas.is_ok();
             self.has_news |= is_offer;
-            let is_good = is_offer && self.was_for_all && batch.generation == self.client.generation();
+            let is_good =
+                is_offer && self.was_for_all && batch.generation == self.client.generation();
             if batch.number == self.asked || is_good {
                 return Some(Batch { access, ..batch });
             }
@@ -159,14 +194,23 @@ impl Batches {
     }
 
     /// What may be sent of an older batch. An answer for some deltas alone is not at hand, so it has all that may be sent.
-    fn free_of(&self, mut batch: Batch, share: Share, suspects: &Suspects) -> Option<Batch> {
+    fn free_of(
+        &self,
+        mut batch: Batch,
+        share: DeltaSelection,
+        suspects: &Suspects,
+    ) -> Option<Batch> {
         let most = match share {
-            Share::Newest(most) => most,
-            Share::One => 1,
-            Share::None | Share::Only(_) | Share::Same(_) => return None,
+            DeltaSelection::Newest(most) => most,
+            DeltaSelection::One => 1,
+            DeltaSelection::None | DeltaSelection::Only(_) | DeltaSelection::Same(_) => {
+                return None;
+            }
         };
         let deltas = batch.deltas.as_mut().ok()?;
-        if batch.at.elapsed() >= limits::BATCH_USABLE || !self.client.leave_free(batch.generation, deltas) {
+        if batch.at.elapsed() >= limits::BATCH_USABLE
+            || !self.client.leave_free(batch.generation, deltas)
+        {
             return None;
         }
         let held_back = suspects.held_back();
@@ -177,25 +221,25 @@ impl Batches {
 }
 
 /// A whole body, of all that may be sent: what is offered without a question.
-fn is_for_all(share: Share, suspects: &Suspects) -> bool {
-    share == Share::default() && suspects.is_empty()
+fn is_for_all(share: DeltaSelection, suspects: &Suspects) -> bool {
+    share == DeltaSelection::default() && suspects.is_empty()
 }
 
 #[cfg(test)]
 mod tests {
     use crossbeam_channel::{Sender, bounded, never, unbounded};
 
-    use super::super::desk::{Desk, Request};
+    use super::super::request_queue::{Request, RequestQueue};
     use super::*;
     use crate::delta::{LifecycleDelta, Operation};
-    use crate::outbox::{Add, Poster};
+    use crate::outbox::{NewRows, SentBy};
 
     const LONG: Duration = Duration::from_secs(10);
     const SHORT: Duration = Duration::from_millis(20);
 
     /// The heartbeat thread's side, and what an outbox thread has.
-    fn parts() -> (Batches, Arc<Desk>, Sender<Batch>) {
-        let desk = Arc::new(Desk::default());
+    fn parts() -> (Batches, Arc<RequestQueue>, Sender<Batch>) {
+        let desk = Arc::new(RequestQueue::default());
         let (batches, answers) = unbounded();
         let (_, ended) = bounded(0);
         let client = Arc::new(OutboxClient::new(Arc::clone(&desk), Arc::default(), None, ended));
@@ -203,7 +247,14 @@ mod tests {
     }
 
     fn batch(number: u64, generation: Generation) -> Batch {
-        Batch { number, generation, at: Instant::now(), deltas: Ok(Vec::new()), access: None, are_gone: false }
+        Batch {
+            number,
+            generation,
+            at: Instant::now(),
+            deltas: Ok(Vec::new()),
+            access: None,
+            are_gone: false,
+        }
     }
 
     fn any(number: u64) -> Batch {
@@ -211,21 +262,22 @@ mod tests {
     }
 
     fn get(batches: &mut Batches, patience: Duration) -> Option<u64> {
-        batches.get(Share::default(), &Arc::default(), patience).map(|batch| batch.number)
+        batches.get(DeltaSelection::default(), &Arc::default(), patience).map(|batch| batch.number)
     }
 
     fn push() -> Request {
         let delta = LifecycleDelta::succeeded("d", Operation::Deploy);
-        Request::Add(Add::Deltas(vec![delta], Poster::Deliverer))
+        Request::NewRows(NewRows::Deltas(vec![delta], SentBy::Deliverer))
     }
 
     fn begin() -> Request {
-        Request::Add(Add::Operation(Operation::Deploy, vec!["d".to_owned()]))
+        Request::NewRows(NewRows::Operation(Operation::Deploy, vec!["d".to_owned()]))
     }
 
     /// The numbers of the questions that are queued.
-    fn questions(desk: &Desk) -> Vec<u64> {
-        let asked = if desk.queued() == 0 { Vec::new() } else { desk.next(0, None).unwrap().requests };
+    fn questions(desk: &RequestQueue) -> Vec<u64> {
+        let asked =
+            if desk.queued() == 0 { Vec::new() } else { desk.next(0, None).unwrap().requests };
         let number = |request| match request {
             Request::Batch(question) => Some(question.number),
             _ => None,
@@ -253,13 +305,16 @@ mod tests {
     #[test]
     fn what_is_offered_calls_for_a_beat_even_if_a_beat_just_waits_for_another_answer() {
         let (mut batches, desk, answer) = parts();
-        let kept = Kept { id: 1, delta: LifecycleDelta::succeeded("d", Operation::Deploy) };
-        let offer = |desk: &Desk| Batch { deltas: Ok(vec![kept.clone()]), ..batch(OFFERED, desk.generation()) };
+        let kept = QueuedDelta { id: 1, delta: LifecycleDelta::succeeded("d", Operation::Deploy) };
+        let offer = |desk: &RequestQueue| Batch {
+            deltas: Ok(vec![kept.clone()]),
+            ..batch(OFFERED, desk.generation())
+        };
         assert!(batches.came(offer(&desk)));
         assert!(!batches.came(batch(OFFERED, desk.generation())), "there is nothing in it");
         assert!(!batches.take_news());
         desk.tell(push());
-        answer.send(offer(&Desk::default())).unwrap();
+        answer.send(offer(&RequestQueue::default())).unwrap();
         answer.send(batch(1, desk.generation())).unwrap();
         assert_eq!(get(&mut batches, LONG), Some(1), "the offer is out of date");
         assert!(batches.take_news() && !batches.take_news());
@@ -286,7 +341,7 @@ mod tests {
 
         batches.came(batch(0, desk.generation()));
         answer.send(batch(4, desk.generation())).unwrap();
-        let one = batches.get(Share::One, &Arc::default(), LONG).unwrap();
+        let one = batches.get(DeltaSelection::One, &Arc::default(), LONG).unwrap();
         assert_eq!(one.number, 4, "it was looked for with another question");
     }
 
@@ -314,18 +369,23 @@ mod tests {
         answer.send(any(1)).unwrap();
         answer.send(batch(0, desk.generation())).unwrap();
         answer.send(batch(2, desk.generation())).unwrap();
-        let one = batches.get(Share::One, &Arc::default(), LONG).unwrap();
+        let one = batches.get(DeltaSelection::One, &Arc::default(), LONG).unwrap();
         assert_eq!((one.number, questions(&desk)), (2, vec![1, 2]));
     }
 
     /// The ids of what may be sent.
-    fn sent(batches: &mut Batches, share: Share, suspects: &Arc<Suspects>) -> Vec<i64> {
+    fn sent(batches: &mut Batches, share: DeltaSelection, suspects: &Arc<Suspects>) -> Vec<i64> {
         let batch = batches.get(share, suspects, Duration::from_millis(1));
-        batch.map(|batch| batch.deltas.unwrap().into_iter().map(|kept| kept.id).collect()).unwrap_or_default()
+        batch
+            .map(|batch| batch.deltas.unwrap().into_iter().map(|kept| kept.id).collect())
+            .unwrap_or_default()
     }
 
-    fn two(desk: &Desk, at: Instant) -> Batch {
-        let kept = |(id, decky)| Kept { id, delta: LifecycleDelta::succeeded(decky, Operation::Deploy) };
+    fn two(desk: &RequestQueue, at: Instant) -> Batch {
+        let kept = |(id, decky)| QueuedDelta {
+            id,
+            delta: LifecycleDelta::succeeded(decky, Operation::Deploy),
+        };
         let deltas = Ok([(2, "e"), (1, "d")].map(kept).to_vec());
         Batch { deltas, at, ..batch(1, desk.generation()) }
     }
@@ -335,7 +395,8 @@ mod tests {
     }
 
     #[test]
-    fn where_the_disk_is_slow_an_older_batch_is_used_though_deltas_were_pushed_without_what_an_operation_holds_back() {
+    fn where_the_disk_is_slow_an_older_batch_is_used_though_deltas_were_pushed_without_what_an_operation_holds_back()
+     {
         for (change, expected) in [(push(), vec![2, 1]), (begin(), vec![2])] {
             let (mut batches, desk, _answer) = parts();
             assert_eq!(get(&mut batches, SHORT), None);
@@ -343,10 +404,10 @@ mod tests {
             let at = Instant::now().checked_sub(limits::BATCH_FRESH * 10).unwrap();
             assert!(batches.came(two(&desk, at)));
             desk.tell(change);
-            assert_eq!(sent(&mut batches, Share::default(), &Arc::default()), expected);
+            assert_eq!(sent(&mut batches, DeltaSelection::default(), &Arc::default()), expected);
             let too_old = Instant::now().checked_sub(limits::BATCH_USABLE).unwrap();
             batches.came(offered(two(&desk, too_old)));
-            assert_eq!(sent(&mut batches, Share::default(), &Arc::default()), [0; 0]);
+            assert_eq!(sent(&mut batches, DeltaSelection::default(), &Arc::default()), [0; 0]);
         }
     }
 
@@ -354,7 +415,7 @@ mod tests {
     fn where_the_disk_is_slow_deltas_are_sent_alone_too() {
         let (mut batches, desk, _answer) = parts();
         batches.came(offered(two(&desk, Instant::now())));
-        assert_eq!(sent(&mut batches, Share::One, &Arc::default()), [2]);
+        assert_eq!(sent(&mut batches, DeltaSelection::One, &Arc::default()), [2]);
         batches.came(offered(two(&desk, Instant::now())));
     }
 
@@ -364,6 +425,6 @@ mod tests {
         let older = any(0);
         batches.came(offered(two(&desk, Instant::now())));
         batches.came(older);
-        assert_eq!(sent(&mut batches, Share::default(), &Arc::default()), [2, 1]);
+        assert_eq!(sent(&mut batches, DeltaSelection::default(), &Arc::default()), [2, 1]);
     }
 }

@@ -95,7 +95,13 @@ impl<P> Requests<P> {
         self.queue(rows, payload, is_awaited, false)
     }
 
-    fn queue(&mut self, rows: usize, payload: P, is_awaited: bool, can_be_withdrawn: bool) -> Ticket {
+    fn queue(
+        &mut self,
+        rows: usize,
+        payload: P,
+        is_awaited: bool,
+        can_be_withdrawn: bool,
+    ) -> Ticket {
         let ticket = Ticket(self.next);
         self.next += 1;
         self.generation.0 += u64::from(rows > 0);
@@ -123,7 +129,8 @@ impl<P> Requests<P> {
         let count = self.queued.iter().take_while(fits).count().max(1).min(self.queued.len());
         let entries: Vec<_> = self.queued.drain(..count).collect();
         self.asked -= entries.iter().filter(|entry| entry.can_be_withdrawn).count();
-        self.taken.extend(entries.iter().filter(|entry| entry.is_awaited).map(|entry| entry.ticket));
+        self.taken
+            .extend(entries.iter().filter(|entry| entry.is_awaited).map(|entry| entry.ticket));
         let requests = entries.into_iter().map(|entry| (entry.ticket, entry.payload)).collect();
         // What is still in the queue is not in what is read next.
         let later = self.queued.iter().filter(|entry| entry.rows > 0).count() as u64;
@@ -140,7 +147,9 @@ impl<P> Requests<P> {
         if self.taken.remove(&ticket) {
             return GivenUp::InDoubt;
         }
-        let Some(place) = self.queued.iter().position(|entry| entry.ticket == ticket) else { return GivenUp::Answered };
+        let Some(place) = self.queued.iter().position(|entry| entry.ticket == ticket) else {
+            return GivenUp::Answered;
+        };
         match self.queued.get_mut(place) {
             Some(entry) if !entry.can_be_withdrawn => {
                 if std::mem::take(&mut entry.is_awaited) {
@@ -151,7 +160,9 @@ impl<P> Requests<P> {
             }
             _ => {
                 self.asked -= 1;
-                self.queued.remove(place).map_or(GivenUp::Answered, |entry| GivenUp::Withdrawn(entry.payload))
+                self.queued
+                    .remove(place)
+                    .map_or(GivenUp::Answered, |entry| GivenUp::Withdrawn(entry.payload))
             }
         }
     }
@@ -188,7 +199,8 @@ mod tests {
     #[test]
     fn one_transaction_has_its_rows_and_at_least_one_request() {
         let mut requests = queue(&[600, 400, 1, 5_000]);
-        let mut taken = || requests.take(1_000).requests.into_iter().map(|(_, n)| n).collect::<Vec<_>>();
+        let mut taken =
+            || requests.take(1_000).requests.into_iter().map(|(_, n)| n).collect::<Vec<_>>();
         assert_eq!([taken(), taken(), taken(), taken()], [vec![0, 1], vec![2], vec![3], vec![]]);
     }
 

@@ -7,19 +7,19 @@ use std::thread::{self, JoinHandle};
 use crossbeam_channel::{Receiver, SendError, Sender, bounded, unbounded};
 
 use super::batches::Batches;
-use super::client::OutboxClient;
-use super::desk::Desk;
 use super::outbox::{Heartbeat, OutboxThread};
-use crate::credentials::{Access, Credentials};
-use crate::enrolment::Enrolment;
-use crate::error::{Error, chain, printable_path};
+use super::outbox_client::OutboxClient;
+use super::request_queue::RequestQueue;
+use crate::credentials::enrolment::Enrolment;
+use crate::credentials::{CredentialFiles, Credentials};
+use crate::error::{Error, chain, sanitize_path};
+use crate::folder_access::{other_folder, others_may_write};
 use crate::forked::OutboxThreadRuns;
-use crate::identity::MasterIdentity;
 use crate::limits;
-use crate::outbox::{Outbox, OutboxLocation, Role, SharedBooks};
+use crate::master::identity::MasterIdentity;
+use crate::outbox::{Outbox, OutboxLocation, Role, SharedOutboxStats};
 use crate::panics::{caught, quietly};
 use crate::stats::{SharedStats, ThreadWatch};
-use crate::writers::{other_folder, others_may_write};
 
 const NAME: &str = "decnet-outbox";
 
@@ -36,7 +36,7 @@ pub(crate) struct Start {
 pub(crate) struct Started {
     pub(crate) client: Arc<OutboxClient>,
     pub(crate) batches: Batches,
-    pub(crate) access: Access,
+    pub(crate) access: Credentials,
     /// What is wrong with the outbox, if anything is, and why.
     pub(crate) problem: Option<(&'static str, Error)>,
 }
@@ -48,7 +48,7 @@ pub(crate) struct Started {
 /// The host is not enrolled, a value or the bundle cannot be used or read, another process delivers from the outbox, this process
 /// was forked from one in which a heartbeat ran, or the system refuses a thread. Nothing runs then.
 pub(crate) fn start(start: Start) -> Result<Started, Error> {
-    let (desk, books) = (Arc::new(Desk::default()), Arc::new(SharedBooks::default()));
+    let (desk, books) = (Arc::new(RequestQueue::default()), Arc::new(SharedOutboxStats::default()));
     let (news, unread) = bounded(1);
     let (batches, answers) = unbounded();
     // Without room: what is sent is received, or there is nobody to receive it.
@@ -78,7 +78,8 @@ pub(crate) fn start(start: Start) -> Result<Started, Error> {
     };
     let client = Arc::new(OutboxClient::new(desk, books, path, ended));
     let problem = match outcome.recv_timeout(limits::OUTBOX_BUSY) {
-        Ok(opened) => opened?.map(|problem| ("the outbox is in memory, deltas do not survive a restart", problem)),
+        Ok(opened) => opened?
+            .map(|problem| ("the outbox is in memory, deltas do not survive a restart", problem)),
         Err(_) => {
             let seconds = limits::OUTBOX_BUSY.as_secs();
             let problem = client.error(&format!("its disk has not answered for {seconds} s"));
@@ -91,8 +92,10 @@ pub(crate) fn start(start: Start) -> Result<Started, Error> {
 
 /// Starts one for the program, which adds to an outbox. Waited for 1 s; the second value says what is wrong with it.
 #[cfg(feature = "cli")]
-pub(crate) fn contribute(path: Option<PathBuf>) -> Result<(Arc<OutboxClient>, Option<Error>), Error> {
-    let (desk, books) = (Arc::new(Desk::default()), Arc::new(SharedBooks::default()));
+pub(crate) fn contribute(
+    path: Option<PathBuf>,
+) -> Result<(Arc<OutboxClient>, Option<Error>), Error> {
+    let (desk, books) = (Arc::new(RequestQueue::default()), Arc::new(SharedOutboxStats::default()));
     let (thread_desk, thread_books, place) = (Arc::clone(&desk), Arc::clone(&books), path.clone());
     let (opened, outcome) = bounded(1);
     let run = move || match Outbox::open(place, Role::Contribute, Arc::clone(&thread_books)) {
@@ -127,18 +130,23 @@ fn spawn(run: impl FnOnce() + Send + 'static) -> Result<(JoinHandle<()>, Receive
 
 fn no_credentials() -> Error {
     let seconds = limits::CREDENTIALS_PATIENCE.as_secs();
-    let problem = format!("cannot be read, their disk has not answered for {seconds} s; try again when it does");
+    let problem = format!(
+        "cannot be read, their disk has not answered for {seconds} s; try again when it does"
+    );
     Error::setting("ini and bundle", problem).passing()
 }
 
 /// What a start waits for first: what the master is reached with, and where the outbox belongs.
-type Loaded = Result<(Access, Option<PathBuf>), Error>;
+type Loaded = Result<(Credentials, Option<PathBuf>), Error>;
 
 /// Loads the credentials. `None`: they cannot be used, or nobody waits for them any more.
-fn load(start: Start, loaded: &Sender<Loaded>) -> Option<(Credentials, Option<PathBuf>)> {
+fn load(start: Start, loaded: &Sender<Loaded>) -> Option<(CredentialFiles, Option<PathBuf>)> {
     let Start { enrolment, identity, location, .. } = start;
-    let found = caught(|| enrolment().and_then(|enrolment| Credentials::load(enrolment, identity)));
-    match found.unwrap_or_else(|said| Err(Error::setting("credentials", format!("panicked: {said}")))) {
+    let found =
+        caught(|| enrolment().and_then(|enrolment| CredentialFiles::load(enrolment, identity)));
+    match found
+        .unwrap_or_else(|said| Err(Error::setting("credentials", format!("panicked: {said}"))))
+    {
         Ok((credentials, access)) => {
             let agent_dir = access.enrolment.agent_dir().value().clone();
             let path = location.path(&agent_dir);
@@ -159,8 +167,10 @@ fn warn_of_others(agent_dir: &Path, outbox: Option<&Path>) {
     let beside = outbox.and_then(|outbox| other_folder(outbox, agent_dir));
     for dir in [agent_dir].into_iter().chain(beside) {
         if let Some(why) = others_may_write(dir) {
-            let dir = printable_path(dir);
-            quietly(|| log::warn!("others may replace the heartbeat's files: folder={dir} because={why:?}"));
+            let dir = sanitize_path(dir);
+            quietly(|| {
+                log::warn!("others may replace the heartbeat's files: folder={dir} because={why:?}")
+            });
         }
     }
 }
@@ -169,11 +179,16 @@ fn warn_of_others(agent_dir: &Path, outbox: Option<&Path>) {
 /// any case: if another process delivers from it, as soon as that does not any more.
 fn open(
     path: Option<PathBuf>,
-    books: &Arc<SharedBooks>,
+    books: &Arc<SharedOutboxStats>,
     opened: &Sender<Result<Option<Error>, Error>>,
 ) -> Option<Outbox> {
     let late = |problem: &Error| {
-        quietly(|| log::error!("the outbox answers now, and is not as it should be: error={:?}", chain(problem)));
+        quietly(|| {
+            log::error!(
+                "the outbox answers now, and is not as it should be: error={:?}",
+                chain(problem)
+            )
+        });
     };
     match Outbox::open(path.clone(), Role::Deliver, Arc::clone(books)) {
         Ok((outbox, problem)) => {
@@ -185,7 +200,9 @@ fn open(
         Err(held) => match opened.send(Err(held)) {
             Err(SendError(Err(held))) => {
                 late(&held);
-                Outbox::open(path, Role::DeliverLater, Arc::clone(books)).ok().map(|(outbox, _)| outbox)
+                Outbox::open(path, Role::DeliverLater, Arc::clone(books))
+                    .ok()
+                    .map(|(outbox, _)| outbox)
             }
             _ => None,
         },

@@ -51,7 +51,11 @@ const RETRY_AFTER: [(&str, RetryAfter, Again); 6] = [
     ("_retry_after_a_day", RetryAfter::Is("86400"), Again::After(600.0)),
     // A date has no fractions: up to one of the four seconds is lost.
     ("_retry_after_a_date", RetryAfter::IsADateIn(Duration::from_secs(4)), Again::After(3.0)),
-    ("_retry_after_a_past_date", RetryAfter::Is("Sun, 06 Nov 1994 08:49:37 GMT"), Again::After(1.0)),
+    (
+        "_retry_after_a_past_date",
+        RetryAfter::Is("Sun, 06 Nov 1994 08:49:37 GMT"),
+        Again::After(1.0),
+    ),
     ("_retry_after_junk", RetryAfter::Is("soon, or later"), Again::Soon),
 ];
 
@@ -68,7 +72,9 @@ impl RetryAfter {
         match self {
             Self::No => answer,
             Self::Is(value) => answer.header("Retry-After", value),
-            Self::IsADateIn(time) => answer.header("Retry-After", httpdate::fmt_http_date(SystemTime::now() + time)),
+            Self::IsADateIn(time) => {
+                answer.header("Retry-After", httpdate::fmt_http_date(SystemTime::now() + time))
+            }
         }
     }
 }
@@ -94,7 +100,11 @@ pub fn rows() -> Vec<Row> {
                 answer = answer.body(format!("{status} says the master\u{1b}[31m\n"));
             }
             let fault = Fault::Answer(answer, retry_after);
-            rows.push(Row::new(format!("answer/{status}{name}"), fault, right(status, meaning, again)));
+            rows.push(Row::new(
+                format!("answer/{status}{name}"),
+                fault,
+                right(status, meaning, again),
+            ));
         }
     }
     rows
@@ -102,12 +112,14 @@ pub fn rows() -> Vec<Row> {
 
 /// What is hardly an answer. A 2xx status line counts, whatever comes after it.
 fn odd() -> Vec<Row> {
-    let row = |name: &str, wire, right| Row::new(format!("answer/{name}"), Fault::Always(wire), right);
+    let row =
+        |name: &str, wire, right| Row::new(format!("answer/{name}"), Fault::Always(wire), right);
     let raw = |bytes: &[u8]| Wire::Raw(bytes.to_vec());
     let fails = |class, says| Right::Fails { class, says, after: 0.0..0.5, again: Again::Soon };
     let delivers = || Right::Delivers { after: 0.0..0.5 };
     let headers = format!("HTTP/1.1 204 No Content\r\nx: {}\r\n\r\n", "y".repeat(64 * 1024));
-    let endless = |first: &[u8], again: &[u8]| Wire::Endless(first.to_vec(), again.to_vec(), Duration::ZERO);
+    let endless =
+        |first: &[u8], again: &[u8]| Wire::Endless(first.to_vec(), again.to_vec(), Duration::ZERO);
     vec![
         row("garbage", raw(&[0xff; 3_000]), fails("not-http", "")),
         row(
@@ -134,15 +146,31 @@ fn odd() -> Vec<Row> {
             fails("http-503", "invalid header"),
         ),
         row("endless_body", endless(b"HTTP/1.1 200 OK\r\n\r\n", &[b'.'; 4096]), delivers()),
-        row("endless_body_of_a_refusal", endless(b"HTTP/1.1 503 No\r\n\r\n", &[b'.'; 4096]), fails("http-503", "....")),
+        row(
+            "endless_body_of_a_refusal",
+            endless(b"HTTP/1.1 503 No\r\n\r\n", &[b'.'; 4096]),
+            fails("http-503", "...."),
+        ),
         row(
             "endless_interim_answers",
             endless(b"", &b"HTTP/1.1 100 Continue\r\n\r\n".repeat(40)),
             fails("not-http", "header"),
         ),
-        row("truncated_body_after_204", raw(b"HTTP/1.1 204 No Content\r\ncontent-length: 10\r\n\r\nabc"), delivers()),
-        row("truncated_body_after_200", raw(b"HTTP/1.1 200 OK\r\ncontent-length: 10\r\n\r\nabc"), delivers()),
-        row("extra_bytes_after_204", raw(b"HTTP/1.1 204 No Content\r\n\r\nHTTP/1.1 403 Forbidden\r\n\r\n"), delivers()),
+        row(
+            "truncated_body_after_204",
+            raw(b"HTTP/1.1 204 No Content\r\ncontent-length: 10\r\n\r\nabc"),
+            delivers(),
+        ),
+        row(
+            "truncated_body_after_200",
+            raw(b"HTTP/1.1 200 OK\r\ncontent-length: 10\r\n\r\nabc"),
+            delivers(),
+        ),
+        row(
+            "extra_bytes_after_204",
+            raw(b"HTTP/1.1 204 No Content\r\n\r\nHTTP/1.1 403 Forbidden\r\n\r\n"),
+            delivers(),
+        ),
         row("closed_in_the_headers", raw(b"HTTP/1.1 204 No Con"), delivers()),
         row("closed_in_the_status_line", raw(b"HTTP/1.1 20"), fails("closed", "")),
     ]

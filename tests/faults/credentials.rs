@@ -32,12 +32,15 @@ impl Bundle {
     pub fn put(self, stage: &Stage) {
         let other = stage.master.authority().issue(Role::Worker("other".to_owned())).unwrap();
         match self {
-            Self::HalfWritten => fs::write(stage.agent_file("worker.crt"), other.certificate).unwrap(),
+            Self::HalfWritten => {
+                fs::write(stage.agent_file("worker.crt"), other.certificate).unwrap()
+            }
             Self::ForeignKey => fs::write(stage.agent_file("worker.key"), other.key).unwrap(),
             Self::EmptyCa => fs::write(stage.agent_file("ca.crt"), "").unwrap(),
             Self::WorkerInCa => {
                 let ca = stage.master.authority().certificate();
-                fs::write(stage.agent_file("ca.crt"), format!("{ca}{}", other.certificate)).unwrap();
+                fs::write(stage.agent_file("ca.crt"), format!("{ca}{}", other.certificate))
+                    .unwrap();
             }
             Self::GluedCa => {
                 let ca = stage.master.authority().certificate();
@@ -51,7 +54,10 @@ impl Bundle {
                 let half = &other.certificate[..other.certificate.len() / 2];
                 fs::write(stage.agent_file("worker.crt"), half).unwrap();
             }
-            Self::Open => fs::set_permissions(stage.agent_file("worker.key"), Permissions::from_mode(0o644)).unwrap(),
+            Self::Open => {
+                fs::set_permissions(stage.agent_file("worker.key"), Permissions::from_mode(0o644))
+                    .unwrap()
+            }
             Self::Gone => fs::rename(&stage.worker.agent_dir, stage.path("elsewhere")).unwrap(),
         }
     }
@@ -66,17 +72,34 @@ impl Bundle {
 }
 
 pub fn rows() -> Vec<Row> {
-    let row =
-        |name: &str, bundle, words| Row::new(format!("credentials/{name}"), Fault::Bundle(bundle), Right::Warns(words));
+    let row = |name: &str, bundle, words| {
+        Row::new(format!("credentials/{name}"), Fault::Bundle(bundle), Right::Warns(words))
+    };
     vec![
-        row("half_written", Bundle::HalfWritten, "worker.crt and worker.key do not make an identity"),
-        row("half_a_certificate", Bundle::HalfACertificate, "worker.crt: ends in the middle of a PEM section"),
-        row("key_of_another_certificate", Bundle::ForeignKey, "worker.crt and worker.key do not make an identity"),
+        row(
+            "half_written",
+            Bundle::HalfWritten,
+            "worker.crt and worker.key do not make an identity",
+        ),
+        row(
+            "half_a_certificate",
+            Bundle::HalfACertificate,
+            "worker.crt: ends in the middle of a PEM section",
+        ),
+        row(
+            "key_of_another_certificate",
+            Bundle::ForeignKey,
+            "worker.crt and worker.key do not make an identity",
+        ),
         row("empty_ca", Bundle::EmptyCa, "ca.crt: holds no PEM section"),
         row("worker_in_ca", Bundle::WorkerInCa, "a certificate of ca.crt is ignored: file="),
         row("glued_ca", Bundle::GluedCa, "ca.crt: has two PEM sections on one line"),
         row("encrypted_key", Bundle::EncryptedKey, "worker.key: holds an encrypted private key"),
-        row("key_readable_by_others", Bundle::Open, "the key can be read by others, make it 0600: file="),
+        row(
+            "key_readable_by_others",
+            Bundle::Open,
+            "the key can be read by others, make it 0600: file=",
+        ),
         row(
             "directory_gone",
             Bundle::Gone,
@@ -92,9 +115,16 @@ pub fn rotated() {
     let again = stage.master.re_enrol(&stage.worker.uuid, &stage.worker.agent_dir).unwrap();
     subject.push("d");
     let stats = subject.until("the delivery", |stats| stats["delivered"] == 1);
-    assert_eq!((stats["fingerprint"].as_str(), stats["failure"].is_null()), (Some(&*again.fingerprint), true));
+    assert_eq!(
+        (stats["fingerprint"].as_str(), stats["failure"].is_null()),
+        (Some(&*again.fingerprint), true)
+    );
     let last = stage.master.connections().pop().unwrap().handshake.unwrap();
-    assert_eq!((last.fingerprint, last.resumed), (again.fingerprint.clone(), false), "an old session is not resumed");
+    assert_eq!(
+        (last.fingerprint, last.resumed),
+        (again.fingerprint.clone(), false),
+        "an old session is not resumed"
+    );
     assert_eq!(subject.log_lines("took over changed credentials").len(), 1);
 }
 
@@ -111,7 +141,10 @@ pub fn a_new_uuid() {
     again.write_ini(&stage.path("decnet.ini")).unwrap();
     subject.tick();
     let stats = subject.until("the delivery", |stats| stats["delivered"] == 1);
-    assert_eq!((stats["host_uuid"].as_str(), stats["failure"].is_null()), (Some(&*again.uuid), true));
+    assert_eq!(
+        (stats["host_uuid"].as_str(), stats["failure"].is_null()),
+        (Some(&*again.uuid), true)
+    );
     assert_eq!(stage.last()["host_uuid"], again.uuid);
     assert!(!stage.master.connections().pop().unwrap().handshake.unwrap().resumed);
 }

@@ -81,7 +81,10 @@ impl Engine {
         let listener = UnixListener::bind(&self.socket).unwrap();
         rustix::net::listen(&listener, 0).unwrap();
         let first = UnixStream::connect(&self.socket).unwrap();
-        self.held.lock().unwrap().extend([first, UnixStream::from(std::os::fd::OwnedFd::from(listener))]);
+        self.held
+            .lock()
+            .unwrap()
+            .extend([first, UnixStream::from(std::os::fd::OwnedFd::from(listener))]);
     }
 
     fn serve(&self) {
@@ -112,14 +115,20 @@ fn answer_all(mut stream: UnixStream, docker: &Mutex<Docker>) {
                 let _ = stream.write_all(bytes.as_bytes());
                 return;
             }
-            Docker::SaysOfNetworks(bytes) if asks_for_networks => stream.write_all(bytes.as_bytes()),
-            Docker::SaysOfContainers(bytes) if !asks_for_networks => stream.write_all(bytes.as_bytes()),
+            Docker::SaysOfNetworks(bytes) if asks_for_networks => {
+                stream.write_all(bytes.as_bytes())
+            }
+            Docker::SaysOfContainers(bytes) if !asks_for_networks => {
+                stream.write_all(bytes.as_bytes())
+            }
             Docker::HangsForNetworks if asks_for_networks => {
                 thread::sleep(Duration::from_secs(120));
                 return;
             }
             _ if asks_for_networks => send(&mut stream, r#"[{"Name":"bridge","Driver":"bridge"}]"#),
-            Docker::Has(count) => send(&mut stream, &format!("[{}]", vec![CONTAINER; count].join(","))),
+            Docker::Has(count) => {
+                send(&mut stream, &format!("[{}]", vec![CONTAINER; count].join(",")))
+            }
             Docker::Pours(size) => pour(&mut stream, size),
             Docker::IsHostile => send(&mut stream, HOSTILE),
             _ => send(&mut stream, &format!("[{CONTAINER}]")),
@@ -159,8 +168,10 @@ const ODD_ONE_OF_OTHERS: &str = concat!(
 );
 
 /// One of ours, without a state.
-const ODD_ONE_OF_OURS: &str =
-    concat!("HTTP/1.1 200 OK\r\nContent-Length: 36\r\n\r\n", r#"[{"Names":["/d1-ssh"],"State":null}]"#);
+const ODD_ONE_OF_OURS: &str = concat!(
+    "HTTP/1.1 200 OK\r\nContent-Length: 36\r\n\r\n",
+    r#"[{"Names":["/d1-ssh"],"State":null}]"#
+);
 
 pub fn rows() -> Vec<Row> {
     let row = |name: &str, docker, right| {
@@ -181,7 +192,11 @@ pub fn rows() -> Vec<Row> {
         row("500", Docker::Says(oops), Right::Says("answered 500 no\\u{1b}[31m\\u{a}way")),
         row("html", Docker::Says(html), Right::Says("the answer is not a Docker Engine's")),
         // A debug build on a busy machine may be too slow to come to the cap in its eight seconds.
-        row("of_100_mb", Docker::Pours(100_000_000), Right::Says("the answer is larger than 33554432 bytes|timeout: ")),
+        row(
+            "of_100_mb",
+            Docker::Pours(100_000_000),
+            Right::Says("the answer is larger than 33554432 bytes|timeout: "),
+        ),
         row("of_60000_containers", Docker::Has(60_000), Right::Says("a list of more than 25000")),
         row("of_10000_containers", Docker::Has(10_000), running()),
         row("networks_403", Docker::SaysOfNetworks(FORBIDDEN), running()),
@@ -193,10 +208,22 @@ pub fn rows() -> Vec<Row> {
         row("networks_null", Docker::SaysOfNetworks(NULL), running()),
         row("networks_half_a_reply", Docker::SaysOfNetworks(half), running()),
         row("networks_never_reply", Docker::HangsForNetworks, running()),
-        row("containers_403", Docker::SaysOfContainers(FORBIDDEN), Right::Says("answered 403 Forbidden")),
+        row(
+            "containers_403",
+            Docker::SaysOfContainers(FORBIDDEN),
+            Right::Says("answered 403 Forbidden"),
+        ),
         row("containers_null", Docker::SaysOfContainers(NULL), Right::Says("invalid type: null")),
         row("an_odd_container_of_others", Docker::SaysOfContainers(ODD_ONE_OF_OTHERS), running()),
-        row("an_odd_container_of_ours", Docker::SaysOfContainers(ODD_ONE_OF_OURS), Right::Says("no usable state of")),
-        row("hostile_names", Docker::IsHostile, Right::Tells("/status/runtime/d1/running", json!(false))),
+        row(
+            "an_odd_container_of_ours",
+            Docker::SaysOfContainers(ODD_ONE_OF_OURS),
+            Right::Says("no usable state of"),
+        ),
+        row(
+            "hostile_names",
+            Docker::IsHostile,
+            Right::Tells("/status/runtime/d1/running", json!(false)),
+        ),
     ]
 }

@@ -49,10 +49,18 @@ impl StateFile {
             Self::Absent => (),
             Self::OfSize(size) => fs::File::create(path).unwrap().set_len(size).unwrap(),
             Self::Deep(depth) => {
-                let decky =
-                    format!(r#"{{"name": "d1", "services": [], "x": {}{}}}"#, "[".repeat(depth), "]".repeat(depth));
-                fs::write(path, format!(r#"{{"config": {{"mode": 1, "deckies": [{decky}]}}, "compose_path": ""}}"#))
-                    .unwrap();
+                let decky = format!(
+                    r#"{{"name": "d1", "services": [], "x": {}{}}}"#,
+                    "[".repeat(depth),
+                    "]".repeat(depth)
+                );
+                fs::write(
+                    path,
+                    format!(
+                        r#"{{"config": {{"mode": 1, "deckies": [{decky}]}}, "compose_path": ""}}"#
+                    ),
+                )
+                .unwrap();
             }
             Self::Fifo => assert!(Command::new("mkfifo").arg(path).status().unwrap().success()),
             Self::Directory => fs::create_dir(path).unwrap(),
@@ -91,7 +99,9 @@ impl Replacing {
         let replace = move || {
             for n in (0..200).take_while(|_| !asked.load(Relaxed)) {
                 let filler = " ".repeat(n * 1_000);
-                fs::write(&beside, format!("{filler}{STATE}")).and_then(|()| fs::rename(&beside, &path)).unwrap();
+                fs::write(&beside, format!("{filler}{STATE}"))
+                    .and_then(|()| fs::rename(&beside, &path))
+                    .unwrap();
                 thread::sleep(Duration::from_millis(10));
             }
         };
@@ -126,13 +136,17 @@ impl TopologyFile {
                 let table = "CREATE TABLE applied_topology (topology_id TEXT PRIMARY KEY, applied_version_hash TEXT, \
                              hydrated_blob_json TEXT, applied_at INTEGER, last_error TEXT)";
                 database.execute_batch(table).unwrap();
-                database.execute("INSERT INTO applied_topology VALUES ('t', 'h', '{}', 5, NULL)", []).unwrap();
+                database
+                    .execute("INSERT INTO applied_topology VALUES ('t', 'h', '{}', 5, NULL)", [])
+                    .unwrap();
                 None
             }
             Self::Locked => {
                 let database = Connection::open(path).unwrap();
                 // What is locked and not written can be read all the same.
-                database.execute_batch("BEGIN EXCLUSIVE; UPDATE applied_topology SET applied_at = 6").unwrap();
+                database
+                    .execute_batch("BEGIN EXCLUSIVE; UPDATE applied_topology SET applied_at = 6")
+                    .unwrap();
                 Some(database)
             }
             Self::Corrupt => {
@@ -155,9 +169,12 @@ impl TopologyFile {
 
 pub fn rows() -> Vec<Row> {
     let decnet = World { source: Source::Decnet, ..World::default() };
-    let state = |name: &str, file, right| Row::new(format!("files/{name}"), Fault::State(file), right).with(decnet);
-    let topology =
-        |name: &str, file, right| Row::new(format!("files/topology_{name}"), Fault::Topology(file), right).with(decnet);
+    let state = |name: &str, file, right| {
+        Row::new(format!("files/{name}"), Fault::State(file), right).with(decnet)
+    };
+    let topology = |name: &str, file, right| {
+        Row::new(format!("files/topology_{name}"), Fault::Topology(file), right).with(decnet)
+    };
     let deployed = || Right::Tells("/status/runtime/d1/services/ssh", json!("running"));
     let kept = || Right::Tells("/topology/applied_version_hash", json!("h"));
     let surrogate = concat!(
@@ -166,11 +183,19 @@ pub fn rows() -> Vec<Row> {
     );
     let of_types = r#"{"config": {"mode": "swarm", "deckies": {"name": 1}}, "compose_path": 7}"#;
     vec![
-        state("absent", StateFile::Absent, Right::Tells("/status", json!({"deployed": false, "deckies": []}))),
+        state(
+            "absent",
+            StateFile::Absent,
+            Right::Tells("/status", json!({"deployed": false, "deckies": []})),
+        ),
         state("empty", StateFile::Holds(""), Right::Says("EOF while parsing")),
         state("truncated", StateFile::Holds(&STATE[..70]), Right::Says("EOF while parsing")),
         state("of_100_mb", StateFile::OfSize(100_000_000), Right::Says("larger than")),
-        state("of_wrong_types", StateFile::Holds(of_types), Right::Says("deckies: invalid type: map, expected a list")),
+        state(
+            "of_wrong_types",
+            StateFile::Holds(of_types),
+            Right::Says("deckies: invalid type: map, expected a list"),
+        ),
         state(
             "with_a_lone_surrogate",
             StateFile::Holds(surrogate),
@@ -180,14 +205,30 @@ pub fn rows() -> Vec<Row> {
         state("a_fifo", StateFile::Fifo, Right::Says("not a regular file")),
         state("a_directory", StateFile::Directory, Right::Says("not a regular file")),
         state("a_symlink", StateFile::SymlinkToIt, deployed()),
-        state("a_symlink_to_itself", StateFile::SymlinkToItself, Right::Says("Too many levels of symbolic links")),
+        state(
+            "a_symlink_to_itself",
+            StateFile::SymlinkToItself,
+            Right::Says("Too many levels of symbolic links"),
+        ),
         state("replaced_while_read", StateFile::Replaced, deployed()),
         topology("locked", TopologyFile::Locked, kept()),
-        topology("locked_is_said", TopologyFile::Locked, Right::Warns("topology.db: database is locked")),
+        topology(
+            "locked_is_said",
+            TopologyFile::Locked,
+            Right::Warns("topology.db: database is locked"),
+        ),
         topology("corrupt", TopologyFile::Corrupt, kept()),
-        topology("corrupt_is_said", TopologyFile::Corrupt, Right::Warns("topology.db: file is not a database")),
+        topology(
+            "corrupt_is_said",
+            TopologyFile::Corrupt,
+            Right::Warns("topology.db: file is not a database"),
+        ),
         topology("of_another_schema", TopologyFile::OfAnotherSchema, kept()),
-        topology("of_another_schema_is_said", TopologyFile::OfAnotherSchema, Right::Warns("no such table")),
+        topology(
+            "of_another_schema_is_said",
+            TopologyFile::OfAnotherSchema,
+            Right::Warns("no such table"),
+        ),
         topology("gone", TopologyFile::Gone, kept()),
         topology("gone_is_said", TopologyFile::Gone, Right::Warns("topology.db: is gone")),
     ]

@@ -148,13 +148,17 @@ impl Shared {
                     rustix::net::listen(&listener, 128).unwrap();
                     drop(full);
                 }
-                _ => connection.into_iter().for_each(|(agent, _)| self.relay(agent, master, &network)),
+                _ => connection
+                    .into_iter()
+                    .for_each(|(agent, _)| self.relay(agent, master, &network)),
             }
         }
     }
 
     fn wait_while(&self, condition: impl Fn(&State) -> bool) {
-        drop(self.changed.wait_while(self.state.lock().unwrap(), |state| condition(state)).unwrap());
+        drop(
+            self.changed.wait_while(self.state.lock().unwrap(), |state| condition(state)).unwrap(),
+        );
     }
 
     /// Two threads carry a connection, until either end closes.
@@ -163,7 +167,8 @@ impl Shared {
         for end in [&agent, &master] {
             end.set_nodelay(true).unwrap();
         }
-        let (frozen, reset) = (AtomicBool::new(*network == Network::IsMute), AtomicBool::new(false));
+        let (frozen, reset) =
+            (AtomicBool::new(*network == Network::IsMute), AtomicBool::new(false));
         let line = Arc::new(Line { agent, master, frozen, reset });
         self.state.lock().unwrap().open.push(Arc::downgrade(&line));
         let (up, down, network) = (Arc::clone(&line), line, network.clone());
@@ -182,7 +187,9 @@ impl Line {
             match network {
                 Network::StallsAfter(most) if total > *most => return self.hold(),
                 Network::ResetsAfter(most) if total > *most => return self.end_with_a_reset(),
-                Network::Drips(rate) => thread::sleep(Duration::from_secs_f64(count as f64 / *rate as f64)),
+                Network::Drips(rate) => {
+                    thread::sleep(Duration::from_secs_f64(count as f64 / *rate as f64))
+                }
                 _ => (),
             }
             if !self.is_frozen() && (&self.master).write_all(&buffer[..count]).is_err() {
@@ -213,7 +220,8 @@ impl Line {
     /// Nothing is read any more, so that the agent's own buffers fill. Ends when the agent has gone.
     fn hold(&self) {
         self.frozen.store(true, Ordering::SeqCst);
-        let gone = || matches!(self.agent.take_error(), Ok(Some(_)) | Err(_)) || is_closed(&self.agent);
+        let gone =
+            || matches!(self.agent.take_error(), Ok(Some(_)) | Err(_)) || is_closed(&self.agent);
         while !gone() {
             thread::sleep(Duration::from_millis(20));
         }
@@ -237,7 +245,8 @@ impl Line {
 fn is_closed(stream: &TcpStream) -> bool {
     use rustix::event::{PollFd, PollFlags, poll};
     let mut fds = [PollFd::new(stream, PollFlags::RDHUP)];
-    poll(&mut fds, Some(&rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 })).is_ok_and(|ready| ready > 0)
+    poll(&mut fds, Some(&rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 }))
+        .is_ok_and(|ready| ready > 0)
 }
 
 fn local(port: u16) -> SocketAddr {

@@ -14,10 +14,13 @@ pub fn no_variable_of_the_environment_is_obeyed() {
     proxy.set_nonblocking(true).unwrap();
     let address = format!("http://{}", proxy.local_addr().unwrap());
     let (keys, nowhere) = (stage.path("keys"), stage.path("nowhere"));
-    let proxies = ["HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"];
+    let proxies =
+        ["HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"];
     let mut variables: Vec<_> = proxies.iter().map(|name| (*name, address.as_str())).collect();
     variables.push(("SSLKEYLOGFILE", keys.to_str().unwrap()));
-    variables.extend(["SSL_CERT_FILE", "SSL_CERT_DIR", "RUST_LOG"].map(|name| (name, nowhere.to_str().unwrap())));
+    variables.extend(
+        ["SSL_CERT_FILE", "SSL_CERT_DIR", "RUST_LOG"].map(|name| (name, nowhere.to_str().unwrap())),
+    );
     variables.push(("DOCKER_HOST", address.as_str()));
     let mut subject = stage.spawn(&variables);
     assert_eq!(subject.answer(), "started");
@@ -40,14 +43,22 @@ fn folder_of_units() -> (tempfile::TempDir, PathBuf) {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("decnet-heartbeat.service");
     let unit = unit_with("Description=DECNET heartbeat");
-    fs::write(&path, unit.replace("/usr/local/bin/decnet-heartbeat", env!("CARGO_BIN_EXE_decnet-heartbeat"))).unwrap();
+    fs::write(
+        &path,
+        unit.replace("/usr/local/bin/decnet-heartbeat", env!("CARGO_BIN_EXE_decnet-heartbeat")),
+    )
+    .unwrap();
     (dir, path)
 }
 
 /// Whether systemd is content, and what it says.
 fn analyze(arguments: &[&str], unit: &Path) -> (bool, String) {
     let output = Command::new("systemd-analyze").args(arguments).arg(unit).output().unwrap();
-    let said = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    let said = format!(
+        "{}{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
     (output.status.success(), said)
 }
 
@@ -68,12 +79,18 @@ pub fn the_unit_is_sound_and_tight() {
 /// It is started again and again, but for 78, and no missing folder keeps it from starting.
 pub fn the_unit_keeps_trying() {
     let unit = unit_with("Description=DECNET heartbeat");
-    let value = |key: &str| unit.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix('=')).unwrap();
-    assert_eq!(["Restart", "RestartPreventExitStatus", "StartLimitIntervalSec"].map(value), ["always", "78", "0"]);
+    let value = |key: &str| {
+        unit.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix('=')).unwrap()
+    };
+    assert_eq!(
+        ["Restart", "RestartPreventExitStatus", "StartLimitIntervalSec"].map(value),
+        ["always", "78", "0"]
+    );
     assert_eq!(value("ExecReload"), "/bin/kill -HUP $MAINPID");
     assert!((1..=60).contains(&value("RestartSec").parse::<u32>().unwrap()));
-    let paths =
-        unit.lines().filter(|line| ["ReadWritePaths=", "ReadOnlyPaths="].iter().any(|key| line.starts_with(key)));
+    let paths = unit.lines().filter(|line| {
+        ["ReadWritePaths=", "ReadOnlyPaths="].iter().any(|key| line.starts_with(key))
+    });
     let paths: Vec<_> = paths.flat_map(|line| line.split_once('=').unwrap().1.split(' ')).collect();
     assert!(!paths.is_empty() && paths.iter().all(|path| path.starts_with("-/")), "{paths:?}");
 }
@@ -96,13 +113,16 @@ pub fn the_drop_in_binds_it_to_the_agent() {
 
 /// So are the drop-ins for a folder that belongs to another user than root, which leave the sandbox one.
 pub fn the_drop_ins_for_another_users_folder_are_sound_and_tight() {
-    for (line, most) in [("User=decnet", 20), ("CapabilityBoundingSet=CAP_CHOWN CAP_DAC_OVERRIDE", 22)] {
+    for (line, most) in
+        [("User=decnet", 20), ("CapabilityBoundingSet=CAP_CHOWN CAP_DAC_OVERRIDE", 22)]
+    {
         let (_dir, unit) = folder_of_units();
         // As systemd reads a drop-in: after the unit.
         let whole = [&fs::read_to_string(&unit).unwrap(), "\n", unit_with(line)].concat();
         fs::write(&unit, whole).unwrap();
         is_accepted(&unit).unwrap();
-        let (is_tight, said) = analyze(&["security", "--offline=true", &format!("--threshold={most}")], &unit);
+        let (is_tight, said) =
+            analyze(&["security", "--offline=true", &format!("--threshold={most}")], &unit);
         assert!(is_tight, "{said}");
     }
 }

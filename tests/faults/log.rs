@@ -20,12 +20,16 @@ pub fn check(stage: &Stage, log: &str) {
     // The last line may be just being written.
     let whole = log.rsplit_once('\n').map_or("", |(whole, _)| whole);
     for line in whole.lines() {
-        let is_ours =
-            ["ERROR", "WARN", "INFO", "DEBUG", "TRACE"].iter().any(|level| line.contains(&format!(" [{level}] (")));
+        let is_ours = ["ERROR", "WARN", "INFO", "DEBUG", "TRACE"]
+            .iter()
+            .any(|level| line.contains(&format!(" [{level}] (")));
         assert!(is_ours && line.starts_with("20"), "{line:?}");
         assert!(line.chars().count() <= LINE, "{line}");
         check_keys(line);
-        assert!(!line.chars().any(|c| c.is_control() || ('\u{202a}'..='\u{202e}').contains(&c)), "{line:?}");
+        assert!(
+            !line.chars().any(|c| c.is_control() || ('\u{202a}'..='\u{202e}').contains(&c)),
+            "{line:?}"
+        );
     }
     assert!(log.lines().count() <= LINES, "{log}");
     check_secrets(stage, log);
@@ -36,13 +40,19 @@ pub fn check(stage: &Stage, log: &str) {
 fn check_keys(line: &str) {
     let message = line.split_once(") ").unwrap().1;
     // The subject's log names the module, too; the program's does not.
-    let message = message.strip_prefix("decnet_heartbeat").map_or(message, |rest| rest.split_once(": ").unwrap().1);
+    let message = message
+        .strip_prefix("decnet_heartbeat")
+        .map_or(message, |rest| rest.split_once(": ").unwrap().1);
     let Some((what, mut rest)) = message.split_once(": ") else { return };
     assert!(!what.contains('='), "{line}");
     let mut keys = Vec::new();
     while !rest.is_empty() {
-        let (key, value) = rest.split_once('=').unwrap_or_else(|| panic!("a value in pieces, {rest:?}: {line}"));
-        assert!(!key.is_empty() && key.chars().all(|c| c.is_ascii_lowercase() || c == '_'), "{key:?}: {line}");
+        let (key, value) =
+            rest.split_once('=').unwrap_or_else(|| panic!("a value in pieces, {rest:?}: {line}"));
+        assert!(
+            !key.is_empty() && key.chars().all(|c| c.is_ascii_lowercase() || c == '_'),
+            "{key:?}: {line}"
+        );
         keys.push(key);
         let end = match value.strip_prefix('"') {
             None => value.find(' ').unwrap_or(value.len()),
@@ -58,7 +68,8 @@ fn check_keys(line: &str) {
         };
         rest = value[end..].trim_start();
     }
-    let order = ["host", "master", "class", "fingerprint"].map(|key| keys.iter().position(|found| *found == key));
+    let order = ["host", "master", "class", "fingerprint"]
+        .map(|key| keys.iter().position(|found| *found == key));
     let known: Vec<_> = order.iter().flatten().copied().collect();
     assert_eq!(known, (0..known.len()).collect::<Vec<_>>(), "{line}");
     assert!(order[1].is_none() || order[0].is_some(), "{line}");
@@ -74,14 +85,18 @@ pub fn check_secrets(stage: &Stage, said: &str) {
 
 /// Fifty beats that fail alike are a handful of lines, and what changes is said at once.
 pub fn repeated_failures_are_said_ever_more_rarely() {
-    let stage = Stage::new(World { interval: Duration::from_millis(50), ticks: true, ..World::default() });
+    let stage =
+        Stage::new(World { interval: Duration::from_millis(50), ticks: true, ..World::default() });
     let mut subject = stage.start();
     stage.master.always(Some(Answer::status(503).into()));
     subject.until("50 failures", |stats| stats["failure"]["count"].as_u64() >= Some(50));
     let counts = || {
-        let failed = subject.log_lines("beat failed: ").into_iter().filter(|line| line.contains("[WARN]"));
+        let failed =
+            subject.log_lines("beat failed: ").into_iter().filter(|line| line.contains("[WARN]"));
         failed
-            .map(|line| line.split("failures=").nth(1).unwrap().split(' ').next().unwrap().to_owned())
+            .map(|line| {
+                line.split("failures=").nth(1).unwrap().split(' ').next().unwrap().to_owned()
+            })
             .collect::<Vec<_>>()
     };
     let mut said = counts();
@@ -97,8 +112,10 @@ pub fn repeated_failures_are_said_ever_more_rarely() {
 
 /// What a master may say, and a file, and an argument: long, many lines, control and bidi characters.
 pub fn hostile_text_stays_text() {
-    let hostile =
-        format!("\u{1b}]0;owned\u{7}\r\n2026-01-01T00:00:00Z [ERROR] (x) forged\u{202e}\u{2028}{}", "z".repeat(9_000));
+    let hostile = format!(
+        "\u{1b}]0;owned\u{7}\r\n2026-01-01T00:00:00Z [ERROR] (x) forged\u{202e}\u{2028}{}",
+        "z".repeat(9_000)
+    );
     let stage = Stage::new(World { source: Source::Decnet, ..World::default() });
     let mut subject = stage.start();
     for status in [403, 422, 503] {
@@ -119,9 +136,16 @@ pub fn hostile_text_stays_text() {
     check(&stage, &log);
     // What an operator is told of an argument.
     let mut program = std::process::Command::new(env!("CARGO_BIN_EXE_decnet-heartbeat"));
-    let output = program.env_clear().args(["--log-file", "/nowhere\u{1b}[31m\n/at all", "run"]).output().unwrap();
+    let output = program
+        .env_clear()
+        .args(["--log-file", "/nowhere\u{1b}[31m\n/at all", "run"])
+        .output()
+        .unwrap();
     let said = String::from_utf8(output.stderr).unwrap();
-    assert!(said.contains("/nowhere\\u{1b}[31m\\u{a}/at all") && said.lines().count() == 1, "{said}");
+    assert!(
+        said.contains("/nowhere\\u{1b}[31m\\u{a}/at all") && said.lines().count() == 1,
+        "{said}"
+    );
 }
 
 /// `{:?}` of all that has to do with the bundle.
@@ -132,7 +156,12 @@ pub fn no_key_is_in_any_debug_text() {
     let issued = stage.master.authority().issue(Role::Master).unwrap();
     let options = Options { certificate: Some(issued.clone()), ..Options::default() };
     let said = [
-        format!("{heartbeat:#?} {:#?} {:#?} {:#?}", builder(), heartbeat.deltas(), heartbeat.stats()),
+        format!(
+            "{heartbeat:#?} {:#?} {:#?} {:#?}",
+            builder(),
+            heartbeat.deltas(),
+            heartbeat.stats()
+        ),
         format!("{:#?} {:#?} {:#?}", stage.worker, stage.worker.enrolment(), stage.master),
         format!("{options:#?} {issued:#?} {:#?}", stage.master.authority()),
         format!("{:#?}", builder().start().map(drop)),
@@ -153,8 +182,12 @@ pub fn a_logger_that_panics() {
     stage.master.script([Answer::status(503).into(), Answer::status(422).into()]);
     subject.push("b");
     subject.until("a failure", |stats| !stats["failure"].is_null());
-    let stats = subject.until("the second delta", |stats| stats["delivered"] == 2 && stats["failure"].is_null());
-    assert_eq!((&stats["ended_thread"], &stats["waiting"], &stats["rejected"]), (&json!(null), &json!(0), &json!(0)));
+    let stats = subject
+        .until("the second delta", |stats| stats["delivered"] == 2 && stats["failure"].is_null());
+    assert_eq!(
+        (&stats["ended_thread"], &stats["waiting"], &stats["rejected"]),
+        (&json!(null), &json!(0), &json!(0))
+    );
     let beats = stats["beats"].as_u64().unwrap();
     // Nothing is put off: a line that is lost is no failure of its beat.
     for more in 1..=5 {

@@ -53,7 +53,10 @@ const OTHERS: [(&str, fn()); 23] = [
     ("network/ticks_do_not_pile_up", network::ticks_do_not_pile_up),
     ("source/panics", source::panics),
     ("source/panics_every_second_time", source::panics_every_second_time),
-    ("source/panics_with_a_payload_that_panics_when_it_is_dropped", source::panics_with_a_stubborn_payload),
+    (
+        "source/panics_with_a_payload_that_panics_when_it_is_dropped",
+        source::panics_with_a_stubborn_payload,
+    ),
     ("source/never_returns", source::never_returns),
     ("source/returns_50_mb", source::returns_50_mb),
     ("source/answers_while_a_post_takes_its_time", source::answers_while_a_post_takes_its_time),
@@ -64,8 +67,14 @@ const OTHERS: [(&str, fn()); 23] = [
     ("process/drop_without_stop", process::drop_without_stop),
     ("process/two_heartbeats_in_one_process", process::two_heartbeats_in_one_process),
     ("process/two_heartbeats_in_two_processes", process::two_heartbeats_in_two_processes),
-    ("hardening/no_variable_of_the_environment_is_obeyed", hardening::no_variable_of_the_environment_is_obeyed),
-    ("log/repeated_failures_are_said_ever_more_rarely", log::repeated_failures_are_said_ever_more_rarely),
+    (
+        "hardening/no_variable_of_the_environment_is_obeyed",
+        hardening::no_variable_of_the_environment_is_obeyed,
+    ),
+    (
+        "log/repeated_failures_are_said_ever_more_rarely",
+        log::repeated_failures_are_said_ever_more_rarely,
+    ),
     ("log/a_logger_that_panics_costs_nothing_but_its_lines", log::a_logger_that_panics),
     ("log/hostile_text_stays_text", log::hostile_text_stays_text),
     ("log/no_key_is_in_any_debug_text", log::no_key_is_in_any_debug_text),

@@ -15,21 +15,38 @@ const BIG: usize = 12 << 20;
 
 pub fn rows() -> Vec<Row> {
     let fails = |class, says, after| Right::Fails { class, says, after, again: Again::Soon };
-    let network = |name: &str, network, right| Row::new(format!("network/{name}"), Fault::Network(network), right);
-    let master = |name: &str, answer, right| Row::new(format!("network/{name}"), Fault::Afresh(answer), right);
+    let network = |name: &str, network, right| {
+        Row::new(format!("network/{name}"), Fault::Network(network), right)
+    };
+    let master = |name: &str, answer, right| {
+        Row::new(format!("network/{name}"), Fault::Afresh(answer), right)
+    };
     // The body is built anew for each attempt, and the source makes its string twice.
     let big = World { source: Source::Of(BIG), growth: 8 * BIG as u64 / 1024, ..World::default() };
     // By then the states are too old to be sent again, so the second attempt, on a fresh connection, is a small one.
-    let without_states = || Right::LeavesOut { after: 0.0..10.5, says: ": timeout-send-body: timeout: send body" };
+    let without_states =
+        || Right::LeavesOut { after: 0.0..10.5, says: ": timeout-send-body: timeout: send body" };
     let closed = || fails("closed", "", 0.0..0.5);
     let was_reset = || fails("closed", "Connection reset by peer", 0.0..0.5);
     let reset = |name: &str, answer| {
-        Row::new(format!("network/reset_{name}"), Fault::Both(Network::ResetsAtTheEnd, answer), was_reset())
+        Row::new(
+            format!("network/reset_{name}"),
+            Fault::Both(Network::ResetsAtTheEnd, answer),
+            was_reset(),
+        )
     };
     vec![
         network("refused", Network::Refuses, fails("refused", "Connection refused", 0.0..0.5)),
-        network("blackholed", Network::Swallows, fails("timeout-connect", "timeout: connect", 4.9..5.2)),
-        network("accepted_but_no_handshake", Network::IsMute, fails("timeout-connect", "timeout: connect", 4.9..5.2)),
+        network(
+            "blackholed",
+            Network::Swallows,
+            fails("timeout-connect", "timeout: connect", 4.9..5.2),
+        ),
+        network(
+            "accepted_but_no_handshake",
+            Network::IsMute,
+            fails("timeout-connect", "timeout: connect", 4.9..5.2),
+        ),
         master(
             "established_then_silent",
             Answer::NeverAnswer(Effect::Lost),
@@ -41,7 +58,8 @@ pub fn rows() -> Vec<Row> {
             Fault::Always(Answer::NeverAnswer(Effect::Lost)),
             fails("timeout-global", "timeout: global", 19.9..20.2),
         ),
-        network("proxy_stops_in_the_request", Network::StallsAfter(100_000), without_states()).with(big),
+        network("proxy_stops_in_the_request", Network::StallsAfter(100_000), without_states())
+            .with(big),
         network("reset_in_the_handshake", Network::ResetsAfter(1), was_reset()),
         reset("before_the_body", Answer::CutBeforeRequest),
         reset("in_the_body", Answer::CutInBody),

@@ -56,15 +56,20 @@ pub fn wall_clock_jumps_ten_years() {
         // A new connection does not look at a certificate again if it resumes a session; with another master it cannot.
         let other = Impostor::As(Role::Master).take_over(&stage);
         subject.push("cut");
-        let failure = subject.until("a failure", |stats| !stats["failure"].is_null())["failure"].clone();
-        assert!(failure["class"] == "tls" && failure["detail"].as_str().unwrap().contains(says), "{failure}");
+        let failure =
+            subject.until("a failure", |stats| !stats["failure"].is_null())["failure"].clone();
+        assert!(
+            failure["class"] == "tls" && failure["detail"].as_str().unwrap().contains(says),
+            "{failure}"
+        );
         std::thread::sleep(Duration::from_secs(3));
         let count = subject.stats()["failure"]["count"].as_u64().unwrap();
         assert!((2..=4).contains(&count), "tried after about 1, 2 and 4 seconds: {count}");
         other.check();
         stage.gate.lead_to(stage.master.address());
         std::fs::write(&clock, "+0").unwrap();
-        subject.until("all to be well", |stats| stats["delivered"] == 2 && stats["failure"].is_null());
+        subject
+            .until("all to be well", |stats| stats["delivered"] == 2 && stats["failure"].is_null());
         assert_eq!(subject.stop(Duration::from_secs(2))["in_time"], true);
         // The library leaves these behind.
         for name in ["faketime_shm", "sem.faketime_sem"] {
@@ -84,7 +89,8 @@ pub fn suspended_and_resumed() {
     let resumed = Instant::now();
     subject.signal("CONT");
     std::thread::sleep(interval * 4);
-    let after: Vec<_> = stage.master.received()[before..].iter().map(|request| request.at - resumed).collect();
+    let after: Vec<_> =
+        stage.master.received()[before..].iter().map(|request| request.at - resumed).collect();
     assert!((3..=6).contains(&after.len()), "{after:?}");
     assert!(after[0] < interval + SLACK, "{after:?}");
     let burst = after.iter().filter(|at| **at < interval * 4 / 5).count();

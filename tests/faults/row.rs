@@ -110,7 +110,9 @@ impl Row {
         subject.push("meanwhile");
         let is_soon_well = self.right.check(&mut stage, &mut subject, posing);
         if is_soon_well {
-            subject.until("all to be well", |stats| stats["waiting"] == 0 && stats["failure"].is_null());
+            subject.until("all to be well", |stats| {
+                stats["waiting"] == 0 && stats["failure"].is_null()
+            });
             self.check_health(&stage, &mut subject, before);
         }
         let stopped = subject.stop(GRACE);
@@ -210,10 +212,15 @@ impl Right {
                 assert_eq!(subject.log_lines("beat failed"), [""; 0]);
                 subject.tick();
                 let is_said = || {
-                    stage.master.received().iter().filter(|request| request.status == Some(204)).any(|request| {
-                        let status = &request.json.as_ref().unwrap()["status"];
-                        status["error"].as_str().is_some_and(|error| error.contains(says))
-                    })
+                    stage
+                        .master
+                        .received()
+                        .iter()
+                        .filter(|request| request.status == Some(204))
+                        .any(|request| {
+                            let status = &request.json.as_ref().unwrap()["status"];
+                            status["error"].as_str().is_some_and(|error| error.contains(says))
+                        })
                 };
                 assert!(soon(is_said), "{}", subject.log_tail());
             }
@@ -227,7 +234,11 @@ impl Right {
                 on_time(subject);
                 assert_eq!(subject.log_lines("beat failed"), [""; 0]);
                 assert!(soon(|| subject.log_lines(words).len() == 1), "{}", subject.log());
-                assert!(subject.log_lines(words)[0].contains("[WARN]"), "{:?}", subject.log_lines(words));
+                assert!(
+                    subject.log_lines(words)[0].contains("[WARN]"),
+                    "{:?}",
+                    subject.log_lines(words)
+                );
             }
             Self::Stops => {
                 stops(subject);
@@ -245,7 +256,10 @@ impl Right {
 /// A busy machine may be late.
 fn within(took: Duration, right: &Range<f64>) {
     let took = took.as_secs_f64();
-    assert!((right.start..right.end + SLACK.as_secs_f64()).contains(&took), "after {took} s, not {right:?}");
+    assert!(
+        (right.start..right.end + SLACK.as_secs_f64()).contains(&took),
+        "after {took} s, not {right:?}"
+    );
 }
 
 /// Whether it is so before a late snapshot would have come.
@@ -262,7 +276,8 @@ fn soon(is_so: impl Fn() -> bool) -> bool {
 
 /// Waits for a failure of this class, which the stats and the log tell with these words. When it was.
 fn failure(subject: &mut Subject, class: &str, says: &str) -> Instant {
-    let stats = subject.until(&format!("a failure of class {class}"), |stats| !stats["failure"].is_null());
+    let stats =
+        subject.until(&format!("a failure of class {class}"), |stats| !stats["failure"].is_null());
     let failed = Instant::now();
     let failure = &stats["failure"];
     assert_eq!(failure["class"], class, "{failure}");
@@ -313,7 +328,11 @@ fn on_time(subject: &mut Subject) {
     let since = Instant::now();
     subject.until("the tick's beat", |stats| stats["beats"].as_u64() > beats);
     // A tick's beat has patience with its snapshot, ten seconds at the most.
-    assert!(since.elapsed() < Duration::from_secs(10) + SLACK, "the tick's beat came after {:?}", since.elapsed());
+    assert!(
+        since.elapsed() < Duration::from_secs(10) + SLACK,
+        "the tick's beat came after {:?}",
+        since.elapsed()
+    );
 }
 
 fn said(stage: &Stage, subject: &mut Subject, error: &str) {

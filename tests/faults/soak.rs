@@ -59,10 +59,13 @@ impl Ledger {
     fn note(&mut self, stage: &Stage, fault: Option<&Row>) {
         let accepts_oddly = fault.is_some_and(|row| matches!(row.right, Right::Delivers { .. }));
         for request in stage.master.take_received() {
-            let accepted = request.status.map_or(accepts_oddly, |status| (200..300).contains(&status));
+            let accepted =
+                request.status.map_or(accepts_oddly, |status| (200..300).contains(&status));
             let deltas = request.json.filter(|_| accepted).map(|mut json| json["lifecycle"].take());
             let deltas = deltas.and_then(|deltas| deltas.as_array().cloned()).unwrap_or_default();
-            self.arrived.extend(deltas.iter().map(|delta| delta["decky_name"].as_str().unwrap().to_owned()));
+            self.arrived.extend(
+                deltas.iter().map(|delta| delta["decky_name"].as_str().unwrap().to_owned()),
+            );
         }
     }
 }
@@ -78,7 +81,8 @@ pub fn soak() {
     println!("soak: seed {seed}");
     fastrand::seed(seed);
     let (rows, mut ledger, since) = (faults(), Ledger::default(), Instant::now());
-    let mut stage = Stage::new(World { interval: INTERVAL, source: Source::Decnet, ..World::default() });
+    let mut stage =
+        Stage::new(World { interval: INTERVAL, source: Source::Decnet, ..World::default() });
     let mut subject = stage.start();
     let (mut beats, mut sizes) = (0, Vec::new());
     while !length.is_over(beats, since) {
@@ -96,7 +100,10 @@ pub fn soak() {
     }
     let figures = settle(&stage, &mut subject, &mut ledger, &sizes);
     let simulated = (INTERVAL * beats).as_secs_f64() / 3600.0;
-    println!("soak: {simulated:.2} simulated hours in {:.0} s: {figures}", since.elapsed().as_secs_f64());
+    println!(
+        "soak: {simulated:.2} simulated hours in {:.0} s: {figures}",
+        since.elapsed().as_secs_f64()
+    );
 }
 
 /// So many beats, and a push with every third.
@@ -117,7 +124,10 @@ fn all_well(subject: &mut Subject) -> u32 {
     for beats in 1.. {
         subject.tell("beat");
         let stats = subject.stats();
-        if stats["failure"].is_null() && stats["waiting"] == 0 && stats["snapshot_owed_since"].is_null() {
+        if stats["failure"].is_null()
+            && stats["waiting"] == 0
+            && stats["snapshot_owed_since"].is_null()
+        {
             return beats;
         }
         assert!(since.elapsed() < Duration::from_secs(30), "{stats:#}\n{}", subject.log_tail());
@@ -126,17 +136,25 @@ fn all_well(subject: &mut Subject) -> u32 {
 }
 
 /// Nothing is lost, nothing has grown.
-fn settle(stage: &Stage, subject: &mut Subject, ledger: &mut Ledger, sizes: &[Footprint]) -> String {
+fn settle(
+    stage: &Stage,
+    subject: &mut Subject,
+    ledger: &mut Ledger,
+    sizes: &[Footprint],
+) -> String {
     let rejected: Vec<String> = {
         let outbox = rusqlite::Connection::open(stage.agent_file("heartbeat.db")).unwrap();
-        let mut select = outbox.prepare("SELECT decky FROM delta WHERE rejected IS NOT NULL").unwrap();
+        let mut select =
+            outbox.prepare("SELECT decky FROM delta WHERE rejected IS NOT NULL").unwrap();
         select.query_map([], |row| row.get(0)).unwrap().map(Result::unwrap).collect()
     };
     let stats = subject.stats();
-    let lost: Vec<_> = ledger.pushed.difference(&ledger.arrived).filter(|name| !rejected.contains(name)).collect();
+    let lost: Vec<_> =
+        ledger.pushed.difference(&ledger.arrived).filter(|name| !rejected.contains(name)).collect();
     assert!(lost.is_empty(), "lost: {lost:?}\n{stats:#}");
     // After every kind of fault has had its chance to be met once.
-    let (early, late) = (typical(&sizes[sizes.len() / 4..sizes.len() / 2]), typical(&sizes[sizes.len() * 3 / 4..]));
+    let (early, late) =
+        (typical(&sizes[sizes.len() / 4..sizes.len() / 2]), typical(&sizes[sizes.len() * 3 / 4..]));
     assert!(late.resident <= early.resident + GROWTH, "{early:?}, then {late:?}");
     assert_eq!(late.threads, early.threads);
     assert!(late.descriptors <= early.descriptors, "{early:?}, then {late:?}");
@@ -174,8 +192,12 @@ pub fn take_options(arguments: Vec<String>) -> Vec<String> {
     let (mut rest, mut length, mut seed) = (Vec::new(), Length::USUAL, fastrand::u64(..));
     let mut arguments = arguments.into_iter();
     while let Some(argument) = arguments.next() {
-        let mut value =
-            || arguments.next().and_then(|text| text.parse::<f64>().ok()).expect("a number after the option");
+        let mut value = || {
+            arguments
+                .next()
+                .and_then(|text| text.parse::<f64>().ok())
+                .expect("a number after the option")
+        };
         match argument.as_str() {
             "--hours" => length = Length::Simulated(Duration::from_secs_f64(value() * 3600.0)),
             "--seed" => seed = value() as u64,

@@ -10,7 +10,8 @@ use crate::stage::{PATIENCE, SLACK, Stage, Subject, World};
 use crate::subject::Source;
 
 fn stage(source: Source, interval: u64) -> (Stage, Subject) {
-    let stage = Stage::new(World { source, interval: Duration::from_secs(interval), ..World::default() });
+    let stage =
+        Stage::new(World { source, interval: Duration::from_secs(interval), ..World::default() });
     let subject = stage.start();
     (stage, subject)
 }
@@ -27,7 +28,12 @@ fn beat(subject: &mut Subject, within: Duration) -> Value {
 
 /// What the beats have said of the status, in their order.
 fn statuses(stage: &Stage) -> Vec<Value> {
-    stage.master.received().iter().map(|request| request.json.as_ref().unwrap()["status"].clone()).collect()
+    stage
+        .master
+        .received()
+        .iter()
+        .map(|request| request.json.as_ref().unwrap()["status"].clone())
+        .collect()
 }
 
 pub fn panics() {
@@ -40,7 +46,10 @@ pub fn panics() {
     assert!(stats["panics"].as_u64() >= Some(20), "{stats}");
     let last = statuses(&stage).pop().unwrap();
     assert!(
-        last["error"].as_str().unwrap().starts_with("the status source panicked: no such \\u{1b}[31mdecky\\u{a}xxx")
+        last["error"]
+            .as_str()
+            .unwrap()
+            .starts_with("the status source panicked: no such \\u{1b}[31mdecky\\u{a}xxx")
     );
     let lines = subject.log_lines("the status source panicked");
     assert!((1..=5).contains(&lines.len()), "ever more rarely: {lines:#?}");
@@ -53,9 +62,13 @@ pub fn panics_every_second_time() {
         beat(&mut subject, Duration::ZERO);
     }
     let stats = subject.until("all answers", |stats| stats["snapshot_owed_since"].is_null());
-    assert!(stats["snapshots"].as_u64() >= Some(10) && stats["panics"].as_u64() >= Some(10), "{stats}");
+    assert!(
+        stats["snapshots"].as_u64() >= Some(10) && stats["panics"].as_u64() >= Some(10),
+        "{stats}"
+    );
     assert!(stats["last_snapshot"].is_string(), "{stats}");
-    let (good, bad): (Vec<_>, Vec<_>) = statuses(&stage).into_iter().partition(|status| status["error"].is_null());
+    let (good, bad): (Vec<_>, Vec<_>) =
+        statuses(&stage).into_iter().partition(|status| status["error"].is_null());
     assert!(good.len() >= 10 && bad.len() >= 10, "{good:?} {bad:?}");
     assert!(subject.log_lines("the status source panicked").len() <= 5);
 }
@@ -80,11 +93,17 @@ pub fn never_returns() {
     assert!(since.is_string(), "{since}");
     for _ in 0..5 {
         let stats = beat(&mut subject, Duration::from_secs(1));
-        assert_eq!(stats["snapshot_owed_since"], since, "it owes since then, and is not asked again");
+        assert_eq!(
+            stats["snapshot_owed_since"], since,
+            "it owes since then, and is not asked again"
+        );
     }
     for status in statuses(&stage) {
         let error = status["error"].as_str().unwrap();
-        assert!(error.starts_with("no fresh snapshot: the status source has not answered for "), "{error}");
+        assert!(
+            error.starts_with("no fresh snapshot: the status source has not answered for "),
+            "{error}"
+        );
     }
     assert_eq!(subject.footprint().threads, threads);
     assert_eq!(subject.stop(Duration::from_secs(1))["in_time"], true);
@@ -99,26 +118,35 @@ pub fn returns_after_a_minute() {
     beat(&mut subject, Duration::from_secs(10));
     let fresh = |stage: &Stage| statuses(stage).last().is_some_and(|status| status["asked"] == 1);
     while !fresh(&stage) {
-        assert!(started.elapsed() < Duration::from_secs(65), "what came late goes out in a beat of its own");
+        assert!(
+            started.elapsed() < Duration::from_secs(65),
+            "what came late goes out in a beat of its own"
+        );
         std::thread::sleep(Duration::from_millis(100));
     }
     assert!(started.elapsed() > Duration::from_secs(55));
     // It was asked again, since the delta's news may be newer.
-    let stats = subject.until("the next question", |stats| stats["snapshot_owed_since"].is_string());
+    let stats =
+        subject.until("the next question", |stats| stats["snapshot_owed_since"].is_string());
     assert_eq!((&stats["snapshots"], stats["last_snapshot"].is_string()), (&json!(1), true));
 }
 
 pub fn returns_50_mb() {
     const SIZE: usize = 50 << 20;
     let (stage, mut subject) = stage(Source::Of(SIZE), 30);
-    let said = |stage: &Stage| statuses(stage).pop().unwrap()["error"].as_str().unwrap_or_default().to_owned();
+    let said = |stage: &Stage| {
+        statuses(stage).pop().unwrap()["error"].as_str().unwrap_or_default().to_owned()
+    };
     let since = Instant::now();
     while !said(&stage).contains("larger than") {
         assert!(since.elapsed() < PATIENCE, "{}", subject.log_tail());
         beat(&mut subject, Duration::from_secs(10));
     }
     let before = subject.footprint().peak;
-    assert!(before < 6 * SIZE as u64 / 1024, "the source's own string, its JSON, and growing of both: {before} KiB");
+    assert!(
+        before < 6 * SIZE as u64 / 1024,
+        "the source's own string, its JSON, and growing of both: {before} KiB"
+    );
     for _ in 0..5 {
         beat(&mut subject, Duration::from_secs(10));
     }

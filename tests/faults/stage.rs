@@ -65,7 +65,9 @@ impl Stage {
     pub fn new(world: World) -> Self {
         let dir = tempfile::tempdir().unwrap();
         // Connections end when a row says so.
-        let master = LoopbackMaster::start_with(Options { idle: PATIENCE * 2, ..Options::default() }).unwrap();
+        let master =
+            LoopbackMaster::start_with(Options { idle: PATIENCE * 2, ..Options::default() })
+                .unwrap();
         let gate = Gate::to(master.address());
         let mut worker = master.enrol(&dir.path().join("agent")).unwrap();
         worker.port = gate.port();
@@ -73,8 +75,9 @@ impl Stage {
         let replacing = StateFile::GOOD.put(&dir.path().join("state.json"));
         TopologyFile::Good.put(&worker.agent_dir.join("topology.db"));
         let docker = Engine::start(&dir.path().join("docker.sock"));
-        let bundle = [("ca.crt", 0o644), ("worker.crt", 0o644), ("worker.key", 0o600)]
-            .map(|(name, mode)| (name, fs::read_to_string(worker.agent_dir.join(name)).unwrap(), mode));
+        let bundle = [("ca.crt", 0o644), ("worker.crt", 0o644), ("worker.key", 0o600)].map(
+            |(name, mode)| (name, fs::read_to_string(worker.agent_dir.join(name)).unwrap(), mode),
+        );
         Self { world, replacing, dir, master, gate, worker, docker, bundle, locked: None }
     }
 
@@ -123,9 +126,14 @@ impl Stage {
     /// The deckies of the deltas that have arrived in requests that were answered like this, in order, each once.
     pub fn arrived(&self, answered: impl Fn(Option<u16>) -> bool) -> Vec<String> {
         let received = self.master.received();
-        let bodies = received.iter().filter(|request| answered(request.status)).filter_map(|it| it.json.as_ref());
-        let deltas = bodies.flat_map(|json| json["lifecycle"].as_array().cloned().unwrap_or_default());
-        let mut names: Vec<_> = deltas.map(|delta| delta["decky_name"].as_str().unwrap().to_owned()).collect();
+        let bodies = received
+            .iter()
+            .filter(|request| answered(request.status))
+            .filter_map(|it| it.json.as_ref());
+        let deltas =
+            bodies.flat_map(|json| json["lifecycle"].as_array().cloned().unwrap_or_default());
+        let mut names: Vec<_> =
+            deltas.map(|delta| delta["decky_name"].as_str().unwrap().to_owned()).collect();
         names.sort();
         names.dedup();
         names
@@ -156,7 +164,12 @@ impl Footprint {
             line.trim_start_matches(':').split_whitespace().next().unwrap().parse().unwrap()
         };
         let descriptors = fs::read_dir(format!("/proc/{process}/fd")).unwrap().count();
-        Self { threads: number("Threads"), descriptors, peak: number("VmHWM"), resident: number("VmRSS") }
+        Self {
+            threads: number("Threads"),
+            descriptors,
+            peak: number("VmHWM"),
+            resident: number("VmRSS"),
+        }
     }
 }
 
@@ -173,18 +186,25 @@ impl Subject {
         let mut command = command();
         command.arg("--subject").arg(serde_json::to_string(setup).unwrap());
         let log_file = File::options().create(true).append(true).open(log).unwrap();
-        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(log_file).envs(variables.iter().copied());
+        command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(log_file)
+            .envs(variables.iter().copied());
         let mut child = command.spawn().unwrap();
         let (answer, answers) = unbounded();
         let stdout = BufReader::new(child.stdout.take().unwrap());
-        thread::spawn(move || stdout.lines().map_while(Result::ok).try_for_each(|line| answer.send(line)));
+        thread::spawn(move || {
+            stdout.lines().map_while(Result::ok).try_for_each(|line| answer.send(line))
+        });
         Self { stdin: child.stdin.take(), child, answers, log: log.to_owned() }
     }
 
     /// What it says next.
     pub fn answer(&mut self) -> Value {
         let line = self.answers.recv_timeout(PATIENCE);
-        let line = line.unwrap_or_else(|error| panic!("the subject says nothing: {error}\n{}", self.log()));
+        let line = line
+            .unwrap_or_else(|error| panic!("the subject says nothing: {error}\n{}", self.log()));
         serde_json::from_str(&line).unwrap()
     }
 
@@ -224,7 +244,8 @@ impl Subject {
     }
 
     pub fn signal(&self, name: &str) {
-        let kill = Command::new("kill").args(["-s", name, &self.child.id().to_string()]).status().unwrap();
+        let kill =
+            Command::new("kill").args(["-s", name, &self.child.id().to_string()]).status().unwrap();
         assert!(kill.success());
     }
 
@@ -239,9 +260,13 @@ impl Subject {
     /// How often its threads have gone to sleep by themselves, and so woken up.
     pub fn sleeps(&self) -> u64 {
         let tasks = fs::read_dir(format!("/proc/{}/task", self.child.id())).unwrap();
-        let statuses = tasks.map(|task| fs::read_to_string(task.unwrap().path().join("status")).unwrap());
+        let statuses =
+            tasks.map(|task| fs::read_to_string(task.unwrap().path().join("status")).unwrap());
         let switches = statuses.map(|status| {
-            let line = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:")).unwrap();
+            let line = status
+                .lines()
+                .find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"))
+                .unwrap();
             line.trim().parse::<u64>().unwrap()
         });
         switches.sum()

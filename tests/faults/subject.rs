@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
 use decnet_heartbeat::{
-    DecnetStatus, EnrolmentSources, Error, Heartbeat, LifecycleDelta, Operation, Snapshot, StatusSource, Stopped,
+    DecnetStatus, EnrolmentSources, Error, Heartbeat, LifecycleDelta, Operation, Snapshot,
+    StatusSource, Stopped,
 };
 use log::LevelFilter;
 use serde_json::json;
@@ -113,11 +114,18 @@ fn leave_no_room() {
     let pages: u64 = pages.split_whitespace().next().unwrap().parse().unwrap();
     let bytes = pages * 4096 + 512 * 1024;
     let (pid, limit) = (std::process::id().to_string(), format!("--as={bytes}:"));
-    assert!(std::process::Command::new("prlimit").args(["--pid", &pid, &limit]).status().unwrap().success());
+    assert!(
+        std::process::Command::new("prlimit")
+            .args(["--pid", &pid, &limit])
+            .status()
+            .unwrap()
+            .success()
+    );
 }
 
 fn start(setup: &Setup, ticks: Receiver<Instant>) -> Result<Heartbeat, Error> {
-    let enrolment = EnrolmentSources::from_variables([("DECNET_CONFIG", setup.ini.as_str())]).read()?;
+    let enrolment =
+        EnrolmentSources::from_variables([("DECNET_CONFIG", setup.ini.as_str())]).read()?;
     let decnet = DecnetStatus::new(enrolment.agent_dir().value())
         .state_file(&setup.state_file)
         .docker_socket(&setup.docker_socket);
@@ -170,18 +178,27 @@ fn obey(setup: &Setup, heartbeat: Heartbeat, tick: &Sender<Instant>) {
                 let _ = tick.send(Instant::now());
                 json!(beats.recv_timeout(setup.interval).is_ok())
             }
-            "push" => match deltas.as_ref().unwrap().push(LifecycleDelta::succeeded(argument, Operation::Deploy)) {
+            "push" => match deltas
+                .as_ref()
+                .unwrap()
+                .push(LifecycleDelta::succeeded(argument, Operation::Deploy))
+            {
                 Ok(()) => json!("pushed"),
                 Err(error) => json!({"error": format!("{error:?}")}),
             },
             "stats" => serde_json::to_value(heartbeat.as_ref().unwrap().stats()).unwrap(),
             "second" => {
-                json!(start(setup, unbounded().1).map_or_else(|error| format!("{error:?}"), |_| "started".into()))
+                json!(
+                    start(setup, unbounded().1)
+                        .map_or_else(|error| format!("{error:?}"), |_| "started".into())
+                )
             }
             "forget" => json!(deltas.take().is_some()),
             "stop" => {
-                let (since, grace) = (Instant::now(), Duration::from_millis(argument.parse().unwrap()));
-                let Stopped { undelivered, kept, in_time, .. } = heartbeat.take().unwrap().stop(grace);
+                let (since, grace) =
+                    (Instant::now(), Duration::from_millis(argument.parse().unwrap()));
+                let Stopped { undelivered, kept, in_time, .. } =
+                    heartbeat.take().unwrap().stop(grace);
                 let seconds = since.elapsed().as_secs_f64();
                 json!({"undelivered": undelivered, "kept": kept, "in_time": in_time, "seconds": seconds})
             }

@@ -4,7 +4,9 @@ use std::io::Write;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use decnet_heartbeat::loopback::{Answer, Authority, Fault as Wire, LoopbackMaster, Offered, Options, Role};
+use decnet_heartbeat::loopback::{
+    Answer, Authority, Fault as Wire, LoopbackMaster, Offered, Options, Role,
+};
 
 use crate::row::{Again, Fault, Right, Row};
 use crate::stage::{PATIENCE, Stage};
@@ -35,7 +37,11 @@ pub enum Posing {
 impl Impostor {
     pub fn take_over(&self, stage: &Stage) -> Posing {
         let ours = stage.master.authority();
-        let with = |certificate| Options { authority: Some(ours.clone()), certificate, ..Options::default() };
+        let with = |certificate| Options {
+            authority: Some(ours.clone()),
+            certificate,
+            ..Options::default()
+        };
         let other = || Authority::new().unwrap();
         let options = match self {
             Self::As(role) => with(Some(ours.issue(role.clone()).unwrap())),
@@ -65,8 +71,21 @@ fn open_ssl(stage: &Stage) -> Posing {
     std::fs::write(&pem, format!("{}{}", issued.certificate, issued.key)).unwrap();
     let port = fastrand::u16(20_000..32_000);
     let mut command = Command::new("openssl");
-    command.args(["s_server", "-accept", &format!("127.0.0.1:{port}"), "-tls1_1", "-cipher", "ALL:@SECLEVEL=0"]);
-    command.arg("-cert").arg(&pem).arg("-key").arg(&pem).stdin(Stdio::piped()).stdout(Stdio::piped());
+    command.args([
+        "s_server",
+        "-accept",
+        &format!("127.0.0.1:{port}"),
+        "-tls1_1",
+        "-cipher",
+        "ALL:@SECLEVEL=0",
+    ]);
+    command
+        .arg("-cert")
+        .arg(&pem)
+        .arg("-key")
+        .arg(&pem)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped());
     let child = command.stderr(Stdio::null()).spawn().unwrap();
     let end = Instant::now() + PATIENCE;
     while std::net::TcpStream::connect(("127.0.0.1", port)).is_err() {
@@ -82,7 +101,8 @@ impl Posing {
     /// From here on the master answers like this, and names another one as the place to go to.
     pub fn elsewhere(stage: &Stage, answer: Answer) -> Self {
         let authority = Some(stage.master.authority().clone());
-        let other = LoopbackMaster::start_with(Options { authority, ..Options::default() }).unwrap();
+        let other =
+            LoopbackMaster::start_with(Options { authority, ..Options::default() }).unwrap();
         let answer = answer.header("Location", format!("{}/swarm/heartbeat", other.url()));
         stage.master.always(Some(answer.into()));
         Self::Elsewhere(other)
@@ -99,7 +119,8 @@ impl Posing {
             Self::OpenSsl(mut child) => {
                 let _ = child.stdin.take().unwrap().write_all(b"Q\n");
                 let _ = child.kill();
-                let said = String::from_utf8_lossy(&child.wait_with_output().unwrap().stdout).into_owned();
+                let said =
+                    String::from_utf8_lossy(&child.wait_with_output().unwrap().stdout).into_owned();
                 assert!(!said.contains("POST") && !said.contains("host_uuid"), "{said}");
             }
         }
@@ -112,19 +133,48 @@ pub fn rows() -> Vec<Row> {
         Row::new(format!("tls/{name}"), Fault::Master(impostor), right)
     };
     let refused = "the master refused our certificate";
-    let web_enrolled = Role::WebEnrolled { name: "sibling".to_owned(), master_host: "127.0.0.1".to_owned() };
+    let web_enrolled =
+        Role::WebEnrolled { name: "sibling".to_owned(), master_host: "127.0.0.1".to_owned() };
     vec![
-        row("expired", Impostor::As(Role::Expired), "has expired by this host's clock, which says 20"),
-        row("not_yet_valid", Impostor::As(Role::NotYetValid), "is not yet valid by this host's clock, which says 20"),
+        row(
+            "expired",
+            Impostor::As(Role::Expired),
+            "has expired by this host's clock, which says 20",
+        ),
+        row(
+            "not_yet_valid",
+            Impostor::As(Role::NotYetValid),
+            "is not yet valid by this host's clock, which says 20",
+        ),
         row("of_another_ca", Impostor::OfAnotherCa, "is not of our ca.crt"),
         row("without_server_auth", Impostor::As(Role::WithoutServerAuth), "is not for servers"),
         row("a_ca_as_leaf", Impostor::As(Role::CaAsLeaf), "is a CA's own"),
-        row("of_the_wrong_name", Impostor::As(Role::Named("elsewhere".to_owned())), "is not the master's own"),
-        row("of_a_sibling", Impostor::As(Role::Worker("sibling".to_owned())), "is not the master's own"),
-        row("of_a_sibling_enrolled_with_the_masters_host", Impostor::As(web_enrolled), "is not the master's own"),
+        row(
+            "of_the_wrong_name",
+            Impostor::As(Role::Named("elsewhere".to_owned())),
+            "is not the master's own",
+        ),
+        row(
+            "of_a_sibling",
+            Impostor::As(Role::Worker("sibling".to_owned())),
+            "is not the master's own",
+        ),
+        row(
+            "of_a_sibling_enrolled_with_the_masters_host",
+            Impostor::As(web_enrolled),
+            "is not the master's own",
+        ),
         row("wants_another_client_ca", Impostor::WantingAnotherCa(Offered::Tls12And13), refused),
-        row("wants_another_client_ca_by_tls_1.2", Impostor::WantingAnotherCa(Offered::Tls12Only), refused),
-        row("speaks_plain_http", Impostor::Saying("HTTP/1.1 400 Bad Request\r\n\r\n"), "is plain HTTP, not TLS"),
+        row(
+            "wants_another_client_ca_by_tls_1.2",
+            Impostor::WantingAnotherCa(Offered::Tls12Only),
+            refused,
+        ),
+        row(
+            "speaks_plain_http",
+            Impostor::Saying("HTTP/1.1 400 Bad Request\r\n\r\n"),
+            "is plain HTTP, not TLS",
+        ),
         row("speaks_ssh", Impostor::Saying("SSH-2.0-OpenSSH_9.2\r\n"), "is neither TLS nor HTTP"),
         row("speaks_tls_1.1_only", Impostor::OfTls11, "speaks no TLS that we do"),
     ]

@@ -23,8 +23,8 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::never;
 use decnet_heartbeat::loopback::{Enrolled, Fault, LoopbackMaster, RowStatus};
 use decnet_heartbeat::{
-    DeltaSender, Error, Heartbeat, HeartbeatBuilder, LifecycleDelta, Operation, Outcome, Snapshot, Stopped,
-    TrackedOperation,
+    DeltaSender, Error, Heartbeat, HeartbeatBuilder, LifecycleDelta, Operation, Outcome, Snapshot,
+    Stopped, TrackedOperation,
 };
 use fork::{Fork, fork};
 use libtest_mimic::{Arguments, Trial};
@@ -40,9 +40,15 @@ const STEPS: u32 = 2_000;
 
 const TESTS: [(&str, fn()); 6] = [
     ("every_call_of_a_child_is_an_error_at_once", every_call_of_a_child_is_an_error_at_once),
-    ("a_childs_drops_and_stops_leave_the_parent_alone", a_childs_drops_and_stops_leave_the_parent_alone),
+    (
+        "a_childs_drops_and_stops_leave_the_parent_alone",
+        a_childs_drops_and_stops_leave_the_parent_alone,
+    ),
     ("what_ends_in_a_child_has_not_ended", what_ends_in_a_child_has_not_ended),
-    ("a_child_never_waits_for_a_mutex_of_the_parents_threads", a_child_never_waits_for_a_mutex_of_the_parents_threads),
+    (
+        "a_child_never_waits_for_a_mutex_of_the_parents_threads",
+        a_child_never_waits_for_a_mutex_of_the_parents_threads,
+    ),
     ("a_child_starts_its_own_only_if_no_outbox_was_open_at_the_fork", a_child_starts_its_own),
     ("a_child_that_outlives_its_parent_keeps_the_delivery_lock", a_child_that_outlives_its_parent),
 ];
@@ -99,9 +105,9 @@ impl Stage {
     }
 
     fn waits_for(&self, decky: &str, status: RowStatus) {
-        let is_so = self
-            .master
-            .wait_until(PATIENCE, |seen| seen.rows().iter().any(|row| row.decky == decky && row.status == status));
+        let is_so = self.master.wait_until(PATIENCE, |seen| {
+            seen.rows().iter().any(|row| row.decky == decky && row.status == status)
+        });
         assert!(is_so, "{:?}", self.master.rows());
     }
 }
@@ -114,7 +120,8 @@ fn in_a_child(act: impl FnOnce()) {
             let pid = Pid::from_raw(pid).unwrap();
             let descriptor = pidfd_open(pid, PidfdFlags::empty()).unwrap();
             let timeout = Timespec::try_from(PATIENCE).unwrap();
-            let has_ended = poll(&mut [PollFd::new(&descriptor, PollFlags::IN)], Some(&timeout)).unwrap() == 1;
+            let has_ended =
+                poll(&mut [PollFd::new(&descriptor, PollFlags::IN)], Some(&timeout)).unwrap() == 1;
             if !has_ended {
                 kill_process(pid, Signal::KILL).unwrap();
             }
@@ -137,11 +144,19 @@ fn delta(decky: &str) -> LifecycleDelta {
 fn is_refused<T>(parent: u32, result: Result<T, Error>) {
     let said = result.err().expect("an error").to_string();
     assert!(said.starts_with(&format!("this process was forked from process {parent} ")), "{said}");
-    assert!(said.ends_with("start the heartbeat after the fork, in the process that uses it"), "{said}");
+    assert!(
+        said.ends_with("start the heartbeat after the fork, in the process that uses it"),
+        "{said}"
+    );
 }
 
 /// Each call that there is, on copies that the child has.
-fn call_everything(parent: u32, heartbeat: Heartbeat, deltas: &DeltaSender, mut operation: TrackedOperation) {
+fn call_everything(
+    parent: u32,
+    heartbeat: Heartbeat,
+    deltas: &DeltaSender,
+    mut operation: TrackedOperation,
+) {
     let none = || Vec::<LifecycleDelta>::new();
     for deltas in [deltas.clone(), heartbeat.deltas()] {
         is_refused(parent, deltas.push(delta("d")));
@@ -156,7 +171,10 @@ fn call_everything(parent: u32, heartbeat: Heartbeat, deltas: &DeltaSender, mut 
     assert_eq!(operation.open().collect::<Vec<_>>(), ["tracked"]);
     drop(operation);
     let stats = heartbeat.stats();
-    assert_eq!((stats.ended_thread, stats.dormant, stats.waiting), (Some("decnet-heartbeat"), false, 0));
+    assert_eq!(
+        (stats.ended_thread, stats.dormant, stats.waiting),
+        (Some("decnet-heartbeat"), false, 0)
+    );
     assert!(heartbeat.is_stalled());
     assert!(!heartbeat.flush(PATIENCE * 2));
     assert!(heartbeat.beats().try_recv().is_err());
@@ -280,7 +298,8 @@ fn a_child_starts_its_own() {
 /// It closes the file within a moment, and no event says so.
 fn no_outbox_thread_runs() {
     let runs = || {
-        let mut tasks = fs::read_dir("/proc/self/task").unwrap().map(|task| task.unwrap().path().join("comm"));
+        let mut tasks =
+            fs::read_dir("/proc/self/task").unwrap().map(|task| task.unwrap().path().join("comm"));
         // A thread may end before its name is read.
         tasks.any(|name| fs::read_to_string(name).is_ok_and(|name| name == "decnet-outbox\n"))
     };

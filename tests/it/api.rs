@@ -5,7 +5,9 @@ use std::panic::{RefUnwindSafe, UnwindSafe, catch_unwind};
 use std::thread::JoinHandle;
 
 use decnet_heartbeat::loopback::RowStatus::{Failed, Succeeded};
-use decnet_heartbeat::{DeltaSender, Error, Heartbeat, LifecycleDelta, Operation, TrackedOperation};
+use decnet_heartbeat::{
+    DeltaSender, Error, Heartbeat, LifecycleDelta, Operation, TrackedOperation,
+};
 
 use crate::support::{PATIENCE, Stage};
 
@@ -34,8 +36,10 @@ fn handles_are_used_from_any_thread_and_across_a_caught_panic() {
 fn one_name_and_names_of_any_kind_begin_an_operation() {
     let stage = Stage::new();
     let (heartbeat, _tick) = stage.beating();
-    let (deltas, owned, names) = (heartbeat.deltas(), "a".to_owned(), vec!["a".to_owned(), "b".to_owned()]);
-    let open = |operation: &TrackedOperation| operation.open().map(str::to_owned).collect::<Vec<_>>();
+    let (deltas, owned, names) =
+        (heartbeat.deltas(), "a".to_owned(), vec!["a".to_owned(), "b".to_owned()]);
+    let open =
+        |operation: &TrackedOperation| operation.open().map(str::to_owned).collect::<Vec<_>>();
     let one = [
         deltas.begin(Operation::Deploy, "a").unwrap(),
         deltas.begin(Operation::Deploy, &owned).unwrap(),
@@ -73,13 +77,15 @@ fn work_says_how_it_ended_with_nothing_or_a_result() {
     run(heartbeat.run(Operation::Deploy, "result", || Ok::<(), io::Error>(())));
     run(heartbeat.run(Operation::Deploy, "error", || Err(io::Error::other("no space left"))));
     run(heartbeat.run(Operation::Deploy, "text", || Err("in words")));
-    let boxed = || -> Result<(), Box<dyn std::error::Error + Send + Sync>> { Err("in a box".into()) };
+    let boxed =
+        || -> Result<(), Box<dyn std::error::Error + Send + Sync>> { Err("in a box".into()) };
     run(heartbeat.run(Operation::Deploy, "boxed", boxed));
     let panics = || -> () { panic!("on purpose") };
     run(heartbeat.run(Operation::Deploy, "panic", panics));
     assert!(heartbeat.flush(PATIENCE));
     let rows = stage.master.rows();
-    let ends: Vec<_> = rows.iter().map(|row| (row.decky.as_str(), row.status, row.error.as_deref())).collect();
+    let ends: Vec<_> =
+        rows.iter().map(|row| (row.decky.as_str(), row.status, row.error.as_deref())).collect();
     let expected = [
         ("unit", Succeeded, None),
         ("result", Succeeded, None),

@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::bounded;
 use decnet_heartbeat::loopback::{Fault, Options, Received};
 use decnet_heartbeat::{
-    AppliedTopology, Heartbeat, LifecycleDelta, Observed, Operation, Snapshot, StatusSource, Topology,
+    AppliedTopology, Heartbeat, LifecycleDelta, Observed, Operation, Snapshot, StatusSource,
+    Topology,
 };
 use serde_json::json;
 
@@ -66,13 +67,19 @@ fn a_source_that_hangs_stops_no_beat_and_the_beat_says_so() {
     assert!(stage.master.wait_for_beats(2, PATIENCE));
     for request in stage.master.received() {
         let error = json_of(&request)["status"]["error"].as_str().unwrap().to_owned();
-        assert!(error.starts_with("no fresh snapshot: the status source has not answered for "), "{error}");
+        assert!(
+            error.starts_with("no fresh snapshot: the status source has not answered for "),
+            "{error}"
+        );
     }
     assert!(heartbeat.stats().snapshot_owed_since.is_some());
     // What comes late goes out in a beat of its own.
     drop(release);
     assert!(stage.master.wait_for_beats(3, PATIENCE));
-    assert_eq!(json_of(&stage.master.received()[2])["status"], json!({"deployed": false, "deckies": []}));
+    assert_eq!(
+        json_of(&stage.master.received()[2])["status"],
+        json!({"deployed": false, "deckies": []})
+    );
     settled(&heartbeat, |stats| stats.snapshot_owed_since.is_none());
 }
 
@@ -102,7 +109,11 @@ fn a_source_that_panics_stops_no_beat_and_is_asked_again() {
     // Where printing the panic takes longer than the first beat waits, it is said in the second.
     let said = |status: serde_json::Value| {
         let is_it = |request: &Received| json_of(request)["status"] == status;
-        assert!(stage.master.wait_until(PATIENCE, |seen| seen.received().iter().any(is_it)), "{:?}", heartbeat.stats());
+        assert!(
+            stage.master.wait_until(PATIENCE, |seen| seen.received().iter().any(is_it)),
+            "{:?}",
+            heartbeat.stats()
+        );
     };
     said(json!({"error": "the status source panicked: no such \\u{1b}[31mdecky"}));
     tick.send(now()).unwrap();
@@ -141,11 +152,15 @@ fn a_topology_that_is_known_is_never_left_out() {
     let stage = Stage::new();
     let (release, released) = bounded(0);
     let (builder, tick) = stage.builder();
-    let _heartbeat = builder.status_source(Slow(released)).interval(Duration::from_secs(1)).start().unwrap();
+    let _heartbeat =
+        builder.status_source(Slow(released)).interval(Duration::from_secs(1)).start().unwrap();
     let topology_of = |index: usize| json_of(&stage.requests(index + 1)[index])["topology"].clone();
     let first = topology_of(0);
     assert_eq!((&first["topology_id"], &first["applied_version_hash"]), (&json!("t"), &json!("h")));
-    assert!(first["observed"]["error"].as_str().unwrap().starts_with("no fresh snapshot"), "{first}");
+    assert!(
+        first["observed"]["error"].as_str().unwrap().starts_with("no fresh snapshot"),
+        "{first}"
+    );
     release.send(()).unwrap();
     let known = json!({"topology_id": "t", "applied_version_hash": "h", "applied_at": 7, "last_error": null,
         "observed": {"bridges": ["b"], "containers": []}});
@@ -189,7 +204,8 @@ fn seen(bridge: &str) -> Observed {
 }
 
 fn late(topology_after: u64, snapshot_after: u64) -> Late {
-    let [topology_after, snapshot_after] = [topology_after, snapshot_after].map(Duration::from_millis);
+    let [topology_after, snapshot_after] =
+        [topology_after, snapshot_after].map(Duration::from_millis);
     Late { topology_after, snapshot_after, asked: Arc::default() }
 }
 
@@ -202,7 +218,11 @@ fn the_first_beat_waits_a_second_for_its_topology_also_when_a_delta_comes() {
     heartbeat.deltas().push(LifecycleDelta::succeeded("d", Operation::Deploy)).unwrap();
     let request = stage.requests(1)[0].clone();
     assert_eq!(json_of(&request)["topology"]["applied_version_hash"], "h");
-    assert!((Duration::from_millis(700)..Duration::from_secs(3)).contains(&since.elapsed()), "{:?}", since.elapsed());
+    assert!(
+        (Duration::from_millis(700)..Duration::from_secs(3)).contains(&since.elapsed()),
+        "{:?}",
+        since.elapsed()
+    );
 }
 
 #[test]
@@ -213,7 +233,11 @@ fn a_topology_that_takes_longer_than_a_second_does_not_hold_up_the_first_beat() 
     let _heartbeat = builder.status_source(late(60_000, 0)).start().unwrap();
     let request = stage.requests(1)[0].clone();
     assert_eq!(json_of(&request)["topology"], serde_json::Value::Null);
-    assert!((Duration::from_secs(1)..Duration::from_secs(3)).contains(&since.elapsed()), "{:?}", since.elapsed());
+    assert!(
+        (Duration::from_secs(1)..Duration::from_secs(3)).contains(&since.elapsed()),
+        "{:?}",
+        since.elapsed()
+    );
 }
 
 #[test]
@@ -238,11 +262,16 @@ fn what_an_earlier_snapshot_has_observed_is_not_sent_as_if_it_were_of_this_one()
         tick.send(now()).unwrap();
         settled(&heartbeat, |stats| stats.beats == beats);
     }
-    let topologies: Vec<_> = stage.requests(4).iter().map(|request| json_of(request)["topology"].clone()).collect();
+    let topologies: Vec<_> =
+        stage.requests(4).iter().map(|request| json_of(request)["topology"].clone()).collect();
     assert_eq!(topologies[0]["observed"]["bridges"], json!(["first"]));
-    let expected = ["the status source panicked: no snapshot", "no snapshot", "this snapshot has no topology"];
+    let expected =
+        ["the status source panicked: no snapshot", "no snapshot", "this snapshot has no topology"];
     for (topology, error) in topologies[1..].iter().zip(expected) {
-        assert_eq!((&topology["applied_version_hash"], &topology["observed"]), (&json!("h"), &json!({"error": error})));
+        assert_eq!(
+            (&topology["applied_version_hash"], &topology["observed"]),
+            (&json!("h"), &json!({"error": error}))
+        );
     }
 }
 
@@ -254,7 +283,8 @@ fn states_that_grew_old_while_a_beat_was_sent_are_not_sent_again() {
     stage.master.script([Fault::CutAfterSilence(Duration::from_millis(5_200))]);
     tick.send(now()).unwrap();
     settled(&heartbeat, |stats| stats.beats >= 2);
-    let statuses: Vec<_> = stage.requests(3).iter().map(|request| json_of(request)["status"].clone()).collect();
+    let statuses: Vec<_> =
+        stage.requests(3).iter().map(|request| json_of(request)["status"].clone()).collect();
     assert_eq!(statuses[1], json!({"deployed": false, "deckies": []}));
     assert_eq!(statuses[2], json!({"error": "no fresh snapshot: it grew old while it was sent"}));
 }
@@ -263,11 +293,13 @@ fn states_that_grew_old_while_a_beat_was_sent_are_not_sent_again() {
 fn a_connection_that_the_master_closed_is_resumed_and_shows_the_certificate() {
     let stage = Stage::with(Options { idle: Duration::from_millis(50), ..Options::default() });
     let (heartbeat, tick) = stage.beating();
-    let closed = |seen: &decnet_heartbeat::loopback::Seen| seen.connections().iter().all(|it| !it.open);
+    let closed =
+        |seen: &decnet_heartbeat::loopback::Seen| seen.connections().iter().all(|it| !it.open);
     assert!(stage.master.wait_until(PATIENCE, closed));
     tick.send(now()).unwrap();
     assert!(stage.master.wait_for_beats(2, PATIENCE));
-    let handshakes: Vec<_> = stage.master.connections().into_iter().map(|it| it.handshake.unwrap()).collect();
+    let handshakes: Vec<_> =
+        stage.master.connections().into_iter().map(|it| it.handshake.unwrap()).collect();
     assert_eq!(handshakes.iter().map(|it| it.resumed).collect::<Vec<_>>(), [false, true]);
     assert!(handshakes.iter().all(|it| it.fingerprint == stage.worker.fingerprint));
     assert!(settled(&heartbeat, |stats| stats.beats == 2).resumed);
@@ -296,7 +328,8 @@ fn states_that_a_master_cannot_take_in_time_are_sent_apart_though_the_second_att
     settled(&heartbeat, |stats| stats.delivered == 1);
     let received = stage.requests(5);
     // There is no time for the states in the second beat, so the third is theirs. Then there is one body for all again.
-    let statuses: Vec<_> = received.iter().map(|request| json_of(request)["status"].clone()).collect();
+    let statuses: Vec<_> =
+        received.iter().map(|request| json_of(request)["status"].clone()).collect();
     let known = json!({"deployed": false, "deckies": []});
     assert_eq!(statuses[2], json!({"error": "no fresh snapshot: it grew old while it was sent"}));
     assert_eq!(statuses[3..], [known.clone(), known]);

@@ -23,7 +23,9 @@ fn problem(file: &str, content: &[u8]) -> String {
     let path = stage.agent_dir().join(file);
     assert_eq!(error.path(), Some(path.as_path()));
     let said = format!("{error:?}");
-    said.strip_prefix(&format!("bundle: {}: ", path.display())).unwrap_or_else(|| panic!("{said}")).to_owned()
+    said.strip_prefix(&format!("bundle: {}: ", path.display()))
+        .unwrap_or_else(|| panic!("{said}"))
+        .to_owned()
 }
 
 const ENROL: &str = "enrol this host again from its master, which writes all three files";
@@ -47,7 +49,10 @@ fn wrong_material_is_named_with_its_file() {
         ("worker.key", half, "ends in the middle of a PEM section; was it written half?"),
     ] {
         let said = self::problem(file, content);
-        assert!(said.starts_with(&format!("{problem}; ")) && said.contains("enrol this host again"), "{file}: {said}");
+        assert!(
+            said.starts_with(&format!("{problem}; ")) && said.contains("enrol this host again"),
+            "{file}: {said}"
+        );
     }
 }
 
@@ -68,8 +73,12 @@ fn a_section_that_would_be_lost_is_refused_in_each_file() {
     for file in ["ca.crt", "worker.crt", "worker.key"] {
         let text = fs::read_to_string(stage.agent_dir().join(file)).unwrap();
         let said = problem(file, format!("{}{text}", text.trim_end()).as_bytes());
-        assert_eq!(said, "has two PEM sections on one line; put a line break between the END and the BEGIN");
-        let said = problem(file, format!("{text}{}", text.replace("-----BEGIN", "----BEGIN")).as_bytes());
+        assert_eq!(
+            said,
+            "has two PEM sections on one line; put a line break between the END and the BEGIN"
+        );
+        let said =
+            problem(file, format!("{text}{}", text.replace("-----BEGIN", "----BEGIN")).as_bytes());
         assert!(said.starts_with("has a damaged BEGIN or END line; "), "{said}");
         let wide: Vec<u8> = text.encode_utf16().flat_map(u16::to_le_bytes).collect();
         assert_eq!(problem(file, &wide), "is UTF-16 text; save it as ASCII or UTF-8");
@@ -85,13 +94,18 @@ fn the_other_labels_of_a_certificate_are_understood() {
         let text = fs::read_to_string(&path).unwrap();
         fs::write(openssl.path(file), &text).unwrap();
         // OpenSSL's form has what the certificate is trusted for behind it.
-        openssl.run(&format!("x509 -in {file} -trustout -addtrust serverAuth -setalias master -out trusted.crt"));
+        openssl.run(&format!(
+            "x509 -in {file} -trustout -addtrust serverAuth -setalias master -out trusted.crt"
+        ));
         let trusted = openssl.read("trusted.crt");
         assert!(trusted.starts_with("-----BEGIN TRUSTED CERTIFICATE-----"));
         for written in [trusted, text.replace("CERTIFICATE", "X509 CERTIFICATE")] {
             fs::write(&path, written).unwrap();
             let (heartbeat, _tick) = stage.beating();
-            assert_eq!(heartbeat.stats().fingerprint.as_deref(), Some(stage.worker.fingerprint.as_str()));
+            assert_eq!(
+                heartbeat.stats().fingerprint.as_deref(),
+                Some(stage.worker.fingerprint.as_str())
+            );
         }
     }
 }
@@ -107,7 +121,10 @@ fn an_encrypted_key_has_encrypted() {
     ] {
         openssl.run(command);
         let said = problem("worker.key", openssl.read("encrypted.key").as_bytes());
-        assert!(said.starts_with("holds an encrypted private key, ") && said.contains("decrypt it"), "{said}");
+        assert!(
+            said.starts_with("holds an encrypted private key, ") && said.contains("decrypt it"),
+            "{said}"
+        );
     }
 }
 
@@ -123,20 +140,29 @@ fn a_key_of_a_kind_that_is_not_supported_is_named() {
         ("ec -pkeyopt ec_paramgen_curve:secp256k1", "an ECDSA key on secp256k1"),
         ("ed448", "an Ed448 key"),
     ] {
-        openssl.run(&format!("req -x509 -newkey {key} -nodes -keyout weak.key -out weak.crt -days 9 -subj /CN=w"));
+        openssl.run(&format!(
+            "req -x509 -newkey {key} -nodes -keyout weak.key -out weak.crt -days 9 -subj /CN=w"
+        ));
         let said = problem("worker.key", openssl.read("weak.key").as_bytes());
-        assert!(said.starts_with(&format!("cannot be used: it is {kind}; supported are ")), "{said}");
-        assert!(said.contains(" (exponent 65537 and up), "), "{said}");
         assert!(
-            said.ends_with("; let the master issue a certificate whose key is supported, and enrol this host again")
+            said.starts_with(&format!("cannot be used: it is {kind}; supported are ")),
+            "{said}"
         );
+        assert!(said.contains(" (exponent 65537 and up), "), "{said}");
+        assert!(said.ends_with(
+            "; let the master issue a certificate whose key is supported, and enrol this host again"
+        ));
         // A signature of these two kinds can be verified, but not made.
         if !kind.ends_with("exponent 3") && !kind.contains("2560") {
-            for (file, beginning) in
-                [("worker.crt", "cannot be used: "), ("ca.crt", "holds no usable CA certificate: w: ")]
-            {
+            for (file, beginning) in [
+                ("worker.crt", "cannot be used: "),
+                ("ca.crt", "holds no usable CA certificate: w: "),
+            ] {
                 let said = problem(file, openssl.read("weak.crt").as_bytes());
-                assert!(said.starts_with(&format!("{beginning}its key is {kind}; supported are ")), "{said}");
+                assert!(
+                    said.starts_with(&format!("{beginning}its key is {kind}; supported are ")),
+                    "{said}"
+                );
             }
         }
     }
@@ -154,7 +180,10 @@ fn a_ca_crt_without_a_ca_is_refused() {
     let worker = fs::read_to_string(stage.agent_dir().join("worker.crt")).unwrap();
     let said = problem("ca.crt", worker.as_bytes());
     assert!(said.starts_with("holds no usable CA certificate: "), "{said}");
-    assert!(said.ends_with(&format!(": it is a certificate that is not marked as a CA's; {ENROL}")), "{said}");
+    assert!(
+        said.ends_with(&format!(": it is a certificate that is not marked as a CA's; {ENROL}")),
+        "{said}"
+    );
     let openssl = OpenSsl::new(stage.dir.path());
     openssl.run(
         "req -x509 -newkey rsa:2048 -nodes -keyout k -out no.crt -days 9 -subj /CN=no -addext keyUsage=digitalSignature",
@@ -167,7 +196,8 @@ fn a_ca_crt_without_a_ca_is_refused() {
 fn what_is_no_ca_beside_one_is_ignored() {
     let stage = Stage::new();
     let path = stage.agent_dir().join("ca.crt");
-    let (ca, worker) = (fs::read(&path).unwrap(), fs::read(stage.agent_dir().join("worker.crt")).unwrap());
+    let (ca, worker) =
+        (fs::read(&path).unwrap(), fs::read(stage.agent_dir().join("worker.crt")).unwrap());
     for content in [[ca.clone(), worker.clone()], [worker, ca]] {
         fs::write(&path, content.concat()).unwrap();
         stage.beating();
@@ -182,21 +212,32 @@ fn a_certificate_that_does_not_stand_first_is_named() {
     fs::write(&path, stage.master.authority().certificate() + &own).unwrap();
     let (builder, _tick) = stage.builder();
     let said = format!("{:?}", builder.start().map(drop).unwrap_err());
-    assert!(said.contains("do not make an identity; put this host's own certificate first in worker.crt: "), "{said}");
+    assert!(
+        said.contains(
+            "do not make an identity; put this host's own certificate first in worker.crt: "
+        ),
+        "{said}"
+    );
 }
 
 #[test]
 fn two_keys_in_one_file_are_refused() {
     let stage = Stage::new();
     let key = fs::read_to_string(stage.agent_dir().join("worker.key")).unwrap();
-    assert_eq!(problem("worker.key", key.repeat(2).as_bytes()), "holds 2 private keys; keep the one of worker.crt");
+    assert_eq!(
+        problem("worker.key", key.repeat(2).as_bytes()),
+        "holds 2 private keys; keep the one of worker.crt"
+    );
 }
 
 #[test]
 fn a_file_that_cannot_be_read_is_named_with_what_helps() {
     type Damage = fn(&std::path::Path);
     let damages: [(Damage, &str); 5] = [
-        (|_| (), "cannot be read; enrol this host again from its master, which writes all three files: No such file "),
+        (
+            |_| (),
+            "cannot be read; enrol this host again from its master, which writes all three files: No such file ",
+        ),
         (
             |path| fs::create_dir(path).unwrap(),
             "cannot be read; put the file that the enrolment wrote in its place: not a regular file",
@@ -246,7 +287,10 @@ fn a_key_that_cannot_be_parsed_never_reaches_the_error() {
     let secret = "AAAAc2VjcmV0c2VjcmV0c2VjcmV0";
     let key = format!("-----BEGIN PRIVATE KEY-----\n{secret}\n-----END PRIVATE KEY-----\n");
     let (_stage, error) = start_with("worker.key", key.as_bytes());
-    assert!(!format!("{error:?}").contains("c2VjcmV0") && !format!("{error:?}").contains("secret"), "{error:?}");
+    assert!(
+        !format!("{error:?}").contains("c2VjcmV0") && !format!("{error:?}").contains("secret"),
+        "{error:?}"
+    );
 }
 
 #[test]
@@ -268,7 +312,8 @@ fn sec1_and_pkcs8_keys_are_understood() {
     let path = stage.agent_dir().join("worker.key");
     let pkcs8 = fs::read_to_string(&path).unwrap();
     assert!(pkcs8.starts_with("-----BEGIN PRIVATE KEY-----"));
-    let converted = std::process::Command::new("openssl").args(["ec", "-in"]).arg(&path).output().unwrap();
+    let converted =
+        std::process::Command::new("openssl").args(["ec", "-in"]).arg(&path).output().unwrap();
     assert!(converted.status.success(), "{converted:?}");
     let sec1 = String::from_utf8(converted.stdout).unwrap();
     assert!(sec1.starts_with("-----BEGIN EC PRIVATE KEY-----"), "openssl's own format");

@@ -10,7 +10,9 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::thread;
 
-use decnet_heartbeat::loopback::{Answer, Authority, Fault, LoopbackMaster, Offered, Options, Role};
+use decnet_heartbeat::loopback::{
+    Answer, Authority, Fault, LoopbackMaster, Offered, Options, Role,
+};
 use decnet_heartbeat::{Heartbeat, LifecycleDelta, Operation, Snapshot};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
@@ -80,7 +82,11 @@ fn worker_of(options: Options) -> Stage {
 fn check(stage: &Stage) -> Command {
     let (dir, mut command) = (stage.dir.path(), program());
     command.arg("--config").arg(dir.join("decnet.ini")).arg("check").stdin(Stdio::null());
-    command.arg("--state-file").arg(dir.join("state.json")).arg("--docker-socket").arg(dir.join("docker.sock"));
+    command
+        .arg("--state-file")
+        .arg(dir.join("state.json"))
+        .arg("--docker-socket")
+        .arg(dir.join("docker.sock"));
     command
 }
 
@@ -99,7 +105,10 @@ impl Report {
 
     fn step(&self, name: &str) -> &Value {
         let steps = self.0["steps"].as_array().unwrap();
-        steps.iter().find(|step| step["step"] == name).unwrap_or_else(|| panic!("no {name}: {:#}", self.0))
+        steps
+            .iter()
+            .find(|step| step["step"] == name)
+            .unwrap_or_else(|| panic!("no {name}: {:#}", self.0))
     }
 
     fn says(&self, name: &str) -> &str {
@@ -112,13 +121,19 @@ impl Report {
 
     /// The steps that ended like this.
     fn ended(&self, outcome: &str) -> Vec<&str> {
-        let steps = self.0["steps"].as_array().unwrap().iter().filter(|step| step["outcome"] == outcome);
+        let steps =
+            self.0["steps"].as_array().unwrap().iter().filter(|step| step["outcome"] == outcome);
         steps.map(|step| step["step"].as_str().unwrap()).collect()
     }
 
     /// The one step that failed, and what the program exits with.
     fn fails_with(&self, name: &str, code: i32) {
-        assert_eq!((self.ended("failed"), &self.0["exit_code"]), (vec![name], &json!(code)), "{:#}", self.0);
+        assert_eq!(
+            (self.ended("failed"), &self.0["exit_code"]),
+            (vec![name], &json!(code)),
+            "{:#}",
+            self.0
+        );
         assert!(!self.advice(name).is_empty(), "{:#}", self.0);
     }
 }
@@ -130,11 +145,18 @@ fn a_healthy_worker_is_all_ticks_and_nothing_has_changed_but_for_one_beat() {
     let output = check(&stage).output().unwrap();
     let said = String::from_utf8(output.stdout).unwrap();
     assert_eq!((output.status.code(), output.stderr.as_slice()), (Some(0), &b""[..]), "{said}");
-    let ticked: Vec<_> = said.lines().filter_map(|line| line.strip_prefix("✓ ")?.split(' ').next()).collect();
+    let ticked: Vec<_> =
+        said.lines().filter_map(|line| line.strip_prefix("✓ ")?.split(' ').next()).collect();
     assert_eq!(ticked, STEPS, "{said}");
-    assert!(said.ends_with("\nAn agent would work here.\n") && !said.contains(['✗', '\u{1b}']), "{said}");
+    assert!(
+        said.ends_with("\nAn agent would work here.\n") && !said.contains(['✗', '\u{1b}']),
+        "{said}"
+    );
     let ini = stage.dir.path().join("decnet.ini");
-    assert!(said.contains(&format!("{} ({} [agent] host-uuid)", stage.worker.uuid, ini.display())), "{said}");
+    assert!(
+        said.contains(&format!("{} ({} [agent] host-uuid)", stage.worker.uuid, ini.display())),
+        "{said}"
+    );
     let [beat] = &stage.master.received()[..] else { panic!("{:?}", stage.master.received()) };
     let beat = beat.json.as_ref().unwrap();
     assert_eq!((&beat["host_uuid"], &beat["lifecycle"]), (&json!(stage.worker.uuid), &Value::Null));
@@ -148,7 +170,10 @@ fn a_machine_reads_the_same() {
     let report = Report::of(&mut check(&stage));
     assert_eq!(report.ended("ok"), STEPS);
     let own = &report.step("worker.crt")["facts"];
-    assert_eq!((&own["fingerprint"], &own["days"]), (&json!(stage.worker.fingerprint), &json!(824)));
+    assert_eq!(
+        (&own["fingerprint"], &own["days"]),
+        (&json!(stage.worker.fingerprint), &json!(824))
+    );
     let master = &report.step("tls")["facts"];
     assert_eq!(
         (&master["version"], &master["rule"], &master["days"]),
@@ -167,14 +192,24 @@ fn each_rule_says_why_it_accepts_the_master() {
     let stage = worker();
     let pinned = format!("sha256:{}", stage.master.certificate().fingerprint);
     for (rule, why) in [
-        ("name", "accepted by name: it is of ca.crt, and its common name and a DNS name are swarmctl"),
-        ("host", "accepted by host: it is of ca.crt, and its common name and a DNS name are swarmctl"),
+        (
+            "name",
+            "accepted by name: it is of ca.crt, and its common name and a DNS name are swarmctl",
+        ),
+        (
+            "host",
+            "accepted by host: it is of ca.crt, and its common name and a DNS name are swarmctl",
+        ),
         ("ca", "accepted by ca: it is of ca.crt, and its names do not matter"),
         (&pinned, "it is the pinned one"),
     ] {
         let report = Report::of(check(&stage).args(["--master-identity", rule]));
         assert!(report.says("tls").ends_with(why), "{}", report.says("tls"));
-        assert!(report.says("identity").ends_with("(--master-identity)"), "{}", report.says("identity"));
+        assert!(
+            report.says("identity").ends_with("(--master-identity)"),
+            "{}",
+            report.says("identity")
+        );
     }
     let report = Report::of(check(&stage).args(["--master-identity", "public"]));
     report.fails_with("tls", 1);
@@ -190,7 +225,10 @@ fn each_rule_says_why_it_accepts_the_master() {
 fn an_older_master_is_known_by_its_tls() {
     let stage = worker_of(Options { offered: Offered::Tls12Only, ..Options::default() });
     let report = Report::of(&mut check(&stage));
-    assert_eq!((&report.step("tls")["facts"]["version"], &report.0["works"]), (&json!("TLS 1.2"), &json!(true)));
+    assert_eq!(
+        (&report.step("tls")["facts"]["version"], &report.0["works"]),
+        (&json!("TLS 1.2"), &json!(true))
+    );
 }
 
 #[test]
@@ -207,7 +245,11 @@ fn a_certificate_that_the_master_does_not_pin_is_named_to_be_compared() {
     let report = Report::of(&mut check(&stage));
     report.fails_with("beat", 1);
     assert!(report.says("beat").starts_with("http-404 in "), "{}", report.says("beat"));
-    assert!(report.advice("beat").starts_with("enrol this host again"), "{}", report.advice("beat"));
+    assert!(
+        report.advice("beat").starts_with("enrol this host again"),
+        "{}",
+        report.advice("beat")
+    );
     assert!(!report.advice("beat").contains("sha256"), "{}", report.advice("beat"));
 }
 
@@ -219,20 +261,37 @@ fn a_certificate_of_another_ca_is_refused_by_the_master_and_seen_here() {
     fs::write(stage.agent_dir().join("worker.key"), &stranger.key).unwrap();
     let report = Report::of(&mut check(&stage));
     report.fails_with("tls", 1);
-    assert!(report.says("tls").starts_with("the master refused our certificate"), "{}", report.says("tls"));
-    assert!(report.advice("worker.crt").starts_with("it was not issued by ca.crt"), "{}", report.advice("worker.crt"));
+    assert!(
+        report.says("tls").starts_with("the master refused our certificate"),
+        "{}",
+        report.says("tls")
+    );
+    assert!(
+        report.advice("worker.crt").starts_with("it was not issued by ca.crt"),
+        "{}",
+        report.advice("worker.crt")
+    );
     assert_eq!(stage.master.received().len(), 0);
 }
 
 /// A master that refuses our certificate as uvicorn does: it closes the connection, and sends no alert.
 fn refuse_without_an_alert(stage: &Stage, version: &'static SupportedProtocolVersion) -> u16 {
     let mut roots = RootCertStore::empty();
-    roots.add(CertificateDer::from_pem_slice(Authority::new().unwrap().certificate().as_bytes()).unwrap()).unwrap();
+    roots
+        .add(
+            CertificateDer::from_pem_slice(Authority::new().unwrap().certificate().as_bytes())
+                .unwrap(),
+        )
+        .unwrap();
     let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), Arc::clone(&provider)).build().unwrap();
+    let verifier =
+        WebPkiClientVerifier::builder_with_provider(Arc::new(roots), Arc::clone(&provider))
+            .build()
+            .unwrap();
     let own = stage.master.certificate();
     let chain = vec![CertificateDer::from_pem_slice(own.certificate.as_bytes()).unwrap()];
-    let config = ServerConfig::builder_with_provider(provider).with_protocol_versions(&[version]).unwrap();
+    let config =
+        ServerConfig::builder_with_provider(provider).with_protocol_versions(&[version]).unwrap();
     let config = config.with_client_cert_verifier(verifier);
     let key = PrivateKeyDer::from_pem_slice(own.key.as_bytes()).unwrap();
     let config = Arc::new(config.with_single_cert(chain, key).unwrap());
@@ -264,13 +323,25 @@ fn a_master_that_refuses_our_certificate_without_an_alert_is_understood() {
         let report = Report::of(&mut check(&stage));
         report.fails_with("tls", 1);
         let said = report.says("tls");
-        assert!(said.starts_with("the master closed the connection after it saw this host's certificate: "), "{said}");
-        assert!(report.advice("tls").contains("then enrol this host again"), "{}", report.advice("tls"));
+        assert!(
+            said.starts_with(
+                "the master closed the connection after it saw this host's certificate: "
+            ),
+            "{said}"
+        );
+        assert!(
+            report.advice("tls").contains("then enrol this host again"),
+            "{}",
+            report.advice("tls")
+        );
         let (builder, _tick) = stage.builder();
         let heartbeat = builder.start().unwrap();
         let failure = settled(&heartbeat, |stats| stats.failure.is_some()).failure.unwrap();
         assert_eq!(failure.class, "closed", "{failure:?}");
-        assert!(failure.detail.ends_with(": the master may refuse this host's certificate"), "{failure:?}");
+        assert!(
+            failure.detail.ends_with(": the master may refuse this host's certificate"),
+            "{failure:?}"
+        );
         assert!(!failure.detail.contains("http"), "{failure:?}");
     }
 }
@@ -282,7 +353,11 @@ fn a_master_of_another_ca_is_shown_with_its_names() {
     stage.worker.write_ini(&stage.dir.path().join("decnet.ini")).unwrap();
     let report = Report::of(&mut check(&stage));
     report.fails_with("tls", 1);
-    assert!(report.advice("tls").starts_with("enrol this host from this master"), "{}", report.advice("tls"));
+    assert!(
+        report.advice("tls").starts_with("enrol this host from this master"),
+        "{}",
+        report.advice("tls")
+    );
     assert!(report.advice("tls").contains("must pass TLS through"), "{}", report.advice("tls"));
     assert_eq!(report.step("tls")["facts"]["fingerprint"], other.master.certificate().fingerprint);
 }
@@ -291,10 +366,15 @@ fn a_master_of_another_ca_is_shown_with_its_names() {
 fn a_master_whose_certificate_has_expired_is_said_to_be_so() {
     let authority = Authority::new().unwrap();
     let certificate = Some(authority.issue(Role::Expired).unwrap());
-    let stage = worker_of(Options { certificate, authority: Some(authority), ..Options::default() });
+    let stage =
+        worker_of(Options { certificate, authority: Some(authority), ..Options::default() });
     let report = Report::of(&mut check(&stage));
     report.fails_with("tls", 1);
-    assert!(report.advice("tls").starts_with("renew the master's certificate"), "{}", report.advice("tls"));
+    assert!(
+        report.advice("tls").starts_with("renew the master's certificate"),
+        "{}",
+        report.advice("tls")
+    );
 }
 
 #[test]
@@ -302,7 +382,11 @@ fn a_pinned_certificate_that_has_expired_is_accepted_and_said_to_be_so() {
     let authority = Authority::new().unwrap();
     let expired = authority.issue(Role::Expired).unwrap();
     let pinned = format!("sha256:{}", expired.fingerprint);
-    let stage = worker_of(Options { certificate: Some(expired), authority: Some(authority), ..Options::default() });
+    let stage = worker_of(Options {
+        certificate: Some(expired),
+        authority: Some(authority),
+        ..Options::default()
+    });
     let report = Report::of(check(&stage).args(["--master-identity", &pinned]));
     assert_eq!(report.0["works"], true, "{:#}", report.0);
     assert!(report.says("tls").contains("expired 1 days ago"), "{}", report.says("tls"));
@@ -326,36 +410,60 @@ fn what_listens_there_and_is_no_master_is_told_apart() {
     let ssh = TcpListener::bind("127.0.0.1:0").unwrap();
     stage.worker.port = ssh.local_addr().unwrap().port();
     stage.worker.write_ini(&stage.dir.path().join("decnet.ini")).unwrap();
-    thread::spawn(move || ssh.incoming().map_while(Result::ok).for_each(|mut it| drop(it.write_all(b"SSH-2.0-x\r\n"))));
+    thread::spawn(move || {
+        ssh.incoming().map_while(Result::ok).for_each(|mut it| drop(it.write_all(b"SSH-2.0-x\r\n")))
+    });
     let report = Report::of(&mut check(&stage));
     report.fails_with("tls", 1);
     assert_eq!(report.says("tls"), "the answer is neither TLS nor HTTP: it is not the master's");
-    assert!(report.advice("tls").starts_with("correct the master's host and port"), "{}", report.advice("tls"));
+    assert!(
+        report.advice("tls").starts_with("correct the master's host and port"),
+        "{}",
+        report.advice("tls")
+    );
 }
 
 #[test]
 fn a_master_without_tls_is_told_to_use_it() {
     let stage = worker();
-    stage.master.always(Some(Fault::Banner(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n".to_vec())));
+    stage.master.always(Some(Fault::Banner(
+        b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n".to_vec(),
+    )));
     let report = Report::of(&mut check(&stage));
     report.fails_with("tls", 1);
-    assert!(report.says("tls").starts_with("the answer is plain HTTP, not TLS"), "{}", report.says("tls"));
+    assert!(
+        report.says("tls").starts_with("the answer is plain HTTP, not TLS"),
+        "{}",
+        report.says("tls")
+    );
     assert!(report.advice("tls").contains("with --tls"), "{}", report.advice("tls"));
 }
 
 #[test]
 fn a_certificate_for_the_masters_host_alone_is_not_the_masters() {
     let authority = Authority::new().unwrap();
-    let role = Role::WebEnrolled { name: "worker-07".to_owned(), master_host: "127.0.0.1".to_owned() };
+    let role =
+        Role::WebEnrolled { name: "worker-07".to_owned(), master_host: "127.0.0.1".to_owned() };
     let certificate = Some(authority.issue(role).unwrap());
-    let stage = worker_of(Options { certificate, authority: Some(authority), ..Options::default() });
+    let stage =
+        worker_of(Options { certificate, authority: Some(authority), ..Options::default() });
     let report = Report::of(&mut check(&stage));
     report.fails_with("tls", 1);
-    assert!(report.says("tls").contains(r#"its common name is "worker-07""#), "{}", report.says("tls"));
-    assert!(report.advice("tls").contains("somebody poses as the master"), "{}", report.advice("tls"));
+    assert!(
+        report.says("tls").contains(r#"its common name is "worker-07""#),
+        "{}",
+        report.says("tls")
+    );
+    assert!(
+        report.advice("tls").contains("somebody poses as the master"),
+        "{}",
+        report.advice("tls")
+    );
     let report = Report::of(check(&stage).args(["--master-identity", "host"]));
     assert!(
-        report.says("tls").ends_with("accepted by host: it is of ca.crt, and for 127.0.0.1, as any worker's may be"),
+        report.says("tls").ends_with(
+            "accepted by host: it is of ca.crt, and for 127.0.0.1, as any worker's may be"
+        ),
         "{}",
         report.says("tls")
     );
@@ -373,8 +481,16 @@ fn a_proxy_that_ends_tls_is_told_to_pass_it_through() {
     stage.worker.write_ini(&stage.dir.path().join("decnet.ini")).unwrap();
     let report = Report::of(&mut check(&stage));
     assert_eq!(report.step("tls")["outcome"], "ok", "{:#}", report.0);
-    assert!(report.advice("tls").starts_with("it asked for no certificate of ours"), "{}", report.advice("tls"));
-    assert!(report.advice("ca.crt").starts_with("in time, renew the master's CA"), "{}", report.advice("ca.crt"));
+    assert!(
+        report.advice("tls").starts_with("it asked for no certificate of ours"),
+        "{}",
+        report.advice("tls")
+    );
+    assert!(
+        report.advice("ca.crt").starts_with("in time, renew the master's CA"),
+        "{}",
+        report.advice("ca.crt")
+    );
     assert!(report.advice("tls").contains("pass TLS through"), "{}", report.advice("tls"));
 }
 
@@ -387,14 +503,21 @@ fn an_old_signature_of_worker_crt_is_named_where_the_master_refuses_it() {
     fs::write(stage.agent_dir().join("worker.key"), openssl.read("old.key")).unwrap();
     let report = Report::of(&mut check(&stage));
     let advice = report.advice("worker.crt");
-    assert!(advice.starts_with("the master may refuse it: it is signed with RSA and SHA-1"), "{advice}");
+    assert!(
+        advice.starts_with("the master may refuse it: it is signed with RSA and SHA-1"),
+        "{advice}"
+    );
 }
 
 #[test]
 fn a_bundle_that_cannot_be_read_is_not_told_to_enrol_again() {
     type Damage = fn(&Path);
     let damages: [(Damage, &str, i32); 2] = [
-        (|path| fs::create_dir(path).unwrap(), "put the file that the enrolment wrote in its place", 78),
+        (
+            |path| fs::create_dir(path).unwrap(),
+            "put the file that the enrolment wrote in its place",
+            78,
+        ),
         (
             |path| std::os::unix::fs::symlink("/proc/self/mem", path).unwrap(),
             "see to the disk; the kernel's log says more",
@@ -409,7 +532,9 @@ fn a_bundle_that_cannot_be_read_is_not_told_to_enrol_again() {
         let report = Report::of(&mut check(&stage));
         report.fails_with("worker.key", code);
         assert_eq!(report.advice("worker.key"), advice);
-        assert!(report.says("worker.key").contains(&format!("{}: cannot be read: ", path.display())));
+        assert!(
+            report.says("worker.key").contains(&format!("{}: cannot be read: ", path.display()))
+        );
     }
 }
 
@@ -421,8 +546,16 @@ fn what_is_ignored_in_ca_crt_is_named() {
     fs::write(&path, worker + &stage.master.authority().certificate()).unwrap();
     let report = Report::of(&mut check(&stage));
     assert_eq!(report.0["works"], true, "{:#}", report.0);
-    assert!(report.says("ca.crt").starts_with("CN=DECNET SWARM Root CA, "), "{}", report.says("ca.crt"));
-    assert!(report.advice("ca.crt").contains("not marked as a CA's"), "{}", report.advice("ca.crt"));
+    assert!(
+        report.says("ca.crt").starts_with("CN=DECNET SWARM Root CA, "),
+        "{}",
+        report.says("ca.crt")
+    );
+    assert!(
+        report.advice("ca.crt").contains("not marked as a CA's"),
+        "{}",
+        report.advice("ca.crt")
+    );
 }
 
 #[test]
@@ -459,7 +592,8 @@ fn a_host_that_is_not_enrolled_is_78_and_the_rest_is_looked_at_all_the_same() {
     let stage = worker();
     let mut command = program();
     command.args(["--config", "/nonexistent/decnet.ini", "check", "--state-file", "/nonexistent"]);
-    let report = Report::of(command.arg("--docker-socket").arg(stage.dir.path().join("docker.sock")));
+    let report =
+        Report::of(command.arg("--docker-socket").arg(stage.dir.path().join("docker.sock")));
     report.fails_with("enrolment", 78);
     assert_eq!(report.ended("ok"), ["state-file", "docker"]);
     assert_eq!(report.ended("not-tried").len(), 9);
@@ -489,7 +623,10 @@ fn each_file_of_a_bundle_is_judged_by_itself() {
         (|path| fs::remove_file(path).unwrap(), "cannot be read: ", "enrol this host again"),
         (|path| fs::write(path, "none").unwrap(), "holds no PEM section", "enrol this host again"),
         (
-            |path| fs::write(path, "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n").unwrap(),
+            |path| {
+                fs::write(path, "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n")
+                    .unwrap()
+            },
             "has a section that is not an X.509 certificate",
             "mend the file",
         ),
@@ -505,7 +642,12 @@ fn each_file_of_a_bundle_is_judged_by_itself() {
         assert_eq!(report.ended("not-tried"), ["worker.key", "tls", "beat"]);
         fs::write(stage.agent_dir().join("worker.key"), "").unwrap();
         let report = Report::of(&mut check(&stage));
-        assert_eq!(report.ended("failed"), ["ca.crt", "worker.crt", "worker.key"], "{:#}", report.0);
+        assert_eq!(
+            report.ended("failed"),
+            ["ca.crt", "worker.crt", "worker.key"],
+            "{:#}",
+            report.0
+        );
     }
 }
 
@@ -517,7 +659,8 @@ fn an_old_root_beside_a_valid_one_is_an_advice() {
     old.distinguished_name = rcgen::DistinguishedName::new();
     old.distinguished_name.push(rcgen::DnType::CommonName, "old");
     old.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
-    (old.not_before, old.not_after) = (rcgen::date_time_ymd(2001, 1, 1), rcgen::date_time_ymd(2002, 1, 1));
+    (old.not_before, old.not_after) =
+        (rcgen::date_time_ymd(2001, 1, 1), rcgen::date_time_ymd(2002, 1, 1));
     let key = rcgen::KeyPair::generate().unwrap();
     fs::write(openssl.path("old.crt"), old.self_signed(&key).unwrap().pem()).unwrap();
     fs::write(openssl.path("old.key"), key.serialize_pem()).unwrap();
@@ -525,7 +668,11 @@ fn an_old_root_beside_a_valid_one_is_an_advice() {
     fs::write(&path, openssl.read("old.crt") + &stage.master.authority().certificate()).unwrap();
     let report = Report::of(&mut check(&stage));
     assert_eq!(report.0["works"], true, "{:#}", report.0);
-    assert!(report.says("ca.crt").starts_with("CN=DECNET SWARM Root CA, "), "{}", report.says("ca.crt"));
+    assert!(
+        report.says("ca.crt").starts_with("CN=DECNET SWARM Root CA, "),
+        "{}",
+        report.says("ca.crt")
+    );
     let advice = report.advice("ca.crt");
     assert!(advice.starts_with("remove from it what is not valid: CN=old, expired "), "{advice}");
     // Our certificate is of the old one.
@@ -534,7 +681,10 @@ fn an_old_root_beside_a_valid_one_is_an_advice() {
     fs::write(stage.agent_dir().join("worker.crt"), openssl.read("own.crt")).unwrap();
     fs::write(stage.agent_dir().join("worker.key"), openssl.read("own.key")).unwrap();
     let advice = Report::of(&mut check(&stage)).advice("worker.crt").to_owned();
-    assert!(advice.starts_with("the master may refuse it, as the CA that issued it is not valid: "), "{advice}");
+    assert!(
+        advice.starts_with("the master may refuse it, as the CA that issued it is not valid: "),
+        "{advice}"
+    );
     fs::write(&path, openssl.read("old.crt")).unwrap();
     let report = Report::of(&mut check(&stage));
     assert_eq!(report.ended("failed")[0], "ca.crt", "{:#}", report.0);
@@ -546,7 +696,8 @@ fn a_ca_of_the_same_name_with_a_key_of_another_type_is_not_ours() {
     let openssl = OpenSsl::new(stage.dir.path());
     // A name byte for byte that of the authority.
     let name = "CN=DECNET SWARM Root CA\nO=DECNET\n";
-    let config = format!("[req]\ndistinguished_name=dn\nprompt=no\nstring_mask=utf8only\n[dn]\n{name}");
+    let config =
+        format!("[req]\ndistinguished_name=dn\nprompt=no\nstring_mask=utf8only\n[dn]\n{name}");
     fs::write(openssl.path("cnf"), config).unwrap();
     openssl.run(
         "req -x509 -newkey rsa:2048 -nodes -keyout k -out rsa.crt -days 90 -config cnf -addext basicConstraints=CA:TRUE",
@@ -554,8 +705,16 @@ fn a_ca_of_the_same_name_with_a_key_of_another_type_is_not_ours() {
     fs::write(stage.agent_dir().join("ca.crt"), openssl.read("rsa.crt")).unwrap();
     let report = Report::of(&mut check(&stage));
     report.fails_with("tls", 1);
-    assert!(report.says("tls").starts_with("the master's certificate is not of our ca.crt"), "{}", report.says("tls"));
-    assert!(report.advice("worker.crt").starts_with("it was not issued by ca.crt"), "{}", report.advice("worker.crt"));
+    assert!(
+        report.says("tls").starts_with("the master's certificate is not of our ca.crt"),
+        "{}",
+        report.says("tls")
+    );
+    assert!(
+        report.advice("worker.crt").starts_with("it was not issued by ca.crt"),
+        "{}",
+        report.advice("worker.crt")
+    );
 }
 
 #[test]
@@ -574,7 +733,10 @@ fn what_will_be_wrong_is_advised_in_time() {
         "{}",
         report.advice("worker.crt")
     );
-    assert_eq!(report.advice("worker.key"), format!("others can read it: chmod 600 {}", key.display()));
+    assert_eq!(
+        report.advice("worker.key"),
+        format!("others can read it: chmod 600 {}", key.display())
+    );
 }
 
 #[test]
@@ -586,8 +748,15 @@ fn docker_and_files_that_cannot_be_read_are_said_each_by_itself() {
     let report = Report::of(&mut check(&stage));
     assert_eq!(report.ended("failed"), ["state-file", "docker"], "{:#}", report.0);
     let beat = stage.master.received().pop().unwrap().json.unwrap();
-    assert!(beat["status"]["error"].as_str().unwrap().contains("state.json"), "the beat says so, too: {beat}");
-    fs::write(stage.agent_dir().join("topology.db"), "no database, and long enough to be looked at as one").unwrap();
+    assert!(
+        beat["status"]["error"].as_str().unwrap().contains("state.json"),
+        "the beat says so, too: {beat}"
+    );
+    fs::write(
+        stage.agent_dir().join("topology.db"),
+        "no database, and long enough to be looked at as one",
+    )
+    .unwrap();
     let report = Report::of(&mut check(&stage));
     assert_eq!(report.ended("failed"), ["state-file", "docker", "topology"], "{:#}", report.0);
 }
@@ -595,14 +764,22 @@ fn docker_and_files_that_cannot_be_read_are_said_each_by_itself() {
 #[test]
 fn no_beat_is_sent_without_a_topology_that_cannot_be_read() {
     let stage = worker();
-    fs::write(stage.agent_dir().join("topology.db"), "no database, and long enough to be looked at as one").unwrap();
+    fs::write(
+        stage.agent_dir().join("topology.db"),
+        "no database, and long enough to be looked at as one",
+    )
+    .unwrap();
     let report = Report::of(&mut check(&stage));
     report.fails_with("topology", 1);
     assert_eq!(
         (report.ended("not-tried"), report.says("beat")),
         (vec!["beat"], "not tried: topology.db cannot be read")
     );
-    assert_eq!(stage.master.received().len(), 0, "the master would order the topology to be built again");
+    assert_eq!(
+        stage.master.received().len(),
+        0,
+        "the master would order the topology to be built again"
+    );
 }
 
 #[test]
@@ -611,13 +788,25 @@ fn a_state_file_whose_folder_is_missing_is_not_taken_for_nothing_deployed() {
     let missing = stage.dir.path().join("none/state.json");
     // The environment's, as the option is not given.
     let mut command = program();
-    command.arg("--config").arg(stage.dir.path().join("decnet.ini")).arg("check").stdin(Stdio::null());
+    command
+        .arg("--config")
+        .arg(stage.dir.path().join("decnet.ini"))
+        .arg("check")
+        .stdin(Stdio::null());
     command.env("DECNET_HEARTBEAT_STATE_FILE", &missing);
-    let report = Report::of(command.arg("--docker-socket").arg(stage.dir.path().join("docker.sock")));
+    let report =
+        Report::of(command.arg("--docker-socket").arg(stage.dir.path().join("docker.sock")));
     report.fails_with("state-file", 1);
-    assert!(report.says("state-file").ends_with("(DECNET_HEARTBEAT_STATE_FILE)"), "{}", report.says("state-file"));
+    assert!(
+        report.says("state-file").ends_with("(DECNET_HEARTBEAT_STATE_FILE)"),
+        "{}",
+        report.says("state-file")
+    );
     let beat = stage.master.received().pop().unwrap().json.unwrap();
-    assert!(beat["status"]["error"].as_str().unwrap().contains("none/state.json: its folder "), "{beat}");
+    assert!(
+        beat["status"]["error"].as_str().unwrap().contains("none/state.json: its folder "),
+        "{beat}"
+    );
     assert_eq!((beat["status"].get("deckies"), beat["status"].get("deployed")), (None, None));
 }
 
@@ -635,12 +824,22 @@ fn a_refused_request_to_docker_is_named_and_costs_observed_alone() {
     fs::write(stage.dir.path().join("state.json"), state.to_string()).unwrap();
     let report = Report::of(&mut check(&stage));
     report.fails_with("docker", 1);
-    assert!(report.says("docker").contains(": /networks: answered 403 Forbidden"), "{}", report.says("docker"));
+    assert!(
+        report.says("docker").contains(": /networks: answered 403 Forbidden"),
+        "{}",
+        report.says("docker")
+    );
     assert!(report.says("docker").ends_with("; 1 container"), "{}", report.says("docker"));
     let beat = stage.master.received().pop().unwrap().json.unwrap();
-    assert_eq!(beat["status"]["runtime"], json!({"d1": {"running": true, "services": {"ssh": "running"}}}));
+    assert_eq!(
+        beat["status"]["runtime"],
+        json!({"d1": {"running": true, "services": {"ssh": "running"}}})
+    );
     assert_eq!(beat["status"].get("error"), None, "{beat}");
-    assert!(beat["topology"]["observed"]["error"].as_str().unwrap().contains("/networks"), "{beat}");
+    assert!(
+        beat["topology"]["observed"]["error"].as_str().unwrap().contains("/networks"),
+        "{beat}"
+    );
 }
 
 #[test]
@@ -666,7 +865,11 @@ fn the_outbox_shows_what_waits_and_who_delivers() {
     let report = Report::of(&mut check(&stage));
     let facts = &report.step("outbox")["facts"];
     assert!(facts["waiting"].as_u64() >= Some(1) && facts["delivered_by"].is_null(), "{facts}");
-    assert!(report.advice("outbox").starts_with("start decnet-heartbeat run"), "{}", report.advice("outbox"));
+    assert!(
+        report.advice("outbox").starts_with("start decnet-heartbeat run"),
+        "{}",
+        report.advice("outbox")
+    );
     assert!(stage.agent_dir().join("heartbeat.db").exists());
 }
 
@@ -678,21 +881,29 @@ fn operations_that_nobody_could_judge_for_a_day_are_named() {
     let add = |decky: &str, seconds: u32| {
         let row = (decky, "1@1", seconds);
         database
-            .execute("INSERT INTO delta (decky, operation, owner, age) VALUES (?1, 'deploy', ?2, ?3)", row)
+            .execute(
+                "INSERT INTO delta (decky, operation, owner, age) VALUES (?1, 'deploy', ?2, ?3)",
+                row,
+            )
             .unwrap();
         database.last_insert_rowid()
     };
     add("d1", 86_399);
     let report = Report::of(&mut check(&stage));
     let facts = &report.step("outbox")["facts"];
-    assert_eq!((&facts["operations"], &facts["stuck"], report.advice("outbox")), (&json!(1), &json!(0), ""));
+    assert_eq!(
+        (&facts["operations"], &facts["stuck"], report.advice("outbox")),
+        (&json!(1), &json!(0), "")
+    );
     let id = add("d\u{1b}2", 86_400);
     let report = Report::of(&mut check(&stage));
     assert_eq!(report.step("outbox")["facts"]["stuck"], 1);
     let named = format!("; 1 stuck: deploy of d\\u{{1b}}2 (row {id}, for 1day)");
     assert!(report.says("outbox").ends_with(&named), "{named}: {}", report.says("outbox"));
     let lock = stage.agent_dir().join("heartbeat.db-lock");
-    assert!(report.advice("outbox").contains(&format!("see why {} cannot be used", lock.display())));
+    assert!(
+        report.advice("outbox").contains(&format!("see why {} cannot be used", lock.display()))
+    );
     for _ in 0..20 {
         add("d3", 90_000);
     }
@@ -703,12 +914,17 @@ fn operations_that_nobody_could_judge_for_a_day_are_named() {
 #[test]
 fn an_outbox_that_cannot_be_kept_fails() {
     let stage = worker();
-    fs::write(stage.agent_dir().join("heartbeat.db"), "not one of ours, and of no use to anybody at all").unwrap();
+    fs::write(
+        stage.agent_dir().join("heartbeat.db"),
+        "not one of ours, and of no use to anybody at all",
+    )
+    .unwrap();
     let report = Report::of(&mut check(&stage));
     report.fails_with("outbox", 1);
     let still = fs::read_to_string(stage.agent_dir().join("heartbeat.db")).unwrap();
     assert!(still.starts_with("not one of ours"), "it is not for check to move it aside");
-    Report::of(check(&stage).args(["--outbox", "/nonexistent/folder/heartbeat.db"])).fails_with("outbox", 1);
+    Report::of(check(&stage).args(["--outbox", "/nonexistent/folder/heartbeat.db"]))
+        .fails_with("outbox", 1);
     Report::of(check(&stage).args(["--outbox"]).arg(stage.dir.path().join("x.db"))).step("outbox");
 }
 
@@ -748,23 +964,50 @@ fn each_alert_of_openssl_is_explained_by_its_cause() {
     openssl.issue("server", "rsa:2048", "-sha256");
     openssl.issue("good", "rsa:2048", "-sha256");
     openssl.issue("old", "rsa:2048", "-sha1");
-    openssl.run("x509 -req -in good.csr -CA ca.crt -CAkey ca.key -days -1 -extfile ext -out expired.crt");
+    openssl.run(
+        "x509 -req -in good.csr -CA ca.crt -CAkey ca.key -days -1 -extfile ext -out expired.crt",
+    );
     fs::write(openssl.path("ext"), "extendedKeyUsage=serverAuth\n").unwrap();
-    openssl.run("x509 -req -in good.csr -CA ca.crt -CAkey ca.key -days 9 -extfile ext -out server-only.crt");
+    openssl.run(
+        "x509 -req -in good.csr -CA ca.crt -CAkey ca.key -days 9 -extfile ext -out server-only.crt",
+    );
     openssl.run("req -x509 -newkey rsa:2048 -nodes -keyout same.key -out same.crt -days 9 -subj /O=DECNET/CN=CA");
     // As DECNET issues them: nothing but the issuer's name says whose it is.
-    fs::write(openssl.path("ext"), "extendedKeyUsage=clientAuth\nauthorityKeyIdentifier=none\n").unwrap();
-    openssl.run("x509 -req -in good.csr -CA same.crt -CAkey same.key -days 9 -extfile ext -out other.crt");
+    fs::write(openssl.path("ext"), "extendedKeyUsage=clientAuth\nauthorityKeyIdentifier=none\n")
+        .unwrap();
+    openssl.run(
+        "x509 -req -in good.csr -CA same.crt -CAkey same.key -days 9 -extfile ext -out other.crt",
+    );
     openssl.run("req -x509 -key good.key -out unknown.crt -days 9 -subj /CN=other");
     fs::write(stage.agent_dir().join("ca.crt"), openssl.read("ca.crt")).unwrap();
     let served = openssl.serve("server", "-Verify 1 -verify_return_error -CAfile ca.crt");
     stage.worker.port = served.port;
     stage.worker.write_ini(&stage.dir.path().join("decnet.ini")).unwrap();
     for (name, key, says, advice) in [
-        ("old", "old", "the master refused our certificate: it may be too weak", "see what stands at worker.crt"),
-        ("expired", "good", "the master refused our certificate: it has expired", "enrol this host again, or set"),
-        ("server-only", "good", "the master refused our certificate: it is not for clients", "enrol this host again"),
-        ("other", "good", "the master refused our certificate: its CA has not signed it", "enrol this host again"),
+        (
+            "old",
+            "old",
+            "the master refused our certificate: it may be too weak",
+            "see what stands at worker.crt",
+        ),
+        (
+            "expired",
+            "good",
+            "the master refused our certificate: it has expired",
+            "enrol this host again, or set",
+        ),
+        (
+            "server-only",
+            "good",
+            "the master refused our certificate: it is not for clients",
+            "enrol this host again",
+        ),
+        (
+            "other",
+            "good",
+            "the master refused our certificate: its CA has not signed it",
+            "enrol this host again",
+        ),
         (
             "unknown",
             "good",
@@ -772,8 +1015,10 @@ fn each_alert_of_openssl_is_explained_by_its_cause() {
             "enrol this host",
         ),
     ] {
-        fs::write(stage.agent_dir().join("worker.crt"), openssl.read(&format!("{name}.crt"))).unwrap();
-        fs::write(stage.agent_dir().join("worker.key"), openssl.read(&format!("{key}.key"))).unwrap();
+        fs::write(stage.agent_dir().join("worker.crt"), openssl.read(&format!("{name}.crt")))
+            .unwrap();
+        fs::write(stage.agent_dir().join("worker.key"), openssl.read(&format!("{key}.key")))
+            .unwrap();
         let report = Report::of(&mut check(&stage));
         assert!(report.says("tls").starts_with(says), "{name}: {}", report.says("tls"));
         assert!(report.advice("tls").starts_with(advice), "{name}: {}", report.advice("tls"));
@@ -788,7 +1033,14 @@ fn a_name_that_is_not_found_fails_and_says_why() {
     let report = Report::of(&mut command);
     report.fails_with("name", 1);
     let says = report.says("name");
-    assert!(says.starts_with("no-such.invalid: the name no-such.invalid could not be looked up: "), "{says}");
-    assert!(report.advice("name").contains("name the master by its address"), "{}", report.advice("name"));
+    assert!(
+        says.starts_with("no-such.invalid: the name no-such.invalid could not be looked up: "),
+        "{says}"
+    );
+    assert!(
+        report.advice("name").contains("name the master by its address"),
+        "{}",
+        report.advice("name")
+    );
     assert_eq!(report.ended("not-tried"), ["tcp", "tls", "beat"]);
 }

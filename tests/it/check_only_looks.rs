@@ -21,7 +21,10 @@ fn files(folder: &Path) -> Files {
         let found = fs::symlink_metadata(&path).unwrap();
         let times = [found.mtime(), found.mtime_nsec()];
         let content = if found.is_file() { fs::read(&path).unwrap() } else { Vec::new() };
-        files.insert(path, (found.ino(), found.mode(), [found.uid(), found.gid()], found.len(), times, content));
+        files.insert(
+            path,
+            (found.ino(), found.mode(), [found.uid(), found.gid()], found.len(), times, content),
+        );
     }
     files
 }
@@ -32,7 +35,8 @@ fn outbox_of(stage: &Stage) -> Value {
     let mut check = program();
     check.arg("--config").arg(stage.dir.path().join("decnet.ini")).args(["check", "--json"]);
     let output = check.stdin(Stdio::null()).output().unwrap();
-    let report: Value = serde_json::from_slice(&output.stdout).unwrap_or_else(|_| panic!("{output:?}"));
+    let report: Value =
+        serde_json::from_slice(&output.stdout).unwrap_or_else(|_| panic!("{output:?}"));
     let after = files(&stage.agent_dir());
     let names = |files: &Files| files.keys().cloned().collect::<Vec<_>>();
     assert_eq!(names(&before), names(&after));
@@ -57,7 +61,9 @@ impl Drop for Running {
 fn idle_run(stage: &Stage) -> Running {
     stage.master.decommission(&stage.worker.uuid);
     let mut run = run(&stage.worker, stage.dir.path());
-    let child = Running(run.args(["--interval", "1h"]).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap());
+    let child = Running(
+        run.args(["--interval", "1h"]).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap(),
+    );
     assert!(stage.master.wait_until(PATIENCE, |seen| !seen.received().is_empty()));
     let mut push = program();
     push.arg("--config").arg(stage.dir.path().join("decnet.ini"));
@@ -67,7 +73,11 @@ fn idle_run(stage: &Stage) -> Running {
 }
 
 fn waits(step: &Value) {
-    assert_eq!((&step["outcome"], &step["facts"]["waiting"]), (&"ok".into(), &1.into()), "{step:#}");
+    assert_eq!(
+        (&step["outcome"], &step["facts"]["waiting"]),
+        (&"ok".into(), &1.into()),
+        "{step:#}"
+    );
 }
 
 fn outbox(stage: &Stage, suffix: &str) -> PathBuf {
@@ -134,7 +144,10 @@ fn a_mode_that_lets_others_read_is_an_advice_and_stays() {
         let step = outbox_of(&stage);
         waits(&step);
         let advice = step["advice"].as_str().unwrap();
-        assert!(advice.starts_with(&format!("others can read it: chmod 600 {}", file.display())), "{advice}");
+        assert!(
+            advice.starts_with(&format!("others can read it: chmod 600 {}", file.display())),
+            "{advice}"
+        );
     }
 }
 
@@ -142,7 +155,9 @@ fn a_mode_that_lets_others_read_is_an_advice_and_stays() {
 fn what_is_damaged_fails_and_stays() {
     type Damage = fn(&Stage);
     let damages: [(fn() -> Stage, Damage); 7] = [
-        (closed, |stage| fs::write(outbox(stage, ""), "not one of ours, and of no use to anybody").unwrap()),
+        (closed, |stage| {
+            fs::write(outbox(stage, ""), "not one of ours, and of no use to anybody").unwrap()
+        }),
         (closed, |stage| {
             let mut content = fs::read(outbox(stage, "")).unwrap();
             content[4_000..8_000].fill(0xaa);
@@ -176,7 +191,10 @@ fn what_is_damaged_fails_and_stays() {
         damage(&stage);
         let step = outbox_of(&stage);
         assert_eq!(step["outcome"], "failed", "{number}: {step:#}");
-        assert!(step["advice"].as_str().is_some_and(|advice| !advice.is_empty()), "{number}: {step:#}");
+        assert!(
+            step["advice"].as_str().is_some_and(|advice| !advice.is_empty()),
+            "{number}: {step:#}"
+        );
     }
 }
 
@@ -209,20 +227,31 @@ fn what_run_would_not_replace_fails_with_an_advice() {
         (|path| drop(std::os::unix::net::UnixListener::bind(path).unwrap()), false),
     ];
     for (number, (make, good)) in makes.into_iter().enumerate() {
-        let paths = ["stats", "metrics"].map(|what| target.with_extension(format!("{what}-{number}")));
+        let paths =
+            ["stats", "metrics"].map(|what| target.with_extension(format!("{what}-{number}")));
         paths.iter().for_each(|path| make(path));
         let mut check = program();
         check.arg("--config").arg(stage.dir.path().join("decnet.ini")).args(["check", "--json"]);
         check.arg("--stats-file").arg(&paths[0]).arg("--metrics-file").arg(&paths[1]);
-        let report: Value = serde_json::from_slice(&check.stdin(Stdio::null()).output().unwrap().stdout).unwrap();
+        let report: Value =
+            serde_json::from_slice(&check.stdin(Stdio::null()).output().unwrap().stdout).unwrap();
         for name in ["stats-file", "metrics-file"] {
-            let step = report["steps"].as_array().unwrap().iter().find(|step| step["step"] == name).unwrap();
+            let step = report["steps"]
+                .as_array()
+                .unwrap()
+                .iter()
+                .find(|step| step["step"] == name)
+                .unwrap();
             assert_eq!(step["outcome"] == "ok", good, "{number}: {step:#}");
             assert_eq!(step["advice"].is_string(), !good, "{number}: {step:#}");
         }
     }
     let mut check = program();
-    check.arg("--config").arg(stage.dir.path().join("decnet.ini")).args(["check", "--stats-file", "/dev/null"]);
+    check.arg("--config").arg(stage.dir.path().join("decnet.ini")).args([
+        "check",
+        "--stats-file",
+        "/dev/null",
+    ]);
     let said = String::from_utf8(check.output().unwrap().stdout).unwrap();
     assert!(said.contains("✗ stats-file    /dev/null: "), "{said}");
     assert!(fs::symlink_metadata("/dev/null").unwrap().file_type().is_char_device());

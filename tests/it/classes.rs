@@ -23,11 +23,13 @@ const HERE: [&str; 10] = [
 
 /// What takes a network that is slower than this one, or a resolver that is silent: `tests/faults/network.rs` and
 /// `tests/real/resolver.rs` produce these. A body that cannot be written as JSON cannot be made from outside.
-const ELSEWHERE: [&str; 4] = ["timeout-resolve", "timeout-send-body", "timeout-global", "unwritten"];
+const ELSEWHERE: [&str; 4] =
+    ["timeout-resolve", "timeout-send-body", "timeout-global", "unwritten"];
 
 /// The first failure of that class, however many others come before it.
 fn failure(enrolment: Enrolment, class: &str) -> Failure {
-    let heartbeat = Heartbeat::builder().enrolment(enrolment).status_source(nothing_deployed).start().unwrap();
+    let heartbeat =
+        Heartbeat::builder().enrolment(enrolment).status_source(nothing_deployed).start().unwrap();
     let is_there = |failure: &Failure| failure.class == class;
     settled(&heartbeat, |stats| stats.failure.as_ref().is_some_and(is_there)).failure.unwrap()
 }
@@ -41,7 +43,10 @@ fn at(worker: &Enrolled, host: &str, port: u16) -> Enrolment {
 fn a_name_that_does_not_resolve_is_of_class_name_and_named() {
     let stage = Stage::new();
     let failure = failure(at(&stage.worker, "no-such.invalid", 8770), "name");
-    assert!(failure.detail.starts_with("the name no-such.invalid could not be looked up: "), "{failure:?}");
+    assert!(
+        failure.detail.starts_with("the name no-such.invalid could not be looked up: "),
+        "{failure:?}"
+    );
 }
 
 #[test]
@@ -70,8 +75,16 @@ fn each_way_in_which_a_master_fails_has_its_class() {
     for (fault, class, says) in [
         (Fault::CutBeforeHandshake, "closed", ""),
         (Fault::NeverHandshake, "timeout-connect", ""),
-        (Fault::Banner(b"HTTP/1.1 400 Bad Request\r\n\r\n".to_vec()), "tls", "the answer is plain HTTP, not TLS"),
-        (Fault::Banner(b"SSH-2.0-OpenSSH_9.2\r\n".to_vec()), "tls", "the answer is neither TLS nor HTTP"),
+        (
+            Fault::Banner(b"HTTP/1.1 400 Bad Request\r\n\r\n".to_vec()),
+            "tls",
+            "the answer is plain HTTP, not TLS",
+        ),
+        (
+            Fault::Banner(b"SSH-2.0-OpenSSH_9.2\r\n".to_vec()),
+            "tls",
+            "the answer is neither TLS nor HTTP",
+        ),
         (Fault::NeverAnswer(Effect::Lost), "timeout-receive-response", ""),
         (Fault::Raw(vec![0xff; 3_000]), "not-http", ""),
     ] {
@@ -85,7 +98,11 @@ fn each_way_in_which_a_master_fails_has_its_class() {
 #[test]
 fn an_answers_status_is_its_class() {
     let stage = Stage::new();
-    let other = stage.master.authority().issue(decnet_heartbeat::loopback::Role::Worker("other".to_owned())).unwrap();
+    let other = stage
+        .master
+        .authority()
+        .issue(decnet_heartbeat::loopback::Role::Worker("other".to_owned()))
+        .unwrap();
     stage.master.pin(&stage.worker.uuid, &other.fingerprint);
     failure(stage.worker.enrolment().unwrap(), "http-403");
 }
@@ -93,7 +110,8 @@ fn an_answers_status_is_its_class() {
 #[test]
 fn the_documentation_lists_every_class_and_the_readme_no_other() {
     let stats = include_str!("../../src/stats.rs");
-    let table = stats.split_once("| class | what happened |").unwrap().1.split_once("pub class").unwrap().0;
+    let table =
+        stats.split_once("| class | what happened |").unwrap().1.split_once("pub class").unwrap().0;
     let listed: BTreeSet<_> = table.lines().filter_map(|line| line.split('`').nth(1)).collect();
     let tried: BTreeSet<_> = HERE.into_iter().chain(ELSEWHERE).collect();
     assert_eq!(listed, tried);

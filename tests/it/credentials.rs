@@ -12,9 +12,14 @@ fn a_decommissioned_host_keeps_beating_and_keeps_its_deltas() {
     stage.master.decommission(&stage.worker.uuid);
     heartbeat.deltas().push(LifecycleDelta::succeeded("d", Operation::Deploy)).unwrap();
     let failure = settled(&heartbeat, |stats| stats.failure.is_some()).failure.unwrap();
-    assert_eq!((failure.class.as_str(), failure.detail.as_str()), ("http-404", r#"{"detail":"unknown host"}"#));
+    assert_eq!(
+        (failure.class.as_str(), failure.detail.as_str()),
+        ("http-404", r#"{"detail":"unknown host"}"#)
+    );
     tick.send(now()).unwrap();
-    let failing = settled(&heartbeat, |stats| stats.failure.as_ref().is_some_and(|failure| failure.count == 2));
+    let failing = settled(&heartbeat, |stats| {
+        stats.failure.as_ref().is_some_and(|failure| failure.count == 2)
+    });
     assert_eq!(failing.waiting, 1);
     stage.master.pin(&stage.worker.uuid, &stage.worker.fingerprint);
     tick.send(now()).unwrap();
@@ -50,7 +55,10 @@ fn a_new_bundle_is_taken_over_while_the_source_hangs() {
     // A beat that puts no question, as one is open.
     heartbeat.deltas().push(LifecycleDelta::succeeded("d", Operation::Deploy)).unwrap();
     assert!(stage.master.wait_for_beats(2, PATIENCE), "{:?}", heartbeat.stats());
-    assert_eq!(settled(&heartbeat, |stats| stats.delivered == 1).failure.map(|failure| failure.class), None);
+    assert_eq!(
+        settled(&heartbeat, |stats| stats.delivered == 1).failure.map(|failure| failure.class),
+        None
+    );
 }
 
 #[test]
@@ -60,8 +68,11 @@ fn the_log_tells_a_host_that_is_not_known_from_a_certificate_that_is_refused() {
     let (heartbeat, tick) = stage.beating();
     let other = stage.master.authority().issue(Role::Worker("other".to_owned())).unwrap();
     stage.master.pin(&stage.worker.uuid, &other.fingerprint);
-    let fails =
-        |count| settled(&heartbeat, |stats| stats.failure.as_ref().is_some_and(|failure| failure.count == count));
+    let fails = |count| {
+        settled(&heartbeat, |stats| {
+            stats.failure.as_ref().is_some_and(|failure| failure.count == count)
+        })
+    };
     tick.send(now()).unwrap();
     fails(1);
     stage.master.decommission(&stage.worker.uuid);

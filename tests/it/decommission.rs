@@ -63,19 +63,25 @@ fn run_ends_with_78_after_twenty_intervals_and_not_before() {
     let (code, said) = ended(child);
     assert!(since.elapsed() >= INTERVAL * INTERVALS, "{:?}", since.elapsed());
     assert_eq!(code, Some(78), "{said}");
-    let logged: Vec<_> = said.lines().filter(|line| line.contains("this host is decommissioned")).collect();
+    let logged: Vec<_> =
+        said.lines().filter(|line| line.contains("this host is decommissioned")).collect();
     let [logged] = logged.as_slice() else { panic!("{said}") };
     assert!(logged.contains("[ERROR]") && logged.contains(&stage.worker.uuid), "{logged}");
     let last = said.lines().last().unwrap();
-    assert!(last.starts_with("decnet-heartbeat: not enrolled: this host was decommissioned"), "{last}");
-    let refused = stage.master.received().iter().filter(|request| request.status == Some(404)).count();
+    assert!(
+        last.starts_with("decnet-heartbeat: not enrolled: this host was decommissioned"),
+        "{last}"
+    );
+    let refused =
+        stage.master.received().iter().filter(|request| request.status == Some(404)).count();
     assert!(refused as u32 > INTERVALS, "{refused}");
 }
 
 #[test]
 fn a_host_that_is_refused_and_has_its_files_goes_on() {
     let stage = Stage::new();
-    let mut child = run(&stage.worker, stage.dir.path()).args(["--interval", "50ms"]).spawn().unwrap();
+    let mut child =
+        run(&stage.worker, stage.dir.path()).args(["--interval", "50ms"]).spawn().unwrap();
     assert!(stage.master.wait_for_beats(1, PATIENCE));
     stage.master.decommission(&stage.worker.uuid);
     await_more(&stage, 3 * INTERVALS as usize);
@@ -91,7 +97,11 @@ const BREAKS: [Break; 6] = [
     ("accepted", |stage| answer(stage, 204), |_| ()),
     ("failed", |stage| answer(stage, 503), |_| ()),
     ("cut", |stage| stage.master.script([Fault::CutInBody, Fault::CutInBody]), |_| ()),
-    ("ini", |stage| stage.worker.write_ini(&ini(stage)).unwrap(), |stage| fs::remove_file(ini(stage)).unwrap()),
+    (
+        "ini",
+        |stage| stage.worker.write_ini(&ini(stage)).unwrap(),
+        |stage| fs::remove_file(ini(stage)).unwrap(),
+    ),
     (
         "key",
         |stage| {

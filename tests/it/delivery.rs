@@ -58,7 +58,9 @@ fn a_second_start_hears_who_delivers_and_can_have_it_after_a_stop() {
 fn another_file_or_memory_is_no_matter_of_the_first() {
     let stage = Stage::new();
     let (_heartbeat, _tick) = stage.beating();
-    for location in [OutboxLocation::File(stage.dir.path().join("other.db")), OutboxLocation::Memory] {
+    for location in
+        [OutboxLocation::File(stage.dir.path().join("other.db")), OutboxLocation::Memory]
+    {
         let (builder, _tick) = stage.builder();
         let second = builder.outbox(location).start().unwrap();
         second.deltas().push(LifecycleDelta::succeeded("d", Operation::Deploy)).unwrap();
@@ -72,12 +74,18 @@ fn the_program_exits_1_with_the_holders_id_and_runs_when_it_has_gone() {
     let (heartbeat, _tick) = stage.beating();
     let mut child = Killed(program::run(&stage.worker, stage.dir.path()).spawn().unwrap());
     // A first line and no second; one that ran all the same would begin its log.
-    let said: Vec<_> = BufReader::new(child.0.stderr.take().unwrap()).lines().take(2).map(Result::unwrap).collect();
+    let said: Vec<_> = BufReader::new(child.0.stderr.take().unwrap())
+        .lines()
+        .take(2)
+        .map(Result::unwrap)
+        .collect();
     assert_eq!(said, [format!("decnet-heartbeat: {}", held(&stage, std::process::id()))]);
     assert_eq!(child.0.wait().unwrap().code(), Some(1));
     heartbeat.stop(Duration::from_secs(5));
     let before = stage.master.received().len();
-    let child = Killed(program::run(&stage.worker, stage.dir.path()).args(["--log-level", "off"]).spawn().unwrap());
+    let child = Killed(
+        program::run(&stage.worker, stage.dir.path()).args(["--log-level", "off"]).spawn().unwrap(),
+    );
     stage.requests(before + 1);
     // And the other way round.
     let error = stage.builder().0.start().unwrap_err();

@@ -21,7 +21,10 @@ fn a_push_seals_its_row_without_a_tick() {
     heartbeat.deltas().push(delta.clone()).unwrap();
     stage.closed_rows(1);
     let row = &stage.master.rows()[0];
-    assert_eq!((row.status, row.error.as_deref()), (RowStatus::Failed, Some("compose exited with 1")));
+    assert_eq!(
+        (row.status, row.error.as_deref()),
+        (RowStatus::Failed, Some("compose exited with 1"))
+    );
     assert_eq!(row.completed_at, Some(delta.when()));
     let stats = settled(&heartbeat, |stats| stats.delivered == 1);
     assert_eq!(stats.waiting, 0);
@@ -31,7 +34,8 @@ fn a_push_seals_its_row_without_a_tick() {
 fn what_the_master_cannot_hear_is_kept_and_comes_when_it_can() {
     let mut stage = Stage::new();
     let (heartbeat, _tick) = stage.beating();
-    let rows = ["a", "b"].map(|decky| stage.master.open_operation(&stage.worker.uuid, decky, "deploy"));
+    let rows =
+        ["a", "b"].map(|decky| stage.master.open_operation(&stage.worker.uuid, decky, "deploy"));
     stage.master.stop();
     heartbeat.deltas().push_all([deployed("a"), deployed("b")]).unwrap();
     let stats = settled(&heartbeat, |stats| stats.failure.is_some());
@@ -65,7 +69,11 @@ fn a_burst_is_one_request() {
     let names: Vec<_> = (0..40).map(|n| format!("d{n:02}")).collect();
     names.iter().for_each(|name| heartbeat.deltas().push(deployed(name)).unwrap());
     let received = stage.requests(3);
-    assert_eq!(deckies(&received[2]), names.iter().rev().cloned().collect::<Vec<_>>(), "newest first");
+    assert_eq!(
+        deckies(&received[2]),
+        names.iter().rev().cloned().collect::<Vec<_>>(),
+        "newest first"
+    );
 }
 
 #[test]
@@ -75,7 +83,13 @@ fn more_than_a_body_holds_goes_out_in_several() {
     stage.put_off(&heartbeat, &tick);
     heartbeat.deltas().push_all((0..1_100).map(|n| deployed(&format!("d{n}")))).unwrap();
     settled(&heartbeat, |stats| stats.delivered == 1_100 && stats.waiting == 0);
-    let sizes: Vec<_> = stage.master.received().iter().map(|it| deckies(it).len()).filter(|size| *size > 0).collect();
+    let sizes: Vec<_> = stage
+        .master
+        .received()
+        .iter()
+        .map(|it| deckies(it).len())
+        .filter(|size| *size > 0)
+        .collect();
     assert_eq!(sizes, [500, 500, 100]);
 }
 
@@ -118,14 +132,18 @@ fn in_memory_nothing_is_promised_after_a_stop() {
     settled(&heartbeat, |stats| stats.delivered == 1);
     heartbeat.stop(Duration::from_secs(1));
     let error = deltas.push(deployed("b")).unwrap_err();
-    assert_eq!(error.to_string(), "outbox in memory: the heartbeat has stopped, and nothing outlives it in memory");
+    assert_eq!(
+        error.to_string(),
+        "outbox in memory: the heartbeat has stopped, and nothing outlives it in memory"
+    );
 }
 
 #[test]
 fn a_delta_that_the_master_refuses_is_put_aside_and_the_others_arrive() {
     let stage = Stage::new();
     let (heartbeat, tick) = stage.beating();
-    let refused = || Fault::Answer(Answer::status(422).body("{\"detail\":\"bad \u{1b}[31mdelta\"}"));
+    let refused =
+        || Fault::Answer(Answer::status(422).body("{\"detail\":\"bad \u{1b}[31mdelta\"}"));
     // Away first, so that three deltas wait; then: refused with three, accepted with none, and among the newest two
     // of the three it is the newest that is refused.
     stage.put_off(&heartbeat, &tick);
@@ -156,9 +174,10 @@ fn a_master_that_refuses_the_status_rejects_no_delta() {
 fn a_status_that_the_master_refuses_is_left_out_and_the_beat_says_so() {
     let stage = Stage::new();
     let (builder, tick) = stage.builder();
-    stage
-        .master
-        .always(Some(Fault::AnswerTo(b"indigestible".to_vec(), Answer::status(422).body("cannot\u{1b} eat it"))));
+    stage.master.always(Some(Fault::AnswerTo(
+        b"indigestible".to_vec(),
+        Answer::status(422).body("cannot\u{1b} eat it"),
+    )));
     let source = || Snapshot::new(&json!({"indigestible": true}));
     let heartbeat = builder.status_source(source).start().unwrap();
     let stats = settled(&heartbeat, |stats| stats.status_fault.is_some());
@@ -167,7 +186,8 @@ fn a_status_that_the_master_refuses_is_left_out_and_the_beat_says_so() {
     let error = "the states are sent alone, as the master failed on a body with more: http-422: cannot\\u{1b} eat it";
     assert_eq!(json_of(&stage.requests(3)[1])["status"], json!({"error": error}));
     tick.send(now()).unwrap();
-    let error = "the states are left out, as the master failed on them: http-422: cannot\\u{1b} eat it";
+    let error =
+        "the states are left out, as the master failed on them: http-422: cannot\\u{1b} eat it";
     assert_eq!(json_of(&stage.requests(4)[3])["status"], json!({"error": error}));
     assert_eq!(settled(&heartbeat, |stats| stats.beats == 2).status_fault.as_deref(), Some(error));
     // A delta goes out all the same, and one that is indigestible itself is still found.
@@ -254,7 +274,10 @@ fn a_wrong_name_that_an_older_version_has_kept_holds_nothing_up() {
     heartbeat.deltas().push_all([deployed("a"), deployed("b"), deployed("c")]).unwrap();
     heartbeat.stop(Duration::ZERO);
     let outbox = rusqlite::Connection::open(stage.agent_dir().join("heartbeat.db")).unwrap();
-    assert_eq!(outbox.execute("UPDATE delta SET decky = 'b, and' WHERE decky = 'b'", []).unwrap(), 1);
+    assert_eq!(
+        outbox.execute("UPDATE delta SET decky = 'b, and' WHERE decky = 'b'", []).unwrap(),
+        1
+    );
     drop(outbox);
     stage.master.start_again().unwrap();
     let (heartbeat, _tick) = stage.beating();

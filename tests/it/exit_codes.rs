@@ -17,12 +17,17 @@ const MOMENT: Duration = Duration::from_millis(300);
 
 fn codes(stage: &Stage) -> [Option<i32>; 2] {
     let ini = stage.dir.path().join("decnet.ini");
-    [&["run"][..], &["check"]].map(|command| exit(program().arg("--config").arg(&ini).args(command)))
+    [&["run"][..], &["check"]]
+        .map(|command| exit(program().arg("--config").arg(&ini).args(command)))
 }
 
 fn run(stage: &Stage) -> Command {
     let mut command = program();
-    command.arg("--config").arg(stage.dir.path().join("decnet.ini")).arg("run").stderr(Stdio::null());
+    command
+        .arg("--config")
+        .arg(stage.dir.path().join("decnet.ini"))
+        .arg("run")
+        .stderr(Stdio::null());
     command
 }
 
@@ -139,7 +144,8 @@ fn a_signal_ends_the_wait_for_an_enrolment() {
 fn an_ini_that_may_still_come_is_1() {
     let dir = tempfile::tempdir().unwrap();
     let ini = dir.path().join("etc/decnet.ini");
-    let codes = || ["run", "check"].map(|command| exit(program().arg("--config").arg(&ini).arg(command)));
+    let codes =
+        || ["run", "check"].map(|command| exit(program().arg("--config").arg(&ini).arg(command)));
     assert_eq!(codes(), [Some(1); 2], "the folder above its own is empty");
     fs::create_dir(dir.path().join("etc")).unwrap();
     assert_eq!(codes(), [Some(1); 2], "its folder is empty");
@@ -161,10 +167,18 @@ fn no_descriptor_left_is_1_whichever_file_it_was_for() {
         // With enough of them it beats, and is stopped.
         let script = format!("ulimit -n {count}; exec timeout 1 \"$@\"");
         let mut command = Command::new("sh");
-        command.args(["-c", &script, "sh", env!("CARGO_BIN_EXE_decnet-heartbeat"), "--config"]).arg(&ini).arg("run");
+        command
+            .args(["-c", &script, "sh", env!("CARGO_BIN_EXE_decnet-heartbeat"), "--config"])
+            .arg(&ini)
+            .arg("run");
         let output = command.env_remove("DECNET_CONFIG").stdin(Stdio::null()).output().unwrap();
         assert!(matches!(output.status.code(), Some(1 | 124)), "{count}: {output:?}");
         said += &String::from_utf8_lossy(&output.stderr);
     }
-    assert!(said.contains("decnet.ini: cannot be read; raise the limit of open files: Too many open files"), "{said}");
+    assert!(
+        said.contains(
+            "decnet.ini: cannot be read; raise the limit of open files: Too many open files"
+        ),
+        "{said}"
+    );
 }

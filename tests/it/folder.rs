@@ -6,24 +6,26 @@ use std::path::Path;
 use std::time::Duration;
 
 use decnet_heartbeat::loopback::Enrolled;
-use decnet_heartbeat::{DecnetStatus, EnrolmentSources, Heartbeat, LifecycleDelta, Operation, OutboxLocation};
+use decnet_heartbeat::{
+    DecnetStatus, EnrolmentSources, Heartbeat, LifecycleDelta, Operation, OutboxLocation,
+};
 use rusqlite::Connection;
 use serde_json::Value;
 
 use crate::check::start_docker;
 use crate::support::{PATIENCE, Stage, alone};
 
-const STATE: &str =
-    r#"{"config": {"mode": "swarm", "deckies": [{"name": "d1", "services": []}]}, "compose_path": "/x"}"#;
+const STATE: &str = r#"{"config": {"mode": "swarm", "deckies": [{"name": "d1", "services": []}]}, "compose_path": "/x"}"#;
 
-const TOPOLOGY: &str = "CREATE TABLE applied_topology (topology_id, applied_version_hash, applied_at, last_error);
+const TOPOLOGY: &str =
+    "CREATE TABLE applied_topology (topology_id, applied_version_hash, applied_at, last_error);
                         INSERT INTO applied_topology VALUES ('t', 'h', 5, NULL);";
 
 /// Waits for a beat of which this is so.
 fn hears(stage: &Stage, what: &str, is_so: impl Fn(&Value) -> bool) {
-    let is_so = stage
-        .master
-        .wait_until(PATIENCE, |seen| seen.received().iter().filter_map(|beat| beat.json.as_ref()).any(&is_so));
+    let is_so = stage.master.wait_until(PATIENCE, |seen| {
+        seen.received().iter().filter_map(|beat| beat.json.as_ref()).any(&is_so)
+    });
     assert!(is_so, "{what}: {:?}", stage.master.received().pop());
 }
 
@@ -32,7 +34,8 @@ fn write_ini(dir: &Path, worker: &Enrolled) {
     let ini = dir.join("decnet.ini");
     worker.write_ini(&ini).unwrap();
     let whole = fs::read_to_string(&ini).unwrap();
-    let relative = whole.replace(&format!("agent-dir = {}", worker.agent_dir.display()), "agent-dir = agent");
+    let relative =
+        whole.replace(&format!("agent-dir = {}", worker.agent_dir.display()), "agent-dir = agent");
     assert_ne!(whole, relative);
     fs::write(ini, relative).unwrap();
 }
@@ -45,7 +48,11 @@ fn everything_is_still_found(sources: impl FnOnce() -> EnrolmentSources) {
     set_current_dir(dir).unwrap();
     let heartbeat = Heartbeat::builder()
         .enrolment(sources().read().unwrap())
-        .status_source(DecnetStatus::new(Path::new("agent")).state_file("state.json").docker_socket("docker.sock"))
+        .status_source(
+            DecnetStatus::new(Path::new("agent"))
+                .state_file("state.json")
+                .docker_socket("docker.sock"),
+        )
         .outbox(OutboxLocation::File("outbox.db".into()))
         .interval(Duration::from_millis(50))
         .start()
@@ -70,13 +77,17 @@ fn everything_is_still_found(sources: impl FnOnce() -> EnrolmentSources) {
 #[test]
 fn relative_paths_of_the_environment_and_the_ini_stay_where_they_were() {
     alone("folder::relative_paths_of_the_environment_and_the_ini_stay_where_they_were", || {
-        everything_is_still_found(|| EnrolmentSources::from_variables([("DECNET_CONFIG", "decnet.ini")]));
+        everything_is_still_found(|| {
+            EnrolmentSources::from_variables([("DECNET_CONFIG", "decnet.ini")])
+        });
     });
 }
 
 #[test]
 fn relative_paths_of_the_program_stay_where_they_were() {
     alone("folder::relative_paths_of_the_program_stay_where_they_were", || {
-        everything_is_still_found(|| EnrolmentSources::from_env().config("decnet.ini").agent_dir("agent"));
+        everything_is_still_found(|| {
+            EnrolmentSources::from_env().config("decnet.ini").agent_dir("agent")
+        });
     });
 }

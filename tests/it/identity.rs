@@ -48,8 +48,7 @@ fn the_masters_own_certificate_is_accepted_under_every_rule_but_public() {
 fn a_sibling_worker_cannot_pose_as_the_master_by_default() {
     let stage = posing(Role::Worker("sibling".to_owned()));
     let said = refused(&stage, MasterIdentity::default());
-    let expected =
-        r#"the certificate is not the master's own: its common name is "sibling" and must be "swarmctl" alone"#;
+    let expected = r#"the certificate is not the master's own: its common name is "sibling" and must be "swarmctl" alone"#;
     assert_eq!(said, expected);
     let said = refused(&posing(Role::Worker("sibling".to_owned())), MasterIdentity::Host);
     assert_eq!(said, format!("{expected}; nor is it valid for the configured host"));
@@ -63,7 +62,8 @@ fn a_sibling_worker_can_pose_as_the_master_under_the_originals_rule() {
 #[test]
 fn a_worker_that_was_enrolled_with_the_masters_host_cannot_pose_as_the_master_by_default() {
     for master_host in ["127.0.0.1", "swarmctl"] {
-        let role = Role::WebEnrolled { name: "worker-07".to_owned(), master_host: master_host.to_owned() };
+        let role =
+            Role::WebEnrolled { name: "worker-07".to_owned(), master_host: master_host.to_owned() };
         let said = refused(&posing(role), MasterIdentity::Name);
         assert!(said.contains(r#"its common name is "worker-07""#), "{said}");
     }
@@ -73,7 +73,8 @@ fn a_worker_that_was_enrolled_with_the_masters_host_cannot_pose_as_the_master_by
 fn the_rule_host_accepts_any_certificate_of_the_ca_for_the_configured_host() {
     accepted(&posing(Role::Named("127.0.0.1".to_owned())), MasterIdentity::Host);
     // Which is its weakness.
-    let role = Role::WebEnrolled { name: "worker-07".to_owned(), master_host: "127.0.0.1".to_owned() };
+    let role =
+        Role::WebEnrolled { name: "worker-07".to_owned(), master_host: "127.0.0.1".to_owned() };
     accepted(&posing(role), MasterIdentity::Host);
 }
 
@@ -102,7 +103,11 @@ fn a_worker_cannot_issue_a_masters_certificate() {
     // As the issuer that comes along.
     let mut certificate = stage.master.certificate().clone();
     certificate.certificate += &thief;
-    stage = Stage::with(Options { authority: Some(authority), certificate: Some(certificate), ..Options::default() });
+    stage = Stage::with(Options {
+        authority: Some(authority),
+        certificate: Some(certificate),
+        ..Options::default()
+    });
     for identity in [MasterIdentity::Name, MasterIdentity::AnyFromCa] {
         refused(&stage, identity);
     }
@@ -113,7 +118,10 @@ fn a_workers_certificate_in_ca_crt_does_not_let_it_issue() {
     let authority = Authority::new().unwrap();
     let (stage, thief) = forged(&authority);
     let path = stage.agent_dir().join("ca.crt");
-    for content in [format!("{}{thief}", authority.certificate()), format!("{thief}{}", authority.certificate())] {
+    for content in [
+        format!("{}{thief}", authority.certificate()),
+        format!("{thief}{}", authority.certificate()),
+    ] {
         std::fs::write(&path, content).unwrap();
         for identity in [MasterIdentity::Name, MasterIdentity::Host, MasterIdentity::AnyFromCa] {
             let said = refused(&stage, identity);
@@ -123,7 +131,11 @@ fn a_workers_certificate_in_ca_crt_does_not_let_it_issue() {
     // Nor does it count itself.
     let worker = authority.issue(Role::Named("swarmctl".to_owned())).unwrap();
     let other = Authority::new().unwrap();
-    let options = Options { certificate: Some(worker.clone()), authority: Some(other.clone()), ..Options::default() };
+    let options = Options {
+        certificate: Some(worker.clone()),
+        authority: Some(other.clone()),
+        ..Options::default()
+    };
     let stage = Stage::with(options);
     let content = format!("{}{}", other.certificate(), worker.certificate);
     std::fs::write(stage.agent_dir().join("ca.crt"), content).unwrap();
@@ -140,7 +152,8 @@ fn a_stricter_rule_does_not_resume_a_session_of_a_laxer_one() {
         std::fs::write(&ini, text).unwrap();
     };
     write("ca");
-    let enrolment = EnrolmentSources::from_variables([("HOME", "/nonexistent")]).config(&ini).read().unwrap();
+    let enrolment =
+        EnrolmentSources::from_variables([("HOME", "/nonexistent")]).config(&ini).read().unwrap();
     let (builder, tick) = stage.builder();
     let heartbeat = builder.enrolment(enrolment).start().unwrap();
     assert!(stage.master.wait_for_beats(1, PATIENCE), "{:?}", heartbeat.stats());
@@ -186,7 +199,10 @@ fn the_own_certificate_of_a_proxy_is_not_of_our_ca_whatever_its_version() {
         let (builder, _tick) = stage.builder();
         let heartbeat = builder.enrolment(enrolment).start().unwrap();
         let failure = settled(&heartbeat, |stats| stats.failure.is_some()).failure.unwrap();
-        assert!(failure.detail.starts_with("the master's certificate is not of our ca.crt"), "{name}: {failure:?}");
+        assert!(
+            failure.detail.starts_with("the master's certificate is not of our ca.crt"),
+            "{name}: {failure:?}"
+        );
     }
 }
 
@@ -194,7 +210,9 @@ fn the_own_certificate_of_a_proxy_is_not_of_our_ca_whatever_its_version() {
 fn a_pinned_certificate_is_the_only_one() {
     let stage = Stage::new();
     let other = stage.master.authority().issue(Role::Master).unwrap();
-    assert!(refused(&stage, pin(&other)).starts_with("the master's certificate is not the pinned one"));
+    assert!(
+        refused(&stage, pin(&other)).starts_with("the master's certificate is not the pinned one")
+    );
 }
 
 #[test]
@@ -202,7 +220,9 @@ fn a_certificate_of_another_ca_is_refused() {
     let other = Authority::new().unwrap().issue(Role::Master).unwrap();
     let stage = Stage::with(Options { certificate: Some(other), ..Options::default() });
     for identity in [MasterIdentity::Name, MasterIdentity::AnyFromCa] {
-        assert!(refused(&stage, identity).starts_with("the master's certificate is not of our ca.crt"));
+        assert!(
+            refused(&stage, identity).starts_with("the master's certificate is not of our ca.crt")
+        );
     }
 }
 
@@ -221,7 +241,9 @@ fn a_certificate_that_may_not_serve_or_is_out_of_date_is_refused() {
 
 #[test]
 fn both_tls_versions_are_spoken() {
-    for (offered, version) in [(Offered::Tls12And13, TlsVersion::Tls13), (Offered::Tls12Only, TlsVersion::Tls12)] {
+    for (offered, version) in
+        [(Offered::Tls12And13, TlsVersion::Tls13), (Offered::Tls12Only, TlsVersion::Tls12)]
+    {
         let stage = Stage::with(Options { offered, ..Options::default() });
         accepted(&stage, MasterIdentity::Name);
         assert_eq!(stage.master.connections()[0].handshake.as_ref().unwrap().version, version);

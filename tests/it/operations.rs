@@ -67,9 +67,13 @@ fn a_success_seals_the_rows_of_all_its_deckies_with_the_time_of_its_end() {
         let at = row.completed_at.unwrap();
         assert!((before..=after).contains(&at), "{at:?} is not from {before:?} to {after:?}");
         // By the worker's word and not by the master's clock, and in UTC.
-        let said: Vec<_> = sent(&stage).into_iter().filter(|delta| delta["decky_name"] == *row.decky).collect();
+        let said: Vec<_> =
+            sent(&stage).into_iter().filter(|delta| delta["decky_name"] == *row.decky).collect();
         assert_eq!(said.len(), 1);
-        assert_eq!(humantime::parse_rfc3339(said[0]["completed_at"].as_str().unwrap()).unwrap(), at);
+        assert_eq!(
+            humantime::parse_rfc3339(said[0]["completed_at"].as_str().unwrap()).unwrap(),
+            at
+        );
         assert!(said[0]["completed_at"].as_str().unwrap().ends_with('Z'), "{said:?}");
     }
     let stats = settled(&heartbeat, |stats| stats.delivered == 2);
@@ -100,16 +104,26 @@ fn each_decky_is_settled_once_and_the_first_verdict_stands() {
     operation.settle("a", Outcome::Succeeded).unwrap();
     operation.settle("b", Outcome::Failed("no such image".to_owned())).unwrap();
     for (decky, name) in [("a", "a"), ("x\n", "x")] {
-        let error = operation.settle(decky, Outcome::Failed("a second verdict".to_owned())).unwrap_err();
+        let error =
+            operation.settle(decky, Outcome::Failed("a second verdict".to_owned())).unwrap_err();
         assert_eq!(error.to_string(), format!("decky name: {name:?} is not open in this mutate"));
     }
     assert_eq!(operation.open().collect::<Vec<_>>(), ["c", "d"]);
     stage.closed_rows(2);
-    assert_eq!(settled(&heartbeat, |stats| stats.delivered == 2).operations, 2, "the others are still in flight");
+    assert_eq!(
+        settled(&heartbeat, |stats| stats.delivered == 2).operations,
+        2,
+        "the others are still in flight"
+    );
     drop(operation);
     stage.closed_rows(4);
     let left = "mutate ended without a verdict";
-    let expected = [end("a", Succeeded, None), failed("b", "no such image"), failed("c", left), failed("d", left)];
+    let expected = [
+        end("a", Succeeded, None),
+        failed("b", "no such image"),
+        failed("c", left),
+        failed("d", left),
+    ];
     assert_eq!(ends(&stage), expected);
     assert_eq!(settled(&heartbeat, |stats| stats.delivered == 4).operations, 0);
 }
@@ -178,8 +192,10 @@ fn a_run_that_fails_reports_the_whole_chain_and_one_that_panics_its_message() {
     let (heartbeat, _tick) = stage.beating();
     let names = ["chain", "panic", "repeats", "text"];
     open(&stage, Operation::Mutate, names);
-    let chain =
-        Failure("compose failed", Some(Failure("docker is away", Some(Failure("refused", None).into())).into()));
+    let chain = Failure(
+        "compose failed",
+        Some(Failure("docker is away", Some(Failure("refused", None).into())).into()),
+    );
     heartbeat.run(Operation::Mutate, [names[0]], || Err(chain)).unwrap();
     let port = 80;
     let panics = move || -> Result<(), String> { panic!("port {port} is taken") };
@@ -206,7 +222,10 @@ fn an_operation_that_no_row_can_be_for_is_refused_and_its_work_not_begun() {
     let (heartbeat, _tick) = stage.beating();
     for (deckies, problem) in [
         (vec![], "deckies: are none; an operation needs the name of a decky"),
-        (vec!["d".to_owned(), " ".to_owned()], "decky name: is empty; a delta needs the name of its decky"),
+        (
+            vec!["d".to_owned(), " ".to_owned()],
+            "decky name: is empty; a delta needs the name of its decky",
+        ),
         (
             vec!["d".to_owned(), "a,b\n".to_owned()],
             r#"decky name: "a,b\n" is not a name of DECNET's: A-Z, a-z, 0-9, _, . and - only, at most 128 of them"#,
@@ -221,7 +240,10 @@ fn an_operation_that_no_row_can_be_for_is_refused_and_its_work_not_begun() {
             begin.store(true, Ordering::Relaxed);
             Ok::<_, String>(())
         };
-        assert_eq!(heartbeat.run(Operation::Deploy, deckies, work).unwrap_err().to_string(), problem);
+        assert_eq!(
+            heartbeat.run(Operation::Deploy, deckies, work).unwrap_err().to_string(),
+            problem
+        );
         assert_eq!((Arc::strong_count(&begun), begun.load(Ordering::Relaxed)), (1, false));
     }
     assert_eq!(in_flight(&heartbeat), 0);
@@ -237,7 +259,11 @@ fn a_decky_that_is_named_twice_is_one_operation() {
     operation.succeed();
     stage.closed_rows(1);
     settled(&heartbeat, |stats| stats.delivered == 1 && stats.waiting == 0);
-    assert_eq!(ends(&stage), [end("d", Running, None), end("d", Succeeded, None)], "the newest open row");
+    assert_eq!(
+        ends(&stage),
+        [end("d", Running, None), end("d", Succeeded, None)],
+        "the newest open row"
+    );
 }
 
 #[test]
@@ -249,7 +275,10 @@ fn an_operation_in_flight_outlives_a_stop_and_the_next_start_reports_it() {
     let (done, doing) = bounded::<()>(0);
     let work = heartbeat.run(Operation::Deploy, ["e"], move || doing.recv()).unwrap();
     let stopped = heartbeat.stop(Duration::from_secs(10));
-    assert_eq!((stopped.undelivered, stopped.operations, stopped.kept, stopped.in_time), (0, 2, true, true));
+    assert_eq!(
+        (stopped.undelivered, stopped.operations, stopped.kept, stopped.in_time),
+        (0, 2, true, true)
+    );
     operation.fail("after the stop");
     // And one that is in flight even when the next heartbeat starts: its process lives, so it is left alone.
     let (builder, tick) = stage.builder();
@@ -273,7 +302,10 @@ fn in_memory_an_operation_does_not_outlive_a_stop_and_the_stop_says_so() {
     let heartbeat = builder.outbox(OutboxLocation::Memory).start().unwrap();
     let operation = heartbeat.begin(Operation::Deploy, ["d"]).unwrap();
     let stopped = heartbeat.stop(Duration::from_secs(10));
-    assert_eq!((stopped.undelivered, stopped.operations, stopped.kept, stopped.in_time), (0, 1, false, true));
+    assert_eq!(
+        (stopped.undelivered, stopped.operations, stopped.kept, stopped.in_time),
+        (0, 1, false, true)
+    );
     operation.succeed();
 }
 
@@ -326,16 +358,28 @@ fn of_overlapping_operations_each_lands_on_its_own_row_whichever_ends_first() {
             tick.send(now()).unwrap();
             let stats = settled(&heartbeat, |stats| stats.held == 1 && stats.beats >= 2);
             assert_eq!((stats.waiting, stats.operations), (1, 1));
-            assert_eq!(ends(&stage), [end("d", Running, None), end("d", Running, None)], "it is held back");
+            assert_eq!(
+                ends(&stage),
+                [end("d", Running, None), end("d", Running, None)],
+                "it is held back"
+            );
             newer.fail("newer");
         } else {
             newer.fail("newer");
             stage.closed_rows(1);
-            assert_eq!(ends(&stage), [end("d", Running, None), failed("d", "newer")], "it need not wait");
+            assert_eq!(
+                ends(&stage),
+                [end("d", Running, None), failed("d", "newer")],
+                "it need not wait"
+            );
             older.fail("older");
         }
         stage.closed_rows(2);
-        assert_eq!(ends(&stage), [failed("d", "older"), failed("d", "newer")], "older first: {older_first}");
+        assert_eq!(
+            ends(&stage),
+            [failed("d", "older"), failed("d", "newer")],
+            "older first: {older_first}"
+        );
     }
 }
 
@@ -349,7 +393,10 @@ fn a_burst_of_600_ends_arrives_whole_and_each_once() {
     assert_eq!(in_flight(&heartbeat), 600);
     operation.succeed();
     stage.closed_rows(600);
-    assert_eq!(ends(&stage), names.iter().map(|name| end(name, Succeeded, None)).collect::<Vec<_>>());
+    assert_eq!(
+        ends(&stage),
+        names.iter().map(|name| end(name, Succeeded, None)).collect::<Vec<_>>()
+    );
     let stats = settled(&heartbeat, |stats| stats.delivered == 600);
     assert_eq!((stats.waiting, stats.held, stats.operations, sent(&stage).len()), (0, 0, 0, 600));
 }
@@ -399,8 +446,13 @@ fn operations_that_end_at_once_on_many_threads_are_all_reported() {
     drop(start);
     threads.into_iter().for_each(|thread| thread.join().unwrap());
     stage.closed_rows(200);
-    assert_eq!(ends(&stage), names.iter().map(|name| failed(name, "all at once")).collect::<Vec<_>>());
-    settled(&heartbeat, |stats| stats.delivered == 200 && stats.waiting == 0 && stats.operations == 0);
+    assert_eq!(
+        ends(&stage),
+        names.iter().map(|name| failed(name, "all at once")).collect::<Vec<_>>()
+    );
+    settled(&heartbeat, |stats| {
+        stats.delivered == 200 && stats.waiting == 0 && stats.operations == 0
+    });
 }
 
 #[test]
@@ -411,7 +463,10 @@ fn in_memory_nothing_begins_after_a_stop() {
     let deltas = heartbeat.deltas();
     heartbeat.stop(PATIENCE);
     let error = deltas.begin(Operation::Deploy, ["d"]).unwrap_err();
-    assert_eq!(error.to_string(), "outbox in memory: the heartbeat has stopped, and nothing outlives it in memory");
+    assert_eq!(
+        error.to_string(),
+        "outbox in memory: the heartbeat has stopped, and nothing outlives it in memory"
+    );
 }
 
 /// An error with a fault of its own.
@@ -466,5 +521,8 @@ fn an_error_or_a_payload_that_panics_itself_is_a_report_and_no_panic_of_the_thre
     let work = || -> Result<(), String> { std::panic::panic_any(Stubborn(2)) };
     heartbeat.run(Operation::Mutate, ["d"], work).unwrap().join().unwrap();
     stage.closed_rows(4);
-    assert_eq!(ends(&stage).pop().unwrap(), failed("d", "mutate panicked: a panic without a message"));
+    assert_eq!(
+        ends(&stage).pop().unwrap(),
+        failed("d", "mutate panicked: a panic without a message")
+    );
 }

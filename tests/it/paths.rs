@@ -27,10 +27,13 @@ impl Worker {
         fs::create_dir(&folder).unwrap();
         fs::rename(stage.agent_dir(), folder.join("agent")).unwrap();
         let (host, port) = ("127.0.0.1", stage.worker.port);
-        let agent = format!("host-uuid = {}\nmaster-host = {host}\nswarmctl-port = {port}\n", stage.worker.uuid);
-        fs::write(folder.join("decnet.ini"), format!("[decnet]\nmode = agent\n[agent]\n{agent}")).unwrap();
-        let decky =
-            r#"{"config": {"mode": "swarm", "deckies": [{"name": "d1", "services": []}]}, "compose_path": "/x"}"#;
+        let agent = format!(
+            "host-uuid = {}\nmaster-host = {host}\nswarmctl-port = {port}\n",
+            stage.worker.uuid
+        );
+        fs::write(folder.join("decnet.ini"), format!("[decnet]\nmode = agent\n[agent]\n{agent}"))
+            .unwrap();
+        let decky = r#"{"config": {"mode": "swarm", "deckies": [{"name": "d1", "services": []}]}, "compose_path": "/x"}"#;
         fs::write(folder.join("state.json"), decky).unwrap();
         Self { stage, folder }
     }
@@ -43,20 +46,34 @@ impl Worker {
     fn program(&self, in_environment: bool) -> Command {
         let mut command = program();
         if in_environment {
-            command.env("DECNET_CONFIG", self.path("decnet.ini")).env("DECNET_AGENT_DIR", self.path("agent"));
+            command
+                .env("DECNET_CONFIG", self.path("decnet.ini"))
+                .env("DECNET_AGENT_DIR", self.path("agent"));
             command.env("DECNET_HEARTBEAT_STATE_FILE", self.path("state.json"));
         } else {
-            command.arg("--config").arg(self.path("decnet.ini")).arg("--agent-dir").arg(self.path("agent"));
+            command
+                .arg("--config")
+                .arg(self.path("decnet.ini"))
+                .arg("--agent-dir")
+                .arg(self.path("agent"));
         }
         command
     }
 
     fn options(&self, command: &mut Command, in_environment: bool) {
         if !in_environment {
-            command.arg("--state-file").arg(self.path("state.json")).arg("--outbox").arg(self.path("outbox.db"));
+            command
+                .arg("--state-file")
+                .arg(self.path("state.json"))
+                .arg("--outbox")
+                .arg(self.path("outbox.db"));
         }
         command.arg("--docker-socket").arg(self.path("docker.sock"));
-        command.arg("--stats-file").arg(self.path("stats.json")).arg("--metrics-file").arg(self.path("x.prom"));
+        command
+            .arg("--stats-file")
+            .arg(self.path("stats.json"))
+            .arg("--metrics-file")
+            .arg(self.path("x.prom"));
     }
 }
 
@@ -69,7 +86,11 @@ fn run_push_and_check_work_in_a_folder_that_is_not_utf_8() {
     for in_environment in [false, true] {
         let worker = Worker::new();
         start_docker(&worker.path("docker.sock"));
-        let outbox = if in_environment { worker.path("agent/heartbeat.db") } else { worker.path("outbox.db") };
+        let outbox = if in_environment {
+            worker.path("agent/heartbeat.db")
+        } else {
+            worker.path("outbox.db")
+        };
         let log = worker.path("log");
         let mut run = worker.program(in_environment);
         run.arg("--log-file").arg(&log).args(["run", "--interval", "50ms"]);
@@ -86,7 +107,10 @@ fn run_push_and_check_work_in_a_folder_that_is_not_utf_8() {
         assert_eq!(pushed.status.code(), Some(0), "{pushed:?}");
         let is_closed = |status: RowStatus| status == RowStatus::Succeeded;
         assert!(
-            worker.stage.master.wait_until(PATIENCE, |seen| seen.rows().iter().any(|row| is_closed(row.status))),
+            worker
+                .stage
+                .master
+                .wait_until(PATIENCE, |seen| seen.rows().iter().any(|row| is_closed(row.status))),
             "{row}"
         );
         run.kill().unwrap();
@@ -97,10 +121,16 @@ fn run_push_and_check_work_in_a_folder_that_is_not_utf_8() {
         let checked = check.stdin(Stdio::null()).output().unwrap();
         let report: Value = serde_json::from_slice(&checked.stdout).unwrap();
         assert_eq!(report["works"], true, "{report:#}");
-        assert!(outbox.exists() && fs::read_to_string(&log).unwrap().contains("first beat accepted"));
+        assert!(
+            outbox.exists() && fs::read_to_string(&log).unwrap().contains("first beat accepted")
+        );
         let stats = json(&worker.path("stats.json"));
         assert_eq!(stats["outbox"], outbox.to_string_lossy().into_owned(), "{stats:#}");
-        assert!(fs::read_to_string(worker.path("x.prom")).unwrap().contains("decnet_heartbeat_outbox_durable 1"));
+        assert!(
+            fs::read_to_string(worker.path("x.prom"))
+                .unwrap()
+                .contains("decnet_heartbeat_outbox_durable 1")
+        );
         let beat = worker.stage.master.received().pop().unwrap().json.unwrap();
         assert_eq!(beat["status"]["deckies"][0]["name"], "d1", "{beat}");
     }
@@ -109,7 +139,8 @@ fn run_push_and_check_work_in_a_folder_that_is_not_utf_8() {
 #[test]
 fn a_home_that_is_not_utf_8_has_the_agent_dir() {
     let worker = Worker::new();
-    let sources = EnrolmentSources::from_variables([(OsStr::new("HOME"), worker.folder.as_os_str())]);
+    let sources =
+        EnrolmentSources::from_variables([(OsStr::new("HOME"), worker.folder.as_os_str())]);
     let enrolment = sources.config(worker.path("decnet.ini")).read().unwrap();
     if !Path::new("/etc/decnet/agent").exists() {
         assert_eq!(enrolment.agent_dir().value(), &worker.path(".decnet/agent"));
@@ -119,7 +150,8 @@ fn a_home_that_is_not_utf_8_has_the_agent_dir() {
 #[test]
 fn a_librarys_outbox_and_its_stats_are_the_same_path() {
     let worker = Worker::new();
-    let enrolment = EnrolmentSources::from_variables([("HOME", "/nonexistent")]).config(worker.path("decnet.ini"));
+    let enrolment = EnrolmentSources::from_variables([("HOME", "/nonexistent")])
+        .config(worker.path("decnet.ini"));
     let heartbeat = Heartbeat::builder()
         .enrolment(enrolment.agent_dir(worker.path("agent")).read().unwrap())
         .status_source(nothing_deployed)

@@ -43,7 +43,9 @@ fn safe(text: &[u8]) -> String {
 
 #[test]
 fn no_argument_reaches_a_terminal_as_it_was_given() {
-    let before = |prefix: &str, raw: &[u8]| OsString::from_vec([prefix.as_bytes(), raw, b"x\nINJECTED"].concat());
+    let before = |prefix: &str, raw: &[u8]| {
+        OsString::from_vec([prefix.as_bytes(), raw, b"x\nINJECTED"].concat())
+    };
     for raw in RAW {
         for arguments in [
             vec![before("", raw)],
@@ -60,8 +62,18 @@ fn no_argument_reaches_a_terminal_as_it_was_given() {
             vec!["demo".into(), "--seconds".into(), before("", raw)],
             vec!["completions".into(), before("bas", raw)],
             vec!["push".into(), "--operation".into(), before("", raw)],
-            vec!["push".into(), "--operation=deploy".into(), "--status".into(), before("succeede", raw)],
-            vec!["push".into(), "--operation=deploy".into(), "--status=failed".into(), before("d", raw)],
+            vec![
+                "push".into(),
+                "--operation=deploy".into(),
+                "--status".into(),
+                before("succeede", raw),
+            ],
+            vec![
+                "push".into(),
+                "--operation=deploy".into(),
+                "--status=failed".into(),
+                before("d", raw),
+            ],
             vec![
                 "track".into(),
                 "--operation=deploy".into(),
@@ -99,7 +111,9 @@ fn no_path_and_no_error_reaches_a_terminal_as_it_is() {
         let config = ["--config".into(), stage.dir.path().join("decnet.ini").into_os_string()];
         for json in [&["check"][..], &["check", "--json"]] {
             let mut command = with(&config, json);
-            for option in ["--outbox", "--state-file", "--docker-socket", "--stats-file", "--metrics-file"] {
+            for option in
+                ["--outbox", "--state-file", "--docker-socket", "--stats-file", "--metrics-file"]
+            {
                 command.arg(option).arg(&path);
             }
             let said = printed(&output(&mut command));
@@ -118,7 +132,11 @@ fn no_path_is_raw_in_the_stats_file() {
     let outbox = stage.dir.path().join("\u{9b}31m\u{202e}\u{ad}\u{e0041}");
     let stats = stage.dir.path().join("stats.json");
     let mut run = run(&stage.worker, stage.dir.path());
-    run.args(["--interval", "50ms", "--outbox"]).arg(&outbox).arg("--stats-file").arg(&stats).stderr(Stdio::null());
+    run.args(["--interval", "50ms", "--outbox"])
+        .arg(&outbox)
+        .arg("--stats-file")
+        .arg(&stats)
+        .stderr(Stdio::null());
     let mut run = run.spawn().unwrap();
     assert!(stage.master.wait_for_beats(3, PATIENCE));
     run.kill().unwrap();
@@ -189,7 +207,8 @@ fn a_full_stderr_changes_no_exit_code() {
         (&["--config", "/nonexistent/decnet.ini", "run"], 78),
         (&["--config", "/nonexistent/decnet.ini", "check"], 78),
     ] {
-        let status = program().args(arguments).stdout(Stdio::null()).stderr(full()).status().unwrap();
+        let status =
+            program().args(arguments).stdout(Stdio::null()).stderr(full()).status().unwrap();
         assert_eq!(status.code(), Some(code), "{arguments:?}");
     }
 }

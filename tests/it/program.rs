@@ -35,7 +35,11 @@ pub fn run(worker: &Enrolled, dir: &Path) -> Command {
     worker.write_ini(&ini).unwrap();
     let mut command = program();
     command.arg("--config").arg(ini).arg("run");
-    command.arg("--state-file").arg(dir.join("state")).arg("--docker-socket").arg(dir.join("docker.sock"));
+    command
+        .arg("--state-file")
+        .arg(dir.join("state"))
+        .arg("--docker-socket")
+        .arg(dir.join("docker.sock"));
     command.stderr(Stdio::piped());
     command
 }
@@ -45,7 +49,9 @@ fn not_enrolled_is_78_and_says_where_it_looked() {
     let output = output(program().args(["--config", "/nonexistent/decnet.ini", "run"]));
     assert_eq!(output.status.code(), Some(78));
     let said = String::from_utf8(output.stderr).unwrap();
-    for part in ["not enrolled", "DECNET_HOST_UUID", "DECNET_MASTER_HOST", "/nonexistent/decnet.ini"] {
+    for part in
+        ["not enrolled", "DECNET_HOST_UUID", "DECNET_MASTER_HOST", "/nonexistent/decnet.ini"]
+    {
         assert!(said.contains(part), "{part} in {said}");
     }
 }
@@ -68,7 +74,11 @@ fn a_bundle_that_is_not_there_is_78_and_named() {
 fn a_wrong_option_is_2_and_named() {
     let output = output(program().args(["--master-identity", "anyone", "run"]));
     assert_eq!(output.status.code(), Some(2));
-    assert!(String::from_utf8(output.stderr).unwrap().contains("must be name, host, ca, public, or sha256:"));
+    assert!(
+        String::from_utf8(output.stderr)
+            .unwrap()
+            .contains("must be name, host, ca, public, or sha256:")
+    );
 }
 
 #[test]
@@ -77,7 +87,10 @@ fn an_agent_dir_of_two_lines_is_2_without_advice_about_an_ini() {
         let output = output(program().args(["--agent-dir", "a\nb", command]));
         let said = String::from_utf8(output.stderr).unwrap();
         assert_eq!(output.status.code(), Some(2), "{said}");
-        assert!(said.contains(r"'a\u{a}b' for '--agent-dir <DIR>': must be a path on one line"), "{said}");
+        assert!(
+            said.contains(r"'a\u{a}b' for '--agent-dir <DIR>': must be a path on one line"),
+            "{said}"
+        );
         assert!(!said.contains("indented"), "{said}");
     }
 }
@@ -101,13 +114,27 @@ fn a_name_that_no_decky_can_have_is_2_and_nothing_is_written() {
     let before = files();
     stage.worker.write_ini(&stage.dir.path().join("decnet.ini")).unwrap();
     let ran = stage.dir.path().join("ran");
-    for name in ["", " ", "a,b", "a b", "d1\n", "a/b", "a*", "ä", "a\u{1b}[31m", "a\u{202e}b", &"x".repeat(129)] {
+    for name in [
+        "",
+        " ",
+        "a,b",
+        "a b",
+        "d1\n",
+        "a/b",
+        "a*",
+        "ä",
+        "a\u{1b}[31m",
+        "a\u{202e}b",
+        &"x".repeat(129),
+    ] {
         let mut push = program();
         push.arg("--config").arg(stage.dir.path().join("decnet.ini"));
         push.args(["push", "--operation", "deploy", "--status", "succeeded", "decky-01", name]);
         let mut track = program();
         track.arg("--config").arg(stage.dir.path().join("decnet.ini"));
-        track.args(["track", "--operation", "deploy", "--decky", "decky-01", name, "--", "touch"]).arg(&ran);
+        track
+            .args(["track", "--operation", "deploy", "--decky", "decky-01", name, "--", "touch"])
+            .arg(&ran);
         for command in [&mut push, &mut track] {
             let output = output(command);
             let said = String::from_utf8(output.stderr).unwrap();
@@ -128,9 +155,24 @@ fn a_decky_that_the_state_file_does_not_list_is_a_warning() {
     stage.worker.write_ini(&ini).unwrap();
     let reported = |name: &str| {
         let mut push = program();
-        push.arg("--config").arg(&ini).args(["push", "--operation", "deploy", "--status", "succeeded", name]);
+        push.arg("--config").arg(&ini).args([
+            "push",
+            "--operation",
+            "deploy",
+            "--status",
+            "succeeded",
+            name,
+        ]);
         let mut track = program();
-        track.arg("--config").arg(&ini).args(["track", "--operation", "mutate", "--decky", name, "--", "true"]);
+        track.arg("--config").arg(&ini).args([
+            "track",
+            "--operation",
+            "mutate",
+            "--decky",
+            name,
+            "--",
+            "true",
+        ]);
         [push, track].map(|mut command| {
             let output = output(command.env("DECNET_HEARTBEAT_STATE_FILE", &state));
             assert_eq!(output.status.code(), Some(0), "{output:?}");
@@ -143,7 +185,8 @@ fn a_decky_that_the_state_file_does_not_list_is_a_warning() {
     std::fs::write(&state, content).unwrap();
     assert_eq!(reported("d1"), quiet());
     for said in reported("d2") {
-        let warning = format!("the state file does not list this decky: decky=d2 file={}", state.display());
+        let warning =
+            format!("the state file does not list this decky: decky=d2 file={}", state.display());
         assert!(said.contains("[WARN]") && said.contains(&warning), "{said}");
     }
     std::fs::write(&state, "{").unwrap();
@@ -154,7 +197,8 @@ fn a_decky_that_the_state_file_does_not_list_is_a_warning() {
 fn it_beats_until_sigterm_and_exits_0() {
     let stage = Stage::new();
     let stats = stage.dir.path().join("stats.json");
-    let mut child = run(&stage.worker, stage.dir.path()).arg("--stats-file").arg(&stats).spawn().unwrap();
+    let mut child =
+        run(&stage.worker, stage.dir.path()).arg("--stats-file").arg(&stats).spawn().unwrap();
     assert!(stage.master.wait_for_beats(1, PATIENCE));
     terminate(&child);
     assert_eq!(child.wait().unwrap().code(), Some(0));
@@ -175,7 +219,10 @@ fn the_stats_file_is_rewritten_after_each_beat() {
     terminate(&child);
     child.wait_with_output().unwrap();
     let stats: Value = serde_json::from_slice(&std::fs::read(&stats).unwrap()).unwrap();
-    assert_eq!((&stats["host_uuid"], &stats["failure"]), (&stage.worker.uuid.as_str().into(), &Value::Null));
+    assert_eq!(
+        (&stats["host_uuid"], &stats["failure"]),
+        (&stage.worker.uuid.as_str().into(), &Value::Null)
+    );
     assert!(stats["beats"].as_u64().unwrap() >= 3, "{stats}");
 }
 
@@ -197,14 +244,16 @@ fn the_log_goes_to_a_file_when_told() {
 fn a_certificate_that_ends_within_30_days_is_said_once_a_day() {
     let stage = Stage::new();
     let nine_days = Duration::from_secs(9 * 86_400 + 3_600);
-    let issued = stage.master.authority().issue(Role::ShortLived("w".to_owned(), nine_days)).unwrap();
+    let issued =
+        stage.master.authority().issue(Role::ShortLived("w".to_owned(), nine_days)).unwrap();
     stage.master.authority().write_bundle(&issued, &stage.agent_dir()).unwrap();
     stage.master.pin(&stage.worker.uuid, &issued.fingerprint);
     let child = run(&stage.worker, stage.dir.path()).args(["--interval", "50ms"]).spawn().unwrap();
     assert!(stage.master.wait_for_beats(5, PATIENCE));
     terminate(&child);
     let log = String::from_utf8(child.wait_with_output().unwrap().stderr).unwrap();
-    let said: Vec<_> = log.lines().filter(|line| line.contains("the certificate expires soon")).collect();
+    let said: Vec<_> =
+        log.lines().filter(|line| line.contains("the certificate expires soon")).collect();
     let [said] = said.as_slice() else { panic!("{log}") };
     let expected = format!(
         "[WARN] (decnet-heartbeat) the certificate expires soon, enrol this host again: host={} master={} fingerprint={} \
@@ -223,7 +272,8 @@ fn systemd_hears_that_it_is_ready_alive_and_stopping() {
     let systemd = UnixDatagram::bind(&socket).unwrap();
     systemd.set_read_timeout(Some(PATIENCE)).unwrap();
     let mut command = run(&stage.worker, stage.dir.path());
-    let mut child = command.env("NOTIFY_SOCKET", &socket).env("WATCHDOG_USEC", "100000").spawn().unwrap();
+    let mut child =
+        command.env("NOTIFY_SOCKET", &socket).env("WATCHDOG_USEC", "100000").spawn().unwrap();
     let hear = || {
         let mut said = [0; 100];
         let length = systemd.recv(&mut said).unwrap();
@@ -249,17 +299,27 @@ fn it_prints_completions_that_a_shell_takes() {
                  echo ${COMPREPLY[@]}";
     let mut bash = Command::new("bash");
     let completed = output(bash.arg("-c").arg(format!("source {} && {typed}", path.display())));
-    assert_eq!(String::from_utf8_lossy(&completed.stdout).trim(), "--metrics-file", "{completed:?}");
+    assert_eq!(
+        String::from_utf8_lossy(&completed.stdout).trim(),
+        "--metrics-file",
+        "{completed:?}"
+    );
     assert_eq!(output(program().args(["completions", "tcsh"])).status.code(), Some(2));
 }
 
 #[test]
 fn the_demo_shows_an_outage_and_the_recovery_of_a_delta() {
-    let mut child = program().args(["demo", "--seconds", "5"]).stdout(Stdio::piped()).spawn().unwrap();
-    let lines: Vec<_> = BufReader::new(child.stdout.take().unwrap()).lines().map(Result::unwrap).collect();
+    let mut child =
+        program().args(["demo", "--seconds", "5"]).stdout(Stdio::piped()).spawn().unwrap();
+    let lines: Vec<_> =
+        BufReader::new(child.stdout.take().unwrap()).lines().map(Result::unwrap).collect();
     assert_eq!(child.wait().unwrap().code(), Some(0), "{lines:#?}");
-    let told =
-        |part: &str| lines.iter().position(|line| line.contains(part)).unwrap_or_else(|| panic!("{part}: {lines:#?}"));
+    let told = |part: &str| {
+        lines
+            .iter()
+            .position(|line| line.contains(part))
+            .unwrap_or_else(|| panic!("{part}: {lines:#?}"))
+    };
     assert!(told("the master is gone") < told("beat failed (refused)"));
     assert!(told("the master is back") < told("mutate decky-01 failed (compose exited with 1)"));
     let summary = lines.last().unwrap();

@@ -66,7 +66,8 @@ fn a_log_that_nobody_reads_stops_neither_beats_nor_sigterm() {
     let (_reader, full) = full_pipe();
     stage.master.always(Some(Answer::status(503).into()));
     let mut command = run(&stage.worker, stage.dir.path());
-    let mut running = Running::start(command.args(["--interval", "50ms", "--log-level", "trace"]).stderr(full));
+    let mut running =
+        Running::start(command.args(["--interval", "50ms", "--log-level", "trace"]).stderr(full));
     stage.requests(20);
     stage.master.always(None);
     assert!(stage.master.wait_for_beats(5, PATIENCE));
@@ -79,8 +80,12 @@ fn terminal() -> (File, File) {
     grantpt(&screen).unwrap();
     unlockpt(&screen).unwrap();
     let path = OsString::from_vec(ptsname(&screen, Vec::new()).unwrap().into_bytes());
-    let terminal =
-        File::options().read(true).write(true).custom_flags(OpenptFlags::NOCTTY.bits() as i32).open(path).unwrap();
+    let terminal = File::options()
+        .read(true)
+        .write(true)
+        .custom_flags(OpenptFlags::NOCTTY.bits() as i32)
+        .open(path)
+        .unwrap();
     (File::from(screen), terminal)
 }
 
@@ -90,7 +95,10 @@ fn a_stopped_terminal_stops_neither_beats_nor_sigterm() {
     let (screen, terminal) = terminal();
     let stderr = terminal.try_clone().unwrap();
     let mut command = run(&stage.worker, stage.dir.path());
-    command.args(["--interval", "50ms", "--log-level", "trace"]).env("TERM", "xterm").stderr(stderr);
+    command
+        .args(["--interval", "50ms", "--log-level", "trace"])
+        .env("TERM", "xterm")
+        .stderr(stderr);
     let mut running = Running::start(&mut command);
     let mut first = String::new();
     BufReader::new(screen.try_clone().unwrap()).read_line(&mut first).unwrap();
@@ -110,10 +118,19 @@ fn a_terminal_that_stops_what_writes_from_the_background_does_not_stop_the_beats
     let often = run(&stage.worker, stage.dir.path());
     // Job control: what is started is in a process group that is not the terminal's.
     let mut shell = Command::new("setsid");
-    shell.args(["--ctty", "sh", "-c", "stty tostop; set -m; \"$@\" & read line; kill $!; wait $!", "sh"]);
+    shell.args([
+        "--ctty",
+        "sh",
+        "-c",
+        "stty tostop; set -m; \"$@\" & read line; kill $!; wait $!",
+        "sh",
+    ]);
     shell.args(["timeout", "--foreground", "60"]).arg(often.get_program()).args(often.get_args());
     shell.args(["--interval", "50ms", "--log-level", "trace"]);
-    shell.stdin(terminal.try_clone().unwrap()).stdout(terminal.try_clone().unwrap()).stderr(terminal);
+    shell
+        .stdin(terminal.try_clone().unwrap())
+        .stdout(terminal.try_clone().unwrap())
+        .stderr(terminal);
     let mut running = Running::start(&mut shell);
     assert!(stage.master.wait_for_beats(5, PATIENCE));
     screen.write_all(b"\n").unwrap();
@@ -126,21 +143,29 @@ fn no_colour_and_a_dumb_terminal_get_no_colours() {
         let stage = Stage::new();
         let (screen, terminal) = terminal();
         let mut command = run(&stage.worker, stage.dir.path());
-        let _running = Running::start(command.env("TERM", "xterm").env(name, value).stderr(terminal));
+        let _running =
+            Running::start(command.env("TERM", "xterm").env(name, value).stderr(terminal));
         let mut first = String::new();
         BufReader::new(screen).read_line(&mut first).unwrap();
         assert!(first.contains(" [INFO] (main) heartbeat starting: "), "{first:?}");
         for answer in ["--help", "check"] {
             let (screen, terminal) = self::terminal();
             let mut command = program();
-            command.args(["--config", "/nonexistent/decnet.ini", answer]).env("TERM", "xterm").env(name, value);
+            command
+                .args(["--config", "/nonexistent/decnet.ini", answer])
+                .env("TERM", "xterm")
+                .env(name, value);
             let mut answering = Running::start(command.stdout(terminal));
             drop(command);
             let mut said = Vec::new();
             // EIO: nobody has the terminal any more.
             let _ = BufReader::new(screen).read_to_end(&mut said);
             assert!(answering.end(PATIENCE).code().is_some());
-            assert!(!said.is_empty() && !said.contains(&0x1b), "{name} {answer}: {}", String::from_utf8_lossy(&said));
+            assert!(
+                !said.is_empty() && !said.contains(&0x1b),
+                "{name} {answer}: {}",
+                String::from_utf8_lossy(&said)
+            );
         }
     }
 }
@@ -169,7 +194,8 @@ fn a_reader_that_has_gone_ends_nothing() {
     let stage = Stage::new();
     let (reader, writer) = pipe().unwrap();
     let mut command = run(&stage.worker, stage.dir.path());
-    let mut running = Running::start(command.args(["--interval", "50ms", "--log-level", "trace"]).stderr(writer));
+    let mut running =
+        Running::start(command.args(["--interval", "50ms", "--log-level", "trace"]).stderr(writer));
     drop(reader);
     assert!(stage.master.wait_for_beats(5, PATIENCE));
     assert_eq!(running.terminate(PROMPT), Some(0));
@@ -186,7 +212,8 @@ fn a_pipe_that_somebody_made_non_blocking_loses_no_line() {
     let (reader, full) = full_pipe();
     rustix::io::ioctl_fionbio(&full, true).unwrap();
     let mut command = run(&stage.worker, stage.dir.path());
-    let mut running = Running::start(command.args(["--interval", "50ms", "--log-level", "trace"]).stderr(full));
+    let mut running =
+        Running::start(command.args(["--interval", "50ms", "--log-level", "trace"]).stderr(full));
     drop(command);
     stage.requests(5);
     let read = thread::spawn(move || {
@@ -197,11 +224,16 @@ fn a_pipe_that_somebody_made_non_blocking_loses_no_line() {
     assert_eq!(running.terminate(PROMPT), Some(0));
     let said = read.join().unwrap();
     assert!(
-        said.contains("heartbeat starting: ") && said.contains("heartbeat stopped: ") && !said.contains("were dropped"),
+        said.contains("heartbeat starting: ")
+            && said.contains("heartbeat stopped: ")
+            && !said.contains("were dropped"),
         "{said}"
     );
     let mut logged = said.lines().filter(|line| !line.is_empty());
-    assert!(logged.all(|line| line.starts_with("20") && line.contains("] (")), "whole lines: {said}");
+    assert!(
+        logged.all(|line| line.starts_with("20") && line.contains("] (")),
+        "whole lines: {said}"
+    );
 }
 
 #[test]
@@ -312,7 +344,10 @@ fn with_the_log_on_stderr_hup_is_a_line() {
     assert!(stage.master.wait_for_beats(1, PATIENCE));
     running.signal("HUP");
     let line = line_with(&said, "SIGHUP");
-    assert!(line.contains("[INFO] (signals) there is no log file to reopen: signal=SIGHUP log=stderr"), "{line}");
+    assert!(
+        line.contains("[INFO] (signals) there is no log file to reopen: signal=SIGHUP log=stderr"),
+        "{line}"
+    );
     assert_eq!(running.terminate(PROMPT), Some(0));
 }
 
@@ -322,7 +357,10 @@ fn a_log_file_that_cannot_be_opened_is_an_error_of_the_start() {
     for command in ["run", "check"] {
         let output = program().arg("--log-file").arg(dir.path()).arg(command).output().unwrap();
         let said = String::from_utf8(output.stderr).unwrap();
-        let expected = format!("decnet-heartbeat: --log-file: {} cannot be appended to: ", dir.path().display());
+        let expected = format!(
+            "decnet-heartbeat: --log-file: {} cannot be appended to: ",
+            dir.path().display()
+        );
         assert!(said.starts_with(&expected) && said.lines().count() == 1, "{said}");
     }
 }
@@ -335,7 +373,10 @@ fn a_log_file_that_cannot_be_opened_for_a_reason_that_passes_delays_no_beat_and_
     let socket = UnixListener::bind(&log).unwrap();
     let mut running = Running::start(logging_to(&stage, &log).stderr(Stdio::piped()));
     let said = lines(running.0.stderr.take().unwrap());
-    line_with(&said, &format!("decnet-heartbeat: --log-file: {} cannot be appended to: ", log.display()));
+    line_with(
+        &said,
+        &format!("decnet-heartbeat: --log-file: {} cannot be appended to: ", log.display()),
+    );
     assert!(stage.master.wait_for_beats(3, PATIENCE));
     drop(socket);
     fs::remove_file(&log).unwrap();

@@ -18,7 +18,10 @@ const PROMPT: Duration = Duration::from_secs(4);
 /// The command after a line of shell.
 pub fn after(line: &str, command: &Command) -> Command {
     let mut shell = Command::new("sh");
-    shell.args(["-c", &format!("{line}; exec \"$@\""), "sh"]).arg(command.get_program()).args(command.get_args());
+    shell
+        .args(["-c", &format!("{line}; exec \"$@\""), "sh"])
+        .arg(command.get_program())
+        .args(command.get_args());
     shell.env_clear().envs(command.get_envs().filter_map(|(name, value)| Some((name, value?))));
     shell.env("PATH", std::env::var_os("PATH").unwrap()).stderr(Stdio::null());
     shell
@@ -132,7 +135,11 @@ fn a_signal_that_was_blocked_at_the_start_stops_it_all_the_same() {
     let stage = Stage::new();
     let often = often(&stage);
     let mut blocked = Command::new("env");
-    blocked.arg("--block-signal").arg(often.get_program()).args(often.get_args()).stderr(Stdio::null());
+    blocked
+        .arg("--block-signal")
+        .arg(often.get_program())
+        .args(often.get_args())
+        .stderr(Stdio::null());
     for name in ["TERM", "INT"] {
         let mut running = Running::start(&mut blocked);
         let beats = stage.master.received().len();
@@ -150,8 +157,11 @@ fn hup_while_the_log_file_is_being_opened_does_not_end_it() {
     let mut running = Running::start(often(&stage).arg("--log-file").arg(&log));
     // Nobody reads the FIFO, so that thread waits.
     let tasks = format!("/proc/{}/task", running.0.id());
-    let names =
-        || fs::read_dir(&tasks).unwrap().filter_map(|task| fs::read_to_string(task.ok()?.path().join("comm")).ok());
+    let names = || {
+        fs::read_dir(&tasks)
+            .unwrap()
+            .filter_map(|task| fs::read_to_string(task.ok()?.path().join("comm")).ok())
+    };
     let until = Instant::now() + PATIENCE;
     while !names().any(|name| name == "log\n") {
         assert!(Instant::now() < until);
@@ -171,7 +181,8 @@ fn limit_files(running: &Running, bytes: Option<u64>) {
 #[test]
 fn where_no_file_may_grow_run_beats_and_its_outbox_has_a_file_once_they_may() {
     let stage = Stage::new();
-    let mut running = Running::start(after("ulimit -S -f 8", &often(&stage)).stderr(Stdio::piped()));
+    let mut running =
+        Running::start(after("ulimit -S -f 8", &often(&stage)).stderr(Stdio::piped()));
     let log = lines(running.0.stderr.take().unwrap());
     line_with(&log, "in memory");
     line_with(&log, "first beat accepted");
@@ -191,7 +202,14 @@ fn a_limit_that_comes_later_is_a_full_disk_and_no_delta_is_sent_twice() {
     let mut push = program();
     push.arg("--config").arg(stage.dir.path().join("decnet.ini"));
     // The master is asked by run alone: nobody listens there.
-    push.env("DECNET_SWARMCTL_PORT", "1").args(["push", "--operation", "deploy", "--status", "succeeded", "decky-01"]);
+    push.env("DECNET_SWARMCTL_PORT", "1").args([
+        "push",
+        "--operation",
+        "deploy",
+        "--status",
+        "succeeded",
+        "decky-01",
+    ]);
     assert_eq!(push.output().unwrap().status.code(), Some(75));
     line_with(&log, "in memory");
     let beats = stage.master.received().len();
@@ -200,7 +218,10 @@ fn a_limit_that_comes_later_is_a_full_disk_and_no_delta_is_sent_twice() {
     line_with(&log, "again: outbox=");
     let beats = stage.master.received().len();
     let heard = stage.requests(beats + 5);
-    let deltas = heard.iter().filter_map(|beat| json_of(beat)["lifecycle"].as_array().map(Vec::len)).sum::<usize>();
+    let deltas = heard
+        .iter()
+        .filter_map(|beat| json_of(beat)["lifecycle"].as_array().map(Vec::len))
+        .sum::<usize>();
     assert_eq!(deltas, 1);
     assert_eq!(running.terminate(PROMPT), Some(0));
 }
@@ -219,7 +240,8 @@ fn push_and_check_are_not_killed_where_no_file_may_grow() {
     assert_eq!(pushed.status.code(), Some(0), "{pushed:?}");
     let tracked = limited(&["track", "--operation", "deploy", "--decky", "decky-02", "--", "true"]);
     assert_eq!(tracked.status.code(), Some(0), "{tracked:?}");
-    let heard: Vec<_> = stage.master.received().iter().map(|beat| json_of(beat)["lifecycle"].clone()).collect();
+    let heard: Vec<_> =
+        stage.master.received().iter().map(|beat| json_of(beat)["lifecycle"].clone()).collect();
     assert_eq!(heard.len(), 2, "{heard:?}");
     let checked = limited(&["check"]);
     assert_eq!(checked.status.signal(), None, "{checked:?}");

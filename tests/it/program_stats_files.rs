@@ -35,7 +35,8 @@ fn a_target_that_is_no_regular_file_is_78_and_stays() {
             ("fifo", "a FIFO"),
         ] {
             let before = fs::symlink_metadata(at(name)).unwrap().file_type();
-            let mut running = Running::start(run(&stage.worker, stage.dir.path()).arg(option).arg(at(name)));
+            let mut running =
+                Running::start(run(&stage.worker, stage.dir.path()).arg(option).arg(at(name)));
             let code = running.end(PROMPT).code();
             let mut said = String::new();
             running.0.stderr.take().unwrap().read_to_string(&mut said).unwrap();
@@ -58,8 +59,9 @@ fn what_takes_the_files_place_later_is_not_replaced_either() {
     let stage = Stage::new();
     let stats = stage.dir.path().join("stats.json");
     let mut command = run(&stage.worker, stage.dir.path());
-    let mut running =
-        Running::start(command.args(["--log-level", "trace", "--interval", "50ms", "--stats-file"]).arg(&stats));
+    let mut running = Running::start(
+        command.args(["--log-level", "trace", "--interval", "50ms", "--stats-file"]).arg(&stats),
+    );
     let said = lines(running.0.stderr.take().unwrap());
     assert!(stage.master.wait_for_beats(3, PATIENCE));
     let is_fifo = || fs::symlink_metadata(&stats).unwrap().file_type().is_fifo();
@@ -72,7 +74,8 @@ fn what_takes_the_files_place_later_is_not_replaced_either() {
         }
         line_with(&said, "")
     });
-    let line = refused.take(100).find(|line| line.contains("the stats cannot be written: ")).unwrap();
+    let line =
+        refused.take(100).find(|line| line.contains("the stats cannot be written: ")).unwrap();
     assert!(line.contains("(stats-files)") && line.contains("a FIFO is there"), "{line}");
     let beats = stage.master.received().len();
     stage.requests(beats + 3);
@@ -99,7 +102,8 @@ fn what_stands_where_the_stats_are_written_first_is_named() {
     let stage = Stage::new();
     let (stats, next) = (stage.dir.path().join("stats"), stage.dir.path().join("stats.new"));
     fs::create_dir(&next).unwrap();
-    let mut running = Running::start(run(&stage.worker, stage.dir.path()).arg("--stats-file").arg(&stats));
+    let mut running =
+        Running::start(run(&stage.worker, stage.dir.path()).arg("--stats-file").arg(&stats));
     let said = lines(running.0.stderr.take().unwrap());
     let line = line_with(&said, "the stats cannot be written: ");
     assert!(line.contains(&format!("error=\"{} cannot be removed: ", next.display())), "{line}");
@@ -109,10 +113,14 @@ fn what_stands_where_the_stats_are_written_first_is_named() {
 #[test]
 fn paths_that_are_not_utf8_work() {
     let stage = Stage::new();
-    let [stats, metrics] =
-        [&b"stats-\xff"[..], b"metrics-\xff"].map(|name| stage.dir.path().join(OsStr::from_bytes(name)));
+    let [stats, metrics] = [&b"stats-\xff"[..], b"metrics-\xff"]
+        .map(|name| stage.dir.path().join(OsStr::from_bytes(name)));
     let mut command = run(&stage.worker, stage.dir.path());
-    command.args(["--interval", "50ms", "--stats-file"]).arg(&stats).arg("--metrics-file").arg(&metrics);
+    command
+        .args(["--interval", "50ms", "--stats-file"])
+        .arg(&stats)
+        .arg("--metrics-file")
+        .arg(&metrics);
     let mut running = Running::start(command.stderr(Stdio::null()));
     assert!(stage.master.wait_for_beats(3, PATIENCE));
     assert_eq!(running.terminate(PROMPT), Some(0));
@@ -127,10 +135,15 @@ fn refused(stage: &Stage, option: &str, path: &std::path::Path, others: &[&OsStr
     let said = ["run", "check"].map(|name| {
         let mut command = crate::program::program();
         command.arg("--config").arg(&ini).arg(name).arg(option).arg(path).args(others);
-        let output = command.env("DECNET_HEARTBEAT_STATE_FILE", stage.dir.path().join("state")).output().unwrap();
+        let output = command
+            .env("DECNET_HEARTBEAT_STATE_FILE", stage.dir.path().join("state"))
+            .output()
+            .unwrap();
         let said = String::from_utf8([output.stdout, output.stderr].concat()).unwrap();
-        let line =
-            said.lines().find(|line| line.contains("which would be replaced")).unwrap_or_else(|| panic!("{said}"));
+        let line = said
+            .lines()
+            .find(|line| line.contains("which would be replaced"))
+            .unwrap_or_else(|| panic!("{said}"));
         assert_eq!(output.status.code(), Some(if name == "run" { 78 } else { 1 }), "{said}");
         line.to_owned()
     });
@@ -152,12 +165,18 @@ fn no_file_of_the_heartbeats_own_is_a_target() {
         dir.join("state"),
         agent.join("../agent/./worker.crt"),
     ];
-    for (option, path) in own.iter().flat_map(|path| [("--stats-file", path), ("--metrics-file", path)]) {
+    for (option, path) in
+        own.iter().flat_map(|path| [("--stats-file", path), ("--metrics-file", path)])
+    {
         let before = fs::read(path).ok();
         for line in refused(&stage, option, path, &[]) {
             assert!(line.contains(std::path::absolute(path).unwrap().to_str().unwrap()), "{line}");
         }
-        assert!(path.ends_with("decnet.ini") || fs::read(path).ok() == before, "{}", path.display());
+        assert!(
+            path.ends_with("decnet.ini") || fs::read(path).ok() == before,
+            "{}",
+            path.display()
+        );
     }
     let (both, log) = (dir.join("both"), dir.join("log"));
     refused(&stage, "--stats-file", &both, &["--metrics-file".as_ref(), both.as_os_str()]);

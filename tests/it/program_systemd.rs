@@ -36,7 +36,8 @@ fn hear(socket: &UnixDatagram) -> String {
 #[test]
 fn an_abstract_socket_is_notified() {
     let stage = Stage::new();
-    let name = [b"decnet-heartbeat-\xff-".as_slice(), std::process::id().to_string().as_bytes()].concat();
+    let name =
+        [b"decnet-heartbeat-\xff-".as_slice(), std::process::id().to_string().as_bytes()].concat();
     let systemd = UnixDatagram::bind_addr(&SocketAddr::from_abstract_name(&name).unwrap()).unwrap();
     systemd.set_read_timeout(Some(PATIENCE)).unwrap();
     let socket = OsString::from_vec([b"@".as_slice(), &name].concat());
@@ -75,9 +76,11 @@ fn a_readiness_that_could_not_be_sent_is_sent_again() {
         command.envs(watchdog.map(|limit| ("WATCHDOG_USEC", limit)));
         let mut running = Running::start(&mut command);
         assert!(stage.master.wait_for_beats(3, PATIENCE));
-        let heard = std::iter::repeat_with(|| hear(&systemd)).find(|said| said != "FULL=1").unwrap();
+        let heard =
+            std::iter::repeat_with(|| hear(&systemd)).find(|said| said != "FULL=1").unwrap();
         assert!(heard.starts_with("READY=1\n"), "{heard:?}");
-        let more = std::iter::repeat_with(|| hear(&systemd)).take(if watchdog.is_some() { 3 } else { 0 });
+        let more =
+            std::iter::repeat_with(|| hear(&systemd)).take(if watchdog.is_some() { 3 } else { 0 });
         assert_eq!(more.filter(|said| said.contains("READY")).count(), 0, "once");
         assert_eq!(running.terminate(PROMPT), Some(0));
     }
@@ -118,9 +121,14 @@ fn a_watchdog_of_a_microsecond_is_no_busy_loop() {
 
 #[test]
 fn a_watchdog_of_another_process_or_of_no_number_is_none() {
-    for (limit, pid) in
-        [("100000", Some("1")), ("100000", Some("x")), ("0", None), ("x", None), ("-1", None), ("", None)]
-    {
+    for (limit, pid) in [
+        ("100000", Some("1")),
+        ("100000", Some("x")),
+        ("0", None),
+        ("x", None),
+        ("-1", None),
+        ("", None),
+    ] {
         let stage = Stage::new();
         let path = stage.dir.path().join("notify");
         let systemd = listen(&path);
@@ -149,17 +157,26 @@ fn complaints(socket: &OsStr) -> Vec<String> {
 fn a_socket_that_fails_each_time_is_logged_less_and_less_often() {
     let said = complaints(OsStr::new("/nonexistent/notify"));
     assert!((2..=7).contains(&said.len()), "{said:#?}");
-    assert!(said[0].contains("systemd could not be notified: times=1 error=\"No such file or directory"), "{said:#?}");
+    assert!(
+        said[0]
+            .contains("systemd could not be notified: times=1 error=\"No such file or directory"),
+        "{said:#?}"
+    );
 }
 
 #[test]
 fn a_socket_that_can_be_none_is_logged_once() {
     let long = format!("/{}", "x".repeat(200));
-    for (name, shown) in
-        [(&b"notify"[..], "\"notify\""), (b"vsock:2:1234", "\"vsock:2:1234\""), (long.as_bytes(), "\"/xxx")]
-    {
+    for (name, shown) in [
+        (&b"notify"[..], "\"notify\""),
+        (b"vsock:2:1234", "\"vsock:2:1234\""),
+        (long.as_bytes(), "\"/xxx"),
+    ] {
         let said = complaints(OsStr::from_bytes(name));
         assert_eq!(said.len(), 1, "{said:#?}");
-        assert!(said[0].contains(&format!("systemd cannot be notified: NOTIFY_SOCKET={shown}")), "{said:#?}");
+        assert!(
+            said[0].contains(&format!("systemd cannot be notified: NOTIFY_SOCKET={shown}")),
+            "{said:#?}"
+        );
     }
 }

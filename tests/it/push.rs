@@ -70,10 +70,16 @@ fn push_waits_as_long_as_it_is_told_to() {
 fn a_timeout_out_of_its_range_is_2_and_so_is_one_for_no_wait() {
     let stage = Stage::new();
     let track = |options: &[&str]| {
-        output(&stage, &[&["track", "--operation", "deploy", "--decky", "d"], options, &["--", "true"]].concat())
+        output(
+            &stage,
+            &[&["track", "--operation", "deploy", "--decky", "d"], options, &["--", "true"]]
+                .concat(),
+        )
     };
     for timeout in ["0s", "999us", "2h", "3601s", "x", ""] {
-        for (code, _, log) in [push(&stage, &["--timeout", timeout]), track(&["--timeout", timeout])] {
+        for (code, _, log) in
+            [push(&stage, &["--timeout", timeout]), track(&["--timeout", timeout])]
+        {
             assert_eq!(code, Some(2), "{timeout}: {log}");
             assert!(log.contains("--timeout"), "{log}");
         }
@@ -101,7 +107,10 @@ fn a_limit_on_the_size_of_files_does_not_end_push() {
     let stage = Stage::new();
     let inner = program(&stage, &[&PUSH[..], &["d"]].concat());
     let mut command = Command::new("sh");
-    command.args(["-c", "ulimit -f 0; exec \"$0\" \"$@\""]).arg(inner.get_program()).args(inner.get_args());
+    command
+        .args(["-c", "ulimit -f 0; exec \"$0\" \"$@\""])
+        .arg(inner.get_program())
+        .args(inner.get_args());
     let output = command.output().unwrap();
     assert_eq!((output.status.code(), output.stdout), (Some(0), b"delivered\n".to_vec()));
 }

@@ -39,7 +39,12 @@ pub fn track(stage: &Stage, script: &str) -> (Option<i32>, String, String) {
 pub fn tracking(stage: &Stage, script: &str) -> (Child, BufReader<std::process::ChildStdout>) {
     let mut command = program(stage, &[&TRACK[..], &["sh", "-c", script]].concat());
     // Its stdin stays open for as long as the child is held.
-    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut child = command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
     let mut stdout = BufReader::new(child.stdout.take().unwrap());
     let mut line = String::new();
     stdout.read_line(&mut line).unwrap();
@@ -53,7 +58,12 @@ pub fn signal(child: &Child, name: &str) {
 }
 
 pub fn rows(stage: &Stage) -> Vec<(RowStatus, Option<String>)> {
-    stage.master.rows().into_iter().map(|LifecycleRow { status, error, .. }| (status, error)).collect()
+    stage
+        .master
+        .rows()
+        .into_iter()
+        .map(|LifecycleRow { status, error, .. }| (status, error))
+        .collect()
 }
 
 /// The first of them.
@@ -68,7 +78,9 @@ pub fn outbox(stage: &Stage) -> PathBuf {
 /// The rows of the outbox: decky, error, in flight.
 pub fn kept(stage: &Stage) -> Vec<(String, Option<String>, bool)> {
     let database = rusqlite::Connection::open(outbox(stage)).unwrap();
-    let mut select = database.prepare("SELECT decky, error, completed_at IS NULL FROM delta ORDER BY id").unwrap();
+    let mut select = database
+        .prepare("SELECT decky, error, completed_at IS NULL FROM delta ORDER BY id")
+        .unwrap();
     let rows = select.query_map([], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?))).unwrap();
     rows.collect::<rusqlite::Result<_>>().unwrap()
 }
@@ -82,7 +94,10 @@ fn push_delivers_now_and_says_nothing_of_what_runs() {
     let (code, said, log) = output(&stage, &[&PUSH_FAILED[..], &["a", "b", "a"]].concat());
     assert_eq!((code, said.as_str(), log.as_str()), (Some(0), "delivered\n", ""));
     for row in stage.master.rows() {
-        assert_eq!((row.status, row.error.as_deref()), (RowStatus::Failed, Some("compose exited with 1")));
+        assert_eq!(
+            (row.status, row.error.as_deref()),
+            (RowStatus::Failed, Some("compose exited with 1"))
+        );
     }
     let request = stage.master.received().remove(0);
     assert_eq!(deckies(&request), ["a", "b"], "of a decky that is named twice there is one delta");
@@ -100,10 +115,16 @@ fn push_leaves_to_run_what_the_master_cannot_hear() {
     stage.master.open_operation(&stage.worker.uuid, "a", "deploy");
     let (heartbeat, tick) = stage.beating();
     stage.master.stop();
-    let (code, said, _) = output(&stage, &["push", "--operation", "deploy", "--status", "succeeded", "a"]);
-    let expected = format!("kept in {} for decnet-heartbeat run, not delivered: ", outbox(&stage).display());
+    let (code, said, _) =
+        output(&stage, &["push", "--operation", "deploy", "--status", "succeeded", "a"]);
+    let expected =
+        format!("kept in {} for decnet-heartbeat run, not delivered: ", outbox(&stage).display());
     assert_eq!(code, Some(75), "kept, and not delivered in time");
-    assert!(said.starts_with(&expected) && said.trim_end().ends_with("Connection refused (os error 111)"), "{said}");
+    assert!(
+        said.starts_with(&expected)
+            && said.trim_end().ends_with("Connection refused (os error 111)"),
+        "{said}"
+    );
     assert_eq!(kept(&stage), [("a".to_owned(), None, false)]);
     stage.master.start_again().unwrap();
     tick.send(now()).unwrap();
@@ -117,13 +138,21 @@ fn many_that_push_at_once_on_a_new_host_are_all_kept() {
     let mut stage = Stage::new();
     stage.master.stop();
     let names: Vec<_> = (0..16).map(|n| format!("d{n:02}")).collect();
-    let push = |name: &String| program(&stage, &["push", "--operation", "deploy", "--status", "succeeded", name]);
+    let push = |name: &String| {
+        program(&stage, &["push", "--operation", "deploy", "--status", "succeeded", name])
+    };
     let commands: Vec<_> = names.iter().map(push).collect();
-    let spawn = |mut command: Command| command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let spawn = |mut command: Command| {
+        command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+    };
     let children: Vec<_> = commands.into_iter().map(spawn).collect();
     for child in children {
         let Output { status, stderr, .. } = child.wait_with_output().unwrap();
-        assert!(status.code() == Some(75) && stderr.is_empty(), "{}", String::from_utf8_lossy(&stderr));
+        assert!(
+            status.code() == Some(75) && stderr.is_empty(),
+            "{}",
+            String::from_utf8_lossy(&stderr)
+        );
     }
     let mut kept: Vec<_> = kept(&stage).into_iter().map(|(decky, ..)| decky).collect();
     kept.sort();
@@ -135,11 +164,15 @@ fn push_says_what_it_has_displaced() {
     let mut stage = Stage::new();
     let (heartbeat, _tick) = stage.beating();
     stage.master.stop();
-    let waiting = (0..10_000).map(|n| LifecycleDelta::succeeded(format!("d{n}"), Operation::Mutate));
+    let waiting =
+        (0..10_000).map(|n| LifecycleDelta::succeeded(format!("d{n}"), Operation::Mutate));
     heartbeat.deltas().push_all(waiting).unwrap();
     let (code, _, log) = output(&stage, &[&PUSH_FAILED[..], &["a", "b"]].concat());
     assert!(code == Some(75) && log.ends_with("/heartbeat.db deltas=2 most=10000\n"), "{log}");
-    assert!(log.contains("[ERROR] (decnet-outbox) deltas fell out of the outbox undelivered"), "{log}");
+    assert!(
+        log.contains("[ERROR] (decnet-outbox) deltas fell out of the outbox undelivered"),
+        "{log}"
+    );
     let kept = kept(&stage);
     assert_eq!((kept.len(), kept[0].0.as_str(), kept[9_999].0.as_str()), (10_000, "d2", "b"));
 }
@@ -152,11 +185,15 @@ fn push_tells_a_host_that_is_not_known_from_a_certificate_that_is_refused() {
     stage.master.pin(&stage.worker.uuid, &other.fingerprint);
     let (code, said, _) = push();
     let expected = "the master does not accept this host's certificate (http-403, fingerprint ";
-    assert!(code == Some(75) && said.contains(&format!("{expected}{})", stage.worker.fingerprint)), "{said}");
+    assert!(
+        code == Some(75) && said.contains(&format!("{expected}{})", stage.worker.fingerprint)),
+        "{said}"
+    );
     stage.master.decommission(&stage.worker.uuid);
     let (code, said, _) = push();
     assert!(
-        code == Some(75) && said.contains("the master does not know this host, enrol it again (http-404): "),
+        code == Some(75)
+            && said.contains("the master does not know this host, enrol it again (http-404): "),
         "{said}"
     );
 }
@@ -172,7 +209,16 @@ fn push_says_that_there_was_no_answer() {
 #[test]
 fn push_is_an_error_when_it_can_neither_deliver_nor_keep() {
     let mut stage = Stage::new();
-    let arguments = ["push", "--operation", "deploy", "--status", "succeeded", "--outbox", "/nonexistent/db", "a"];
+    let arguments = [
+        "push",
+        "--operation",
+        "deploy",
+        "--status",
+        "succeeded",
+        "--outbox",
+        "/nonexistent/db",
+        "a",
+    ];
     let (code, said, log) = output(&stage, &arguments);
     assert_eq!((code, said.as_str()), (Some(0), "delivered\n"), "{log}");
     let names = format!("host={} master={}", stage.worker.uuid, stage.master.url());
@@ -181,7 +227,10 @@ fn push_is_an_error_when_it_can_neither_deliver_nor_keep() {
     stage.master.stop();
     let (code, said, log) = output(&stage, &arguments);
     assert_eq!((code, said.as_str()), (Some(1), ""));
-    assert!(log.contains("decnet-heartbeat: outbox in memory: neither delivered nor kept: "), "{log}");
+    assert!(
+        log.contains("decnet-heartbeat: outbox in memory: neither delivered nor kept: "),
+        "{log}"
+    );
 }
 
 #[test]
@@ -189,8 +238,14 @@ fn a_wrong_command_line_is_2_and_says_what_is_wrong() {
     let stage = Stage::new();
     for (arguments, problem) in [
         (&["push", "--operation", "deploy", "--status", "succeeded"][..], "<DECKY>..."),
-        (&["push", "--operation", "build", "--status", "succeeded", "d"], "must be deploy or mutate"),
-        (&["push", "--operation", "deploy", "--status", "succeeded", "--error", "e", "d"], "--status failed"),
+        (
+            &["push", "--operation", "build", "--status", "succeeded", "d"],
+            "must be deploy or mutate",
+        ),
+        (
+            &["push", "--operation", "deploy", "--status", "succeeded", "--error", "e", "d"],
+            "--status failed",
+        ),
         (&["track", "--operation", "deploy", "--decky", "d"], "<COMMAND>..."),
         (&["track", "--operation", "deploy", "--", "true"], "--decky <NAME>..."),
     ] {
@@ -212,7 +267,8 @@ fn assert_printable(log: &str) {
 fn whatever_is_quoted_of_a_wrong_command_line_is_safe_to_print() {
     let stage = Stage::new();
     let push = ["push", "--operation", "deploy", "--status", "succeeded"];
-    let (long, short, flag) = (format!("--x{HOSTILE}"), format!("-x{HOSTILE}"), format!("--operatio{HOSTILE}"));
+    let (long, short, flag) =
+        (format!("--x{HOSTILE}"), format!("-x{HOSTILE}"), format!("--operatio{HOSTILE}"));
     for arguments in [
         &[&push[..], &[&long]].concat()[..],
         &[&push[..], &[&short]].concat(),
@@ -251,12 +307,16 @@ fn whatever_is_quoted_of_a_wrong_command_line_is_safe_to_print() {
 fn track_reports_a_success_and_passes_all_three_streams_through() {
     let stage = Stage::new();
     stage.master.open_operation(&stage.worker.uuid, "d", "deploy");
-    let mut command = program(&stage, &[&TRACK[..], &["sh", "-c", "cat; echo warning >&2"]].concat());
+    let mut command =
+        program(&stage, &[&TRACK[..], &["sh", "-c", "cat; echo warning >&2"]].concat());
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn().unwrap();
     child.stdin.take().unwrap().write_all(b"in and out").unwrap();
     let Output { status, stdout, stderr } = child.wait_with_output().unwrap();
-    assert_eq!((status.code(), stdout, stderr), (Some(0), b"in and out".to_vec(), b"warning\n".to_vec()));
+    assert_eq!(
+        (status.code(), stdout, stderr),
+        (Some(0), b"in and out".to_vec(), b"warning\n".to_vec())
+    );
     assert_eq!(row(&stage), (RowStatus::Succeeded, None));
     assert!(kept(&stage).is_empty());
 }
@@ -312,13 +372,19 @@ fn a_signal_passes_through_and_the_end_is_reported() {
     // A command that ends in its own way is believed.
     let (mut child, _stdout) = tracking(
         &stage,
-        "trap 'exit 5' USR1; mkfifo \"$0\"; echo ready; read line <>\"$0\"".replace("$0", &fifo(&stage)).as_str(),
+        "trap 'exit 5' USR1; mkfifo \"$0\"; echo ready; read line <>\"$0\""
+            .replace("$0", &fifo(&stage))
+            .as_str(),
     );
     signal(&child, "USR1");
     assert_eq!(child.wait().unwrap().code(), Some(5));
     let rows = stage.master.rows();
     let errors: Vec<_> = rows.iter().map(|row| row.error.as_deref().unwrap()).collect();
-    assert_eq!(errors, ["exited with 5", "ended by signal 15"], "each report takes the newest open row");
+    assert_eq!(
+        errors,
+        ["exited with 5", "ended by signal 15"],
+        "each report takes the newest open row"
+    );
 }
 
 pub fn fifo(stage: &Stage) -> String {
@@ -352,7 +418,10 @@ fn a_track_that_has_nothing_else_to_do_notices_that_its_lock_file_was_removed() 
     let since = Instant::now();
     // Nobody else is there who would make it.
     while !lock.exists() {
-        assert!(since.elapsed() < PATIENCE, "a minute later its operation would be taken for failed");
+        assert!(
+            since.elapsed() < PATIENCE,
+            "a minute later its operation would be taken for failed"
+        );
         std::thread::sleep(Duration::from_millis(50));
     }
     drop((child.stdin.take(), stdout));
@@ -374,7 +443,10 @@ fn what_a_killed_track_was_doing_is_reported_failed_by_a_running_heartbeat() {
     drop(stdout);
     tick.send(now()).unwrap();
     stage.closed_rows(1);
-    assert_eq!(row(&stage), (RowStatus::Failed, Some("its process ended during deploy".to_owned())));
+    assert_eq!(
+        row(&stage),
+        (RowStatus::Failed, Some("its process ended during deploy".to_owned()))
+    );
 }
 
 #[test]
@@ -386,7 +458,8 @@ fn while_track_runs_a_heartbeat_holds_older_deltas_back() {
     heartbeat.deltas().push(LifecycleDelta::failed("d", Operation::Deploy, "first")).unwrap();
     stage.master.open_operation(&stage.worker.uuid, "d", "deploy");
     let fifo = fifo(&stage);
-    let (mut child, _stdout) = tracking(&stage, &format!("mkfifo '{fifo}'; echo ready; read line <'{fifo}'"));
+    let (mut child, _stdout) =
+        tracking(&stage, &format!("mkfifo '{fifo}'; echo ready; read line <'{fifo}'"));
     stage.master.start_again().unwrap();
     tick.send(now()).unwrap();
     settled(&heartbeat, |stats| stats.held == 1 && stats.failure.is_none());
@@ -395,7 +468,10 @@ fn while_track_runs_a_heartbeat_holds_older_deltas_back() {
     assert_eq!(child.wait().unwrap().code(), Some(0));
     tick.send(now()).unwrap();
     stage.closed_rows(2);
-    assert_eq!(rows(&stage), [(RowStatus::Failed, Some("first".to_owned())), (RowStatus::Succeeded, None)]);
+    assert_eq!(
+        rows(&stage),
+        [(RowStatus::Failed, Some("first".to_owned())), (RowStatus::Succeeded, None)]
+    );
 }
 
 #[test]
@@ -405,7 +481,13 @@ fn of_two_tracks_that_overlap_each_lands_on_its_own_row_though_the_older_ends_fi
     let [older, newer] = [3, 0].map(|code| {
         stage.master.open_operation(&stage.worker.uuid, "d", "deploy");
         let fifo = format!("{}-{code}", fifo(&stage));
-        (tracking(&stage, &format!("mkfifo '{fifo}'; echo ready; read line <'{fifo}'; exit {code}")), fifo)
+        (
+            tracking(
+                &stage,
+                &format!("mkfifo '{fifo}'; echo ready; read line <'{fifo}'; exit {code}"),
+            ),
+            fifo,
+        )
     });
     let end = |((child, _stdout), fifo): ((Child, _), String)| {
         std::fs::write(fifo, "go on\n").unwrap();
@@ -414,14 +496,25 @@ fn of_two_tracks_that_overlap_each_lands_on_its_own_row_though_the_older_ends_fi
     };
     let (code, log) = end(older);
     assert_eq!(code, Some(3));
-    assert!(log.trim_end().ends_with("error=\"a newer operation of the same decky is to be heard first\""), "{log}");
+    assert!(
+        log.trim_end()
+            .ends_with("error=\"a newer operation of the same decky is to be heard first\""),
+        "{log}"
+    );
     tick.send(now()).unwrap();
     settled(&heartbeat, |stats| stats.held == 1 && stats.beats >= 2);
-    assert!(stage.master.rows().iter().all(|row| row.status == RowStatus::Running), "{:?}", stage.master.rows());
+    assert!(
+        stage.master.rows().iter().all(|row| row.status == RowStatus::Running),
+        "{:?}",
+        stage.master.rows()
+    );
     assert_eq!(end(newer), (Some(0), String::new()));
     tick.send(now()).unwrap();
     stage.closed_rows(2);
-    assert_eq!(rows(&stage), [(RowStatus::Failed, Some("exited with 3".to_owned())), (RowStatus::Succeeded, None)]);
+    assert_eq!(
+        rows(&stage),
+        [(RowStatus::Failed, Some("exited with 3".to_owned())), (RowStatus::Succeeded, None)]
+    );
 }
 
 #[test]
@@ -430,7 +523,8 @@ fn what_track_reports_does_not_overtake_a_newer_delta_that_waits() {
     let (heartbeat, tick) = stage.beating();
     stage.master.open_operation(&stage.worker.uuid, "d", "deploy");
     let fifo = fifo(&stage);
-    let (mut child, _stdout) = tracking(&stage, &format!("mkfifo '{fifo}'; echo ready; read line <'{fifo}'"));
+    let (mut child, _stdout) =
+        tracking(&stage, &format!("mkfifo '{fifo}'; echo ready; read line <'{fifo}'"));
     stage.put_off(&heartbeat, &tick);
     stage.master.open_operation(&stage.worker.uuid, "d", "deploy");
     heartbeat.deltas().push(LifecycleDelta::failed("d", Operation::Deploy, "newer")).unwrap();
@@ -438,7 +532,10 @@ fn what_track_reports_does_not_overtake_a_newer_delta_that_waits() {
     assert_eq!(child.wait().unwrap().code(), Some(0));
     tick.send(now()).unwrap();
     stage.closed_rows(2);
-    assert_eq!(rows(&stage), [(RowStatus::Succeeded, None), (RowStatus::Failed, Some("newer".to_owned()))]);
+    assert_eq!(
+        rows(&stage),
+        [(RowStatus::Succeeded, None), (RowStatus::Failed, Some("newer".to_owned()))]
+    );
 }
 
 #[test]
@@ -448,5 +545,8 @@ fn a_command_runs_on_a_host_that_is_not_enrolled() {
     let Output { status, stderr, .. } = command.args(["/bin/sh", "-c", "exit 4"]).output().unwrap();
     assert_eq!(status.code(), Some(4));
     let log = String::from_utf8(stderr).unwrap();
-    assert!(log.contains("[WARN] (main) there is no master to tell: error=\"not enrolled: "), "{log}");
+    assert!(
+        log.contains("[WARN] (main) there is no master to tell: error=\"not enrolled: "),
+        "{log}"
+    );
 }

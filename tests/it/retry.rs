@@ -43,7 +43,8 @@ fn a_failure_on_a_reused_connection_is_tried_once_more_at_once_and_then_backed_o
     stage.master.script([Fault::CutAfterBody(Effect::Lost), Fault::CutAfterBody(Effect::Lost)]);
     tick.send(now()).unwrap();
     let waits = gaps(&stage, 4);
-    let connections: Vec<_> = stage.master.received().iter().take(4).map(|request| request.connection).collect();
+    let connections: Vec<_> =
+        stage.master.received().iter().take(4).map(|request| request.connection).collect();
     assert_eq!(connections, [1, 1, 2, 3]);
     assert!(waits[1] < Duration::from_millis(450), "at once: {waits:?}");
     assert!(waits[2] >= Duration::from_millis(500), "not a third time: {waits:?}");
@@ -63,7 +64,8 @@ fn what_an_operation_has_overtaken_meanwhile_is_not_tried_again() {
     assert_eq!((stats.held, stats.operations, stats.failure.is_none()), (1, 1, true));
     newer.fail("newer");
     settled(&heartbeat, |stats| stats.delivered == 3);
-    let sent: Vec<_> = stage.master.received().iter().map(deckies).filter(|deckies| !deckies.is_empty()).collect();
+    let sent: Vec<_> =
+        stage.master.received().iter().map(deckies).filter(|deckies| !deckies.is_empty()).collect();
     assert_eq!(sent, [vec!["e", "d"], vec!["e"], vec!["d", "d"]]);
 }
 
@@ -74,7 +76,10 @@ fn a_failure_on_a_fresh_connection_is_not_tried_again_at_once() {
     let (builder, _tick) = stage.builder();
     let _heartbeat = builder.start().unwrap();
     let waits = gaps(&stage, 2);
-    assert!((Duration::from_millis(500)..Duration::from_secs(1) + SLACK).contains(&waits[0]), "{waits:?}");
+    assert!(
+        (Duration::from_millis(500)..Duration::from_secs(1) + SLACK).contains(&waits[0]),
+        "{waits:?}"
+    );
 }
 
 #[test]
@@ -132,10 +137,13 @@ fn a_host_that_is_refused_waits_for_its_tick_whatever_is_pushed() {
     settled(&heartbeat, |stats| stats.failure.is_some());
     heartbeat.deltas().push(deployed("d")).unwrap();
     // A backoff would be over by then.
-    let more = stage.master.wait_until(Duration::from_millis(1_300), |seen| seen.received().len() > 2);
+    let more =
+        stage.master.wait_until(Duration::from_millis(1_300), |seen| seen.received().len() > 2);
     assert!(!more, "{:?}", heartbeat.stats());
     tick.send(now()).unwrap();
-    let failing = settled(&heartbeat, |stats| stats.failure.as_ref().is_some_and(|failure| failure.count == 2));
+    let failing = settled(&heartbeat, |stats| {
+        stats.failure.as_ref().is_some_and(|failure| failure.count == 2)
+    });
     assert_eq!((failing.waiting, stage.master.received().len()), (1, 3));
 }
 
@@ -189,7 +197,9 @@ fn each_of_several_poisons_in_one_body_is_found_and_the_others_arrive() {
     let (heartbeat, _tick) = stage.beating();
     stage.master.always(Some(poison()));
     // The oldest, the newest, and two that are neighbours.
-    let name = |n| if [0, 20, 21, 39].contains(&n) { format!("poison-{n:02}") } else { format!("d{n:02}") };
+    let name = |n| {
+        if [0, 20, 21, 39].contains(&n) { format!("poison-{n:02}") } else { format!("d{n:02}") }
+    };
     let names: Vec<_> = (0..40).map(name).collect();
     heartbeat.deltas().push_all(names.iter().map(|name| deployed(name))).unwrap();
     let stats = settled(&heartbeat, |stats| stats.rejected == 4 && stats.delivered == 36);
@@ -197,7 +207,11 @@ fn each_of_several_poisons_in_one_body_is_found_and_the_others_arrive() {
     assert!(heartbeat.flush(PATIENCE), "the file knows it, too");
     assert_eq!(
         kept(&stage),
-        names.iter().filter(|name| name.starts_with('p')).map(|it| rejected(it)).collect::<Vec<_>>()
+        names
+            .iter()
+            .filter(|name| name.starts_with('p'))
+            .map(|it| rejected(it))
+            .collect::<Vec<_>>()
     );
     // Each costs the body, a beat without it, and a halving of it.
     let requests = stage.master.received().len();
@@ -247,14 +261,16 @@ fn failing_on(part: &str) -> Fault {
 }
 
 #[test]
-fn a_delta_on_which_the_master_fails_rests_for_ten_beats_and_stops_neither_beats_nor_other_deltas() {
+fn a_delta_on_which_the_master_fails_rests_for_ten_beats_and_stops_neither_beats_nor_other_deltas()
+{
     let stage = Stage::new();
     let (heartbeat, tick) = stage.beating();
     stage.master.always(Some(failing_on("\"d.1\"")));
     heartbeat.deltas().push_all(["a", "d.1", "b"].map(deployed)).unwrap();
     let stats = settled(&heartbeat, |stats| stats.delivered == 2 && stats.resting == 1);
     assert_eq!((stats.rejected, stats.waiting), (0, 1));
-    let tries = || stage.master.received().iter().filter(|request| deckies(request) == ["d.1"]).count();
+    let tries =
+        || stage.master.received().iter().filter(|request| deckies(request) == ["d.1"]).count();
     assert_eq!(tries(), 1);
     let one_beat = || {
         let before = heartbeat.stats().beats;
@@ -278,7 +294,8 @@ fn a_delta_on_which_the_master_fails_rests_for_ten_beats_and_stops_neither_beats
 fn states_on_which_the_master_fails_rest_and_the_beats_go_on_without_them() {
     let stage = Stage::new();
     let (builder, tick) = stage.builder();
-    let source = || decnet_heartbeat::Snapshot::new(&serde_json::json!({"deployed": false, "pad": "large"}));
+    let source =
+        || decnet_heartbeat::Snapshot::new(&serde_json::json!({"deployed": false, "pad": "large"}));
     stage.master.always(Some(failing_on("\"pad\"")));
     let heartbeat = builder.status_source(source).start().unwrap();
     heartbeat.deltas().push(deployed("d")).unwrap();
@@ -291,7 +308,10 @@ fn states_on_which_the_master_fails_rest_and_the_beats_go_on_without_them() {
     };
     for _ in 0..5 {
         let fault = one_beat().status_fault.unwrap();
-        assert_eq!(fault, "the states are left out, as the master failed on them: http-500: Internal Server Error");
+        assert_eq!(
+            fault,
+            "the states are left out, as the master failed on them: http-500: Internal Server Error"
+        );
     }
     stage.master.always(None);
     // Ten beats after it failed they are tried again, and then there is one body for all.
@@ -311,7 +331,8 @@ fn states_on_which_the_master_fails_rest_and_the_beats_go_on_without_them() {
 fn a_gateways_page_rejects_no_delta() {
     let stage = Stage::new();
     let (heartbeat, _tick) = stage.beating();
-    let page = Answer::status(400).header("Content-Type", "text/html").body("<h1>400 Bad Request</h1>");
+    let page =
+        Answer::status(400).header("Content-Type", "text/html").body("<h1>400 Bad Request</h1>");
     stage.master.always(Some(Fault::AnswerTo(b"\"d1\"".to_vec(), page)));
     heartbeat.deltas().push_all(["d0", "d1", "d2"].map(deployed)).unwrap();
     let stats = settled(&heartbeat, |stats| stats.delivered == 2 && stats.resting == 1);

@@ -55,8 +55,15 @@ impl Worker {
     /// Whether its step is good, and what it says and advises.
     fn check(&self, user: u32) -> (bool, String, String) {
         let report = self.as_user(user).args(["check", "--json"]).output().unwrap();
-        let report: Value = serde_json::from_slice(&report.stdout).unwrap_or_else(|_| panic!("{report:?}"));
-        let step = report["steps"].as_array().unwrap().iter().find(|step| step["step"] == "outbox").unwrap().clone();
+        let report: Value =
+            serde_json::from_slice(&report.stdout).unwrap_or_else(|_| panic!("{report:?}"));
+        let step = report["steps"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .find(|step| step["step"] == "outbox")
+            .unwrap()
+            .clone();
         let text = |key: &str| step[key].as_str().unwrap_or_default().to_owned();
         (step["outcome"] == "ok", text("says"), text("advice"))
     }
@@ -66,7 +73,10 @@ impl Worker {
     fn is_shared_by(&self, users: &[u32]) {
         for user in users {
             let (is_good, says, advice) = self.check(*user);
-            assert!(is_good && !advice.contains("share") && !advice.contains("chown"), "{user}: {says}: {advice}");
+            assert!(
+                is_good && !advice.contains("share") && !advice.contains("chown"),
+                "{user}: {says}: {advice}"
+            );
             assert!(self.push(*user), "{user}");
         }
     }
@@ -75,8 +85,11 @@ impl Worker {
 /// Does what the advice says.
 fn follow(advice: &str) {
     let words = advice.split_once("chown ").unwrap_or_else(|| panic!("{advice}")).1;
-    let [whose, file] = words.splitn(3, ' ').take(2).collect::<Vec<_>>()[..] else { panic!("{advice}") };
-    let done = Command::new("chown").arg(whose).arg(file.trim_end_matches([',', ';'])).status().unwrap();
+    let [whose, file] = words.splitn(3, ' ').take(2).collect::<Vec<_>>()[..] else {
+        panic!("{advice}")
+    };
+    let done =
+        Command::new("chown").arg(whose).arg(file.trim_end_matches([',', ';'])).status().unwrap();
     assert!(done.success(), "{advice}");
 }
 
@@ -105,10 +118,16 @@ fn a_third_user_is_told_who_can_share_an_outbox_there() {
     let worker = Worker::of(OWNER, 0o755);
     let advised = format!("only root and user {OWNER} can share an outbox in ");
     let (is_good, says, advice) = worker.check(OTHER);
-    assert!(!is_good && says.contains("cannot be written") && advice.contains(&advised), "{says}: {advice}");
+    assert!(
+        !is_good && says.contains("cannot be written") && advice.contains(&advised),
+        "{says}: {advice}"
+    );
     assert!(worker.push(OWNER));
     let (is_good, says, advice) = worker.check(OTHER);
-    assert!(!is_good && says.ends_with(&format!("belongs to user {OWNER}, and this is user {OTHER}")), "{says}");
+    assert!(
+        !is_good && says.ends_with(&format!("belongs to user {OWNER}, and this is user {OTHER}")),
+        "{says}"
+    );
     assert!(advice.starts_with(&advised) && !worker.push(OTHER), "{advice}");
 
     // There he can make one of his own, which is of no use to the two others.
@@ -152,10 +171,16 @@ fn each_file_that_the_owner_of_the_folder_cannot_use_is_named_and_the_advice_hel
             }
             chown(&file, Some(whose), Some(whose)).unwrap();
             let (is_good, says, advice) = worker.check(OWNER);
-            assert!(!is_good && says.contains(&format!("heartbeat.db{part} belongs to ")), "{part} {whose}: {says}");
+            assert!(
+                !is_good && says.contains(&format!("heartbeat.db{part} belongs to ")),
+                "{part} {whose}: {says}"
+            );
             let (is_good, says, of_root) = worker.check(ROOT);
             assert_eq!(is_good, whose == ROOT, "{part}: {says}");
-            assert!(of_root.contains(&format!("chown {OWNER}:{OWNER} {}", file.display())), "{part}: {of_root}");
+            assert!(
+                of_root.contains(&format!("chown {OWNER}:{OWNER} {}", file.display())),
+                "{part}: {of_root}"
+            );
             assert_eq!(owner(&file), whose, "check changes nothing");
             follow(&advice);
             worker.is_shared_by(&[OWNER, ROOT]);
@@ -168,7 +193,9 @@ fn capabilities_of_the_drop_in() -> String {
     let readme = include_str!("../../README.md");
     let mut sets = readme.lines().filter_map(|line| line.strip_prefix("CapabilityBoundingSet="));
     let set = sets.next_back().unwrap().to_lowercase();
-    set.split(' ').map(|capability| format!(",+{}", capability.strip_prefix("cap_").unwrap())).collect()
+    set.split(' ')
+        .map(|capability| format!(",+{}", capability.strip_prefix("cap_").unwrap()))
+        .collect()
 }
 
 #[test]
@@ -178,7 +205,9 @@ fn a_unit_of_root_needs_its_drop_in_for_another_users_folder_and_nothing_else() 
         let mut command = Command::new("setpriv");
         command.arg(format!("--bounding-set=-all{capabilities}")).arg(&worker.program).env_clear();
         command.arg("--config").arg(worker.stage.dir.path().join("decnet.ini"));
-        Running::start(command.args(["run", "--interval", "50ms"]).stdin(Stdio::null()).stderr(Stdio::piped()))
+        Running::start(
+            command.args(["run", "--interval", "50ms"]).stdin(Stdio::null()).stderr(Stdio::piped()),
+        )
     };
     let worker = Worker::of(OWNER, 0o755);
     let mut without = run(&worker, "");
@@ -190,6 +219,9 @@ fn a_unit_of_root_needs_its_drop_in_for_another_users_folder_and_nothing_else() 
     worker.stage.master.open_operation(&worker.stage.worker.uuid, "d1", "deploy");
     worker.is_shared_by(&[OWNER, ROOT]);
     worker.stage.closed_rows(1);
-    assert_eq!([worker.file(""), worker.file("-wal"), worker.file("-lock")].map(|file| owner(&file)), [OWNER; 3]);
+    assert_eq!(
+        [worker.file(""), worker.file("-wal"), worker.file("-lock")].map(|file| owner(&file)),
+        [OWNER; 3]
+    );
     assert_eq!(with.terminate(PATIENCE), Some(0));
 }

@@ -25,11 +25,15 @@ fn as_json_they_count_what_waits_what_is_held_what_is_in_flight_and_what_fell_ou
     let mut json = serde_json::to_value(&stats).unwrap();
     let failure = json["failure"].take();
     assert_eq!(failure["class"], "refused");
-    for time in [json["last_success"].take(), failure["since"].clone(), json["oldest_waiting"].take()] {
+    for time in
+        [json["last_success"].take(), failure["since"].clone(), json["oldest_waiting"].take()]
+    {
         let at = humantime::parse_rfc3339(time.as_str().unwrap()).unwrap();
         assert!(at.elapsed().is_ok_and(|age| age.as_secs() < 60), "{time}");
     }
-    assert!(json["round_trip"].take().as_f64().is_some_and(|seconds| (0.0..60.0).contains(&seconds)));
+    assert!(
+        json["round_trip"].take().as_f64().is_some_and(|seconds| (0.0..60.0).contains(&seconds))
+    );
     // How often the source was asked depends on when the beats failed.
     assert!(json["snapshots"].take().as_u64().is_some_and(|count| count >= 1));
     json["snapshot_owed_since"].take();
@@ -83,7 +87,11 @@ fn what_the_last_beat_could_not_say_is_named_until_it_can() {
     let heartbeat = builder.status_source(source).start().unwrap();
     let stats = settled(&heartbeat, |stats| stats.beats == 1);
     assert_eq!(stats.status_fault.as_deref(), Some("two\\u{a}lines"));
-    assert_eq!(json_of(&stage.requests(1)[0])["status"], json!({"error": "two\nlines"}), "in the source's own words");
+    assert_eq!(
+        json_of(&stage.requests(1)[0])["status"],
+        json!({"error": "two\nlines"}),
+        "in the source's own words"
+    );
     tick.send(now()).unwrap();
     assert_eq!(settled(&heartbeat, |stats| stats.beats == 2).status_fault, None);
 }
@@ -114,5 +122,7 @@ fn once_all_is_delivered_no_delta_is_the_oldest() {
     let stage = Stage::new();
     let (heartbeat, _tick) = stage.beating();
     heartbeat.deltas().push(LifecycleDelta::succeeded("d", Operation::Deploy)).unwrap();
-    settled(&heartbeat, |stats| stats.delivered == 1 && stats.waiting == 0 && stats.oldest_waiting.is_none());
+    settled(&heartbeat, |stats| {
+        stats.delivered == 1 && stats.waiting == 0 && stats.oldest_waiting.is_none()
+    });
 }

@@ -72,7 +72,10 @@ fn the_last_post_waits_for_no_backoff_and_says_why_it_has_no_snapshot() {
     assert_eq!(told(heartbeat.stop(PATIENCE)), (0, 0, true, true));
     let received = stage.requests(3);
     assert_eq!((received.len(), deckies(&received[2])), (3, vec!["b".to_owned(), "a".to_owned()]));
-    assert_eq!(json_of(&received[2])["status"], json!({"error": "no fresh snapshot: the agent is stopping"}));
+    assert_eq!(
+        json_of(&received[2])["status"],
+        json!({"error": "no fresh snapshot: the agent is stopping"})
+    );
 }
 
 #[test]
@@ -84,7 +87,8 @@ fn more_than_a_body_holds_is_flushed_in_several() {
     settled(&heartbeat, |stats| stats.failure.is_some());
     heartbeat.deltas().push_all((0..1_100).map(|n| deployed(&format!("d{n}")))).unwrap();
     assert_eq!(told(heartbeat.stop(PATIENCE)), (0, 0, true, true));
-    let sizes: Vec<_> = stage.master.received().iter().skip(2).map(|request| deckies(request).len()).collect();
+    let sizes: Vec<_> =
+        stage.master.received().iter().skip(2).map(|request| deckies(request).len()).collect();
     assert_eq!(sizes, [500, 500, 100]);
 }
 
@@ -180,7 +184,8 @@ fn what_is_pushed_while_it_stops_is_delivered_then_or_after_the_next_start() {
     assert!(since.elapsed() < Duration::from_secs(5), "{:?}", since.elapsed());
     assert!(stopped.in_time && stopped.kept, "{stopped:?}");
     drop(enough);
-    let mut pushed: Vec<_> = pushers.into_iter().flat_map(|pusher| pusher.join().unwrap()).collect();
+    let mut pushed: Vec<_> =
+        pushers.into_iter().flat_map(|pusher| pusher.join().unwrap()).collect();
     let (builder, _tick) = stage.builder();
     let heartbeat = builder.start().unwrap();
     settled(&heartbeat, |stats| stats.beats > 0 && stats.waiting == 0);

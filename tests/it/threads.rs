@@ -27,7 +27,9 @@ fn deployed(decky: impl Into<String>) -> LifecycleDelta {
 /// On a busy machine a push may be withdrawn after its second.
 fn push(deltas: &DeltaSender, delta: &LifecycleDelta) {
     let is_kept = |_| match deltas.push(delta.clone()) {
-        Err(error) if error.to_string().contains("has not answered for 1 s; nothing was kept") => false,
+        Err(error) if error.to_string().contains("has not answered for 1 s; nothing was kept") => {
+            false
+        }
         kept => kept.is_ok_and(|()| true),
     };
     assert!((0..10).any(is_kept), "{:?}", deltas.push(delta.clone()));
@@ -51,7 +53,9 @@ fn an_acknowledged_delta_is_not_offered_again_while_eight_threads_push() {
     thread::scope(|scope| {
         for pusher in 0..THREADS {
             let deltas = heartbeat.deltas();
-            scope.spawn(move || (0..PUSHES).for_each(|n| push(&deltas, &deployed(format!("d-{pusher}-{n}")))));
+            scope.spawn(move || {
+                (0..PUSHES).for_each(|n| push(&deltas, &deployed(format!("d-{pusher}-{n}"))))
+            });
         }
     });
     assert!(heartbeat.flush(PATIENCE), "{:?}", heartbeat.stats());
@@ -68,7 +72,9 @@ fn commits(wal: &Path) -> usize {
     let (page, salts) = (usize::try_from(number(8)).unwrap(), (number(16), number(20)));
     let frames = (32..wal.len() - 24 - page + 1).step_by(24 + page);
     // A frame that ends a commit says how large the database is then; one that is left from before has other salts.
-    frames.filter(|frame| number(frame + 4) != 0 && (number(frame + 8), number(frame + 12)) == salts).count()
+    frames
+        .filter(|frame| number(frame + 4) != 0 && (number(frame + 8), number(frame + 12)) == salts)
+        .count()
 }
 
 #[test]
@@ -135,8 +141,10 @@ fn an_operation_that_ends_after_the_stop_is_reported_by_the_next_heartbeat_on_th
     operation.fail("no space left");
     tick.send(now()).unwrap();
     settled(&heartbeat, |stats| stats.delivered == 1 && stats.operations == 0);
-    let errors: Vec<_> = stage.master.received().iter().filter_map(|request| request.json.clone()).collect();
-    let errors: Vec<_> = errors.iter().filter_map(|json| json["lifecycle"][0]["error"].as_str()).collect();
+    let errors: Vec<_> =
+        stage.master.received().iter().filter_map(|request| request.json.clone()).collect();
+    let errors: Vec<_> =
+        errors.iter().filter_map(|json| json["lifecycle"][0]["error"].as_str()).collect();
     assert_eq!(errors, ["no space left"]);
 }
 
@@ -150,7 +158,10 @@ fn a_sender_in_memory_is_refused_after_the_stop() {
     heartbeat.stop(PATIENCE);
     let error = deltas.push(deployed("late")).unwrap_err();
     assert!(error.is_outbox() && !error.is_in_doubt());
-    assert_eq!(error.to_string(), "outbox in memory: the heartbeat has stopped, and nothing outlives it in memory");
+    assert_eq!(
+        error.to_string(),
+        "outbox in memory: the heartbeat has stopped, and nothing outlives it in memory"
+    );
 }
 
 #[test]
@@ -161,7 +172,11 @@ fn flush_is_true_when_all_is_delivered_and_false_while_the_master_is_away() {
         push(&heartbeat.deltas(), &deployed(format!("d{n}")));
         assert!(heartbeat.flush(PATIENCE));
         let sent = times_sent(&stage);
-        assert_eq!((sent.len(), sent.get(&format!("d{n}"))), (n + 1, Some(&1)), "it has been sent when flush returns");
+        assert_eq!(
+            (sent.len(), sent.get(&format!("d{n}"))),
+            (n + 1, Some(&1)),
+            "it has been sent when flush returns"
+        );
     }
     stage.master.stop();
     push(&heartbeat.deltas(), &deployed("away"));
@@ -185,7 +200,10 @@ fn flush_waits_neither_for_nothing_nor_for_what_is_held_or_rejected() {
     let (heartbeat, _tick) = stage.beating();
     stage.master.always(Some(Fault::AnswerTo(b"\"refused\"".to_vec(), Answer::status(422))));
     push(&heartbeat.deltas(), &deployed("refused"));
-    assert!(heartbeat.flush(PATIENCE), "a delta that is rejected is one that nobody waits for any more");
+    assert!(
+        heartbeat.flush(PATIENCE),
+        "a delta that is rejected is one that nobody waits for any more"
+    );
     assert_eq!(heartbeat.stats().rejected, 1);
 
     let mut stage = Stage::new();
@@ -213,7 +231,9 @@ fn flush_does_not_wait_for_what_is_pushed_later() {
         for pusher in 0..2 {
             let (deltas, done) = (heartbeat.deltas(), &done);
             scope.spawn(move || {
-                let names = (0..).map(|n| format!("d-{pusher}-{n}")).take_while(|_| !done.load(Ordering::Relaxed));
+                let names = (0..)
+                    .map(|n| format!("d-{pusher}-{n}"))
+                    .take_while(|_| !done.load(Ordering::Relaxed));
                 names.for_each(|name| push(&deltas, &deployed(name)));
             });
         }
@@ -242,7 +262,10 @@ fn a_push_with_a_flush_costs_one_post_and_what_is_held_back_costs_none() {
         push(&heartbeat.deltas(), &deployed(format!("d{n}")));
         assert!(heartbeat.flush(PATIENCE));
     }
-    assert!(!stage.master.wait_until(SILENCE, |seen| seen.received().len() > before + PUSHES), "too many POSTs");
+    assert!(
+        !stage.master.wait_until(SILENCE, |seen| seen.received().len() > before + PUSHES),
+        "too many POSTs"
+    );
     newer.succeed();
     assert!(heartbeat.flush(PATIENCE));
     assert_eq!(times_sent(&stage).remove("held"), Some(2));
@@ -302,7 +325,8 @@ fn a_source_that_pushes_causes_no_beats_and_its_deltas_are_sent_with_them() {
 #[track_caller]
 fn await_threads(expected: &[&str]) {
     let names = || {
-        let tasks = fs::read_dir("/proc/self/task").unwrap().map(|task| task.unwrap().path().join("comm"));
+        let tasks =
+            fs::read_dir("/proc/self/task").unwrap().map(|task| task.unwrap().path().join("comm"));
         let names = tasks.filter_map(|comm| fs::read_to_string(comm).ok());
         let mut ours: Vec<_> = names.filter(|name| name.starts_with("decnet-")).collect();
         ours.iter_mut().for_each(|name| *name = name.trim_end().to_owned());
@@ -321,25 +345,29 @@ const ALL: [&str; 3] = ["decnet-heartbea", "decnet-outbox", "decnet-status"];
 
 #[test]
 fn the_outbox_thread_ends_with_the_last_sender_or_operation_and_not_before() {
-    alone("threads::the_outbox_thread_ends_with_the_last_sender_or_operation_and_not_before", || {
-        let stage = Stage::new();
-        await_threads(&[]);
-        let (heartbeat, _tick) = stage.beating();
-        await_threads(&ALL);
-        let (deltas, operation) = (heartbeat.deltas(), heartbeat.begin(Operation::Deploy, "d").unwrap());
-        heartbeat.stop(PATIENCE);
-        await_threads(&["decnet-outbox"]);
-        drop(deltas);
-        thread::sleep(Duration::from_millis(50));
-        await_threads(&["decnet-outbox"]);
-        operation.succeed();
-        await_threads(&[]);
+    alone(
+        "threads::the_outbox_thread_ends_with_the_last_sender_or_operation_and_not_before",
+        || {
+            let stage = Stage::new();
+            await_threads(&[]);
+            let (heartbeat, _tick) = stage.beating();
+            await_threads(&ALL);
+            let (deltas, operation) =
+                (heartbeat.deltas(), heartbeat.begin(Operation::Deploy, "d").unwrap());
+            heartbeat.stop(PATIENCE);
+            await_threads(&["decnet-outbox"]);
+            drop(deltas);
+            thread::sleep(Duration::from_millis(50));
+            await_threads(&["decnet-outbox"]);
+            operation.succeed();
+            await_threads(&[]);
 
-        let (heartbeat, _tick) = stage.beating();
-        settled(&heartbeat, |stats| stats.delivered == 1);
-        drop(heartbeat);
-        await_threads(&[]);
-    });
+            let (heartbeat, _tick) = stage.beating();
+            settled(&heartbeat, |stats| stats.delivered == 1);
+            drop(heartbeat);
+            await_threads(&[]);
+        },
+    );
 }
 
 #[test]
@@ -359,7 +387,11 @@ fn a_start_that_fails_or_is_dormant_leaves_no_thread() {
         let error = Heartbeat::builder().enrolment(enrolment()).start().unwrap_err();
         assert!(error.is_bundle(), "{error:?}");
         await_threads(&[]);
-        let error = Heartbeat::builder().enrolment(enrolment()).interval(Duration::ZERO).start().unwrap_err();
+        let error = Heartbeat::builder()
+            .enrolment(enrolment())
+            .interval(Duration::ZERO)
+            .start()
+            .unwrap_err();
         assert!(error.to_string().starts_with("interval: "), "{error:?}");
         await_threads(&[]);
     });
@@ -392,7 +424,8 @@ fn a_logger_that_panics_does_not_end_the_outbox_thread() {
         log::set_max_level(LevelFilter::Trace);
         let stage = Stage::new();
         let file = stage.agent_dir().join("heartbeat.db");
-        fs::write(&file, "this is no database, and the outbox thread says so\n".repeat(100)).unwrap();
+        fs::write(&file, "this is no database, and the outbox thread says so\n".repeat(100))
+            .unwrap();
         let (heartbeat, tick) = stage.beating();
         for n in 0..4 {
             fs::remove_file(&file).unwrap();

@@ -53,7 +53,9 @@ fn wait_for(what: &str, mut is_there: impl FnMut() -> bool) {
 fn go_on(fifo: impl AsRef<Path>) {
     let mut options = File::options();
     options.write(true).custom_flags(OFlags::NONBLOCK.bits().cast_signed());
-    wait_for("reader", || options.open(&fifo).is_ok_and(|mut fifo| fifo.write_all(b"go on\n").is_ok()));
+    wait_for("reader", || {
+        options.open(&fifo).is_ok_and(|mut fifo| fifo.write_all(b"go on\n").is_ok())
+    });
 }
 
 /// A terminal, as a person has it.
@@ -63,7 +65,8 @@ struct Terminal {
 
 impl Terminal {
     fn new() -> Self {
-        let controller = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).unwrap();
+        let controller =
+            openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).unwrap();
         unlockpt(&controller).unwrap();
         let terminal = Self { controller };
         terminal.resize(33, 77);
@@ -71,7 +74,8 @@ impl Terminal {
     }
 
     fn resize(&self, ws_row: u16, ws_col: u16) {
-        tcsetwinsize(&self.controller, Winsize { ws_row, ws_col, ws_xpixel: 0, ws_ypixel: 0 }).unwrap();
+        tcsetwinsize(&self.controller, Winsize { ws_row, ws_col, ws_xpixel: 0, ws_ypixel: 0 })
+            .unwrap();
     }
 
     fn side(&self) -> OwnedFd {
@@ -108,7 +112,8 @@ impl Terminal {
 }
 
 /// 300 lines, to stdout and to stderr in turn.
-const ALTERNATING: &str = "n=0; while [ $n -lt 150 ]; do echo out$n; echo err$n >&2; n=$((n+1)); done";
+const ALTERNATING: &str =
+    "n=0; while [ $n -lt 150 ]; do echo out$n; echo err$n >&2; n=$((n+1)); done";
 
 fn alternating(end: &str) -> String {
     (0..150).map(|n| format!("out{n}{end}err{n}{end}")).collect()
@@ -118,7 +123,9 @@ fn alternating(end: &str) -> String {
 fn a_terminal_stays_one_and_keeps_the_order_of_stdout_and_stderr() {
     let stage = stage();
     let terminal = Terminal::new();
-    let script = format!("test -t 0 && test -t 1 && test -t 2 && echo terminals; stty size <&2; {ALTERNATING}");
+    let script = format!(
+        "test -t 0 && test -t 1 && test -t 2 && echo terminals; stty size <&2; {ALTERNATING}"
+    );
     let mut child = terminal.spawn(&mut tracked(&stage, &script));
     let shown = terminal.shown();
     assert_eq!(shown, format!("terminals\r\n33 77\r\n{}", alternating("\r\n")));
@@ -144,7 +151,14 @@ fn a_stdout_of_its_own_is_the_commands_as_it_is() {
     let stage = stage();
     let file = path(&stage, "out");
     let mut command = tracked(&stage, "readlink /proc/$$/fd/1; test ! -t 2");
-    assert!(command.stdout(File::create(&file).unwrap()).stderr(Stdio::piped()).status().unwrap().success());
+    assert!(
+        command
+            .stdout(File::create(&file).unwrap())
+            .stderr(Stdio::piped())
+            .status()
+            .unwrap()
+            .success()
+    );
     assert_eq!(fs::read_to_string(&file).unwrap(), format!("{file}\n"));
 }
 
@@ -190,14 +204,17 @@ fn an_error_is_what_the_command_wrote_and_a_signal_is_named() {
 /// A command that ends, and leaves something behind that writes to stderr when the FIFO says so.
 fn leaver(stage: &Stage, more: &str) -> String {
     let (fifo, survived) = (fifo(stage), path(stage, "survived"));
-    let left = format!("read line <'{fifo}'; for n in 1 2 3; do echo word$n >&2 || exit; done; touch '{survived}'");
+    let left = format!(
+        "read line <'{fifo}'; for n in 1 2 3; do echo word$n >&2 || exit; done; touch '{survived}'"
+    );
     format!("mkfifo '{fifo}'; (trap '' HUP; {left}) >/dev/null </dev/null & echo first >&2; {more}")
 }
 
 #[test]
 fn what_a_command_leaves_behind_goes_on_writing_after_the_end_of_track() {
     let stage = stage();
-    let mut child = tracked(&stage, &leaver(&stage, "exit 6")).stderr(Stdio::piped()).spawn().unwrap();
+    let mut child =
+        tracked(&stage, &leaver(&stage, "exit 6")).stderr(Stdio::piped()).spawn().unwrap();
     let since = Instant::now();
     assert_eq!(child.wait().unwrap().code(), Some(6), "who holds stderr open does not keep track");
     assert!(since.elapsed() < Duration::from_secs(5), "{:?}", since.elapsed());
@@ -232,7 +249,8 @@ fn companion(track: &Child) -> Option<Pid> {
     let children = fs::read_to_string(format!("/proc/{id}/task/{id}/children")).unwrap();
     let mut pids = children.split_whitespace().map(|pid| pid.parse().unwrap());
     let is_companion = |pid: &i32| {
-        fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| line.starts_with(b"decnet-heartbeat-stderr\0"))
+        fs::read(format!("/proc/{pid}/cmdline"))
+            .is_ok_and(|line| line.starts_with(b"decnet-heartbeat-stderr\0"))
     };
     pids.find(is_companion).and_then(Pid::from_raw)
 }
@@ -241,7 +259,9 @@ fn companion(track: &Child) -> Option<Pid> {
 fn a_killed_companion_ends_neither_the_command_nor_its_report() {
     let stage = stage();
     let fifo = fifo(&stage);
-    let script = format!("mkfifo '{fifo}'; echo ready; read line <'{fifo}'; echo word >&2; echo more >&2; exit 3");
+    let script = format!(
+        "mkfifo '{fifo}'; echo ready; read line <'{fifo}'; echo word >&2; echo more >&2; exit 3"
+    );
     let (mut child, _stdout) = tracking(&stage, &script);
     let killed = companion(&child).unwrap();
     kill_process(killed, Signal::KILL).unwrap();
@@ -250,7 +270,10 @@ fn a_killed_companion_ends_neither_the_command_nor_its_report() {
     let mut said = String::new();
     child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
     assert_eq!(child.wait().unwrap().code(), Some(3), "{said}");
-    assert!(said.contains("was killed, another one goes on") && said.contains("word\nmore\n"), "{said}");
+    assert!(
+        said.contains("was killed, another one goes on") && said.contains("word\nmore\n"),
+        "{said}"
+    );
     assert_eq!(row(&stage), (RowStatus::Failed, Some("word\nmore".to_owned())));
 }
 
@@ -258,8 +281,9 @@ fn a_killed_companion_ends_neither_the_command_nor_its_report() {
 fn a_command_does_not_die_while_nobody_reads_its_stderr() {
     let stage = stage();
     let (fifo, survived) = (fifo(&stage), path(&stage, "survived"));
-    let script =
-        format!("mkfifo '{fifo}'; echo ready; read line <'{fifo}'; echo word >&2; echo more >&2; touch '{survived}'");
+    let script = format!(
+        "mkfifo '{fifo}'; echo ready; read line <'{fifo}'; echo word >&2; echo more >&2; touch '{survived}'"
+    );
     let (mut child, _stdout) = tracking(&stage, &script);
     let track = Pid::from_child(&child);
     kill_process(track, Signal::STOP).unwrap();
@@ -278,7 +302,9 @@ fn a_terminal_outlives_a_killed_track() {
     let stage = stage();
     let terminal = Terminal::new();
     let fifo = fifo(&stage);
-    let script = format!("mkfifo '{fifo}'; echo ready; read line <'{fifo}'; test -t 2 && echo still one >&2");
+    let script = format!(
+        "mkfifo '{fifo}'; echo ready; read line <'{fifo}'; test -t 2 && echo still one >&2"
+    );
     let mut child = terminal.spawn(&mut tracked(&stage, &script));
     terminal.shows("ready\r\n");
     child.kill().unwrap();
@@ -299,7 +325,10 @@ fn a_reader_who_is_slower_than_track_loses_nothing() {
     assert_eq!(child.wait().unwrap().code(), Some(3));
     assert!(since.elapsed() < Duration::from_secs(5), "{:?}", since.elapsed());
     let (status, error) = row(&stage);
-    assert!(status == RowStatus::Failed && error.as_ref().unwrap().ends_with("xthe end"), "{error:?}");
+    assert!(
+        status == RowStatus::Failed && error.as_ref().unwrap().ends_with("xthe end"),
+        "{error:?}"
+    );
     let mut said = String::new();
     read.read_to_string(&mut said).unwrap();
     assert!(said.len() == 150_008 && said.ends_with("xthe end\n"), "{}", said.len());
@@ -316,7 +345,10 @@ fn a_terminal_that_nobody_reads_keeps_neither_track_nor_its_report() {
     assert_eq!(child.wait().unwrap().code(), Some(3));
     assert!(since.elapsed() < Duration::from_secs(5), "{:?}", since.elapsed());
     let (status, error) = row(&stage);
-    assert!(status == RowStatus::Failed && error.as_ref().unwrap().ends_with("x\nthe end"), "{error:?}");
+    assert!(
+        status == RowStatus::Failed && error.as_ref().unwrap().ends_with("x\nthe end"),
+        "{error:?}"
+    );
     let shown = terminal.shown();
     assert!(shown.lines().count() == 601 && shown.ends_with("the end\r\n"), "{}", shown.len());
 }
@@ -326,7 +358,10 @@ fn a_limit_on_the_size_of_files_does_not_end_track() {
     let stage = stage();
     let inner = tracked(&stage, "exit 3");
     let mut command = Command::new("sh");
-    command.args(["-c", "ulimit -f 0; exec \"$0\" \"$@\""]).arg(inner.get_program()).args(inner.get_args());
+    command
+        .args(["-c", "ulimit -f 0; exec \"$0\" \"$@\""])
+        .arg(inner.get_program())
+        .args(inner.get_args());
     assert_eq!(command.stderr(Stdio::null()).status().unwrap().code(), Some(3));
     assert_eq!(row(&stage), (RowStatus::Failed, Some("exited with 3".to_owned())));
 }
@@ -337,20 +372,29 @@ fn a_full_stderr_does_not_end_the_command() {
     let file = path(&stage, "err");
     let inner = tracked(&stage, "head -c 500000 /dev/zero >&2; echo why >&2; exit 4");
     let mut command = Command::new("sh");
-    command.args(["-c", "ulimit -f 8; exec \"$0\" \"$@\""]).arg(inner.get_program()).args(inner.get_args());
+    command
+        .args(["-c", "ulimit -f 8; exec \"$0\" \"$@\""])
+        .arg(inner.get_program())
+        .args(inner.get_args());
     let since = Instant::now();
     assert_eq!(command.stderr(File::create(&file).unwrap()).status().unwrap().code(), Some(4));
     assert!(since.elapsed() < Duration::from_secs(5), "{:?}", since.elapsed());
     let said = fs::read(&file).unwrap();
-    assert!(!said.is_empty() && !String::from_utf8_lossy(&said).contains("killed"), "{}", said.len());
+    assert!(
+        !said.is_empty() && !String::from_utf8_lossy(&said).contains("killed"),
+        "{}",
+        said.len()
+    );
 }
 
 #[test]
 fn a_companion_that_nobody_needs_ends_before_track() {
     let stage = stage();
     let fifo = fifo(&stage);
-    let (mut child, _stdout) =
-        tracking(&stage, &format!("mkfifo '{fifo}'; echo ready; read line <'{fifo}'; echo word >&2"));
+    let (mut child, _stdout) = tracking(
+        &stage,
+        &format!("mkfifo '{fifo}'; echo ready; read line <'{fifo}'; echo word >&2"),
+    );
     let companion = companion(&child).unwrap();
     go_on(fifo);
     assert_eq!(child.wait().unwrap().code(), Some(0));
@@ -377,7 +421,9 @@ fn ignoring_sigchld(inner: &Command) -> Command {
 
 #[test]
 fn a_parent_that_ignores_sigchld_does_not_turn_a_success_into_a_failure() {
-    for (script, code, status) in [("exit 0", 0, RowStatus::Succeeded), ("exit 3", 3, RowStatus::Failed)] {
+    for (script, code, status) in
+        [("exit 0", 0, RowStatus::Succeeded), ("exit 3", 3, RowStatus::Failed)]
+    {
         let stage = stage();
         let inner = tracked(&stage, script);
         let mut command = ignoring_sigchld(&inner);
@@ -402,7 +448,10 @@ fn a_command_runs_where_its_stderr_cannot_be_copied() {
     let inner = tracked(&stage, "exit 7");
     let mut command = Command::new("sh");
     // Three of its own, two for signals, and none for a pipe.
-    command.args(["-c", "ulimit -n 6; exec \"$0\" \"$@\""]).arg(inner.get_program()).args(inner.get_args());
+    command
+        .args(["-c", "ulimit -n 6; exec \"$0\" \"$@\""])
+        .arg(inner.get_program())
+        .args(inner.get_args());
     let output = command.stdin(Stdio::null()).output().unwrap();
     let log = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(7), "{log}");
@@ -419,11 +468,19 @@ fn a_command_runs_where_signals_cannot_be_caught() {
         }
         let mut command = Command::new("sh");
         // One beside its own three, which is what the dynamic loader needs.
-        command.args(["-c", "ulimit -n 4; exec \"$0\" \"$@\""]).arg(inner.get_program()).args(inner.get_args());
+        command
+            .args(["-c", "ulimit -n 4; exec \"$0\" \"$@\""])
+            .arg(inner.get_program())
+            .args(inner.get_args());
         let output = command.stdin(Stdio::null()).output().unwrap();
         let log = String::from_utf8(output.stderr).unwrap();
         assert_eq!(output.status.code(), Some(7), "{log}");
-        assert!(log.contains("signals cannot be caught, so one may end track before its report: error="), "{log}");
+        assert!(
+            log.contains(
+                "signals cannot be caught, so one may end track before its report: error="
+            ),
+            "{log}"
+        );
     }
 }
 
@@ -442,10 +499,14 @@ fn a_system_that_does_not_let_track_wait_does_not_fail_a_command_that_runs() {
 fn a_log_file_that_cannot_be_opened_keeps_neither_a_command_from_running_nor_its_report() {
     let stage = stage();
     let dir = path(&stage, "");
-    let arguments = [&["--log-file", &dir], &TRACK[..], &["sh", "-c", "echo why >&2; exit 3"]].concat();
+    let arguments =
+        [&["--log-file", &dir], &TRACK[..], &["sh", "-c", "echo why >&2; exit 3"]].concat();
     let (code, _, log) = output(&stage, &arguments);
     assert_eq!(code, Some(3), "{log}");
-    assert!(log.contains("the log is on stderr: error=\"--log-file: ") && log.ends_with("why\n"), "{log}");
+    assert!(
+        log.contains("the log is on stderr: error=\"--log-file: ") && log.ends_with("why\n"),
+        "{log}"
+    );
     assert_eq!(row(&stage), (RowStatus::Failed, Some("why".to_owned())));
 }
 
@@ -464,8 +525,15 @@ fn the_command_has_the_default_action_of_every_signal() {
     let sets = signal_sets(str::from_utf8(&output.stdout).unwrap());
     assert_eq!(sets.len(), 3, "{output:?}");
     for (name, set) in sets {
-        for signal in [Signal::HUP, Signal::XFSZ, Signal::USR1, Signal::USR2, Signal::PIPE, Signal::CHILD, Signal::TERM]
-        {
+        for signal in [
+            Signal::HUP,
+            Signal::XFSZ,
+            Signal::USR1,
+            Signal::USR2,
+            Signal::PIPE,
+            Signal::CHILD,
+            Signal::TERM,
+        ] {
             assert_eq!(set & 1 << (signal.as_raw() - 1), 0, "{name} has {signal:?}");
         }
     }
@@ -474,7 +542,9 @@ fn the_command_has_the_default_action_of_every_signal() {
 /// A script that says each TERM, and ends when the file is there.
 fn counting(stage: &Stage) -> String {
     let (said, stop) = (path(stage, "said"), path(stage, "stop"));
-    format!("trap 'echo got >>'\\''{said}'\\' TERM; echo ready; while [ ! -e '{stop}' ]; do sleep 0.02; done")
+    format!(
+        "trap 'echo got >>'\\''{said}'\\' TERM; echo ready; while [ ! -e '{stop}' ]; do sleep 0.02; done"
+    )
 }
 
 /// How often it has said so by now, after time enough for another one; and it ends.
@@ -489,7 +559,8 @@ fn counted(stage: &Stage, mut child: Child, at_least: usize) -> usize {
 
 /// `track` in a process group of its own, when its command is ready.
 fn in_a_group(command: &mut Command) -> Child {
-    let mut child = command.process_group(0).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+    let mut child =
+        command.process_group(0).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
     let mut ready = [0; 6];
     child.stdout.as_mut().unwrap().read_exact(&mut ready).unwrap();
     assert_eq!(&ready, b"ready\n");
@@ -523,10 +594,14 @@ fn a_signal_to_track_alone_reaches_the_command_once_also_after_one_to_the_group(
     let child = in_a_group(&mut tracked(&stage, &counting(&stage)));
     for n in 1..=3 {
         kill_process(Pid::from_child(&child), Signal::TERM).unwrap();
-        wait_for("signal", || fs::read_to_string(path(&stage, "said")).unwrap_or_default().lines().count() == n);
+        wait_for("signal", || {
+            fs::read_to_string(path(&stage, "said")).unwrap_or_default().lines().count() == n
+        });
     }
     kill_process_group(Pid::from_child(&child), Signal::TERM).unwrap();
-    wait_for("signal", || fs::read_to_string(path(&stage, "said")).unwrap_or_default().lines().count() == 4);
+    wait_for("signal", || {
+        fs::read_to_string(path(&stage, "said")).unwrap_or_default().lines().count() == 4
+    });
     std::thread::sleep(Duration::from_millis(100));
     kill_process(Pid::from_child(&child), Signal::TERM).unwrap();
     assert_eq!(counted(&stage, child, 5), 5);
@@ -566,7 +641,8 @@ fn the_end_of_a_terminal_reaches_the_command() {
 fn a_command_in_a_group_of_its_own_gets_what_is_sent_to_tracks() {
     let stage = stage();
     let script = counting(&stage);
-    let child = in_a_group(&mut program(&stage, &[&TRACK[..], &["setsid", "sh", "-c", &script]].concat()));
+    let child =
+        in_a_group(&mut program(&stage, &[&TRACK[..], &["setsid", "sh", "-c", &script]].concat()));
     kill_process_group(Pid::from_child(&child), Signal::TERM).unwrap();
     assert_eq!(counted(&stage, child, 1), 1);
 }
@@ -586,7 +662,8 @@ fn after_a_signal_before_the_start_the_command_is_not_started() {
     let other = lock(&stage);
     let before = stage.master.received().len();
     let ran = path(&stage, "ran");
-    let mut child = tracked(&stage, &format!("touch '{ran}'")).stderr(Stdio::piped()).spawn().unwrap();
+    let mut child =
+        tracked(&stage, &format!("touch '{ran}'")).stderr(Stdio::piped()).spawn().unwrap();
     // It waits for the outbox, for a second.
     std::thread::sleep(Duration::from_millis(400));
     kill_process(Pid::from_child(&child), Signal::TERM).unwrap();
@@ -595,7 +672,10 @@ fn after_a_signal_before_the_start_the_command_is_not_started() {
     assert_eq!(child.wait().unwrap().code(), Some(128 + 15));
     assert!(!fs::exists(&ran).unwrap());
     let error = "ended by signal 15 before the command started".to_owned();
-    assert_eq!((kept(&stage), owners(&stage)), (vec![("d".to_owned(), Some(error), false)], vec![None]));
+    assert_eq!(
+        (kept(&stage), owners(&stage)),
+        (vec![("d".to_owned(), Some(error), false)], vec![None])
+    );
     assert_eq!(stage.master.received().len(), before, "it is left to run");
 }
 
@@ -603,7 +683,10 @@ fn after_a_signal_before_the_start_the_command_is_not_started() {
 fn a_command_that_does_not_exist_keeps_nobody_waiting() {
     let stage = stage();
     let since = Instant::now();
-    assert_eq!(program(&stage, &[&TRACK[..], &["/nonexistent"]].concat()).output().unwrap().status.code(), Some(127));
+    assert_eq!(
+        program(&stage, &[&TRACK[..], &["/nonexistent"]].concat()).output().unwrap().status.code(),
+        Some(127)
+    );
     assert!(since.elapsed() < Duration::from_millis(900), "{:?}", since.elapsed());
 }
 
@@ -634,10 +717,20 @@ fn a_timeout_bounds_the_report_and_no_wait_sends_none() {
         stage.master.always(Some(Fault::NeverAnswer(Effect::Lost)));
         let arguments = [&TRACK[..5], &options, &["--", "sh", "-c", "exit 3"]].concat();
         let since = Instant::now();
-        assert_eq!(program(&stage, &arguments).stderr(Stdio::null()).status().unwrap().code(), Some(3));
+        assert_eq!(
+            program(&stage, &arguments).stderr(Stdio::null()).status().unwrap().code(),
+            Some(3)
+        );
         let took = since.elapsed();
-        assert!((Duration::from_millis(least)..Duration::from_secs(3)).contains(&took), "{options:?}: {took:?}");
-        assert_eq!((stage.master.received().len(), owners(&stage)), (requests, vec![None]), "{options:?}");
+        assert!(
+            (Duration::from_millis(least)..Duration::from_secs(3)).contains(&took),
+            "{options:?}: {took:?}"
+        );
+        assert_eq!(
+            (stage.master.received().len(), owners(&stage)),
+            (requests, vec![None]),
+            "{options:?}"
+        );
     }
 }
 
@@ -647,7 +740,8 @@ fn a_lock_at_the_start_that_is_gone_at_the_end_loses_no_report() {
     let other = lock(&stage);
     stage.master.open_operation(&stage.worker.uuid, "d", "deploy");
     let fifo = fifo(&stage);
-    let (mut child, _stdout) = tracking(&stage, &format!("mkfifo '{fifo}'; echo ready; read line <'{fifo}'; exit 3"));
+    let (mut child, _stdout) =
+        tracking(&stage, &format!("mkfifo '{fifo}'; echo ready; read line <'{fifo}'; exit 3"));
     other.execute_batch("COMMIT").unwrap();
     // The report cannot be sent, so what keeps it is the file.
     stage.master.always(Some(Fault::NeverAnswer(Effect::Lost)));
@@ -670,14 +764,18 @@ fn a_lock_that_outlives_the_command_loses_no_report_though_nobody_answers() {
     assert_eq!(kept(&stage), [("d".to_owned(), Some("exited with 3".to_owned()), false)]);
     let mut log = String::new();
     child.stderr.take().unwrap().read_to_string(&mut log).unwrap();
-    assert!(log.contains("kept for decnet-heartbeat run, not delivered") && !log.contains("neither"), "{log}");
+    assert!(
+        log.contains("kept for decnet-heartbeat run, not delivered") && !log.contains("neither"),
+        "{log}"
+    );
 }
 
 #[test]
 fn a_lock_at_the_end_does_not_make_a_success_a_failure() {
     let stage = stage();
     let fifo = fifo(&stage);
-    let (mut child, _stdout) = tracking(&stage, &format!("mkfifo '{fifo}'; echo ready; read line <'{fifo}'"));
+    let (mut child, _stdout) =
+        tracking(&stage, &format!("mkfifo '{fifo}'; echo ready; read line <'{fifo}'"));
     let other = rusqlite::Connection::open(outbox(&stage)).unwrap();
     other.execute_batch("BEGIN IMMEDIATE").unwrap();
     go_on(fifo);
@@ -690,7 +788,8 @@ fn a_lock_at_the_end_does_not_make_a_success_a_failure() {
 #[test]
 fn a_broken_ini_neither_keeps_a_command_from_running_nor_its_report() {
     let stage = stage();
-    let (ini, good, fixed) = (path(&stage, "decnet.ini"), path(&stage, "good.ini"), path(&stage, "fixed"));
+    let (ini, good, fixed) =
+        (path(&stage, "decnet.ini"), path(&stage, "good.ini"), path(&stage, "fixed"));
     let script = format!("if [ -e '{fixed}' ]; then cp '{good}' '{ini}'; fi; echo why >&2; exit 4");
     for is_fixed in [false, true] {
         // Which writes the ini.
@@ -699,11 +798,21 @@ fn a_broken_ini_neither_keeps_a_command_from_running_nor_its_report() {
         if is_fixed {
             fs::write(&fixed, "").unwrap();
         }
-        File::options().append(true).open(&ini).unwrap().write_all(b"[agent]\nmaster-host = a b\n").unwrap();
+        File::options()
+            .append(true)
+            .open(&ini)
+            .unwrap()
+            .write_all(b"[agent]\nmaster-host = a b\n")
+            .unwrap();
         let output = command.output().unwrap();
         let log = String::from_utf8(output.stderr).unwrap();
         assert_eq!(output.status.code(), Some(4), "{log}");
-        assert!(log.contains("the report cannot be prepared, it is tried again after the command: error="), "{log}");
+        assert!(
+            log.contains(
+                "the report cannot be prepared, it is tried again after the command: error="
+            ),
+            "{log}"
+        );
         assert_eq!(log.contains("neither delivered nor kept: error="), !is_fixed, "{log}");
     }
     assert_eq!(row(&stage), (RowStatus::Failed, Some("why".to_owned())));

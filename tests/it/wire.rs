@@ -69,9 +69,14 @@ fn an_answer_that_comes_before_the_body_is_read_counts() {
         let heartbeat = master.instead(&stage, builder).status_source(big()).start().unwrap();
         let failed = settled(&heartbeat, |stats| stats.failure.is_some());
         let failure = failed.failure.unwrap();
-        assert_eq!((failure.class.as_str(), failure.detail.as_str()), (class, "not yours"), "{answer:?} {then:?}");
+        assert_eq!(
+            (failure.class.as_str(), failure.detail.as_str()),
+            (class, "not yours"),
+            "{answer:?} {then:?}"
+        );
         if class == "http-429" {
-            let next = failed.next_beat.unwrap().duration_since(std::time::SystemTime::now()).unwrap();
+            let next =
+                failed.next_beat.unwrap().duration_since(std::time::SystemTime::now()).unwrap();
             assert!(next > Duration::from_secs(500), "its Retry-After counts, too: {next:?}");
         }
     }
@@ -128,9 +133,11 @@ fn a_connection_that_ends_while_a_large_body_is_sent_makes_the_next_one_lighter(
 
 #[test]
 fn a_status_line_counts_though_the_connection_ends_in_the_middle_of_the_headers() {
-    for interim in
-        ["", "HTTP/1.1 100 Continue\r\n\r\n", "HTTP/1.1 102 Processing\r\nx: y\r\n\r\nHTTP/1.1 103 E\r\n\r\n"]
-    {
+    for interim in [
+        "",
+        "HTTP/1.1 100 Continue\r\n\r\n",
+        "HTTP/1.1 102 Processing\r\nx: y\r\n\r\nHTTP/1.1 103 E\r\n\r\n",
+    ] {
         let stage = Stage::new();
         let master = RawMaster::new(&stage, move |connection| {
             connection.read_request()?;
@@ -169,7 +176,9 @@ fn what_is_left_on_a_connection_is_not_the_next_answer() {
                     match left {
                         Left::Record => connection.socket.write_all(&[first, second].concat())?,
                         Left::HalfARecord => {
-                            connection.socket.write_all(&[&first, &second[..second.len() / 2]].concat())?;
+                            connection
+                                .socket
+                                .write_all(&[&first, &second[..second.len() / 2]].concat())?;
                         }
                         Left::Later => {
                             connection.socket.write_all(&first)?;
@@ -188,7 +197,8 @@ fn what_is_left_on_a_connection_is_not_the_next_answer() {
                 tick.send(now()).unwrap();
                 settled(&heartbeat, |stats| stats.beats == beats);
             }
-            let connections: Vec<_> = master.requests.try_iter().map(|(connection, _)| connection).collect();
+            let connections: Vec<_> =
+                master.requests.try_iter().map(|(connection, _)| connection).collect();
             assert_eq!(connections, [1, 2, 3, 4], "{left:?} after {padding} bytes");
             assert!(heartbeat.stats().failure.is_none());
         }
@@ -197,7 +207,8 @@ fn what_is_left_on_a_connection_is_not_the_next_answer() {
 
 #[test]
 fn a_200_whose_head_has_not_come_whole_delivers_nothing() {
-    let page = "HTTP/1.1 200 OK\r\nServer: gateway\r\nContent-Type: text/html\r\n\r\n<h1>Back soon</h1>";
+    let page =
+        "HTTP/1.1 200 OK\r\nServer: gateway\r\nContent-Type: text/html\r\n\r\n<h1>Back soon</h1>";
     let head = page.find("\r\n\r\n").unwrap();
     for cut in [16, 30, 45, head + 2, page.len()] {
         let stage = Stage::new();
@@ -209,6 +220,10 @@ fn a_200_whose_head_has_not_come_whole_delivers_nothing() {
         let heartbeat = master.instead(&stage, builder).start().unwrap();
         heartbeat.deltas().push(deployed("d")).unwrap();
         let stats = settled(&heartbeat, |stats| stats.failure.is_some());
-        assert_eq!((stats.delivered, stats.beats, stats.waiting), (0, 0, 1), "cut after {cut}: {stats:?}");
+        assert_eq!(
+            (stats.delivered, stats.beats, stats.waiting),
+            (0, 0, 1),
+            "cut after {cut}: {stats:?}"
+        );
     }
 }

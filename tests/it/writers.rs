@@ -24,7 +24,13 @@ fn advice_of(stage: &Stage, agent_dir: &Path, name: &str, arguments: &[&Path]) -
     let ini = stage.dir.path().join("decnet.ini");
     stage.worker.write_ini(&ini).unwrap();
     let mut check = program();
-    check.arg("--config").arg(ini).arg("--agent-dir").arg(agent_dir).args(["check", "--json"]).args(arguments);
+    check
+        .arg("--config")
+        .arg(ini)
+        .arg("--agent-dir")
+        .arg(agent_dir)
+        .args(["check", "--json"])
+        .args(arguments);
     let output = check.stdin(Stdio::null()).output().unwrap();
     let report: Value = serde_json::from_slice(&output.stdout).unwrap();
     let steps = report["steps"].as_array().unwrap();
@@ -65,7 +71,9 @@ fn a_symlink_to_the_agent_dir_hides_no_folder() {
     symlink(open.join("agent"), &link).unwrap();
     assert_eq!(advice(&stage, &link), None);
     chmod(&open, 0o777);
-    assert!(advice(&stage, &link).unwrap().contains(&format!("{} has the mode 0777", open.display())));
+    assert!(
+        advice(&stage, &link).unwrap().contains(&format!("{} has the mode 0777", open.display()))
+    );
 }
 
 #[test]
@@ -79,9 +87,15 @@ fn check_names_the_folder_of_an_outbox_that_lets_others_write() {
     assert_eq!(of_outbox(&beside.join("x.db")), None);
     for folder in [&beside, &above] {
         chmod(folder, 0o777);
-        let why = format!("others may replace the heartbeat's files, as {} has the mode 0777: ", folder.display());
+        let why = format!(
+            "others may replace the heartbeat's files, as {} has the mode 0777: ",
+            folder.display()
+        );
         let advice = of_outbox(&beside.join("x.db"));
-        assert!(advice.as_ref().is_some_and(|advice| advice.starts_with(&why)), "{why}: {advice:?}");
+        assert!(
+            advice.as_ref().is_some_and(|advice| advice.starts_with(&why)),
+            "{why}: {advice:?}"
+        );
         chmod(folder, 0o755);
     }
     // Of the agent dir it is said once.
@@ -116,8 +130,14 @@ fn run_warns_of_others_who_may_write_beside_its_files() {
         let mut run = Running::start(command.arg("--outbox").arg(beside.join("outbox.db")));
         let lines = lines(run.0.stderr.take().unwrap());
         let line = line_with(&lines, "others may replace the heartbeat's files: ");
-        assert!(line.contains("WARN") && line.contains(&format!("folder={} ", folder.display())), "{line}");
-        assert!(line.ends_with(&format!("because=\"{} has the mode 0777\"", folder.display())), "{line}");
+        assert!(
+            line.contains("WARN") && line.contains(&format!("folder={} ", folder.display())),
+            "{line}"
+        );
+        assert!(
+            line.ends_with(&format!("because=\"{} has the mode 0777\"", folder.display())),
+            "{line}"
+        );
         assert_eq!(run.terminate(PATIENCE), Some(0));
         chmod(folder, 0o755);
     }

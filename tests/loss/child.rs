@@ -6,7 +6,9 @@ use std::path::Path;
 use std::thread;
 use std::time::Duration;
 
-use decnet_heartbeat::{DeltaSender, Enrolment, Error, Heartbeat, LifecycleDelta, Operation, Outcome, Snapshot};
+use decnet_heartbeat::{
+    DeltaSender, Enrolment, Error, Heartbeat, LifecycleDelta, Operation, Outcome, Snapshot,
+};
 use serde_json::json;
 
 use crate::told::{operation_names, pushed};
@@ -21,7 +23,12 @@ pub fn run(arguments: &[String]) {
     let [agent_dir, uuid, port, run] = arguments else { panic!("--child AGENT_DIR UUID PORT RUN") };
     let run: u32 = run.parse().unwrap();
     // On stderr, which is the test's.
-    simplelog::WriteLogger::init(log::LevelFilter::Error, simplelog::Config::default(), io::stderr()).unwrap();
+    simplelog::WriteLogger::init(
+        log::LevelFilter::Error,
+        simplelog::Config::default(),
+        io::stderr(),
+    )
+    .unwrap();
     let enrolment = Enrolment::new(uuid, "127.0.0.1", Path::new(agent_dir)).unwrap();
     let heartbeat = Heartbeat::builder()
         .enrolment(enrolment.with_master_port(port.parse().unwrap()).unwrap())
@@ -62,7 +69,9 @@ fn track(heartbeat: &Heartbeat, name: &str) {
     }
     match fastrand::u8(..4) {
         0 => ending(name, "succeeded", || tracked.succeed()),
-        1 => ending(name, &format!("failed because {name}"), || tracked.fail(format!("because {name}"))),
+        1 => ending(name, &format!("failed because {name}"), || {
+            tracked.fail(format!("because {name}"))
+        }),
         2 => ending(name, "succeeded", || tracked.settle(name, Outcome::Succeeded).unwrap()),
         _ => ending(name, "failed deploy ended without a verdict", || drop(tracked)),
     }

@@ -31,7 +31,8 @@ pub fn kill(options: &Options) -> String {
     for run in 1..=options.kills {
         let child = stage.start(run);
         // Before, while and after it opens the outbox and recovers it; and while it works.
-        let life = if fastrand::u8(..6) == 0 { fastrand::u64(..30) } else { 30 + fastrand::u64(..250) };
+        let life =
+            if fastrand::u8(..6) == 0 { fastrand::u64(..30) } else { 30 + fastrand::u64(..250) };
         for _ in 0..2 {
             pause(Duration::from_millis(life / 2));
             stage.come_or_go();
@@ -123,7 +124,10 @@ impl Stage {
             self.master.open_operation(&self.worker.uuid, &name, "deploy");
         }
         let mut command = Command::new(std::env::current_exe().unwrap());
-        command.arg("--child").arg(&self.worker.agent_dir).args([&self.worker.uuid, &self.worker.port.to_string()]);
+        command
+            .arg("--child")
+            .arg(&self.worker.agent_dir)
+            .args([&self.worker.uuid, &self.worker.port.to_string()]);
         let mut child = command.arg(run.to_string()).stdout(Stdio::piped()).spawn().unwrap();
         let stdout = BufReader::new(child.stdout.take().unwrap());
         // A line that the kill has cut short was not said.
@@ -145,7 +149,10 @@ impl Stage {
     pub fn check(&mut self) -> u32 {
         self.heard.hear(&self.book, &self.master.take_received());
         let rows = check_integrity(&self.worker.agent_dir.join("heartbeat.db"), self.folder.path());
-        assert!(rows < FULL, "what falls out of a full outbox is no loss by mistake: this shows nothing");
+        assert!(
+            rows < FULL,
+            "what falls out of a full outbox is no loss by mistake: this shows nothing"
+        );
         rows
     }
 

@@ -67,8 +67,9 @@ fn main() -> ExitCode {
     }
     let options = Options::parse(&arguments);
     let names = &options.names;
-    let wanted =
-        |scenario: &Scenario| names.is_empty() || names.iter().any(|part| scenario.name.contains(part.as_str()));
+    let wanted = |scenario: &Scenario| {
+        names.is_empty() || names.iter().any(|part| scenario.name.contains(part.as_str()))
+    };
     let mut code = ExitCode::SUCCESS;
     for Scenario { name, run, .. } in SCENARIOS.into_iter().filter(wanted) {
         if options.list {
@@ -78,7 +79,9 @@ fn main() -> ExitCode {
         fastrand::seed(options.seed);
         let since = Instant::now();
         match catch_unwind(|| run(&options)) {
-            Ok(figures) => println!("loss {name} ... ok: {figures}, {:.1} s", since.elapsed().as_secs_f64()),
+            Ok(figures) => {
+                println!("loss {name} ... ok: {figures}, {:.1} s", since.elapsed().as_secs_f64())
+            }
             Err(_) => {
                 println!("loss {name} ... FAILED, again with: --seed {}", options.seed);
                 code = ExitCode::FAILURE;
@@ -91,12 +94,20 @@ fn main() -> ExitCode {
 impl Options {
     /// What libtest would understand and we do not (`--include-ignored`, `--nocapture`, …) is passed over.
     fn parse(arguments: &[String]) -> Self {
-        let whole = arguments.iter().any(|argument| argument == "--include-ignored" || argument == "--ignored");
+        let whole = arguments
+            .iter()
+            .any(|argument| argument == "--include-ignored" || argument == "--ignored");
         let (kills, rounds, pushes) = if whole { (300, 300, 1_000_000) } else { (30, 30, 100_000) };
-        let mut options = Self { kills, rounds, pushes, seed: fastrand::u64(..), names: Vec::new(), list: false };
+        let mut options =
+            Self { kills, rounds, pushes, seed: fastrand::u64(..), names: Vec::new(), list: false };
         let mut arguments = arguments.iter();
         while let Some(argument) = arguments.next() {
-            let mut number = || arguments.next().and_then(|text| text.parse().ok()).expect("a number after the option");
+            let mut number = || {
+                arguments
+                    .next()
+                    .and_then(|text| text.parse().ok())
+                    .expect("a number after the option")
+            };
             match argument.as_str() {
                 "--kills" => options.kills = u32::try_from(number()).unwrap(),
                 "--rounds" => options.rounds = u32::try_from(number()).unwrap(),

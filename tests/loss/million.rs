@@ -62,7 +62,10 @@ pub fn million(options: &Options) -> String {
     heartbeat.beats().recv_timeout(PATIENCE).unwrap();
     let stats = heartbeat.stats();
     assert_eq!((stats.waiting, stats.dropped), (ROWS.min(pushes), pushes.saturating_sub(ROWS)));
-    assert_eq!((stats.delivered, stats.rejected, stats.outbox.as_deref()), (0, 0, Some(path.as_path())));
+    assert_eq!(
+        (stats.delivered, stats.rejected, stats.outbox.as_deref()),
+        (0, 0, Some(path.as_path()))
+    );
     watched.check();
 
     master.start_again().unwrap();
@@ -84,7 +87,11 @@ pub fn million(options: &Options) -> String {
 /// In memory, where there is such a folder: a million times waiting for the disk shows nothing.
 fn scratch() -> tempfile::TempDir {
     let memory = Path::new("/dev/shm");
-    if memory.is_dir() { tempfile::tempdir_in(memory).unwrap() } else { tempfile::tempdir().unwrap() }
+    if memory.is_dir() {
+        tempfile::tempdir_in(memory).unwrap()
+    } else {
+        tempfile::tempdir().unwrap()
+    }
 }
 
 fn delta(pusher: u32, n: u32) -> LifecycleDelta {
@@ -157,6 +164,9 @@ fn check_newest(received: &[Received], each: u32) {
     }
     for (pusher, numbers) in came {
         let newest_first: Vec<u32> = (0..each).rev().take(numbers.len()).collect();
-        assert!(numbers == newest_first, "of pusher {pusher} not the newest, or not in their order");
+        assert!(
+            numbers == newest_first,
+            "of pusher {pusher} not the newest, or not in their order"
+        );
     }
 }

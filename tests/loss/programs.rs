@@ -66,7 +66,15 @@ pub struct Running(Child);
 impl Running {
     pub fn start(stage: &Stage, user: Option<u32>) -> Self {
         let mut run = program(stage, user);
-        run.args(["run", "--interval", "50ms", "--state-file", "/nonexistent", "--docker-socket", "/nonexistent"]);
+        run.args([
+            "run",
+            "--interval",
+            "50ms",
+            "--state-file",
+            "/nonexistent",
+            "--docker-socket",
+            "/nonexistent",
+        ]);
         Self(run.stderr(Stdio::null()).spawn().unwrap())
     }
 
@@ -128,10 +136,23 @@ impl Reporter {
     fn track(stage: &mut Stage, mut command: Command, round: u32, n: u32) -> Self {
         let name = format!("o-{round}-{n}");
         stage.master.open_operation(&stage.worker.uuid, &name, Operation::Deploy.as_str());
-        let (script, verdict) =
-            if n % 4 == 1 { ("exit 0", "succeeded") } else { ("echo why >&2; exit 3", "failed why") };
+        let (script, verdict) = if n % 4 == 1 {
+            ("exit 0", "succeeded")
+        } else {
+            ("echo why >&2; exit 3", "failed why")
+        };
         let script = format!("sleep 0.{:03}; {script}", fastrand::u8(..60));
-        command.args(["track", "--operation", "deploy", "--decky", &name, "--", "sh", "-c", &script]);
+        command.args([
+            "track",
+            "--operation",
+            "deploy",
+            "--decky",
+            &name,
+            "--",
+            "sh",
+            "-c",
+            &script,
+        ]);
         stage.hear(&format!("begin {name}"));
         stage.hear(&format!("end {name} {verdict}"));
         Self { child: spawn(&mut command), name, verdict: Some(verdict) }

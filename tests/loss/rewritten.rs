@@ -42,7 +42,8 @@ pub fn rewritten(options: &Options) -> String {
         if is_away {
             stage.take_away();
         }
-        let reporters: Vec<_> = (0..REPORTERS).map(|n| Reporter::start(&mut stage, None, round, n)).collect();
+        let reporters: Vec<_> =
+            (0..REPORTERS).map(|n| Reporter::start(&mut stage, None, round, n)).collect();
         pause(Duration::from_millis(fastrand::u64(..100)));
         if round % COPY_ROUNDS == 1 {
             files.copy();
@@ -68,7 +69,9 @@ pub fn rewritten(options: &Options) -> String {
         Reporter::left_to_run(&mut stage, round, REPORTERS).end(&mut stage);
         for name in owed_after_all(&mut stage, &lost) {
             let master = if is_away { "away" } else { "there" };
-            eprintln!("lost: {name}, {how}, the master was {master}, run was restarted: {restarts}");
+            eprintln!(
+                "lost: {name}, {how}, the master was {master}, run was restarted: {restarts}"
+            );
             lost.insert(name);
         }
     }
@@ -106,7 +109,8 @@ impl Files {
             (name, fs::read(&path).unwrap(), fs::metadata(&path).unwrap().permissions())
         };
         let (agent_dir, folder) = (stage.worker.agent_dir.clone(), stage.folder().to_owned());
-        let bundle = fs::read_dir(&agent_dir).unwrap().map(|file| read(file.unwrap().path())).collect();
+        let bundle =
+            fs::read_dir(&agent_dir).unwrap().map(|file| read(file.unwrap().path())).collect();
         Self { agent_dir, folder, bundle }
     }
 
@@ -144,7 +148,8 @@ impl Files {
         fs::rename(&self.agent_dir, away).unwrap();
         if removes {
             // Who has a file in it open may still make files beside it.
-            while fs::remove_dir_all(away).is_err_and(|error| error.kind() != ErrorKind::NotFound) {}
+            while fs::remove_dir_all(away).is_err_and(|error| error.kind() != ErrorKind::NotFound) {
+            }
         }
         fs::create_dir_all(&self.agent_dir).unwrap();
         for (name, content, permissions) in &self.bundle {
@@ -175,7 +180,9 @@ impl Files {
             // Another process may just be making it anew.
             match removes {
                 true => remove(&self.part(part)),
-                false => drop(fs::rename(self.part(part), away.with_extension(format!("db{part}")))),
+                false => {
+                    drop(fs::rename(self.part(part), away.with_extension(format!("db{part}"))))
+                }
             }
         }
         format!("{taken:?} {}", if removes { "removed" } else { "renamed" })
@@ -184,5 +191,9 @@ impl Files {
 
 fn remove(path: &Path) {
     let removed = fs::remove_file(path);
-    assert!(removed.is_ok() || removed.is_err_and(|error| error.kind() == ErrorKind::NotFound), "{}", path.display());
+    assert!(
+        removed.is_ok() || removed.is_err_and(|error| error.kind() == ErrorKind::NotFound),
+        "{}",
+        path.display()
+    );
 }

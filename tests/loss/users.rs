@@ -36,7 +36,11 @@ pub fn users(options: &Options) -> String {
         if rows == 0 && stage.owed().is_empty() {
             break;
         }
-        assert!(Instant::now() <= end, "the service's user leaves {rows} rows, and owes {:?}", stage.owed());
+        assert!(
+            Instant::now() <= end,
+            "the service's user leaves {rows} rows, and owes {:?}",
+            stage.owed()
+        );
     }
     drop(run);
     stage.finish()

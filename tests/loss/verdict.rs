@@ -9,7 +9,8 @@ use serde_json::Value;
 use crate::told::{Book, Told, pushed};
 
 /// What an operation is reported with whose process was killed: by the next start, and by another process that lives.
-const KILLED: [&str; 2] = ["failed the agent restarted during deploy", "failed its process ended during deploy"];
+const KILLED: [&str; 2] =
+    ["failed the agent restarted during deploy", "failed its process ended during deploy"];
 
 /// What the master has accepted.
 #[derive(Debug, Default)]
@@ -31,7 +32,10 @@ impl Heard {
             self.check_nothing_again(request, &deltas);
             if request.status == Some(204) {
                 for delta in &deltas {
-                    self.verdicts.entry(text(&delta["decky_name"])).or_default().push(verdict(delta));
+                    self.verdicts
+                        .entry(text(&delta["decky_name"]))
+                        .or_default()
+                        .push(verdict(delta));
                 }
             }
         }
@@ -41,11 +45,16 @@ impl Heard {
     /// may have died between the answer and its note, and the installed programs do not say which process they are.) That
     /// a row's operation is unique makes its decky a name for the delta.
     fn check_nothing_again(&mut self, request: &Received, deltas: &[Value]) {
-        let run = request.json.as_ref().map(|json| text(&json["agent_version"])).unwrap_or_default();
+        let run =
+            request.json.as_ref().map(|json| text(&json["agent_version"])).unwrap_or_default();
         if !run.starts_with("run-") {
             return;
         }
-        for name in deltas.iter().map(|delta| text(&delta["decky_name"])).filter(|name| !name.starts_with('x')) {
+        for name in deltas
+            .iter()
+            .map(|delta| text(&delta["decky_name"]))
+            .filter(|name| !name.starts_with('x'))
+        {
             let key = (run.clone(), name);
             assert!(!self.answered.contains(&key), "sent again after a 2xx: {key:?}");
             if request.status == Some(204) {
@@ -58,7 +67,10 @@ impl Heard {
     pub fn check(&self, book: &Book, rows: &[LifecycleRow]) {
         for name in &book.kept {
             let heard = self.verdicts.contains_key(name);
-            assert!(heard, "lost: the push of {name} returned Ok, and the master never heard of it");
+            assert!(
+                heard,
+                "lost: the push of {name} returned Ok, and the master never heard of it"
+            );
         }
         for row in rows {
             let accepted = self.verdicts.get(&row.decky).map_or(&[][..], Vec::as_slice);
@@ -69,7 +81,12 @@ impl Heard {
     /// Pushes that were kept and operations that have ended, and of which the master has not heard.
     pub fn owed(&self, book: &Book) -> Vec<String> {
         let ended = book.operations.iter().filter(|(_, told)| told.ended).map(|(name, _)| name);
-        book.kept.iter().chain(ended).filter(|name| !self.verdicts.contains_key(*name)).cloned().collect()
+        book.kept
+            .iter()
+            .chain(ended)
+            .filter(|name| !self.verdicts.contains_key(*name))
+            .cloned()
+            .collect()
     }
 
     /// Deltas in requests that were answered 204, each as often as it came.
@@ -109,9 +126,12 @@ fn check_operation(name: &str, told: Option<&Told>, row: &LifecycleRow, accepted
     let sealed = match (row.status, &row.error) {
         (RowStatus::Running, _) => None,
         (RowStatus::Succeeded, _) => Some("succeeded".to_owned()),
-        (RowStatus::Failed, error) => Some(format!("failed {}", error.as_deref().unwrap_or_default())),
+        (RowStatus::Failed, error) => {
+            Some(format!("failed {}", error.as_deref().unwrap_or_default()))
+        }
     };
-    let context = format!("operation {name}: said {told:?}, heard {heard:?}, the row says {sealed:?}");
+    let context =
+        format!("operation {name}: said {told:?}, heard {heard:?}, the row says {sealed:?}");
     assert!(heard.len() <= 1, "two verdicts: {context}");
     let Some(told) = told else {
         assert!(sealed.is_none() && heard.is_empty(), "invented: {context}");
@@ -122,7 +142,10 @@ fn check_operation(name: &str, told: Option<&Told>, row: &LifecycleRow, accepted
         None => assert!(!told.begun, "lost: {context}"),
         Some(sealed) if told.ended => assert_eq!(Some(&sealed), told.verdict.as_ref(), "{context}"),
         Some(sealed) => {
-            assert!(KILLED.contains(&sealed.as_str()) || Some(&sealed) == told.verdict.as_ref(), "{context}")
+            assert!(
+                KILLED.contains(&sealed.as_str()) || Some(&sealed) == told.verdict.as_ref(),
+                "{context}"
+            )
         }
     }
 }

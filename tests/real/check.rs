@@ -15,7 +15,11 @@ struct Worker {
 
 impl Worker {
     fn new() -> Self {
-        let worker = Self { stage: Stage::new(), docker: Docker::start(), folder: tempfile::tempdir().unwrap() };
+        let worker = Self {
+            stage: Stage::new(),
+            docker: Docker::start(),
+            folder: tempfile::tempdir().unwrap(),
+        };
         let ini = format!(
             "[decnet]\nmode = agent\n[agent]\nhost-uuid = {}\nmaster-host = 127.0.0.1\nswarmctl-port = {}\nagent-dir = {}\n",
             worker.stage.worker.uuid,
@@ -44,7 +48,11 @@ impl Worker {
     fn check(&self) -> (String, Option<i32>) {
         let mut command = Command::new(env!("CARGO_BIN_EXE_decnet-heartbeat"));
         command.env_clear().arg("--config").arg(self.path("decnet.ini")).arg("check");
-        command.arg("--state-file").arg(self.path("state.json")).arg("--docker-socket").arg(self.docker.socket());
+        command
+            .arg("--state-file")
+            .arg(self.path("state.json"))
+            .arg("--docker-socket")
+            .arg(self.docker.socket());
         let output = command.output().unwrap();
         (String::from_utf8(output.stdout).unwrap(), output.status.code())
     }
@@ -53,7 +61,8 @@ impl Worker {
 /// What the README shows under this heading.
 fn shown(heading: &str) -> Vec<&'static str> {
     let readme = include_str!("../../README.md");
-    let section = readme.split_once(heading).unwrap_or_else(|| panic!("no {heading} in the README")).1;
+    let section =
+        readme.split_once(heading).unwrap_or_else(|| panic!("no {heading} in the README")).1;
     section.split("```text\n").nth(1).unwrap().split("```").next().unwrap().lines().collect()
 }
 
@@ -62,8 +71,12 @@ fn same(line: &str) -> String {
     if line.starts_with(['✓', '✗', '-']) {
         return line.split(' ').take(2).collect::<Vec<_>>().join(" ");
     }
-    let is_fingerprint = |word: &&str| word.len() == 64 && word.bytes().all(|byte| byte.is_ascii_hexdigit());
-    line.split(' ').map(|word| if is_fingerprint(&word) { "…" } else { word }).collect::<Vec<_>>().join(" ")
+    let is_fingerprint =
+        |word: &&str| word.len() == 64 && word.bytes().all(|byte| byte.is_ascii_hexdigit());
+    line.split(' ')
+        .map(|word| if is_fingerprint(&word) { "…" } else { word })
+        .collect::<Vec<_>>()
+        .join(" ")
 }
 
 /// The README's lines are the program's, in their order; `…` stands for those that are left out.

@@ -3,7 +3,9 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use decnet_heartbeat::{Heartbeat, HeartbeatBuilder, LifecycleDelta, Operation, OutboxLocation, Stats};
+use decnet_heartbeat::{
+    Heartbeat, HeartbeatBuilder, LifecycleDelta, Operation, OutboxLocation, Stats,
+};
 use rusqlite::OpenFlags;
 
 use crate::support::{Loopback, Tmpfs, beat, errors, settled};
@@ -22,9 +24,15 @@ fn start(builder: HeartbeatBuilder, disk: &Tmpfs) -> Heartbeat {
 
 /// The deckies of the rows in the file, in their order, and whether their operations have ended.
 fn rows(file: &Path) -> Vec<(String, bool)> {
-    let database = rusqlite::Connection::open_with_flags(file, OpenFlags::SQLITE_OPEN_READ_ONLY).unwrap();
-    let mut select = database.prepare("SELECT decky, completed_at IS NOT NULL FROM delta ORDER BY id").unwrap();
-    select.query_map([], |row| Ok((row.get(0)?, row.get(1)?))).unwrap().collect::<Result<_, _>>().unwrap()
+    let database =
+        rusqlite::Connection::open_with_flags(file, OpenFlags::SQLITE_OPEN_READ_ONLY).unwrap();
+    let mut select =
+        database.prepare("SELECT decky, completed_at IS NOT NULL FROM delta ORDER BY id").unwrap();
+    select
+        .query_map([], |row| Ok((row.get(0)?, row.get(1)?)))
+        .unwrap()
+        .collect::<Result<_, _>>()
+        .unwrap()
 }
 
 fn ended(decky: &str) -> (String, bool) {
@@ -71,7 +79,8 @@ fn what_a_full_disk_cannot_take_is_in_memory_until_it_can() {
     disk.fill();
     heartbeat.deltas().push(deployed("full-1")).unwrap();
     assert_eq!(heartbeat.stats().outbox, None);
-    let expected = "the outbox cannot be written, deltas are in memory and do not survive a restart: outbox=/";
+    let expected =
+        "the outbox cannot be written, deltas are in memory and do not survive a restart: outbox=/";
     let said = errors(disk.path());
     assert!(said.len() == 1 && said[0].starts_with(expected), "{said:?}");
     assert!(said[0].contains("/heartbeat.db error=\"database or disk is full"), "{said:?}");
@@ -91,7 +100,11 @@ fn what_a_full_disk_cannot_take_is_in_memory_until_it_can() {
     loopback.master.start_again().unwrap();
     settled(&heartbeat, |stats| stats.delivered == 4 && stats.waiting == 0);
     assert!(heartbeat.flush(PATIENCE), "the file knows it, too");
-    assert_eq!(loopback.sent(), ["full-2", "full-1", "before", "tracked"], "newest first, each once");
+    assert_eq!(
+        loopback.sent(),
+        ["full-2", "full-1", "before", "tracked"],
+        "newest first, each once"
+    );
     assert_eq!(rows(&file), []);
 }
 
@@ -109,7 +122,9 @@ fn what_was_delivered_while_the_disk_was_full_is_not_sent_again() {
     heartbeat.deltas().push(deployed("full")).unwrap();
     fails_once_more(&heartbeat);
     loopback.master.start_again().unwrap();
-    settled(&heartbeat, |stats| stats.delivered == 2 && stats.waiting == 0 && stats.outbox.is_none());
+    settled(&heartbeat, |stats| {
+        stats.delivered == 2 && stats.waiting == 0 && stats.outbox.is_none()
+    });
     assert_eq!(rows(&file), [ended("before")]);
     for beats in 3..6 {
         beat(&tick);

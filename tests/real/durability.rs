@@ -52,17 +52,26 @@ impl Traced {
         for line in trace.lines() {
             if let Some((_, synced)) = line.split_once("sync(") {
                 let file = Path::new(synced.split(['<', '>']).nth(1).unwrap());
-                if let (true, Some((_, files))) = (file.starts_with(agent_dir), traced.steps.last_mut()) {
+                if let (true, Some((_, files))) =
+                    (file.starts_with(agent_dir), traced.steps.last_mut())
+                {
                     files.push(file.to_owned());
                 }
             }
-            let Some((_, opened)) = line.split_once("open").filter(|_| line.contains('"')) else { continue };
+            let Some((_, opened)) = line.split_once("open").filter(|_| line.contains('"')) else {
+                continue;
+            };
             let (file, how) = opened.split_once('"').unwrap().1.split_once('"').unwrap();
-            let Some(name) = Path::new(file).strip_prefix(agent_dir).ok().and_then(Path::to_str) else { continue };
+            let Some(name) = Path::new(file).strip_prefix(agent_dir).ok().and_then(Path::to_str)
+            else {
+                continue;
+            };
             if let Some(step) = name.strip_prefix("step-") {
                 traced.steps.push((step.to_owned(), Vec::new()));
             }
-            if let (Some(suffix), true) = (name.strip_prefix("heartbeat.db"), how.contains("O_CREAT")) {
+            if let (Some(suffix), true) =
+                (name.strip_prefix("heartbeat.db"), how.contains("O_CREAT"))
+            {
                 let mode = how.split(", ").nth(2).unwrap();
                 let mode = mode.split(|c: char| !c.is_ascii_digit()).next().unwrap();
                 let (step, _) = traced.steps.last().unwrap();
@@ -85,7 +94,8 @@ fn each_commit_is_one_sync_and_no_file_is_ever_anybody_elses() {
     let path = folder.path().canonicalize().unwrap();
     let (agent_dir, trace) = (path.join("agent"), path.join("trace"));
     fs::create_dir(&agent_dir).unwrap();
-    let child = process::again("durability::each_commit_is_one_sync_and_no_file_is_ever_anybody_elses");
+    let child =
+        process::again("durability::each_commit_is_one_sync_and_no_file_is_ever_anybody_elses");
     // Nothing is left to the umask, and open and creat are not everywhere.
     let strace = "umask 000; exec strace -f -y -o \"$0\" -e trace=openat,?open,?creat,fsync,fdatasync -- \"$@\"";
     let mut shell = Command::new("sh");
@@ -95,9 +105,14 @@ fn each_commit_is_one_sync_and_no_file_is_ever_anybody_elses() {
 
     let (start, steps) = traced.steps.split_first().unwrap();
     assert_eq!(start.0, "start");
-    assert!(start.1.contains(&agent_dir), "that the files are there is on the disk, too: {start:?}");
+    assert!(
+        start.1.contains(&agent_dir),
+        "that the files are there is on the disk, too: {start:?}"
+    );
     let expected = [["push"; 20].as_slice(), &["push_all", "begin", "succeed", "deliver"]].concat();
-    let expected = expected.into_iter().map(|step| (step.to_owned(), vec![agent_dir.join("heartbeat.db-wal")]));
+    let expected = expected
+        .into_iter()
+        .map(|step| (step.to_owned(), vec![agent_dir.join("heartbeat.db-wal")]));
     let (end, steps) = steps.split_last().unwrap();
     assert_eq!((end.0.as_str(), steps), ("end", expected.collect::<Vec<_>>().as_slice()));
 

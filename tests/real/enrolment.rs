@@ -56,7 +56,8 @@ impl Outcome {
             ) => {
                 // Ours stays where it is, also when the process changes its folder.
                 let other_dir = std::path::absolute(other_dir).unwrap();
-                (host_uuid, master_host, master_port, agent_dir) == (other_uuid, other_host, other_port, &other_dir)
+                (host_uuid, master_host, master_port, agent_dir)
+                    == (other_uuid, other_host, other_port, &other_dir)
             }
             (Self::NotEnrolled, Self::NotEnrolled) => true,
             // The words differ; that there are some is enough.
@@ -84,7 +85,11 @@ fn ini(name: &'static str, text: impl Into<Vec<u8>>) -> Case {
     Case { name, ini: text.into(), variables: Vec::new() }
 }
 
-fn with(name: &'static str, text: impl Into<Vec<u8>>, variables: &[(&'static str, &'static str)]) -> Case {
+fn with(
+    name: &'static str,
+    text: impl Into<Vec<u8>>,
+    variables: &[(&'static str, &'static str)],
+) -> Case {
     Case { name, ini: text.into(), variables: variables.to_vec() }
 }
 
@@ -117,7 +122,10 @@ const DELIBERATE: &[(&str, &str)] = &[
     ("port with underscores", "a Python literal's spelling; in an ini it is more likely a slip"),
     ("port in Arabic digits", "as above"),
     ("very long uuid", "no database column of the master holds it"),
-    ("uuid on two lines", "a line indented by mistake; the original sends both lines and is told 404 for ever"),
+    (
+        "uuid on two lines",
+        "a line indented by mistake; the original sends both lines and is told 404 for ever",
+    ),
     ("agent dir on two lines", "a line indented by mistake; the original finds no bundle"),
     ("quoted host", "no such host can be; the original fails at every beat"),
     ("host with a space", "as above"),
@@ -153,16 +161,28 @@ fn cases() -> Vec<Case> {
         agent("second hash begins the comment", "agent-dir = /srv/a#b #c\n"),
         agent("comment signs weighed in rounds", "agent-dir = /srv/a#b #c ;d\n"),
         agent("value that is a comment", "agent-dir = # none\n"),
-        ini("inline comment on a header", "[decnet] # who\nmode=agent\n[agent] ; we\nhost-uuid=u\nmaster-host=h\n"),
-        ini("text after a header", "[decnet] who\nmode=agent\n[agent]x=y\nhost-uuid=u\nmaster-host=h\n"),
+        ini(
+            "inline comment on a header",
+            "[decnet] # who\nmode=agent\n[agent] ; we\nhost-uuid=u\nmaster-host=h\n",
+        ),
+        ini(
+            "text after a header",
+            "[decnet] who\nmode=agent\n[agent]x=y\nhost-uuid=u\nmaster-host=h\n",
+        ),
         bare("quotes are kept", "host-uuid = \"u-1\"\nmaster-host = h\n"),
         bare("quoted host", "host-uuid = u\nmaster-host = \"h\"\n"),
         bare("keys fold case", "Host-UUID = u\nMASTER-HOST = h\n"),
         bare("underscores for dashes", "host_uuid = u\nmaster_host = h\n"),
         bare("both spellings of a key", "host_uuid = first\nhost-uuid = second\nmaster-host = h\n"),
         bare("long s in a key", "ho\u{17f}t-uuid = u\nma\u{17f}ter-host = h\n"),
-        ini("sections do not fold case", "[Decnet]\nmode = agent\n[Agent]\nhost-uuid = u\nmaster-host = h\n"),
-        ini("spaces in a header", "[decnet]\nmode = agent\n[ agent ]\nhost-uuid = u\nmaster-host = h\n"),
+        ini(
+            "sections do not fold case",
+            "[Decnet]\nmode = agent\n[Agent]\nhost-uuid = u\nmaster-host = h\n",
+        ),
+        ini(
+            "spaces in a header",
+            "[decnet]\nmode = agent\n[ agent ]\nhost-uuid = u\nmaster-host = h\n",
+        ),
         ini("empty header", "[decnet]\nmode = agent\n[]\nhost-uuid = u\n"),
         ini("header of a bracket", "[decnet]\nmode = agent\n[]]\nhost-uuid = u\n"),
         ini("header without an end", "[decnet]\nmode = agent\n[agent\nhost-uuid = u\n"),
@@ -180,8 +200,14 @@ fn cases() -> Vec<Case> {
             "indented sections and keys",
             "  [decnet]\n  mode = agent\n  [agent]\n  host-uuid = u\n  master-host = h\n",
         ),
-        ini("indented keys", "[decnet]\n\tmode = agent\n[agent]\n\thost-uuid = u\n\tmaster-host = h\n"),
-        ini("header swallowed by an indent", "[decnet]\nmode = agent\n  [agent]\nhost-uuid = u\nmaster-host = h\n"),
+        ini(
+            "indented keys",
+            "[decnet]\n\tmode = agent\n[agent]\n\thost-uuid = u\n\tmaster-host = h\n",
+        ),
+        ini(
+            "header swallowed by an indent",
+            "[decnet]\nmode = agent\n  [agent]\nhost-uuid = u\nmaster-host = h\n",
+        ),
         bare("value on the next line", "host-uuid =\n    u-1\nmaster-host = h\n"),
         bare("value after a blank line", "host-uuid = u-1\nmaster-host =\n\n  h\n"),
         bare("less indented line", "    host-uuid = u\n  master-host = h\n"),
@@ -236,20 +262,39 @@ fn cases() -> Vec<Case> {
         ini("mode unknown", worker("").replace("= agent", "= worker")),
         ini("mode empty", worker("").replace("= agent", "=")),
         ini("mode quoted", worker("").replace("= agent", "= 'agent'")),
-        with("mode from the environment", "[agent]\nhost-uuid = u\nmaster-host = h\n", &[("DECNET_MODE", "agent")]),
+        with(
+            "mode from the environment",
+            "[agent]\nhost-uuid = u\nmaster-host = h\n",
+            &[("DECNET_MODE", "agent")],
+        ),
         with("mode of the environment first", worker(""), &[("DECNET_MODE", "Master")]),
         with("mode of the environment with a space", worker(""), &[("DECNET_MODE", "agent ")]),
         with("mode of the environment empty", worker(""), &[("DECNET_MODE", "")]),
-        ini("all in [decnet]", "[decnet]\nhost-uuid = u\nmaster-host = h\nswarmctl-port = 5\nagent-dir = /d\n"),
+        ini(
+            "all in [decnet]",
+            "[decnet]\nhost-uuid = u\nmaster-host = h\nswarmctl-port = 5\nagent-dir = /d\n",
+        ),
         ini("[decnet] before [agent]", worker("").replace("[agent]", "host-uuid = u-0\n[agent]")),
-        ini("empty in [decnet] hides [agent]", worker("").replace("[agent]", "host-uuid =\n[agent]")),
+        ini(
+            "empty in [decnet] hides [agent]",
+            worker("").replace("[agent]", "host-uuid =\n[agent]"),
+        ),
         ini("DEFAULT alone", "[DEFAULT]\nmode = agent\nhost-uuid = u\nmaster-host = h\n"),
-        ini("DEFAULT and an empty [decnet]", "[DEFAULT]\nhost-uuid = u\nmaster-host = h\n[decnet]\n"),
-        ini("DEFAULT's mode", "[DEFAULT]\nmode = agent\n[decnet]\n[agent]\nhost-uuid = u\nmaster-host = h\n"),
+        ini(
+            "DEFAULT and an empty [decnet]",
+            "[DEFAULT]\nhost-uuid = u\nmaster-host = h\n[decnet]\n",
+        ),
+        ini(
+            "DEFAULT's mode",
+            "[DEFAULT]\nmode = agent\n[decnet]\n[agent]\nhost-uuid = u\nmaster-host = h\n",
+        ),
         agent("DEFAULT is seen through [decnet] first", "[DEFAULT]\nhost-uuid = d\n"),
         agent("DEFAULT's spelling comes first", "[DEFAULT]\nhost_uuid = d\n"),
         agent("port of [swarm]", "[swarm]\nswarmctl-port = 9001\n"),
-        agent("port of [agent] before [swarm]", "swarmctl-port = 9000\n[swarm]\nswarmctl-port = 9001\n"),
+        agent(
+            "port of [agent] before [swarm]",
+            "swarmctl-port = 9000\n[swarm]\nswarmctl-port = 9001\n",
+        ),
         agent("port of [swarm] with an underscore", "[swarm]\nswarmctl_port = 9001\n"),
         agent("host of [swarm] is another", "[swarm]\nmaster-host = other\n"),
         ini("port of [swarm] through DEFAULT", "[swarm]\n[DEFAULT]\nswarmctl-port = 0\n"),
@@ -263,7 +308,11 @@ fn cases() -> Vec<Case> {
         with("empty uuid hides the ini", worker(""), &[("DECNET_HOST_UUID", "")]),
         with("empty host hides the ini", worker(""), &[("DECNET_MASTER_HOST", "")]),
         with("empty port", worker("swarmctl-port = 9000\n"), &[("DECNET_SWARMCTL_PORT", "")]),
-        with("empty agent dir hides the ini", worker("agent-dir = /a\n"), &[("DECNET_AGENT_DIR", "")]),
+        with(
+            "empty agent dir hides the ini",
+            worker("agent-dir = /a\n"),
+            &[("DECNET_AGENT_DIR", "")],
+        ),
         with("spaces around the uuid", worker(""), &[("DECNET_HOST_UUID", " u-env ")]),
         with("spaces around the host", worker(""), &[("DECNET_MASTER_HOST", " env.lan")]),
         with("percent in the environment", worker(""), &[("DECNET_AGENT_DIR", "/srv/100%")]),
@@ -318,7 +367,10 @@ fn cases() -> Vec<Case> {
         bare("host with a space", "host-uuid = u\nmaster-host = a b\n"),
         bare("host in unicode", "host-uuid = u\nmaster-host = zürich.lan\n"),
         bare("host with a query", "host-uuid = u\nmaster-host = a?b\n"),
-        bare("host with a long label", &format!("host-uuid = u\nmaster-host = {}\n", "a".repeat(64))),
+        bare(
+            "host with a long label",
+            &format!("host-uuid = u\nmaster-host = {}\n", "a".repeat(64)),
+        ),
         agent("agent dir empty", "agent-dir =\n"),
         agent("agent dir with a tilde", "agent-dir = ~/.decnet/agent\n"),
         agent("agent dir relative", "agent-dir = here/agent\n"),
@@ -365,7 +417,10 @@ fn an_ini_reads_as_the_real_agent_reads_it() {
             (true, Some((_, why))) => format!("said to differ ({why}), and does not"),
             (false, None) => "differs".to_owned(),
         };
-        faults.push_str(&format!("{}: {fault}\n    ours:   {ours:?}\n    theirs: {theirs:?}\n", case.name));
+        faults.push_str(&format!(
+            "{}: {fault}\n    ours:   {ours:?}\n    theirs: {theirs:?}\n",
+            case.name
+        ));
     }
     for (name, _) in DELIBERATE {
         if !cases.iter().any(|case| case.name == *name) {
@@ -397,6 +452,10 @@ fn ask_the_peer(variables: &[BTreeMap<String, String>], scratch: &Path) -> Vec<O
     // Dropped at the end of the statement, which closes it.
     peer.stdin.take().unwrap().write_all(&serde_json::to_vec(variables).unwrap()).unwrap();
     let output = peer.wait_with_output().unwrap();
-    assert!(output.status.success(), "the peer failed: {}", String::from_utf8_lossy(&output.stderr));
+    assert!(
+        output.status.success(),
+        "the peer failed: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
     serde_json::from_slice(&output.stdout).unwrap()
 }

@@ -20,7 +20,8 @@ use crate::support::{Loopback, beat, errors, process, settled};
 fn start(dir: &Path) -> (Loopback, Heartbeat, Sender<Instant>) {
     let loopback = Loopback::new(&dir.join("agent"));
     let (builder, tick) = loopback.builder();
-    let heartbeat = builder.outbox(OutboxLocation::File(dir.join("outbox/heartbeat.db"))).start().unwrap();
+    let heartbeat =
+        builder.outbox(OutboxLocation::File(dir.join("outbox/heartbeat.db"))).start().unwrap();
     (loopback, heartbeat, tick)
 }
 
@@ -29,10 +30,20 @@ fn deployed(decky: &str) -> LifecycleDelta {
 }
 
 /// Beats until the master has all of them.
-fn beats_until_sent(loopback: &Loopback, heartbeat: &Heartbeat, tick: &Sender<Instant>, deckies: &[String]) {
+fn beats_until_sent(
+    loopback: &Loopback,
+    heartbeat: &Heartbeat,
+    tick: &Sender<Instant>,
+    deckies: &[String],
+) {
     let end = Instant::now() + Duration::from_secs(30);
     while !deckies.iter().all(|decky| loopback.sent().contains(decky)) {
-        assert!(Instant::now() < end, "of {deckies:?} only {:?} are sent: {:?}", loopback.sent(), heartbeat.stats());
+        assert!(
+            Instant::now() < end,
+            "of {deckies:?} only {:?} are sent: {:?}",
+            loopback.sent(),
+            heartbeat.stats()
+        );
         beat(tick);
         thread::sleep(Duration::from_millis(20));
     }
@@ -49,7 +60,8 @@ fn deliver(dir: &Path) {
 /// is kept then, or that is in doubt.
 fn kept<T>(result: Result<T, Error>) -> Option<T> {
     let is_locked = |error: &Error| {
-        let problems = ["its disk has not answered", "is locked by another process; nothing was kept"];
+        let problems =
+            ["its disk has not answered", "is locked by another process; nothing was kept"];
         problems.iter().any(|problem| error.to_string().contains(problem))
     };
     result.inspect_err(|error| assert!(is_locked(error), "{error}")).ok()
@@ -98,7 +110,8 @@ fn fill(dir: &Path, has_died: bool) {
     let loopback = Loopback::new(&dir.join("agent"));
     loopback.master.decommission(&loopback.worker.uuid);
     let (builder, tick) = loopback.builder();
-    let heartbeat = builder.outbox(OutboxLocation::File(dir.join("outbox/heartbeat.db"))).start().unwrap();
+    let heartbeat =
+        builder.outbox(OutboxLocation::File(dir.join("outbox/heartbeat.db"))).start().unwrap();
     beat(&tick);
     settled(&heartbeat, |stats| stats.failure.is_some());
     heartbeat.deltas().push(deployed("d0")).unwrap();
@@ -156,8 +169,9 @@ fn with_failing_calls(outbox: &Path, work: &str, faults: &[Fault<'_>]) -> Option
     let child = child(&dir, work);
     strace.arg("-o").arg(&trace).arg("--").arg(child.get_program()).args(child.get_args());
     process::run(strace.env(CHILD, &dir).env(WORK, work));
-    let names =
-        fs::read_dir(dir.join("outbox")).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    let names = fs::read_dir(dir.join("outbox"))
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap());
     let aside: Vec<_> = names.filter(|name| name.contains("aside")).collect();
     assert!(aside.is_empty(), "{faults:?}: {aside:?}");
     String::from_utf8_lossy(&fs::read(trace).unwrap()).contains("(INJECTED)").then_some(scratch)
@@ -172,8 +186,10 @@ fn a_call_that_fails_at_any_place_of_a_start_costs_no_file_and_no_delta() {
             "run" => run(Path::new(&dir)),
             "outlast" => outlast(Path::new(&dir)),
             "look" => {
-                let database = rusqlite::Connection::open(Path::new(&dir).join("agent/heartbeat.db")).unwrap();
-                let rows: u32 = database.query_row("SELECT count(*) FROM delta", [], |row| row.get(0)).unwrap();
+                let database =
+                    rusqlite::Connection::open(Path::new(&dir).join("agent/heartbeat.db")).unwrap();
+                let rows: u32 =
+                    database.query_row("SELECT count(*) FROM delta", [], |row| row.get(0)).unwrap();
                 assert!(rows > 0);
             }
             work => fill(Path::new(&dir), work == "fill and die"),
@@ -194,8 +210,9 @@ fn a_call_that_fails_at_any_place_of_a_start_costs_no_file_and_no_delta() {
             ("ftruncate", "EIO"),
             ("read", "EIO"),
         ] {
-            let fails =
-                |nth: &usize| with_failing_calls(&outbox, "deliver", &[(call, error, nth.to_string())]).is_some();
+            let fails = |nth: &usize| {
+                with_failing_calls(&outbox, "deliver", &[(call, error, nth.to_string())]).is_some()
+            };
             let count = (1..).take_while(fails).count();
             println!("{work}: {call} {error}: {count} places");
         }
@@ -226,7 +243,9 @@ fn a_disk_that_fails_for_good_at_any_place_costs_no_file_and_no_delta() {
         let outbox = filled(dir.path(), work);
         let all_from = |nth: usize| vec![("pread64,read", "EIO", format!("{nth}+"))];
         // Each connection fails at the same page, and so does who reads the file from its beginning to its end.
-        let one_page = |nth: usize| vec![("pread64", "EIO", format!("{nth}+{nth}")), ("read", "EIO", "1+".to_owned())];
+        let one_page = |nth: usize| {
+            vec![("pread64", "EIO", format!("{nth}+{nth}")), ("read", "EIO", "1+".to_owned())]
+        };
         for faults in [&all_from as &dyn Fn(usize) -> Vec<Fault<'static>>, &one_page] {
             let count = (1..).map_while(|nth| all_is_sent(&outbox, "run", &faults(nth))).count();
             println!("{work}: {:?}: {count} places", faults(0));
@@ -249,7 +268,8 @@ fn a_call_that_fails_while_a_heartbeat_runs_costs_no_file_and_no_delta() {
         ("ftruncate", "EIO"),
     ] {
         for (work, lasts) in [("run", "+"), ("outlast", "")] {
-            let sent = |nth: usize| all_is_sent(&outbox, work, &[(call, error, format!("{nth}{lasts}"))]);
+            let sent =
+                |nth: usize| all_is_sent(&outbox, work, &[(call, error, format!("{nth}{lasts}"))]);
             let count = (1..).map_while(sent).count();
             println!("{work}: {call} {error}{lasts}: {count} places");
         }
@@ -273,7 +293,11 @@ fn what_root_makes_belongs_to_the_owner_of_the_folder_and_a_strangers_file_is_re
     heartbeat.deltas().push(LifecycleDelta::succeeded("d0", Operation::Deploy)).unwrap();
     for part in ["", "-wal", "-shm", "-lock"] {
         let found = fs::metadata(outbox.join(format!("heartbeat.db{part}"))).unwrap();
-        assert_eq!((found.uid(), found.gid(), found.mode() & 0o777), (OWNER, OWNER, 0o600), "{part}");
+        assert_eq!(
+            (found.uid(), found.gid(), found.mode() & 0o777),
+            (OWNER, OWNER, 0o600),
+            "{part}"
+        );
     }
     settled(&heartbeat, |stats| stats.delivered == 1);
     heartbeat.stop(Duration::from_secs(5));
@@ -286,8 +310,11 @@ fn what_root_makes_belongs_to_the_owner_of_the_folder_and_a_strangers_file_is_re
         }
         chown(&strangers, Some(OWNER + 1), Some(OWNER)).unwrap();
         fs::set_permissions(&strangers, fs::Permissions::from_mode(0o644)).unwrap();
-        let looks =
-            |path: &Path| fs::metadata(path).map(|m| (m.ino(), m.uid(), m.mode(), m.len(), m.ctime_nsec())).unwrap();
+        let looks = |path: &Path| {
+            fs::metadata(path)
+                .map(|m| (m.ino(), m.uid(), m.mode(), m.len(), m.ctime_nsec()))
+                .unwrap()
+        };
         let before = (looks(&file), looks(&strangers));
         let (heartbeat, tick) = start();
         beat(&tick);
@@ -328,7 +355,9 @@ fn no_delta_is_lost_while_the_files_are_removed_renamed_and_replaced() {
             let place = dir.path().join(format!("agent/heartbeat.db{part}"));
             let (older, next) = (dir.path().join("older"), dir.path().join("agent/next"));
             // By another process, as closing it would drop the locks that SQLite has on it in this one.
-            let copy = |from: &Path, to: &Path| process::run(Command::new("cp").arg("-p").arg(from).arg(to));
+            let copy = |from: &Path, to: &Path| {
+                process::run(Command::new("cp").arg("-p").arg(from).arg(to))
+            };
             copy(&place, &older);
             let (is_over, pushes) = (AtomicBool::new(false), AtomicU32::new(0));
             let kept: Vec<String> = thread::scope(|scope| {
@@ -337,7 +366,9 @@ fn no_delta_is_lost_while_the_files_are_removed_renamed_and_replaced() {
                     let numbers = (0..).take_while(|_| !is_over.load(Ordering::Relaxed));
                     let push = |n: u32| {
                         let decky = format!("l{n}");
-                        let pushed = heartbeat.deltas().push(LifecycleDelta::succeeded(&decky, Operation::Deploy));
+                        let pushed = heartbeat
+                            .deltas()
+                            .push(LifecycleDelta::succeeded(&decky, Operation::Deploy));
                         pushes.fetch_add(1, Ordering::Relaxed);
                         pushed.is_ok().then_some(decky)
                     };
@@ -353,7 +384,9 @@ fn no_delta_is_lost_while_the_files_are_removed_renamed_and_replaced() {
                 for n in 0..20 {
                     // What somebody else has added must have been seen before it is taken away.
                     let seen = pushes.load(Ordering::Relaxed) + 3;
-                    while pushes.load(Ordering::Relaxed) < seen || heartbeat.stats().outbox.is_none() {
+                    while pushes.load(Ordering::Relaxed) < seen
+                        || heartbeat.stats().outbox.is_none()
+                    {
                         beat(&tick);
                         thread::sleep(Duration::from_millis(5));
                     }
@@ -374,7 +407,11 @@ fn no_delta_is_lost_while_the_files_are_removed_renamed_and_replaced() {
                     beat(&tick);
                 }
                 is_over.store(true, Ordering::Relaxed);
-                [library].into_iter().chain(programs).flat_map(|pushing| pushing.join().unwrap()).collect()
+                [library]
+                    .into_iter()
+                    .chain(programs)
+                    .flat_map(|pushing| pushing.join().unwrap())
+                    .collect()
             });
             let missing = || {
                 let sent: BTreeSet<_> = loopback.sent().into_iter().collect();
@@ -385,10 +422,17 @@ fn no_delta_is_lost_while_the_files_are_removed_renamed_and_replaced() {
                 beat(&tick);
                 thread::sleep(Duration::from_millis(100));
             }
-            let names: Vec<_> =
-                fs::read_dir(dir.path().join("agent")).unwrap().map(|e| e.unwrap().file_name()).collect();
+            let names: Vec<_> = fs::read_dir(dir.path().join("agent"))
+                .unwrap()
+                .map(|e| e.unwrap().file_name())
+                .collect();
             println!("{part} {how}: {} kept, lost {:?}", kept.len(), missing());
-            assert!(missing().is_empty(), "{part} {how}: of {} {:?} {names:?}", kept.len(), missing());
+            assert!(
+                missing().is_empty(),
+                "{part} {how}: of {} {:?} {names:?}",
+                kept.len(),
+                missing()
+            );
         }
     }
 }
@@ -441,7 +485,14 @@ fn no_delta_is_lost_where_the_host_program_reads_the_outbox_itself() {
 /// A push of the program that is suspended in the middle of its commit: its tracer, which writes this trace.
 fn suspended_push(dir: &Path, decky: &str, trace: &Path) -> Child {
     let mut strace = Command::new("strace");
-    strace.args(["-f", "-qq", "-e", "trace=fdatasync,fsync", "-e", "inject=fdatasync,fsync:signal=STOP:when=1"]);
+    strace.args([
+        "-f",
+        "-qq",
+        "-e",
+        "trace=fdatasync,fsync",
+        "-e",
+        "inject=fdatasync,fsync:signal=STOP:when=1",
+    ]);
     strace.arg("-P").arg(dir.join("agent/heartbeat.db-wal")).arg("-o").arg(trace).arg("--");
     let push = push_of(dir, decky);
     strace.arg(push.get_program()).args(push.get_args()).stdout(Stdio::null()).spawn().unwrap()
@@ -480,8 +531,16 @@ fn while_a_process_is_suspended_within_its_turn_pushes_are_refused_and_beats_go_
         assert!(since.elapsed() < Duration::from_secs(2) && !refused.is_in_doubt(), "{refused}");
         let source = refused.source().map(ToString::to_string);
         assert_eq!(
-            (refused.to_string().ends_with("is locked by another process; nothing was kept"), source.as_deref()),
-            (true, Some("another process is writing to it, or is suspended while it does; resume or end that one"))
+            (
+                refused.to_string().ends_with("is locked by another process; nothing was kept"),
+                source.as_deref()
+            ),
+            (
+                true,
+                Some(
+                    "another process is writing to it, or is suspended while it does; resume or end that one"
+                )
+            )
         );
         let mut program = push_of(&dir, "refused");
         let output = program.output().unwrap();
@@ -514,10 +573,17 @@ fn what_cannot_be_read_out_of_a_replaced_file_is_an_error_in_the_log() {
     heartbeat.deltas().push(LifecycleDelta::succeeded("d0", Operation::Deploy)).unwrap();
     settled(&heartbeat, |stats| stats.delivered == 1);
     let file = agent_dir.join("heartbeat.db");
-    rusqlite::Connection::open(&file).unwrap().execute_batch("ALTER TABLE delta RENAME TO theirs").unwrap();
+    rusqlite::Connection::open(&file)
+        .unwrap()
+        .execute_batch("ALTER TABLE delta RENAME TO theirs")
+        .unwrap();
     fs::remove_file(&file).unwrap();
     heartbeat.deltas().push(LifecycleDelta::succeeded("d1", Operation::Deploy)).unwrap();
     settled(&heartbeat, |stats| stats.delivered == 2);
     let said = errors(&agent_dir);
-    assert!(said.iter().any(|line| line.contains("could not be read, deltas that only it had are lost")), "{said:#?}");
+    assert!(
+        said.iter()
+            .any(|line| line.contains("could not be read, deltas that only it had are lost")),
+        "{said:#?}"
+    );
 }

@@ -10,7 +10,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use decnet_heartbeat::loopback::Fault;
-use decnet_heartbeat::{DeltaSender, Error, Heartbeat, LifecycleDelta, Operation, Snapshot, TrackedOperation};
+use decnet_heartbeat::{
+    DeltaSender, Error, Heartbeat, LifecycleDelta, Operation, Snapshot, TrackedOperation,
+};
 use serde_json::json;
 
 use crate::support::{Freezable, Loopback, process, settled};
@@ -27,7 +29,7 @@ const GAP: Duration = Duration::from_millis(200 + 250 + 500);
 /// What became of a delta, or of an operation's beginning, as its caller was told.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Told {
-    Kept,
+    QueuedDelta,
     NothingKept,
     InDoubt,
 }
@@ -40,7 +42,7 @@ fn told<T>(call: impl FnOnce() -> Result<T, Error>) -> Told {
     let took = since.elapsed();
     assert!(took < CALL + SLACK, "a call took {took:?}");
     match answer {
-        Ok(_) => Told::Kept,
+        Ok(_) => Told::QueuedDelta,
         Err(error) if error.is_in_doubt() => Told::InDoubt,
         Err(error) => {
             assert!(error.is_outbox(), "{error:?}");
@@ -103,7 +105,9 @@ fn sent_as_told<'a>(loopback: &Loopback, told: impl IntoIterator<Item = (&'a str
 
 /// Waits until nothing is asked of the disk and nothing waits.
 fn all_is_sent(heartbeat: &Heartbeat) {
-    settled(heartbeat, |stats| stats.waiting == 0 && stats.outbox_busy_since.is_none() && stats.outbox.is_some());
+    settled(heartbeat, |stats| {
+        stats.waiting == 0 && stats.outbox_busy_since.is_none() && stats.outbox.is_some()
+    });
     assert!(heartbeat.flush(PATIENCE));
 }
 
@@ -115,14 +119,16 @@ fn deltas_that_wait_when_the_disk_freezes_are_sent_once_and_beats_stay_on_time()
     let heartbeat = start(&loopback);
     loopback.master.stop();
     let waiting = ["w0", "w1", "w2"];
-    waiting.iter().for_each(|decky| assert_eq!(push(&heartbeat.deltas(), decky), Told::Kept));
+    waiting
+        .iter()
+        .for_each(|decky| assert_eq!(push(&heartbeat.deltas(), decky), Told::QueuedDelta));
     disk.freeze();
     loopback.master.start_again().unwrap();
     let beats = loopback.master.received().len();
     assert!(loopback.master.wait_until(PATIENCE, |seen| seen.received().len() > beats));
     let since = Instant::now();
     let first = push(&heartbeat.deltas(), "first");
-    assert_ne!(first, Told::Kept, "the disk is frozen");
+    assert_ne!(first, Told::QueuedDelta, "the disk is frozen");
     let second = push(&heartbeat.deltas(), "second");
     assert_eq!(second, Told::NothingKept, "it was queued behind the first");
     beats_on_time(&loopback, since, Duration::from_secs(1));
@@ -132,9 +138,9 @@ fn deltas_that_wait_when_the_disk_freezes_are_sent_once_and_beats_stay_on_time()
     disk.thaw();
     all_is_sent(&heartbeat);
     let third = push(&heartbeat.deltas(), "third");
-    assert_eq!(third, Told::Kept);
+    assert_eq!(third, Told::QueuedDelta);
     all_is_sent(&heartbeat);
-    let told = waiting.map(|decky| (decky, Told::Kept)).into_iter();
+    let told = waiting.map(|decky| (decky, Told::QueuedDelta)).into_iter();
     sent_as_told(&loopback, told.chain([("first", first), ("second", second), ("third", third)]));
 }
 
@@ -146,13 +152,18 @@ fn a_delta_whose_acknowledgement_the_disk_does_not_take_is_not_sent_again() {
     let heartbeat = start(&loopback);
     // The answer to the delta comes a byte at a time.
     loopback.master.always(Some(Fault::Slowly(Duration::from_millis(2))));
-    assert_eq!(push(&heartbeat.deltas(), "d"), Told::Kept);
+    assert_eq!(push(&heartbeat.deltas(), "d"), Told::QueuedDelta);
     let has_delta = |bytes: &[u8]| bytes.windows(3).any(|part| part == b"\"d\"");
-    assert!(loopback.master.wait_until(PATIENCE, |seen| seen.received().iter().any(|beat| has_delta(&beat.body))));
+    assert!(
+        loopback
+            .master
+            .wait_until(PATIENCE, |seen| seen.received().iter().any(|beat| has_delta(&beat.body)))
+    );
     disk.freeze();
     let since = Instant::now();
     loopback.master.always(None);
-    let stats = settled(&heartbeat, |stats| stats.delivered == 1 && stats.outbox_busy_since.is_some());
+    let stats =
+        settled(&heartbeat, |stats| stats.delivered == 1 && stats.outbox_busy_since.is_some());
     assert_eq!(stats.waiting, 0, "the master has it");
     beats_on_time(&loopback, since, Duration::from_secs(2));
     assert!(!heartbeat.is_stalled());
@@ -161,7 +172,7 @@ fn a_delta_whose_acknowledgement_the_disk_does_not_take_is_not_sent_again() {
     assert!(heartbeat.stop(PATIENCE).kept);
     // Nor by the next start.
     all_is_sent(&start(&loopback));
-    sent_as_told(&loopback, [("d", Told::Kept)]);
+    sent_as_told(&loopback, [("d", Told::QueuedDelta)]);
 }
 
 #[test]
@@ -170,7 +181,9 @@ fn a_stop_is_bounded_at_a_frozen_disk_and_the_next_heartbeat_takes_over_after_th
     let disk = Freezable::mount();
     let mut loopback = Loopback::new(&disk.path().join("agent"));
     let mut expected = Vec::new();
-    for (n, grace) in [Duration::ZERO, Duration::from_millis(100), Duration::from_secs(1)].into_iter().enumerate() {
+    for (n, grace) in
+        [Duration::ZERO, Duration::from_millis(100), Duration::from_secs(1)].into_iter().enumerate()
+    {
         let [waits, asked, beside] = ["waits", "asked", "beside"].map(|name| format!("{name}-{n}"));
         let heartbeat = start(&loopback);
         loopback.master.stop();
@@ -182,7 +195,11 @@ fn a_stop_is_bounded_at_a_frozen_disk_and_the_next_heartbeat_takes_over_after_th
         expected.push((asked, asked_for));
         let since = Instant::now();
         let stopped = heartbeat.stop(grace);
-        assert!(since.elapsed() < grace + SLACK, "a stop with {grace:?} took {:?}", since.elapsed());
+        assert!(
+            since.elapsed() < grace + SLACK,
+            "a stop with {grace:?} took {:?}",
+            since.elapsed()
+        );
         assert_eq!(stopped.undelivered, 1, "{stopped:?}");
         assert!(!stopped.kept || asked_for == Told::NothingKept, "{stopped:?}");
         loopback.master.start_again().unwrap();
@@ -190,7 +207,11 @@ fn a_stop_is_bounded_at_a_frozen_disk_and_the_next_heartbeat_takes_over_after_th
         // It beats, and delivers when the lock is free, which the stuck thread has until it has written what it was asked to.
         let since = Instant::now();
         let second = start(&loopback);
-        assert!(since.elapsed() < Duration::from_secs(6) + SLACK, "a start took {:?}", since.elapsed());
+        assert!(
+            since.elapsed() < Duration::from_secs(6) + SLACK,
+            "a start took {:?}",
+            since.elapsed()
+        );
         beats_on_time(&loopback, Instant::now(), Duration::from_millis(500));
         expected.push((beside.clone(), push(&second.deltas(), &beside)));
         assert_eq!(second.stats().delivered, 0);
@@ -214,7 +235,7 @@ fn a_stop_at_a_frozen_disk_knows_what_is_on_it() {
     let mut loopback = Loopback::new(&disk.path().join("agent"));
     let heartbeat = start(&loopback);
     loopback.master.stop();
-    assert_eq!(push(&heartbeat.deltas(), "d"), Told::Kept);
+    assert_eq!(push(&heartbeat.deltas(), "d"), Told::QueuedDelta);
     disk.freeze();
     // Beats ask the outbox meanwhile, and change nothing in it.
     thread::sleep(INTERVAL * 5);
@@ -223,7 +244,7 @@ fn a_stop_at_a_frozen_disk_knows_what_is_on_it() {
     disk.thaw();
     loopback.master.start_again().unwrap();
     all_is_sent(&start(&loopback));
-    sent_as_told(&loopback, [("d", Told::Kept)]);
+    sent_as_told(&loopback, [("d", Told::QueuedDelta)]);
 }
 
 /// Nothing is asked of the outbox between its last change and the freeze.
@@ -238,8 +259,10 @@ fn a_stop_at_a_disk_that_froze_after_the_last_change_knows_what_is_on_it() {
         if !is_delivered {
             loopback.master.decommission(&loopback.worker.uuid);
         }
-        assert_eq!(push(&heartbeat.deltas(), "d"), Told::Kept);
-        settled(&heartbeat, |stats| if is_delivered { stats.delivered == 1 } else { stats.failure.is_some() });
+        assert_eq!(push(&heartbeat.deltas(), "d"), Told::QueuedDelta);
+        settled(&heartbeat, |stats| {
+            if is_delivered { stats.delivered == 1 } else { stats.failure.is_some() }
+        });
         // The outbox thread has done all that it does by itself.
         thread::sleep(Duration::from_millis(200));
         disk.freeze();
@@ -256,7 +279,7 @@ fn a_drop_at_a_frozen_disk_loses_nothing_that_was_kept() {
     let disk = Freezable::mount();
     let loopback = Loopback::new(&disk.path().join("agent"));
     let heartbeat = start(&loopback);
-    assert_eq!(push(&heartbeat.deltas(), "before"), Told::Kept);
+    assert_eq!(push(&heartbeat.deltas(), "before"), Told::QueuedDelta);
     let operation = heartbeat.begin(Operation::Mutate, "tracked").unwrap();
     let deltas = heartbeat.deltas();
     all_is_sent(&heartbeat);
@@ -269,7 +292,7 @@ fn a_drop_at_a_frozen_disk_loses_nothing_that_was_kept() {
     operation.succeed();
     assert!(since.elapsed() < CALL + SLACK, "{:?}", since.elapsed());
     let outlives = push(&deltas, "outlives");
-    assert_ne!(outlives, Told::Kept);
+    assert_ne!(outlives, Told::QueuedDelta);
     let since = Instant::now();
     drop(deltas);
     assert!(since.elapsed() < SLACK, "{:?}", since.elapsed());
@@ -277,7 +300,12 @@ fn a_drop_at_a_frozen_disk_loses_nothing_that_was_kept() {
     let heartbeat = start(&loopback);
     settled(&heartbeat, |stats| stats.operations == 0);
     all_is_sent(&heartbeat);
-    let expected = [("before", Told::Kept), ("tracked", Told::Kept), ("first", first), ("outlives", outlives)];
+    let expected = [
+        ("before", Told::QueuedDelta),
+        ("tracked", Told::QueuedDelta),
+        ("first", first),
+        ("outlives", outlives),
+    ];
     sent_as_told(&loopback, expected);
 }
 
@@ -291,7 +319,7 @@ fn calls_of_several_threads_at_a_frozen_disk_return_in_time_and_mean_what_they_s
     let operation = heartbeat.begin(Operation::Mutate, "in-flight").unwrap();
     disk.freeze();
     let since = Instant::now();
-    let mut expected = vec![("in-flight".to_owned(), Told::Kept)];
+    let mut expected = vec![("in-flight".to_owned(), Told::QueuedDelta)];
     thread::scope(|scope| {
         // What is asked for first is taken, and in doubt.
         let begun = scope.spawn(|| told(|| heartbeat.begin(Operation::Deploy, ["begun", "held"])));
@@ -306,12 +334,14 @@ fn calls_of_several_threads_at_a_frozen_disk_return_in_time_and_mean_what_they_s
             .map(|pusher| {
                 let deltas = heartbeat.deltas();
                 let names = (0..3).map(move |n| format!("p-{pusher}-{n}"));
-                scope.spawn(move || names.map(|name| (name.clone(), push(&deltas, &name))).collect::<Vec<_>>())
+                scope.spawn(move || {
+                    names.map(|name| (name.clone(), push(&deltas, &name))).collect::<Vec<_>>()
+                })
             })
             .collect();
         beats_on_time(&loopback, since, Duration::from_secs(3));
-        assert_ne!(begun.join().unwrap(), Told::Kept);
-        assert_ne!(run.join().unwrap(), Told::Kept);
+        assert_ne!(begun.join().unwrap(), Told::QueuedDelta);
+        assert_ne!(run.join().unwrap(), Told::QueuedDelta);
         ended.join().unwrap();
         expected.extend(pushers.into_iter().flat_map(|pusher| pusher.join().unwrap()));
     });
@@ -339,11 +369,14 @@ fn a_start_at_a_frozen_disk_beats_and_delivers_after_the_thaw() {
     assert_eq!(first, Told::NothingKept, "the outbox is not open yet");
     beats_on_time(&loopback, since, Duration::from_secs(1));
     let stats = heartbeat.stats();
-    assert!(stats.outbox.is_none() && stats.outbox_busy_since.is_some() && !heartbeat.is_stalled(), "{stats:?}");
+    assert!(
+        stats.outbox.is_none() && stats.outbox_busy_since.is_some() && !heartbeat.is_stalled(),
+        "{stats:?}"
+    );
     disk.thaw();
     settled(&heartbeat, |stats| stats.outbox.is_some());
     let second = push(&heartbeat.deltas(), "second");
-    assert_eq!(second, Told::Kept);
+    assert_eq!(second, Told::QueuedDelta);
     all_is_sent(&heartbeat);
     sent_as_told(&loopback, [("first", first), ("second", second)]);
 }
@@ -431,10 +464,16 @@ fn delay_syncs(delay: Duration, of: Option<&Path>) -> impl Drop + use<> {
     if let Some(file) = of {
         strace.arg("-P").arg(file);
     }
-    strace.args(["-p", &std::process::id().to_string()]).stdin(Stdio::null()).stderr(Stdio::piped());
+    strace
+        .args(["-p", &std::process::id().to_string()])
+        .stdin(Stdio::null())
+        .stderr(Stdio::piped());
     let mut strace = Strace(strace.spawn().unwrap());
     let mut lines = BufReader::new(strace.0.stderr.take().unwrap()).lines();
-    assert!(lines.any(|line| line.unwrap().contains(" attached")), "strace has not attached to this process");
+    assert!(
+        lines.any(|line| line.unwrap().contains(" attached")),
+        "strace has not attached to this process"
+    );
     thread::spawn(move || lines.for_each(drop));
     strace
 }
@@ -453,10 +492,11 @@ fn alone(test: &str) -> Option<Loopback> {
 #[test]
 #[ignore = "needs strace"]
 fn with_eight_seconds_for_each_sync_beats_stay_on_time_and_nothing_is_lost_or_sent_twice() {
-    let name = "with_eight_seconds_for_each_sync_beats_stay_on_time_and_nothing_is_lost_or_sent_twice";
+    let name =
+        "with_eight_seconds_for_each_sync_beats_stay_on_time_and_nothing_is_lost_or_sent_twice";
     let Some(loopback) = alone(name) else { return };
     let heartbeat = start(&loopback);
-    assert_eq!(push(&heartbeat.deltas(), "before"), Told::Kept);
+    assert_eq!(push(&heartbeat.deltas(), "before"), Told::QueuedDelta);
     all_is_sent(&heartbeat);
     let delay = delay_syncs(Duration::from_secs(8), None);
     let since = Instant::now();
@@ -482,7 +522,10 @@ fn with_eight_seconds_for_each_sync_beats_stay_on_time_and_nothing_is_lost_or_se
     drop(delay);
     all_is_sent(&next);
     assert_eq!(next.stats().delivered, 0);
-    sent_as_told(&loopback, [("before", Told::Kept), ("first", first), ("second", second), ("third", third)]);
+    sent_as_told(
+        &loopback,
+        [("before", Told::QueuedDelta), ("first", first), ("second", second), ("third", third)],
+    );
 }
 
 #[test]
@@ -491,7 +534,7 @@ fn the_delivery_lock_is_kept_until_the_last_acknowledgement_is_on_the_disk() {
     let name = "the_delivery_lock_is_kept_until_the_last_acknowledgement_is_on_the_disk";
     let Some(loopback) = alone(name) else { return };
     let first = start(&loopback);
-    assert_eq!(push(&first.deltas(), "before"), Told::Kept);
+    assert_eq!(push(&first.deltas(), "before"), Told::QueuedDelta);
     all_is_sent(&first);
     // The commits, and nothing that an open waits for.
     let file = first.stats().outbox.unwrap().with_file_name("heartbeat.db-wal");
@@ -515,12 +558,13 @@ fn the_delivery_lock_is_kept_until_the_last_acknowledgement_is_on_the_disk() {
     settled(&second, |stats| stats.delivered == 1);
     assert!(since.elapsed() > Duration::from_secs(2), "it has waited for the lock");
     all_is_sent(&second);
-    sent_as_told(&loopback, [("before", Told::Kept), ("d", Told::InDoubt), ("e", told)]);
+    sent_as_told(&loopback, [("before", Told::QueuedDelta), ("d", Told::InDoubt), ("e", told)]);
 }
 
 #[test]
 #[ignore = "needs strace"]
-fn with_a_third_of_a_second_for_each_sync_deltas_are_sent_while_threads_push_and_begin_all_the_time() {
+fn with_a_third_of_a_second_for_each_sync_deltas_are_sent_while_threads_push_and_begin_all_the_time()
+ {
     let name = "with_a_third_of_a_second_for_each_sync_deltas_are_sent_while_threads_push_and_begin_all_the_time";
     let Some(loopback) = alone(name) else { return };
     // As Docker does.
@@ -537,12 +581,16 @@ fn with_a_third_of_a_second_for_each_sync_deltas_are_sent_while_threads_push_and
         let pushers = (0..8).map(|pusher| {
             let (deltas, done) = (heartbeat.deltas(), &done);
             let work = move || {
-                let names = (0..).map(|n| format!("d-{pusher}-{n}")).take_while(|_| !done.load(Ordering::Relaxed));
+                let names = (0..)
+                    .map(|n| format!("d-{pusher}-{n}"))
+                    .take_while(|_| !done.load(Ordering::Relaxed));
                 let report = |decky: String| {
                     let told = match pusher % 2 {
                         0 => push(&deltas, &decky),
                         // What has begun in doubt is removed again.
-                        _ => match told(|| deltas.begin(Operation::Deploy, &decky).map(TrackedOperation::succeed)) {
+                        _ => match told(|| {
+                            deltas.begin(Operation::Deploy, &decky).map(TrackedOperation::succeed)
+                        }) {
                             Told::InDoubt => Told::NothingKept,
                             told => told,
                         },

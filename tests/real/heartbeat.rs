@@ -4,7 +4,9 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant, SystemTime};
 
-use decnet_heartbeat::{DecnetStatus, Heartbeat, LifecycleDelta, Operation, Snapshot, Stats, StatusSource};
+use decnet_heartbeat::{
+    DecnetStatus, Heartbeat, LifecycleDelta, Operation, Snapshot, Stats, StatusSource,
+};
 use serde_json::{Value, json};
 
 use crate::support::{Docker, Stage, beat, settled};
@@ -24,7 +26,11 @@ fn write_state(path: &Path, deckies: &[Value]) {
         "mode": "swarm", "interface": "eth0", "subnet": "10.0.0.0/24", "gateway": "10.0.0.1", "deckies": deckies,
         "log_file": null, "ipvlan": false, "mutate_interval": 30,
     });
-    std::fs::write(path, json!({"config": config, "compose_path": "/opt/decnet/c.yml"}).to_string()).unwrap();
+    std::fs::write(
+        path,
+        json!({"config": config, "compose_path": "/opt/decnet/c.yml"}).to_string(),
+    )
+    .unwrap();
 }
 
 #[test]
@@ -46,7 +52,8 @@ fn a_beat_marks_the_host_as_active() {
 fn a_pkcs1_key_is_as_good_as_a_pkcs8_key() {
     let stage = Stage::new();
     let key = stage.agent_dir().join("worker.key");
-    let converted = Command::new("openssl").args(["rsa", "-traditional", "-in"]).arg(&key).output().unwrap();
+    let converted =
+        Command::new("openssl").args(["rsa", "-traditional", "-in"]).arg(&key).output().unwrap();
     assert!(converted.stdout.starts_with(b"-----BEGIN RSA PRIVATE KEY-----"), "{converted:?}");
     std::fs::write(&key, converted.stdout).unwrap();
     let (builder, _tick) = stage.builder();
@@ -59,7 +66,10 @@ fn a_pkcs1_key_is_as_good_as_a_pkcs8_key() {
 fn deckies_are_reported_as_the_original_reports_them() {
     let (stage, docker) = (Stage::new(), Docker::start());
     let state_file = stage.agent_dir().join("decnet-state.json");
-    write_state(&state_file, &[decky("decky-01", &["ssh", "real_web"]), decky("decky-02", &["ftp", "smb"])]);
+    write_state(
+        &state_file,
+        &[decky("decky-01", &["ssh", "real_web"]), decky("decky-02", &["ftp", "smb"])],
+    );
     docker.run("decky-01-ssh");
     docker.run("decky-01-real-web");
     docker.run("decky-02-ftp");
@@ -69,7 +79,9 @@ fn deckies_are_reported_as_the_original_reports_them() {
     let topology = stage.agent_dir().join("topology.db");
     stage.master.put_topology(&topology, "t1", "abc", Some("no space left"));
 
-    let source = || DecnetStatus::new(stage.agent_dir()).state_file(&state_file).docker_socket(docker.socket());
+    let source = || {
+        DecnetStatus::new(stage.agent_dir()).state_file(&state_file).docker_socket(docker.socket())
+    };
     let ours = source().snapshot();
     let theirs = stage.master.executor_status(&state_file, &docker.socket());
     assert_eq!(serde_json::from_str::<Value>(ours.status()).unwrap(), theirs);
@@ -77,11 +89,17 @@ fn deckies_are_reported_as_the_original_reports_them() {
     let ours = ours.topology().unwrap();
     let applied = ours.applied.as_ref().unwrap();
     assert_eq!(
-        (&json!(applied.topology_id), &json!(applied.applied_version_hash), &json!(applied.last_error)),
+        (
+            &json!(applied.topology_id),
+            &json!(applied.applied_version_hash),
+            &json!(applied.last_error)
+        ),
         (&theirs["topology_id"], &theirs["applied_version_hash"], &theirs["last_error"])
     );
     assert_eq!(json!(applied.applied_at), theirs["applied_at"]);
-    let decnet_heartbeat::Observed::Seen { bridges, containers } = &ours.observed else { panic!("{ours:?}") };
+    let decnet_heartbeat::Observed::Seen { bridges, containers } = &ours.observed else {
+        panic!("{ours:?}")
+    };
     assert_eq!(json!({"bridges": bridges, "containers": containers}), theirs["observed"]);
 
     let (heartbeat, tick) = stage.start(source());
@@ -90,7 +108,10 @@ fn deckies_are_reported_as_the_original_reports_them() {
     assert_eq!(settled.failure.map(|failure| failure.class), None);
     let ours = stage.shards();
     let states: Vec<_> = ours.iter().map(|shard| (&shard["decky_name"], &shard["state"])).collect();
-    assert_eq!(states, [(&json!("decky-01"), &json!("running")), (&json!("decky-02"), &json!("degraded"))]);
+    assert_eq!(
+        states,
+        [(&json!("decky-01"), &json!("running")), (&json!("decky-02"), &json!("degraded"))]
+    );
 
     // The original's own words for the same host, posted by the original's own TLS: the rows stay as ours made them.
     let status = stage.master.executor_status(&state_file, &docker.socket());
@@ -132,12 +153,19 @@ fn a_push_seals_the_open_row() {
     let (builder, _tick) = stage.builder();
     let heartbeat = builder.start().unwrap();
     let at = SystemTime::UNIX_EPOCH + Duration::from_micros(1_700_000_000_123_456);
-    let delta = LifecycleDelta::failed("decky-01", Operation::Mutate, "compose exited with 1 ✗").completed_at(at);
+    let delta = LifecycleDelta::failed("decky-01", Operation::Mutate, "compose exited with 1 ✗")
+        .completed_at(at);
     heartbeat.deltas().push(delta).unwrap();
     settled(&heartbeat, |stats| stats.delivered == 1);
     let row = stage.row(&row);
-    assert_eq!((&row["status"], &row["error"]), (&json!("failed"), &json!("compose exited with 1 ✗")));
-    assert!(row["completed_at"].as_str().unwrap().starts_with("2023-11-14 22:13:20.123456"), "{row}");
+    assert_eq!(
+        (&row["status"], &row["error"]),
+        (&json!("failed"), &json!("compose exited with 1 ✗"))
+    );
+    assert!(
+        row["completed_at"].as_str().unwrap().starts_with("2023-11-14 22:13:20.123456"),
+        "{row}"
+    );
 }
 
 #[test]
@@ -148,7 +176,10 @@ fn the_second_of_two_pushes_lands_on_the_newer_row() {
     let heartbeat = builder.start().unwrap();
     assert_eq!(stage.statuses(1), [204]);
     let first = stage.master.open_lifecycle("decky-01", "deploy", &stage.worker.uuid, "pending");
-    heartbeat.deltas().push(LifecycleDelta::failed("decky-01", Operation::Deploy, "first")).unwrap();
+    heartbeat
+        .deltas()
+        .push(LifecycleDelta::failed("decky-01", Operation::Deploy, "first"))
+        .unwrap();
     settled(&heartbeat, |stats| stats.delivered == 1);
     let second = stage.master.open_lifecycle("decky-01", "deploy", &stage.worker.uuid, "running");
     heartbeat.deltas().push(LifecycleDelta::succeeded("decky-01", Operation::Deploy)).unwrap();
@@ -162,13 +193,17 @@ fn the_second_of_two_pushes_lands_on_the_newer_row() {
 #[ignore = "needs the real master: tests/real/setup.sh"]
 fn an_outage_delays_two_deltas_of_one_decky_and_mixes_up_neither() {
     let stage = Stage::new();
-    let rows = [(); 2].map(|()| stage.master.open_lifecycle("decky-01", "deploy", &stage.worker.uuid, "running"));
+    let rows = [(); 2]
+        .map(|()| stage.master.open_lifecycle("decky-01", "deploy", &stage.worker.uuid, "running"));
     let (builder, _tick) = stage.builder();
     let heartbeat = builder.start().unwrap();
     settled(&heartbeat, |stats| stats.beats == 1);
     stage.master.stop();
     for error in ["first", "second"] {
-        heartbeat.deltas().push(LifecycleDelta::failed("decky-01", Operation::Deploy, error)).unwrap();
+        heartbeat
+            .deltas()
+            .push(LifecycleDelta::failed("decky-01", Operation::Deploy, error))
+            .unwrap();
     }
     settled(&heartbeat, |stats| stats.failure.is_some());
     stage.master.start_again();
@@ -189,17 +224,24 @@ fn a_refused_host_keeps_beating_and_is_accepted_once_it_is_enrolled_again() {
     stage.master.enrol_again(&stage.worker.uuid, "worker", elsewhere.path());
     for beats in 1..3 {
         beat(&tick);
-        let failure = |stats: &Stats| stats.failure.as_ref().is_some_and(|failure| failure.count == beats);
+        let failure =
+            |stats: &Stats| stats.failure.as_ref().is_some_and(|failure| failure.count == beats);
         assert_eq!(settled(&heartbeat, failure).failure.unwrap().class, "http-403");
     }
     let again = stage.master.enrol_again(&stage.worker.uuid, "worker", stage.agent_dir());
     beat(&tick);
     let stats = settled(&heartbeat, |stats| stats.beats == 2);
-    assert_eq!((stats.failure.map(|failure| failure.class), stats.fingerprint), (None, Some(again.fingerprint)));
+    assert_eq!(
+        (stats.failure.map(|failure| failure.class), stats.fingerprint),
+        (None, Some(again.fingerprint))
+    );
 
     stage.master.decommission(&stage.worker.uuid);
     beat(&tick);
-    assert_eq!(settled(&heartbeat, |stats| stats.failure.is_some()).failure.unwrap().class, "http-404");
+    assert_eq!(
+        settled(&heartbeat, |stats| stats.failure.is_some()).failure.unwrap().class,
+        "http-404"
+    );
     stage.master.enrol_again(&stage.worker.uuid, "worker", stage.agent_dir());
     beat(&tick);
     settled(&heartbeat, |stats| stats.beats == 3 && stats.failure.is_none());
@@ -229,7 +271,10 @@ fn the_master_cannot_read_what_is_nested_too_deep() {
     let nested = |depth| format!("{}{}", "[".repeat(depth), "]".repeat(depth));
     let beat = |depth| {
         let status = format!(r#"{{"deployed": true, "deckies": [], "x": {}}}"#, nested(depth));
-        let body = format!(r#"{{"host_uuid": "{}", "agent_version": "1", "status": {status}}}"#, stage.worker.uuid);
+        let body = format!(
+            r#"{{"host_uuid": "{}", "agent_version": "1", "status": {status}}}"#,
+            stage.worker.uuid
+        );
         stage.master.post(stage.agent_dir(), &body).0
     };
     assert_eq!(beat(100), 204);
@@ -272,7 +317,9 @@ fn a_session_is_resumed_after_the_master_has_closed_the_connection_and_still_pin
     let last = handshakes.last().unwrap();
     assert!(handshakes.len() >= 2 && last.resumed, "{handshakes:?}");
     assert_eq!(last.version, "TLSv1.3");
-    assert!(handshakes.iter().all(|it| it.fingerprint.as_deref() == Some(&*stage.worker.fingerprint)));
+    assert!(
+        handshakes.iter().all(|it| it.fingerprint.as_deref() == Some(&*stage.worker.fingerprint))
+    );
     let stats = settled(&heartbeat, |stats| stats.beats == 3);
     assert!(stats.resumed && stats.failure.is_none(), "{stats:?}");
 }
@@ -290,7 +337,13 @@ fn the_program_beats_for_a_worker_that_is_enrolled_by_its_ini() {
     );
     std::fs::write(&ini, text).unwrap();
     let mut program = Command::new(env!("CARGO_BIN_EXE_decnet-heartbeat"));
-    program.env_clear().arg("--config").arg(&ini).arg("run").arg("--state-file").arg(stage.agent_dir().join("none"));
+    program
+        .env_clear()
+        .arg("--config")
+        .arg(&ini)
+        .arg("run")
+        .arg("--state-file")
+        .arg(stage.agent_dir().join("none"));
     let mut child = program.stderr(Stdio::null()).spawn().unwrap();
     assert_eq!(stage.statuses(1), [204]);
     assert_eq!(stage.host()["status"], "active");

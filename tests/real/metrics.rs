@@ -29,11 +29,22 @@ impl Drop for Ended {
 /// A node_exporter with nothing but this folder, under a user of its own, and where it listens.
 fn exporter(folder: &Path) -> (Ended, String) {
     let mut exporter = Command::new("prometheus-node-exporter");
-    exporter.args(["--collector.disable-defaults", "--collector.textfile", "--web.listen-address=127.0.0.1:0"]);
-    exporter.arg(format!("--collector.textfile.directory={}", folder.display())).uid(NOBODY).gid(NOBODY);
-    let mut child = exporter.stderr(Stdio::piped()).spawn().expect("Debian's prometheus-node-exporter is there");
+    exporter.args([
+        "--collector.disable-defaults",
+        "--collector.textfile",
+        "--web.listen-address=127.0.0.1:0",
+    ]);
+    exporter
+        .arg(format!("--collector.textfile.directory={}", folder.display()))
+        .uid(NOBODY)
+        .gid(NOBODY);
+    let mut child = exporter
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("Debian's prometheus-node-exporter is there");
     let log = process::lines(child.stderr.take().unwrap());
-    let listens = std::iter::from_fn(|| log.recv_timeout(PATIENCE).ok()).find(|line| line.contains("Listening on"));
+    let listens = std::iter::from_fn(|| log.recv_timeout(PATIENCE).ok())
+        .find(|line| line.contains("Listening on"));
     let address = listens.unwrap().split("address=").nth(1).unwrap().to_owned();
     (Ended(child), address)
 }
@@ -60,7 +71,13 @@ fn node_exporter_shows_what_a_run_under_a_strict_umask_has_written() {
         fs::set_permissions(folder, Permissions::from_mode(0o755)).unwrap();
     }
     let mut run = Command::new("sh");
-    run.args(["-c", "umask 077; exec \"$0\" \"$@\"", env!("CARGO_BIN_EXE_decnet-heartbeat"), "--config"]).arg(ini);
+    run.args([
+        "-c",
+        "umask 077; exec \"$0\" \"$@\"",
+        env!("CARGO_BIN_EXE_decnet-heartbeat"),
+        "--config",
+    ])
+    .arg(ini);
     run.args(["run", "--interval", "100ms", "--metrics-file"]).arg(shown.join("decnet.prom"));
     let run = Ended(run.env_clear().stderr(Stdio::null()).spawn().unwrap());
     assert!(loopback.master.wait_for_beats(3, PATIENCE));

@@ -19,7 +19,8 @@ fn verdict(stage: &Stage, row: &str) -> Value {
 #[ignore = "needs the real master: tests/real/setup.sh"]
 fn an_outage_mixes_up_neither_of_two_operations_that_begin_and_end_in_it() {
     let stage = Stage::new();
-    let rows = [(); 2].map(|()| stage.master.open_lifecycle("decky-01", "deploy", &stage.worker.uuid, "running"));
+    let rows = [(); 2]
+        .map(|()| stage.master.open_lifecycle("decky-01", "deploy", &stage.worker.uuid, "running"));
     let (builder, _tick) = stage.builder();
     let heartbeat = builder.start().unwrap();
     settled(&heartbeat, |stats| stats.beats == 1);
@@ -43,7 +44,10 @@ fn a_delta_that_an_operation_has_overtaken_does_not_seal_its_row() {
     let heartbeat = builder.start().unwrap();
     settled(&heartbeat, |stats| stats.beats == 1);
     stage.master.stop();
-    heartbeat.deltas().push(LifecycleDelta::failed("decky-01", Operation::Deploy, "older")).unwrap();
+    heartbeat
+        .deltas()
+        .push(LifecycleDelta::failed("decky-01", Operation::Deploy, "older"))
+        .unwrap();
     let newer = heartbeat.begin(Operation::Deploy, ["decky-01"]).unwrap();
     heartbeat.deltas().push(LifecycleDelta::succeeded("decky-02", Operation::Deploy)).unwrap();
     settled(&heartbeat, |stats| stats.failure.is_some());
@@ -74,9 +78,11 @@ fn an_operation_whose_process_was_killed_is_reported_failed_by_the_first_beat_of
     const BEGUN: &str = "begun";
     if let Ok(host) = std::env::var(CHILD) {
         let host: (String, u16, PathBuf) = serde_json::from_str(&host).unwrap();
-        let enrolment = Enrolment::new(host.0, "127.0.0.1", &host.2).unwrap().with_master_port(host.1).unwrap();
+        let enrolment =
+            Enrolment::new(host.0, "127.0.0.1", &host.2).unwrap().with_master_port(host.1).unwrap();
         let source = || Snapshot::new(&json!({}));
-        let heartbeat = Heartbeat::builder().enrolment(enrolment).status_source(source).start().unwrap();
+        let heartbeat =
+            Heartbeat::builder().enrolment(enrolment).status_source(source).start().unwrap();
         settled(&heartbeat, |stats| stats.beats == 1);
         let _operation = heartbeat.begin(Operation::Deploy, ["decky-01", "decky-02"]).unwrap();
         println!("\n{BEGUN}");
@@ -90,7 +96,12 @@ fn an_operation_whose_process_was_killed_is_reported_failed_by_the_first_beat_of
     let host = json!([stage.worker.uuid, stage.master.port(), stage.agent_dir()]).to_string();
     let test = "operations::\
         an_operation_whose_process_was_killed_is_reported_failed_by_the_first_beat_of_the_next_start";
-    let mut child = process::again(test).env(CHILD, host).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let mut child = process::again(test)
+        .env(CHILD, host)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
     let said = process::lines(child.stdout.take().unwrap());
     let begun = said.iter().any(|line| line == BEGUN);
     child.kill().unwrap();

@@ -49,7 +49,10 @@ fn the_master_answers_as_the_protocol_says() {
     let pinned = master.enrol_again(&worker.uuid, "worker", &again).fingerprint;
     assert_eq!((master.post(&ours, &good).0, master.post(&again, &good).0), (403, 204));
     let hosts = master.rows("swarm_hosts", json!({"uuid": worker.uuid}));
-    assert_eq!((&hosts[0]["client_cert_fingerprint"], &hosts[0]["status"]), (&json!(pinned), &json!("active")));
+    assert_eq!(
+        (&hosts[0]["client_cert_fingerprint"], &hosts[0]["status"]),
+        (&json!(pinned), &json!("active"))
+    );
 
     master.decommission(&worker.uuid);
     assert_eq!(master.post(&again, &good).0, 404);
@@ -61,24 +64,39 @@ fn the_master_answers_as_the_protocol_says() {
 fn the_master_seals_the_newest_open_row_and_is_the_same_after_a_restart() {
     let (master, folder) = (RealMaster::start(), tempfile::tempdir().unwrap());
     let worker = master.enrol("worker", folder.path());
-    assert_eq!(std::fs::read(master.ca()).unwrap(), std::fs::read(folder.path().join("ca.crt")).unwrap());
+    assert_eq!(
+        std::fs::read(master.ca()).unwrap(),
+        std::fs::read(folder.path().join("ca.crt")).unwrap()
+    );
     let older = master.open_lifecycle("decky-01", "deploy", &worker.uuid, "pending");
     let newer = master.open_lifecycle("decky-01", "deploy", &worker.uuid, "running");
-    let (port, status) = (master.port(), |id| master.rows("decky_lifecycle", json!({"id": id}))[0]["status"].clone());
+    let (port, status) = (master.port(), |id| {
+        master.rows("decky_lifecycle", json!({"id": id}))[0]["status"].clone()
+    });
 
     master.stop();
     assert!(std::net::TcpStream::connect(("127.0.0.1", port)).is_err());
     master.start_again();
-    assert_eq!((master.port(), status(&older), status(&newer)), (port, json!("pending"), json!("running")));
+    assert_eq!(
+        (master.port(), status(&older), status(&newer)),
+        (port, json!("pending"), json!("running"))
+    );
 
     let delta = json!({"decky_name": "decky-01", "operation": "deploy", "status": "failed", "error": "no image"});
-    assert_eq!(master.post(folder.path(), &beat(&worker.uuid, json!({"lifecycle": [delta]}))).0, 204);
+    assert_eq!(
+        master.post(folder.path(), &beat(&worker.uuid, json!({"lifecycle": [delta]}))).0,
+        204
+    );
     assert_eq!((status(&older), status(&newer)), (json!("pending"), json!("failed")));
 
     master.kill();
     master.start_again();
     assert_eq!((status(&older), status(&newer)), (json!("pending"), json!("failed")));
-    assert_eq!(master.log().matches("Finished server process").count(), 1, "stopped once, killed once");
+    assert_eq!(
+        master.log().matches("Finished server process").count(),
+        1,
+        "stopped once, killed once"
+    );
 }
 
 #[test]
@@ -89,7 +107,10 @@ fn the_master_orders_a_resync_unless_the_hash_that_it_expects_is_reported() {
     let expected = master.add_topology(&worker.uuid);
     let report = |hash: &str| {
         let topology = json!({"topology_id": expected.id, "applied_version_hash": hash});
-        assert_eq!(master.post(folder.path(), &beat(&worker.uuid, json!({"topology": topology}))).0, 204);
+        assert_eq!(
+            master.post(folder.path(), &beat(&worker.uuid, json!({"topology": topology}))).0,
+            204
+        );
         master.topology(&expected.id).needs_resync
     };
 
@@ -100,20 +121,27 @@ fn the_master_orders_a_resync_unless_the_hash_that_it_expects_is_reported() {
     master.clear_resync(&expected.id);
     assert!(!report(&expected.hash));
     assert_eq!(master.post(folder.path(), &beat(&worker.uuid, json!({}))).0, 204);
-    assert!(master.topology(&expected.id).needs_resync, "no topology in the beat is a mismatch too");
+    assert!(
+        master.topology(&expected.id).needs_resync,
+        "no topology in the beat is a mismatch too"
+    );
 }
 
 #[test]
 #[ignore = "needs root, docker.io and busybox-static, and the real master: tests/real/setup.sh"]
 fn docker_runs_what_the_original_agent_sees() {
-    let (master, docker, folder) = (RealMaster::start(), Docker::start(), tempfile::tempdir().unwrap());
-    let (state_file, db) = (folder.path().join("decnet-state.json"), folder.path().join("topology.db"));
+    let (master, docker, folder) =
+        (RealMaster::start(), Docker::start(), tempfile::tempdir().unwrap());
+    let (state_file, db) =
+        (folder.path().join("decnet-state.json"), folder.path().join("topology.db"));
     let deckies = [decky("decky-01", &["ssh", "real_web", "ftp", "smb"])];
     let config = json!({
         "mode": "swarm", "interface": "eth0", "subnet": "10.0.0.0/24", "gateway": "10.0.0.1", "deckies": deckies,
     });
-    std::fs::write(&state_file, json!({"config": config, "compose_path": "/c.yml"}).to_string()).unwrap();
-    let runtime = |state_file: &Path| master.executor_status(state_file, &docker.socket())["runtime"].clone();
+    std::fs::write(&state_file, json!({"config": config, "compose_path": "/c.yml"}).to_string())
+        .unwrap();
+    let runtime =
+        |state_file: &Path| master.executor_status(state_file, &docker.socket())["runtime"].clone();
 
     docker.create("decky-01-ssh");
     docker.run("decky-01-real-web");
@@ -122,7 +150,8 @@ fn docker_runs_what_the_original_agent_sees() {
     docker.run("decnet-extra");
     docker.network("decnet-topology-lan");
     docker.network("another");
-    let services = json!({"ssh": "created", "real_web": "running", "ftp": "exited", "smb": "absent"});
+    let services =
+        json!({"ssh": "created", "real_web": "running", "ftp": "exited", "smb": "absent"});
     assert_eq!(runtime(&state_file), json!({"decky-01": {"running": false, "services": services}}));
 
     master.put_topology(&db, "t1", "abc", Some("no space left"));
@@ -149,8 +178,13 @@ fn docker_runs_what_the_original_agent_sees() {
 
     docker.stop();
     assert!(UnixStream::connect(docker.socket()).is_err());
-    assert_eq!(runtime(&state_file), json!({}), "the original sends no runtime when Docker is away");
+    assert_eq!(
+        runtime(&state_file),
+        json!({}),
+        "the original sends no runtime when Docker is away"
+    );
     docker.start_again();
-    let services = json!({"ssh": "created", "real_web": "exited", "ftp": "exited", "smb": "absent"});
+    let services =
+        json!({"ssh": "created", "real_web": "exited", "ftp": "exited", "smb": "absent"});
     assert_eq!(runtime(&state_file)["decky-01"]["services"], services);
 }

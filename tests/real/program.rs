@@ -28,7 +28,11 @@ fn run(loopback: &Loopback, dir: &Path) -> Command {
     loopback.worker.write_ini(&ini).unwrap();
     let mut command = Command::new(env!("CARGO_BIN_EXE_decnet-heartbeat"));
     command.env_clear().arg("--config").arg(ini).args(["run", "--interval", "100ms"]);
-    command.arg("--state-file").arg(dir.join("state")).arg("--docker-socket").arg(dir.join("docker.sock"));
+    command
+        .arg("--state-file")
+        .arg(dir.join("state"))
+        .arg("--docker-socket")
+        .arg(dir.join("docker.sock"));
     command
 }
 
@@ -58,7 +62,9 @@ fn a_frozen_disk_under_log_and_stats_delays_neither_beats_nor_the_watchdog_nor_a
     let loopback = Loopback::new(&dir.path().join("agent"));
     let systemd = supervisor(dir.path());
     let mut command = run(&loopback, dir.path());
-    for (option, name) in [("--stats-file", "stats"), ("--metrics-file", "metrics"), ("--log-file", "log")] {
+    for (option, name) in
+        [("--stats-file", "stats"), ("--metrics-file", "metrics"), ("--log-file", "log")]
+    {
         command.arg(option).arg(disk.path().join(name));
     }
     command.env("NOTIFY_SOCKET", dir.path().join("notify")).env("WATCHDOG_USEC", "200000");
@@ -74,7 +80,8 @@ fn a_frozen_disk_under_log_and_stats_delays_neither_beats_nor_the_watchdog_nor_a
     (0..20).for_each(|_| assert_eq!(hear(&systemd), "WATCHDOG=1\n"));
     process::signal("TERM", running.0.id());
     // Of those that are queued only a few are older.
-    let last = std::iter::repeat_with(|| hear(&systemd)).take(100).find(|said| said != "WATCHDOG=1\n");
+    let last =
+        std::iter::repeat_with(|| hear(&systemd)).take(100).find(|said| said != "WATCHDOG=1\n");
     assert_eq!(last.as_deref(), Some("STOPPING=1\n"));
     // A process with a thread in the file system is gone only after the thaw, and no lines are lost that it wrote before.
     disk.thaw();
@@ -92,7 +99,11 @@ fn the_main_thread_of_run_touches_no_file_after_its_start() {
     let mut command = run(&loopback, dir.path());
     command.arg("--stats-file").arg(at("stats")).arg("--metrics-file").arg(at("metrics"));
     let mut strace = Command::new("strace");
-    strace.args(["-f", "-o"]).arg(&trace).args(["-e", "trace=%file,read,write,fsync,fdatasync,sendto", "--"]);
+    strace.args(["-f", "-o"]).arg(&trace).args([
+        "-e",
+        "trace=%file,read,write,fsync,fdatasync,sendto",
+        "--",
+    ]);
     strace.arg(command.get_program()).args(command.get_args());
     strace.env("NOTIFY_SOCKET", at("notify")).stderr(Stdio::null());
     let mut running = Running(strace.spawn().unwrap());
@@ -103,9 +114,16 @@ fn the_main_thread_of_run_touches_no_file_after_its_start() {
 
     let trace = fs::read_to_string(trace).unwrap();
     let main = trace.split(' ').next().unwrap().to_owned() + " ";
-    let calls: Vec<_> = trace.lines().filter_map(|line| line.strip_prefix(&main)).map(str::trim).collect();
-    let ready = calls.iter().position(|call| call.starts_with("sendto(") && call.contains("READY=1")).unwrap();
-    let stopping = calls.iter().position(|call| call.starts_with("sendto(") && call.contains("STOPPING=1")).unwrap();
+    let calls: Vec<_> =
+        trace.lines().filter_map(|line| line.strip_prefix(&main)).map(str::trim).collect();
+    let ready = calls
+        .iter()
+        .position(|call| call.starts_with("sendto(") && call.contains("READY=1"))
+        .unwrap();
+    let stopping = calls
+        .iter()
+        .position(|call| call.starts_with("sendto(") && call.contains("STOPPING=1"))
+        .unwrap();
     // Signals come to this thread, too, and their handler wakes another one through a socket.
     let mut between = calls[ready + 1..stopping].iter().filter(|call| !call.starts_with("---"));
     assert_eq!(between.find(|call| !call.starts_with("sendto(")), None);
@@ -129,7 +147,11 @@ fn in_the_sandbox_of_the_unit_an_agent_dir_that_is_made_anew_keeps_deltas() {
     let sandbox = r#"mount --make-rslave / && mount --bind "$0" "$0" && mount -o remount,ro,bind / && exec "$@""#;
     let run = run(&loopback, &etc);
     let mut command = Command::new("unshare");
-    command.args(["-m", "sh", "-c", sandbox]).arg(writable(&etc)).arg(run.get_program()).args(run.get_args());
+    command
+        .args(["-m", "sh", "-c", sandbox])
+        .arg(writable(&etc))
+        .arg(run.get_program())
+        .args(run.get_args());
     let _running = Running(command.env_clear().stderr(Stdio::null()).spawn().unwrap());
     assert!(loopback.master.wait_for_beats(2, PATIENCE));
     fs::rename(etc.join("agent"), &away).unwrap();
@@ -144,7 +166,12 @@ fn in_the_sandbox_of_the_unit_an_agent_dir_that_is_made_anew_keeps_deltas() {
         is_there()
     }));
     let mut push = Command::new(env!("CARGO_BIN_EXE_decnet-heartbeat"));
-    push.env_clear().arg("--config").arg(etc.join("decnet.ini")).args(["push", "--no-wait", "--operation", "deploy"]);
+    push.env_clear().arg("--config").arg(etc.join("decnet.ini")).args([
+        "push",
+        "--no-wait",
+        "--operation",
+        "deploy",
+    ]);
     process::run(push.args(["--status", "succeeded", "decky-01"]));
     for _ in 0..100 {
         more(&loopback.master, 1);

@@ -49,15 +49,26 @@ fn failed_beat(code: Option<u8>) -> String {
     fs::write(&conf, format!("nameserver {SERVER}\noptions timeout:9 attempts:1\n")).unwrap();
     serve(code);
     let mut run = Command::new("unshare");
-    run.args(["-m", "sh", "-c", "mount --make-rprivate / && mount --bind \"$0\" /etc/resolv.conf && exec \"$@\""]);
-    run.arg(&conf).args([env!("CARGO_BIN_EXE_decnet-heartbeat"), "--agent-dir"]).arg(&loopback.worker.agent_dir);
+    run.args([
+        "-m",
+        "sh",
+        "-c",
+        "mount --make-rprivate / && mount --bind \"$0\" /etc/resolv.conf && exec \"$@\"",
+    ]);
+    run.arg(&conf)
+        .args([env!("CARGO_BIN_EXE_decnet-heartbeat"), "--agent-dir"])
+        .arg(&loopback.worker.agent_dir);
     run.args(["run", "--state-file", "/nonexistent"]).stderr(Stdio::piped()).env_clear();
     let path = std::env::var_os("PATH").unwrap();
-    let variables =
-        [("DECNET_HOST_UUID", "u"), ("DECNET_MASTER_HOST", "master.test"), ("DECNET_CONFIG", "/nonexistent")];
+    let variables = [
+        ("DECNET_HOST_UUID", "u"),
+        ("DECNET_MASTER_HOST", "master.test"),
+        ("DECNET_CONFIG", "/nonexistent"),
+    ];
     let mut child = run.env("PATH", path).envs(variables).spawn().unwrap();
     let log = process::lines(child.stderr.take().unwrap());
-    let line = std::iter::from_fn(|| log.recv_timeout(PATIENCE).ok()).find(|line| line.contains("class="));
+    let line =
+        std::iter::from_fn(|| log.recv_timeout(PATIENCE).ok()).find(|line| line.contains("class="));
     process::signal("TERM", child.id());
     process::end(&mut child, PATIENCE).unwrap();
     end_server();
@@ -87,6 +98,9 @@ fn each_way_in_which_a_name_is_not_found_is_named() {
         (None, "timeout-resolve", "timeout: resolve"),
     ] {
         let line = failed_beat(code);
-        assert!(line.contains(&format!("class={class} ")) && line.contains(says), "{code:?}: {line}");
+        assert!(
+            line.contains(&format!("class={class} ")) && line.contains(says),
+            "{code:?}: {line}"
+        );
     }
 }

@@ -15,11 +15,13 @@ fn shown(layout: &str) -> String {
     let output = command.env_remove("DECNET_HEARTBEAT_STATE_FILE").output().unwrap();
     let said = String::from_utf8(output.stdout).unwrap();
     let line = said.lines().find(|line| line.contains(" state-file "));
-    line.unwrap_or_else(|| panic!("{said}{}", String::from_utf8_lossy(&output.stderr))).replace(" state-file    ", " ")
+    line.unwrap_or_else(|| panic!("{said}{}", String::from_utf8_lossy(&output.stderr)))
+        .replace(" state-file    ", " ")
 }
 
 /// The installer's layout, up to the package.
-const INSTALLED: &str = "mkdir -p /opt/decnet/venv/bin /opt/decnet/venv/lib/python3.11/site-packages/decnet
+const INSTALLED: &str =
+    "mkdir -p /opt/decnet/venv/bin /opt/decnet/venv/lib/python3.11/site-packages/decnet
     touch /opt/decnet/venv/bin/decnet && ln -s /opt/decnet/venv/bin/decnet /usr/local/bin/decnet
     cd /opt/decnet/venv/lib/python3.11/site-packages";
 
@@ -33,13 +35,19 @@ fn the_state_file_is_found_where_decnet_has_it() {
     assert_eq!(shown(INSTALLED), format!("{found}it does not exist, so nothing is deployed"));
     assert_eq!(shown(&format!("{INSTALLED} && {STATE}")), format!("{found}1 decky"));
     // A copy of the command, and none: the environment is found all the same.
-    for command in ["rm /usr/local/bin/decnet && touch /usr/local/bin/decnet", "rm /usr/local/bin/decnet"] {
-        assert_eq!(shown(&format!("{INSTALLED} && {STATE} && {command}")), format!("{found}1 decky"));
+    for command in
+        ["rm /usr/local/bin/decnet && touch /usr/local/bin/decnet", "rm /usr/local/bin/decnet"]
+    {
+        assert_eq!(
+            shown(&format!("{INSTALLED} && {STATE} && {command}")),
+            format!("{found}1 decky")
+        );
     }
     let editable = format!("mkdir -p /opt/decnet/decnet && cd /opt/decnet && {STATE}");
     let found = "✓ /opt/decnet/decnet-state.json (found beside /opt/decnet/decnet): 1 decky";
     assert_eq!(shown(&editable), found);
-    let of_environment = format!("{INSTALLED} && rmdir decnet && touch __editable__.decnet.pth && {editable}");
+    let of_environment =
+        format!("{INSTALLED} && rmdir decnet && touch __editable__.decnet.pth && {editable}");
     assert_eq!(shown(&of_environment), found);
 }
 

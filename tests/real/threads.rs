@@ -14,7 +14,10 @@ fn work(dir: &Path) {
     let loopback = Loopback::new(&dir.join("agent"));
     let ini = dir.join("decnet.ini");
     loopback.worker.write_ini(&ini).unwrap();
-    let enrolment = EnrolmentSources::from_variables([("HOME", dir.to_str().unwrap())]).config(&ini).read().unwrap();
+    let enrolment = EnrolmentSources::from_variables([("HOME", dir.to_str().unwrap())])
+        .config(&ini)
+        .read()
+        .unwrap();
     let (builder, tick) = loopback.builder();
     let heartbeat = builder.enrolment(enrolment).start().unwrap();
     let next_beat = || {
@@ -27,7 +30,8 @@ fn work(dir: &Path) {
     heartbeat.begin(Operation::Deploy, ["d1", "d2"]).unwrap().succeed();
     settled(&heartbeat, |stats| stats.delivered == 3 && stats.waiting == 0);
     // Changed credentials, a new host and an outbox that somebody has removed.
-    let again = loopback.master.re_enrol(&loopback.worker.uuid, &loopback.worker.agent_dir).unwrap();
+    let again =
+        loopback.master.re_enrol(&loopback.worker.uuid, &loopback.worker.agent_dir).unwrap();
     next_beat();
     next_beat();
     assert_eq!(heartbeat.stats().fingerprint, Some(again.fingerprint));
@@ -48,7 +52,9 @@ fn work(dir: &Path) {
     loopback.master.decommission(&other.uuid);
     for failures in 1..4 {
         beat(&tick);
-        settled(&heartbeat, |stats| stats.failure.as_ref().is_some_and(|failure| failure.count == failures));
+        settled(&heartbeat, |stats| {
+            stats.failure.as_ref().is_some_and(|failure| failure.count == failures)
+        });
     }
     heartbeat.deltas().push(LifecycleDelta::succeeded("d4", Operation::Deploy)).unwrap();
     assert_eq!(heartbeat.stop(std::time::Duration::from_secs(5)).undelivered, 1);
@@ -64,21 +70,28 @@ fn the_heartbeat_thread_opens_no_file_and_only_the_outbox_thread_uses_the_agent_
     let dir = tempfile::tempdir().unwrap();
     // As the kernel names it, and so the trace.
     let (path, trace) = (dir.path().canonicalize().unwrap(), dir.path().join("trace"));
-    let test = "threads::the_heartbeat_thread_opens_no_file_and_only_the_outbox_thread_uses_the_agent_dir";
+    let test =
+        "threads::the_heartbeat_thread_opens_no_file_and_only_the_outbox_thread_uses_the_agent_dir";
     let child = process::again(test);
     let mut strace = Command::new("strace");
     strace.args(["-f", "-y", "-s", "4096", "--decode-pids=comm", "-o"]).arg(&trace).arg("-e");
     strace.arg("trace=%file,read,write,readv,writev,pread64,pwrite64,fsync,fdatasync,ftruncate,fcntl,flock,fallocate");
-    process::run(strace.arg("--").arg(child.get_program()).args(child.get_args()).env(CHILD, &path));
+    process::run(
+        strace.arg("--").arg(child.get_program()).args(child.get_args()).env(CHILD, &path),
+    );
 
     let trace = String::from_utf8_lossy(&fs::read(trace).unwrap()).into_owned();
     // `4711<decnet-outbox> openat(…`
     let calls = trace.lines().filter_map(|line| line.split_once('<')?.1.split_once("> "));
     let ours: Vec<_> = calls.filter(|(thread, _)| thread.starts_with("decnet-")).collect();
-    let of_heartbeat: Vec<_> = ours.iter().filter(|(thread, _)| *thread == "decnet-heartbea").collect();
+    let of_heartbeat: Vec<_> =
+        ours.iter().filter(|(thread, _)| *thread == "decnet-heartbea").collect();
     // It talks to the master, and waits for the other threads.
     let is_no_file = |call: &str| {
-        call.contains("<socket:[") || call.contains("<TCP:[") || call.contains("resumed>") || call.starts_with("+++")
+        call.contains("<socket:[")
+            || call.contains("<TCP:[")
+            || call.contains("resumed>")
+            || call.starts_with("+++")
     };
     let files: Vec<_> = of_heartbeat.iter().filter(|(_, call)| !is_no_file(call)).collect();
     assert!(!of_heartbeat.is_empty() && files.is_empty(), "{files:#?}");

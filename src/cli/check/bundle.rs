@@ -12,9 +12,9 @@ use rustls::pki_types::CertificateDer;
 
 use super::certificate::Described;
 use super::steps::{Checklist, Step};
-use crate::bundle::{self, Bundle, CA, CERTIFICATE, ENROL, Judged, KEY};
-use crate::error::{Error, chain, printable_path};
-use crate::verifier;
+use crate::credentials::bundle::{self, Bundle, CA, CERTIFICATE, ENROL, Judged, KEY};
+use crate::error::{Error, chain, sanitize_path};
+use crate::master::verifier;
 
 /// A CA that ends is not renewed by an enrolment.
 const RENEW_CA: &str = "renew the master's CA, and then enrol this host again";
@@ -27,7 +27,9 @@ pub(super) fn check(dir: &Path, list: &mut Checklist) -> Option<Bundle> {
         Err(error) => (None, Judged::of(dir, &provider, error)),
     };
     let roots = Roots::of(dir, &provider);
-    list.add(judged.ca.map_or_else(|error| broken(CA, &error), |()| ca(dir, &roots, bundle.as_ref())));
+    list.add(
+        judged.ca.map_or_else(|error| broken(CA, &error), |()| ca(dir, &roots, bundle.as_ref())),
+    );
     let own = || own(dir, &roots, bundle.as_ref(), &provider);
     list.add(judged.certificate.map_or_else(|error| broken(CERTIFICATE, &error), |()| own()));
     list.add(match judged.key {
@@ -40,7 +42,7 @@ pub(super) fn check(dir: &Path, list: &mut Checklist) -> Option<Bundle> {
 
 fn broken(name: &'static str, error: &Error) -> Step {
     let (says, remedy) = error.bundle_parts().unwrap_or_else(|| (chain(error), ENROL));
-    let file = error.path().map(printable_path).unwrap_or_default();
+    let file = error.path().map(sanitize_path).unwrap_or_default();
     Step::refused(name, error, format!("{file}: {says}"), remedy)
 }
 
@@ -58,7 +60,8 @@ impl Roots {
         let mut roots = certificates(&dir.join(CA)).unwrap_or_default();
         roots.retain(|der| bundle::is_root(der, provider));
         let described = roots.into_iter().filter_map(|der| Some((Described::of(&der).ok()?, der)));
-        let (mut valid, others): (Vec<_>, Vec<_>) = described.partition(|(described, _)| described.is_valid(now));
+        let (mut valid, others): (Vec<_>, Vec<_>) =
+            described.partition(|(described, _)| described.is_valid(now));
         valid.sort_by_key(|(described, _)| Reverse(described.expires));
         Self { valid, others: others.into_iter().map(|(described, _)| described).collect(), now }
     }
@@ -77,10 +80,12 @@ fn ca(dir: &Path, roots: &Roots, bundle: Option<&Bundle>) -> Step {
     let says = |root: &Described| format!("{}, {}", root.subject, root.validity(now));
     let (step, root) = match (roots.valid.first(), roots.others.first()) {
         (Some((root, _)), _) => (Step::good(CA, says(root)), root),
-        (None, Some(root)) => (Step::bad(CA, says(root), format!("see to this host's clock, or {RENEW_CA}")), root),
+        (None, Some(root)) => {
+            (Step::bad(CA, says(root), format!("see to this host's clock, or {RENEW_CA}")), root)
+        }
         (None, None) => return Step::good(CA, "what it says cannot be shown"),
     };
-    let step = root.facts(step, now).fact("file", printable_path(&dir.join(CA)));
+    let step = root.facts(step, now).fact("file", sanitize_path(&dir.join(CA)));
     let mut advice = Vec::new();
     if root.ends_soon(now) {
         advice.push(format!("in time, {RENEW_CA}"));
@@ -89,7 +94,9 @@ fn ca(dir: &Path, roots: &Roots, bundle: Option<&Bundle>) -> Step {
         let others: Vec<_> = roots.others.iter().map(says).collect();
         advice.push(format!("remove from it what is not valid: {}", others.join(", ")));
     }
-    if let Some(ignored) = bundle.map(|bundle| bundle.ignored.join(", ")).filter(|ignored| !ignored.is_empty()) {
+    if let Some(ignored) =
+        bundle.map(|bundle| bundle.ignored.join(", ")).filter(|ignored| !ignored.is_empty())
+    {
         advice.push(format!("remove from it what is ignored: {ignored}"));
     }
     // A step that is not good has an advice of its own.
@@ -99,26 +106,32 @@ fn ca(dir: &Path, roots: &Roots, bundle: Option<&Bundle>) -> Step {
 /// Our certificate: what it says, whether it is valid now, and what a good bundle leaves to be said.
 fn own(dir: &Path, roots: &Roots, bundle: Option<&Bundle>, provider: &CryptoProvider) -> Step {
     let (path, now) = (dir.join(CERTIFICATE), roots.now);
-    let own = certificates(&path).and_then(|all| Described::of(all.first().ok_or("it holds no certificate")?));
+    let own = certificates(&path)
+        .and_then(|all| Described::of(all.first().ok_or("it holds no certificate")?));
     let own = match own {
         Ok(own) => own,
-        Err(problem) => return Step::good(CERTIFICATE, format!("what it says cannot be shown: {problem}")),
+        Err(problem) => {
+            return Step::good(CERTIFICATE, format!("what it says cannot be shown: {problem}"));
+        }
     };
     let Described { subject, issuer, fingerprint, .. } = &own;
-    let says = format!("{subject}, issued by {issuer}, {}, sha256 {fingerprint}", own.validity(now));
+    let says =
+        format!("{subject}, issued by {issuer}, {}, sha256 {fingerprint}", own.validity(now));
     let step = match (own.is_valid(now), own.ends_soon(now)) {
         (false, _) => Step::bad(CERTIFICATE, says, format!("see to this host's clock, or {ENROL}")),
         (true, true) => Step::good(CERTIFICATE, says).advise(format!("in time, {ENROL}")),
         (true, false) => Step::good(CERTIFICATE, says),
     };
-    let step = own.facts(step, now).fact("file", printable_path(&path));
+    let step = own.facts(step, now).fact("file", sanitize_path(&path));
     let Some(bundle) = bundle.filter(|_| step.is_good()) else { return step };
     match bundle.weak_signature(provider) {
         Some(problem) => step.advise(format!("the master may refuse it: {problem}")),
-        None if !bundle.is_of_its_ca(provider) => step.advise(format!("it was not issued by ca.crt: {ENROL}")),
-        None if !roots.valid.is_empty() && !bundle.is_of(&roots.valid(), provider) => {
-            step.advise(format!("the master may refuse it, as the CA that issued it is not valid: {ENROL}"))
+        None if !bundle.is_of_its_ca(provider) => {
+            step.advise(format!("it was not issued by ca.crt: {ENROL}"))
         }
+        None if !roots.valid.is_empty() && !bundle.is_of(&roots.valid(), provider) => step.advise(
+            format!("the master may refuse it, as the CA that issued it is not valid: {ENROL}"),
+        ),
         None => step,
     }
 }
@@ -132,8 +145,13 @@ fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
 fn key(dir: &Path) -> Step {
     let path = dir.join(KEY);
     let mode = fs::metadata(&path).map_or(0, |found| found.permissions().mode() & 0o7777);
-    let file = printable_path(&path);
-    let step = Step::good(KEY, format!("fits worker.crt, mode {mode:04o}")).fact("mode", format!("{mode:04o}"));
+    let file = sanitize_path(&path);
+    let step = Step::good(KEY, format!("fits worker.crt, mode {mode:04o}"))
+        .fact("mode", format!("{mode:04o}"));
     let step = step.fact("file", file.as_str());
-    if mode & 0o077 == 0 { step } else { step.advise(format!("others can read it: chmod 600 {file}")) }
+    if mode & 0o077 == 0 {
+        step
+    } else {
+        step.advise(format!("others can read it: chmod 600 {file}"))
+    }
 }

@@ -9,11 +9,11 @@ use x509_parser::parse_x509_certificate;
 use x509_parser::time::ASN1Time;
 
 use super::steps::Step;
-use crate::bundle::fingerprint;
+use crate::credentials::bundle::fingerprint;
+use crate::credentials::link::days_until;
 use crate::delta::{from_micros, micros};
 use crate::limits;
-use crate::link::days_until;
-use crate::text::printable;
+use crate::text::sanitize;
 
 /// Names of a certificate that are shown; the others are counted.
 const NAMES: usize = 8;
@@ -33,12 +33,17 @@ pub(super) struct Described {
 impl Described {
     /// The error says what about it cannot be read.
     pub(super) fn of(certificate: &CertificateDer<'_>) -> Result<Self, String> {
-        let (_, parsed) = parse_x509_certificate(certificate).map_err(|error| printable(&error.to_string()))?;
-        let alternatives = parsed.subject_alternative_name().ok().flatten().map(|names| &names.value.general_names);
+        let (_, parsed) =
+            parse_x509_certificate(certificate).map_err(|error| sanitize(&error.to_string()))?;
+        let alternatives = parsed
+            .subject_alternative_name()
+            .ok()
+            .flatten()
+            .map(|names| &names.value.general_names);
         let validity = parsed.validity();
         Ok(Self {
-            subject: printable(&parsed.subject().to_string()),
-            issuer: printable(&parsed.issuer().to_string()),
+            subject: sanitize(&parsed.subject().to_string()),
+            issuer: sanitize(&parsed.issuer().to_string()),
             names: alternatives.into_iter().flatten().filter_map(name).collect(),
             begins: time(validity.not_before),
             expires: time(validity.not_after),
@@ -60,11 +65,21 @@ impl Described {
     pub(super) fn validity(&self, now: SystemTime) -> String {
         match days_until(self.expires, now) {
             _ if self.begins > self.expires => {
-                format!("never valid: it ends on {}, before it begins on {}", date(self.expires), date(self.begins))
+                format!(
+                    "never valid: it ends on {}, before it begins on {}",
+                    date(self.expires),
+                    date(self.begins)
+                )
             }
-            _ if self.begins > now => format!("valid only from {} on by this host's clock", date(self.begins)),
+            _ if self.begins > now => {
+                format!("valid only from {} on by this host's clock", date(self.begins))
+            }
             days @ 0.. => format!("expires in {days} days ({})", date(self.expires)),
-            days => format!("expired {} days ago by this host's clock ({})", -1 - days, date(self.expires)),
+            days => format!(
+                "expired {} days ago by this host's clock ({})",
+                -1 - days,
+                date(self.expires)
+            ),
         }
     }
 
@@ -89,10 +104,12 @@ impl Described {
 
 fn name(name: &GeneralName<'_>) -> Option<String> {
     match name {
-        GeneralName::DNSName(name) => Some(printable(name)),
+        GeneralName::DNSName(name) => Some(sanitize(name)),
         GeneralName::IPAddress(bytes) => {
             let four = <[u8; 4]>::try_from(*bytes).map(IpAddr::from);
-            four.or_else(|_| <[u8; 16]>::try_from(*bytes).map(IpAddr::from)).ok().map(|address| address.to_string())
+            four.or_else(|_| <[u8; 16]>::try_from(*bytes).map(IpAddr::from))
+                .ok()
+                .map(|address| address.to_string())
         }
         _ => None,
     }
@@ -119,7 +136,8 @@ mod tests {
 
     fn described(role: Role) -> Described {
         let issued = Authority::new().unwrap().issue(role).unwrap();
-        Described::of(&CertificateDer::from_pem_slice(issued.certificate.as_bytes()).unwrap()).unwrap()
+        Described::of(&CertificateDer::from_pem_slice(issued.certificate.as_bytes()).unwrap())
+            .unwrap()
     }
 
     #[test]
@@ -132,7 +150,11 @@ mod tests {
         assert_eq!(master.names(), "swarmctl, localhost, 127.0.0.1");
         let now = SystemTime::now();
         assert!(master.is_valid(now) && !master.ends_soon(now));
-        assert!(master.validity(now).starts_with("expires in 824 days (20"), "{}", master.validity(now));
+        assert!(
+            master.validity(now).starts_with("expires in 824 days (20"),
+            "{}",
+            master.validity(now)
+        );
     }
 
     #[test]

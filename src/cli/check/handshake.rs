@@ -14,16 +14,17 @@ use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, Server
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::sign::CertifiedKey;
 use rustls::{
-    ClientConfig, ClientConnection, DigitallySignedStruct, Error as TlsError, ProtocolVersion, SignatureScheme,
+    ClientConfig, ClientConnection, DigitallySignedStruct, Error as TlsError, ProtocolVersion,
+    SignatureScheme,
 };
 
-use crate::explain::is_closed;
-use crate::first_bytes::FirstBytes;
 use crate::limits;
+use crate::master::explain::is_closed;
+use crate::master::first_bytes::FirstBytes;
 
 /// A handshake that came to its end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Shaken {
+pub(super) struct HandshakeInfo {
     pub(super) version: &'static str,
     pub(super) took: Duration,
 }
@@ -33,16 +34,18 @@ pub(super) fn shake_hands(
     config: &Arc<ClientConfig>,
     name: &ServerName<'static>,
     stream: TcpStream,
-) -> io::Result<Shaken> {
+) -> io::Result<HandshakeInfo> {
     let since = Instant::now();
     // As the agent has it: what is to be said is said at once.
     stream.set_nodelay(true)?;
-    let mut stream = InTime { stream, end: since + limits::CONNECT };
-    let mut tls = ClientConnection::new(Arc::clone(config), name.clone()).map_err(io::Error::other)?;
+    let mut stream = DeadlineStream { stream, end: since + limits::CONNECT };
+    let mut tls =
+        ClientConnection::new(Arc::clone(config), name.clone()).map_err(io::Error::other)?;
     let mut first = FirstBytes::of(&mut stream);
     if let Err(error) = tls.complete_io(&mut first) {
         let error = first.name(error);
-        let alert = if is_closed(&error) { alert_before_close(&mut tls, &mut stream) } else { None };
+        let alert =
+            if is_closed(&error) { alert_before_close(&mut tls, &mut stream) } else { None };
         return Err(alert.unwrap_or(error));
     }
     let took = since.elapsed();
@@ -61,11 +64,14 @@ pub(super) fn shake_hands(
     tls.send_close_notify();
     // It is said; whether it is heard does not matter.
     let _ = tls.write_tls(&mut stream);
-    Ok(Shaken { version, took })
+    Ok(HandshakeInfo { version, took })
 }
 
 /// The alert that the peer sent before it closed the connection. It has arrived even where writing has failed.
-fn alert_before_close(tls: &mut ClientConnection, stream: &mut InTime) -> Option<io::Error> {
+fn alert_before_close(
+    tls: &mut ClientConnection,
+    stream: &mut DeadlineStream,
+) -> Option<io::Error> {
     stream.end = Instant::now() + limits::AFTER_HANDSHAKE;
     while let Ok(1..) = tls.read_tls(stream) {
         if let Err(error) = tls.process_new_packets() {
@@ -76,12 +82,12 @@ fn alert_before_close(tls: &mut ClientConnection, stream: &mut InTime) -> Option
 }
 
 /// A stream on which all calls together end in time.
-struct InTime {
+struct DeadlineStream {
     stream: TcpStream,
     end: Instant,
 }
 
-impl InTime {
+impl DeadlineStream {
     fn left(&self) -> io::Result<Option<Duration>> {
         match self.end.saturating_duration_since(Instant::now()) {
             Duration::ZERO => Err(late()),
@@ -92,7 +98,10 @@ impl InTime {
 
 fn late() -> io::Error {
     let seconds = limits::CONNECT.as_secs();
-    io::Error::new(ErrorKind::TimedOut, format!("the handshake has not come to its end within {seconds} s"))
+    io::Error::new(
+        ErrorKind::TimedOut,
+        format!("the handshake has not come to its end within {seconds} s"),
+    )
 }
 
 /// To the system it would have blocked.
@@ -100,14 +109,14 @@ fn named(error: io::Error) -> io::Error {
     if error.kind() == ErrorKind::WouldBlock { late() } else { error }
 }
 
-impl Read for InTime {
+impl Read for DeadlineStream {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         self.stream.set_read_timeout(self.left()?)?;
         self.stream.read(buffer).map_err(named)
     }
 }
 
-impl Write for InTime {
+impl Write for DeadlineStream {
     fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
         self.stream.set_write_timeout(self.left()?)?;
         self.stream.write(buffer).map_err(named)
@@ -153,12 +162,12 @@ impl ResolvesClientCert for Asked {
 
 /// Remembers the certificate that is shown, and leaves the judgement to the agent's own verifier.
 #[derive(Debug)]
-pub(super) struct Witness {
+pub(super) struct RecordingVerifier {
     judge: Arc<dyn ServerCertVerifier>,
     shown: Mutex<Option<CertificateDer<'static>>>,
 }
 
-impl Witness {
+impl RecordingVerifier {
     pub(super) fn before(judge: Arc<dyn ServerCertVerifier>) -> Self {
         Self { judge, shown: Mutex::default() }
     }
@@ -174,7 +183,7 @@ impl Witness {
     }
 }
 
-impl ServerCertVerifier for Witness {
+impl ServerCertVerifier for RecordingVerifier {
     fn verify_server_cert(
         &self,
         end_entity: &CertificateDer<'_>,
@@ -183,7 +192,8 @@ impl ServerCertVerifier for Witness {
         ocsp_response: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, TlsError> {
-        *self.shown.lock().unwrap_or_else(PoisonError::into_inner) = Some(end_entity.clone().into_owned());
+        *self.shown.lock().unwrap_or_else(PoisonError::into_inner) =
+            Some(end_entity.clone().into_owned());
         self.judge.verify_server_cert(end_entity, intermediates, server_name, ocsp_response, now)
     }
 
@@ -218,14 +228,16 @@ mod tests {
     use socket2::SockRef;
 
     use super::*;
-    use crate::bundle::Bundle;
-    use crate::identity::MasterIdentity;
+    use crate::credentials::bundle::Bundle;
     use crate::loopback::{Authority, Role};
-    use crate::verifier;
+    use crate::master::identity::MasterIdentity;
+    use crate::master::verifier;
 
     fn config(dir: &Path) -> Arc<ClientConfig> {
         let authority = Authority::new().unwrap();
-        authority.write_bundle(&authority.issue(Role::Worker("w".to_owned())).unwrap(), dir).unwrap();
+        authority
+            .write_bundle(&authority.issue(Role::Worker("w".to_owned())).unwrap(), dir)
+            .unwrap();
         let provider = verifier::provider();
         let bundle = Bundle::load(dir, &provider).unwrap();
         let judge = verifier::verifier(&bundle, MasterIdentity::Name, &name(), &provider);

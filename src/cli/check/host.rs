@@ -7,17 +7,18 @@ use rustix::fs::{Access, access, statvfs};
 use super::super::arguments::RunOptions;
 use super::super::{STATE_FILE_VARIABLE, state_file_of_environment};
 use super::steps::Step;
-use crate::error::printable_path;
+use crate::error::sanitize_path;
+use crate::files;
 use crate::files::folder;
+use crate::limits;
 use crate::status::AppliedTopology;
-use crate::status::decnet::Findings;
-use crate::status::docker::Engine;
-use crate::status::place::{Located, Unlocated};
-use crate::text::printable;
-use crate::{files, limits};
+use crate::status::decnet::StatusProbe;
+use crate::status::docker::DockerState;
+use crate::status::place::{Located, NotLocated};
+use crate::text::sanitize;
 
 /// How many deckies DECNET says there are, and in which file.
-pub(super) fn state_file(options: &RunOptions, found: &Findings) -> Step {
+pub(super) fn state_file(options: &RunOptions, found: &StatusProbe) -> Step {
     let named = match (&options.state_file, state_file_of_environment()) {
         (Some(_), _) => Some("--state-file"),
         (None, Some(_)) => Some(STATE_FILE_VARIABLE),
@@ -30,14 +31,24 @@ pub(super) fn state_file(options: &RunOptions, found: &Findings) -> Step {
 }
 
 /// `named`: what names the file, if something does. `deckies`: `None` where there is no file, or a problem.
-fn located_step(named: Option<&str>, located: &Located, problem: Option<&String>, deckies: Option<usize>) -> Step {
-    let (file, from) = (printable_path(&located.file), named.map_or_else(|| located.to_string(), str::to_owned));
+fn located_step(
+    named: Option<&str>,
+    located: &Located,
+    problem: Option<&String>,
+    deckies: Option<usize>,
+) -> Step {
+    let (file, from) =
+        (sanitize_path(&located.file), named.map_or_else(|| located.to_string(), str::to_owned));
     let step = match (problem, deckies) {
-        (None, Some(deckies)) => {
-            Step::good("state-file", format!("{file} ({from}): {}", counted(deckies, "decky", "deckies")))
-        }
+        (None, Some(deckies)) => Step::good(
+            "state-file",
+            format!("{file} ({from}): {}", counted(deckies, "decky", "deckies")),
+        ),
         (None, None) => {
-            let step = Step::good("state-file", format!("{file} ({from}): it does not exist, so nothing is deployed"));
+            let step = Step::good(
+                "state-file",
+                format!("{file} ({from}): it does not exist, so nothing is deployed"),
+            );
             if named.is_some() {
                 step.advise("if something is deployed, correct the name of the state file")
             } else {
@@ -54,14 +65,20 @@ fn located_step(named: Option<&str>, located: &Located, problem: Option<&String>
     step.fact("file", file).fact("from", from).fact("deckies", deckies)
 }
 
-fn unlocated_step(problem: &Unlocated) -> Step {
+fn unlocated_step(problem: &NotLocated) -> Step {
     let advice = match problem {
-        Unlocated::Absent(_) => "if DECNET is installed elsewhere, name its decnet-state.json with",
-        Unlocated::Unreadable(_) => "let this user look there, or name DECNET's decnet-state.json with",
+        NotLocated::Absent(_) => {
+            "if DECNET is installed elsewhere, name its decnet-state.json with"
+        }
+        NotLocated::Unreadable(_) => {
+            "let this user look there, or name DECNET's decnet-state.json with"
+        }
     };
     let costs = "until then it is not known what is deployed, and the beats name no decky";
     let advice = format!("{advice} --state-file or {STATE_FILE_VARIABLE}; {costs}");
-    Step::bad("state-file", problem.to_string(), advice).fact("file", None::<String>).fact("deckies", None::<usize>)
+    Step::bad("state-file", problem.to_string(), advice)
+        .fact("file", None::<String>)
+        .fact("deckies", None::<usize>)
 }
 
 /// `1 decky`, `2 deckies`
@@ -69,22 +86,23 @@ fn counted(count: usize, one: &str, more: &str) -> String {
     format!("{count} {}", if count == 1 { one } else { more })
 }
 
-pub(super) fn docker(options: &RunOptions, found: &Findings) -> Step {
-    let socket = printable_path(options.docker_socket());
+pub(super) fn docker(options: &RunOptions, found: &StatusProbe) -> Step {
+    let socket = sanitize_path(options.docker_socket());
     let from = options.docker_socket.as_ref().map_or("default", |_| "--docker-socket");
     docker_step(&socket, from, &found.engine, found.states_problem())
 }
 
 /// Which of the two requests failed, and what that costs. `states`: why the states of containers, or of some that are
-/// deckies', are not known; as of [`Findings::states_problem`], there is a reason wherever the containers are not known.
-fn docker_step(socket: &str, from: &str, engine: &Engine, states: Option<&str>) -> Step {
+/// deckies', are not known; as of [`StatusProbe::states_problem`], there is a reason wherever the containers are not known.
+fn docker_step(socket: &str, from: &str, engine: &DockerState, states: Option<&str>) -> Step {
     let containers = engine.containers.as_ref().map(|containers| containers.states.len());
     let bridges = engine.networks.as_ref().map(|networks| networks.bridges.len());
     let said_containers = counted(containers.unwrap_or(0), "container", "containers");
     let said_bridges = bridges.map(|count| counted(count, "bridge network", "bridge networks"));
     let step = match (states, said_bridges) {
         (None, Ok(bridges)) => {
-            let step = Step::good("docker", format!("{socket} ({from}): {said_containers}, {bridges}"));
+            let step =
+                Step::good("docker", format!("{socket} ({from}): {said_containers}, {bridges}"));
             match engine.left_out() {
                 Some(left_out) => step.advise(left_out),
                 None => step,
@@ -114,13 +132,18 @@ fn docker_step(socket: &str, from: &str, engine: &Engine, states: Option<&str>) 
              the beats name no decky",
         ),
     };
-    step.fact("socket", socket).fact("from", from).fact("containers", containers.ok()).fact("bridges", bridges.ok())
+    step.fact("socket", socket)
+        .fact("from", from)
+        .fact("containers", containers.ok())
+        .fact("bridges", bridges.ok())
 }
 
 /// `agent_dir`: `None` where it is not known.
-pub(super) fn topology(agent_dir: Option<&Path>, found: &Findings) -> Step {
-    let Some(agent_dir) = agent_dir else { return Step::not_tried("topology", "it takes the agent dir") };
-    let file = printable_path(&agent_dir.join("topology.db"));
+pub(super) fn topology(agent_dir: Option<&Path>, found: &StatusProbe) -> Step {
+    let Some(agent_dir) = agent_dir else {
+        return Step::not_tried("topology", "it takes the agent dir");
+    };
+    let file = sanitize_path(&agent_dir.join("topology.db"));
     let step = match (&found.topology, &found.applied) {
         (Err(problem), _) => Step::bad(
             "topology",
@@ -129,7 +152,7 @@ pub(super) fn topology(agent_dir: Option<&Path>, found: &Findings) -> Step {
              out, and the master may order it to be built again",
         ),
         (Ok(()), Some(Some(AppliedTopology { topology_id, applied_version_hash, .. }))) => {
-            let (id, hash) = (printable(topology_id), printable(applied_version_hash));
+            let (id, hash) = (sanitize(topology_id), sanitize(applied_version_hash));
             let step = Step::good("topology", format!("{file}: {id}, version {hash}"));
             step.fact("topology_id", id).fact("applied_version_hash", hash)
         }
@@ -140,7 +163,7 @@ pub(super) fn topology(agent_dir: Option<&Path>, found: &Findings) -> Step {
 
 /// `--stats-file` or `--metrics-file`. `own`: which of the heartbeat's own files this is.
 pub(super) fn report(name: &'static str, path: &Path, own: Option<&str>) -> Step {
-    let file = printable_path(path);
+    let file = sanitize_path(path);
     if let Some(what) = own {
         let problem = format!("{file} is {what}, which would be replaced");
         return Step::bad(name, problem, "name another file").fact("file", file);
@@ -160,12 +183,16 @@ pub(super) fn report(name: &'static str, path: &Path, own: Option<&str>) -> Step
 
 /// Whether this user can make and replace files here, and there is room for them.
 pub(super) fn room(folder: &Path) -> Result<(), String> {
-    let shown = printable_path(folder);
+    let shown = sanitize_path(folder);
     access(folder, Access::WRITE_OK | Access::EXEC_OK)
         .map_err(|error| format!("{shown} cannot be written: {error}"))?;
     let disk = statvfs(folder).map_err(|error| format!("{shown}: {error}"))?;
     let room = disk.f_bavail.saturating_mul(disk.f_frsize);
-    if room < limits::ROOM { Err(format!("the disk of {shown} has {} KiB left", room / 1024)) } else { Ok(()) }
+    if room < limits::ROOM {
+        Err(format!("the disk of {shown} has {} KiB left", room / 1024))
+    } else {
+        Ok(())
+    }
 }
 
 #[cfg(test)]
@@ -185,7 +212,8 @@ mod tests {
             file: format!("{folder}/decnet-state.json").into(),
             package: Some(format!("{folder}/decnet").into()),
         };
-        let line = format!("✓ state-file    {folder}/decnet-state.json (found beside {folder}/decnet): ");
+        let line =
+            format!("✓ state-file    {folder}/decnet-state.json (found beside {folder}/decnet): ");
         let shown = |deckies| shown(located_step(None, &located, None, deckies));
         assert_eq!(shown(Some(1)), format!("{line}1 decky\n"));
         assert_eq!(shown(Some(2)), format!("{line}2 deckies\n"));
@@ -194,11 +222,16 @@ mod tests {
 
     #[test]
     fn a_state_file_that_was_not_found_is_a_fault_with_the_advice_that_fits() {
-        let text = shown(unlocated_step(&Unlocated::Absent("/opt/decnet".to_owned())));
+        let text = shown(unlocated_step(&NotLocated::Absent("/opt/decnet".to_owned())));
         let not_found = "✗ state-file    the state file was not found: DECNET's Python package is not in /opt/decnet\n";
-        assert!(text.starts_with(not_found) && text.contains("→ if DECNET is installed elsewhere"), "{text}");
-        let text = shown(unlocated_step(&Unlocated::Unreadable("/opt: Permission denied".to_owned())));
-        let unknown = "✗ state-file    it is not known where the state file is: /opt: Permission denied\n";
+        assert!(
+            text.starts_with(not_found) && text.contains("→ if DECNET is installed elsewhere"),
+            "{text}"
+        );
+        let text =
+            shown(unlocated_step(&NotLocated::Unreadable("/opt: Permission denied".to_owned())));
+        let unknown =
+            "✗ state-file    it is not known where the state file is: /opt: Permission denied\n";
         assert!(text.starts_with(unknown) && text.contains("→ let this user look there"), "{text}");
     }
 
@@ -218,29 +251,46 @@ mod tests {
         let containers = |count| Ok(Containers { states: states(count), left_out: None });
         let networks = |count| Ok(Networks { bridges: vec![String::new(); count], left_out: None });
         let refused = |what: &str| format!("Docker at /s: {what}: answered 403");
-        let shown = |engine: Engine| {
+        let shown = |engine: DockerState| {
             let problem = engine.containers.as_ref().err().cloned();
             self::shown(docker_step("/s", "default", &engine, problem.as_deref()))
         };
-        let text = shown(Engine { containers: containers(1), networks: networks(1) });
+        let text = shown(DockerState { containers: containers(1), networks: networks(1) });
         assert_eq!(text, "✓ docker        /s (default): 1 container, 1 bridge network\n");
-        let text = shown(Engine { containers: containers(2), networks: networks(0) });
+        let text = shown(DockerState { containers: containers(2), networks: networks(0) });
         assert_eq!(text, "✓ docker        /s (default): 2 containers, 0 bridge networks\n");
-        let text = shown(Engine { containers: containers(2), networks: Err(refused("/networks")) });
+        let text =
+            shown(DockerState { containers: containers(2), networks: Err(refused("/networks")) });
         assert!(
-            text.starts_with("✗ docker        Docker at /s: /networks: answered 403 (default); 2 containers\n"),
+            text.starts_with(
+                "✗ docker        Docker at /s: /networks: answered 403 (default); 2 containers\n"
+            ),
             "{text}"
         );
-        assert!(text.contains("must answer /networks with a list; until then the beats name the deckies"), "{text}");
-        let text = shown(Engine { containers: Err(refused("/containers")), networks: networks(1) });
+        assert!(
+            text.contains(
+                "must answer /networks with a list; until then the beats name the deckies"
+            ),
+            "{text}"
+        );
+        let text =
+            shown(DockerState { containers: Err(refused("/containers")), networks: networks(1) });
         assert!(
             text.starts_with("✗ docker        Docker at /s: /containers: answered 403 (default); 1 bridge network\n"),
             "{text}"
         );
         assert!(text.contains("the beats name no decky"), "{text}");
-        let engine = Engine { containers: containers(2), networks: networks(1) };
-        let text = self::shown(docker_step("/s", "default", &engine, Some("no state; 1 decky is left out")));
-        assert!(text.starts_with("✗ docker        /s (default): no state; 1 decky is left out\n"), "{text}");
+        let engine = DockerState { containers: containers(2), networks: networks(1) };
+        let text = self::shown(docker_step(
+            "/s",
+            "default",
+            &engine,
+            Some("no state; 1 decky is left out"),
+        ));
+        assert!(
+            text.starts_with("✗ docker        /s (default): no state; 1 decky is left out\n"),
+            "{text}"
+        );
         assert!(!text.contains("/containers/json") && !text.contains("no decky"), "{text}");
     }
 }

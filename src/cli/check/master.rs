@@ -11,20 +11,21 @@ use rustls::client::danger::ServerCertVerifier;
 use rustls::pki_types::{CertificateDer, ServerName};
 
 use super::certificate::Described;
-use super::handshake::{Asked, Shaken, Witness, shake_hands};
+use super::handshake::{Asked, HandshakeInfo, RecordingVerifier, shake_hands};
 use super::steps::{Checklist, Step};
-use crate::body::{self, Body};
-use crate::bundle::Bundle;
+use crate::credentials::bundle::Bundle;
+use crate::credentials::enrolment::Enrolment;
 use crate::credentials::server_name;
-use crate::enrolment::Enrolment;
 use crate::error::Error;
-use crate::explain::{Explained, closed_on_our_certificate, explain, handshake, is_closed};
-use crate::identity::MasterIdentity;
-use crate::master::{Master, Reply, Verdict};
-use crate::resolve::{LookupFailed, MasterResolver};
+use crate::limits;
+use crate::master::body::{self, Body};
+use crate::master::explain::{Explained, closed_on_our_certificate, explain, handshake, is_closed};
+use crate::master::identity::MasterIdentity;
+use crate::master::resolver::{LookupFailed, MasterResolver};
+use crate::master::verifier;
+use crate::master::{MasterClient, PostResult, Verdict};
 use crate::status::Snapshot;
-use crate::text::printable;
-use crate::{limits, verifier};
+use crate::text::sanitize;
 
 /// Each step needs the one before it. `bundle`: `None` where it cannot be used.
 pub(super) fn check(
@@ -36,8 +37,9 @@ pub(super) fn check(
 ) -> Result<(), Error> {
     let (step, addresses) = name(enrolment);
     list.add(step);
-    let way = bundle.map(|bundle| Way::new(enrolment, bundle, rule)).transpose();
-    let not_tried = || Step::not_tried("tls", "it takes a connection, and a bundle that can be used");
+    let way = bundle.map(|bundle| MasterProbe::new(enrolment, bundle, rule)).transpose();
+    let not_tried =
+        || Step::not_tried("tls", "it takes a connection, and a bundle that can be used");
     let reached = Reached::of(&addresses, |stream| match &way {
         Ok(Some(way)) => way.shake_hands(stream),
         Ok(None) | Err(_) => not_tried(),
@@ -61,12 +63,14 @@ fn name(enrolment: &Enrolment) -> (Step, Vec<SocketAddr>) {
     let (host, port) = (enrolment.master_host().value(), *enrolment.master_port().value());
     let since = Instant::now();
     match MasterResolver::new(host, port).addresses(limits::CONNECT) {
-        Ok(addresses) if host.parse::<IpAddr>().is_ok() => {
-            (Step::good("name", format!("{host} is an address, there is nothing to look up")), addresses)
-        }
+        Ok(addresses) if host.parse::<IpAddr>().is_ok() => (
+            Step::good("name", format!("{host} is an address, there is nothing to look up")),
+            addresses,
+        ),
         Ok(addresses) => {
             let ips: Vec<_> = addresses.iter().map(|address| address.ip().to_string()).collect();
-            let says = format!("{host} is {}, looked up in {}", ips.join(", "), ms(since.elapsed()));
+            let says =
+                format!("{host} is {}, looked up in {}", ips.join(", "), ms(since.elapsed()));
             (Step::good("name", says).fact("addresses", ips), addresses)
         }
         Err(error) => {
@@ -74,7 +78,9 @@ fn name(enrolment: &Enrolment) -> (Step, Vec<SocketAddr>) {
                 ureq::Error::Other(cause) => cause.downcast_ref().map(LookupFailed::advice),
                 _ => None,
             };
-            let advice = advice.unwrap_or("see to the name service of this host, or name the master by its address");
+            let advice = advice.unwrap_or(
+                "see to the name service of this host, or name the master by its address",
+            );
             (Step::bad("name", format!("{host}: {}", explain(&error)), advice), Vec::new())
         }
     }
@@ -90,7 +96,8 @@ struct Reached {
 
 impl Reached {
     fn of(addresses: &[SocketAddr], shake_hands: impl Fn(TcpStream) -> Step) -> Self {
-        let (mut tcp, mut tls, mut failed) = (Step::not_tried("tcp", "it takes an address"), None, Vec::new());
+        let (mut tcp, mut tls, mut failed) =
+            (Step::not_tried("tcp", "it takes an address"), None, Vec::new());
         // There are sixteen at the most.
         let share = limits::CONNECT / u32::try_from(addresses.len()).unwrap_or(1).max(1);
         for (position, address) in addresses.iter().enumerate() {
@@ -100,9 +107,10 @@ impl Reached {
                 let tcp = match failed.as_slice() {
                     [] => connected,
                     // run connects in the same way, and after a failed handshake begins with the next address.
-                    failed => {
-                        connected.advise(format!("see to the addresses that failed before: {}", failed.join("; ")))
-                    }
+                    failed => connected.advise(format!(
+                        "see to the addresses that failed before: {}",
+                        failed.join("; ")
+                    )),
                 };
                 let mut addresses = addresses.to_vec();
                 addresses.rotate_left(position);
@@ -130,16 +138,26 @@ fn connect(address: SocketAddr, within: Duration) -> (Step, Option<TcpStream>) {
         }
         Err(error) => {
             let advice = match error.kind() {
-                ErrorKind::ConnectionRefused => "start the master's swarm controller, or correct the master's port",
+                ErrorKind::ConnectionRefused => {
+                    "start the master's swarm controller, or correct the master's port"
+                }
                 ErrorKind::InvalidInput | ErrorKind::AddrNotAvailable | ErrorKind::Unsupported => {
                     "correct the master's host: this host cannot connect to such an address"
                 }
-                _ if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS)) => {
+                _ if matches!(
+                    error.raw_os_error(),
+                    Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS)
+                ) =>
+                {
                     "raise the limits of this host: it has no socket left"
                 }
                 _ => "see to the route to the master, and to the firewalls on it",
             };
-            (Step::bad("tcp", format!("{address}: {error}"), advice).fact("address", address.to_string()), None)
+            (
+                Step::bad("tcp", format!("{address}: {error}"), advice)
+                    .fact("address", address.to_string()),
+                None,
+            )
         }
     }
 }
@@ -152,22 +170,30 @@ const NOT_ASKED: &str = "it asked for no certificate of ours, which the master d
 const OWN: &str = "it is of ca.crt, and its common name and a DNS name are swarmctl";
 
 /// As the agent reaches the master, but for the witness.
-struct Way<'a> {
+struct MasterProbe<'a> {
     enrolment: &'a Enrolment,
     bundle: &'a Bundle,
     rule: MasterIdentity,
     name: ServerName<'static>,
     config: Arc<ClientConfig>,
-    witness: Arc<Witness>,
+    witness: Arc<RecordingVerifier>,
     asked: Arc<Asked>,
 }
 
-impl<'a> Way<'a> {
-    fn new(enrolment: &'a Enrolment, bundle: &'a Bundle, rule: MasterIdentity) -> Result<Self, Error> {
+impl<'a> MasterProbe<'a> {
+    fn new(
+        enrolment: &'a Enrolment,
+        bundle: &'a Bundle,
+        rule: MasterIdentity,
+    ) -> Result<Self, Error> {
         let (name, provider) = (server_name(enrolment)?, verifier::provider());
         let judge = verifier::verifier(bundle, rule, &name, &provider);
-        let witness = Arc::new(Witness::before(judge));
-        let config = verifier::client_config(bundle, Arc::clone(&witness) as Arc<dyn ServerCertVerifier>, &provider)?;
+        let witness = Arc::new(RecordingVerifier::before(judge));
+        let config = verifier::client_config(
+            bundle,
+            Arc::clone(&witness) as Arc<dyn ServerCertVerifier>,
+            &provider,
+        )?;
         let mut config = ClientConfig::clone(&config);
         let asked = Arc::new(Asked::before(Arc::clone(&config.client_auth_cert_resolver)));
         config.client_auth_cert_resolver = Arc::clone(&asked) as Arc<dyn ResolvesClientCert>;
@@ -186,10 +212,16 @@ impl<'a> Way<'a> {
             format!("; {} for {}, {}", shown.subject, shown.names(), shown.validity(now))
         });
         let step = match shaken {
-            Ok(Shaken { version, took }) => {
+            Ok(HandshakeInfo { version, took }) => {
                 let accepted = self.accepted_as(shown.as_ref());
-                let step =
-                    Step::good("tls", format!("{version} in {}{who}; accepted by {}: {accepted}", ms(took), self.rule));
+                let step = Step::good(
+                    "tls",
+                    format!(
+                        "{version} in {}{who}; accepted by {}: {accepted}",
+                        ms(took),
+                        self.rule
+                    ),
+                );
                 let step = step.fact("version", version).fact("ms", millis(took));
                 match described.as_ref() {
                     _ if !self.asked.was_asked() => step.advise(NOT_ASKED),
@@ -206,7 +238,7 @@ impl<'a> Way<'a> {
                     true => closed_on_our_certificate(),
                     false => handshake(&error),
                 };
-                let step = Step::bad("tls", format!("{}{who}", printable(&says)), advice);
+                let step = Step::bad("tls", format!("{}{who}", sanitize(&says)), advice);
                 step.fact("our_fingerprint", self.bundle.certificate.fingerprint.as_str())
             }
         };
@@ -224,7 +256,9 @@ impl<'a> Way<'a> {
         match self.rule {
             MasterIdentity::Name => OWN.to_owned(),
             MasterIdentity::Host if is_masters_own => OWN.to_owned(),
-            MasterIdentity::Host => format!("it is of ca.crt, and for {host}, as any worker's may be"),
+            MasterIdentity::Host => {
+                format!("it is of ca.crt, and for {host}, as any worker's may be")
+            }
             MasterIdentity::AnyFromCa => "it is of ca.crt, and its names do not matter".to_owned(),
             MasterIdentity::Fingerprint(_) => "it is the pinned one".to_owned(),
             MasterIdentity::PublicCa => format!("it is publicly trusted, and for {host}"),
@@ -240,20 +274,22 @@ impl<'a> Way<'a> {
             topology: snapshot.topology().map(body::Topology::from),
             lifecycle: &[],
         });
-        let master = Master::new(self.enrolment, self.name.clone(), Arc::clone(&self.config));
+        let master = MasterClient::new(self.enrolment, self.name.clone(), Arc::clone(&self.config));
         master.use_addresses(addresses);
         let reply = match body {
             Ok(body) => master.post(&body, limits::POST),
-            Err(error) => Reply::unwritten(&error),
+            Err(error) => PostResult::unwritten(&error),
         };
         let fingerprint = &self.bundle.certificate.fingerprint;
-        let Reply { verdict, class, detail, took, resumed, .. } = reply;
+        let PostResult { verdict, class, detail, took, resumed, .. } = reply;
         let session = if resumed { "session resumed" } else { "new session" };
         let says = format!("{class} in {}, {session}", ms(took));
         let (means, advice) = meaning(verdict, &class, fingerprint);
         let step = match advice {
             None => Step::good("beat", format!("{says}: {means}")),
-            Some(advice) if detail.is_empty() => Step::bad("beat", format!("{says}: {means}"), advice),
+            Some(advice) if detail.is_empty() => {
+                Step::bad("beat", format!("{says}: {means}"), advice)
+            }
             Some(advice) => Step::bad("beat", format!("{says}: {means}: {detail}"), advice),
         };
         step.fact("class", class)
@@ -267,72 +303,72 @@ impl<'a> Way<'a> {
 fn meaning(verdict: Verdict, class: &str, fingerprint: &str) -> (&'static str, Option<String>) {
     match (verdict, class) {
         (Verdict::Accepted, _) => ("the master knows this host and took the beat", None),
-        (Verdict::HostRefused, "http-404") => (
+        (Verdict::HostRejected, "http-404") => (
             "the master does not know this host",
             Some("enrol this host again: it was never enrolled there, or has been decommissioned; if it is enrolled, see that \
                   it is this master's swarm controller that answers there".to_owned()),
         ),
-        (Verdict::HostRefused, _) => (
+        (Verdict::HostRejected, _) => (
             "the master does not accept this host's certificate",
             Some(format!(
                 "compare sha256 {fingerprint} with the master's record of this host, or enrol it again; a proxy in front of \
                  the master must pass TLS through, as the master sees the proxy's certificate otherwise"
             )),
         ),
-        (Verdict::BodyRefused, "unwritten") => (
+        (Verdict::BodyRejected, "unwritten") => (
             "nothing was sent, as the body could not be written",
             Some("see what the state file and topology.db hold".to_owned()),
         ),
-        (Verdict::BodyRefused, "http-413") => (
+        (Verdict::BodyRejected, "http-413") => (
             "what this host reports is too large",
             Some("let the proxy in front of the master take larger bodies; run would beat without a status".to_owned()),
         ),
         // As nginx says it when it ends TLS and wants a certificate.
-        (Verdict::BodyRefused, "http-400") => (
+        (Verdict::BodyRejected, "http-400") => (
             "the request is refused",
             Some("if what it says is of certificates, let the proxy in front of the master pass TLS through; otherwise see \
                   what the state file and topology.db hold".to_owned()),
         ),
-        (Verdict::BodyRefused, _) => (
+        (Verdict::BodyRejected, _) => (
             "the master refuses what this host reports",
             Some("see what the state file and topology.db hold; run would beat without a status".to_owned()),
         ),
-        (Verdict::TryLater(_), "http-502" | "http-503" | "http-504") => (
+        (Verdict::RetryLater(_), "http-502" | "http-503" | "http-504") => (
             "the master cannot take it now",
             Some("see to the master's log; if a proxy answers for the master, see that it reaches the master, and that it \
                   passes TLS through".to_owned()),
         ),
-        (Verdict::TryLater(_), class) if class.starts_with("http-5") => {
+        (Verdict::RetryLater(_), class) if class.starts_with("http-5") => {
             ("the master has failed on it", Some("see to the master's log; run would try again".to_owned()))
         }
-        (Verdict::TryLater(_), "http-408" | "http-425" | "http-429") => {
+        (Verdict::RetryLater(_), "http-408" | "http-425" | "http-429") => {
             ("the master cannot take it now", Some("wait: run would try again when the answer says".to_owned()))
         }
-        (Verdict::TryLater(_), _) => (
+        (Verdict::RetryLater(_), _) => (
             "this is no answer of the master's",
             Some("see that it is DECNET's swarm controller that answers there, and that this is its port".to_owned()),
         ),
-        (Verdict::NoAnswer, "not-http") => (
+        (Verdict::NoResponse, "not-http") => (
             "what answers there does not speak HTTP/1.1",
             Some("see that it is DECNET's swarm controller that answers there, and that this is its port".to_owned()),
         ),
-        (Verdict::NoAnswer, "tls") => (
+        (Verdict::NoResponse, "tls") => (
             "no answer, as TLS has failed",
             Some("see what the step tls found, and the master's log; run would try again".to_owned()),
         ),
-        (Verdict::NoAnswer, "name" | "timeout-resolve") => (
+        (Verdict::NoResponse, "name" | "timeout-resolve") => (
             "the master's name cannot be looked up",
             Some("correct the master's name, see to the name service of this host, or name the master by its address".to_owned()),
         ),
-        (Verdict::NoAnswer, "refused") => (
+        (Verdict::NoResponse, "refused") => (
             "nothing listens there any more",
             Some("start the master's swarm controller; run would try again".to_owned()),
         ),
-        (Verdict::NoAnswer, "unreachable" | "timeout-connect") => (
+        (Verdict::NoResponse, "unreachable" | "timeout-connect") => (
             "the master cannot be reached",
             Some("see to the route to the master, and to the firewalls on it; run would try again".to_owned()),
         ),
-        (Verdict::NoAnswer, _) => {
+        (Verdict::NoResponse, _) => {
             ("no answer", Some("see to the master's log, and to the network between; run would try again".to_owned()))
         }
     }
@@ -366,7 +402,11 @@ mod tests {
         };
         let reached = Reached::of(&[gone, bad, good], shake_hands);
         assert!(reached.tcp.is_good() && reached.tls.unwrap().is_good());
-        assert_eq!(reached.addresses, [good, gone, bad], "the beat begins with the one that serves");
+        assert_eq!(
+            reached.addresses,
+            [good, gone, bad],
+            "the beat begins with the one that serves"
+        );
         let said = reached.tcp.text(false);
         assert!(said.contains(&format!("{gone}: Connection refused")), "{said}");
         assert!(said.contains(&format!("{bad}: closed")), "{said}");
@@ -383,7 +423,7 @@ mod tests {
         let bundle = Bundle::load(dir.path(), &verifier::provider()).unwrap();
         // A name that leads nowhere.
         let enrolment = Enrolment::new(&worker.uuid, "nowhere.invalid", dir.path()).unwrap();
-        let way = Way::new(&enrolment, &bundle, MasterIdentity::Name).unwrap();
+        let way = MasterProbe::new(&enrolment, &bundle, MasterIdentity::Name).unwrap();
         let step = way.beat(&Snapshot::new(&json!({"deployed": false})), &[master.address()]);
         assert!(step.is_good(), "{}", step.says());
     }
@@ -400,9 +440,10 @@ mod tests {
             ("not-http", "that this is its port"),
             ("closed", "see to the master's log"),
         ] {
-            let (_, said) = meaning(Verdict::NoAnswer, class, "");
+            let (_, said) = meaning(Verdict::NoResponse, class, "");
             assert!(
-                said.as_ref().unwrap().starts_with(advice) || said.as_ref().unwrap().ends_with(advice),
+                said.as_ref().unwrap().starts_with(advice)
+                    || said.as_ref().unwrap().ends_with(advice),
                 "{class}: {said:?}"
             );
         }

@@ -48,7 +48,11 @@ impl Step {
     }
 
     /// An agent would start, and not do all of its work.
-    pub(super) fn bad(step: &'static str, says: impl Into<String>, advice: impl Into<String>) -> Self {
+    pub(super) fn bad(
+        step: &'static str,
+        says: impl Into<String>,
+        advice: impl Into<String>,
+    ) -> Self {
         Self::new(step, Outcome::Failed, says, 1).advise(advice)
     }
 
@@ -102,7 +106,8 @@ impl Step {
             Outcome::NotTried => ('-', 2),
         };
         let says = one_line(&self.says);
-        let mark = if paints { format!("\u{1b}[{colour}m{mark}\u{1b}[0m") } else { mark.to_string() };
+        let mark =
+            if paints { format!("\u{1b}[{colour}m{mark}\u{1b}[0m") } else { mark.to_string() };
         let mut text = format!("{mark} {:WIDTH$}{says}\n", self.step);
         if let Some(advice) = &self.advice {
             // Writing to a String cannot fail.
@@ -165,7 +170,8 @@ impl Checklist {
 
     fn report(&self, exit_code: u8) -> String {
         let works = self.steps.iter().all(|step| step.outcome != Outcome::Failed);
-        let report = Report { version: env!("CARGO_PKG_VERSION"), works, exit_code, steps: &self.steps };
+        let report =
+            Report { version: env!("CARGO_PKG_VERSION"), works, exit_code, steps: &self.steps };
         // Strings and numbers can be written as JSON.
         escaped_json(&serde_json::to_string_pretty(&report).unwrap_or_default()) + "\n"
     }
@@ -189,13 +195,17 @@ mod tests {
         let step = Step::bad("tcp", "refused", "start it");
         assert_eq!(step.text(false), "✗ tcp           refused\n                → start it\n");
         assert!(step.text(true).starts_with("\u{1b}[31m✗\u{1b}[0m tcp "));
-        assert_eq!(Step::not_tried("tls", "it takes tcp").text(false), "- tls           not tried: it takes tcp\n");
+        assert_eq!(
+            Step::not_tried("tls", "it takes tcp").text(false),
+            "- tls           not tried: it takes tcp\n"
+        );
     }
 
     #[test]
     fn the_exit_code_is_the_gravest_one() {
         let exit = |steps: Vec<Step>| {
-            let mut list = Checklist { steps: Vec::new(), json: true, paints: false, unprinted: Ok(()) };
+            let mut list =
+                Checklist { steps: Vec::new(), json: true, paints: false, unprinted: Ok(()) };
             steps.into_iter().for_each(|step| list.add(step));
             list.exit_code()
         };

@@ -17,7 +17,7 @@ use crate::cli::command_signals::{Caught, Signals, wait};
 use crate::cli::output::complain;
 use crate::delta::Outcome;
 use crate::limits;
-use crate::text::{last, printable};
+use crate::text::{last, sanitize};
 
 /// How a command ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -56,7 +56,8 @@ impl Ended {
                 let signal = signal.unwrap_or_default();
                 let what = format!("ended by signal {signal}");
                 let room = limits::DELTA_ERROR.saturating_sub(what.chars().count() + 2);
-                let error = if tail.is_empty() { what } else { format!("{what}: {}", last(tail, room)) };
+                let error =
+                    if tail.is_empty() { what } else { format!("{what}: {}", last(tail, room)) };
                 (error, 128 + signal)
             }
         };
@@ -70,11 +71,17 @@ fn exit_code(code: i32) -> u8 {
 }
 
 /// Runs it to its end, and passes signals on meanwhile.
-pub(super) fn run(command: &[OsString], outputs: Outputs, signals: &mut Signals, stderr: &mut Stderr) -> Ended {
+pub(super) fn run(
+    command: &[OsString],
+    outputs: Outputs,
+    signals: &mut Signals,
+    stderr: &mut Stderr,
+) -> Ended {
     let mut child = match start(command, outputs) {
         Ok(child) => child,
         Err(error) => {
-            let name = command.first().map(|name| printable(&name.to_string_lossy())).unwrap_or_default();
+            let name =
+                command.first().map(|name| sanitize(&name.to_string_lossy())).unwrap_or_default();
             complain(&format!("{name}: {error}"));
             return Ended::not_started(&name, &error);
         }
@@ -86,7 +93,11 @@ pub(super) fn run(command: &[OsString], outputs: Outputs, signals: &mut Signals,
 }
 
 /// An error only where the system knows nothing of the command any more.
-fn wait_for_its_end(child: &mut Child, signals: &mut Signals, stderr: &mut Stderr) -> io::Result<ExitStatus> {
+fn wait_for_its_end(
+    child: &mut Child,
+    signals: &mut Signals,
+    stderr: &mut Stderr,
+) -> io::Result<ExitStatus> {
     for caught in signals.pending() {
         pass_on_early(caught, child, stderr);
     }
@@ -135,7 +146,8 @@ fn pass_on(Caught { signal, by_process }: Caught, child: &Child, stderr: &mut St
     }
     // A terminal sends to a group, except that its end comes to the leader of the session alone.
     let came_to_group = stderr.group_got(signal).unwrap_or(!by_process);
-    let is_in_our_group = getpgid(Some(Pid::from_child(child))).is_ok_and(|group| group == getpgrp());
+    let is_in_our_group =
+        getpgid(Some(Pid::from_child(child))).is_ok_and(|group| group == getpgrp());
     if !(came_to_group && is_in_our_group) {
         send(child, signal);
     }

@@ -170,7 +170,11 @@ impl Companion {
         }
         let mut ready = files.iter().skip(1).map(|file| !file.revents().is_empty());
         let mut is_ready = |is_polled| is_polled && ready.next().unwrap_or(false);
-        Ok(Ready { input: is_ready(reads), output: is_ready(writes), question: is_ready(self.is_tracked) })
+        Ok(Ready {
+            input: is_ready(reads),
+            output: is_ready(writes),
+            question: is_ready(self.is_tracked),
+        })
     }
 
     /// Whether there were any.
@@ -188,7 +192,9 @@ impl Companion {
     fn take(&mut self, most: usize) -> bool {
         let mut buffer = [0; limits::STDERR_WRITE];
         let room = most.saturating_sub(self.queue.len()).min(buffer.len());
-        let Some(buffer) = buffer.get_mut(..room).filter(|buffer| !buffer.is_empty()) else { return false };
+        let Some(buffer) = buffer.get_mut(..room).filter(|buffer| !buffer.is_empty()) else {
+            return false;
+        };
         let said = match read(io::stdin(), &mut *buffer) {
             Ok(length @ 1..) => buffer.get(..length).unwrap_or_default(),
             Err(Errno::AGAIN | Errno::INTR) => return false,

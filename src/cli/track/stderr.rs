@@ -10,7 +10,9 @@ use std::time::{Duration, Instant};
 
 use anstream::adapter::strip_str;
 use rustix::fs::fstat;
-use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recv, send, socketpair};
+use rustix::net::{
+    AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recv, send, socketpair,
+};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer, openpt, unlockpt};
 use rustix::termios::{OptionalActions, tcgetattr, tcgetwinsize, tcsetattr, tcsetwinsize};
@@ -55,11 +57,18 @@ impl Stderr {
         let copied = || {
             let (input, output) = if is_terminal { terminal()? } else { pipe()? };
             let companion = Companion::start(&input)?;
-            let stdout = if is_same_file(io::stdout(), io::stderr()) { Some(output.try_clone()?) } else { None };
+            let stdout = if is_same_file(io::stdout(), io::stderr()) {
+                Some(output.try_clone()?)
+            } else {
+                None
+            };
             io::Result::Ok((Some(companion), Some(input), Outputs { stdout, stderr: Some(output) }))
         };
         let (companion, input, outputs) = copied().unwrap_or_else(|error| {
-            log::warn!("stderr is not copied, so a report cannot quote it: error={:?}", error.to_string());
+            log::warn!(
+                "stderr is not copied, so a report cannot quote it: error={:?}",
+                error.to_string()
+            );
             (None, None, Outputs::default())
         });
         (Self { companion, input, started: Instant::now(), is_terminal, is_over: false }, outputs)
@@ -90,9 +99,14 @@ impl Stderr {
         self.started = Instant::now();
         let started = Companion::start(input);
         match &started {
-            Ok(_) => log::warn!("the process that copies stderr was killed, another one goes on: what it had is lost"),
+            Ok(_) => log::warn!(
+                "the process that copies stderr was killed, another one goes on: what it had is lost"
+            ),
             Err(error) => {
-                log::warn!("nobody reads the command's stderr, which may have to wait: error={:?}", error.to_string());
+                log::warn!(
+                    "nobody reads the command's stderr, which may have to wait: error={:?}",
+                    error.to_string()
+                );
             }
         }
         self.companion = started.ok();
@@ -112,7 +126,8 @@ impl Stderr {
     /// Our terminal has another size. Whether the command's has it now, too, without knowing.
     pub(super) fn resize(&mut self) -> bool {
         let companion = self.companion.as_mut().filter(|_| self.is_terminal);
-        companion.is_some_and(|companion| companion.ask(SIZE, 0, limits::COMPANION_ANSWER).is_some())
+        companion
+            .is_some_and(|companion| companion.ask(SIZE, 0, limits::COMPANION_ANSWER).is_some())
     }
 
     /// The end of what the command has written so far, as text.
@@ -159,7 +174,9 @@ impl Companion {
 
     /// Waits for a companion that ends now.
     fn reap(&mut self) {
-        let Ok(end) = pidfd_open(Pid::from_child(&self.process), PidfdFlags::empty()) else { return };
+        let Ok(end) = pidfd_open(Pid::from_child(&self.process), PidfdFlags::empty()) else {
+            return;
+        };
         let _ = wait(&[end.as_fd()], Some(Instant::now() + limits::STDERR_GRACE));
         let _ = self.process.try_wait();
     }
@@ -226,7 +243,9 @@ fn terminal() -> io::Result<(OwnedFd, OwnedFd)> {
 /// Whether both lead to the same file, terminal, pipe or socket.
 fn is_same_file(one: impl AsFd, other: impl AsFd) -> bool {
     match (fstat(one), fstat(other)) {
-        (Ok(one), Ok(other)) => (one.st_dev, one.st_ino, one.st_rdev) == (other.st_dev, other.st_ino, other.st_rdev),
+        (Ok(one), Ok(other)) => {
+            (one.st_dev, one.st_ino, one.st_rdev) == (other.st_dev, other.st_ino, other.st_rdev)
+        }
         _ => false,
     }
 }
@@ -234,7 +253,9 @@ fn is_same_file(one: impl AsFd, other: impl AsFd) -> bool {
 /// What a person would have seen of it: without escape sequences, and of a line that was overwritten what was there last.
 fn text(written: &[u8]) -> String {
     let written = strip_str(&String::from_utf8_lossy(written)).to_string();
-    let seen = |line: &str| line.rsplit('\r').find(|part| !part.trim().is_empty()).unwrap_or_default().to_owned();
+    let seen = |line: &str| {
+        line.rsplit('\r').find(|part| !part.trim().is_empty()).unwrap_or_default().to_owned()
+    };
     let lines: Vec<_> = written.split('\n').map(seen).collect();
     lines.join("\n").trim().to_owned()
 }

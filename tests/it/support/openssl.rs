@@ -21,7 +21,11 @@ impl OpenSsl {
         let this = Self { dir: dir.join("openssl") };
         fs::create_dir(&this.dir).unwrap();
         this.run("req -x509 -newkey rsa:2048 -nodes -keyout ca.key -out ca.crt -days 9 -subj /O=DECNET/CN=CA");
-        fs::write(this.path("ext"), "subjectAltName=DNS:swarmctl\nextendedKeyUsage=serverAuth,clientAuth\n").unwrap();
+        fs::write(
+            this.path("ext"),
+            "subjectAltName=DNS:swarmctl\nextendedKeyUsage=serverAuth,clientAuth\n",
+        )
+        .unwrap();
         this
     }
 
@@ -37,7 +41,11 @@ impl OpenSsl {
     pub fn run(&self, arguments: &str) {
         let mut command = Command::new("openssl");
         let output = command.current_dir(&self.dir).args(arguments.split(' ')).output().unwrap();
-        assert!(output.status.success(), "openssl {arguments}: {}", String::from_utf8_lossy(&output.stderr));
+        assert!(
+            output.status.success(),
+            "openssl {arguments}: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
     }
 
     /// A certificate for `swarmctl` and its key, in `NAME.crt` and `NAME.key`.
@@ -57,7 +65,9 @@ impl OpenSsl {
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
         let mut child = command.spawn().unwrap();
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
-        let port = lines.find_map(|line| line.unwrap().strip_prefix("ACCEPT 127.0.0.1:")?.parse().ok()).unwrap();
+        let port = lines
+            .find_map(|line| line.unwrap().strip_prefix("ACCEPT 127.0.0.1:")?.parse().ok())
+            .unwrap();
         std::thread::spawn(move || lines.for_each(drop));
         Served { child, port }
     }

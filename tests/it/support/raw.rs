@@ -23,12 +23,17 @@ pub struct RawMaster {
 
 impl RawMaster {
     /// `serve` has each connection to itself, after the handshake.
-    pub fn new(stage: &Stage, serve: impl Fn(&mut RawConnection) -> io::Result<()> + Send + Sync + 'static) -> Self {
+    pub fn new(
+        stage: &Stage,
+        serve: impl Fn(&mut RawConnection) -> io::Result<()> + Send + Sync + 'static,
+    ) -> Self {
         let issued = stage.master.certificate();
         let chain = vec![CertificateDer::from_pem_slice(issued.certificate.as_bytes()).unwrap()];
         let key = PrivateKeyDer::from_pem_slice(issued.key.as_bytes()).unwrap();
         let provider = Arc::new(rustls::crypto::ring::default_provider());
-        let config = ServerConfig::builder_with_provider(provider).with_safe_default_protocol_versions().unwrap();
+        let config = ServerConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .unwrap();
         let config = Arc::new(config.with_no_client_auth().with_single_cert(chain, key).unwrap());
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
@@ -36,12 +41,14 @@ impl RawMaster {
         let serve = Arc::new(serve);
         thread::spawn(move || {
             for (number, socket) in (1..).zip(listener.incoming()) {
-                let (config, serve, sender) = (Arc::clone(&config), Arc::clone(&serve), sender.clone());
+                let (config, serve, sender) =
+                    (Arc::clone(&config), Arc::clone(&serve), sender.clone());
                 thread::spawn(move || {
                     let socket = socket.unwrap();
                     socket.set_nodelay(true).unwrap();
                     let tls = ServerConnection::new(config).unwrap();
-                    let mut connection = RawConnection { number, tls, socket, read: Vec::new(), requests: sender };
+                    let mut connection =
+                        RawConnection { number, tls, socket, read: Vec::new(), requests: sender };
                     // However it ends, the client shows what it makes of it.
                     let _ = connection.shake_hands().and_then(|()| serve(&mut connection));
                 });
@@ -85,7 +92,8 @@ impl RawConnection {
             }
             self.read_some()?;
         };
-        let head = String::from_utf8(self.read.drain(..end).collect()).unwrap().to_ascii_lowercase();
+        let head =
+            String::from_utf8(self.read.drain(..end).collect()).unwrap().to_ascii_lowercase();
         let length = head.lines().find_map(|line| line.strip_prefix("content-length: ")).unwrap();
         Ok(length.trim().parse().unwrap())
     }

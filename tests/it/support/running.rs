@@ -17,16 +17,20 @@ impl Running {
     }
 
     pub fn signal(&self, name: &str) {
-        let kill = Command::new("kill").args(["-s", name, &self.0.id().to_string()]).status().unwrap();
+        let kill =
+            Command::new("kill").args(["-s", name, &self.0.id().to_string()]).status().unwrap();
         assert!(kill.success(), "{name}");
     }
 
     /// Waits until it has a thread of this name.
     pub fn await_thread(&self, name: &str) {
         let tasks = format!("/proc/{}/task", self.0.id());
-        let names = || std::fs::read_dir(&tasks).unwrap().map(|task| task.unwrap().path().join("comm"));
+        let names =
+            || std::fs::read_dir(&tasks).unwrap().map(|task| task.unwrap().path().join("comm"));
         let end = Instant::now() + PATIENCE;
-        while !names().any(|comm| std::fs::read_to_string(comm).is_ok_and(|found| found.trim_end() == name)) {
+        while !names()
+            .any(|comm| std::fs::read_to_string(comm).is_ok_and(|found| found.trim_end() == name))
+        {
             assert!(Instant::now() < end, "no thread {name}");
             thread::sleep(Duration::from_millis(5));
         }

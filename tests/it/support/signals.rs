@@ -14,7 +14,8 @@ pub fn none_is_ignored() {
         let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:")).unwrap();
         let ignored = u64::from_str_radix(ignored.trim(), 16).unwrap();
         // PIPE is Rust's own.
-        let ignored = (1..=64).filter(|signal| ignored & 1 << (signal - 1) != 0 && *signal != SIGPIPE);
+        let ignored =
+            (1..=64).filter(|signal| ignored & 1 << (signal - 1) != 0 && *signal != SIGPIPE);
         for signal in ignored.filter(|signal| !FORBIDDEN.contains(signal)) {
             // The C library keeps some for itself.
             let _ = flag::register(signal, Arc::default());

@@ -44,7 +44,11 @@ impl Docker {
     /// What an engine of our own needs and is not there.
     pub fn missing() -> Option<&'static str> {
         let root = fs::metadata("/proc/self").is_ok_and(|process| process.uid() == 0);
-        let dockerd = Command::new("dockerd").arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status();
+        let dockerd = Command::new("dockerd")
+            .arg("--version")
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .status();
         match (root, dockerd) {
             (false, _) => Some("root"),
             (_, Err(_)) => Some("Debian's docker.io"),
@@ -60,7 +64,11 @@ impl Docker {
 
         let docker = Docker { keeper: Mutex::new(None), folder, bridges: Mutex::default() };
         let length = docker.socket().as_os_str().len();
-        assert!(length < 108, "{} is too long for a socket: set TMPDIR to a shorter path", docker.socket().display());
+        assert!(
+            length < 108,
+            "{} is too long for a socket: set TMPDIR to a shorter path",
+            docker.socket().display()
+        );
         docker.start_again();
         docker.import(Path::new("/"), BUSYBOX.trim_start_matches('/'), IMAGE);
         docker
@@ -138,7 +146,14 @@ impl Docker {
     fn container(&self, verb: &str, options: &[&str], name: &str) {
         let mut docker = self.client("docker");
         // A sleeping process 1 ignores SIGTERM, and each stop would take 10 s.
-        docker.arg(verb).args(options).args(["--name", name, "--network", "none", "--stop-signal", "KILL"]);
+        docker.arg(verb).args(options).args([
+            "--name",
+            name,
+            "--network",
+            "none",
+            "--stop-signal",
+            "KILL",
+        ]);
         process::run(docker.args([IMAGE, BUSYBOX, "sleep", "2147483647"]));
     }
 
@@ -176,7 +191,14 @@ impl Keeper {
         // Where the machine has a containerd, dockerd uses that one: a namespace of our own keeps us apart.
         let namespace = folder.file_name().unwrap().to_str().unwrap().replace('.', "");
         let mut child = Command::new("sh")
-            .args(["-c", KEEPER, "keeper", "--bridge=none", "--iptables=false", "--ip6tables=false"])
+            .args([
+                "-c",
+                KEEPER,
+                "keeper",
+                "--bridge=none",
+                "--iptables=false",
+                "--ip6tables=false",
+            ])
             .args(["--ip-forward=false", "--ip-masq=false", "--userland-proxy=false"])
             .arg(format!("--containerd-namespace={namespace}"))
             .arg(format!("--containerd-plugins-namespace={namespace}-plugins"))
@@ -202,8 +224,12 @@ impl Keeper {
             match self.log.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
                 Ok(line) if line.contains("API listen on") => return,
                 Ok(line) => said = said + &line + "\n",
-                Err(RecvTimeoutError::Timeout) => panic!("dockerd does not listen after {START:?}:\n{said}"),
-                Err(RecvTimeoutError::Disconnected) => panic!("dockerd does not run (is docker.io there?):\n{said}"),
+                Err(RecvTimeoutError::Timeout) => {
+                    panic!("dockerd does not listen after {START:?}:\n{said}")
+                }
+                Err(RecvTimeoutError::Disconnected) => {
+                    panic!("dockerd does not run (is docker.io there?):\n{said}")
+                }
             }
         }
     }

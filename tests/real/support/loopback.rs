@@ -25,13 +25,21 @@ impl Loopback {
     pub fn builder(&self) -> (HeartbeatBuilder, Sender<Instant>) {
         let (tick, ticks) = unbounded();
         let source = || Snapshot::new(&json!({"deployed": false, "deckies": []}));
-        (Heartbeat::builder().enrolment(self.worker.enrolment().unwrap()).ticks(ticks).status_source(source), tick)
+        (
+            Heartbeat::builder()
+                .enrolment(self.worker.enrolment().unwrap())
+                .ticks(ticks)
+                .status_source(source),
+            tick,
+        )
     }
 
     /// The deckies of all deltas that were sent, in their order.
     pub fn sent(&self) -> Vec<String> {
-        let requests = self.master.received().into_iter().map(|request| request.json.expect("a body of JSON"));
-        let deltas = requests.flat_map(|json| json["lifecycle"].as_array().cloned().unwrap_or_default());
+        let requests =
+            self.master.received().into_iter().map(|request| request.json.expect("a body of JSON"));
+        let deltas =
+            requests.flat_map(|json| json["lifecycle"].as_array().cloned().unwrap_or_default());
         deltas.map(|delta| delta["decky_name"].as_str().unwrap().to_owned()).collect()
     }
 }

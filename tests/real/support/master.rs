@@ -175,7 +175,8 @@ impl RealMaster {
     pub fn stop(&self) {
         let mut process = self.process.lock().unwrap().take().expect("the master runs");
         writeln!(process.requests, "{}", json!({"do": "stop"})).unwrap();
-        let status = process::end(&mut process.child, COMMAND).expect("the master stops when told to");
+        let status =
+            process::end(&mut process.child, COMMAND).expect("the master stops when told to");
         assert!(status.success(), "the master stopped with {status}\n{}", self.log());
     }
 
@@ -207,7 +208,8 @@ impl RealMaster {
 
 impl Process {
     fn start(folder: &Path, port: Option<u16>) -> (Process, u16) {
-        let log = File::options().create(true).append(true).open(folder.join("master.log")).unwrap();
+        let log =
+            File::options().create(true).append(true).open(folder.join("master.log")).unwrap();
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/real/master.py");
         let mut child = Command::new(python())
             .arg(script)
@@ -227,10 +229,9 @@ impl Process {
     }
 
     fn answer(&mut self, patience: Duration, folder: &Path) -> Value {
-        let line = self
-            .answers
-            .recv_timeout(patience)
-            .unwrap_or_else(|error| panic!("no answer from the master ({error}); its log:\n{}", log(folder)));
+        let line = self.answers.recv_timeout(patience).unwrap_or_else(|error| {
+            panic!("no answer from the master ({error}); its log:\n{}", log(folder))
+        });
         let mut answer: Value = serde_json::from_str(&line).unwrap();
         match answer.get("error") {
             Some(error) => panic!("the master: {}", text(error)),

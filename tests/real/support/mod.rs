@@ -25,7 +25,11 @@ use std::path::{Path, PathBuf};
 /// The Python that has the real master.
 pub fn python() -> PathBuf {
     let python = python_path();
-    assert!(python.exists(), "{} is not there: run tests/real/setup.sh, or set DECNET_PYTHON", python.display());
+    assert!(
+        python.exists(),
+        "{} is not there: run tests/real/setup.sh, or set DECNET_PYTHON",
+        python.display()
+    );
     python
 }
 

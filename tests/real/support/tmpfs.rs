@@ -18,7 +18,11 @@ impl Tmpfs {
     /// An outbox in use takes about 60 KiB, half of that its `-shm`.
     pub fn mount() -> Self {
         let folder = tempfile::tempdir().unwrap();
-        process::run(Command::new("mount").args(["-t", "tmpfs", "-o", "size=256k", "tmpfs"]).arg(folder.path()));
+        process::run(
+            Command::new("mount")
+                .args(["-t", "tmpfs", "-o", "size=256k", "tmpfs"])
+                .arg(folder.path()),
+        );
         Self { folder }
     }
 
@@ -43,7 +47,9 @@ impl Tmpfs {
 
     /// `ro` or `rw`. Nobody may have a file open for writing.
     pub fn remount(&self, option: &str) {
-        process::run(Command::new("mount").args(["-o", &format!("remount,{option}")]).arg(self.path()));
+        process::run(
+            Command::new("mount").args(["-o", &format!("remount,{option}")]).arg(self.path()),
+        );
     }
 
     fn filling(&self) -> PathBuf {

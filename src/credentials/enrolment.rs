@@ -1,0 +1,1064 @@
+//! Where it is written who we are: the program, the environment and `decnet.ini`, in the order of the original agent.
+//! Read on the thread that asks; the heartbeat thread asks again when the ini has changed.
+//!
+//! From the top: [`EnrolmentSources`] says where to look, `Reading` looks there by the original's rules, and
+//! [`Enrolment`] holds what was found, each value with its [`Provenance`]. Not read here are the `.env` files which
+//! the original also takes from its working directory.
+
+mod ini;
+
+use std::collections::HashMap;
+use std::ffi::OsString;
+use std::fmt;
+use std::fs;
+use std::io::ErrorKind;
+use std::net::{IpAddr, Ipv6Addr};
+use std::num::NonZeroU16;
+use std::path::{Path, PathBuf};
+
+use crate::error::{Error, sanitize_path};
+use crate::files;
+use crate::limits;
+use crate::master::identity::MasterIdentity;
+use crate::text::{printable_within, sanitize};
+use ini::Ini;
+
+const CONFIG: &str = "DECNET_CONFIG";
+const MODE: &str = "DECNET_MODE";
+const HOST_UUID: &str = "DECNET_HOST_UUID";
+const MASTER_HOST: &str = "DECNET_MASTER_HOST";
+const MASTER_PORT: &str = "DECNET_SWARMCTL_PORT";
+const AGENT_DIR: &str = "DECNET_AGENT_DIR";
+const MASTER_IDENTITY: &str = "DECNET_MASTER_IDENTITY";
+
+/// The variables that are read. No others are kept: some of DECNET's hold secrets.
+const VARIABLES: [&str; 7] =
+    [CONFIG, MODE, HOST_UUID, MASTER_HOST, MASTER_PORT, AGENT_DIR, MASTER_IDENTITY];
+
+/// The master's port where nothing says otherwise.
+const DEFAULT_PORT: u16 = 8770;
+
+/// Where DECNET keeps its ini and its agent dir.
+const ETC: &str = "/etc/decnet";
+
+/// Who this host is to its master, and where that was written.
+///
+/// ```
+/// # fn main() -> Result<(), decnet_heartbeat::Error> {
+/// let enrolment = decnet_heartbeat::Enrolment::new("0c4f9a52", "master.lan", "/etc/decnet/agent")?;
+/// assert_eq!(enrolment.master_port().value(), &8770);
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Enrolment {
+    host_uuid: Sourced<String>,
+    master_host: Sourced<String>,
+    master_port: Sourced<u16>,
+    agent_dir: Sourced<PathBuf>,
+    master_identity: Option<Sourced<MasterIdentity>>,
+    /// `None` if the program gave the values itself.
+    sources: Option<EnrolmentSources>,
+}
+
+impl Enrolment {
+    /// An enrolment of values that the program knows, with the master's port at its default, 8770. A relative agent dir begins at
+    /// the folder in which this process is now, wherever it goes later.
+    ///
+    /// # Errors
+    /// If the uuid is empty, longer than 255 characters or has characters that do not print; if the host is not a
+    /// host name or an IP address alone; if the agent dir is empty.
+    pub fn new(
+        host_uuid: impl Into<String>,
+        master_host: impl Into<String>,
+        agent_dir: impl Into<PathBuf>,
+    ) -> Result<Self, Error> {
+        Ok(Self {
+            host_uuid: host_uuid_of(given(host_uuid.into()))?,
+            master_host: master_host_of(given(master_host.into()))?,
+            master_port: Sourced { value: DEFAULT_PORT, provenance: Provenance::Default },
+            agent_dir: agent_dir_of(given(agent_dir.into()))?,
+            master_identity: None,
+            sources: None,
+        })
+    }
+
+    /// The same enrolment with another port of the master. [`reload`](Self::reload) keeps it only for an
+    /// enrolment made by [`new`](Self::new).
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # use decnet_heartbeat::Enrolment;
+    /// let enrolment = Enrolment::new("0c4f9a52", "master.lan", "/etc/decnet/agent")?.with_master_port(9443)?;
+    /// assert_eq!(enrolment.master_port().value(), &9443);
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// If the port is 0.
+    pub fn with_master_port(mut self, port: u16) -> Result<Self, Error> {
+        self.master_port = master_port_of(given(port.to_string()))?;
+        Ok(self)
+    }
+
+    /// What the environment of this process and `decnet.ini` say.
+    ///
+    /// ```
+    /// # use decnet_heartbeat::Enrolment;
+    /// match Enrolment::from_env() {
+    ///     Ok(enrolment) => println!("the master is {}", enrolment.master_host().value()),
+    ///     Err(error) if error.is_not_enrolled() => println!("no worker: {error}"),
+    ///     Err(error) => eprintln!("this must be mended: {error:?}"),
+    /// }
+    /// ```
+    ///
+    /// # Errors
+    /// As for [`EnrolmentSources::read`].
+    pub fn from_env() -> Result<Self, Error> {
+        EnrolmentSources::from_env().read()
+    }
+
+    /// Reads the same sources again: the ini as it is now, the variables as they were. An enrolment of values
+    /// that the program gave is returned as it is.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # use decnet_heartbeat::EnrolmentSources;
+    /// # let dir = tempfile::tempdir()?;
+    /// # let ini = dir.path().join("decnet.ini");
+    /// # std::fs::write(&ini, "[decnet]\nmode = agent\n[agent]\nhost-uuid = u-1\nmaster-host = master.lan\n")?;
+    /// let enrolment = EnrolmentSources::from_variables([("HOME", "/root")]).config(&ini).read()?;
+    /// // The host is enrolled again, under another uuid.
+    /// std::fs::write(&ini, "[decnet]\nmode = agent\n[agent]\nhost-uuid = u-2\nmaster-host = master.lan\n")?;
+    /// assert_eq!(enrolment.host_uuid().value(), "u-1");
+    /// assert_eq!(enrolment.reload()?.host_uuid().value(), "u-2");
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// As for [`EnrolmentSources::read`].
+    pub fn reload(&self) -> Result<Self, Error> {
+        self.sources.as_ref().map_or_else(|| Ok(self.clone()), EnrolmentSources::read)
+    }
+
+    /// The id under which the master knows this host.
+    pub fn host_uuid(&self) -> &Sourced<String> {
+        &self.host_uuid
+    }
+
+    /// The master's name or address; an IPv6 address has no brackets here.
+    pub fn master_host(&self) -> &Sourced<String> {
+        &self.master_host
+    }
+
+    /// The port of the master's swarm controller.
+    pub fn master_port(&self) -> &Sourced<u16> {
+        &self.master_port
+    }
+
+    /// The folder of the bundle (`ca.crt`, `worker.crt`, `worker.key`), of `topology.db` and of the outbox.
+    pub fn agent_dir(&self) -> &Sourced<PathBuf> {
+        &self.agent_dir
+    }
+
+    /// Who counts as the master, where the environment or the ini says so.
+    pub fn master_identity(&self) -> Option<&Sourced<MasterIdentity>> {
+        self.master_identity.as_ref()
+    }
+
+    /// The ini that was read, or would have been if it existed. `None` if the program gave the values itself.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # use decnet_heartbeat::{Enrolment, EnrolmentSources};
+    /// let variables = [("DECNET_HOST_UUID", "0c4f9a52"), ("DECNET_MASTER_HOST", "master.lan")];
+    /// let enrolment = EnrolmentSources::from_variables(variables).config("/no/such.ini").read()?;
+    /// assert_eq!(enrolment.ini(), Some(std::path::Path::new("/no/such.ini")));
+    /// // Of values that the program gave there is no ini.
+    /// assert_eq!(Enrolment::new("0c4f9a52", "master.lan", "/srv/agent")?.ini(), None);
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn ini(&self) -> Option<&Path> {
+        self.sources.as_ref().map(|sources| sources.ini.value().as_path())
+    }
+
+    /// Where the beats go.
+    pub(crate) fn master_url(&self) -> String {
+        format!("https://{}/swarm/heartbeat", self.master_authority())
+    }
+
+    /// The master as a URL writes it: `host:port`, an IPv6 address in brackets.
+    pub(crate) fn master_authority(&self) -> String {
+        let (host, port) = (self.master_host.value(), self.master_port.value());
+        if host.contains(':') { format!("[{host}]:{port}") } else { format!("{host}:{port}") }
+    }
+}
+
+/// A value, and where it was found.
+///
+/// ```
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// use decnet_heartbeat::{Enrolment, Provenance};
+///
+/// let enrolment = Enrolment::new("0c4f9a52", "master.lan", "/etc/decnet/agent")?;
+/// let (host, port) = (enrolment.master_host(), enrolment.master_port());
+/// assert_eq!((host.value().as_str(), host.provenance()), ("master.lan", &Provenance::Program));
+/// assert_eq!((port.value(), port.provenance()), (&8770, &Provenance::Default));
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Sourced<T> {
+    value: T,
+    provenance: Provenance,
+}
+
+impl<T> Sourced<T> {
+    /// The value.
+    pub fn value(&self) -> &T {
+        &self.value
+    }
+
+    /// Where it was found.
+    pub fn provenance(&self) -> &Provenance {
+        &self.provenance
+    }
+
+    fn map<U>(self, to: impl FnOnce(T) -> U) -> Sourced<U> {
+        Sourced { value: to(self.value), provenance: self.provenance }
+    }
+
+    /// The error that this value cannot be used. `setting` names it where the program gave it.
+    fn refused(&self, setting: &'static str, problem: impl Into<String>) -> Error {
+        match self.provenance {
+            Provenance::Program => Error::setting(setting, problem),
+            _ => Error::config(self.provenance.to_string(), problem),
+        }
+    }
+}
+
+fn given<T>(value: T) -> Sourced<T> {
+    Sourced { value, provenance: Provenance::Program }
+}
+
+/// Where a value was found. `Display` is made for messages: `/etc/decnet/decnet.ini [agent] host-uuid`.
+///
+/// ```
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # use decnet_heartbeat::EnrolmentSources;
+/// let variables = [("DECNET_HOST_UUID", "0c4f9a52"), ("DECNET_MASTER_HOST", "master.lan")];
+/// let enrolment = EnrolmentSources::from_variables(variables).config("/no/such.ini").read()?;
+/// assert_eq!(enrolment.host_uuid().provenance().to_string(), "DECNET_HOST_UUID");
+/// assert_eq!(enrolment.master_port().provenance().to_string(), "default");
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Provenance {
+    /// The program gave it.
+    Program,
+    /// A command line option, with its dashes.
+    CommandLine(&'static str),
+    /// An environment variable.
+    Environment(&'static str),
+    /// A key of an ini file.
+    Ini {
+        /// The file.
+        file: PathBuf,
+        /// The section in which the key is written.
+        section: String,
+        /// The key, in lower case.
+        key: String,
+    },
+    /// Nothing said otherwise.
+    Default,
+}
+
+impl fmt::Display for Provenance {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Program => f.write_str("given by the program"),
+            Self::CommandLine(name) | Self::Environment(name) => f.write_str(name),
+            Self::Ini { file, section, key } => {
+                write!(f, "{} [{}] {}", sanitize_path(file), sanitize(section), sanitize(key))
+            }
+            Self::Default => f.write_str("default"),
+        }
+    }
+}
+
+/// Where to look for an [`Enrolment`]: the command line's words, the environment, an ini file.
+///
+/// The command line beats the environment, which beats the ini, which beats the defaults.
+///
+/// ```
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # use decnet_heartbeat::EnrolmentSources;
+/// # let dir = tempfile::tempdir()?;
+/// # let ini = dir.path().join("decnet.ini");
+/// # let agent = "host-uuid = u-1\nmaster-host = master.lan\nswarmctl-port = 9000\n";
+/// # std::fs::write(&ini, format!("[decnet]\nmode = agent\n[agent]\n{agent}"))?;
+/// // The ini says `host-uuid = u-1`, `master-host = master.lan` and `swarmctl-port = 9000`.
+/// let sources = EnrolmentSources::from_variables([("DECNET_SWARMCTL_PORT", "9443")]);
+/// let enrolment = sources.config(&ini).agent_dir("/srv/agent").read()?;
+/// assert_eq!(enrolment.host_uuid().provenance().to_string(), format!("{} [agent] host-uuid", ini.display()));
+/// assert_eq!(enrolment.master_port().value(), &9443);
+/// assert_eq!(enrolment.agent_dir().provenance().to_string(), "--agent-dir");
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EnrolmentSources {
+    variables: HashMap<&'static str, OsString>,
+    ini: Sourced<PathBuf>,
+    agent_dir: Option<PathBuf>,
+    default_agent_dir: PathBuf,
+    /// Where this process was: a path that begins nowhere means the same in each later reading.
+    folder: PathBuf,
+}
+
+impl EnrolmentSources {
+    /// The environment of this process as it is now: the `DECNET_*` variables that count here, and the home folder.
+    pub fn from_env() -> Self {
+        Self::new(std::env::vars_os(), std::env::home_dir(), Path::new(ETC))
+    }
+
+    /// The given variables (`HOME` among them) in place of the environment of this process. Of a variable given
+    /// twice, the last one counts.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # use decnet_heartbeat::EnrolmentSources;
+    /// let sources = EnrolmentSources::from_variables([
+    ///     ("DECNET_HOST_UUID", "0c4f9a52"),
+    ///     ("DECNET_MASTER_HOST", "master.lan"),
+    ///     ("DECNET_AGENT_DIR", "/srv/agent"),
+    /// ]);
+    /// assert_eq!(sources.read()?.agent_dir().value(), std::path::Path::new("/srv/agent"));
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn from_variables<K, V>(variables: impl IntoIterator<Item = (K, V)>) -> Self
+    where
+        K: Into<OsString>,
+        V: Into<OsString>,
+    {
+        Self::new(
+            variables.into_iter().map(|(name, value)| (name.into(), value.into())),
+            None,
+            Path::new(ETC),
+        )
+    }
+
+    fn new(
+        all: impl Iterator<Item = (OsString, OsString)>,
+        home: Option<PathBuf>,
+        etc: &Path,
+    ) -> Self {
+        let mut home = home;
+        let mut variables = HashMap::new();
+        for (name, value) in all {
+            if let Some(known) = VARIABLES.into_iter().find(|known| name == *known) {
+                variables.insert(known, value);
+            } else if name == "HOME" && home.is_none() {
+                home = Some(PathBuf::from(value));
+            }
+        }
+        let ini = match variables.get(CONFIG).filter(|path| !path.is_empty()) {
+            Some(path) => Sourced {
+                value: files::absolute(Path::new(path)),
+                provenance: Provenance::Environment(CONFIG),
+            },
+            None => Sourced { value: etc.join("decnet.ini"), provenance: Provenance::Default },
+        };
+        let system = etc.join("agent");
+        let default_agent_dir = match home {
+            Some(home) if !system.exists() => files::absolute(&home.join(".decnet/agent")),
+            _ => system,
+        };
+        let folder = std::env::current_dir().unwrap_or_default();
+        Self { variables, ini, agent_dir: None, default_agent_dir, folder }
+    }
+
+    /// The ini that `--config` names, in place of `DECNET_CONFIG` or `/etc/decnet/decnet.ini`. A relative path begins at the
+    /// folder in which this process is now, wherever it goes later.
+    pub fn config(mut self, path: impl Into<PathBuf>) -> Self {
+        let value = files::absolute(&path.into());
+        self.ini = Sourced { value, provenance: Provenance::CommandLine("--config") };
+        self
+    }
+
+    /// The agent dir that `--agent-dir` names, whatever the environment and the ini say. A relative path begins at the folder
+    /// in which this process is now; one of the environment or the ini, where it was when these sources were made.
+    pub fn agent_dir(mut self, path: impl Into<PathBuf>) -> Self {
+        self.agent_dir = Some(files::absolute(&path.into()));
+        self
+    }
+
+    /// Looks for the enrolment. An ini that does not exist is no error in itself: the environment may say it all.
+    ///
+    /// ```
+    /// # use decnet_heartbeat::EnrolmentSources;
+    /// let sources = EnrolmentSources::from_variables([("DECNET_MASTER_HOST", "master.lan")]).config("/no/such.ini");
+    /// let error = sources.read().unwrap_err();
+    /// assert!(error.is_not_enrolled());
+    /// assert!(error.to_string().contains("DECNET_HOST_UUID"));
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::is_not_enrolled`] if there is no host uuid or no master host; it says which, and where it was
+    /// looked for. [`Error::is_config`] for a value that cannot be used, or an ini that exists and cannot be read.
+    pub fn read(&self) -> Result<Enrolment, Error> {
+        self.read_with(IniFile::read(self.ini.value())?)
+    }
+
+    /// As [`read`](Self::read), of an ini with this content.
+    #[cfg(fuzzing)]
+    pub(crate) fn read_content(&self, content: Vec<u8>) -> Result<Enrolment, Error> {
+        self.read_with(IniFile::parse(self.ini.value(), content)?)
+    }
+
+    fn read_with(&self, file: IniFile) -> Result<Enrolment, Error> {
+        let reading = Reading::begin(self, file)?;
+        // A bad port is told first: whoever wrote one meant this host to be enrolled.
+        let port = reading.text(MASTER_PORT)?;
+        let master_port = port.map_or(
+            Ok(Sourced { value: DEFAULT_PORT, provenance: Provenance::Default }),
+            master_port_of,
+        )?;
+
+        let host_uuid = reading.trimmed(HOST_UUID)?;
+        let master_host = reading.trimmed(MASTER_HOST)?;
+        let missing: Vec<String> = [
+            reading.missing("host uuid", HOST_UUID, "host-uuid", host_uuid.as_ref()),
+            reading.missing("master host", MASTER_HOST, "master-host", master_host.as_ref()),
+        ]
+        .into_iter()
+        .flatten()
+        .collect();
+        let (Some(host_uuid), Some(master_host), []) = (host_uuid, master_host, missing.as_slice())
+        else {
+            let error = Error::not_enrolled(format!(
+                "{}; enrol this host from its master",
+                missing.join("; ")
+            ));
+            return Err(if reading.may_come() { error.passing() } else { error });
+        };
+
+        Ok(Enrolment {
+            host_uuid: host_uuid_of(host_uuid)?,
+            master_host: master_host_of(master_host)?,
+            master_port,
+            agent_dir: self.read_agent_dir(&reading)?,
+            master_identity: reading.text(MASTER_IDENTITY)?.map(master_identity_of).transpose()?,
+            sources: Some(self.clone()),
+        })
+    }
+
+    fn read_agent_dir(&self, reading: &Reading<'_>) -> Result<Sourced<PathBuf>, Error> {
+        if let Some(path) = &self.agent_dir {
+            return agent_dir_of(Sourced {
+                value: path.clone(),
+                provenance: Provenance::CommandLine("--agent-dir"),
+            });
+        }
+        // An empty one counts as none, and `~` is a folder of that name: both as in the original.
+        match reading.find(AGENT_DIR)?.filter(|found| !found.value.is_empty()) {
+            Some(found) => agent_dir_of(found.map(|path| self.folder.join(path))),
+            None => Ok(Sourced {
+                value: self.default_agent_dir.clone(),
+                provenance: Provenance::Default,
+            }),
+        }
+    }
+}
+
+/// One look at the sources: the ini is read once, then asked for each variable.
+struct Reading<'a> {
+    sources: &'a EnrolmentSources,
+    file: IniFile,
+    /// The sections in which `a-b` means `DECNET_A_B`, the first one first.
+    sections: Vec<&'static str>,
+}
+
+enum IniFile {
+    DoesNotExist,
+    NotAFile,
+    Read(Ini),
+}
+
+impl<'a> Reading<'a> {
+    fn begin(sources: &'a EnrolmentSources, file: IniFile) -> Result<Self, Error> {
+        let mut reading = Self { sources, file, sections: vec!["decnet"] };
+        if matches!(reading.file, IniFile::Read(_)) {
+            let role = reading.text(MODE)?.map_or(Ok("master"), role_of)?;
+            reading.sections.push(role);
+        }
+        Ok(reading)
+    }
+
+    /// What the environment or else the ini says of a variable, empty or not: an empty one hides what comes after.
+    fn find(&self, variable: &'static str) -> Result<Option<Sourced<OsString>>, Error> {
+        if let Some(value) = self.sources.variables.get(variable) {
+            return Ok(Some(Sourced {
+                value: value.clone(),
+                provenance: Provenance::Environment(variable),
+            }));
+        }
+        let IniFile::Read(ini) = &self.file else { return Ok(None) };
+        let in_roles = self.sections.iter().flat_map(|section| {
+            ini.keys(section)
+                .filter(|(_, key)| variable_of(key) == variable)
+                .map(|(home, key)| (*section, home, key))
+        });
+        let in_swarm =
+            ini.keys("swarm").filter(|(_, key)| variable == MASTER_PORT && *key == "swarmctl-port");
+        let Some((section, home, key)) =
+            in_roles.chain(in_swarm.map(|(home, key)| ("swarm", home, key))).next()
+        else {
+            return Ok(None);
+        };
+        let file = self.sources.ini.value().clone();
+        let provenance = Provenance::Ini { file, section: home.to_owned(), key: key.to_owned() };
+        match ini.get(section, key) {
+            Ok(value) => Ok(value.map(|value| Sourced { value: value.into(), provenance })),
+            Err(problem) => Err(Error::config(provenance.to_string(), problem)),
+        }
+    }
+
+    fn text(&self, variable: &'static str) -> Result<Option<Sourced<String>>, Error> {
+        let Some(found) = self.find(variable)? else { return Ok(None) };
+        match found.value.to_str() {
+            Some(text) => {
+                Ok(Some(Sourced { value: text.to_owned(), provenance: found.provenance }))
+            }
+            None => Err(found.refused(variable, "is not valid UTF-8")),
+        }
+    }
+
+    /// Without the white space around it, which is in no uuid and no host.
+    fn trimmed(&self, variable: &'static str) -> Result<Option<Sourced<String>>, Error> {
+        Ok(self.text(variable)?.map(|found| found.map(|text| ini::trim(&text).to_owned())))
+    }
+
+    /// What to say if a value without which a host is not enrolled was not found, or is empty.
+    fn missing(
+        &self,
+        what: &str,
+        variable: &str,
+        key: &str,
+        found: Option<&Sourced<String>>,
+    ) -> Option<String> {
+        let why = match found {
+            Some(Sourced { value, .. }) if !value.is_empty() => return None,
+            Some(Sourced { provenance: Provenance::Environment(_), .. }) => {
+                format!("{variable} is set but empty, which hides the ini; fill it in or unset it")
+            }
+            Some(Sourced { provenance, .. }) => {
+                format!("{variable} is not set, and {provenance} is empty")
+            }
+            None => format!("{variable} is not set, and {}", self.ini_lacks(key)),
+        };
+        Some(format!("no {what}: {why}"))
+    }
+
+    /// Whether an ini that does not say enough may do so soon: it is empty, as in the middle of an enrolment, or
+    /// [may come](files::may_come).
+    fn may_come(&self) -> bool {
+        match &self.file {
+            IniFile::DoesNotExist => files::may_come(self.sources.ini.value()),
+            IniFile::NotAFile => false,
+            IniFile::Read(ini) => ini.is_empty(),
+        }
+    }
+
+    fn ini_lacks(&self, key: &str) -> String {
+        let path = sanitize_path(self.sources.ini.value());
+        let named = match &self.sources.ini.provenance {
+            Provenance::CommandLine(name) | Provenance::Environment(name) => {
+                format!(" (named by {name})")
+            }
+            _ => String::new(),
+        };
+        match &self.file {
+            IniFile::DoesNotExist => format!("{path}{named} does not exist"),
+            IniFile::NotAFile => format!("{path}{named} is not a file"),
+            IniFile::Read(_) if self.sections.contains(&"agent") => {
+                format!("{path}{named} has no {key} in [decnet] or [agent]")
+            }
+            IniFile::Read(_) => {
+                format!(
+                    "{path}{named} has no {key} in [decnet] or [master]; [agent] counts with mode = agent alone"
+                )
+            }
+        }
+    }
+}
+
+impl IniFile {
+    fn read(path: &Path) -> Result<Self, Error> {
+        let cannot = |error| {
+            let problem = format!("cannot be read; {}", files::remedy(&error));
+            Error::config(sanitize_path(path), problem).with_source(error)
+        };
+        // Looked at before it is opened: opening a FIFO waits for a writer.
+        match fs::metadata(path) {
+            Err(error)
+                if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) =>
+            {
+                return Ok(Self::DoesNotExist);
+            }
+            Err(error) => return Err(cannot(error)),
+            Ok(metadata) if !metadata.is_file() => return Ok(Self::NotAFile),
+            Ok(_) => {}
+        }
+        let bytes = files::read(path, limits::INI_FILE).map_err(|error| match error.kind() {
+            ErrorKind::FileTooLarge => {
+                let problem = format!(
+                    "is larger than {} bytes; this cannot be a decnet.ini",
+                    limits::INI_FILE
+                );
+                Error::config(sanitize_path(path), problem)
+            }
+            _ => cannot(error),
+        })?;
+        Self::parse(path, bytes)
+    }
+
+    /// What a file of this content at `path` says.
+    fn parse(path: &Path, content: Vec<u8>) -> Result<Self, Error> {
+        let text = String::from_utf8(content).map_err(|error| {
+            Error::config(sanitize_path(path), "is not valid UTF-8").with_source(error.utf8_error())
+        })?;
+        let ini = Ini::parse(&text).map_err(|fault| {
+            Error::config(format!("{} line {}", sanitize_path(path), fault.line), fault.problem)
+        })?;
+        Ok(Self::Read(ini))
+    }
+}
+
+/// The variable that a key of `[decnet]` or of the role section stands for.
+fn variable_of(key: &str) -> String {
+    format!("DECNET_{}", key.replace('-', "_").to_uppercase())
+}
+
+/// The section that a mode picks.
+fn role_of(mode: Sourced<String>) -> Result<&'static str, Error> {
+    match mode.value.to_lowercase().as_str() {
+        "agent" => Ok("agent"),
+        "master" => Ok("master"),
+        _ => Err(mode
+            .refused("mode", format!("must be agent or master, not `{}`", sanitize(&mode.value)))),
+    }
+}
+
+fn host_uuid_of(found: Sourced<String>) -> Result<Sourced<String>, Error> {
+    // What a log would have to escape or cut is no uuid.
+    if found.value.is_empty() || printable_within(&found.value, limits::HOST_UUID) != found.value {
+        let problem =
+            format!("must be 1 to {} printable characters on one line", limits::HOST_UUID);
+        return Err(found.refused("host uuid", problem));
+    }
+    Ok(found)
+}
+
+fn master_host_of(found: Sourced<String>) -> Result<Sourced<String>, Error> {
+    match host(&found.value) {
+        Ok(host) => Ok(Sourced { value: host.to_owned(), provenance: found.provenance }),
+        Err(problem) => Err(found.refused("master host", problem)),
+    }
+}
+
+/// A host name or an IP address alone, without the brackets of IPv6.
+fn host(text: &str) -> Result<&str, String> {
+    let bracketed = text.strip_prefix('[').and_then(|text| text.strip_suffix(']'));
+    if let Some(address) = bracketed.filter(|address| address.parse::<Ipv6Addr>().is_ok()) {
+        return Ok(address);
+    }
+    if text.parse::<IpAddr>().is_ok() {
+        return Ok(text);
+    }
+    let name = text.strip_suffix('.').unwrap_or(text);
+    let problem = if name.split('.').all(is_label) && name.len() <= 253 {
+        // A last label of digits alone is taken for an IPv4 address everywhere, in whichever notation.
+        let last = name.rsplit('.').next().unwrap_or(name);
+        if !last.bytes().all(|byte| byte.is_ascii_digit()) {
+            return Ok(text);
+        }
+        "must be a host name or an IPv4 address of four numbers below 256"
+    } else if text.chars().all(|c| c.is_alphanumeric() || matches!(c, '-' | '_' | '.'))
+        && !text.is_ascii()
+    {
+        "must be a host name in ASCII (write the xn-- form of an international one)"
+    } else {
+        "must be a host name or an IP address alone, without scheme, user, port, path or spaces"
+    };
+    Err(format!("{problem}, not `{}`", sanitize(text)))
+}
+
+/// Underscores are in no host name, but in those that container networks make.
+fn is_label(label: &str) -> bool {
+    let is_inner = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_');
+    (1..=63).contains(&label.len())
+        && label.bytes().all(is_inner)
+        && !label.starts_with('-')
+        && !label.ends_with('-')
+}
+
+fn master_port_of(found: Sourced<String>) -> Result<Sourced<u16>, Error> {
+    match found.value.trim().parse::<NonZeroU16>() {
+        Ok(port) => Ok(found.map(|_| port.get())),
+        Err(_) => {
+            let problem =
+                format!("must be a whole number from 1 to 65535, not `{}`", sanitize(&found.value));
+            Err(found.refused("master port", problem))
+        }
+    }
+}
+
+fn agent_dir_of(found: Sourced<PathBuf>) -> Result<Sourced<PathBuf>, Error> {
+    if found.value.as_os_str().is_empty() {
+        return Err(found.refused("agent dir", "must not be empty"));
+    }
+    if found.value.to_string_lossy().contains(char::is_control) {
+        // In an ini, a line that is indented deeper than the key goes on with its value.
+        let problem = "must be a path on one line, without control characters; are the lines after it indented?";
+        return Err(found.refused("agent dir", problem));
+    }
+    // The process may change its folder.
+    Ok(found.map(|path| files::absolute(&path)))
+}
+
+fn master_identity_of(found: Sourced<String>) -> Result<Sourced<MasterIdentity>, Error> {
+    match found.value.parse() {
+        Ok(identity) => Ok(found.map(|_| identity)),
+        Err(problem) => Err(found.refused("master identity", problem)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A scratch folder in the place of `/etc/decnet`, with the ini that an enrolled worker has.
+    struct Etc(tempfile::TempDir);
+
+    impl Etc {
+        fn new(ini: &str) -> Self {
+            let etc = Self::bare();
+            fs::write(etc.ini(), ini).unwrap();
+            etc
+        }
+
+        fn bare() -> Self {
+            Self(tempfile::tempdir().unwrap())
+        }
+
+        fn ini(&self) -> PathBuf {
+            self.0.path().join("decnet.ini")
+        }
+
+        fn sources(&self, variables: &[(&str, &str)]) -> EnrolmentSources {
+            let variables = variables.iter().map(|(name, value)| (name.into(), value.into()));
+            EnrolmentSources::new(variables, Some(PathBuf::from("/home/op")), self.0.path())
+        }
+
+        fn read(&self, variables: &[(&str, &str)]) -> Enrolment {
+            self.sources(variables).read().unwrap()
+        }
+
+        /// The whole message, with `ETC` for the scratch folder.
+        fn refusal(&self, variables: &[(&str, &str)]) -> String {
+            self.message(&self.sources(variables).read().unwrap_err())
+        }
+
+        fn message(&self, error: &Error) -> String {
+            format!("{error:?}").replace(self.0.path().to_str().unwrap(), "ETC")
+        }
+
+        fn place<T>(&self, found: &Sourced<T>) -> String {
+            found.provenance().to_string().replace(self.0.path().to_str().unwrap(), "ETC")
+        }
+    }
+
+    const WORKER: &str = "[decnet]\nmode = agent\n\n[agent]\nhost-uuid = u-1\nmaster-host = 10.0.0.1\n\
+                          swarmctl-port = 9000\nagent-dir = /srv/agent\nmaster-identity = ca\n";
+
+    const BOTH: [(&str, &str); 2] = [(HOST_UUID, "u-2"), (MASTER_HOST, "master.lan")];
+
+    #[test]
+    fn the_ini_of_an_enrolled_worker_says_it_all() {
+        let etc = Etc::new(WORKER);
+        let read = etc.read(&[]);
+        assert_eq!(read.host_uuid().value(), "u-1");
+        assert_eq!(read.master_host().value(), "10.0.0.1");
+        assert_eq!(read.master_port().value(), &9000);
+        assert_eq!(read.agent_dir().value(), Path::new("/srv/agent"));
+        assert_eq!(read.master_identity().map(Sourced::value), Some(&MasterIdentity::AnyFromCa));
+        assert_eq!(read.ini(), Some(etc.ini().as_path()));
+        assert_eq!(etc.place(read.host_uuid()), "ETC/decnet.ini [agent] host-uuid");
+        assert_eq!(
+            etc.place(read.master_identity().unwrap()),
+            "ETC/decnet.ini [agent] master-identity"
+        );
+    }
+
+    #[test]
+    fn a_variable_beats_the_ini_and_an_option_beats_both() {
+        let etc = Etc::new(WORKER);
+        let variables = [
+            BOTH[0],
+            (MASTER_PORT, " 9001 "),
+            (AGENT_DIR, "/srv/variable"),
+            (MASTER_IDENTITY, "name"),
+        ];
+        let read = etc.read(&variables);
+        assert_eq!(
+            read.host_uuid(),
+            &Sourced { value: "u-2".into(), provenance: Provenance::Environment(HOST_UUID) }
+        );
+        assert_eq!(
+            read.master_port(),
+            &Sourced { value: 9001, provenance: Provenance::Environment(MASTER_PORT) }
+        );
+        assert_eq!(read.agent_dir().provenance(), &Provenance::Environment(AGENT_DIR));
+        assert_eq!(read.master_identity().map(Sourced::value), Some(&MasterIdentity::Name));
+        assert_eq!(read.master_host().value(), "10.0.0.1");
+
+        let read = etc.sources(&variables).agent_dir("/srv/option").read().unwrap();
+        assert_eq!(read.agent_dir().value(), Path::new("/srv/option"));
+        assert_eq!(read.agent_dir().provenance().to_string(), "--agent-dir");
+    }
+
+    #[test]
+    fn without_an_ini_there_are_defaults() {
+        let etc = Etc::bare();
+        let read = etc.read(&BOTH);
+        assert_eq!(read.master_port(), &Sourced { value: 8770, provenance: Provenance::Default });
+        assert_eq!(read.agent_dir().value(), Path::new("/home/op/.decnet/agent"));
+        assert_eq!(read.agent_dir().provenance().to_string(), "default");
+        assert_eq!(read.master_identity(), None);
+
+        fs::create_dir(etc.0.path().join("agent")).unwrap();
+        assert_eq!(etc.read(&BOTH).agent_dir().value(), &etc.0.path().join("agent"));
+    }
+
+    #[test]
+    fn the_option_names_an_ini_before_the_variable_does() {
+        let (etc, other) = (Etc::new(WORKER), Etc::new(&WORKER.replace("u-1", "u-3")));
+        let elsewhere = other.ini();
+        let variable = [(CONFIG, elsewhere.to_str().unwrap())];
+        assert_eq!(etc.read(&variable).host_uuid().value(), "u-3");
+        assert_eq!(
+            etc.sources(&variable).config(etc.ini()).read().unwrap().host_uuid().value(),
+            "u-1"
+        );
+        assert_eq!(etc.read(&[(CONFIG, "")]).host_uuid().value(), "u-1");
+    }
+
+    #[test]
+    fn the_first_place_that_has_a_key_counts() {
+        let etc = Etc::new(
+            "[DEFAULT]\nagent-dir = /srv/default\n[swarm]\nswarmctl-port = 1\n\
+             [agent]\nhost_uuid = u-1\nhost-uuid = u-2\nmaster-host = a\n[decnet]\nmode = Agent\nmaster-host = b\n",
+        );
+        let read = etc.read(&[]);
+        assert_eq!(etc.place(read.host_uuid()), "ETC/decnet.ini [agent] host_uuid");
+        assert_eq!(etc.place(read.master_host()), "ETC/decnet.ini [decnet] master-host");
+        assert_eq!(etc.place(read.master_port()), "ETC/decnet.ini [swarm] swarmctl-port");
+        assert_eq!(etc.place(read.agent_dir()), "ETC/decnet.ini [DEFAULT] agent-dir");
+    }
+
+    #[test]
+    fn not_enrolled_says_what_is_missing_and_where_it_was_looked_for() {
+        let bare = Etc::bare();
+        assert!(bare.sources(&[]).read().unwrap_err().is_not_enrolled());
+        assert_eq!(
+            bare.refusal(&[]),
+            "not enrolled: no host uuid: DECNET_HOST_UUID is not set, and ETC/decnet.ini does not exist; \
+             no master host: DECNET_MASTER_HOST is not set, and ETC/decnet.ini does not exist; \
+             enrol this host from its master"
+        );
+        assert_eq!(
+            bare.refusal(&[BOTH[1], (CONFIG, "/nowhere/decnet.ini")]),
+            "not enrolled: no host uuid: DECNET_HOST_UUID is not set, and /nowhere/decnet.ini \
+             (named by DECNET_CONFIG) does not exist; enrol this host from its master"
+        );
+        let error = bare.sources(&[BOTH[1]]).config(bare.0.path()).read().unwrap_err();
+        assert_eq!(
+            bare.message(&error),
+            "not enrolled: no host uuid: DECNET_HOST_UUID is not set, and ETC (named by --config) is not a file; \
+             enrol this host from its master"
+        );
+        assert_eq!(
+            Etc::new("[decnet]\nmode = agent\n[agent]\nmaster-host =\n").refusal(&[BOTH[0]]),
+            "not enrolled: no master host: DECNET_MASTER_HOST is not set, and ETC/decnet.ini [agent] master-host \
+             is empty; enrol this host from its master"
+        );
+        assert_eq!(
+            Etc::new("[decnet]\nmode = agent\n[agent]\n").refusal(&[BOTH[0]]),
+            "not enrolled: no master host: DECNET_MASTER_HOST is not set, and ETC/decnet.ini has no master-host in \
+             [decnet] or [agent]; enrol this host from its master"
+        );
+        assert_eq!(
+            Etc::new("[agent]\nmaster-host = a").refusal(&[BOTH[0]]),
+            "not enrolled: no master host: DECNET_MASTER_HOST is not set, and ETC/decnet.ini has no master-host in \
+             [decnet] or [master]; [agent] counts with mode = agent alone; enrol this host from its master"
+        );
+        assert_eq!(
+            Etc::new(WORKER).refusal(&[(HOST_UUID, " ")]),
+            "not enrolled: no host uuid: DECNET_HOST_UUID is set but empty, which hides the ini; fill it in or \
+             unset it; enrol this host from its master"
+        );
+    }
+
+    #[test]
+    fn a_value_that_cannot_be_used_is_named_with_its_place() {
+        let etc = Etc::new(WORKER);
+        let port = "must be a whole number from 1 to 65535";
+        for (name, value, problem) in [
+            (MASTER_PORT, "0", format!("{port}, not `0`")),
+            (MASTER_PORT, "", format!("{port}, not ``")),
+            (MASTER_PORT, "65536", format!("{port}, not `65536`")),
+            (MODE, "worker", "must be agent or master, not `worker`".to_owned()),
+            (HOST_UUID, "a\u{1b}b", "must be 1 to 255 printable characters on one line".to_owned()),
+            (
+                AGENT_DIR,
+                "/a\n/b",
+                "must be a path on one line, without control characters; are the lines after it indented?".to_owned(),
+            ),
+            (MASTER_IDENTITY, "", "must be name, host, ca, public, or sha256: and 64 hexadecimal digits".to_owned()),
+        ] {
+            assert!(etc.sources(&[(name, value)]).read().unwrap_err().is_config());
+            assert_eq!(etc.refusal(&[(name, value)]), format!("{name}: {problem}"));
+        }
+        for (from, to, message) in [
+            ("9000", "80a", format!("[agent] swarmctl-port: {port}, not `80a`")),
+            (
+                "9000",
+                "9%",
+                "[agent] swarmctl-port: has a single %; write %% for a percent sign".to_owned(),
+            ),
+            (
+                "agent\n",
+                "worker\n",
+                "[decnet] mode: must be agent or master, not `worker`".to_owned(),
+            ),
+            (
+                "u-1",
+                "u-1\n  x",
+                "[agent] host-uuid: must be 1 to 255 printable characters on one line".to_owned(),
+            ),
+            (
+                "[agent]",
+                "agent",
+                "line 4: neither [section], nor key = value, nor a comment".to_owned(),
+            ),
+        ] {
+            assert_eq!(
+                Etc::new(&WORKER.replacen(from, to, 1)).refusal(&[]),
+                format!("ETC/decnet.ini {message}")
+            );
+        }
+    }
+
+    #[test]
+    fn an_ini_that_exists_must_be_readable() {
+        let etc = Etc::bare();
+        fs::write(etc.ini(), vec![b'\n'; limits::INI_FILE as usize]).unwrap();
+        etc.read(&BOTH);
+        fs::write(etc.ini(), vec![b'\n'; limits::INI_FILE as usize + 1]).unwrap();
+        assert_eq!(
+            etc.refusal(&BOTH),
+            "ETC/decnet.ini: is larger than 1048576 bytes; this cannot be a decnet.ini"
+        );
+        fs::write(etc.ini(), b"[agent]\n# \xff\n").unwrap();
+        assert_eq!(
+            etc.refusal(&BOTH),
+            "ETC/decnet.ini: is not valid UTF-8: invalid utf-8 sequence of 1 bytes from index 10"
+        );
+    }
+
+    #[test]
+    fn a_fifo_is_not_waited_for() {
+        let etc = Etc::bare();
+        assert!(std::process::Command::new("mkfifo").arg(etc.ini()).status().unwrap().success());
+        assert_eq!(etc.read(&BOTH).host_uuid().value(), "u-2");
+    }
+
+    #[test]
+    fn a_master_host_stands_alone() {
+        for (text, authority) in [
+            ("swarmctl", "swarmctl:8770"),
+            ("Master_1.lan.", "Master_1.lan.:8770"),
+            ("10.0.0.1", "10.0.0.1:8770"),
+            ("fd00::1", "[fd00::1]:8770"),
+            ("[fd00::1]", "[fd00::1]:8770"),
+        ] {
+            assert_eq!(Enrolment::new("u", text, "/a").unwrap().master_authority(), authority);
+        }
+        let alone = "must be a host name or an IP address alone, without scheme, user, port, path or spaces";
+        let long = format!("{}.lan", "a".repeat(64));
+        for (text, problem) in [
+            ("", alone),
+            ("https://a", alone),
+            ("a/b", alone),
+            ("a:80", alone),
+            ("u@a", alone),
+            ("a b", alone),
+            ("-a", alone),
+            ("[10.0.0.1]", alone),
+            ("fe80::1%eth0", alone),
+            (&long, alone),
+            ("10.0.0.256", "must be a host name or an IPv4 address of four numbers below 256"),
+            (
+                "zürich.lan",
+                "must be a host name in ASCII (write the xn-- form of an international one)",
+            ),
+        ] {
+            let error = Enrolment::new("u", text, "/a").unwrap_err();
+            assert_eq!(error.to_string(), format!("master host: {problem}, not `{text}`"));
+        }
+    }
+
+    #[test]
+    fn values_of_the_program_are_checked_and_kept() {
+        let given = Enrolment::new("u", "a", "/a").unwrap().with_master_port(1).unwrap();
+        assert_eq!(given.master_port(), &Sourced { value: 1, provenance: Provenance::Program });
+        assert_eq!(given.ini(), None);
+        assert_eq!(given.reload().unwrap(), given);
+
+        let refusal = |result: Result<Enrolment, Error>| result.unwrap_err().to_string();
+        assert_eq!(
+            refusal(Enrolment::new("", "a", "/a")),
+            "host uuid: must be 1 to 255 printable characters on one line"
+        );
+        assert_eq!(refusal(Enrolment::new("u", "a", "")), "agent dir: must not be empty");
+        assert_eq!(
+            refusal(given.with_master_port(0)),
+            "master port: must be a whole number from 1 to 65535, not `0`"
+        );
+    }
+
+    #[test]
+    fn a_reload_sees_the_ini_of_now() {
+        let etc = Etc::new(WORKER);
+        let before = etc.read(&[]);
+        assert_eq!(before.reload().unwrap(), before);
+        fs::write(etc.ini(), WORKER.replace("u-1", "u-4")).unwrap();
+        assert_eq!(before.reload().unwrap().host_uuid().value(), "u-4");
+        fs::remove_file(etc.ini()).unwrap();
+        assert!(before.reload().unwrap_err().is_not_enrolled());
+    }
+
+    #[test]
+    fn variables_that_hold_secrets_are_not_kept() {
+        let sources =
+            EnrolmentSources::from_variables([("DECNET_JWT_SECRET", "hush"), ("HOME", "/home/op")]);
+        assert!(!format!("{sources:?}").contains("hush"));
+    }
+}

@@ -1,0 +1,246 @@
+//! The wire's JSON: every name that crosses it, and nothing else knows them. Values only, for any thread.
+//!
+//! Facts: `PROTOCOL.md`, "The request". What a source has serialized is passed on as it stands ([`RawValue`]), so
+//! keys and number formats that this crate does not know survive.
+
+use serde::ser::{SerializeMap, SerializeSeq, SerializeStruct};
+use serde::{Serialize, Serializer};
+use serde_json::value::RawValue;
+
+use crate::delta::{LifecycleDelta, Outcome};
+use crate::limits;
+use crate::status;
+use crate::text::cut;
+
+/// One beat.
+#[derive(Serialize)]
+pub(crate) struct Body<'a> {
+    pub(crate) host_uuid: &'a str,
+    pub(crate) agent_version: &'a str,
+    pub(crate) status: &'a RawValue,
+    /// Left out only where no source ever knew one: the master takes its absence for "nothing applied".
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) topology: Option<Topology<'a>>,
+    #[serde(skip_serializing_if = "<[_]>::is_empty", serialize_with = "lifecycle")]
+    pub(crate) lifecycle: &'a [&'a LifecycleDelta],
+}
+
+/// What runs on this host, as DECNET's own agent says it.
+#[derive(Serialize)]
+#[serde(untagged)]
+pub(crate) enum Status<'a> {
+    /// No state file: nothing is deployed.
+    Nothing {
+        deployed: bool,
+        deckies: [(); 0],
+        /// What else is wrong.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        error: Option<&'a str>,
+    },
+    /// Deckies, and the state of their containers.
+    Deployed {
+        deployed: bool,
+        mode: &'a RawValue,
+        compose_path: &'a RawValue,
+        deckies: &'a RawValue,
+        runtime: Runtime<'a>,
+        /// What else is wrong.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        error: Option<&'a str>,
+    },
+    /// Something is deployed, but Docker does not tell what runs. A decky without states would count as degraded, so
+    /// none is named.
+    Unseen { deployed: bool, mode: &'a RawValue, compose_path: &'a RawValue, error: &'a str },
+    /// It is not known what is deployed. No decky is named, so the master touches no shard row.
+    Unknown { error: &'a str },
+}
+
+impl<'a> Status<'a> {
+    /// Nothing is deployed.
+    pub(crate) fn nothing(error: Option<&'a str>) -> Self {
+        Self::Nothing { deployed: false, deckies: [], error }
+    }
+}
+
+/// `runtime`: for each decky, in the state file's order, its services and their containers' states.
+pub(crate) struct Runtime<'a>(pub(crate) Vec<(&'a str, Vec<(&'a str, &'a str)>)>);
+
+impl Serialize for Runtime<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut map = serializer.serialize_map(Some(self.0.len()))?;
+        for (decky, services) in &self.0 {
+            map.serialize_entry(decky, &DeckyRuntime(services))?;
+        }
+        map.end()
+    }
+}
+
+/// `running` is true when there is at least one service and all run.
+struct DeckyRuntime<'a>(&'a [(&'a str, &'a str)]);
+
+impl Serialize for DeckyRuntime<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let running = !self.0.is_empty() && self.0.iter().all(|(_, state)| *state == "running");
+        let mut decky = serializer.serialize_struct("DeckyRuntime", 2)?;
+        decky.serialize_field("running", &running)?;
+        decky.serialize_field("services", &Services(self.0))?;
+        decky.end()
+    }
+}
+
+struct Services<'a>(&'a [(&'a str, &'a str)]);
+
+impl Serialize for Services<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_map(self.0.iter().copied())
+    }
+}
+
+/// `topology`: the applied row, or four nulls, and what Docker shows of it.
+#[derive(Serialize)]
+pub(crate) struct Topology<'a> {
+    pub(crate) topology_id: Option<&'a str>,
+    pub(crate) applied_version_hash: Option<&'a str>,
+    pub(crate) applied_at: Option<i64>,
+    pub(crate) last_error: Option<&'a str>,
+    pub(crate) observed: Observed<'a>,
+}
+
+impl<'a> From<&'a status::Topology> for Topology<'a> {
+    fn from(topology: &'a status::Topology) -> Self {
+        let applied = topology.applied.as_ref();
+        Self {
+            topology_id: applied.map(|row| row.topology_id.as_str()),
+            applied_version_hash: applied.map(|row| row.applied_version_hash.as_str()),
+            applied_at: applied.map(|row| row.applied_at),
+            last_error: applied.and_then(|row| row.last_error.as_deref()),
+            observed: match &topology.observed {
+                status::Observed::Seen { bridges, containers } => {
+                    Observed::Seen { bridges, containers }
+                }
+                status::Observed::Unknown(error) => {
+                    Observed::Unknown { error: cut(error, limits::OBSERVED_ERROR) }
+                }
+            },
+        }
+    }
+}
+
+/// `observed`: names in order, or why they are not known.
+#[derive(Serialize)]
+#[serde(untagged)]
+pub(crate) enum Observed<'a> {
+    Seen { bridges: &'a [String], containers: &'a [String] },
+    Unknown { error: &'a str },
+}
+
+/// A delta as the master reads it.
+#[derive(Serialize)]
+struct Delta<'a> {
+    decky_name: &'a str,
+    operation: &'static str,
+    status: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    error: Option<&'a str>,
+    completed_at: String,
+}
+
+impl<'a> From<&'a LifecycleDelta> for Delta<'a> {
+    fn from(delta: &'a LifecycleDelta) -> Self {
+        let (status, error) = match delta.outcome() {
+            Outcome::Succeeded => ("succeeded", None),
+            Outcome::Failed(error) => ("failed", Some(error.as_str())),
+        };
+        Self {
+            decky_name: delta.decky(),
+            operation: delta.operation().as_str(),
+            status,
+            error,
+            completed_at: humantime::format_rfc3339_micros(delta.when()).to_string(),
+        }
+    }
+}
+
+fn lifecycle<S: Serializer>(deltas: &[&LifecycleDelta], serializer: S) -> Result<S::Ok, S::Error> {
+    let mut array = serializer.serialize_seq(Some(deltas.len()))?;
+    for delta in deltas {
+        array.serialize_element(&Delta::from(*delta))?;
+    }
+    array.end()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, UNIX_EPOCH};
+
+    use super::*;
+    use crate::delta::Operation;
+
+    fn json(value: &impl Serialize) -> String {
+        serde_json::to_string(value).unwrap()
+    }
+
+    #[test]
+    fn a_beat_without_news_has_no_lifecycle_and_no_topology() {
+        let status = RawValue::from_string("{}".to_owned()).unwrap();
+        let body = Body {
+            host_uuid: "u",
+            agent_version: "1",
+            status: &status,
+            topology: None,
+            lifecycle: &[],
+        };
+        assert_eq!(json(&body), r#"{"host_uuid":"u","agent_version":"1","status":{}}"#);
+    }
+
+    #[test]
+    fn a_delta_names_its_error_only_when_it_failed() {
+        let at = UNIX_EPOCH + Duration::from_micros(1_700_000_000_000_001);
+        let good = LifecycleDelta::succeeded("a", Operation::Deploy).completed_at(at);
+        let bad = LifecycleDelta::failed("b", Operation::Mutate, "no").completed_at(at);
+        assert_eq!(
+            json(&Delta::from(&good)),
+            r#"{"decky_name":"a","operation":"deploy","status":"succeeded","completed_at":"2023-11-14T22:13:20.000001Z"}"#
+        );
+        assert_eq!(
+            json(&Delta::from(&bad)),
+            r#"{"decky_name":"b","operation":"mutate","status":"failed","error":"no","completed_at":"2023-11-14T22:13:20.000001Z"}"#
+        );
+    }
+
+    #[test]
+    fn a_decky_runs_when_it_has_services_and_all_run() {
+        let runtime = Runtime(vec![
+            ("up", vec![("ssh", "running"), ("ftp", "running")]),
+            ("half", vec![("ssh", "running"), ("ftp", "exited")]),
+            ("none", vec![]),
+        ]);
+        assert_eq!(
+            json(&runtime),
+            concat!(
+                r#"{"up":{"running":true,"services":{"ssh":"running","ftp":"running"}},"#,
+                r#""half":{"running":false,"services":{"ssh":"running","ftp":"exited"}},"#,
+                r#""none":{"running":false,"services":{}}}"#
+            )
+        );
+    }
+
+    #[test]
+    fn why_nothing_is_observed_is_cut_where_the_original_cuts() {
+        let topology = status::Topology {
+            applied: None,
+            observed: status::Observed::Unknown("x".repeat(300)),
+        };
+        let expected = format!(
+            r#"{{"topology_id":null,"applied_version_hash":null,"applied_at":null,"last_error":null,"observed":{{"error":"{}"}}}}"#,
+            "x".repeat(200)
+        );
+        assert_eq!(json(&Topology::from(&topology)), expected);
+    }
+
+    #[test]
+    fn unknown_is_said_as_unknown() {
+        assert_eq!(json(&Status::nothing(None)), r#"{"deployed":false,"deckies":[]}"#);
+        assert_eq!(json(&Status::Unknown { error: "Docker" }), r#"{"error":"Docker"}"#);
+    }
+}

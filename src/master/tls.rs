@@ -1,0 +1,515 @@
+//! The connector that puts TLS under ureq. Handshakes run on the heartbeat thread.
+//!
+//! ureq takes no rustls configuration of ours, and its own connector panics on a key that does not fit its
+//! certificate. So `verifier` builds the configuration from a proven bundle, and the connector is a thin layer
+//! between our socket and ureq's HTTP.
+
+use std::fmt;
+use std::io::{self, Read, Write};
+use std::mem;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use rustls::pki_types::ServerName;
+use rustls::{ClientConfig, ClientConnection, HandshakeKind, StreamOwned};
+use ureq::http::StatusCode;
+use ureq::unversioned::transport::time::{Duration, Instant};
+use ureq::unversioned::transport::{
+    Buffers, ConnectionDetails, Connector, LazyBuffers, NextTimeout, Transport, TransportAdapter,
+};
+
+use crate::limits;
+use crate::master::first_bytes::FirstBytes;
+use crate::master::resolver::MasterResolver;
+use crate::transport::SocketTransport;
+
+/// What the connections of one [`TlsConnector`] were like.
+#[derive(Debug, Default)]
+pub(crate) struct Connections {
+    /// How many were tried. Unchanged over a request: it was sent on a connection that was there.
+    pub(crate) tried: u64,
+    /// The last handshake resumed a session.
+    pub(crate) resumed: bool,
+    /// When the newest connection was opened.
+    pub(crate) opened: Option<std::time::Instant>,
+    /// The newest connection has accepted a body.
+    pub(crate) has_accepted: bool,
+    /// The connection that is open is not used again.
+    pub(crate) close: bool,
+    /// Bytes of the last request's body were sent.
+    pub(crate) body_sent: bool,
+    /// The answer to the last request, as far as it has come.
+    pub(crate) answer: Answer,
+}
+
+/// What has come of an answer, whether or not there will ever be all of it.
+#[derive(Debug, Default)]
+pub(crate) struct Answer(Vec<u8>);
+
+impl Answer {
+    /// More of it has come. An error: it is too much.
+    pub(crate) fn add(&mut self, input: &[u8]) -> Result<(), ureq::Error> {
+        let length = self.0.len() + input.len();
+        let room = limits::ANSWER.saturating_sub(self.0.len());
+        self.0.extend(input.iter().take(room));
+        match length {
+            0..=limits::ANSWER => Ok(()),
+            length => Err(ureq::Error::LargeResponseHeader(length, limits::ANSWER)),
+        }
+    }
+
+    /// Nothing of it has come.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Its status, once that is there. An interim answer (1xx) has none; the answer after it has.
+    pub(crate) fn status(&self) -> Option<StatusCode> {
+        self.last().map(|(status, _)| status)
+    }
+
+    /// The value of a header, if it has come.
+    pub(crate) fn header(&self, name: &str) -> Option<&str> {
+        let (_, rest) = self.last()?;
+        let lines = rest.split(|byte| *byte == b'\n').skip(1).map(<[u8]>::trim_ascii);
+        lines.take_while(|line| !line.is_empty()).find_map(|line| {
+            let (key, value) = std::str::from_utf8(line).ok()?.split_once(':')?;
+            key.eq_ignore_ascii_case(name).then(|| value.trim())
+        })
+    }
+
+    /// All of its head has come.
+    pub(crate) fn has_whole_head(&self) -> bool {
+        self.last().is_some_and(|(_, rest)| end_of_head(rest).is_some())
+    }
+
+    /// What has come of its body, as it is on the wire.
+    pub(crate) fn body(&self) -> &[u8] {
+        self.last()
+            .and_then(|(_, rest)| end_of_head(rest).and_then(|end| rest.get(end..)))
+            .unwrap_or_default()
+    }
+
+    /// The status of the answer that is not an interim one, and all of it from its status line on.
+    fn last(&self) -> Option<(StatusCode, &[u8])> {
+        let mut rest = self.0.as_slice();
+        loop {
+            rest = rest.trim_ascii_start();
+            let status = status_of(rest)?;
+            if !status.is_informational() || status == StatusCode::SWITCHING_PROTOCOLS {
+                return Some((status, rest));
+            }
+            rest = rest.get(end_of_head(rest)?..)?;
+        }
+    }
+}
+
+/// The status of a line like `HTTP/1.1 204 `.
+fn status_of(head: &[u8]) -> Option<StatusCode> {
+    let line = head.strip_prefix(b"HTTP/1.1 ").or_else(|| head.strip_prefix(b"HTTP/1.0 "))?;
+    let (code, end) = line.split_at_checked(3)?;
+    let status = StatusCode::from_bytes(code).ok()?;
+    matches!(end.first(), Some(b' ' | b'\r' | b'\n')).then_some(status)
+}
+
+/// Where the body begins.
+fn end_of_head(head: &[u8]) -> Option<usize> {
+    let ends = |end: &[u8]| {
+        head.windows(end.len()).position(|bytes| bytes == end).map(|at| at + end.len())
+    };
+    ends(b"\r\n\r\n").into_iter().chain(ends(b"\n\n")).min()
+}
+
+/// Connects by TCP, and puts TLS on top.
+pub(crate) struct TlsConnector {
+    config: Arc<ClientConfig>,
+    name: ServerName<'static>,
+    resolver: MasterResolver,
+    connections: Arc<Mutex<Connections>>,
+}
+
+impl TlsConnector {
+    pub(crate) fn new(
+        config: Arc<ClientConfig>,
+        name: ServerName<'static>,
+        resolver: MasterResolver,
+    ) -> Self {
+        Self { config, name, resolver, connections: Arc::default() }
+    }
+
+    /// A view of the connections to come.
+    pub(crate) fn connections(&self) -> Arc<Mutex<Connections>> {
+        Arc::clone(&self.connections)
+    }
+}
+
+fn note<T>(connections: &Mutex<Connections>, change: impl FnOnce(&mut Connections) -> T) -> T {
+    change(&mut connections.lock().unwrap_or_else(PoisonError::into_inner))
+}
+
+impl Connector for TlsConnector {
+    type Out = TlsTransport;
+
+    fn connect(
+        &self,
+        details: &ConnectionDetails<'_>,
+        _: Option<()>,
+    ) -> Result<Option<Self::Out>, ureq::Error> {
+        note(&self.connections, |connections| {
+            connections.tried += 1;
+            (connections.close, connections.has_accepted) = (false, false);
+            connections.opened = Some(std::time::Instant::now());
+        });
+        let (tcp, address) = SocketTransport::tcp(details)?;
+        self.resolver.connected_to(address);
+        let mut tls = ClientConnection::new(Arc::clone(&self.config), self.name.clone())
+            .map_err(|error| ureq::Error::Other(Box::new(error)))?;
+        let mut wire = Wire::new(TransportAdapter::new(tcp, Arc::clone(&details.current_time)));
+        wire.tcp.set_timeout(rest_of(details));
+        let mut first = FirstBytes::of(&mut wire);
+        tls.complete_io(&mut first).map_err(|error| first.name(error))?;
+        let resumed = tls.handshake_kind() == Some(HandshakeKind::Resumed);
+        note(&self.connections, |connections| connections.resumed = resumed);
+        let buffers = LazyBuffers::new(
+            details.config.input_buffer_size(),
+            details.config.output_buffer_size(),
+        );
+        let stream = StreamOwned::new(tls, wire);
+        Ok(Some(TlsTransport {
+            buffers,
+            stream,
+            begins: true,
+            unsent: Vec::new(),
+            connections: self.connections(),
+        }))
+    }
+}
+
+/// What is left of the connect timeout once TCP is connected: one budget for both.
+fn rest_of(details: &ConnectionDetails<'_>) -> NextTimeout {
+    let mut timeout = details.timeout;
+    if let (Duration::Exact(limit), Instant::Exact(now), Instant::Exact(start)) =
+        (timeout.after, (details.current_time)(), details.now)
+    {
+        timeout.after = Duration::Exact(limit.saturating_sub(now.saturating_duration_since(start)));
+    }
+    timeout
+}
+
+impl fmt::Debug for TlsConnector {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("TlsConnector").field("name", &self.name).finish_non_exhaustive()
+    }
+}
+
+/// The stream under TLS, with a bound on what is read for one answer. TLS messages that are no data count, too.
+struct Wire<S> {
+    tcp: S,
+    /// Bytes that may still be read.
+    allowed: usize,
+    /// Bytes that were sent.
+    sent: u64,
+    /// What of the record that is being read has not come yet.
+    record: Record,
+}
+
+impl<S> Wire<S> {
+    fn new(tcp: S) -> Self {
+        Self { tcp, allowed: limits::ANSWER_ON_THE_WIRE, sent: 0, record: Record::default() }
+    }
+}
+
+impl Wire<TransportAdapter<SocketTransport>> {
+    /// Connected, silent, and all that was read has been given to TLS, up to the end of a record.
+    fn is_idle(&mut self) -> bool {
+        let tcp = self.tcp.get_mut();
+        self.record.is_complete() && tcp.buffers().input().is_empty() && tcp.is_open()
+    }
+}
+
+impl<S: Read> Read for Wire<S> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let room = buffer.len().min(self.allowed);
+        if room == 0 && !buffer.is_empty() {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, TooMuch));
+        }
+        let buffer = buffer.get_mut(..room).unwrap_or_default();
+        let count = self.tcp.read(buffer)?;
+        self.allowed -= count.min(self.allowed);
+        self.record.add(buffer.get(..count).unwrap_or_default());
+        Ok(count)
+    }
+}
+
+impl<S: Write> Write for Wire<S> {
+    fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
+        let count = self.tcp.write(buffer)?;
+        self.sent += count as u64;
+        Ok(count)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.tcp.flush()
+    }
+}
+
+/// More than one answer, or one handshake, may take.
+#[derive(Debug)]
+struct TooMuch;
+
+impl fmt::Display for TooMuch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "the other side sent more than {} bytes without an answer",
+            limits::ANSWER_ON_THE_WIRE
+        )
+    }
+}
+
+impl std::error::Error for TooMuch {}
+
+/// How far a TLS record has come: its header of five bytes, which ends with a length, and so many bytes more.
+#[derive(Debug, Default)]
+struct Record {
+    header: Vec<u8>,
+    missing: usize,
+}
+
+impl Record {
+    const HEADER: usize = 5;
+
+    fn add(&mut self, mut input: &[u8]) {
+        while !input.is_empty() {
+            if self.missing > 0 {
+                let skipped = self.missing.min(input.len());
+                self.missing -= skipped;
+                input = input.get(skipped..).unwrap_or_default();
+                continue;
+            }
+            let (some, rest) = input.split_at(input.len().min(Self::HEADER - self.header.len()));
+            self.header.extend_from_slice(some);
+            input = rest;
+            if let [.., high, low] = *self.header.as_slice()
+                && self.header.len() == Self::HEADER
+            {
+                self.missing = usize::from(u16::from_be_bytes([high, low]));
+                self.header.clear();
+            }
+        }
+    }
+
+    fn is_complete(&self) -> bool {
+        self.header.is_empty() && self.missing == 0
+    }
+}
+
+/// TLS over TCP.
+pub(crate) struct TlsTransport {
+    buffers: LazyBuffers,
+    stream: StreamOwned<ClientConnection, Wire<TransportAdapter<SocketTransport>>>,
+    /// The next output is a request's head.
+    begins: bool,
+    /// What is not sent yet.
+    unsent: Vec<u8>,
+    connections: Arc<Mutex<Connections>>,
+}
+
+impl TlsTransport {
+    fn send(&mut self) -> io::Result<()> {
+        let unsent = mem::take(&mut self.unsent);
+        let before = self.stream.sock.sent;
+        let sent = self.stream.write_all(&unsent).and_then(|()| self.stream.flush());
+        if self.stream.sock.sent > before {
+            note(&self.connections, |connections| connections.body_sent = true);
+        }
+        sent
+    }
+
+    /// Nothing more can be sent, perhaps because the answer is there already. What has arrived of it is read.
+    fn read_what_has_arrived(&mut self) {
+        let end = std::time::Instant::now() + limits::EARLY_ANSWER;
+        let pause = NextTimeout {
+            after: Duration::Exact(limits::EARLY_ANSWER_PAUSE),
+            ..NextTimeout::default()
+        };
+        let (tls, wire) = (&mut self.stream.conn, &mut self.stream.sock);
+        let mut some = [0; 4096];
+        while std::time::Instant::now() < end {
+            wire.tcp.set_timeout(pause);
+            let arrived =
+                matches!(tls.read_tls(wire), Ok(1..)) && tls.process_new_packets().is_ok();
+            while let Ok(count @ 1..) = tls.reader().read(&mut some) {
+                let input = some.get(..count).unwrap_or_default();
+                if note(&self.connections, |connections| connections.answer.add(input)).is_err() {
+                    return;
+                }
+            }
+            if !arrived {
+                return;
+            }
+        }
+    }
+}
+
+impl Transport for TlsTransport {
+    fn buffers(&mut self) -> &mut dyn Buffers {
+        &mut self.buffers
+    }
+
+    /// The head waits for the body, which every request of ours has: apart they would be two records, and wake the master
+    /// twice.
+    fn transmit_output(&mut self, amount: usize, timeout: NextTimeout) -> Result<(), ureq::Error> {
+        self.unsent.extend_from_slice(self.buffers.output().get(..amount).unwrap_or_default());
+        if mem::take(&mut self.begins) {
+            self.stream.sock.allowed = limits::ANSWER_ON_THE_WIRE;
+            return Ok(());
+        }
+        self.stream.sock.tcp.set_timeout(timeout);
+        if let Err(error) = self.send() {
+            self.read_what_has_arrived();
+            return Err(error.into());
+        }
+        Ok(())
+    }
+
+    fn await_input(&mut self, timeout: NextTimeout) -> Result<bool, ureq::Error> {
+        self.begins = true;
+        self.stream.sock.tcp.set_timeout(timeout);
+        let input = self.buffers.input_append_buf();
+        let amount = match self.stream.read(input) {
+            Err(error) if error.get_ref().is_some_and(|inner| inner.is::<TooMuch>()) => {
+                let most = limits::ANSWER_ON_THE_WIRE;
+                return Err(ureq::Error::LargeResponseHeader(most + 1, most));
+            }
+            read => read?,
+        };
+        note(&self.connections, |connections| {
+            connections.answer.add(input.get(..amount).unwrap_or_default())
+        })?;
+        self.buffers.input_appended(amount);
+        Ok(amount > 0)
+    }
+
+    /// Whether the next request may be sent on it. What is left on it, decrypted or not, would be taken for the next
+    /// answer.
+    fn is_open(&mut self) -> bool {
+        if note(&self.connections, |connections| connections.close) {
+            return false;
+        }
+        let decrypted = self.stream.conn.process_new_packets();
+        let nothing_left = decrypted
+            .is_ok_and(|state| state.plaintext_bytes_to_read() == 0 && !state.peer_has_closed());
+        nothing_left && self.stream.sock.is_idle()
+    }
+
+    fn is_tls(&self) -> bool {
+        true
+    }
+}
+
+impl fmt::Debug for TlsTransport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("TlsTransport")
+            .field("tcp", &self.stream.sock.tcp.inner())
+            .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_status_line_is_known_as_soon_as_it_is_there() {
+        for (head, status) in [
+            ("HTTP/1.1 204 No Content\r\n", Some(204)),
+            ("HTTP/1.0 503\r\n", Some(503)),
+            ("HTTP/1.1 204", None),
+            ("HTTP/1.1 2040 ", None),
+            ("HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 204 No Content\r\n", Some(204)),
+            ("HTTP/1.1 103 Early\r\nLink: x\r\n\r\nHTTP/1.1 100 C\n\nHTTP/1.1 413 Too", Some(413)),
+            ("HTTP/1.1 103 Early\r\nLink: x\r\n", None),
+            ("HTTP/1.1 101 Switching\r\n\r\nHTTP/1.1 204 No Content\r\n", Some(101)),
+            ("\r\nHTTP/1.1 204 No Content\r\n", Some(204)),
+            ("HTTP/2 204 ", None),
+            ("HTTP/1. 204 No Content\r\n", None),
+            ("HTTP/1.x 204 ", None),
+            ("HTTP/1.1  204 ", None),
+            ("SSH-2.0-OpenSSH", None),
+        ] {
+            let mut answer = Answer::default();
+            head.as_bytes().chunks(2).for_each(|some| answer.add(some).unwrap());
+            assert_eq!(answer.status().map(|status| status.as_u16()), status, "{head}");
+        }
+    }
+
+    #[test]
+    fn an_early_answer_is_read_as_far_as_it_has_come() {
+        let said = |answer: &str| {
+            let mut seen = Answer::default();
+            seen.add(answer.as_bytes()).unwrap();
+            (
+                seen.header("retry-after").map(str::to_owned),
+                String::from_utf8(seen.body().to_vec()).unwrap(),
+            )
+        };
+        let of = |header: Option<&str>, body: &str| (header.map(str::to_owned), body.to_owned());
+        assert_eq!(
+            said("HTTP/1.1 429 No\r\nA: b\r\nRETRY-AFTER:  7 \r\n\r\nno: more"),
+            of(Some("7"), "no: more")
+        );
+        assert_eq!(
+            said("HTTP/1.1 102 P\r\nRetry-After: 1\r\n\r\nHTTP/1.1 429 No\nRetry-After: 2\n\nx"),
+            of(Some("2"), "x")
+        );
+        assert_eq!(
+            said("HTTP/1.1 429 No\r\n\r\nRetry-After: 3\r\n"),
+            of(None, "Retry-After: 3\r\n")
+        );
+        assert_eq!(said("HTTP/1.1 429 No\r\nRetry-Aft"), of(None, ""));
+        assert_eq!(said("HTTP/1.1 102 P\r\n\r\n"), of(None, ""));
+    }
+
+    #[test]
+    fn what_is_read_for_one_answer_is_bounded_whatever_it_is() {
+        let mut wire = Wire::new(io::repeat(0));
+        let mut read = 0;
+        let error = loop {
+            match wire.read(&mut [0; 5_000]) {
+                Ok(count) => read += count,
+                Err(error) => break error,
+            }
+        };
+        assert_eq!(read, limits::ANSWER_ON_THE_WIRE);
+        assert_eq!(
+            error.to_string(),
+            "the other side sent more than 262144 bytes without an answer"
+        );
+        assert!(error.get_ref().unwrap().is::<TooMuch>());
+    }
+
+    #[test]
+    fn a_record_that_has_not_come_whole_is_noticed_wherever_it_breaks_off() {
+        let records =
+            [&[23, 3, 3, 0, 3, 1, 2, 3][..], &[22, 3, 3, 0, 0], &[23, 3, 3, 1, 0], &[7; 256]]
+                .concat();
+        let ends = [0, 8, 13, records.len()];
+        for step in [1, 2, 3, 7, records.len()] {
+            let mut record = Record::default();
+            let mut read = 0;
+            for some in records.chunks(step) {
+                record.add(some);
+                read += some.len();
+                assert_eq!(record.is_complete(), ends.contains(&read), "{read} by {step}");
+            }
+        }
+    }
+
+    #[test]
+    fn an_answer_has_its_bytes_and_no_more() {
+        let mut answer = Answer::default();
+        answer.add(&vec![0; limits::ANSWER - 1]).unwrap();
+        let error = answer.add(&[0; 2]).unwrap_err();
+        assert_eq!(error.to_string(), "response header is too big: 65537 > 65536");
+    }
+}

@@ -1,0 +1,689 @@
+//! Who counts as the master: the rule for its certificate, and the rustls configuration that enforces it. Handshakes run on
+//! the heartbeat thread.
+//!
+//! A session is resumed without a certificate. So the tickets belong to one configuration, of one bundle and one rule: a
+//! changed rule begins without any.
+
+use std::error::Error as StdError;
+use std::fmt;
+use std::sync::Arc;
+
+use rustls::client::Resumption;
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::client::{verify_server_cert_signed_by_trust_anchor, verify_server_name};
+use rustls::crypto::{
+    CryptoProvider, WebPkiSupportedAlgorithms, verify_tls12_signature, verify_tls13_signature,
+};
+use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls::server::ParsedCertificate;
+use rustls::sign::SingleCertAndKey;
+use rustls::{
+    CertificateError, ClientConfig, DigitallySignedStruct, OtherError, RootCertStore,
+    SignatureScheme,
+};
+
+use crate::credentials::bundle::{self, Bundle};
+use crate::error::Error;
+use crate::limits;
+use crate::master::identity::{MasterIdentity, hex};
+use crate::master::x509::X509;
+use crate::text::quoted;
+
+/// The common name and a DNS name of the master's own certificate, and of no other that its CA issues (`PROTOCOL.md`, "TLS").
+pub(crate) const MASTER_NAME: &str = "swarmctl";
+
+/// ring, for TLS and for the bundle's proof alike.
+pub(crate) fn provider() -> Arc<CryptoProvider> {
+    Arc::new(rustls::crypto::ring::default_provider())
+}
+
+/// The rule by which `master`'s certificate is judged.
+pub(crate) fn verifier(
+    bundle: &Bundle,
+    identity: MasterIdentity,
+    master: &ServerName<'static>,
+    provider: &CryptoProvider,
+) -> Arc<dyn ServerCertVerifier> {
+    Arc::new(MasterVerifier {
+        roots: match identity {
+            MasterIdentity::PublicCa => {
+                Arc::new(RootCertStore { roots: webpki_roots::TLS_SERVER_ROOTS.to_vec() })
+            }
+            _ => Arc::clone(&bundle.roots),
+        },
+        identity,
+        host: master.clone(),
+        algorithms: provider.signature_verification_algorithms,
+    })
+}
+
+/// The configuration for one bundle and one rule. It keeps the session tickets, so it lives as long as the bundle.
+pub(crate) fn client_config(
+    bundle: &Bundle,
+    verifier: Arc<dyn ServerCertVerifier>,
+    provider: &Arc<CryptoProvider>,
+) -> Result<Arc<ClientConfig>, Error> {
+    let mut config = ClientConfig::builder_with_provider(Arc::clone(provider))
+        .with_protocol_versions(&[&rustls::version::TLS13, &rustls::version::TLS12])
+        .map_err(|source| {
+            Error::setting("TLS", "the provider lacks TLS 1.2 or 1.3").with_source(source)
+        })?
+        .dangerous()
+        .with_custom_certificate_verifier(verifier)
+        .with_client_cert_resolver(Arc::new(SingleCertAndKey::from(Arc::clone(&bundle.identity))));
+    config.resumption = Resumption::in_memory_sessions(limits::TLS_SESSIONS);
+    Ok(Arc::new(config))
+}
+
+/// Enforces a [`MasterIdentity`]. Nothing of the request leaves before it has agreed.
+#[derive(Debug)]
+struct MasterVerifier {
+    roots: Arc<RootCertStore>,
+    identity: MasterIdentity,
+    host: ServerName<'static>,
+    algorithms: WebPkiSupportedAlgorithms,
+}
+
+impl MasterVerifier {
+    fn check(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> Result<(), rustls::Error> {
+        if let MasterIdentity::Fingerprint(pinned) = self.identity {
+            let is_pinned = bundle::fingerprint(end_entity) == hex(&pinned);
+            return if is_pinned {
+                Ok(())
+            } else {
+                Err(CertificateError::ApplicationVerificationFailure.into())
+            };
+        }
+        let certificate = ParsedCertificate::try_from(end_entity)?;
+        self.check_chain(&certificate, intermediates, now)?;
+        match self.identity {
+            MasterIdentity::Name => Ok(is_masters_own(end_entity)?),
+            MasterIdentity::Host if self.is_for_host(&certificate).is_ok() => Ok(()),
+            MasterIdentity::Host => Ok(is_masters_own(end_entity).map_err(Refusal::or_host)?),
+            MasterIdentity::PublicCa => self.is_for_host(&certificate),
+            MasterIdentity::AnyFromCa | MasterIdentity::Fingerprint(_) => Ok(()),
+        }
+    }
+
+    fn is_for_host(&self, certificate: &ParsedCertificate<'_>) -> Result<(), rustls::Error> {
+        verify_server_name(certificate, &self.host)
+    }
+
+    /// The certificate chains to a root, is within its dates, and may serve.
+    fn check_chain(
+        &self,
+        certificate: &ParsedCertificate<'_>,
+        intermediates: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> Result<(), rustls::Error> {
+        let algorithms = self.algorithms.all;
+        verify_server_cert_signed_by_trust_anchor(
+            certificate,
+            &self.roots,
+            intermediates,
+            now,
+            algorithms,
+        )
+    }
+
+    /// webpki knows neither the rule nor the reason why it could not verify a signature: the issuer's key is too small, say.
+    /// And it judges the certificate of a stranger before it sees that it is one.
+    fn explain(
+        &self,
+        error: rustls::Error,
+        shown: &CertificateDer<'_>,
+        others: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> rustls::Error {
+        // A pinned certificate has no issuer that matters.
+        if matches!(self.identity, MasterIdentity::Fingerprint(_)) {
+            return error;
+        }
+        let stranger = || match self.identity {
+            MasterIdentity::PublicCa => Refusal::NotPublic.into(),
+            _ => CertificateError::UnknownIssuer.into(),
+        };
+        let issuers: Vec<_> = others.iter().filter_map(|other| X509::parse(other)).collect();
+        if X509::parse(shown).is_some_and(|shown| !self.may_be_of_a_root(&shown, &issuers)) {
+            return stranger();
+        }
+        if is_webpkis(&error, &["EndEntityUsedAsCa", "UnsupportedCertVersion"])
+            && let Some(issuer) = issuers
+                .iter()
+                .find(|it| !it.is_self_issued() && it.not_a_ca(&self.algorithms).is_some())
+        {
+            return Refusal::NotACa(issuer.common_name().unwrap_or_default()).into();
+        }
+        if let Some(refusal) = self.of_an_issuer(&error, shown, others, now) {
+            return refusal.into();
+        }
+        #[expect(deprecated, reason = "webpki may still give it")]
+        let is_unverified = matches!(
+            error,
+            rustls::Error::InvalidCertificate(
+                CertificateError::BadSignature
+                    | CertificateError::UnsupportedSignatureAlgorithm
+                    | CertificateError::UnsupportedSignatureAlgorithmContext { .. }
+                    | CertificateError::UnsupportedSignatureAlgorithmForPublicKeyContext { .. }
+            )
+        );
+        if is_unverified && let Some(problem) = self.unsupported(shown, others) {
+            return Refusal::Unsupported(problem).into();
+        }
+        let is_bad = error == CertificateError::BadSignature.into();
+        // A root of that name has a key of another type: it is another CA.
+        let is_strangers =
+            is_unverified && !is_bad || error == CertificateError::UnknownIssuer.into();
+        if is_strangers || is_bad && self.identity == MasterIdentity::PublicCa {
+            stranger()
+        } else {
+            error
+        }
+    }
+
+    /// Whether the names of issuers lead to a root.
+    fn may_be_of_a_root(&self, shown: &X509<'_>, issuers: &[X509<'_>]) -> bool {
+        let roots = &self.roots.roots;
+        if shown.is_self_issued() {
+            return shown.is_a_root(roots);
+        }
+        let mut left: Vec<_> = issuers.iter().collect();
+        let mut chain = vec![shown];
+        while let Some(certificate) = chain.pop() {
+            if certificate.names_a_root_as_issuer(roots) {
+                return true;
+            }
+            chain.extend(left.extract_if(.., |issuer| certificate.names_as_issuer(issuer)));
+        }
+        false
+    }
+
+    /// The dates are those of an issuer that came along, and not the shown certificate's.
+    fn of_an_issuer(
+        &self,
+        error: &rustls::Error,
+        shown: &CertificateDer<'_>,
+        others: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> Option<Refusal> {
+        use CertificateError as Bad;
+        let rustls::Error::InvalidCertificate(bad) = error else { return None };
+        if !matches!(
+            bad,
+            Bad::Expired | Bad::ExpiredContext { .. } | Bad::NotValidYetContext { .. }
+        ) {
+            return None;
+        }
+        // webpki looks at the dates first, whatever the roots.
+        let roots = RootCertStore::empty();
+        let has_these = |certificate: &CertificateDer<'_>| {
+            ParsedCertificate::try_from(certificate).is_ok_and(|certificate| {
+                let algorithms = self.algorithms.all;
+                let judged = verify_server_cert_signed_by_trust_anchor(
+                    &certificate,
+                    &roots,
+                    &[],
+                    now,
+                    algorithms,
+                );
+                judged.as_ref() == Err(error)
+            })
+        };
+        let issuer = others.iter().find(|other| !has_these(shown) && has_these(other))?;
+        let name = X509::parse(issuer).and_then(|issuer| issuer.common_name()).unwrap_or_default();
+        Some(Refusal::OfIssuer { name, bad: bad.clone() })
+    }
+
+    fn unsupported(
+        &self,
+        shown: &CertificateDer<'_>,
+        others: &[CertificateDer<'_>],
+    ) -> Option<String> {
+        if let Some(problem) =
+            X509::parse(shown).and_then(|shown| shown.unsupported_signature(&self.algorithms))
+        {
+            return Some(format!("the master's certificate cannot be verified: {problem}"));
+        }
+        // A root that comes along is not verified.
+        let issuers = others
+            .iter()
+            .filter_map(|other| X509::parse(other))
+            .filter(|issuer| !issuer.is_self_issued());
+        let mut problems = issuers.filter_map(|issuer| {
+            issuer.unsupported_key().or_else(|| issuer.unsupported_signature(&self.algorithms))
+        });
+        Some(format!(
+            "an issuer of the master's certificate cannot be verified: {}",
+            problems.next()?
+        ))
+    }
+}
+
+/// Whether it is one of these errors of webpki's, which rustls passes on as they are.
+pub(crate) fn is_webpkis(error: &rustls::Error, names: &[&str]) -> bool {
+    let rustls::Error::InvalidCertificate(CertificateError::Other(other)) = error else {
+        return false;
+    };
+    names.contains(&other.to_string().as_str())
+}
+
+/// The subject's common name and a DNS name are the master's, and no other.
+pub(crate) fn is_masters_own(certificate: &CertificateDer<'_>) -> Result<(), Refusal> {
+    let refusal = |problem| Refusal::NotMasters { problem, or_host: false };
+    let Some(certificate) = X509::parse(certificate) else {
+        return Err(refusal("it cannot be read".to_owned()));
+    };
+    if !certificate.has_common_name(MASTER_NAME) {
+        return Err(refusal(match certificate.common_names_as_text().as_slice() {
+            [] => format!("it has no common name, which must be {MASTER_NAME:?}"),
+            [name] if name.text == MASTER_NAME => format!(
+                "its common name {MASTER_NAME:?} is {}, and must be a UTF8String or a PrintableString",
+                name.kind
+            ),
+            [name] => format!(
+                "its common name is {} and must be {MASTER_NAME:?} alone",
+                quoted(&name.text, limits::LOG_TEXT / 2)
+            ),
+            names => format!(
+                "there are {} common names, and there must be {MASTER_NAME:?} alone",
+                names.len()
+            ),
+        }));
+    }
+    if !certificate.has_dns_name(MASTER_NAME) {
+        return Err(refusal(format!(
+            "its common name is {MASTER_NAME:?}, but none of its DNS names is"
+        )));
+    }
+    Ok(())
+}
+
+/// Our own reasons not to take a peer for the master.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) enum Refusal {
+    /// It is of our CA, which issued it to somebody else. `or_host`: nor is it valid for the configured host.
+    NotMasters { problem: String, or_host: bool },
+    /// The rule is `public`, and no public CA issued it.
+    NotPublic,
+    /// It is issued by the certificate of this common name, which is no CA's.
+    NotACa(String),
+    /// The dates of an issuer of this common name, which came along, are not right.
+    OfIssuer { name: String, bad: CertificateError },
+    /// A key or a signature of a kind that cannot be verified here.
+    Unsupported(String),
+    /// The peer did not sign the handshake with its certificate's key.
+    NotItsKey,
+}
+
+impl Refusal {
+    fn or_host(self) -> Self {
+        match self {
+            Self::NotMasters { problem, .. } => Self::NotMasters { problem, or_host: true },
+            other => other,
+        }
+    }
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NotMasters { problem, or_host } => {
+                write!(f, "the certificate is not the master's own: {problem}")?;
+                if *or_host {
+                    f.write_str("; nor is it valid for the configured host")
+                } else {
+                    Ok(())
+                }
+            }
+            Self::NotPublic => {
+                f.write_str("the certificate is not of a public CA, which the rule public demands")
+            }
+            Self::NotACa(name) => write!(
+                f,
+                "the master's certificate is issued by {}, which is no CA: somebody may pose as the master",
+                quoted(name, limits::LOG_TEXT / 2)
+            ),
+            Self::OfIssuer { name, bad } => {
+                let name = quoted(name, limits::LOG_TEXT / 2);
+                write!(f, "an issuer of the master's certificate, {name}, is not valid: {bad}")
+            }
+            Self::Unsupported(problem) => f.write_str(problem),
+            Self::NotItsKey => {
+                f.write_str("the peer does not have the key of the certificate that it shows")
+            }
+        }
+    }
+}
+
+impl StdError for Refusal {}
+
+/// They travel in rustls' error, where `explain` finds them again.
+impl From<Refusal> for rustls::Error {
+    fn from(refusal: Refusal) -> Self {
+        CertificateError::Other(OtherError(Arc::new(refusal))).into()
+    }
+}
+
+/// In a handshake webpki's bad signature is the peer's, not an issuer's.
+fn of_handshake(error: rustls::Error) -> rustls::Error {
+    if error == CertificateError::BadSignature.into() { Refusal::NotItsKey.into() } else { error }
+}
+
+impl ServerCertVerifier for MasterVerifier {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        _server_name: &ServerName<'_>,
+        _ocsp_response: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        self.check(end_entity, intermediates, now)
+            .map_err(|error| self.explain(error, end_entity, intermediates, now))?;
+        // Its signature of the handshake could not be verified, and would be called bad.
+        if let Some(problem) = X509::parse(end_entity).and_then(|shown| shown.unsupported_key()) {
+            return Err(Refusal::Unsupported(format!(
+                "the master's certificate cannot be used: {problem}"
+            ))
+            .into());
+        }
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls12_signature(message, certificate, signature, &self.algorithms)
+            .map_err(of_handshake)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls13_signature(message, certificate, signature, &self.algorithms)
+            .map_err(of_handshake)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.algorithms.supported_schemes()
+    }
+}
+
+#[cfg(test)]
+#[cfg(feature = "loopback")]
+mod tests {
+    use rcgen::{
+        BasicConstraints, CertificateParams, CertifiedIssuer, CustomExtension, DistinguishedName,
+        DnType, DnValue, GeneralSubtree, IsCa, KeyPair, NameConstraints,
+    };
+
+    use super::*;
+    use crate::master::explain::{self, Explained};
+
+    /// Why a certificate of that common name and these DNS names is not the master's own.
+    fn judged(common_name: Option<&str>, dns_names: &[&str]) -> Option<String> {
+        let names: Vec<_> = dns_names.iter().map(|&name| name.to_owned()).collect();
+        let mut params = CertificateParams::new(names).unwrap();
+        params.distinguished_name = DistinguishedName::new();
+        common_name
+            .into_iter()
+            .for_each(|name| params.distinguished_name.push(DnType::CommonName, name));
+        let certificate = params.self_signed(&KeyPair::generate().unwrap()).unwrap();
+        is_masters_own(certificate.der()).err().map(|refusal| refusal.to_string())
+    }
+
+    #[test]
+    fn the_common_name_and_a_dns_name_are_both_needed() {
+        assert_eq!(judged(Some("swarmctl"), &["localhost", "swarmctl"]), None);
+        for (common_name, dns_names, says) in [
+            (
+                Some("swarmctl"),
+                &["localhost"][..],
+                "its common name is \"swarmctl\", but none of its DNS names is",
+            ),
+            (
+                Some("swarmctl"),
+                &["*"],
+                "its common name is \"swarmctl\", but none of its DNS names is",
+            ),
+            (
+                Some("w\n"),
+                &["swarmctl"],
+                "its common name is \"w\\n\" and must be \"swarmctl\" alone",
+            ),
+            (
+                Some("swarmctl "),
+                &["swarmctl"],
+                "its common name is \"swarmctl \" and must be \"swarmctl\" alone",
+            ),
+            (None, &["swarmctl"], "it has no common name, which must be \"swarmctl\""),
+        ] {
+            let said = judged(common_name, dns_names).unwrap();
+            assert_eq!(said, format!("the certificate is not the master's own: {says}"));
+        }
+    }
+
+    #[test]
+    fn a_common_name_of_another_type_and_a_second_one_are_said() {
+        let ours = "swarmctl";
+        let type_of = |kind: &str| {
+            format!(
+                "its common name \"swarmctl\" is {kind}, and must be a UTF8String or a PrintableString"
+            )
+        };
+        for (names, says) in [
+            (vec![DnValue::Ia5String(ours.try_into().unwrap())], type_of("an IA5String")),
+            (vec![DnValue::TeletexString(ours.try_into().unwrap())], type_of("a T61String")),
+            (vec![DnValue::BmpString(ours.try_into().unwrap())], type_of("a BMPString")),
+            (
+                vec![DnValue::UniversalString(ours.try_into().unwrap())],
+                type_of("a UniversalString"),
+            ),
+            (
+                vec![DnValue::BmpString("w".try_into().unwrap())],
+                "its common name is \"w\" and must be \"swarmctl\" alone".to_owned(),
+            ),
+            (
+                vec![DnValue::Utf8String(ours.to_owned()), DnValue::Utf8String(ours.to_owned())],
+                "there are 2 common names, and there must be \"swarmctl\" alone".to_owned(),
+            ),
+        ] {
+            let mut params = params(ours, &[ours]);
+            params.distinguished_name = DistinguishedName::new();
+            for (number, name) in names.into_iter().enumerate() {
+                // rcgen keeps one name of a type: the second is of a type with the same OID.
+                let kind = if number == 0 {
+                    DnType::CommonName
+                } else {
+                    DnType::CustomDnType(vec![2, 5, 4, 3])
+                };
+                params.distinguished_name.push(kind, name);
+            }
+            let certificate = params.self_signed(&KeyPair::generate().unwrap()).unwrap();
+            let said = is_masters_own(certificate.der()).unwrap_err().to_string();
+            assert_eq!(said, format!("the certificate is not the master's own: {says}"));
+        }
+    }
+
+    fn params(common_name: &str, dns_names: &[&str]) -> CertificateParams {
+        let names: Vec<_> = dns_names.iter().map(|&name| name.to_owned()).collect();
+        let mut params = CertificateParams::new(names).unwrap();
+        params.distinguished_name = DistinguishedName::new();
+        params.distinguished_name.push(DnType::CommonName, common_name);
+        params
+    }
+
+    /// A CA of that name with a key of its own, of P-256.
+    fn ca(common_name: &str) -> CertificateParams {
+        let mut params = params(common_name, &[]);
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params
+    }
+
+    type Issuer = CertifiedIssuer<'static, KeyPair>;
+
+    fn root(params: CertificateParams) -> Issuer {
+        CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap()
+    }
+
+    fn sub(params: CertificateParams, issuer: &Issuer) -> Issuer {
+        CertifiedIssuer::signed_by(params, KeyPair::generate().unwrap(), issuer).unwrap()
+    }
+
+    /// What `master` and the certificates that come along are refused with.
+    fn refused_under(
+        identity: MasterIdentity,
+        root: &Issuer,
+        master: CertificateParams,
+        issuer: Option<&Issuer>,
+        others: &[&Issuer],
+    ) -> explain::Explained {
+        let key = KeyPair::generate().unwrap();
+        let shown = match issuer {
+            Some(issuer) => master.signed_by(&key, issuer).unwrap(),
+            None => master.self_signed(&key).unwrap(),
+        };
+        let mut roots = RootCertStore::empty();
+        roots.add(root.der().clone()).unwrap();
+        let verifier = MasterVerifier {
+            roots: Arc::new(roots),
+            identity,
+            host: ServerName::try_from("127.0.0.1").unwrap(),
+            algorithms: provider().signature_verification_algorithms,
+        };
+        let others: Vec<_> = others.iter().map(|other| other.der().clone()).collect();
+        let judged =
+            verifier.verify_server_cert(shown.der(), &others, &verifier.host, &[], UnixTime::now());
+        explain::handshake(&std::io::Error::other(judged.unwrap_err()))
+    }
+
+    fn refused(
+        root: &Issuer,
+        master: CertificateParams,
+        issuer: Option<&Issuer>,
+        others: &[&Issuer],
+    ) -> explain::Explained {
+        refused_under(MasterIdentity::Name, root, master, issuer, others)
+    }
+
+    fn ended(mut params: CertificateParams) -> CertificateParams {
+        params.not_before = rcgen::date_time_ymd(2001, 1, 1);
+        params.not_after = rcgen::date_time_ymd(2002, 1, 1);
+        params
+    }
+
+    #[test]
+    fn a_certificate_of_a_stranger_is_not_of_our_ca_whatever_else_is_wrong_with_it() {
+        let (ours, other) = (root(ca("ours")), root(ca("other")));
+        let sub_of_other = sub(ca("sub"), &other);
+        let named_as_ours = root(ca("ours"));
+        for (master, issuer, others) in [
+            // As `openssl req -x509` makes one.
+            (ca("proxy"), None, &[][..]),
+            (ended(ca("proxy")), None, &[]),
+            // Self-issued, with the name of our CA.
+            (ca("ours"), None, &[]),
+            (ended(params("m", &["m"])), Some(&other), &[]),
+            (ended(params("m", &["m"])), Some(&other), &[&other]),
+            (ended(params("m", &["m"])), Some(&sub_of_other), &[&sub_of_other, &other]),
+        ] {
+            let Explained { says, advice } = refused(&ours, master.clone(), issuer, others);
+            assert!(says.starts_with("the master's certificate is not of our ca.crt"), "{says}");
+            assert!(advice.contains("must pass TLS through"), "{advice}");
+            let said = refused_under(MasterIdentity::PublicCa, &ours, master, issuer, others).says;
+            assert!(said.starts_with("the certificate is not of a public CA"), "{said}");
+        }
+        // Issued by a CA of the same name, its dates come first.
+        let said = refused(&ours, ended(params("m", &["m"])), Some(&named_as_ours), &[]).says;
+        assert!(said.starts_with("the master's certificate has expired"), "{said}");
+    }
+
+    #[test]
+    fn a_ca_of_the_same_name_with_a_key_of_another_type_is_another_ca() {
+        let key = KeyPair::generate_for(&rcgen::PKCS_ED25519).unwrap();
+        let other = CertifiedIssuer::self_signed(ca("DECNET"), key).unwrap();
+        let said = refused(&root(ca("DECNET")), params("m", &["m"]), Some(&other), &[]).says;
+        assert_eq!(
+            said,
+            "the master's certificate is not of our ca.crt (invalid peer certificate: UnknownIssuer)"
+        );
+    }
+
+    #[test]
+    fn the_rule_that_a_chain_breaks_is_named() {
+        let ours = root(ca("ours"));
+        let thief = sub(params("worker-07", &[]), &ours);
+        let explained = refused(&ours, params("swarmctl", &["swarmctl"]), Some(&thief), &[&thief]);
+        assert_eq!(
+            explained.says,
+            "the master's certificate is issued by \"worker-07\", which is no CA: somebody may pose as the master"
+        );
+        assert!(explained.advice.starts_with("see what answers there"), "{explained:?}");
+        let mut short = ca("short");
+        short.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+        let short = sub(short, &ours);
+        let below = sub(ca("below"), &short);
+        let mut fenced = ca("fenced");
+        let permitted_subtrees = vec![GeneralSubtree::DnsName("lan".to_owned())];
+        fenced.name_constraints =
+            Some(NameConstraints { permitted_subtrees, excluded_subtrees: Vec::new() });
+        let fenced = sub(fenced, &ours);
+        let mut unknown = params("swarmctl", &["swarmctl"]);
+        let mut extension = CustomExtension::from_oid_content(&[1, 2, 3, 4], vec![5, 0]);
+        extension.set_criticality(true);
+        unknown.custom_extensions = vec![extension];
+        let own = || params("swarmctl", &["swarmctl"]);
+        for (master, issuer, others, says) in [
+            (
+                own(),
+                &below,
+                &[&below, &short][..],
+                "there are more CAs above the master's certificate than",
+            ),
+            (
+                own(),
+                &fenced,
+                &[&fenced],
+                "the master's certificate has a name that its CA may not issue",
+            ),
+            (unknown, &ours, &[], "has a critical extension that is not known here"),
+        ] {
+            let said = refused(&ours, master, Some(issuer), others).says;
+            assert!(said.contains(says), "{said}");
+        }
+    }
+
+    #[test]
+    fn the_dates_are_said_of_the_certificate_whose_they_are() {
+        let ours = root(ca("ours"));
+        let old = sub(ended(ca("old")), &ours);
+        let said = refused(&ours, params("swarmctl", &["swarmctl"]), Some(&old), &[&old]).says;
+        assert!(
+            said.starts_with(
+                "an issuer of the master's certificate, \"old\", has expired by this host's"
+            ),
+            "{said}"
+        );
+        let said =
+            refused(&ours, ended(params("swarmctl", &["swarmctl"])), Some(&old), &[&old]).says;
+        assert!(
+            said.starts_with("the master's certificate has expired by this host's clock"),
+            "{said}"
+        );
+        let mut never = params("swarmctl", &["swarmctl"]);
+        (never.not_before, never.not_after) = (never.not_after, never.not_before);
+        let said = refused(&ours, never, Some(&ours), &[]).says;
+        assert_eq!(said, "the master's certificate is never valid: it ends before it begins");
+    }
+}

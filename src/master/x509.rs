@@ -1,0 +1,728 @@
+//! What webpki does not show of a certificate or a key: the subject's common names, whether a certificate may issue others,
+//! and which algorithms it uses. Values only, for any thread.
+//!
+//! ring's own DER reader does the work: it is strict, and it is in the tree. Nothing here replaces a check of webpki's; a
+//! chain is built, and dates, purposes and signatures are verified, by webpki alone.
+
+use ring::error::Unspecified;
+use ring::io::der::{self, Tag};
+use rustls::crypto::WebPkiSupportedAlgorithms;
+use rustls::pki_types::{PrivateKeyDer, TrustAnchor};
+use untrusted::{Input, Reader};
+
+/// Which keys can be used, for an error.
+pub(crate) const SUPPORTED_KEYS: &str = "supported are RSA of 2048, 3072 or 4096 bits (exponent 65537 and up), ECDSA on P-256 or P-384, and Ed25519";
+
+/// Which signatures of a certificate can be verified, for an error.
+pub(crate) const SUPPORTED_SIGNATURES: &str = "supported are RSA with SHA-256, SHA-384 or SHA-512, ECDSA with SHA-256 or SHA-384, and Ed25519";
+
+const TAG_SET: u8 = 0x31;
+const TAG_VERSION: u8 = 0xa0;
+const TAG_EXTENSIONS: u8 = 0xa3;
+const TAG_PARAMETERS: u8 = 0xa0;
+const TAG_UTF8_STRING: u8 = 0x0c;
+const TAG_PRINTABLE_STRING: u8 = 0x13;
+const TAG_T61_STRING: u8 = 0x14;
+const TAG_IA5_STRING: u8 = 0x16;
+const TAG_UNIVERSAL_STRING: u8 = 0x1c;
+const TAG_BMP_STRING: u8 = 0x1e;
+const TAG_BOOLEAN: u8 = 0x01;
+const TAG_DNS_NAME: u8 = 0x82;
+
+const COMMON_NAME: &[u8] = &[0x55, 0x04, 0x03];
+const KEY_USAGE: &[u8] = &[0x55, 0x1d, 0x0f];
+const ALTERNATIVE_NAME: &[u8] = &[0x55, 0x1d, 0x11];
+const BASIC_CONSTRAINTS: &[u8] = &[0x55, 0x1d, 0x13];
+
+/// The bit `keyCertSign`, the sixth of the first byte.
+const KEY_CERT_SIGN: u8 = 0b0000_0100;
+
+/// A certificate's parts that matter here. Each is DER, without its own tag and length unless it says otherwise.
+pub(crate) struct X509<'a> {
+    /// With tag and length: what the signature is over.
+    signed: &'a [u8],
+    signature_algorithm: &'a [u8],
+    signature: &'a [u8],
+    is_v1: bool,
+    issuer: &'a [u8],
+    subject: &'a [u8],
+    /// The key with its algorithm.
+    public_key: &'a [u8],
+    key_algorithm: &'a [u8],
+    key: &'a [u8],
+    extensions: Vec<Extension<'a>>,
+}
+
+/// A common name, for a person. It is foreign text.
+pub(crate) struct CommonName {
+    pub(crate) text: String,
+    /// What kind of string it is: `an IA5String`.
+    pub(crate) kind: &'static str,
+}
+
+struct Extension<'a> {
+    oid: &'a [u8],
+    value: &'a [u8],
+}
+
+/// A public key, as far as it decides whether it can be used.
+struct Key {
+    /// For a person: `an RSA key of 1024 bits`.
+    name: String,
+    is_supported: bool,
+}
+
+impl<'a> X509<'a> {
+    /// `None`: it is not a certificate as webpki reads them.
+    pub(crate) fn parse(der: &'a [u8]) -> Option<Self> {
+        read_all(der, |input| {
+            der::nested(input, Tag::Sequence, Unspecified, |certificate| {
+                let (signed, fields) = certificate.read_partial(|input| sequence(input))?;
+                let signature_algorithm = sequence(certificate)?;
+                let signature =
+                    der::bit_string_with_no_unused_bits(certificate)?.as_slice_less_safe();
+                let signed = signed.as_slice_less_safe();
+                read(fields, |fields| Self::fields(fields, signed, signature_algorithm, signature))
+            })
+        })
+    }
+
+    fn fields(
+        input: &mut Reader<'a>,
+        signed: &'a [u8],
+        signature_algorithm: &'a [u8],
+        signature: &'a [u8],
+    ) -> Result<Self, Unspecified> {
+        // Only a version 1 certificate leaves its version out.
+        let is_v1 = !input.peek(TAG_VERSION);
+        if !is_v1 {
+            any(input)?;
+        }
+        value(input, Tag::Integer)?;
+        sequence(input)?;
+        let issuer = sequence(input)?;
+        sequence(input)?;
+        let subject = sequence(input)?;
+        let public_key = sequence(input)?;
+        let (key_algorithm, key) = read(public_key, |input| {
+            Ok((sequence(input)?, der::bit_string_with_no_unused_bits(input)?.as_slice_less_safe()))
+        })?;
+        let mut extensions = Vec::new();
+        while !input.at_end() {
+            match any(input)? {
+                (TAG_EXTENSIONS, list) => {
+                    extensions = read(list, |input| items(sequence(input)?, extension))?
+                }
+                // The unique identifiers, which nobody uses.
+                _ => continue,
+            }
+        }
+        Ok(Self {
+            signed,
+            signature_algorithm,
+            signature,
+            is_v1,
+            issuer,
+            subject,
+            public_key,
+            key_algorithm,
+            key,
+            extensions,
+        })
+    }
+
+    /// Whether the subject has one common name, and that is `name`.
+    ///
+    /// This is strict, as whoever is called so counts as the master: a second common name, another case, and any string
+    /// type but `UTF8String` and `PrintableString` (the two that RFC 5280, 4.1.2.4, lets a CA use) make it another name.
+    pub(crate) fn has_common_name(&self, name: &str) -> bool {
+        let names = self.common_names();
+        let types = [TAG_UTF8_STRING, TAG_PRINTABLE_STRING];
+        matches!(names.as_slice(), [(tag, bytes)] if types.contains(tag) && *bytes == name.as_bytes())
+    }
+
+    /// The subject's first common name, for a person; it is foreign text.
+    pub(crate) fn common_name(&self) -> Option<String> {
+        self.common_names_as_text().into_iter().next().map(|name| name.text)
+    }
+
+    /// The subject's common names, for a person.
+    pub(crate) fn common_names_as_text(&self) -> Vec<CommonName> {
+        self.common_names().into_iter().map(|(tag, bytes)| CommonName::of(tag, bytes)).collect()
+    }
+
+    /// Every common name of the subject with the tag of its type, whichever RDN it stands in. None for a subject that cannot
+    /// be read.
+    fn common_names(&self) -> Vec<(u8, &'a [u8])> {
+        let attribute = |input: &mut Reader<'a>| {
+            read(sequence(input)?, |input| Ok((value(input, Tag::OID)?, any(input)?)))
+        };
+        let rdn = |input: &mut Reader<'a>| match any(input)? {
+            (TAG_SET, set) => items(set, attribute),
+            _ => Err(Unspecified),
+        };
+        let attributes = items(self.subject, rdn).unwrap_or_default().into_iter().flatten();
+        attributes.filter(|(oid, _)| *oid == COMMON_NAME).map(|(_, name)| name).collect()
+    }
+
+    /// Whether `name` is one of its DNS names, byte for byte: a wildcard is not any name.
+    pub(crate) fn has_dns_name(&self, name: &str) -> bool {
+        let names = self.extension(ALTERNATIVE_NAME);
+        let names = names
+            .and_then(|list| read_all(list, |input| items(sequence(input)?, any)))
+            .unwrap_or_default();
+        names.contains(&(TAG_DNS_NAME, name.as_bytes()))
+    }
+
+    /// Why it may not issue certificates. The rule is OpenSSL's (`check_ca` in `v3_purp.c`) without its exceptions for
+    /// certificates without basic constraints, but for one: a self-signed certificate of version 1, which has no room for
+    /// them, is a root.
+    pub(crate) fn not_a_ca(&self, algorithms: &WebPkiSupportedAlgorithms) -> Option<&'static str> {
+        if self.is_v1 {
+            return (!self.is_self_signed(algorithms))
+                .then_some("a certificate of version 1 that is not self-signed");
+        }
+        let constraints =
+            self.extension(BASIC_CONSTRAINTS).and_then(|value| read_all(value, sequence));
+        let is_ca = constraints.is_some_and(|list| {
+            read_all(list, |input| {
+                let first = if input.at_end() { None } else { Some(any(input)?) };
+                input.skip_to_end();
+                Ok(first == Some((TAG_BOOLEAN, &[0xff])))
+            }) == Some(true)
+        });
+        if !is_ca {
+            return Some("a certificate that is not marked as a CA's");
+        }
+        let usage = self
+            .extension(KEY_USAGE)
+            .map(|value| read_all(value, |input| self::value(input, Tag::BitString)));
+        // The first byte counts the unused bits.
+        let may_sign = usage.is_none_or(|bits| {
+            bits.and_then(|bits| bits.get(1)).is_some_and(|bits| bits & KEY_CERT_SIGN != 0)
+        });
+        (!may_sign)
+            .then_some("a CA's certificate whose key usage does not allow issuing certificates")
+    }
+
+    /// Issuer and subject are the same name, and the signature is its own key's. A signature that nobody here can verify,
+    /// as of a root from the days of SHA-1, is taken for its own: OpenSSL verifies no root's.
+    fn is_self_signed(&self, algorithms: &WebPkiSupportedAlgorithms) -> bool {
+        let mut verifiers = algorithms.all.iter().filter(|algorithm| {
+            algorithm.signature_alg_id().as_ref() == self.signature_algorithm
+                && algorithm.public_key_alg_id().as_ref() == self.key_algorithm
+        });
+        self.issuer == self.subject
+            && verifiers
+                .next()
+                .is_none_or(|it| it.verify_signature(self.key, self.signed, self.signature).is_ok())
+    }
+
+    /// What of its key is not supported: `its key is an RSA key of 1024 bits; supported are …`.
+    pub(crate) fn unsupported_key(&self) -> Option<String> {
+        let key = public_key(self.key_algorithm, self.key)?;
+        (!key.is_supported).then(|| format!("its key is {}; {SUPPORTED_KEYS}", key.name))
+    }
+
+    /// What of its signature is not supported: `it is signed with RSA and SHA-1; supported are …`.
+    pub(crate) fn unsupported_signature(
+        &self,
+        algorithms: &WebPkiSupportedAlgorithms,
+    ) -> Option<String> {
+        let is_supported =
+            |id: &[u8]| algorithms.all.iter().any(|it| it.signature_alg_id().as_ref() == id);
+        let name = signature_name(self.signature_algorithm);
+        (!is_supported(self.signature_algorithm))
+            .then(|| format!("it is signed with {name}; {SUPPORTED_SIGNATURES}"))
+    }
+
+    /// Issuer and subject are the same name.
+    pub(crate) fn is_self_issued(&self) -> bool {
+        self.issuer == self.subject
+    }
+
+    /// Whether `issuer` has the name of its issuer. Its signature may be another's.
+    pub(crate) fn names_as_issuer(&self, issuer: &X509<'_>) -> bool {
+        self.issuer == issuer.subject
+    }
+
+    /// Whether a root has the name of its issuer.
+    pub(crate) fn names_a_root_as_issuer(&self, roots: &[TrustAnchor<'_>]) -> bool {
+        roots.iter().any(|root| root.subject.as_ref() == self.issuer)
+    }
+
+    /// Whether it is one of the roots: it has the name and the key of one.
+    pub(crate) fn is_a_root(&self, roots: &[TrustAnchor<'_>]) -> bool {
+        roots.iter().any(|root| {
+            root.subject.as_ref() == self.subject
+                && root.subject_public_key_info.as_ref() == self.public_key
+        })
+    }
+
+    fn extension(&self, oid: &[u8]) -> Option<&'a [u8]> {
+        self.extensions
+            .iter()
+            .find(|extension| extension.oid == oid)
+            .map(|extension| extension.value)
+    }
+}
+
+impl CommonName {
+    fn of(tag: u8, bytes: &[u8]) -> Self {
+        let text = || String::from_utf8_lossy(bytes).into_owned();
+        let units = || {
+            bytes.chunks_exact(2).filter_map(|unit| unit.try_into().ok().map(u16::from_be_bytes))
+        };
+        let scalars =
+            || bytes.chunks_exact(4).filter_map(|one| one.try_into().ok().map(u32::from_be_bytes));
+        let scalar = |one| char::from_u32(one).unwrap_or(char::REPLACEMENT_CHARACTER);
+        let (kind, text) = match tag {
+            TAG_UTF8_STRING => ("a UTF8String", text()),
+            TAG_PRINTABLE_STRING => ("a PrintableString", text()),
+            TAG_IA5_STRING => ("an IA5String", text()),
+            TAG_T61_STRING => ("a T61String", text()),
+            TAG_BMP_STRING => (
+                "a BMPString",
+                char::decode_utf16(units())
+                    .map(|c| c.unwrap_or(char::REPLACEMENT_CHARACTER))
+                    .collect(),
+            ),
+            TAG_UNIVERSAL_STRING => ("a UniversalString", scalars().map(scalar).collect()),
+            _ => ("a string of another type", text()),
+        };
+        Self { text, kind }
+    }
+}
+
+/// What of a private key is not supported: `is an RSA key of 1024 bits; supported are …`. `None` also where that cannot be
+/// read.
+pub(crate) fn unsupported_private_key(key: &PrivateKeyDer<'_>) -> Option<String> {
+    let key = match key {
+        PrivateKeyDer::Pkcs1(key) => rsa_private(key.secret_pkcs1_der()),
+        PrivateKeyDer::Pkcs8(key) => pkcs8(key.secret_pkcs8_der()),
+        PrivateKeyDer::Sec1(key) => sec1(key.secret_sec1_der()),
+        _ => None,
+    }?;
+    (!key.is_supported).then(|| format!("is {}; {SUPPORTED_KEYS}", key.name))
+}
+
+/// The first value of `der`, with its tag and length.
+pub(crate) fn first_value(der: &[u8]) -> Option<&[u8]> {
+    let (first, _) = Reader::new(Input::from(der)).read_partial(|input| any(input)).ok()?;
+    Some(first.as_slice_less_safe())
+}
+
+fn extension<'a>(input: &mut Reader<'a>) -> Result<Extension<'a>, Unspecified> {
+    read(sequence(input)?, |input| {
+        let oid = value(input, Tag::OID)?;
+        if input.peek(TAG_BOOLEAN) {
+            any(input)?;
+        }
+        Ok(Extension { oid, value: value(input, Tag::OctetString)? })
+    })
+}
+
+fn public_key(algorithm: &[u8], key: &[u8]) -> Option<Key> {
+    let numbers = || {
+        read_all(key, |input| {
+            read(sequence(input)?, |input| Ok((integer(input)?, integer(input)?)))
+        })
+    };
+    Key::of(algorithm, || {
+        numbers().map(|(modulus, exponent)| {
+            Key::rsa(modulus, exponent, |bits| (2048..=8192).contains(&bits), 3)
+        })
+    })
+}
+
+fn pkcs8(der: &[u8]) -> Option<Key> {
+    let (algorithm, inner) = read_all(der, |input| {
+        read_some(sequence(input)?, |input| {
+            value(input, Tag::Integer)?;
+            Ok((sequence(input)?, value(input, Tag::OctetString)?))
+        })
+    })?;
+    Key::of(algorithm, || rsa_private(inner))
+}
+
+fn rsa_private(der: &[u8]) -> Option<Key> {
+    let (modulus, exponent) = read_all(der, |input| {
+        read_some(sequence(input)?, |input| {
+            value(input, Tag::Integer)?;
+            Ok((integer(input)?, integer(input)?))
+        })
+    })?;
+    // What ring can sign with is less than what it can verify: each prime has a multiple of 512 bits.
+    Some(Key::rsa(modulus, exponent, |bits| matches!(bits, 2048 | 3072 | 4096), 65_537))
+}
+
+fn sec1(der: &[u8]) -> Option<Key> {
+    let parameters = read_all(der, |input| {
+        read_some(sequence(input)?, |input| {
+            value(input, Tag::Integer)?;
+            value(input, Tag::OctetString)?;
+            match any(input)? {
+                (TAG_PARAMETERS, parameters) => Ok(parameters),
+                _ => Err(Unspecified),
+            }
+        })
+    })?;
+    Key::on_curve(parameters)
+}
+
+impl Key {
+    /// By the contents of an `AlgorithmIdentifier`, and by `rsa` where that says RSA.
+    fn of(algorithm: &[u8], rsa: impl FnOnce() -> Option<Self>) -> Option<Self> {
+        let (oid, parameters) = read_all(algorithm, |input| {
+            Ok((value(input, Tag::OID)?, input.read_bytes_to_end().as_slice_less_safe()))
+        })?;
+        let named = |name: &str, is_supported| Some(Self { name: name.to_owned(), is_supported });
+        match oid {
+            [0x2a, 0x86, 0x48, 0x86, 0xf7, 0x0d, 0x01, 0x01, 0x01] => rsa(),
+            [0x2a, 0x86, 0x48, 0x86, 0xf7, 0x0d, 0x01, 0x01, 0x0a] => {
+                named("an RSA key for RSA-PSS alone", false)
+            }
+            [0x2a, 0x86, 0x48, 0xce, 0x3d, 0x02, 0x01] => Self::on_curve(parameters),
+            [0x2a, 0x86, 0x48, 0xce, 0x38, 0x04, 0x01] => named("a DSA key", false),
+            [0x2b, 0x65, 0x70] => named("an Ed25519 key", true),
+            [0x2b, 0x65, 0x71] => named("an Ed448 key", false),
+            [0x2b, 0x65, 0x6e | 0x6f] => named("a key for key agreement, which cannot sign", false),
+            _ => named("a key of a kind that is not known here", false),
+        }
+    }
+
+    fn rsa(
+        modulus: &[u8],
+        exponent: &[u8],
+        has_size: impl Fn(usize) -> bool,
+        least_exponent: u64,
+    ) -> Self {
+        let leading = modulus.first().map_or(0, |byte| byte.leading_zeros() as usize);
+        let bits = (modulus.len() * 8).saturating_sub(leading);
+        let exponent = exponent
+            .iter()
+            .fold(0_u64, |number, byte| number.saturating_mul(256).saturating_add((*byte).into()));
+        let has_size = has_size(bits);
+        let name = match has_size {
+            true if exponent < least_exponent => format!("an RSA key with the exponent {exponent}"),
+            _ => format!("an RSA key of {bits} bits"),
+        };
+        Self { name, is_supported: has_size && exponent >= least_exponent }
+    }
+
+    /// By the parameters of an elliptic curve key.
+    fn on_curve(parameters: &[u8]) -> Option<Self> {
+        let curve = read_all(parameters, |input| value(input, Tag::OID));
+        let (name, is_supported) = match curve.unwrap_or_default() {
+            [0x2a, 0x86, 0x48, 0xce, 0x3d, 0x03, 0x01, 0x07] => ("P-256", true),
+            [0x2b, 0x81, 0x04, 0x00, 0x22] => ("P-384", true),
+            [0x2b, 0x81, 0x04, 0x00, 0x23] => ("P-521", false),
+            [0x2b, 0x81, 0x04, 0x00, 0x21] => ("P-224", false),
+            [0x2b, 0x81, 0x04, 0x00, 0x0a] => ("secp256k1", false),
+            _ => ("a curve that is not known here", false),
+        };
+        Some(Self { name: format!("an ECDSA key on {name}"), is_supported })
+    }
+}
+
+/// A signature's algorithm, for a person, by the contents of its `AlgorithmIdentifier`.
+pub(crate) fn signature_name(algorithm: &[u8]) -> &'static str {
+    let first = |input: &mut Reader<'_>| {
+        let oid = value(input, Tag::OID)?.to_vec();
+        input.skip_to_end();
+        Ok(oid)
+    };
+    match read_all(algorithm, first).as_deref().unwrap_or_default() {
+        [0x2a, 0x86, 0x48, 0x86, 0xf7, 0x0d, 0x01, 0x01, last] => match last {
+            0x02 => "RSA and MD2",
+            0x04 => "RSA and MD5",
+            0x05 => "RSA and SHA-1",
+            0x0a => "RSA-PSS and parameters that are not supported",
+            0x0b..=0x0d => "RSA and SHA-2",
+            0x0e => "RSA and SHA-224",
+            _ => "RSA and a digest that is not known here",
+        },
+        [0x2a, 0x86, 0x48, 0xce, 0x3d, 0x04, 0x01] => "ECDSA and SHA-1",
+        [0x2a, 0x86, 0x48, 0xce, 0x3d, 0x04, 0x03, last] => match last {
+            0x01 => "ECDSA and SHA-224",
+            0x02 => "ECDSA and SHA-256",
+            0x03 => "ECDSA and SHA-384",
+            _ => "ECDSA and SHA-512",
+        },
+        [0x2a, 0x86, 0x48, 0xce, 0x38, 0x04, 0x03] => "DSA and SHA-1",
+        [0x60, 0x86, 0x48, 0x01, 0x65, 0x03, 0x04, 0x03, ..] => "DSA or a SHA-3 digest",
+        [0x2b, 0x65, 0x70] => "Ed25519",
+        [0x2b, 0x65, 0x71] => "Ed448",
+        _ => "an algorithm that is not known here",
+    }
+}
+
+/// All of `der`, or nothing.
+fn read_all<'a, T>(
+    der: &'a [u8],
+    read: impl FnOnce(&mut Reader<'a>) -> Result<T, Unspecified>,
+) -> Option<T> {
+    Input::from(der).read_all(Unspecified, read).ok()
+}
+
+fn read<'a, T>(
+    der: &'a [u8],
+    read: impl FnOnce(&mut Reader<'a>) -> Result<T, Unspecified>,
+) -> Result<T, Unspecified> {
+    Input::from(der).read_all(Unspecified, read)
+}
+
+/// The beginning of `der`.
+fn read_some<'a, T>(
+    der: &'a [u8],
+    read: impl FnOnce(&mut Reader<'a>) -> Result<T, Unspecified>,
+) -> Result<T, Unspecified> {
+    read(&mut Reader::new(Input::from(der)))
+}
+
+/// Item after item, to the end.
+fn items<'a, T>(
+    der: &'a [u8],
+    mut item: impl FnMut(&mut Reader<'a>) -> Result<T, Unspecified>,
+) -> Result<Vec<T>, Unspecified> {
+    read(der, |input| {
+        let mut items = Vec::new();
+        while !input.at_end() {
+            items.push(item(input)?);
+        }
+        Ok(items)
+    })
+}
+
+fn any<'a>(input: &mut Reader<'a>) -> Result<(u8, &'a [u8]), Unspecified> {
+    der::read_tag_and_get_value(input).map(|(tag, value)| (tag, value.as_slice_less_safe()))
+}
+
+fn value<'a>(input: &mut Reader<'a>, tag: Tag) -> Result<&'a [u8], Unspecified> {
+    der::expect_tag_and_get_value(input, tag).map(|value| value.as_slice_less_safe())
+}
+
+fn sequence<'a>(input: &mut Reader<'a>) -> Result<&'a [u8], Unspecified> {
+    value(input, Tag::Sequence)
+}
+
+/// A positive number without the zero byte that keeps it positive.
+fn integer<'a>(input: &mut Reader<'a>) -> Result<&'a [u8], Unspecified> {
+    let bytes = value(input, Tag::Integer)?;
+    Ok(bytes.strip_prefix(&[0]).unwrap_or(bytes))
+}
+
+#[cfg(test)]
+#[cfg(feature = "loopback")]
+mod tests {
+    use rcgen::{
+        BasicConstraints, CertificateParams, CertifiedIssuer, CustomExtension, DistinguishedName,
+        DnType, DnValue, IsCa, KeyPair, KeyUsagePurpose, PKCS_ECDSA_P384_SHA384, PKCS_ED25519,
+        SigningKey,
+    };
+
+    use super::*;
+    use crate::master::verifier::provider;
+
+    fn algorithms() -> WebPkiSupportedAlgorithms {
+        provider().signature_verification_algorithms
+    }
+
+    /// Self-signed, with these common names and DNS names.
+    fn params(common_names: Vec<DnValue>, dns_names: &[&str]) -> CertificateParams {
+        let mut params = CertificateParams::new(
+            dns_names.iter().map(|&name| name.to_owned()).collect::<Vec<_>>(),
+        )
+        .unwrap();
+        params.distinguished_name = DistinguishedName::new();
+        for (number, name) in common_names.into_iter().enumerate() {
+            // rcgen keeps one name of a type: the second is of a type with the same OID.
+            let kind = if number == 0 {
+                DnType::CommonName
+            } else {
+                DnType::CustomDnType(vec![2, 5, 4, 3])
+            };
+            params.distinguished_name.push(kind, name);
+        }
+        params
+    }
+
+    fn self_signed(params: &CertificateParams) -> Vec<u8> {
+        params.self_signed(&KeyPair::generate().unwrap()).unwrap().der().to_vec()
+    }
+
+    fn text(name: &str) -> DnValue {
+        DnValue::Utf8String(name.to_owned())
+    }
+
+    #[test]
+    fn one_common_name_in_the_right_type_and_case_is_the_name() {
+        let ours = "swarmctl";
+        for (names, has) in [
+            (vec![text(ours)], true),
+            (vec![DnValue::PrintableString(ours.try_into().unwrap())], true),
+            (vec![DnValue::Ia5String(ours.try_into().unwrap())], false),
+            (vec![DnValue::TeletexString(ours.try_into().unwrap())], false),
+            (vec![DnValue::BmpString(ours.try_into().unwrap())], false),
+            (vec![DnValue::UniversalString(ours.try_into().unwrap())], false),
+            (vec![text("Swarmctl")], false),
+            (vec![text("swarmctl ")], false),
+            (vec![text("swarmctl\0")], false),
+            (vec![text("swarmctl\0.worker")], false),
+            (vec![text("worker")], false),
+            (vec![text(ours), text("worker")], false),
+            (vec![text("worker"), text(ours)], false),
+            (vec![text(ours), text(ours)], false),
+            (vec![], false),
+        ] {
+            let der = self_signed(&params(names.clone(), &[ours]));
+            assert_eq!(X509::parse(&der).unwrap().has_common_name(ours), has, "{names:?}");
+        }
+    }
+
+    #[test]
+    fn the_issuers_name_is_not_the_subjects() {
+        let mut ca = params(vec![text("swarmctl")], &[]);
+        ca.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let ca = CertifiedIssuer::self_signed(ca, KeyPair::generate().unwrap()).unwrap();
+        let worker = params(vec![text("worker")], &[])
+            .signed_by(&KeyPair::generate().unwrap(), &ca)
+            .unwrap();
+        let der = worker.der();
+        assert!(!X509::parse(der).unwrap().has_common_name("swarmctl"));
+        assert_eq!(X509::parse(der).unwrap().common_name().unwrap(), "worker");
+    }
+
+    #[test]
+    fn a_dns_name_is_compared_byte_for_byte() {
+        for (names, has) in [
+            (&["swarmctl"][..], true),
+            (&["localhost", "swarmctl"], true),
+            (&["*"], false),
+            (&["*.swarmctl"], false),
+            (&["SWARMCTL"], false),
+            (&["swarmctl."], false),
+            (&["swarmctl.lan"], false),
+            (&["127.0.0.1"], false),
+            (&[], false),
+        ] {
+            let der = self_signed(&params(vec![text("swarmctl")], names));
+            assert_eq!(X509::parse(&der).unwrap().has_dns_name("swarmctl"), has, "{names:?}");
+        }
+    }
+
+    #[test]
+    fn only_basic_constraints_and_key_usage_make_a_ca() {
+        let unconstrained = IsCa::Ca(BasicConstraints::Unconstrained);
+        let (sign, other) = (KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::DigitalSignature);
+        for (is_ca, usages, problem) in [
+            (unconstrained, vec![], None),
+            (IsCa::Ca(BasicConstraints::Constrained(0)), vec![other, sign], None),
+            (unconstrained, vec![other], Some("key usage does not allow issuing")),
+            (IsCa::NoCa, vec![], Some("not marked as a CA's")),
+            (IsCa::NoCa, vec![sign], Some("not marked as a CA's")),
+            (IsCa::ExplicitNoCa, vec![sign], Some("not marked as a CA's")),
+        ] {
+            let case = format!("{is_ca:?} {usages:?}");
+            let mut params = params(vec![text("ca")], &[]);
+            (params.is_ca, params.key_usages) = (is_ca, usages);
+            let der = self_signed(&params);
+            let found = X509::parse(&der).unwrap().not_a_ca(&algorithms());
+            assert_eq!(found.is_some(), problem.is_some(), "{case}: {found:?}");
+            assert!(
+                found.unwrap_or_default().contains(problem.unwrap_or_default()),
+                "{case}: {found:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn basic_constraints_that_cannot_be_read_make_no_ca() {
+        for content in [
+            &b""[..],
+            b"\x30\x03\x01\x01\x00",
+            b"\x30\x03\x01\x01\x01",
+            b"\x30\x03\x02\x01\xff",
+            b"\x01\x01\xff",
+        ] {
+            let mut params = params(vec![text("ca")], &[]);
+            params.custom_extensions =
+                vec![CustomExtension::from_oid_content(&[2, 5, 29, 19], content.to_vec())];
+            let der = self_signed(&params);
+            assert!(X509::parse(&der).unwrap().not_a_ca(&algorithms()).is_some(), "{content:?}");
+        }
+    }
+
+    fn tlv(tag: u8, content: &[u8]) -> Vec<u8> {
+        let length = u16::try_from(content.len()).unwrap().to_be_bytes();
+        let length = match content.len() {
+            0..=127 => vec![length[1]],
+            128..=255 => vec![0x81, length[1]],
+            _ => vec![0x82, length[0], length[1]],
+        };
+        [vec![tag], length, content.to_vec()].concat()
+    }
+
+    /// The same certificate in version 1, which has no extensions, signed by `key`.
+    fn in_version_1(der: &[u8], key: &KeyPair) -> Vec<u8> {
+        let signed = X509::parse(der).unwrap().signed;
+        let fields = read_all(signed, sequence).unwrap();
+        let fields = items(fields, |input| {
+            Ok(input.read_partial(|input| any(input))?.0.as_slice_less_safe())
+        })
+        .unwrap();
+        let signed = tlv(0x30, &fields[1..7].concat());
+        let signature = tlv(0x03, &[vec![0], key.sign(&signed).unwrap()].concat());
+        tlv(0x30, &[signed, fields[2].to_vec(), signature].concat())
+    }
+
+    #[test]
+    fn a_certificate_of_version_1_is_a_root_if_its_own_key_has_signed_it() {
+        let (key, other) = (KeyPair::generate().unwrap(), KeyPair::generate().unwrap());
+        let root = params(vec![text("old root")], &[]).self_signed(&key).unwrap();
+        let forged = in_version_1(root.der(), &other);
+        let root = in_version_1(root.der(), &key);
+        assert_eq!(X509::parse(&root).unwrap().not_a_ca(&algorithms()), None);
+        let mut roots = rustls::RootCertStore::empty();
+        roots.add(root.into()).unwrap();
+        let ca = CertifiedIssuer::self_signed(
+            params(vec![text("ca")], &[]),
+            KeyPair::generate().unwrap(),
+        )
+        .unwrap();
+        let issued = params(vec![text("worker")], &[]).signed_by(&key, &ca).unwrap();
+        let issued = in_version_1(issued.der(), ca.key());
+        for der in [forged, issued] {
+            let found = X509::parse(&der).unwrap().not_a_ca(&algorithms());
+            assert_eq!(found, Some("a certificate of version 1 that is not self-signed"));
+        }
+    }
+
+    #[test]
+    fn what_rcgen_and_ring_make_is_supported() {
+        for algorithm in [&rcgen::PKCS_ECDSA_P256_SHA256, &PKCS_ECDSA_P384_SHA384, &PKCS_ED25519] {
+            let key = KeyPair::generate_for(algorithm).unwrap();
+            let der = params(vec![text("ca")], &[]).self_signed(&key).unwrap().der().to_vec();
+            let certificate = X509::parse(&der).unwrap();
+            assert_eq!(
+                (certificate.unsupported_key(), certificate.unsupported_signature(&algorithms())),
+                (None, None)
+            );
+            assert_eq!(
+                unsupported_private_key(&PrivateKeyDer::try_from(key.serialize_der()).unwrap()),
+                None
+            );
+        }
+    }
+
+    #[test]
+    fn half_a_certificate_is_none() {
+        let der = self_signed(&params(vec![text("swarmctl")], &["swarmctl"]));
+        for length in 0..der.len() {
+            assert!(X509::parse(&der[..length]).is_none(), "{length}");
+        }
+        let trailed = [der.as_slice(), &[0]].concat();
+        assert!(X509::parse(&trailed).is_none());
+        assert_eq!(first_value(&trailed), Some(der.as_slice()));
+    }
+}
