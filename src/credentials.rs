@@ -40,15 +40,25 @@ impl Credentials {
         let provider = verifier::provider();
         let bundle = Bundle::load(enrolment.agent_dir().value(), &provider)?;
         let (name, identity) = (server_name(&enrolment)?, identity(&enrolment, given));
-        let judge = verifier::verifier(&bundle, identity, &name, &provider);
-        let tls = verifier::client_config(&bundle, judge, &provider)?;
+        let judge = verifier::verifier(&bundle.roots, identity, &name, &provider);
+        let tls = verifier::client_config(&bundle.identity, judge, &provider)?;
         Ok(Self { enrolment, certificate: bundle.certificate, name, tls })
     }
 
     /// The master, with no connection to it yet.
     pub(crate) fn master(&self) -> MasterClient {
-        MasterClient::new(&self.enrolment, self.name.clone(), Arc::clone(&self.tls))
+        client(&self.enrolment, &self.name, &self.tls)
     }
+}
+
+/// The client of an enrolment's master, with no connection to it yet.
+pub(crate) fn client(
+    enrolment: &Enrolment,
+    name: &ServerName<'static>,
+    tls: &Arc<ClientConfig>,
+) -> MasterClient {
+    let (host, port) = (enrolment.master_host().value(), *enrolment.master_port().value());
+    MasterClient::new(host, port, enrolment.master_url(), name.clone(), Arc::clone(tls))
 }
 
 /// The ini and the bundle, looked at again and again.

@@ -24,7 +24,6 @@ use ureq::config::{AutoHeaderValue, Config, IpFamily};
 use ureq::http::{Response, StatusCode, header};
 use ureq::{Agent, Timeout};
 
-use crate::credentials::enrolment::Enrolment;
 use crate::limits;
 use crate::master::explain::{class, closed_without_an_answer, explain};
 use crate::master::resolver::MasterResolver;
@@ -158,22 +157,17 @@ pub(crate) struct MasterClient {
 impl MasterClient {
     /// Behind a TLS configuration, which knows the bundle and the rule for the master's certificate.
     pub(crate) fn new(
-        enrolment: &Enrolment,
+        host: &str,
+        port: u16,
+        url: String,
         name: ServerName<'static>,
         tls: Arc<ClientConfig>,
     ) -> Self {
-        let resolver =
-            MasterResolver::new(enrolment.master_host().value(), *enrolment.master_port().value());
+        let resolver = MasterResolver::new(host, port);
         let tls = TlsConnector::new(tls, name, resolver.clone());
         let connections = tls.connections();
         let agent = Agent::with_parts(config(), tls, resolver.clone());
-        Self {
-            agent,
-            url: enrolment.master_url(),
-            resolver,
-            connections,
-            bad_answers: AtomicU32::new(0),
-        }
+        Self { agent, url, resolver, connections, bad_answers: AtomicU32::new(0) }
     }
 
     /// What answers behind this connector.
@@ -391,6 +385,7 @@ fn may_be_the_connections(error: &ureq::Error) -> bool {
 mod tests {
     use super::*;
     use crate::credentials::bundle::Bundle;
+    use crate::credentials::enrolment::Enrolment;
     use crate::loopback::{Answer, Effect, Fault, LoopbackMaster, Options};
     use crate::master::identity::MasterIdentity;
     use crate::master::verifier;
@@ -472,12 +467,11 @@ mod tests {
         let provider = verifier::provider();
         let bundle = Bundle::load(enrolment.agent_dir().value(), &provider).unwrap();
         let name = ServerName::try_from("127.0.0.1").unwrap();
-        let judge = verifier::verifier(&bundle, MasterIdentity::Name, &name, &provider);
-        let config = verifier::client_config(&bundle, judge, &provider).unwrap();
+        let judge = verifier::verifier(&bundle.roots, MasterIdentity::Name, &name, &provider);
+        let config = verifier::client_config(&bundle.identity, judge, &provider).unwrap();
         // A name, so that what it leads to can change. It is never looked up here.
-        let enrolment =
-            Enrolment::new(enrolment.host_uuid().value().clone(), "nowhere.invalid", "/").unwrap();
-        MasterClient::new(&enrolment, name, config)
+        let url = "https://nowhere.invalid:8770/swarm/heartbeat".to_owned();
+        MasterClient::new("nowhere.invalid", 8770, url, name, config)
     }
 
     fn post(master: &MasterClient) -> String {

@@ -8,7 +8,6 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use ring::digest;
 use rustls::client::verify_server_cert_signed_by_trust_anchor;
 use rustls::crypto::{CryptoProvider, WebPkiSupportedAlgorithms};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, UnixTime};
@@ -20,7 +19,7 @@ use crate::credentials::pem::{self, Section};
 use crate::error::{Error, sanitize_path};
 use crate::files::{self, FileVersion};
 use crate::limits;
-use crate::master::identity::hex;
+use crate::master::identity::fingerprint;
 use crate::master::x509::{X509, unsupported_private_key};
 use crate::panics::quietly;
 use crate::text::sanitize;
@@ -232,11 +231,6 @@ fn identity(
             .with_source(source)
             .passing(),
     })
-}
-
-/// SHA-256 of a certificate's DER in lowercase hexadecimal.
-pub(crate) fn fingerprint(certificate: &CertificateDer<'_>) -> String {
-    hex(digest::digest(&digest::SHA256, certificate).as_ref())
 }
 
 /// The last moment in which a certificate is valid. webpki looks at the dates before all else, and tells it to whoever comes

@@ -39,8 +39,8 @@ pub fn bundle(input: &[u8]) {
             );
             let name = ServerName::try_from("swarmctl").unwrap();
             let config = verifier::client_config(
-                &bundle,
-                verifier::verifier(&bundle, MasterIdentity::Name, &name, &provider),
+                &bundle.identity,
+                verifier::verifier(&bundle.roots, MasterIdentity::Name, &name, &provider),
                 &provider,
             )
             .unwrap();

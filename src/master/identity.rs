@@ -3,6 +3,9 @@
 use std::fmt;
 use std::str::FromStr;
 
+use ring::digest;
+use rustls::pki_types::CertificateDer;
+
 /// Who counts as the master.
 ///
 /// Every worker's certificate carries `serverAuth`, so under the original agent's rule, "any certificate of
@@ -86,6 +89,11 @@ impl fmt::Display for MasterIdentity {
 /// Lowercase hexadecimal, as the master writes fingerprints.
 pub(crate) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// SHA-256 of a certificate's DER, as the master writes it.
+pub(crate) fn fingerprint(certificate: &CertificateDer<'_>) -> String {
+    hex(digest::digest(&digest::SHA256, certificate).as_ref())
 }
 
 /// 64 hexadecimal digits of either case, with or without the colons that openssl prints.

@@ -16,16 +16,15 @@ use rustls::crypto::{
 };
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::server::ParsedCertificate;
-use rustls::sign::SingleCertAndKey;
+use rustls::sign::{CertifiedKey, SingleCertAndKey};
 use rustls::{
     CertificateError, ClientConfig, DigitallySignedStruct, OtherError, RootCertStore,
     SignatureScheme,
 };
 
-use crate::credentials::bundle::{self, Bundle};
 use crate::error::Error;
 use crate::limits;
-use crate::master::identity::{MasterIdentity, hex};
+use crate::master::identity::{MasterIdentity, fingerprint, hex};
 use crate::master::x509::X509;
 use crate::text::quoted;
 
@@ -39,7 +38,7 @@ pub(crate) fn provider() -> Arc<CryptoProvider> {
 
 /// The rule by which `master`'s certificate is judged.
 pub(crate) fn verifier(
-    bundle: &Bundle,
+    roots: &Arc<RootCertStore>,
     identity: MasterIdentity,
     master: &ServerName<'static>,
     provider: &CryptoProvider,
@@ -49,7 +48,7 @@ pub(crate) fn verifier(
             MasterIdentity::PublicCa => {
                 Arc::new(RootCertStore { roots: webpki_roots::TLS_SERVER_ROOTS.to_vec() })
             }
-            _ => Arc::clone(&bundle.roots),
+            _ => Arc::clone(roots),
         },
         identity,
         host: master.clone(),
@@ -59,7 +58,7 @@ pub(crate) fn verifier(
 
 /// The configuration for one bundle and one rule. It keeps the session tickets, so it lives as long as the bundle.
 pub(crate) fn client_config(
-    bundle: &Bundle,
+    client: &Arc<CertifiedKey>,
     verifier: Arc<dyn ServerCertVerifier>,
     provider: &Arc<CryptoProvider>,
 ) -> Result<Arc<ClientConfig>, Error> {
@@ -70,7 +69,7 @@ pub(crate) fn client_config(
         })?
         .dangerous()
         .with_custom_certificate_verifier(verifier)
-        .with_client_cert_resolver(Arc::new(SingleCertAndKey::from(Arc::clone(&bundle.identity))));
+        .with_client_cert_resolver(Arc::new(SingleCertAndKey::from(Arc::clone(client))));
     config.resumption = Resumption::in_memory_sessions(limits::TLS_SESSIONS);
     Ok(Arc::new(config))
 }
@@ -92,7 +91,7 @@ impl MasterVerifier {
         now: UnixTime,
     ) -> Result<(), rustls::Error> {
         if let MasterIdentity::Fingerprint(pinned) = self.identity {
-            let is_pinned = bundle::fingerprint(end_entity) == hex(&pinned);
+            let is_pinned = fingerprint(end_entity) == hex(&pinned);
             return if is_pinned {
                 Ok(())
             } else {

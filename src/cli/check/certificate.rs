@@ -9,10 +9,10 @@ use x509_parser::parse_x509_certificate;
 use x509_parser::time::ASN1Time;
 
 use super::steps::Step;
-use crate::credentials::bundle::fingerprint;
 use crate::credentials::link::days_until;
 use crate::delta::{from_micros, micros};
 use crate::limits;
+use crate::master::identity::fingerprint;
 use crate::text::sanitize;
 
 /// Names of a certificate that are shown; the others are counted.

@@ -240,8 +240,8 @@ mod tests {
             .unwrap();
         let provider = verifier::provider();
         let bundle = Bundle::load(dir, &provider).unwrap();
-        let judge = verifier::verifier(&bundle, MasterIdentity::Name, &name(), &provider);
-        verifier::client_config(&bundle, judge, &provider).unwrap()
+        let judge = verifier::verifier(&bundle.roots, MasterIdentity::Name, &name(), &provider);
+        verifier::client_config(&bundle.identity, judge, &provider).unwrap()
     }
 
     fn name() -> ServerName<'static> {

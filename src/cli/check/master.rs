@@ -14,6 +14,7 @@ use super::certificate::Described;
 use super::handshake::{Asked, HandshakeInfo, RecordingVerifier, shake_hands};
 use super::steps::{Checklist, Step};
 use crate::credentials::bundle::Bundle;
+use crate::credentials::client;
 use crate::credentials::enrolment::Enrolment;
 use crate::credentials::server_name;
 use crate::error::Error;
@@ -23,7 +24,7 @@ use crate::master::explain::{Explained, closed_on_our_certificate, explain, hand
 use crate::master::identity::MasterIdentity;
 use crate::master::resolver::{LookupFailed, MasterResolver};
 use crate::master::verifier;
-use crate::master::{MasterClient, PostResult, Verdict};
+use crate::master::{PostResult, Verdict};
 use crate::status::Snapshot;
 use crate::text::sanitize;
 
@@ -187,10 +188,10 @@ impl<'a> MasterProbe<'a> {
         rule: MasterIdentity,
     ) -> Result<Self, Error> {
         let (name, provider) = (server_name(enrolment)?, verifier::provider());
-        let judge = verifier::verifier(bundle, rule, &name, &provider);
+        let judge = verifier::verifier(&bundle.roots, rule, &name, &provider);
         let witness = Arc::new(RecordingVerifier::before(judge));
         let config = verifier::client_config(
-            bundle,
+            &bundle.identity,
             Arc::clone(&witness) as Arc<dyn ServerCertVerifier>,
             &provider,
         )?;
@@ -274,7 +275,7 @@ impl<'a> MasterProbe<'a> {
             topology: snapshot.topology().map(body::Topology::from),
             lifecycle: &[],
         });
-        let master = MasterClient::new(self.enrolment, self.name.clone(), Arc::clone(&self.config));
+        let master = client(self.enrolment, &self.name, &self.config);
         master.use_addresses(addresses);
         let reply = match body {
             Ok(body) => master.post(&body, limits::POST),
