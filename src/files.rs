@@ -17,7 +17,6 @@ use std::time::{Duration, UNIX_EPOCH};
 #[cfg(feature = "cli")]
 use crate::error::sanitize_path;
 use crate::limits;
-use crate::outbox::queued;
 
 /// The whole of a regular file of at most `limit` bytes.
 ///
@@ -34,6 +33,9 @@ pub(crate) fn read(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
     File::open(path)?.take(limit + 1).read_to_end(&mut content)?;
     if content.len() as u64 > limit { Err(too_large()) } else { Ok(content) }
 }
+
+/// The outbox' name in the agent dir.
+pub(crate) const OUTBOX: &str = "heartbeat.db";
 
 /// Which file it is: its device and its inode.
 pub(crate) type Identity = (u64, u64);
@@ -106,7 +108,7 @@ pub(crate) fn special(kind: FileType) -> Option<&'static str> {
 /// yet. Its folder has nothing but our own outbox in it, or does not exist and the nearest one above it that does has
 /// nothing; or a symlink on the way leads nowhere.
 pub(crate) fn may_come(path: &Path) -> bool {
-    let is_ours = |name: &OsStr| name.as_encoded_bytes().starts_with(queued::FILE.as_bytes());
+    let is_ours = |name: &OsStr| name.as_encoded_bytes().starts_with(OUTBOX.as_bytes());
     for folder in path.ancestors().skip(1) {
         let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
         match fs::read_dir(folder) {

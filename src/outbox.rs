@@ -44,10 +44,10 @@ use rusqlite::Connection;
 
 use crate::delta::micros;
 use crate::error::{Error, chain};
-use crate::files::absolute;
+use crate::files::{OUTBOX as FILE, absolute};
 use crate::limits;
 pub(crate) use crate::outbox::queued::{
-    DeliveryResult, FILE, NewRows, QueueCounts, QueuedDelta, RowChange, SentBy, UnjudgedRow,
+    DeliveryResult, NewRows, QueueCounts, QueuedDelta, RowChange, SentBy, UnjudgedRow,
 };
 use crate::panics::quietly;
 use file::FileProblem;

@@ -7,7 +7,6 @@ use std::time::{Duration, Instant, SystemTime};
 use serde::{Serialize, Serializer};
 
 use crate::limits;
-use crate::master::PostResult;
 
 /// What the heartbeat knows of itself, as of the last event.
 ///
@@ -172,38 +171,10 @@ pub struct Failure {
 }
 
 impl Stats {
-    /// A POST was accepted, with so many deltas. The failures that it ends.
-    pub(crate) fn accepted(&mut self, reply: &PostResult, deltas: usize) -> Option<Failure> {
-        self.answered(reply);
-        self.beats += 1;
-        self.delivered += deltas as u64;
-        self.last_success = Some(SystemTime::now());
-        self.failure.take()
-    }
-
-    /// A beat was not accepted. The failure with this one in it.
-    pub(crate) fn failed(&mut self, reply: &PostResult) -> Failure {
-        self.answered(reply);
-        let before = self.failure.take();
-        let failure = Failure {
-            count: before.as_ref().map_or(0, |before| before.count) + 1,
-            since: before.as_ref().map_or_else(SystemTime::now, |before| before.since),
-            class: reply.class.clone(),
-            detail: reply.detail.clone(),
-        };
-        self.failure = Some(failure.clone());
-        failure
-    }
-
     /// The heartbeat thread or the status thread has been at one thing for far longer than it takes, or is gone.
     pub(crate) fn is_stalled(&self) -> bool {
         let mut busy = [self.working_since, self.owed_since].into_iter().flatten();
         self.ended_thread.is_some() || busy.any(|since| since.elapsed() > limits::STALLED)
-    }
-
-    fn answered(&mut self, reply: &PostResult) {
-        self.round_trip = Some(reply.took);
-        self.resumed = reply.resumed;
     }
 }
 

@@ -8,12 +8,12 @@ pub(crate) mod place;
 mod sendable;
 pub(crate) mod state;
 mod topology;
+mod wire;
 
 use serde::Serialize;
 use serde_json::value::{RawValue, to_raw_value};
 
 use crate::limits;
-use crate::master::body;
 use crate::text::{cut, sanitize};
 
 /// Where a beat's `status` and `topology` come from.
@@ -178,7 +178,7 @@ impl Snapshot {
     pub fn unknown(reason: &str) -> Self {
         let reason = cut(reason, limits::STATUS_ERROR);
         // Serializing one string cannot fail; were it to, an empty status says nothing either.
-        let status = to_raw_value(&body::Status::Unknown { error: reason })
+        let status = to_raw_value(&wire::Status::Unknown { error: reason })
             .unwrap_or_else(|_| empty_object());
         Self { status, topology: None, fault: Some(sanitize(reason)), is_unknown: true }
     }

@@ -3,7 +3,7 @@
 //! Facts: `PROTOCOL.md`, "The request". What a source has serialized is passed on as it stands ([`RawValue`]), so
 //! keys and number formats that this crate does not know survive.
 
-use serde::ser::{SerializeMap, SerializeSeq, SerializeStruct};
+use serde::ser::SerializeSeq;
 use serde::{Serialize, Serializer};
 use serde_json::value::RawValue;
 
@@ -23,77 +23,6 @@ pub(crate) struct Body<'a> {
     pub(crate) topology: Option<Topology<'a>>,
     #[serde(skip_serializing_if = "<[_]>::is_empty", serialize_with = "lifecycle")]
     pub(crate) lifecycle: &'a [&'a LifecycleDelta],
-}
-
-/// What runs on this host, as DECNET's own agent says it.
-#[derive(Serialize)]
-#[serde(untagged)]
-pub(crate) enum Status<'a> {
-    /// No state file: nothing is deployed.
-    Nothing {
-        deployed: bool,
-        deckies: [(); 0],
-        /// What else is wrong.
-        #[serde(skip_serializing_if = "Option::is_none")]
-        error: Option<&'a str>,
-    },
-    /// Deckies, and the state of their containers.
-    Deployed {
-        deployed: bool,
-        mode: &'a RawValue,
-        compose_path: &'a RawValue,
-        deckies: &'a RawValue,
-        runtime: Runtime<'a>,
-        /// What else is wrong.
-        #[serde(skip_serializing_if = "Option::is_none")]
-        error: Option<&'a str>,
-    },
-    /// Something is deployed, but Docker does not tell what runs. A decky without states would count as degraded, so
-    /// none is named.
-    Unseen { deployed: bool, mode: &'a RawValue, compose_path: &'a RawValue, error: &'a str },
-    /// It is not known what is deployed. No decky is named, so the master touches no shard row.
-    Unknown { error: &'a str },
-}
-
-impl<'a> Status<'a> {
-    /// Nothing is deployed.
-    pub(crate) fn nothing(error: Option<&'a str>) -> Self {
-        Self::Nothing { deployed: false, deckies: [], error }
-    }
-}
-
-/// `runtime`: for each decky, in the state file's order, its services and their containers' states.
-pub(crate) struct Runtime<'a>(pub(crate) Vec<(&'a str, Vec<(&'a str, &'a str)>)>);
-
-impl Serialize for Runtime<'_> {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let mut map = serializer.serialize_map(Some(self.0.len()))?;
-        for (decky, services) in &self.0 {
-            map.serialize_entry(decky, &DeckyRuntime(services))?;
-        }
-        map.end()
-    }
-}
-
-/// `running` is true when there is at least one service and all run.
-struct DeckyRuntime<'a>(&'a [(&'a str, &'a str)]);
-
-impl Serialize for DeckyRuntime<'_> {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let running = !self.0.is_empty() && self.0.iter().all(|(_, state)| *state == "running");
-        let mut decky = serializer.serialize_struct("DeckyRuntime", 2)?;
-        decky.serialize_field("running", &running)?;
-        decky.serialize_field("services", &Services(self.0))?;
-        decky.end()
-    }
-}
-
-struct Services<'a>(&'a [(&'a str, &'a str)]);
-
-impl Serialize for Services<'_> {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_map(self.0.iter().copied())
-    }
 }
 
 /// `topology`: the applied row, or four nulls, and what Docker shows of it.
@@ -209,23 +138,6 @@ mod tests {
     }
 
     #[test]
-    fn a_decky_runs_when_it_has_services_and_all_run() {
-        let runtime = Runtime(vec![
-            ("up", vec![("ssh", "running"), ("ftp", "running")]),
-            ("half", vec![("ssh", "running"), ("ftp", "exited")]),
-            ("none", vec![]),
-        ]);
-        assert_eq!(
-            json(&runtime),
-            concat!(
-                r#"{"up":{"running":true,"services":{"ssh":"running","ftp":"running"}},"#,
-                r#""half":{"running":false,"services":{"ssh":"running","ftp":"exited"}},"#,
-                r#""none":{"running":false,"services":{}}}"#
-            )
-        );
-    }
-
-    #[test]
     fn why_nothing_is_observed_is_cut_where_the_original_cuts() {
         let topology = status::Topology {
             applied: None,
@@ -236,11 +148,5 @@ mod tests {
             "x".repeat(200)
         );
         assert_eq!(json(&Topology::from(&topology)), expected);
-    }
-
-    #[test]
-    fn unknown_is_said_as_unknown() {
-        assert_eq!(json(&Status::nothing(None)), r#"{"deployed":false,"deckies":[]}"#);
-        assert_eq!(json(&Status::Unknown { error: "Docker" }), r#"{"error":"Docker"}"#);
     }
 }

@@ -8,9 +8,6 @@ use std::time::Duration;
 use crate::delta::{LifecycleDelta, Operation};
 use crate::text::sanitize;
 
-/// The outbox' name in the agent dir.
-pub(crate) const FILE: &str = "heartbeat.db";
-
 /// A delta with its place in the outbox.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct QueuedDelta {

@@ -11,10 +11,10 @@ use super::place::StateFilePath;
 use super::place::{Located, NotLocated};
 use super::state::{Seen, State, StateFile};
 use super::topology::TopologyFile;
+use super::wire::Status;
 use super::{AppliedTopology, Observed, Snapshot, StatusSource, Topology};
 use crate::files::absolute;
 use crate::log_throttle::LogThrottle;
-use crate::master::body::Status;
 use crate::panics::quietly;
 use crate::text::sanitize;
 

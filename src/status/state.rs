@@ -12,10 +12,10 @@ use super::docker::Containers;
 use super::list::{self, BoundedVec, without_place};
 use super::place::{Located, NotLocated, StateFilePath, means_nothing_deployed};
 use super::sendable;
+use super::wire::Runtime;
 use crate::error::sanitize_path;
 use crate::files::{self, FileVersion};
 use crate::limits;
-use crate::master::body::Runtime;
 use crate::text::{quoted, sanitize};
 
 /// Reads the state file, and remembers what it says.

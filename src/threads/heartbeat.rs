@@ -16,7 +16,7 @@ use crate::master::body::{self, Body};
 use crate::master::{PostResult, Verdict};
 use crate::outbox::{DeliveryResult, QueuedDelta, RowChange};
 use crate::panics::{caught, quietly};
-use crate::stats::{Failure, SharedStats};
+use crate::stats::{Failure, SharedStats, Stats};
 use crate::status::{AppliedTopology, Observed, Snapshot, Topology};
 use crate::text::sanitize;
 use crate::threads::batches::{Batch, Batches, OutboxEvent};
@@ -770,4 +770,34 @@ impl Worker {
 /// A moment to come, by the clock that people read.
 fn wall(at: Instant) -> SystemTime {
     SystemTime::now() + at.saturating_duration_since(Instant::now())
+}
+
+impl Stats {
+    /// A POST was accepted, with so many deltas. The failures that it ends.
+    pub(crate) fn accepted(&mut self, reply: &PostResult, deltas: usize) -> Option<Failure> {
+        self.answered(reply);
+        self.beats += 1;
+        self.delivered += deltas as u64;
+        self.last_success = Some(SystemTime::now());
+        self.failure.take()
+    }
+
+    /// A beat was not accepted. The failure with this one in it.
+    pub(crate) fn failed(&mut self, reply: &PostResult) -> Failure {
+        self.answered(reply);
+        let before = self.failure.take();
+        let failure = Failure {
+            count: before.as_ref().map_or(0, |before| before.count) + 1,
+            since: before.as_ref().map_or_else(SystemTime::now, |before| before.since),
+            class: reply.class.clone(),
+            detail: reply.detail.clone(),
+        };
+        self.failure = Some(failure.clone());
+        failure
+    }
+
+    fn answered(&mut self, reply: &PostResult) {
+        self.round_trip = Some(reply.took);
+        self.resumed = reply.resumed;
+    }
 }
