@@ -2,37 +2,29 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::thread::{self, JoinHandle};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime};
 
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
+use crossbeam_channel::{Receiver, RecvTimeoutError};
 
 use crate::credentials::enrolment::Enrolment;
-use crate::credentials::link::{MasterLink, PostInterrupt};
+use crate::credentials::link::MasterLink;
 use crate::delta::{Operation, from_micros};
 use crate::deltas::DeltaSender;
 use crate::deltas::operation::{IntoDeckies, IntoOutcome, TrackedOperation};
 use crate::error::{Error, chain, sanitize_path};
 use crate::forked::OfProcess;
 use crate::limits;
-use crate::log_throttle::LogThrottle;
 use crate::master::identity::MasterIdentity;
 use crate::outbox::{OutboxLocation, OutboxStats};
 use crate::panics::quietly;
-use crate::stats::{SharedStats, Stats, ThreadWatch};
+use crate::stats::{SharedStats, Stats};
 use crate::status::StatusSource;
 use crate::status::decnet::DecnetStatus;
-use crate::threads::batches::Batches;
-use crate::threads::content::Content;
-use crate::threads::decommission::Decommission;
-use crate::threads::heartbeat::Worker;
+use crate::threads::heartbeat::{self, HeartbeatThread, Setup};
 use crate::threads::outbox_client::OutboxClient;
-use crate::threads::schedule::{Schedule, Ticks};
+use crate::threads::schedule::Ticks;
 use crate::threads::start::{self, Started};
-use crate::threads::status::StatusThread;
-
-/// The heartbeat thread.
-const NAME: &str = "decnet-heartbeat";
 
 /// A running heartbeat, or a dormant one where the host is not enrolled.
 ///
@@ -68,16 +60,7 @@ pub struct Heartbeat {
 
 #[derive(Debug)]
 struct Running {
-    stop: Sender<Instant>,
-    /// A beat has ended, well or not.
-    #[cfg_attr(
-        not(feature = "loopback"),
-        expect(dead_code, reason = "tests and the program's stats file want it")
-    )]
-    beats: Receiver<()>,
-    /// Disconnected when the heartbeat thread has ended.
-    ended: Receiver<()>,
-    interrupt: Arc<PostInterrupt>,
+    thread: HeartbeatThread,
     outbox: Arc<OutboxClient>,
     stats: Arc<SharedStats>,
 }
@@ -258,7 +241,7 @@ impl Heartbeat {
             return Stats { dormant: true, ..Stats::default() };
         };
         let Ok(running) = running.get() else {
-            return Stats { ended_thread: Some(NAME), ..Stats::default() };
+            return Stats { ended_thread: Some(heartbeat::NAME), ..Stats::default() };
         };
         let mut stats = running.stats.read();
         let OutboxStats { counts, dropped, .. } = running.outbox.books();
@@ -312,7 +295,7 @@ impl Heartbeat {
     #[cfg(feature = "loopback")]
     pub fn beats(&self) -> Receiver<()> {
         let running = self.running.as_ref().and_then(|running| running.get().ok());
-        running.map_or_else(crossbeam_channel::never, |running| running.beats.clone())
+        running.map_or_else(crossbeam_channel::never, |running| running.thread.beats.clone())
     }
 
     /// Waits until all deltas that may be sent now have been accepted or rejected by the master; at the longest for
@@ -373,7 +356,8 @@ impl Heartbeat {
         let Some(running) = self.running.take().and_then(OfProcess::into_ours) else {
             return Stopped { undelivered: 0, operations: 0, kept: true, in_time: true };
         };
-        let Running { stop, ended, interrupt, outbox, .. } = running;
+        let Running { thread, outbox, .. } = running;
+        let HeartbeatThread { stop, ended, interrupt, .. } = thread;
         let grace = grace.min(limits::MAX_GRACE);
         // What an interrupt needs to take effect comes out of the grace, too.
         let slack = (grace / 4).min(limits::INTERRUPT_SLACK);
@@ -602,7 +586,8 @@ impl HeartbeatBuilder {
             .map_or_else(|| Ticks::every(interval, Instant::now(), fastrand::f64()), Ticks::fed);
         let agent_version =
             self.agent_version.unwrap_or_else(|| env!("CARGO_PKG_VERSION").to_owned());
-        start(link, client, batches, source, stats, Settings { agent_version, interval, ticks })
+        let outbox = client;
+        start(Setup { link, outbox, batches, source, stats, agent_version, interval, ticks })
     }
 }
 
@@ -614,68 +599,20 @@ pub(crate) fn check_interval(interval: Duration) -> Result<(), Error> {
     Err(Error::setting("interval", format!("is {interval:?}; it must be from 50 ms to 1 h")))
 }
 
-struct Settings {
-    agent_version: String,
-    interval: Duration,
-    ticks: Ticks,
-}
-
-fn start(
-    link: MasterLink,
-    outbox: Arc<OutboxClient>,
-    batches: Batches,
-    source: Box<dyn StatusSource>,
-    stats: Arc<SharedStats>,
-    settings: Settings,
-) -> Result<Heartbeat, Error> {
-    let Settings { agent_version, interval, ticks } = settings;
-    stats.change(|stats| link.describe(stats));
+fn start(setup: Setup) -> Result<Heartbeat, Error> {
+    let (outbox, stats) = (Arc::clone(&setup.outbox), Arc::clone(&setup.stats));
+    stats.change(|stats| setup.link.describe(stats));
     let place = outbox.path().map_or_else(|| "memory".to_owned(), sanitize_path);
     let waiting = outbox.books().counts.waiting;
     quietly(|| {
-        let (names, fingerprint) = (link.names(), link.fingerprint());
+        let (names, fingerprint) = (setup.link.names(), setup.link.fingerprint());
+        let interval = setup.interval;
         log::info!(
             "heartbeat starting: {names} fingerprint={fingerprint} interval={interval:?} outbox={place} waiting={waiting}"
         );
     });
-    let interrupt = link.interrupt();
-    let (beaten, beats) = bounded(1);
-    let (stop, stopped) = bounded(1);
-    let (alive, ended) = bounded::<()>(0);
-    let worker = Worker {
-        link,
-        agent_version,
-        outbox: Arc::clone(&outbox),
-        batches,
-        stats: Arc::clone(&stats),
-        collector: StatusThread::start(source, &stats)?,
-        schedule: Schedule::new(interval),
-        content: Content::new(interval),
-        decommission: Decommission::new(interval),
-        ticks,
-        beaten,
-        stop: stopped,
-        deadline: None,
-        topology: None,
-        trouble: String::new(),
-        states_trouble: String::new(),
-        states_rested: false,
-        failure_said: false,
-        states_sent: false,
-        repeats: LogThrottle::default(),
-        overdue_said: false,
-        files_are_gone: false,
-    };
-    let watch = ThreadWatch::new(NAME, &stats);
-    let run = move || {
-        let _alive = alive;
-        worker.run();
-        watch.has_ended_as_wanted();
-    };
-    let builder = thread::Builder::new().name(NAME.to_owned()).stack_size(limits::STACK);
-    builder.spawn(run).map_err(|source| Error::thread(NAME, source))?;
-    let running = Running { stop, beats, ended, interrupt, outbox, stats };
-    Ok(Heartbeat { running: Some(OfProcess::new(running)) })
+    let thread = heartbeat::spawn(setup)?;
+    Ok(Heartbeat { running: Some(OfProcess::new(Running { thread, outbox, stats })) })
 }
 
 /// A moment that has passed, by the clock that people read.
@@ -697,6 +634,8 @@ impl fmt::Debug for HeartbeatBuilder {
 
 #[cfg(test)]
 mod tests {
+    use crossbeam_channel::bounded;
+
     use super::*;
     use crate::delta::{LifecycleDelta, Outcome};
 
