@@ -184,6 +184,7 @@ mod files;
 mod forked;
 #[cfg(fuzzing)]
 #[doc(hidden)]
+#[path = "../tests/fuzz/targets/mod.rs"]
 pub mod fuzzing;
 pub mod guide;
 mod heartbeat;

@@ -1,4 +1,4 @@
-//! What the fuzz targets in `tests/fuzz` run: for each a function that takes what others have written, does with it what
+//! What the fuzz targets run, compiled into the library as `decnet_heartbeat::fuzzing`: for each a function that takes what others have written, does with it what
 //! the program does, and asserts what must hold. Built for them alone (`--cfg fuzzing`); all on one thread.
 
 #![allow(
