@@ -56,7 +56,7 @@ impl Stage {
             return Err(missing.to_owned());
         }
         if !support::python_path().exists() {
-            return Err("the real master: tests/real/setup.sh".to_owned());
+            return Err("the real master: tests/e2e/setup.sh".to_owned());
         }
         let (master, docker, folder) =
             (RealMaster::start(), Docker::start(), tempfile::tempdir().unwrap());

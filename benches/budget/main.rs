@@ -2,7 +2,7 @@
 //! table with its floor, measured in the same run, and its goal.
 //!
 //! `cargo bench` measures all of it, in about ten minutes; `cargo bench -- post idle` measures some. Linux only. What needs
-//! a Docker Engine of its own (root, Debian's `docker.io` and `busybox-static`) or the Python module (`tests/real/setup.sh`)
+//! a Docker Engine of its own (root, Debian's `docker.io` and `busybox-static`) or the Python module (`tests/e2e/setup.sh`)
 //! is named at the end where it could not be measured, and so is the number of goals that were missed.
 
 #![allow(
@@ -27,7 +27,7 @@ mod process;
 mod push;
 mod relay;
 #[allow(dead_code, unused_imports, reason = "the tests against real peers use all of it")]
-#[path = "../../tests/real/support/mod.rs"]
+#[path = "../../tests/e2e/support/mod.rs"]
 mod support;
 mod table;
 

@@ -71,11 +71,11 @@ impl Peer {
         Self::start(&mut command)
     }
 
-    /// `tests/real/heartbeat_peer.py`.
+    /// `tests/e2e/heartbeat_peer.py`.
     pub fn python(setup: &Setup) -> Self {
         let mut command = Command::new(support::python());
         command
-            .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/real/heartbeat_peer.py"))
+            .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/e2e/heartbeat_peer.py"))
             .arg(&setup.state_file);
         command.current_dir(&setup.agent_dir).env("HOME", &setup.agent_dir);
         command.env("DECNET_TESTING", "1").env("DECNET_CONFIG", "/nowhere/decnet.ini");

@@ -16,7 +16,7 @@ fn verdict(stage: &Stage, row: &str) -> Value {
 }
 
 #[test]
-#[ignore = "needs the real master: tests/real/setup.sh"]
+#[ignore = "needs the real master: tests/e2e/setup.sh"]
 fn an_outage_mixes_up_neither_of_two_operations_that_begin_and_end_in_it() {
     let stage = Stage::new();
     let rows = [(); 2]
@@ -35,7 +35,7 @@ fn an_outage_mixes_up_neither_of_two_operations_that_begin_and_end_in_it() {
 }
 
 #[test]
-#[ignore = "needs the real master: tests/real/setup.sh"]
+#[ignore = "needs the real master: tests/e2e/setup.sh"]
 fn a_delta_that_an_operation_has_overtaken_does_not_seal_its_row() {
     let stage = Stage::new();
     let open = |decky| stage.master.open_lifecycle(decky, "deploy", &stage.worker.uuid, "running");
@@ -72,7 +72,7 @@ fn a_delta_that_an_operation_has_overtaken_does_not_seal_its_row() {
 }
 
 #[test]
-#[ignore = "needs the real master: tests/real/setup.sh"]
+#[ignore = "needs the real master: tests/e2e/setup.sh"]
 fn an_operation_whose_process_was_killed_is_reported_failed_by_the_first_beat_of_the_next_start() {
     const CHILD: &str = "DECNET_HEARTBEAT_TEST_KILLED";
     const BEGUN: &str = "begun";

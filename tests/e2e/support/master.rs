@@ -1,4 +1,4 @@
-//! The real master as a child process. `tests/real/master.py` is the other half: what each command does is said there.
+//! The real master as a child process. `tests/e2e/master.py` is the other half: what each command does is said there.
 
 use super::process;
 use super::python;
@@ -210,7 +210,7 @@ impl Process {
     fn start(folder: &Path, port: Option<u16>) -> (Process, u16) {
         let log =
             File::options().create(true).append(true).open(folder.join("master.log")).unwrap();
-        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/real/master.py");
+        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/e2e/master.py");
         let mut child = Command::new(python())
             .arg(script)
             .arg(folder)

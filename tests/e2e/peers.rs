@@ -23,7 +23,7 @@ fn decky(name: &str, services: &[&str]) -> Value {
 }
 
 #[test]
-#[ignore = "needs the real master: tests/real/setup.sh"]
+#[ignore = "needs the real master: tests/e2e/setup.sh"]
 fn the_master_answers_as_the_protocol_says() {
     let (master, folder) = (RealMaster::start(), tempfile::tempdir().unwrap());
     let (ours, sibling) = (folder.path().join("ours"), folder.path().join("sibling"));
@@ -60,7 +60,7 @@ fn the_master_answers_as_the_protocol_says() {
 }
 
 #[test]
-#[ignore = "needs the real master: tests/real/setup.sh"]
+#[ignore = "needs the real master: tests/e2e/setup.sh"]
 fn the_master_seals_the_newest_open_row_and_is_the_same_after_a_restart() {
     let (master, folder) = (RealMaster::start(), tempfile::tempdir().unwrap());
     let worker = master.enrol("worker", folder.path());
@@ -100,7 +100,7 @@ fn the_master_seals_the_newest_open_row_and_is_the_same_after_a_restart() {
 }
 
 #[test]
-#[ignore = "needs the real master: tests/real/setup.sh"]
+#[ignore = "needs the real master: tests/e2e/setup.sh"]
 fn the_master_orders_a_resync_unless_the_hash_that_it_expects_is_reported() {
     let (master, folder) = (RealMaster::start(), tempfile::tempdir().unwrap());
     let worker = master.enrol("worker", folder.path());
@@ -128,7 +128,7 @@ fn the_master_orders_a_resync_unless_the_hash_that_it_expects_is_reported() {
 }
 
 #[test]
-#[ignore = "needs root, docker.io and busybox-static, and the real master: tests/real/setup.sh"]
+#[ignore = "needs root, docker.io and busybox-static, and the real master: tests/e2e/setup.sh"]
 fn docker_runs_what_the_original_agent_sees() {
     let (master, docker, folder) =
         (RealMaster::start(), Docker::start(), tempfile::tempdir().unwrap());

@@ -34,7 +34,7 @@ fn write_state(path: &Path, deckies: &[Value]) {
 }
 
 #[test]
-#[ignore = "needs the real master: tests/real/setup.sh"]
+#[ignore = "needs the real master: tests/e2e/setup.sh"]
 fn a_beat_marks_the_host_as_active() {
     let stage = Stage::new();
     let before = stage.host();
@@ -48,7 +48,7 @@ fn a_beat_marks_the_host_as_active() {
 }
 
 #[test]
-#[ignore = "needs the real master: tests/real/setup.sh"]
+#[ignore = "needs the real master: tests/e2e/setup.sh"]
 fn a_pkcs1_key_is_as_good_as_a_pkcs8_key() {
     let stage = Stage::new();
     let key = stage.agent_dir().join("worker.key");
@@ -62,7 +62,7 @@ fn a_pkcs1_key_is_as_good_as_a_pkcs8_key() {
 }
 
 #[test]
-#[ignore = "needs root, docker.io and busybox-static, and the real master: tests/real/setup.sh"]
+#[ignore = "needs root, docker.io and busybox-static, and the real master: tests/e2e/setup.sh"]
 fn deckies_are_reported_as_the_original_reports_them() {
     let (stage, docker) = (Stage::new(), Docker::start());
     let state_file = stage.agent_dir().join("decnet-state.json");
@@ -146,7 +146,7 @@ fn without_times(mut rows: Vec<Value>) -> Vec<Value> {
 }
 
 #[test]
-#[ignore = "needs the real master: tests/real/setup.sh"]
+#[ignore = "needs the real master: tests/e2e/setup.sh"]
 fn a_push_seals_the_open_row() {
     let stage = Stage::new();
     let row = stage.master.open_lifecycle("decky-01", "mutate", &stage.worker.uuid, "running");
@@ -169,7 +169,7 @@ fn a_push_seals_the_open_row() {
 }
 
 #[test]
-#[ignore = "needs the real master: tests/real/setup.sh"]
+#[ignore = "needs the real master: tests/e2e/setup.sh"]
 fn the_second_of_two_pushes_lands_on_the_newer_row() {
     let stage = Stage::new();
     let (builder, _tick) = stage.builder();
@@ -190,7 +190,7 @@ fn the_second_of_two_pushes_lands_on_the_newer_row() {
 }
 
 #[test]
-#[ignore = "needs the real master: tests/real/setup.sh"]
+#[ignore = "needs the real master: tests/e2e/setup.sh"]
 fn an_outage_delays_two_deltas_of_one_decky_and_mixes_up_neither() {
     let stage = Stage::new();
     let rows = [(); 2]
@@ -212,7 +212,7 @@ fn an_outage_delays_two_deltas_of_one_decky_and_mixes_up_neither() {
 }
 
 #[test]
-#[ignore = "needs the real master: tests/real/setup.sh"]
+#[ignore = "needs the real master: tests/e2e/setup.sh"]
 fn a_refused_host_keeps_beating_and_is_accepted_once_it_is_enrolled_again() {
     let stage = Stage::new();
     let (builder, tick) = stage.builder();
@@ -249,7 +249,7 @@ fn a_refused_host_keeps_beating_and_is_accepted_once_it_is_enrolled_again() {
 }
 
 #[test]
-#[ignore = "needs the real master: tests/real/setup.sh"]
+#[ignore = "needs the real master: tests/e2e/setup.sh"]
 fn an_error_beside_the_deckies_keeps_no_row_from_the_master() {
     let stage = Stage::new();
     let status = json!({
@@ -265,7 +265,7 @@ fn an_error_beside_the_deckies_keeps_no_row_from_the_master() {
 
 /// Why a state file that is nested deeper than a hundred levels is not passed on.
 #[test]
-#[ignore = "needs the real master: tests/real/setup.sh"]
+#[ignore = "needs the real master: tests/e2e/setup.sh"]
 fn the_master_cannot_read_what_is_nested_too_deep() {
     let stage = Stage::new();
     let nested = |depth| format!("{}{}", "[".repeat(depth), "]".repeat(depth));
@@ -282,7 +282,7 @@ fn the_master_cannot_read_what_is_nested_too_deep() {
 }
 
 #[test]
-#[ignore = "needs the real master: tests/real/setup.sh"]
+#[ignore = "needs the real master: tests/e2e/setup.sh"]
 fn a_topology_is_pushed_again_only_when_its_hash_differs() {
     let stage = Stage::new();
     let expected = stage.master.add_topology(&stage.worker.uuid);
@@ -302,7 +302,7 @@ fn a_topology_is_pushed_again_only_when_its_hash_differs() {
 }
 
 #[test]
-#[ignore = "needs the real master: tests/real/setup.sh"]
+#[ignore = "needs the real master: tests/e2e/setup.sh"]
 fn a_session_is_resumed_after_the_master_has_closed_the_connection_and_still_pinned() {
     let stage = Stage::new();
     // A beat every 6 s: uvicorn closes an idle connection after 5 s.
@@ -325,7 +325,7 @@ fn a_session_is_resumed_after_the_master_has_closed_the_connection_and_still_pin
 }
 
 #[test]
-#[ignore = "needs the real master: tests/real/setup.sh"]
+#[ignore = "needs the real master: tests/e2e/setup.sh"]
 fn the_program_beats_for_a_worker_that_is_enrolled_by_its_ini() {
     let stage = Stage::new();
     let ini = stage.agent_dir().join("decnet.ini");

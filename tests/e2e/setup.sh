@@ -1,7 +1,7 @@
 #!/bin/sh
 # Makes the Python environment with the real master, or does nothing where it is there already.
 #
-#   tests/real/setup.sh [FOLDER]        default: target/decnet-venv
+#   tests/e2e/setup.sh [FOLDER]        default: target/decnet-venv
 #
 # The tests look for it there, or where DECNET_PYTHON points (its python, not its folder).
 set -eu

@@ -22,7 +22,7 @@ const HERE: [&str; 10] = [
 ];
 
 /// What takes a network that is slower than this one, or a resolver that is silent: `tests/faults/network.rs` and
-/// `tests/real/resolver.rs` produce these. A body that cannot be written as JSON cannot be made from outside.
+/// `tests/e2e/resolver.rs` produce these. A body that cannot be written as JSON cannot be made from outside.
 const ELSEWHERE: [&str; 4] =
     ["timeout-resolve", "timeout-send-body", "timeout-global", "unwritten"];
 

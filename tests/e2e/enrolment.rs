@@ -389,7 +389,7 @@ fn chain(deep: usize) -> String {
 }
 
 #[test]
-#[ignore = "needs Python with decnet 1.0.0: see tests/real/setup.sh"]
+#[ignore = "needs Python with decnet 1.0.0: see tests/e2e/setup.sh"]
 fn an_ini_reads_as_the_real_agent_reads_it() {
     let scratch = tempfile::tempdir().unwrap();
     let home = scratch.path().to_str().unwrap();
@@ -432,7 +432,7 @@ fn an_ini_reads_as_the_real_agent_reads_it() {
 
 /// One Python process for all cases, in a folder and a home of its own: the package reads `.env` files from there.
 fn ask_the_peer(variables: &[BTreeMap<String, String>], scratch: &Path) -> Vec<Outcome> {
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/real/enrolment_peer.py");
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/e2e/enrolment_peer.py");
     let mut peer = Command::new(support::python())
         .arg(script)
         .current_dir(scratch)

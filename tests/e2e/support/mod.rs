@@ -6,7 +6,7 @@ mod log;
 mod loopback;
 pub mod master;
 pub mod process;
-#[path = "../../it/support/settled.rs"]
+#[path = "../../loopback/support/settled.rs"]
 mod settled;
 mod stage;
 mod tmpfs;
@@ -27,7 +27,7 @@ pub fn python() -> PathBuf {
     let python = python_path();
     assert!(
         python.exists(),
-        "{} is not there: run tests/real/setup.sh, or set DECNET_PYTHON",
+        "{} is not there: run tests/e2e/setup.sh, or set DECNET_PYTHON",
         python.display()
     );
     python

@@ -1,7 +1,7 @@
 //! No delta is ever lost: processes that are killed at random moments, a master that is taken away or fails in the middle
 //! of requests, two users, files that are replaced, and a million pushes that nobody hears.
 //!
-//! `cargo test --test loss` runs a tenth of each, `-- --include-ignored` the whole: 300 kills and a million pushes. `-- NAME`
+//! `cargo test --test crash` runs a tenth of each, `-- --include-ignored` the whole: 300 kills and a million pushes. `-- NAME`
 //! runs those whose name contains it. A longer run, and the same one again: `-- kill --kills 5000 --seed 42`. It is a
 //! program of its own since it kills itself: started with `--child`, it is the process that dies.
 //!

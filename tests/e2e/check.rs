@@ -103,7 +103,7 @@ fn copy_identity(from: &Path, to: &Path) {
 }
 
 #[test]
-#[ignore = "needs root, docker.io and busybox-static, and the real master: tests/real/setup.sh"]
+#[ignore = "needs root, docker.io and busybox-static, and the real master: tests/e2e/setup.sh"]
 fn what_the_readme_shows_of_check_is_what_it_says() {
     let worker = Worker::new();
     is_as_shown("**A healthy worker.**", worker.check(), 0);
