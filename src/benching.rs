@@ -36,9 +36,6 @@ impl Bodies {
     /// Why the state file cannot be read.
     pub fn write(&mut self) -> Result<Vec<u8>, String> {
         let snapshot = self.source.status(&self.engine, None)?;
-        let status = snapshot.raw_status();
-        let body =
-            Body { host_uuid: "u", agent_version: "1", status, topology: None, lifecycle: &[] };
-        serde_json::to_vec(&body).map_err(|error| error.to_string())
+        serde_json::to_vec(&Body::of("u", &snapshot, &[])).map_err(|error| error.to_string())
     }
 }

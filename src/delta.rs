@@ -89,9 +89,23 @@ pub struct LifecycleDelta {
 }
 
 impl LifecycleDelta {
+    /// The operation on `decky` ended now with `outcome`. An error in it is cut to 2,000 characters, as the master does.
+    ///
+    /// ```
+    /// # use decnet_heartbeat::{LifecycleDelta, Operation, Outcome};
+    /// let delta = LifecycleDelta::new("decky-01", Operation::Deploy, Outcome::Succeeded);
+    /// assert_eq!(delta.decky(), "decky-01");
+    /// ```
+    pub fn new(decky: impl Into<String>, operation: Operation, outcome: Outcome) -> Self {
+        match outcome {
+            Outcome::Succeeded => Self::succeeded(decky, operation),
+            Outcome::Failed(error) => Self::failed(decky, operation, error),
+        }
+    }
+
     /// The operation on `decky` succeeded, now.
     pub fn succeeded(decky: impl Into<String>, operation: Operation) -> Self {
-        Self::new(decky.into(), operation, Outcome::Succeeded)
+        Self::ended(decky.into(), operation, Outcome::Succeeded)
     }
 
     /// The operation on `decky` failed, now. The error is cut to 2,000 characters, as the master does.
@@ -105,10 +119,10 @@ impl LifecycleDelta {
     pub fn failed(decky: impl Into<String>, operation: Operation, error: impl AsRef<str>) -> Self {
         // Cut before it is copied: it may be the whole log of a build.
         let error = cut(error.as_ref(), limits::DELTA_ERROR).to_owned();
-        Self::new(decky.into(), operation, Outcome::Failed(error))
+        Self::ended(decky.into(), operation, Outcome::Failed(error))
     }
 
-    fn new(mut decky: String, operation: Operation, outcome: Outcome) -> Self {
+    fn ended(mut decky: String, operation: Operation, outcome: Outcome) -> Self {
         // It may have been a part of something long.
         decky.shrink_to_fit();
         Self { decky, operation, outcome, completed_at: to_the_microsecond(SystemTime::now()) }

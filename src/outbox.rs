@@ -336,11 +336,11 @@ impl Outbox {
     /// A change for the next transaction. It is never lost and cannot be refused.
     pub(crate) fn note(&mut self, change: RowChange) {
         match &change {
-            RowChange::DeliveryResult(ids, DeliveryResult::Delivered) => {
+            RowChange::Answered(ids, DeliveryResult::Delivered) => {
                 ids.iter().for_each(|id| self.gone.insert(*id))
             }
             RowChange::Withdrawn(ids) => ids.clone().for_each(|id| self.gone.insert(id)),
-            RowChange::Ended(_, SentBy::Us) => self.store.locks.is_named = true,
+            RowChange::Ended(_, SentBy::ThisProcess) => self.store.locks.is_named = true,
             _ => (),
         }
         self.pending.push(change);
@@ -408,7 +408,7 @@ impl Outbox {
         // Once: what is pending is tried again before the next look.
         if !back.is_empty() && self.pending.is_empty() {
             self.books.settle(back.len() as u64);
-            self.note(RowChange::DeliveryResult(back, DeliveryResult::Delivered));
+            self.note(RowChange::Answered(back, DeliveryResult::Delivered));
         }
         found.map_err(|source| self.store.error("cannot be read", source))
     }

@@ -42,7 +42,7 @@ pub(super) fn push(common: &Common, options: PushOptions) -> Result<ExitCode, Er
         Reported::Left => {
             (format!("kept in {} for decnet-heartbeat run\n", reporter.place()), ExitCode::SUCCESS)
         }
-        Reported::QueuedDelta(why) => {
+        Reported::Queued(why) => {
             let place = reporter.place();
             (
                 format!("kept in {place} for decnet-heartbeat run, not delivered: {why}\n"),

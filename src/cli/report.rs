@@ -21,7 +21,7 @@ use crate::delta::{LifecycleDelta, Operation};
 use crate::error::{Error, chain, sanitize_path};
 use crate::limits;
 use crate::master::Verdict;
-use crate::master::body::{self, Body};
+use crate::master::body::Body;
 use crate::master::identity::MasterIdentity;
 use crate::outbox::{DeliveryResult, NewRows, OutboxLocation, QueuedDelta, RowChange, SentBy};
 use crate::status::decnet::DecnetStatus;
@@ -45,7 +45,7 @@ pub(super) enum Reported {
     /// They are on the disk, as they were to be.
     Left,
     /// They are on the disk, and why the master has not heard of them.
-    QueuedDelta(String),
+    Queued(String),
     /// They may be on the disk one day, and why nobody knows. To report them again may do it twice.
     InDoubt(String),
     /// Neither.
@@ -143,7 +143,7 @@ impl Reporter {
 
     /// Claims deltas, in memory if the file cannot have them.
     fn claim(&mut self, deltas: Vec<LifecycleDelta>) -> Result<Vec<QueuedDelta>, Error> {
-        let add = NewRows::Deltas(deltas.clone(), SentBy::Us);
+        let add = NewRows::Deltas(deltas.clone(), SentBy::ThisProcess);
         let first = match self.outbox.add(add.clone(), false) {
             // What is in doubt must not be sent twice.
             Err(error) if error.is_outbox() && !error.is_in_doubt() => {
@@ -252,7 +252,7 @@ impl Reporter {
             // What the file does not take now it takes in the end, or that is an error there.
             let _ = self
                 .outbox
-                .change(RowChange::DeliveryResult(ids(body), DeliveryResult::Delivered), false);
+                .change(RowChange::Answered(ids(body), DeliveryResult::Delivered), false);
             left = later;
         };
         let left = [left, &overtaken].concat();
@@ -275,7 +275,7 @@ impl Reporter {
         let why = failed.unwrap_or_else(|| {
             "a newer operation of the same decky is to be heard first".to_owned()
         });
-        if self.is_on_disk() { Reported::QueuedDelta(why) } else { Reported::Lost(why) }
+        if self.is_on_disk() { Reported::Queued(why) } else { Reported::Lost(why) }
     }
 
     /// Where the outbox cannot say, the delta may not be in there either, and to post it is all that can be done for it. A disk
@@ -402,15 +402,9 @@ impl Post {
             .map_err(|error| chain(&error))?;
         let link = MasterLink::new(access);
         let lifecycle: Vec<_> = self.deltas.iter().collect();
-        let nothing = Snapshot::unknown("a delta alone");
-        let body = Body {
-            host_uuid: link.host(),
-            agent_version: env!("CARGO_PKG_VERSION"),
-            status: nothing.raw_status(),
-            topology: Some(body::Topology::from(&topology)),
-            lifecycle: &lifecycle,
-        };
-        let body = serde_json::to_vec(&body).map_err(|error| error.to_string())?;
+        let snapshot = Snapshot::unknown("a delta alone").with_topology(topology);
+        let body = serde_json::to_vec(&Body::of(link.host(), &snapshot, &lifecycle))
+            .map_err(|error| error.to_string())?;
         let reply = link.master().post(&body, until.saturating_duration_since(Instant::now()));
         let (class, detail) = (reply.class, reply.detail);
         match reply.verdict {

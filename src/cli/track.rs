@@ -105,10 +105,7 @@ impl Tracked<'_> {
     /// Reports how it ended: now, or by way of the outbox.
     fn end(mut self, outcome: &Outcome, telling: &DeltaOptions, signals: &mut Signals) {
         // Now, as this is when it ended.
-        let delta = |decky: &String| match outcome {
-            Outcome::Succeeded => LifecycleDelta::succeeded(decky, self.operation),
-            Outcome::Failed(error) => LifecycleDelta::failed(decky, self.operation, error.as_str()),
-        };
+        let delta = |decky: &String| LifecycleDelta::new(decky, self.operation, outcome.clone());
         let deltas: Vec<_> = self.deckies.iter().map(delta).collect();
         // Rows in memory end with us. Any that are in a file, also in one that was replaced, must end by this name.
         let begun = self
@@ -139,7 +136,7 @@ impl Tracked<'_> {
         };
         match reported {
             Reported::Delivered | Reported::Left => (),
-            Reported::QueuedDelta(why) => {
+            Reported::Queued(why) => {
                 let (names, outbox) = (reporter.names(), reporter.place());
                 log::warn!(
                     "kept for decnet-heartbeat run, not delivered: {names} outbox={outbox} error={why:?}"
@@ -170,7 +167,7 @@ fn end_begun(
         reporter.end(&ended, SentBy::Deliverer);
         return reporter.leave(patience);
     }
-    reporter.end(&ended, SentBy::Us);
+    reporter.end(&ended, SentBy::ThisProcess);
     reporter.post(&ended, patience)
 }
 
@@ -187,7 +184,7 @@ fn end_unbegun(
     let Reported::Lost(why) = reported else { return reported };
     match reporter.insist(location, deltas, patience) {
         None => Reported::Lost(why),
-        Some(Reported::Left) if !telling.no_wait => Reported::QueuedDelta(why),
+        Some(Reported::Left) if !telling.no_wait => Reported::Queued(why),
         Some(reported) => reported,
     }
 }

@@ -265,11 +265,7 @@ impl TrackedOperation {
     }
 
     fn ended(&self, decky: String, id: i64, outcome: &Outcome) -> QueuedDelta {
-        let delta = match outcome {
-            Outcome::Succeeded => LifecycleDelta::succeeded(decky, self.operation),
-            Outcome::Failed(error) => LifecycleDelta::failed(decky, self.operation, error.as_str()),
-        };
-        QueuedDelta { id, delta }
+        QueuedDelta { id, delta: LifecycleDelta::new(decky, self.operation, outcome.clone()) }
     }
 }
 

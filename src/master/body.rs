@@ -25,6 +25,24 @@ pub(crate) struct Body<'a> {
     pub(crate) lifecycle: &'a [&'a LifecycleDelta],
 }
 
+impl<'a> Body<'a> {
+    /// With all of a snapshot.
+    #[cfg(any(feature = "cli", feature = "loopback", fuzzing))]
+    pub(crate) fn of(
+        host_uuid: &'a str,
+        snapshot: &'a status::Snapshot,
+        lifecycle: &'a [&'a LifecycleDelta],
+    ) -> Self {
+        Self {
+            host_uuid,
+            agent_version: env!("CARGO_PKG_VERSION"),
+            status: snapshot.raw_status(),
+            topology: snapshot.topology().map(Topology::from),
+            lifecycle,
+        }
+    }
+}
+
 /// `topology`: the applied row, or four nulls, and what Docker shows of it.
 #[derive(Serialize)]
 pub(crate) struct Topology<'a> {

@@ -43,7 +43,7 @@ impl Outbox {
 
     #[cfg(all(test, feature = "cli"))]
     pub(crate) fn claim(&mut self, deltas: Vec<LifecycleDelta>) -> Result<Vec<QueuedDelta>, Error> {
-        let first = self.add(NewRows::Deltas(deltas.clone(), SentBy::Us))?;
+        let first = self.add(NewRows::Deltas(deltas.clone(), SentBy::ThisProcess))?;
         Ok((first..).zip(deltas).map(|(id, delta)| QueuedDelta { id, delta }).collect())
     }
 
@@ -74,7 +74,7 @@ impl Outbox {
         by: Instant,
     ) -> Result<(), Error> {
         self.make(
-            RowChange::DeliveryResult(deltas.iter().map(|kept| kept.id).collect(), settled.clone()),
+            RowChange::Answered(deltas.iter().map(|kept| kept.id).collect(), settled.clone()),
             by,
         )
     }

@@ -329,10 +329,11 @@ impl Process {
     ) -> QueuedDelta {
         let (id, decky, operation) = self.open.remove(which % self.open.len());
         let delta = verdict.delta(&decky, operation);
-        let owner = (poster == SentBy::Us).then_some(self.outbox.store.locks.token.as_str());
+        let owner =
+            (poster == SentBy::ThisProcess).then_some(self.outbox.store.locks.token.as_str());
         ledgers.iter_mut().for_each(|ledger| ledger.end(id, &delta, owner));
         let kept = QueuedDelta { id, delta };
-        if poster == SentBy::Us {
+        if poster == SentBy::ThisProcess {
             self.ours.push(kept.clone());
         }
         kept
@@ -497,7 +498,7 @@ impl Bench {
         for act in acts {
             match act {
                 Act::Push(ended) => adds.push(NewRows::Deltas(deltas(ended), SentBy::Deliverer)),
-                Act::Claim(ended) => adds.push(NewRows::Deltas(deltas(ended), SentBy::Us)),
+                Act::Claim(ended) => adds.push(NewRows::Deltas(deltas(ended), SentBy::ThisProcess)),
                 Act::Begin(operation, deckies, times) => {
                     let deckies = deckies.repeat(*times).into_iter().map(str::to_owned).collect();
                     adds.push(NewRows::Operation(*operation, deckies));
@@ -515,7 +516,7 @@ impl Bench {
         for (first, add) in firsts.into_iter().zip(&adds) {
             let rows: Vec<_> = match add {
                 NewRows::Deltas(deltas, poster) => {
-                    let owner = (*poster == SentBy::Us).then_some(us.as_str());
+                    let owner = (*poster == SentBy::ThisProcess).then_some(us.as_str());
                     deltas.iter().map(|delta| Row::ended(delta, owner)).collect()
                 }
                 NewRows::Operation(operation, deckies) => {
@@ -523,7 +524,7 @@ impl Bench {
                 }
             };
             match (&first, add) {
-                (Ok(first), NewRows::Deltas(deltas, SentBy::Us)) => {
+                (Ok(first), NewRows::Deltas(deltas, SentBy::ThisProcess)) => {
                     agent.ours.extend(
                         (*first..)
                             .zip(deltas)
@@ -907,7 +908,7 @@ fn verdict() -> impl Strategy<Value = Verdict> {
 }
 
 fn poster() -> impl Strategy<Value = SentBy> {
-    prop_oneof![2 => Just(SentBy::Deliverer), 1 => Just(SentBy::Us)]
+    prop_oneof![2 => Just(SentBy::Deliverer), 1 => Just(SentBy::ThisProcess)]
 }
 
 fn settled() -> impl Strategy<Value = DeliveryResult> {

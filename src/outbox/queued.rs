@@ -30,7 +30,7 @@ pub(crate) enum SentBy {
     /// Whoever delivers from the outbox.
     Deliverer,
     /// This process itself, until it releases it or ends.
-    Us,
+    ThisProcess,
 }
 
 /// How much is in the outbox.
@@ -95,7 +95,7 @@ impl NewRows {
 #[derive(Clone, Debug)]
 pub(crate) enum RowChange {
     /// The master has accepted or rejected them.
-    DeliveryResult(Vec<i64>, DeliveryResult),
+    Answered(Vec<i64>, DeliveryResult),
     /// Operations that were in flight have ended, and who posts the deltas.
     Ended(Vec<QueuedDelta>, SentBy),
     /// Rows of an operation that never began: nobody heard of them in time.
@@ -109,7 +109,7 @@ impl RowChange {
     /// How many rows it changes.
     pub(crate) fn rows(&self) -> usize {
         match self {
-            Self::DeliveryResult(ids, _) => ids.len(),
+            Self::Answered(ids, _) => ids.len(),
             Self::Ended(ended, _) => ended.len(),
             Self::Withdrawn(ids) => ids.clone().count(),
             #[cfg(feature = "cli")]
@@ -119,6 +119,6 @@ impl RowChange {
 
     /// How many deltas the master has accepted or rejected.
     pub(crate) fn settled(&self) -> u64 {
-        if let Self::DeliveryResult(ids, _) = self { ids.len() as u64 } else { 0 }
+        if let Self::Answered(ids, _) = self { ids.len() as u64 } else { 0 }
     }
 }

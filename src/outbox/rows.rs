@@ -141,10 +141,10 @@ impl Rows<'_> {
     /// Makes one of the changes that must not be lost.
     pub(super) fn apply(&mut self, change: &RowChange) -> rusqlite::Result<()> {
         match change {
-            RowChange::DeliveryResult(ids, DeliveryResult::Delivered) => {
+            RowChange::Answered(ids, DeliveryResult::Delivered) => {
                 ids.iter().try_for_each(|id| self.deliver(*id))
             }
-            RowChange::DeliveryResult(ids, DeliveryResult::Rejected(reason)) => {
+            RowChange::Answered(ids, DeliveryResult::Rejected(reason)) => {
                 ids.iter().try_for_each(|id| self.change(*id, REJECT, params![id, reason]))
             }
             #[cfg(feature = "cli")]
@@ -152,7 +152,7 @@ impl Rows<'_> {
                 ids.iter().try_for_each(|id| self.change(*id, RELEASE, [id]))
             }
             RowChange::Ended(ended, poster) => {
-                let owner = (*poster == SentBy::Us).then_some(self.us);
+                let owner = (*poster == SentBy::ThisProcess).then_some(self.us);
                 let mut end = |QueuedDelta { id, delta }: &QueuedDelta| {
                     self.count_along(*id..=*id, |db| put(db, *id, delta, owner))
                 };

@@ -365,7 +365,7 @@ fn once_nobody_is_at_work_nothing_counts_as_held_without_another_look() {
     let QueueCounts { waiting, held, .. } = outbox.books().counts;
     assert_eq!((waiting, held), (2, 0));
     let ids = outbox.deliverable(2, deadline()).unwrap().into_iter().map(|kept| kept.id).collect();
-    outbox.note(RowChange::DeliveryResult(ids, DeliveryResult::Delivered));
+    outbox.note(RowChange::Answered(ids, DeliveryResult::Delivered));
     outbox.commit(&[], deadline()).changed.unwrap();
     assert_eq!(outbox.books().counts, QueueCounts::default());
 }
@@ -428,7 +428,7 @@ fn an_operation_whose_process_lives_is_left_alone_until_it_dies() {
     let mut outbox = open(dir.path());
     outbox.tend().unwrap();
     assert_eq!(outbox.books().counts.operations, 2);
-    track.end(ended(id, succeeded("d")), SentBy::Us).unwrap();
+    track.end(ended(id, succeeded("d")), SentBy::ThisProcess).unwrap();
     assert!(deckies(&mut outbox).is_empty(), "track posts it itself");
     drop(track);
     outbox.tend().unwrap();
@@ -1100,11 +1100,8 @@ fn a_group_is_one_transaction_and_what_has_no_room_fails_alone() {
     let kept = outbox.deliverable(2, deadline()).unwrap();
     let running = begin(&mut outbox, "running");
     let before = transactions(dir.path());
-    outbox.note(RowChange::DeliveryResult(vec![kept[1].id], DeliveryResult::Delivered));
-    outbox.note(RowChange::DeliveryResult(
-        vec![kept[0].id],
-        DeliveryResult::Rejected("no".to_owned()),
-    ));
+    outbox.note(RowChange::Answered(vec![kept[1].id], DeliveryResult::Delivered));
+    outbox.note(RowChange::Answered(vec![kept[0].id], DeliveryResult::Rejected("no".to_owned())));
     outbox.note(RowChange::Ended(ended(running, succeeded("running")), SentBy::Deliverer));
     let too_many = NewRows::Deltas(vec![delta("many"); limits::OUTBOX_ROWS + 1], SentBy::Deliverer);
     let CommitResult { added, changed } =
@@ -1128,7 +1125,7 @@ fn under_another_process_lock_additions_fail_and_changes_are_in_memory() {
     let running = begin(&mut outbox, "running");
     let delivered = outbox.deliverable(2, deadline()).unwrap().pop().unwrap();
     let other = lock_the_file(dir.path());
-    outbox.note(RowChange::DeliveryResult(vec![delivered.id], DeliveryResult::Delivered));
+    outbox.note(RowChange::Answered(vec![delivered.id], DeliveryResult::Delivered));
     outbox.note(RowChange::Ended(ended(running, succeeded("running")), SentBy::Deliverer));
     let by = Instant::now() + Duration::from_millis(50);
     let CommitResult { added, changed } = outbox.commit(&[push(&["a"]), operation("b")], by);
@@ -1172,17 +1169,15 @@ fn a_transaction_that_fails_or_panics_loses_no_change() {
     let mut outbox = open(dir.path());
     outbox.keep(&[delta("a"), delta("b")]).unwrap();
     let kept = outbox.deliverable(2, deadline()).unwrap();
-    outbox.note(RowChange::DeliveryResult(vec![kept[0].id], DeliveryResult::Delivered));
+    outbox.note(RowChange::Answered(vec![kept[0].id], DeliveryResult::Delivered));
     let panics = || outbox.change::<()>(deadline(), |_, _| panic!("in the middle of it"));
     std::panic::catch_unwind(std::panic::AssertUnwindSafe(panics)).unwrap_err();
     // Neither the file nor memory takes it: the master's word needs more room than there is.
     fill_the_disk(&mut outbox);
     let copy = &outbox.store.in_memory().unwrap().db;
     copy.query_row("PRAGMA max_page_count = 1", [], |_| Ok(())).unwrap();
-    outbox.note(RowChange::DeliveryResult(
-        vec![kept[1].id],
-        DeliveryResult::Rejected("no".repeat(50_000)),
-    ));
+    outbox
+        .note(RowChange::Answered(vec![kept[1].id], DeliveryResult::Rejected("no".repeat(50_000))));
     let CommitResult { added, changed } = outbox.commit(&[push(&["c"])], deadline());
     assert!(
         added
@@ -1410,7 +1405,7 @@ fn where_the_agent_dir_is_made_again_each_delta_is_delivered_once() {
     outbox.settle(&kept, &DeliveryResult::Delivered, deadline()).unwrap();
     // It has not looked at its files since, and posts its delta itself.
     let ours = ended(id, succeeded("d"));
-    track.end(ours.clone(), SentBy::Us).unwrap();
+    track.end(ours.clone(), SentBy::ThisProcess).unwrap();
     track.settle(&ours, &DeliveryResult::Delivered, deadline()).unwrap();
     drop(track);
     outbox.tend().unwrap();
@@ -1424,7 +1419,7 @@ fn what_was_delivered_from_the_new_file_is_not_moved_there_again() {
     let mut track = open_as(dir.path(), Role::Contribute);
     let ours = ended(begin(&mut track, "d"), succeeded("d"));
     std::fs::remove_file(dir.path().join(FILE)).unwrap();
-    track.end(ours.clone(), SentBy::Us).unwrap();
+    track.end(ours.clone(), SentBy::ThisProcess).unwrap();
     track.settle(&ours, &DeliveryResult::Delivered, deadline()).unwrap();
     drop(track);
     // It has only the older file open, in which the operation is in flight.
@@ -1440,7 +1435,7 @@ fn what_has_ended_in_the_new_file_is_not_in_flight_again() {
     let mut track = open_as(dir.path(), Role::Contribute);
     let ours = ended(begin(&mut track, "d"), succeeded("d"));
     std::fs::remove_file(dir.path().join(FILE)).unwrap();
-    track.end(ours.clone(), SentBy::Us).unwrap();
+    track.end(ours.clone(), SentBy::ThisProcess).unwrap();
     outbox.tend().unwrap();
     track.release(&ours).unwrap();
     drop(track);
@@ -1456,7 +1451,7 @@ fn what_another_process_has_delivered_does_not_come_back_with_an_older_copy_of_t
     let mut track = open_as(dir.path(), Role::Contribute);
     let ours = ended(begin(&mut track, "d"), succeeded("d"));
     spoil(dir.path(), &format!("VACUUM INTO '{}'", backup.display()));
-    track.end(ours.clone(), SentBy::Us).unwrap();
+    track.end(ours.clone(), SentBy::ThisProcess).unwrap();
     track.settle(&ours, &DeliveryResult::Delivered, deadline()).unwrap();
     drop(track);
     // Its log would still be there.
@@ -1492,7 +1487,7 @@ fn a_process_looks_after_its_rows_as_long_as_it_has_some() {
     let id = begin(&mut track, "d");
     track.look_after_rows();
     assert!(track.is_named());
-    track.end(ended(id, succeeded("d")), SentBy::Us).unwrap();
+    track.end(ended(id, succeeded("d")), SentBy::ThisProcess).unwrap();
     track.look_after_rows();
     assert!(track.is_named(), "it posts it itself");
     track.settle(&ended(id, succeeded("d")), &DeliveryResult::Delivered, deadline()).unwrap();
@@ -1794,7 +1789,7 @@ fn steps_where(waiting: usize, is_in_memory: bool) -> Vec<(&'static str, u64)> {
     let ids = |kept: &[QueuedDelta]| kept.iter().map(|kept| kept.id).collect::<Vec<_>>();
     let settle = |ids, settled| {
         move |outbox: &mut Outbox| {
-            outbox.note(RowChange::DeliveryResult(ids, settled));
+            outbox.note(RowChange::Answered(ids, settled));
             outbox.commit(&[], deadline()).changed.unwrap();
         }
     };
@@ -1832,7 +1827,7 @@ fn what_waits_is_never_counted_too_low_while_answers_are_written_down() {
             for QueuedDelta { id, .. } in kept {
                 answered.fetch_add(1, Ordering::SeqCst);
                 books.settle(1);
-                outbox.note(RowChange::DeliveryResult(vec![id], DeliveryResult::Delivered));
+                outbox.note(RowChange::Answered(vec![id], DeliveryResult::Delivered));
                 outbox.commit(&[], deadline());
             }
         });

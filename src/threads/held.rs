@@ -12,7 +12,7 @@ use crate::outbox::{NewRows, QueuedDelta, RowChange};
 #[derive(Debug)]
 pub(super) enum Hold {
     Begun(Operation, Vec<String>),
-    DeliveryResult(Vec<i64>),
+    Answered(Vec<i64>),
 }
 
 impl Hold {
@@ -26,8 +26,8 @@ impl Hold {
     }
 
     pub(super) fn of_changed(change: &RowChange) -> Option<Self> {
-        if let RowChange::DeliveryResult(ids, _) = change {
-            Some(Self::DeliveryResult(ids.clone()))
+        if let RowChange::Answered(ids, _) = change {
+            Some(Self::Answered(ids.clone()))
         } else {
             None
         }
@@ -36,7 +36,7 @@ impl Hold {
     fn rows(&self) -> usize {
         match self {
             Self::Begun(_, deckies) => deckies.len(),
-            Self::DeliveryResult(ids) => ids.len(),
+            Self::Answered(ids) => ids.len(),
         }
     }
 }
@@ -73,7 +73,7 @@ impl HeldDeltas {
                 Hold::Begun(operation, deckies) => {
                     begun.extend(deckies.iter().map(|decky| (decky.as_str(), *operation)))
                 }
-                Hold::DeliveryResult(ids) => settled.extend(ids),
+                Hold::Answered(ids) => settled.extend(ids),
             }
         }
         deltas.retain(|QueuedDelta { id, delta }| {
@@ -119,7 +119,7 @@ mod tests {
         holds.note(Generation(1), begin(1));
         holds.note(
             Generation(2),
-            Hold::of_changed(&RowChange::DeliveryResult(vec![3], DeliveryResult::Delivered)),
+            Hold::of_changed(&RowChange::Answered(vec![3], DeliveryResult::Delivered)),
         );
         holds.note(Generation(3), None);
         assert_eq!(

@@ -19,7 +19,7 @@ use crate::credentials::enrolment::Enrolment;
 use crate::credentials::server_name;
 use crate::error::Error;
 use crate::limits;
-use crate::master::body::{self, Body};
+use crate::master::body::Body;
 use crate::master::explain::{Explained, closed_on_our_certificate, explain, handshake, is_closed};
 use crate::master::identity::MasterIdentity;
 use crate::master::resolver::{LookupFailed, MasterResolver};
@@ -268,13 +268,8 @@ impl<'a> MasterProbe<'a> {
 
     /// One beat as `run` sends it, without deltas: these are for `run`.
     fn beat(&self, snapshot: &Snapshot, addresses: &[SocketAddr]) -> Step {
-        let body = serde_json::to_vec(&Body {
-            host_uuid: self.enrolment.host_uuid().value(),
-            agent_version: env!("CARGO_PKG_VERSION"),
-            status: snapshot.raw_status(),
-            topology: snapshot.topology().map(body::Topology::from),
-            lifecycle: &[],
-        });
+        let host = self.enrolment.host_uuid().value();
+        let body = serde_json::to_vec(&Body::of(host, snapshot, &[]));
         let master = client(self.enrolment, &self.name, &self.config);
         master.use_addresses(addresses);
         let reply = match body {

@@ -311,10 +311,8 @@ impl HeartbeatLoop {
     }
 
     fn settle(&self, deltas: &[QueuedDelta], settled: DeliveryResult) {
-        self.outbox.settle(RowChange::DeliveryResult(
-            deltas.iter().map(|kept| kept.id).collect(),
-            settled,
-        ));
+        self.outbox
+            .settle(RowChange::Answered(deltas.iter().map(|kept| kept.id).collect(), settled));
     }
 
     /// What a beat says when its snapshot is not there in time.

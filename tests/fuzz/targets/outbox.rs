@@ -157,10 +157,7 @@ fn deliverable(outbox: &mut Outbox) -> Vec<QueuedDelta> {
     assert_eq!(outbox.books().counts.waiting, kept.len() as u64);
     let (status, lifecycle) =
         (Snapshot::unknown(""), kept.iter().map(|kept| &kept.delta).collect::<Vec<_>>());
-    let status = status.raw_status();
-    let body =
-        Body { host_uuid: "u", agent_version: "1", status, topology: None, lifecycle: &lifecycle };
-    serde_json::to_vec(&body).unwrap();
+    serde_json::to_vec(&Body::of("u", &status, &lifecycle)).unwrap();
     kept
 }
 

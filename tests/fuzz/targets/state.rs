@@ -54,15 +54,7 @@ fn check(status: Result<Snapshot, String>) -> Option<String> {
             Snapshot::unknown(problem)
         }
     };
-    let status_sent = snapshot.raw_status();
-    let body = Body {
-        host_uuid: "u",
-        agent_version: "1",
-        status: status_sent,
-        topology: None,
-        lifecycle: &[],
-    };
-    let body = serde_json::to_string(&body).unwrap();
+    let body = serde_json::to_string(&Body::of("u", &snapshot, &[])).unwrap();
     assert_eq!(object(&body)["status"].get(), snapshot.status());
     object(snapshot.status());
     status.ok().map(|_| snapshot.status().to_owned())
