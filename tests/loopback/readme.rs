@@ -1,4 +1,4 @@
-//! What the README says of the program's words is what the program says.
+//! The log lines in the page on operations are the program's.
 
 use std::fs;
 use std::path::Path;
@@ -16,8 +16,8 @@ fn sources(folder: &Path) -> String {
 #[test]
 fn every_message_of_the_troubleshooting_is_one_that_is_said() {
     let sources = sources(&Path::new(env!("CARGO_MANIFEST_DIR")).join("src"));
-    let readme = include_str!("../../README.md");
-    let table = readme
+    let page = include_str!("../../src/docs/operations.md");
+    let table = page
         .split_once("| message | what it means | what to do |")
         .unwrap()
         .1
