@@ -172,7 +172,7 @@ impl LifecycleDelta {
     }
 }
 
-/// Refuses a name that no decky can have (`PROTOCOL.md`, "`status`"), so the master could never match it to a row.
+/// Refuses a name that no decky can have (`docs/protocol.md`, "`status`"), so the master could never match it to a row.
 pub(crate) fn check_decky(name: &str) -> Result<(), Error> {
     if name.trim().is_empty() {
         return Err(Error::setting("decky name", "is empty; a delta needs the name of its decky"));

@@ -46,7 +46,7 @@ pub(crate) enum Verdict {
 }
 
 impl Verdict {
-    /// The one place where an answer gets its meaning (`PROTOCOL.md`, "The answers").
+    /// The one place where an answer gets its meaning (`docs/protocol.md`, "The answers").
     ///
     /// | status | verdict | what follows |
     /// | --- | --- | --- |

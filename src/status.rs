@@ -95,7 +95,7 @@ pub struct Snapshot {
 }
 
 impl Snapshot {
-    /// A snapshot with this `status`, which must serialize to a JSON object (`PROTOCOL.md`, "`status`").
+    /// A snapshot with this `status`, which must serialize to a JSON object (see [the protocol](crate::protocol#status)).
     ///
     /// # What the master makes of it
     ///

@@ -154,7 +154,7 @@ impl fmt::Display for Goal {
     }
 }
 
-/// Prints what there is, as tables of Markdown, which the README carries as they are.
+/// Prints what there is, as tables of Markdown, as they are in `docs/figures.md`.
 pub fn print(figures: &Figures) {
     let head = ["what", "floor, same run", "measured", "ratio", "goal", ""];
     print_rows(head, figures.lines.iter().map(Line::cells).collect());

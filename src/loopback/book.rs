@@ -1,5 +1,5 @@
 //! The master's book: who is enrolled, which operations are open, what is known of the deckies, and how a heartbeat
-//! changes that. No I/O and no lock: whoever holds the state calls it. The rules are those of PROTOCOL.md.
+//! changes that. No I/O and no lock: whoever holds the state calls it. The rules are those of `docs/protocol.md`.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::SystemTime;

@@ -1,6 +1,6 @@
 //! The wire's JSON: every name that crosses it, and nothing else knows them. Values only, for any thread.
 //!
-//! Facts: `PROTOCOL.md`, "The request". What a source has serialized is passed on as it stands ([`RawValue`]), so
+//! Facts: `docs/protocol.md`, "The request". What a source has serialized is passed on as it stands ([`RawValue`]), so
 //! keys and number formats that this crate does not know survive.
 
 use serde::ser::SerializeSeq;

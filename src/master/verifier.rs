@@ -28,7 +28,7 @@ use crate::master::identity::{MasterIdentity, fingerprint, hex};
 use crate::master::x509::X509;
 use crate::text::quoted;
 
-/// The common name and a DNS name of the master's own certificate, and of no other that its CA issues (`PROTOCOL.md`, "TLS").
+/// The common name and a DNS name of the master's own certificate, and of no other that its CA issues (`docs/protocol.md`, "TLS").
 pub(crate) const MASTER_NAME: &str = "swarmctl";
 
 /// ring, for TLS and for the bundle's proof alike.

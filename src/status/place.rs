@@ -1,4 +1,4 @@
-//! Where DECNET's state file is: beside its Python package (`PROTOCOL.md`, "The worker's host"). Runs on the thread that
+//! Where DECNET's state file is: beside its Python package (`docs/protocol.md`, "The worker's host"). Runs on the thread that
 //! asks; each search is a handful of `stat`s and one folder that is listed.
 //!
 //! DECNET writes the file when something is deployed and deletes it afterwards. So "there is no file" means "nothing is

@@ -5,7 +5,7 @@
 //! `serde_json`:
 //!
 //! - a lone surrogate (`"\udcff"`) in a string or a key: Python reads it and cannot write it again, and the master answers
-//!   500 (`PROTOCOL.md`, "`status`");
+//!   500 (`docs/protocol.md`, "`status`");
 //! - an integer of more than 4,300 digits: Python refuses to read it;
 //! - a number without a finite value (`1e999`): the master takes it, but for infinity, which it cannot write as JSON again;
 //! - arrays and objects nested deeper than Python's reader goes.

@@ -1,4 +1,4 @@
-//! `check` on a real worker: a real master, a real Docker Engine. What the README shows of it is what it says.
+//! `check` on a real worker: a real master, a real Docker Engine. Its outputs are those that the page on operations shows.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -58,11 +58,10 @@ impl Worker {
     }
 }
 
-/// What the README shows under this heading.
+/// The output that the page on operations shows under this heading.
 fn shown(heading: &str) -> Vec<&'static str> {
-    let readme = include_str!("../../README.md");
-    let section =
-        readme.split_once(heading).unwrap_or_else(|| panic!("no {heading} in the README")).1;
+    let page = include_str!("../../src/docs/operations.md");
+    let section = page.split_once(heading).unwrap_or_else(|| panic!("no {heading} in the page")).1;
     section.split("```text\n").nth(1).unwrap().split("```").next().unwrap().lines().collect()
 }
 
@@ -79,7 +78,7 @@ fn same(line: &str) -> String {
         .join(" ")
 }
 
-/// The README's lines are the program's, in their order; `…` stands for those that are left out.
+/// The documented lines are in the output, in the same order; `…` stands for omitted lines.
 fn is_as_shown(heading: &str, (said, code): (String, Option<i32>), expected: i32) {
     assert_eq!(code, Some(expected), "{said}");
     let mut lines = said.lines().map(same);
@@ -104,7 +103,7 @@ fn copy_identity(from: &Path, to: &Path) {
 
 #[test]
 #[ignore = "needs root, docker.io and busybox-static, and the real master: tests/e2e/setup.sh"]
-fn what_the_readme_shows_of_check_is_what_it_says() {
+fn documented_outputs_of_check_are_its_outputs() {
     let worker = Worker::new();
     is_as_shown("**A healthy worker.**", worker.check(), 0);
 

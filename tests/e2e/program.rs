@@ -130,10 +130,10 @@ fn the_main_thread_of_run_touches_no_file_after_its_start() {
     assert!(trace.contains("stats.new"), "another thread has written them");
 }
 
-/// What the README's unit lets it write, with this folder in the place of `/etc/decnet`.
+/// The folder that the documented unit may write to, with `etc` in place of `/etc/decnet`.
 fn writable(etc: &Path) -> PathBuf {
-    let readme = include_str!("../../README.md");
-    let path = readme.lines().find_map(|line| line.strip_prefix("ReadWritePaths=-")).unwrap();
+    let page = include_str!("../../src/docs/operations.md");
+    let path = page.lines().find_map(|line| line.strip_prefix("ReadWritePaths=-")).unwrap();
     etc.join(Path::new(path).strip_prefix("/etc/decnet").unwrap())
 }
 

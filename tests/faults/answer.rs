@@ -19,7 +19,7 @@ enum Meaning {
     Later,
 }
 
-/// `PROTOCOL.md`, "The answers". What is not in there fails and is tried again.
+/// `docs/protocol.md`, "The answers". What is not in there fails and is tried again.
 const STATUSES: [(u16, Meaning); 21] = [
     (200, Meaning::Accepted),
     (201, Meaning::Accepted),

@@ -31,14 +31,14 @@ pub fn no_variable_of_the_environment_is_obeyed() {
     assert!(!keys.exists(), "session keys were written down");
 }
 
-/// A unit of the README that has this line.
+/// The unit or drop-in with this line, in the page on operations.
 fn unit_with(line: &str) -> &'static str {
-    let readme = include_str!("../../README.md");
-    let blocks = readme.split("```ini\n").skip(1).filter_map(|block| block.split("```").next());
+    let page = include_str!("../../src/docs/operations.md");
+    let blocks = page.split("```ini\n").skip(1).filter_map(|block| block.split("```").next());
     blocks.into_iter().find(|block| block.lines().any(|it| it == line)).unwrap()
 }
 
-/// A folder with the README's unit. That the program is not installed here says nothing of the unit.
+/// A folder with the documented unit, which starts the program that was built.
 fn folder_of_units() -> (tempfile::TempDir, PathBuf) {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("decnet-heartbeat.service");
@@ -67,7 +67,7 @@ fn is_accepted(unit: &Path) -> Result<(), String> {
     if accepted && !said.contains("decnet-") { Ok(()) } else { Err(said) }
 }
 
-/// The README's unit is one that systemd accepts, and its sandbox is rated by systemd's own measure.
+/// systemd accepts the documented unit, and rates its sandbox below 2.
 pub fn the_unit_is_sound_and_tight() {
     let (_dir, unit) = folder_of_units();
     is_accepted(&unit).unwrap();

@@ -108,16 +108,19 @@ fn an_answers_status_is_its_class() {
 }
 
 #[test]
-fn the_documentation_lists_every_class_and_the_readme_no_other() {
+fn stats_document_every_class_and_the_page_on_operations_no_other() {
     let stats = include_str!("../../src/stats.rs");
     let table =
         stats.split_once("| class | what happened |").unwrap().1.split_once("pub class").unwrap().0;
     let listed: BTreeSet<_> = table.lines().filter_map(|line| line.split('`').nth(1)).collect();
     let tried: BTreeSet<_> = HERE.into_iter().chain(ELSEWHERE).collect();
     assert_eq!(listed, tried);
-    let readme = include_str!("../../README.md");
-    let named = readme.split("`class=").skip(1).map(|rest| rest.split('`').next().unwrap());
+    let page = include_str!("../../src/docs/operations.md");
+    let named = page.split("`class=").skip(1).map(|rest| rest.split('`').next().unwrap());
     for class in named.filter(|class| !class.ends_with('…')) {
-        assert!(listed.contains(class) || class.starts_with("http-"), "README.md names {class}");
+        assert!(
+            listed.contains(class) || class.starts_with("http-"),
+            "operations.md names {class}"
+        );
     }
 }

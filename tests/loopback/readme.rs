@@ -1,23 +1,27 @@
-//! What the README says of the program's words is what the program says.
+//! The documentation: its log lines are the program's, and its links lead somewhere.
 
+use std::collections::BTreeMap;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-/// All sources, each string on one line.
+/// All code, each string on one line.
 fn sources(folder: &Path) -> String {
     let entries = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
-    let text = |path: std::path::PathBuf| {
+    // The page itself is below `src`, too.
+    let code =
+        entries.filter(|path| path.is_dir() || path.extension().is_some_and(|it| it == "rs"));
+    let text = |path: PathBuf| {
         if path.is_dir() { sources(&path) } else { fs::read_to_string(path).unwrap() }
     };
-    let text: String = entries.map(text).collect();
+    let text: String = code.map(text).collect();
     text.split("\\\n").map(str::trim_start).collect()
 }
 
 #[test]
-fn every_message_of_the_troubleshooting_is_one_that_is_said() {
+fn documented_log_lines_are_in_the_code() {
     let sources = sources(&Path::new(env!("CARGO_MANIFEST_DIR")).join("src"));
-    let readme = include_str!("../../README.md");
-    let table = readme
+    let page = include_str!("../../src/docs/operations.md");
+    let table = page
         .split_once("| message | what it means | what to do |")
         .unwrap()
         .1
@@ -30,10 +34,55 @@ fn every_message_of_the_troubleshooting_is_one_that_is_said() {
         .filter(|it| !it.starts_with("class="));
     let mut count = 0;
     for message in messages {
-        // What it says of which file, and after which colon, stands apart in the source.
+        // The file, and what follows the colon, are arguments in the code.
         let message = message.trim_end_matches([' ', ':']).trim_end_matches(": error=");
-        assert!(sources.contains(message), "{message:?} is said nowhere");
+        assert!(sources.contains(message), "{message:?} is not in the code");
         count += 1;
     }
     assert!(count > 20, "{count}");
+}
+
+/// The definitions of links in a page: `[label]: destination`.
+fn definitions(page: &str) -> impl Iterator<Item = (&str, &str)> {
+    page.lines().filter_map(|line| line.strip_prefix('[')?.split_once("]: "))
+}
+
+fn pages(root: &Path) -> Vec<PathBuf> {
+    let pages = fs::read_dir(root.join("src/docs")).unwrap().map(|entry| entry.unwrap().path());
+    pages.chain([root.join("README.md")]).collect()
+}
+
+#[test]
+fn relative_links_of_the_pages_lead_to_files() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    for page in pages(root) {
+        let text = fs::read_to_string(&page).unwrap();
+        let inline = text.split("](").skip(1).filter_map(|rest| rest.split(')').next());
+        let destinations =
+            inline.chain(definitions(&text).map(|(_, to)| to)).filter(|to| !to.contains("::"));
+        // Folders with a dot are not in the package.
+        for to in destinations.filter(|to| !to.starts_with(['#', '.']) || to.starts_with("..")) {
+            let file = page.parent().unwrap().join(to.split('#').next().unwrap());
+            assert!(to.starts_with("https://") || file.exists(), "{}: {to}", page.display());
+        }
+    }
+}
+
+#[test]
+fn every_link_of_a_page_is_defined_for_rustdoc() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let for_rustdoc = fs::read_to_string(root.join("src/docs/rustdoc-links.md")).unwrap();
+    let for_rustdoc: BTreeMap<_, _> = definitions(&for_rustdoc).collect();
+    for (label, to) in &for_rustdoc {
+        // A file of the package, which docs.rs shows.
+        if let Some((_, file)) = to.split_once("/latest/source/") {
+            assert!(root.join(file).exists(), "{label}: {to}");
+        }
+    }
+    for page in pages(root) {
+        let text = fs::read_to_string(&page).unwrap();
+        for (label, _) in definitions(&text) {
+            assert!(for_rustdoc.contains_key(label), "{}: {label}", page.display());
+        }
+    }
 }

@@ -190,8 +190,8 @@ fn each_file_that_the_owner_of_the_folder_cannot_use_is_named_and_the_advice_hel
 
 /// The capabilities that root has with the unit's drop-in, as setpriv wants them.
 fn capabilities_of_the_drop_in() -> String {
-    let readme = include_str!("../../README.md");
-    let mut sets = readme.lines().filter_map(|line| line.strip_prefix("CapabilityBoundingSet="));
+    let page = include_str!("../../src/docs/operations.md");
+    let mut sets = page.lines().filter_map(|line| line.strip_prefix("CapabilityBoundingSet="));
     let set = sets.next_back().unwrap().to_lowercase();
     set.split(' ')
         .map(|capability| format!(",+{}", capability.strip_prefix("cap_").unwrap()))

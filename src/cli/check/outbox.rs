@@ -211,7 +211,7 @@ fn counted_step(path: &Path, counts: QueueCounts, stuck: &[UnjudgedRow]) -> Step
             sanitize_path(&beside(path, "-lock"))
         )),
         (_, 1.., None, _) => step.advise("start decnet-heartbeat run, which delivers what waits"),
-        (.., 1..) => step.advise("see in the file what was refused, and why: the README has the query"),
+        (.., 1..) => step.advise("see in the file what was refused, and why: the page on operations has the query"),
         _ => step,
     }
 }
