@@ -232,7 +232,7 @@
 //!
 //! # A supervisor of processes
 //!
-//! Where one operation is on several deckies and they end one by one, [`begin`] returns a guard and [`settle`] gives
+//! Where one operation is on several deckies and they end one by one, [`begin`] returns a guard and [`end`] gives
 //! each its own verdict. The master hears of each as it ends, and not of the last alone.
 //!
 //! The guard is why there is nothing to clean up. What is not settled when it is dropped, by a `?` or a panic, is
@@ -265,12 +265,12 @@
 //!                 thread::spawn(move || ended.send((decky, child.wait())));
 //!             }
 //!             // One that cannot be started is no reason to give up the others.
-//!             Err(error) => operation.settle(decky, Outcome::Failed(format!("cannot be started: {error}")))?,
+//!             Err(error) => operation.end(decky, Outcome::Failed(format!("cannot be started: {error}")))?,
 //!         }
 //!     }
 //!     drop(ended); // so that the loop ends with the last child
 //!     for (decky, status) in ends {
-//!         operation.settle(decky, outcome(status))?;
+//!         operation.end(decky, outcome(status))?;
 //!     }
 //!     Ok(())
 //! }
@@ -410,7 +410,7 @@
 //! [`stop`]: crate::Heartbeat::stop
 //! [`run`]: crate::DeltaSender::run
 //! [`begin`]: crate::Heartbeat::begin
-//! [`settle`]: crate::TrackedOperation::settle
+//! [`end`]: crate::TrackedOperation::end
 //! [`applied_topology`]: crate::StatusSource::applied_topology
 //! [`DecnetStatus`]: crate::DecnetStatus
 //! [`StatusSource`]: crate::StatusSource
