@@ -1,3 +1,5 @@
+// Most examples of the documentation start a master, which needs this feature.
+#![cfg(any(feature = "loopback", not(doctest)))]
 //! The heartbeat client of a DECNET worker: it tells the master, over mTLS, that this host lives, what it runs, and how
 //! each deploy or mutate ended. Blocking, on three threads of its own, for agents without an async runtime.
 //!

@@ -37,12 +37,13 @@ pub trait StatusSource: Send {
     /// topology, as the master would otherwise order it to be built again. `None`, the default, where none is kept.
     ///
     /// ```
-    /// # use decnet_heartbeat::{AppliedTopology, Observed, Snapshot, StatusSource, Topology};
+    /// use decnet_heartbeat::{AppliedTopology, Observed, Snapshot, StatusSource, Topology};
+    ///
     /// # impl Agent {
-    /// #     fn known(&self) -> Topology {
-    /// #         Topology { applied: Some(self.applied.clone()), observed: Observed::Unknown("not asked".into()) }
-    /// #     }
-    /// # }
+    ///     fn known(&self) -> Topology {
+    ///         Topology { applied: Some(self.applied.clone()), observed: Observed::Unknown("not asked".into()) }
+    ///     }
+    /// }
     /// struct Agent {
     ///     applied: AppliedTopology,
     /// }
@@ -56,10 +57,10 @@ pub trait StatusSource: Send {
     ///         Some(self.known()) // at hand, and nothing is waited for
     ///     }
     /// }
-    /// # let (topology_id, applied_version_hash) = ("t-1".to_owned(), "9b1c".to_owned());
-    /// # let applied = AppliedTopology { topology_id, applied_version_hash, applied_at: 0, last_error: None };
-    /// # let mut agent = Agent { applied };
-    /// # assert_eq!(agent.applied_topology().as_ref(), agent.snapshot().topology());
+    /// let (topology_id, applied_version_hash) = ("t-1".to_owned(), "9b1c".to_owned());
+    /// let applied = AppliedTopology { topology_id, applied_version_hash, applied_at: 0, last_error: None };
+    /// let mut agent = Agent { applied };
+    /// assert_eq!(agent.applied_topology().as_ref(), agent.snapshot().topology());
     /// ```
     fn applied_topology(&mut self) -> Option<Topology> {
         None
@@ -119,7 +120,8 @@ impl Snapshot {
     /// looked at.
     ///
     /// ```
-    /// # use decnet_heartbeat::Snapshot;
+    /// use decnet_heartbeat::Snapshot;
+    ///
     /// #[derive(serde::Serialize)]
     /// struct Status {
     ///     deployed: bool,
@@ -164,7 +166,8 @@ impl Snapshot {
     /// cut to 2,000 characters.
     ///
     /// ```
-    /// # use decnet_heartbeat::Snapshot;
+    /// use decnet_heartbeat::Snapshot;
+    ///
     /// fn snapshot(listed: Result<Vec<String>, std::io::Error>) -> Snapshot {
     ///     match listed {
     ///         Ok(deckies) => Snapshot::new(&serde_json::json!({"deployed": !deckies.is_empty(), "deckies": deckies})),
@@ -188,7 +191,8 @@ impl Snapshot {
     /// Leaving it out is not neutral: where the master expects a topology on this host, it orders it to be built again.
     ///
     /// ```
-    /// # use decnet_heartbeat::{Observed, Snapshot, Topology};
+    /// use decnet_heartbeat::{Observed, Snapshot, Topology};
+    ///
     /// // Nothing is applied on this host, and the containers have been looked at.
     /// let nothing = Observed::Seen { bridges: Vec::new(), containers: Vec::new() };
     /// let topology = Topology { applied: None, observed: nothing };
