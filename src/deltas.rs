@@ -103,7 +103,8 @@ impl DeltaSender {
     /// use decnet_heartbeat::{LifecycleDelta, Operation};
     ///
     /// # let (_master, _worker, heartbeat) = decnet_heartbeat::loopback::example_heartbeat()?;
-    /// let deltas = ["decky-01", ""].map(|decky| LifecycleDelta::succeeded(decky, Operation::Deploy));
+    /// let deltas =
+    ///     ["decky-01", ""].map(|decky| LifecycleDelta::succeeded(decky, Operation::Deploy));
     /// let error = heartbeat.deltas().push_all(deltas).unwrap_err();
     /// assert_eq!(error.to_string(), "decky name: is empty; a delta needs the name of its decky");
     /// assert_eq!(heartbeat.stats().waiting, 0); // the first one was not queued either

@@ -13,22 +13,19 @@ use crate::limits;
 /// Serializes to JSON with times in RFC 3339 (UTC) and durations in seconds.
 ///
 /// ```
-/// use std::time::Duration;
 /// use decnet_heartbeat::Stats;
 ///
-/// # let (_master, _worker, heartbeat) = decnet_heartbeat::loopback::example_heartbeat()?;
-/// heartbeat.beats().recv_timeout(Duration::from_secs(10))?;
-/// /// For the agent's own health page.
+/// /// For the agent's health page.
 /// fn is_healthy(stats: &Stats) -> bool {
 ///     let failures = stats.failure.as_ref().map_or(0, |failure| failure.count);
 ///     stats.dormant || (failures < 3 && stats.outbox.is_some())
 /// }
 ///
+/// # let (_master, _worker, heartbeat) = decnet_heartbeat::loopback::example_heartbeat()?;
 /// let stats = heartbeat.stats();
 /// assert!(is_healthy(&stats));
 /// let json = serde_json::to_value(&stats)?;
-/// assert_eq!((&json["delivered"], &json["failure"]), (&0.into(), &serde_json::Value::Null));
-/// assert!(json["last_success"].as_str().is_some_and(|at| at.ends_with('Z')));
+/// assert_eq!(json["waiting"], 0);
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Clone, Debug, Default, Serialize)]
@@ -123,9 +120,9 @@ pub struct Stats {
 /// master.decommission(&worker.uuid);
 /// let heartbeat = builder.start()?;
 /// heartbeat.beats().recv_timeout(Duration::from_secs(10))?;
-/// let failure = heartbeat.stats().failure.ok_or("the master does not know this host any more")?;
+/// let failure = heartbeat.stats().failure.ok_or("no failure")?;
 /// assert_eq!(failure.class, "http-404");
-/// assert!(failure.count >= 1 && failure.detail.contains("unknown host"));
+/// assert!(failure.detail.contains("unknown host"));
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Clone, Debug, Serialize)]

@@ -44,7 +44,9 @@ const ETC: &str = "/etc/decnet";
 /// Who this host is to its master, and where that was written.
 ///
 /// ```
-/// let enrolment = decnet_heartbeat::Enrolment::new("0c4f9a52", "master.lan", "/etc/decnet/agent")?;
+/// use decnet_heartbeat::Enrolment;
+///
+/// let enrolment = Enrolment::new("0c4f9a52", "master.lan", "/etc/decnet/agent")?;
 /// assert_eq!(enrolment.master_port().value(), &8770);
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
@@ -87,7 +89,8 @@ impl Enrolment {
     /// ```
     /// use decnet_heartbeat::Enrolment;
     ///
-    /// let enrolment = Enrolment::new("0c4f9a52", "master.lan", "/etc/decnet/agent")?.with_master_port(9443)?;
+    /// let enrolment = Enrolment::new("0c4f9a52", "master.lan", "/etc/decnet/agent")?;
+    /// let enrolment = enrolment.with_master_port(9443)?;
     /// assert_eq!(enrolment.master_port().value(), &9443);
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
@@ -125,10 +128,13 @@ impl Enrolment {
     ///
     /// # let dir = tempfile::tempdir()?;
     /// let ini = dir.path().join("decnet.ini");
-    /// std::fs::write(&ini, "[decnet]\nmode = agent\n[agent]\nhost-uuid = u-1\nmaster-host = master.lan\n")?;
+    /// let enrol = |uuid: &str| {
+    ///     let agent = format!("host-uuid = {uuid}\nmaster-host = master.lan\n");
+    ///     std::fs::write(&ini, format!("[decnet]\nmode = agent\n[agent]\n{agent}"))
+    /// };
+    /// enrol("u-1")?;
     /// let enrolment = EnrolmentSources::from_variables([("HOME", "/root")]).config(&ini).read()?;
-    /// // The host is enrolled again, under another uuid.
-    /// std::fs::write(&ini, "[decnet]\nmode = agent\n[agent]\nhost-uuid = u-2\nmaster-host = master.lan\n")?;
+    /// enrol("u-2")?;
     /// assert_eq!(enrolment.host_uuid().value(), "u-1");
     /// assert_eq!(enrolment.reload()?.host_uuid().value(), "u-2");
     /// # Ok::<(), Box<dyn std::error::Error>>(())
@@ -295,11 +301,10 @@ impl fmt::Display for Provenance {
 /// let ini = dir.path().join("decnet.ini");
 /// let agent = "host-uuid = u-1\nmaster-host = master.lan\nswarmctl-port = 9000\n";
 /// std::fs::write(&ini, format!("[decnet]\nmode = agent\n[agent]\n{agent}"))?;
-/// // The ini says `host-uuid = u-1`, `master-host = master.lan` and `swarmctl-port = 9000`.
 /// let sources = EnrolmentSources::from_variables([("DECNET_SWARMCTL_PORT", "9443")]);
 /// let enrolment = sources.config(&ini).agent_dir("/srv/agent").read()?;
-/// assert_eq!(enrolment.host_uuid().provenance().to_string(), format!("{} [agent] host-uuid", ini.display()));
-/// assert_eq!(enrolment.master_port().value(), &9443);
+/// assert_eq!(enrolment.host_uuid().value(), "u-1"); // from the ini
+/// assert_eq!(enrolment.master_port().value(), &9443); // from the variable
 /// assert_eq!(enrolment.agent_dir().provenance().to_string(), "--agent-dir");
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
@@ -395,8 +400,8 @@ impl EnrolmentSources {
     /// ```
     /// use decnet_heartbeat::EnrolmentSources;
     ///
-    /// let sources = EnrolmentSources::from_variables([("DECNET_MASTER_HOST", "master.lan")]).config("/no/such.ini");
-    /// let error = sources.read().unwrap_err();
+    /// let sources = EnrolmentSources::from_variables([("DECNET_MASTER_HOST", "master.lan")]);
+    /// let error = sources.config("/no/such.ini").read().unwrap_err();
     /// assert!(error.is_not_enrolled());
     /// assert!(error.to_string().contains("DECNET_HOST_UUID"));
     /// ```

@@ -79,11 +79,10 @@ impl DecnetStatus {
     /// ```
     /// use decnet_heartbeat::{DecnetStatus, Enrolment, Heartbeat};
     ///
-    /// # let enrolment = Enrolment::new("0c4f9a52", "master.lan", "/etc/decnet/agent")?;
+    /// let enrolment = Enrolment::new("0c4f9a52", "master.lan", "/etc/decnet/agent")?;
+    /// // This is the default source of a heartbeat.
     /// let source = DecnetStatus::new(enrolment.agent_dir().value());
-    /// // What a heartbeat does by itself, unless it is given another.
     /// let builder = Heartbeat::builder().enrolment(enrolment).status_source(source);
-    /// let _ = builder;
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn new(agent_dir: &Path) -> Self {
@@ -105,12 +104,13 @@ impl DecnetStatus {
     ///
     /// # let dir = tempfile::tempdir()?;
     /// let path = dir.path().join("decnet-state.json");
-    /// std::fs::write(&path, r#"{"config": {"mode": "swarm", "deckies": []}, "compose_path": "/srv/compose.yml"}"#)?;
-    /// let mut source = DecnetStatus::new(dir.path()).state_file(&path).docker_socket("/no/such/socket");
-    /// // Docker does not answer: no decky is named, and why is said.
+    /// let state = r#"{"config": {"mode": "swarm", "deckies": []}, "compose_path": "/srv/c.yml"}"#;
+    /// std::fs::write(&path, state)?;
+    /// let source = DecnetStatus::new(dir.path()).state_file(&path);
+    /// let mut source = source.docker_socket("/no/such/socket");
     /// let status: serde_json::Value = serde_json::from_str(source.snapshot().status())?;
-    /// assert_eq!((&status["deployed"], &status["deckies"]), (&true.into(), &serde_json::Value::Null));
-    /// assert!(status["error"].as_str().is_some_and(|why| why.starts_with("Docker at /no/such/socket: ")));
+    /// assert_eq!(status["deployed"], true);
+    /// assert!(status["error"].is_string()); // Docker does not answer
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn state_file(mut self, path: impl Into<PathBuf>) -> Self {
