@@ -358,7 +358,8 @@ fn handshake_requires_a_certificate_of_the_ca() {
 
 #[test]
 fn options_set_the_client_ca_and_the_certificate() {
-    let (ca, clients) = (Authority::new().unwrap(), Authority::new().unwrap());
+    let ca = Authority::new().unwrap();
+    let clients = Authority::new().unwrap();
     let certificate = ca.issue(Role::Named("swarmctl".to_owned())).unwrap();
     let worker = clients.issue(Role::Worker("w".to_owned())).unwrap();
     let master = LoopbackMaster::start_with(Options {
@@ -375,7 +376,8 @@ fn options_set_the_client_ca_and_the_certificate() {
 
 #[test]
 fn certificates_fit_their_roles() {
-    let (ca, other) = (Authority::new().unwrap(), Authority::new().unwrap());
+    let ca = Authority::new().unwrap();
+    let other = Authority::new().unwrap();
     let provider = Arc::new(default_provider());
     let verifier =
         WebPkiServerVerifier::builder_with_provider(Arc::new(roots(&ca.certificate())), provider)

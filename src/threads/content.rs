@@ -713,7 +713,8 @@ mod tests {
 
     #[test]
     fn beat_is_one_whole_body_by_default() {
-        let (mut content, mut master) = (Content::new(INTERVAL), FakeMaster::default());
+        let mut content = Content::new(INTERVAL);
+        let mut master = FakeMaster::default();
         master.push(1);
         assert_eq!(master.beat(&mut content), [(true, vec![1], Accepted)]);
         assert_eq!(master.beat(&mut content), [(true, vec![], Accepted)]);
@@ -722,10 +723,8 @@ mod tests {
     #[test]
     fn failing_states_are_suspended_for_ten_beats_then_twenty() {
         for outcome in [InDoubt, Rejected] {
-            let (mut content, mut master) = (
-                Content::new(INTERVAL),
-                FakeMaster { states: Some(outcome), ..FakeMaster::default() },
-            );
+            let mut content = Content::new(INTERVAL);
+            let mut master = FakeMaster { states: Some(outcome), ..FakeMaster::default() };
             master.push(1);
             let first = master.beat(&mut content);
             let apart = [(false, vec![1], Accepted), (true, vec![], outcome)];
@@ -773,7 +772,8 @@ mod tests {
 
     #[test]
     fn failing_delta_and_older_ones_of_its_decky_are_suspended() {
-        let (mut content, mut master) = (Content::new(INTERVAL), FakeMaster::default());
+        let mut content = Content::new(INTERVAL);
+        let mut master = FakeMaster::default();
         // 2, 5 and 8 share a decky.
         (1..=8).for_each(|id| master.push(id));
         master.failing.insert(5);
@@ -824,11 +824,12 @@ mod tests {
 
     #[test]
     fn outage_suspends_no_delta() {
-        let (mut content, mut master) =
-            (Content::new(INTERVAL), FakeMaster { is_down: true, ..FakeMaster::default() });
+        let mut content = Content::new(INTERVAL);
+        let mut master = FakeMaster { is_down: true, ..FakeMaster::default() };
         (1..=3).for_each(|id| master.push(id));
         let tried: Vec<_> = (0..7).flat_map(|_| master.beat(&mut content)).collect();
-        let (all, none) = (vec![3, 2, 1], vec![]);
+        let all = vec![3, 2, 1];
+        let none = vec![];
         let carried: Vec<_> = tried.iter().map(|(states, ids, _)| (*states, ids.clone())).collect();
         let light = |ids: &Vec<i64>| (false, ids.clone());
         let expected = [
@@ -848,8 +849,8 @@ mod tests {
 
     #[test]
     fn outage_among_single_deltas_suspends_only_the_first() {
-        let (mut content, mut master) =
-            (Content::new(INTERVAL), FakeMaster { max_deltas: Some(1), ..FakeMaster::default() });
+        let mut content = Content::new(INTERVAL);
+        let mut master = FakeMaster { max_deltas: Some(1), ..FakeMaster::default() };
         (1..=9).for_each(|id| master.push(id));
         master.beat(&mut content);
         master.beat(&mut content);
@@ -874,8 +875,8 @@ mod tests {
 
     #[test]
     fn at_most_fifty_single_deltas_in_a_beat() {
-        let (mut content, mut master) =
-            (Content::new(INTERVAL), FakeMaster { max_deltas: Some(1), ..FakeMaster::default() });
+        let mut content = Content::new(INTERVAL);
+        let mut master = FakeMaster { max_deltas: Some(1), ..FakeMaster::default() };
         (1..=120).for_each(|id| master.push(id));
         master.beat(&mut content);
         master.beat(&mut content);
@@ -887,7 +888,8 @@ mod tests {
 
     #[test]
     fn halving_finds_the_rejected_deltas() {
-        let (mut content, mut master) = (Content::new(INTERVAL), FakeMaster::default());
+        let mut content = Content::new(INTERVAL);
+        let mut master = FakeMaster::default();
         (1..=40).for_each(|id| master.push(id));
         master.rejecting.extend([1, 20, 21, 40]);
         let posts = master.beat(&mut content);
@@ -942,10 +944,8 @@ mod tests {
 
     #[test]
     fn inconclusive_outcome_changes_nothing() {
-        let (mut content, mut master) = (
-            Content::new(INTERVAL),
-            FakeMaster { states: Some(Inconclusive), ..FakeMaster::default() },
-        );
+        let mut content = Content::new(INTERVAL);
+        let mut master = FakeMaster { states: Some(Inconclusive), ..FakeMaster::default() };
         master.push(1);
         for _ in 0..3 {
             assert_eq!(master.beat(&mut content), [(true, vec![1], Inconclusive)]);
@@ -969,7 +969,8 @@ mod tests {
 
     #[test]
     fn suspect_waits_for_a_newer_one_of_its_decky() {
-        let (mut content, mut master) = (Content::new(INTERVAL), FakeMaster::default());
+        let mut content = Content::new(INTERVAL);
+        let mut master = FakeMaster::default();
         master.push(1);
         master.failing.insert(1);
         (0..6).for_each(|_| drop(master.beat(&mut content)));
@@ -988,7 +989,8 @@ mod tests {
 
     #[test]
     fn held_suspect_stays_a_suspect() {
-        let (mut content, mut master) = (Content::new(INTERVAL), FakeMaster::default());
+        let mut content = Content::new(INTERVAL);
+        let mut master = FakeMaster::default();
         master.push(1);
         master.failing.insert(1);
         (0..3).for_each(|_| drop(master.beat(&mut content)));
@@ -1017,9 +1019,11 @@ mod tests {
             posts in 1..4_usize,
             outage in 0..4_u32,
         ) {
-            let (mut content, mut master) = (Content::new(INTERVAL), FakeMaster { max_deltas, ..FakeMaster::default() });
+            let mut content = Content::new(INTERVAL);
+            let mut master = FakeMaster { max_deltas, ..FakeMaster::default() };
             (1..=deltas).for_each(|id| master.push(id));
-            (master.failing, master.rejecting) = (&failing - &rejecting, rejecting.clone());
+            master.failing = &failing - &rejecting;
+            master.rejecting = rejecting.clone();
             master.is_down = true;
             (0..outage).for_each(|_| drop(master.short_beat(&mut content, posts)));
             master.is_down = false;
@@ -1049,9 +1053,11 @@ mod tests {
             max_deltas in prop::option::of(1..100_usize),
             outage in 0..6_u32,
         ) {
-            let (mut content, mut master) = (Content::new(INTERVAL), FakeMaster { states, max_deltas, ..FakeMaster::default() });
+            let mut content = Content::new(INTERVAL);
+            let mut master = FakeMaster { states, max_deltas, ..FakeMaster::default() };
             (1..=deltas).for_each(|id| master.push(id));
-            (master.failing, master.rejecting) = (&failing - &rejecting, rejecting.clone());
+            master.failing = &failing - &rejecting;
+            master.rejecting = rejecting.clone();
             master.is_down = true;
             for _ in 0..outage {
                 master.beat(&mut content);

@@ -279,7 +279,8 @@ mod tests {
         #[test]
         fn each_request_ends_exactly_once(steps in steps()) {
             let mut requests = Requests::new(CAPACITY);
-            let (mut queued, mut taken) = (Vec::<Enqueued>::new(), Vec::<Enqueued>::new());
+            let mut queued = Vec::<Enqueued>::new();
+            let mut taken = Vec::<Enqueued>::new();
             let mut results = BTreeMap::new();
             for step in steps {
                 match step {
@@ -299,7 +300,8 @@ mod tests {
                         let expected: Vec<_> = queued.drain(..got.requests.len()).collect();
                         prop_assert!(got.requests.iter().map(|(it, _)| *it).eq(expected.iter().map(|request| request.ticket)));
                         taken.extend(expected);
-                        let (then, now) = (got.generation, requests.generation());
+                        let then = got.generation;
+                        let now = requests.generation();
                         prop_assert!(then <= now);
                         prop_assert_eq!(then == now, !queued.iter().any(|request| request.rows > 0));
                     }
