@@ -1,4 +1,4 @@
-//! What the benches measure by itself and embedders do not need. Runs on the caller's thread.
+//! Internals that the benches measure. Embedders do not need them. Runs on the caller's thread.
 
 use std::path::Path;
 
@@ -7,13 +7,13 @@ use crate::outbox::schema;
 use crate::status::decnet::DecnetStatus;
 use crate::status::docker::{Containers, DockerState, Networks};
 
-/// The outbox' table, as it is made: the floor of what SQLite can do writes the same.
+/// The statement that creates the outbox's table. The baseline bench of SQLite uses the same table.
 pub const TABLE: &str = schema::TABLE;
 
-/// And its index.
+/// The statement that creates its index.
 pub const INDEX: &str = schema::INDEX;
 
-/// Writes one body after another, of a state file and of what Docker has said last.
+/// Writes bodies from a state file and fixed Docker states.
 #[derive(Debug)]
 pub struct Bodies {
     source: DecnetStatus,
@@ -21,7 +21,7 @@ pub struct Bodies {
 }
 
 impl Bodies {
-    /// The state file is at this path, and Docker has these containers: a name and a state each.
+    /// Uses the state file at this path, and these containers: the name and the state of each.
     pub fn new(state_file: &Path, containers: Vec<(String, String)>) -> Self {
         let source = DecnetStatus::new(Path::new("/etc/decnet/agent")).state_file(state_file);
         let states = containers.into_iter().map(|(name, state)| (name, Some(state))).collect();
@@ -29,11 +29,11 @@ impl Bodies {
         Self { source, engine: DockerState { containers, networks: Ok(Networks::default()) } }
     }
 
-    /// A body as it is posted.
+    /// Writes a body as it is posted.
     ///
     /// # Errors
     ///
-    /// Why the state file cannot be read.
+    /// The state file cannot be read.
     pub fn write(&mut self) -> Result<Vec<u8>, String> {
         let snapshot = self.source.status(&self.engine, None)?;
         serde_json::to_vec(&Body::of("u", &snapshot, &[])).map_err(|error| error.to_string())

@@ -92,7 +92,8 @@ impl LifecycleDelta {
     /// The operation on `decky` ended now with `outcome`. An error in it is cut to 2,000 characters, as the master does.
     ///
     /// ```
-    /// # use decnet_heartbeat::{LifecycleDelta, Operation, Outcome};
+    /// use decnet_heartbeat::{LifecycleDelta, Operation, Outcome};
+    ///
     /// let delta = LifecycleDelta::new("decky-01", Operation::Deploy, Outcome::Succeeded);
     /// assert_eq!(delta.decky(), "decky-01");
     /// ```
@@ -111,7 +112,8 @@ impl LifecycleDelta {
     /// The operation on `decky` failed, now. The error is cut to 2,000 characters, as the master does.
     ///
     /// ```
-    /// # use decnet_heartbeat::{LifecycleDelta, Operation, Outcome};
+    /// use decnet_heartbeat::{LifecycleDelta, Operation, Outcome};
+    ///
     /// let log = "x".repeat(5_000);
     /// let delta = LifecycleDelta::failed("decky-01", Operation::Deploy, log);
     /// assert!(matches!(delta.outcome(), Outcome::Failed(error) if error.len() == 2_000));
@@ -131,14 +133,13 @@ impl LifecycleDelta {
     /// The same delta, completed at another time than now. Kept to the microsecond, from 1970 to 9999.
     ///
     /// ```
-    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-    /// # use std::time::{Duration, SystemTime};
-    /// # use decnet_heartbeat::{LifecycleDelta, Operation};
+    /// use std::time::{Duration, SystemTime};
+    /// use decnet_heartbeat::{LifecycleDelta, Operation};
+    ///
     /// let an_hour_ago = SystemTime::now() - Duration::from_secs(3_600);
     /// let delta = LifecycleDelta::succeeded("decky-01", Operation::Deploy).completed_at(an_hour_ago);
     /// assert!(an_hour_ago.duration_since(delta.when())? < Duration::from_micros(1));
-    /// # Ok(())
-    /// # }
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn completed_at(mut self, at: SystemTime) -> Self {
         self.completed_at = to_the_microsecond(at);

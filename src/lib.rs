@@ -1,3 +1,5 @@
+// Most examples of the documentation start a master, which needs this feature.
+#![cfg(any(feature = "loopback", not(doctest)))]
 //! The heartbeat client of a DECNET worker. It tells the master, over mTLS, that the host is alive, which deckies it runs,
 //! and how each deploy or mutate ended. It is blocking and thread-based, for agents without an async runtime.
 //!

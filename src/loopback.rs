@@ -1,26 +1,25 @@
 //! A DECNET master on 127.0.0.1 with its own CA, for the demo, tests, benches and embedders' tests.
-//! It runs on threads of its own, one that accepts and one for each connection; all end with a stop or a drop.
 //!
-//! It answers `POST /swarm/heartbeat` as the real master does, keeps operations and deckies by its rules, remembers
-//! what it was sent, and does wrong what a test [scripts](LoopbackMaster::script).
+//! It answers `POST /swarm/heartbeat` as the real master does, applies its rules to operations and
+//! deckies, records its requests, and can be [scripted](LoopbackMaster::script) to fail. It runs on
+//! its own threads, one that accepts and one for each connection. All of them end when it is
+//! stopped or dropped.
 //!
 //! ```
+//! use decnet_heartbeat::Heartbeat;
 //! use decnet_heartbeat::loopback::LoopbackMaster;
 //!
-//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
-//! # let agent_dir = std::env::temp_dir().join(format!("loopback-doc-{}", std::process::id()));
+//! # let agent_dir = tempfile::tempdir()?;
 //! let master = LoopbackMaster::start()?;
-//! let worker = master.enrol(&agent_dir)?;
-//! let heartbeat = decnet_heartbeat::Heartbeat::builder().enrolment(worker.enrolment()?).start()?;
+//! let worker = master.enrol(agent_dir.path())?;
+//! let heartbeat = Heartbeat::builder().enrolment(worker.enrolment()?).start()?;
 //! assert!(master.wait_for_beats(1, std::time::Duration::from_secs(5)));
-//! # drop(heartbeat);
-//! # std::fs::remove_dir_all(&agent_dir)?;
-//! # Ok(())
-//! # }
+//! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! What it leaves out of the real one: chunked request bodies (answered 411), topologies (read, never resynced), every
-//! other path (404), and the 500 that a `runtime` of the wrong type brings about.
+//! It does not implement chunked request bodies (answered 411), the resync of topologies (they are
+//! read), other paths (404), and the 500 that the real master answers to a `runtime` of the wrong
+//! type.
 
 mod book;
 mod certificates;
@@ -42,28 +41,27 @@ use std::time::{Duration, Instant, SystemTime};
 
 pub use certificates::{Authority, Issued, Role};
 #[doc(hidden)]
-pub use example::{Scratch, example};
+pub use example::{Scratch, example, example_heartbeat};
 pub use fault::{Answer, Effect, Fault};
 
 use crate::credentials::enrolment::Enrolment;
 use crate::error::Error;
 use crate::limits;
 use book::Book;
-use server::{Running, Shared, State};
+use server::{Shared, State, ThreadCount};
 
-/// The master. Dropping it stops it.
+/// A running master. Dropping it stops it.
 ///
 /// ```
-/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-/// # use std::net::TcpStream;
-/// # use decnet_heartbeat::loopback::LoopbackMaster;
+/// use std::net::TcpStream;
+/// use decnet_heartbeat::loopback::LoopbackMaster;
+///
 /// let master = LoopbackMaster::start()?;
 /// let address = master.address();
 /// assert!(TcpStream::connect(address).is_ok());
 /// drop(master);
 /// assert!(TcpStream::connect(address).is_err());
-/// # Ok(())
-/// # }
+/// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 pub struct LoopbackMaster {
     authority: Authority,
@@ -72,17 +70,18 @@ pub struct LoopbackMaster {
     offered: Offered,
     port: u16,
     shared: Arc<Shared>,
-    /// The accept thread; `None` during an outage.
+    /// The accept thread. `None`: the master is stopped.
     accepting: Option<JoinHandle<()>>,
+    /// The worker's folder in an example. It is removed with the master.
+    scratch: Option<Scratch>,
 }
 
-/// How a master differs from a freshly installed one. The default is that one.
+/// The options of a master. The defaults are those of a fresh installation.
 ///
 /// ```
-/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// use decnet_heartbeat::loopback::{Authority, LoopbackMaster, Offered, Options, Role};
 ///
-/// // A master that is older, and that an operator has given a certificate of his own.
+/// // An older master with a certificate for its host name.
 /// let authority = Authority::new()?;
 /// let master = LoopbackMaster::start_with(Options {
 ///     certificate: Some(authority.issue(Role::Named("master.lan".to_owned()))?),
@@ -90,19 +89,17 @@ pub struct LoopbackMaster {
 ///     offered: Offered::Tls12Only,
 ///     ..Options::default()
 /// })?;
-/// assert_ne!(master.certificate().fingerprint, LoopbackMaster::start()?.certificate().fingerprint);
-/// # Ok(())
-/// # }
+/// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Clone, Debug)]
 pub struct Options {
     /// The CA that enrols workers. Default: a new one.
     pub authority: Option<Authority>,
-    /// The certificate that it presents. Default: [`Role::Master`] from its authority.
+    /// The certificate that the master presents. Default: [`Role::Master`] of the authority.
     pub certificate: Option<Issued>,
-    /// The CA that client certificates must chain to, PEM. Default: its authority's.
+    /// The CA that client certificates must chain to, in PEM. Default: the authority's.
     pub client_ca: Option<String>,
-    /// The TLS versions that it offers. Default: 1.2 and 1.3.
+    /// The TLS versions that the master offers. Default: 1.2 and 1.3.
     pub offered: Offered,
     /// How long a connection may be idle before it is closed. Default: 5 s, as under uvicorn.
     pub idle: Duration,
@@ -111,28 +108,26 @@ pub struct Options {
 /// The TLS versions that a master offers.
 ///
 /// ```
-/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-/// # use std::time::Duration;
-/// # use decnet_heartbeat::Heartbeat;
-/// # use decnet_heartbeat::loopback::{LoopbackMaster, Offered, Options, TlsVersion};
-/// # const SOON: Duration = Duration::from_secs(10);
+/// use std::time::Duration;
+/// use decnet_heartbeat::Heartbeat;
+/// use decnet_heartbeat::loopback::{LoopbackMaster, Offered, Options, TlsVersion};
+///
 /// let options = Options { offered: Offered::Tls12Only, ..Options::default() };
 /// let master = LoopbackMaster::start_with(options)?;
 /// # let dir = tempfile::tempdir()?;
-/// # let worker = master.enrol(dir.path())?;
-/// # let heartbeat = Heartbeat::builder().enrolment(worker.enrolment()?).start()?;
-/// assert!(master.wait_for_beats(1, SOON));
+/// let worker = master.enrol(dir.path())?;
+/// let heartbeat = Heartbeat::builder().enrolment(worker.enrolment()?).start()?;
+/// assert!(master.wait_for_beats(1, Duration::from_secs(10)));
 /// let handshake = master.connections().into_iter().find_map(|connection| connection.handshake);
 /// assert_eq!(handshake.map(|handshake| handshake.version), Some(TlsVersion::Tls12));
-/// # Ok(())
-/// # }
+/// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Offered {
-    /// Both, as the real one.
+    /// Both, as the real master does.
     #[default]
     Tls12And13,
-    /// An older master.
+    /// Only 1.2, as an older master does.
     Tls12Only,
 }
 
@@ -148,25 +143,24 @@ impl Default for Options {
     }
 }
 
-/// A worker that the master knows, with its bundle in a folder.
+/// An enrolled worker, with its bundle in a folder.
 ///
 /// ```
-/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-/// # use decnet_heartbeat::loopback::LoopbackMaster;
+/// use decnet_heartbeat::loopback::LoopbackMaster;
+///
 /// # let dir = tempfile::tempdir()?;
-/// # let master = LoopbackMaster::start()?;
+/// let master = LoopbackMaster::start()?;
 /// let worker = master.enrol(dir.path())?;
 /// assert!(worker.agent_dir.join("worker.key").exists());
 /// assert_eq!((worker.port, worker.fingerprint.len()), (master.port(), 64));
-/// # Ok(())
-/// # }
+/// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Enrolled {
     /// The host uuid.
     pub uuid: String,
-    /// The pinned certificate: SHA-256 of its DER, 64 lowercase hexadecimal digits.
+    /// SHA-256 of the pinned certificate's DER in 64 lowercase hexadecimal digits.
     pub fingerprint: String,
     /// The master's port on 127.0.0.1.
     pub port: u16,
@@ -175,90 +169,88 @@ pub struct Enrolled {
 }
 
 impl Enrolled {
-    /// The enrolment to start a heartbeat with.
+    /// The enrolment for a heartbeat of this worker.
     ///
     /// ```
-    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-    /// # use std::time::Duration;
-    /// # use decnet_heartbeat::Heartbeat;
-    /// # const SOON: Duration = Duration::from_secs(10);
+    /// use std::time::Duration;
+    /// use decnet_heartbeat::Heartbeat;
+    ///
     /// # let (_dir, master, worker, builder) = decnet_heartbeat::loopback::example()?;
     /// let heartbeat = Heartbeat::builder().enrolment(worker.enrolment()?).start()?;
-    /// assert!(master.wait_for_beats(1, SOON));
-    /// # Ok(())
-    /// # }
+    /// assert!(master.wait_for_beats(1, Duration::from_secs(10)));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     ///
     /// # Errors
-    /// When the agent dir has no name.
+    ///
+    /// The agent dir is empty.
     pub fn enrolment(&self) -> Result<Enrolment, Error> {
         Enrolment::new(&self.uuid, Ipv4Addr::LOCALHOST.to_string(), &self.agent_dir)?
             .with_master_port(self.port)
     }
 
-    /// Writes the worker's `decnet.ini` to `path`, as an enrolment bundle has it.
+    /// Writes the worker's `decnet.ini` to `path`, as in an enrolment bundle.
     ///
     /// ```
-    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-    /// # use decnet_heartbeat::EnrolmentSources;
+    /// use decnet_heartbeat::EnrolmentSources;
+    ///
     /// # let (dir, _master, worker, _builder) = decnet_heartbeat::loopback::example()?;
     /// let ini = dir.path().join("decnet.ini");
     /// worker.write_ini(&ini)?;
-    /// // As the agent reads it: `DECNET_CONFIG`, or `--config`.
     /// let enrolment = EnrolmentSources::from_variables([("DECNET_CONFIG", &ini)]).read()?;
     /// assert_eq!(enrolment.host_uuid().value(), &worker.uuid);
-    /// # Ok(())
-    /// # }
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     ///
     /// # Errors
-    /// When the file cannot be written.
+    ///
+    /// The file cannot be written.
     pub fn write_ini(&self, path: &Path) -> Result<(), Error> {
         certificates::write_file(path, &self.ini(), 0o644)
     }
 }
 
 impl LoopbackMaster {
-    /// A master as freshly installed, on a free port below the ones that systems hand out.
+    /// Starts a master with the default options, on a free port below the ephemeral ports.
     ///
     /// ```
-    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-    /// # use decnet_heartbeat::loopback::LoopbackMaster;
-    /// let (one, other) = (LoopbackMaster::start()?, LoopbackMaster::start()?);
-    /// assert_ne!(one.port(), other.port()); // so tests may run side by side
-    /// # Ok(())
-    /// # }
+    /// use decnet_heartbeat::loopback::LoopbackMaster;
+    ///
+    /// let first = LoopbackMaster::start()?;
+    /// let second = LoopbackMaster::start()?;
+    /// assert_ne!(first.port(), second.port()); // tests can run in parallel
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     ///
     /// # Errors
-    /// When no certificate can be made, no port be had, or no thread be started.
+    ///
+    /// A certificate or a thread cannot be created, or no port is free.
     pub fn start() -> Result<Self, Error> {
         Self::start_with(Options::default())
     }
 
-    /// A master with these options, on a free port below the ones that systems hand out.
+    /// Starts a master with these options, on a free port below the ephemeral ports.
     ///
     /// ```
-    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-    /// # use std::time::Duration;
-    /// # use decnet_heartbeat::Heartbeat;
-    /// # use decnet_heartbeat::loopback::{Authority, LoopbackMaster, Options, Role};
-    /// # const SOON: Duration = Duration::from_secs(10);
+    /// use std::time::Duration;
+    /// use decnet_heartbeat::Heartbeat;
+    /// use decnet_heartbeat::loopback::{Authority, LoopbackMaster, Options, Role};
+    ///
     /// let authority = Authority::new()?;
     /// let certificate = Some(authority.issue(Role::Expired)?);
     /// let options = Options { certificate, authority: Some(authority), ..Options::default() };
     /// let master = LoopbackMaster::start_with(options)?;
     /// # let dir = tempfile::tempdir()?;
-    /// # let worker = master.enrol(dir.path())?;
-    /// # let heartbeat = Heartbeat::builder().enrolment(worker.enrolment()?).start()?;
-    /// # heartbeat.beats().recv_timeout(SOON)?;
+    /// let worker = master.enrol(dir.path())?;
+    /// let heartbeat = Heartbeat::builder().enrolment(worker.enrolment()?).start()?;
+    /// heartbeat.beats().recv_timeout(Duration::from_secs(10))?;
     /// assert_eq!(heartbeat.stats().failure.map(|failure| failure.class).as_deref(), Some("tls"));
-    /// # Ok(())
-    /// # }
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     ///
     /// # Errors
-    /// As [`start`](Self::start), and when the certificates in the options cannot be used.
+    ///
+    /// The errors of [`start`](Self::start). Or a certificate in the options cannot be used.
     pub fn start_with(options: Options) -> Result<Self, Error> {
         let authority = options.authority.map_or_else(Authority::new, Ok)?;
         let certificate = options.certificate.map_or_else(|| authority.issue(Role::Master), Ok)?;
@@ -276,22 +268,22 @@ impl LoopbackMaster {
             port: 0,
             shared: Arc::new(shared),
             accepting: None,
+            scratch: None,
         };
         master.start_again()?;
         Ok(master)
     }
 
-    /// The port, the same for as long as the master lives.
+    /// The port. It stays the same after [`stop`](Self::stop) and
+    /// [`start_again`](Self::start_again).
     ///
     /// ```
-    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
     /// # let (_dir, mut master, _worker, _builder) = decnet_heartbeat::loopback::example()?;
     /// let port = master.port();
     /// master.stop();
     /// master.start_again()?;
     /// assert_eq!(master.port(), port);
-    /// # Ok(())
-    /// # }
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn port(&self) -> u16 {
         self.port
@@ -300,112 +292,105 @@ impl LoopbackMaster {
     /// 127.0.0.1 and the port.
     ///
     /// ```
-    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
     /// # let (_dir, master, _worker, _builder) = decnet_heartbeat::loopback::example()?;
     /// assert_eq!(master.address().to_string(), format!("127.0.0.1:{}", master.port()));
-    /// # Ok(())
-    /// # }
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn address(&self) -> SocketAddr {
         SocketAddr::from((Ipv4Addr::LOCALHOST, self.port))
     }
 
-    /// Where heartbeats are posted to.
+    /// The URL that heartbeats are posted to.
     ///
     /// ```
-    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-    /// # use decnet_heartbeat::loopback::LoopbackMaster;
+    /// use decnet_heartbeat::loopback::LoopbackMaster;
+    ///
     /// # let master = LoopbackMaster::start()?;
     /// assert_eq!(master.url(), format!("https://127.0.0.1:{}/swarm/heartbeat", master.port()));
-    /// # Ok(())
-    /// # }
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn url(&self) -> String {
         format!("https://{}/swarm/heartbeat", self.address())
     }
 
-    /// The CA, for certificates of other roles.
+    /// The master's CA, to issue certificates for other roles.
     ///
     /// ```
-    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-    /// # use std::time::Duration;
-    /// # use decnet_heartbeat::loopback::Role;
-    /// # const SOON: Duration = Duration::from_secs(10);
+    /// use std::time::Duration;
+    /// use decnet_heartbeat::loopback::Role;
+    ///
     /// # let (_dir, master, worker, builder) = decnet_heartbeat::loopback::example()?;
-    /// // Another worker's certificate in this one's bundle: stolen, or put there by mistake.
+    /// // Another worker's certificate in this worker's bundle.
     /// let sibling = master.authority().issue(Role::Worker("worker-02".to_owned()))?;
     /// master.authority().write_bundle(&sibling, &worker.agent_dir)?;
     /// let heartbeat = builder.start()?;
-    /// assert!(master.wait_until(SOON, |seen| seen.received().iter().any(|beat| beat.status == Some(403))));
-    /// # Ok(())
-    /// # }
+    /// assert!(master.wait_until(Duration::from_secs(10), |seen| {
+    ///     seen.received().iter().any(|beat| beat.status == Some(403))
+    /// }));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn authority(&self) -> &Authority {
         &self.authority
     }
 
-    /// The certificate that it presents.
+    /// The certificate that the master presents.
     ///
     /// ```
-    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-    /// # use std::time::Duration;
-    /// # use decnet_heartbeat::MasterIdentity;
-    /// # const SOON: Duration = Duration::from_secs(10);
+    /// use std::time::Duration;
+    /// use decnet_heartbeat::MasterIdentity;
+    ///
     /// # let (_dir, master, _worker, builder) = decnet_heartbeat::loopback::example()?;
-    /// let pinned: MasterIdentity = format!("sha256:{}", master.certificate().fingerprint).parse()?;
+    /// let fingerprint = &master.certificate().fingerprint;
+    /// let pinned: MasterIdentity = format!("sha256:{fingerprint}").parse()?;
     /// let heartbeat = builder.master_identity(pinned).start()?;
-    /// assert!(master.wait_for_beats(1, SOON));
-    /// # Ok(())
-    /// # }
+    /// assert!(master.wait_for_beats(1, Duration::from_secs(10)));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn certificate(&self) -> &Issued {
         &self.certificate
     }
 
-    // ---- who is enrolled ------------------------------------------------------------------------
-
-    /// Enrols a new worker: issues a certificate, pins it to a new host uuid and writes the bundle into `agent_dir`.
+    /// Enrols a new worker: issues a certificate, pins it to a new host uuid, and writes the bundle
+    /// to `agent_dir`.
     ///
     /// ```
-    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-    /// # use decnet_heartbeat::loopback::LoopbackMaster;
+    /// use decnet_heartbeat::loopback::LoopbackMaster;
+    ///
     /// # let dir = tempfile::tempdir()?;
-    /// # let master = LoopbackMaster::start()?;
-    /// let (one, other) = (master.enrol(&dir.path().join("one"))?, master.enrol(&dir.path().join("other"))?);
-    /// assert_ne!((&one.uuid, &one.fingerprint), (&other.uuid, &other.fingerprint));
-    /// # Ok(())
-    /// # }
+    /// let master = LoopbackMaster::start()?;
+    /// let first = master.enrol(&dir.path().join("first"))?;
+    /// let second = master.enrol(&dir.path().join("second"))?;
+    /// assert_ne!(first.uuid, second.uuid);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     ///
     /// # Errors
-    /// When no certificate can be made or the bundle cannot be written.
+    ///
+    /// The certificate cannot be created, or the bundle cannot be written.
     pub fn enrol(&self, agent_dir: &Path) -> Result<Enrolled, Error> {
         self.re_enrol(&new_uuid(), agent_dir)
     }
 
-    /// Pins a fresh certificate to this host uuid, known or not, and writes the bundle into `agent_dir`. From then on
-    /// a worker that shows the old certificate is answered 403.
+    /// Pins a new certificate to this host uuid, and writes the bundle to `agent_dir`. Requests
+    /// with the old certificate are answered 403 from then on.
     ///
     /// ```
-    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-    /// # use std::time::Duration;
-    /// # const SOON: Duration = Duration::from_secs(10);
-    /// # let (_dir, master, worker, builder) = decnet_heartbeat::loopback::example()?;
-    /// # let builder = builder.interval(Duration::from_millis(50));
-    /// # let heartbeat = builder.start()?;
-    /// # assert!(master.wait_for_beats(1, SOON));
-    /// let again = master.re_enrol(&worker.uuid, &worker.agent_dir)?;
-    /// // The agent is not restarted, and shows the new certificate.
-    /// assert!(master.wait_until(SOON, |seen| {
-    ///     let shown = seen.connections().last().and_then(|connection| connection.handshake.as_ref());
-    ///     shown.is_some_and(|handshake| handshake.fingerprint == again.fingerprint)
+    /// use std::time::Duration;
+    ///
+    /// # let (master, worker, heartbeat) = decnet_heartbeat::loopback::example_heartbeat()?;
+    /// assert!(master.wait_for_beats(1, Duration::from_secs(10)));
+    /// let worker = master.re_enrol(&worker.uuid, &worker.agent_dir)?;
+    /// // The heartbeat uses the new certificate without a restart.
+    /// assert!(master.wait_until(Duration::from_secs(10), |seen| {
+    ///     let mut handshakes = seen.connections().iter().filter_map(|it| it.handshake.as_ref());
+    ///     handshakes.any(|handshake| handshake.fingerprint == worker.fingerprint)
     /// }));
-    /// # Ok(())
-    /// # }
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     ///
     /// # Errors
-    /// As [`enrol`](Self::enrol).
+    ///
+    /// The errors of [`enrol`](Self::enrol).
     pub fn re_enrol(&self, uuid: &str, agent_dir: &Path) -> Result<Enrolled, Error> {
         let name = format!("worker-{}", uuid.get(..8).unwrap_or("x"));
         let worker = self.authority.issue(Role::Worker(name))?;
@@ -419,139 +404,128 @@ impl LoopbackMaster {
         })
     }
 
-    /// Pins the certificate with this SHA-256 (hexadecimal) to this host uuid.
+    /// Pins the certificate with this SHA-256 (hexadecimal) to a host uuid.
     ///
     /// ```
-    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-    /// # use std::time::Duration;
-    /// # const SOON: Duration = Duration::from_secs(10);
+    /// use std::time::Duration;
+    ///
     /// # let (_dir, master, worker, builder) = decnet_heartbeat::loopback::example()?;
-    /// master.pin(&worker.uuid, &"0".repeat(64)); // somebody else's
+    /// master.pin(&worker.uuid, &"0".repeat(64)); // another certificate
     /// let heartbeat = builder.start()?;
-    /// assert!(master.wait_until(SOON, |seen| seen.received().iter().any(|beat| beat.status == Some(403))));
-    /// # Ok(())
-    /// # }
+    /// assert!(master.wait_until(Duration::from_secs(10), |seen| {
+    ///     seen.received().iter().any(|beat| beat.status == Some(403))
+    /// }));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn pin(&self, uuid: &str, fingerprint: &str) {
         self.shared.lock().seen.book.pin(uuid, fingerprint);
     }
 
-    /// Forgets a host: from then on it is answered 404.
+    /// Removes a host. Its requests are answered 404 from then on.
     ///
     /// ```
-    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-    /// # use std::time::Duration;
-    /// # const SOON: Duration = Duration::from_secs(10);
-    /// # let (_dir, master, worker, builder) = decnet_heartbeat::loopback::example()?;
-    /// # let builder = builder.interval(Duration::from_millis(50));
-    /// # let heartbeat = builder.start()?;
+    /// use std::time::Duration;
+    ///
+    /// # let (master, worker, heartbeat) = decnet_heartbeat::loopback::example_heartbeat()?;
     /// master.decommission(&worker.uuid);
-    /// assert!(master.wait_until(SOON, |seen| seen.received().iter().any(|beat| beat.status == Some(404))));
-    /// # Ok(())
-    /// # }
+    /// assert!(master.wait_until(Duration::from_secs(10), |seen| {
+    ///     seen.received().iter().any(|beat| beat.status == Some(404))
+    /// }));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn decommission(&self, uuid: &str) {
         self.shared.lock().seen.book.unpin(uuid);
     }
 
-    // ---- operations -----------------------------------------------------------------------------
-
-    /// Opens a row, as the master does when it sends an operation (`deploy` or `mutate`) to a worker; its id.
+    /// Opens a row, as the master does when it sends an operation (`deploy` or `mutate`) to a
+    /// worker. Returns the row's id.
     ///
     /// ```
-    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-    /// # use decnet_heartbeat::loopback::RowStatus;
+    /// use decnet_heartbeat::loopback::RowStatus;
+    ///
     /// # let (_dir, master, worker, _builder) = decnet_heartbeat::loopback::example()?;
     /// let id = master.open_operation(&worker.uuid, "decky-01", "deploy");
-    /// assert_eq!((id, master.rows()[0].status), (1, RowStatus::Running)); // until the worker reports
-    /// # Ok(())
-    /// # }
+    /// assert_eq!(id, 1);
+    /// assert_eq!(master.rows()[0].status, RowStatus::Running); // until the worker reports
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn open_operation(&self, uuid: &str, decky: &str, operation: &str) -> u64 {
         self.shared.lock().seen.book.open(uuid, decky, operation)
     }
 
-    /// All rows, oldest first.
+    /// All rows. The oldest comes first.
     ///
     /// ```
-    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-    /// # use std::time::Duration;
-    /// # use decnet_heartbeat::loopback::RowStatus;
-    /// # use decnet_heartbeat::{LifecycleDelta, Operation};
-    /// # const SOON: Duration = Duration::from_secs(10);
-    /// # let (_dir, master, worker, builder) = decnet_heartbeat::loopback::example()?;
-    /// # let heartbeat = builder.start()?;
+    /// use std::time::Duration;
+    /// use decnet_heartbeat::loopback::RowStatus;
+    /// use decnet_heartbeat::{LifecycleDelta, Operation};
+    ///
+    /// # let (master, worker, heartbeat) = decnet_heartbeat::loopback::example_heartbeat()?;
     /// master.open_operation(&worker.uuid, "decky-01", "deploy");
-    /// master.open_operation(&worker.uuid, "decky-01", "deploy"); // once more, before the first has ended
+    /// master.open_operation(&worker.uuid, "decky-01", "deploy");
     /// heartbeat.deltas().push(LifecycleDelta::succeeded("decky-01", Operation::Deploy))?;
-    /// assert!(master.wait_until(SOON, |seen| seen.rows()[1].status == RowStatus::Succeeded));
-    /// assert_eq!(master.rows()[0].status, RowStatus::Running); // a delta closes the newest open row
-    /// # Ok(())
-    /// # }
+    /// assert!(master.wait_until(Duration::from_secs(10), |seen| {
+    ///     seen.rows()[1].status == RowStatus::Succeeded
+    /// }));
+    /// // A delta closes the newest open row.
+    /// assert_eq!(master.rows()[0].status, RowStatus::Running);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn rows(&self) -> Vec<LifecycleRow> {
         self.shared.lock().seen.rows().to_vec()
     }
 
-    /// What is known of the deckies, by name.
+    /// The deckies that were reported, by name.
     ///
     /// ```
-    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-    /// # use std::time::Duration;
-    /// # use decnet_heartbeat::loopback::ShardState;
-    /// # use decnet_heartbeat::Snapshot;
-    /// # const SOON: Duration = Duration::from_secs(10);
+    /// use std::time::Duration;
+    /// use decnet_heartbeat::Snapshot;
+    /// use decnet_heartbeat::loopback::ShardState;
+    ///
     /// # let (_dir, master, _worker, builder) = decnet_heartbeat::loopback::example()?;
-    /// # let decky = serde_json::json!({
-    /// #     "name": "decky-01", "ip": "10.0.0.7", "services": ["ssh"],
-    /// #     "distro": "debian", "base_image": "debian:12", "hostname": "files",
-    /// # });
-    /// // A decky, and no word on its services in `runtime`.
+    /// let decky = serde_json::json!({
+    ///     "name": "decky-01", "ip": "10.0.0.7", "services": ["ssh"],
+    ///     "distro": "debian", "base_image": "debian:12", "hostname": "files",
+    /// });
+    /// // The decky is not in `runtime`, so it is degraded.
     /// let status = serde_json::json!({"deployed": true, "deckies": [decky], "runtime": {}});
     /// let heartbeat = builder.status_source(move || Snapshot::new(&status)).start()?;
-    /// assert!(master.wait_until(SOON, |seen| !seen.shards().is_empty()));
+    /// assert!(master.wait_until(Duration::from_secs(10), |seen| !seen.shards().is_empty()));
     /// assert_eq!(master.shards()["decky-01"].state, ShardState::Degraded);
-    /// # Ok(())
-    /// # }
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn shards(&self) -> BTreeMap<String, Shard> {
         self.shared.lock().seen.shards().clone()
     }
 
-    // ---- what has come in -----------------------------------------------------------------------
-
-    /// The requests, oldest first. From 20,000 requests or 256 MiB on the older half is forgotten.
+    /// The requests. The oldest comes first. At 20,000 requests or 256 MiB the older half is
+    /// removed.
     ///
     /// ```
-    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-    /// # use std::time::Duration;
-    /// # const SOON: Duration = Duration::from_secs(10);
-    /// # let (_dir, master, worker, builder) = decnet_heartbeat::loopback::example()?;
-    /// # let heartbeat = builder.start()?;
-    /// assert!(master.wait_for_beats(1, SOON));
+    /// use std::time::Duration;
+    ///
+    /// # let (master, worker, heartbeat) = decnet_heartbeat::loopback::example_heartbeat()?;
+    /// assert!(master.wait_for_beats(1, Duration::from_secs(10)));
     /// let beat = &master.received()[0];
-    /// assert_eq!((beat.method.as_str(), beat.path.as_str(), beat.status), ("POST", "/swarm/heartbeat", Some(204)));
+    /// assert_eq!(beat.path, "/swarm/heartbeat");
+    /// assert_eq!(beat.status, Some(204));
     /// assert_eq!(beat.json.as_ref().ok_or("no JSON")?["host_uuid"], *worker.uuid);
-    /// # Ok(())
-    /// # }
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn received(&self) -> Vec<Received> {
         self.shared.lock().seen.received().to_vec()
     }
 
-    /// The requests, oldest first, which it then forgets: for a test that goes on for longer than it remembers.
+    /// Returns the requests, the oldest first, and removes them, for tests with many requests.
     ///
     /// ```
-    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-    /// # use std::time::Duration;
-    /// # const SOON: Duration = Duration::from_secs(10);
-    /// # let (_dir, master, _worker, builder) = decnet_heartbeat::loopback::example()?;
-    /// # let heartbeat = builder.start()?;
-    /// assert!(master.wait_for_beats(1, SOON));
+    /// use std::time::Duration;
+    ///
+    /// # let (master, _worker, heartbeat) = decnet_heartbeat::loopback::example_heartbeat()?;
+    /// assert!(master.wait_for_beats(1, Duration::from_secs(10)));
     /// let bytes: usize = master.take_received().iter().map(|beat| beat.body.len()).sum();
     /// assert!(bytes > 0);
-    /// # Ok(())
-    /// # }
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn take_received(&self) -> Vec<Received> {
         let mut state = self.shared.lock();
@@ -559,171 +533,156 @@ impl LoopbackMaster {
         std::mem::take(&mut state.seen.received)
     }
 
-    /// The connections, oldest first. From 20,000 on the older half is forgotten.
+    /// The connections. The oldest comes first. At 20,000 the older half is removed.
     ///
     /// ```
-    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-    /// # use std::time::Duration;
-    /// # const SOON: Duration = Duration::from_secs(10);
-    /// # let (_dir, master, _worker, builder) = decnet_heartbeat::loopback::example()?;
-    /// # let builder = builder.interval(Duration::from_millis(50));
-    /// # let heartbeat = builder.start()?;
-    /// assert!(master.wait_for_beats(3, SOON));
+    /// use std::time::Duration;
+    ///
+    /// # let (master, _worker, heartbeat) = decnet_heartbeat::loopback::example_heartbeat()?;
+    /// assert!(master.wait_for_beats(3, Duration::from_secs(10)));
     /// assert!(master.connections().len() < 3); // kept open from beat to beat
-    /// # Ok(())
-    /// # }
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn connections(&self) -> Vec<ConnectionReport> {
         self.shared.lock().seen.connections().to_vec()
     }
 
-    /// Waits until `done` holds, at most `timeout`; whether it came to hold. `done` is asked at every change, with the
-    /// master standing still: it must not call the master.
+    /// Waits up to `timeout` until `done` returns true. Returns whether it did. `done` is called at
+    /// every change, under the master's lock, so it must not call the master.
     ///
     /// ```
-    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-    /// # use std::time::Duration;
-    /// # const SOON: Duration = Duration::from_secs(10);
-    /// # let (_dir, master, _worker, builder) = decnet_heartbeat::loopback::example()?;
-    /// # let builder = builder.interval(Duration::from_millis(50));
-    /// # let heartbeat = builder.start()?;
-    /// // A beat that came with the reason why nothing is known.
-    /// let came = master.wait_until(SOON, |seen| {
-    ///     seen.received().iter().filter_map(|beat| beat.json.as_ref()).any(|beat| beat["status"]["error"].is_string())
+    /// use std::time::Duration;
+    ///
+    /// # let (master, _worker, heartbeat) = decnet_heartbeat::loopback::example_heartbeat()?;
+    /// let has_error = master.wait_until(Duration::from_secs(10), |seen| {
+    ///     let mut beats = seen.received().iter().filter_map(|beat| beat.json.as_ref());
+    ///     beats.any(|beat| beat["status"]["error"].is_string())
     /// });
-    /// assert!(came);
-    /// # Ok(())
-    /// # }
+    /// assert!(has_error);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn wait_until(&self, timeout: Duration, mut done: impl FnMut(&Seen) -> bool) -> bool {
         self.shared.wait(timeout, |state| done(&state.seen))
     }
 
-    /// Waits until `count` beats were accepted since the master was made, at most `timeout`; whether they were.
+    /// Waits up to `timeout` until `count` beats were applied since the master was created. Returns
+    /// whether they were.
     ///
     /// ```
-    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-    /// # use std::time::Duration;
+    /// use std::time::Duration;
+    ///
     /// # let (_dir, master, _worker, builder) = decnet_heartbeat::loopback::example()?;
-    /// assert!(!master.wait_for_beats(1, Duration::ZERO)); // nobody has started yet
+    /// assert!(!master.wait_for_beats(1, Duration::ZERO));
     /// let heartbeat = builder.start()?;
     /// assert!(master.wait_for_beats(1, Duration::from_secs(10)));
-    /// # Ok(())
-    /// # }
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn wait_for_beats(&self, count: u64, timeout: Duration) -> bool {
         self.wait_until(timeout, |seen| seen.beats() >= count)
     }
 
-    // ---- what goes wrong ------------------------------------------------------------------------
-
-    /// Adds faults to the script: each takes effect once, in this order. After the last, service is normal.
+    /// Adds faults to the script. Each takes effect once, in this order. After the last one
+    /// requests are served normally.
     ///
     /// ```
-    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-    /// # use std::time::Duration;
-    /// # use decnet_heartbeat::loopback::{Answer, Effect, Fault};
-    /// # const SOON: Duration = Duration::from_secs(10);
+    /// use std::time::Duration;
+    /// use decnet_heartbeat::loopback::{Answer, Effect, Fault};
+    ///
     /// # let (_dir, master, _worker, builder) = decnet_heartbeat::loopback::example()?;
-    /// # let builder = builder.interval(Duration::from_millis(50));
-    /// master.script([Answer::status(503).into(), Fault::CutInBody, Fault::CutAfterBody(Effect::Lost)]);
+    /// let busy = Answer::status(503).into();
+    /// master.script([busy, Fault::CutInBody, Fault::CutAfterBody(Effect::Lost)]);
     /// let heartbeat = builder.start()?;
-    /// assert!(master.wait_for_beats(1, SOON));
+    /// assert!(master.wait_for_beats(1, Duration::from_secs(10)));
     /// assert_eq!(master.faults_left(), 0);
-    /// # Ok(())
-    /// # }
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn script(&self, faults: impl IntoIterator<Item = Fault>) {
         let faults: Vec<Fault> = faults.into_iter().collect();
         self.shared.lock().script.extend(faults);
     }
 
-    /// The fault that takes effect whenever the script is empty; `None` for normal service.
+    /// Sets the fault that takes effect while the script is empty. `None`: requests are served
+    /// normally.
     ///
     /// ```
-    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-    /// # use std::time::Duration;
-    /// # use decnet_heartbeat::loopback::{Answer, Seen};
-    /// # const SOON: Duration = Duration::from_secs(10);
-    /// # let (_dir, master, _worker, builder) = decnet_heartbeat::loopback::example()?;
-    /// # let builder = builder.interval(Duration::from_millis(50));
-    /// # let heartbeat = builder.start()?;
+    /// use std::time::Duration;
+    /// use decnet_heartbeat::loopback::{Answer, Seen};
+    ///
+    /// # let (master, _worker, heartbeat) = decnet_heartbeat::loopback::example_heartbeat()?;
     /// master.always(Some(Answer::status(500).into()));
-    /// let refused = |seen: &Seen| seen.received().iter().filter(|beat| beat.status == Some(500)).count();
-    /// assert!(master.wait_until(SOON, |seen| refused(seen) > 2));
+    /// let failed = |seen: &Seen| {
+    ///     seen.received().iter().filter(|beat| beat.status == Some(500)).count()
+    /// };
+    /// assert!(master.wait_until(Duration::from_secs(10), |seen| failed(seen) > 2));
     /// master.always(None);
-    /// assert!(master.wait_until(SOON, |seen| seen.received().last().is_some_and(|beat| beat.status == Some(204))));
-    /// # Ok(())
-    /// # }
+    /// assert!(master.wait_until(Duration::from_secs(10), |seen| {
+    ///     seen.received().last().is_some_and(|beat| beat.status == Some(204))
+    /// }));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn always(&self, fault: Option<Fault>) {
         self.shared.lock().always = fault;
     }
 
-    /// Faults in the script that have not taken effect.
+    /// The number of faults in the script that have not taken effect.
     ///
     /// ```
-    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-    /// # use decnet_heartbeat::loopback::{Fault, LoopbackMaster};
+    /// use decnet_heartbeat::loopback::{Fault, LoopbackMaster};
+    ///
     /// # let master = LoopbackMaster::start()?;
     /// master.script([Fault::NeverHandshake, Fault::CutInBody]);
-    /// assert_eq!(master.faults_left(), 2); // nobody has come yet
-    /// # Ok(())
-    /// # }
+    /// assert_eq!(master.faults_left(), 2);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn faults_left(&self) -> usize {
         self.shared.lock().script.len()
     }
 
-    /// The outage: connections are cut, new ones are refused. Bounded, and without effect on a stopped master.
-    ///
-    /// The CA, the pins, the rows, the script and what was received stay.
+    /// Begins an outage: connections are cut, and new ones are refused. The CA, the pins, the rows,
+    /// the script and the recorded requests stay. This has no effect on a stopped master.
     ///
     /// ```
-    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-    /// # use std::{io::ErrorKind, net::TcpStream};
-    /// # use decnet_heartbeat::loopback::LoopbackMaster;
+    /// use std::{io::ErrorKind, net::TcpStream};
+    /// use decnet_heartbeat::loopback::LoopbackMaster;
+    ///
     /// # let mut master = LoopbackMaster::start()?;
     /// let address = master.address();
     /// master.stop();
     /// let error = TcpStream::connect(address).unwrap_err();
     /// assert_eq!(error.kind(), ErrorKind::ConnectionRefused);
-    /// # Ok(())
-    /// # }
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn stop(&mut self) {
         let Some(accepting) = self.accepting.take() else { return };
         self.shared.cut_all();
-        // Wakes the accept thread. If it is gone, so is the listener.
+        // Wakes the accept thread. An error means that the thread and its listener are gone.
         drop(TcpStream::connect_timeout(&self.address(), limits::loopback::LINGER));
         if self.shared.wait(limits::loopback::STOP, |state| state.threads == 0) {
-            // It has ended; had it panicked, the listener would be closed all the same.
+            // The thread has ended. An error means that it panicked, which closes the listener,
+            // too.
             let _ = accepting.join();
         }
     }
 
-    /// Ends the outage, on the same port. Sessions from before it do not resume, as with a restarted uvicorn. Without
-    /// effect on a running master.
+    /// Ends an outage, on the same port. Earlier TLS sessions are not resumed, as after a restart
+    /// of uvicorn. This has no effect on a running master.
     ///
     /// ```
-    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-    /// # use std::time::Duration;
-    /// # const SOON: Duration = Duration::from_secs(10);
-    /// # let (_dir, mut master, _worker, builder) = decnet_heartbeat::loopback::example()?;
-    /// # let builder = builder.interval(Duration::from_millis(50));
-    /// # let heartbeat = builder.start()?;
+    /// use std::time::Duration;
+    ///
+    /// # let (mut master, _worker, heartbeat) = decnet_heartbeat::loopback::example_heartbeat()?;
     /// let address = master.address();
     /// master.stop();
     /// master.start_again()?;
     /// assert_eq!(master.address(), address);
     /// let before = master.received().len();
-    /// assert!(master.wait_until(SOON, |seen| seen.received().len() > before)); // the agent has found it again
-    /// # Ok(())
-    /// # }
+    /// assert!(master.wait_until(Duration::from_secs(10), |seen| seen.received().len() > before));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     ///
     /// # Errors
-    /// When the port was taken meanwhile, or no thread can be started.
+    ///
+    /// Another process uses the port now, or a thread cannot be created.
     pub fn start_again(&mut self) -> Result<(), Error> {
         if self.accepting.is_some() {
             return Ok(());
@@ -733,15 +692,15 @@ impl LoopbackMaster {
         let listener =
             self.listen().map_err(|cause| cannot("cannot listen on 127.0.0.1", cause))?;
         self.port =
-            listener.local_addr().map_err(|cause| cannot("cannot tell its port", cause))?.port();
+            listener.local_addr().map_err(|cause| cannot("cannot read its port", cause))?.port();
         self.shared.lock().stopping = false;
-        let running = Running::new(&self.shared);
+        let thread_count = ThreadCount::new(&self.shared);
         let shared = Arc::clone(&self.shared);
         let accept = move || {
             server::accept(&listener, &tls, &shared);
             drop(listener);
-            // Last: a stop takes the listener to be gone.
-            drop(running);
+            // Dropped last, because a stop relies on the closed listener.
+            drop(thread_count);
         };
         let accepting = thread::Builder::new().name("loopback-accept".into()).spawn(accept);
         self.accepting = Some(accepting.map_err(|cause| Error::thread("loopback-accept", cause))?);
@@ -750,8 +709,9 @@ impl LoopbackMaster {
 }
 
 impl LoopbackMaster {
-    /// On its port, or on a first one. That is below the range from which systems take the ports of connections: during
-    /// an outage nobody else must get it, least of all the client that tries to connect to it.
+    /// Listens on the master's port, or chooses one. The port is below the ephemeral ports, so that
+    /// during an outage the system gives it to no other socket, such as that of a client that tries
+    /// to connect to it.
     fn listen(&self) -> std::io::Result<TcpListener> {
         if self.port != 0 {
             let end = Instant::now() + limits::loopback::REBIND;
@@ -766,8 +726,8 @@ impl LoopbackMaster {
         }
         let bind =
             |_| TcpListener::bind((Ipv4Addr::LOCALHOST, fastrand::u16(limits::loopback::PORTS)));
-        let mut tried = (0..limits::loopback::PORTS_TRIED).map(bind);
-        tried.find(Result::is_ok).unwrap_or_else(|| TcpListener::bind((Ipv4Addr::LOCALHOST, 0)))
+        let mut attempts = (0..limits::loopback::PORTS_TRIED).map(bind);
+        attempts.find(Result::is_ok).unwrap_or_else(|| TcpListener::bind((Ipv4Addr::LOCALHOST, 0)))
     }
 }
 
@@ -786,15 +746,14 @@ impl fmt::Debug for LoopbackMaster {
 /// All that the master has seen, for [`LoopbackMaster::wait_until`].
 ///
 /// ```
-/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-/// # use std::time::Duration;
-/// # const SOON: Duration = Duration::from_secs(10);
-/// # let (_dir, master, _worker, builder) = decnet_heartbeat::loopback::example()?;
-/// # let heartbeat = builder.start()?;
-/// // All of it as of one moment, which calls of `received` and `rows` in turn would not be.
-/// assert!(master.wait_until(SOON, |seen| seen.beats() >= 1 && seen.received().len() >= 1 && seen.rows().is_empty()));
-/// # Ok(())
-/// # }
+/// use std::time::Duration;
+///
+/// # let (master, _worker, heartbeat) = decnet_heartbeat::loopback::example_heartbeat()?;
+/// // The values are consistent, unlike those of several calls on the master.
+/// assert!(master.wait_until(Duration::from_secs(10), |seen| {
+///     seen.beats() >= 1 && seen.received().len() >= 1 && seen.rows().is_empty()
+/// }));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Debug, Default)]
 pub struct Seen {
@@ -810,13 +769,11 @@ impl Seen {
     /// As [`LoopbackMaster::received`].
     ///
     /// ```
-    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-    /// # let (_dir, master, _worker, builder) = decnet_heartbeat::loopback::example()?;
-    /// # let soon = std::time::Duration::from_secs(10);
-    /// let heartbeat = builder.start()?;
-    /// assert!(master.wait_until(soon, |seen| seen.received().iter().any(|beat| beat.status == Some(204))));
-    /// # Ok(())
-    /// # }
+    /// use std::time::Duration;
+    ///
+    /// # let (master, _worker, heartbeat) = decnet_heartbeat::loopback::example_heartbeat()?;
+    /// assert!(master.wait_until(Duration::from_secs(10), |seen| !seen.received().is_empty()));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn received(&self) -> &[Received] {
         &self.received
@@ -825,13 +782,11 @@ impl Seen {
     /// As [`LoopbackMaster::connections`].
     ///
     /// ```
-    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-    /// # let (_dir, master, _worker, builder) = decnet_heartbeat::loopback::example()?;
-    /// # let soon = std::time::Duration::from_secs(10);
-    /// let heartbeat = builder.start()?;
-    /// assert!(master.wait_until(soon, |seen| seen.connections().iter().any(|one| one.handshake.is_some())));
-    /// # Ok(())
-    /// # }
+    /// use std::time::Duration;
+    ///
+    /// # let (master, _worker, heartbeat) = decnet_heartbeat::loopback::example_heartbeat()?;
+    /// assert!(master.wait_until(Duration::from_secs(10), |seen| !seen.connections().is_empty()));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn connections(&self) -> &[ConnectionReport] {
         &self.connections
@@ -840,13 +795,12 @@ impl Seen {
     /// As [`LoopbackMaster::rows`].
     ///
     /// ```
-    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// use std::time::Duration;
+    ///
     /// # let (_dir, master, worker, _builder) = decnet_heartbeat::loopback::example()?;
-    /// # let soon = std::time::Duration::from_secs(10);
     /// master.open_operation(&worker.uuid, "decky-01", "deploy");
-    /// assert!(master.wait_until(soon, |seen| seen.rows().len() == 1));
-    /// # Ok(())
-    /// # }
+    /// assert!(master.wait_until(Duration::from_secs(10), |seen| seen.rows().len() == 1));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn rows(&self) -> &[LifecycleRow] {
         &self.book.rows
@@ -855,137 +809,124 @@ impl Seen {
     /// As [`LoopbackMaster::shards`].
     ///
     /// ```
-    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-    /// # let (_dir, master, _worker, builder) = decnet_heartbeat::loopback::example()?;
-    /// # let soon = std::time::Duration::from_secs(10);
-    /// use decnet_heartbeat::Snapshot;
-    /// use serde_json::json;
+    /// use std::time::Duration;
     ///
-    /// // What is missing from `runtime` is written down as degraded.
-    /// let decky = json!({"name": "decky-01", "services": ["ssh"], "ip": "10.0.0.7", "distro": "debian",
-    ///     "base_image": "debian:12", "hostname": "files"});
-    /// let status = move || Snapshot::new(&json!({"deployed": true, "deckies": [decky.clone()], "runtime": {}}));
-    /// let heartbeat = builder.status_source(status).start()?;
-    /// assert!(master.wait_until(soon, |seen| seen.shards().contains_key("decky-01")));
-    /// # Ok(())
-    /// # }
+    /// # let master = decnet_heartbeat::loopback::LoopbackMaster::start()?;
+    /// assert!(master.wait_until(Duration::ZERO, |seen| seen.shards().is_empty()));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn shards(&self) -> &BTreeMap<String, Shard> {
         &self.book.shards
     }
 
-    /// The beats that the master acted on since it was made, answered or not; refused ones do not count.
+    /// The number of beats that were applied since the master was created, answered or not.
+    /// Rejected ones do not count.
     ///
     /// ```
-    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-    /// # use std::time::Duration;
-    /// # use decnet_heartbeat::loopback::Answer;
-    /// # const SOON: Duration = Duration::from_secs(10);
+    /// use std::time::Duration;
+    /// use decnet_heartbeat::loopback::Answer;
+    ///
     /// # let (_dir, master, _worker, builder) = decnet_heartbeat::loopback::example()?;
-    /// # let builder = builder.interval(Duration::from_millis(50));
     /// master.script([Answer::status(503).into()]);
     /// let heartbeat = builder.start()?;
-    /// // The first was refused, and does not count.
-    /// assert!(master.wait_until(SOON, |seen| seen.beats() >= 1 && seen.received().len() >= 2));
-    /// # Ok(())
-    /// # }
+    /// assert!(master.wait_until(Duration::from_secs(10), |seen| {
+    ///     seen.beats() >= 1 && seen.received().len() >= 2
+    /// }));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn beats(&self) -> u64 {
         self.beats
     }
 
-    fn remember_request(&mut self, received: Received) {
+    fn record_request(&mut self, received: Received) {
         self.bytes += received.body.len();
         self.received.push(received);
         if self.received.len() >= 2 * limits::loopback::HISTORY
             || self.bytes > limits::loopback::HISTORY_BYTES
         {
-            forget_older_half(&mut self.received);
+            remove_older_half(&mut self.received);
             self.bytes = self.received.iter().map(|request| request.body.len()).sum();
         }
     }
 
-    fn remember_connection(&mut self, report: ConnectionReport) {
+    fn record_connection(&mut self, report: ConnectionReport) {
         self.connections.push(report);
         if self.connections.len() >= 2 * limits::loopback::HISTORY {
-            forget_older_half(&mut self.connections);
+            remove_older_half(&mut self.connections);
         }
     }
 }
 
-/// Half at once: a list that moved up with every request would cost more than the request.
-fn forget_older_half<T>(list: &mut Vec<T>) {
+/// Removes half at once, because moving the list with every request would cost more than the
+/// request.
+fn remove_older_half<T>(list: &mut Vec<T>) {
     list.drain(..list.len() / 2);
 }
 
-/// A request.
+/// A recorded request.
 ///
 /// ```
-/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-/// # use std::time::Duration;
-/// # const SOON: Duration = Duration::from_secs(10);
-/// # let (_dir, master, _worker, builder) = decnet_heartbeat::loopback::example()?;
-/// # let heartbeat = builder.start()?;
-/// assert!(master.wait_for_beats(1, SOON));
+/// use std::time::Duration;
+///
+/// # let (master, _worker, heartbeat) = decnet_heartbeat::loopback::example_heartbeat()?;
+/// assert!(master.wait_for_beats(1, Duration::from_secs(10)));
 /// let beat = &master.received()[0];
 /// assert_eq!(beat.header("Content-Type"), Some("application/json"));
 /// assert_eq!(beat.header("Content-Length"), Some(beat.body.len().to_string().as_str()));
-/// # Ok(())
-/// # }
+/// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Received {
-    /// When all of it had arrived.
+    /// When it was complete.
     pub at: Instant,
-    /// The [number](ConnectionReport::number) of the connection that it came by.
+    /// The [number](ConnectionReport::number) of its connection.
     pub connection: u64,
-    /// `POST`, usually.
+    /// The method, which is `POST` for beats.
     pub method: String,
     /// The path, without a query.
     pub path: String,
-    /// The headers in their order.
+    /// The headers in order.
     pub headers: Vec<(String, String)>,
-    /// The body's bytes; the first half under [`Fault::CutInBody`].
+    /// The body. Only the first half of it with [`Fault::CutInBody`].
     pub body: Vec<u8>,
-    /// The body as JSON, if it is any.
+    /// The body as JSON. `None`: it is not JSON.
     pub json: Option<serde_json::Value>,
-    /// The status that it was answered; `None` where a fault left out the answer.
+    /// The status of the answer. `None`: a fault suppressed the answer.
     pub status: Option<u16>,
 }
 
 impl Received {
-    /// The first header of this name, in any case.
+    /// The first header with this name, in any case.
     ///
     /// ```
-    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-    /// # let (_dir, master, _worker, builder) = decnet_heartbeat::loopback::example()?;
-    /// # let soon = std::time::Duration::from_secs(10);
-    /// let heartbeat = builder.start()?;
-    /// assert!(master.wait_for_beats(1, soon));
+    /// use std::time::Duration;
+    ///
+    /// # let (master, _worker, heartbeat) = decnet_heartbeat::loopback::example_heartbeat()?;
+    /// assert!(master.wait_for_beats(1, Duration::from_secs(10)));
     /// assert_eq!(master.received()[0].header("Content-Type"), Some("application/json"));
-    /// # Ok(())
-    /// # }
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn header(&self, name: &str) -> Option<&str> {
         fault::first_header(&self.headers, name)
     }
 }
 
-/// A connection.
+/// A recorded connection.
 ///
 /// ```
-/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-/// # use std::time::Duration;
-/// # use decnet_heartbeat::MasterIdentity;
-/// # const SOON: Duration = Duration::from_secs(10);
+/// use std::time::Duration;
+/// use decnet_heartbeat::MasterIdentity;
+///
 /// # let (_dir, master, _worker, builder) = decnet_heartbeat::loopback::example()?;
-/// let heartbeat = builder.master_identity(MasterIdentity::Fingerprint([0; 32])).start()?; // another master's
-/// assert!(master.wait_until(SOON, |seen| seen.connections().iter().any(|connection| connection.failure.is_some())));
+/// let other = MasterIdentity::Fingerprint([0; 32]); // another certificate
+/// let heartbeat = builder.master_identity(other).start()?;
+/// assert!(master.wait_until(Duration::from_secs(10), |seen| {
+///     seen.connections().iter().any(|connection| connection.failure.is_some())
+/// }));
 /// let connection = &master.connections()[0];
-/// assert_eq!((connection.number, connection.requests), (1, 0)); // not a byte of a beat was sent
-/// # Ok(())
-/// # }
+/// assert_eq!(connection.requests, 0);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Clone, Debug)]
 #[non_exhaustive]
@@ -994,58 +935,54 @@ pub struct ConnectionReport {
     pub number: u64,
     /// When it was accepted.
     pub at: Instant,
-    /// What TLS came to; `None` before the handshake is over, and where it failed.
+    /// The result of the handshake. `None`: it is not complete, or failed.
     pub handshake: Option<Handshake>,
-    /// Why it ended, if not in order: what was wrong with the client's certificate, say.
+    /// Why the connection failed, for example an invalid client certificate.
     pub failure: Option<String>,
-    /// Requests that came by it.
+    /// The number of requests.
     pub requests: usize,
-    /// Whether it is open.
+    /// Whether the connection is open.
     pub open: bool,
 }
 
-/// What a TLS handshake came to.
+/// The result of a TLS handshake.
 ///
 /// ```
-/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-/// # use std::time::Duration;
-/// # use decnet_heartbeat::loopback::TlsVersion;
-/// # const SOON: Duration = Duration::from_secs(10);
-/// # let (_dir, master, worker, builder) = decnet_heartbeat::loopback::example()?;
-/// # let heartbeat = builder.start()?;
-/// assert!(master.wait_for_beats(1, SOON));
+/// use std::time::Duration;
+/// use decnet_heartbeat::loopback::TlsVersion;
+///
+/// # let (master, worker, heartbeat) = decnet_heartbeat::loopback::example_heartbeat()?;
+/// assert!(master.wait_for_beats(1, Duration::from_secs(10)));
 /// let handshake = master.connections()[0].handshake.clone().ok_or("no handshake")?;
 /// assert_eq!((handshake.version, handshake.resumed), (TlsVersion::Tls13, false));
 /// assert_eq!(handshake.fingerprint, worker.fingerprint);
-/// # Ok(())
-/// # }
+/// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Handshake {
-    /// The version.
+    /// The TLS version.
     pub version: TlsVersion,
-    /// Whether it resumed an earlier session.
+    /// Whether an earlier session was resumed.
     pub resumed: bool,
-    /// The client's certificate, also in a resumed session: SHA-256 of its DER, 64 lowercase hexadecimal digits.
+    /// SHA-256 of the client certificate's DER in 64 lowercase hexadecimal digits, also in a
+    /// resumed session.
     pub fingerprint: String,
-    /// The name that the client asked for.
+    /// The server name that the client requested.
     pub server_name: Option<String>,
 }
 
 /// A TLS version.
 ///
 /// ```
-/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-/// # use decnet_heartbeat::loopback::TlsVersion;
-/// # let (_dir, master, _worker, builder) = decnet_heartbeat::loopback::example()?;
-/// # let soon = std::time::Duration::from_secs(10);
-/// let heartbeat = builder.start()?;
-/// assert!(master.wait_for_beats(1, soon));
+/// use std::time::Duration;
+/// use decnet_heartbeat::loopback::TlsVersion;
+///
+/// # let (master, _worker, heartbeat) = decnet_heartbeat::loopback::example_heartbeat()?;
+/// assert!(master.wait_for_beats(1, Duration::from_secs(10)));
 /// let version = master.connections()[0].handshake.as_ref().map(|handshake| handshake.version);
 /// assert_eq!(version, Some(TlsVersion::Tls13));
-/// # Ok(())
-/// # }
+/// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TlsVersion {
@@ -1055,93 +992,90 @@ pub enum TlsVersion {
     Tls13,
 }
 
-/// An operation on one decky, as the master's `decky_lifecycle` has it.
+/// An operation on one decky, as in the master's table `decky_lifecycle`.
 ///
 /// ```
-/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-/// # use std::time::Duration;
-/// # use decnet_heartbeat::loopback::RowStatus;
-/// # use decnet_heartbeat::{LifecycleDelta, Operation};
-/// # const SOON: Duration = Duration::from_secs(10);
-/// # let (_dir, master, worker, builder) = decnet_heartbeat::loopback::example()?;
-/// # let heartbeat = builder.start()?;
+/// use std::time::Duration;
+/// use decnet_heartbeat::loopback::RowStatus;
+/// use decnet_heartbeat::{LifecycleDelta, Operation};
+///
+/// # let (master, worker, heartbeat) = decnet_heartbeat::loopback::example_heartbeat()?;
 /// master.open_operation(&worker.uuid, "decky-01", "mutate");
-/// heartbeat.deltas().push(LifecycleDelta::failed("decky-01", Operation::Mutate, "no such service"))?;
-/// assert!(master.wait_until(SOON, |seen| seen.rows()[0].completed_at.is_some()));
+/// let delta = LifecycleDelta::failed("decky-01", Operation::Mutate, "no such service");
+/// heartbeat.deltas().push(delta)?;
+/// assert!(master.wait_until(Duration::from_secs(10), |seen| {
+///     seen.rows()[0].completed_at.is_some()
+/// }));
 /// let row = &master.rows()[0];
 /// assert_eq!((row.decky.as_str(), row.status), ("decky-01", RowStatus::Failed));
 /// assert_eq!(row.error.as_deref(), Some("no such service"));
-/// # Ok(())
-/// # }
+/// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct LifecycleRow {
-    /// Counted from 1 in the order of opening.
+    /// Counted from 1, in the order in which rows are opened.
     pub id: u64,
-    /// The host that was asked for it.
+    /// The host that the operation was sent to.
     pub host_uuid: String,
     /// The decky's name.
     pub decky: String,
     /// `deploy` or `mutate`.
     pub operation: String,
-    /// How it stands.
+    /// The status of the operation.
     pub status: RowStatus,
-    /// What was reported as the error, at most 2,000 characters.
+    /// The reported error, at most 2,000 characters.
     pub error: Option<String>,
-    /// When it ended by the worker's clock; by the master's if the worker did not say.
+    /// When it ended: the reported time, or the master's time if none was reported.
     pub completed_at: Option<SystemTime>,
 }
 
-/// How an operation stands.
+/// The status of an operation.
 ///
 /// ```
-/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-/// # use std::time::Duration;
-/// # use decnet_heartbeat::loopback::RowStatus;
-/// # use decnet_heartbeat::Operation;
-/// # const SOON: Duration = Duration::from_secs(10);
-/// # let (_dir, master, worker, builder) = decnet_heartbeat::loopback::example()?;
-/// # let heartbeat = builder.start()?;
-/// # master.open_operation(&worker.uuid, "decky-01", "deploy");
+/// use std::time::Duration;
+/// use decnet_heartbeat::Operation;
+/// use decnet_heartbeat::loopback::RowStatus;
+///
+/// # let (master, worker, heartbeat) = decnet_heartbeat::loopback::example_heartbeat()?;
+/// master.open_operation(&worker.uuid, "decky-01", "deploy");
 /// assert_eq!(master.rows()[0].status, RowStatus::Running);
 /// heartbeat.run(Operation::Deploy, ["decky-01"], || Ok::<(), std::io::Error>(()))?;
-/// assert!(master.wait_until(SOON, |seen| seen.rows()[0].status != RowStatus::Running));
+/// assert!(master.wait_until(Duration::from_secs(10), |seen| {
+///     seen.rows()[0].status != RowStatus::Running
+/// }));
 /// assert_eq!(master.rows()[0].status, RowStatus::Succeeded);
-/// # Ok(())
-/// # }
+/// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RowStatus {
-    /// It is open.
+    /// No end was reported.
     Running,
-    /// It was reported as succeeded.
+    /// Success was reported.
     Succeeded,
-    /// It was reported as failed.
+    /// A failure was reported.
     Failed,
 }
 
-/// A decky, as the master's `decky_shards` has it.
+/// A decky, as in the master's table `decky_shards`.
 ///
 /// ```
-/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-/// # use std::time::Duration;
-/// # use decnet_heartbeat::loopback::ShardState;
-/// # use decnet_heartbeat::Snapshot;
-/// # const SOON: Duration = Duration::from_secs(10);
+/// use std::time::Duration;
+/// use decnet_heartbeat::Snapshot;
+/// use decnet_heartbeat::loopback::ShardState;
+///
 /// # let (_dir, master, worker, builder) = decnet_heartbeat::loopback::example()?;
-/// # let decky = serde_json::json!({
-/// #     "name": "decky-01", "ip": "10.0.0.7", "services": ["ssh"],
-/// #     "distro": "debian", "base_image": "debian:12", "hostname": "files",
-/// # });
-/// let runtime = serde_json::json!({"decky-01": {"running": true, "services": {"ssh": "running"}}});
+/// let decky = serde_json::json!({
+///     "name": "decky-01", "ip": "10.0.0.7", "services": ["ssh"],
+///     "distro": "debian", "base_image": "debian:12", "hostname": "files",
+/// });
+/// let runtime = serde_json::json!({"decky-01": {"running": true}});
 /// let status = serde_json::json!({"deployed": true, "deckies": [decky], "runtime": runtime});
 /// let heartbeat = builder.status_source(move || Snapshot::new(&status)).start()?;
-/// assert!(master.wait_until(SOON, |seen| !seen.shards().is_empty()));
+/// assert!(master.wait_until(Duration::from_secs(10), |seen| !seen.shards().is_empty()));
 /// let shard = &master.shards()["decky-01"];
 /// assert_eq!((&shard.host_uuid, shard.state), (&worker.uuid, ShardState::Running));
-/// # Ok(())
-/// # }
+/// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -1150,36 +1084,25 @@ pub struct Shard {
     pub host_uuid: String,
     /// Its services.
     pub services: Vec<String>,
-    /// How it was reported last.
+    /// The last reported state.
     pub state: ShardState,
 }
 
-/// How a decky was reported.
+/// The reported state of a decky.
 ///
 /// ```
-/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-/// # use decnet_heartbeat::loopback::ShardState;
-/// # let (_dir, master, _worker, builder) = decnet_heartbeat::loopback::example()?;
-/// # let soon = std::time::Duration::from_secs(10);
-/// use decnet_heartbeat::Snapshot;
-/// use serde_json::json;
+/// use decnet_heartbeat::loopback::{LoopbackMaster, ShardState};
 ///
-/// // What is missing from `runtime` is written down as degraded.
-/// let decky = json!({"name": "decky-01", "services": ["ssh"], "ip": "10.0.0.7", "distro": "debian",
-///     "base_image": "debian:12", "hostname": "files"});
-/// let status = move || Snapshot::new(&json!({"deployed": true, "deckies": [decky.clone()], "runtime": {}}));
-/// let heartbeat = builder.status_source(status).start()?;
-/// assert!(master.wait_until(soon, |seen| {
-///     seen.shards().get("decky-01").is_some_and(|shard| shard.state == ShardState::Degraded)
-/// }));
-/// # Ok(())
-/// # }
+/// let master = LoopbackMaster::start()?;
+/// let shards = master.shards();
+/// assert!(shards.values().all(|shard| shard.state == ShardState::Running));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ShardState {
-    /// It runs.
+    /// It is running.
     Running,
-    /// It does not, or `runtime` does not name it.
+    /// It is not running, or `runtime` does not contain it.
     Degraded,
 }
 

@@ -62,17 +62,13 @@ use store::{MovedRows, Store};
 /// Where deltas are kept until the master has them.
 ///
 /// ```
-/// # #[cfg(feature = "loopback")]
-/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-/// # use decnet_heartbeat::OutboxLocation;
+/// use decnet_heartbeat::OutboxLocation;
+///
 /// # let (dir, _master, _worker, builder) = decnet_heartbeat::loopback::example()?;
 /// let file = dir.path().join("outbox.db");
 /// let heartbeat = builder.outbox(OutboxLocation::File(file.clone())).start()?;
 /// assert_eq!(heartbeat.stats().outbox.as_deref(), Some(file.as_path()));
-/// # Ok(())
-/// # }
-/// # #[cfg(not(feature = "loopback"))]
-/// # fn main() {}
+/// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]

@@ -1,4 +1,4 @@
-//! The three threads, and what passes between them.
+//! The three threads, and the values that they exchange.
 
 pub(crate) mod batches;
 pub(crate) mod content;

@@ -44,11 +44,11 @@ const ETC: &str = "/etc/decnet";
 /// Who this host is to its master, and where that was written.
 ///
 /// ```
-/// # fn main() -> Result<(), decnet_heartbeat::Error> {
-/// let enrolment = decnet_heartbeat::Enrolment::new("0c4f9a52", "master.lan", "/etc/decnet/agent")?;
+/// use decnet_heartbeat::Enrolment;
+///
+/// let enrolment = Enrolment::new("0c4f9a52", "master.lan", "/etc/decnet/agent")?;
 /// assert_eq!(enrolment.master_port().value(), &8770);
-/// # Ok(())
-/// # }
+/// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Enrolment {
@@ -87,12 +87,12 @@ impl Enrolment {
     /// enrolment made by [`new`](Self::new).
     ///
     /// ```
-    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-    /// # use decnet_heartbeat::Enrolment;
-    /// let enrolment = Enrolment::new("0c4f9a52", "master.lan", "/etc/decnet/agent")?.with_master_port(9443)?;
+    /// use decnet_heartbeat::Enrolment;
+    ///
+    /// let enrolment = Enrolment::new("0c4f9a52", "master.lan", "/etc/decnet/agent")?;
+    /// let enrolment = enrolment.with_master_port(9443)?;
     /// assert_eq!(enrolment.master_port().value(), &9443);
-    /// # Ok(())
-    /// # }
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     ///
     /// # Errors
@@ -105,7 +105,8 @@ impl Enrolment {
     /// What the environment of this process and `decnet.ini` say.
     ///
     /// ```
-    /// # use decnet_heartbeat::Enrolment;
+    /// use decnet_heartbeat::Enrolment;
+    ///
     /// match Enrolment::from_env() {
     ///     Ok(enrolment) => println!("the master is {}", enrolment.master_host().value()),
     ///     Err(error) if error.is_not_enrolled() => println!("no worker: {error}"),
@@ -123,18 +124,20 @@ impl Enrolment {
     /// that the program gave is returned as it is.
     ///
     /// ```
-    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-    /// # use decnet_heartbeat::EnrolmentSources;
+    /// use decnet_heartbeat::EnrolmentSources;
+    ///
     /// # let dir = tempfile::tempdir()?;
-    /// # let ini = dir.path().join("decnet.ini");
-    /// # std::fs::write(&ini, "[decnet]\nmode = agent\n[agent]\nhost-uuid = u-1\nmaster-host = master.lan\n")?;
+    /// let ini = dir.path().join("decnet.ini");
+    /// let enrol = |uuid: &str| {
+    ///     let agent = format!("host-uuid = {uuid}\nmaster-host = master.lan\n");
+    ///     std::fs::write(&ini, format!("[decnet]\nmode = agent\n[agent]\n{agent}"))
+    /// };
+    /// enrol("u-1")?;
     /// let enrolment = EnrolmentSources::from_variables([("HOME", "/root")]).config(&ini).read()?;
-    /// // The host is enrolled again, under another uuid.
-    /// std::fs::write(&ini, "[decnet]\nmode = agent\n[agent]\nhost-uuid = u-2\nmaster-host = master.lan\n")?;
+    /// enrol("u-2")?;
     /// assert_eq!(enrolment.host_uuid().value(), "u-1");
     /// assert_eq!(enrolment.reload()?.host_uuid().value(), "u-2");
-    /// # Ok(())
-    /// # }
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     ///
     /// # Errors
@@ -171,15 +174,14 @@ impl Enrolment {
     /// The ini that was read, or would have been if it existed. `None` if the program gave the values itself.
     ///
     /// ```
-    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-    /// # use decnet_heartbeat::{Enrolment, EnrolmentSources};
+    /// use decnet_heartbeat::{Enrolment, EnrolmentSources};
+    ///
     /// let variables = [("DECNET_HOST_UUID", "0c4f9a52"), ("DECNET_MASTER_HOST", "master.lan")];
     /// let enrolment = EnrolmentSources::from_variables(variables).config("/no/such.ini").read()?;
     /// assert_eq!(enrolment.ini(), Some(std::path::Path::new("/no/such.ini")));
     /// // Of values that the program gave there is no ini.
     /// assert_eq!(Enrolment::new("0c4f9a52", "master.lan", "/srv/agent")?.ini(), None);
-    /// # Ok(())
-    /// # }
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn ini(&self) -> Option<&Path> {
         self.sources.as_ref().map(|sources| sources.ini.value().as_path())
@@ -200,15 +202,13 @@ impl Enrolment {
 /// A value, and where it was found.
 ///
 /// ```
-/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// use decnet_heartbeat::{Enrolment, Provenance};
 ///
 /// let enrolment = Enrolment::new("0c4f9a52", "master.lan", "/etc/decnet/agent")?;
 /// let (host, port) = (enrolment.master_host(), enrolment.master_port());
 /// assert_eq!((host.value().as_str(), host.provenance()), ("master.lan", &Provenance::Program));
 /// assert_eq!((port.value(), port.provenance()), (&8770, &Provenance::Default));
-/// # Ok(())
-/// # }
+/// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Sourced<T> {
@@ -247,14 +247,13 @@ fn given<T>(value: T) -> Sourced<T> {
 /// Where a value was found. `Display` is made for messages: `/etc/decnet/decnet.ini [agent] host-uuid`.
 ///
 /// ```
-/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-/// # use decnet_heartbeat::EnrolmentSources;
+/// use decnet_heartbeat::EnrolmentSources;
+///
 /// let variables = [("DECNET_HOST_UUID", "0c4f9a52"), ("DECNET_MASTER_HOST", "master.lan")];
 /// let enrolment = EnrolmentSources::from_variables(variables).config("/no/such.ini").read()?;
 /// assert_eq!(enrolment.host_uuid().provenance().to_string(), "DECNET_HOST_UUID");
 /// assert_eq!(enrolment.master_port().provenance().to_string(), "default");
-/// # Ok(())
-/// # }
+/// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -296,20 +295,18 @@ impl fmt::Display for Provenance {
 /// The command line beats the environment, which beats the ini, which beats the defaults.
 ///
 /// ```
-/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-/// # use decnet_heartbeat::EnrolmentSources;
+/// use decnet_heartbeat::EnrolmentSources;
+///
 /// # let dir = tempfile::tempdir()?;
-/// # let ini = dir.path().join("decnet.ini");
-/// # let agent = "host-uuid = u-1\nmaster-host = master.lan\nswarmctl-port = 9000\n";
-/// # std::fs::write(&ini, format!("[decnet]\nmode = agent\n[agent]\n{agent}"))?;
-/// // The ini says `host-uuid = u-1`, `master-host = master.lan` and `swarmctl-port = 9000`.
+/// let ini = dir.path().join("decnet.ini");
+/// let agent = "host-uuid = u-1\nmaster-host = master.lan\nswarmctl-port = 9000\n";
+/// std::fs::write(&ini, format!("[decnet]\nmode = agent\n[agent]\n{agent}"))?;
 /// let sources = EnrolmentSources::from_variables([("DECNET_SWARMCTL_PORT", "9443")]);
 /// let enrolment = sources.config(&ini).agent_dir("/srv/agent").read()?;
-/// assert_eq!(enrolment.host_uuid().provenance().to_string(), format!("{} [agent] host-uuid", ini.display()));
-/// assert_eq!(enrolment.master_port().value(), &9443);
+/// assert_eq!(enrolment.host_uuid().value(), "u-1"); // from the ini
+/// assert_eq!(enrolment.master_port().value(), &9443); // from the variable
 /// assert_eq!(enrolment.agent_dir().provenance().to_string(), "--agent-dir");
-/// # Ok(())
-/// # }
+/// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct EnrolmentSources {
@@ -331,16 +328,15 @@ impl EnrolmentSources {
     /// twice, the last one counts.
     ///
     /// ```
-    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-    /// # use decnet_heartbeat::EnrolmentSources;
+    /// use decnet_heartbeat::EnrolmentSources;
+    ///
     /// let sources = EnrolmentSources::from_variables([
     ///     ("DECNET_HOST_UUID", "0c4f9a52"),
     ///     ("DECNET_MASTER_HOST", "master.lan"),
     ///     ("DECNET_AGENT_DIR", "/srv/agent"),
     /// ]);
     /// assert_eq!(sources.read()?.agent_dir().value(), std::path::Path::new("/srv/agent"));
-    /// # Ok(())
-    /// # }
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn from_variables<K, V>(variables: impl IntoIterator<Item = (K, V)>) -> Self
     where
@@ -402,9 +398,10 @@ impl EnrolmentSources {
     /// Looks for the enrolment. An ini that does not exist is no error in itself: the environment may say it all.
     ///
     /// ```
-    /// # use decnet_heartbeat::EnrolmentSources;
-    /// let sources = EnrolmentSources::from_variables([("DECNET_MASTER_HOST", "master.lan")]).config("/no/such.ini");
-    /// let error = sources.read().unwrap_err();
+    /// use decnet_heartbeat::EnrolmentSources;
+    ///
+    /// let sources = EnrolmentSources::from_variables([("DECNET_MASTER_HOST", "master.lan")]);
+    /// let error = sources.config("/no/such.ini").read().unwrap_err();
     /// assert!(error.is_not_enrolled());
     /// assert!(error.to_string().contains("DECNET_HOST_UUID"));
     /// ```

@@ -1,33 +1,28 @@
-//! Tracked operations: in the outbox as in flight from the moment they begin, so that each ends in exactly one report,
-//! however it ends. Runs on the thread that has the guard.
+//! Tracked operations. An operation is in the outbox as in flight from the moment it begins, so
+//! that it ends in exactly one report, however it ends. Runs on the thread that has the guard.
 
 use std::error::Error as StdError;
 use std::thread;
 
+use super::outbox_handle::OutboxHandle;
 use crate::delta::{LifecycleDelta, Operation, Outcome};
-use crate::deltas::DeltaSender;
 use crate::error::Error;
 use crate::limits;
 use crate::outbox::QueuedDelta;
 use crate::text::{cut, layers, sanitize};
 
-/// One or more deckies: a name, or anything that gives names. See [`DeltaSender::begin`].
+/// The names of one or more deckies. See [`DeltaSender::begin`](crate::DeltaSender::begin).
 ///
-/// `Kind` is found out by the compiler and need not be written.
+/// The compiler infers `Kind`.
 ///
 /// ```
-/// # #[cfg(feature = "loopback")]
-/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-/// # use decnet_heartbeat::Operation;
-/// # let (_dir, _master, _worker, builder) = decnet_heartbeat::loopback::example()?;
-/// # let heartbeat = builder.start()?;
+/// use decnet_heartbeat::Operation;
+///
+/// # let (_master, _worker, heartbeat) = decnet_heartbeat::loopback::example_heartbeat()?;
 /// heartbeat.begin(Operation::Deploy, "decky-01")?.succeed();
 /// heartbeat.begin(Operation::Deploy, ["decky-01", "decky-02"])?.succeed();
 /// heartbeat.begin(Operation::Deploy, (1..=2).map(|n| format!("decky-{n:02}")))?.succeed();
-/// # Ok(())
-/// # }
-/// # #[cfg(not(feature = "loopback"))]
-/// # fn main() {}
+/// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[diagnostic::on_unimplemented(
     message = "`{Self}` does not name deckies",
@@ -39,21 +34,16 @@ pub trait IntoDeckies<Kind>: kind::Sealed<Kind> {
     fn into_deckies(self) -> Vec<String>;
 }
 
-/// What the work of an operation returns: `()`, or a `Result<(), E>` whose error says why it failed. See
-/// [`DeltaSender::run`].
+/// What the work of an operation returns: `()`, or a `Result<(), E>` whose error is the reason of
+/// the failure. See [`DeltaSender::run`](crate::DeltaSender::run).
 ///
 /// ```
-/// # #[cfg(feature = "loopback")]
-/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-/// # use decnet_heartbeat::Operation;
-/// # let (_dir, _master, _worker, builder) = decnet_heartbeat::loopback::example()?;
-/// # let heartbeat = builder.start()?;
-/// heartbeat.run(Operation::Deploy, "decky-01", || println!("nothing can fail here"))?;
+/// use decnet_heartbeat::Operation;
+///
+/// # let (_master, _worker, heartbeat) = decnet_heartbeat::loopback::example_heartbeat()?;
+/// heartbeat.run(Operation::Deploy, "decky-01", || println!("cannot fail"))?;
 /// heartbeat.run(Operation::Deploy, "decky-02", || std::fs::create_dir_all("/tmp"))?;
-/// # Ok(())
-/// # }
-/// # #[cfg(not(feature = "loopback"))]
-/// # fn main() {}
+/// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[diagnostic::on_unimplemented(
     message = "`{Self}` does not say how the operation ended",
@@ -65,17 +55,17 @@ pub trait IntoOutcome: kind::Sealed<kind::Work> {
     fn into_outcome(self) -> Result<(), Box<dyn StdError + Send + Sync>>;
 }
 
-/// Nobody else implements these traits, so they may grow.
+/// Seals both traits, so that methods can be added later.
 mod kind {
     use std::error::Error as StdError;
 
     pub trait Sealed<Kind> {}
 
-    /// One name.
+    /// A single name.
     #[derive(Debug)]
     pub struct One;
 
-    /// Several.
+    /// An iterator of names.
     #[derive(Debug)]
     pub struct Many;
 
@@ -126,126 +116,103 @@ impl<E: Into<Box<dyn StdError + Send + Sync>>> IntoOutcome for Result<(), E> {
     }
 }
 
-/// An operation in flight on one or more deckies. From [`DeltaSender::begin`].
+/// An operation in flight on one or more deckies, from
+/// [`DeltaSender::begin`](crate::DeltaSender::begin).
 ///
-/// It ends with [`succeed`](Self::succeed) or [`fail`](Self::fail) for all of them, or with
-/// [`settle`](Self::settle) for one after the other. What is not settled when it is dropped (a panic, an early return)
-/// is reported failed. None of this waits for the network, and none of it can fail: where the outbox cannot be written
-/// just now, the end is remembered and written with the next change.
+/// It ends with [`succeed`](Self::succeed) or [`fail`](Self::fail) on all deckies, or with
+/// [`end`](Self::end) on one after the other. If it is dropped (a panic, an early return), it is
+/// reported failed on the deckies that are still open. None of this waits for the network, and none
+/// of it can fail: if the outbox cannot be written, the end is written with the next change.
 ///
-/// In a process that was forked after it began it reports nothing: it is still the parent's.
+/// In a process that was forked after the operation began, the guard reports nothing. The operation
+/// is still the parent's.
 ///
 /// ```
-/// # #[cfg(feature = "loopback")]
-/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-/// # use std::time::Duration;
-/// # use decnet_heartbeat::loopback::RowStatus;
-/// # use decnet_heartbeat::{Operation, Outcome};
-/// # const SOON: Duration = Duration::from_secs(10);
-/// # let (_dir, master, worker, builder) = decnet_heartbeat::loopback::example()?;
-/// # let heartbeat = builder.start()?;
-/// # for decky in ["decky-01", "decky-02"] {
-/// #     master.open_operation(&worker.uuid, decky, "deploy");
-/// # }
+/// use std::time::Duration;
+/// use decnet_heartbeat::{Operation, Outcome};
+///
+/// # let (master, worker, heartbeat) = decnet_heartbeat::loopback::example_heartbeat()?;
+/// master.open_operation(&worker.uuid, "decky-01", "deploy");
+/// master.open_operation(&worker.uuid, "decky-02", "deploy");
 /// let mut operation = heartbeat.begin(Operation::Deploy, ["decky-01", "decky-02"])?;
-/// operation.settle("decky-01", Outcome::Succeeded)?;
+/// operation.end("decky-01", Outcome::Succeeded)?;
 /// assert_eq!(operation.open().collect::<Vec<_>>(), ["decky-02"]);
-/// operation.fail("no such image"); // the rest of it
-/// assert!(master.wait_until(SOON, |seen| seen.rows().iter().all(|row| row.completed_at.is_some())));
-/// assert_eq!(master.rows()[0].status, RowStatus::Succeeded);
+/// operation.fail("no such image"); // on the rest
+/// assert!(heartbeat.flush(Duration::from_secs(10)));
 /// assert_eq!(master.rows()[1].error.as_deref(), Some("no such image"));
-/// # Ok(())
-/// # }
-/// # #[cfg(not(feature = "loopback"))]
-/// # fn main() {}
+/// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Debug)]
 #[must_use = "dropping it reports the operation failed"]
 pub struct TrackedOperation {
-    deltas: DeltaSender,
+    outbox: OutboxHandle,
     operation: Operation,
-    /// The deckies whose end is not reported yet, and their places in the outbox.
+    /// The deckies on which the operation has not ended, with the ids of their rows.
     open: Vec<(String, i64)>,
 }
 
 impl TrackedOperation {
-    pub(crate) fn new(
-        deltas: DeltaSender,
+    pub(super) fn new(
+        outbox: OutboxHandle,
         operation: Operation,
         open: impl IntoIterator<Item = (String, i64)>,
     ) -> Self {
-        Self { deltas, operation, open: open.into_iter().collect() }
+        Self { outbox, operation, open: open.into_iter().collect() }
     }
 
-    /// What is being done.
+    /// The kind of operation.
     pub fn operation(&self) -> Operation {
         self.operation
     }
 
-    /// The deckies that are not settled yet, in the order of their names.
+    /// The deckies on which the operation has not ended, sorted by name.
     pub fn open(&self) -> impl Iterator<Item = &str> {
         self.open.iter().map(|(decky, _)| decky.as_str())
     }
 
-    /// It succeeded, on all deckies that are not settled yet.
+    /// Reports success on all deckies that are still open.
     pub fn succeed(mut self) {
         self.end_all(&Outcome::Succeeded);
     }
 
-    /// It failed, on all deckies that are not settled yet. The error is cut to 2,000 characters, as the master does.
+    /// Reports a failure on all deckies that are still open. The error is cut to 2,000 characters,
+    /// as the master does.
     ///
     /// ```
-    /// # #[cfg(feature = "loopback")]
-    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-    /// # use std::time::Duration;
-    /// # use decnet_heartbeat::loopback::RowStatus;
-    /// # use decnet_heartbeat::Operation;
-    /// # const SOON: Duration = Duration::from_secs(10);
-    /// # let (_dir, master, worker, builder) = decnet_heartbeat::loopback::example()?;
-    /// # let heartbeat = builder.start()?;
-    /// # for decky in ["decky-01", "decky-02"] {
-    /// #     master.open_operation(&worker.uuid, decky, "deploy");
-    /// # }
+    /// use decnet_heartbeat::Operation;
+    ///
+    /// # let (_master, _worker, heartbeat) = decnet_heartbeat::loopback::example_heartbeat()?;
     /// let operation = heartbeat.begin(Operation::Deploy, ["decky-01", "decky-02"])?;
     /// if let Err(error) = std::fs::read("/no/such/compose.yml") {
     ///     operation.fail(format!("compose.yml: {error}"));
     /// }
-    /// assert!(master.wait_until(SOON, |seen| seen.rows().iter().all(|row| row.status == RowStatus::Failed)));
-    /// # Ok(())
-    /// # }
-    /// # #[cfg(not(feature = "loopback"))]
-    /// # fn main() {}
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn fail(mut self, error: impl AsRef<str>) {
-        // Cut before it is copied for each decky.
+        // Cut before it is cloned for each decky.
         self.end_all(&Outcome::Failed(cut(error.as_ref(), limits::DELTA_ERROR).to_owned()));
     }
 
-    /// How it ended on one of the deckies.
+    /// Reports how the operation ended on one of the deckies.
     ///
     /// ```
-    /// # #[cfg(feature = "loopback")]
-    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-    /// # use decnet_heartbeat::{Operation, Outcome};
-    /// # let (_dir, _master, _worker, builder) = decnet_heartbeat::loopback::example()?;
-    /// # let heartbeat = builder.start()?;
+    /// use decnet_heartbeat::{Operation, Outcome};
+    ///
+    /// # let (_master, _worker, heartbeat) = decnet_heartbeat::loopback::example_heartbeat()?;
     /// let mut operation = heartbeat.begin(Operation::Deploy, ["decky-01", "decky-02"])?;
-    /// operation.settle("decky-01", Outcome::Failed("exited with 3".to_owned()))?;
-    /// let error = operation.settle("decky-01", Outcome::Succeeded).unwrap_err();
+    /// operation.end("decky-01", Outcome::Failed("exited with 3".to_owned()))?;
+    /// let error = operation.end("decky-01", Outcome::Succeeded).unwrap_err();
     /// assert_eq!(error.to_string(), r#"decky name: "decky-01" is not open in this deploy"#);
-    /// operation.succeed(); // decky-02 alone
-    /// # Ok(())
-    /// # }
-    /// # #[cfg(not(feature = "loopback"))]
-    /// # fn main() {}
+    /// operation.succeed(); // only on decky-02
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     ///
     /// # Errors
     ///
-    /// The operation does not have this decky, or it is settled already: the first verdict stands. Or this process was forked
-    /// after the operation began.
-    pub fn settle(&mut self, decky: &str, outcome: Outcome) -> Result<(), Error> {
-        self.deltas.check_process()?;
+    /// The operation does not include this decky, or has already ended on it; the first outcome is
+    /// the one that counts. Or this process was forked after the operation began.
+    pub fn end(&mut self, decky: &str, outcome: Outcome) -> Result<(), Error> {
+        self.outbox.check_process()?;
         let Some(place) = self.open.iter().position(|(open, _)| open == decky) else {
             let name = sanitize(decky);
             return Err(Error::setting(
@@ -254,17 +221,17 @@ impl TrackedOperation {
             ));
         };
         let (decky, id) = self.open.remove(place);
-        self.deltas.end(vec![self.ended(decky, id, &outcome)]);
+        self.outbox.end(vec![self.ended_delta(decky, id, &outcome)]);
         Ok(())
     }
 
     fn end_all(&mut self, outcome: &Outcome) {
-        let ended = std::mem::take(&mut self.open);
-        self.deltas
-            .end(ended.into_iter().map(|(decky, id)| self.ended(decky, id, outcome)).collect());
+        let open = std::mem::take(&mut self.open);
+        let ended = open.into_iter().map(|(decky, id)| self.ended_delta(decky, id, outcome));
+        self.outbox.end(ended.collect());
     }
 
-    fn ended(&self, decky: String, id: i64, outcome: &Outcome) -> QueuedDelta {
+    fn ended_delta(&self, decky: String, id: i64, outcome: &Outcome) -> QueuedDelta {
         QueuedDelta { id, delta: LifecycleDelta::new(decky, self.operation, outcome.clone()) }
     }
 }
@@ -274,21 +241,21 @@ impl Drop for TrackedOperation {
         if self.open.is_empty() {
             return;
         }
-        let ended = if thread::panicking() { "panicked" } else { "ended without a verdict" };
+        let ended = if thread::panicking() { "panicked" } else { "ended without a result" };
         self.end_all(&Outcome::Failed(format!("{} {ended}", self.operation)));
     }
 }
 
-/// An error with its sources, for the master. A source that the text before it ends with is not said again. It ends where
-/// a delta's error is cut, whatever the error is.
-pub(crate) fn reason(error: &dyn StdError) -> String {
+/// The text of an error and its sources, for the master. A source whose text the text before it
+/// already ends with is left out. The result is cut to the length of a delta's error.
+pub(super) fn reason(error: &dyn StdError) -> String {
     let mut text = String::new();
-    for said in layers(error, limits::DELTA_ERROR) {
+    for layer in layers(error, limits::DELTA_ERROR) {
         if text.is_empty() {
-            text = said;
-        } else if !text.ends_with(&said) {
+            text = layer;
+        } else if !text.ends_with(&layer) {
             text.push_str(": ");
-            text.push_str(&said);
+            text.push_str(&layer);
         }
         if text.len() > 4 * limits::DELTA_ERROR {
             break;
@@ -306,7 +273,7 @@ mod tests {
     use super::*;
     use crate::error::chain;
 
-    /// Says so many characters, and has so many sources like it.
+    /// An error whose text has the given number of characters, and its source.
     #[derive(Debug)]
     struct Long(usize, Option<Box<Long>>);
 
@@ -323,9 +290,9 @@ mod tests {
     }
 
     #[test]
-    fn a_reason_is_no_longer_than_a_deltas_error_whatever_the_error_is() {
-        let sources = |said: usize, count: usize| {
-            (0..count).fold(Long(said, None), |it, _| Long(said, Some(Box::new(it))))
+    fn reason_is_cut_to_the_length_of_a_deltas_error() {
+        let sources = |length: usize, count: usize| {
+            (0..count).fold(Long(length, None), |it, _| Long(length, Some(Box::new(it))))
         };
         for error in
             [sources(10_000_000, 0), sources(100_000, 10), sources(0, 1_000), sources(7, 1_000)]
@@ -340,7 +307,7 @@ mod tests {
     }
 
     #[test]
-    fn a_source_that_has_been_said_is_not_said_again() {
+    fn reason_leaves_out_a_repeated_source() {
         let error = Error::setting("a", "b").with_source(Error::setting("c", "d"));
         assert_eq!(reason(&error), "a: b: c: d");
         let wrapped = Long(3, Some(Box::new(Long(3, None))));

@@ -1,5 +1,6 @@
-//! The master's book: who is enrolled, which operations are open, what is known of the deckies, and how a heartbeat
-//! changes that. No I/O and no lock: whoever holds the state calls it. The rules are those of `docs/protocol.md`.
+//! The master's data: enrolled hosts, operations and deckies, and how a heartbeat changes them. No
+//! I/O and no lock: the caller holds the lock of the state. The rules are those of
+//! `docs/protocol.md`.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::SystemTime;
@@ -14,17 +15,17 @@ use crate::text;
 
 #[derive(Debug, Default)]
 pub(super) struct Book {
-    /// Host uuid to the fingerprint that is pinned for it.
+    /// The pinned fingerprint of each host uuid.
     pins: BTreeMap<String, String>,
-    /// Oldest first.
+    /// The oldest comes first.
     pub(super) rows: Vec<LifecycleRow>,
-    /// The places of those that are running: most are not, after a long test.
+    /// The indices of the rows that are running. After a long test most rows are not.
     running: BTreeSet<usize>,
-    /// By decky.
+    /// By the decky's name.
     pub(super) shards: BTreeMap<String, Shard>,
 }
 
-/// The request's model. What the book does not read is checked all the same.
+/// The model of a request. Fields that are not used are checked, as the real master does.
 #[derive(Deserialize)]
 #[allow(dead_code, reason = "checked, but not read")]
 struct Heartbeat {
@@ -35,7 +36,7 @@ struct Heartbeat {
     lifecycle: Option<Vec<Map<String, Value>>>,
 }
 
-/// The model of a decky: strict, and unknown keys are forbidden.
+/// The model of a decky. Unknown keys are an error.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 #[allow(dead_code, reason = "checked, but not read")]
@@ -85,8 +86,8 @@ impl Book {
         id
     }
 
-    /// Acts on a request as the real master does, and answers it.
-    pub(super) fn judge(&mut self, request: &Received, fingerprint: &str) -> Answer {
+    /// Handles a request as the real master does.
+    pub(super) fn handle(&mut self, request: &Received, fingerprint: &str) -> Answer {
         if request.path != "/swarm/heartbeat" {
             return refusal(404, "Not Found");
         }
@@ -108,44 +109,45 @@ impl Book {
             Some(_) => {}
         }
         for delta in heartbeat.lifecycle.iter().flatten() {
-            self.seal(&heartbeat.host_uuid, delta);
+            self.apply_delta(&heartbeat.host_uuid, delta);
         }
-        self.note_shards(&heartbeat.host_uuid, &heartbeat.status);
+        self.update_shards(&heartbeat.host_uuid, &heartbeat.status);
         Answer::status(204)
     }
 
-    /// Pivots one delta onto the newest open row that fits it. One that is malformed or fits none is dropped.
-    fn seal(&mut self, uuid: &str, delta: &Map<String, Value>) -> Option<()> {
-        let decky = written(delta.get("decky_name")?);
-        let operation = written(delta.get("operation")?);
-        let status = match written(delta.get("status")?).as_str() {
+    /// Applies a delta to the newest open row of its host, decky and operation. A delta that is
+    /// malformed or matches no row is dropped.
+    fn apply_delta(&mut self, uuid: &str, delta: &Map<String, Value>) -> Option<()> {
+        let decky = python_str(delta.get("decky_name")?);
+        let operation = python_str(delta.get("operation")?);
+        let status = match python_str(delta.get("status")?).as_str() {
             "running" => RowStatus::Running,
             "succeeded" => RowStatus::Succeeded,
             "failed" => RowStatus::Failed,
             _ => return None,
         };
-        let fits = |row: &LifecycleRow| {
+        let matches = |row: &LifecycleRow| {
             row.host_uuid == uuid && row.decky == decky && row.operation == operation
         };
         let place =
-            *self.running.iter().rev().find(|place| self.rows.get(**place).is_some_and(fits))?;
+            *self.running.iter().rev().find(|place| self.rows.get(**place).is_some_and(matches))?;
         let row = self.rows.get_mut(place)?;
         row.status = status;
         if status != RowStatus::Running {
             self.running.remove(&place);
         }
         if let Some(error) = delta.get("error").filter(|error| !error.is_null()) {
-            row.error = Some(text::cut(&written(error), limits::DELTA_ERROR).to_owned());
+            row.error = Some(text::cut(&python_str(error), limits::DELTA_ERROR).to_owned());
         }
-        let said = delta.get("completed_at").and_then(Value::as_str).and_then(parse_time);
-        if said.is_some() || status != RowStatus::Running {
-            row.completed_at = Some(said.unwrap_or_else(SystemTime::now));
+        let reported = delta.get("completed_at").and_then(Value::as_str).and_then(parse_time);
+        if reported.is_some() || status != RowStatus::Running {
+            row.completed_at = Some(reported.unwrap_or_else(SystemTime::now));
         }
         Some(())
     }
 
-    /// Writes down every decky that the status names: running if `runtime` says so, else degraded.
-    fn note_shards(&mut self, uuid: &str, status: &Map<String, Value>) {
+    /// Records every decky in the status: running if `runtime` says so, otherwise degraded.
+    fn update_shards(&mut self, uuid: &str, status: &Map<String, Value>) {
         if !status.get("deployed").is_some_and(is_truthy) {
             return;
         }
@@ -192,7 +194,7 @@ impl Enrolled {
     }
 }
 
-/// The body as the request's model, or the framework's answer to one that is not.
+/// Parses the body. The error is the answer that the master's web framework gives.
 fn parse(request: &Received) -> Result<Heartbeat, Answer> {
     if std::str::from_utf8(&request.body).is_err() {
         return Err(refusal(400, "There was an error parsing the body"));
@@ -205,7 +207,7 @@ fn parse(request: &Received) -> Result<Heartbeat, Answer> {
     }
     match &request.json {
         Some(Value::Object(body)) => {
-            // By way of a `Value`: of a key that stands there twice, the last one counts.
+            // Deserialized from a `Value`, so that the last one of duplicate keys counts.
             Heartbeat::deserialize(body)
                 .map_err(|cause| unprocessable("value_error", &cause.to_string()))
         }
@@ -227,21 +229,21 @@ fn is_json(content_type: &str) -> bool {
 }
 
 fn parse_decky(decky: &Value) -> Option<Decky> {
-    // A list of the values in their order would do for serde.
+    // Serde would also accept an array of the values in order.
     decky
         .as_object()
         .and_then(|decky| Decky::deserialize(decky).ok())
         .filter(|decky| !decky.services.is_empty())
 }
 
-/// RFC 3339 in UTC, with a `Z` or an offset of nothing.
+/// Parses RFC 3339 in UTC, with `Z` or the offset `+00:00`.
 fn parse_time(text: &str) -> Option<SystemTime> {
     let utc = text.strip_suffix("+00:00").or(text.strip_suffix('Z')).or(text.strip_suffix('z'))?;
     humantime::parse_rfc3339(&format!("{utc}Z")).ok()
 }
 
-/// A value as Python's `str` has it, near enough: the master takes any value for a name or an error.
-fn written(value: &Value) -> String {
+/// Approximates Python's `str`, because the master accepts any value as a name or an error.
+fn python_str(value: &Value) -> String {
     match value {
         Value::String(text) => text.clone(),
         Value::Null => "None".to_owned(),
@@ -251,7 +253,7 @@ fn written(value: &Value) -> String {
     }
 }
 
-/// Whether Python holds a value for true.
+/// Whether a value is true in Python.
 fn is_truthy(value: &Value) -> bool {
     match value {
         Value::Null => false,

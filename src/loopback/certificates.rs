@@ -1,4 +1,5 @@
-//! A certificate authority and what it issues, by role, made when asked for. Values and files only, for any thread.
+//! A certificate authority and the certificates that it issues, by role. Values and files only, for
+//! any thread.
 
 use std::fmt;
 use std::fs::{self, OpenOptions, Permissions};
@@ -26,97 +27,94 @@ use crate::master::identity::hex;
 
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 
-/// How long before now certificates begin, for a peer whose clock is behind.
+/// Certificates are valid from this long before now, for a peer whose clock is behind.
 const BACKDATED: Duration = Duration::from_secs(300);
 
-/// A certificate authority, as a master has one. Clones are the same authority.
+/// A certificate authority, such as a master's. A clone is the same authority.
 ///
 /// ```
-/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-/// # use std::time::Duration;
-/// # use decnet_heartbeat::Heartbeat;
-/// # use decnet_heartbeat::loopback::{Authority, LoopbackMaster, Options, Role};
+/// use std::time::Duration;
+/// use decnet_heartbeat::Heartbeat;
+/// use decnet_heartbeat::loopback::{Authority, LoopbackMaster, Options, Role};
+///
 /// # let dir = tempfile::tempdir()?;
-/// # const SOON: Duration = Duration::from_secs(10);
-/// // A master whose CA has the same name as ours, and another key.
-/// let (ours, theirs) = (Authority::new()?, Authority::new()?);
-/// let impostor = Options {
-///     certificate: Some(theirs.issue(Role::Master)?),
-///     authority: Some(ours), // enrols the worker
-///     ..Options::default()
-/// };
-/// let master = LoopbackMaster::start_with(impostor)?;
+/// // A master with the certificate of another CA that has the same name.
+/// let certificate = Authority::new()?.issue(Role::Master)?;
+/// let options = Options { certificate: Some(certificate), ..Options::default() };
+/// let master = LoopbackMaster::start_with(options)?;
 /// let worker = master.enrol(dir.path())?;
 /// let heartbeat = Heartbeat::builder().enrolment(worker.enrolment()?).start()?;
-/// assert!(master.wait_until(SOON, |seen| seen.connections().iter().any(|connection| connection.failure.is_some())));
+/// assert!(master.wait_until(Duration::from_secs(10), |seen| {
+///     seen.connections().iter().any(|connection| connection.failure.is_some())
+/// }));
 /// assert!(master.received().is_empty());
-/// # Ok(())
-/// # }
+/// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Clone)]
 pub struct Authority {
     issuer: Arc<CertifiedIssuer<'static, KeyPair>>,
 }
 
-/// What a certificate is for. All are signed by the authority and carry an ECDSA P-256 key.
+/// The purpose of a certificate. Each one is signed by the authority and has an ECDSA P-256 key.
 ///
-/// Unless the variant says otherwise, a certificate is valid from five minutes ago for 825 days, has both `serverAuth` and
-/// `clientAuth`, and bears `O=DECNET, OU=swarm-worker`, as every certificate of a real master has.
+/// Unless the variant says otherwise, a certificate is valid from five minutes ago for 825 days,
+/// has both `serverAuth` and `clientAuth`, and has `O=DECNET, OU=swarm-worker` in its subject, like
+/// every certificate of a real master.
 ///
 /// ```
-/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-/// # use decnet_heartbeat::loopback::{Authority, Role};
+/// use decnet_heartbeat::loopback::{Authority, Role};
+///
 /// let authority = Authority::new()?;
-/// for role in [Role::Master, Role::Worker("worker-01".to_owned()), Role::Named("10.0.0.1".to_owned())] {
+/// for role in [Role::Master, Role::Worker("worker-01".to_owned())] {
 ///     assert!(authority.issue(role)?.certificate.starts_with("-----BEGIN CERTIFICATE-----"));
 /// }
-/// // What cannot stand in a certificate is an error.
+/// // A name that a certificate cannot contain is an error.
 /// assert!(authority.issue(Role::Named("décor".to_owned())).is_err());
-/// # Ok(())
-/// # }
+/// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Role {
-    /// The master's own: CN `swarmctl`, valid for `swarmctl`, `localhost` and 127.0.0.1.
+    /// The master's: CN `swarmctl`, valid for `swarmctl`, `localhost` and 127.0.0.1.
     Master,
-    /// A worker of this name. Two names are two siblings.
+    /// A worker's, with its name.
     Worker(String),
-    /// A worker that was enrolled through the master's web page: the common name is its own, and the certificate is valid
-    /// for that name and for the master's host as the workers reach it. It can pose as the master wherever that host is all
-    /// that is asked for ([`MasterIdentity::Host`](crate::MasterIdentity::Host)).
+    /// A worker's that was enrolled through the master's web page. The common name is the worker's,
+    /// and the certificate is valid for that name and for the master's host. So the worker can
+    /// impersonate the master to clients that use
+    /// [`MasterIdentity::Host`](crate::MasterIdentity::Host).
     WebEnrolled {
         /// The worker's name.
         name: String,
         /// The master's host, a DNS name or an IP address.
         master_host: String,
     },
-    /// As [`Worker`](Self::Worker), but it ends after so long from now.
+    /// As [`Worker`](Self::Worker), but it expires after this time.
     ShortLived(String, Duration),
-    /// Any other name or IP address, say of a master whose operator has had it issue a certificate of that name. Workers
-    /// accept it under [`MasterIdentity::Host`](crate::MasterIdentity::Host), and not by default.
+    /// One with any other name or IP address, such as that of a master whose operator has issued a
+    /// certificate for its host. Workers accept it with
+    /// [`MasterIdentity::Host`](crate::MasterIdentity::Host), and not by default.
     Named(String),
-    /// As [`Master`](Self::Master), but it ended yesterday.
+    /// As [`Master`](Self::Master), but it expired yesterday.
     Expired,
-    /// As [`Master`](Self::Master), but it begins tomorrow.
+    /// As [`Master`](Self::Master), but it is valid from tomorrow.
     NotYetValid,
-    /// As [`Master`](Self::Master), but with `clientAuth` alone.
+    /// As [`Master`](Self::Master), but with `clientAuth` only.
     WithoutServerAuth,
-    /// As [`Master`](Self::Master), but marked as a CA's, which no peer may present.
+    /// As [`Master`](Self::Master), but marked as a CA certificate, which no peer may present.
     CaAsLeaf,
 }
 
 /// A certificate and its key.
 ///
 /// ```
-/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-/// # use decnet_heartbeat::loopback::{Authority, Role};
+/// use decnet_heartbeat::loopback::{Authority, Role};
+///
 /// let issued = Authority::new()?.issue(Role::Master)?;
 /// assert!(issued.key.starts_with("-----BEGIN PRIVATE KEY-----"));
 /// assert_eq!(issued.fingerprint.len(), 64);
-/// assert!(!format!("{issued:?}").contains("PRIVATE KEY")); // a failed assertion shows no key
-/// # Ok(())
-/// # }
+/// assert!(!format!("{issued:?}").contains("PRIVATE KEY")); // a failed assertion prints no key
+/// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Clone, PartialEq, Eq)]
 #[non_exhaustive]
@@ -125,15 +123,16 @@ pub struct Issued {
     pub certificate: String,
     /// Its private key, PKCS#8 in PEM.
     pub key: String,
-    /// SHA-256 of the certificate's DER, 64 lowercase hexadecimal digits: what a master pins.
+    /// SHA-256 of the certificate's DER in 64 lowercase hexadecimal digits, which a master pins.
     pub fingerprint: String,
 }
 
 impl Authority {
-    /// A new authority with a key of its own. All of them bear the same name, as DECNET's do.
+    /// Creates an authority with a new key. All authorities have the same name, as DECNET's do.
     ///
     /// # Errors
-    /// When no key or certificate can be made, for want of randomness.
+    ///
+    /// The system's random number generator fails.
     pub fn new() -> Result<Self, Error> {
         let made = || -> Result<_, rcgen::Error> {
             let mut params = named("DECNET SWARM Root CA", &[])?;
@@ -152,36 +151,37 @@ impl Authority {
         Ok(Self { issuer: Arc::new(issuer) })
     }
 
-    /// The authority's own certificate, PEM: a bundle's `ca.crt`.
+    /// The authority's certificate in PEM, which is the `ca.crt` of a bundle.
     ///
     /// ```
-    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-    /// # use decnet_heartbeat::loopback::Authority;
+    /// use decnet_heartbeat::loopback::Authority;
+    ///
     /// # let dir = tempfile::tempdir()?;
     /// let authority = Authority::new()?;
     /// std::fs::write(dir.path().join("ca.crt"), authority.certificate())?;
     /// assert_eq!(authority.clone().certificate(), authority.certificate()); // the same authority
-    /// # Ok(())
-    /// # }
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn certificate(&self) -> String {
         self.issuer.pem()
     }
 
-    /// A fresh key and a certificate for it.
+    /// Issues a certificate for a new key.
     ///
     /// ```
-    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-    /// # use decnet_heartbeat::loopback::{Authority, Role};
+    /// use decnet_heartbeat::loopback::{Authority, Role};
+    ///
     /// # let authority = Authority::new()?;
-    /// let (one, other) = (authority.issue(Role::Master)?, authority.issue(Role::Master)?);
-    /// assert_ne!(one.fingerprint, other.fingerprint); // each time another key
-    /// # Ok(())
-    /// # }
+    /// let first = authority.issue(Role::Master)?;
+    /// let second = authority.issue(Role::Master)?;
+    /// assert_ne!(first.fingerprint, second.fingerprint);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     ///
     /// # Errors
-    /// When a name in `role` cannot stand in a certificate, or when no key can be made.
+    ///
+    /// A certificate cannot contain the name in `role`, or the system's random number generator
+    /// fails.
     pub fn issue(&self, role: Role) -> Result<Issued, Error> {
         let made = || -> Result<_, rcgen::Error> {
             let key = KeyPair::generate()?;
@@ -197,21 +197,21 @@ impl Authority {
         })
     }
 
-    /// An authority whose own certificate is one that this authority issues for that role. It issues others with its key,
-    /// whether or not its certificate allows it: what a thief can do with a worker's key.
+    /// Creates an authority whose certificate this authority issues for a role. It issues
+    /// certificates even if its own one does not allow that, as an attacker with a worker's key
+    /// can.
     ///
     /// ```
-    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-    /// # use decnet_heartbeat::loopback::{Authority, Role};
-    /// let thief = Authority::new()?.subordinate(Role::Worker("worker-01".to_owned()))?;
-    /// let forged = thief.issue(Role::Master)?; // which nobody should take for the master's
-    /// # assert_ne!(forged.certificate, thief.certificate());
-    /// # Ok(())
-    /// # }
+    /// use decnet_heartbeat::loopback::{Authority, Role};
+    ///
+    /// let attacker = Authority::new()?.subordinate(Role::Worker("worker-01".to_owned()))?;
+    /// let forged = attacker.issue(Role::Master)?; // no client accepts it
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     ///
     /// # Errors
-    /// As [`issue`](Self::issue).
+    ///
+    /// The errors of [`issue`](Self::issue).
     pub fn subordinate(&self, role: Role) -> Result<Self, Error> {
         let made = || -> Result<_, rcgen::Error> {
             CertifiedIssuer::signed_by(params_of(&role)?, KeyPair::generate()?, &self.issuer)
@@ -222,29 +222,29 @@ impl Authority {
         Ok(Self { issuer: Arc::new(issuer) })
     }
 
-    /// Writes a worker's bundle into `dir`, made if it is missing: `ca.crt`, `worker.crt` and `worker.key` (mode 0600),
-    /// one after another, as a master does.
+    /// Writes a worker's bundle to `dir`, which is created if needed: `ca.crt`, `worker.crt` and
+    /// `worker.key` (mode 0600), one after another, as a master does.
     ///
     /// ```
-    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-    /// # use decnet_heartbeat::{Enrolment, Heartbeat};
-    /// # use decnet_heartbeat::loopback::{Authority, Role};
+    /// use decnet_heartbeat::loopback::{Authority, Role};
+    /// use decnet_heartbeat::{Enrolment, Heartbeat};
+    ///
     /// # let dir = tempfile::tempdir()?;
-    /// # let authority = Authority::new()?;
-    /// # let role = Role::Worker("worker-01".to_owned());
-    /// # let enrolment = Enrolment::new("0c4f9a52", "127.0.0.1", dir.path())?;
-    /// // A key that does not fit its certificate: a reader can meet that while a bundle is being written.
-    /// let (mut worker, other) = (authority.issue(role.clone())?, authority.issue(role)?);
-    /// worker.key = other.key;
+    /// let authority = Authority::new()?;
+    /// let role = Role::Worker("worker-01".to_owned());
+    /// let enrolment = Enrolment::new("0c4f9a52", "127.0.0.1", dir.path())?;
+    /// // A key that does not match its certificate, as in a bundle that is being written.
+    /// let mut worker = authority.issue(role.clone())?;
+    /// worker.key = authority.issue(role)?.key;
     /// authority.write_bundle(&worker, dir.path())?;
     /// let error = Heartbeat::builder().enrolment(enrolment).start().unwrap_err();
     /// assert!(error.is_bundle());
-    /// # Ok(())
-    /// # }
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     ///
     /// # Errors
-    /// When a file cannot be written.
+    ///
+    /// A file cannot be written.
     pub fn write_bundle(&self, worker: &Issued, dir: &Path) -> Result<(), Error> {
         fs::create_dir_all(dir)
             .and_then(|()| fs::set_permissions(dir, Permissions::from_mode(0o700)))
@@ -264,13 +264,13 @@ impl fmt::Debug for Authority {
 }
 
 impl fmt::Debug for Issued {
-    /// Without the key.
+    /// Leaves out the key.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Issued").field("fingerprint", &self.fingerprint).finish_non_exhaustive()
     }
 }
 
-/// The names, dates and usages of a role.
+/// The names, dates and key usages of a role.
 fn params_of(role: &Role) -> Result<CertificateParams, rcgen::Error> {
     let mut params = match role {
         Role::Worker(name) | Role::ShortLived(name, _) | Role::Named(name) => named(name, &[name])?,
@@ -298,7 +298,7 @@ fn params_of(role: &Role) -> Result<CertificateParams, rcgen::Error> {
     Ok(params)
 }
 
-/// A certificate's frame: whose it is, the names and addresses it is valid for, and from when until when.
+/// The subject, the names and addresses, and the validity of a certificate.
 fn named(common_name: &str, alternatives: &[&str]) -> Result<CertificateParams, rcgen::Error> {
     let alternatives: Vec<String> = alternatives.iter().map(|&name| name.to_owned()).collect();
     let mut params = CertificateParams::new(alternatives)?;
@@ -311,8 +311,9 @@ fn named(common_name: &str, alternatives: &[&str]) -> Result<CertificateParams, 
     Ok(params)
 }
 
-/// The server's side of TLS: client certificates from `client_ca` (PEM) are required; sessions resume by ticket, and
-/// the keys of the tickets are new with each configuration, as they are with each start of uvicorn.
+/// The server's TLS configuration. It requires client certificates that chain to `client_ca` (PEM).
+/// Sessions are resumed by ticket; the ticket keys are new in each configuration, as in each start
+/// of uvicorn.
 pub(super) fn server_config(
     server: &Issued,
     client_ca: &str,
@@ -348,7 +349,7 @@ pub(super) fn fingerprint(der: &[u8]) -> String {
     hex(digest(&SHA256, der).as_ref())
 }
 
-/// Writes a file whose mode is right before its content is there.
+/// Writes a file. Its mode is set before its content is written.
 pub(super) fn write_file(path: &Path, text: &str, mode: u32) -> Result<(), Error> {
     let written = || {
         let mut file =

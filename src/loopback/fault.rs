@@ -1,122 +1,121 @@
-//! What a master can do wrong, as data: a test scripts a table of it. Values only; `server` acts on them.
+//! The faults of a master, which a test scripts. Values only; `server` carries them out.
 
 use std::time::Duration;
 
-/// One thing that goes wrong, at a new connection or at a request.
+/// A fault of a new connection or of a request.
 ///
-/// A fault takes effect at the next moment that fits it; the faults scripted behind it wait until it has.
+/// A fault takes effect on the next connection or request, whichever it is for. The faults after it
+/// in the script wait until then.
 ///
 /// ```
-/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-/// # use std::time::Duration;
-/// # use decnet_heartbeat::loopback::{Answer, Effect, Fault};
-/// # const SOON: Duration = Duration::from_secs(10);
+/// use std::time::Duration;
+/// use decnet_heartbeat::loopback::{Answer, Effect, Fault};
+///
 /// # let (_dir, master, _worker, builder) = decnet_heartbeat::loopback::example()?;
-/// # let builder = builder.interval(Duration::from_millis(50));
 /// master.script([
-///     Fault::CutBeforeHandshake,           // at the first connection
-///     Fault::Answer(Answer::status(500)),  // at the first request of the next one
+///     Fault::CutBeforeHandshake,           // of the first connection
+///     Fault::Answer(Answer::status(500)),  // of the next connection's first request
 ///     Fault::Serve,                        // the second request is served
-///     Fault::CutAfterBody(Effect::Lost),   // of the third nobody hears
+///     Fault::CutAfterBody(Effect::Lost),   // the third is lost
 /// ]);
 /// let heartbeat = builder.start()?;
-/// assert!(master.wait_for_beats(2, SOON)); // all the same
+/// assert!(master.wait_for_beats(2, Duration::from_secs(10)));
 /// assert_eq!(master.faults_left(), 0);
-/// # Ok(())
-/// # }
+/// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Fault {
-    /// At a request: none. It is served as usual, which keeps the place between two faults.
+    /// Of a request: none, it is served normally. This is for a request between two faults.
     Serve,
-    /// At a connection: closed as soon as it is accepted.
+    /// Of a connection: it is closed as soon as it is accepted.
     CutBeforeHandshake,
-    /// At a connection: accepted, and then silence until the client goes.
+    /// Of a connection: it is accepted, and nothing is sent until the client closes it.
     NeverHandshake,
-    /// At a connection: these bytes in plain text instead of TLS, then closed.
+    /// Of a connection: these bytes are sent in plain text instead of TLS, then it is closed.
     Banner(Vec<u8>),
-    /// At a request: the connection is cut when its first bytes arrive; it is not recorded.
+    /// Of a request: the connection is cut when the first bytes arrive. The request is not
+    /// recorded.
     CutBeforeRequest,
-    /// At a request: cut when its head and half of its body have arrived; recorded with that half, never applied.
+    /// Of a request: the connection is cut when the head and half of the body have arrived. The
+    /// request is recorded with that half, and not applied.
     CutInBody,
-    /// At a request: all of it is read, then the connection is cut instead of an answer.
+    /// Of a request: it is read, then the connection is cut without an answer.
     CutAfterBody(Effect),
-    /// At a request: all of it is read and nothing applied, then silence for so long, and then the connection is cut.
+    /// Of a request: it is read and not applied. The connection is cut after this time.
     CutAfterSilence(Duration),
-    /// At a request: all of it is read, then silence until the client goes.
+    /// Of a request: it is read, and nothing is sent until the client closes the connection.
     NeverAnswer(Effect),
-    /// At a request: all of it is read and recorded, nothing is applied, and this is the answer.
+    /// Of a request: it is read, recorded and not applied, and this is the answer.
     Answer(Answer),
-    /// At a request: as [`Answer`](Self::Answer) if its body has these bytes in it, otherwise served as usual: a master
-    /// that cannot stomach one delta.
+    /// Of a request: as [`Answer`](Self::Answer) if its body contains these bytes. Otherwise it is
+    /// served normally. This is a master that fails on one delta.
     AnswerTo(Vec<u8>, Answer),
-    /// At a request: as [`Answer`](Self::Answer), but these bytes as they stand, then the connection is closed.
+    /// Of a request: as [`Answer`](Self::Answer), but these bytes are sent unchanged, then the
+    /// connection is closed.
     Raw(Vec<u8>),
-    /// At a request: all of it is read and recorded, nothing is applied, and the answer never ends: the first bytes, and
-    /// then the others again and again, with this pause between two. Headers, interim answers or a body, fast or slow.
+    /// Of a request: it is read, recorded and not applied, and the answer never ends. The first
+    /// bytes are sent once, then the second ones repeatedly, with this pause between them. They can
+    /// be headers, interim answers or a body.
     Endless(Vec<u8>, Vec<u8>, Duration),
-    /// At a request: served as usual, but the answer goes out a byte at a time with this pause between two.
+    /// Of a request: it is served normally, but the answer is sent byte by byte with this pause.
     Slowly(Duration),
-    /// At a request: served as usual, then the connection is cut without TLS's `close_notify`.
+    /// Of a request: it is served normally, then the connection is cut without TLS's
+    /// `close_notify`.
     CutAfterAnswer,
 }
 
-/// Whether a request that gets no answer was nevertheless acted on.
+/// Whether the master applies a request that it does not answer.
 ///
 /// ```
-/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-/// # use std::time::Duration;
-/// # use decnet_heartbeat::loopback::{Effect, Fault, RowStatus, Seen};
-/// # use decnet_heartbeat::{LifecycleDelta, Operation};
-/// # const SOON: Duration = Duration::from_secs(10);
-/// # let (_dir, master, worker, builder) = decnet_heartbeat::loopback::example()?;
-/// # let heartbeat = builder.start()?;
-/// # assert!(master.wait_for_beats(1, SOON));
+/// use std::time::Duration;
+/// use decnet_heartbeat::loopback::{Effect, Fault, RowStatus, Seen};
+/// use decnet_heartbeat::{LifecycleDelta, Operation};
+///
+/// # let (master, worker, heartbeat) = decnet_heartbeat::loopback::example_heartbeat()?;
+/// assert!(master.wait_for_beats(1, Duration::from_secs(10)));
 /// master.open_operation(&worker.uuid, "decky-01", "deploy");
-/// // The master acts on the delta, and its answer is lost. So the delta comes again, and finds no open row.
+/// // The master applies the delta, and its answer is lost. So the delta is sent again.
 /// master.script([Fault::CutAfterBody(Effect::Applied)]);
 /// heartbeat.deltas().push(LifecycleDelta::succeeded("decky-01", Operation::Deploy))?;
-/// let told = |seen: &Seen| {
+/// let beats_with_delta = |seen: &Seen| {
 ///     let beats = seen.received().iter().filter_map(|beat| beat.json.as_ref());
 ///     beats.filter(|beat| beat["lifecycle"][0]["decky_name"] == "decky-01").count()
 /// };
-/// assert!(master.wait_until(SOON, |seen| told(seen) >= 2));
+/// assert!(master.wait_until(Duration::from_secs(10), |seen| beats_with_delta(seen) >= 2));
 /// assert_eq!(master.rows()[0].status, RowStatus::Succeeded);
-/// # Ok(())
-/// # }
+/// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Effect {
-    /// It was: its deltas are in the rows. Only the answer is missing.
+    /// It does. Only the answer is missing.
     Applied,
-    /// It was not: the master forgot it.
+    /// It does not.
     Lost,
 }
 
 /// An HTTP answer.
 ///
 /// ```
-/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-/// # use std::time::Duration;
-/// # use decnet_heartbeat::loopback::Answer;
-/// # const SOON: Duration = Duration::from_secs(10);
+/// use std::time::Duration;
+/// use decnet_heartbeat::loopback::Answer;
+///
 /// # let (_dir, master, _worker, builder) = decnet_heartbeat::loopback::example()?;
 /// let answer = Answer::status(503).header("Retry-After", "1").body("busy");
 /// master.script([answer.into()]);
 /// let heartbeat = builder.start()?;
-/// # heartbeat.beats().recv_timeout(SOON)?;
+/// heartbeat.beats().recv_timeout(Duration::from_secs(10))?;
 /// let failure = heartbeat.stats().failure.ok_or("no failure")?;
 /// assert_eq!((failure.class.as_str(), failure.detail.as_str()), ("http-503", "busy"));
-/// # Ok(())
-/// # }
+/// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Answer {
     /// The status code.
     pub status: u16,
-    /// Headers in their order. `content-length` is added unless it is among them; a `connection: close` is obeyed.
+    /// The headers in order. `content-length` is added unless it is one of them. After
+    /// `connection: close` the connection is closed.
     pub headers: Vec<(String, String)>,
     /// The body's bytes.
     pub body: Vec<u8>,
@@ -126,30 +125,29 @@ impl Answer {
     /// An answer without headers and body.
     ///
     /// ```
-    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-    /// # use std::time::Duration;
-    /// # use decnet_heartbeat::loopback::Answer;
-    /// # const SOON: Duration = Duration::from_secs(10);
+    /// use std::time::Duration;
+    /// use decnet_heartbeat::loopback::Answer;
+    ///
     /// # let (_dir, master, _worker, builder) = decnet_heartbeat::loopback::example()?;
     /// master.script([Answer::status(500).into()]);
     /// let heartbeat = builder.start()?;
-    /// assert!(master.wait_until(SOON, |seen| seen.received().iter().any(|beat| beat.status == Some(500))));
-    /// # Ok(())
-    /// # }
+    /// assert!(master.wait_until(Duration::from_secs(10), |seen| {
+    ///     seen.received().iter().any(|beat| beat.status == Some(500))
+    /// }));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn status(status: u16) -> Self {
         Self { status, headers: Vec::new(), body: Vec::new() }
     }
 
-    /// The same with one header more.
+    /// Adds a header.
     ///
     /// ```
-    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-    /// # use decnet_heartbeat::loopback::Answer;
-    /// let moved = Answer::status(307).header("Location", "https://127.0.0.1:1/").header("Connection", "close");
-    /// assert_eq!(moved.headers[1], ("Connection".to_owned(), "close".to_owned())); // in this order
-    /// # Ok(())
-    /// # }
+    /// use decnet_heartbeat::loopback::Answer;
+    ///
+    /// let moved = Answer::status(307).header("Location", "https://127.0.0.1:1/");
+    /// assert_eq!(moved.headers[0].0, "Location");
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     #[must_use]
     pub fn header(mut self, name: impl Into<String>, value: impl Into<String>) -> Self {
@@ -157,15 +155,14 @@ impl Answer {
         self
     }
 
-    /// The same with this body.
+    /// Sets the body.
     ///
     /// ```
-    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-    /// # use decnet_heartbeat::loopback::Answer;
+    /// use decnet_heartbeat::loopback::Answer;
+    ///
     /// let answer = Answer::status(422).body(r#"{"detail": "bad delta"}"#);
     /// assert_eq!(answer.body.first(), Some(&b'{'));
-    /// # Ok(())
-    /// # }
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     #[must_use]
     pub fn body(mut self, body: impl Into<Vec<u8>>) -> Self {
@@ -173,7 +170,7 @@ impl Answer {
         self
     }
 
-    /// The header of this name in any case, the first of them.
+    /// The first header with this name, in any case.
     pub(super) fn first_header(&self, name: &str) -> Option<&str> {
         first_header(&self.headers, name)
     }
@@ -185,7 +182,7 @@ impl From<Answer> for Fault {
     }
 }
 
-/// When a fault can take effect.
+/// What a fault takes effect on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Moment {
     Connection,
@@ -212,7 +209,7 @@ impl Fault {
     }
 }
 
-/// The first of `headers` with this name in any case.
+/// The first header with this name, in any case.
 pub(super) fn first_header<'a>(headers: &'a [(String, String)], name: &str) -> Option<&'a str> {
     headers
         .iter()

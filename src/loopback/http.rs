@@ -1,22 +1,22 @@
-//! HTTP/1.1 as bytes: a request's head read, an answer written. Pure functions, for any thread.
+//! Parses the heads of HTTP/1.1 requests and writes answers. Pure functions, for any thread.
 
 use std::time::SystemTime;
 
 use super::fault::{Answer, first_header};
 use crate::limits::loopback as limits;
 
-/// A request's head.
+/// The head of a request.
 pub(super) struct Head {
     pub(super) method: String,
     pub(super) path: String,
     pub(super) headers: Vec<(String, String)>,
-    /// Bytes of the body; `None` where only reading on would tell.
+    /// The length of the body. `None`: the head does not give it.
     pub(super) length: Option<usize>,
     /// Whether another request may follow on the connection.
     pub(super) keeps_alive: bool,
 }
 
-/// A head and the bytes that it took; `None` while it is incomplete.
+/// Parses a head, and returns it with its length in bytes. `None`: it is incomplete.
 pub(super) fn parse_head(bytes: &[u8]) -> Result<Option<(Head, usize)>, httparse::Error> {
     let mut headers = [httparse::EMPTY_HEADER; limits::REQUEST_HEADERS];
     let mut request = httparse::Request::new(&mut headers);
@@ -49,21 +49,21 @@ pub(super) fn parse_head(bytes: &[u8]) -> Result<Option<(Head, usize)>, httparse
     Ok(Some((head, end)))
 }
 
-/// An answer's bytes, with the headers that uvicorn adds.
-pub(super) fn wire(answer: &Answer) -> Vec<u8> {
+/// Encodes an answer, with the headers that uvicorn adds.
+pub(super) fn encode(answer: &Answer) -> Vec<u8> {
     let date = httpdate::fmt_http_date(SystemTime::now());
     let mut head = format!(
         "HTTP/1.1 {} {}\r\ndate: {date}\r\nserver: uvicorn\r\n",
         answer.status,
-        phrase(answer.status)
+        reason_phrase(answer.status)
     );
     for (name, value) in &answer.headers {
         head.push_str(&format!("{name}: {value}\r\n"));
     }
-    let says_length = ["content-length", "transfer-encoding"]
+    let has_length = ["content-length", "transfer-encoding"]
         .iter()
         .any(|name| answer.first_header(name).is_some());
-    if !says_length && answer.status >= 200 && !matches!(answer.status, 204 | 304) {
+    if !has_length && answer.status >= 200 && !matches!(answer.status, 204 | 304) {
         head.push_str(&format!("content-length: {}\r\n", answer.body.len()));
     }
     head.push_str("\r\n");
@@ -72,7 +72,7 @@ pub(super) fn wire(answer: &Answer) -> Vec<u8> {
     bytes
 }
 
-fn phrase(status: u16) -> &'static str {
+fn reason_phrase(status: u16) -> &'static str {
     match status {
         200 => "OK",
         204 => "No Content",

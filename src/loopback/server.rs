@@ -1,5 +1,5 @@
-//! The wire side: one accept thread and a thread a connection. Each ends when its socket is shut down, which a stop
-//! does to all of them; none waits for anything else for longer than a moment.
+//! The sockets of the master: one accept thread, and a thread for each connection. A thread ends
+//! when its socket is shut down, which a stop does to all of them. All other waits are bounded.
 
 use std::collections::{HashMap, VecDeque};
 use std::io::{self, ErrorKind, Read as _, Write as _};
@@ -11,15 +11,15 @@ use std::time::{Duration, Instant};
 use rustls::{HandshakeKind, ProtocolVersion, ServerConfig, ServerConnection, StreamOwned};
 
 use super::fault::{Answer, Effect, Fault, Moment, first_header};
-use super::http::{Head, parse_head, wire};
+use super::http::{Head, encode, parse_head};
 use super::{ConnectionReport, Handshake, Received, Seen, TlsVersion, certificates};
 use crate::error::chain;
 use crate::limits::loopback as limits;
 
-/// What the threads and the master's handle share; it outlives an outage.
+/// The data that the threads and the master's handle share. It survives an outage.
 pub(super) struct Shared {
     pub(super) state: Mutex<State>,
-    /// Told of every change of the state.
+    /// Notified of every change of the state.
     pub(super) changed: Condvar,
     /// How long a connection may be idle.
     pub(super) idle: Duration,
@@ -41,11 +41,11 @@ pub(super) struct State {
 
 impl Shared {
     pub(super) fn lock(&self) -> MutexGuard<'_, State> {
-        // A thread that panicked left the state behind as one of its single steps left it: good enough to go on.
+        // Each change is a single step, so the state is consistent after a panic.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits for `done`, at most `timeout`; whether it came.
+    /// Waits up to `timeout` until `done` returns true. Returns whether it did.
     pub(super) fn wait(&self, timeout: Duration, mut done: impl FnMut(&State) -> bool) -> bool {
         let (_state, wait) = self
             .changed
@@ -54,12 +54,12 @@ impl Shared {
         !wait.timed_out()
     }
 
-    /// Cuts every connection and lets the accept thread end once it wakes up.
+    /// Cuts all connections, and lets the accept thread end when it wakes up.
     pub(super) fn cut_all(&self) {
         let mut state = self.lock();
         state.stopping = true;
         for socket in state.open.values() {
-            // One that is gone already needs no cutting.
+            // An error means that the connection is closed.
             let _ = socket.shutdown(Shutdown::Both);
         }
         self.changed.notify_all();
@@ -87,39 +87,43 @@ impl Shared {
     }
 }
 
-/// Counts a thread from before it starts until after everything that it owned is gone.
-pub(super) struct Running(Arc<Shared>);
+/// Counts a thread from before its start until all of its values are dropped.
+pub(super) struct ThreadCount(Arc<Shared>);
 
-impl Running {
+impl ThreadCount {
     pub(super) fn new(shared: &Arc<Shared>) -> Self {
         shared.lock().threads += 1;
         Self(Arc::clone(shared))
     }
 }
 
-impl Drop for Running {
+impl Drop for ThreadCount {
     fn drop(&mut self) {
         self.0.lock().threads -= 1;
         self.0.changed.notify_all();
     }
 }
 
-/// The accept thread's work, until a stop.
+/// Accepts connections until a stop.
 pub(super) fn accept(listener: &TcpListener, tls: &Arc<ServerConfig>, shared: &Arc<Shared>) {
     for socket in listener.incoming() {
         if shared.lock().stopping {
             return;
         }
-        let admitted = socket.and_then(|socket| admit(socket, Arc::clone(tls), shared));
-        if admitted.is_err() {
+        let result = socket.and_then(|socket| start_connection(socket, Arc::clone(tls), shared));
+        if result.is_err() {
             shared.wait(limits::ACCEPT_PAUSE, |state| state.stopping);
         }
     }
 }
 
-/// Gives a connection its thread. Dropping the socket closes it: there is a bound on connections.
-fn admit(socket: TcpStream, tls: Arc<ServerConfig>, shared: &Arc<Shared>) -> io::Result<()> {
-    let Some(open) = Open::new(&socket, shared)? else { return Ok(()) };
+/// Starts the thread of a connection. A connection beyond [`limits::CONNECTIONS`] is closed.
+fn start_connection(
+    socket: TcpStream,
+    tls: Arc<ServerConfig>,
+    shared: &Arc<Shared>,
+) -> io::Result<()> {
+    let Some(open) = OpenConnection::new(&socket, shared)? else { return Ok(()) };
     thread::Builder::new().name("loopback-conn".into()).spawn(move || {
         if let Err(error) = serve(socket, tls, &open) {
             open.shared().report(open.number, |report| report.failure = Some(chain(&error)));
@@ -128,16 +132,16 @@ fn admit(socket: TcpStream, tls: Arc<ServerConfig>, shared: &Arc<Shared>) -> io:
     Ok(())
 }
 
-/// An open connection's place in the state; given up by `Drop`, so by a panic as well.
-struct Open {
+/// An open connection in the state. It is removed when this is dropped, also by a panic.
+struct OpenConnection {
     number: u64,
-    running: Running,
+    thread_count: ThreadCount,
 }
 
-impl Open {
+impl OpenConnection {
     fn new(socket: &TcpStream, shared: &Arc<Shared>) -> io::Result<Option<Self>> {
         let socket = socket.try_clone()?;
-        let running = Running::new(shared);
+        let thread_count = ThreadCount::new(shared);
         let mut state = shared.lock();
         if state.stopping || state.open.len() >= limits::CONNECTIONS {
             return Ok(None);
@@ -145,7 +149,7 @@ impl Open {
         state.newest += 1;
         let number = state.newest;
         state.open.insert(number, socket);
-        state.seen.remember_connection(ConnectionReport {
+        state.seen.record_connection(ConnectionReport {
             number,
             at: Instant::now(),
             handshake: None,
@@ -155,15 +159,15 @@ impl Open {
         });
         shared.changed.notify_all();
         drop(state);
-        Ok(Some(Self { number, running }))
+        Ok(Some(Self { number, thread_count }))
     }
 
     fn shared(&self) -> &Arc<Shared> {
-        &self.running.0
+        &self.thread_count.0
     }
 }
 
-impl Drop for Open {
+impl Drop for OpenConnection {
     fn drop(&mut self) {
         if let Some(socket) = self.shared().lock().open.remove(&self.number) {
             let _ = socket.shutdown(Shutdown::Both);
@@ -172,14 +176,14 @@ impl Drop for Open {
     }
 }
 
-/// A connection's whole life.
-fn serve(mut socket: TcpStream, tls: Arc<ServerConfig>, open: &Open) -> io::Result<()> {
+/// Serves a connection until it is closed.
+fn serve(mut socket: TcpStream, tls: Arc<ServerConfig>, open: &OpenConnection) -> io::Result<()> {
     let shared = open.shared();
     socket.set_nodelay(true)?;
     socket.set_read_timeout(Some(limits::STALL))?;
     socket.set_write_timeout(Some(limits::STALL))?;
     match shared.next_fault(Moment::Connection) {
-        Some(Fault::NeverHandshake) => return await_departure(&socket),
+        Some(Fault::NeverHandshake) => return wait_for_close(&socket),
         Some(Fault::Banner(bytes)) => {
             socket.write_all(&bytes)?;
             return linger(&socket);
@@ -190,7 +194,7 @@ fn serve(mut socket: TcpStream, tls: Arc<ServerConfig>, open: &Open) -> io::Resu
     let mut session = ServerConnection::new(tls).map_err(io::Error::other)?;
     while session.is_handshaking() {
         if let Err(error) = session.complete_io(&mut socket) {
-            // The alert is out; the client shall get to read it.
+            // Lets the client read the alert.
             let _ = linger(&socket);
             return Err(error);
         }
@@ -198,7 +202,7 @@ fn serve(mut socket: TcpStream, tls: Arc<ServerConfig>, open: &Open) -> io::Resu
     let handshake = handshake_of(&session);
     shared.report(open.number, |report| report.handshake = Some(handshake.clone()));
     let stream = StreamOwned::new(session, socket);
-    Conversation {
+    Connection {
         number: open.number,
         fingerprint: handshake.fingerprint,
         shared,
@@ -221,17 +225,17 @@ fn handshake_of(session: &ServerConnection) -> Handshake {
     }
 }
 
-/// Requests and answers on one connection.
-struct Conversation<'a> {
+/// A connection after its handshake.
+struct Connection<'a> {
     number: u64,
     fingerprint: String,
     shared: &'a Shared,
     stream: StreamOwned<ServerConnection, TcpStream>,
-    /// What has arrived and is not yet part of a request.
+    /// The bytes that were received and are not part of a request yet.
     unread: Vec<u8>,
 }
 
-/// What follows an exchange.
+/// What follows a request.
 enum Next {
     Another,
     Close,
@@ -244,20 +248,20 @@ impl Head {
     }
 }
 
-/// What is said to a request that has been read.
-enum Reply {
-    /// What the book says.
-    Judged,
-    /// This status; the book is not asked.
+/// How a request that was read is handled.
+enum Handling {
+    /// It is applied and answered.
+    Served,
+    /// It is answered with this status, and not applied.
     Status(u16),
-    /// Nothing, whether or not the book is asked.
-    Nothing(Effect),
+    /// It is not answered.
+    NoAnswer(Effect),
 }
 
-impl Conversation<'_> {
+impl Connection<'_> {
     fn run(mut self) -> io::Result<()> {
         loop {
-            match self.exchange()? {
+            match self.serve_request()? {
                 Next::Another => {}
                 Next::Close => return self.close(),
                 Next::Cut => return Ok(()),
@@ -265,8 +269,8 @@ impl Conversation<'_> {
         }
     }
 
-    fn exchange(&mut self) -> io::Result<Next> {
-        if !self.has_begun()? {
+    fn serve_request(&mut self) -> io::Result<Next> {
+        if !self.await_request()? {
             return Ok(Next::Close);
         }
         let fault = self.shared.next_fault(Moment::Request);
@@ -277,10 +281,10 @@ impl Conversation<'_> {
             return self.refuse(400, "Invalid HTTP request received.");
         };
         let Some(length) = head.length else {
-            return self.refuse(411, "The loopback master wants a length.");
+            return self.refuse(411, "The loopback master requires a Content-Length.");
         };
         if length > limits::REQUEST_BODY {
-            return self.refuse(413, "The loopback master does not read that much.");
+            return self.refuse(413, "The body is too long for the loopback master.");
         }
         if first_header(&head.headers, "expect")
             .is_some_and(|value| value.eq_ignore_ascii_case("100-continue"))
@@ -289,50 +293,50 @@ impl Conversation<'_> {
         }
         if fault == Some(Fault::CutInBody) {
             let half = self.read_body(length / 2)?;
-            self.record(&head, half, Reply::Nothing(Effect::Lost));
+            self.record(&head, half, Handling::NoAnswer(Effect::Lost));
             return Ok(Next::Cut);
         }
         let body = self.read_body(length)?;
         let fault = match fault {
             Some(Fault::AnswerTo(part, answer)) => {
-                has(&body, &part).then_some(Fault::Answer(answer))
+                contains(&body, &part).then_some(Fault::Answer(answer))
             }
             fault => fault,
         };
-        self.reply(head, body, fault)
+        self.answer(head, body, fault)
     }
 
-    fn reply(&mut self, head: Head, body: Vec<u8>, fault: Option<Fault>) -> io::Result<Next> {
+    fn answer(&mut self, head: Head, body: Vec<u8>, fault: Option<Fault>) -> io::Result<Next> {
         match fault {
             Some(Fault::CutAfterBody(effect)) => {
-                self.record(&head, body, Reply::Nothing(effect));
+                self.record(&head, body, Handling::NoAnswer(effect));
                 Ok(Next::Cut)
             }
             Some(Fault::CutAfterSilence(silence)) => {
-                self.record(&head, body, Reply::Nothing(Effect::Lost));
+                self.record(&head, body, Handling::NoAnswer(Effect::Lost));
                 self.shared.wait(silence, |state| state.stopping);
                 Ok(Next::Cut)
             }
             Some(Fault::NeverAnswer(effect)) => {
-                self.record(&head, body, Reply::Nothing(effect));
-                await_departure(&self.stream.sock)?;
+                self.record(&head, body, Handling::NoAnswer(effect));
+                wait_for_close(&self.stream.sock)?;
                 Ok(Next::Cut)
             }
             Some(Fault::Answer(answer)) => {
-                self.record(&head, body, Reply::Status(answer.status));
-                self.stream.write_all(&wire(&answer))?;
+                self.record(&head, body, Handling::Status(answer.status));
+                self.stream.write_all(&encode(&answer))?;
                 let close = answer
                     .first_header("connection")
                     .is_some_and(|value| value.eq_ignore_ascii_case("close"));
                 Ok(if close { Next::Close } else { head.next() })
             }
             Some(Fault::Raw(bytes)) => {
-                self.record(&head, body, Reply::Nothing(Effect::Lost));
+                self.record(&head, body, Handling::NoAnswer(Effect::Lost));
                 self.stream.write_all(&bytes)?;
                 Ok(Next::Close)
             }
             Some(Fault::Endless(first, again, pause)) => {
-                self.record(&head, body, Reply::Nothing(Effect::Lost));
+                self.record(&head, body, Handling::NoAnswer(Effect::Lost));
                 self.stream.write_all(&first)?;
                 while !self.shared.wait(pause, |state| state.stopping) {
                     self.stream.write_all(&again)?;
@@ -340,8 +344,8 @@ impl Conversation<'_> {
                 Ok(Next::Cut)
             }
             Some(Fault::Slowly(pause)) => {
-                let answer = self.record(&head, body, Reply::Judged);
-                for byte in wire(&answer) {
+                let answer = self.record(&head, body, Handling::Served);
+                for byte in encode(&answer) {
                     self.stream.write_all(&[byte])?;
                     if self.shared.wait(pause, |state| state.stopping) {
                         return Ok(Next::Cut);
@@ -350,20 +354,20 @@ impl Conversation<'_> {
                 Ok(head.next())
             }
             Some(Fault::CutAfterAnswer) => {
-                let answer = self.record(&head, body, Reply::Judged);
-                self.stream.write_all(&wire(&answer))?;
+                let answer = self.record(&head, body, Handling::Served);
+                self.stream.write_all(&encode(&answer))?;
                 Ok(Next::Cut)
             }
             _ => {
-                let answer = self.record(&head, body, Reply::Judged);
-                self.stream.write_all(&wire(&answer))?;
+                let answer = self.record(&head, body, Handling::Served);
+                self.stream.write_all(&encode(&answer))?;
                 Ok(head.next())
             }
         }
     }
 
-    /// Writes the request down, before a word of the answer is out, and acts on it as far as `reply` wants.
-    fn record(&self, head: &Head, body: Vec<u8>, reply: Reply) -> Answer {
+    /// Records the request before it is answered, and applies it if `handling` says so.
+    fn record(&self, head: &Head, body: Vec<u8>, handling: Handling) -> Answer {
         let mut received = Received {
             at: Instant::now(),
             connection: self.number,
@@ -375,26 +379,27 @@ impl Conversation<'_> {
             status: None,
         };
         let mut state = self.shared.lock();
-        let answer = match reply {
-            Reply::Judged | Reply::Nothing(Effect::Applied) => {
-                let answer = state.seen.book.judge(&received, &self.fingerprint);
+        let answer = match handling {
+            Handling::Served | Handling::NoAnswer(Effect::Applied) => {
+                let answer = state.seen.book.handle(&received, &self.fingerprint);
                 state.seen.beats += u64::from(answer.status == 204);
                 answer
             }
-            Reply::Status(status) => Answer::status(status),
-            Reply::Nothing(Effect::Lost) => Answer::status(0),
+            Handling::Status(status) => Answer::status(status),
+            Handling::NoAnswer(Effect::Lost) => Answer::status(0),
         };
-        if !matches!(reply, Reply::Nothing(_)) {
+        if !matches!(handling, Handling::NoAnswer(_)) {
             received.status = Some(answer.status);
         }
-        state.seen.remember_request(received);
+        state.seen.record_request(received);
         drop(state);
         self.shared.report(self.number, |report| report.requests += 1);
         answer
     }
 
-    /// Waits for the first byte of a request; false when the client is gone or has been idle for too long.
-    fn has_begun(&mut self) -> io::Result<bool> {
+    /// Waits for the first byte of a request. Returns `false` if the client has closed the
+    /// connection or has been idle for too long.
+    fn await_request(&mut self) -> io::Result<bool> {
         if self.unread.is_empty() {
             self.stream.sock.set_read_timeout(Some(self.shared.idle))?;
             match self.read_some() {
@@ -415,7 +420,7 @@ impl Conversation<'_> {
         Ok(true)
     }
 
-    /// `None` for what is not HTTP/1, or too long.
+    /// Reads a head. `None`: it is not HTTP/1, or too long.
     fn read_head(&mut self) -> io::Result<Option<Head>> {
         loop {
             match parse_head(&self.unread) {
@@ -438,7 +443,7 @@ impl Conversation<'_> {
         Ok(std::mem::replace(&mut self.unread, rest))
     }
 
-    /// Adds what arrives next to `unread`; the end is an error.
+    /// Reads more bytes into `unread`. The end of the stream is an error.
     fn read_some(&mut self) -> io::Result<()> {
         let mut some = [0; 16 * 1024];
         let count = self.stream.read(&mut some)?;
@@ -451,30 +456,30 @@ impl Conversation<'_> {
             .header("content-type", "text/plain; charset=utf-8")
             .header("connection", "close")
             .body(why);
-        self.stream.write_all(&wire(&answer))?;
+        self.stream.write_all(&encode(&answer))?;
         Ok(Next::Close)
     }
 
     fn close(mut self) -> io::Result<()> {
         self.stream.conn.send_close_notify();
-        // Whether or not the client is there to hear it.
+        // An error means that the client has closed the connection.
         let _ = self.stream.flush();
         linger(&self.stream.sock)
     }
 }
 
-/// Says that no more will come, and reads on for a moment: closed with unread data in it, a socket would reset the
-/// connection and take what was said last with it.
+/// Shuts down writing, and reads for [`limits::LINGER`]. A socket that is closed with unread data
+/// resets the connection, and the client would lose the last answer.
 fn linger(socket: &TcpStream) -> io::Result<()> {
-    // Already shut down by the client, or by a stop.
+    // An error means that the client or a stop has shut it down.
     let _ = socket.shutdown(Shutdown::Write);
     socket.set_read_timeout(Some(limits::LINGER))?;
     discard_until(socket, Some(Instant::now() + limits::LINGER));
     Ok(())
 }
 
-/// Reads, and says nothing, until the client goes or a stop cuts the connection.
-fn await_departure(socket: &TcpStream) -> io::Result<()> {
+/// Reads without answering until the client closes the connection or a stop cuts it.
+fn wait_for_close(socket: &TcpStream) -> io::Result<()> {
     socket.set_read_timeout(None)?;
     discard_until(socket, None);
     Ok(())
@@ -491,11 +496,11 @@ fn discard_until(mut socket: &TcpStream, end: Option<Instant>) {
     }
 }
 
-fn has(body: &[u8], part: &[u8]) -> bool {
+fn contains(body: &[u8], part: &[u8]) -> bool {
     part.is_empty() || body.windows(part.len()).any(|window| window == part)
 }
 
-/// How a read that timed out is told differs between systems.
+/// The error of a read that timed out differs between systems.
 fn is_timeout(error: &io::Error) -> bool {
     matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut)
 }

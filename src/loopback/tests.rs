@@ -1,4 +1,4 @@
-//! The loopback master against a client of its own: a TCP stream with rustls on it, on the test's thread.
+//! Tests of the loopback master. Their client is a TCP stream with rustls, on the test's thread.
 
 use std::io::{self, ErrorKind, Read as _, Write as _};
 use std::os::unix::fs::PermissionsExt as _;
@@ -15,29 +15,29 @@ use tempfile::TempDir;
 
 use super::*;
 
-/// Far above what anything here takes; reached only when something is broken.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// Far longer than any step takes. It only ends if a test fails.
+const TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How long a client listens to a master that is expected to say nothing.
+/// How long a client reads from a master that is expected to send nothing.
 const SILENCE: Duration = Duration::from_millis(50);
 
 type Stream = StreamOwned<ClientConnection, TcpStream>;
 
-/// A master, a worker that it enrolled, and that worker's TLS.
-struct World {
+/// A master, an enrolled worker, and the worker's TLS configuration.
+struct Fixture {
     master: LoopbackMaster,
     worker: Enrolled,
     tls: Arc<ClientConfig>,
     dir: TempDir,
 }
 
-fn world(options: Options) -> World {
+fn fixture(options: Options) -> Fixture {
     let master = LoopbackMaster::start_with(options).unwrap();
     let dir = TempDir::new().unwrap();
     let worker = master.enrol(dir.path()).unwrap();
     let read = |name| std::fs::read_to_string(dir.path().join(name)).unwrap();
     let tls = client_tls(&read("ca.crt"), Some((&read("worker.crt"), &read("worker.key"))));
-    World { master, worker, tls, dir }
+    Fixture { master, worker, tls, dir }
 }
 
 fn client_tls(ca: &str, identity: Option<(&str, &str)>) -> Arc<ClientConfig> {
@@ -69,7 +69,7 @@ fn roots(ca: &str) -> RootCertStore {
 
 fn connect(master: &LoopbackMaster, tls: &Arc<ClientConfig>) -> io::Result<Stream> {
     let socket = TcpStream::connect(master.address())?;
-    socket.set_read_timeout(Some(PATIENCE))?;
+    socket.set_read_timeout(Some(TIMEOUT))?;
     let name = ServerName::try_from("swarmctl").unwrap();
     Ok(StreamOwned::new(ClientConnection::new(Arc::clone(tls), name).unwrap(), socket))
 }
@@ -84,7 +84,7 @@ fn send(stream: &mut Stream, body: &[u8]) -> io::Result<()> {
     stream.flush()
 }
 
-/// The status and the body of the next answer.
+/// Reads the status and the body of the next answer.
 fn answer(stream: &mut Stream) -> io::Result<(u16, String)> {
     let mut head = Vec::new();
     while !head.ends_with(b"\r\n\r\n") {
@@ -108,12 +108,12 @@ fn post(stream: &mut Stream, body: &Value) -> io::Result<(u16, String)> {
     answer(stream)
 }
 
-impl World {
+impl Fixture {
     fn connect(&self) -> Stream {
         connect(&self.master, &self.tls).unwrap()
     }
 
-    /// One beat with these deltas on a connection of its own; the status.
+    /// Sends one beat with these deltas on a new connection. Returns the status.
     fn beat(&self, deltas: &Value) -> u16 {
         let body = json!({ "host_uuid": self.worker.uuid, "status": {}, "lifecycle": deltas });
         post(&mut self.connect(), &body).unwrap().0
@@ -132,51 +132,51 @@ fn delta(decky: &str, status: &str, error: &str) -> Value {
 }
 
 #[test]
-fn a_beat_is_answered_204_and_remembered_as_it_came() {
-    let world = world(Options::default());
-    let body = json!({ "host_uuid": world.worker.uuid, "agent_version": "1.0", "status": { "deployed": false } });
-    let mut stream = world.connect();
+fn beat_is_answered_204_and_recorded() {
+    let fixture = fixture(Options::default());
+    let body = json!({ "host_uuid": fixture.worker.uuid, "agent_version": "1.0", "status": { "deployed": false } });
+    let mut stream = fixture.connect();
     assert_eq!(post(&mut stream, &body).unwrap(), (204, String::new()));
     assert_eq!(post(&mut stream, &body).unwrap(), (204, String::new()));
-    assert!(world.master.wait_for_beats(2, PATIENCE));
-    let received = world.master.received();
+    assert!(fixture.master.wait_for_beats(2, TIMEOUT));
+    let received = fixture.master.received();
     assert_eq!(received.len(), 2);
     assert_eq!(received[1].json, Some(body.clone()));
     assert_eq!(received[1].body, body.to_string().as_bytes());
     assert_eq!(received[1].header("Content-Type"), Some("application/json"));
     assert_eq!((received[1].status, received[1].connection), (Some(204), 1));
-    assert!(world.master.wait_until(PATIENCE, |seen| seen.connections()[0].requests == 2));
-    assert!(!world.master.wait_for_beats(3, Duration::ZERO));
+    assert!(fixture.master.wait_until(TIMEOUT, |seen| seen.connections()[0].requests == 2));
+    assert!(!fixture.master.wait_for_beats(3, Duration::ZERO));
 }
 
 #[test]
-fn who_is_not_enrolled_or_shows_another_certificate_is_refused() {
-    let world = world(Options::default());
+fn unknown_host_and_other_certificate_are_rejected() {
+    let fixture = fixture(Options::default());
     let unknown = json!({ "host_uuid": "nobody", "status": {} });
-    let mine = json!({ "host_uuid": world.worker.uuid, "status": {} });
-    let mut stream = world.connect();
+    let mine = json!({ "host_uuid": fixture.worker.uuid, "status": {} });
+    let mut stream = fixture.connect();
     assert_eq!(
         post(&mut stream, &unknown).unwrap(),
         (404, r#"{"detail":"unknown host"}"#.to_owned())
     );
-    let fresh = world.master.re_enrol(&world.worker.uuid, world.dir.path()).unwrap();
-    assert_ne!(fresh.fingerprint, world.worker.fingerprint);
+    let fresh = fixture.master.re_enrol(&fixture.worker.uuid, fixture.dir.path()).unwrap();
+    assert_ne!(fresh.fingerprint, fixture.worker.fingerprint);
     assert_eq!(
         post(&mut stream, &mine).unwrap(),
         (403, r#"{"detail":"cert fingerprint mismatch"}"#.to_owned())
     );
-    world.master.pin(&world.worker.uuid, &world.worker.fingerprint.to_uppercase());
+    fixture.master.pin(&fixture.worker.uuid, &fixture.worker.fingerprint.to_uppercase());
     assert_eq!(post(&mut stream, &mine).unwrap().0, 204);
-    world.master.decommission(&world.worker.uuid);
+    fixture.master.decommission(&fixture.worker.uuid);
     assert_eq!(post(&mut stream, &mine).unwrap().0, 404);
-    assert!(!world.master.wait_for_beats(2, Duration::ZERO), "refused beats do not count");
+    assert!(!fixture.master.wait_for_beats(2, Duration::ZERO), "refused beats do not count");
 }
 
 #[test]
-fn what_is_not_the_model_is_refused() {
-    let world = world(Options::default());
-    let mut stream = world.connect();
-    let uuid = &world.worker.uuid;
+fn body_that_does_not_fit_the_model_is_rejected() {
+    let fixture = fixture(Options::default());
+    let mut stream = fixture.connect();
+    let uuid = &fixture.worker.uuid;
     let table: &[(Vec<u8>, u16)] = &[
         (json!({ "host_uuid": uuid }).to_string().into(), 422),
         (json!({ "status": {} }).to_string().into(), 422),
@@ -204,9 +204,9 @@ fn what_is_not_the_model_is_refused() {
 }
 
 #[test]
-fn other_paths_and_methods_are_refused() {
-    let world = world(Options::default());
-    let mut stream = world.connect();
+fn other_paths_and_methods_are_rejected() {
+    let fixture = fixture(Options::default());
+    let mut stream = fixture.connect();
     for (line, status, detail) in [
         ("POST /swarm/else", 404, "Not Found"),
         ("GET /swarm/heartbeat?a=b", 405, "Method Not Allowed"),
@@ -220,26 +220,26 @@ fn other_paths_and_methods_are_refused() {
 }
 
 #[test]
-fn a_delta_seals_the_newest_open_row_of_its_decky_operation_and_host() {
-    let world = world(Options::default());
-    let open = |uuid: &str, decky, operation| world.master.open_operation(uuid, decky, operation);
-    let old = open(&world.worker.uuid, "d1", "deploy");
-    let new = open(&world.worker.uuid, "d1", "deploy");
+fn delta_closes_the_newest_open_row_of_its_decky_operation_and_host() {
+    let fixture = fixture(Options::default());
+    let open = |uuid: &str, decky, operation| fixture.master.open_operation(uuid, decky, operation);
+    let old = open(&fixture.worker.uuid, "d1", "deploy");
+    let new = open(&fixture.worker.uuid, "d1", "deploy");
     for (uuid, decky, operation) in [
         ("another", "d1", "deploy"),
-        (&world.worker.uuid, "d2", "deploy"),
-        (&world.worker.uuid, "d1", "mutate"),
+        (&fixture.worker.uuid, "d2", "deploy"),
+        (&fixture.worker.uuid, "d1", "mutate"),
     ] {
         open(uuid, decky, operation);
     }
     assert_eq!(
-        world.beat(&json!([
+        fixture.beat(&json!([
             delta("d1", "failed", &"ä".repeat(3000)),
             delta("d1", "succeeded", "x")
         ])),
         204
     );
-    let rows = world.master.rows();
+    let rows = fixture.master.rows();
     let row = |id| rows.iter().find(|row| row.id == id).unwrap();
     assert_eq!(row(new).status, RowStatus::Failed);
     assert_eq!(row(new).error.as_ref().unwrap(), &"ä".repeat(2000));
@@ -249,29 +249,29 @@ fn a_delta_seals_the_newest_open_row_of_its_decky_operation_and_host() {
 }
 
 #[test]
-fn malformed_deltas_are_skipped_and_running_closes_nothing() {
-    let world = world(Options::default());
-    world.master.open_operation(&world.worker.uuid, "d1", "deploy");
+fn malformed_deltas_are_dropped_and_running_closes_no_row() {
+    let fixture = fixture(Options::default());
+    fixture.master.open_operation(&fixture.worker.uuid, "d1", "deploy");
     let unfinished = json!([
         { "operation": "deploy", "status": "failed" },
         delta("d1", "gone", "x"),
         { "decky_name": "d1", "operation": "deploy", "status": "running" },
     ]);
-    assert_eq!(world.beat(&unfinished), 204);
+    assert_eq!(fixture.beat(&unfinished), 204);
     assert_eq!(
-        (world.master.rows()[0].status, world.master.rows()[0].completed_at),
+        (fixture.master.rows()[0].status, fixture.master.rows()[0].completed_at),
         (RowStatus::Running, None)
     );
     let finished = json!([{ "decky_name": "d1", "operation": "deploy", "status": "succeeded", "completed_at": "soon" }]);
-    assert_eq!(world.beat(&finished), 204);
-    assert_eq!(world.master.rows()[0].status, RowStatus::Succeeded);
-    assert!(world.master.rows()[0].completed_at.is_some(), "the master's own clock");
-    assert_eq!(world.beat(&finished), 204, "a duplicate is no error");
+    assert_eq!(fixture.beat(&finished), 204);
+    assert_eq!(fixture.master.rows()[0].status, RowStatus::Succeeded);
+    assert!(fixture.master.rows()[0].completed_at.is_some(), "the master's own clock");
+    assert_eq!(fixture.beat(&finished), 204, "a duplicate is no error");
 }
 
 #[test]
-fn deckies_become_shards_as_their_runtime_says() {
-    let world = world(Options::default());
+fn runtime_decides_the_state_of_shards() {
+    let fixture = fixture(Options::default());
     let decky = |name| {
         json!({ "name": name, "ip": "10.0.0.1", "services": ["ssh"], "distro": "debian", "base_image": "debian",
                 "hostname": name })
@@ -283,14 +283,14 @@ fn deckies_become_shards_as_their_runtime_says() {
     let deckies =
         json!([decky("up"), decky("down"), decky("missing"), strange, idle, "not a decky"]);
     let runtime = json!({ "up": { "running": true }, "down": { "running": false } });
-    assert_eq!(world.status(&json!({ "deployed": false, "deckies": deckies })), 204);
-    assert_eq!(world.status(&json!({ "deployed": true, "deckies": [] })), 204);
-    assert!(world.master.shards().is_empty());
+    assert_eq!(fixture.status(&json!({ "deployed": false, "deckies": deckies })), 204);
+    assert_eq!(fixture.status(&json!({ "deployed": true, "deckies": [] })), 204);
+    assert!(fixture.master.shards().is_empty());
     assert_eq!(
-        world.status(&json!({ "deployed": true, "deckies": deckies, "runtime": runtime })),
+        fixture.status(&json!({ "deployed": true, "deckies": deckies, "runtime": runtime })),
         204
     );
-    let shards = world.master.shards();
+    let shards = fixture.master.shards();
     let states: Vec<_> = shards.iter().map(|(name, shard)| (name.as_str(), shard.state)).collect();
     assert_eq!(
         states,
@@ -304,19 +304,19 @@ fn deckies_become_shards_as_their_runtime_says() {
 }
 
 #[test]
-fn a_resumed_session_shows_the_certificate_still() {
+fn resumed_session_has_the_certificate() {
     for (offered, version) in
         [(Offered::Tls12And13, TlsVersion::Tls13), (Offered::Tls12Only, TlsVersion::Tls12)]
     {
-        let world = world(Options { offered, ..Options::default() });
-        assert_eq!(world.beat(&json!([])), 204);
-        assert_eq!(world.beat(&json!([])), 204);
+        let fixture = fixture(Options { offered, ..Options::default() });
+        assert_eq!(fixture.beat(&json!([])), 204);
+        assert_eq!(fixture.beat(&json!([])), 204);
         let handshakes: Vec<_> =
-            world.master.connections().into_iter().filter_map(|one| one.handshake).collect();
+            fixture.master.connections().into_iter().filter_map(|one| one.handshake).collect();
         let expected = |resumed| Handshake {
             version,
             resumed,
-            fingerprint: world.worker.fingerprint.clone(),
+            fingerprint: fixture.worker.fingerprint.clone(),
             server_name: Some("swarmctl".to_owned()),
         };
         assert_eq!(handshakes, [expected(false), expected(true)]);
@@ -324,18 +324,18 @@ fn a_resumed_session_shows_the_certificate_still() {
 }
 
 #[test]
-fn clients_without_a_certificate_of_the_ca_get_no_further_than_the_handshake() {
-    let world = world(Options::default());
-    let ca = world.master.authority().certificate();
+fn handshake_requires_a_certificate_of_the_ca() {
+    let fixture = fixture(Options::default());
+    let ca = fixture.master.authority().certificate();
     let foreign = Authority::new().unwrap().issue(Role::Worker("w".to_owned())).unwrap();
-    let expired = world.master.authority().issue(Role::Expired).unwrap();
+    let expired = fixture.master.authority().issue(Role::Expired).unwrap();
     let clients = [
         (client_tls(&ca, None), "peer sent no certificates"),
         (client_tls(&ca, Some((&foreign.certificate, &foreign.key))), "invalid peer certificate"),
         (client_tls(&ca, Some((&expired.certificate, &expired.key))), "expired"),
     ];
     for (tls, reason) in clients {
-        let mut stream = connect(&world.master, &tls).unwrap();
+        let mut stream = connect(&fixture.master, &tls).unwrap();
         let error = post(&mut stream, &json!({})).unwrap_err();
         assert!(error.to_string().contains("alert"), "{error}");
         drop(stream);
@@ -348,17 +348,18 @@ fn clients_without_a_certificate_of_the_ca_get_no_further_than_the_handshake() {
                 .is_some_and(|why| why.contains(reason))
         };
         assert!(
-            world.master.wait_until(PATIENCE, refused),
+            fixture.master.wait_until(TIMEOUT, refused),
             "{reason}: {:?}",
-            world.master.connections().last()
+            fixture.master.connections().last()
         );
     }
-    assert!(world.master.received().is_empty());
+    assert!(fixture.master.received().is_empty());
 }
 
 #[test]
-fn another_client_ca_and_another_certificate_can_be_put_in_place() {
-    let (ca, clients) = (Authority::new().unwrap(), Authority::new().unwrap());
+fn options_set_the_client_ca_and_the_certificate() {
+    let ca = Authority::new().unwrap();
+    let clients = Authority::new().unwrap();
     let certificate = ca.issue(Role::Named("swarmctl".to_owned())).unwrap();
     let worker = clients.issue(Role::Worker("w".to_owned())).unwrap();
     let master = LoopbackMaster::start_with(Options {
@@ -374,8 +375,9 @@ fn another_client_ca_and_another_certificate_can_be_put_in_place() {
 }
 
 #[test]
-fn certificates_are_what_their_role_says() {
-    let (ca, other) = (Authority::new().unwrap(), Authority::new().unwrap());
+fn certificates_fit_their_roles() {
+    let ca = Authority::new().unwrap();
+    let other = Authority::new().unwrap();
     let provider = Arc::new(default_provider());
     let verifier =
         WebPkiServerVerifier::builder_with_provider(Arc::new(roots(&ca.certificate())), provider)
@@ -423,7 +425,7 @@ fn certificates_are_what_their_role_says() {
             verdict.contains(expected) && verdict.is_empty() == expected.is_empty(),
             "{role:?} {name}: {verdict}"
         );
-        // Every one of them can be put in front of a client.
+        // A master can present each of them.
         let certificate = Some(ca.issue(role).unwrap());
         LoopbackMaster::start_with(Options { certificate, ..Options::default() }).unwrap();
     }
@@ -431,75 +433,76 @@ fn certificates_are_what_their_role_says() {
 }
 
 #[test]
-fn a_bundle_and_its_ini_are_written_as_an_agent_expects_them() {
-    let world = world(Options::default());
-    let mode = std::fs::metadata(world.dir.path().join("worker.key")).unwrap().permissions().mode();
+fn bundle_and_ini_have_the_expected_content_and_modes() {
+    let fixture = fixture(Options::default());
+    let mode =
+        std::fs::metadata(fixture.dir.path().join("worker.key")).unwrap().permissions().mode();
     assert_eq!(mode & 0o777, 0o600);
-    let ini = world.dir.path().join("decnet.ini");
-    world.worker.write_ini(&ini).unwrap();
+    let ini = fixture.dir.path().join("decnet.ini");
+    fixture.worker.write_ini(&ini).unwrap();
     let text = std::fs::read_to_string(ini).unwrap();
     let lines = [
         "mode = agent".to_owned(),
         "master-host = 127.0.0.1".to_owned(),
-        format!("swarmctl-port = {}", world.master.port()),
-        format!("agent-dir = {}", world.dir.path().display()),
-        format!("host-uuid = {}", world.worker.uuid),
+        format!("swarmctl-port = {}", fixture.master.port()),
+        format!("agent-dir = {}", fixture.dir.path().display()),
+        format!("host-uuid = {}", fixture.worker.uuid),
     ];
     for line in lines {
         assert!(text.lines().any(|known| known == line), "{line} in {text}");
     }
-    assert_eq!(world.worker.uuid.as_bytes()[14], b'4', "{}", world.worker.uuid);
-    let error = world.worker.write_ini(Path::new("/nowhere/decnet.ini")).unwrap_err();
+    assert_eq!(fixture.worker.uuid.as_bytes()[14], b'4', "{}", fixture.worker.uuid);
+    let error = fixture.worker.write_ini(Path::new("/nowhere/decnet.ini")).unwrap_err();
     assert_eq!(error.to_string(), "loopback master: cannot write /nowhere/decnet.ini");
 }
 
 #[test]
-fn an_outage_cuts_and_refuses_and_its_end_forgets_nothing_but_the_sessions() {
-    let mut world = world(Options::default());
-    let row = world.master.open_operation(&world.worker.uuid, "d1", "deploy");
-    let mut kept = world.connect();
+fn outage_cuts_connections_and_only_sessions_are_lost() {
+    let mut fixture = fixture(Options::default());
+    let row = fixture.master.open_operation(&fixture.worker.uuid, "d1", "deploy");
+    let mut kept = fixture.connect();
     assert_eq!(
-        post(&mut kept, &json!({ "host_uuid": world.worker.uuid, "status": {} })).unwrap().0,
+        post(&mut kept, &json!({ "host_uuid": fixture.worker.uuid, "status": {} })).unwrap().0,
         204
     );
-    let port = world.master.port();
-    world.master.stop();
-    world.master.stop();
+    let port = fixture.master.port();
+    fixture.master.stop();
+    fixture.master.stop();
     assert!(post(&mut kept, &json!({})).is_err(), "cut");
     assert_eq!(
-        connect(&world.master, &world.tls).unwrap_err().kind(),
+        connect(&fixture.master, &fixture.tls).unwrap_err().kind(),
         ErrorKind::ConnectionRefused
     );
-    assert!(world.master.connections().iter().all(|one| !one.open));
-    world.master.start_again().unwrap();
-    assert_eq!(world.master.port(), port);
-    assert_eq!(world.beat(&json!([delta("d1", "succeeded", "x")])), 204);
+    assert!(fixture.master.connections().iter().all(|one| !one.open));
+    fixture.master.start_again().unwrap();
+    assert_eq!(fixture.master.port(), port);
+    assert_eq!(fixture.beat(&json!([delta("d1", "succeeded", "x")])), 204);
     assert_eq!(
-        (world.master.rows()[0].id, world.master.rows()[0].status),
+        (fixture.master.rows()[0].id, fixture.master.rows()[0].status),
         (row, RowStatus::Succeeded)
     );
-    assert_eq!(world.master.received().len(), 2);
+    assert_eq!(fixture.master.received().len(), 2);
     assert!(
-        !world.master.connections()[1].handshake.as_ref().unwrap().resumed,
+        !fixture.master.connections()[1].handshake.as_ref().unwrap().resumed,
         "the tickets' keys are new"
     );
 }
 
 #[test]
-fn idle_connections_are_closed_in_order() {
-    let world = world(Options { idle: SILENCE, ..Options::default() });
-    let mut stream = world.connect();
+fn idle_connection_is_closed_with_close_notify() {
+    let fixture = fixture(Options { idle: SILENCE, ..Options::default() });
+    let mut stream = fixture.connect();
     assert_eq!(
-        post(&mut stream, &json!({ "host_uuid": world.worker.uuid, "status": {} })).unwrap().0,
+        post(&mut stream, &json!({ "host_uuid": fixture.worker.uuid, "status": {} })).unwrap().0,
         204
     );
     assert_eq!(stream.read(&mut [0]).unwrap(), 0, "with close_notify");
     drop(stream);
-    assert!(world.master.wait_until(PATIENCE, |seen| !seen.connections()[0].open));
-    assert_eq!(world.master.connections()[0].failure, None);
+    assert!(fixture.master.wait_until(TIMEOUT, |seen| !seen.connections()[0].open));
+    assert_eq!(fixture.master.connections()[0].failure, None);
 }
 
-/// What a client makes of one beat.
+/// The result of a beat for the client.
 #[derive(Debug, PartialEq)]
 enum Outcome {
     Answered(u16),
@@ -527,9 +530,10 @@ fn endless(first: &[u8]) -> Fault {
 }
 
 #[test]
-fn each_fault_shows_as_what_it_is() {
+fn each_fault_has_its_effect() {
     let unavailable = Answer::status(503).header("Retry-After", "7").body("later");
-    // The fault, what the client sees, the statuses that the master remembers, and whether the delta counts.
+    // The fault, the client's result, the statuses that the master records, and whether the delta
+    // is applied.
     let table = [
         (Fault::Serve, Outcome::Answered(204), vec![Some(204)], true),
         (Fault::CutBeforeHandshake, Outcome::Cut, vec![], false),
@@ -566,15 +570,15 @@ fn each_fault_shows_as_what_it_is() {
         (Fault::CutAfterAnswer, Outcome::Answered(204), vec![Some(204)], true),
     ];
     for (fault, expected, statuses, applied) in table {
-        let world = world(Options::default());
-        world.master.open_operation(&world.worker.uuid, "d1", "deploy");
-        world.master.script([fault.clone()]);
-        let mut stream = world.connect();
+        let fixture = fixture(Options::default());
+        fixture.master.open_operation(&fixture.worker.uuid, "d1", "deploy");
+        fixture.master.script([fault.clone()]);
+        let mut stream = fixture.connect();
         if expected == Outcome::Silence {
             stream.sock.set_read_timeout(Some(SILENCE)).unwrap();
         }
         let deltas = json!([delta("d1", "succeeded", "x")]);
-        let body = json!({ "host_uuid": world.worker.uuid, "status": {}, "lifecycle": deltas });
+        let body = json!({ "host_uuid": fixture.worker.uuid, "status": {}, "lifecycle": deltas });
         assert_eq!(outcome(post(&mut stream, &body)), expected, "{fault:?}");
         if fault == Fault::CutAfterAnswer {
             assert_eq!(
@@ -584,42 +588,45 @@ fn each_fault_shows_as_what_it_is() {
             );
         }
         drop(stream);
-        assert!(world.master.wait_until(PATIENCE, |seen| !seen.connections()[0].open), "{fault:?}");
+        assert!(
+            fixture.master.wait_until(TIMEOUT, |seen| !seen.connections()[0].open),
+            "{fault:?}"
+        );
         let remembered: Vec<_> =
-            world.master.received().iter().map(|request| request.status).collect();
+            fixture.master.received().iter().map(|request| request.status).collect();
         assert_eq!(remembered, statuses, "{fault:?}");
-        assert_eq!(world.master.rows()[0].status == RowStatus::Succeeded, applied, "{fault:?}");
-        assert_eq!(world.master.faults_left(), 0);
-        assert_eq!(world.beat(&json!([])), 204, "service resumes after {fault:?}");
+        assert_eq!(fixture.master.rows()[0].status == RowStatus::Succeeded, applied, "{fault:?}");
+        assert_eq!(fixture.master.faults_left(), 0);
+        assert_eq!(fixture.beat(&json!([])), 204, "service resumes after {fault:?}");
     }
 }
 
 #[test]
-fn the_script_runs_in_its_order_and_then_what_always_holds() {
-    let world = world(Options::default());
+fn script_runs_in_order_and_then_the_permanent_fault() {
+    let fixture = fixture(Options::default());
     let answer = |status| Fault::Answer(Answer::status(status));
-    world.master.always(Some(answer(500)));
-    world.master.script([answer(429), Fault::Serve, Fault::CutBeforeHandshake, answer(503)]);
-    let mut stream = world.connect();
-    let body = json!({ "host_uuid": world.worker.uuid, "status": {} });
+    fixture.master.always(Some(answer(500)));
+    fixture.master.script([answer(429), Fault::Serve, Fault::CutBeforeHandshake, answer(503)]);
+    let mut stream = fixture.connect();
+    let body = json!({ "host_uuid": fixture.worker.uuid, "status": {} });
     let mut status = || post(&mut stream, &body).unwrap().0;
-    // A fault of connections waits for one, and so do those behind it.
+    // A fault of a connection takes effect on the next connection, and the faults after it wait.
     assert_eq!([status(), status(), status()], [429, 204, 204]);
-    assert_eq!(outcome(post(&mut world.connect(), &body)), Outcome::Cut);
+    assert_eq!(outcome(post(&mut fixture.connect(), &body)), Outcome::Cut);
     assert_eq!([status(), status(), status()], [503, 500, 500]);
-    world.master.always(None);
+    fixture.master.always(None);
     assert_eq!(status(), 204);
 }
 
 #[test]
-fn a_stop_waits_for_no_client() {
+fn stop_does_not_wait_for_clients() {
     for fault in
         [Fault::Serve, Fault::NeverHandshake, Fault::NeverAnswer(Effect::Lost), endless(b"")]
     {
-        let mut world = world(Options::default());
+        let mut fixture = fixture(Options::default());
         let moment = fault.moment();
-        world.master.script([fault.clone()]);
-        let mut stream = world.connect();
+        fixture.master.script([fault.clone()]);
+        let mut stream = fixture.connect();
         if moment == fault::Moment::Request {
             send(&mut stream, &[]).unwrap();
         }
@@ -627,26 +634,26 @@ fn a_stop_waits_for_no_client() {
             fault::Moment::Connection => !seen.connections().is_empty(),
             fault::Moment::Request => !seen.received().is_empty(),
         };
-        assert!(world.master.wait_until(PATIENCE, has_begun));
+        assert!(fixture.master.wait_until(TIMEOUT, has_begun));
         let begun = Instant::now();
-        world.master.stop();
+        fixture.master.stop();
         assert!(begun.elapsed() < Duration::from_secs(2), "{fault:?}: {:?}", begun.elapsed());
-        assert_eq!(world.master.shared.lock().threads, 0, "{fault:?}");
+        assert_eq!(fixture.master.shared.lock().threads, 0, "{fault:?}");
     }
 }
 
 #[test]
-fn a_panic_under_the_lock_does_not_wedge_the_master() {
-    let world = world(Options::default());
+fn panic_under_the_lock_does_not_stop_the_master() {
+    let fixture = fixture(Options::default());
     let panicked = catch_unwind(AssertUnwindSafe(|| {
-        world.master.wait_until(PATIENCE, |_| panic!("on purpose"))
+        fixture.master.wait_until(TIMEOUT, |_| panic!("on purpose"))
     }));
     assert!(panicked.is_err());
-    assert_eq!(world.beat(&json!([])), 204);
+    assert_eq!(fixture.beat(&json!([])), 204);
 }
 
 #[test]
-fn what_is_remembered_is_bounded() {
+fn recorded_requests_are_bounded() {
     let mut seen = Seen::default();
     let request = Received {
         at: Instant::now(),
@@ -659,7 +666,7 @@ fn what_is_remembered_is_bounded() {
         status: Some(204),
     };
     for _ in 0..2 * limits::loopback::HISTORY {
-        seen.remember_request(request.clone());
+        seen.record_request(request.clone());
     }
     assert_eq!(seen.received().len(), limits::loopback::HISTORY);
 }

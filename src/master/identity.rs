@@ -19,15 +19,14 @@ use rustls::pki_types::CertificateDer;
 /// `name`, `host`, `ca`, `sha256:<hex>` or `public`.
 ///
 /// ```
-/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// use decnet_heartbeat::MasterIdentity;
 ///
 /// assert_eq!(MasterIdentity::default(), MasterIdentity::Name);
-/// let pinned: MasterIdentity = format!("sha256:{}", "A7".repeat(32)).parse()?; // as openssl prints it, colons or not
+/// // With or without colons, as openssl prints it.
+/// let pinned: MasterIdentity = format!("sha256:{}", "A7".repeat(32)).parse()?;
 /// assert_eq!(pinned, MasterIdentity::Fingerprint([0xa7; 32]));
 /// assert!("swarmctl".parse::<MasterIdentity>().is_err());
-/// # Ok(())
-/// # }
+/// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]

@@ -33,9 +33,9 @@ pub(crate) const TOPOLOGY: &str = "topology.db";
 /// `observed` is unknown.
 ///
 /// ```
-/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-/// # let dir = tempfile::tempdir()?;
 /// use decnet_heartbeat::{DecnetStatus, Observed, StatusSource};
+///
+/// # let dir = tempfile::tempdir()?;
 ///
 /// let mut source = DecnetStatus::new(dir.path())
 ///     .state_file(dir.path().join("decnet-state.json"))
@@ -47,8 +47,7 @@ pub(crate) const TOPOLOGY: &str = "topology.db";
 /// assert_eq!(topology.applied, None);
 /// // There is no Docker either, which is not the same as no containers.
 /// assert!(matches!(&topology.observed, Observed::Unknown(why) if why.contains("No such file")));
-/// # Ok(())
-/// # }
+/// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Debug)]
 pub struct DecnetStatus {
@@ -78,15 +77,13 @@ impl DecnetStatus {
     /// later.
     ///
     /// ```
-    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-    /// # use decnet_heartbeat::{DecnetStatus, Enrolment, Heartbeat};
-    /// # let enrolment = Enrolment::new("0c4f9a52", "master.lan", "/etc/decnet/agent")?;
+    /// use decnet_heartbeat::{DecnetStatus, Enrolment, Heartbeat};
+    ///
+    /// let enrolment = Enrolment::new("0c4f9a52", "master.lan", "/etc/decnet/agent")?;
+    /// // This is the default source of a heartbeat.
     /// let source = DecnetStatus::new(enrolment.agent_dir().value());
-    /// // What a heartbeat does by itself, unless it is given another.
     /// let builder = Heartbeat::builder().enrolment(enrolment).status_source(source);
-    /// # let _ = builder;
-    /// # Ok(())
-    /// # }
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn new(agent_dir: &Path) -> Self {
         Self {
@@ -103,18 +100,18 @@ impl DecnetStatus {
     /// cannot be looked at, or the file is a symlink to nothing, it is not known what is deployed.
     ///
     /// ```
-    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-    /// # use decnet_heartbeat::{DecnetStatus, StatusSource};
+    /// use decnet_heartbeat::{DecnetStatus, StatusSource};
+    ///
     /// # let dir = tempfile::tempdir()?;
-    /// # let path = dir.path().join("decnet-state.json");
-    /// std::fs::write(&path, r#"{"config": {"mode": "swarm", "deckies": []}, "compose_path": "/srv/compose.yml"}"#)?;
-    /// let mut source = DecnetStatus::new(dir.path()).state_file(&path).docker_socket("/no/such/socket");
-    /// // Docker does not answer: no decky is named, and why is said.
+    /// let path = dir.path().join("decnet-state.json");
+    /// let state = r#"{"config": {"mode": "swarm", "deckies": []}, "compose_path": "/srv/c.yml"}"#;
+    /// std::fs::write(&path, state)?;
+    /// let source = DecnetStatus::new(dir.path()).state_file(&path);
+    /// let mut source = source.docker_socket("/no/such/socket");
     /// let status: serde_json::Value = serde_json::from_str(source.snapshot().status())?;
-    /// assert_eq!((&status["deployed"], &status["deckies"]), (&true.into(), &serde_json::Value::Null));
-    /// assert!(status["error"].as_str().is_some_and(|why| why.starts_with("Docker at /no/such/socket: ")));
-    /// # Ok(())
-    /// # }
+    /// assert_eq!(status["deployed"], true);
+    /// assert!(status["error"].is_string()); // Docker does not answer
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn state_file(mut self, path: impl Into<PathBuf>) -> Self {
         self.state_file = StateFile::new(StateFilePath::Named(absolute(&path.into())));

@@ -1,20 +1,26 @@
-//! What the POSTs of a beat carry. Values only: the heartbeat thread reports how each POST ended, and so may a test.
+//! What the POSTs of a beat carry. Values only: the heartbeat thread, or a test, reports how each
+//! POST ended.
 //!
-//! The master can fail on a body after it has applied the deltas in it, and a proxy can fail on a body that is too large
-//! for it. Sent again unchanged, such a body fails for ever, and its deltas close newer rows. So a body that fails is made
-//! lighter. A POST is *in doubt* if part of its body was sent and the answer is 5xx or missing.
+//! The master can fail on a body after it has applied the deltas in it, and a proxy can fail on a
+//! body that is too large for it. If such a body is sent again unchanged, it fails every time, and
+//! its deltas close newer rows. So a body that fails is made smaller. A POST is *in doubt* if part
+//! of its body was sent and the answer is 5xx or missing.
 //!
-//! 1. *Whole* (the start): states and deltas in one body. In doubt → apart, from the next beat on. Refused → apart, at
-//!    once.
-//! 2. *Apart*: a POST carries states or deltas, never both. The *light* POST comes first: the deltas, without states.
-//!    Once it is accepted, the states are sent alone. Accepted → whole again. In doubt or refused → the states rest.
-//! 3. A light POST with deltas in doubt → the next beat starts *bare*: no states, no deltas. Bare in doubt → an outage;
-//!    the deltas are tried together again. Bare accepted → deltas one to a body, newest first.
-//! 4. A single delta in doubt rests, and so do older ones of its decky and operation. It is tried alone from then on. A
-//!    bare POST follows it: if that is not accepted either, the master is away, and no other delta is tried.
-//! 5. A refused body applied nothing: the deltas are halved at once, without states, until one is refused alone.
-//! 6. What rests does so for 10 beats, doubled each time up to a day.
-//! 7. A beat that had no time for all of its POSTs is gone on with in the next one.
+//! 1. *Whole* (the start): states and deltas in one body. In doubt → apart, from the next beat on.
+//!    Rejected → apart, at once.
+//! 2. *Apart*: a POST carries states or deltas, never both. The *light* POST comes first: the
+//!    deltas, without states. Once it is accepted, the states are sent alone. Accepted → whole
+//!    again. In doubt or rejected → the states are suspended.
+//! 3. A light POST with deltas in doubt → the next beat starts *bare*: no states, no deltas. Bare
+//!    in doubt → an outage; the deltas are tried together again. Bare accepted → deltas one to a
+//!    body, newest first.
+//! 4. A single delta in doubt is suspended, and so are older ones of its decky and operation. It is
+//!    tried alone from then on. A bare POST follows it: if that is not accepted either, the master
+//!    does not answer at all, and no other delta is tried.
+//! 5. The master applied nothing of a rejected body: the deltas are halved at once, without states,
+//!    until one is rejected alone.
+//! 6. A suspension lasts 10 beats, doubled each time up to a day.
+//! 7. If a beat has no time for all of its POSTs, the next beat continues with them.
 //!
 //! `schedule` decides when a beat is sent. This module decides what it carries.
 
@@ -29,7 +35,7 @@ use crate::outbox::QueuedDelta;
 /// What one POST carries besides the topology, which is in every POST.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Post {
-    /// The states of what runs here; otherwise a status that says why they are left out.
+    /// The states of what runs here. Otherwise the status says why they are left out.
     pub(crate) states: bool,
     pub(crate) deltas: DeltaSelection,
 }
@@ -38,32 +44,33 @@ pub(crate) struct Post {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum DeltaSelection {
     None,
-    /// So many of the newest, without those that rest.
+    /// At most this many of the newest, without the suspended ones.
     Newest(usize),
-    /// The newest alone, if there is one.
+    /// The newest one.
     One,
-    /// One that was in doubt alone before, unless a newer one of its decky and operation is to be sent first.
+    /// This delta, which was in doubt alone before, unless a newer one of its decky and operation
+    /// must be sent first.
     Only(i64),
-    /// Exactly this one, once more.
+    /// Exactly this delta, in a second attempt.
     Same(i64),
 }
 
 impl Default for DeltaSelection {
-    /// A whole body of them.
+    /// As many as fit into a body.
     fn default() -> Self {
         Self::Newest(limits::DELTAS_PER_BODY)
     }
 }
 
-/// Why there was nothing to send.
+/// Why a POST was not made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Nothing {
-    /// No such delta waits.
-    Gone,
-    /// It waits for something newer of its decky and operation.
+pub(crate) enum NothingToSend {
+    /// The selected delta does not wait in the outbox.
+    NoSuchDelta,
+    /// It waits for a newer one of its decky and operation.
     Held,
-    /// The outbox could not be read, or the states have grown old.
-    NotNow,
+    /// The outbox could not be read, or the states have become stale.
+    NotAvailable,
 }
 
 /// How one POST ended.
@@ -72,37 +79,37 @@ pub(crate) enum PostOutcome {
     Accepted,
     /// The master may have applied the deltas.
     InDoubt,
-    /// The body was refused, and nothing of it was applied.
-    Refused,
-    /// It says nothing about the body: no connection, a refused host, "later".
-    Unchanged,
+    /// The body was rejected, and nothing of it was applied.
+    Rejected,
+    /// The outcome does not depend on the body: no connection, a rejected host, "retry later".
+    Inconclusive,
 }
 
 /// What the outcome of a POST means for its beat.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use]
 pub(crate) enum Consequence {
-    /// The answer is the beat's.
-    QueueCounts,
-    /// The beat has been accepted before, and goes on.
-    Absorbed(Cause),
+    /// This result is the result of the beat.
+    DecidesBeat,
+    /// The beat was accepted before, and continues.
+    BeatContinues(Cause),
 }
 
-/// Why an outcome is no failure of the beat.
+/// Why a failed POST does not fail its beat.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Cause {
-    /// The states rest.
-    StatesRest,
-    /// A delta that was sent alone rests.
-    DeltaRests,
-    /// A delta was refused alone, and is to be rejected.
-    DeltaRefused,
+    /// The states are suspended.
+    StatesSuspended,
+    /// A delta that was sent alone is suspended.
+    DeltaSuspended,
+    /// A delta that was sent alone is rejected.
+    DeltaRejected,
 }
 
-/// A pause in beats. It is doubled each time, up to a day.
+/// A number of beats that something is left out of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Rest {
-    left: u64,
+struct Suspension {
+    remaining: u64,
     length: u64,
 }
 
@@ -111,17 +118,18 @@ struct Rest {
 struct Suspect {
     decky: String,
     operation: Operation,
-    rest: Rest,
+    suspension: Suspension,
 }
 
 impl Suspect {
-    /// The master cannot tell the rows of the two apart.
-    fn is_of(&self, decky: &str, operation: Operation) -> bool {
+    /// Whether a delta with these values is for the same row of the master.
+    fn has_row_of(&self, decky: &str, operation: Operation) -> bool {
         self.operation == operation && self.decky == decky
     }
 }
 
-/// The deltas that were in doubt alone, by their ids. The outbox thread leaves out what they hold back.
+/// The deltas that were in doubt alone, by their ids. The outbox thread leaves out what they hold
+/// back.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Suspects(BTreeMap<i64, Suspect>);
 
@@ -130,13 +138,15 @@ impl Suspects {
         self.0.is_empty()
     }
 
-    /// Whether a delta is this suspect, or a newer one of its decky and operation.
-    pub(crate) fn is_of(&self, id: i64, kept: &QueuedDelta) -> bool {
-        let (decky, operation) = (kept.delta.decky(), kept.delta.operation());
-        kept.id >= id && self.0.get(&id).is_some_and(|suspect| suspect.is_of(decky, operation))
+    /// Whether a delta is the suspect `id`, or a newer one of its decky and operation.
+    pub(crate) fn is_same_or_newer(&self, id: i64, delta: &QueuedDelta) -> bool {
+        let decky = delta.delta.decky();
+        let operation = delta.delta.operation();
+        delta.id >= id
+            && self.0.get(&id).is_some_and(|suspect| suspect.has_row_of(decky, operation))
     }
 
-    /// What they keep out of a body.
+    /// The deltas that they hold back.
     pub(crate) fn held_back(&self) -> HeldBack<'_> {
         let newest = self
             .0
@@ -146,22 +156,24 @@ impl Suspects {
     }
 }
 
-/// Deltas that stay out of a body.
+/// Deltas that are left out of a body.
 #[derive(Debug)]
 pub(crate) struct HeldBack<'a> {
     suspects: &'a Suspects,
+    /// The newest suspect of each decky and operation.
     newest: HashMap<(&'a str, Operation), i64>,
 }
 
 impl HeldBack<'_> {
-    /// It was in doubt alone, or a newer one of its decky and operation was: the master would give it that one's row.
-    pub(crate) fn contains(&self, kept: &QueuedDelta) -> bool {
-        let newest = self.newest.get(&(kept.delta.decky(), kept.delta.operation()));
-        newest.is_some_and(|newest| *newest > kept.id) || self.suspects.0.contains_key(&kept.id)
+    /// Whether a delta is a suspect, or older than a suspect of its decky and operation, whose row
+    /// the master would close with it.
+    pub(crate) fn contains(&self, delta: &QueuedDelta) -> bool {
+        let newest = self.newest.get(&(delta.delta.decky(), delta.delta.operation()));
+        newest.is_some_and(|newest| *newest > delta.id) || self.suspects.0.contains_key(&delta.id)
     }
 }
 
-/// What the bodies carry until further notice.
+/// What bodies carry, from beat to beat.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Mode {
     Whole,
@@ -176,15 +188,16 @@ enum Mode {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Step {
     Whole,
-    /// The states alone, before the light POST: the last beat took too long to send them after it.
+    /// The states alone, before the light POST: the last beat had no time to send them after it.
     StatesFirst,
     Light,
     Bare,
-    /// A bare POST before a refused body of so many deltas is halved.
+    /// A bare POST before a rejected body with this many deltas is halved.
     BareBeforeHalves(usize),
-    /// A bare POST after a single delta in doubt: whether it is the delta, or the master does not answer anybody.
+    /// A bare POST after a single delta in doubt. It shows whether the delta is the cause, or the
+    /// master does not answer at all.
     BareAfterSingle,
-    /// A refused delta is among so many of the newest.
+    /// One of this many newest deltas was rejected.
     Halves(usize),
     Singles,
     Suspects,
@@ -192,61 +205,68 @@ enum Step {
     Done,
 }
 
+/// Decides what each POST carries.
 #[derive(Debug)]
 pub(crate) struct Content {
     mode: Mode,
     step: Step,
-    /// Set while the states rest. Kept, with nothing left, until they are accepted.
-    states: Option<Rest>,
+    /// Set while the states are suspended. It stays, with no beats remaining, until the master
+    /// accepts them.
+    states: Option<Suspension>,
     suspects: Arc<Suspects>,
-    /// The longest rest.
-    day: u64,
-    /// Deltas that may still be sent one to a body in this beat.
-    singles: usize,
-    /// This beat begins with the suspects, for which the last one had no time.
+    /// The longest suspension, in beats.
+    longest: u64,
+    /// How many more deltas may be sent one to a body in this beat.
+    singles_left: usize,
+    /// This beat begins with the suspects, because the last one had no time for them.
     suspects_first: bool,
-    /// A POST of this beat was accepted, so the beat is the master's already.
+    /// A POST of this beat was accepted.
     accepted: bool,
 }
 
 impl Content {
     pub(crate) fn new(interval: Duration) -> Self {
-        let day = limits::REST_MOST.as_nanos() / interval.as_nanos().max(1);
-        let day = u64::try_from(day).unwrap_or(u64::MAX).max(limits::REST_BEATS);
+        let longest = limits::REST_MOST.as_nanos() / interval.as_nanos().max(1);
+        let longest = u64::try_from(longest).unwrap_or(u64::MAX).max(limits::REST_BEATS);
         Self {
             mode: Mode::Whole,
             step: Step::Done,
             states: None,
             suspects: Arc::default(),
-            day,
-            singles: 0,
+            longest,
+            singles_left: 0,
             suspects_first: false,
             accepted: false,
         }
     }
 
-    /// A beat begins.
-    pub(crate) fn begin(&mut self) {
-        let over = |rest: &mut Rest| rest.left = rest.left.saturating_sub(1);
+    /// Begins a beat.
+    pub(crate) fn begin_beat(&mut self) {
+        let count_down = |suspension: &mut Suspension| {
+            suspension.remaining = suspension.remaining.saturating_sub(1);
+        };
         if !self.suspects.is_empty() {
-            self.suspects_mut().values_mut().for_each(|suspect| over(&mut suspect.rest));
+            self.suspects_mut()
+                .values_mut()
+                .for_each(|suspect| count_down(&mut suspect.suspension));
         }
-        self.states.iter_mut().for_each(over);
+        self.states.iter_mut().for_each(count_down);
         let last_accepted = std::mem::replace(&mut self.accepted, false);
-        self.singles = limits::SINGLES_PER_BEAT;
-        let suspects_put_off =
-            self.step == Step::Suspects && self.due().is_some() && !self.suspects_first;
-        self.suspects_first = suspects_put_off && matches!(self.mode, Mode::Whole | Mode::Apart);
+        self.singles_left = limits::SINGLES_PER_BEAT;
+        let suspects_remain =
+            self.step == Step::Suspects && self.due_suspect().is_some() && !self.suspects_first;
+        self.suspects_first = suspects_remain && matches!(self.mode, Mode::Whole | Mode::Apart);
         self.step =
             if self.suspects_first { Step::Suspects } else { self.first_step(last_accepted) };
     }
 
-    /// A beat that had no time for all of its POSTs is gone on with in the next one: begun anew each time, what takes
-    /// long would never come to its end.
+    /// Continues what the last beat had no time for. If each beat started over, a long sequence of
+    /// POSTs would never be completed.
     fn first_step(&self, last_accepted: bool) -> Step {
         match (self.mode, self.step) {
             (Mode::Whole, _) => Step::Whole,
-            // A refused half is no liveness, so each of them follows a POST that was accepted.
+            // A beat whose only POST is a rejected half would not count as a beat, so an accepted
+            // POST comes before each of them.
             (_, Step::Halves(suspects)) if last_accepted => Step::Halves(suspects),
             (_, Step::Halves(suspects) | Step::BareBeforeHalves(suspects)) => {
                 Step::BareBeforeHalves(suspects)
@@ -258,13 +278,13 @@ impl Content {
         }
     }
 
-    /// The next POST of this beat, if there is one. `has_states`: they are known, and still fresh.
-    pub(crate) fn next(&mut self, has_states: bool) -> Option<Post> {
+    /// The next POST of this beat, if there is one. `has_states`: they are known and fresh.
+    pub(crate) fn next_post(&mut self, has_states: bool) -> Option<Post> {
         const ALL: DeltaSelection = DeltaSelection::Newest(limits::DELTAS_PER_BODY);
         let light = |deltas| Some(Post { states: false, deltas });
         match self.step {
             Step::Whole => Some(Post { states: has_states, deltas: ALL }),
-            Step::StatesFirst if has_states && !self.states_rest() => {
+            Step::StatesFirst if has_states && !self.states_are_suspended() => {
                 Some(Post { states: true, deltas: DeltaSelection::None })
             }
             Step::StatesFirst => {
@@ -276,42 +296,46 @@ impl Content {
                 light(DeltaSelection::None)
             }
             Step::Halves(suspects) => light(DeltaSelection::Newest(suspects.div_ceil(2))),
-            Step::Singles if self.singles > 0 => light(DeltaSelection::One),
-            Step::Singles | Step::Suspects => match self.due() {
-                Some(id) if self.singles > 0 => {
+            Step::Singles if self.singles_left > 0 => light(DeltaSelection::One),
+            Step::Singles | Step::Suspects => match self.due_suspect() {
+                Some(id) if self.singles_left > 0 => {
                     self.step = Step::Suspects;
                     light(DeltaSelection::Only(id))
                 }
                 _ => {
                     self.step = Step::States;
-                    self.next(has_states)
+                    self.next_post(has_states)
                 }
             },
             Step::States => {
-                if self.mode == Mode::Whole || self.states_rest() {
+                if self.mode == Mode::Whole || self.states_are_suspended() {
                     self.step = Step::Done;
                     return None;
                 }
-                // Where they have grown old meanwhile, they come first in the next beat.
+                // If they have become stale, the next beat begins with them.
                 has_states.then_some(Post { states: true, deltas: DeltaSelection::None })
             }
             Step::Done => None,
         }
     }
 
-    /// The POST was not made.
-    pub(crate) fn nothing_to_send(&mut self, why: Nothing) {
+    /// Records that the POST was not made.
+    pub(crate) fn skip_post(&mut self, why: NothingToSend) {
         match (self.step, why) {
-            (Step::Suspects, Nothing::Gone) => {
-                drop(self.due().and_then(|id| self.suspects_mut().remove(&id)))
-            }
-            (Step::Suspects, _) => {
-                let due = self.due();
-                if let Some(suspect) = due.and_then(|id| self.suspects_mut().get_mut(&id)) {
-                    suspect.rest.left = 1;
+            (Step::Suspects, NothingToSend::NoSuchDelta) => {
+                if let Some(id) = self.due_suspect() {
+                    self.suspects_mut().remove(&id);
                 }
             }
-            (Step::Singles, Nothing::Gone | Nothing::Held) => self.all_singles_sent(),
+            (Step::Suspects, _) => {
+                let due = self.due_suspect();
+                if let Some(suspect) = due.and_then(|id| self.suspects_mut().get_mut(&id)) {
+                    suspect.suspension.remaining = 1;
+                }
+            }
+            (Step::Singles, NothingToSend::NoSuchDelta | NothingToSend::Held) => {
+                self.all_singles_sent();
+            }
             (Step::StatesFirst, _) => self.step = Step::Light,
             (Step::Light, _) => self.step = Step::Suspects,
             (Step::States, _) => (),
@@ -319,25 +343,25 @@ impl Content {
         }
     }
 
-    /// The next POST is for the states, and for nothing else.
-    pub(crate) fn wants_states_alone(&self) -> bool {
+    /// Whether the next POST is only made for the states.
+    pub(crate) fn requires_states(&self) -> bool {
         matches!(self.step, Step::States | Step::StatesFirst)
     }
 
-    /// The beat has been accepted, so the next POST is only made for deltas.
-    pub(crate) fn is_only_for_deltas(&self) -> bool {
+    /// Whether the next POST is only made for deltas, because the beat was accepted before.
+    pub(crate) fn requires_deltas(&self) -> bool {
         self.step == Step::Light && self.accepted
     }
 
-    /// A body with the states in it was in doubt, and the same without them was accepted in its place.
+    /// Records that a body with states was in doubt, and a second attempt without them was made.
     pub(crate) fn states_in_doubt(&mut self) {
         if self.mode == Mode::Whole {
             self.mode = Mode::Apart;
         }
     }
 
-    /// A POST has ended. `deltas` were in it.
-    pub(crate) fn ended(
+    /// Records how a POST with these deltas ended.
+    pub(crate) fn post_ended(
         &mut self,
         post: Post,
         deltas: &[QueuedDelta],
@@ -355,7 +379,7 @@ impl Content {
             Step::States | Step::StatesFirst => return self.states_ended(outcome),
             Step::Done => (),
         }
-        Consequence::QueueCounts
+        Consequence::DecidesBeat
     }
 
     fn whole_ended(&mut self, post: Post, outcome: PostOutcome) {
@@ -370,11 +394,11 @@ impl Content {
                 self.mode = Mode::Apart;
                 Step::Done
             }
-            PostOutcome::Refused => {
+            PostOutcome::Rejected => {
                 self.mode = Mode::Apart;
                 Step::Light
             }
-            PostOutcome::Unchanged => Step::Done,
+            PostOutcome::Inconclusive => Step::Done,
         };
     }
 
@@ -385,11 +409,11 @@ impl Content {
                 self.deltas_in_doubt(deltas);
                 Step::Done
             }
-            PostOutcome::Refused if deltas.is_empty() => Step::Done,
-            // The master lives, so the fault is in the deltas.
-            PostOutcome::Refused if self.accepted => Step::Halves(deltas.len()),
-            PostOutcome::Refused => Step::BareBeforeHalves(deltas.len()),
-            PostOutcome::Unchanged => Step::Done,
+            PostOutcome::Rejected if deltas.is_empty() => Step::Done,
+            // The master accepts bodies, so one of the deltas is the cause.
+            PostOutcome::Rejected if self.accepted => Step::Halves(deltas.len()),
+            PostOutcome::Rejected => Step::BareBeforeHalves(deltas.len()),
+            PostOutcome::Inconclusive => Step::Done,
         };
     }
 
@@ -407,7 +431,7 @@ impl Content {
                 self.mode = Mode::Singly;
                 Step::Singles
             }
-            (PostOutcome::InDoubt | PostOutcome::Refused, _) if self.mode == Mode::Bare => {
+            (PostOutcome::InDoubt | PostOutcome::Rejected, _) if self.mode == Mode::Bare => {
                 self.mode = Mode::Apart;
                 Step::Done
             }
@@ -422,15 +446,15 @@ impl Content {
         outcome: PostOutcome,
     ) -> Consequence {
         self.step = match (outcome, deltas) {
-            (PostOutcome::Refused, [_]) => {
+            (PostOutcome::Rejected, [_]) => {
                 self.step = Step::Light;
-                return Consequence::Absorbed(Cause::DeltaRefused);
+                return Consequence::BeatContinues(Cause::DeltaRejected);
             }
-            (PostOutcome::Refused, [_, _, ..]) => Step::Halves(deltas.len()),
+            (PostOutcome::Rejected, [_, _, ..]) => Step::Halves(deltas.len()),
             (PostOutcome::Accepted, [_, ..]) if deltas.len() < suspects => {
                 Step::Halves(suspects - deltas.len())
             }
-            // All of them have been accepted, or held back meanwhile. None was at fault.
+            // All of them were accepted, or are held back now.
             (PostOutcome::Accepted, _) => Step::Suspects,
             (PostOutcome::InDoubt, [_]) => return self.single_ended(deltas, outcome),
             (PostOutcome::InDoubt, _) => {
@@ -439,39 +463,42 @@ impl Content {
             }
             _ => Step::Done,
         };
-        Consequence::QueueCounts
+        Consequence::DecidesBeat
     }
 
     fn single_ended(&mut self, deltas: &[QueuedDelta], outcome: PostOutcome) -> Consequence {
-        self.singles = self.singles.saturating_sub(1);
-        let [kept] = deltas else { return Consequence::QueueCounts };
+        self.singles_left = self.singles_left.saturating_sub(1);
+        let [delta] = deltas else { return Consequence::DecidesBeat };
         match outcome {
             PostOutcome::Accepted => {
-                self.suspects_mut().remove(&kept.id);
-                Consequence::QueueCounts
+                self.suspects_mut().remove(&delta.id);
+                Consequence::DecidesBeat
             }
             PostOutcome::InDoubt => {
-                let known = self.suspects.0.get(&kept.id).map(|suspect| suspect.rest);
-                let (decky, operation) = (kept.delta.decky().to_owned(), kept.delta.operation());
-                let rest = longer(known, self.day);
-                self.suspects_mut().insert(kept.id, Suspect { decky, operation, rest });
+                let last = self.suspects.0.get(&delta.id).map(|suspect| suspect.suspension);
+                let suspect = Suspect {
+                    decky: delta.delta.decky().to_owned(),
+                    operation: delta.delta.operation(),
+                    suspension: next_suspension(last, self.longest),
+                };
+                self.suspects_mut().insert(delta.id, suspect);
                 self.step = Step::BareAfterSingle;
-                Consequence::Absorbed(Cause::DeltaRests)
+                Consequence::BeatContinues(Cause::DeltaSuspended)
             }
-            PostOutcome::Refused => {
-                self.suspects_mut().remove(&kept.id);
-                Consequence::Absorbed(Cause::DeltaRefused)
+            PostOutcome::Rejected => {
+                self.suspects_mut().remove(&delta.id);
+                Consequence::BeatContinues(Cause::DeltaRejected)
             }
-            PostOutcome::Unchanged => {
+            PostOutcome::Inconclusive => {
                 self.step = Step::Done;
-                Consequence::QueueCounts
+                Consequence::DecidesBeat
             }
         }
     }
 
     fn states_ended(&mut self, outcome: PostOutcome) -> Consequence {
         self.step = match (self.step, outcome) {
-            (Step::StatesFirst, PostOutcome::Unchanged) => Step::Done,
+            (Step::StatesFirst, PostOutcome::Inconclusive) => Step::Done,
             (Step::StatesFirst, _) => Step::Light,
             _ => Step::Done,
         };
@@ -481,13 +508,13 @@ impl Content {
                 if self.mode == Mode::Apart {
                     self.mode = Mode::Whole;
                 }
-                Consequence::QueueCounts
+                Consequence::DecidesBeat
             }
-            PostOutcome::InDoubt | PostOutcome::Refused => {
-                self.states = Some(longer(self.states, self.day));
-                Consequence::Absorbed(Cause::StatesRest)
+            PostOutcome::InDoubt | PostOutcome::Rejected => {
+                self.states = Some(next_suspension(self.states, self.longest));
+                Consequence::BeatContinues(Cause::StatesSuspended)
             }
-            PostOutcome::Unchanged => Consequence::QueueCounts,
+            PostOutcome::Inconclusive => Consequence::DecidesBeat,
         }
     }
 
@@ -499,17 +526,17 @@ impl Content {
         self.step = Step::Suspects;
     }
 
-    /// A delta whose rest is over, the newest first. One that is older than another suspect of its decky and operation
-    /// waits for that one.
-    fn due(&self) -> Option<i64> {
+    /// The newest suspect whose suspension is over. A suspect waits for newer ones of its decky and
+    /// operation.
+    fn due_suspect(&self) -> Option<i64> {
         let mut seen = HashSet::new();
         let mut newest = self
             .suspects
             .0
             .iter()
             .rev()
-            .filter(|(_, it)| seen.insert((it.decky.as_str(), it.operation)));
-        newest.find(|(_, suspect)| suspect.rest.left == 0).map(|(id, _)| *id)
+            .filter(|(_, suspect)| seen.insert((suspect.decky.as_str(), suspect.operation)));
+        newest.find(|(_, suspect)| suspect.suspension.remaining == 0).map(|(id, _)| *id)
     }
 
     /// The deltas that were in doubt alone.
@@ -521,32 +548,36 @@ impl Content {
         &mut Arc::make_mut(&mut self.suspects).0
     }
 
-    /// The states are not sent in this beat.
-    pub(crate) fn states_rest(&self) -> bool {
-        self.states_rest_for().is_some()
+    /// Whether the states are left out of this beat.
+    pub(crate) fn states_are_suspended(&self) -> bool {
+        self.states_suspended_for().is_some()
     }
 
-    /// In how many beats the states are tried again.
-    pub(crate) fn states_rest_for(&self) -> Option<u64> {
-        self.states.map(|rest| rest.left.min(rest.length)).filter(|left| *left > 0)
+    /// The number of beats until the states are tried again.
+    pub(crate) fn states_suspended_for(&self) -> Option<u64> {
+        self.states
+            .map(|suspension| suspension.remaining.min(suspension.length))
+            .filter(|remaining| *remaining > 0)
     }
 
-    /// States and deltas share a body.
+    /// Whether states and deltas share a body.
     pub(crate) fn is_whole(&self) -> bool {
         self.mode == Mode::Whole
     }
 
-    /// Deltas that were in doubt alone.
-    pub(crate) fn resting(&self) -> u64 {
+    /// The number of deltas that were in doubt alone.
+    pub(crate) fn suspended_deltas(&self) -> u64 {
         self.suspects.0.len() as u64
     }
 }
 
-/// The first rest, or twice the last one.
-fn longer(last: Option<Rest>, most: u64) -> Rest {
-    let length = last.map_or(limits::REST_BEATS, |rest| rest.length.saturating_mul(2)).min(most);
-    // The beat that begins it does not count.
-    Rest { left: length.saturating_add(1), length }
+/// The first suspension, or one that is twice as long as the last one.
+fn next_suspension(last: Option<Suspension>, longest: u64) -> Suspension {
+    let length = last
+        .map_or(limits::REST_BEATS, |suspension| suspension.length.saturating_mul(2))
+        .min(longest);
+    // The beat in which it begins does not count.
+    Suspension { remaining: length.saturating_add(1), length }
 }
 
 #[cfg(test)]
@@ -560,25 +591,25 @@ mod tests {
 
     const INTERVAL: Duration = Duration::from_secs(30);
 
-    /// A master that fails on what a test says, and the outbox of its host.
+    /// A master that fails on what a test chooses, and the outbox of its host.
     #[derive(Default)]
-    struct Peer {
+    struct FakeMaster {
         waiting: BTreeMap<i64, QueuedDelta>,
-        /// Failed on, and refused, together with whatever else.
-        poison: BTreeSet<i64>,
-        refused: BTreeSet<i64>,
+        /// Bodies with one of these fail, or are rejected, whatever else is in them.
+        failing: BTreeSet<i64>,
+        rejecting: BTreeSet<i64>,
         states: Option<PostOutcome>,
-        /// Nobody answers.
-        is_away: bool,
-        /// More deltas than that in a body are failed on.
-        most: Option<usize>,
-        /// How often each was in a POST that was not refused.
+        /// It does not answer.
+        is_down: bool,
+        /// Bodies with more deltas fail.
+        max_deltas: Option<usize>,
+        /// How often each was in a POST that was not rejected.
         sent: BTreeMap<i64, u32>,
         rejected: BTreeSet<i64>,
         states_accepted: u32,
     }
 
-    impl Peer {
+    impl FakeMaster {
         fn push(&mut self, id: i64) {
             // Three deckies, so that some share one.
             let delta = LifecycleDelta::succeeded(format!("d{}", id % 3), Operation::Deploy);
@@ -586,63 +617,70 @@ mod tests {
         }
 
         fn answer(&self, post: Post, deltas: &[QueuedDelta]) -> PostOutcome {
-            let has = |ids: &BTreeSet<i64>| deltas.iter().any(|kept| ids.contains(&kept.id));
+            let has = |ids: &BTreeSet<i64>| deltas.iter().any(|delta| ids.contains(&delta.id));
             match self.states.filter(|_| post.states) {
-                _ if self.is_away => PostOutcome::InDoubt,
+                _ if self.is_down => PostOutcome::InDoubt,
                 Some(outcome) => outcome,
-                _ if has(&self.refused) => PostOutcome::Refused,
-                _ if has(&self.poison) || self.most.is_some_and(|most| deltas.len() > most) => {
+                _ if has(&self.rejecting) => PostOutcome::Rejected,
+                _ if has(&self.failing)
+                    || self.max_deltas.is_some_and(|max_deltas| deltas.len() > max_deltas) =>
+                {
                     PostOutcome::InDoubt
                 }
                 _ => PostOutcome::Accepted,
             }
         }
 
-        fn share(&self, content: &Content, share: DeltaSelection) -> Vec<QueuedDelta> {
+        fn select(&self, content: &Content, selection: DeltaSelection) -> Vec<QueuedDelta> {
             let free = self
                 .waiting
                 .values()
                 .rev()
-                .filter(|kept| !content.suspects().held_back().contains(kept))
+                .filter(|delta| !content.suspects().held_back().contains(delta))
                 .cloned();
-            match share {
+            match selection {
                 DeltaSelection::None => Vec::new(),
-                DeltaSelection::Newest(most) => free.take(most).collect(),
+                DeltaSelection::Newest(max_deltas) => free.take(max_deltas).collect(),
                 DeltaSelection::One => free.take(1).collect(),
                 DeltaSelection::Only(id) => {
                     let mut same = self
                         .waiting
                         .values()
                         .rev()
-                        .filter(|kept| content.suspects().is_of(id, kept));
-                    same.next().filter(|kept| kept.id == id).cloned().into_iter().collect()
+                        .filter(|delta| content.suspects().is_same_or_newer(id, delta));
+                    same.next().filter(|delta| delta.id == id).cloned().into_iter().collect()
                 }
                 DeltaSelection::Same(id) => self.waiting.get(&id).cloned().into_iter().collect(),
             }
         }
 
-        /// One beat, as the heartbeat thread makes it: what each POST carried, and how it ended.
+        /// Makes one beat as the heartbeat thread does: what each POST carried, and how it ended.
         fn beat(&mut self, content: &mut Content) -> Vec<(bool, Vec<i64>, PostOutcome)> {
             self.short_beat(content, 10_000)
         }
 
-        /// The same with time for so many POSTs, and then as many as it takes until one is its answer.
+        /// The same with time for `max_posts` POSTs, and then as many as it takes to decide the
+        /// beat.
         fn short_beat(
             &mut self,
             content: &mut Content,
-            most: usize,
+            max_posts: usize,
         ) -> Vec<(bool, Vec<i64>, PostOutcome)> {
-            content.begin();
+            content.begin_beat();
             let mut posts = Vec::new();
-            let mut has_answer = false;
-            while !has_answer || posts.len() < most {
-                let Some(post) = content.next(true) else { break };
-                let deltas = self.share(content, post.deltas);
+            let mut is_decided = false;
+            while !is_decided || posts.len() < max_posts {
+                let Some(post) = content.next_post(true) else { break };
+                let deltas = self.select(content, post.deltas);
                 let is_for_one =
                     matches!(post.deltas, DeltaSelection::One | DeltaSelection::Only(_));
-                if deltas.is_empty() && (is_for_one || content.is_only_for_deltas()) {
+                if deltas.is_empty() && (is_for_one || content.requires_deltas()) {
                     let is_there = matches!(post.deltas, DeltaSelection::Only(id) if self.waiting.contains_key(&id));
-                    content.nothing_to_send(if is_there { Nothing::Held } else { Nothing::Gone });
+                    content.skip_post(if is_there {
+                        NothingToSend::Held
+                    } else {
+                        NothingToSend::NoSuchDelta
+                    });
                     continue;
                 }
                 assert!(
@@ -650,17 +688,17 @@ mod tests {
                     "states and deltas apart"
                 );
                 let outcome = self.answer(post, &deltas);
-                let ids: Vec<_> = deltas.iter().map(|kept| kept.id).collect();
-                if outcome != PostOutcome::Refused {
+                let ids: Vec<_> = deltas.iter().map(|delta| delta.id).collect();
+                if outcome != PostOutcome::Rejected {
                     ids.iter().for_each(|id| *self.sent.entry(*id).or_default() += 1);
                 }
                 if outcome == PostOutcome::Accepted {
                     ids.iter().for_each(|id| drop(self.waiting.remove(id)));
                     self.states_accepted += u32::from(post.states);
                 }
-                let consequence = content.ended(post, &deltas, outcome);
-                has_answer |= consequence == Consequence::QueueCounts;
-                if consequence == Consequence::Absorbed(Cause::DeltaRefused) {
+                let consequence = content.post_ended(post, &deltas, outcome);
+                is_decided |= consequence == Consequence::DecidesBeat;
+                if consequence == Consequence::BeatContinues(Cause::DeltaRejected) {
                     self.waiting.remove(&ids[0]);
                     self.rejected.insert(ids[0]);
                 }
@@ -671,75 +709,76 @@ mod tests {
         }
     }
 
-    use PostOutcome::{Accepted, InDoubt, Refused, Unchanged};
+    use PostOutcome::{Accepted, InDoubt, Inconclusive, Rejected};
 
     #[test]
-    fn while_all_is_well_a_beat_is_one_whole_body() {
-        let (mut content, mut peer) = (Content::new(INTERVAL), Peer::default());
-        peer.push(1);
-        assert_eq!(peer.beat(&mut content), [(true, vec![1], Accepted)]);
-        assert_eq!(peer.beat(&mut content), [(true, vec![], Accepted)]);
+    fn beat_is_one_whole_body_by_default() {
+        let mut content = Content::new(INTERVAL);
+        let mut master = FakeMaster::default();
+        master.push(1);
+        assert_eq!(master.beat(&mut content), [(true, vec![1], Accepted)]);
+        assert_eq!(master.beat(&mut content), [(true, vec![], Accepted)]);
     }
 
     #[test]
-    fn a_body_that_the_states_fail_is_sent_without_them_and_they_rest_for_ten_beats_and_then_for_twenty()
-     {
-        for failing in [InDoubt, Refused] {
-            let (mut content, mut peer) =
-                (Content::new(INTERVAL), Peer { states: Some(failing), ..Peer::default() });
-            peer.push(1);
-            let first = peer.beat(&mut content);
-            let apart = [(false, vec![1], Accepted), (true, vec![], failing)];
-            match failing {
-                // It may have been applied, so it is the next beat that is lighter.
+    fn failing_states_are_suspended_for_ten_beats_then_twenty() {
+        for outcome in [InDoubt, Rejected] {
+            let mut content = Content::new(INTERVAL);
+            let mut master = FakeMaster { states: Some(outcome), ..FakeMaster::default() };
+            master.push(1);
+            let first = master.beat(&mut content);
+            let apart = [(false, vec![1], Accepted), (true, vec![], outcome)];
+            match outcome {
+                // It may have been applied, so only the next beat is lighter.
                 InDoubt => {
                     assert_eq!(first, [(true, vec![1], InDoubt)]);
-                    assert_eq!(peer.beat(&mut content), apart);
+                    assert_eq!(master.beat(&mut content), apart);
                 }
-                _ => assert_eq!(first, [&[(true, vec![1], Refused)][..], &apart].concat()),
+                _ => assert_eq!(first, [&[(true, vec![1], Rejected)][..], &apart].concat()),
             }
             for pause in [10, 20, 40] {
                 for left in (1..=pause).rev() {
-                    assert_eq!(peer.beat(&mut content), [(false, vec![], Accepted)]);
-                    assert_eq!(content.states_rest_for(), Some(left));
+                    assert_eq!(master.beat(&mut content), [(false, vec![], Accepted)]);
+                    assert_eq!(content.states_suspended_for(), Some(left));
                 }
                 assert_eq!(
-                    peer.beat(&mut content),
-                    [(false, vec![], Accepted), (true, vec![], failing)]
+                    master.beat(&mut content),
+                    [(false, vec![], Accepted), (true, vec![], outcome)]
                 );
             }
-            peer.states = None;
-            while peer.states_accepted == 0 {
-                peer.beat(&mut content);
+            master.states = None;
+            while master.states_accepted == 0 {
+                master.beat(&mut content);
             }
-            assert_eq!(peer.beat(&mut content), [(true, vec![], Accepted)], "whole again");
-            peer.states = Some(Refused);
-            peer.beat(&mut content);
-            assert_eq!(content.states_rest_for(), Some(10), "and a rest begins short again");
+            assert_eq!(master.beat(&mut content), [(true, vec![], Accepted)], "whole again");
+            master.states = Some(Rejected);
+            master.beat(&mut content);
+            assert_eq!(content.states_suspended_for(), Some(10), "a new suspension is short again");
         }
     }
 
     #[test]
-    fn no_rest_is_longer_than_a_day() {
-        for (interval, most) in [(30, 2_880), (3_600, 24), (86_400, 10)] {
+    fn suspension_is_at_most_a_day() {
+        for (interval, longest) in [(30, 2_880), (3_600, 24), (86_400, 10)] {
             let mut content = Content::new(Duration::from_secs(interval));
-            let mut peer = Peer { states: Some(Refused), ..Peer::default() };
+            let mut master = FakeMaster { states: Some(Rejected), ..FakeMaster::default() };
             for _ in 0..20_000 {
-                peer.beat(&mut content);
-                assert!(content.states_rest_for().unwrap_or(0) <= most + 1);
+                master.beat(&mut content);
+                assert!(content.states_suspended_for().unwrap_or(0) <= longest + 1);
             }
-            assert_eq!(content.states.unwrap().length, most);
+            assert_eq!(content.states.unwrap().length, longest);
         }
     }
 
     #[test]
-    fn a_delta_that_the_master_fails_on_rests_and_so_do_older_ones_of_its_decky() {
-        let (mut content, mut peer) = (Content::new(INTERVAL), Peer::default());
+    fn failing_delta_and_older_ones_of_its_decky_are_suspended() {
+        let mut content = Content::new(INTERVAL);
+        let mut master = FakeMaster::default();
         // 2, 5 and 8 share a decky.
-        (1..=8).for_each(|id| peer.push(id));
-        peer.poison.insert(5);
-        assert_eq!(peer.beat(&mut content), [(true, (1..=8).rev().collect(), InDoubt)]);
-        assert_eq!(peer.beat(&mut content), [(false, (1..=8).rev().collect(), InDoubt)]);
+        (1..=8).for_each(|id| master.push(id));
+        master.failing.insert(5);
+        assert_eq!(master.beat(&mut content), [(true, (1..=8).rev().collect(), InDoubt)]);
+        assert_eq!(master.beat(&mut content), [(false, (1..=8).rev().collect(), InDoubt)]);
         let one = |id| (false, vec![id], Accepted);
         let bare = || (false, vec![], Accepted);
         let states = || (true, vec![], Accepted);
@@ -755,37 +794,42 @@ mod tests {
             one(1),
             states(),
         ];
-        assert_eq!(peer.beat(&mut content), singly);
+        assert_eq!(master.beat(&mut content), singly);
         assert_eq!(
-            (content.resting(), peer.waiting.keys().copied().collect::<Vec<_>>()),
+            (content.suspended_deltas(), master.waiting.keys().copied().collect::<Vec<_>>()),
             (1, vec![2, 5])
         );
-        // The next of its decky is sent meanwhile, as it is newer.
-        peer.push(11);
-        assert_eq!(peer.beat(&mut content), [(true, vec![11], Accepted)]);
+        // A newer one of its decky is sent in the meantime.
+        master.push(11);
+        assert_eq!(master.beat(&mut content), [(true, vec![11], Accepted)]);
         for _ in 0..9 {
-            assert_eq!(peer.beat(&mut content), [(true, vec![], Accepted)]);
+            assert_eq!(master.beat(&mut content), [(true, vec![], Accepted)]);
         }
         assert_eq!(
-            peer.beat(&mut content),
+            master.beat(&mut content),
             [(true, vec![], Accepted), (false, vec![5], InDoubt), bare()]
         );
         for _ in 0..20 {
-            assert_eq!(peer.beat(&mut content), [(true, vec![], Accepted)]);
+            assert_eq!(master.beat(&mut content), [(true, vec![], Accepted)]);
         }
-        peer.poison.clear();
-        assert_eq!(peer.beat(&mut content), [(true, vec![], Accepted), one(5)]);
-        assert_eq!(peer.beat(&mut content), [(true, vec![2], Accepted)]);
-        assert!(peer.waiting.is_empty() && peer.rejected.is_empty() && content.resting() == 0);
+        master.failing.clear();
+        assert_eq!(master.beat(&mut content), [(true, vec![], Accepted), one(5)]);
+        assert_eq!(master.beat(&mut content), [(true, vec![2], Accepted)]);
+        assert!(
+            master.waiting.is_empty()
+                && master.rejected.is_empty()
+                && content.suspended_deltas() == 0
+        );
     }
 
     #[test]
-    fn an_outage_makes_no_delta_a_suspect() {
-        let (mut content, mut peer) =
-            (Content::new(INTERVAL), Peer { is_away: true, ..Peer::default() });
-        (1..=3).for_each(|id| peer.push(id));
-        let tried: Vec<_> = (0..7).flat_map(|_| peer.beat(&mut content)).collect();
-        let (all, none) = (vec![3, 2, 1], vec![]);
+    fn outage_suspends_no_delta() {
+        let mut content = Content::new(INTERVAL);
+        let mut master = FakeMaster { is_down: true, ..FakeMaster::default() };
+        (1..=3).for_each(|id| master.push(id));
+        let tried: Vec<_> = (0..7).flat_map(|_| master.beat(&mut content)).collect();
+        let all = vec![3, 2, 1];
+        let none = vec![];
         let carried: Vec<_> = tried.iter().map(|(states, ids, _)| (*states, ids.clone())).collect();
         let light = |ids: &Vec<i64>| (false, ids.clone());
         let expected = [
@@ -798,58 +842,59 @@ mod tests {
             light(&none),
         ];
         assert_eq!(carried, expected);
-        peer.is_away = false;
-        assert_eq!(peer.beat(&mut content), [(false, all, Accepted), (true, vec![], Accepted)]);
-        assert_eq!(content.resting(), 0);
+        master.is_down = false;
+        assert_eq!(master.beat(&mut content), [(false, all, Accepted), (true, vec![], Accepted)]);
+        assert_eq!(content.suspended_deltas(), 0);
     }
 
     #[test]
-    fn an_outage_among_single_deltas_stops_at_the_first() {
-        let (mut content, mut peer) =
-            (Content::new(INTERVAL), Peer { most: Some(1), ..Peer::default() });
-        (1..=9).for_each(|id| peer.push(id));
-        peer.beat(&mut content);
-        peer.beat(&mut content);
-        content.begin();
-        let post = content.next(true).unwrap();
+    fn outage_among_single_deltas_suspends_only_the_first() {
+        let mut content = Content::new(INTERVAL);
+        let mut master = FakeMaster { max_deltas: Some(1), ..FakeMaster::default() };
+        (1..=9).for_each(|id| master.push(id));
+        master.beat(&mut content);
+        master.beat(&mut content);
+        content.begin_beat();
+        let post = content.next_post(true).unwrap();
         assert_eq!(post, Post { states: false, deltas: DeltaSelection::None });
-        assert_eq!(content.ended(post, &[], Accepted), Consequence::QueueCounts);
-        let single = content.next(true).unwrap();
-        let deltas = peer.share(&content, single.deltas);
+        assert_eq!(content.post_ended(post, &[], Accepted), Consequence::DecidesBeat);
+        let single = content.next_post(true).unwrap();
+        let deltas = master.select(&content, single.deltas);
         assert_eq!(
-            content.ended(single, &deltas, InDoubt),
-            Consequence::Absorbed(Cause::DeltaRests)
+            content.post_ended(single, &deltas, InDoubt),
+            Consequence::BeatContinues(Cause::DeltaSuspended)
         );
-        let bare = content.next(true).unwrap();
+        let bare = content.next_post(true).unwrap();
         assert_eq!(
-            content.ended(bare, &[], InDoubt),
-            Consequence::QueueCounts,
+            content.post_ended(bare, &[], InDoubt),
+            Consequence::DecidesBeat,
             "the beat has failed"
         );
-        assert_eq!((content.next(true), content.resting()), (None, 1));
+        assert_eq!((content.next_post(true), content.suspended_deltas()), (None, 1));
     }
 
     #[test]
-    fn at_most_fifty_deltas_are_sent_alone_in_a_beat() {
-        let (mut content, mut peer) =
-            (Content::new(INTERVAL), Peer { most: Some(1), ..Peer::default() });
-        (1..=120).for_each(|id| peer.push(id));
-        peer.beat(&mut content);
-        peer.beat(&mut content);
-        let counts: Vec<_> = (0..3).map(|_| peer.beat(&mut content).len()).collect();
-        // Beside the deltas: a bare POST, and the states.
+    fn at_most_fifty_single_deltas_in_a_beat() {
+        let mut content = Content::new(INTERVAL);
+        let mut master = FakeMaster { max_deltas: Some(1), ..FakeMaster::default() };
+        (1..=120).for_each(|id| master.push(id));
+        master.beat(&mut content);
+        master.beat(&mut content);
+        let counts: Vec<_> = (0..3).map(|_| master.beat(&mut content).len()).collect();
+        // Plus a bare POST and the states.
         assert_eq!(counts, [52, 52, 22]);
-        assert_eq!(peer.beat(&mut content), [(true, vec![], Accepted)]);
+        assert_eq!(master.beat(&mut content), [(true, vec![], Accepted)]);
     }
 
     #[test]
-    fn refused_deltas_are_found_by_halves_without_the_states_and_rejected() {
-        let (mut content, mut peer) = (Content::new(INTERVAL), Peer::default());
-        (1..=40).for_each(|id| peer.push(id));
-        peer.refused.extend([1, 20, 21, 40]);
-        let posts = peer.beat(&mut content);
-        assert_eq!(peer.rejected, peer.refused);
-        assert!(peer.waiting.is_empty());
+    fn halving_finds_the_rejected_deltas() {
+        let mut content = Content::new(INTERVAL);
+        let mut master = FakeMaster::default();
+        (1..=40).for_each(|id| master.push(id));
+        master.rejecting.extend([1, 20, 21, 40]);
+        let posts = master.beat(&mut content);
+        assert_eq!(master.rejected, master.rejecting);
+        assert!(master.waiting.is_empty());
         assert_eq!(
             posts.iter().filter(|(states, ..)| *states).count(),
             2,
@@ -859,15 +904,15 @@ mod tests {
         assert_eq!(bare, 1, "before the halves");
         assert!(posts.len() <= 2 + 4 * 8 + 2, "{}", posts.len());
         assert!(
-            peer.sent.values().all(|times| *times == 1),
+            master.sent.values().all(|times| *times == 1),
             "nothing was sent twice: {:?}",
-            peer.sent
+            master.sent
         );
     }
 
     #[test]
-    fn states_that_the_last_beat_had_no_time_for_come_first_in_the_next() {
-        for (outcome, then) in [(Accepted, true), (InDoubt, false), (Unchanged, false)] {
+    fn states_that_were_left_over_come_first_in_the_next_beat() {
+        for (outcome, then) in [(Accepted, true), (InDoubt, false), (Inconclusive, false)] {
             let mut content = Content::new(INTERVAL);
             let alone = Some(Post { states: true, deltas: DeltaSelection::None });
             let light = Some(Post {
@@ -875,159 +920,165 @@ mod tests {
                 deltas: DeltaSelection::Newest(limits::DELTAS_PER_BODY),
             });
             let next = |content: &mut Content, outcome| {
-                let post = content.next(true);
-                post.map(|post| content.ended(post, &[], outcome))
+                let post = content.next_post(true);
+                post.map(|post| content.post_ended(post, &[], outcome))
             };
-            content.begin();
+            content.begin_beat();
             let _ = next(&mut content, InDoubt);
-            // Each POST takes so long that a beat makes one.
+            // Each POST takes so long that a beat has time for one.
             for _ in 0..2 {
-                content.begin();
-                assert_eq!(content.next(false), light, "they are not known");
+                content.begin_beat();
+                assert_eq!(content.next_post(false), light, "there are no states");
                 let _ = next(&mut content, Accepted);
             }
-            content.begin();
-            assert_eq!(content.next(true), alone);
+            content.begin_beat();
+            assert_eq!(content.next_post(true), alone);
             let consequence = next(&mut content, outcome);
-            assert_eq!(consequence == Some(Consequence::QueueCounts), outcome != InDoubt);
+            assert_eq!(consequence == Some(Consequence::DecidesBeat), outcome != InDoubt);
             assert_eq!(
-                (content.next(true), content.is_whole()),
-                (light.filter(|_| outcome != Unchanged), then)
+                (content.next_post(true), content.is_whole()),
+                (light.filter(|_| outcome != Inconclusive), then)
             );
         }
     }
 
     #[test]
-    fn what_says_nothing_of_the_body_changes_nothing() {
-        let (mut content, mut peer) =
-            (Content::new(INTERVAL), Peer { states: Some(Unchanged), ..Peer::default() });
-        peer.push(1);
+    fn inconclusive_outcome_changes_nothing() {
+        let mut content = Content::new(INTERVAL);
+        let mut master = FakeMaster { states: Some(Inconclusive), ..FakeMaster::default() };
+        master.push(1);
         for _ in 0..3 {
-            assert_eq!(peer.beat(&mut content), [(true, vec![1], Unchanged)]);
+            assert_eq!(master.beat(&mut content), [(true, vec![1], Inconclusive)]);
         }
-        peer.states = None;
-        assert_eq!(peer.beat(&mut content), [(true, vec![1], Accepted)]);
+        master.states = None;
+        assert_eq!(master.beat(&mut content), [(true, vec![1], Accepted)]);
     }
 
     #[test]
-    fn states_that_are_not_known_are_not_sent_and_do_not_count_as_accepted() {
+    fn unknown_states_are_not_counted_as_accepted() {
         let mut content = Content::new(INTERVAL);
-        content.begin();
-        let whole = content.next(true).unwrap();
-        let _ = content.ended(whole, &[], InDoubt);
-        content.begin();
-        let light = content.next(false).unwrap();
-        let _ = content.ended(light, &[], Accepted);
-        assert_eq!(content.next(false), None);
+        content.begin_beat();
+        let whole = content.next_post(true).unwrap();
+        let _ = content.post_ended(whole, &[], InDoubt);
+        content.begin_beat();
+        let light = content.next_post(false).unwrap();
+        let _ = content.post_ended(light, &[], Accepted);
+        assert_eq!(content.next_post(false), None);
         assert!(!content.is_whole());
     }
 
     #[test]
-    fn a_suspect_waits_for_a_newer_one_of_its_decky() {
-        let (mut content, mut peer) = (Content::new(INTERVAL), Peer::default());
-        peer.push(1);
-        peer.poison.insert(1);
-        (0..6).for_each(|_| drop(peer.beat(&mut content)));
-        // Of the same decky, and in doubt some beats later.
-        peer.push(4);
-        peer.poison.insert(4);
-        (0..4).for_each(|_| drop(peer.beat(&mut content)));
-        assert_eq!(content.resting(), 2);
-        peer.poison.clear();
+    fn suspect_waits_for_a_newer_one_of_its_decky() {
+        let mut content = Content::new(INTERVAL);
+        let mut master = FakeMaster::default();
+        master.push(1);
+        master.failing.insert(1);
+        (0..6).for_each(|_| drop(master.beat(&mut content)));
+        // The same decky. It is in doubt some beats later.
+        master.push(4);
+        master.failing.insert(4);
+        (0..4).for_each(|_| drop(master.beat(&mut content)));
+        assert_eq!(content.suspended_deltas(), 2);
+        master.failing.clear();
         let mut sent = Vec::new();
-        while !peer.waiting.is_empty() {
-            sent.extend(peer.beat(&mut content).into_iter().flat_map(|(_, ids, _)| ids));
+        while !master.waiting.is_empty() {
+            sent.extend(master.beat(&mut content).into_iter().flat_map(|(_, ids, _)| ids));
         }
         assert_eq!(sent, [4, 1]);
     }
 
     #[test]
-    fn a_suspect_that_is_held_is_not_forgotten() {
-        let (mut content, mut peer) = (Content::new(INTERVAL), Peer::default());
-        peer.push(1);
-        peer.poison.insert(1);
-        (0..3).for_each(|_| drop(peer.beat(&mut content)));
+    fn held_suspect_stays_a_suspect() {
+        let mut content = Content::new(INTERVAL);
+        let mut master = FakeMaster::default();
+        master.push(1);
+        master.failing.insert(1);
+        (0..3).for_each(|_| drop(master.beat(&mut content)));
         for _ in 0..30 {
-            content.begin();
-            while let Some(post) = content.next(true) {
+            content.begin_beat();
+            while let Some(post) = content.next_post(true) {
                 match post.deltas {
-                    DeltaSelection::Only(_) => content.nothing_to_send(Nothing::Held),
-                    _ => drop(content.ended(post, &[], Accepted)),
+                    DeltaSelection::Only(_) => content.skip_post(NothingToSend::Held),
+                    _ => drop(content.post_ended(post, &[], Accepted)),
                 }
             }
         }
-        assert_eq!(content.resting(), 1);
-        let tried: Vec<_> = peer.beat(&mut content).into_iter().map(|(_, ids, _)| ids).collect();
+        assert_eq!(content.suspended_deltas(), 1);
+        let tried: Vec<_> = master.beat(&mut content).into_iter().map(|(_, ids, _)| ids).collect();
         assert_eq!(tried, [vec![], vec![1], vec![]], "alone, as before");
     }
 
     proptest! {
-        /// However few POSTs there is time for in a beat.
+        /// Whatever number of POSTs a beat has time for.
         #[test]
-        fn a_beat_that_is_cut_short_is_gone_on_with(
+        fn short_beats_send_everything_in_the_end(
             deltas in 1..40_i64,
-            poison in prop::collection::btree_set(1..40_i64, 0..3),
-            refused in prop::collection::btree_set(1..40_i64, 0..3),
-            most in prop::option::of(1..50_usize),
+            failing in prop::collection::btree_set(1..40_i64, 0..3),
+            rejecting in prop::collection::btree_set(1..40_i64, 0..3),
+            max_deltas in prop::option::of(1..50_usize),
             posts in 1..4_usize,
             outage in 0..4_u32,
         ) {
-            let (mut content, mut peer) = (Content::new(INTERVAL), Peer { most, ..Peer::default() });
-            (1..=deltas).for_each(|id| peer.push(id));
-            (peer.poison, peer.refused) = (&poison - &refused, refused.clone());
-            peer.is_away = true;
-            (0..outage).for_each(|_| drop(peer.short_beat(&mut content, posts)));
-            peer.is_away = false;
-            let mut deaf = 0;
+            let mut content = Content::new(INTERVAL);
+            let mut master = FakeMaster { max_deltas, ..FakeMaster::default() };
+            (1..=deltas).for_each(|id| master.push(id));
+            master.failing = &failing - &rejecting;
+            master.rejecting = rejecting.clone();
+            master.is_down = true;
+            (0..outage).for_each(|_| drop(master.short_beat(&mut content, posts)));
+            master.is_down = false;
+            let mut without_success = 0;
             for _ in 0..300 {
-                let accepted = peer.short_beat(&mut content, posts).iter().any(|(.., outcome)| *outcome == Accepted);
-                deaf = if accepted { 0 } else { deaf + 1 };
-                prop_assert!(deaf <= 3, "the master hears of the host again and again");
+                let accepted = master.short_beat(&mut content, posts).iter().any(|(.., outcome)| *outcome == Accepted);
+                without_success = if accepted { 0 } else { without_success + 1 };
+                prop_assert!(without_success <= 3, "the master accepts a beat again and again");
             }
-            peer.poison.clear();
+            master.failing.clear();
             for _ in 0..400 {
-                peer.short_beat(&mut content, posts);
+                master.short_beat(&mut content, posts);
             }
-            prop_assert!(peer.waiting.is_empty(), "{:?}", peer.waiting.keys());
-            let expected: BTreeSet<_> = refused.into_iter().filter(|id| *id <= deltas).collect();
-            prop_assert_eq!(&peer.rejected, &expected);
+            prop_assert!(master.waiting.is_empty(), "{:?}", master.waiting.keys());
+            let expected: BTreeSet<_> = rejecting.into_iter().filter(|id| *id <= deltas).collect();
+            prop_assert_eq!(&master.rejected, &expected);
             prop_assert!(content.is_whole());
-            prop_assert_eq!(peer.short_beat(&mut content, posts), [(true, vec![], Accepted)]);
+            prop_assert_eq!(master.short_beat(&mut content, posts), [(true, vec![], Accepted)]);
         }
 
         #[test]
-        fn all_but_what_the_master_never_takes_arrives(
+        fn all_but_failing_deltas_arrive(
             deltas in 1..90_i64,
-            poison in prop::collection::btree_set(1..90_i64, 0..4),
-            refused in prop::collection::btree_set(1..90_i64, 0..4),
-            states in prop::sample::select(vec![None, Some(InDoubt), Some(Refused)]),
-            most in prop::option::of(1..100_usize),
+            failing in prop::collection::btree_set(1..90_i64, 0..4),
+            rejecting in prop::collection::btree_set(1..90_i64, 0..4),
+            states in prop::sample::select(vec![None, Some(InDoubt), Some(Rejected)]),
+            max_deltas in prop::option::of(1..100_usize),
             outage in 0..6_u32,
         ) {
-            let (mut content, mut peer) = (Content::new(INTERVAL), Peer { states, most, ..Peer::default() });
-            (1..=deltas).for_each(|id| peer.push(id));
-            (peer.poison, peer.refused) = (&poison - &refused, refused.clone());
-            peer.is_away = true;
+            let mut content = Content::new(INTERVAL);
+            let mut master = FakeMaster { states, max_deltas, ..FakeMaster::default() };
+            (1..=deltas).for_each(|id| master.push(id));
+            master.failing = &failing - &rejecting;
+            master.rejecting = rejecting.clone();
+            master.is_down = true;
             for _ in 0..outage {
-                peer.beat(&mut content);
+                master.beat(&mut content);
             }
-            peer.is_away = false;
+            master.is_down = false;
             for _ in 0..20 {
-                let posts = peer.beat(&mut content);
-                // The master hears of the host in each beat, at the latest in the next.
+                let posts = master.beat(&mut content);
+                // Each beat is accepted, or the one after it.
                 prop_assert!(posts.iter().any(|(.., outcome)| *outcome == Accepted) || !content.is_whole());
             }
-            // A poison holds back what is older and of its decky; nothing else is held back.
-            let held = |id: &i64| peer.poison.iter().any(|poison| poison >= id && (poison - id) % 3 == 0);
-            prop_assert!(peer.waiting.keys().all(held), "{:?} behind {:?}", peer.waiting.keys(), peer.poison);
-            prop_assert!(peer.rejected.is_subset(&refused), "{:?}", peer.rejected);
-            peer.poison.clear();
+            // A failing delta holds back older ones of its decky, and nothing else.
+            let held = |id: &i64| master.failing.iter().any(|failing| failing >= id && (failing - id) % 3 == 0);
+            prop_assert!(master.waiting.keys().all(held), "{:?} behind {:?}", master.waiting.keys(), master.failing);
+            prop_assert!(master.rejected.is_subset(&rejecting), "{:?}", master.rejected);
+            master.failing.clear();
             for _ in 0..200 {
-                peer.beat(&mut content);
+                master.beat(&mut content);
             }
-            prop_assert!(peer.waiting.is_empty(), "{:?}", peer.waiting.keys());
-            let expected: BTreeSet<_> = refused.into_iter().filter(|id| *id <= deltas).collect();
-            prop_assert_eq!(peer.rejected, expected);
+            prop_assert!(master.waiting.is_empty(), "{:?}", master.waiting.keys());
+            let expected: BTreeSet<_> = rejecting.into_iter().filter(|id| *id <= deltas).collect();
+            prop_assert_eq!(master.rejected, expected);
         }
     }
 }

@@ -1,4 +1,5 @@
-//! The heartbeat thread: events, and what a beat does. Everything here runs on that one thread.
+//! The heartbeat thread: it waits for events and sends beats. Everything in this module runs on
+//! that thread, except [`spawn`].
 
 mod posts;
 mod record;
@@ -25,34 +26,34 @@ use crate::threads::outbox_client::OutboxClient;
 use crate::threads::schedule::{Schedule, SnapshotRequest, Ticks, TimerAction, Trigger};
 use crate::threads::status::{StatusEvent, StatusThread};
 
-/// Its name.
+/// The name of the thread.
 pub(crate) const NAME: &str = "decnet-heartbeat";
 
-/// What the heartbeat thread wakes for.
+/// What wakes the heartbeat thread.
 #[derive(Debug)]
 enum Event {
     Tick,
     OutboxEvent(OutboxEvent),
-    /// What the outbox thread says without being waited for.
+    /// A batch that no beat waits for.
     Batch(Batch),
     StatusEvent(StatusEvent),
     Timer,
 }
 
-/// What the source found, and when.
+/// A snapshot, and when it was ready.
 #[derive(Debug)]
 struct States {
     snapshot: Snapshot,
-    at: Instant,
+    ready_at: Instant,
 }
 
 impl States {
-    /// They may not hold any more.
+    /// Whether they are too old to be sent.
     fn are_stale(&self) -> bool {
-        self.at.elapsed() > limits::FRESH
+        self.ready_at.elapsed() > limits::FRESH
     }
 
-    /// The states of what runs here, fresh enough to be sent.
+    /// Whether they say what runs here, and are fresh enough to be sent.
     fn are_known(&self) -> bool {
         !self.snapshot.is_unknown() && !self.are_stale()
     }
@@ -60,13 +61,14 @@ impl States {
 
 /// How the POSTs of a beat ended.
 #[derive(Debug)]
-struct BeatEnd {
-    reply: PostResult,
-    /// Deltas that the master accepted.
+struct BeatResult {
+    /// The result that counts for the beat.
+    result: PostResult,
+    /// The number of deltas that the master accepted.
     delivered: usize,
 }
 
-/// What the heartbeat thread starts with.
+/// The parts that the heartbeat thread starts with.
 pub(crate) struct Setup {
     pub(crate) link: MasterLink,
     pub(crate) outbox: Arc<OutboxClient>,
@@ -78,37 +80,38 @@ pub(crate) struct Setup {
     pub(crate) ticks: Ticks,
 }
 
-/// The other threads' side of the heartbeat thread.
+/// A handle to the heartbeat thread.
 #[derive(Debug)]
 pub(crate) struct HeartbeatThread {
-    /// Stops it. The time by which it must have ended.
+    /// Stops the thread. The message is the time by which its POSTs must have ended.
     pub(crate) stop: Sender<Instant>,
-    /// A beat has ended, well or not.
+    /// Receives a message after each beat, accepted or failed.
     #[cfg_attr(
         not(feature = "loopback"),
-        expect(dead_code, reason = "tests and the program's stats file want it")
+        expect(dead_code, reason = "used by tests and by the program's stats file")
     )]
     pub(crate) beats: Receiver<()>,
     /// Disconnected when the thread has ended.
     pub(crate) ended: Receiver<()>,
-    /// Ends a POST that is under way.
+    /// Interrupts the current POST.
     pub(crate) interrupt: Arc<PostInterrupt>,
 }
 
-/// Starts the heartbeat thread, and the status thread that it asks.
+/// Starts the heartbeat thread and the status thread.
 ///
 /// # Errors
 ///
 /// The system refuses a thread.
 pub(crate) fn spawn(setup: Setup) -> Result<HeartbeatThread, Error> {
-    let (beaten, beats) = bounded(1);
-    let (stop, stopped) = bounded(1);
+    let (beat_ended, beats) = bounded(1);
+    let (stop, stop_receiver) = bounded(1);
     let (alive, ended) = bounded::<()>(0);
-    let (interrupt, watch) = (setup.link.interrupt(), ThreadWatch::new(NAME, &setup.stats));
-    let worker = HeartbeatLoop::new(setup, beaten, stopped)?;
+    let interrupt = setup.link.interrupt();
+    let watch = ThreadWatch::new(NAME, &setup.stats);
+    let heartbeat_loop = HeartbeatLoop::new(setup, beat_ended, stop_receiver)?;
     let run = move || {
         let _alive = alive;
-        worker.run();
+        heartbeat_loop.run();
         watch.has_ended_as_wanted();
     };
     let builder = thread::Builder::new().name(NAME.to_owned()).stack_size(limits::STACK);
@@ -116,48 +119,49 @@ pub(crate) fn spawn(setup: Setup) -> Result<HeartbeatThread, Error> {
     Ok(HeartbeatThread { stop, beats, ended, interrupt })
 }
 
-/// All that the heartbeat thread owns.
+/// The state of the heartbeat thread.
 struct HeartbeatLoop {
     link: MasterLink,
     agent_version: String,
     outbox: Arc<OutboxClient>,
     batches: Batches,
     stats: Arc<SharedStats>,
-    collector: StatusThread,
+    status_thread: StatusThread,
     schedule: Schedule,
     content: Content,
     decommission: Decommission,
     ticks: Ticks,
-    /// Told after each beat, without waiting.
-    beaten: Sender<()>,
-    /// The time by which all must have ended.
+    /// Receives a message after each beat, if it has room.
+    beat_ended: Sender<()>,
+    /// Receives the time by which the POSTs must have ended.
     stop: Receiver<Instant>,
-    /// Set by a stop.
+    /// Set when the heartbeat is stopped.
     deadline: Option<Instant>,
-    /// The last topology known, for the POSTs without states; inside, whether one is applied.
+    /// The last known topology, for POSTs without states. The inner value is the topology that is
+    /// applied, if one is.
     topology: Option<Option<AppliedTopology>>,
-    /// What the master failed on last, for the POSTs that leave it out.
-    trouble: String,
-    /// What it said of the states alone.
-    states_trouble: String,
-    /// The states rested, and are not accepted yet.
-    states_rested: bool,
-    /// The log has said that beats fail, and not yet that they do not any more.
-    failure_said: bool,
-    /// This beat has sent the states.
+    /// How the master failed on a body last, for the POSTs that carry less because of it.
+    last_failure: String,
+    /// How the master failed on the states alone.
+    states_failure: String,
+    /// The states were suspended, and the master has not accepted them since.
+    states_were_suspended: bool,
+    /// A failed beat was logged, and no recovery yet.
+    failure_logged: bool,
+    /// A POST of this beat carried the states.
     states_sent: bool,
-    repeats: LogThrottle,
-    /// The log has said that the disk does not answer, and not yet that it does again.
-    overdue_said: bool,
+    throttle: LogThrottle,
+    /// A disk that does not answer was logged, and no recovery yet.
+    overdue_logged: bool,
     /// The ini and the bundle do not exist, as of the last batch.
-    files_are_gone: bool,
+    files_missing: bool,
 }
 
 impl HeartbeatLoop {
-    fn new(setup: Setup, beaten: Sender<()>, stop: Receiver<Instant>) -> Result<Self, Error> {
+    fn new(setup: Setup, beat_ended: Sender<()>, stop: Receiver<Instant>) -> Result<Self, Error> {
         let Setup { link, outbox, batches, source, stats, agent_version, interval, ticks } = setup;
         Ok(Self {
-            collector: StatusThread::start(source, &stats)?,
+            status_thread: StatusThread::start(source, &stats)?,
             schedule: Schedule::new(interval),
             content: Content::new(interval),
             decommission: Decommission::new(interval),
@@ -167,36 +171,36 @@ impl HeartbeatLoop {
             batches,
             stats,
             ticks,
-            beaten,
+            beat_ended,
             stop,
             deadline: None,
             topology: None,
-            trouble: String::new(),
-            states_trouble: String::new(),
-            states_rested: false,
-            failure_said: false,
+            last_failure: String::new(),
+            states_failure: String::new(),
+            states_were_suspended: false,
+            failure_logged: false,
             states_sent: false,
-            repeats: LogThrottle::default(),
-            overdue_said: false,
-            files_are_gone: false,
+            throttle: LogThrottle::default(),
+            overdue_logged: false,
+            files_missing: false,
         })
     }
 
-    /// Beats until it is stopped, then delivers what waits within the grace.
+    /// Sends beats until the heartbeat is stopped, then delivers the deltas that wait.
     fn run(mut self) {
-        self.guarded(|worker| worker.wish(Trigger::First));
+        self.catch_panics(|this| this.request_beat(Trigger::First));
         while let Some(event) = self.next_event() {
-            self.guarded(|worker| worker.handle(event));
+            self.catch_panics(|this| this.handle(event));
         }
-        self.guarded(Self::flush);
-        let waiting = self.outbox.books().counts.waiting;
+        self.catch_panics(Self::flush);
+        let waiting = self.outbox.stats().counts.waiting;
         quietly(|| log::info!("heartbeat stopped: {} waiting={waiting}", self.link.names()));
     }
 
-    /// Waits for what comes next. `None`: it is time to stop.
+    /// Waits for the next event. `None`: the heartbeat is stopped.
     fn next_event(&mut self) -> Option<Event> {
         let timer = self.schedule.timer();
-        // Before all else: a thread that always has something to do must stop all the same.
+        // Checked first, so that a thread with a constant stream of events stops, too.
         if let Ok(deadline) = self.stop.try_recv() {
             self.deadline = Some(deadline);
             return None;
@@ -208,218 +212,211 @@ impl HeartbeatLoop {
             }
             recv(self.ticks.receiver()) -> tick => {
                 match tick {
-                    Ok(_) => self.ticks.ticked(Instant::now()),
-                    Err(_) => self.ticks.ended(),
+                    Ok(_) => self.ticks.tick_received(Instant::now()),
+                    Err(_) => self.ticks.disconnected(),
                 }
                 Some(Event::Tick)
             }
-            recv(self.batches.news) -> news => Some(Event::OutboxEvent(news.unwrap_or_else(|_| {
-                // Its thread is gone, which the stats say.
-                self.batches.news = never();
-                OutboxEvent::Pushed
-            }))),
-            recv(self.batches.answers) -> batch => Some(match batch {
+            recv(self.batches.events) -> event => {
+                Some(Event::OutboxEvent(event.unwrap_or_else(|_| {
+                    // The outbox thread has ended. The stats report that.
+                    self.batches.events = never();
+                    OutboxEvent::Pushed
+                })))
+            }
+            recv(self.batches.batches) -> batch => Some(match batch {
                 Ok(batch) => Event::Batch(batch),
                 Err(_) => {
-                    self.batches.answers = never();
+                    self.batches.batches = never();
                     Event::OutboxEvent(OutboxEvent::Pushed)
                 }
             }),
-            recv(self.collector.collected) -> collected => match collected {
-                Ok(collected) => Some(Event::StatusEvent(collected)),
-                Err(_) => {
-                    self.collector.collected = never();
-                    Some(Event::StatusEvent(StatusEvent::Panicked("the status thread has ended".to_owned())))
-                }
-            },
+            recv(self.status_thread.events) -> event => {
+                Some(Event::StatusEvent(event.unwrap_or_else(|_| {
+                    self.status_thread.events = never();
+                    StatusEvent::Panicked("the status thread has ended".to_owned())
+                })))
+            }
             recv(timer) -> _ => Some(Event::Timer),
         }
     }
 
-    /// No panic ends the thread. It counts as a beat without an answer, on a connection that cannot be trusted any more.
-    fn guarded(&mut self, work: impl FnOnce(&mut Self)) {
+    /// Runs a step. A panic does not end the thread: it counts as a failed beat, and the connection
+    /// is replaced, because it may be in any state.
+    fn catch_panics(&mut self, step: impl FnOnce(&mut Self)) {
         self.stats.change(|stats| stats.working_since = Some(Instant::now()));
-        if let Err(said) = caught(|| work(self)) {
-            self.stats.change(|stats| {
-                stats.panics += 1;
-                stats.failed(&PostResult::panicked(&said));
-            });
-            if let Some(times) = self.repeats.count("beat", &said, Instant::now()) {
+        if let Err(panic) = caught(|| step(self)) {
+            self.record_panic(&panic);
+            if let Err(panic) = caught(|| self.link.renew()) {
                 let names = self.link.names();
-                quietly(|| {
-                    log::error!("a beat panicked, going on: {names} times={times} panic={said:?}")
-                });
+                quietly(|| log::warn!("could not replace the connection: {names} panic={panic:?}"));
             }
-            if let Err(said) = caught(|| self.link.renew()) {
-                let names = self.link.names();
-                quietly(|| {
-                    log::warn!("the connection cannot be made anew: {names} panic={said:?}")
-                });
-            }
-            self.note_decommission(Verdict::NoResponse);
-            self.schedule.ended(Verdict::NoResponse, Instant::now(), fastrand::f64());
+            self.record_decommission(Verdict::NoResponse);
+            self.schedule.beat_ended(Verdict::NoResponse, Instant::now(), fastrand::f64());
         }
-        self.note_next_beat();
+        self.record_next_beat();
         self.stats.change(|stats| stats.working_since = None);
     }
 
     fn handle(&mut self, event: Event) {
         match event {
-            Event::Tick => self.wish(Trigger::Tick),
-            Event::OutboxEvent(OutboxEvent::Pushed) => self.wish(Trigger::Delta),
-            // It may have been sent in the meantime.
-            Event::OutboxEvent(OutboxEvent::Flush) if self.outbox.free() == 0 => (),
-            Event::OutboxEvent(OutboxEvent::Flush) => self.wish(Trigger::Flush),
-            Event::Batch(batch) => self.came(batch),
-            Event::StatusEvent(StatusEvent::Topology(Ok(topology))) => {
-                self.topology = Some(topology.applied);
-                self.schedule.topology_is_known(Instant::now());
+            Event::Tick => self.request_beat(Trigger::Tick),
+            Event::OutboxEvent(OutboxEvent::Pushed) => self.request_beat(Trigger::Delta),
+            Event::OutboxEvent(OutboxEvent::Flush) => {
+                // The deltas may have been sent since.
+                if self.outbox.sendable() > 0 {
+                    self.request_beat(Trigger::Flush);
+                }
             }
-            Event::StatusEvent(StatusEvent::Topology(Err(said))) => self.source_panicked(&said),
-            Event::StatusEvent(StatusEvent::Snapshot(snapshot, at)) => {
-                self.stats.change(|stats| {
-                    stats.snapshots += 1;
-                    stats.last_snapshot = Some(SystemTime::now());
-                });
-                self.collected(States { snapshot, at });
-            }
-            Event::StatusEvent(StatusEvent::Panicked(said)) => {
-                self.source_panicked(&said);
-                let snapshot = Snapshot::unknown(&format!("the status source panicked: {said}"));
-                self.collected(States { snapshot, at: Instant::now() });
-            }
-            Event::Timer => match self.schedule.fired(Instant::now()) {
+            Event::Batch(batch) => self.receive_batch(batch),
+            Event::StatusEvent(event) => self.handle_status(event),
+            Event::Timer => match self.schedule.timer_fired(Instant::now()) {
                 TimerAction::Beat => self.beat(None),
-                TimerAction::Retry => self.wish(Trigger::Retry),
+                TimerAction::Retry => self.request_beat(Trigger::Retry),
                 TimerAction::Nothing => (),
             },
         }
     }
 
-    /// A beat is wanted. While the status thread makes its snapshot the outbox thread looks for changed credentials, and puts
-    /// the outbox in order; not for deltas alone, which ask for as little as they can.
-    fn wish(&mut self, why: Trigger) {
-        let question = self.schedule.wish(why, Instant::now());
-        self.put(question);
-        if !matches!(why, Trigger::Delta | Trigger::Flush) {
-            self.outbox.tend();
+    fn handle_status(&mut self, event: StatusEvent) {
+        match event {
+            StatusEvent::Topology(Ok(topology)) => {
+                self.topology = Some(topology.applied);
+                self.schedule.topology_received(Instant::now());
+            }
+            StatusEvent::Topology(Err(panic)) => self.record_source_panic(&panic),
+            StatusEvent::Snapshot(snapshot, ready_at) => {
+                self.stats.change(|stats| {
+                    stats.snapshots += 1;
+                    stats.last_snapshot = Some(SystemTime::now());
+                });
+                self.receive_snapshot(States { snapshot, ready_at });
+            }
+            StatusEvent::Panicked(panic) => {
+                self.record_source_panic(&panic);
+                let snapshot = Snapshot::unknown(&format!("the status source panicked: {panic}"));
+                self.receive_snapshot(States { snapshot, ready_at: Instant::now() });
+            }
         }
     }
 
-    fn put(&self, question: SnapshotRequest) {
-        if question == SnapshotRequest::Ask {
-            // The one question that may be under way is this one; an error means that the status thread is gone.
-            let _ = self.collector.ask.try_send(());
+    /// Triggers a beat. While the status thread makes its snapshot, the outbox thread checks the
+    /// credentials and maintains the outbox. A beat for deltas alone does without that.
+    fn request_beat(&mut self, trigger: Trigger) {
+        let request = self.schedule.trigger(trigger, Instant::now());
+        self.request_snapshot(request);
+        if !matches!(trigger, Trigger::Delta | Trigger::Flush) {
+            self.outbox.maintain();
+        }
+    }
+
+    fn request_snapshot(&self, request: SnapshotRequest) {
+        if request == SnapshotRequest::Needed {
+            // No other request is pending, so an error means that the status thread has ended.
+            let _ = self.status_thread.requests.try_send(());
             self.stats.change(|stats| {
-                (stats.snapshot_owed_since, stats.owed_since) =
-                    (Some(SystemTime::now()), Some(Instant::now()));
+                stats.snapshot_owed_since = Some(SystemTime::now());
+                stats.owed_since = Some(Instant::now());
             });
         }
     }
 
-    fn source_panicked(&mut self, said: &str) {
-        self.stats.change(|stats| stats.panics += 1);
-        if let Some(times) = self.repeats.count("source", said, Instant::now()) {
-            let host = self.link.host();
-            quietly(|| {
-                log::error!("the status source panicked: host={host} times={times} panic={said:?}")
-            });
-        }
-    }
-
-    fn collected(&mut self, states: States) {
-        self.stats.change(|stats| (stats.snapshot_owed_since, stats.owed_since) = (None, None));
+    fn receive_snapshot(&mut self, states: States) {
+        self.stats.change(|stats| {
+            stats.snapshot_owed_since = None;
+            stats.owed_since = None;
+        });
         if let Some(topology) = states.snapshot.topology() {
             self.topology = Some(topology.applied.clone());
         }
-        match self.schedule.answered() {
-            // It waited behind a POST that took its time.
-            true if states.are_stale() => return self.wish(Trigger::Tick),
-            true => self.beat(Some(&states)),
-            false => (),
+        if self.schedule.snapshot_received() {
+            if states.are_stale() {
+                // It was ready during a POST that took long.
+                return self.request_beat(Trigger::Tick);
+            }
+            self.beat(Some(&states));
         }
-        let question = self.schedule.ask_again(Instant::now());
-        self.put(question);
+        let request = self.schedule.request_again(Instant::now());
+        self.request_snapshot(request);
     }
 
-    /// One beat, with all the deltas that wait, up to a body's worth.
+    /// Sends one beat, with as many of the deltas that wait as fit into a body.
     fn beat(&mut self, states: Option<&States>) {
         self.warn_of_expiry();
-        if let Some(end) = self.make_posts(states) {
-            self.beat_ended(&end);
+        if let Some(beat) = self.send_posts(states) {
+            self.end_beat(&beat);
         }
-        if self.batches.take_news() {
-            self.wish(Trigger::Delta);
+        if self.batches.take_new_offer() {
+            self.request_beat(Trigger::Delta);
         }
     }
 
-    fn beat_ended(&mut self, BeatEnd { reply, delivered }: &BeatEnd) {
-        self.note(reply);
-        self.schedule.ended(reply.verdict, Instant::now(), fastrand::f64());
-        self.note_next_beat();
-        // Full: it has been told already. Gone: nobody asks.
-        let _ = self.beaten.try_send(());
-        if reply.verdict == Verdict::Accepted
+    fn end_beat(&mut self, BeatResult { result, delivered }: &BeatResult) {
+        self.record_failure(result);
+        self.schedule.beat_ended(result.verdict, Instant::now(), fastrand::f64());
+        self.record_next_beat();
+        // An error means that a message is unread, or that the handle was dropped.
+        let _ = self.beat_ended.try_send(());
+        if result.verdict == Verdict::Accepted
             && *delivered > 0
-            && self.outbox.free() > self.content.resting()
+            && self.outbox.sendable() > self.content.suspended_deltas()
         {
-            self.wish(Trigger::Delta);
+            self.request_beat(Trigger::Delta);
         }
     }
 
-    /// A batch that nobody waited for: an offer, or an answer that is late.
-    fn came(&mut self, mut batch: Batch) {
-        let has_new_access = batch.access.is_some();
-        self.note_files(&mut batch);
-        let has_deltas = self.batches.came(batch);
-        if mem::take(&mut self.overdue_said) {
-            quietly(|| {
-                log::info!("the disk of the outbox answers again: host={}", self.link.host())
-            });
+    /// Receives a batch that no beat waits for: an offer, or a late answer.
+    fn receive_batch(&mut self, mut batch: Batch) {
+        let has_credentials = batch.credentials.is_some();
+        self.take_credentials(&mut batch);
+        let has_deltas = self.batches.receive(batch);
+        if mem::take(&mut self.overdue_logged) {
+            quietly(|| log::info!("outbox disk answers again: host={}", self.link.host()));
         }
-        match (has_new_access, has_deltas) {
-            // A master that refused the old ones may accept these.
-            (true, _) => self.wish(Trigger::Tick),
-            (false, true) => self.wish(Trigger::Delta),
-            (false, false) => (),
+        if has_credentials {
+            // A master that rejected the old credentials may accept these.
+            self.request_beat(Trigger::Tick);
+        } else if has_deltas {
+            self.request_beat(Trigger::Delta);
         }
     }
 
-    /// What the ini and the bundle have become comes with a batch.
-    fn note_files(&mut self, batch: &mut Batch) {
-        if let Some(access) = batch.access.take() {
-            self.link.take_over(*access);
-            let (names, fingerprint) = (self.link.names(), self.link.fingerprint());
-            quietly(|| {
-                log::info!("took over changed credentials: {names} fingerprint={fingerprint}")
-            });
+    /// Reloads changed credentials from a batch.
+    fn take_credentials(&mut self, batch: &mut Batch) {
+        if let Some(credentials) = batch.credentials.take() {
+            self.link.take_over(*credentials);
+            let names = self.link.names();
+            let fingerprint = self.link.fingerprint();
+            quietly(|| log::info!("credentials reloaded: {names} fingerprint={fingerprint}"));
             self.stats.change(|stats| self.link.describe(stats));
         }
-        self.files_are_gone = batch.are_gone;
+        self.files_missing = batch.files_missing;
     }
 
-    /// The last beat: what waits now, within the grace, as often as it takes. What is pushed meanwhile is for the next
-    /// start: threads that go on pushing must not make a stop as long as its grace.
+    /// Sends the deltas that wait when the heartbeat is stopped, in as many beats as the grace has
+    /// time for. Deltas that are pushed after the stop wait for the next start, or threads that
+    /// push all the time would make every stop take the whole grace.
     fn flush(&mut self) {
-        let mut left = self.outbox.free();
+        let mut left = self.outbox.sendable();
         if left > 0 {
             self.await_topology();
         }
-        while left > 0 && !self.within().is_zero() {
-            let Some(BeatEnd { reply, delivered }) = self.make_posts(None) else { return };
-            self.note(&reply);
-            if delivered == 0 || reply.verdict != Verdict::Accepted {
+        while left > 0 && !self.time_left().is_zero() {
+            let Some(BeatResult { result, delivered }) = self.send_posts(None) else { return };
+            self.record_failure(&result);
+            if delivered == 0 || result.verdict != Verdict::Accepted {
                 return;
             }
             left = left.saturating_sub(delivered as u64);
         }
     }
 
-    /// A heartbeat that is stopped right after its start has not heard of the topology yet, and must not leave it out.
+    /// Waits for the topology in a heartbeat that is stopped right after its start, because no POST
+    /// may leave it out.
     fn await_topology(&mut self) {
-        while let Some(until) = self.schedule.topology_awaited_until() {
+        while let Some(until) = self.schedule.topology_deadline() {
             let by = self.deadline.map_or(until, |deadline| deadline.min(until));
-            let topology = match self.collector.collected.recv_deadline(by) {
+            let topology = match self.status_thread.events.recv_deadline(by) {
                 Ok(StatusEvent::Topology(Ok(topology))) => Some(topology.applied),
                 Ok(StatusEvent::Topology(Err(_))) => continue,
                 Ok(StatusEvent::Snapshot(snapshot, _)) => {

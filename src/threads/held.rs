@@ -1,5 +1,5 @@
-//! What holds back a delta that was read a moment ago: an operation has begun since that is newer, or the master has answered.
-//! A value, without a thread of its own.
+//! What holds back deltas that were read before: an operation that began since, or the master's
+//! answer. A value, used by any thread under the lock of the request queue.
 
 use std::collections::{HashSet, VecDeque};
 
@@ -8,7 +8,7 @@ use crate::delta::Operation;
 use crate::limits;
 use crate::outbox::{NewRows, QueuedDelta, RowChange};
 
-/// What a request holds back.
+/// The deltas that a request holds back.
 #[derive(Debug)]
 pub(super) enum Hold {
     Begun(Operation, Vec<String>),
@@ -16,8 +16,8 @@ pub(super) enum Hold {
 }
 
 impl Hold {
-    pub(super) fn of_added(add: &NewRows) -> Option<Self> {
-        match add {
+    pub(super) fn of_new_rows(rows: &NewRows) -> Option<Self> {
+        match rows {
             NewRows::Operation(operation, deckies) => {
                 Some(Self::Begun(*operation, deckies.clone()))
             }
@@ -25,7 +25,7 @@ impl Hold {
         }
     }
 
-    pub(super) fn of_changed(change: &RowChange) -> Option<Self> {
+    pub(super) fn of_change(change: &RowChange) -> Option<Self> {
         if let RowChange::Answered(ids, _) = change {
             Some(Self::Answered(ids.clone()))
         } else {
@@ -41,43 +41,45 @@ impl Hold {
     }
 }
 
-/// The last ones, of a bounded number of rows.
+/// The most recent holds, bounded in their rows.
 #[derive(Debug, Default)]
 pub(super) struct HeldDeltas {
-    /// Each with the generation that it began.
-    last: VecDeque<(Generation, Hold)>,
+    /// Each with the generation that it started.
+    recent: VecDeque<(Generation, Hold)>,
     rows: usize,
-    /// Older ones are not known any more.
+    /// The holds up to this generation were dropped.
     forgotten: Generation,
 }
 
 impl HeldDeltas {
-    /// What a request holds back that was queued and began that generation.
-    pub(super) fn note(&mut self, began: Generation, hold: Option<Hold>) {
+    /// Records the hold of a request that has just started generation `started`.
+    pub(super) fn record(&mut self, started: Generation, hold: Option<Hold>) {
         let Some(hold) = hold else { return };
         self.rows += hold.rows();
-        self.last.push_back((began, hold));
+        self.recent.push_back((started, hold));
         while self.rows > limits::HOLDS
-            && let Some((forgotten, hold)) = self.last.pop_front()
+            && let Some((forgotten, hold)) = self.recent.pop_front()
         {
             self.rows -= hold.rows();
             self.forgotten = forgotten;
         }
     }
 
-    /// Leaves of these deltas, which were read in that generation, what nothing holds back since. `false`: that is not known.
-    pub(super) fn leave_free(&self, read: Generation, deltas: &mut Vec<QueuedDelta>) -> bool {
-        let (mut begun, mut settled) = (HashSet::new(), HashSet::<i64>::new());
-        for (_, hold) in self.last.iter().rev().take_while(|(began, _)| *began > read) {
+    /// Removes the deltas, read in generation `read`, that something has held back since. Returns
+    /// `false` if that is no longer known.
+    pub(super) fn remove_held(&self, read: Generation, deltas: &mut Vec<QueuedDelta>) -> bool {
+        let mut begun = HashSet::new();
+        let mut answered = HashSet::<i64>::new();
+        for (_, hold) in self.recent.iter().rev().take_while(|(started, _)| *started > read) {
             match hold {
                 Hold::Begun(operation, deckies) => {
                     begun.extend(deckies.iter().map(|decky| (decky.as_str(), *operation)))
                 }
-                Hold::Answered(ids) => settled.extend(ids),
+                Hold::Answered(ids) => answered.extend(ids),
             }
         }
         deltas.retain(|QueuedDelta { id, delta }| {
-            !settled.contains(id) && !begun.contains(&(delta.decky(), delta.operation()))
+            !answered.contains(id) && !begun.contains(&(delta.decky(), delta.operation()))
         });
         read >= self.forgotten
     }
@@ -90,14 +92,14 @@ mod tests {
     use crate::outbox::DeliveryResult;
 
     fn begin(deckies: usize) -> Option<Hold> {
-        Hold::of_added(&NewRows::Operation(
+        Hold::of_new_rows(&NewRows::Operation(
             Operation::Deploy,
             (0..deckies).map(|n| format!("d{n}")).collect(),
         ))
     }
 
-    /// What is left of three deltas.
-    fn left(holds: &HeldDeltas, read: u64) -> Option<Vec<i64>> {
+    /// The ids that remain of three deltas.
+    fn remaining(holds: &HeldDeltas, read: u64) -> Option<Vec<i64>> {
         let delta = |(id, decky, operation)| QueuedDelta {
             id,
             delta: LifecycleDelta::succeeded(decky, operation),
@@ -108,33 +110,33 @@ mod tests {
             (3, "e", Operation::Deploy),
         ];
         let mut deltas: Vec<_> = deltas.into_iter().map(delta).collect();
-        let is_known = holds.leave_free(Generation(read), &mut deltas);
-        is_known.then(|| deltas.into_iter().map(|kept| kept.id).collect())
+        let is_known = holds.remove_held(Generation(read), &mut deltas);
+        is_known.then(|| deltas.into_iter().map(|queued| queued.id).collect())
     }
 
     #[test]
-    fn an_operation_that_began_since_and_an_answer_hold_back_these_deltas_and_no_others() {
+    fn only_deltas_of_a_begun_operation_and_answered_ones_are_removed() {
         let mut holds = HeldDeltas::default();
-        assert_eq!(left(&holds, 0), Some(vec![1, 2, 3]));
-        holds.note(Generation(1), begin(1));
-        holds.note(
+        assert_eq!(remaining(&holds, 0), Some(vec![1, 2, 3]));
+        holds.record(Generation(1), begin(1));
+        holds.record(
             Generation(2),
-            Hold::of_changed(&RowChange::Answered(vec![3], DeliveryResult::Delivered)),
+            Hold::of_change(&RowChange::Answered(vec![3], DeliveryResult::Delivered)),
         );
-        holds.note(Generation(3), None);
+        holds.record(Generation(3), None);
         assert_eq!(
-            [0, 1, 2].map(|read| left(&holds, read).unwrap()),
+            [0, 1, 2].map(|read| remaining(&holds, read).unwrap()),
             [vec![2], vec![1, 2], vec![1, 2, 3]]
         );
     }
 
     #[test]
-    fn what_is_forgotten_is_not_known() {
+    fn dropped_holds_make_the_result_unknown() {
         let mut holds = HeldDeltas::default();
-        holds.note(Generation(1), begin(1));
-        holds.note(Generation(2), begin(limits::HOLDS));
-        assert_eq!((left(&holds, 0), left(&holds, 1)), (None, Some(vec![2, 3])));
-        holds.note(Generation(3), begin(limits::HOLDS + 1));
-        assert_eq!((left(&holds, 2), left(&holds, 3)), (None, Some(vec![1, 2, 3])));
+        holds.record(Generation(1), begin(1));
+        holds.record(Generation(2), begin(limits::HOLDS));
+        assert_eq!((remaining(&holds, 0), remaining(&holds, 1)), (None, Some(vec![2, 3])));
+        holds.record(Generation(3), begin(limits::HOLDS + 1));
+        assert_eq!((remaining(&holds, 2), remaining(&holds, 3)), (None, Some(vec![1, 2, 3])));
     }
 }

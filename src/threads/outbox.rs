@@ -1,5 +1,5 @@
-//! The outbox thread: it owns the agent dir, which is the outbox, the ini and the bundle, and is the only thread that waits
-//! for its disk. All that is queued when it comes round goes into one transaction.
+//! The outbox thread. It owns the agent dir (the outbox, the ini and the bundle), and is the only
+//! thread that waits for its disk. It writes all queued requests in one transaction.
 
 use std::iter::repeat_with;
 use std::mem;
@@ -18,133 +18,160 @@ use crate::log_throttle::LogThrottle;
 use crate::outbox::{CommitResult, NewRows, Outbox, QueuedDelta, RowChange, deadline};
 use crate::panics::{caught, quietly};
 use crate::stats::SharedStats;
-use crate::threads::content::{DeltaSelection, Nothing};
+use crate::threads::content::{DeltaSelection, NothingToSend};
 
-/// What the thread does for the heartbeat thread.
+/// What the thread has for the heartbeat thread.
 #[derive(Debug)]
 pub(super) struct Heartbeat {
     pub(super) credentials: CredentialFiles,
-    /// The credentials' files do not exist, as of the last look.
-    pub(super) are_gone: bool,
-    /// Full: the heartbeat thread has been told already.
-    pub(super) news: Sender<OutboxEvent>,
-    /// Answers and offers. It needs no bound of its own: questions have an answer each, and offers stop while some are unread.
-    pub(super) answers: Sender<Batch>,
+    /// The credentials' files did not exist at the last check.
+    pub(super) files_missing: bool,
+    /// Holds one event. If it is full, the heartbeat thread has one to read.
+    pub(super) events: Sender<OutboxEvent>,
+    /// Answers and offers. It is bounded by its use: each request has one answer, and no offer is
+    /// sent while [`limits::OFFERS`] batches are unread.
+    pub(super) batches: Sender<Batch>,
 }
 
 #[derive(Debug)]
 pub(super) struct OutboxThread {
-    desk: Arc<RequestQueue>,
+    queue: Arc<RequestQueue>,
     outbox: Outbox,
     /// `None`: the program adds to the outbox, or the heartbeat has stopped.
     heartbeat: Option<Heartbeat>,
     has_stopped: bool,
-    /// Who waits until what was there up to an id is sent.
-    flushes: Vec<(i64, Ticket, Waiter)>,
-    repeats: LogThrottle,
+    pending_flushes: Vec<PendingFlush>,
+    throttle: LogThrottle,
 }
 
-/// What goes into one transaction.
+/// A caller that waits until all deltas up to an id are sent.
+#[derive(Debug)]
+struct PendingFlush {
+    newest: i64,
+    ticket: Ticket,
+    waiter: Waiter,
+}
+
+/// The requests of one transaction.
 #[derive(Debug, Default)]
 struct Group {
-    adds: Vec<NewRows>,
-    adding: Vec<(Ticket, Waiter)>,
-    changing: Vec<(Ticket, Waiter)>,
-    /// So many acknowledged or rejected deltas.
-    settled: u64,
+    new_rows: Vec<NewRows>,
+    new_rows_waiters: Vec<(Ticket, Waiter)>,
+    change_waiters: Vec<(Ticket, Waiter)>,
+    /// The number of acknowledged or rejected deltas.
+    acknowledged: u64,
     is_urgent: bool,
 }
 
 impl OutboxThread {
     pub(super) fn new(
-        desk: Arc<RequestQueue>,
+        queue: Arc<RequestQueue>,
         outbox: Outbox,
         heartbeat: Option<Heartbeat>,
     ) -> Self {
-        let (flushes, repeats) = (Vec::new(), LogThrottle::default());
-        Self { desk, outbox, heartbeat, has_stopped: false, flushes, repeats }
+        Self {
+            queue,
+            outbox,
+            heartbeat,
+            has_stopped: false,
+            pending_flushes: Vec::new(),
+            throttle: LogThrottle::default(),
+        }
     }
 
-    /// Ends with the last one who may ask for something.
+    /// Serves requests until the last client is dropped.
     pub(super) fn run(mut self, stats: Option<&SharedStats>) {
-        let mut last = 0;
-        // While it owns rows, a process without a heartbeat looks after them, too.
-        while let Some(taken) =
-            self.desk.next(last, self.outbox.is_named().then_some(limits::OUTBOX_LOOK))
-        {
-            // An acknowledgement brings nobody back.
-            last = taken.requests.iter().filter(|(_, asked)| asked.waiter.until.is_some()).count();
-            if let Err(said) = caught(|| self.serve(taken)) {
-                if let Some(stats) = stats {
-                    stats.change(|stats| stats.panics += 1);
-                }
-                if let Some(times) = self.repeats.count("outbox", &said, Instant::now()) {
-                    quietly(|| {
-                        log::error!(
-                            "the outbox thread panicked, going on: times={times} panic={said:?}"
-                        )
-                    });
-                }
+        let mut last_group = 0;
+        loop {
+            // A process that owns rows looks after them, also without a heartbeat.
+            let timeout = self.outbox.is_named().then_some(limits::OUTBOX_LOOK);
+            let Some(taken) = self.queue.take_group(last_group, timeout) else { return };
+            // Callers that do not wait for an answer send no further request because of it.
+            last_group = taken
+                .requests
+                .iter()
+                .filter(|(_, queued)| queued.waiter.deadline.is_some())
+                .count();
+            if let Err(panic) = caught(|| self.serve(taken)) {
+                self.record_panic(&panic, stats);
             }
         }
     }
 
-    /// Changes first, all in one transaction. What is read is of after them.
+    fn record_panic(&mut self, panic: &str, stats: Option<&SharedStats>) {
+        if let Some(stats) = stats {
+            stats.change(|stats| stats.panics += 1);
+        }
+        if let Some(times) = self.throttle.count("outbox", panic, Instant::now()) {
+            quietly(|| {
+                log::error!("outbox thread panicked, continuing: times={times} panic={panic:?}");
+            });
+        }
+    }
+
+    /// Writes all changes in one transaction, and reads afterwards.
     fn serve(&mut self, taken: Taken<QueuedRequest>) {
         if taken.requests.is_empty() {
             return self.outbox.look_after_rows();
         }
-        let (mut group, mut others) = (Group::default(), Vec::new());
+        let mut group = Group::default();
+        let mut reads = Vec::new();
         for (ticket, QueuedRequest { request, is_urgent, waiter }) in taken.requests {
             group.is_urgent |= is_urgent;
             match request {
-                Request::NewRows(add) => {
-                    group.adds.push(add);
-                    group.adding.push((ticket, waiter));
+                Request::NewRows(rows) => {
+                    group.new_rows.push(rows);
+                    group.new_rows_waiters.push((ticket, waiter));
                 }
                 Request::RowChange(change) => {
-                    group.settled += change.settled();
+                    group.acknowledged += change.settled();
                     self.outbox.note(change);
-                    group.changing.push((ticket, waiter));
+                    group.change_waiters.push((ticket, waiter));
                 }
-                other => others.push((ticket, waiter, other)),
+                other => reads.push((ticket, waiter, other)),
             }
         }
-        if !(group.adding.is_empty() && group.changing.is_empty()) {
+        if !(group.new_rows_waiters.is_empty() && group.change_waiters.is_empty()) {
             self.write(group, taken.generation);
         }
-        for (ticket, waiter, request) in others {
-            self.do_other(ticket, waiter, request, taken.generation);
+        for (ticket, waiter, request) in reads {
+            self.serve_read(ticket, waiter, request, taken.generation);
         }
         self.answer_flushes();
     }
 
     fn write(&mut self, group: Group, generation: Generation) {
-        let Group { mut adds, adding, changing, settled, is_urgent } = group;
-        let is_refused = self.has_stopped && self.outbox.is_dead();
-        if is_refused {
-            adds.clear();
+        let Group { mut new_rows, new_rows_waiters, change_waiters, acknowledged, is_urgent } =
+            group;
+        let is_closed = self.has_stopped && self.outbox.is_dead();
+        if is_closed {
+            new_rows.clear();
         }
-        // Whoever waits for another process' lock hears of it before he gives up.
-        let untils = adding.iter().chain(&changing).filter_map(|(_, waiter)| waiter.until);
-        let by = untils
+        // If another process has the file locked, the callers get that error before they give up.
+        let deadlines = new_rows_waiters.iter().chain(&change_waiters);
+        let by = deadlines
+            .filter_map(|(_, waiter)| waiter.deadline)
             .min()
-            .and_then(|until| until.checked_sub(limits::OUTBOX_MARGIN))
+            .and_then(|deadline| deadline.checked_sub(limits::OUTBOX_MARGIN))
             .unwrap_or_else(deadline);
         let since = Instant::now();
-        let CommitResult { added, changed } = self.outbox.commit(&adds, by);
-        let (is_slow, is_written) = (since.elapsed() > limits::BATCH_FRESH, changed.is_ok());
+        let CommitResult { added, changed } = self.outbox.commit(&new_rows, by);
+        let is_slow = since.elapsed() > limits::BATCH_FRESH;
+        let is_written = changed.is_ok();
         if is_urgent && is_written {
-            let new = self.outbox.just_added(&adds, &added);
-            self.offer(new, generation, is_slow);
+            let deltas = self.outbox.just_added(&new_rows, &added);
+            self.offer(deltas, generation, is_slow);
         }
-        let added = added.into_iter().chain(repeat_with(stopped)).take(adding.len());
-        let answers =
-            adding.into_iter().zip(added).map(|((ticket, waiter), added)| (ticket, waiter, added));
-        self.answer_added(&adds, answers.collect());
-        let problem = if is_refused { stopped().map(drop) } else { changed };
-        self.answer_changed(changing, settled, problem);
-        // What the file has refused is tried again before it is offered, and nobody waits for that.
+        let added =
+            added.into_iter().chain(repeat_with(stopped_error)).take(new_rows_waiters.len());
+        let answers = new_rows_waiters
+            .into_iter()
+            .zip(added)
+            .map(|((ticket, waiter), added)| (ticket, waiter, added));
+        self.answer_new_rows(&new_rows, answers.collect());
+        let changed = if is_closed { stopped_error().map(drop) } else { changed };
+        self.answer_changes(change_waiters, acknowledged, changed);
+        // What the file has refused is tried again before it is offered. No caller waits for that.
         if is_urgent && !is_written {
             self.offer(None, generation, is_slow);
         }
@@ -154,46 +181,46 @@ impl OutboxThread {
         }
     }
 
-    /// The rows of an operation that its caller does not know of are removed again.
-    fn answer_added(&self, adds: &[NewRows], answers: Vec<(Ticket, Waiter, Answer)>) {
-        let firsts: Vec<_> =
+    /// Removes the rows of an operation again if its caller has not received the answer.
+    fn answer_new_rows(&self, new_rows: &[NewRows], answers: Vec<(Ticket, Waiter, Answer)>) {
+        let first_ids: Vec<_> =
             answers.iter().map(|(.., added)| added.as_ref().ok().copied()).collect();
-        for ((is_heard, first), add) in self.desk.answer(answers).into_iter().zip(firsts).zip(adds)
-        {
-            if let (false, Some(first), NewRows::Operation(_, deckies)) = (is_heard, first, add) {
-                let rows = first..first + deckies.len() as i64;
-                self.desk.tell(Request::RowChange(RowChange::Withdrawn(rows)));
+        let received = self.queue.answer(answers);
+        for ((is_received, first), rows) in received.into_iter().zip(first_ids).zip(new_rows) {
+            if let (false, Some(first), NewRows::Operation(_, deckies)) = (is_received, first, rows)
+            {
+                let ids = first..first + deckies.len() as i64;
+                self.queue.send(Request::RowChange(RowChange::Withdrawn(ids)));
             }
         }
     }
 
-    fn answer_changed(
+    fn answer_changes(
         &mut self,
-        changing: Vec<(Ticket, Waiter)>,
-        settled: u64,
+        waiters: Vec<(Ticket, Waiter)>,
+        acknowledged: u64,
         changed: Result<(), Error>,
     ) {
         let problem = changed.err().map(|error| chain(&error));
-        if let Some(problem) = problem.as_ref().filter(|_| settled > 0)
-            && let Some(times) = self.repeats.count("settle", problem, Instant::now())
+        if let Some(problem) = problem.as_ref().filter(|_| acknowledged > 0)
+            && let Some(times) = self.throttle.count("acknowledge", problem, Instant::now())
         {
             quietly(|| {
                 log::error!(
-                    "after a restart a delta may be sent again: times={times} error={problem:?}"
-                )
+                    "could not record delivery; deltas may be sent again: times={times} \
+                     error={problem:?}"
+                );
             });
         }
-        let answer = || {
-            problem.as_ref().map_or(Ok(0), |problem| {
-                Err(self.outbox.error(NOT_WRITTEN).with_source(problem.clone()))
-            })
+        let answer = || match &problem {
+            None => Ok(0),
+            Some(problem) => Err(self.outbox.error(NOT_WRITTEN).with_source(problem.clone())),
         };
-        self.desk.answer(
-            changing.into_iter().map(|(ticket, waiter)| (ticket, waiter, answer())).collect(),
-        );
+        let answers = waiters.into_iter().map(|(ticket, waiter)| (ticket, waiter, answer()));
+        self.queue.answer(answers.collect());
     }
 
-    fn do_other(
+    fn serve_read(
         &mut self,
         ticket: Ticket,
         waiter: Waiter,
@@ -202,155 +229,168 @@ impl OutboxThread {
     ) {
         let answer = match request {
             Request::NewRows(_) | Request::RowChange(_) => return,
-            Request::Tend => return self.tend(),
-            Request::Batch(question) => return self.send_batch(&question, generation),
-            Request::Flush => {
-                // An outbox that cannot be read has nothing that could be waited for.
-                self.flushes.push((self.outbox.newest().unwrap_or_default(), ticket, waiter));
-                self.answer_flushes();
-                if !self.flushes.is_empty() {
-                    self.wake(OutboxEvent::Flush);
-                }
-                return;
-            }
+            Request::Maintain => return self.maintain(),
+            Request::Batch(request) => return self.send_batch(&request, generation),
+            Request::Flush => return self.begin_flush(ticket, waiter),
             Request::Release => {
-                (self.has_stopped, self.heartbeat) = (true, None);
+                self.has_stopped = true;
+                self.heartbeat = None;
                 self.outbox.stop_delivering().map(|()| 0)
             }
             #[cfg(feature = "cli")]
-            Request::IsOvertaken(kept) => self.outbox.is_overtaken(&kept).map(i64::from),
+            Request::IsOvertaken(delta) => self.outbox.is_overtaken(&delta).map(i64::from),
         };
-        self.desk.answer(vec![(ticket, waiter, answer)]);
+        self.queue.answer(vec![(ticket, waiter, answer)]);
     }
 
-    fn tend(&mut self) {
+    fn maintain(&mut self) {
         let Some(heartbeat) = &mut self.heartbeat else { return };
-        heartbeat.are_gone = heartbeat.credentials.are_gone();
+        heartbeat.files_missing = heartbeat.credentials.are_gone();
         if let Err(error) = self.outbox.tend() {
-            quietly(|| log::debug!("the outbox is as it was: error={:?}", chain(&error)));
+            quietly(|| log::debug!("outbox not maintained: error={:?}", chain(&error)));
         }
     }
 
-    fn wake(&self, news: OutboxEvent) {
-        // Full: it has been told already. It may have ended.
-        let _ = self.heartbeat.as_ref().map(|heartbeat| heartbeat.news.try_send(news));
+    fn begin_flush(&mut self, ticket: Ticket, waiter: Waiter) {
+        // If the outbox cannot be read, there is no row to wait for.
+        let newest = self.outbox.newest().unwrap_or_default();
+        self.pending_flushes.push(PendingFlush { newest, ticket, waiter });
+        self.answer_flushes();
+        if !self.pending_flushes.is_empty() {
+            self.send_event(OutboxEvent::Flush);
+        }
     }
 
-    /// New deltas are to be sent, unless all are held back. Where few wait the heartbeat thread need not ask for them. If the disk
-    /// `is_slow` it has all that fit into a body, as an answer would come too late.
+    /// Answers the flushes that are complete, and forgets those whose callers have given up.
+    fn answer_flushes(&mut self) {
+        for flush in mem::take(&mut self.pending_flushes) {
+            if !self.outbox.delivers_up_to(flush.newest).unwrap_or(true) {
+                self.queue.answer(vec![(flush.ticket, flush.waiter, Ok(0))]);
+            } else if flush.waiter.deadline.is_some_and(|deadline| deadline > Instant::now()) {
+                self.pending_flushes.push(flush);
+            }
+        }
+    }
+
+    fn send_event(&self, event: OutboxEvent) {
+        // An error means that the heartbeat thread has an event to read, or has ended.
+        let _ = self.heartbeat.as_ref().map(|heartbeat| heartbeat.events.try_send(event));
+    }
+
+    /// Offers new deltas to the heartbeat thread, unless all are held. If only few deltas wait, the
+    /// offer contains all of them, so that the heartbeat thread need not request them. If the disk
+    /// `is_slow`, the offer contains as many as fit into a body, because an answer would be late.
     fn offer(&mut self, new: Option<Vec<QueuedDelta>>, generation: Generation, is_slow: bool) {
-        let Some(unread) = self.heartbeat.as_ref().map(|heartbeat| heartbeat.answers.len()) else {
+        let Some(unread) = self.heartbeat.as_ref().map(|heartbeat| heartbeat.batches.len()) else {
             return;
         };
         let batch = if let Some(new) = new {
-            Some(self.batch_of(Ok(new), generation))
+            Some(self.new_batch(Ok(new), generation))
         } else if is_slow || self.outbox.waiting() <= limits::FEW_DELTAS {
-            Some(self.batch(&BatchRequest::default(), generation))
+            Some(self.read_batch(&BatchRequest::default(), generation))
         } else {
             None
         };
         match batch {
             Some(batch) if batch.deltas.as_ref().is_ok_and(Vec::is_empty) => (),
-            // What is offered says that there is something new.
             Some(batch) if batch.deltas.is_ok() && unread < limits::OFFERS => self.send(batch),
-            // Where it reads none it will ask.
-            _ => self.wake(OutboxEvent::Pushed),
+            // The heartbeat thread will request them.
+            _ => self.send_event(OutboxEvent::Pushed),
         }
     }
 
-    fn send_batch(&mut self, question: &BatchRequest, generation: Generation) {
-        if question.share == DeltaSelection::default() {
+    fn send_batch(&mut self, request: &BatchRequest, generation: Generation) {
+        if request.selection == DeltaSelection::default() {
             self.outbox.count();
         }
-        let batch = self.batch(question, generation);
-        let access = self
-            .heartbeat
-            .as_mut()
-            .and_then(|heartbeat| heartbeat.credentials.refresh())
-            .map(Box::new);
-        self.send(Batch { access, ..batch });
+        let batch = self.read_batch(request, generation);
+        let heartbeat = self.heartbeat.as_mut();
+        let credentials = heartbeat.and_then(|heartbeat| heartbeat.credentials.refresh());
+        self.send(Batch { credentials: credentials.map(Box::new), ..batch });
     }
 
-    /// Nobody has asked for them, but there are deltas to be sent.
+    /// Sends changed credentials with an offer, because its deltas are sent without a request.
     fn send_changed_credentials(&mut self) {
         let Some(heartbeat) = &mut self.heartbeat else { return };
-        if let Some(access) = heartbeat.credentials.refresh() {
-            self.send(Batch {
-                access: Some(Box::new(access)),
-                ..self.batch_of(Err(Nothing::NotNow), Generation::default())
-            });
+        if let Some(credentials) = heartbeat.credentials.refresh() {
+            let deltas = Err(NothingToSend::NotAvailable);
+            let batch = self.new_batch(deltas, Generation::default());
+            self.send(Batch { credentials: Some(Box::new(credentials)), ..batch });
         }
     }
 
     fn send(&self, batch: Batch) {
-        // The heartbeat thread may have ended.
-        let _ = self.heartbeat.as_ref().map(|heartbeat| heartbeat.answers.send(batch).is_ok());
+        // An error means that the heartbeat thread has ended.
+        let _ = self.heartbeat.as_ref().map(|heartbeat| heartbeat.batches.send(batch).is_ok());
     }
 
-    fn batch(&mut self, question: &BatchRequest, generation: Generation) -> Batch {
-        let deltas = look_for(&mut self.outbox, question).unwrap_or_else(|error| {
+    fn read_batch(&mut self, request: &BatchRequest, generation: Generation) -> Batch {
+        let deltas = select(&mut self.outbox, request).unwrap_or_else(|error| {
             let problem = chain(&error);
-            if let Some(times) = self.repeats.count("deliverable", &problem, Instant::now()) {
+            if let Some(times) = self.throttle.count("batch", &problem, Instant::now()) {
                 quietly(|| {
-                    log::warn!("beating without deltas, they stay in the outbox: times={times} error={problem:?}");
+                    log::warn!(
+                        "could not read the outbox; beats are sent without deltas: times={times} \
+                         error={problem:?}"
+                    );
                 });
             }
-            Err(Nothing::NotNow)
+            Err(NothingToSend::NotAvailable)
         });
-        Batch { number: question.number, ..self.batch_of(deltas, generation) }
+        Batch { number: request.number, ..self.new_batch(deltas, generation) }
     }
 
-    fn batch_of(&self, deltas: Result<Vec<QueuedDelta>, Nothing>, generation: Generation) -> Batch {
-        let are_gone = self.heartbeat.as_ref().is_some_and(|heartbeat| heartbeat.are_gone);
-        Batch { number: OFFERED, generation, at: Instant::now(), deltas, access: None, are_gone }
-    }
-
-    /// Says that all is sent to those who wait for it. Who waits no longer is forgotten.
-    fn answer_flushes(&mut self) {
-        for (newest, ticket, waiter) in mem::take(&mut self.flushes) {
-            if self.outbox.delivers_up_to(newest).unwrap_or(true) {
-                if waiter.until.is_some_and(|until| until > Instant::now()) {
-                    self.flushes.push((newest, ticket, waiter));
-                }
-            } else {
-                self.desk.answer(vec![(ticket, waiter, Ok(0))]);
-            }
+    fn new_batch(
+        &self,
+        deltas: Result<Vec<QueuedDelta>, NothingToSend>,
+        generation: Generation,
+    ) -> Batch {
+        Batch {
+            number: OFFERED,
+            generation,
+            read_at: Instant::now(),
+            deltas,
+            credentials: None,
+            files_missing: self.heartbeat.as_ref().is_some_and(|heartbeat| heartbeat.files_missing),
         }
     }
 }
 
-/// The deltas that a question asks for.
-fn look_for(
+/// Reads the deltas that a request selects.
+fn select(
     outbox: &mut Outbox,
-    question: &BatchRequest,
-) -> Result<Result<Vec<QueuedDelta>, Nothing>, Error> {
-    let suspects = &question.suspects;
+    request: &BatchRequest,
+) -> Result<Result<Vec<QueuedDelta>, NothingToSend>, Error> {
+    let suspects = &request.suspects;
     let held_back = suspects.held_back();
-    let is_free = |kept: &QueuedDelta| !held_back.contains(kept);
-    let free: Option<&dyn Fn(&QueuedDelta) -> bool> =
-        if suspects.is_empty() { None } else { Some(&is_free) };
-    let (id, found) = match question.share {
+    let is_sendable = |delta: &QueuedDelta| !held_back.contains(delta);
+    let filter: Option<&dyn Fn(&QueuedDelta) -> bool> =
+        if suspects.is_empty() { None } else { Some(&is_sendable) };
+    let (id, found) = match request.selection {
         DeltaSelection::None => return Ok(Ok(Vec::new())),
-        DeltaSelection::Newest(most) => return Ok(Ok(outbox.deliverable_where(most, free)?)),
+        DeltaSelection::Newest(count) => return Ok(Ok(outbox.deliverable_where(count, filter)?)),
         DeltaSelection::One => {
-            let found = outbox.deliverable_where(1, free)?;
-            return Ok(if found.is_empty() { Err(Nothing::Gone) } else { Ok(found) });
+            let found = outbox.deliverable_where(1, filter)?;
+            return Ok(if found.is_empty() { Err(NothingToSend::NoSuchDelta) } else { Ok(found) });
         }
-        // The newest of its decky and operation that waits, if that is it.
+        // It is only sent if it is the newest of its decky and operation.
         DeltaSelection::Only(id) => {
-            (id, outbox.deliverable_where(1, Some(&|kept| suspects.is_of(id, kept)))?)
+            let is_same_or_newer = |delta: &QueuedDelta| suspects.is_same_or_newer(id, delta);
+            (id, outbox.deliverable_where(1, Some(&is_same_or_newer))?)
         }
-        DeltaSelection::Same(id) => (id, outbox.deliverable_where(1, Some(&|kept| kept.id == id))?),
+        DeltaSelection::Same(id) => {
+            (id, outbox.deliverable_where(1, Some(&|delta| delta.id == id))?)
+        }
     };
     Ok(match found.as_slice() {
-        [kept] if kept.id == id => Ok(found),
-        _ if outbox.waits(id)? => Err(Nothing::Held),
-        _ => Err(Nothing::Gone),
+        [delta] if delta.id == id => Ok(found),
+        _ if outbox.waits(id)? => Err(NothingToSend::Held),
+        _ => Err(NothingToSend::NoSuchDelta),
     })
 }
 
-const NOT_WRITTEN: &str = "cannot be written, what has changed is in memory";
+const NOT_WRITTEN: &str = "cannot be written; the change is in memory";
 
-fn stopped() -> Answer {
-    Err(Error::outbox(None, "the heartbeat has stopped, and nothing outlives it in memory"))
+fn stopped_error() -> Answer {
+    Err(Error::outbox(None, "the heartbeat has stopped; its outbox in memory takes no more deltas"))
 }

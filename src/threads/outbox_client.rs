@@ -1,5 +1,5 @@
-//! What other threads have of the outbox thread. Each call is bounded: it waits for a second at most, or
-//! until the moment that its caller names.
+//! The client of the outbox thread, for the other threads. Each call is bounded: it waits up to 1
+//! s, or until the caller's deadline.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -7,18 +7,18 @@ use std::time::Instant;
 
 use crossbeam_channel::Receiver;
 
-use super::request_queue::{BatchRequest, Request, RequestQueue, Unanswered};
+use super::request_queue::{BatchRequest, NotAnswered, Request, RequestQueue};
 use super::requests::Generation;
 use crate::error::Error;
 use crate::limits;
 use crate::outbox::{NewRows, OutboxStats, QueuedDelta, RowChange, SharedOutboxStats};
 
-/// The outbox, by way of its thread, which ends with the last of these.
+/// Sends requests to the outbox thread, which ends when the last client is dropped.
 #[derive(Debug)]
 pub(crate) struct OutboxClient {
-    desk: Arc<RequestQueue>,
-    books: Arc<SharedOutboxStats>,
-    /// Where it belongs; `None` for one that is meant to be in memory.
+    queue: Arc<RequestQueue>,
+    stats: Arc<SharedOutboxStats>,
+    /// The outbox file; `None` for an outbox that is configured to be in memory.
     path: Option<PathBuf>,
     /// Disconnected when the thread has ended.
     ended: Receiver<()>,
@@ -26,115 +26,127 @@ pub(crate) struct OutboxClient {
 
 impl OutboxClient {
     pub(super) fn new(
-        desk: Arc<RequestQueue>,
-        books: Arc<SharedOutboxStats>,
+        queue: Arc<RequestQueue>,
+        stats: Arc<SharedOutboxStats>,
         path: Option<PathBuf>,
         ended: Receiver<()>,
     ) -> Self {
-        Self { desk, books, path, ended }
+        Self { queue, stats, path, ended }
     }
 
-    /// Adds rows; the first one's id. The rows of an operation whose beginning is in doubt are removed again. `is_urgent`: they
-    /// are to be sent at once, and not with the next beat.
-    pub(crate) fn add(&self, add: NewRows, is_urgent: bool) -> Result<i64, Error> {
-        self.desk
-            .ask(Request::NewRows(add), is_urgent, in_time())
-            .map_err(|why| self.no_answer(why))?
+    /// Adds rows and returns the id of the first one. If the beginning of an operation is in doubt,
+    /// its rows are removed again. `is_urgent`: the deltas are sent at once, and not with the next
+    /// beat.
+    pub(crate) fn add(&self, rows: NewRows, is_urgent: bool) -> Result<i64, Error> {
+        self.queue
+            .send_and_wait(Request::NewRows(rows), is_urgent, answer_deadline())
+            .map_err(|why| self.not_answered(why))?
     }
 
-    /// Makes a change that is never lost, and waits for the disk. An error says that the file does not have it yet.
+    /// Makes a change that is never lost, and waits for the disk. An error means that the file does
+    /// not have the change yet.
     pub(crate) fn change(&self, change: RowChange, is_urgent: bool) -> Result<(), Error> {
-        self.books.settle(change.settled());
-        let answer = self.desk.ask(Request::RowChange(change), is_urgent, in_time());
-        answer.map_err(|why| self.no_answer(why))?.map(drop)
+        self.stats.settle(change.settled());
+        self.queue
+            .send_and_wait(Request::RowChange(change), is_urgent, answer_deadline())
+            .map_err(|why| self.not_answered(why))?
+            .map(drop)
     }
 
-    /// The master has accepted or rejected deltas. Nobody waits for the disk to know it, and no later batch has them.
-    pub(crate) fn settle(&self, change: RowChange) {
-        self.books.settle(change.settled());
-        self.desk.tell(Request::RowChange(change));
+    /// Records that the master has accepted or rejected deltas, without waiting for the disk. No
+    /// later batch contains them.
+    pub(crate) fn acknowledge(&self, change: RowChange) {
+        self.stats.settle(change.settled());
+        self.queue.send(Request::RowChange(change));
     }
 
-    pub(crate) fn tend(&self) {
-        self.desk.tell(Request::Tend);
+    /// Requests the work that is due before a beat: see [`Request::Maintain`].
+    pub(crate) fn maintain(&self) {
+        self.queue.send(Request::Maintain);
     }
 
-    pub(super) fn ask_for_batch(&self, question: BatchRequest) {
-        self.desk.tell(Request::Batch(question));
+    pub(super) fn request_batch(&self, request: BatchRequest) {
+        self.queue.send(Request::Batch(request));
     }
 
-    /// What a batch must be of to be used as it is.
+    /// The generation that a batch must have to be used unchanged.
     pub(super) fn generation(&self) -> Generation {
-        self.desk.generation()
+        self.queue.generation()
     }
 
-    /// Leaves of these deltas, which were read in that generation, what nothing holds back by now. `false`: that is not known.
-    pub(super) fn leave_free(&self, read: Generation, deltas: &mut Vec<QueuedDelta>) -> bool {
-        self.desk.leave_free(read, deltas)
+    /// Removes the deltas, read in generation `read`, that something has held back since. Returns
+    /// `false` if that is no longer known.
+    pub(super) fn remove_held(&self, read: Generation, deltas: &mut Vec<QueuedDelta>) -> bool {
+        self.queue.remove_held(read, deltas)
     }
 
-    /// Waits until all that may be sent now has been, at the longest until then. Whether it has.
-    pub(crate) fn flush(&self, until: Instant) -> bool {
-        self.desk.ask(Request::Flush, false, until).is_ok_and(|flushed| flushed.is_ok())
+    /// Waits until `deadline` for all deltas that may be sent now to be accepted or rejected.
+    /// Returns whether they were.
+    pub(crate) fn flush(&self, deadline: Instant) -> bool {
+        self.queue.send_and_wait(Request::Flush, false, deadline).is_ok_and(|answer| answer.is_ok())
     }
 
-    /// Lets another process deliver, and waits until then for what was asked for before to be on the disk. Whether it is.
-    pub(crate) fn release(&self, until: Instant) -> bool {
-        self.books.note_stop();
-        self.desk.ask(Request::Release, false, until).is_ok()
+    /// Lets another process deliver, and waits until `deadline` for earlier requests to be on the
+    /// disk. Returns whether they are.
+    pub(crate) fn release(&self, deadline: Instant) -> bool {
+        self.stats.note_stop();
+        self.queue.send_and_wait(Request::Release, false, deadline).is_ok()
     }
 
     #[cfg(feature = "cli")]
-    pub(crate) fn is_overtaken(&self, kept: &QueuedDelta) -> Result<bool, Error> {
-        let answer = self.desk.ask(Request::IsOvertaken(kept.clone()), false, in_time());
-        answer.map_err(|why| self.no_answer(why))?.map(|is_so| is_so == 1)
+    pub(crate) fn is_overtaken(&self, delta: &QueuedDelta) -> Result<bool, Error> {
+        self.queue
+            .send_and_wait(Request::IsOvertaken(delta.clone()), false, answer_deadline())
+            .map_err(|why| self.not_answered(why))?
+            .map(|answer| answer == 1)
     }
 
-    /// As of the last transaction.
-    pub(crate) fn books(&self) -> OutboxStats {
-        self.books.read()
+    /// The counters as of the last transaction.
+    pub(crate) fn stats(&self) -> OutboxStats {
+        self.stats.read()
     }
 
-    /// Deltas that may go out, as of the last look.
-    pub(crate) fn free(&self) -> u64 {
-        let counts = self.books().counts;
+    /// The number of deltas that may be sent, as of the last count.
+    pub(crate) fn sendable(&self) -> u64 {
+        let counts = self.stats().counts;
         counts.waiting.saturating_sub(counts.held)
     }
 
-    /// The file, or `None` for an outbox that is in memory just now, or has not been opened yet.
+    /// The outbox file. `None`: the outbox is in memory now, or was not opened yet.
     pub(crate) fn path(&self) -> Option<&Path> {
-        self.path.as_deref().filter(|_| self.books.read().on_disk)
+        self.path.as_deref().filter(|_| self.stats.read().on_disk)
     }
 
-    /// Since when the disk has not answered. `None`: nothing is asked of it, or it is not slow.
+    /// Since when the disk has not answered. `None`: no request waits for it, or not for longer
+    /// than a batch may take.
     pub(crate) fn busy_since(&self) -> Option<Instant> {
-        self.desk.busy_since().filter(|since| since.elapsed() >= limits::BATCH_PATIENCE)
+        self.queue.busy_since().filter(|since| since.elapsed() >= limits::BATCH_PATIENCE)
     }
 
-    /// The thread is at something that it has taken.
+    /// Whether the thread is busy with a request.
     #[cfg(feature = "cli")]
     pub(crate) fn is_busy(&self) -> bool {
-        self.desk.busy_since().is_some()
+        self.queue.busy_since().is_some()
     }
 
     pub(super) fn error(&self, problem: &str) -> Error {
         Error::outbox(self.path.as_deref(), problem)
     }
 
-    fn no_answer(&self, why: Unanswered) -> Error {
+    fn not_answered(&self, why: NotAnswered) -> Error {
         let seconds = limits::OUTBOX_BUSY.as_secs();
         match why {
-            Unanswered::Full => {
-                let most = limits::REQUESTS;
-                self.error(&format!("has {most} requests waiting for its disk; nothing was kept, try again later"))
-            }
-            Unanswered::Withdrawn => {
-                self.error(&format!("its disk has not answered for {seconds} s; nothing was kept, try again later"))
-            }
-            Unanswered::InDoubt => self
+            NotAnswered::QueueFull => self.error(&format!(
+                "{} requests wait for its disk; nothing was queued, try again later",
+                limits::REQUESTS
+            )),
+            NotAnswered::Withdrawn => self.error(&format!(
+                "its disk has not answered for {seconds} s; nothing was queued, try again later"
+            )),
+            NotAnswered::InDoubt => self
                 .error(&format!(
-                    "its disk has not answered for {seconds} s; it is done when the disk answers, unless the process ends \
-                     first, so do not try again"
+                    "its disk has not answered for {seconds} s; the request will be done when the \
+                     disk answers, unless the process ends first, so do not try again"
                 ))
                 .in_doubt(),
         }
@@ -142,13 +154,49 @@ impl OutboxClient {
 }
 
 impl Drop for OutboxClient {
-    /// The thread closes the file now; a disk that takes its time for that is not waited for.
+    /// Lets the thread end, and waits up to [`limits::RELEASE`] for it to close the file.
     fn drop(&mut self) {
-        self.desk.close();
+        self.queue.close();
         let _ = self.ended.recv_timeout(limits::RELEASE);
     }
 }
 
-fn in_time() -> Instant {
+fn answer_deadline() -> Instant {
     Instant::now() + limits::OUTBOX_BUSY
+}
+
+#[cfg(test)]
+mod tests {
+    use crossbeam_channel::bounded;
+
+    use super::*;
+    use crate::delta::{LifecycleDelta, Operation};
+    use crate::outbox::SentBy;
+
+    fn new_rows() -> NewRows {
+        NewRows::Deltas(vec![LifecycleDelta::succeeded("d", Operation::Deploy)], SentBy::Deliverer)
+    }
+
+    #[test]
+    fn full_queue_refuses_the_next_request_at_once() {
+        let queue = Arc::new(RequestQueue::default());
+        for _ in 0..limits::REQUESTS {
+            assert!(queue.enqueue_without_waiting(Request::NewRows(new_rows())).is_ok());
+        }
+        let (_, ended) = bounded(0);
+        let path = Some("/agent/heartbeat.db".into());
+        let client = OutboxClient::new(Arc::clone(&queue), Arc::default(), path, ended);
+        let since = Instant::now();
+        let error = client.add(new_rows(), true).unwrap_err();
+        assert!(since.elapsed() < limits::OUTBOX_BUSY, "{:?}", since.elapsed());
+        assert!(error.is_outbox() && !error.is_in_doubt());
+        assert_eq!(
+            error.to_string(),
+            "outbox /agent/heartbeat.db: 1024 requests wait for its disk; nothing was queued, try \
+             again later"
+        );
+        // There is always room for a request that must not be lost.
+        queue.send(Request::Maintain);
+        assert_eq!(queue.queued(), limits::REQUESTS + 1);
+    }
 }

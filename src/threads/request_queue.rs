@@ -1,4 +1,5 @@
-//! Where requests wait for the outbox thread and their callers for the answers. Nobody holds its lock while he blocks.
+//! The queue of requests to the outbox thread, and where their callers wait for the answers. Any
+//! thread may use it. No thread holds its lock while it blocks.
 
 use std::cell::RefCell;
 use std::mem;
@@ -13,78 +14,80 @@ use crate::limits;
 use crate::outbox::{NewRows, QueuedDelta, RowChange};
 use crate::threads::content::{DeltaSelection, Suspects};
 
-/// What is asked of the outbox thread.
+/// A request to the outbox thread.
 #[derive(Debug)]
 pub(crate) enum Request {
     NewRows(NewRows),
     RowChange(RowChange),
-    /// To look whether the credentials' files exist, and to put the outbox in order: before each beat but one for deltas alone.
-    Tend,
-    /// The deltas of a POST.
+    /// Check whether the credentials' files exist, and maintain the outbox. Sent before each beat,
+    /// except those for deltas alone.
+    Maintain,
+    /// Read the deltas of a POST.
     Batch(BatchRequest),
-    /// To be told when all that may be sent now has been accepted or rejected.
+    /// Answer when all deltas that may be sent now have been accepted or rejected.
     Flush,
-    /// Another process may deliver.
+    /// Let another process deliver.
     Release,
-    /// Whether the master has to hear something newer first.
+    /// Check whether the outbox has a newer delta of the same decky and operation.
     #[cfg(feature = "cli")]
     IsOvertaken(QueuedDelta),
 }
 
 impl Request {
+    /// The deltas that it holds back from batches that were read before.
     fn hold(&self) -> Option<Hold> {
         match self {
-            Self::NewRows(add) => Hold::of_added(add),
-            Self::RowChange(change) => Hold::of_changed(change),
+            Self::NewRows(rows) => Hold::of_new_rows(rows),
+            Self::RowChange(change) => Hold::of_change(change),
             _ => None,
         }
     }
 
-    /// How many rows it changes.
+    /// The number of rows that it changes.
     fn rows(&self) -> usize {
         match self {
-            Self::NewRows(add) => add.rows(),
+            Self::NewRows(rows) => rows.rows(),
             Self::RowChange(change) => change.rows(),
             _ => 0,
         }
     }
 }
 
-/// The id of the first row that was added, 1 for yes and 0 for no or done. An error of a change means that the file does not
-/// have it, not that it is lost.
+/// The id of the first row that was added, 1 for yes, or 0 for no or done. The error of a change
+/// means that the file does not have the change yet; it is not lost.
 pub(crate) type Answer = Result<i64, Error>;
 
-/// Which deltas a POST is to carry.
+/// The deltas that a POST requests.
 #[derive(Clone, Debug)]
 pub(crate) struct BatchRequest {
     pub(crate) number: u64,
-    pub(crate) share: DeltaSelection,
-    /// What they hold back stays out of it.
+    pub(crate) selection: DeltaSelection,
+    /// The deltas that these hold back are left out.
     pub(crate) suspects: Arc<Suspects>,
 }
 
-/// A request on its way.
+/// A request in the queue.
 #[derive(Debug)]
 pub(crate) struct QueuedRequest {
     pub(crate) request: Request,
-    /// Its deltas are to be sent at once.
+    /// Its deltas are sent at once, and not with the next tick.
     pub(crate) is_urgent: bool,
     pub(crate) waiter: Waiter,
 }
 
-/// Who waits for an answer, if anybody does.
+/// The caller that waits for an answer, if there is one.
 #[derive(Debug, Default)]
 pub(crate) struct Waiter {
-    pub(crate) until: Option<Instant>,
+    pub(crate) deadline: Option<Instant>,
     slot: Option<Arc<Slot>>,
 }
 
-/// Why there is no answer.
+/// Why a request was not answered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Unanswered {
-    /// Too many others wait. Nothing was done.
-    Full,
-    /// It was withdrawn. Nothing was done.
+pub(crate) enum NotAnswered {
+    /// The queue is full. Nothing was done.
+    QueueFull,
+    /// The request was withdrawn. Nothing was done.
     Withdrawn,
     /// It will be done when the disk answers, unless the process ends first.
     InDoubt,
@@ -93,6 +96,7 @@ pub(crate) enum Unanswered {
 #[derive(Debug)]
 pub(crate) struct RequestQueue {
     state: Mutex<State>,
+    /// Wakes the outbox thread.
     work: Condvar,
 }
 
@@ -100,133 +104,144 @@ pub(crate) struct RequestQueue {
 struct State {
     requests: Requests<QueuedRequest>,
     holds: HeldDeltas,
-    /// [`Request::Tend`] is queued. A disk that does not answer for days must not find thousands of them.
-    is_to_tend: bool,
-    /// The thread sleeps until so many are queued.
-    wanted: usize,
-    /// Nobody will ask for anything any more.
+    /// [`Request::Maintain`] is queued. It is queued once, or a disk that does not answer for days
+    /// would find thousands of them.
+    maintenance_is_queued: bool,
+    /// The outbox thread sleeps until this many requests are queued.
+    wake_at: usize,
+    /// No further request will come.
     is_closed: bool,
-    /// Since when the thread has been at what it has taken.
+    /// Since when the outbox thread has been busy with the requests that it has taken.
     busy_since: Option<Instant>,
 }
 
 impl Default for BatchRequest {
-    /// All that may be sent.
+    /// All deltas that may be sent.
     fn default() -> Self {
-        Self { number: 0, share: DeltaSelection::default(), suspects: Arc::default() }
+        Self { number: 0, selection: DeltaSelection::default(), suspects: Arc::default() }
     }
 }
 
 impl Default for RequestQueue {
     fn default() -> Self {
-        let requests = Requests::new(limits::REQUESTS);
-        // The thread opens the outbox first.
-        let busy_since = Some(Instant::now());
-        let holds = HeldDeltas::default();
-        let state =
-            State { requests, holds, is_to_tend: false, wanted: 1, is_closed: false, busy_since };
+        let state = State {
+            requests: Requests::new(limits::REQUESTS),
+            holds: HeldDeltas::default(),
+            maintenance_is_queued: false,
+            wake_at: 1,
+            is_closed: false,
+            // The thread opens the outbox first.
+            busy_since: Some(Instant::now()),
+        };
         Self { state: Mutex::new(state), work: Condvar::new() }
     }
 }
 
 impl RequestQueue {
-    /// Asks for something, and waits for the answer until then. An addition is withdrawn if it was
-    /// not taken by then.
-    pub(crate) fn ask(
+    /// Queues a request and waits for its answer until `deadline`. A request that adds or reads
+    /// rows is withdrawn if it was not taken by then.
+    pub(crate) fn send_and_wait(
         &self,
         request: Request,
         is_urgent: bool,
-        until: Instant,
-    ) -> Result<Answer, Unanswered> {
+        deadline: Instant,
+    ) -> Result<Answer, NotAnswered> {
         let slot = Slot::of_this_thread();
         let can_be_withdrawn = !matches!(request, Request::RowChange(_) | Request::Release);
-        let (rows, hold) = (request.rows(), request.hold());
-        let waiter = Waiter { until: Some(until), slot: Some(Arc::clone(&slot)) };
-        let asked = QueuedRequest { request, is_urgent, waiter };
-        let ticket = self.queue(|state| {
-            let ticket = match can_be_withdrawn {
-                true => state.requests.ask(rows, asked).map_err(|_| Unanswered::Full)?,
-                false => state.requests.tell(rows, asked, true),
+        let rows = request.rows();
+        let hold = request.hold();
+        let waiter = Waiter { deadline: Some(deadline), slot: Some(Arc::clone(&slot)) };
+        let queued = QueuedRequest { request, is_urgent, waiter };
+        let ticket = self.update(|state| {
+            let ticket = if can_be_withdrawn {
+                state.requests.enqueue(rows, queued).map_err(|_| NotAnswered::QueueFull)?
+            } else {
+                state.requests.enqueue_permanently(rows, queued, true)
             };
-            state.holds.note(state.requests.generation(), hold);
+            state.holds.record(state.requests.generation(), hold);
             Ok(ticket)
         })?;
-        self.wait(ticket, &slot, until)
+        self.wait(ticket, &slot, deadline)
     }
 
-    /// Asks for something that cannot be withdrawn, and does not wait.
-    pub(crate) fn tell(&self, request: Request) {
-        let (rows, hold) = (request.rows(), request.hold());
-        self.queue(|state| {
-            if matches!(request, Request::Tend) && mem::replace(&mut state.is_to_tend, true) {
+    /// Queues a request that cannot be withdrawn, and does not wait.
+    pub(crate) fn send(&self, request: Request) {
+        let rows = request.rows();
+        let hold = request.hold();
+        self.update(|state| {
+            if matches!(request, Request::Maintain)
+                && mem::replace(&mut state.maintenance_is_queued, true)
+            {
                 return;
             }
-            state.requests.tell(
-                rows,
-                QueuedRequest { request, is_urgent: false, waiter: Waiter::default() },
-                false,
-            );
-            state.holds.note(state.requests.generation(), hold);
+            let queued = QueuedRequest { request, is_urgent: false, waiter: Waiter::default() };
+            state.requests.enqueue_permanently(rows, queued, false);
+            state.holds.record(state.requests.generation(), hold);
         });
     }
 
-    fn queue<T>(&self, queue: impl FnOnce(&mut State) -> T) -> T {
+    /// Changes the queue, and wakes the outbox thread if enough requests are queued.
+    fn update<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
         let mut state = self.lock();
-        let queued = queue(&mut state);
-        let is_enough = state.requests.len() >= state.wanted;
+        let result = change(&mut state);
+        let wakes = state.requests.len() >= state.wake_at;
         drop(state);
-        if is_enough {
+        if wakes {
             self.work.notify_one();
         }
-        queued
+        result
     }
 
-    fn wait(&self, ticket: Ticket, slot: &Slot, until: Instant) -> Result<Answer, Unanswered> {
+    fn wait(&self, ticket: Ticket, slot: &Slot, deadline: Instant) -> Result<Answer, NotAnswered> {
         loop {
             if let Some(answer) = slot.take() {
                 return Ok(answer);
             }
-            let left = until.saturating_duration_since(Instant::now());
+            let left = deadline.saturating_duration_since(Instant::now());
             if !left.is_zero() {
                 thread::park_timeout(left);
                 continue;
             }
             let given_up = self.lock().requests.give_up(ticket);
             match given_up {
-                // The payload is dropped here, without the lock.
-                GivenUp::Withdrawn(_) => return Err(Unanswered::Withdrawn),
+                // The payload is dropped here, where the lock is not held.
+                GivenUp::Withdrawn(_) => return Err(NotAnswered::Withdrawn),
                 GivenUp::InDoubt => {
-                    // An answer may still be put into this one.
-                    Slot::renew();
-                    return Err(Unanswered::InDoubt);
+                    // The answer may still be put into the old slot.
+                    Slot::replace();
+                    return Err(NotAnswered::InDoubt);
                 }
-                // It was put there under the same lock.
+                // The answer was put into the slot under the same lock: take it.
                 GivenUp::Answered => (),
             }
         }
     }
 
-    /// What the thread does next, all that is queued of at most so many rows; `None`: nothing, ever. After a group of several
-    /// it waits a moment for as many again: threads that push all the time come back for the same commit. With `within` it waits
-    /// no longer than that, and there may be nothing in what is taken.
-    pub(crate) fn next(
+    /// Waits for requests, and takes up to a transaction of them. Returns `None` when the queue is
+    /// closed and empty.
+    ///
+    /// After a group of several requests (`last_group`) this waits up to [`limits::GATHER`] for as
+    /// many again, so that threads that push all the time share a commit. With `timeout` it returns
+    /// an empty group if none is queued by then.
+    pub(crate) fn take_group(
         &self,
-        last: usize,
-        within: Option<Duration>,
+        last_group: usize,
+        timeout: Option<Duration>,
     ) -> Option<Taken<QueuedRequest>> {
         let mut state = self.lock();
         state.busy_since = None;
-        if last > 1 && state.requests.len() < last {
-            state.wanted = last;
-            let is_waiting = |state: &mut State| state.requests.len() < last && !state.is_closed;
-            let waited = self.work.wait_timeout_while(state, limits::GATHER, is_waiting);
+        if last_group > 1 && state.requests.len() < last_group {
+            state.wake_at = last_group;
+            let is_small =
+                |state: &mut State| state.requests.len() < last_group && !state.is_closed;
+            let waited = self.work.wait_timeout_while(state, limits::GATHER, is_small);
             state = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
-        state.wanted = 1;
+        state.wake_at = 1;
         let is_idle = |state: &mut State| state.requests.len() == 0 && !state.is_closed;
-        let mut state = match within {
-            Some(within) => {
-                let waited = self.work.wait_timeout_while(state, within, is_idle);
+        let mut state = match timeout {
+            Some(timeout) => {
+                let waited = self.work.wait_timeout_while(state, timeout, is_idle);
                 waited.unwrap_or_else(PoisonError::into_inner).0
             }
             None => self.work.wait_while(state, is_idle).unwrap_or_else(PoisonError::into_inner),
@@ -235,44 +250,55 @@ impl RequestQueue {
             return None;
         }
         state.busy_since = Some(Instant::now());
-        state.is_to_tend = false;
+        state.maintenance_is_queued = false;
         Some(state.requests.take(limits::GROUP_ROWS))
     }
 
-    /// Answers. Of each, whether its caller has waited for that.
+    /// Answers requests. Returns for each of them whether its caller has received the answer.
     pub(crate) fn answer(&self, answers: Vec<(Ticket, Waiter, Answer)>) -> Vec<bool> {
         let mut waiting = Vec::with_capacity(answers.len());
         let mut state = self.lock();
         let put = |(ticket, waiter, answer): (Ticket, Waiter, Answer)| {
             let slot = waiter.slot.filter(|_| state.requests.answer(ticket));
-            let is_heard = slot.is_some();
+            let is_received = slot.is_some();
             waiting.extend(slot.inspect(|slot| slot.put(answer)));
-            is_heard
+            is_received
         };
-        let heard = answers.into_iter().map(put).collect();
+        let received = answers.into_iter().map(put).collect();
         drop(state);
         waiting.iter().for_each(|slot| slot.thread.unpark());
-        heard
+        received
     }
 
     pub(crate) fn generation(&self) -> Generation {
         self.lock().requests.generation()
     }
 
-    /// Leaves of these deltas, which were read in that generation, what nothing holds back by now. `false`: that is not known.
-    pub(crate) fn leave_free(&self, read: Generation, deltas: &mut Vec<QueuedDelta>) -> bool {
-        self.lock().holds.leave_free(read, deltas)
+    /// Removes the deltas, read in generation `read`, that something has held back since. Returns
+    /// `false` if that is no longer known.
+    pub(crate) fn remove_held(&self, read: Generation, deltas: &mut Vec<QueuedDelta>) -> bool {
+        self.lock().holds.remove_held(read, deltas)
     }
 
-    /// Since when the thread has been at what it has taken; `None`: it waits for work.
+    /// Since when the outbox thread has been busy with requests. `None`: it waits for some.
     pub(crate) fn busy_since(&self) -> Option<Instant> {
         self.lock().busy_since
     }
 
-    /// Nobody will ask any more. The thread ends when it has done what is queued.
+    /// No further request will come. The outbox thread ends after those that are queued.
     pub(crate) fn close(&self) {
         self.lock().is_closed = true;
         self.work.notify_one();
+    }
+
+    /// Queues a request that can be withdrawn, as [`send_and_wait`](Self::send_and_wait) does.
+    #[cfg(test)]
+    pub(super) fn enqueue_without_waiting(&self, request: Request) -> Result<Ticket, NotAnswered> {
+        let rows = request.rows();
+        let queued = QueuedRequest { request, is_urgent: false, waiter: Waiter::default() };
+        self.update(|state| {
+            state.requests.enqueue(rows, queued).map_err(|_| NotAnswered::QueueFull)
+        })
     }
 
     #[cfg(test)]
@@ -280,13 +306,13 @@ impl RequestQueue {
         self.lock().requests.len()
     }
 
-    /// A panic leaves it whole: each change is a single step.
+    /// A panic cannot leave the state inconsistent, because each change is a single step.
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// Where a thread finds its answer: one place, used again and again.
+/// Where a thread receives its answers. Each thread reuses one slot.
 #[derive(Debug)]
 struct Slot {
     thread: Thread,
@@ -303,12 +329,12 @@ impl Slot {
     }
 
     fn of_this_thread() -> Arc<Self> {
-        // A thread that is just ending has none any more.
+        // The thread-local value is gone in a thread that is ending.
         SLOT.try_with(|slot| Arc::clone(&slot.borrow())).unwrap_or_else(|_| Self::new())
     }
 
-    /// This thread uses another one from now on.
-    fn renew() {
+    /// Gives this thread a new slot.
+    fn replace() {
         let _ = SLOT.try_with(|slot| slot.replace(Self::new()));
     }
 
@@ -325,7 +351,6 @@ impl Slot {
 mod tests {
     use crossbeam_channel::bounded;
 
-    use super::super::outbox_client::OutboxClient;
     use super::*;
     use crate::delta::{LifecycleDelta, Operation};
     use crate::outbox::SentBy;
@@ -333,120 +358,99 @@ mod tests {
     const SHORT: Duration = Duration::from_millis(20);
     const LONG: Duration = Duration::from_secs(10);
 
-    fn add() -> NewRows {
+    fn new_rows() -> NewRows {
         NewRows::Deltas(vec![LifecycleDelta::succeeded("d", Operation::Deploy)], SentBy::Deliverer)
     }
 
-    fn ask(desk: &RequestQueue, patience: Duration) -> Result<i64, Unanswered> {
-        desk.ask(Request::NewRows(add()), false, Instant::now() + patience).map(Result::unwrap)
+    fn send(queue: &RequestQueue, timeout: Duration) -> Result<i64, NotAnswered> {
+        queue
+            .send_and_wait(Request::NewRows(new_rows()), false, Instant::now() + timeout)
+            .map(Result::unwrap)
     }
 
-    /// The one request that is queued.
-    fn take(desk: &RequestQueue) -> (Ticket, Waiter) {
-        let (ticket, asked) = desk.next(0, None).unwrap().requests.pop().unwrap();
-        (ticket, asked.waiter)
-    }
-
-    #[test]
-    fn nothing_is_kept_of_what_was_not_taken_in_time() {
-        let desk = RequestQueue::default();
-        assert_eq!(ask(&desk, SHORT), Err(Unanswered::Withdrawn));
-        desk.close();
-        assert!(desk.next(0, None).is_none());
+    /// Takes the only queued request.
+    fn take(queue: &RequestQueue) -> (Ticket, Waiter) {
+        let (ticket, request) = queue.take_group(0, None).unwrap().requests.pop().unwrap();
+        (ticket, request.waiter)
     }
 
     #[test]
-    fn the_answer_to_what_is_in_doubt_is_not_taken_for_the_next_ones() {
-        let desk = RequestQueue::default();
-        let (asks, may_answer) = bounded(0);
+    fn request_that_was_not_taken_in_time_is_withdrawn() {
+        let queue = RequestQueue::default();
+        assert_eq!(send(&queue, SHORT), Err(NotAnswered::Withdrawn));
+        queue.close();
+        assert!(queue.take_group(0, None).is_none());
+    }
+
+    #[test]
+    fn late_answer_is_not_taken_for_the_next_one() {
+        let queue = RequestQueue::default();
+        let (next_request, may_answer) = bounded(0);
         thread::scope(|scope| {
             scope.spawn(|| {
-                let (ticket, waiter) = take(&desk);
+                let (ticket, waiter) = take(&queue);
                 may_answer.recv().unwrap();
                 assert_eq!(
-                    desk.answer(vec![(ticket, waiter, Ok(1))]),
+                    queue.answer(vec![(ticket, waiter, Ok(1))]),
                     [false],
-                    "nobody waits for it"
+                    "its caller has given up"
                 );
-                let (ticket, waiter) = take(&desk);
-                assert_eq!(desk.answer(vec![(ticket, waiter, Ok(2))]), [true]);
+                let (ticket, waiter) = take(&queue);
+                assert_eq!(queue.answer(vec![(ticket, waiter, Ok(2))]), [true]);
             });
-            // On a busy machine the other thread may not have come to it yet.
-            while ask(&desk, SHORT) == Err(Unanswered::Withdrawn) {}
-            asks.send(()).unwrap();
-            assert_eq!(ask(&desk, LONG), Ok(2));
+            // On a busy machine the other thread may not have taken it in time.
+            while send(&queue, SHORT) == Err(NotAnswered::Withdrawn) {}
+            next_request.send(()).unwrap();
+            assert_eq!(send(&queue, LONG), Ok(2));
         });
     }
 
     #[test]
-    fn a_full_queue_refuses_the_next_request_at_once_and_says_so() {
-        let desk = Arc::new(RequestQueue::default());
-        for _ in 0..limits::REQUESTS {
-            let asked = QueuedRequest {
-                request: Request::NewRows(add()),
-                is_urgent: false,
-                waiter: Waiter::default(),
-            };
-            assert!(desk.queue(|state| state.requests.ask(0, asked)).is_ok());
-        }
-        let (_, ended) = bounded(0);
-        let path = Some("/agent/heartbeat.db".into());
-        let client = OutboxClient::new(Arc::clone(&desk), Arc::default(), path, ended);
-        let since = Instant::now();
-        let error = client.add(add(), true).unwrap_err();
-        assert!(since.elapsed() < limits::OUTBOX_BUSY, "{:?}", since.elapsed());
-        assert!(error.is_outbox() && !error.is_in_doubt());
-        assert_eq!(
-            error.to_string(),
-            "outbox /agent/heartbeat.db: has 1024 requests waiting for its disk; nothing was kept, try again later"
-        );
-        // There is always room for what must not be lost.
-        desk.tell(Request::Tend);
-        assert_eq!(desk.queued(), limits::REQUESTS + 1);
+    fn maintenance_is_queued_once() {
+        let queue = RequestQueue::default();
+        (0..1_000).for_each(|_| queue.send(Request::Maintain));
+        assert_eq!(queue.queued(), 1);
+        assert_eq!(queue.take_group(0, None).map(|taken| taken.requests.len()), Some(1));
+        queue.send(Request::Maintain);
+        assert_eq!(queue.queued(), 1, "it is queued again after it was taken");
     }
 
     #[test]
-    fn a_disk_that_does_not_answer_finds_one_question_to_put_the_outbox_in_order() {
-        let desk = RequestQueue::default();
-        (0..1_000).for_each(|_| desk.tell(Request::Tend));
-        assert_eq!(desk.queued(), 1);
-        assert_eq!(desk.next(0, None).map(|taken| taken.requests.len()), Some(1));
-        desk.tell(Request::Tend);
-        assert_eq!(desk.queued(), 1, "the next one is another one");
+    fn requests_queued_before_close_are_done() {
+        let queue = RequestQueue::default();
+        assert!(queue.busy_since().is_some(), "the outbox is being opened");
+        queue.send(Request::Maintain);
+        queue.close();
+        assert_eq!(queue.take_group(0, None).map(|taken| taken.requests.len()), Some(1));
+        assert!(queue.busy_since().is_some());
+        assert!(queue.take_group(1, None).is_none() && queue.busy_since().is_none());
     }
 
     #[test]
-    fn what_was_queued_before_the_end_is_done() {
-        let desk = RequestQueue::default();
-        assert!(desk.busy_since().is_some(), "the outbox is being opened");
-        desk.tell(Request::Tend);
-        desk.close();
-        assert_eq!(desk.next(0, None).map(|taken| taken.requests.len()), Some(1));
-        assert!(desk.busy_since().is_some());
-        assert!(desk.next(1, None).is_none() && desk.busy_since().is_none());
-    }
-
-    #[test]
-    fn where_there_is_something_to_look_after_the_wait_for_requests_has_an_end() {
-        let desk = Arc::new(RequestQueue::default());
-        let (waiting, (ended, ends)) = (Arc::clone(&desk), std::sync::mpsc::channel());
+    fn take_group_with_a_timeout_returns_an_empty_group() {
+        let queue = Arc::new(RequestQueue::default());
+        let waiting = Arc::clone(&queue);
+        let (ended, ends) = std::sync::mpsc::channel();
         std::thread::spawn(move || {
-            ended.send(waiting.next(0, Some(SHORT)).map(|taken| taken.requests.len()))
+            ended.send(waiting.take_group(0, Some(SHORT)).map(|taken| taken.requests.len()))
         });
         assert_eq!(ends.recv_timeout(LONG), Ok(Some(0)));
-        desk.tell(Request::Tend);
-        assert_eq!(desk.next(0, Some(LONG)).map(|taken| taken.requests.len()), Some(1));
-        desk.close();
-        assert!(desk.next(0, Some(LONG)).is_none());
+        queue.send(Request::Maintain);
+        assert_eq!(queue.take_group(0, Some(LONG)).map(|taken| taken.requests.len()), Some(1));
+        queue.close();
+        assert!(queue.take_group(0, Some(LONG)).is_none());
     }
 
     #[test]
-    fn a_group_is_not_waited_for_longer_than_a_moment() {
-        let desk = RequestQueue::default();
-        desk.tell(Request::Tend);
+    fn wait_for_another_group_is_bounded() {
+        let queue = RequestQueue::default();
+        queue.send(Request::Maintain);
         let since = Instant::now();
-        // After one of so many, none of which comes back.
-        assert_eq!(desk.next(limits::GROUP_ROWS, None).map(|taken| taken.requests.len()), Some(1));
+        // After a full group whose callers send no further requests.
+        assert_eq!(
+            queue.take_group(limits::GROUP_ROWS, None).map(|taken| taken.requests.len()),
+            Some(1)
+        );
         assert!(since.elapsed() < Duration::from_secs(1), "{:?}", since.elapsed());
     }
 }

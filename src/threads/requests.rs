@@ -1,148 +1,156 @@
-//! Requests of the outbox thread: each is queued, then taken, then answered. A value; it blocks on nothing, and the time
-//! is its caller's matter.
+//! The state of each request to the outbox thread: queued, then taken, then answered. A value: it
+//! blocks on nothing, and the caller keeps the time.
 //!
-//! | state | what has become of it | if the caller gives up |
+//! | state | what has happened | if the caller gives up |
 //! | --- | --- | --- |
-//! | queued | nothing | it is withdrawn: nothing was kept, and asking again is right |
-//! | taken | it is in the transaction that is being written | it is *in doubt*: it may be kept, and asking again may do it twice |
-//! | answered | it is kept, or the outbox has said why not | too late: the answer is there |
+//! | queued | nothing | it is withdrawn: nothing was done, and the caller may request it again |
+//! | taken | it is part of the transaction that is being written | it is *in doubt*: it may be done, and requesting it again may do it twice |
+//! | answered | it is done, or the outbox has returned an error | too late: the answer is there |
 //!
-//! - Requests are taken in the order in which they were queued, as many as fit into one transaction: at most so many
-//!   rows, and at least one request, however large.
-//! - What must not be lost (an operation's end, an acknowledgement) cannot be withdrawn, and the queue always has room for
-//!   it. There are no more of these than rows in the outbox. If its caller gives up it is in doubt.
-//! - The *generation* is another one after each request that changes rows. What was read in one generation is not all that
-//!   there is in another.
+//! - Requests are taken in the order in which they were queued, as many as fit into one
+//!   transaction: up to a number of rows, and at least one request, however large.
+//! - A request that must not be lost (the end of an operation, an acknowledgement) cannot be
+//!   withdrawn, and the queue always has room for it. Their number is bounded by the rows of the
+//!   outbox. If the caller gives up, such a request is in doubt.
+//! - The *generation* advances with each request that changes rows. What was read in one generation
+//!   may be incomplete in the next.
 
 use std::collections::{HashSet, VecDeque};
 
-/// One request, among all of this process.
+/// Identifies a request within this process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) struct Ticket(pub(crate) u64);
 
 /// What has become of a request whose caller has given up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum GivenUp<P> {
-    /// It was still in the queue; here is what it asked for.
+    /// It was queued, and its payload is returned.
     Withdrawn(P),
     /// It was taken, or cannot be withdrawn: it will be done when the disk answers.
     InDoubt,
-    /// It has its answer, or was never there.
+    /// It was answered before, or never existed.
     Answered,
 }
 
-/// How many changes were asked for, ever.
+/// The number of row changes that were requested so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Generation(pub(crate) u64);
 
-/// Requests for one transaction.
+/// The requests of one transaction.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Taken<P> {
     pub(crate) requests: Vec<(Ticket, P)>,
-    /// What is read after their transaction is of this generation.
+    /// The generation of what is read after their transaction.
     pub(crate) generation: Generation,
 }
 
 #[derive(Debug)]
 struct Entry<P> {
     ticket: Ticket,
-    /// So many rows are to be changed.
+    /// The number of rows that it changes.
     rows: usize,
     payload: P,
-    /// Somebody waits for the answer.
+    /// Its caller waits for the answer.
     is_awaited: bool,
     can_be_withdrawn: bool,
 }
 
-/// The queue, and which requests are taken.
+/// The queued requests, and the tickets of the taken ones.
 #[derive(Debug)]
 pub(crate) struct Requests<P> {
     queued: VecDeque<Entry<P>>,
-    /// Of the queued ones, those that can be withdrawn.
-    asked: usize,
-    /// Taken, and their callers still wait.
+    /// The number of queued requests that can be withdrawn.
+    withdrawable: usize,
+    /// The taken requests whose callers wait.
     taken: HashSet<Ticket>,
-    most: usize,
+    /// The limit of `withdrawable`.
+    capacity: usize,
     generation: Generation,
-    next: u64,
+    next_ticket: u64,
 }
 
 impl<P> Requests<P> {
-    /// Holds at most `most` requests that can be withdrawn.
-    pub(crate) fn new(most: usize) -> Self {
+    /// Holds at most `capacity` requests that can be withdrawn.
+    pub(crate) fn new(capacity: usize) -> Self {
         Self {
             queued: VecDeque::new(),
-            asked: 0,
+            withdrawable: 0,
             taken: HashSet::new(),
-            most,
+            capacity,
             generation: Generation::default(),
-            next: 0,
+            next_ticket: 0,
         }
     }
 
-    /// Queues a request whose caller waits for the answer and may withdraw it. `Err`: there is no
-    /// room, and it comes back.
-    pub(crate) fn ask(&mut self, rows: usize, payload: P) -> Result<Ticket, P> {
-        if self.asked == self.most {
+    /// Queues a request whose caller waits for the answer and may withdraw it. If the queue is
+    /// full, the payload is returned as the error.
+    pub(crate) fn enqueue(&mut self, rows: usize, payload: P) -> Result<Ticket, P> {
+        if self.withdrawable == self.capacity {
             return Err(payload);
         }
-        self.asked += 1;
-        Ok(self.queue(rows, payload, true, true))
+        self.withdrawable += 1;
+        Ok(self.push(rows, payload, true, true))
     }
 
-    /// Queues what cannot be withdrawn.
-    pub(crate) fn tell(&mut self, rows: usize, payload: P, is_awaited: bool) -> Ticket {
-        self.queue(rows, payload, is_awaited, false)
+    /// Queues a request that cannot be withdrawn.
+    pub(crate) fn enqueue_permanently(
+        &mut self,
+        rows: usize,
+        payload: P,
+        is_awaited: bool,
+    ) -> Ticket {
+        self.push(rows, payload, is_awaited, false)
     }
 
-    fn queue(
+    fn push(
         &mut self,
         rows: usize,
         payload: P,
         is_awaited: bool,
         can_be_withdrawn: bool,
     ) -> Ticket {
-        let ticket = Ticket(self.next);
-        self.next += 1;
+        let ticket = Ticket(self.next_ticket);
+        self.next_ticket += 1;
         self.generation.0 += u64::from(rows > 0);
         self.queued.push_back(Entry { ticket, rows, payload, is_awaited, can_be_withdrawn });
         ticket
     }
 
-    /// How many are in the queue.
+    /// The number of queued requests.
     pub(crate) fn len(&self) -> usize {
         self.queued.len()
     }
 
-    /// The generation as of now.
+    /// The current generation.
     pub(crate) fn generation(&self) -> Generation {
         self.generation
     }
 
-    /// Takes the oldest requests, of at most so many rows together; one that alone has more is taken alone.
-    pub(crate) fn take(&mut self, most_rows: usize) -> Taken<P> {
+    /// Takes the oldest requests, up to `max_rows` rows in total. A request with more rows is taken
+    /// alone.
+    pub(crate) fn take(&mut self, max_rows: usize) -> Taken<P> {
         let mut rows = 0;
         let fits = |entry: &&Entry<P>| {
             rows += entry.rows;
-            rows <= most_rows
+            rows <= max_rows
         };
         let count = self.queued.iter().take_while(fits).count().max(1).min(self.queued.len());
         let entries: Vec<_> = self.queued.drain(..count).collect();
-        self.asked -= entries.iter().filter(|entry| entry.can_be_withdrawn).count();
+        self.withdrawable -= entries.iter().filter(|entry| entry.can_be_withdrawn).count();
         self.taken
             .extend(entries.iter().filter(|entry| entry.is_awaited).map(|entry| entry.ticket));
         let requests = entries.into_iter().map(|entry| (entry.ticket, entry.payload)).collect();
-        // What is still in the queue is not in what is read next.
+        // What is read next does not include the changes that are still queued.
         let later = self.queued.iter().filter(|entry| entry.rows > 0).count() as u64;
         Taken { requests, generation: Generation(self.generation.0 - later) }
     }
 
-    /// The answer is there. Whether its caller still waits for it.
+    /// Records that a request was answered. Returns whether its caller still waits.
     pub(crate) fn answer(&mut self, ticket: Ticket) -> bool {
         self.taken.remove(&ticket)
     }
 
-    /// The caller waits no longer.
+    /// Records that the caller no longer waits.
     pub(crate) fn give_up(&mut self, ticket: Ticket) -> GivenUp<P> {
         if self.taken.remove(&ticket) {
             return GivenUp::InDoubt;
@@ -159,7 +167,7 @@ impl<P> Requests<P> {
                 }
             }
             _ => {
-                self.asked -= 1;
+                self.withdrawable -= 1;
                 self.queued
                     .remove(place)
                     .map_or(GivenUp::Answered, |entry| GivenUp::Withdrawn(entry.payload))
@@ -176,18 +184,18 @@ mod tests {
 
     use super::*;
 
-    const MOST: usize = 4;
+    const CAPACITY: usize = 4;
 
     fn queue(rows: &[usize]) -> Requests<usize> {
-        let mut requests = Requests::new(MOST);
+        let mut requests = Requests::new(CAPACITY);
         for (n, rows) in rows.iter().enumerate() {
-            requests.ask(*rows, n).unwrap();
+            requests.enqueue(*rows, n).unwrap();
         }
         requests
     }
 
     #[test]
-    fn what_is_queued_is_withdrawn_and_what_is_taken_is_in_doubt() {
+    fn queued_request_is_withdrawn_and_taken_one_is_in_doubt() {
         let mut requests = queue(&[1, 1, 1]);
         assert_eq!(requests.give_up(Ticket(1)), GivenUp::Withdrawn(1));
         assert_eq!(requests.take(10).requests, [(Ticket(0), 0), (Ticket(2), 2)]);
@@ -197,7 +205,7 @@ mod tests {
     }
 
     #[test]
-    fn one_transaction_has_its_rows_and_at_least_one_request() {
+    fn transaction_is_bounded_in_rows_and_has_at_least_one_request() {
         let mut requests = queue(&[600, 400, 1, 5_000]);
         let mut taken =
             || requests.take(1_000).requests.into_iter().map(|(_, n)| n).collect::<Vec<_>>();
@@ -205,29 +213,30 @@ mod tests {
     }
 
     #[test]
-    fn the_queue_is_bounded_but_for_what_cannot_be_withdrawn() {
-        let mut requests = queue(&[1; MOST]);
-        assert_eq!(requests.ask(1, 9), Err(9));
-        let [told, awaited] = [false, true].map(|is_awaited| requests.tell(1, 10, is_awaited));
-        assert_eq!(requests.len(), MOST + 2);
-        assert_eq!(requests.give_up(told), GivenUp::Answered);
+    fn only_requests_that_can_be_withdrawn_are_bounded() {
+        let mut requests = queue(&[1; CAPACITY]);
+        assert_eq!(requests.enqueue(1, 9), Err(9));
+        let [not_awaited, awaited] =
+            [false, true].map(|is_awaited| requests.enqueue_permanently(1, 10, is_awaited));
+        assert_eq!(requests.len(), CAPACITY + 2);
+        assert_eq!(requests.give_up(not_awaited), GivenUp::Answered);
         assert_eq!(requests.give_up(awaited), GivenUp::InDoubt);
         assert_eq!(requests.give_up(awaited), GivenUp::Answered);
         requests.give_up(Ticket(0));
-        requests.ask(1, 9).unwrap();
+        requests.enqueue(1, 9).unwrap();
     }
 
     #[test]
-    fn what_was_read_is_of_another_generation_once_rows_are_to_be_changed() {
+    fn row_change_advances_the_generation() {
         let mut requests = queue(&[1, 0]);
         let read = requests.take(10).generation;
         assert_eq!(requests.generation(), read);
-        requests.ask(0, 2).unwrap();
-        assert_eq!(requests.generation(), read, "a question changes nothing");
-        requests.tell(1, 3, false);
+        requests.enqueue(0, 2).unwrap();
+        assert_eq!(requests.generation(), read, "a request that only reads");
+        requests.enqueue_permanently(1, 3, false);
         let pushed = requests.generation();
         assert!(pushed > read);
-        requests.tell(1_000, 4, false);
+        requests.enqueue_permanently(1_000, 4, false);
         assert_eq!(requests.take(10).generation, pushed, "one is still queued");
         let last = requests.take(10).generation;
         assert!(last == requests.generation() && last > pushed);
@@ -235,8 +244,8 @@ mod tests {
 
     #[derive(Clone, Copy, Debug)]
     enum Step {
-        Ask(usize),
-        Tell(usize, bool),
+        Enqueue(usize),
+        EnqueuePermanently(usize, bool),
         Take(usize),
         Answer,
         GiveUp(u64),
@@ -244,8 +253,9 @@ mod tests {
 
     fn steps() -> impl Strategy<Value = Vec<Step>> {
         let step = prop_oneof![
-            (0..9usize).prop_map(Step::Ask),
-            (0..9usize, any::<bool>()).prop_map(|(rows, is_awaited)| Step::Tell(rows, is_awaited)),
+            (0..9usize).prop_map(Step::Enqueue),
+            (0..9usize, any::<bool>())
+                .prop_map(|(rows, is_awaited)| Step::EnqueuePermanently(rows, is_awaited)),
             (0..12usize).prop_map(Step::Take),
             Just(Step::Answer),
             (0..40u64).prop_map(Step::GiveUp),
@@ -253,64 +263,67 @@ mod tests {
         proptest::collection::vec(step, 0..60)
     }
 
-    /// What a request was made as.
+    /// A request and how it was enqueued.
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-    struct Made {
+    struct Enqueued {
         ticket: Ticket,
         rows: usize,
         is_awaited: bool,
-        is_asked: bool,
+        can_be_withdrawn: bool,
     }
 
     proptest! {
-        /// Each request is taken once or withdrawn once, in the order in which it came, its caller hears one thing, and what
-        /// is read after it was taken is of the latest generation only if no change is queued.
+        /// Each request is taken once, in the order of the queue, or withdrawn once. Its caller
+        /// receives one result. What is read after a transaction has the current generation if
+        /// and only if no change is queued.
         #[test]
-        fn a_request_ends_once_whatever_happens(steps in steps()) {
-            let mut requests = Requests::new(MOST);
-            let (mut queued, mut taken) = (Vec::<Made>::new(), Vec::<Made>::new());
-            let mut said = BTreeMap::new();
+        fn each_request_ends_exactly_once(steps in steps()) {
+            let mut requests = Requests::new(CAPACITY);
+            let mut queued = Vec::<Enqueued>::new();
+            let mut taken = Vec::<Enqueued>::new();
+            let mut results = BTreeMap::new();
             for step in steps {
                 match step {
-                    Step::Ask(rows) => {
-                        let asked = queued.iter().filter(|made| made.is_asked).count();
-                        let ticket = requests.ask(rows, rows);
-                        prop_assert_eq!(ticket.is_ok(), asked < MOST);
-                        queued.extend(ticket.map(|ticket| Made { ticket, rows, is_awaited: true, is_asked: true }));
+                    Step::Enqueue(rows) => {
+                        let withdrawable = queued.iter().filter(|request| request.can_be_withdrawn).count();
+                        let ticket = requests.enqueue(rows, rows);
+                        prop_assert_eq!(ticket.is_ok(), withdrawable < CAPACITY);
+                        queued.extend(ticket.map(|ticket| Enqueued { ticket, rows, is_awaited: true, can_be_withdrawn: true }));
                     }
-                    Step::Tell(rows, is_awaited) => {
-                        let ticket = requests.tell(rows, rows, is_awaited);
-                        queued.push(Made { ticket, rows, is_awaited, is_asked: false });
+                    Step::EnqueuePermanently(rows, is_awaited) => {
+                        let ticket = requests.enqueue_permanently(rows, rows, is_awaited);
+                        queued.push(Enqueued { ticket, rows, is_awaited, can_be_withdrawn: false });
                     }
                     Step::Take(most) => {
                         let got = requests.take(most);
                         prop_assert_eq!(got.requests.is_empty(), queued.is_empty());
                         let expected: Vec<_> = queued.drain(..got.requests.len()).collect();
-                        prop_assert!(got.requests.iter().map(|(it, _)| *it).eq(expected.iter().map(|made| made.ticket)));
+                        prop_assert!(got.requests.iter().map(|(it, _)| *it).eq(expected.iter().map(|request| request.ticket)));
                         taken.extend(expected);
-                        let (then, now) = (got.generation, requests.generation());
+                        let then = got.generation;
+                        let now = requests.generation();
                         prop_assert!(then <= now);
-                        prop_assert_eq!(then == now, !queued.iter().any(|made| made.rows > 0));
+                        prop_assert_eq!(then == now, !queued.iter().any(|request| request.rows > 0));
                     }
                     Step::Answer => {
-                        let Some(made) = taken.pop() else { continue };
-                        let waits = made.is_awaited && !said.contains_key(&made.ticket);
-                        prop_assert_eq!(requests.answer(made.ticket), waits);
-                        said.entry(made.ticket).or_insert("answered");
+                        let Some(request) = taken.pop() else { continue };
+                        let waits = request.is_awaited && !results.contains_key(&request.ticket);
+                        prop_assert_eq!(requests.answer(request.ticket), waits);
+                        results.entry(request.ticket).or_insert("answered");
                     }
                     Step::GiveUp(ticket) => match requests.give_up(Ticket(ticket)) {
                         GivenUp::Withdrawn(_) => {
-                            prop_assert!(queued.iter().any(|made| made.ticket == Ticket(ticket) && made.is_asked));
-                            queued.retain(|made| made.ticket != Ticket(ticket));
-                            prop_assert!(said.insert(Ticket(ticket), "withdrawn").is_none());
+                            prop_assert!(queued.iter().any(|request| request.ticket == Ticket(ticket) && request.can_be_withdrawn));
+                            queued.retain(|request| request.ticket != Ticket(ticket));
+                            prop_assert!(results.insert(Ticket(ticket), "withdrawn").is_none());
                         }
                         GivenUp::InDoubt => {
-                            let mut made = taken.iter().chain(&queued);
-                            prop_assert!(made.any(|made| made.ticket == Ticket(ticket) && made.is_awaited));
-                            prop_assert!(said.insert(Ticket(ticket), "in doubt").is_none());
+                            let mut request = taken.iter().chain(&queued);
+                            prop_assert!(request.any(|request| request.ticket == Ticket(ticket) && request.is_awaited));
+                            prop_assert!(results.insert(Ticket(ticket), "in doubt").is_none());
                         }
                         GivenUp::Answered => {
-                            prop_assert!(!queued.iter().any(|made| made.ticket == Ticket(ticket) && made.is_asked));
+                            prop_assert!(!queued.iter().any(|request| request.ticket == Ticket(ticket) && request.can_be_withdrawn));
                         }
                     },
                 }

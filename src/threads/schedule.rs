@@ -1,13 +1,13 @@
-//! When a beat goes out. Values only: the heartbeat thread hands in the time, and so may a test.
+//! When a beat is sent. Values only: the heartbeat thread, or a test, passes the time in.
 //!
-//! - A tick or a delta wants a beat, and the status thread is asked for a snapshot. The beat goes out when the snapshot
-//!   arrives, or without one when patience ends, counted from the question: a source that owes an answer for long is
-//!   not waited for again. The first beat waits up to a second for the topology, as the master would otherwise order it
-//!   to be built again.
-//! - A snapshot that comes later goes out in a beat of its own. A delta that comes while a snapshot is being made asks
-//!   for another, since that one may have been begun before.
-//! - After a failure nothing goes out until the backoff ends, whatever is wanted meanwhile; a refused host waits for
-//!   its tick.
+//! - A tick or a delta triggers a beat, and the status thread is asked for a snapshot. The beat is
+//!   sent when the snapshot arrives, or without one when the timeout ends. The timeout counts from
+//!   the request, so a source that has not answered for long is not waited for again. The first
+//!   beat waits up to a second for the topology, because the master orders a rebuild without it.
+//! - A snapshot that arrives later is sent in a beat of its own. A delta that arrives while a
+//!   snapshot is being made requests another one, because that snapshot may have been begun before.
+//! - After a failure no beat is sent until the backoff ends, whatever triggers one. After a
+//!   rejected host the next tick sends one.
 
 use std::time::{Duration, Instant};
 
@@ -16,122 +16,128 @@ use crossbeam_channel::{Receiver, at, never};
 use crate::limits;
 use crate::master::Verdict;
 
-/// Why a beat is wanted.
+/// What triggers a beat.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Trigger {
     First,
     Tick,
     Delta,
     Retry,
-    /// Somebody waits until all is sent.
+    /// A caller of `flush` waits.
     Flush,
 }
 
-/// Whether the status thread is to be asked for a snapshot.
+/// Whether to request a snapshot from the status thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use]
 pub(crate) enum SnapshotRequest {
-    Ask,
-    /// Nothing is wanted, or an answer is owed already.
-    None,
+    Needed,
+    /// No beat will be sent, or a request is pending.
+    NotNeeded,
 }
 
-/// What a timer that has fired is for.
+/// What to do when a timer has fired.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum TimerAction {
-    /// Patience has ended: a beat goes out without a snapshot.
+    /// The timeout has ended: send a beat without a snapshot.
     Beat,
-    /// The backoff has ended.
+    /// The backoff has ended: trigger a retry.
     Retry,
-    /// Too early; there is nothing to do.
+    /// Nothing is due.
     Nothing,
 }
 
-/// What keeps beats from going out.
+/// Whether beats may be sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum SendGate {
-    Free,
+    Open,
+    /// Closed until then.
     Until(Instant),
+    /// Closed until the next tick.
     NextTick,
 }
 
 #[derive(Debug)]
 pub(crate) struct Schedule {
     interval: Duration,
-    /// A beat is wanted, and goes out at the latest then.
-    due: Option<Instant>,
-    /// Since when the status thread has owed a snapshot.
-    asked: Option<Instant>,
-    /// The snapshot that is owed may have been begun before the last delta.
-    ask_again: bool,
-    hold: SendGate,
+    /// A beat was triggered, and is sent at this time at the latest.
+    beat_deadline: Option<Instant>,
+    /// When the pending snapshot request was made.
+    snapshot_requested: Option<Instant>,
+    /// The pending snapshot may have been begun before the last delta.
+    request_again: bool,
+    gate: SendGate,
     backoff: Duration,
-    /// Before then the first beat is not sent without its topology.
-    topology_awaited_until: Option<Instant>,
+    /// Until then the first beat is not sent without its topology.
+    topology_deadline: Option<Instant>,
 }
 
 impl Schedule {
     pub(crate) fn new(interval: Duration) -> Self {
-        let backoff = limits::BACKOFF_START.min(interval);
         Self {
             interval,
-            due: None,
-            asked: None,
-            ask_again: false,
-            hold: SendGate::Free,
-            backoff,
-            topology_awaited_until: None,
+            beat_deadline: None,
+            snapshot_requested: None,
+            request_again: false,
+            gate: SendGate::Open,
+            backoff: limits::BACKOFF_START.min(interval),
+            topology_deadline: None,
         }
     }
 
-    /// A beat is wanted.
-    pub(crate) fn wish(&mut self, why: Trigger, now: Instant) -> SnapshotRequest {
-        match self.hold {
-            SendGate::Free => (),
-            SendGate::Until(_) => return SnapshotRequest::None,
-            SendGate::NextTick if why != Trigger::Tick => return SnapshotRequest::None,
-            SendGate::NextTick => self.hold = SendGate::Free,
+    /// Triggers a beat.
+    pub(crate) fn trigger(&mut self, trigger: Trigger, now: Instant) -> SnapshotRequest {
+        match self.gate {
+            SendGate::Open => (),
+            SendGate::Until(_) => return SnapshotRequest::NotNeeded,
+            SendGate::NextTick if trigger != Trigger::Tick => return SnapshotRequest::NotNeeded,
+            SendGate::NextTick => self.gate = SendGate::Open,
         }
-        let (asked, question) = match self.asked {
-            Some(asked) => {
-                self.ask_again |= why == Trigger::Delta;
-                (asked, SnapshotRequest::None)
+        let (requested, request) = match self.snapshot_requested {
+            Some(requested) => {
+                self.request_again |= trigger == Trigger::Delta;
+                (requested, SnapshotRequest::NotNeeded)
             }
             None => {
-                self.ask_again = false;
-                (*self.asked.insert(now), SnapshotRequest::Ask)
+                self.request_again = false;
+                (*self.snapshot_requested.insert(now), SnapshotRequest::Needed)
             }
         };
-        if why == Trigger::First {
-            self.topology_awaited_until = Some(now + limits::TOPOLOGY_PATIENCE);
+        if trigger == Trigger::First {
+            self.topology_deadline = Some(now + limits::TOPOLOGY_PATIENCE);
         }
-        let due =
-            (asked + self.patience(why)).max(now).max(self.topology_awaited_until.unwrap_or(now));
-        self.due = Some(self.due.map_or(due, |earlier| earlier.min(due)));
-        question
+        let deadline = (requested + self.snapshot_timeout(trigger))
+            .max(now)
+            .max(self.topology_deadline.unwrap_or(now));
+        self.beat_deadline =
+            Some(self.beat_deadline.map_or(deadline, |earlier| earlier.min(deadline)));
+        request
     }
 
-    fn patience(&self, why: Trigger) -> Duration {
-        match why {
+    /// How long a beat waits for its snapshot.
+    fn snapshot_timeout(&self, trigger: Trigger) -> Duration {
+        match trigger {
             Trigger::First | Trigger::Delta | Trigger::Retry | Trigger::Flush => {
                 limits::DELTA_PATIENCE.min(self.interval / 2)
             }
-            // Half an interval at the most, or a short one would be over before its beat went out.
+            // At most half an interval, or a short interval would end before its beat is sent.
             Trigger::Tick => limits::TICK_PATIENCE.min(self.interval / 2),
         }
     }
 
-    /// The topology is known now: the first beat has no more to wait for than any other.
-    pub(crate) fn topology_is_known(&mut self, now: Instant) {
-        if self.topology_awaited_until.take().is_some() {
-            let due = self.asked.map(|asked| (asked + self.patience(Trigger::First)).max(now));
-            self.due = self.due.and(due).or(self.due);
+    /// The topology is known. The first beat no longer waits for it.
+    pub(crate) fn topology_received(&mut self, now: Instant) {
+        if self.topology_deadline.take().is_some() {
+            let deadline = self
+                .snapshot_requested
+                .map(|requested| (requested + self.snapshot_timeout(Trigger::First)).max(now));
+            self.beat_deadline = self.beat_deadline.and(deadline).or(self.beat_deadline);
         }
     }
 
-    /// Up to when the first beat waits for the topology. `None`: it is known, or has been waited for.
-    pub(crate) fn topology_awaited_until(&self) -> Option<Instant> {
-        self.topology_awaited_until
+    /// Until when the first beat waits for the topology. `None`: it does not wait.
+    pub(crate) fn topology_deadline(&self) -> Option<Instant> {
+        self.topology_deadline
     }
 
     pub(crate) fn interval(&self) -> Duration {
@@ -143,66 +149,68 @@ impl Schedule {
         (self.interval * 2 / 3).clamp(limits::MIN_POST, limits::POST)
     }
 
-    /// The snapshot that was owed is there. Whether a beat takes it along now.
-    pub(crate) fn answered(&mut self) -> bool {
-        self.asked = None;
-        self.topology_awaited_until = None;
-        let goes_out = self.hold == SendGate::Free;
-        if goes_out {
-            self.due = None;
+    /// The pending snapshot has arrived. Returns whether to send a beat with it now.
+    pub(crate) fn snapshot_received(&mut self) -> bool {
+        self.snapshot_requested = None;
+        self.topology_deadline = None;
+        let sends_beat = self.gate == SendGate::Open;
+        if sends_beat {
+            self.beat_deadline = None;
         }
-        goes_out
+        sends_beat
     }
 
-    /// Whether a delta has come since the answered question was put. Asked after that answer's beat.
-    pub(crate) fn ask_again(&mut self, now: Instant) -> SnapshotRequest {
-        if std::mem::take(&mut self.ask_again)
-            && self.hold == SendGate::Free
-            && self.asked.is_none()
+    /// Requests another snapshot if a delta has arrived since the last one was requested. To be
+    /// called after the beat with that one.
+    pub(crate) fn request_again(&mut self, now: Instant) -> SnapshotRequest {
+        if std::mem::take(&mut self.request_again)
+            && self.gate == SendGate::Open
+            && self.snapshot_requested.is_none()
         {
-            self.asked = Some(now);
-            return SnapshotRequest::Ask;
+            self.snapshot_requested = Some(now);
+            return SnapshotRequest::Needed;
         }
-        SnapshotRequest::None
+        SnapshotRequest::NotNeeded
     }
 
-    /// When [`fired`](Self::fired) is to be called.
+    /// Receives a message when [`timer_fired`](Self::timer_fired) is to be called.
     pub(crate) fn timer(&self) -> Receiver<Instant> {
-        match (self.hold, self.due) {
+        match (self.gate, self.beat_deadline) {
             (SendGate::Until(end), _) => at(end),
-            (SendGate::Free, Some(due)) => at(due),
+            (SendGate::Open, Some(deadline)) => at(deadline),
             _ => never(),
         }
     }
 
-    pub(crate) fn fired(&mut self, now: Instant) -> TimerAction {
-        match (self.hold, self.due) {
+    pub(crate) fn timer_fired(&mut self, now: Instant) -> TimerAction {
+        match (self.gate, self.beat_deadline) {
             (SendGate::Until(end), _) if end <= now => {
-                self.hold = SendGate::Free;
+                self.gate = SendGate::Open;
                 TimerAction::Retry
             }
-            (SendGate::Free, Some(due)) if due <= now => {
-                self.due = None;
-                self.topology_awaited_until = None;
+            (SendGate::Open, Some(deadline)) if deadline <= now => {
+                self.beat_deadline = None;
+                self.topology_deadline = None;
                 TimerAction::Beat
             }
             _ => TimerAction::Nothing,
         }
     }
 
-    /// A beat has ended like this. `chance` is a random number from 0 to 1.
-    pub(crate) fn ended(&mut self, verdict: Verdict, now: Instant, chance: f64) {
-        self.due = None;
-        self.hold = match verdict {
-            Verdict::Accepted => SendGate::Free,
+    /// Records how a beat ended. `random` is from 0 to 1.
+    pub(crate) fn beat_ended(&mut self, verdict: Verdict, now: Instant, random: f64) {
+        self.beat_deadline = None;
+        self.gate = match verdict {
+            Verdict::Accepted => SendGate::Open,
             Verdict::BodyRejected | Verdict::HostRejected => SendGate::NextTick,
-            // A little later than it asks for, or the whole fleet is back in one moment.
+            // A little later than requested, or the whole fleet returns at the same time.
             Verdict::RetryLater(Some(wait)) => {
-                SendGate::Until(now + wait.mul_f64(1.0 + chance / 10.0))
+                SendGate::Until(now + wait.mul_f64(1.0 + random / 10.0))
             }
-            // Jitter after the cap: it is at the cap that a fleet needs spreading most.
+            // Jitter after the cap, because a fleet needs it most when the backoff has reached the
+            // cap.
             Verdict::RetryLater(None) | Verdict::NoResponse => {
-                SendGate::Until(now + self.backoff.mul_f64(0.5 + chance / 2.0))
+                SendGate::Until(now + self.backoff.mul_f64(0.5 + random / 2.0))
             }
         };
         self.backoff = match verdict {
@@ -211,38 +219,38 @@ impl Schedule {
         };
     }
 
-    /// When the next beat is due, the next tick being then.
+    /// When the next beat is due, given the time of the next tick.
     pub(crate) fn next_beat(&self, tick: Option<Instant>) -> Option<Instant> {
-        match self.hold {
-            SendGate::Free => self.due.into_iter().chain(tick).min(),
+        match self.gate {
+            SendGate::Open => self.beat_deadline.into_iter().chain(tick).min(),
             SendGate::Until(end) => Some(end),
             SendGate::NextTick => tick,
         }
     }
 
-    /// Since when a snapshot has been owed.
-    pub(crate) fn asked(&self) -> Option<Instant> {
-        self.asked
+    /// When the pending snapshot request was made.
+    pub(crate) fn snapshot_requested(&self) -> Option<Instant> {
+        self.snapshot_requested
     }
 }
 
-/// The ticks: the first after a random part of the interval, then one every interval exactly, so that a fleet that
-/// starts together is spread for good.
+/// The ticks. The first one comes after a random part of the interval, then one every interval
+/// exactly. So a fleet that starts together stays spread out.
 #[derive(Debug)]
 pub(crate) struct Ticks {
     receiver: Receiver<Instant>,
-    /// The next tick and the interval; `None` when a test hands the ticks in.
+    /// The next tick and the interval. `None`: a test sends the ticks.
     every: Option<(Instant, Duration)>,
 }
 
 impl Ticks {
-    /// `chance` is a random number from 0 to 1.
-    pub(crate) fn every(interval: Duration, now: Instant, chance: f64) -> Self {
-        let first = now + interval.mul_f64(chance);
+    /// `random` is from 0 to 1.
+    pub(crate) fn every(interval: Duration, now: Instant, random: f64) -> Self {
+        let first = now + interval.mul_f64(random);
         Self { receiver: at(first), every: Some((first, interval)) }
     }
 
-    pub(crate) fn fed(receiver: Receiver<Instant>) -> Self {
+    pub(crate) fn from_channel(receiver: Receiver<Instant>) -> Self {
         Self { receiver, every: None }
     }
 
@@ -250,13 +258,14 @@ impl Ticks {
         &self.receiver
     }
 
-    /// The next one, where that is known.
+    /// The time of the next tick, if it is known.
     pub(crate) fn next(&self) -> Option<Instant> {
         self.every.map(|(tick, _)| tick)
     }
 
-    /// A tick has been received. Ticks that were slept through are left out: one beat says all there is to say.
-    pub(crate) fn ticked(&mut self, now: Instant) {
+    /// A tick was received. Ticks that were missed, in a suspended process for example, are left
+    /// out, because one beat carries everything.
+    pub(crate) fn tick_received(&mut self, now: Instant) {
         if let Some((tick, interval)) = &mut self.every {
             let missed =
                 now.saturating_duration_since(*tick).as_nanos() / interval.as_nanos().max(1);
@@ -265,8 +274,8 @@ impl Ticks {
         }
     }
 
-    /// No tick will come any more.
-    pub(crate) fn ended(&mut self) {
+    /// The channel is disconnected. No further tick will come.
+    pub(crate) fn disconnected(&mut self) {
         self.receiver = never();
     }
 }
@@ -286,128 +295,128 @@ mod tests {
     }
 
     #[test]
-    fn a_tick_waits_ten_seconds_for_its_snapshot() {
+    fn tick_waits_ten_seconds_for_its_snapshot() {
         let (mut schedule, t) = start();
-        assert_eq!(schedule.wish(Trigger::Tick, t), SnapshotRequest::Ask);
-        assert_eq!(schedule.fired(after(t, 9.9)), TimerAction::Nothing);
-        assert_eq!(schedule.fired(after(t, 10.0)), TimerAction::Beat);
-        assert_eq!(schedule.fired(after(t, 10.0)), TimerAction::Nothing, "one beat, not two");
+        assert_eq!(schedule.trigger(Trigger::Tick, t), SnapshotRequest::Needed);
+        assert_eq!(schedule.timer_fired(after(t, 9.9)), TimerAction::Nothing);
+        assert_eq!(schedule.timer_fired(after(t, 10.0)), TimerAction::Beat);
+        assert_eq!(schedule.timer_fired(after(t, 10.0)), TimerAction::Nothing, "one beat, not two");
     }
 
     #[test]
-    fn a_delta_waits_a_quarter_second_and_shortens_a_ticks_patience() {
+    fn delta_shortens_the_timeout_of_a_tick_to_a_quarter_second() {
         let (mut schedule, t) = start();
-        assert_eq!(schedule.wish(Trigger::Tick, t), SnapshotRequest::Ask);
+        assert_eq!(schedule.trigger(Trigger::Tick, t), SnapshotRequest::Needed);
         assert_eq!(
-            schedule.wish(Trigger::Delta, after(t, 0.1)),
-            SnapshotRequest::None,
-            "one question at a time"
+            schedule.trigger(Trigger::Delta, after(t, 0.1)),
+            SnapshotRequest::NotNeeded,
+            "one request at a time"
         );
-        assert_eq!(schedule.fired(after(t, 0.24)), TimerAction::Nothing);
-        assert_eq!(schedule.fired(after(t, 0.25)), TimerAction::Beat);
+        assert_eq!(schedule.timer_fired(after(t, 0.24)), TimerAction::Nothing);
+        assert_eq!(schedule.timer_fired(after(t, 0.25)), TimerAction::Beat);
     }
 
     #[test]
-    fn the_first_beat_waits_a_second_for_the_topology_and_no_longer_once_it_is_known() {
+    fn first_beat_waits_up_to_a_second_for_the_topology() {
         let (mut schedule, t) = start();
-        assert_eq!(schedule.wish(Trigger::First, t), SnapshotRequest::Ask);
-        assert_eq!(schedule.wish(Trigger::Delta, after(t, 0.1)), SnapshotRequest::None);
+        assert_eq!(schedule.trigger(Trigger::First, t), SnapshotRequest::Needed);
+        assert_eq!(schedule.trigger(Trigger::Delta, after(t, 0.1)), SnapshotRequest::NotNeeded);
         assert_eq!(
-            schedule.fired(after(t, 0.99)),
+            schedule.timer_fired(after(t, 0.99)),
             TimerAction::Nothing,
-            "a delta does not leave it out either"
+            "a delta does not shorten this"
         );
-        assert_eq!(schedule.fired(after(t, 1.0)), TimerAction::Beat);
+        assert_eq!(schedule.timer_fired(after(t, 1.0)), TimerAction::Beat);
         for known in [0.1, 0.4] {
             let (mut schedule, t) = start();
-            let _ = schedule.wish(Trigger::First, t);
-            schedule.topology_is_known(after(t, known));
+            let _ = schedule.trigger(Trigger::First, t);
+            schedule.topology_received(after(t, known));
             assert_eq!(
-                schedule.fired(after(t, f64::max(known, 0.25) - 0.01)),
+                schedule.timer_fired(after(t, f64::max(known, 0.25) - 0.01)),
                 TimerAction::Nothing
             );
-            assert_eq!(schedule.fired(after(t, f64::max(known, 0.25))), TimerAction::Beat);
+            assert_eq!(schedule.timer_fired(after(t, f64::max(known, 0.25))), TimerAction::Beat);
         }
         let (mut schedule, t) = start();
-        let _ = schedule.wish(Trigger::First, t);
-        assert!(schedule.answered(), "the snapshot says all there is to know");
+        let _ = schedule.trigger(Trigger::First, t);
+        assert!(schedule.snapshot_received(), "the snapshot includes the topology");
     }
 
     #[test]
-    fn a_source_that_hangs_is_not_waited_for_twice() {
+    fn blocked_source_is_not_waited_for_twice() {
         let (mut schedule, t) = start();
-        let _ = schedule.wish(Trigger::Tick, t);
-        assert_eq!(schedule.fired(after(t, 10.0)), TimerAction::Beat);
-        assert_eq!(schedule.wish(Trigger::Tick, after(t, 30.0)), SnapshotRequest::None);
-        assert_eq!(schedule.fired(after(t, 30.0)), TimerAction::Beat);
+        let _ = schedule.trigger(Trigger::Tick, t);
+        assert_eq!(schedule.timer_fired(after(t, 10.0)), TimerAction::Beat);
+        assert_eq!(schedule.trigger(Trigger::Tick, after(t, 30.0)), SnapshotRequest::NotNeeded);
+        assert_eq!(schedule.timer_fired(after(t, 30.0)), TimerAction::Beat);
     }
 
     #[test]
-    fn a_late_snapshot_goes_out_in_a_beat_of_its_own() {
+    fn late_snapshot_is_sent_in_a_beat_of_its_own() {
         let (mut schedule, t) = start();
-        let _ = schedule.wish(Trigger::Retry, t);
-        assert_eq!(schedule.fired(after(t, 0.25)), TimerAction::Beat);
-        schedule.ended(Verdict::Accepted, after(t, 0.3), 0.0);
-        assert!(schedule.answered());
+        let _ = schedule.trigger(Trigger::Retry, t);
+        assert_eq!(schedule.timer_fired(after(t, 0.25)), TimerAction::Beat);
+        schedule.beat_ended(Verdict::Accepted, after(t, 0.3), 0.0);
+        assert!(schedule.snapshot_received());
     }
 
     #[test]
-    fn a_delta_that_comes_while_a_snapshot_is_made_asks_for_another() {
+    fn delta_during_a_snapshot_requests_another_one() {
         let (mut schedule, t) = start();
-        let _ = schedule.wish(Trigger::Tick, t);
-        let _ = schedule.wish(Trigger::Delta, after(t, 0.1));
-        assert!(schedule.answered());
-        schedule.ended(Verdict::Accepted, after(t, 0.2), 0.0);
-        assert_eq!(schedule.ask_again(after(t, 0.2)), SnapshotRequest::Ask);
-        assert!(schedule.answered());
-        assert_eq!(schedule.ask_again(after(t, 0.3)), SnapshotRequest::None);
+        let _ = schedule.trigger(Trigger::Tick, t);
+        let _ = schedule.trigger(Trigger::Delta, after(t, 0.1));
+        assert!(schedule.snapshot_received());
+        schedule.beat_ended(Verdict::Accepted, after(t, 0.2), 0.0);
+        assert_eq!(schedule.request_again(after(t, 0.2)), SnapshotRequest::Needed);
+        assert!(schedule.snapshot_received());
+        assert_eq!(schedule.request_again(after(t, 0.3)), SnapshotRequest::NotNeeded);
     }
 
     #[test]
-    fn after_a_failure_nothing_goes_out_until_the_backoff_ends() {
+    fn no_beat_is_sent_until_the_backoff_ends() {
         let (mut schedule, t) = start();
-        schedule.ended(Verdict::NoResponse, t, 1.0);
-        assert_eq!(schedule.wish(Trigger::Tick, after(t, 0.1)), SnapshotRequest::None);
-        assert_eq!(schedule.wish(Trigger::Delta, after(t, 0.1)), SnapshotRequest::None);
-        assert!(!schedule.answered(), "a snapshot of before is stale by then");
-        assert_eq!(schedule.fired(after(t, 0.9)), TimerAction::Nothing);
-        assert_eq!(schedule.fired(after(t, 1.0)), TimerAction::Retry);
-        assert_eq!(schedule.wish(Trigger::Retry, after(t, 1.0)), SnapshotRequest::Ask);
+        schedule.beat_ended(Verdict::NoResponse, t, 1.0);
+        assert_eq!(schedule.trigger(Trigger::Tick, after(t, 0.1)), SnapshotRequest::NotNeeded);
+        assert_eq!(schedule.trigger(Trigger::Delta, after(t, 0.1)), SnapshotRequest::NotNeeded);
+        assert!(!schedule.snapshot_received(), "the snapshot would be stale when the backoff ends");
+        assert_eq!(schedule.timer_fired(after(t, 0.9)), TimerAction::Nothing);
+        assert_eq!(schedule.timer_fired(after(t, 1.0)), TimerAction::Retry);
+        assert_eq!(schedule.trigger(Trigger::Retry, after(t, 1.0)), SnapshotRequest::Needed);
     }
 
     #[test]
-    fn the_backoff_doubles_to_the_interval_and_is_spread_below_its_cap() {
-        for (chance, expected) in [
+    fn backoff_doubles_up_to_the_interval_with_jitter_after_the_cap() {
+        for (random, expected) in [
             (1.0, [1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0]),
             (0.0, [0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 15.0]),
         ] {
             let (mut schedule, t) = start();
             for wait in expected {
-                schedule.ended(Verdict::NoResponse, t, chance);
-                assert_eq!(schedule.hold, SendGate::Until(after(t, wait)));
+                schedule.beat_ended(Verdict::NoResponse, t, random);
+                assert_eq!(schedule.gate, SendGate::Until(after(t, wait)));
             }
-            schedule.ended(Verdict::Accepted, t, chance);
-            schedule.ended(Verdict::RetryLater(None), t, chance);
+            schedule.beat_ended(Verdict::Accepted, t, random);
+            schedule.beat_ended(Verdict::RetryLater(None), t, random);
             assert_eq!(
-                schedule.hold,
+                schedule.gate,
                 SendGate::Until(after(t, expected[0])),
-                "a success starts afresh"
+                "a success resets it"
             );
         }
     }
 
     #[test]
-    fn retry_after_is_never_undercut() {
+    fn retry_is_never_earlier_than_retry_after() {
         let (mut schedule, t) = start();
-        for chance in [0.0, 0.5, 1.0] {
-            schedule.ended(Verdict::RetryLater(Some(Duration::from_secs(100))), t, chance);
-            assert_eq!(schedule.fired(after(t, 99.9)), TimerAction::Nothing);
-            assert_eq!(schedule.fired(after(t, 110.0)), TimerAction::Retry);
+        for random in [0.0, 0.5, 1.0] {
+            schedule.beat_ended(Verdict::RetryLater(Some(Duration::from_secs(100))), t, random);
+            assert_eq!(schedule.timer_fired(after(t, 99.9)), TimerAction::Nothing);
+            assert_eq!(schedule.timer_fired(after(t, 110.0)), TimerAction::Retry);
         }
     }
 
     #[test]
-    fn a_post_ends_before_the_next_tick() {
+    fn post_limit_is_shorter_than_the_interval() {
         for (interval, limit) in [(1, 1.0), (6, 4.0), (30, 20.0), (3_600, 20.0)] {
             let schedule = Schedule::new(Duration::from_secs(interval));
             assert_eq!(schedule.post_limit(), Duration::from_secs_f64(limit), "{interval} s");
@@ -415,47 +424,43 @@ mod tests {
     }
 
     #[test]
-    fn a_refused_host_keeps_to_its_tick() {
+    fn rejected_host_is_retried_with_the_next_tick() {
         let (mut schedule, t) = start();
-        schedule.ended(Verdict::HostRejected, t, 0.0);
-        assert_eq!(schedule.wish(Trigger::Delta, t), SnapshotRequest::None);
-        assert_eq!(schedule.fired(after(t, 29.0)), TimerAction::Nothing);
-        assert_eq!(schedule.wish(Trigger::Tick, after(t, 30.0)), SnapshotRequest::Ask);
+        schedule.beat_ended(Verdict::HostRejected, t, 0.0);
+        assert_eq!(schedule.trigger(Trigger::Delta, t), SnapshotRequest::NotNeeded);
+        assert_eq!(schedule.timer_fired(after(t, 29.0)), TimerAction::Nothing);
+        assert_eq!(schedule.trigger(Trigger::Tick, after(t, 30.0)), SnapshotRequest::Needed);
     }
 
     #[test]
-    fn ticks_are_an_interval_apart_whatever_the_beats_take() {
+    fn ticks_are_one_interval_apart() {
         let t = Instant::now();
         let mut ticks = Ticks::every(INTERVAL, t, 0.5);
         assert_eq!(ticks.every, Some((after(t, 15.0), INTERVAL)));
-        ticks.ticked(after(t, 15.004));
+        ticks.tick_received(after(t, 15.004));
         assert_eq!(ticks.every, Some((after(t, 45.0), INTERVAL)));
-        ticks.ticked(after(t, 45.0));
+        ticks.tick_received(after(t, 45.0));
         assert_eq!(ticks.every, Some((after(t, 75.0), INTERVAL)));
     }
 
     #[test]
-    fn ticks_that_were_slept_through_do_not_pile_up() {
+    fn missed_ticks_are_left_out() {
         let t = Instant::now();
         let mut ticks = Ticks::every(INTERVAL, t, 0.0);
-        ticks.ticked(after(t, 3_601.0));
+        ticks.tick_received(after(t, 3_601.0));
         assert_eq!(ticks.every, Some((after(t, 3_630.0), INTERVAL)));
     }
 
     #[test]
-    fn the_next_beat_is_the_first_of_what_is_due_and_what_holds_it() {
+    fn next_beat_is_the_earliest_of_deadline_and_tick_unless_the_gate_is_closed() {
         let (mut schedule, t) = start();
         let tick = Some(after(t, 12.0));
         assert_eq!((schedule.next_beat(tick), schedule.next_beat(None)), (tick, None));
-        assert_eq!(schedule.wish(Trigger::Delta, t), SnapshotRequest::Ask);
+        assert_eq!(schedule.trigger(Trigger::Delta, t), SnapshotRequest::Needed);
         assert_eq!(schedule.next_beat(tick), Some(t + limits::DELTA_PATIENCE));
-        schedule.ended(Verdict::RetryLater(Some(Duration::from_secs(20))), t, 0.0);
-        assert_eq!(
-            schedule.next_beat(tick),
-            Some(after(t, 20.0)),
-            "a tick changes nothing meanwhile"
-        );
-        schedule.ended(Verdict::HostRejected, t, 0.0);
+        schedule.beat_ended(Verdict::RetryLater(Some(Duration::from_secs(20))), t, 0.0);
+        assert_eq!(schedule.next_beat(tick), Some(after(t, 20.0)), "a tick does not open the gate");
+        schedule.beat_ended(Verdict::HostRejected, t, 0.0);
         assert_eq!(schedule.next_beat(tick), tick);
     }
 }

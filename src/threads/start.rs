@@ -1,4 +1,5 @@
-//! How the outbox thread is started, and what is waited for: a start must not hang on a disk that does.
+//! Starts the outbox thread. The caller's waits are bounded, so that a start does not block on a
+//! disk that does not answer.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -23,7 +24,7 @@ use crate::stats::{SharedStats, ThreadWatch};
 
 const NAME: &str = "decnet-outbox";
 
-/// What a heartbeat's outbox thread is started with.
+/// The settings of a heartbeat's outbox thread.
 pub(crate) struct Start {
     pub(crate) enrolment: Box<dyn FnOnce() -> Result<Enrolment, Error> + Send>,
     pub(crate) identity: Option<MasterIdentity>,
@@ -36,85 +37,95 @@ pub(crate) struct Start {
 pub(crate) struct Started {
     pub(crate) client: Arc<OutboxClient>,
     pub(crate) batches: Batches,
-    pub(crate) access: Credentials,
-    /// What is wrong with the outbox, if anything is, and why.
+    pub(crate) credentials: Credentials,
+    /// What is wrong with the outbox: the line to log, and its error.
     pub(crate) problem: Option<(&'static str, Error)>,
 }
 
-/// Starts it. Credentials are waited for 5 s, and the outbox 1 s: it may come later.
+/// Starts the outbox thread of a heartbeat. Waits up to 5 s for the credentials, and up to 1 s for
+/// the outbox, which may be opened later.
 ///
 /// # Errors
 ///
-/// The host is not enrolled, a value or the bundle cannot be used or read, another process delivers from the outbox, this process
-/// was forked from one in which a heartbeat ran, or the system refuses a thread. Nothing runs then.
+/// - The host is not enrolled.
+/// - A value or the bundle cannot be used or read.
+/// - Another process delivers from the outbox.
+/// - This process was forked from one in which a heartbeat ran.
+/// - The system refuses a thread.
 pub(crate) fn start(start: Start) -> Result<Started, Error> {
-    let (desk, books) = (Arc::new(RequestQueue::default()), Arc::new(SharedOutboxStats::default()));
-    let (news, unread) = bounded(1);
-    let (batches, answers) = unbounded();
-    // Without room: what is sent is received, or there is nobody to receive it.
-    let (loaded, access) = bounded(0);
-    let (opened, outcome) = bounded(0);
-    let (thread_desk, thread_books) = (Arc::clone(&desk), Arc::clone(&books));
+    let queue = Arc::new(RequestQueue::default());
+    let outbox_stats = Arc::new(SharedOutboxStats::default());
+    let (events, event_receiver) = bounded(1);
+    let (batches, batch_receiver) = unbounded();
+    // No capacity: a message is received, or `send` fails because the caller has given up.
+    let (loaded, loaded_receiver) = bounded(0);
+    let (opened, opened_receiver) = bounded(0);
+    let thread_queue = Arc::clone(&queue);
+    let thread_outbox_stats = Arc::clone(&outbox_stats);
     let watch = ThreadWatch::new(NAME, &start.stats);
     let run = move || {
         let stats = Arc::clone(&start.stats);
         if let Some((credentials, path)) = load(start, &loaded)
-            && let Some(outbox) = open(path, &thread_books, &opened)
+            && let Some(outbox) = open(path, &thread_outbox_stats, &opened)
         {
-            let heartbeat = Heartbeat { credentials, are_gone: false, news, answers: batches };
-            OutboxThread::new(thread_desk, outbox, Some(heartbeat)).run(Some(&stats));
+            let heartbeat = Heartbeat { credentials, files_missing: false, events, batches };
+            OutboxThread::new(thread_queue, outbox, Some(heartbeat)).run(Some(&stats));
         }
         watch.has_ended_as_wanted();
     };
     let (thread, ended) = spawn(run)?;
-    let (access, path) = match access.recv_timeout(limits::CREDENTIALS_PATIENCE) {
-        Ok(Ok(found)) => found,
+    let (credentials, path) = match loaded_receiver.recv_timeout(limits::CREDENTIALS_PATIENCE) {
+        Ok(Ok(loaded)) => loaded,
         Ok(Err(error)) => {
-            // It has said its last word.
+            // The thread ends after this error.
             let _ = thread.join();
             return Err(error);
         }
-        Err(_) => return Err(no_credentials()),
+        Err(_) => return Err(credentials_timeout()),
     };
-    let client = Arc::new(OutboxClient::new(desk, books, path, ended));
-    let problem = match outcome.recv_timeout(limits::OUTBOX_BUSY) {
+    let client = Arc::new(OutboxClient::new(queue, outbox_stats, path, ended));
+    let problem = match opened_receiver.recv_timeout(limits::OUTBOX_BUSY) {
         Ok(opened) => opened?
-            .map(|problem| ("the outbox is in memory, deltas do not survive a restart", problem)),
+            .map(|problem| ("outbox in memory; its deltas do not survive a restart", problem)),
         Err(_) => {
             let seconds = limits::OUTBOX_BUSY.as_secs();
             let problem = client.error(&format!("its disk has not answered for {seconds} s"));
-            Some(("the outbox does not answer, beating without deltas until it does", problem))
+            Some(("outbox does not answer; beats are sent without deltas until it does", problem))
         }
     };
-    let batches = Batches::new(Arc::clone(&client), unread, answers);
-    Ok(Started { client, batches, access, problem })
+    let batches = Batches::new(Arc::clone(&client), event_receiver, batch_receiver);
+    Ok(Started { client, batches, credentials, problem })
 }
 
-/// Starts one for the program, which adds to an outbox. Waited for 1 s; the second value says what is wrong with it.
+/// Starts an outbox thread for the program, which adds to an outbox. Waits up to 1 s for the
+/// outbox. The second value is what is wrong with it.
 #[cfg(feature = "cli")]
 pub(crate) fn contribute(
     path: Option<PathBuf>,
 ) -> Result<(Arc<OutboxClient>, Option<Error>), Error> {
-    let (desk, books) = (Arc::new(RequestQueue::default()), Arc::new(SharedOutboxStats::default()));
-    let (thread_desk, thread_books, place) = (Arc::clone(&desk), Arc::clone(&books), path.clone());
-    let (opened, outcome) = bounded(1);
-    let run = move || match Outbox::open(place, Role::Contribute, Arc::clone(&thread_books)) {
+    let queue = Arc::new(RequestQueue::default());
+    let stats = Arc::new(SharedOutboxStats::default());
+    let thread_queue = Arc::clone(&queue);
+    let thread_stats = Arc::clone(&stats);
+    let thread_path = path.clone();
+    let (opened, opened_receiver) = bounded(1);
+    let run = move || match Outbox::open(thread_path, Role::Contribute, thread_stats) {
         Ok((outbox, problem)) => {
             let _ = opened.send(Ok(problem));
-            OutboxThread::new(thread_desk, outbox, None).run(None);
+            OutboxThread::new(thread_queue, outbox, None).run(None);
         }
         Err(error) => drop(opened.send(Err(error))),
     };
     let (_, ended) = spawn(run)?;
-    let client = Arc::new(OutboxClient::new(desk, books, path, ended));
-    let problem = match outcome.recv_timeout(limits::OUTBOX_BUSY) {
+    let client = Arc::new(OutboxClient::new(queue, stats, path, ended));
+    let problem = match opened_receiver.recv_timeout(limits::OUTBOX_BUSY) {
         Ok(opened) => opened?,
         Err(_) => Some(client.error("does not answer")),
     };
     Ok((client, problem))
 }
 
-/// The thread, and what is disconnected when it has ended.
+/// Starts the thread. The second value is disconnected when the thread has ended.
 fn spawn(run: impl FnOnce() + Send + 'static) -> Result<(JoinHandle<()>, Receiver<()>), Error> {
     let (alive, ended) = bounded(0);
     let runs = OutboxThreadRuns::new()?;
@@ -128,7 +139,7 @@ fn spawn(run: impl FnOnce() + Send + 'static) -> Result<(JoinHandle<()>, Receive
     Ok((thread, ended))
 }
 
-fn no_credentials() -> Error {
+fn credentials_timeout() -> Error {
     let seconds = limits::CREDENTIALS_PATIENCE.as_secs();
     let problem = format!(
         "cannot be read, their disk has not answered for {seconds} s; try again when it does"
@@ -136,75 +147,74 @@ fn no_credentials() -> Error {
     Error::setting("ini and bundle", problem).passing()
 }
 
-/// What a start waits for first: what the master is reached with, and where the outbox belongs.
+/// The credentials and the path of the outbox, which a start waits for first.
 type Loaded = Result<(Credentials, Option<PathBuf>), Error>;
 
-/// Loads the credentials. `None`: they cannot be used, or nobody waits for them any more.
+/// Loads the credentials. `None`: they cannot be used, or the caller has given up.
 fn load(start: Start, loaded: &Sender<Loaded>) -> Option<(CredentialFiles, Option<PathBuf>)> {
     let Start { enrolment, identity, location, .. } = start;
-    let found =
+    let result =
         caught(|| enrolment().and_then(|enrolment| CredentialFiles::load(enrolment, identity)));
-    match found
-        .unwrap_or_else(|said| Err(Error::setting("credentials", format!("panicked: {said}"))))
-    {
-        Ok((credentials, access)) => {
-            let agent_dir = access.enrolment.agent_dir().value().clone();
+    let result = result
+        .unwrap_or_else(|panic| Err(Error::setting("credentials", format!("panicked: {panic}"))));
+    match result {
+        Ok((files, credentials)) => {
+            let agent_dir = credentials.enrolment.agent_dir().value().clone();
             let path = location.path(&agent_dir);
-            loaded.send(Ok((access, path.clone()))).ok()?;
-            warn_of_others(&agent_dir, path.as_deref());
-            Some((credentials, path))
+            loaded.send(Ok((credentials, path.clone()))).ok()?;
+            warn_of_writable_folders(&agent_dir, path.as_deref());
+            Some((files, path))
         }
         Err(error) => {
-            // Nobody may be waiting any more.
+            // An error of `send` means that the caller has given up.
             let _ = loaded.send(Err(error));
             None
         }
     }
 }
 
-/// Whoever may write into a folder may replace the key, the CA and the outbox.
-fn warn_of_others(agent_dir: &Path, outbox: Option<&Path>) {
-    let beside = outbox.and_then(|outbox| other_folder(outbox, agent_dir));
-    for dir in [agent_dir].into_iter().chain(beside) {
+/// A user who may write to a folder may replace the key, the CA and the outbox in it.
+fn warn_of_writable_folders(agent_dir: &Path, outbox: Option<&Path>) {
+    let outbox_dir = outbox.and_then(|outbox| other_folder(outbox, agent_dir));
+    for dir in [agent_dir].into_iter().chain(outbox_dir) {
         if let Some(why) = others_may_write(dir) {
-            let dir = sanitize_path(dir);
             quietly(|| {
-                log::warn!("others may replace the heartbeat's files: folder={dir} because={why:?}")
+                log::warn!(
+                    "other users may replace the heartbeat's files: folder={} reason={why:?}",
+                    sanitize_path(dir)
+                );
             });
         }
     }
 }
 
-/// Opens the outbox, and says what has come of it to a start that still waits. Otherwise the heartbeat runs, so it is opened in
-/// any case: if another process delivers from it, as soon as that does not any more.
+/// Opens the outbox, and reports the result to a start that still waits. If it no longer waits, the
+/// heartbeat is running, so the outbox is opened in any case: if another process delivers from it,
+/// when that process stops.
 fn open(
     path: Option<PathBuf>,
-    books: &Arc<SharedOutboxStats>,
+    stats: &Arc<SharedOutboxStats>,
     opened: &Sender<Result<Option<Error>, Error>>,
 ) -> Option<Outbox> {
-    let late = |problem: &Error| {
-        quietly(|| {
-            log::error!(
-                "the outbox answers now, and is not as it should be: error={:?}",
-                chain(problem)
-            )
-        });
-    };
-    match Outbox::open(path.clone(), Role::Deliver, Arc::clone(books)) {
+    match Outbox::open(path.clone(), Role::Deliver, Arc::clone(stats)) {
         Ok((outbox, problem)) => {
             if let Err(SendError(Ok(Some(problem)) | Err(problem))) = opened.send(Ok(problem)) {
-                late(&problem);
+                log_late_problem(&problem);
             }
             Some(outbox)
         }
-        Err(held) => match opened.send(Err(held)) {
-            Err(SendError(Err(held))) => {
-                late(&held);
-                Outbox::open(path, Role::DeliverLater, Arc::clone(books))
+        Err(locked) => match opened.send(Err(locked)) {
+            Err(SendError(Err(locked))) => {
+                log_late_problem(&locked);
+                Outbox::open(path, Role::DeliverLater, Arc::clone(stats))
                     .ok()
                     .map(|(outbox, _)| outbox)
             }
             _ => None,
         },
     }
+}
+
+fn log_late_problem(problem: &Error) {
+    quietly(|| log::error!("outbox answers now, with a problem: error={:?}", chain(problem)));
 }

@@ -1,5 +1,6 @@
-//! The status thread: it asks the [`StatusSource`] when the heartbeat thread wants a snapshot, and is the only place
-//! where foreign code and slow reads run. It may hang or panic; the heartbeat thread never waits for it without end.
+//! The status thread. It asks the [`StatusSource`] when the heartbeat thread requests a snapshot,
+//! and is the only thread that runs foreign code and slow reads. The source may block or panic: the
+//! heartbeat thread waits for it only up to a timeout.
 
 use std::cell::Cell;
 use std::sync::Arc;
@@ -18,66 +19,65 @@ thread_local! {
     static IS_STATUS_THREAD: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Whether this is a status thread. What a source pushes is sent with the next beat: a beat of its own would ask the source
-/// again.
+/// Whether this is a status thread. A delta that a source pushes is sent with the next beat,
+/// because a beat of its own would ask the source again.
 pub(crate) fn is_status_thread() -> bool {
     IS_STATUS_THREAD.try_with(Cell::get).unwrap_or_default()
 }
 
-/// What the status thread says.
+/// A message of the status thread.
 #[derive(Debug)]
 pub(crate) enum StatusEvent {
-    /// What is known of the topology before the first snapshot, or that the source panicked when it was asked for that.
-    /// Said at most once, first.
+    /// The topology before the first snapshot, or the source's panic. Sent at most once, first.
     Topology(Result<Topology, String>),
-    /// The answer to a question, and when it was there.
+    /// The answer to a request, and when it was ready.
     Snapshot(Snapshot, Instant),
-    /// The source panicked when it was asked.
+    /// The source panicked when it was asked for a snapshot.
     Panicked(String),
 }
 
-/// The heartbeat thread's ends of the channels. Dropping them ends the status thread after what it is doing.
+/// The heartbeat thread's ends of the channels. When they are dropped, the status thread ends after
+/// its current work.
 #[derive(Debug)]
 pub(crate) struct StatusThread {
-    /// Asks for one snapshot. One question is under way at a time, so there is always room.
-    pub(crate) ask: Sender<()>,
-    pub(crate) collected: Receiver<StatusEvent>,
+    /// Requests one snapshot. At most one request is pending, so there is always room.
+    pub(crate) requests: Sender<()>,
+    pub(crate) events: Receiver<StatusEvent>,
 }
 
 impl StatusThread {
-    /// Starts the thread. It is never joined: it may be hanging in foreign code.
+    /// Starts the thread. It is never joined, because it may be blocked in foreign code.
     pub(crate) fn start(
         source: Box<dyn StatusSource>,
         stats: &Arc<SharedStats>,
     ) -> Result<Self, Error> {
         const NAME: &str = "decnet-status";
-        let (ask, asked) = bounded(1);
-        let (answer, collected) = unbounded();
+        let (requests, requested) = bounded(1);
+        let (sender, events) = unbounded();
         let watch = ThreadWatch::new(NAME, stats);
         let run = move || {
-            run(source, &asked, &answer);
+            run(source, &requested, &sender);
             watch.has_ended_as_wanted();
         };
         let builder = thread::Builder::new().name(NAME.to_owned()).stack_size(limits::STATUS_STACK);
         builder.spawn(run).map_err(|source| Error::thread(NAME, source))?;
-        Ok(Self { ask, collected })
+        Ok(Self { requests, events })
     }
 }
 
-fn run(mut source: Box<dyn StatusSource>, asked: &Receiver<()>, answer: &Sender<StatusEvent>) {
+fn run(mut source: Box<dyn StatusSource>, requested: &Receiver<()>, events: &Sender<StatusEvent>) {
     IS_STATUS_THREAD.set(true);
-    let known = caught(|| source.applied_topology()).transpose();
-    if let Some(known) = known {
-        // An error means that the heartbeat thread is gone; then so is the next question.
-        let _ = answer.send(StatusEvent::Topology(known));
+    // An error of `send` means that the heartbeat thread has ended. The next `recv` fails, too.
+    if let Some(topology) = caught(|| source.applied_topology()).transpose() {
+        let _ = events.send(StatusEvent::Topology(topology));
     }
-    while let Ok(()) = asked.recv() {
-        // A source that panics is asked again: what state it is in is its own matter, and safe code keeps it sound.
-        let snapshot = match caught(|| source.snapshot()) {
+    while let Ok(()) = requested.recv() {
+        // A source that has panicked is asked again. Safe code keeps it sound.
+        let event = match caught(|| source.snapshot()) {
             Ok(snapshot) => StatusEvent::Snapshot(snapshot, Instant::now()),
-            Err(said) => StatusEvent::Panicked(said),
+            Err(panic) => StatusEvent::Panicked(panic),
         };
-        let _ = answer.send(snapshot);
+        let _ = events.send(event);
     }
     discard(source);
 }

@@ -72,8 +72,8 @@ fn track(heartbeat: &Heartbeat, name: &str) {
         1 => ending(name, &format!("failed because {name}"), || {
             tracked.fail(format!("because {name}"))
         }),
-        2 => ending(name, "succeeded", || tracked.settle(name, Outcome::Succeeded).unwrap()),
-        _ => ending(name, "failed deploy ended without a verdict", || drop(tracked)),
+        2 => ending(name, "succeeded", || tracked.end(name, Outcome::Succeeded).unwrap()),
+        _ => ending(name, "failed deploy ended without a result", || drop(tracked)),
     }
 }
 
@@ -107,7 +107,7 @@ fn until_begun<T>(begin: impl Fn() -> Result<T, Error>) -> T {
 }
 
 fn check(error: &Error) {
-    assert!(error.to_string().ends_with("nothing was kept, try again later"), "{error:?}");
+    assert!(error.to_string().ends_with("nothing was queued, try again later"), "{error:?}");
 }
 
 fn say(line: &str) {

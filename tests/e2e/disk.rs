@@ -175,7 +175,7 @@ fn a_start_on_a_full_disk_is_in_memory_until_there_is_room() {
     let (builder, tick) = loopback.builder();
     let heartbeat = start(builder, &disk);
     let said = errors(disk.path());
-    let expected = "the outbox is in memory, deltas do not survive a restart: host=";
+    let expected = "outbox in memory; its deltas do not survive a restart: host=";
     assert!(said.len() == 1 && said[0].starts_with(expected), "{said:?}");
     let stats = settled(&heartbeat, |stats| stats.beats == 1);
     assert_eq!(stats.outbox, None);
@@ -211,7 +211,7 @@ fn a_read_only_file_system_keeps_what_is_on_it_until_it_can_be_written() {
     let (builder, tick) = loopback.builder();
     let heartbeat = start(builder, &disk);
     let said = errors(disk.path());
-    let expected = "the outbox is in memory, deltas do not survive a restart: host=";
+    let expected = "outbox in memory; its deltas do not survive a restart: host=";
     assert!(said.len() == 1 && said[0].starts_with(expected), "{said:?}");
     assert!(said[0].contains("Read-only file system"), "{said:?}");
     heartbeat.deltas().push(deployed("in-memory")).unwrap();

@@ -125,7 +125,7 @@ pub fn rotated() {
         (again.fingerprint.clone(), false),
         "an old session is not resumed"
     );
-    assert_eq!(subject.log_lines("took over changed credentials").len(), 1);
+    assert_eq!(subject.log_lines("credentials reloaded").len(), 1);
 }
 
 /// Decommissioned, and enrolled as another host: the ini's new uuid is taken over with the files.

@@ -107,7 +107,7 @@ pub fn repeated_failures_are_said_ever_more_rarely() {
     subject.until("another failure", |stats| stats["failure"]["class"] == "http-502");
     stage.master.always(None);
     subject.until("all to be well", |stats| stats["failure"].is_null());
-    assert!((1..=2).contains(&subject.log_lines("beating again: ").len()));
+    assert!((1..=2).contains(&subject.log_lines("beats accepted again: ").len()));
 }
 
 /// What a master may say, and a file, and an argument: long, many lines, control and bidi characters.

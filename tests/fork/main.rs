@@ -167,7 +167,7 @@ fn call_everything(
     }
     is_refused(parent, heartbeat.begin(Operation::Deploy, "d"));
     is_refused(parent, heartbeat.run(Operation::Deploy, "d", || ()).map(drop));
-    is_refused(parent, operation.settle("tracked", Outcome::Succeeded));
+    is_refused(parent, operation.end("tracked", Outcome::Succeeded));
     assert_eq!(operation.open().collect::<Vec<_>>(), ["tracked"]);
     drop(operation);
     let stats = heartbeat.stats();

@@ -286,7 +286,10 @@ fn states_that_grew_old_while_a_beat_was_sent_are_not_sent_again() {
     let statuses: Vec<_> =
         stage.requests(3).iter().map(|request| json_of(request)["status"].clone()).collect();
     assert_eq!(statuses[1], json!({"deployed": false, "deckies": []}));
-    assert_eq!(statuses[2], json!({"error": "no fresh snapshot: it grew old while it was sent"}));
+    assert_eq!(
+        statuses[2],
+        json!({"error": "no fresh snapshot: it became stale before it was sent"})
+    );
 }
 
 #[test]
@@ -331,7 +334,10 @@ fn states_that_a_master_cannot_take_in_time_are_sent_apart_though_the_second_att
     let statuses: Vec<_> =
         received.iter().map(|request| json_of(request)["status"].clone()).collect();
     let known = json!({"deployed": false, "deckies": []});
-    assert_eq!(statuses[2], json!({"error": "no fresh snapshot: it grew old while it was sent"}));
+    assert_eq!(
+        statuses[2],
+        json!({"error": "no fresh snapshot: it became stale before it was sent"})
+    );
     assert_eq!(statuses[3..], [known.clone(), known]);
     assert_eq!(json_of(&received[4])["lifecycle"][0]["decky_name"], "d");
 }

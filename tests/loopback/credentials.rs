@@ -80,11 +80,11 @@ fn the_log_tells_a_host_that_is_not_known_from_a_certificate_that_is_refused() {
     fails(2);
     let said = errors_with(&stage.worker.uuid);
     assert!(
-        said[0].starts_with("the master does not accept this host's certificate: ")
+        said[0].starts_with("master does not accept this host's certificate: ")
             && said[0].contains("class=http-403 ")
     );
     assert!(
-        said[1].starts_with("the master does not know this host, enrol it again: ")
+        said[1].starts_with("master does not know this host; enrol it again: ")
             && said[1].contains("class=http-404 ")
     );
 }

@@ -63,8 +63,7 @@ fn run_ends_with_78_after_twenty_intervals_and_not_before() {
     let (code, said) = ended(child);
     assert!(since.elapsed() >= INTERVAL * INTERVALS, "{:?}", since.elapsed());
     assert_eq!(code, Some(78), "{said}");
-    let logged: Vec<_> =
-        said.lines().filter(|line| line.contains("this host is decommissioned")).collect();
+    let logged: Vec<_> = said.lines().filter(|line| line.contains("host decommissioned")).collect();
     let [logged] = logged.as_slice() else { panic!("{said}") };
     assert!(logged.contains("[ERROR]") && logged.contains(&stage.worker.uuid), "{logged}");
     let last = said.lines().last().unwrap();

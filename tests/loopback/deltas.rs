@@ -134,7 +134,7 @@ fn in_memory_nothing_is_promised_after_a_stop() {
     let error = deltas.push(deployed("b")).unwrap_err();
     assert_eq!(
         error.to_string(),
-        "outbox in memory: the heartbeat has stopped, and nothing outlives it in memory"
+        "outbox in memory: the heartbeat has stopped; its outbox in memory takes no more deltas"
     );
 }
 
@@ -183,11 +183,11 @@ fn a_status_that_the_master_refuses_is_left_out_and_the_beat_says_so() {
     let stats = settled(&heartbeat, |stats| stats.status_fault.is_some());
     assert_eq!((stats.beats, stats.failure.is_none()), (1, true));
     // Whole, light, and the states alone. The beats after it leave these out, and say why.
-    let error = "the states are sent alone, as the master failed on a body with more: http-422: cannot\\u{1b} eat it";
+    let error = "the states are sent alone because the master failed on a larger body: http-422: cannot\\u{1b} eat it";
     assert_eq!(json_of(&stage.requests(3)[1])["status"], json!({"error": error}));
     tick.send(now()).unwrap();
     let error =
-        "the states are left out, as the master failed on them: http-422: cannot\\u{1b} eat it";
+        "the states are left out because the master failed on them: http-422: cannot\\u{1b} eat it";
     assert_eq!(json_of(&stage.requests(4)[3])["status"], json!({"error": error}));
     assert_eq!(settled(&heartbeat, |stats| stats.beats == 2).status_fault.as_deref(), Some(error));
     // A delta goes out all the same, and one that is indigestible itself is still found.

@@ -101,11 +101,11 @@ fn each_decky_is_settled_once_and_the_first_verdict_stands() {
     let (heartbeat, _tick) = stage.beating();
     open(&stage, Operation::Mutate, ["a", "b", "c", "d"]);
     let mut operation = heartbeat.begin(Operation::Mutate, ["a", "b", "c", "d"]).unwrap();
-    operation.settle("a", Outcome::Succeeded).unwrap();
-    operation.settle("b", Outcome::Failed("no such image".to_owned())).unwrap();
+    operation.end("a", Outcome::Succeeded).unwrap();
+    operation.end("b", Outcome::Failed("no such image".to_owned())).unwrap();
     for (decky, name) in [("a", "a"), ("x\n", "x")] {
         let error =
-            operation.settle(decky, Outcome::Failed("a second verdict".to_owned())).unwrap_err();
+            operation.end(decky, Outcome::Failed("a second outcome".to_owned())).unwrap_err();
         assert_eq!(error.to_string(), format!("decky name: {name:?} is not open in this mutate"));
     }
     assert_eq!(operation.open().collect::<Vec<_>>(), ["c", "d"]);
@@ -117,7 +117,7 @@ fn each_decky_is_settled_once_and_the_first_verdict_stands() {
     );
     drop(operation);
     stage.closed_rows(4);
-    let left = "mutate ended without a verdict";
+    let left = "mutate ended without a result";
     let expected = [
         end("a", Succeeded, None),
         failed("b", "no such image"),
@@ -134,7 +134,7 @@ fn an_operation_that_is_settled_throughout_says_nothing_more_when_it_is_dropped(
     let (heartbeat, tick) = stage.beating();
     open(&stage, Operation::Deploy, ["d"]);
     let mut operation = heartbeat.begin(Operation::Deploy, ["d"]).unwrap();
-    operation.settle("d", Outcome::Succeeded).unwrap();
+    operation.end("d", Outcome::Succeeded).unwrap();
     stage.closed_rows(1);
     drop(operation);
     tick.send(now()).unwrap();
@@ -465,7 +465,7 @@ fn in_memory_nothing_begins_after_a_stop() {
     let error = deltas.begin(Operation::Deploy, ["d"]).unwrap_err();
     assert_eq!(
         error.to_string(),
-        "outbox in memory: the heartbeat has stopped, and nothing outlives it in memory"
+        "outbox in memory: the heartbeat has stopped; its outbox in memory takes no more deltas"
     );
 }
 

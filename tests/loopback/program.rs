@@ -253,10 +253,10 @@ fn a_certificate_that_ends_within_30_days_is_said_once_a_day() {
     terminate(&child);
     let log = String::from_utf8(child.wait_with_output().unwrap().stderr).unwrap();
     let said: Vec<_> =
-        log.lines().filter(|line| line.contains("the certificate expires soon")).collect();
+        log.lines().filter(|line| line.contains("certificate expires soon")).collect();
     let [said] = said.as_slice() else { panic!("{log}") };
     let expected = format!(
-        "[WARN] (decnet-heartbeat) the certificate expires soon, enrol this host again: host={} master={} fingerprint={} \
+        "[WARN] (decnet-heartbeat) certificate expires soon; enrol this host again: host={} master={} fingerprint={} \
          days=9",
         stage.worker.uuid,
         stage.master.url(),

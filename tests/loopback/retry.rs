@@ -310,7 +310,7 @@ fn states_on_which_the_master_fails_rest_and_the_beats_go_on_without_them() {
         let fault = one_beat().status_fault.unwrap();
         assert_eq!(
             fault,
-            "the states are left out, as the master failed on them: http-500: Internal Server Error"
+            "the states are left out because the master failed on them: http-500: Internal Server Error"
         );
     }
     stage.master.always(None);

@@ -136,7 +136,7 @@ fn what_is_pushed_into_memory_after_a_stop_is_refused_whether_or_not_the_stop_wa
         let deltas = heartbeat.deltas();
         heartbeat.stop(Duration::ZERO);
         let error = deltas.push(deployed("d")).unwrap_err();
-        let said = "outbox in memory: the heartbeat has stopped, and nothing outlives it in memory";
+        let said = "outbox in memory: the heartbeat has stopped; its outbox in memory takes no more deltas";
         assert_eq!(error.to_string(), said);
     }
 }

@@ -27,7 +27,9 @@ fn deployed(decky: impl Into<String>) -> LifecycleDelta {
 /// On a busy machine a push may be withdrawn after its second.
 fn push(deltas: &DeltaSender, delta: &LifecycleDelta) {
     let is_kept = |_| match deltas.push(delta.clone()) {
-        Err(error) if error.to_string().contains("has not answered for 1 s; nothing was kept") => {
+        Err(error)
+            if error.to_string().contains("has not answered for 1 s; nothing was queued") =>
+        {
             false
         }
         kept => kept.is_ok_and(|()| true),
@@ -160,7 +162,7 @@ fn a_sender_in_memory_is_refused_after_the_stop() {
     assert!(error.is_outbox() && !error.is_in_doubt());
     assert_eq!(
         error.to_string(),
-        "outbox in memory: the heartbeat has stopped, and nothing outlives it in memory"
+        "outbox in memory: the heartbeat has stopped; its outbox in memory takes no more deltas"
     );
 }
 

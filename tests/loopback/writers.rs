@@ -129,13 +129,13 @@ fn run_warns_of_others_who_may_write_beside_its_files() {
         let mut command = run(&stage.worker, stage.dir.path());
         let mut run = Running::start(command.arg("--outbox").arg(beside.join("outbox.db")));
         let lines = lines(run.0.stderr.take().unwrap());
-        let line = line_with(&lines, "others may replace the heartbeat's files: ");
+        let line = line_with(&lines, "other users may replace the heartbeat's files: ");
         assert!(
             line.contains("WARN") && line.contains(&format!("folder={} ", folder.display())),
             "{line}"
         );
         assert!(
-            line.ends_with(&format!("because=\"{} has the mode 0777\"", folder.display())),
+            line.ends_with(&format!("reason=\"{} has the mode 0777\"", folder.display())),
             "{line}"
         );
         assert_eq!(run.terminate(PATIENCE), Some(0));

@@ -1,11 +1,12 @@
-//! The POSTs of one beat: what each carries, and what follows from its answer. Runs on the heartbeat thread.
+//! The POSTs of one beat: what each carries, and what follows from its answer. Runs on the
+//! heartbeat thread.
 
 use std::borrow::Cow;
 use std::time::{Duration, Instant};
 
 use serde_json::value::RawValue;
 
-use super::{BeatEnd, HeartbeatLoop, States};
+use super::{BeatResult, HeartbeatLoop, States};
 use crate::limits;
 use crate::master::body::{self, Body};
 use crate::master::{PostResult, Verdict};
@@ -13,191 +14,200 @@ use crate::outbox::{DeliveryResult, QueuedDelta, RowChange};
 use crate::panics::quietly;
 use crate::status::{Observed, Snapshot, Topology};
 use crate::text::sanitize;
-use crate::threads::content::{Cause, Consequence, DeltaSelection, Nothing, Post, PostOutcome};
+use crate::threads::content::{
+    Cause, Consequence, DeltaSelection, NothingToSend, Post, PostOutcome,
+};
 
 /// A POST that was made.
 #[derive(Debug)]
-struct Sent {
-    /// What it carried: less than it was to, where the states had grown old.
+struct SentPost {
+    /// What it carried. It carries no states if these became stale before it was sent.
     post: Post,
     deltas: Vec<QueuedDelta>,
-    reply: PostResult,
+    result: PostResult,
 }
 
 impl HeartbeatLoop {
-    /// The POSTs of one beat. What each carries is decided when the one before it has ended.
-    pub(super) fn make_posts(&mut self, states: Option<&States>) -> Option<BeatEnd> {
-        let (since, mut last, mut delivered) = (Instant::now(), None, 0);
-        self.content.begin();
+    /// Makes the POSTs of one beat. What each carries is decided after the previous one.
+    pub(super) fn send_posts(&mut self, states: Option<&States>) -> Option<BeatResult> {
+        let since = Instant::now();
+        let mut last = None;
+        let mut delivered = 0;
+        self.content.begin_beat();
         self.states_sent = false;
-        while last.is_none() || self.may_go_on(since) {
-            let Some(post) = self.content.next(states.is_some_and(States::are_known)) else {
+        while last.is_none() || self.has_time_for_another(since) {
+            let Some(post) = self.content.next_post(states.is_some_and(States::are_known)) else {
                 break;
             };
-            let Sent { post, deltas, reply } = match self.exchange(post, states) {
+            let SentPost { post, deltas, result } = match self.send(post, states) {
                 Ok(sent) => sent,
-                Err(nothing) => {
-                    self.content.nothing_to_send(nothing);
+                Err(why) => {
+                    self.content.skip_post(why);
                     continue;
                 }
             };
-            self.note_decommission(reply.verdict);
-            if reply.verdict == Verdict::Accepted {
+            self.record_decommission(result.verdict);
+            if result.verdict == Verdict::Accepted {
                 delivered += deltas.len();
             }
-            match self.ended(post, &deltas, &reply) {
-                Consequence::QueueCounts => last = Some(reply),
-                Consequence::Absorbed(cause) => self.absorb(cause, &reply, &deltas),
+            match self.post_ended(post, &deltas, &result) {
+                Consequence::DecidesBeat => last = Some(result),
+                Consequence::BeatContinues(cause) => self.continue_beat(cause, &result, &deltas),
             }
         }
-        let resting = self.content.resting();
-        self.stats.change(|stats| stats.resting = resting);
-        last.map(|reply| BeatEnd { reply, delivered })
+        let suspended = self.content.suspended_deltas();
+        self.stats.change(|stats| stats.resting = suspended);
+        last.map(|result| BeatResult { result, delivered })
     }
 
-    /// The POSTs after the first must not delay the next beat: each may take two thirds of the interval.
-    fn may_go_on(&self, since: Instant) -> bool {
+    /// Whether there is time for another POST, which may take two thirds of the interval, without
+    /// delaying the next beat.
+    fn has_time_for_another(&self, since: Instant) -> bool {
         self.stop.is_empty()
             && since.elapsed() < self.schedule.post_limit() / 2
-            && !self.within().is_zero()
+            && !self.time_left().is_zero()
     }
 
-    fn ended(&mut self, post: Post, deltas: &[QueuedDelta], reply: &PostResult) -> Consequence {
-        let outcome = match reply.verdict {
+    fn post_ended(
+        &mut self,
+        post: Post,
+        deltas: &[QueuedDelta],
+        result: &PostResult,
+    ) -> Consequence {
+        let outcome = match result.verdict {
             Verdict::Accepted => PostOutcome::Accepted,
-            // A gateway may answer any body with its page, so no delta is rejected because of one.
-            Verdict::BodyRejected if reply.is_page && deltas.len() == 1 && !post.states => {
+            // A gateway may answer any body with its own page, so no delta is rejected for that.
+            Verdict::BodyRejected if result.is_page && deltas.len() == 1 && !post.states => {
                 PostOutcome::InDoubt
             }
-            Verdict::BodyRejected => PostOutcome::Refused,
-            Verdict::RetryLater(_) | Verdict::NoResponse if reply.in_doubt => PostOutcome::InDoubt,
-            _ => PostOutcome::Unchanged,
+            Verdict::BodyRejected => PostOutcome::Rejected,
+            Verdict::RetryLater(_) | Verdict::NoResponse if result.in_doubt => PostOutcome::InDoubt,
+            _ => PostOutcome::Inconclusive,
         };
-        if matches!(outcome, PostOutcome::InDoubt | PostOutcome::Refused) {
-            self.in_trouble(reply);
+        if matches!(outcome, PostOutcome::InDoubt | PostOutcome::Rejected) {
+            self.last_failure = failure_text(result);
         }
         let was_whole = self.content.is_whole();
-        let consequence = self.content.ended(post, deltas, outcome);
-        if self.content.is_whole() && !was_whole && self.states_rested {
-            self.states_rested = false;
-            quietly(|| log::info!("the master takes the states again: {}", self.link.names()));
+        let consequence = self.content.post_ended(post, deltas, outcome);
+        if self.content.is_whole() && !was_whole && self.states_were_suspended {
+            self.states_were_suspended = false;
+            quietly(|| log::info!("states accepted again: {}", self.link.names()));
         }
         consequence
     }
 
-    /// What the POSTs that carry less say of it.
-    fn in_trouble(&mut self, reply: &PostResult) {
-        self.trouble = format!("{}: {}", reply.class, reply.detail);
-    }
-
-    /// The beat goes on without what the master does not take.
-    fn absorb(&mut self, cause: Cause, reply: &PostResult, deltas: &[QueuedDelta]) {
-        let reason = format!("{}: {}", reply.class, reply.detail);
+    /// Continues the beat without what the master has failed on.
+    fn continue_beat(&mut self, cause: Cause, result: &PostResult, deltas: &[QueuedDelta]) {
+        let reason = failure_text(result);
         match (cause, deltas) {
-            (Cause::DeltaRefused, [kept]) => self.reject(kept, &reason),
-            (Cause::DeltaRests, [kept]) => {
-                if let Some(times) = self.repeats.count("delta", &reason, Instant::now()) {
-                    let (decky, operation) = (sanitize(kept.delta.decky()), kept.delta.operation());
-                    let names = self.link.names();
-                    quietly(|| {
-                        log::warn!(
-                            "the master fails on a delta, it rests: {names} decky={decky:?} operation={operation} \
-                             times={times} reason={reason:?}"
-                        );
-                    });
-                }
-            }
-            (Cause::StatesRest, _) => {
-                self.states_rested = true;
-                self.states_trouble.clone_from(&reason);
-                let fault = self.why_no_states(None).into_owned();
-                self.stats.change(|stats| stats.status_fault = Some(fault));
-                if let Some(times) = self.repeats.count("states", &reason, Instant::now()) {
-                    let (names, beats) =
-                        (self.link.names(), self.content.states_rest_for().unwrap_or_default());
-                    quietly(|| {
-                        log::error!(
-                            "the master fails on the states, beating without them: {names} beats={beats} \
-                             times={times} reason={reason:?}"
-                        );
-                    });
-                }
-            }
+            (Cause::DeltaRejected, [delta]) => self.reject(delta, &reason),
+            (Cause::DeltaSuspended, [delta]) => self.record_suspended_delta(delta, &reason),
+            (Cause::StatesSuspended, _) => self.suspend_states(reason),
             _ => (),
         }
     }
 
-    fn reject(&mut self, kept: &QueuedDelta, reason: &str) {
-        let (decky, operation) = (sanitize(kept.delta.decky()), kept.delta.operation());
-        let names = self.link.names();
+    fn suspend_states(&mut self, reason: String) {
+        self.states_were_suspended = true;
+        self.states_failure = reason;
+        let fault = self.why_no_states(None).into_owned();
+        self.stats.change(|stats| stats.status_fault = Some(fault));
+        self.record_suspended_states();
+    }
+
+    fn reject(&mut self, delta: &QueuedDelta, reason: &str) {
         quietly(|| {
             log::error!(
-                "the master refuses a delta for good, it is put aside: {names} decky={decky:?} operation={operation} \
-                 reason={reason:?}"
+                "delta rejected, it is not sent again: {} decky={:?} operation={} reason={reason:?}",
+                self.link.names(),
+                sanitize(delta.delta.decky()),
+                delta.delta.operation(),
             );
         });
-        self.settle(std::slice::from_ref(kept), DeliveryResult::Rejected(reason.to_owned()));
+        let result = DeliveryResult::Rejected(reason.to_owned());
+        self.acknowledge(std::slice::from_ref(delta), result);
         self.stats.change(|stats| stats.rejected += 1);
     }
 
-    /// One POST, and what follows if it is accepted: the deltas in it are forgotten. Where the connection had ended it is
-    /// tried once more at once, with what may be sent by then: an operation may have begun meanwhile that holds back some
-    /// of it, and the states may be old. A delta that is sent alone stays the same one.
-    fn exchange(&mut self, post: Post, states: Option<&States>) -> Result<Sent, Nothing> {
-        let end = Instant::now() + self.within();
-        let mut sent = self.post(post, states, end)?;
-        if sent.reply.stale && Instant::now() < end {
-            let (names, class) = (self.link.names(), &sent.reply.class);
+    /// Makes one POST. If it is accepted, its deltas are acknowledged.
+    ///
+    /// If the connection had been closed, a second attempt is made at once with what may be sent
+    /// then: an operation that began since may hold back some of the deltas, and the states may
+    /// have become stale. A delta that is sent alone stays the same.
+    fn send(&mut self, post: Post, states: Option<&States>) -> Result<SentPost, NothingToSend> {
+        let end = Instant::now() + self.time_left();
+        let mut sent = self.send_once(post, states, end)?;
+        if sent.result.stale && Instant::now() < end {
+            let names = self.link.names();
+            let class = &sent.result.class;
             quietly(|| {
-                log::debug!("the connection has ended, trying a fresh one: {names} class={class}")
+                log::debug!("connection closed, retrying on a new one: {names} class={class}");
             });
-            let deltas = match (post.deltas, sent.deltas.as_slice()) {
-                (DeltaSelection::One | DeltaSelection::Only(_), [kept]) => {
-                    DeltaSelection::Same(kept.id)
-                }
-                (share, _) => share,
-            };
-            if let Ok(mut again) = self.post(Post { deltas, ..post }, states, end) {
-                again.reply.in_doubt |= sent.reply.in_doubt;
-                if sent.reply.in_doubt && sent.post.states && !again.post.states {
-                    self.in_trouble(&sent.reply);
-                    self.content.states_in_doubt();
-                }
-                sent = again;
-            }
+            sent = self.send_again(post, sent, states, end);
         }
-        if sent.reply.verdict == Verdict::Accepted {
+        if sent.result.verdict == Verdict::Accepted {
             if !sent.deltas.is_empty() {
-                self.settle(&sent.deltas, DeliveryResult::Delivered);
+                self.acknowledge(&sent.deltas, DeliveryResult::Delivered);
             }
-            self.accepted(&sent.reply, sent.deltas.len());
+            self.record_success(&sent.result, sent.deltas.len());
         }
         Ok(sent)
     }
 
-    fn post(&mut self, post: Post, states: Option<&States>, end: Instant) -> Result<Sent, Nothing> {
+    /// Makes the second attempt of a POST. Returns the first one if there is nothing to send.
+    fn send_again(
+        &mut self,
+        post: Post,
+        first: SentPost,
+        states: Option<&States>,
+        end: Instant,
+    ) -> SentPost {
+        let deltas = match (post.deltas, first.deltas.as_slice()) {
+            (DeltaSelection::One | DeltaSelection::Only(_), [delta]) => {
+                DeltaSelection::Same(delta.id)
+            }
+            (selection, _) => selection,
+        };
+        let Ok(mut second) = self.send_once(Post { deltas, ..post }, states, end) else {
+            return first;
+        };
+        second.result.in_doubt |= first.result.in_doubt;
+        if first.result.in_doubt && first.post.states && !second.post.states {
+            self.last_failure = failure_text(&first.result);
+            self.content.states_in_doubt();
+        }
+        second
+    }
+
+    fn send_once(
+        &mut self,
+        post: Post,
+        states: Option<&States>,
+        end: Instant,
+    ) -> Result<SentPost, NothingToSend> {
         self.stats.change(|stats| stats.working_since = Some(Instant::now()));
-        let deltas = self.share(post.deltas)?;
-        // Decided last: the outbox may have taken its time.
+        let deltas = self.select_deltas(post.deltas)?;
+        // Checked after the outbox has answered, because that may take long.
         let post = Post { states: post.states && states.is_some_and(States::are_known), ..post };
-        if !post.states && self.content.wants_states_alone() {
-            return Err(Nothing::NotNow);
+        if !post.states && self.content.requires_states() {
+            return Err(NothingToSend::NotAvailable);
         }
-        if deltas.is_empty() && self.content.is_only_for_deltas() {
-            return Err(Nothing::Gone);
+        if deltas.is_empty() && self.content.requires_deltas() {
+            return Err(NothingToSend::NoSuchDelta);
         }
-        self.note_status_fault(post, states);
-        let reply = match self.body(post, states, &deltas) {
+        self.record_status_fault(post, states);
+        let result = match self.body(post, states, &deltas) {
             Ok(body) => {
                 self.link.master().post(&body, end.saturating_duration_since(Instant::now()))
             }
             Err(error) => PostResult::unwritten(&error),
         };
-        Ok(Sent { post, deltas, reply })
+        Ok(SentPost { post, deltas, result })
     }
 
-    /// What the beat does not say of what runs here. Once its states are sent, its other POSTs leave nothing out.
-    fn note_status_fault(&mut self, post: Post, states: Option<&States>) {
+    /// Records what the beat leaves out of the states. Once its states are sent, its other POSTs
+    /// leave out nothing.
+    fn record_status_fault(&mut self, post: Post, states: Option<&States>) {
         if self.states_sent
             && (post.states || post.deltas != DeltaSelection::Newest(limits::DELTAS_PER_BODY))
         {
@@ -217,35 +227,22 @@ impl HeartbeatLoop {
         states: Option<&States>,
         deltas: &[QueuedDelta],
     ) -> serde_json::Result<Vec<u8>> {
-        let lifecycle: Vec<_> = deltas.iter().map(|kept| &kept.delta).collect();
+        let lifecycle: Vec<_> = deltas.iter().map(|delta| &delta.delta).collect();
         let fresh = states.filter(|states| !states.are_stale());
         let snapshot = fresh.map(|states| &states.snapshot);
         let why_not = self.why_no_states(states);
-        let (missing, topology);
-        // A snapshot without states says itself why, in its source's own words.
-        let has_reason = |snapshot: &Snapshot| snapshot.is_unknown() && !self.content.states_rest();
+        // The status of a snapshot without states already says why.
+        let has_reason =
+            |snapshot: &Snapshot| snapshot.is_unknown() && !self.content.states_are_suspended();
+        let without_states;
         let status: &RawValue = match snapshot {
             Some(snapshot) if post.states || has_reason(snapshot) => snapshot.raw_status(),
             _ => {
-                missing = Snapshot::unknown(&why_not);
-                missing.raw_status()
+                without_states = Snapshot::unknown(&why_not);
+                without_states.raw_status()
             }
         };
-        // What is observed is a part of the states: it may be as large, and grows as old.
-        let observed = snapshot
-            .filter(|_| post.states || self.content.is_whole())
-            .and_then(Snapshot::topology);
-        topology = match (observed, &self.topology) {
-            (Some(topology), _) => Some(Cow::Borrowed(topology)),
-            (None, Some(applied)) => {
-                let has_states = post.states && snapshot.is_some();
-                let why_not =
-                    if has_states { "this snapshot has no topology".into() } else { why_not };
-                let observed = Observed::Unknown(why_not.into_owned());
-                Some(Cow::Owned(Topology { applied: applied.clone(), observed }))
-            }
-            (None, None) => None,
-        };
+        let topology = self.topology_of(post, snapshot, why_not);
         serde_json::to_vec(&Body {
             host_uuid: self.link.host(),
             agent_version: &self.agent_version,
@@ -255,75 +252,107 @@ impl HeartbeatLoop {
         })
     }
 
-    /// Why a POST has no states, for its `status.error`.
+    /// The topology of a POST. What is observed of it is part of the states: it may be as large,
+    /// and becomes stale at the same time.
+    fn topology_of<'a>(
+        &self,
+        post: Post,
+        snapshot: Option<&'a Snapshot>,
+        why_no_states: Cow<'_, str>,
+    ) -> Option<Cow<'a, Topology>> {
+        let observed = snapshot
+            .filter(|_| post.states || self.content.is_whole())
+            .and_then(Snapshot::topology);
+        if let Some(topology) = observed {
+            return Some(Cow::Borrowed(topology));
+        }
+        let applied = self.topology.as_ref()?.clone();
+        let why_not = if post.states && snapshot.is_some() {
+            "this snapshot has no topology".into()
+        } else {
+            why_no_states
+        };
+        Some(Cow::Owned(Topology { applied, observed: Observed::Unknown(why_not.into_owned()) }))
+    }
+
+    /// Why a POST carries no states, for its `status.error`.
     fn why_no_states<'a>(&self, states: Option<&'a States>) -> Cow<'a, str> {
-        let trouble = &self.trouble;
-        if self.content.states_rest() {
-            return format!(
-                "the states are left out, as the master failed on them: {}",
-                self.states_trouble
-            )
-            .into();
+        if self.content.states_are_suspended() {
+            let failure = &self.states_failure;
+            return format!("the states are left out because the master failed on them: {failure}")
+                .into();
         }
         match states {
             Some(states) if states.are_stale() => {
-                "no fresh snapshot: it grew old while it was sent".into()
+                "no fresh snapshot: it became stale before it was sent".into()
             }
             Some(States { snapshot, .. }) if snapshot.is_unknown() => {
                 snapshot.fault().unwrap_or_default().into()
             }
             Some(_) if self.content.is_whole() => "the states are in another POST".into(),
             Some(_) => format!(
-                "the states are sent alone, as the master failed on a body with more: {trouble}"
+                "the states are sent alone because the master failed on a larger body: {}",
+                self.last_failure
             )
             .into(),
-            None => self.no_snapshot().into(),
+            None => self.why_no_snapshot().into(),
         }
     }
 
-    pub(super) fn within(&self) -> Duration {
+    /// How long the next POST may take.
+    pub(super) fn time_left(&self) -> Duration {
         let limit = self.schedule.post_limit();
         self.deadline
             .map_or(limit, |deadline| deadline.saturating_duration_since(Instant::now()).min(limit))
     }
 
-    /// The deltas of a POST. While the outbox does not answer a beat goes on without deltas.
-    fn share(&mut self, share: DeltaSelection) -> Result<Vec<QueuedDelta>, Nothing> {
-        if share == DeltaSelection::None {
+    /// The deltas of a POST. While the outbox does not answer, beats are sent without deltas.
+    fn select_deltas(
+        &mut self,
+        selection: DeltaSelection,
+    ) -> Result<Vec<QueuedDelta>, NothingToSend> {
+        if selection == DeltaSelection::None {
             return Ok(Vec::new());
         }
-        let patience = limits::BATCH_PATIENCE.min(self.schedule.interval() / 2).min(self.within());
-        let deltas = match self.batches.get(share, self.content.suspects(), patience) {
+        let timeout =
+            limits::BATCH_PATIENCE.min(self.schedule.interval() / 2).min(self.time_left());
+        let deltas = match self.batches.get(selection, self.content.suspects(), timeout) {
             Some(mut batch) => {
-                self.note_files(&mut batch);
+                self.take_credentials(&mut batch);
                 batch.deltas
             }
             None => {
-                self.files_are_gone = false;
-                self.note_overdue();
-                Err(Nothing::NotNow)
+                self.files_missing = false;
+                self.record_overdue_outbox();
+                Err(NothingToSend::NotAvailable)
             }
         };
-        match (share, deltas) {
-            (DeltaSelection::Newest(_), Err(Nothing::NotNow)) => Ok(Vec::new()),
+        match (selection, deltas) {
+            (DeltaSelection::Newest(_), Err(NothingToSend::NotAvailable)) => Ok(Vec::new()),
             (_, deltas) => deltas,
         }
     }
 
-    fn settle(&self, deltas: &[QueuedDelta], settled: DeliveryResult) {
-        self.outbox
-            .settle(RowChange::Answered(deltas.iter().map(|kept| kept.id).collect(), settled));
+    fn acknowledge(&self, deltas: &[QueuedDelta], result: DeliveryResult) {
+        let ids = deltas.iter().map(|delta| delta.id).collect();
+        self.outbox.acknowledge(RowChange::Answered(ids, result));
     }
 
-    /// What a beat says when its snapshot is not there in time.
-    fn no_snapshot(&self) -> String {
-        match (self.deadline, self.schedule.asked()) {
-            (Some(_), _) => "no fresh snapshot: the agent is stopping".to_owned(),
-            (None, Some(asked)) => format!(
+    /// Why a beat has no snapshot.
+    fn why_no_snapshot(&self) -> String {
+        if self.deadline.is_some() {
+            return "no fresh snapshot: the agent is stopping".to_owned();
+        }
+        match self.schedule.snapshot_requested() {
+            Some(requested) => format!(
                 "no fresh snapshot: the status source has not answered for {:.1} s",
-                asked.elapsed().as_secs_f64()
+                requested.elapsed().as_secs_f64()
             ),
-            (None, None) => "no fresh snapshot".to_owned(),
+            None => "no fresh snapshot".to_owned(),
         }
     }
+}
+
+fn failure_text(result: &PostResult) -> String {
+    format!("{}: {}", result.class, result.detail)
 }

@@ -1,4 +1,4 @@
-//! What the log and the stats say of beats. Runs on the heartbeat thread.
+//! Records beats in the log and the stats. Runs on the heartbeat thread.
 
 use std::mem;
 use std::time::{Instant, SystemTime};
@@ -6,24 +6,78 @@ use std::time::{Instant, SystemTime};
 use super::HeartbeatLoop;
 use crate::limits;
 use crate::master::{PostResult, Verdict};
+use crate::outbox::QueuedDelta;
 use crate::panics::quietly;
 use crate::stats::{Failure, Stats};
+use crate::text::sanitize;
 
 impl HeartbeatLoop {
-    pub(super) fn note_next_beat(&self) {
-        let next_beat = self.schedule.next_beat(self.ticks.next()).map(wall);
+    pub(super) fn record_next_beat(&self) {
+        let next_beat = self.schedule.next_beat(self.ticks.next()).map(to_system_time);
         self.stats.change(|stats| stats.next_beat = next_beat);
     }
 
-    pub(super) fn note_overdue(&mut self) {
-        let Some(since) = self.outbox.busy_since() else { return };
-        if let Some(times) = self.repeats.count("overdue", "", Instant::now()) {
-            self.overdue_said = true;
-            let (host, seconds) = (self.link.host(), since.elapsed().as_secs_f64());
+    pub(super) fn record_panic(&mut self, panic: &str) {
+        self.stats.change(|stats| {
+            stats.panics += 1;
+            stats.record_failure(&PostResult::panicked(panic));
+        });
+        if let Some(times) = self.throttle.count("beat", panic, Instant::now()) {
+            let names = self.link.names();
+            quietly(|| {
+                log::error!("beat panicked, continuing: {names} times={times} panic={panic:?}");
+            });
+        }
+    }
+
+    pub(super) fn record_source_panic(&mut self, panic: &str) {
+        self.stats.change(|stats| stats.panics += 1);
+        if let Some(times) = self.throttle.count("source", panic, Instant::now()) {
+            let host = self.link.host();
+            quietly(|| {
+                log::error!("status source panicked: host={host} times={times} panic={panic:?}");
+            });
+        }
+    }
+
+    pub(super) fn record_suspended_delta(&mut self, delta: &QueuedDelta, reason: &str) {
+        if let Some(times) = self.throttle.count("delta", reason, Instant::now()) {
+            quietly(|| {
+                log::warn!(
+                    "delta suspended, the master fails on it: {} decky={:?} operation={} \
+                     times={times} reason={reason:?}",
+                    self.link.names(),
+                    sanitize(delta.delta.decky()),
+                    delta.delta.operation(),
+                );
+            });
+        }
+    }
+
+    pub(super) fn record_suspended_states(&mut self) {
+        let reason = &self.states_failure;
+        if let Some(times) = self.throttle.count("states", reason, Instant::now()) {
             quietly(|| {
                 log::error!(
-                    "the disk of the outbox does not answer, beating without deltas: host={host} seconds={seconds:.1} \
-                     times={times}"
+                    "states suspended, the master fails on them: {} beats={} times={times} \
+                     reason={reason:?}",
+                    self.link.names(),
+                    self.content.states_suspended_for().unwrap_or_default(),
+                );
+            });
+        }
+    }
+
+    pub(super) fn record_overdue_outbox(&mut self) {
+        let Some(since) = self.outbox.busy_since() else { return };
+        if let Some(times) = self.throttle.count("overdue", "", Instant::now()) {
+            self.overdue_logged = true;
+            quietly(|| {
+                log::error!(
+                    "outbox disk does not answer; beats are sent without deltas: host={} \
+                     seconds={:.1} times={times}",
+                    self.link.host(),
+                    since.elapsed().as_secs_f64(),
                 );
             });
         }
@@ -32,8 +86,8 @@ impl HeartbeatLoop {
     pub(super) fn warn_of_expiry(&mut self) {
         let Some(days) = self.link.days_left(SystemTime::now()) else { return };
         let (level, what) = match days {
-            0.. => (log::Level::Warn, "the certificate expires soon, enrol this host again"),
-            _ => (log::Level::Error, "the certificate has expired, enrol this host again"),
+            0.. => (log::Level::Warn, "certificate expires soon; enrol this host again"),
+            _ => (log::Level::Error, "certificate has expired; enrol this host again"),
         };
         quietly(|| {
             log::log!(
@@ -45,102 +99,114 @@ impl HeartbeatLoop {
         });
     }
 
-    pub(super) fn accepted(&mut self, reply: &PostResult, deltas: usize) {
-        let (ended, beats) =
-            self.stats.change(|stats| (stats.accepted(reply, deltas), stats.beats));
-        let (names, ms) = (self.link.names(), reply.took.as_secs_f64() * 1e3);
-        let (class, resumed) = (&reply.class, reply.resumed);
-        // What comes and goes with every second beat is not worth two lines each time.
-        let ended = ended.filter(|_| mem::take(&mut self.failure_said));
+    /// Records a POST that was accepted.
+    pub(super) fn record_success(&mut self, result: &PostResult, deltas: usize) {
+        let (failure, beats) =
+            self.stats.change(|stats| (stats.record_success(result, deltas), stats.beats));
+        // A recovery is logged only if the failure was, or a failure of every second beat would
+        // log two lines each time.
+        let failure = failure.filter(|_| mem::take(&mut self.failure_logged));
+        let names = self.link.names();
         quietly(|| {
-            match ended {
-                Some(failure) => log::info!("beating again: {names} failures={}", failure.count),
+            match failure {
+                Some(failure) => {
+                    log::info!("beats accepted again: {names} failures={}", failure.count);
+                }
                 None if beats == 1 => log::info!("first beat accepted: {names}"),
                 None => (),
             }
             log::debug!(
-                "beat accepted: {names} class={class} ms={ms:.1} deltas={deltas} resumed={resumed}"
+                "beat accepted: {names} class={} ms={:.1} deltas={deltas} resumed={}",
+                result.class,
+                result.took.as_secs_f64() * 1e3,
+                result.resumed,
             );
         });
     }
 
-    /// A beat that failed counts once, however many POSTs it made. What fails again is logged at a decreasing rate.
-    pub(super) fn note(&mut self, reply: &PostResult) {
-        if reply.verdict == Verdict::Accepted {
+    /// Records a beat that failed. It counts once, however many POSTs it made.
+    pub(super) fn record_failure(&mut self, result: &PostResult) {
+        if result.verdict == Verdict::Accepted {
             return;
         }
-        let Failure { count, class, detail, .. } = self.stats.change(|stats| stats.failed(reply));
-        let (level, what) = match reply.verdict {
-            // Nobody but an operator can mend this.
+        let Failure { count, class, detail, .. } =
+            self.stats.change(|stats| stats.record_failure(result));
+        let (level, what) = match result.verdict {
+            // Only an operator can fix these.
             Verdict::HostRejected if class == "http-404" => {
-                (log::Level::Error, "the master does not know this host, enrol it again")
+                (log::Level::Error, "master does not know this host; enrol it again")
             }
             Verdict::HostRejected => {
-                (log::Level::Error, "the master does not accept this host's certificate")
+                (log::Level::Error, "master does not accept this host's certificate")
             }
             _ => (log::Level::Warn, "beat failed"),
         };
-        let is_said = self.repeats.count("failure", &class, Instant::now()).is_some();
-        self.failure_said |= is_said;
-        let level = if is_said { level } else { log::Level::Debug };
-        let (names, fingerprint) = (self.link.names(), self.link.fingerprint());
+        let is_logged = self.throttle.count("failure", &class, Instant::now()).is_some();
+        self.failure_logged |= is_logged;
+        let level = if is_logged { level } else { log::Level::Debug };
+        let names = self.link.names();
+        let fingerprint = self.link.fingerprint();
         quietly(|| {
             log::log!(
                 level,
-                "{what}: {names} class={class} fingerprint={fingerprint} failures={count} detail={detail:?}"
+                "{what}: {names} class={class} fingerprint={fingerprint} failures={count} \
+                 detail={detail:?}"
             );
         });
     }
 
-    /// Whether the answers of the last intervals and the files say that this host is decommissioned.
-    pub(super) fn note_decommission(&mut self, verdict: Verdict) {
-        let says_so = verdict == Verdict::HostRejected && self.files_are_gone;
-        let is_so = self.decommission.answered(says_so, Instant::now());
-        let was_so = self.stats.change(|stats| mem::replace(&mut stats.decommissioned, is_so));
-        if is_so && !was_so {
-            let (names, fingerprint) = (self.link.names(), self.link.fingerprint());
-            let intervals = limits::DECOMMISSIONED_INTERVALS;
+    /// Records whether this host counts as decommissioned after a POST with this verdict.
+    pub(super) fn record_decommission(&mut self, verdict: Verdict) {
+        let is_rejected = verdict == Verdict::HostRejected && self.files_missing;
+        let is_decommissioned = self.decommission.record(is_rejected, Instant::now());
+        let was_decommissioned =
+            self.stats.change(|stats| mem::replace(&mut stats.decommissioned, is_decommissioned));
+        if is_decommissioned && !was_decommissioned {
             quietly(|| {
                 log::error!(
-                    "this host is decommissioned, its ini and bundle are gone and the master does not accept it: {names} \
-                     fingerprint={fingerprint} intervals={intervals}"
+                    "host decommissioned; its ini and bundle do not exist and the master rejects \
+                     it: {} fingerprint={} intervals={}",
+                    self.link.names(),
+                    self.link.fingerprint(),
+                    limits::DECOMMISSIONED_INTERVALS,
                 );
             });
         }
     }
 }
 
-/// A moment to come, by the clock that people read.
-fn wall(at: Instant) -> SystemTime {
+/// Converts a time in the future to the system's clock.
+fn to_system_time(at: Instant) -> SystemTime {
     SystemTime::now() + at.saturating_duration_since(Instant::now())
 }
 
 impl Stats {
-    /// A POST was accepted, with so many deltas. The failures that it ends.
-    pub(crate) fn accepted(&mut self, reply: &PostResult, deltas: usize) -> Option<Failure> {
-        self.answered(reply);
+    /// Records a POST that was accepted, with this number of deltas. Returns the failures before
+    /// it.
+    fn record_success(&mut self, result: &PostResult, deltas: usize) -> Option<Failure> {
+        self.record_answer(result);
         self.beats += 1;
         self.delivered += deltas as u64;
         self.last_success = Some(SystemTime::now());
         self.failure.take()
     }
 
-    /// A beat was not accepted. The failure with this one in it.
-    pub(crate) fn failed(&mut self, reply: &PostResult) -> Failure {
-        self.answered(reply);
+    /// Records a beat that failed. Returns the failures in a row, including this one.
+    fn record_failure(&mut self, result: &PostResult) -> Failure {
+        self.record_answer(result);
         let before = self.failure.take();
         let failure = Failure {
             count: before.as_ref().map_or(0, |before| before.count) + 1,
             since: before.as_ref().map_or_else(SystemTime::now, |before| before.since),
-            class: reply.class.clone(),
-            detail: reply.detail.clone(),
+            class: result.class.clone(),
+            detail: result.detail.clone(),
         };
         self.failure = Some(failure.clone());
         failure
     }
 
-    fn answered(&mut self, reply: &PostResult) {
-        self.round_trip = Some(reply.took);
-        self.resumed = reply.resumed;
+    fn record_answer(&mut self, result: &PostResult) {
+        self.round_trip = Some(result.took);
+        self.resumed = result.resumed;
     }
 }
