@@ -257,7 +257,7 @@ fn a_certificate_that_ends_within_30_days_is_said_once_a_day() {
     let [said] = said.as_slice() else { panic!("{log}") };
     let expected = format!(
         "[WARN] (decnet-heartbeat) the certificate expires soon, enrol this host again: host={} master={} fingerprint={} \
-         days=9",
+         days_left=9",
         stage.worker.uuid,
         stage.master.url(),
         issued.fingerprint

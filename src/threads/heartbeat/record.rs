@@ -4,6 +4,7 @@ use std::mem;
 use std::time::{Instant, SystemTime};
 
 use super::HeartbeatLoop;
+use crate::credentials::link::Expiry;
 use crate::limits;
 use crate::master::{PostResult, Verdict};
 use crate::panics::quietly;
@@ -30,15 +31,19 @@ impl HeartbeatLoop {
     }
 
     pub(super) fn warn_of_expiry(&mut self) {
-        let Some(days) = self.link.days_left(SystemTime::now()) else { return };
-        let (level, what) = match days {
-            0.. => (log::Level::Warn, "the certificate expires soon, enrol this host again"),
-            _ => (log::Level::Error, "the certificate has expired, enrol this host again"),
+        let Some(expiry) = self.link.expiry_to_log(SystemTime::now()) else { return };
+        let (level, what) = match expiry {
+            Expiry::DaysLeft(_) => {
+                (log::Level::Warn, "the certificate expires soon, enrol this host again")
+            }
+            Expiry::DaysExpired(_) => {
+                (log::Level::Error, "the certificate has expired, enrol this host again")
+            }
         };
         quietly(|| {
             log::log!(
                 level,
-                "{what}: {} fingerprint={} days={days}",
+                "{what}: {} fingerprint={} {expiry}",
                 self.link.names(),
                 self.link.fingerprint()
             )
@@ -68,6 +73,13 @@ impl HeartbeatLoop {
     pub(super) fn note(&mut self, reply: &PostResult) {
         if reply.verdict == Verdict::Accepted {
             return;
+        }
+        // The stop has cut the POST; this is no failure of the master or the network.
+        let is_cut = self.link.is_interrupted()
+            || self.deadline.is_some_and(|deadline| Instant::now() >= deadline);
+        if is_cut && reply.verdict == Verdict::NoResponse {
+            let names = self.link.names();
+            return quietly(|| log::info!("beat interrupted by the stop: {names}"));
         }
         let Failure { count, class, detail, .. } = self.stats.change(|stats| stats.failed(reply));
         let (level, what) = match reply.verdict {
