@@ -532,7 +532,9 @@ mod tests {
         for name in names {
             let subcommand = command.find_subcommand_mut(&name).unwrap();
             let help = subcommand.clone().term_width(60).render_long_help().to_string();
-            let too_long = help.lines().find(|line| line.chars().count() > 60);
+            // clap does not wrap the usage.
+            let mut lines = help.lines().filter(|line| !line.starts_with("Usage: "));
+            let too_long = lines.find(|line| line.chars().count() > 60);
             assert_eq!(too_long, None, "{name}");
         }
     }
