@@ -32,18 +32,19 @@ const RUN_HELP: &str = "\
    0  stopped by SIGTERM or SIGINT
    1  any other error
    2  the command line is wrong
-  78  a restart does not help: the host is not enrolled or was
-      decommissioned, or its configuration or credentials are
-      invalid
+  78  a restart does not help: the host is not enrolled
+      or was decommissioned, or its configuration or
+      credentials are invalid
 
 \u{1b}[1;4mExample:\u{1b}[0m
   decnet-heartbeat run --interval 30s --log-level debug";
 const CHECK_HELP: &str = "\
 \u{1b}[1;4mExit status:\u{1b}[0m
    0  `run` would work here
-   1  `run` would start, but something is wrong
+   1  something is wrong: `run` would fail, or not do all
+      of its work
    2  the command line is wrong
-  78  `run` would not start
+  78  `run` would not start, and a restart does not help
 
 \u{1b}[1;4mExample:\u{1b}[0m
   decnet-heartbeat check --config /etc/decnet/decnet.ini";
@@ -60,8 +61,8 @@ const TRACK_HELP: &str = "\
   The exit status of COMMAND. Also:
    126  COMMAND cannot be started
    127  COMMAND does not exist
-   128  plus the signal's number: a signal ended COMMAND, or
-        arrived before COMMAND started
+   128  plus the signal's number: a signal ended COMMAND,
+        or arrived before COMMAND started
 
 \u{1b}[1;4mOutput:\u{1b}[0m
   A separate process copies COMMAND's stderr, for the report. It \
@@ -81,8 +82,10 @@ const COMPLETIONS_HELP: &str = "\
       > /usr/share/bash-completion/completions/decnet-heartbeat";
 
 /// The tip where `track` has no `--`.
-const TRACK_SEPARATOR: &str = "`track` needs `--` before its command: \
-    decnet-heartbeat track --operation deploy --decky decky-01 -- docker compose up -d";
+const TRACK_SEPARATOR: &str = "put `--` before the command, for example:
+       decnet-heartbeat track --operation deploy --decky d1 -- docker compose up";
+
+const DURATION_EXAMPLES: &str = "write a number and its unit, for example 30s, 500ms or 1h";
 
 /// Headings of groups of options.
 const HOST: &str = "Host and master";
@@ -359,10 +362,10 @@ fn duration(given: &str) -> Result<Duration, String> {
         DurationError::UnknownUnit { unit, value, .. } if unit.is_empty() => {
             format!("the unit is missing; write {value}s, {value}ms or {value}m")
         }
-        error => {
-            let problem = text::sanitize(&error.to_string());
-            format!("{problem}; write a number and its unit, for example 30s, 500ms or 1h")
+        DurationError::UnknownUnit { unit, .. } => {
+            format!("unknown unit '{}'; {DURATION_EXAMPLES}", text::sanitize(&unit))
         }
+        error => format!("{}; {DURATION_EXAMPLES}", text::sanitize(&error.to_string())),
     })
 }
 
@@ -475,10 +478,10 @@ mod tests {
             "track docker",
         ] {
             let message = error(given);
-            assert!(message.contains("--decky decky-01 -- docker compose up -d"), "{message}");
+            assert!(message.contains("--decky d1 -- docker compose up"), "{message}");
         }
         for given in ["track --operation undo --decky d -- ls", "push track", "track -- ls"] {
-            assert!(!error(given).contains("needs `--`"), "{}", error(given));
+            assert!(!error(given).contains("put `--` before"), "{}", error(given));
         }
     }
 
@@ -501,7 +504,7 @@ mod tests {
             ),
             (
                 "track --timeout 5parsecs",
-                "write a number and its unit, for example 30s, 500ms or 1h",
+                "unknown unit 'parsecs'; write a number and its unit, for example 30s, 500ms or 1h",
             ),
             ("check --master-identity sha256:12", "must be name, host, ca, public, or sha256:"),
         ] {

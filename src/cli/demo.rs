@@ -25,9 +25,9 @@ struct Scene {
 /// What to do after the demo.
 const NEXT_STEPS: &str = "
 Next steps on an enrolled worker:
-  decnet-heartbeat check        is everything there that a heartbeat needs?
-  decnet-heartbeat run          send heartbeats until SIGTERM
-  decnet-heartbeat track --help report how a command ended
+  decnet-heartbeat check         check everything that a heartbeat needs
+  decnet-heartbeat run           send heartbeats until SIGTERM
+  decnet-heartbeat track --help  run a command and report how it ended
 ";
 
 const SCRIPT: [Scene; 6] = [

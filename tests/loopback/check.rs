@@ -521,7 +521,7 @@ fn unreadable_bundle_gets_no_advice_to_enrol() {
         ),
         (
             |path| std::os::unix::fs::symlink("/proc/self/mem", path).unwrap(),
-            "see to the disk; the kernel's log message more",
+            "see to the disk; the kernel's log says more",
             1,
         ),
     ];
@@ -1042,7 +1042,7 @@ fn unknown_name_fails_with_its_reason() {
         "{message}"
     );
     assert!(
-        report.advice("name").contains("configure the master's address instead of its name"),
+        report.advice("name").contains("name the master by its address"),
         "{}",
         report.advice("name")
     );

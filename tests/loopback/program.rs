@@ -296,7 +296,7 @@ fn bash_completes_options_and_values() {
     std::fs::write(&path, script.stdout).unwrap();
     for (typed, expected) in [
         (["check", "--metr"], "--metrics-file"),
-        (["--log-level", "w"], "warn warning"),
+        (["--log-level", "w"], "warn"),
         (["--master-identity", "ho"], "host"),
         (["push", "--oper"], "--operation"),
     ] {

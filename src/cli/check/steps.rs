@@ -47,7 +47,7 @@ impl Step {
         Self::new(step, Outcome::Ok, message, 0)
     }
 
-    /// `run` would start, but something is wrong.
+    /// `run` would start, and not do all of its work.
     pub(super) fn bad(
         step: &'static str,
         message: impl Into<String>,
@@ -214,7 +214,7 @@ fn summary(exit_code: u8) -> String {
     let result = match exit_code {
         0 => return "\n`run` would work here.\n".to_owned(),
         NOT_CONFIGURED => "`run` would not start here",
-        _ => "`run` would start here, but something is wrong",
+        _ => "Something is wrong here",
     };
     format!("\n{result}: see the steps with ✗.\n")
 }
