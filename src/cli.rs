@@ -84,8 +84,8 @@ fn execute() -> ExitCode {
     result.unwrap_or_else(|error| fail(&error))
 }
 
-/// Sets up signals and the log. Returns the signals that stop `run`. An error of these does not keep
-/// `track` from running its command.
+/// Sets up signals and the log. Returns the signals that stop `run`. An error of these does not
+/// keep `track` from running its command.
 fn prepare(
     command: &Command,
     log_file: Option<&Path>,

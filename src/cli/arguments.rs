@@ -78,8 +78,7 @@ const DEMO_HELP: &str = "\
   decnet-heartbeat demo --seconds 30";
 const COMPLETIONS_HELP: &str = "\
 \u{1b}[1;4mExample:\u{1b}[0m
-  decnet-heartbeat completions bash \\
-      > /usr/share/bash-completion/completions/decnet-heartbeat";
+  decnet-heartbeat completions bash > completions.bash";
 
 /// The tip where `track` has no `--`.
 const TRACK_SEPARATOR: &str = "put `--` before the command, for example:
@@ -94,8 +93,8 @@ const STATUS: &str = "Status";
 const FILES: &str = "Files";
 const DELIVERY: &str = "Delivery";
 
-/// The heartbeat client of a DECNET worker. It reports to the master, over mTLS, that this host is up,
-/// what runs on it, and how deploys and mutates ended.
+/// The heartbeat client of a DECNET worker. It reports to the master, over mTLS, that this host is
+/// up, what runs on it, and how deploys and mutates ended.
 #[derive(Debug, Parser)]
 // `bin_name`: without it the usage shows argv[0].
 #[command(
@@ -116,20 +115,55 @@ pub(super) struct Arguments {
 #[derive(Debug, clap::Args)]
 pub(super) struct Common {
     /// The configuration file [default: $DECNET_CONFIG, or /etc/decnet/decnet.ini]
-    #[arg(long, global = true, value_name = "INI", value_parser = path(), value_hint = ValueHint::FilePath, help_heading = HOST)]
+    #[arg(
+        long,
+        global = true,
+        value_name = "INI",
+        value_parser = path(),
+        value_hint = ValueHint::FilePath,
+        help_heading = HOST
+    )]
     pub(super) config: Option<PathBuf>,
     /// The folder of ca.crt, worker.crt, worker.key, topology.db and the outbox
-    #[arg(long, global = true, value_name = "DIR", value_parser = PathBufValueParser::new().try_map(agent_dir), value_hint = ValueHint::DirPath, help_heading = HOST)]
+    #[arg(
+        long,
+        global = true,
+        value_name = "DIR",
+        value_parser = PathBufValueParser::new().try_map(agent_dir),
+        value_hint = ValueHint::DirPath,
+        help_heading = HOST
+    )]
     pub(super) agent_dir: Option<PathBuf>,
     /// How the master is identified: name, host, ca, sha256:HEX or public [default: name]
-    #[arg(long, global = true, value_name = "RULE", value_parser = IdentityParser, hide_possible_values = true, help_heading = HOST)]
+    #[arg(
+        long,
+        global = true,
+        value_name = "RULE",
+        value_parser = IdentityParser,
+        hide_possible_values = true,
+        help_heading = HOST
+    )]
     pub(super) master_identity: Option<MasterIdentity>,
     /// The least severe level to log [default: info; for push and track: warn; for check and demo:
     /// off]
-    #[arg(long, global = true, value_name = "LEVEL", value_parser = log_level(), ignore_case = true, help_heading = LOG)]
+    #[arg(
+        long,
+        global = true,
+        value_name = "LEVEL",
+        value_parser = log_level(),
+        ignore_case = true,
+        help_heading = LOG
+    )]
     pub(super) log_level: Option<LevelFilter>,
     /// Append the log to this file instead of stderr; `run` reopens it on SIGHUP
-    #[arg(long, global = true, value_name = "PATH", value_parser = path(), value_hint = ValueHint::FilePath, help_heading = LOG)]
+    #[arg(
+        long,
+        global = true,
+        value_name = "PATH",
+        value_parser = path(),
+        value_hint = ValueHint::FilePath,
+        help_heading = LOG
+    )]
     pub(super) log_file: Option<PathBuf>,
 }
 
@@ -147,11 +181,16 @@ pub(super) enum Command {
     /// Run a command, and report how it ended
     #[command(after_help = TRACK_HELP)]
     Track(TrackOptions),
-    /// Show a heartbeat at work, with a master of its own; needs no configuration
+    /// Show a heartbeat at work with a built-in master; needs no configuration
     #[command(after_help = DEMO_HELP)]
     Demo {
         /// How long the demo takes, from 5 to 600 seconds
-        #[arg(long, value_name = "N", default_value_t = 15, value_parser = clap::value_parser!(u64).range(5..=600))]
+        #[arg(
+            long,
+            value_name = "N",
+            default_value_t = 15,
+            value_parser = clap::value_parser!(u64).range(5..=600)
+        )]
         seconds: u64,
     },
     /// Print the completion script for a shell
@@ -169,19 +208,49 @@ pub(super) struct RunOptions {
     pub(super) interval: Duration,
     /// DECNET's state file [default: $DECNET_HEARTBEAT_STATE_FILE, or the file beside DECNET's
     /// Python package]
-    #[arg(long, value_name = "PATH", value_parser = path(), value_hint = ValueHint::FilePath, help_heading = STATUS)]
+    #[arg(
+        long,
+        value_name = "PATH",
+        value_parser = path(),
+        value_hint = ValueHint::FilePath,
+        help_heading = STATUS
+    )]
     pub(super) state_file: Option<PathBuf>,
     /// Docker's socket [default: /var/run/docker.sock]
-    #[arg(long, value_name = "PATH", value_parser = path(), value_hint = ValueHint::FilePath, help_heading = STATUS)]
+    #[arg(
+        long,
+        value_name = "PATH",
+        value_parser = path(),
+        value_hint = ValueHint::FilePath,
+        help_heading = STATUS
+    )]
     pub(super) docker_socket: Option<PathBuf>,
     /// The file of queued deltas [default: heartbeat.db in the agent dir]
-    #[arg(long, value_name = "PATH", value_parser = path(), value_hint = ValueHint::FilePath, help_heading = FILES)]
+    #[arg(
+        long,
+        value_name = "PATH",
+        value_parser = path(),
+        value_hint = ValueHint::FilePath,
+        help_heading = FILES
+    )]
     pub(super) outbox: Option<PathBuf>,
     /// Write the statistics to this file as JSON after each beat
-    #[arg(long, value_name = "PATH", value_parser = path(), value_hint = ValueHint::FilePath, help_heading = FILES)]
+    #[arg(
+        long,
+        value_name = "PATH",
+        value_parser = path(),
+        value_hint = ValueHint::FilePath,
+        help_heading = FILES
+    )]
     pub(super) stats_file: Option<PathBuf>,
     /// Write the statistics to this file for Prometheus after each beat; node_exporter reads *.prom
-    #[arg(long, value_name = "PATH", value_parser = path(), value_hint = ValueHint::FilePath, help_heading = FILES)]
+    #[arg(
+        long,
+        value_name = "PATH",
+        value_parser = path(),
+        value_hint = ValueHint::FilePath,
+        help_heading = FILES
+    )]
     pub(super) metrics_file: Option<PathBuf>,
 }
 
@@ -218,7 +287,13 @@ pub(super) struct PushOptions {
     #[command(flatten)]
     pub(super) delivery: DeliveryOptions,
     /// The file of queued deltas [default: heartbeat.db in the agent dir]
-    #[arg(long, value_name = "PATH", value_parser = path(), value_hint = ValueHint::FilePath, help_heading = FILES)]
+    #[arg(
+        long,
+        value_name = "PATH",
+        value_parser = path(),
+        value_hint = ValueHint::FilePath,
+        help_heading = FILES
+    )]
     pub(super) outbox: Option<PathBuf>,
     /// The deckies that it was done to
     #[arg(value_name = "DECKY", required = true, value_parser = decky)]
@@ -229,7 +304,13 @@ pub(super) struct PushOptions {
 #[derive(Debug, clap::Args)]
 pub(super) struct DeliveryOptions {
     /// How long to try to reach the master, including the name lookup, from 1ms to 1h
-    #[arg(long, value_name = "DURATION", default_value = "10s", value_parser = timeout, help_heading = DELIVERY)]
+    #[arg(
+        long,
+        value_name = "DURATION",
+        default_value = "10s",
+        value_parser = timeout,
+        help_heading = DELIVERY
+    )]
     pub(super) timeout: Duration,
     /// Only queue the report in the outbox; `run` delivers it
     #[arg(long, conflicts_with = "timeout", help_heading = DELIVERY)]
@@ -248,15 +329,32 @@ pub(super) struct TrackOptions {
     #[arg(long, value_name = "WHAT", value_parser = operation())]
     pub(super) operation: Operation,
     /// The deckies that COMMAND deploys or mutates
-    #[arg(long = "decky", value_name = "NAME", required = true, num_args = 1.., value_parser = decky)]
+    #[arg(
+        long = "decky",
+        value_name = "NAME",
+        required = true,
+        num_args = 1..,
+        value_parser = decky
+    )]
     pub(super) deckies: Vec<String>,
     #[command(flatten)]
     pub(super) delivery: DeliveryOptions,
     /// The file of queued deltas [default: heartbeat.db in the agent dir]
-    #[arg(long, value_name = "PATH", value_parser = path(), value_hint = ValueHint::FilePath, help_heading = FILES)]
+    #[arg(
+        long,
+        value_name = "PATH",
+        value_parser = path(),
+        value_hint = ValueHint::FilePath,
+        help_heading = FILES
+    )]
     pub(super) outbox: Option<PathBuf>,
     /// The command to run, with its arguments
-    #[arg(last = true, required = true, value_name = "COMMAND", value_hint = ValueHint::CommandWithArguments)]
+    #[arg(
+        last = true,
+        required = true,
+        value_name = "COMMAND",
+        value_hint = ValueHint::CommandWithArguments
+    )]
     pub(super) command: Vec<OsString>,
 }
 
@@ -495,7 +593,8 @@ mod tests {
             ),
             (
                 "push --operation undo",
-                "invalid value 'undo' for '--operation <WHAT>'\n  [possible values: deploy, mutate]",
+                "invalid value 'undo' for '--operation <WHAT>'\n  [possible values: deploy, \
+                 mutate]",
             ),
             (
                 "run --interval 30",

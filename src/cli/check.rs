@@ -1,8 +1,8 @@
-//! `check`: checks what `run` needs, step by step, in the order in which `run` needs it. Runs on the main
-//! thread.
+//! `check`: checks what `run` needs, step by step, in the order in which `run` needs it. Runs on
+//! the main thread.
 //!
-//! It creates and changes no file, and delivers no delta. It sends one beat, with the status that `run`
-//! would send. An existing outbox is only read.
+//! It creates and changes no file, and delivers no delta. It sends one beat, with the status that
+//! `run` would send. An existing outbox is only read.
 
 mod bundle;
 mod certificate;

@@ -38,8 +38,9 @@ impl Signals {
     /// SIGHUP is under `nohup`. Also catches SIGCHLD in any case: while it is ignored, the system
     /// discards the exit status of a child.
     ///
-    /// The command gets the default action of each signal, because `exec` resets handlers. If signals
-    /// cannot be caught, the command still runs, but a signal may end `track` before its report.
+    /// The command gets the default action of each signal, because `exec` resets handlers. If
+    /// signals cannot be caught, the command still runs, but a signal may end `track` before its
+    /// report.
     pub(super) fn catch() -> Self {
         let ignored = ignored();
         let optional = COMMANDS.into_iter().filter(|signal| !has(ignored, *signal));
@@ -75,8 +76,8 @@ impl Signals {
             .collect()
     }
 
-    /// The first of the command's signals that was caught since the last call. By default it would have
-    /// ended the process.
+    /// The first of the command's signals that was caught since the last call. By default it would
+    /// have ended the process.
     pub(super) fn first_for_command(&mut self) -> Option<i32> {
         self.pending()
             .into_iter()

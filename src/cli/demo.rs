@@ -222,10 +222,10 @@ fn source(deployed: Arc<Mutex<bool>>) -> impl FnMut() -> Snapshot + Send {
             "base_image": "debian:bookworm", "hostname": "fileserver"
         });
         let runtime = json!({"decky-01": {"running": true, "services": {"ssh": "running"}}});
-        Snapshot::new(
-            &json!({"deployed": true, "mode": "swarm", "compose_path": "/opt/decnet/decnet-compose.yml",
-            "deckies": [decky], "runtime": runtime}),
-        )
+        Snapshot::new(&json!({
+            "deployed": true, "mode": "swarm", "deckies": [decky], "runtime": runtime,
+            "compose_path": "/opt/decnet/decnet-compose.yml"
+        }))
     }
 }
 

@@ -58,8 +58,9 @@ impl Queue {
         Self::start(Sink::stderr, format, |_| ()).0
     }
 
-    /// Fails if the file can never be opened. If it may be opened later (the disk is full), or if it
-    /// takes longer than a start may wait, errors go to `report`, and the next line opens the file.
+    /// Fails if the file can never be opened. If it may be opened later (the disk is full), or if
+    /// it takes longer than a start may wait, errors go to `report`, and the next line opens the
+    /// file.
     pub(super) fn to_file(path: &Path, format: &Format, report: fn(&Error)) -> Result<Self, Error> {
         let (queue, opened) = Self::start(|| Sink::file(path.to_owned()), format, report);
         match opened.recv_timeout(limits::LOG_OPEN) {
@@ -137,8 +138,8 @@ impl Queue {
         }
     }
 
-    /// Waits until all queued lines are written, at most until `end`. Gives up when the writer makes
-    /// no progress for [`limits::LOG_STUCK`].
+    /// Waits until all queued lines are written, at most until `end`. Gives up when the writer
+    /// makes no progress for [`limits::LOG_STUCK`].
     pub(super) fn flush(&self, end: Instant) {
         let Self::Threaded { lines, shared, progress } = self else { return };
         // This empty line carries the count of the lines dropped last.

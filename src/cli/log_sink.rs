@@ -1,8 +1,8 @@
-//! Writes the lines of the log to stderr or to a file. Runs on the thread `log`, which may block here
-//! without a limit.
+//! Writes the lines of the log to stderr or to a file. Runs on the thread `log`, which may block
+//! here without a limit.
 //!
-//! A line is written completely, or the write fails. A line that was written in part is ended with a
-//! line end before the next one.
+//! A line is written completely, or the write fails. A line that was written in part is ended with
+//! a line end before the next one.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -74,7 +74,8 @@ impl Sink {
         result.map_err(io::Error::from)
     }
 
-    /// A FIFO whose reader has closed it, and a stale NFS handle, work again once they are reopened.
+    /// A FIFO whose reader has closed it, and a stale NFS handle, work again once they are
+    /// reopened.
     fn close_if_unusable(&mut self, result: Result<(), Errno>) {
         if let (LogTarget::File { file, .. }, Err(Errno::PIPE | Errno::STALE)) =
             (&mut self.target, result)

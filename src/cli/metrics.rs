@@ -1,9 +1,9 @@
-//! `--metrics-file`: the statistics in Prometheus' text format, for node_exporter's textfile collector.
-//! Values only; the thread `stats-files` writes them.
+//! `--metrics-file`: the statistics in Prometheus' text format, for node_exporter's textfile
+//! collector. Values only; the thread `stats-files` writes them.
 //!
-//! Names follow Prometheus' conventions: base units, `_total` for counters, `_timestamp_seconds` for
-//! times. An unknown value has no sample, except for the last success: before the first one it is 0,
-//! so that an alert on its age also covers the start.
+//! Names follow Prometheus' conventions: base units, `_total` for counters, `_timestamp_seconds`
+//! for times. An unknown value has no sample, except for the last success: before the first one it
+//! is 0, so that an alert on its age also covers the start.
 
 use std::fmt::Write as _;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -54,7 +54,8 @@ const METRICS: [Metric; 22] = [
     ),
     gauge(
         "decommissioned",
-        "1 if the host is decommissioned: the master rejects it, and its ini and bundle do not exist.",
+        "1 if the host is decommissioned: the master rejects it, and its ini and bundle do not \
+         exist.",
         |stats| bool_value(stats.decommissioned),
     ),
     gauge(
@@ -73,7 +74,8 @@ const METRICS: [Metric; 22] = [
     }),
     counter(
         "deltas_dropped_total",
-        "Number of deltas that were dropped undelivered, because the outbox was full or they were too old.",
+        "Number of deltas that were dropped undelivered, because the outbox was full or they \
+         were too old.",
         |stats| Some(stats.dropped as f64),
     ),
     gauge("deltas_waiting", "Number of queued deltas.", |stats| Some(stats.waiting as f64)),

@@ -1,5 +1,5 @@
-//! What the program prints besides its log. A failed write, such as to a closed pipe or a full disk,
-//! does not panic.
+//! What the program prints besides its log. A failed write, such as to a closed pipe or a full
+//! disk, does not panic.
 
 use std::io::{self, IsTerminal, Write};
 

@@ -1,6 +1,6 @@
-//! The files that the heartbeat itself reads or writes. `--stats-file` and `--metrics-file` are replaced
-//! after every beat, so neither may name one of these: the key or the outbox would be lost. Runs on
-//! the calling thread.
+//! The files that the heartbeat itself reads or writes. `--stats-file` and `--metrics-file` are
+//! replaced after every beat, so neither may name one of these: the key or the outbox would be
+//! lost. Runs on the calling thread.
 
 use std::ffi::OsStr;
 use std::fs;

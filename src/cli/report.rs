@@ -1,7 +1,7 @@
-//! Reports deltas for `push` and `track`. The deltas are committed to the outbox first, claimed by this
-//! process, then posted to the master. If the master cannot be reached in time, they stay in the
-//! outbox, and `run` delivers them. The main thread uses the outbox. A thread of its own sends the
-//! POST; after the timeout no thread waits for it.
+//! Reports deltas for `push` and `track`. The deltas are committed to the outbox first, claimed by
+//! this process, then posted to the master. If the master cannot be reached in time, they stay in
+//! the outbox, and `run` delivers them. The main thread uses the outbox. A thread of its own sends
+//! the POST; after the timeout no thread waits for it.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -130,8 +130,8 @@ impl Reporter {
         }
     }
 
-    /// Waits, within the timeout, until the disk has responded to a request in doubt: the end of this
-    /// process might undo it.
+    /// Waits, within the timeout, until the disk has responded to a request in doubt: the end of
+    /// this process might undo it.
     pub(super) fn await_disk(&self, wait: &mut ReportWait<'_>) {
         while self.outbox.is_busy() && !wait.is_interrupted() && !wait.remaining().is_zero() {
             if wait.pause().is_err() {
@@ -199,8 +199,8 @@ impl Reporter {
         self.queued(added.map(drop))
     }
 
-    /// Tries to queue deltas for `run` until that succeeds or the timeout is over. `None`: they are not
-    /// queued.
+    /// Tries to queue deltas for `run` until that succeeds or the timeout is over. `None`: they are
+    /// not queued.
     pub(super) fn retry_queue(
         &mut self,
         location: &OutboxLocation,
@@ -236,8 +236,8 @@ impl Reporter {
         }
     }
 
-    /// Posts the rows that this process has claimed. Leaves to `run` what the master has not accepted in
-    /// time, and what a newer operation holds back.
+    /// Posts the rows that this process has claimed. Leaves to `run` what the master has not
+    /// accepted in time, and what a newer operation holds back.
     pub(super) fn post(&self, deltas: &[QueuedDelta], wait: &mut ReportWait<'_>) -> Reported {
         let (held, free) = self.held_and_free(deltas);
         let mut unsent = free.as_slice();
@@ -275,8 +275,8 @@ impl Reporter {
     }
 
     /// Splits the deltas into those that a newer operation holds back and the others. If the outbox
-    /// cannot be asked, the delta is posted: it may not be on disk either. After one failure the outbox
-    /// is not asked about further deltas.
+    /// cannot be asked, the delta is posted: it may not be on disk either. After one failure the
+    /// outbox is not asked about further deltas.
     fn held_and_free(&self, deltas: &[QueuedDelta]) -> (Vec<QueuedDelta>, Vec<QueuedDelta>) {
         let mut responds = true;
         deltas.iter().cloned().partition(|queued| {
@@ -292,8 +292,8 @@ impl Reporter {
         })
     }
 
-    /// Writes all pending changes, with retries until the timeout. A row that stays in flight on disk is
-    /// reported as failed after the end of this process.
+    /// Writes all pending changes, with retries until the timeout. A row that stays in flight on
+    /// disk is reported as failed after the end of this process.
     fn write_rows(&self, wait: &mut ReportWait<'_>) -> Result<(), Error> {
         loop {
             // Any change also writes the pending ones.
@@ -374,7 +374,8 @@ struct Post {
 }
 
 impl Post {
-    /// Sends the POST on its own thread. The receiver gets the result, and the socket is closed then.
+    /// Sends the POST on its own thread. The receiver gets the result, and the socket is closed
+    /// then.
     fn start(self, timeout: Duration) -> io::Result<(Receiver<Result<(), String>>, UnixStream)> {
         let (sender, result) = bounded(1);
         let (done, open) = UnixStream::pair()?;

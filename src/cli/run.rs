@@ -1,6 +1,6 @@
-//! `run`: sends heartbeats until a signal stops it. The main thread waits for signals, for beats (after
-//! each the stats and metrics are written) and for the next watchdog notification. After the start it
-//! does no file I/O, so no disk delays a signal or the watchdog.
+//! `run`: sends heartbeats until a signal stops it. The main thread waits for signals, for beats
+//! (after each the stats and metrics are written) and for the next watchdog notification. After the
+//! start it does no file I/O, so no disk delays a signal or the watchdog.
 
 use std::time::Instant;
 
@@ -121,8 +121,8 @@ fn watch(
 /// A restart does not help: the answer and the files would be the same.
 fn decommissioned() -> Error {
     Error::not_enrolled(
-        "this host was decommissioned: its ini and its bundle do not exist, and the master rejects it; \
-         enrol it again, or remove this program's unit",
+        "this host was decommissioned: its ini and its bundle do not exist, and the master \
+         rejects it; enrol it again, or remove this program's unit",
     )
 }
 

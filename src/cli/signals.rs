@@ -1,7 +1,7 @@
-//! What the program does on a signal. A signal without effect has a handler that does nothing: if it
-//! were ignored, the command of `track` would inherit that. A signal that was ignored when the
-//! program started, as SIGHUP is under `nohup`, stays ignored. A signal that was blocked is unblocked:
-//! the program must be possible to stop.
+//! What the program does on a signal. A signal without effect has a handler that does nothing: if
+//! it were ignored, the command of `track` would inherit that. A signal that was ignored when the
+//! program started, as SIGHUP is under `nohup`, stays ignored. A signal that was blocked is
+//! unblocked: the program must be possible to stop.
 //!
 //! | signal | `run` | other commands |
 //! | --- | --- | --- |
@@ -56,13 +56,13 @@ fn start_run() -> Result<Receiver<c_int>, Error> {
     const NAME: &str = "signals";
     survive(WITHOUT_EFFECT.into_iter().chain(libc::SIGRTMIN()..=libc::SIGRTMAX()))?;
     let ignored = ignored();
-    let wanted: Vec<_> =
+    let handled: Vec<_> =
         [SIGTERM, SIGINT, SIGHUP].into_iter().filter(|signal| !has(ignored, *signal)).collect();
     let is_last = Arc::new(AtomicBool::new(false));
-    for signal in wanted.iter().copied().filter(|signal| *signal != SIGHUP) {
+    for signal in handled.iter().copied().filter(|signal| *signal != SIGHUP) {
         flag::register_conditional_shutdown(signal, 1, Arc::clone(&is_last)).map_err(failed)?;
     }
-    let mut caught = Signals::new(wanted).map_err(failed)?;
+    let mut caught = Signals::new(handled).map_err(failed)?;
     let (sender, stops) = bounded(1);
     let act = move || {
         for signal in caught.forever() {
@@ -84,8 +84,9 @@ fn start_run() -> Result<Receiver<c_int>, Error> {
     Ok(stops)
 }
 
-/// Lets this thread write to a terminal in the mode `tostop` while the process is in the background.
-/// Otherwise the write would stop the whole process. For the thread that writes the log.
+/// Lets this thread write to a terminal in the mode `tostop` while the process is in the
+/// background. Otherwise the write would stop the whole process. For the thread that writes the
+/// log.
 pub(super) fn allow_background_writes() {
     // It fails only for an invalid set of signals.
     let _ = SigSet::from(Signal::SIGTTOU).thread_block();

@@ -1,5 +1,5 @@
-//! `--stats-file` and `--metrics-file`. The thread `stats-files` writes them after each beat. New stats
-//! replace those that are not written yet, so no other thread waits for the disk.
+//! `--stats-file` and `--metrics-file`. The thread `stats-files` writes them after each beat. New
+//! stats replace those that are not written yet, so no other thread waits for the disk.
 
 use std::io;
 use std::path::{Path, PathBuf};

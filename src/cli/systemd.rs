@@ -1,8 +1,8 @@
 //! Readiness and watchdog notifications for systemd, or for another supervisor with the protocol of
 //! sd_notify(3). Runs on the main thread.
 //!
-//! The crate `sd-notify` does not support abstract sockets, and its sends block if the supervisor does
-//! not read.
+//! The crate `sd-notify` does not support abstract sockets, and its sends block if the supervisor
+//! does not read.
 
 use std::env;
 use std::ffi::{OsStr, OsString};
@@ -80,8 +80,8 @@ impl Systemd {
         }
     }
 
-    /// When READY is to be sent again: the supervisor does not wait for a beat that is an hour away.
-    /// The pause doubles each time, so that a socket that never works costs little.
+    /// When READY is to be sent again: the supervisor does not wait for a beat that is an hour
+    /// away. The pause doubles each time, so that a socket that never works costs little.
     pub(super) fn next_ready(&mut self) -> Receiver<Instant> {
         if !self.ready_pending || self.address.is_none() {
             return never();
@@ -90,8 +90,8 @@ impl Systemd {
         after(self.pause)
     }
 
-    /// Never waits: if the supervisor's socket is full, the notification fails. Repeated failures are
-    /// logged at a decreasing rate.
+    /// Never waits: if the supervisor's socket is full, the notification fails. Repeated failures
+    /// are logged at a decreasing rate.
     fn notify(&mut self, state: &str) {
         let Some(address) = &self.address else { return };
         let states = if self.ready_pending { [READY, state].concat() } else { state.to_owned() };
@@ -125,8 +125,8 @@ fn address(name: &OsStr) -> io::Result<SocketAddr> {
     }
 }
 
-/// The time between two watchdog notifications: half of systemd's timeout. `None`: there is no watchdog
-/// for this process.
+/// The time between two watchdog notifications: half of systemd's timeout. `None`: there is no
+/// watchdog for this process.
 pub(super) fn watchdog_interval() -> Option<Duration> {
     let is_for_us = env::var_os("WATCHDOG_PID")
         .is_none_or(|pid| number(pid) == Some(u64::from(std::process::id())));

@@ -1,20 +1,21 @@
 //! `track`: runs a command as an operation and reports how it ended. Runs on the main thread.
 //!
-//! The command runs whether or not the operation can be reported; problems with the report are logged.
-//! The operation is committed as in flight before the command starts. If that fails, because the ini
-//! cannot be read or the outbox is locked, it is tried again after the command has ended.
+//! The command runs whether or not the operation can be reported; problems with the report are
+//! logged. The operation is committed as in flight before the command starts. If that fails,
+//! because the ini cannot be read or the outbox is locked, it is tried again after the command has
+//! ended.
 //!
-//! - **Streams**: the command inherits stdin. It also inherits stdout, unless that is the same file as
-//!   stderr. Its stderr is a pipe, or a pseudoterminal if ours is a terminal, and a [`companion`]
-//!   process copies it to ours. If stdout and stderr are the same file (`2>&1`, a terminal), stdout is
-//!   the same pipe or pseudoterminal. So the order of the output stays, and the tail in the report
-//!   comes from both. A command that reads from its stderr reads nothing.
-//! - **Signals** are passed on to the command. A signal that was sent to the process group has reached
-//!   it already and is not passed on. After the command has ended, HUP, INT, QUIT and TERM leave the
-//!   report to the outbox at once.
-//! - **Errors**: if the command exited with an error, the reported error is the tail of its stderr, or
-//!   `exited with N` if it wrote nothing. If a signal ended it, the error is `ended by signal N`,
-//!   followed by the tail, if any.
+//! - **Streams**: the command inherits stdin. It also inherits stdout, unless that is the same file
+//!   as stderr. Its stderr is a pipe, or a pseudoterminal if ours is a terminal, and a
+//!   [`companion`] process copies it to ours. If stdout and stderr are the same file (`2>&1`, a
+//!   terminal), stdout is the same pipe or pseudoterminal. So the order of the output stays, and
+//!   the tail in the report comes from both. A command that reads from its stderr reads nothing.
+//! - **Signals** are passed on to the command. A signal that was sent to the process group has
+//!   reached it already and is not passed on. After the command has ended, HUP, INT, QUIT and TERM
+//!   leave the report to the outbox at once.
+//! - **Errors**: if the command exited with an error, the reported error is the tail of its stderr,
+//!   or `exited with N` if it wrote nothing. If a signal ended it, the error is `ended by signal
+//!   N`, followed by the tail, if any.
 
 mod command;
 pub(super) mod companion;
@@ -108,8 +109,8 @@ impl Tracked<'_> {
         // The deltas carry the current time: the operation has just ended.
         let delta = |decky: &String| LifecycleDelta::new(decky, self.operation, outcome.clone());
         let deltas: Vec<_> = self.deckies.iter().map(delta).collect();
-        // Rows that are only in memory are lost with this process, so they are not ended but reported
-        // anew. Rows in a file, even in a replaced one, must be ended by their ids.
+        // Rows that are only in memory are lost with this process, so they are not ended but
+        // reported anew. Rows in a file, even in a replaced one, must be ended by their ids.
         let begun = self
             .begun
             .take()
@@ -145,7 +146,8 @@ impl Tracked<'_> {
                 let names = reporter.names();
                 let outbox = reporter.place();
                 log::warn!(
-                    "not delivered; queued for decnet-heartbeat run: {names} outbox={outbox} error={why:?}"
+                    "not delivered; queued for decnet-heartbeat run: {names} outbox={outbox} \
+                     error={why:?}"
                 );
             }
             Reported::InDoubt(why) => {
@@ -180,8 +182,8 @@ fn end_begun(
     reporter.post(&ended, wait)
 }
 
-/// Reports an operation that has no rows on disk. If neither the outbox nor the master can be reached,
-/// the outbox is tried again until the timeout.
+/// Reports an operation that has no rows on disk. If neither the outbox nor the master can be
+/// reached, the outbox is tried again until the timeout.
 fn end_unbegun(
     reporter: &mut Reporter,
     location: &OutboxLocation,

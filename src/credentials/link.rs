@@ -101,8 +101,8 @@ impl fmt::Display for LogKeys<'_> {
     }
 }
 
-/// The whole days until a certificate expires, or since it has expired. Neither is negative, so log and
-/// `check` show the same number.
+/// The whole days until a certificate expires, or since it has expired. Neither is negative, so log
+/// and `check` show the same number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Expiry {
     DaysLeft(u64),

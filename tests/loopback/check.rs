@@ -274,8 +274,8 @@ fn certificate_of_another_ca_is_detected_locally_and_rejected_by_the_master() {
     assert_eq!(stage.master.received().len(), 0);
 }
 
-/// Starts a master that rejects our certificate as uvicorn does: it closes the connection without an
-/// alert.
+/// Starts a master that rejects our certificate as uvicorn does: it closes the connection without
+/// an alert.
 fn reject_without_an_alert(stage: &Stage, version: &'static SupportedProtocolVersion) -> u16 {
     let mut roots = RootCertStore::empty();
     roots

@@ -201,7 +201,8 @@ fn error_is_the_tail_of_stderr_or_the_name_of_the_signal() {
     }
 }
 
-/// A command that ends and leaves a process running, which writes to stderr once the FIFO is written.
+/// A command that ends and leaves a process running, which writes to stderr once the FIFO is
+/// written.
 fn script_with_background_process(stage: &Stage, more: &str) -> String {
     let (fifo, survived) = (fifo(stage), path(stage, "survived"));
     let left = format!(
@@ -569,8 +570,8 @@ fn in_a_group(command: &mut Command) -> Child {
     child
 }
 
-/// Waits until `track` waits for the end of its command. An earlier signal is passed on whether or not
-/// it was sent to the group.
+/// Waits until `track` waits for the end of its command. An earlier signal is passed on whether or
+/// not it was sent to the group.
 fn until_it_waits(child: &Child) {
     let status = format!("/proc/{}/status", child.id());
     wait_for("sleep", || fs::read_to_string(&status).unwrap().contains("State:\tS"));

@@ -103,8 +103,8 @@ fn ca(dir: &Path, roots: &Roots, bundle: Option<&Bundle>) -> Step {
     if advice.is_empty() || !step.is_good() { step } else { step.advise(advice.join("; ")) }
 }
 
-/// The step of our certificate: what it contains, whether it is valid now, and whether the master may
-/// reject it all the same.
+/// The step of our certificate: what it contains, whether it is valid now, and whether the master
+/// may reject it all the same.
 fn own_certificate(
     dir: &Path,
     roots: &Roots,

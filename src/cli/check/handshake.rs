@@ -1,8 +1,8 @@
-//! Makes a TLS handshake with the master and records the certificate that it presents. Runs on the main
-//! thread.
+//! Makes a TLS handshake with the master and records the certificate that it presents. Runs on the
+//! main thread.
 //!
-//! ureq exposes neither. So this handshake is made apart from ureq, with the same TLS configuration. The
-//! beat resumes the session that it establishes.
+//! ureq exposes neither. So this handshake is made apart from ureq, with the same TLS
+//! configuration. The beat resumes the session that it establishes.
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::TcpStream;
@@ -30,7 +30,8 @@ pub(super) struct HandshakeInfo {
     pub(super) took: Duration,
 }
 
-/// Makes a handshake and reads what follows it: with TLS 1.3 a master rejects our certificate only then.
+/// Makes a handshake and reads what follows it: with TLS 1.3 a master rejects our certificate only
+/// then.
 pub(super) fn handshake(
     config: &Arc<ClientConfig>,
     name: &ServerName<'static>,
@@ -259,7 +260,8 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let stream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let (mut peer, _) = listener.accept().unwrap();
-        // A fatal alert: unknown CA. Without linger the connection is reset, and further writes fail.
+        // A fatal alert: unknown CA. Without linger the connection is reset, and further writes
+        // fail.
         peer.write_all(&[0x15, 3, 3, 0, 2, 2, 48]).unwrap();
         SockRef::from(&peer).set_linger(Some(Duration::ZERO)).unwrap();
         drop(peer);

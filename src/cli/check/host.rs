@@ -1,5 +1,5 @@
-//! Checks this host: the state file, Docker, the topology, and the stats and metrics files. Runs on the main
-//! thread.
+//! Checks this host: the state file, Docker, the topology, and the stats and metrics files. Runs on
+//! the main thread.
 
 use std::path::Path;
 
@@ -31,7 +31,8 @@ pub(super) fn state_file(options: &RunOptions, probe: &StatusProbe) -> Step {
     }
 }
 
-/// `named`: the option or variable that names the file. `deckies`: `None` if there is no file, or a problem.
+/// `named`: the option or variable that names the file. `deckies`: `None` if there is no file, or a
+/// problem.
 fn located_step(
     named: Option<&str>,
     located: &Located,
@@ -59,8 +60,8 @@ fn located_step(
         (Some(problem), _) => Step::bad(
             "state-file",
             format!("{problem} ({from})"),
-            "correct the path of the file, let this user read it, or let DECNET write it again; until \
-             then beats contain no decky",
+            "correct the path of the file, let this user read it, or let DECNET write it again; \
+             until then beats contain no decky",
         ),
     };
     step.fact("file", file).fact("from", from).fact("deckies", deckies)
@@ -94,9 +95,9 @@ pub(super) fn docker(options: &RunOptions, probe: &StatusProbe) -> Step {
     docker_step(&socket, from, &probe.engine, probe.states_problem())
 }
 
-/// Names the request that failed, and the consequence. `states`: why the states of containers, or of some
-/// deckies' containers, are unknown, as of [`StatusProbe::states_problem`]. It is set whenever the
-/// containers are unknown.
+/// Names the request that failed, and the consequence. `states`: why the states of containers, or
+/// of some deckies' containers, are unknown, as of [`StatusProbe::states_problem`]. It is set
+/// whenever the containers are unknown.
 fn docker_step(socket: &str, from: &str, engine: &DockerState, states: Option<&str>) -> Step {
     let containers = engine.containers.as_ref().map(|containers| containers.states.len());
     let bridges = engine.networks.as_ref().map(|networks| networks.bridges.len());
@@ -114,26 +115,26 @@ fn docker_step(socket: &str, from: &str, engine: &DockerState, states: Option<&s
         (None, Err(problem)) => Step::bad(
             "docker",
             format!("{problem} ({from}); {container_count}"),
-            "Docker, or the proxy of its socket, must answer /networks with a list; until then beats \
-             contain the deckies, but not the observed topology",
+            "Docker, or the proxy of its socket, must answer /networks with a list; until then \
+             beats contain the deckies, but not the observed topology",
         ),
         (Some(problem), _) if containers.is_ok() => Step::bad(
             "docker",
             format!("{socket} ({from}): {problem}"),
-            "remove this container, or let DECNET deploy its decky again; until then beats do not contain \
-             what depends on it",
+            "remove this container, or let DECNET deploy its decky again; until then beats do \
+             not contain what depends on it",
         ),
         (Some(problem), Ok(bridges)) => Step::bad(
             "docker",
             format!("{problem} ({from}); {bridges}"),
-            "Docker, or the proxy of its socket, must answer /containers/json with a list; until then \
-             beats contain no decky",
+            "Docker, or the proxy of its socket, must answer /containers/json with a list; until \
+             then beats contain no decky",
         ),
         (Some(problem), Err(_)) => Step::bad(
             "docker",
             format!("{problem} ({from})"),
-            "start Docker, let this user use its socket, or name another socket with --docker-socket; \
-             until then beats contain no decky",
+            "start Docker, let this user use its socket, or name another socket with \
+             --docker-socket; until then beats contain no decky",
         ),
     };
     step.fact("socket", socket)
@@ -152,8 +153,8 @@ pub(super) fn topology(agent_dir: Option<&Path>, probe: &StatusProbe) -> Step {
         (Err(problem), _) => Step::bad(
             "topology",
             problem.clone(),
-            "let this user read it, or let DECNET's agent write it again if it is corrupt; until then run \
-             does not report the topology, and the master may order a rebuild",
+            "let this user read it, or let DECNET's agent write it again if it is corrupt; until \
+             then run does not report the topology, and the master may order a rebuild",
         ),
         (Ok(()), Some(Some(AppliedTopology { topology_id, applied_version_hash, .. }))) => {
             let id = sanitize(topology_id);
@@ -166,7 +167,8 @@ pub(super) fn topology(agent_dir: Option<&Path>, probe: &StatusProbe) -> Step {
     step.fact("file", file)
 }
 
-/// The step of `--stats-file` or `--metrics-file`. `own`: which of the heartbeat's own files this is.
+/// The step of `--stats-file` or `--metrics-file`. `own`: which of the heartbeat's own files this
+/// is.
 pub(super) fn output_file(name: &'static str, path: &Path, own: Option<&str>) -> Step {
     let file = sanitize_path(path);
     if let Some(what) = own {
@@ -227,7 +229,8 @@ mod tests {
     #[test]
     fn missing_state_file_fails_with_advice() {
         let text = shown(unlocated_step(&NotLocated::Absent("/opt/decnet".to_owned())));
-        let not_found = "✗ state-file    the state file was not found: DECNET's Python package is not in /opt/decnet\n";
+        let not_found = "✗ state-file    the state file was not found: DECNET's Python package is \
+            not in /opt/decnet\n";
         assert!(
             text.starts_with(not_found) && text.contains("→ if DECNET is installed elsewhere"),
             "{text}"
@@ -283,7 +286,10 @@ mod tests {
         let text =
             shown(DockerState { containers: Err(refused("/containers")), networks: networks(1) });
         assert!(
-            text.starts_with("✗ docker        Docker at /s: /containers: answered 403 (default); 1 bridge network\n"),
+            text.starts_with(
+                "✗ docker        Docker at /s: /containers: answered 403 (default); \
+                1 bridge network\n"
+            ),
             "{text}"
         );
         assert!(text.contains("beats contain no decky"), "{text}");

@@ -78,15 +78,16 @@ fn name(enrolment: &Enrolment) -> (Step, Vec<SocketAddr>) {
                 _ => None,
             };
             let advice = advice.unwrap_or(
-                "check the name service of this host, or configure the master's address instead of its name",
+                "check the name service of this host, or configure the master's address instead \
+                 of its name",
             );
             (Step::bad("name", format!("{host}: {}", explain(&error)), advice), Vec::new())
         }
     }
 }
 
-/// The steps TCP and TLS of the first address that works. If none does, of the first address that accepts
-/// a connection.
+/// The steps TCP and TLS of the first address that works. If none does, of the first address that
+/// accepts a connection.
 struct Reached {
     tcp: Step,
     tls: Option<Step>,
@@ -164,8 +165,9 @@ fn connect(address: SocketAddr, timeout: Duration) -> (Step, Option<TcpStream>) 
 }
 
 /// The advice if the peer requests no certificate. The master always does.
-const NOT_REQUESTED: &str = "it requested no certificate from this host, but the master does: let a proxy in front of the \
-     master pass TLS through, or make the swarm controller require client certificates";
+const NOT_REQUESTED: &str = "it requested no certificate from this host, but the master does: \
+                             let a proxy in front of the master pass TLS through, or make the \
+                             swarm controller require client certificates";
 
 /// Why the rules `name` and `host` accept the master's own certificate.
 const OWN: &str = "issued by ca.crt, with swarmctl as common name and DNS name";
@@ -238,7 +240,8 @@ impl<'a> MasterProbe<'a> {
                     _ if !self.resolver.was_requested() => step.advise(NOT_REQUESTED),
                     // The rule is a fingerprint, which does not check dates.
                     Some(peer) if !peer.is_valid(now) => step.advise(
-                        "renew the master's certificate: this rule ignores its dates, but other agents do not",
+                        "renew the master's certificate: this rule ignores its dates, but other \
+                         agents do not",
                     ),
                     Some(peer) if peer.expires_soon(now) => {
                         step.advise("renew the master's certificate before it expires")
@@ -292,7 +295,10 @@ impl<'a> MasterProbe<'a> {
         let fingerprint = &self.bundle.certificate.fingerprint;
         let PostResult { verdict, class, detail, took, resumed, .. } = reply;
         let session = if resumed { "session resumed" } else { "new session" };
-        let result = format!("{class} in {}, {session}", ms(took));
+        let result = match verdict {
+            Verdict::NoResponse => format!("{class} after {}", ms(took)),
+            _ => format!("{class} in {}, {session}", ms(took)),
+        };
         let (meaning, advice) = explain_verdict(verdict, &class, fingerprint);
         let step = match advice {
             None => Step::good("beat", format!("{result}: {meaning}")),
@@ -310,100 +316,97 @@ impl<'a> MasterProbe<'a> {
 
 const WRONG_SERVER: &str = "check that DECNET's swarm controller uses this address and this port";
 
-/// What an answer means, and what to do if the beat was not accepted.
+/// What the end of a beat means, and what to do if it was not accepted.
 fn explain_verdict(
     verdict: Verdict,
     class: &str,
     fingerprint: &str,
 ) -> (&'static str, Option<String>) {
-    match (verdict, class) {
-        (Verdict::Accepted, _) => ("the master accepted the beat", None),
-        (Verdict::HostRejected, "http-404") => (
+    let (meaning, advice) = match verdict {
+        Verdict::Accepted => return ("the master accepted the beat", None),
+        Verdict::HostRejected if class == "http-404" => (
             "the master does not know this host",
-            Some(
-                "enrol this host again: it was never enrolled there, or was decommissioned; if it is \
-                 enrolled, check that this master's swarm controller uses this address"
-                    .to_owned(),
-            ),
+            "enrol this host again: it was never enrolled there, or was decommissioned; if it is \
+             enrolled, check that this master's swarm controller uses this address",
         ),
-        (Verdict::HostRejected, _) => (
-            "the master does not accept this host's certificate",
-            Some(format!(
-                "compare sha256 {fingerprint} with the master's record of this host, or enrol it again; a \
-                 proxy in front of the master must pass TLS through, otherwise the master sees the \
-                 proxy's certificate"
-            )),
-        ),
-        (Verdict::BodyRejected, "unwritten") => (
+        Verdict::HostRejected => {
+            let advice = format!(
+                "compare sha256 {fingerprint} with the master's record of this host, or enrol it \
+                 again; a proxy in front of the master must pass TLS through, otherwise the \
+                 master sees the proxy's certificate"
+            );
+            return ("the master does not accept this host's certificate", Some(advice));
+        }
+        Verdict::BodyRejected => explain_rejected_body(class),
+        Verdict::RetryLater(_) => explain_retry(class),
+        Verdict::NoResponse => explain_no_response(class),
+    };
+    (meaning, Some(advice.to_owned()))
+}
+
+fn explain_rejected_body(class: &str) -> (&'static str, &'static str) {
+    match class {
+        "unwritten" => (
             "nothing was sent, because the body could not be written",
-            Some("check the contents of the state file and of topology.db".to_owned()),
+            "check the contents of the state file and of topology.db",
         ),
-        (Verdict::BodyRejected, "http-413") => (
+        "http-413" => (
             "the body is too large",
-            Some("let the proxy in front of the master accept larger bodies; until then run beats without \
-                 a status"
-                    .to_owned()),
+            "let the proxy in front of the master accept larger bodies; until then run beats \
+             without a status",
         ),
         // nginx answers so if it terminates TLS and requires a certificate.
-        (Verdict::BodyRejected, "http-400") => (
+        "http-400" => (
             "the request was rejected",
-            Some(
-                "if the answer mentions certificates, let the proxy in front of the master pass TLS \
-                 through; otherwise check the contents of the state file and of topology.db"
-                    .to_owned(),
-            ),
+            "if the answer mentions certificates, let the proxy in front of the master pass TLS \
+             through; otherwise check the contents of the state file and of topology.db",
         ),
-        (Verdict::BodyRejected, _) => (
+        _ => (
             "the master rejected the body",
-            Some("check the contents of the state file and of topology.db; until then run beats without a \
-                 status"
-                    .to_owned()),
+            "check the contents of the state file and of topology.db; until then run beats \
+             without a status",
         ),
-        (Verdict::RetryLater(_), "http-502" | "http-503" | "http-504") => (
+    }
+}
+
+fn explain_retry(class: &str) -> (&'static str, &'static str) {
+    match class {
+        "http-502" | "http-503" | "http-504" => (
             "the master cannot accept beats now",
-            Some(
-                "check the master's log; a proxy in front of the master must reach it and pass TLS \
-                 through"
-                    .to_owned(),
-            ),
+            "check the master's log; a proxy in front of the master must reach it and pass TLS \
+             through",
         ),
-        (Verdict::RetryLater(_), class) if class.starts_with("http-5") => {
-            ("the master failed", Some("check the master's log; run tries again".to_owned()))
+        "http-408" | "http-425" | "http-429" => (
+            "the master cannot accept beats now",
+            "wait; run tries again at the time that the answer names",
+        ),
+        class if class.starts_with("http-5") => {
+            ("the master failed", "check the master's log; run tries again")
         }
-        (Verdict::RetryLater(_), "http-408" | "http-425" | "http-429") => {
-            ("the master cannot accept beats now", Some("wait; run tries again at the time that the answer names".to_owned()))
+        _ => ("the answer is not from a DECNET master", WRONG_SERVER),
+    }
+}
+
+fn explain_no_response(class: &str) -> (&'static str, &'static str) {
+    match class {
+        "not-http" => ("the server does not speak HTTP/1.1", WRONG_SERVER),
+        "tls" => {
+            ("no answer: TLS failed", "see the step tls, and the master's log; run tries again")
         }
-        (Verdict::RetryLater(_), _) => (
-            "the answer is not from a DECNET master",
-            Some(WRONG_SERVER.to_owned()),
-        ),
-        (Verdict::NoResponse, "not-http") => (
-            "the server does not speak HTTP/1.1",
-            Some(WRONG_SERVER.to_owned()),
-        ),
-        (Verdict::NoResponse, "tls") => (
-            "no answer: TLS failed",
-            Some("see the step tls, and the master's log; run tries again".to_owned()),
-        ),
-        (Verdict::NoResponse, "name" | "timeout-resolve") => (
+        "name" | "timeout-resolve" => (
             "the master's name cannot be resolved",
-            Some(
-                "correct the master's name, check the name service of this host, or configure the \
-                 master's address instead of its name"
-                    .to_owned(),
-            ),
+            "correct the master's name, check the name service of this host, or configure the \
+             master's address instead of its name",
         ),
-        (Verdict::NoResponse, "refused") => (
-            "connection refused: nothing listens there any more",
-            Some("start the master's swarm controller; run tries again".to_owned()),
+        "refused" => (
+            "the connection was refused: nothing listens there any more",
+            "start the master's swarm controller; run tries again",
         ),
-        (Verdict::NoResponse, "unreachable" | "timeout-connect") => (
+        "unreachable" | "timeout-connect" => (
             "the master cannot be reached",
-            Some("check the route to the master, and its firewalls; run tries again".to_owned()),
+            "check the route to the master, and its firewalls; run tries again",
         ),
-        (Verdict::NoResponse, _) => {
-            ("no answer", Some("check the master's log, and the network; run tries again".to_owned()))
-        }
+        _ => ("no answer", "check the master's log, and the network; run tries again"),
     }
 }
 

@@ -1,4 +1,5 @@
-//! Checks the outbox: who can use it, what is queued, and which process delivers. Runs on the main thread.
+//! Checks the outbox: who can use it, what is queued, and which process delivers. Runs on the main
+//! thread.
 
 use std::fs;
 use std::io;
@@ -26,7 +27,8 @@ const FILES: [&str; 5] = ["", "-journal", "-wal", "-shm", "-lock"];
 
 const CONSEQUENCE: &str = "until then deltas are in memory and do not survive a restart";
 
-/// The step `outbox`. A missing file is not created: it would belong to this user, not to that of `run`.
+/// The step `outbox`. A missing file is not created: it would belong to this user, not to that of
+/// `run`.
 pub(super) fn step(location: &OutboxLocation, agent_dir: Option<&Path>) -> Step {
     let known = agent_dir.is_some() || *location != OutboxLocation::AgentDir;
     let Some(path) = location.path(agent_dir.unwrap_or(Path::new(""))).filter(|_| known) else {
@@ -64,8 +66,8 @@ enum Sharing {
     Unusable { problem: String, advice: String },
 }
 
-/// The users of an outbox. Its files have mode 0600. A process accepts files of its own user, of root
-/// and of the owner of the folder. Files that root creates get that owner.
+/// The users of an outbox. Its files have mode 0600. A process accepts files of its own user, of
+/// root and of the owner of the folder. Files that root creates get that owner.
 struct Users {
     own: u32,
     owner: u32,
@@ -167,8 +169,8 @@ fn named(user: u32) -> String {
 }
 
 fn unusable(problem: impl Into<String>) -> Step {
-    let advice = "let this user write there, free disk space, or name another file with --outbox (run \
-                  replaces a corrupt file)";
+    let advice = "let this user write there, free disk space, or name another file with --outbox \
+                  (run replaces a corrupt file)";
     Step::bad("outbox", problem, format!("{advice}; {CONSEQUENCE}"))
 }
 
@@ -213,7 +215,8 @@ fn counted_step(path: &Path, counts: QueueCounts, stuck: &[UnjudgedRow]) -> Step
     let file = sanitize_path(path);
     let stuck_rows = stuck_rows(stuck);
     let message = format!(
-        "{file}: {waiting} queued{oldest_age}, {operations} in flight, {rejected} rejected; {by}{stuck_rows}"
+        "{file}: {waiting} queued{oldest_age}, {operations} in flight, {rejected} rejected; \
+         {by}{stuck_rows}"
     );
     let step = Step::good("outbox", message)
         .fact("waiting", waiting)
@@ -225,11 +228,16 @@ fn counted_step(path: &Path, counts: QueueCounts, stuck: &[UnjudgedRow]) -> Step
         .fact("delivered_by", deliverer);
     match (stuck, waiting, deliverer, rejected) {
         ([_, ..], ..) => step.advise(format!(
-            "run cannot determine whether the processes of the stuck operations are running: check why {} cannot be used",
+            "run cannot determine whether the processes of the stuck operations are running: \
+             check why {} cannot be used",
             sanitize_path(&beside(path, "-lock"))
         )),
-        (_, 1.., None, _) => step.advise("start decnet-heartbeat run, which delivers the queued deltas"),
-        (.., 1..) => step.advise("see the rejected deltas and the reasons in the file; the README has the query"),
+        (_, 1.., None, _) => {
+            step.advise("start decnet-heartbeat run, which delivers the queued deltas")
+        }
+        (.., 1..) => step.advise(
+            "see the rejected deltas and the reasons in the file; the README has the query",
+        ),
         _ => step,
     }
 }

@@ -119,8 +119,8 @@ impl Step {
     }
 }
 
-/// Adds words and a line end to a line that has `indent` columns. Breaks the line between words, so that
-/// it fits `width`. A word that is too long is not broken.
+/// Adds words and a line end to a line that has `indent` columns. Breaks the line between words, so
+/// that it fits `width`. A word that is too long is not broken.
 fn push_wrapped(text: &mut String, indent: usize, words: &str, width: Option<usize>) {
     let mut column = indent;
     for word in words.split(' ') {

@@ -1,5 +1,5 @@
-//! Runs the command of `track`. Runs on the main thread, which waits for the command's end and passes
-//! signals on to it.
+//! Runs the command of `track`. Runs on the main thread, which waits for the command's end and
+//! passes signals on to it.
 
 use std::ffi::OsString;
 use std::io;
@@ -23,8 +23,8 @@ use crate::text::{last, sanitize};
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Ended {
     pub(super) outcome: Outcome,
-    /// The exit code, as of a shell: the command's own, or 128 plus the signal that ended it, 127 if the
-    /// command does not exist, 126 if it cannot be started.
+    /// The exit code, as of a shell: the command's own, or 128 plus the signal that ended it, 127
+    /// if the command does not exist, 126 if it cannot be started.
     pub(super) code: u8,
 }
 
@@ -45,8 +45,8 @@ impl Ended {
         Self { outcome: Outcome::Failed(format!("its exit status is unknown: {error}")), code: 1 }
     }
 
-    /// The error of a command that exited is the tail of its stderr, without a prefix: the master shows
-    /// its first line. A signal is named, as the command cannot report it.
+    /// The error of a command that exited is the tail of its stderr, without a prefix: the master
+    /// shows its first line. A signal is named, as the command cannot report it.
     fn of(status: ExitStatus, tail: &str) -> Self {
         let (error, code) = match (status.code(), status.signal()) {
             (Some(0), _) => return Self { outcome: Outcome::Succeeded, code: 0 },
@@ -114,7 +114,8 @@ fn wait_for_end(
         }
         let files: Vec<_> =
             signals.fd().into_iter().chain(pidfd.as_ref().map(AsFd::as_fd)).collect();
-        // SIGCHLD also ends the wait, unless it cannot be caught or is blocked by the parent process.
+        // SIGCHLD also ends the wait, unless it cannot be caught or is blocked by the parent
+        // process.
         let next_look = pidfd.is_none().then(|| Instant::now() + limits::COMMAND_LOOK);
         if wait(&files, next_look.or(next_restart)).is_err() {
             thread::sleep(limits::COMMAND_LOOK);
@@ -139,7 +140,8 @@ fn start(command: &[OsString], outputs: Outputs) -> io::Result<Child> {
     command.spawn()
 }
 
-/// Passes a signal on, unless it was sent to the whole process group and the command is still in it.
+/// Passes a signal on, unless it was sent to the whole process group and the command is still in
+/// it.
 fn pass_on(Caught { signal, by_process }: Caught, child: &Child, stderr: &mut Stderr) {
     if signal == SIGWINCH {
         // The command may have read the old size before `resize`.
@@ -157,8 +159,8 @@ fn pass_on(Caught { signal, by_process }: Caught, child: &Child, stderr: &mut St
     }
 }
 
-/// Passes on a signal that arrived while the command was started. Whether the command was in the group
-/// already is unknown; a signal that arrives twice is better than none.
+/// Passes on a signal that arrived while the command was started. Whether the command was in the
+/// group already is unknown; a signal that arrives twice is better than none.
 fn pass_on_at_start(caught: Caught, child: &Child, stderr: &mut Stderr) {
     if caught.signal == SIGWINCH {
         return pass_on(caught, child, stderr);
@@ -170,8 +172,8 @@ fn pass_on_at_start(caught: Caught, child: &Child, stderr: &mut Stderr) {
 
 fn send(child: &Child, signal: i32) {
     if let Some(signal) = Signal::from_named_raw(signal) {
-        // The command is not reaped yet, so the pid is still its own. The error that it has ended is
-        // ignored.
+        // The command is not reaped yet, so the pid is still its own. The error that it has ended
+        // is ignored.
         let _ = kill_process(Pid::from_child(child), signal);
     }
 }

@@ -1,20 +1,20 @@
-//! The companion of `track`: a process that copies the stderr of the command to ours, and stores the
-//! tail for the report. It is this program, started with the name [`NAME`] as argv[0]. It has one
-//! thread.
+//! The companion of `track`: a process that copies the stderr of the command to ours, and stores
+//! the tail for the report. It is this program, started with the name [`NAME`] as argv[0]. It has
+//! one thread.
 //!
-//! - It is a process, because it must outlive `track`: processes that the command leaves running write
-//!   to the same stderr. It ends when no process can write to that any more and everything is written.
-//!   So the end of `track`, even by SIGKILL, neither blocks the command nor loses its output. If the
-//!   companion is killed, `track` starts another one.
+//! - It is a process, because it must outlive `track`: processes that the command leaves running
+//!   write to the same stderr. It ends when no process can write to that any more and everything is
+//!   written. So the end of `track`, even by SIGKILL, neither blocks the command nor loses its
+//!   output. If the companion is killed, `track` starts another one.
 //! - Its stdin is the file that the command writes to, a pipe or the controlling side of a
-//!   pseudoterminal. Its stderr is the real one. Its stdout is a socket to `track`. It has no other file
-//!   of `track`.
-//! - No write blocks: it writes as much as `poll` reports room for, and queues the rest. When the queue
-//!   is full, it stops reading, and the command blocks as it would on the real stderr.
+//!   pseudoterminal. Its stderr is the real one. Its stdout is a socket to `track`. It has no other
+//!   file of `track`.
+//! - No write blocks: it writes as much as `poll` reports room for, and queues the rest. When the
+//!   queue is full, it stops reading, and the command blocks as it would on the real stderr.
 //! - After an error of the real stderr, queued output is dropped, and the command can go on.
-//! - It stays in the process group of `track`, and signals to the group do not end it. So it can answer
-//!   whether a signal was sent to the group, and has reached the command already. The origin of a
-//!   signal does not contain that.
+//! - It stays in the process group of `track`, and signals to the group do not end it. So it can
+//!   answer whether a signal was sent to the group, and has reached the command already. The origin
+//!   of a signal does not contain that.
 //!
 //! The socket carries one message in each packet: a request, `[kind, argument, serial]`, and its
 //! response, `[kind, serial, …]`.
@@ -43,15 +43,15 @@ pub(super) const NAME: &str = "decnet-heartbeat-stderr";
 
 /// The companion has started. Not a response.
 pub(super) const READY: u8 = b'r';
-/// Did the companion receive the signal of the argument since the last such request? The response is
-/// one byte, 1 or 0.
+/// Did the companion receive the signal of the argument since the last such request? The response
+/// is one byte, 1 or 0.
 pub(super) const SIGNAL: u8 = b's';
 /// Gives the pseudoterminal the size of the terminal.
 pub(super) const SIZE: u8 = b'z';
 /// The response is the tail of the output.
 pub(super) const TAIL: u8 = b't';
-/// Everything before the tail request is written. The second response to [`TAIL`], of one byte: 1 if a
-/// process may write more, and 0 if the companion ends now.
+/// Everything before the tail request is written. The second response to [`TAIL`], of one byte: 1
+/// if a process may write more, and 0 if the companion ends now.
 pub(super) const WRITTEN: u8 = b'w';
 
 /// Whether this process was started as a companion.
@@ -85,13 +85,14 @@ struct Companion {
     write_limit: usize,
     /// When to write again, after there was less room than `poll` had reported.
     resume: Option<Instant>,
-    /// The serial of the tail request, and how many bytes are to be written before [`WRITTEN`] is sent.
+    /// The serial of the tail request, and how many bytes are to be written before [`WRITTEN`] is
+    /// sent.
     pending_written: Option<(u8, usize)>,
 }
 
-/// Our stderr, and how much can be written to it without blocking. `poll` reports a terminal as writable
-/// if it has room for one byte. So a terminal is opened again in non-blocking mode: other processes
-/// share the inherited one, whose mode must not change.
+/// Our stderr, and how much can be written to it without blocking. `poll` reports a terminal as
+/// writable if it has room for one byte. So a terminal is opened again in non-blocking mode: other
+/// processes share the inherited one, whose mode must not change.
 fn output() -> io::Result<(OwnedFd, usize)> {
     let inherited = io::stderr().as_fd().try_clone_to_owned()?;
     if !inherited.is_terminal() {
@@ -138,8 +139,8 @@ impl Companion {
         while self.is_open || self.is_tracked || !self.queue.is_empty() {
             let ready = self.wait()?;
             if self.note_signals() && !self.is_open && !self.is_tracked {
-                // Only a blocked reader of the real stderr is left, and the sender of the signal wants
-                // the process group to end.
+                // Only a blocked reader of the real stderr is left, and the sender of the signal
+                // wants the process group to end.
                 break;
             }
             if ready.input {

@@ -1,5 +1,5 @@
-//! `track`'s side of the command's stderr: the file that the command writes to, and the requests to the
-//! [`companion`](super::companion) that copies it. Runs on the main thread.
+//! `track`'s side of the command's stderr: the file that the command writes to, and the requests to
+//! the [`companion`](super::companion) that copies it. Runs on the main thread.
 
 use std::io::{self, IsTerminal};
 use std::os::fd::{AsFd, OwnedFd};
@@ -28,7 +28,7 @@ pub(super) struct Outputs {
     pub(super) stderr: Option<OwnedFd>,
 }
 
-/// The command's stderr, and the companion where there is one.
+/// The command's stderr, and the companion, if there is one.
 #[derive(Debug)]
 pub(super) struct Stderr {
     companion: Option<Companion>,
@@ -52,7 +52,8 @@ struct Companion {
 }
 
 impl Stderr {
-    /// Starts the companion. If that fails, the command writes to our stderr, and nothing is copied.
+    /// Starts the companion. If that fails, the command writes to our stderr, and nothing is
+    /// copied.
     pub(super) fn copied() -> (Self, Outputs) {
         let is_terminal = io::stderr().is_terminal();
         let start = || {
@@ -75,8 +76,8 @@ impl Stderr {
         (Self { companion, input, started: Instant::now(), is_terminal, has_ended: false }, outputs)
     }
 
-    /// Starts another companion if the last one was killed: without a reader the command would block.
-    /// Starts at most one in [`limits::COMPANION_AGAIN`], and returns when to call it again.
+    /// Starts another companion if the last one was killed: without a reader the command would
+    /// block. Starts at most one in [`limits::COMPANION_AGAIN`], and returns when to call it again.
     pub(super) fn restart_companion(&mut self) -> Option<Instant> {
         if self.has_reader() {
             return None;
@@ -106,7 +107,8 @@ impl Stderr {
             ),
             Err(error) => {
                 log::warn!(
-                    "the process that copies stderr cannot be restarted; the command may block: error={:?}",
+                    "the process that copies stderr cannot be restarted; the command may block: \
+                     error={:?}",
                     error.to_string()
                 );
             }
@@ -143,9 +145,9 @@ impl Stderr {
         text(&tail.unwrap_or_default())
     }
 
-    /// Waits until the output before the tail is written, at most [`limits::STDERR_GRACE`]. If no process
-    /// holds the command's stderr any more, also waits for the companion's end: the process that
-    /// inherits our children may never reap them.
+    /// Waits until the output before the tail is written, at most [`limits::STDERR_GRACE`]. If no
+    /// process holds the command's stderr any more, also waits for the companion's end: the process
+    /// that inherits our children may never reap them.
     pub(super) fn finish(&mut self) {
         if !self.has_ended {
             self.tail();
@@ -196,8 +198,8 @@ impl Companion {
         self.receive(kind, within)
     }
 
-    /// Receives the response of this kind to the last request, without its header. Ignores responses to
-    /// earlier requests, which were too late.
+    /// Receives the response of this kind to the last request, without its header. Ignores
+    /// responses to earlier requests, which were too late.
     fn receive(&self, kind: u8, within: Duration) -> Option<Vec<u8>> {
         let until = Instant::now() + within;
         let mut buffer = vec![0; limits::STDERR_TAIL + 2];
@@ -254,8 +256,8 @@ fn is_same_file(one: impl AsFd, other: impl AsFd) -> bool {
     }
 }
 
-/// The text as a person would see it: without escape sequences, and with the last state of each line
-/// that was overwritten.
+/// The text as a person would see it: without escape sequences, and with the last state of each
+/// line that was overwritten.
 fn text(written: &[u8]) -> String {
     let written = strip_str(&String::from_utf8_lossy(written)).to_string();
     let visible = |line: &str| {
@@ -271,7 +273,8 @@ mod tests {
 
     #[test]
     fn terminal_output_becomes_the_text_that_was_visible_last() {
-        let written = b"\x1b[1;31mred\x1b[0m\r\npull 1%\rpull 99%\rpulled\r\n\r\n\x1b]0;title\x07no such image\n";
+        let written = b"\x1b[1;31mred\x1b[0m\r\npull 1%\rpull 99%\rpulled\r\n\r\n\
+            \x1b]0;title\x07no such image\n";
         assert_eq!(text(written), "red\npulled\n\nno such image");
         assert_eq!(text(b"caf\xe9 is not there\n"), "caf\u{fffd} is not there");
         assert_eq!(text(b" \r\n\r"), "");
