@@ -41,11 +41,12 @@ pub(super) fn push(common: &Common, options: PushOptions) -> Result<ExitCode, Er
     let reported = reporter.report(&deltas, &delivery, wait);
     let (message, code) = match reported {
         Reported::Delivered => ("delivered\n".to_owned(), ExitCode::SUCCESS),
-        Reported::Queued => {
-            (format!("kept in {} for decnet-heartbeat run\n", reporter.place()), ExitCode::SUCCESS)
-        }
+        Reported::Queued => (
+            format!("kept in {} for decnet-heartbeat run\n", reporter.outbox_name()),
+            ExitCode::SUCCESS,
+        ),
         Reported::Undelivered(why) => {
-            let place = reporter.place();
+            let place = reporter.outbox_name();
             (
                 format!("kept in {place} for decnet-heartbeat run, not delivered: {why}\n"),
                 ExitCode::from(QUEUED),

@@ -146,7 +146,7 @@ impl Reporter {
         let first = match self.outbox.add(add.clone(), false) {
             // A request in doubt may still be written: the deltas would be sent twice.
             Err(error) if error.is_outbox() && !error.is_in_doubt() => {
-                self.turn_to_memory(&error)?;
+                self.switch_to_memory(&error)?;
                 self.outbox.add(add, false)?
             }
             added => added?,
@@ -154,7 +154,7 @@ impl Reporter {
         Ok((first..).zip(deltas).map(|(id, delta)| QueuedDelta { id, delta }).collect())
     }
 
-    fn turn_to_memory(&mut self, error: &Error) -> Result<(), Error> {
+    fn switch_to_memory(&mut self, error: &Error) -> Result<(), Error> {
         log::warn!("outbox cannot be used: {} error={:?}", self.names(), chain(error));
         (self.outbox, _) = contribute(None)?;
         Ok(())
@@ -269,8 +269,9 @@ impl Reporter {
         if undelivered.is_empty() {
             return Reported::Delivered;
         }
-        let why =
-            failed.unwrap_or_else(|| "a newer operation of the same decky is in flight".to_owned());
+        let why = failed.unwrap_or_else(|| {
+            "a newer operation of the same decky must be delivered first".to_owned()
+        });
         if self.is_on_disk() { Reported::Undelivered(why) } else { Reported::Lost(why) }
     }
 
@@ -334,7 +335,7 @@ impl Reporter {
     }
 
     /// The outbox's file, or `memory`, for messages.
-    pub(super) fn place(&self) -> String {
+    pub(super) fn outbox_name(&self) -> String {
         self.outbox.path().map_or_else(|| "memory".to_owned(), sanitize_path)
     }
 }

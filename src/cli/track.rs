@@ -42,7 +42,7 @@ pub(super) fn track(common: &Common, options: TrackOptions) -> Result<ExitCode, 
     let (mut stderr, outputs) = Stderr::copied();
     let deckies = deckies.into_iter().collect::<BTreeSet<_>>().into_iter().collect();
     let mut tracked =
-        Tracked { common, operation, deckies, location: outbox(path), reporter: None, begun: None };
+        Tracked { common, operation, deckies, location: outbox(path), reporter: None, rows: None };
     let is_enrolled = tracked.begin();
     let early = signals.first_for_command();
     let ended = match early {
@@ -71,7 +71,7 @@ struct Tracked<'a> {
     /// `None` while the enrolment cannot be read.
     reporter: Option<Reporter>,
     /// The ids of the rows in flight. `None`: they could not be written.
-    begun: Option<Vec<i64>>,
+    rows: Option<Vec<i64>>,
 }
 
 impl Tracked<'_> {
@@ -92,7 +92,7 @@ impl Tracked<'_> {
             }
         };
         match reporter.begin(self.operation, &self.deckies) {
-            Ok(ids) => self.begun = Some(ids),
+            Ok(ids) => self.rows = Some(ids),
             Err(error) => {
                 log::warn!("outbox cannot be used: {} error={:?}", reporter.names(), chain(&error))
             }
@@ -111,12 +111,10 @@ impl Tracked<'_> {
         let deltas: Vec<_> = self.deckies.iter().map(delta).collect();
         // Rows that are only in memory are lost with this process, so they are not ended but
         // reported anew. Rows in a file, even in a replaced one, must be ended by their ids.
-        let begun = self
-            .begun
-            .take()
-            .filter(|_| self.reporter.as_ref().is_some_and(Reporter::try_to_write));
-        let again = if begun.is_none() { self.open().map(Some) } else { Ok(None) };
-        let mut reporter = match (again, self.reporter) {
+        let rows =
+            self.rows.take().filter(|_| self.reporter.as_ref().is_some_and(Reporter::try_to_write));
+        let reopened = if rows.is_none() { self.open().map(Some) } else { Ok(None) };
+        let mut reporter = match (reopened, self.reporter) {
             (Ok(Some(reporter)), _) | (_, Some(reporter)) => reporter,
             (Ok(None), None) => return,
             (Err(error), None) => {
@@ -129,46 +127,46 @@ impl Tracked<'_> {
         // After the command: a deploy adds its deckies to the state file.
         warn_of_unlisted(reporter.agent_dir(), self.deckies.iter().map(String::as_str));
         let mut wait = ReportWait::new(delivery.timeout, Some(signals));
-        let reported = match begun {
+        let reported = match rows {
             Some(ids) => {
                 let ended = ids
                     .into_iter()
                     .zip(deltas)
                     .map(|(id, delta)| QueuedDelta { id, delta })
                     .collect();
-                end_begun(&reporter, ended, delivery, &mut wait)
+                end_rows(&reporter, ended, delivery, &mut wait)
             }
-            None => end_unbegun(&mut reporter, &self.location, &deltas, delivery, &mut wait),
+            None => {
+                report_without_rows(&mut reporter, &self.location, &deltas, delivery, &mut wait)
+            }
         };
-        match reported {
-            Reported::Delivered | Reported::Queued => (),
-            Reported::Undelivered(why) => {
-                let names = reporter.names();
-                let outbox = reporter.place();
-                log::warn!(
-                    "not delivered; queued for decnet-heartbeat run: {names} outbox={outbox} \
-                     error={why:?}"
-                );
-            }
-            Reported::InDoubt(why) => {
-                log::error!(
-                    "report in doubt, it may be queued: {} error={why:?}",
-                    reporter.names()
-                );
-                reporter.await_disk(&mut wait);
-            }
-            Reported::Lost(why) => {
-                log::error!(
-                    "report lost, neither delivered nor queued: {} error={why:?}",
-                    reporter.names()
-                )
-            }
+        log_problem(&reporter, &reported);
+        if matches!(reported, Reported::InDoubt(_)) {
+            reporter.await_disk(&mut wait);
+        }
+    }
+}
+
+/// Logs why a report was not delivered, if it should have been.
+fn log_problem(reporter: &Reporter, reported: &Reported) {
+    let names = reporter.names();
+    match reported {
+        Reported::Delivered | Reported::Queued => (),
+        Reported::Undelivered(why) => log::warn!(
+            "not delivered; queued for decnet-heartbeat run: {names} outbox={} error={why:?}",
+            reporter.outbox_name()
+        ),
+        Reported::InDoubt(why) => {
+            log::error!("report in doubt, it may be queued: {names} error={why:?}")
+        }
+        Reported::Lost(why) => {
+            log::error!("report lost, neither delivered nor queued: {names} error={why:?}")
         }
     }
 }
 
 /// Ends and reports rows that are in flight on disk.
-fn end_begun(
+fn end_rows(
     reporter: &Reporter,
     ended: Vec<QueuedDelta>,
     delivery: &DeliveryOptions,
@@ -184,7 +182,7 @@ fn end_begun(
 
 /// Reports an operation that has no rows on disk. If neither the outbox nor the master can be
 /// reached, the outbox is tried again until the timeout.
-fn end_unbegun(
+fn report_without_rows(
     reporter: &mut Reporter,
     location: &OutboxLocation,
     deltas: &[LifecycleDelta],

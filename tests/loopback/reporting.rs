@@ -497,7 +497,8 @@ fn of_two_tracks_that_overlap_each_lands_on_its_own_row_though_the_older_ends_fi
     let (code, log) = end(older);
     assert_eq!(code, Some(3));
     assert!(
-        log.trim_end().ends_with("error=\"a newer operation of the same decky is in flight\""),
+        log.trim_end()
+            .ends_with("error=\"a newer operation of the same decky must be delivered first\""),
         "{log}"
     );
     tick.send(now()).unwrap();

@@ -135,7 +135,7 @@ fn connect(address: SocketAddr, timeout: Duration) -> (Step, Option<TcpStream>) 
     match TcpStream::connect_timeout(&address, timeout) {
         Ok(stream) => {
             let took = since.elapsed();
-            let step = Step::good("tcp", format!("{address} answers in {}", ms(took)));
+            let step = Step::good("tcp", format!("connected to {address} in {}", ms(took)));
             (step.fact("address", address.to_string()).fact("ms", millis(took)), Some(stream))
         }
         Err(error) => {
