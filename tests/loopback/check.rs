@@ -201,7 +201,7 @@ fn each_rule_explains_why_it_accepts_the_master() {
             "accepted by the rule host: issued by ca.crt, with swarmctl as common name and DNS name",
         ),
         ("ca", "accepted by the rule ca: issued by ca.crt; its names are not checked"),
-        (&pinned, "it has this fingerprint"),
+        (&pinned, "its fingerprint matches"),
     ] {
         let report = Report::of(check(&stage).args(["--master-identity", rule]));
         assert!(report.message("tls").ends_with(why), "{}", report.message("tls"));

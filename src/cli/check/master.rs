@@ -226,43 +226,46 @@ impl<'a> MasterProbe<'a> {
         });
         let step = match result {
             Ok(HandshakeInfo { version, took }) => {
-                let accepted = self.reason(presented.as_ref());
-                let step = Step::good(
-                    "tls",
-                    format!(
-                        "{version} in {}{peer}; accepted by the rule {}: {accepted}",
-                        ms(took),
-                        self.rule
-                    ),
-                );
-                let step = step.fact("version", version).fact("ms", millis(took));
-                match described.as_ref() {
-                    _ if !self.resolver.was_requested() => step.advise(NOT_REQUESTED),
-                    // The rule is a fingerprint, which does not check dates.
-                    Some(peer) if !peer.is_valid(now) => step.advise(
-                        "renew the master's certificate: this rule ignores its dates, but other \
-                         agents do not",
-                    ),
-                    Some(peer) if peer.expires_soon(now) => {
-                        step.advise("renew the master's certificate before it expires")
-                    }
-                    _ => step,
-                }
+                let took_ms = ms(took);
+                let rule = self.rule;
+                let reason = self.reason(presented.as_ref());
+                let message =
+                    format!("{version} in {took_ms}{peer}; accepted by the rule {rule}: {reason}");
+                self.advise(Step::good("tls", message), described.as_ref(), now)
+                    .fact("version", version)
+                    .fact("ms", millis(took))
             }
             Err(error) => {
-                let Explained { says, advice } =
-                    match self.resolver.was_requested() && is_closed(&error) {
-                        true => closed_on_our_certificate(),
-                        false => explain::handshake(&error),
-                    };
-                let step = Step::bad("tls", format!("{}{peer}", sanitize(&says)), advice);
-                step.fact("our_fingerprint", self.bundle.certificate.fingerprint.as_str())
+                let is_closed = self.resolver.was_requested() && is_closed(&error);
+                let Explained { says, advice } = if is_closed {
+                    closed_on_our_certificate()
+                } else {
+                    explain::handshake(&error)
+                };
+                Step::bad("tls", format!("{}{peer}", sanitize(&says)), advice)
+                    .fact("our_fingerprint", self.bundle.certificate.fingerprint.as_str())
             }
         };
         let step = step.fact("rule", self.rule.to_string());
         match described {
             Some(described) => described.facts(step, now),
             None => step,
+        }
+    }
+
+    /// Adds what to do about a peer whose certificate was accepted.
+    fn advise(&self, step: Step, peer: Option<&Described>, now: SystemTime) -> Step {
+        match peer {
+            _ if !self.resolver.was_requested() => step.advise(NOT_REQUESTED),
+            // The rule is a fingerprint, which does not check dates.
+            Some(peer) if !peer.is_valid(now) => step.advise(
+                "renew the master's certificate: this rule ignores its dates, but other agents do \
+                 not",
+            ),
+            Some(peer) if peer.expires_soon(now) => {
+                step.advise("renew the master's certificate before it expires")
+            }
+            _ => step,
         }
     }
 
@@ -277,7 +280,7 @@ impl<'a> MasterProbe<'a> {
                 format!("issued by ca.crt for {host}; a worker's certificate could be, too")
             }
             MasterIdentity::AnyFromCa => "issued by ca.crt; its names are not checked".to_owned(),
-            MasterIdentity::Fingerprint(_) => "it has this fingerprint".to_owned(),
+            MasterIdentity::Fingerprint(_) => "its fingerprint matches".to_owned(),
             MasterIdentity::PublicCa => format!("publicly trusted, for {host}"),
         }
     }
