@@ -23,6 +23,7 @@ use serde_json::{Value, json};
 
 use crate::program::program;
 use crate::support::{OpenSsl, PATIENCE, Stage, now, settled};
+use crate::track::Terminal;
 
 /// The steps of a healthy worker, in order.
 const STEPS: [&str; 15] = [
@@ -162,6 +163,25 @@ fn healthy_worker_passes_every_step_and_only_one_beat_is_sent() {
     assert_eq!((&beat["host_uuid"], &beat["lifecycle"]), (&json!(stage.worker.uuid), &Value::Null));
     assert_eq!(beat["status"], json!({"deployed": false, "deckies": []}));
     assert_eq!(fs::read_dir(stage.agent_dir()).unwrap().count(), before, "no outbox is created");
+}
+
+#[test]
+fn text_and_help_wrap_to_the_terminal_and_are_not_wrapped_in_a_pipe() {
+    let stage = worker();
+    let terminal = Terminal::new();
+    terminal.resize(24, 70);
+    for argument in [None, Some("--help")] {
+        terminal.spawn(check(&stage).args(argument)).wait().unwrap();
+    }
+    let shown = terminal.shown();
+    assert!(shown.contains("Exit status:"), "{shown}");
+    // A path, which has no space, is not broken.
+    let has_spaces = |line: &&str| line.trim().contains(' ');
+    let mut messages = shown.lines().filter(has_spaces).filter(|line| !line.contains("sha256"));
+    let too_long = messages.find(|line| line.trim_end().chars().count() > 70);
+    assert_eq!(too_long, None, "{shown}");
+    let piped = String::from_utf8(check(&stage).output().unwrap().stdout).unwrap();
+    assert!(piped.lines().any(|line| line.chars().count() > 100), "{piped}");
 }
 
 #[test]

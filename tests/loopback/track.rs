@@ -59,12 +59,12 @@ fn release(fifo: impl AsRef<Path>) {
 }
 
 /// A terminal with its controlling side.
-struct Terminal {
+pub struct Terminal {
     controller: OwnedFd,
 }
 
 impl Terminal {
-    fn new() -> Self {
+    pub fn new() -> Self {
         let controller =
             openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).unwrap();
         unlockpt(&controller).unwrap();
@@ -73,7 +73,7 @@ impl Terminal {
         terminal
     }
 
-    fn resize(&self, ws_row: u16, ws_col: u16) {
+    pub fn resize(&self, ws_row: u16, ws_col: u16) {
         tcsetwinsize(&self.controller, Winsize { ws_row, ws_col, ws_xpixel: 0, ws_ypixel: 0 })
             .unwrap();
     }
@@ -84,7 +84,7 @@ impl Terminal {
     }
 
     /// Starts the command in this terminal.
-    fn spawn(&self, command: &mut Command) -> Child {
+    pub fn spawn(&self, command: &mut Command) -> Child {
         command.stdin(self.side()).stdout(self.side()).stderr(self.side());
         let child = command.spawn().unwrap();
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
@@ -92,7 +92,7 @@ impl Terminal {
     }
 
     /// The output until all programs in this terminal have ended.
-    fn shown(&self) -> String {
+    pub fn shown(&self) -> String {
         let (mut shown, mut buffer) = (Vec::new(), [0; 4096]);
         // EIO: no process has the terminal open any more.
         while let Ok(length @ 1..) = rustix::io::read(&self.controller, &mut buffer) {

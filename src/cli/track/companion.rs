@@ -1,5 +1,5 @@
 //! The companion of `track`: a process that copies the stderr of the command to ours, and stores
-//! the tail for the report. It is this program, started with the name [`NAME`] as argv[0]. It has
+//! the tail for the report. It is this program, started with the name [`NAME`] as `argv[0]`. It has
 //! one thread.
 //!
 //! - It is a process, because it must outlive `track`: processes that the command leaves running
