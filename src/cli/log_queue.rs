@@ -316,7 +316,8 @@ mod tests {
     #[test]
     fn flush_waits_for_a_working_writer_but_not_for_a_blocked_one() {
         let dir = tempfile::tempdir().unwrap();
-        let (path, fifo) = (dir.path().join("log"), dir.path().join("fifo"));
+        let path = dir.path().join("log");
+        let fifo = dir.path().join("fifo");
         let queue = to_file(&path);
         push(&queue, 0..limits::LOG_LINES);
         flush(&queue);
@@ -343,7 +344,8 @@ mod tests {
     fn queue_without_a_thread_writes_lines_at_once() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("log");
-        let (sink, format) = (Sink::file(path.clone()), Format::new(false));
+        let sink = Sink::file(path.clone());
+        let format = Format::new(false);
         let queue = Queue::Direct(Mutex::new(Writer {
             sink,
             format,

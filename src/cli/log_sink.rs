@@ -142,7 +142,8 @@ mod tests {
     #[test]
     fn file_that_cannot_be_reopened_stays_in_use() {
         let dir = tempfile::tempdir().unwrap();
-        let (path, moved) = (dir.path().join("log"), dir.path().join("moved"));
+        let path = dir.path().join("log");
+        let moved = dir.path().join("moved");
         let mut sink = Sink::file(path.clone());
         sink.write(b"one\n").unwrap();
         fs::rename(&path, &moved).unwrap();

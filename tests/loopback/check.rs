@@ -81,7 +81,8 @@ fn worker_of(options: Options) -> Stage {
 }
 
 fn check(stage: &Stage) -> Command {
-    let (dir, mut command) = (stage.dir.path(), program());
+    let dir = stage.dir.path();
+    let mut command = program();
     command.arg("--config").arg(dir.join("decnet.ini")).arg("check").stdin(Stdio::null());
     command
         .arg("--state-file")
@@ -369,7 +370,8 @@ fn rejection_without_an_alert_is_explained() {
 
 #[test]
 fn master_of_another_ca_is_shown_with_its_names() {
-    let (mut stage, other) = (worker(), Stage::new());
+    let mut stage = worker();
+    let other = Stage::new();
     stage.worker.port = other.master.port();
     stage.worker.write_ini(&stage.dir.path().join("decnet.ini")).unwrap();
     let report = Report::of(&mut check(&stage));

@@ -151,7 +151,8 @@ fn invalid_decky_name_exits_2_and_writes_nothing() {
 #[test]
 fn unlisted_decky_is_a_warning() {
     let stage = Stage::new();
-    let (ini, state) = (stage.dir.path().join("decnet.ini"), stage.dir.path().join("state.json"));
+    let ini = stage.dir.path().join("decnet.ini");
+    let state = stage.dir.path().join("state.json");
     stage.worker.write_ini(&ini).unwrap();
     let messages = |name: &str| {
         let mut push = program();

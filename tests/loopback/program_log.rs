@@ -284,7 +284,8 @@ fn fifo_whose_reader_returns_works_again_and_counts_dropped_lines() {
 #[test]
 fn hup_creates_the_new_log_file_at_once_and_uses_it() {
     let stage = Stage::new();
-    let (log, old) = (stage.dir.path().join("log"), stage.dir.path().join("log.1"));
+    let log = stage.dir.path().join("log");
+    let old = stage.dir.path().join("log.1");
     let mut command = run(&stage.worker, stage.dir.path());
     let mut running = Running::start(command.arg("--log-file").arg(&log));
     wait_for(&log, "first beat accepted");
@@ -309,7 +310,8 @@ fn wait_until_exists(log: &Path) -> String {
 #[test]
 fn log_file_that_cannot_be_reopened_stays_in_use() {
     let stage = Stage::new();
-    let (log, old) = (stage.dir.path().join("log"), stage.dir.path().join("log.1"));
+    let log = stage.dir.path().join("log");
+    let old = stage.dir.path().join("log.1");
     let mut running = Running::start(&mut logging_to(&stage, &log));
     wait_for(&log, "first beat accepted");
     fs::rename(&log, &old).unwrap();

@@ -100,7 +100,8 @@ fn failed_write_leaves_no_file() {
 #[test]
 fn obstacle_of_the_temporary_file_is_named() {
     let stage = Stage::new();
-    let (stats, next) = (stage.dir.path().join("stats"), stage.dir.path().join("stats.new"));
+    let stats = stage.dir.path().join("stats");
+    let next = stage.dir.path().join("stats.new");
     fs::create_dir(&next).unwrap();
     let mut running =
         Running::start(run(&stage.worker, stage.dir.path()).arg("--stats-file").arg(&stats));
@@ -158,7 +159,8 @@ fn rejections(
 #[test]
 fn own_files_of_the_heartbeat_are_not_valid_targets() {
     let stage = Stage::new();
-    let (dir, agent) = (stage.dir.path(), stage.agent_dir());
+    let dir = stage.dir.path();
+    let agent = stage.agent_dir();
     fs::write(dir.join("state"), "{}").unwrap();
     let own = [
         agent.join("worker.key"),
@@ -183,7 +185,8 @@ fn own_files_of_the_heartbeat_are_not_valid_targets() {
             path.display()
         );
     }
-    let (both, log) = (dir.join("both"), dir.join("log"));
+    let both = dir.join("both");
+    let log = dir.join("log");
     rejections(&stage, "--stats-file", &both, &["--metrics-file".as_ref(), both.as_os_str()]);
     rejections(&stage, "--stats-file", &log, &["--log-file".as_ref(), log.as_os_str()]);
     rejections(&stage, "--metrics-file", &both, &["--outbox".as_ref(), both.as_os_str()]);

@@ -93,7 +93,8 @@ impl Terminal {
 
     /// The output until all programs in this terminal have ended.
     pub fn shown(&self) -> String {
-        let (mut shown, mut buffer) = (Vec::new(), [0; 4096]);
+        let mut shown = Vec::new();
+        let mut buffer = [0; 4096];
         // EIO: no process has the terminal open any more.
         while let Ok(length @ 1..) = rustix::io::read(&self.controller, &mut buffer) {
             shown.extend(&buffer[..length]);
@@ -102,7 +103,8 @@ impl Terminal {
     }
 
     fn shows(&self, what: &str) -> String {
-        let (mut shown, mut buffer) = (String::new(), [0; 4096]);
+        let mut shown = String::new();
+        let mut buffer = [0; 4096];
         while !shown.contains(what) {
             let length = rustix::io::read(&self.controller, &mut buffer).unwrap();
             shown.push_str(str::from_utf8(&buffer[..length]).unwrap());
@@ -204,7 +206,8 @@ fn error_is_the_tail_of_stderr_or_the_name_of_the_signal() {
 /// A command that ends and leaves a process running, which writes to stderr once the FIFO is
 /// written.
 fn script_with_background_process(stage: &Stage, more: &str) -> String {
-    let (fifo, survived) = (fifo(stage), path(stage, "survived"));
+    let fifo = fifo(stage);
+    let survived = path(stage, "survived");
     let left = format!(
         "read line <'{fifo}'; for n in 1 2 3; do echo word$n >&2 || exit; done; touch '{survived}'"
     );
@@ -232,7 +235,8 @@ fn background_processes_write_after_the_end_of_track() {
 #[test]
 fn killed_track_closes_no_stderr() {
     let stage = stage();
-    let (fifo, survived) = (fifo(&stage), path(&stage, "survived"));
+    let fifo = fifo(&stage);
+    let survived = path(&stage, "survived");
     let script = format!(
         "mkfifo '{fifo}'; echo ready; read line <'{fifo}'; echo word >&2 && echo more >&2 && touch '{survived}'"
     );
@@ -283,7 +287,8 @@ fn killed_companion_ends_neither_the_command_nor_the_report() {
 #[test]
 fn command_survives_without_a_reader_of_its_stderr() {
     let stage = stage();
-    let (fifo, survived) = (fifo(&stage), path(&stage, "survived"));
+    let fifo = fifo(&stage);
+    let survived = path(&stage, "survived");
     let script = format!(
         "mkfifo '{fifo}'; echo ready; read line <'{fifo}'; echo word >&2; echo more >&2; touch '{survived}'"
     );
@@ -543,7 +548,8 @@ fn command_has_the_default_action_of_every_signal() {
 
 /// A script that reports each TERM, and ends once the file exists.
 fn counting(stage: &Stage) -> String {
-    let (output, stop) = (path(stage, "output"), path(stage, "stop"));
+    let output = path(stage, "output");
+    let stop = path(stage, "stop");
     format!(
         "trap 'echo got >>'\\''{output}'\\' TERM; echo ready; while [ ! -e '{stop}' ]; do sleep 0.02; done"
     )
@@ -790,8 +796,9 @@ fn lock_at_the_end_does_not_change_the_outcome() {
 #[test]
 fn invalid_ini_stops_neither_the_command_nor_the_report() {
     let stage = stage();
-    let (ini, good, fixed) =
-        (path(&stage, "decnet.ini"), path(&stage, "good.ini"), path(&stage, "fixed"));
+    let ini = path(&stage, "decnet.ini");
+    let good = path(&stage, "good.ini");
+    let fixed = path(&stage, "fixed");
     let script = format!("if [ -e '{fixed}' ]; then cp '{good}' '{ini}'; fi; echo why >&2; exit 4");
     for is_fixed in [false, true] {
         // The command writes the ini.

@@ -169,7 +169,8 @@ mod tests {
 
     #[test]
     fn validity_is_judged_by_this_hosts_clock() {
-        let (expired, early) = (described(Role::Expired), described(Role::NotYetValid));
+        let expired = described(Role::Expired);
+        let early = described(Role::NotYetValid);
         let now = SystemTime::now();
         assert!(
             expired.validity(now).starts_with("expired 1 day ago by this host's clock"),

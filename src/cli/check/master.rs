@@ -60,7 +60,8 @@ pub(super) fn check(
 
 /// Resolves the master's name.
 fn name(enrolment: &Enrolment) -> (Step, Vec<SocketAddr>) {
-    let (host, port) = (enrolment.master_host().value(), *enrolment.master_port().value());
+    let host = enrolment.master_host().value();
+    let port = *enrolment.master_port().value();
     let since = Instant::now();
     match MasterResolver::new(host, port).addresses(limits::CONNECT) {
         Ok(addresses) if host.parse::<IpAddr>().is_ok() => {

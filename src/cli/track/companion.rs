@@ -158,7 +158,8 @@ impl Companion {
 
     fn wait(&mut self) -> io::Result<Ready> {
         self.resume = self.resume.filter(|resume| Instant::now() < *resume);
-        let (input, socket) = (io::stdin(), io::stdout());
+        let input = io::stdin();
+        let socket = io::stdout();
         let reads = self.is_open && self.queue.len() < limits::STDERR_QUEUE;
         let writes = !self.queue.is_empty() && self.resume.is_none();
         let mut files = vec![PollFd::new(self.signals.get_read(), PollFlags::IN)];
