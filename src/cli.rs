@@ -1,4 +1,4 @@
-//! The program's command line and its exit codes. Runs on the program's main thread.
+//! The program: its commands and exit codes. Runs on the main thread.
 
 mod arguments;
 mod check;
@@ -26,11 +26,11 @@ use std::thread;
 use std::time::Duration;
 
 use arguments::{Arguments, Command, Common, described};
-use clap::{CommandFactory, Parser};
+use clap::CommandFactory;
 use clap_complete::Shell;
 use crossbeam_channel::{Receiver, bounded, never};
 use log::LevelFilter;
-use output::{answer, complain, refuse};
+use output::{print_result, report_error, report_usage_error};
 
 use crate::credentials::enrolment::{Enrolment, EnrolmentSources};
 use crate::error::{Error, chain, sanitize_path};
@@ -38,13 +38,13 @@ use crate::limits;
 use crate::outbox::OutboxLocation;
 use crate::status::decnet::DecnetStatus;
 
-/// `EX_CONFIG` of sysexits.h: the host is not enrolled, or its configuration or bundle cannot be used, and a restart does not
-/// change that.
+/// `EX_CONFIG` of sysexits.h: the host is not enrolled, or its configuration or credentials are
+/// invalid. A restart does not help.
 const NOT_CONFIGURED: u8 = 78;
 
-/// The whole program.
+/// Runs the program.
 pub fn main() -> ExitCode {
-    if track::companion::is_meant() {
+    if track::companion::is_requested() {
         return track::companion::main();
     }
     let code = execute();
@@ -53,25 +53,25 @@ pub fn main() -> ExitCode {
 }
 
 fn execute() -> ExitCode {
-    let Arguments { common, command } = match Arguments::try_parse() {
+    let Arguments { common, command } = match arguments::parse(std::env::args_os()) {
         Ok(arguments) => arguments,
-        Err(error) => return help_or_refuse(error),
+        Err(error) => return help_or_usage_error(error),
     };
-    let usual = match command {
+    let default_level = match command {
         Command::Run(_) => LevelFilter::Info,
-        // Their result is what they print, or their command's.
+        // These print their own result, or that of their command.
         Command::Push(_) | Command::Track(_) => LevelFilter::Warn,
         Command::Check(_) | Command::Demo { .. } | Command::Completions { .. } => LevelFilter::Off,
     };
-    let level = common.log_level.unwrap_or(usual);
+    let level = common.log_level.unwrap_or(default_level);
     let stops = match prepare(&command, common.log_file.as_deref(), level) {
         Ok(stops) => stops,
         Err(error) => return fail(&error),
     };
     if !matches!(command, Command::Demo { .. }) {
-        std::panic::set_hook(Box::new(logging::panicked));
+        std::panic::set_hook(Box::new(logging::log_panic));
     }
-    let done = match command {
+    let result = match command {
         Command::Run(options) => run::run(&common, options, &stops).map(|()| ExitCode::SUCCESS),
         Command::Push(options) => push::push(&common, options),
         Command::Track(options) => track::track(&common, options),
@@ -81,10 +81,11 @@ fn execute() -> ExitCode {
         }
         Command::Completions { shell } => completions(shell).map(|()| ExitCode::SUCCESS),
     };
-    done.unwrap_or_else(|error| fail(&error))
+    result.unwrap_or_else(|error| fail(&error))
 }
 
-/// Signals and the log; of `run`, the signals that ask it to stop. `track` runs its command in any case.
+/// Sets up signals and the log. Returns the signals that stop `run`. An error of these does not
+/// keep `track` from running its command.
 fn prepare(
     command: &Command,
     log_file: Option<&Path>,
@@ -97,33 +98,37 @@ fn prepare(
     }
     if let Err(error) = log {
         logging::start(None, level)?;
-        log::warn!("the log is on stderr: error={:?}", chain(&error));
+        log::warn!("log file cannot be opened, logging to stderr: error={:?}", chain(&error));
     }
-    // Where signals cannot be caught `track` says so itself, once it needs them.
+    // If signals cannot be caught, `track` logs that when it needs them.
     Ok(signals.unwrap_or_else(|_| never()))
 }
 
-/// Prints the help or the version, or what is wrong with the command line. What was given is escaped.
-fn help_or_refuse(error: clap::Error) -> ExitCode {
+/// Prints the help, the version, or what is wrong with the command line.
+fn help_or_usage_error(error: clap::Error) -> ExitCode {
     if error.use_stderr() {
         let code = u8::try_from(error.exit_code()).unwrap_or(1);
-        refuse(&described(error));
+        report_usage_error(&described(error));
         return ExitCode::from(code);
     }
-    // Nothing that was given is in there.
+    // The help quotes nothing of the command line.
     let help = error.render();
-    let help =
-        if logging::paints(&io::stdout()) { help.ansi().to_string() } else { help.to_string() };
-    answer(&help).map_or_else(|error| fail(&error), |()| ExitCode::SUCCESS)
+    let help = if logging::has_colours(&io::stdout()) {
+        help.ansi().to_string()
+    } else {
+        help.to_string()
+    };
+    print_result(&help).map_or_else(|error| fail(&error), |()| ExitCode::SUCCESS)
 }
 
 fn completions(shell: Shell) -> Result<(), Error> {
-    let (mut command, mut script) = (Arguments::command(), Vec::new());
-    clap_complete::generate(shell, &mut command, env!("CARGO_PKG_NAME"), &mut script);
-    answer(&String::from_utf8_lossy(&script))
+    let mut script = Vec::new();
+    let name = env!("CARGO_PKG_NAME");
+    clap_complete::generate(shell, &mut Arguments::command(), name, &mut script);
+    print_result(&String::from_utf8_lossy(&script))
 }
 
-/// The environment and the ini, after the options.
+/// Reads the enrolment: the options first, then the environment and the ini.
 fn enrolment(common: &Common) -> Result<Enrolment, Error> {
     let mut sources = EnrolmentSources::from_env();
     if let Some(ini) = &common.config {
@@ -132,31 +137,30 @@ fn enrolment(common: &Common) -> Result<Enrolment, Error> {
     if let Some(dir) = &common.agent_dir {
         sources = sources.agent_dir(dir.clone());
     }
-    let (read, enrolment) = bounded(1);
-    let elsewhere = sources.clone();
-    // Its disk may hang, and a command must run all the same.
-    let run = move || drop(read.send(elsewhere.read()));
+    let (sender, receiver) = bounded(1);
+    let sources_of_thread = sources.clone();
+    // On its own thread: the disk may not respond, and `track` must run its command nevertheless.
+    let run = move || drop(sender.send(sources_of_thread.read()));
     if thread::Builder::new().name("ini".to_owned()).spawn(run).is_err() {
         return sources.read();
     }
-    enrolment.recv_timeout(limits::CREDENTIALS_PATIENCE).unwrap_or_else(|_| {
+    receiver.recv_timeout(limits::CREDENTIALS_PATIENCE).unwrap_or_else(|_| {
         let seconds = limits::CREDENTIALS_PATIENCE.as_secs();
-        let problem = format!(
-            "cannot be read, its disk has not answered for {seconds} s; try again when it does"
-        );
+        let problem =
+            format!("cannot be read: its disk has not responded for {seconds} s; try again later");
         Err(Error::setting("ini", problem).passing())
     })
 }
 
-/// The variable that names the state file.
+/// The environment variable that names the state file.
 const STATE_FILE_VARIABLE: &str = "DECNET_HEARTBEAT_STATE_FILE";
 
-/// The state file that the environment names. An empty variable counts as unset.
+/// The state file that the environment variable names. An empty variable counts as unset.
 fn state_file_of_environment() -> Option<PathBuf> {
     std::env::var_os(STATE_FILE_VARIABLE).filter(|path| !path.is_empty()).map(PathBuf::from)
 }
 
-/// DECNET's status, with the state file that the option or the environment names, if one does.
+/// DECNET's status, with the state file of the option or the environment variable, if any.
 fn source(agent_dir: &Path, state_file: Option<&Path>) -> DecnetStatus {
     let source = DecnetStatus::new(agent_dir);
     match state_file.map(Path::to_owned).or_else(state_file_of_environment) {
@@ -165,30 +169,30 @@ fn source(agent_dir: &Path, state_file: Option<&Path>) -> DecnetStatus {
     }
 }
 
-/// Warns of names that the state file does not list: the master has no such decky. Where the state file is not there or
-/// cannot be read, nothing is known of any name.
+/// Warns of deckies that the state file does not list: the master probably does not know them
+/// either. Does nothing if the state file does not exist or cannot be read.
 fn warn_of_unlisted<'a>(agent_dir: &Path, deckies: impl IntoIterator<Item = &'a str>) {
     let Some((file, unlisted)) = source(agent_dir, None).unlisted(deckies) else { return };
     for decky in unlisted {
         let file = sanitize_path(&file);
-        log::warn!("the state file does not list this decky: decky={decky} file={file}");
+        log::warn!("the state file does not list the decky: decky={decky} file={file}");
     }
 }
 
-/// `--outbox`.
+/// The outbox of `--outbox`, or the default one.
 fn outbox(path: Option<PathBuf>) -> OutboxLocation {
     path.map_or(OutboxLocation::AgentDir, OutboxLocation::File)
 }
 
-/// Says why on stderr, unless it is that the reader of the answer has closed the pipe.
+/// Prints the error on stderr, unless the reader of stdout has closed the pipe.
 fn fail(error: &Error) -> ExitCode {
     if !error.is_reader_gone() {
-        complain(&chain(error));
+        report_error(&chain(error));
     }
     ExitCode::from(code_of(error))
 }
 
-/// What the program exits with for an error: a supervisor starts it again, except after [`NOT_CONFIGURED`].
+/// The exit code for an error. A supervisor restarts the program, except after [`NOT_CONFIGURED`].
 fn code_of(error: &Error) -> u8 {
     let is_configuration = error.is_not_enrolled() || error.is_config() || error.is_bundle();
     if is_configuration && !error.is_transient() { NOT_CONFIGURED } else { 1 }

@@ -274,7 +274,7 @@ pub(crate) const OUTBOX_AGING: Duration = Duration::from_secs(3600);
 pub(crate) const PEM_FILE: u64 = 256 * 1024;
 
 /// Days before the end of our certificate from which on that is said: time enough to enrol a host again.
-pub(crate) const EXPIRY_WARNING: i64 = 30;
+pub(crate) const EXPIRY_WARNING: u64 = 30;
 
 /// `decnet.ini`.
 pub(crate) const INI_FILE: u64 = 1024 * 1024;
@@ -366,6 +366,10 @@ pub(crate) const READY: Duration = Duration::from_millis(50);
 /// The shortest time between two notifications of systemd's watchdog: a smaller one would be a busy loop.
 #[cfg(feature = "cli")]
 pub(crate) const WATCHDOG: Duration = Duration::from_millis(50);
+
+/// Columns of the help at most: longer lines are hard to read.
+#[cfg(feature = "cli")]
+pub(crate) const HELP_WIDTH: usize = 100;
 
 // ---- the program's log ----------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-//! The program `decnet-heartbeat`: its command line lives in the library's `cli`, beside what it uses.
+//! The program `decnet-heartbeat`. Its code is the module `cli` of the library.
 
 fn main() -> std::process::ExitCode {
     decnet_heartbeat::cli::main()

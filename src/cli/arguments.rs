@@ -1,13 +1,16 @@
-//! The command line: commands, options and what each may be. Values only.
+//! The command line: its commands, its options and the values that they accept. Values only.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use clap::builder::{PathBufValueParser, TypedValueParser};
+use clap::builder::{
+    PathBufValueParser, PossibleValue, PossibleValuesParser, StyledStr, TypedValueParser,
+};
 use clap::error::{ContextKind, ContextValue};
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand, ValueHint};
 use clap_complete::Shell;
+use humantime::DurationError;
 use log::LevelFilter;
 
 use super::source;
@@ -20,29 +23,87 @@ use crate::master::identity::MasterIdentity;
 use crate::status::decnet::{DOCKER_SOCKET, DecnetStatus};
 use crate::text;
 
-const RUN_CODES: &str = "Exits 0 after SIGTERM or SIGINT; 78 when a restart does not help: the host is not enrolled or was \
-                         decommissioned, or its configuration or bundle cannot be used; 2 for a wrong command line; 1 for \
-                         anything else.";
-const PUSH_CODES: &str = "Exits 0 when the master has the delta, with --no-wait when the outbox has it; 75 when the outbox has it and \
-     the master could not be told in time, so that run delivers it; 2 for a wrong command line, such as a name that no \
-     decky can have; 78 as run does; 1 when neither has it.";
-const TRACK_CODES: &str = "Exits as the command did: with its code, with 128 and the signal that ended it, with 127 where there is \
-     none, with 126 where it cannot be started. A signal that comes before the command starts ends track with 128 and the \
-     signal, and the command is not started.
+// The headings below have the style of clap's own. It is removed where the output has no colours.
+const PROGRAM_HELP: &str = "\
+\u{1b}[1;4mExample:\u{1b}[0m
+  decnet-heartbeat demo";
+const RUN_HELP: &str = "\
+\u{1b}[1;4mExit status:\u{1b}[0m
+   0  stopped by SIGTERM or SIGINT
+   1  any other error
+   2  the command line is wrong
+  78  a restart does not help: the host is not enrolled
+      or was decommissioned, or its configuration or
+      credentials are invalid
 
-The command's stderr is copied, for the report, by a process of its own that lives for as long as somebody can write to it. \
-Where stdout and stderr are the same file, stdout takes the same way, so that the order is kept. A terminal stays one.";
-const CHECK_CODES: &str = "Exits 0 only if an agent would work; 78 if it would not even start, as run would exit; 1 if anything \
-                           else is wrong, or the answer cannot be printed.";
+\u{1b}[1;4mExample:\u{1b}[0m
+  decnet-heartbeat run --interval 30s --log-level debug";
+const CHECK_HELP: &str = "\
+\u{1b}[1;4mExit status:\u{1b}[0m
+   0  `run` would work here
+   1  something is wrong: `run` would fail, or not do all
+      of its work
+   2  the command line is wrong
+  78  `run` would not start, and a restart does not help
 
-/// Tells a DECNET master, over mTLS, that this worker lives, what it runs, and how deploys and mutates ended.
+\u{1b}[1;4mExample:\u{1b}[0m
+  decnet-heartbeat check --config /etc/decnet/decnet.ini";
+const PUSH_HELP: &str = "\
+Exits 0 when the master has the delta, with --no-wait when the outbox has it; 75 when the outbox \
+has it and the master could not be told in time, so that run delivers it; 2 for a wrong command \
+line, such as a name that no decky can have; 78 as run does; 1 when neither has it.
+
+\u{1b}[1;4mExample:\u{1b}[0m
+  decnet-heartbeat push --operation deploy \\
+      --status succeeded decky-01";
+const TRACK_HELP: &str = "\
+\u{1b}[1;4mExit status:\u{1b}[0m
+  The exit status of COMMAND. Also:
+   126  COMMAND cannot be started
+   127  COMMAND does not exist
+   128  plus the signal's number: a signal ended COMMAND,
+        or arrived before COMMAND started
+
+\u{1b}[1;4mOutput:\u{1b}[0m
+  A separate process copies COMMAND's stderr, for the report. It \
+ends when no process can write to that stderr any more. If \
+stdout and stderr are the same file, both are copied, in \
+order. If stderr is a terminal, COMMAND gets a terminal.
+
+\u{1b}[1;4mExample:\u{1b}[0m
+  decnet-heartbeat track --operation deploy \\
+      --decky decky-01 -- docker compose up -d";
+const DEMO_HELP: &str = "\
+\u{1b}[1;4mExample:\u{1b}[0m
+  decnet-heartbeat demo --seconds 30";
+const COMPLETIONS_HELP: &str = "\
+\u{1b}[1;4mExample:\u{1b}[0m
+  decnet-heartbeat completions bash > completions.bash";
+
+/// The tip where `track` has no `--`.
+const TRACK_SEPARATOR: &str = "put `--` before the command, for example:
+       decnet-heartbeat track --operation deploy --decky d1 -- docker compose up";
+
+const DURATION_EXAMPLES: &str = "write a number and its unit, for example 30s, 500ms or 1h";
+
+/// Headings of groups of options.
+const HOST: &str = "Host and master";
+const LOG: &str = "Log";
+const STATUS: &str = "Status";
+const FILES: &str = "Files";
+const DELIVERY: &str = "Delivery";
+
+/// The heartbeat client of a DECNET worker. It reports to the master, over mTLS, that this host is
+/// up, what runs on it, and how deploys and mutates ended.
 #[derive(Debug, Parser)]
-// `bin_name`: otherwise the usage quotes argv[0], whatever that is.
+// `bin_name`: without it the usage shows argv[0].
 #[command(
     name = "decnet-heartbeat",
     bin_name = "decnet-heartbeat",
     version,
-    arg_required_else_help = true
+    arg_required_else_help = true,
+    after_help = PROGRAM_HELP,
+    max_term_width = limits::HELP_WIDTH
 )]
 pub(super) struct Arguments {
     #[command(flatten)]
@@ -53,44 +114,87 @@ pub(super) struct Arguments {
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Common {
-    /// The ini to read instead of $DECNET_CONFIG or /etc/decnet/decnet.ini
-    #[arg(long, global = true, value_name = "INI", value_parser = path())]
+    /// The configuration file [default: $DECNET_CONFIG, or /etc/decnet/decnet.ini]
+    #[arg(
+        long,
+        global = true,
+        value_name = "INI",
+        value_parser = path(),
+        value_hint = ValueHint::FilePath,
+        help_heading = HOST
+    )]
     pub(super) config: Option<PathBuf>,
-    /// Where ca.crt, worker.crt, worker.key, topology.db and the outbox are
-    #[arg(long, global = true, value_name = "DIR", value_parser = PathBufValueParser::new().try_map(agent_dir))]
+    /// The folder of ca.crt, worker.crt, worker.key, topology.db and the outbox
+    #[arg(
+        long,
+        global = true,
+        value_name = "DIR",
+        value_parser = PathBufValueParser::new().try_map(agent_dir),
+        value_hint = ValueHint::DirPath,
+        help_heading = HOST
+    )]
     pub(super) agent_dir: Option<PathBuf>,
-    /// Who counts as the master: name, host, ca, sha256:HEX or public [default: name]
-    #[arg(long, global = true, value_name = "RULE")]
+    /// How the master is identified: name, host, ca, sha256:HEX or public [default: name]
+    #[arg(
+        long,
+        global = true,
+        value_name = "RULE",
+        value_parser = IdentityParser,
+        hide_possible_values = true,
+        help_heading = HOST
+    )]
     pub(super) master_identity: Option<MasterIdentity>,
-    /// off, error, warn, info, debug or trace [default: info; for push and track warn, for check and demo off]
-    #[arg(long, global = true, value_name = "LEVEL")]
+    /// The least severe level to log [default: info; for push and track: warn; for check and demo:
+    /// off]
+    #[arg(
+        long,
+        global = true,
+        value_name = "LEVEL",
+        value_parser = log_level(),
+        ignore_case = true,
+        help_heading = LOG
+    )]
     pub(super) log_level: Option<LevelFilter>,
-    /// Append the log to this file instead of stderr; SIGHUP has run open it anew
-    #[arg(long, global = true, value_name = "PATH", value_parser = path())]
+    /// Append the log to this file instead of stderr; `run` reopens it on SIGHUP
+    #[arg(
+        long,
+        global = true,
+        value_name = "PATH",
+        value_parser = path(),
+        value_hint = ValueHint::FilePath,
+        help_heading = LOG
+    )]
     pub(super) log_file: Option<PathBuf>,
 }
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
-    /// Beat until SIGTERM or SIGINT
-    #[command(after_help = RUN_CODES)]
+    /// Send heartbeats until SIGTERM or SIGINT
+    #[command(after_help = RUN_HELP)]
     Run(RunOptions),
-    /// Report how an operation ended: now, or by way of the outbox
-    #[command(after_help = PUSH_CODES)]
-    Push(PushOptions),
-    /// Run a command as an operation, report how it ended, and exit as it did
-    #[command(after_help = TRACK_CODES)]
-    Track(TrackOptions),
-    /// Go through all that an agent needs, and say what is wrong with it
-    #[command(after_help = CHECK_CODES)]
+    /// Check everything that `run` needs, and report what is wrong
+    #[command(after_help = CHECK_HELP)]
     Check(CheckOptions),
-    /// Watch it work against a master of its own; needs nothing
+    /// Report how an operation ended: now, or by way of the outbox
+    #[command(after_help = PUSH_HELP)]
+    Push(PushOptions),
+    /// Run a command, and report how it ended
+    #[command(after_help = TRACK_HELP)]
+    Track(TrackOptions),
+    /// Show a heartbeat at work with a built-in master; needs no configuration
+    #[command(after_help = DEMO_HELP)]
     Demo {
-        /// About how long the demonstration takes, from 5 to 600 seconds
-        #[arg(long, value_name = "N", default_value_t = 15, value_parser = clap::value_parser!(u64).range(5..=600))]
+        /// How long the demo takes, from 5 to 600 seconds
+        #[arg(
+            long,
+            value_name = "N",
+            default_value_t = 15,
+            value_parser = clap::value_parser!(u64).range(5..=600)
+        )]
         seconds: u64,
     },
-    /// Print the completions of this command line for a shell
+    /// Print the completion script for a shell
+    #[command(after_help = COMPLETIONS_HELP)]
     Completions {
         /// The shell
         shell: Shell,
@@ -102,20 +206,51 @@ pub(super) struct RunOptions {
     /// The time between two beats, from 50ms to 1h
     #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = interval)]
     pub(super) interval: Duration,
-    /// DECNET's state file [default: $DECNET_HEARTBEAT_STATE_FILE, or beside DECNET's Python package]
-    #[arg(long, value_name = "PATH", value_parser = path())]
+    /// DECNET's state file [default: $DECNET_HEARTBEAT_STATE_FILE, or the file beside DECNET's
+    /// Python package]
+    #[arg(
+        long,
+        value_name = "PATH",
+        value_parser = path(),
+        value_hint = ValueHint::FilePath,
+        help_heading = STATUS
+    )]
     pub(super) state_file: Option<PathBuf>,
-    /// The Docker Engine's socket [default: /var/run/docker.sock]
-    #[arg(long, value_name = "PATH", value_parser = path())]
+    /// Docker's socket [default: /var/run/docker.sock]
+    #[arg(
+        long,
+        value_name = "PATH",
+        value_parser = path(),
+        value_hint = ValueHint::FilePath,
+        help_heading = STATUS
+    )]
     pub(super) docker_socket: Option<PathBuf>,
-    /// Where deltas are kept [default: heartbeat.db in the agent dir]
-    #[arg(long, value_name = "PATH", value_parser = path())]
+    /// The file of queued deltas [default: heartbeat.db in the agent dir]
+    #[arg(
+        long,
+        value_name = "PATH",
+        value_parser = path(),
+        value_hint = ValueHint::FilePath,
+        help_heading = FILES
+    )]
     pub(super) outbox: Option<PathBuf>,
-    /// Rewrite this file with the stats as JSON after each beat
-    #[arg(long, value_name = "PATH", value_parser = path())]
+    /// Write the statistics to this file as JSON after each beat
+    #[arg(
+        long,
+        value_name = "PATH",
+        value_parser = path(),
+        value_hint = ValueHint::FilePath,
+        help_heading = FILES
+    )]
     pub(super) stats_file: Option<PathBuf>,
-    /// Rewrite this file with the stats for Prometheus after each beat; node_exporter reads *.prom
-    #[arg(long, value_name = "PATH", value_parser = path())]
+    /// Write the statistics to this file for Prometheus after each beat; node_exporter reads *.prom
+    #[arg(
+        long,
+        value_name = "PATH",
+        value_parser = path(),
+        value_hint = ValueHint::FilePath,
+        help_heading = FILES
+    )]
     pub(super) metrics_file: Option<PathBuf>,
 }
 
@@ -131,17 +266,17 @@ impl RunOptions {
 
 #[derive(Debug, clap::Args)]
 pub(super) struct CheckOptions {
-    #[command(flatten)]
-    pub(super) run: RunOptions,
-    /// Say it as JSON
+    /// Print the result as JSON
     #[arg(long)]
     pub(super) json: bool,
+    #[command(flatten)]
+    pub(super) run: RunOptions,
 }
 
 #[derive(Debug, clap::Args)]
 pub(super) struct PushOptions {
-    /// deploy or mutate
-    #[arg(long, value_name = "WHAT")]
+    /// What was done
+    #[arg(long, value_name = "WHAT", value_parser = operation())]
     pub(super) operation: Operation,
     /// How it ended
     #[arg(long, value_name = "HOW")]
@@ -149,24 +284,36 @@ pub(super) struct PushOptions {
     /// Why it failed, for the master's operator; 2,000 characters at most
     #[arg(long, value_name = "TEXT")]
     pub(super) error: Option<String>,
-    /// Where deltas are kept [default: heartbeat.db in the agent dir]
-    #[arg(long, value_name = "PATH", value_parser = path())]
-    pub(super) outbox: Option<PathBuf>,
     #[command(flatten)]
-    pub(super) telling: DeltaOptions,
+    pub(super) delivery: DeliveryOptions,
+    /// The file of queued deltas [default: heartbeat.db in the agent dir]
+    #[arg(
+        long,
+        value_name = "PATH",
+        value_parser = path(),
+        value_hint = ValueHint::FilePath,
+        help_heading = FILES
+    )]
+    pub(super) outbox: Option<PathBuf>,
     /// The deckies that it was done to
     #[arg(value_name = "DECKY", required = true, value_parser = decky)]
     pub(super) deckies: Vec<String>,
 }
 
-/// How long `push` and `track` try to tell the master.
+/// How long `push` and `track` try to deliver to the master.
 #[derive(Debug, clap::Args)]
-pub(super) struct DeltaOptions {
-    /// How long to try to tell the master, the lookup of its name included, from 1ms to 1h
-    #[arg(long, value_name = "DURATION", default_value = "10s", value_parser = timeout)]
+pub(super) struct DeliveryOptions {
+    /// How long to try to reach the master, including the name lookup, from 1ms to 1h
+    #[arg(
+        long,
+        value_name = "DURATION",
+        default_value = "10s",
+        value_parser = timeout,
+        help_heading = DELIVERY
+    )]
     pub(super) timeout: Duration,
-    /// Leave it to the outbox, for run to deliver, without trying to tell the master
-    #[arg(long, conflicts_with = "timeout")]
+    /// Only queue the report in the outbox; `run` delivers it
+    #[arg(long, conflicts_with = "timeout", help_heading = DELIVERY)]
     pub(super) no_wait: bool,
 }
 
@@ -178,33 +325,108 @@ pub(super) enum Status {
 
 #[derive(Debug, clap::Args)]
 pub(super) struct TrackOptions {
-    /// deploy or mutate
-    #[arg(long, value_name = "WHAT")]
+    /// What COMMAND does
+    #[arg(long, value_name = "WHAT", value_parser = operation())]
     pub(super) operation: Operation,
-    /// The deckies that it is done to
-    #[arg(long = "decky", value_name = "NAME", required = true, num_args = 1.., value_parser = decky)]
+    /// The deckies that COMMAND deploys or mutates
+    #[arg(
+        long = "decky",
+        value_name = "NAME",
+        required = true,
+        num_args = 1..,
+        value_parser = decky
+    )]
     pub(super) deckies: Vec<String>,
-    /// Where deltas are kept [default: heartbeat.db in the agent dir]
-    #[arg(long, value_name = "PATH", value_parser = path())]
-    pub(super) outbox: Option<PathBuf>,
     #[command(flatten)]
-    pub(super) telling: DeltaOptions,
-    /// What does it; its exit code is the program's
-    #[arg(last = true, required = true, value_name = "COMMAND")]
+    pub(super) delivery: DeliveryOptions,
+    /// The file of queued deltas [default: heartbeat.db in the agent dir]
+    #[arg(
+        long,
+        value_name = "PATH",
+        value_parser = path(),
+        value_hint = ValueHint::FilePath,
+        help_heading = FILES
+    )]
+    pub(super) outbox: Option<PathBuf>,
+    /// The command to run, with its arguments
+    #[arg(
+        last = true,
+        required = true,
+        value_name = "COMMAND",
+        value_hint = ValueHint::CommandWithArguments
+    )]
     pub(super) command: Vec<OsString>,
 }
 
-/// A decky's name of the command line: what no decky can have is refused before anything is written.
+/// Parses the command line. The error is safe to print once it is [`described`].
+pub(super) fn parse(given: impl IntoIterator<Item = OsString>) -> Result<Arguments, clap::Error> {
+    let given: Vec<OsString> = given.into_iter().collect();
+    Arguments::try_parse_from(&given).map_err(|error| {
+        let mut error = escaped(error);
+        if error.use_stderr() && is_track_without_separator(&given) {
+            let tip = ContextValue::StyledStrs(vec![StyledStr::from(TRACK_SEPARATOR)]);
+            error.insert(ContextKind::Suggested, tip);
+        }
+        error
+    })
+}
+
+/// Whether the command of `track` may have been taken for deckies or options.
+fn is_track_without_separator(given: &[OsString]) -> bool {
+    let matches = Arguments::command().ignore_errors(true).try_get_matches_from(given);
+    matches.is_ok_and(|matches| matches.subcommand_name() == Some("track"))
+        && !given.iter().any(|argument| argument == "--")
+}
+
+/// A decky's name. An invalid name is rejected before anything is written.
 fn decky(name: &str) -> Result<String, Error> {
     check_decky(name).map(|()| name.to_owned())
 }
 
-/// A file that does not depend on where this process is.
+fn operation() -> impl TypedValueParser<Value = Operation> {
+    PossibleValuesParser::new([Operation::Deploy, Operation::Mutate].map(Operation::as_str))
+        .try_map(|operation| operation.parse::<Operation>())
+}
+
+fn log_level() -> impl TypedValueParser<Value = LevelFilter> {
+    let names = ["off", "error", "warn", "info", "debug", "trace"];
+    let values = names.map(|name| match name {
+        "warn" => PossibleValue::new(name).alias("warning"),
+        _ => PossibleValue::new(name),
+    });
+    PossibleValuesParser::new(values).try_map(|level| {
+        if level.eq_ignore_ascii_case("warning") { Ok(LevelFilter::Warn) } else { level.parse() }
+    })
+}
+
+/// Completes the rules, and also accepts a fingerprint, which no list of values can contain.
+#[derive(Clone)]
+struct IdentityParser;
+
+impl TypedValueParser for IdentityParser {
+    type Value = MasterIdentity;
+
+    fn parse_ref(
+        &self,
+        command: &clap::Command,
+        arg: Option<&clap::Arg>,
+        value: &OsStr,
+    ) -> Result<MasterIdentity, clap::Error> {
+        (|rule: &str| rule.parse::<MasterIdentity>()).parse_ref(command, arg, value)
+    }
+
+    fn possible_values(&self) -> Option<Box<dyn Iterator<Item = PossibleValue> + '_>> {
+        let rules = ["name", "host", "ca", "sha256:", "public"];
+        Some(Box::new(rules.into_iter().map(PossibleValue::new)))
+    }
+}
+
+/// A path that does not depend on the working directory.
 fn path() -> impl TypedValueParser<Value = PathBuf> {
     PathBufValueParser::new().map(|path| absolute(&path))
 }
 
-/// `--agent-dir`. No path that is meant has a control character, and none can be shown as it is.
+/// `--agent-dir`. The folder is logged and printed, so control characters are rejected.
 fn agent_dir(path: PathBuf) -> Result<PathBuf, &'static str> {
     let has_control = path.to_string_lossy().contains(char::is_control);
     if has_control {
@@ -234,15 +456,25 @@ fn timeout(given: &str) -> Result<Duration, String> {
 }
 
 fn duration(given: &str) -> Result<Duration, String> {
-    humantime::parse_duration(given).map_err(|error| text::sanitize(&error.to_string()))
+    humantime::parse_duration(given).map_err(|error| match error {
+        DurationError::UnknownUnit { unit, value, .. } if unit.is_empty() => {
+            format!("the unit is missing; write {value}s, {value}ms or {value}m")
+        }
+        DurationError::UnknownUnit { unit, .. } => {
+            format!("unknown unit '{}'; {DURATION_EXAMPLES}", text::sanitize(&unit))
+        }
+        error => format!("{}; {DURATION_EXAMPLES}", text::sanitize(&error.to_string())),
+    })
 }
 
-/// What is wrong with the command line, safe to print: it quotes what was given, and a script may have got that from
-/// somebody else. What is quoted is on one line and cut; whatever else is in the text is escaped as well.
+/// The text of an error, safe to print. [`parse`] has escaped and shortened what it quotes of the
+/// command line; the rest of the text is escaped here.
 pub(super) fn described(error: clap::Error) -> String {
-    text::escaped_lines(&escaped(error).render().to_string())
+    text::escaped_lines(&error.render().to_string())
 }
 
+/// Escapes and shortens what the error quotes of the command line: a script may have got that from
+/// an untrusted source.
 fn escaped(mut error: clap::Error) -> clap::Error {
     let escaped = |given: &String| text::escaped_within(given, limits::LOG_TEXT);
     let given = |value: &ContextValue| match value {
@@ -256,7 +488,7 @@ fn escaped(mut error: clap::Error) -> clap::Error {
         error.context().filter_map(|(kind, value)| Some((kind, given(value)?))).collect();
     for (kind, value) in safe {
         if error.get(kind) != Some(&value) {
-            // Its tip says how to pass the same text, in colours.
+            // The tip quotes the unescaped text.
             error.remove(ContextKind::Suggested);
             error.insert(kind, value);
         }
@@ -272,7 +504,7 @@ mod tests {
 
     use super::*;
 
-    /// An argument that may nearly be one of ours, with anything in it.
+    /// A start of a valid argument, or none, and arbitrary bytes.
     fn argument() -> impl Strategy<Value = OsString> {
         let start = prop::sample::select(vec![
             "",
@@ -315,14 +547,97 @@ mod tests {
 
     proptest! {
         #[test]
-        fn whatever_the_arguments_are_what_is_said_of_them_is_printable(
+        fn errors_quote_arguments_safely(
             given in prop::collection::vec(argument(), 0..6)
         ) {
             let given = std::iter::once("decnet-heartbeat".into()).chain(given);
-            if let Err(error) = Arguments::try_parse_from(given) {
-                let said = described(error);
-                prop_assert_eq!(text::escaped_lines(&said), said);
+            if let Err(error) = parse(given) {
+                let message = described(error);
+                prop_assert_eq!(text::escaped_lines(&message), message);
             }
+        }
+    }
+    fn error(given: &str) -> String {
+        let given = format!("decnet-heartbeat {given}");
+        described(parse(given.split(' ').map(OsString::from)).unwrap_err())
+    }
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn track_without_separator_shows_the_right_call() {
+        for given in [
+            "track --operation deploy --decky decky-01 docker compose up -d",
+            "track --operation deploy --decky decky-01 ./deploy",
+            "track --operation deploy --decky=decky-01 docker",
+            "track docker",
+        ] {
+            let message = error(given);
+            assert!(message.contains("--decky d1 -- docker compose up"), "{message}");
+        }
+        for given in ["track --operation undo --decky d -- ls", "push track", "track -- ls"] {
+            assert!(!error(given).contains("put `--` before"), "{}", error(given));
+        }
+    }
+
+    #[test]
+    fn unknown_values_are_named_with_the_possible_ones() {
+        for (given, expected) in [
+            (
+                "run --log-level verbose",
+                "invalid value 'verbose' for '--log-level <LEVEL>'\n  \
+                 [possible values: off, error, warn, info, debug, trace]",
+            ),
+            (
+                "push --operation undo",
+                "invalid value 'undo' for '--operation <WHAT>'\n  [possible values: deploy, \
+                 mutate]",
+            ),
+            (
+                "run --interval 30",
+                "invalid value '30' for '--interval <DURATION>': \
+                 the unit is missing; write 30s, 30ms or 30m",
+            ),
+            (
+                "track --timeout 5parsecs",
+                "unknown unit 'parsecs'; write a number and its unit, for example 30s, 500ms or 1h",
+            ),
+            ("check --master-identity sha256:12", "must be name, host, ca, public, or sha256:"),
+        ] {
+            let message = error(given);
+            assert!(message.contains(expected), "{message}");
+        }
+    }
+
+    #[test]
+    fn log_levels_have_the_names_that_operators_write() {
+        for (given, expected) in [
+            ("warning", LevelFilter::Warn),
+            ("WARNING", LevelFilter::Warn),
+            ("warn", LevelFilter::Warn),
+            ("Info", LevelFilter::Info),
+            ("off", LevelFilter::Off),
+        ] {
+            let given = ["decnet-heartbeat", "--log-level", given, "check"].map(OsString::from);
+            assert_eq!(parse(given).unwrap().common.log_level, Some(expected));
+        }
+    }
+
+    #[test]
+    fn help_fits_terminals_of_60_columns() {
+        let mut command = Arguments::command().term_width(60).color(clap::ColorChoice::Never);
+        let names: Vec<_> =
+            command.get_subcommands().map(|sub| sub.get_name().to_owned()).collect();
+        for name in names {
+            let subcommand = command.find_subcommand_mut(&name).unwrap();
+            let help = subcommand.clone().term_width(60).render_long_help().to_string();
+            // clap does not wrap the usage.
+            let mut lines = help.lines().filter(|line| !line.starts_with("Usage: "));
+            let too_long = lines.find(|line| line.chars().count() > 60);
+            assert_eq!(too_long, None, "{name}");
         }
     }
 }

@@ -1,7 +1,8 @@
-//! `check`: what an agent needs, step by step, in the order in which it needs it. Runs on the program's main thread.
+//! `check`: checks what `run` needs, step by step, in the order in which `run` needs it. Runs on
+//! the main thread.
 //!
-//! It makes no file, changes none and delivers no delta. The one beat that it sends says what `run` would say. An outbox that
-//! is there is only read.
+//! It creates and changes no file, and delivers no delta. It sends one beat, with the status that
+//! `run` would send. An existing outbox is only read.
 
 mod bundle;
 mod certificate;
@@ -25,20 +26,20 @@ use crate::master::identity::MasterIdentity;
 use crate::status::Snapshot;
 use steps::{Checklist, Step};
 
-/// Every step is a line of the answer, and so is what went wrong in it.
+/// Prints every step and what is wrong with it.
 pub(super) fn check(common: &Common, options: &CheckOptions) -> Result<ExitCode, Error> {
     let run = &options.run;
     let mut list = Checklist::new(options.json);
     let enrolment = enrolment(common);
     let dir = enrolment.as_ref().ok().map(|enrolment| enrolment.agent_dir().value().as_path());
-    // Looked at first, and shown later: the beat says what is found, as one of `run` would.
+    // Probed first and shown later, because the beat carries it.
     let mut source = run.source(dir.unwrap_or(Path::new("")));
-    let found = source.look();
+    let probe = source.look();
     let steps =
-        [host::state_file(run, &found), host::docker(run, &found), host::topology(dir, &found)];
+        [host::state_file(run, &probe), host::docker(run, &probe), host::topology(dir, &probe)];
     match &enrolment {
         Ok(enrolment) => {
-            enrolled(enrolment, common.master_identity, &found.into_snapshot(), &mut list)
+            enrolled(enrolment, common.master_identity, &probe.into_snapshot(), &mut list)
         }
         Err(error) => not_enrolled(error, &mut list),
     }
@@ -50,13 +51,13 @@ pub(super) fn check(common: &Common, options: &CheckOptions) -> Result<ExitCode,
         ("metrics-file", "--metrics-file", &run.metrics_file),
     ] {
         if let Some(path) = path {
-            list.add(host::report(name, path, own.at(option, path)));
+            list.add(host::output_file(name, path, own.at(option, path)));
         }
     }
     list.finish()
 }
 
-/// What can be looked at on a host that is enrolled.
+/// The steps that need an enrolment.
 fn enrolled(
     enrolment: &Enrolment,
     given: Option<MasterIdentity>,
@@ -64,58 +65,61 @@ fn enrolled(
     list: &mut Checklist,
 ) {
     let rule = credentials::identity(enrolment, given);
-    who_and_where(enrolment, given, rule).into_iter().for_each(|step| list.add(step));
+    enrolment_steps(enrolment, given, rule).into_iter().for_each(|step| list.add(step));
     let bundle = bundle::check(enrolment.agent_dir().value(), list);
     if let Err(error) = master::check(enrolment, bundle.as_ref(), rule, snapshot, list) {
-        list.add(Step::refused("tls", &error, chain(&error), MEND));
+        list.add(Step::refused("tls", &error, chain(&error), CORRECT_IT));
     }
 }
 
-const MEND: &str =
-    "mend what is named here; the README's table of the configuration says what it may be";
+const CORRECT_IT: &str =
+    "correct the setting that is named here; the README has a table of the configuration";
 
-/// Who we are and where the master is, each with where that was written.
-fn who_and_where(
+/// Host, master, agent dir and identity rule, each with its origin.
+fn enrolment_steps(
     enrolment: &Enrolment,
     given: Option<MasterIdentity>,
     rule: MasterIdentity,
 ) -> [Step; 4] {
-    let said = |step, value: String, from: String| {
+    let step = |step, value: String, from: String| {
         Step::good(step, format!("{value} ({from})")).fact("value", value).fact("from", from)
     };
-    let (uuid, host, port) =
-        (enrolment.host_uuid(), enrolment.master_host(), enrolment.master_port());
-    let (dir, written) = (enrolment.agent_dir(), enrolment.master_identity());
-    let rule_from = match (given, written) {
+    let uuid = enrolment.host_uuid();
+    let host = enrolment.master_host();
+    let port = enrolment.master_port();
+    let dir = enrolment.agent_dir();
+    let rule_from = match (given, enrolment.master_identity()) {
         (Some(_), _) => "--master-identity".to_owned(),
         (None, Some(rule)) => rule.provenance().to_string(),
         (None, None) => "default".to_owned(),
     };
-    let agent_dir = said("agent-dir", sanitize_path(dir.value()), dir.provenance().to_string());
+    let agent_dir = step("agent-dir", sanitize_path(dir.value()), dir.provenance().to_string());
     let agent_dir = others_advice(dir.value()).into_iter().fold(agent_dir, Step::advise);
     [
-        said("host", uuid.value().clone(), uuid.provenance().to_string()),
-        said(
+        step("host", uuid.value().clone(), uuid.provenance().to_string()),
+        step(
             "master",
             enrolment.master_authority(),
             format!("{}; port: {}", host.provenance(), port.provenance()),
         ),
         agent_dir,
-        said("identity", rule.to_string(), rule_from),
+        step("identity", rule.to_string(), rule_from),
     ]
 }
 
-/// What to do about others who may write into a folder of the heartbeat's.
+/// What to do if other users may write into a folder of the heartbeat.
 fn others_advice(folder: &Path) -> Option<String> {
     let why = others_may_write(folder)?;
-    Some(format!("others may replace the heartbeat's files, as {why}: chmod go-w or chown it"))
+    Some(format!(
+        "other users may replace the heartbeat's files, because {why}: use chmod go-w or chown"
+    ))
 }
 
 fn not_enrolled(error: &Error, list: &mut Checklist) {
-    let name_it = "if it is enrolled, name its ini with --config";
-    let advice = if error.is_not_enrolled() { name_it } else { MEND };
+    let name_it = "if this host is enrolled, name its ini with --config";
+    let advice = if error.is_not_enrolled() { name_it } else { CORRECT_IT };
     list.add(Step::refused("enrolment", error, chain(error), advice));
     for step in ["ca.crt", "worker.crt", "worker.key", "name", "tcp", "tls", "beat"] {
-        list.add(Step::not_tried(step, "it takes an enrolment"));
+        list.add(Step::not_tried(step, "needs an enrolment"));
     }
 }

@@ -1,4 +1,5 @@
-//! The signals that `track` catches, without a thread: a handler writes to a socket, and the main thread waits for that.
+//! The signals that `track` catches. A handler writes to a socket, and the main thread polls that
+//! socket; there is no thread for signals.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -14,30 +15,32 @@ use signal_hook::iterator::exfiltrator::WithOrigin;
 
 use super::signals::{has, ignored};
 
-/// The ones that ask a program to end or to do something: the command's, not ours.
+/// Signals that `track` passes on to its command: requests to end or to do something.
 pub(super) const COMMANDS: [i32; 6] = [SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2];
 
-/// The ones that ask a program to end.
+/// Signals that request an end.
 const ENDING: [i32; 4] = [SIGHUP, SIGINT, SIGQUIT, SIGTERM];
 
-/// Catches signals from when it is made until the process ends. `None`: they cannot be caught.
+/// Catches signals from its creation until the process ends. `None`: they cannot be caught.
 #[derive(Debug)]
 pub(super) struct Signals(Option<SignalDelivery<UnixStream, WithOrigin>>);
 
-/// A signal that has come.
+/// A signal that was caught.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Caught {
     pub(super) signal: i32,
-    /// A process has sent it. Otherwise the terminal has, to the whole process group.
+    /// A process sent it. Otherwise the terminal sent it to the whole process group.
     pub(super) by_process: bool,
 }
 
 impl Signals {
-    /// Catches all that are the command's, and the change of a terminal's size. One that was ignored when we started, as
-    /// under `nohup`, stays ignored. SIGCHLD is caught in any case: where it is ignored, nobody learns how a child ended.
+    /// Catches the command's signals and SIGWINCH, except those that were ignored at the start, as
+    /// SIGHUP is under `nohup`. Also catches SIGCHLD in any case: while it is ignored, the system
+    /// discards the exit status of a child.
     ///
-    /// The command gets the default action of each, because `exec` resets what is caught. It runs, too, where nothing can be
-    /// caught; then a signal may end us before the report.
+    /// The command gets the default action of each signal, because `exec` resets handlers. If
+    /// signals cannot be caught, the command still runs, but a signal may end `track` before its
+    /// report.
     pub(super) fn catch() -> Self {
         let ignored = ignored();
         let optional = COMMANDS.into_iter().filter(|signal| !has(ignored, *signal));
@@ -51,16 +54,16 @@ impl Signals {
         });
         if let Err(error) = &caught {
             log::warn!(
-                "signals cannot be caught, so one may end track before its report: error={:?}",
+                "signals cannot be caught; one may end track before its report: error={:?}",
                 error.to_string()
             );
-            // This one needs no file.
+            // A flag needs no file descriptor.
             let _ = flag::register(SIGCHLD, Arc::default());
         }
         Self(caught.ok())
     }
 
-    /// The command's signals that have come since the last call, and SIGWINCH.
+    /// The command's signals and SIGWINCH, as far as they were caught since the last call.
     pub(super) fn pending(&mut self) -> Vec<Caught> {
         let is_passed_on = |signal| COMMANDS.contains(&signal) || signal == SIGWINCH;
         let caught = self
@@ -73,32 +76,33 @@ impl Signals {
             .collect()
     }
 
-    /// The first signal that has come since the last call and that would have ended a program which does not catch it.
-    pub(super) fn deadly(&mut self) -> Option<i32> {
+    /// The first of the command's signals that was caught since the last call. By default it would
+    /// have ended the process.
+    pub(super) fn first_for_command(&mut self) -> Option<i32> {
         self.pending()
             .into_iter()
             .map(|caught| caught.signal)
             .find(|signal| COMMANDS.contains(signal))
     }
 
-    /// Whether a signal has come since the last call that asks us to end.
-    pub(super) fn ask_to_end(&mut self) -> bool {
+    /// Whether a signal that requests an end was caught since the last call.
+    pub(super) fn request_end(&mut self) -> bool {
         self.pending().into_iter().any(|caught| ENDING.contains(&caught.signal))
     }
 
-    /// Readable when a signal has come.
+    /// Readable when a signal was caught.
     pub(super) fn fd(&self) -> Option<BorrowedFd<'_>> {
         self.0.as_ref().map(|caught| caught.get_read().as_fd())
     }
 }
 
-/// Sleeps until one of these is readable or closed, at the longest until then. It may return early.
+/// Waits until one of the files is readable or closed, at most until `until`. It may return early.
 pub(super) fn wait(files: &[BorrowedFd<'_>], until: Option<Instant>) -> io::Result<()> {
     let mut polled: Vec<_> =
         files.iter().map(|file| PollFd::from_borrowed_fd(*file, PollFlags::IN)).collect();
-    let left = until.map(|until| until.saturating_duration_since(Instant::now()));
-    let left = left.and_then(|left| Timespec::try_from(left).ok());
-    match poll(&mut polled, left.as_ref()) {
+    let timeout = until.map(|until| until.saturating_duration_since(Instant::now()));
+    let timeout = timeout.and_then(|timeout| Timespec::try_from(timeout).ok());
+    match poll(&mut polled, timeout.as_ref()) {
         Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
         Err(error) => Err(error.into()),
     }

@@ -1,5 +1,5 @@
-//! `demo`: the whole thing against a loopback master, printed as it happens. Nothing is played: every line is what the
-//! heartbeat or the master says of itself. Runs on the program's main thread.
+//! `demo`: a heartbeat and a loopback master, printed as they work. Every line is an event of the
+//! heartbeat or of the master; none is simulated. Runs on the main thread.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, at, select};
 use serde_json::json;
 
-use super::output::answer;
+use super::output::print_result;
 use crate::delta::{LifecycleDelta, Operation};
 use crate::error::Error;
 use crate::heartbeat::Heartbeat;
@@ -15,43 +15,54 @@ use crate::loopback::{Enrolled, LifecycleRow, LoopbackMaster, RowStatus, Scratch
 use crate::stats::{Failure, Stats};
 use crate::status::Snapshot;
 
-/// Something that happens, at some part of the time.
+/// One event of the demo.
 struct Scene {
+    /// When it happens, as a fraction of the demo's length.
     at: f64,
-    happens: fn(&mut Demo) -> Result<(), Error>,
+    play: fn(&mut Demo) -> Result<(), Error>,
 }
 
+/// What to do after the demo.
+const NEXT_STEPS: &str = "
+Next steps on an enrolled worker:
+  decnet-heartbeat check         check everything that a heartbeat needs
+  decnet-heartbeat run           send heartbeats until SIGTERM
+  decnet-heartbeat track --help  run a command and report how it ended
+";
+
 const SCRIPT: [Scene; 6] = [
-    Scene { at: 0.15, happens: Demo::the_master_orders_a_deploy },
-    Scene { at: 0.25, happens: Demo::the_deploy_succeeds },
-    Scene { at: 0.40, happens: Demo::the_master_goes_away },
-    Scene { at: 0.50, happens: Demo::a_mutate_fails_meanwhile },
-    Scene { at: 0.70, happens: Demo::the_master_comes_back },
-    Scene { at: 1.00, happens: Demo::the_end },
+    Scene { at: 0.15, play: Demo::order_deploy },
+    Scene { at: 0.25, play: Demo::deploy_succeeds },
+    Scene { at: 0.40, play: Demo::stop_master },
+    Scene { at: 0.50, play: Demo::mutate_fails },
+    Scene { at: 0.70, play: Demo::restart_master },
+    Scene { at: 1.00, play: Demo::announce_stop },
 ];
 
-/// Where everything is in order by the end, it says so in a line; otherwise that is the error.
+/// Plays the demo and prints a summary. Fails if a delta was not delivered.
 pub(super) fn demo(length: Duration) -> Result<(), Error> {
     let start = Instant::now();
     let mut demo = Demo::new(start, length)?;
     for scene in SCRIPT {
         demo.watch_until(start + length.mul_f64(scene.at))?;
-        (scene.happens)(&mut demo)?;
+        (scene.play)(&mut demo)?;
     }
-    demo.summary()
+    demo.finish()
 }
 
 struct Demo {
     start: Instant,
-    // Before the folder and the master that it uses.
+    // Dropped before the master and the folder that it uses.
     heartbeat: Heartbeat,
     beats: Receiver<()>,
     master: LoopbackMaster,
     worker: Enrolled,
     deployed: Arc<Mutex<bool>>,
-    seen: Stats,
-    pushed: Instant,
-    outage: (Instant, Duration),
+    /// The stats as of the last line.
+    last_stats: Stats,
+    pushed_at: Instant,
+    outage_start: Instant,
+    outage: Duration,
     _folder: Scratch,
 }
 
@@ -60,157 +71,147 @@ impl Demo {
         let folder = Scratch::new()?;
         let master = LoopbackMaster::start()?;
         let worker = master.enrol(&folder.path().join("agent"))?;
-        say(
+        print_event(
             start,
             "⌂",
-            &format!("a DECNET master with a CA of its own listens on {}", master.address()),
+            &format!("a DECNET master with its own CA listens on {}", master.address()),
         )?;
-        say(
-            start,
-            "✎",
-            &format!("this host is enrolled as {}, pinned to its certificate", worker.uuid),
-        )?;
+        print_event(start, "✎", &format!("this host is enrolled: {}", worker.uuid))?;
         let deployed = Arc::new(Mutex::new(false));
         let heartbeat = Heartbeat::builder()
             .enrolment(worker.enrolment()?)
             .status_source(source(Arc::clone(&deployed)))
             .interval(length.div_f64(15.0))
             .start()?;
-        let (beats, seen) = (heartbeat.beats(), heartbeat.stats());
-        let (pushed, outage) = (start, (start, Duration::ZERO));
         Ok(Self {
             start,
+            beats: heartbeat.beats(),
+            last_stats: heartbeat.stats(),
             heartbeat,
-            beats,
             master,
             worker,
             deployed,
-            seen,
-            pushed,
-            outage,
+            pushed_at: start,
+            outage_start: start,
+            outage: Duration::ZERO,
             _folder: folder,
         })
     }
 
-    fn say(&self, mark: &str, what: &str) -> Result<(), Error> {
-        say(self.start, mark, what)
+    fn print(&self, mark: &str, event: &str) -> Result<(), Error> {
+        print_event(self.start, mark, event)
     }
 
-    /// Prints the beats as they end.
+    /// Prints beats until then.
     fn watch_until(&mut self, until: Instant) -> Result<(), Error> {
         let over = at(until);
         loop {
             select! {
-                recv(self.beats) -> _ => self.beaten()?,
+                recv(self.beats) -> _ => self.print_beat()?,
                 recv(over) -> _ => return Ok(()),
             }
         }
     }
 
-    fn beaten(&mut self) -> Result<(), Error> {
+    fn print_beat(&mut self) -> Result<(), Error> {
         let now = self.heartbeat.stats();
-        let delivered = now.delivered - self.seen.delivered;
-        match (&now.failure, &self.seen.failure) {
+        let delivered = now.delivered - self.last_stats.delivered;
+        match (&now.failure, &self.last_stats.failure) {
             (Some(Failure { class, count, .. }), _) => {
-                self.say(
+                let queued = deltas(now.waiting);
+                self.print(
                     "✗",
-                    &format!(
-                        "beat failed ({class}), {count} in a row; {} on disk",
-                        deltas(now.waiting)
-                    ),
+                    &format!("beat failed: {class}, {count} in a row; {queued} queued"),
                 )?;
             }
-            (None, _) if now.beats == self.seen.beats => (),
-            (None, Some(_)) => {
-                self.say("♥", &format!("beat {} accepted: the master is heard again", now.beats))?
-            }
+            (None, _) if now.beats == self.last_stats.beats => (),
+            (None, Some(_)) => self.print(
+                "♥",
+                &format!("beat {} accepted: the master is reachable again", now.beats),
+            )?,
             (None, None) => {
-                self.say("♥", &format!("beat {} accepted in {}", now.beats, took(&now)))?
+                self.print("♥", &format!("beat {} accepted in {}", now.beats, duration_of(&now)))?
             }
         }
         if delivered > 0 {
             let row = self.master.rows().pop().map_or_else(String::new, |row| describe(&row));
-            let waited = self.pushed.elapsed().as_secs_f64();
-            self.say(
+            let latency = self.pushed_at.elapsed().as_secs_f64();
+            self.print(
                 "✓",
-                &format!(
-                    "{} delivered {waited:.3} s after the push; the master's row: {row}",
-                    deltas(delivered)
-                ),
+                &format!("{} delivered {latency:.3} s after the push", deltas(delivered)),
             )?;
+            self.print(" ", &format!("the master's row: {row}"))?;
         }
-        self.seen = now;
+        self.last_stats = now;
         Ok(())
     }
 
-    fn the_master_orders_a_deploy(&mut self) -> Result<(), Error> {
+    fn order_deploy(&mut self) -> Result<(), Error> {
         self.master.open_operation(&self.worker.uuid, "decky-01", Operation::Deploy.as_str());
-        self.say(
-            "→",
-            "the master orders: deploy decky-01. Its row says running until this host reports",
-        )
+        self.print("→", "the master orders a deploy of decky-01; its row is now: running")
     }
 
-    fn the_deploy_succeeds(&mut self) -> Result<(), Error> {
+    fn deploy_succeeds(&mut self) -> Result<(), Error> {
         *self.deployed.lock().unwrap_or_else(PoisonError::into_inner) = true;
         self.push(
             LifecycleDelta::succeeded("decky-01", Operation::Deploy),
-            "deploy of decky-01 succeeded",
+            "deploy decky-01 succeeded",
         )
     }
 
-    fn the_master_goes_away(&mut self) -> Result<(), Error> {
+    fn stop_master(&mut self) -> Result<(), Error> {
         self.master.stop();
-        self.outage.0 = Instant::now();
+        self.outage_start = Instant::now();
         self.master.open_operation(&self.worker.uuid, "decky-01", Operation::Mutate.as_str());
-        self.say("⚡", "the master is gone: connections cut, new ones refused")
+        self.print("⚡", "the master stops: connections are closed, new ones are refused")
     }
 
-    fn a_mutate_fails_meanwhile(&mut self) -> Result<(), Error> {
+    fn mutate_fails(&mut self) -> Result<(), Error> {
         let delta = LifecycleDelta::failed("decky-01", Operation::Mutate, "compose exited with 1");
-        self.push(delta, "mutate of decky-01 failed")
+        self.push(delta, "mutate decky-01 failed")
     }
 
-    fn the_master_comes_back(&mut self) -> Result<(), Error> {
-        self.outage.1 = self.outage.0.elapsed();
+    fn restart_master(&mut self) -> Result<(), Error> {
+        self.outage = self.outage_start.elapsed();
         self.master.start_again()?;
-        self.say("⚡", "the master is back")
+        self.print("⚡", "the master is running again")
     }
 
-    fn the_end(&mut self) -> Result<(), Error> {
-        self.say("■", "stop")
+    fn announce_stop(&mut self) -> Result<(), Error> {
+        self.print("■", "the heartbeat stops")
     }
 
-    fn push(&mut self, delta: LifecycleDelta, what: &str) -> Result<(), Error> {
-        self.pushed = Instant::now();
+    fn push(&mut self, delta: LifecycleDelta, description: &str) -> Result<(), Error> {
+        self.pushed_at = Instant::now();
         self.heartbeat.deltas().push(delta)?;
-        let took = self.pushed.elapsed().as_secs_f64() * 1e3;
-        self.say("+", &format!("push: {what}. On disk after {took:.1} ms, and the caller goes on"))
+        let took = self.pushed_at.elapsed().as_secs_f64() * 1e3;
+        self.print("+", &format!("push: {description}; on disk after {took:.1} ms"))
     }
 
-    fn summary(self) -> Result<(), Error> {
+    fn finish(self) -> Result<(), Error> {
         let stats = self.heartbeat.stats();
         let stopping = Instant::now();
         let stopped = self.heartbeat.stop(Duration::from_secs(2));
         let took = stopping.elapsed().as_secs_f64() * 1e3;
         let open = self.master.rows().iter().filter(|row| row.status == RowStatus::Running).count();
-        answer(&format!(
-            "\n{} beats accepted, {} delivered, {} lost, an outage of {:.1} s survived, stopped in {took:.1} ms.\n",
+        print_result(&format!(
+            "\n{} beats accepted, {} delivered, {} undelivered.\n\
+             The master was down for {:.1} s. The heartbeat stopped in {took:.1} ms.\n",
             stats.beats,
             deltas(stats.delivered),
             stopped.undelivered,
-            self.outage.1.as_secs_f64()
+            self.outage.as_secs_f64()
         ))?;
         if open > 0 || stopped.undelivered > 0 {
             return Err(Error::loopback(format!(
                 "{open} of its rows are still open; this should not happen"
             )));
         }
-        Ok(())
+        print_result(NEXT_STEPS)
     }
 }
 
-/// A closure is a status source: nothing at first, then one decky with one service.
+/// A status source: reports no decky at first, then one decky with one service.
 fn source(deployed: Arc<Mutex<bool>>) -> impl FnMut() -> Snapshot + Send {
     move || {
         if !*deployed.lock().unwrap_or_else(PoisonError::into_inner) {
@@ -221,18 +222,19 @@ fn source(deployed: Arc<Mutex<bool>>) -> impl FnMut() -> Snapshot + Send {
             "base_image": "debian:bookworm", "hostname": "fileserver"
         });
         let runtime = json!({"decky-01": {"running": true, "services": {"ssh": "running"}}});
-        Snapshot::new(
-            &json!({"deployed": true, "mode": "swarm", "compose_path": "/opt/decnet/decnet-compose.yml",
-            "deckies": [decky], "runtime": runtime}),
-        )
+        Snapshot::new(&json!({
+            "deployed": true, "mode": "swarm", "deckies": [decky], "runtime": runtime,
+            "compose_path": "/opt/decnet/decnet-compose.yml"
+        }))
     }
 }
 
-fn say(start: Instant, mark: &str, what: &str) -> Result<(), Error> {
-    answer(&format!("{:6.2} s  {mark}  {what}\n", start.elapsed().as_secs_f64()))
+/// Prints a line of at most 80 columns.
+fn print_event(start: Instant, mark: &str, event: &str) -> Result<(), Error> {
+    print_result(&format!("{:6.2} s  {mark}  {event}\n", start.elapsed().as_secs_f64()))
 }
 
-fn took(stats: &Stats) -> String {
+fn duration_of(stats: &Stats) -> String {
     let ms = stats.round_trip.unwrap_or_default().as_secs_f64() * 1e3;
     format!("{ms:.1} ms")
 }

@@ -1,7 +1,7 @@
-//! One line of the log: simplelog formats it. Runs on the thread that logs.
+//! Formats one line of the log with simplelog. Runs on the thread that logs.
 //!
-//! Each line has a writer of its own. So no thread holds a lock that another one's line needs, and a value that panics
-//! while it is formatted costs its own line alone.
+//! Each line has its own writer. So no thread holds a lock that another thread's line needs, and a
+//! value that panics while it is formatted loses only its own line.
 
 use std::fmt::Arguments;
 use std::io::{self, Write};
@@ -12,7 +12,7 @@ use simplelog::{Config, ConfigBuilder, ThreadLogMode, WriteLogger};
 
 use crate::limits;
 
-/// Time in UTC, level, thread, message.
+/// The format of a line: time in UTC, level, thread, message.
 #[derive(Clone, Debug)]
 pub(super) struct Format {
     config: Config,
@@ -20,7 +20,7 @@ pub(super) struct Format {
 }
 
 impl Format {
-    /// Lines of this crate alone: what the libraries below quote of an answer is not escaped.
+    /// Only lines of this crate: other crates quote answers of the network without escaping them.
     pub(super) fn new(is_coloured: bool) -> Self {
         let config = ConfigBuilder::new()
             .set_time_format_rfc3339()
@@ -33,7 +33,7 @@ impl Format {
         Self { config, is_coloured }
     }
 
-    /// The whole line with its end, or nothing if it is another crate's.
+    /// The line with its line end, or nothing if it is another crate's.
     pub(super) fn line(&self, record: &Record<'_>) -> Vec<u8> {
         let buffer = Buffer::default();
         WriteLogger::new(LevelFilter::Trace, self.config.clone(), buffer.clone()).log(record);
@@ -41,20 +41,20 @@ impl Format {
         if self.is_coloured { coloured(line, record.level()) } else { line }
     }
 
-    /// A line of the log's own.
-    pub(super) fn own_line(&self, level: Level, what: Arguments<'_>) -> Vec<u8> {
+    /// A line about the log itself.
+    pub(super) fn own_line(&self, level: Level, message: Arguments<'_>) -> Vec<u8> {
         self.line(
-            &Record::builder().level(level).target(env!("CARGO_CRATE_NAME")).args(what).build(),
+            &Record::builder().level(level).target(env!("CARGO_CRATE_NAME")).args(message).build(),
         )
     }
 }
 
-/// What simplelog has written of a line.
+/// What simplelog has written of a line so far.
 #[derive(Clone, Default)]
 struct Buffer(Arc<Mutex<Vec<u8>>>);
 
 impl Buffer {
-    /// With the line's end, also where it was cut.
+    /// The line with its line end, also if it was cut.
     fn take(self) -> Vec<u8> {
         let mut line = std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner));
         if !line.is_empty() && !line.ends_with(b"\n") {
@@ -68,7 +68,7 @@ impl Buffer {
 }
 
 impl Write for Buffer {
-    /// An error once the line is too long, so that a value without an end is not formatted any further.
+    /// Fails once the line is too long, so that formatting an endless value ends.
     fn write(&mut self, piece: &[u8]) -> io::Result<usize> {
         let mut line = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let room = limits::LOG_LINE.saturating_sub(line.len());
@@ -86,7 +86,7 @@ impl Write for Buffer {
     }
 }
 
-/// The level in its colour, as simplelog's logger for terminals has it.
+/// Colours the level as simplelog's logger for terminals does.
 fn coloured(line: Vec<u8>, level: Level) -> Vec<u8> {
     let colour = match level {
         Level::Error => 31,
@@ -108,12 +108,12 @@ mod tests {
 
     use super::*;
 
-    fn line(format: &Format, what: Arguments<'_>) -> String {
-        String::from_utf8(format.own_line(Level::Warn, what)).unwrap()
+    fn line(format: &Format, message: Arguments<'_>) -> String {
+        String::from_utf8(format.own_line(Level::Warn, message)).unwrap()
     }
 
     #[test]
-    fn a_line_has_its_time_level_thread_and_message() {
+    fn line_has_time_level_thread_and_message() {
         let thread = std::thread::current().name().unwrap().to_owned();
         let plain = line(&Format::new(false), format_args!("it failed: n={}", 1));
         let (time, rest) = plain.split_once(' ').unwrap();
@@ -124,13 +124,13 @@ mod tests {
     }
 
     #[test]
-    fn another_crates_line_is_none() {
+    fn lines_of_other_crates_are_empty() {
         let record =
             Record::builder().level(Level::Error).target("rustls").args(format_args!("x")).build();
         assert_eq!(Format::new(true).line(&record), b"");
     }
 
-    /// Writes without end.
+    /// Never ends.
     struct Endless;
 
     impl fmt::Display for Endless {
@@ -142,7 +142,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_is_cut_on_a_character_while_it_is_formatted() {
+    fn endless_line_is_cut_between_characters() {
         let cut = line(&Format::new(false), format_args!("{Endless}"));
         assert!(
             cut.ends_with("…\n") && cut.len() <= limits::LOG_LINE + "…\n".len(),
@@ -152,19 +152,19 @@ mod tests {
     }
 
     /// Panics.
-    struct Broken;
+    struct Panicking;
 
-    impl fmt::Display for Broken {
+    impl fmt::Display for Panicking {
         fn fmt(&self, _: &mut fmt::Formatter<'_>) -> fmt::Result {
             panic!("no")
         }
     }
 
     #[test]
-    fn a_value_that_panics_costs_its_line_alone() {
+    fn panicking_value_loses_only_its_line() {
         let format = Format::new(false);
         assert!(
-            catch_unwind(AssertUnwindSafe(|| line(&format, format_args!("{Broken}")))).is_err()
+            catch_unwind(AssertUnwindSafe(|| line(&format, format_args!("{Panicking}")))).is_err()
         );
         assert!(line(&format, format_args!("next")).ends_with("next\n"));
     }

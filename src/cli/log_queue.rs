@@ -1,10 +1,11 @@
-//! The lines of a log on their way to where they go. Any thread adds one, and none waits: the queue is bounded, and a line
-//! that finds it full is dropped and counted. A thread `log` takes the lines out and writes them.
+//! A bounded queue of log lines. Any thread adds lines and never waits: if the queue is full, the
+//! line is dropped and counted. The thread `log` takes the lines from the queue and writes them.
 //!
-//! A line brings with it how many were dropped just before, so the notice of a gap is written where the gap is.
+//! A line carries the number of lines that were dropped just before it, so the notice of a gap is
+//! written where the gap is.
 //!
-//! Where the system refuses that thread, each line is written by the thread that logs it, which may then block: a `push` on
-//! a host without room for a thread still works.
+//! If the system refuses that thread, the thread that logs a line also writes it, and may block: a
+//! `push` works also on a host that has reached its limit of threads.
 
 use std::fmt::Arguments;
 use std::path::Path;
@@ -35,7 +36,7 @@ pub(super) enum Queue {
     Direct(Mutex<Writer>),
 }
 
-/// A line, and how many were dropped just before it. Without a text it only wakes the writer.
+/// A line, and how many were dropped just before it. A line without text only wakes the writer.
 #[derive(Debug, Default)]
 pub(super) struct Line {
     dropped: u64,
@@ -46,38 +47,36 @@ pub(super) struct Line {
 pub(super) struct Shared {
     /// Lines that are queued or being written.
     waiting: AtomicUsize,
-    /// Lines that were dropped and that no queued line tells of yet.
+    /// Lines that were dropped and that no queued line counts yet.
     dropped: AtomicU64,
     is_to_reopen: AtomicBool,
 }
 
 impl Queue {
     pub(super) fn to_stderr(format: &Format) -> Self {
-        // There is nothing to open.
+        // Stderr is open already.
         Self::start(Sink::stderr, format, |_| ()).0
     }
 
-    /// The error is that of a file that can never be opened. Where it may be later (a full disk), or where the answer takes
-    /// longer than a start may wait, `complain` is called with what goes wrong, and the file is opened for the next line.
-    pub(super) fn to_file(
-        path: &Path,
-        format: &Format,
-        complain: fn(&Error),
-    ) -> Result<Self, Error> {
-        let (queue, opened) = Self::start(|| Sink::file(path.to_owned()), format, complain);
+    /// Fails if the file can never be opened. If it may be opened later (the disk is full), or if
+    /// it takes longer than a start may wait, errors go to `report`, and the next line opens the
+    /// file.
+    pub(super) fn to_file(path: &Path, format: &Format, report: fn(&Error)) -> Result<Self, Error> {
+        let (queue, opened) = Self::start(|| Sink::file(path.to_owned()), format, report);
         match opened.recv_timeout(limits::LOG_OPEN) {
-            Ok(Err(error)) if error.is_transient() => complain(&error),
-            Ok(answer) => answer?,
+            Ok(Err(error)) if error.is_transient() => report(&error),
+            Ok(result) => result?,
             Err(_) => (),
         }
         Ok(queue)
     }
 
-    /// And whether the sink could be opened, once that is known.
+    /// The receiver gets the result of opening the sink. If no one receives it any more, an error
+    /// goes to `report_late`.
     fn start(
         sink: impl Fn() -> Sink,
         format: &Format,
-        late: fn(&Error),
+        report_late: fn(&Error),
     ) -> (Self, Receiver<Result<(), Error>>) {
         let (sender, opened) = bounded(1);
         let (lines, taken) = bounded(limits::LOG_LINES);
@@ -89,13 +88,15 @@ impl Queue {
             unwritten: 0,
             shared: Arc::clone(&shared),
         };
-        let (mut threads, answer) = (writer(), sender.clone());
+        let mut writer_of_thread = writer();
+        let sender_of_thread = sender.clone();
         let work = move || {
-            signals::write_to_any_terminal();
-            if let Err(SendError(Err(error))) = answer.send(threads.sink.reopen()) {
-                late(&error);
+            signals::allow_background_writes();
+            let result = writer_of_thread.sink.reopen();
+            if let Err(SendError(Err(error))) = sender_of_thread.send(result) {
+                report_late(&error);
             }
-            threads.run(&taken, &written);
+            writer_of_thread.run(&taken, &written);
         };
         if thread::Builder::new().name(NAME.to_owned()).spawn(work).is_ok() {
             return (Self::Threaded { lines, shared, progress }, opened);
@@ -105,7 +106,7 @@ impl Queue {
         (Self::Direct(Mutex::new(direct)), opened)
     }
 
-    /// Queues a line that has its end.
+    /// Queues a line. It ends with a line end.
     pub(super) fn push(&self, text: Vec<u8>) {
         match self {
             Self::Direct(writer) => {
@@ -117,19 +118,19 @@ impl Queue {
             Self::Threaded { lines, shared, .. } => {
                 if !shared.send(lines, text) {
                     shared.dropped.fetch_add(1, Ordering::SeqCst);
-                    // In case that the writer has just found nothing left to do.
+                    // The writer may have emptied the queue just now, and then writes the notice.
                     shared.send(lines, Vec::new());
                 }
             }
         }
     }
 
-    /// Has the file opened anew before the next line, at once if there is none.
+    /// Reopens the file before the next line, or at once if no line is queued.
     pub(super) fn reopen(&self) {
         match self {
             Self::Direct(writer) => writer.lock().unwrap_or_else(PoisonError::into_inner).reopen(),
             Self::Threaded { lines, shared, .. } => {
-                // However often it is asked meanwhile, it takes one place in the queue.
+                // Repeated requests take one place in the queue.
                 if !shared.is_to_reopen.swap(true, Ordering::SeqCst) {
                     shared.send(lines, Vec::new());
                 }
@@ -137,10 +138,11 @@ impl Queue {
         }
     }
 
-    /// Waits until all that is queued is written, at most until `end`, and no longer than a writer may be stuck.
+    /// Waits until all queued lines are written, at most until `end`. Gives up when the writer
+    /// makes no progress for [`limits::LOG_STUCK`].
     pub(super) fn flush(&self, end: Instant) {
         let Self::Threaded { lines, shared, progress } = self else { return };
-        // It brings what was dropped last.
+        // This empty line carries the count of the lines dropped last.
         shared.send(lines, Vec::new());
         while shared.waiting.load(Ordering::SeqCst) > 0 {
             let left = end.saturating_duration_since(Instant::now());
@@ -152,7 +154,7 @@ impl Queue {
 }
 
 impl Shared {
-    /// Whether there was room.
+    /// Returns whether the queue had room.
     fn send(&self, lines: &Sender<Line>, text: Vec<u8>) -> bool {
         let dropped = self.dropped.swap(0, Ordering::SeqCst);
         self.waiting.fetch_add(1, Ordering::SeqCst);
@@ -170,7 +172,7 @@ impl Shared {
 pub(super) struct Writer {
     sink: Sink,
     format: Format,
-    /// Lines that were dropped, or could not be written, and that no notice tells of yet.
+    /// Lines that were dropped or could not be written, and that no notice counts yet.
     unwritten: u64,
     shared: Arc<Shared>,
 }
@@ -195,7 +197,7 @@ impl Writer {
 
     fn write(&mut self, line: &Line) {
         self.unwritten += line.dropped;
-        // One that could not be written is no reason to try again before there is something to write.
+        // After a failed write the notice waits for the next line or the next drop.
         if self.unwritten > 0 && (line.dropped > 0 || !line.text.is_empty()) {
             self.write_notice();
         }
@@ -206,7 +208,7 @@ impl Writer {
 
     fn write_notice(&mut self) {
         let lines = self.unwritten;
-        if self.say(Level::Warn, format_args!("lines of the log were dropped: lines={lines}")) {
+        if self.write_own(Level::Warn, format_args!("log lines dropped: lines={lines}")) {
             self.unwritten = 0;
         }
     }
@@ -217,19 +219,19 @@ impl Writer {
             Ok(()) => (),
             Err(error) => {
                 let error = chain(&error);
-                self.say(
+                self.write_own(
                     Level::Warn,
                     format_args!(
-                        "the log file cannot be reopened and the old one is used: error={error:?}"
+                        "log file cannot be reopened, still using the old one: error={error:?}"
                     ),
                 );
             }
         }
     }
 
-    /// Whether it was written.
-    fn say(&mut self, level: Level, what: Arguments<'_>) -> bool {
-        self.sink.write(&self.format.own_line(level, what)).is_ok()
+    /// Writes a line about the log itself. Returns whether it was written.
+    fn write_own(&mut self, level: Level, message: Arguments<'_>) -> bool {
+        self.sink.write(&self.format.own_line(level, message)).is_ok()
     }
 }
 
@@ -259,11 +261,11 @@ mod tests {
     }
 
     #[test]
-    fn a_full_queue_drops_lines_and_says_how_many_where_they_are_missing() {
+    fn full_queue_drops_lines_and_counts_them_in_place() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("fifo");
         mkfifo(&path);
-        // Nobody reads, so no line is taken.
+        // The FIFO has no reader, so the writer takes no line.
         let queue = to_file(&path);
         push(&queue, 0..limits::LOG_LINES + 476);
         let mut reader = BufReader::new(File::open(&path).unwrap());
@@ -276,16 +278,13 @@ mod tests {
             assert_eq!(next(), format!("{n}\n"));
         }
         let notice = next();
-        assert!(
-            notice.ends_with("[WARN] (log) lines of the log were dropped: lines=476\n"),
-            "{notice}"
-        );
+        assert!(notice.ends_with("[WARN] (log) log lines dropped: lines=476\n"), "{notice}");
         push(&queue, 5_000..5_002);
         assert_eq!([next(), next()], ["5000\n", "5001\n"]);
     }
 
     #[test]
-    fn a_line_tells_of_those_that_were_dropped_just_before_it() {
+    fn line_counts_those_dropped_just_before_it() {
         let (lines, taken) = bounded(2);
         let queue = Queue::Threaded { lines, shared: Arc::default(), progress: bounded(0).1 };
         let take = || {
@@ -299,11 +298,11 @@ mod tests {
         push(&queue, 5..8);
         assert_eq!([take(), take()], [(3, "5\n".to_owned()), (0, "6\n".to_owned())]);
         flush(&queue);
-        assert_eq!(take(), (1, String::new()), "there is no other line to tell of it");
+        assert_eq!(take(), (1, String::new()), "flush queues a line that counts it");
     }
 
     #[test]
-    fn however_often_a_file_is_to_be_reopened_there_is_room_for_lines() {
+    fn repeated_reopen_takes_one_place_in_the_queue() {
         let (lines, taken) = bounded(2);
         let queue = Queue::Threaded { lines, shared: Arc::default(), progress: bounded(0).1 };
         for _ in 0..5 {
@@ -315,9 +314,10 @@ mod tests {
     }
 
     #[test]
-    fn the_end_waits_for_a_writer_that_works_and_not_for_one_that_is_stuck() {
+    fn flush_waits_for_a_working_writer_but_not_for_a_blocked_one() {
         let dir = tempfile::tempdir().unwrap();
-        let (path, fifo) = (dir.path().join("log"), dir.path().join("fifo"));
+        let path = dir.path().join("log");
+        let fifo = dir.path().join("fifo");
         let queue = to_file(&path);
         push(&queue, 0..limits::LOG_LINES);
         flush(&queue);
@@ -332,19 +332,20 @@ mod tests {
             "{:?}",
             start.elapsed()
         );
-        let mut said = String::new();
+        let mut written = String::new();
         let reader = File::open(&fifo);
         // The writer ends with its queue.
         drop(queue);
-        reader.unwrap().read_to_string(&mut said).unwrap();
-        assert_eq!(said.lines().count(), 10);
+        reader.unwrap().read_to_string(&mut written).unwrap();
+        assert_eq!(written.lines().count(), 10);
     }
 
     #[test]
-    fn without_a_thread_lines_are_written_at_once() {
+    fn queue_without_a_thread_writes_lines_at_once() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("log");
-        let (sink, format) = (Sink::file(path.clone()), Format::new(false));
+        let sink = Sink::file(path.clone());
+        let format = Format::new(false);
         let queue = Queue::Direct(Mutex::new(Writer {
             sink,
             format,
@@ -352,9 +353,9 @@ mod tests {
             shared: Arc::default(),
         }));
         push(&queue, 0..2);
-        let said = fs::read_to_string(&path).unwrap();
-        let (notice, rest) = said.split_once('\n').unwrap();
-        assert!(notice.ends_with("lines of the log were dropped: lines=3"), "{notice}");
+        let written = fs::read_to_string(&path).unwrap();
+        let (notice, rest) = written.split_once('\n').unwrap();
+        assert!(notice.ends_with("log lines dropped: lines=3"), "{notice}");
         assert_eq!(rest, "0\n1\n");
         fs::remove_file(&path).unwrap();
         queue.reopen();
@@ -362,7 +363,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_cannot_be_opened_is_an_error_with_its_name() {
+    fn error_names_the_file_that_cannot_be_opened() {
         let dir = tempfile::tempdir().unwrap();
         let error = Queue::to_file(dir.path(), &Format::new(false), |_| ()).unwrap_err();
         assert_eq!(

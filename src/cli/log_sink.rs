@@ -1,6 +1,8 @@
-//! Where the lines of a log go: stderr or a file. Runs on the log's own thread, which may block here for ever.
+//! Writes the lines of the log to stderr or to a file. Runs on the thread `log`, which may block
+//! here without a limit.
 //!
-//! A line is written whole, or it is an error. What was written of a line that failed is ended before the next one.
+//! A line is written completely, or the write fails. A line that was written in part is ended with
+//! a line end before the next one.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -15,8 +17,8 @@ use crate::error::{Error, sanitize_path};
 
 #[derive(Debug)]
 pub(super) struct Sink {
-    place: LogTarget,
-    /// The last line lacks its end.
+    target: LogTarget,
+    /// The last line was written in part.
     is_cut: bool,
 }
 
@@ -25,24 +27,24 @@ enum LogTarget {
     Stderr,
     File {
         path: PathBuf,
-        /// `None`: it is to be opened before the next line.
+        /// `None`: the next line opens it.
         file: Option<File>,
     },
 }
 
 impl Sink {
     pub(super) fn stderr() -> Self {
-        Self { place: LogTarget::Stderr, is_cut: false }
+        Self { target: LogTarget::Stderr, is_cut: false }
     }
 
-    /// Not opened yet.
+    /// The file is not opened yet.
     pub(super) fn file(path: PathBuf) -> Self {
-        Self { place: LogTarget::File { path, file: None }, is_cut: false }
+        Self { target: LogTarget::File { path, file: None }, is_cut: false }
     }
 
-    /// Opens the file anew. Where that fails the old one stays. Of stderr there is nothing to open.
+    /// Opens the file again. If that fails, the old one stays in use. Does nothing for stderr.
     pub(super) fn reopen(&mut self) -> Result<(), Error> {
-        let LogTarget::File { path, file } = &mut self.place else { return Ok(()) };
+        let LogTarget::File { path, file } = &mut self.target else { return Ok(()) };
         let opened = open(path).map_err(|source| {
             let problem = format!("{} cannot be appended to", sanitize_path(path));
             Error::setting("--log-file", problem).with_source(source)
@@ -54,12 +56,12 @@ impl Sink {
 
     /// Writes one line.
     pub(super) fn write(&mut self, line: &[u8]) -> io::Result<()> {
-        if matches!(self.place, LogTarget::File { file: None, .. }) {
+        if matches!(self.target, LogTarget::File { file: None, .. }) {
             self.reopen().map_err(io::Error::other)?;
         }
         let text = if self.is_cut { [b"\n", line].concat() } else { line.to_vec() };
         let mut left = text.as_slice();
-        let result = match &self.place {
+        let result = match &self.target {
             LogTarget::Stderr => write_all(io::stderr().as_fd(), &mut left),
             LogTarget::File { file: Some(file), .. } => write_all(file.as_fd(), &mut left),
             LogTarget::File { file: None, .. } => Err(Errno::BADF),
@@ -68,29 +70,29 @@ impl Sink {
         if let Some(last) = text.get(..written).and_then(<[u8]>::last) {
             self.is_cut = *last != b'\n';
         }
-        self.give_up_if_gone(result);
+        self.close_if_unusable(result);
         result.map_err(io::Error::from)
     }
 
-    /// A FIFO whose reader has left, and a file that its server has forgotten, work again once they are opened anew.
-    fn give_up_if_gone(&mut self, result: Result<(), Errno>) {
+    /// A FIFO whose reader has closed it, and a stale NFS handle, work again once they are
+    /// reopened.
+    fn close_if_unusable(&mut self, result: Result<(), Errno>) {
         if let (LogTarget::File { file, .. }, Err(Errno::PIPE | Errno::STALE)) =
-            (&mut self.place, result)
+            (&mut self.target, result)
         {
             *file = None;
         }
     }
 }
 
-/// Writes to the end, also where whoever made the pipe has made it non-blocking. What could not be written is left in
-/// `left`.
+/// Writes everything, also to a non-blocking pipe. After an error `left` is what was not written.
 fn write_all(to: BorrowedFd<'_>, left: &mut &[u8]) -> Result<(), Errno> {
     while !left.is_empty() {
         match rustix::io::write(to, left) {
             Ok(0) => return Err(Errno::IO),
             Ok(written) => *left = left.get(written..).unwrap_or_default(),
             Err(Errno::INTR) => (),
-            // Nor is an error of this one: then the write has it, too.
+            // An error of `poll` is ignored: the next write reports it.
             Err(Errno::AGAIN) => drop(poll(&mut [PollFd::new(&to, PollFlags::OUT)], None)),
             Err(error) => return Err(error),
         }
@@ -98,7 +100,7 @@ fn write_all(to: BorrowedFd<'_>, left: &mut &[u8]) -> Result<(), Errno> {
     Ok(())
 }
 
-/// A terminal must not become the one that controls this process.
+/// `O_NOCTTY`: a terminal must not become the controlling terminal of this process.
 fn open(path: &Path) -> io::Result<File> {
     OpenOptions::new().create(true).append(true).custom_flags(libc::O_NOCTTY).open(path)
 }
@@ -112,7 +114,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_pipe_that_is_not_blocking_loses_nothing() {
+    fn non_blocking_pipe_loses_nothing() {
         let (mut reader, writer) = io::pipe().unwrap();
         rustix::io::ioctl_fionbio(&writer, true).unwrap();
         let line = vec![b'x'; 300_000];
@@ -127,7 +129,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_that_was_cut_is_ended_before_the_next() {
+    fn partial_line_is_ended_before_the_next() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("log");
         let mut sink = Sink::file(path.clone());
@@ -138,9 +140,10 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_cannot_be_opened_anew_stays() {
+    fn file_that_cannot_be_reopened_stays_in_use() {
         let dir = tempfile::tempdir().unwrap();
-        let (path, moved) = (dir.path().join("log"), dir.path().join("moved"));
+        let path = dir.path().join("log");
+        let moved = dir.path().join("moved");
         let mut sink = Sink::file(path.clone());
         sink.write(b"one\n").unwrap();
         fs::rename(&path, &moved).unwrap();

@@ -1,5 +1,6 @@
-//! The program's log, on stderr or in a file, and what it says on stderr itself. Runs on every thread that logs; none of
-//! them waits for whoever reads the log or for a disk, also at the end.
+//! The program's log, on stderr or in a file, and its messages on stderr. Runs on every thread that
+//! logs. No thread waits for a reader of the log or for a disk; the end of the program waits a
+//! limited time.
 
 use std::io::{self, IsTerminal};
 use std::panic::PanicHookInfo;
@@ -19,17 +20,18 @@ use crate::panics;
 /// `--log-file`.
 static FILE: OnceLock<Queue> = OnceLock::new();
 
-/// Stderr, for the log or for [`say_on_stderr`]. Its thread starts with its first line: most commands have none.
+/// Stderr, for the log or for [`write_to_stderr`]. Its thread starts with the first line: most
+/// commands write none.
 static STDERR: OnceLock<Queue> = OnceLock::new();
 
-/// A line a fact.
+/// Starts the log. An error means that the log file can never be opened.
 pub(super) fn start(file: Option<&Path>, level: LevelFilter) -> Result<(), Error> {
-    let format = Format::new(file.is_none() && paints(&io::stderr()));
+    let format = Format::new(file.is_none() && has_colours(&io::stderr()));
     if let Some(path) = file {
-        let complain =
-            |error: &Error| say_on_stderr(&format!("decnet-heartbeat: {}\n", chain(error)));
-        // The first and only time.
-        let _ = FILE.set(Queue::to_file(path, &format, complain)?);
+        let report =
+            |error: &Error| write_to_stderr(&format!("decnet-heartbeat: {}\n", chain(error)));
+        // It is set nowhere else.
+        let _ = FILE.set(Queue::to_file(path, &format, report)?);
     }
     log::set_boxed_logger(Box::new(Logger { level, format }))
         .map_err(|source| Error::setting("the log", "is in use already").with_source(source))?;
@@ -56,49 +58,50 @@ impl Log for Logger {
         }
     }
 
-    /// Nobody waits for the log while the program runs.
+    /// Does nothing: no thread waits for the log while the program runs.
     fn flush(&self) {}
 }
 
 fn stderr() -> &'static Queue {
-    STDERR.get_or_init(|| Queue::to_stderr(&Format::new(paints(&io::stderr()))))
+    STDERR.get_or_init(|| Queue::to_stderr(&Format::new(has_colours(&io::stderr()))))
 }
 
-/// A line for stderr, wherever the log goes. It comes after the lines of the log that went there before it.
-pub(super) fn say_on_stderr(line: &str) {
+/// Writes a line to stderr, also if the log goes to a file. Earlier lines of the log on stderr come
+/// first.
+pub(super) fn write_to_stderr(line: &str) {
     stderr().push(line.as_bytes().to_vec());
 }
 
-/// SIGHUP: what rotates logs has moved the file.
+/// Reopens the log file, after SIGHUP: a log rotation has moved it.
 pub(super) fn reopen() {
     match FILE.get() {
         Some(file) => file.reopen(),
-        None => log::info!("there is no log file to reopen: signal=SIGHUP log=stderr"),
+        None => log::info!("no log file to reopen: signal=SIGHUP log=stderr"),
     }
 }
 
-/// Waits until what was logged is written, for a moment: for the end of the program. What a reader that is stuck has not
-/// taken by then is lost.
+/// Waits until the log is written, at most [`limits::LOG_FLUSH`]. For the end of the program. Lines
+/// that a blocked reader has not taken by then are lost.
 pub(super) fn flush() {
     let end = Instant::now() + limits::LOG_FLUSH;
     [&FILE, &STDERR].into_iter().filter_map(OnceLock::get).for_each(|queue| queue.flush(end));
 }
 
-/// On one line, and safe to print: what a panic says may be somebody else's words.
-pub(super) fn panicked(panic: &PanicHookInfo<'_>) {
+/// Logs a panic on one line. The message is escaped: it may quote foreign text.
+pub(super) fn log_panic(panic: &PanicHookInfo<'_>) {
     let at = panic.location().map(ToString::to_string).unwrap_or_default();
-    log::error!("panic: at={at} said={:?}", panics::said(panic.payload()));
-    // This one ends the program.
+    log::error!("panic: at={at} message={:?}", panics::said(panic.payload()));
+    // A panic of the main thread ends the program.
     if thread::current().name() == Some("main") {
         flush();
     }
 }
 
-/// Whether there is a terminal that has colours, and nobody who wants none.
-pub(super) fn paints(out: &impl IsTerminal) -> bool {
-    let has_colours =
+/// Whether the output is a terminal with colours, and `NO_COLOR` is not set.
+pub(super) fn has_colours(out: &impl IsTerminal) -> bool {
+    let is_capable =
         std::env::var_os("TERM").is_some_and(|term| !term.is_empty() && term != "dumb");
-    has_colours
+    is_capable
         && out.is_terminal()
         && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
 }

@@ -1,9 +1,9 @@
-//! `--metrics-file`: the stats in Prometheus' text format, for node_exporter's textfile collector. Values only; the
-//! program's main thread writes them.
+//! `--metrics-file`: the statistics in Prometheus' text format, for node_exporter's textfile
+//! collector. Values only; the thread `stats-files` writes them.
 //!
-//! Names and help after Prometheus' conventions: base units, `_total` for what only grows, `_timestamp_seconds` for a
-//! moment. What is not there has no sample, but for the last success: before the first one it is 0, so that "too long
-//! ago" holds from the start.
+//! Names follow Prometheus' conventions: base units, `_total` for counters, `_timestamp_seconds`
+//! for times. An unknown value has no sample, except for the last success: before the first one it
+//! is 0, so that an alert on its age also covers the start.
 
 use std::fmt::Write as _;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -31,89 +31,99 @@ const fn gauge(name: &'static str, help: &'static str, value: fn(&Stats) -> Opti
 }
 
 const METRICS: [Metric; 22] = [
-    counter("beats_total", "Beats that the master accepted.", |stats| Some(stats.beats as f64)),
+    counter("beats_total", "Number of beats that the master accepted.", |stats| {
+        Some(stats.beats as f64)
+    }),
     gauge(
         "last_success_timestamp_seconds",
-        "When the master last accepted a beat; 0: never yet.",
-        |stats| stats.last_success.map_or(Some(0.0), moment),
+        "Time of the last accepted beat; 0 if there was none yet.",
+        |stats| stats.last_success.map_or(Some(0.0), timestamp),
     ),
-    gauge("next_beat_timestamp_seconds", "When the next beat is due.", |stats| {
-        stats.next_beat.and_then(moment)
-    }),
-    gauge("failure_streak", "Beats that failed in a row.", |stats| {
-        Some(stats.failure.as_ref().map_or(0.0, |failure| failure.count as f64))
+    gauge("next_beat_timestamp_seconds", "Time when the next beat is due.", |stats| {
+        stats.next_beat.and_then(timestamp)
     }),
     gauge(
+        "consecutive_failures",
+        "Number of beats that failed since the last accepted one.",
+        |stats| Some(stats.failure.as_ref().map_or(0.0, |failure| failure.count as f64)),
+    ),
+    gauge(
         "failing_since_timestamp_seconds",
-        "When the first of the beats that failed in a row did.",
-        |stats| stats.failure.as_ref().and_then(|failure| moment(failure.since)),
+        "Time of the first failed beat since the last accepted one.",
+        |stats| stats.failure.as_ref().and_then(|failure| timestamp(failure.since)),
     ),
     gauge(
         "decommissioned",
-        "Whether the master has not accepted this host for long, and its files are gone.",
-        |stats| truth(stats.decommissioned),
+        "1 if the host is decommissioned: the master rejects it, and its ini and bundle do not \
+         exist.",
+        |stats| bool_value(stats.decommissioned),
     ),
-    gauge("round_trip_seconds", "From a beat's request to its answer, the last time.", |stats| {
-        stats.round_trip.as_ref().map(Duration::as_secs_f64)
+    gauge(
+        "last_request_duration_seconds",
+        "Duration of the last request to the master.",
+        |stats| stats.round_trip.as_ref().map(Duration::as_secs_f64),
+    ),
+    gauge("session_resumed", "1 if the last TLS handshake resumed a session.", |stats| {
+        bool_value(stats.resumed)
     }),
-    gauge("session_resumed", "Whether the last TLS handshake resumed a session.", |stats| {
-        truth(stats.resumed)
-    }),
-    counter("deltas_delivered_total", "Deltas that the master accepted.", |stats| {
+    counter("deltas_delivered_total", "Number of deltas that the master accepted.", |stats| {
         Some(stats.delivered as f64)
     }),
-    counter("deltas_rejected_total", "Deltas that the master refused for good.", |stats| {
+    counter("deltas_rejected_total", "Number of deltas that the master rejected.", |stats| {
         Some(stats.rejected as f64)
     }),
-    counter("deltas_dropped_total", "Deltas that fell out of the outbox undelivered.", |stats| {
-        Some(stats.dropped as f64)
-    }),
-    gauge(
-        "deltas_waiting",
-        "Deltas that the master has neither accepted nor refused for good.",
-        |stats| Some(stats.waiting as f64),
+    counter(
+        "deltas_dropped_total",
+        "Number of deltas that were dropped undelivered, because the outbox was full or they \
+         were too old.",
+        |stats| Some(stats.dropped as f64),
     ),
-    gauge("deltas_held", "Waiting deltas that something newer holds back.", |stats| {
+    gauge("deltas_waiting", "Number of queued deltas.", |stats| Some(stats.waiting as f64)),
+    gauge("deltas_held", "Number of queued deltas that a newer operation holds back.", |stats| {
         Some(stats.held as f64)
     }),
     gauge(
         "oldest_waiting_timestamp_seconds",
-        "When the operation ended that the oldest waiting delta tells of.",
-        |stats| stats.oldest_waiting.and_then(moment),
+        "Time when the operation of the oldest queued delta ended.",
+        |stats| stats.oldest_waiting.and_then(timestamp),
     ),
-    gauge("operations_in_flight", "Operations in flight, counted for each decky.", |stats| {
-        Some(stats.operations as f64)
+    gauge(
+        "operations_in_flight",
+        "Number of operations in flight, counted for each decky.",
+        |stats| Some(stats.operations as f64),
+    ),
+    gauge(
+        "outbox_durable",
+        "1 if the outbox is on disk; 0 if it is degraded, in memory.",
+        |stats| bool_value(stats.outbox.is_some()),
+    ),
+    gauge("status_complete", "1 if the last beat contained the complete status.", |stats| {
+        bool_value(stats.status_fault.is_none())
     }),
-    gauge("outbox_durable", "Whether all of the outbox is in its file.", |stats| {
-        truth(stats.outbox.is_some())
-    }),
-    gauge("status_known", "Whether the last beat said all of what runs here.", |stats| {
-        truth(stats.status_fault.is_none())
-    }),
-    counter("snapshots_total", "Snapshots that the status source gave.", |stats| {
+    counter("snapshots_total", "Number of snapshots that the status source returned.", |stats| {
         Some(stats.snapshots as f64)
     }),
-    gauge(
-        "last_snapshot_timestamp_seconds",
-        "When the status source gave the last snapshot.",
-        |stats| stats.last_snapshot.and_then(moment),
-    ),
-    gauge(
-        "snapshot_owed_since_timestamp_seconds",
-        "Since when the status source has owed a snapshot.",
-        |stats| stats.snapshot_owed_since.and_then(moment),
-    ),
-    counter("panics_total", "Panics caught, of the status source and of a beat.", |stats| {
-        Some(stats.panics as f64)
+    gauge("last_snapshot_timestamp_seconds", "Time of the last snapshot.", |stats| {
+        stats.last_snapshot.and_then(timestamp)
     }),
     gauge(
+        "snapshot_pending_since_timestamp_seconds",
+        "Time of the snapshot request that the status source has not answered yet.",
+        |stats| stats.snapshot_owed_since.and_then(timestamp),
+    ),
+    counter(
+        "panics_total",
+        "Number of panics that were caught, in the status source and in beats.",
+        |stats| Some(stats.panics as f64),
+    ),
+    gauge(
         "certificate_expiry_timestamp_seconds",
-        "The last moment in which this host's certificate is valid.",
-        |stats| stats.certificate_expires.and_then(moment),
+        "Time when this host's certificate expires.",
+        |stats| stats.certificate_expires.and_then(timestamp),
     ),
 ];
 
-/// All of them.
+/// All metrics.
 pub(super) fn text(stats: &Stats) -> String {
     let mut text = String::new();
     for Metric { name, kind, help, value } in METRICS {
@@ -121,21 +131,21 @@ pub(super) fn text(stats: &Stats) -> String {
             sample(&mut text, name, kind, help, "", value);
         }
     }
-    let unknown = |what: &Option<String>| what.clone().unwrap_or_default();
-    let us = labels(&[
+    let or_empty = |value: &Option<String>| value.clone().unwrap_or_default();
+    let info = labels(&[
         ("version", env!("CARGO_PKG_VERSION")),
-        ("host_uuid", &unknown(&stats.host_uuid)),
-        ("url", &unknown(&stats.url)),
-        ("fingerprint", &unknown(&stats.fingerprint)),
+        ("host_uuid", &or_empty(&stats.host_uuid)),
+        ("url", &or_empty(&stats.url)),
+        ("fingerprint", &or_empty(&stats.fingerprint)),
     ]);
-    sample(&mut text, "info", "gauge", "Who we are to the master, and where it is.", &us, 1.0);
+    sample(&mut text, "info", "gauge", "Version, host, master and certificate.", &info, 1.0);
     if let Some(failure) = &stats.failure {
         let class = labels(&[("class", &failure.class)]);
         sample(
             &mut text,
             "failure_info",
             "gauge",
-            "The class of the last beat's failure.",
+            "Class of the last failed beat, while beats fail.",
             &class,
             1.0,
         );
@@ -162,12 +172,12 @@ fn escaped(value: &str) -> String {
     value.replace('\\', r"\\").replace('"', "\\\"").replace('\n', r"\n")
 }
 
-fn moment(at: SystemTime) -> Option<f64> {
+fn timestamp(at: SystemTime) -> Option<f64> {
     at.duration_since(UNIX_EPOCH).ok().map(|since| since.as_millis() as f64 / 1e3)
 }
 
-fn truth(is: bool) -> Option<f64> {
-    Some(if is { 1.0 } else { 0.0 })
+fn bool_value(value: bool) -> Option<f64> {
+    Some(if value { 1.0 } else { 0.0 })
 }
 
 #[cfg(test)]
@@ -179,7 +189,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_there_has_no_sample_and_no_success_yet_is_long_ago() {
+    fn unknown_values_have_no_sample_and_no_success_is_0() {
         let samples = samples(&Stats::default());
         assert!(
             samples.contains(&"decnet_heartbeat_last_success_timestamp_seconds 0".to_owned()),
@@ -188,7 +198,7 @@ mod tests {
         for absent in [
             "next_beat",
             "failing_since",
-            "round_trip",
+            "last_request_duration",
             "oldest_waiting",
             "certificate_expiry",
             "failure_info",
@@ -198,7 +208,7 @@ mod tests {
     }
 
     #[test]
-    fn moments_are_in_seconds_and_truths_are_one_and_zero() {
+    fn times_are_in_seconds_and_booleans_are_1_and_0() {
         let at = UNIX_EPOCH + Duration::from_millis(1_700_000_000_250);
         let stats = Stats { next_beat: Some(at), resumed: true, waiting: 3, ..Stats::default() };
         let samples = samples(&stats);
@@ -207,7 +217,7 @@ mod tests {
             "session_resumed 1",
             "deltas_waiting 3",
             "outbox_durable 0",
-            "status_known 1",
+            "status_complete 1",
         ] {
             assert!(
                 samples.contains(&format!("decnet_heartbeat_{sample}")),
@@ -217,7 +227,7 @@ mod tests {
     }
 
     #[test]
-    fn every_metric_has_its_help_and_type_once() {
+    fn every_metric_has_one_help_and_one_type() {
         let text = text(&Stats::default());
         for comment in ["# HELP ", "# TYPE "] {
             let mut names: Vec<_> = text
@@ -235,7 +245,7 @@ mod tests {
     }
 
     #[test]
-    fn a_label_is_one_whatever_is_in_it() {
+    fn label_values_are_escaped() {
         assert_eq!(labels(&[("a", "x"), ("b", "\\\"\n")]), r#"{a="x",b="\\\"\n"}"#);
     }
 }

@@ -1,27 +1,37 @@
-//! What the program prints itself, beside its log. No print panics: whoever reads may be gone, and a disk full.
+//! What the program prints besides its log. A failed write, such as to a closed pipe or a full
+//! disk, does not panic.
 
-use std::io::{self, Write};
+use std::io::{self, IsTerminal, Write};
 
-use super::logging::say_on_stderr;
+use rustix::termios::tcgetwinsize;
+
+use super::logging::write_to_stderr;
 use crate::error::Error;
 
-/// Prints what a command says beside what it does. That it cannot be printed changes nothing.
-pub(super) fn print(text: &str) {
-    let _ = answer(text);
+/// Prints a message of a command. An error is ignored: the command has done its work.
+pub(super) fn print_message(text: &str) {
+    let _ = print_result(text);
 }
 
-/// Prints a part of the answer that a command is there for: if it cannot be printed, the command has failed.
-pub(super) fn answer(text: &str) -> Result<(), Error> {
+/// Prints the result of a command, or a part of it. An error means that the command has failed.
+pub(super) fn print_result(text: &str) -> Result<(), Error> {
     let mut stdout = io::stdout().lock();
     stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()).map_err(Error::answer)
 }
 
-/// Says on stderr what is wrong with the command line.
-pub(super) fn refuse(text: &str) {
-    say_on_stderr(text);
+/// The columns of the terminal that stdout is. `None`: it is no terminal, or it has no size.
+pub(super) fn terminal_width() -> Option<usize> {
+    let stdout = io::stdout();
+    let size = if stdout.is_terminal() { tcgetwinsize(&stdout).ok()? } else { return None };
+    Some(usize::from(size.ws_col)).filter(|columns| *columns > 0)
 }
 
-/// Says why something did not work on stderr, wherever the log goes: an operator looks there first.
-pub(super) fn complain(what: &str) {
-    say_on_stderr(&format!("decnet-heartbeat: {what}\n"));
+/// Prints on stderr what is wrong with the command line.
+pub(super) fn report_usage_error(text: &str) {
+    write_to_stderr(text);
+}
+
+/// Prints an error on stderr, also if the log goes to a file: an operator looks there first.
+pub(super) fn report_error(problem: &str) {
+    write_to_stderr(&format!("decnet-heartbeat: {problem}\n"));
 }

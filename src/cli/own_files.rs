@@ -1,5 +1,6 @@
-//! The files that a heartbeat reads or keeps itself. `--stats-file` and `--metrics-file` are replaced with every beat, so
-//! neither may be one of these: the key or the outbox would be gone. Runs on the thread that asks.
+//! The files that the heartbeat itself reads or writes. `--stats-file` and `--metrics-file` are
+//! replaced after every beat, so neither may name one of these: the key or the outbox would be
+//! lost. Runs on the calling thread.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -13,12 +14,12 @@ use crate::files::beside;
 use crate::files::folder;
 use crate::status::decnet::TOPOLOGY;
 
-/// Each with what it is.
+/// Each file with its description.
 #[derive(Clone, Debug)]
 pub(super) struct OwnFiles(Vec<(&'static str, PathBuf)>);
 
 impl OwnFiles {
-    /// Without an enrolment only those that the command line and the environment name.
+    /// Without an enrolment, only the files of the command line and the environment.
     pub(super) fn of(common: &Common, options: &RunOptions, enrolment: Option<&Enrolment>) -> Self {
         let mut files = Vec::new();
         let named = [
@@ -44,16 +45,16 @@ impl OwnFiles {
         Self(files)
     }
 
-    /// What `path`, given as `option`, would replace.
+    /// The description of the file that `path`, the value of `option`, would replace.
     pub(super) fn at(&self, option: &str, path: &Path) -> Option<&'static str> {
-        let place = place(path);
-        let others = self.0.iter().filter(|(what, _)| *what != option);
-        others.into_iter().find(|(_, file)| self::place(file) == place).map(|(what, _)| *what)
+        let entry = entry(path);
+        let mut others = self.0.iter().filter(|(what, _)| *what != option);
+        others.find(|(_, file)| self::entry(file) == entry).map(|(what, _)| *what)
     }
 }
 
-/// The folder that it leads to, and the name there: a file is replaced by its name.
-fn place(path: &Path) -> (PathBuf, Option<&OsStr>) {
+/// The canonical folder and the name in it: replacing a file replaces this directory entry.
+fn entry(path: &Path) -> (PathBuf, Option<&OsStr>) {
     let folder = folder(path);
     (fs::canonicalize(folder).unwrap_or_else(|_| folder.to_owned()), path.file_name())
 }

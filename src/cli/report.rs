@@ -1,6 +1,7 @@
-//! What `push` and `track` share: their deltas go to the outbox first, claimed by this process, then to the master at once.
-//! Where the master cannot be reached in time they stay in the outbox for `run`. The program's main thread uses the outbox;
-//! a thread that nobody waits for after the timeout sends the POST.
+//! Reports deltas for `push` and `track`. The deltas are committed to the outbox first, claimed by
+//! this process, then posted to the master. If the master cannot be reached in time, they stay in
+//! the outbox, and `run` delivers them. The main thread uses the outbox. A thread of its own sends
+//! the POST; after the timeout no thread waits for it.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -12,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, TryRecvError, bounded};
 
-use super::arguments::DeltaOptions;
+use super::arguments::DeliveryOptions;
 use super::command_signals::{Signals, wait};
 use crate::credentials::Credentials;
 use crate::credentials::enrolment::Enrolment;
@@ -29,7 +30,7 @@ use crate::status::{Snapshot, StatusSource};
 use crate::threads::outbox_client::OutboxClient;
 use crate::threads::start::contribute;
 
-/// Where the deltas of this process go.
+/// Queues deltas in the outbox and posts them to the master.
 #[derive(Debug)]
 pub(super) struct Reporter {
     outbox: Arc<OutboxClient>,
@@ -37,61 +38,62 @@ pub(super) struct Reporter {
     identity: Option<MasterIdentity>,
 }
 
-/// What has become of them.
+/// The result of a report.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Reported {
-    /// The master has them.
+    /// The master accepted the deltas.
     Delivered,
-    /// They are on the disk, as they were to be.
-    Left,
-    /// They are on the disk, and why the master has not heard of them.
-    Queued(String),
-    /// They may be on the disk one day, and why nobody knows. To report them again may do it twice.
+    /// The deltas are queued on disk, and `--no-wait` asked for no more.
+    Queued,
+    /// The deltas are queued on disk, because they could not be delivered for this reason.
+    Undelivered(String),
+    /// It is unknown whether the deltas are on disk, for this reason. Reporting them again may send
+    /// them twice.
     InDoubt(String),
-    /// Neither.
+    /// The deltas are neither delivered nor on disk, for this reason.
     Lost(String),
 }
 
 impl Reported {
-    /// They could not be kept.
-    fn of(error: &Error) -> Self {
+    /// The deltas could not be queued.
+    fn failed(error: &Error) -> Self {
         if error.is_in_doubt() { Self::InDoubt(chain(error)) } else { Self::Lost(chain(error)) }
     }
 }
 
-/// How long the master may take, and what ends the waiting early.
+/// How long a report may take, and the signals that end it early.
 #[derive(Debug)]
-pub(super) struct Patience<'a> {
-    until: Instant,
+pub(super) struct ReportWait<'a> {
+    deadline: Instant,
     signals: Option<&'a mut Signals>,
-    /// A signal has asked us to end.
-    has_ended: bool,
+    /// A signal requested the end.
+    is_interrupted: bool,
 }
 
-impl<'a> Patience<'a> {
-    /// From now on. Without signals, as they end the process.
+impl<'a> ReportWait<'a> {
+    /// Starts now. Without `signals`, a signal ends the process.
     pub(super) fn new(timeout: Duration, signals: Option<&'a mut Signals>) -> Self {
-        Self { until: Instant::now() + timeout, signals, has_ended: false }
+        Self { deadline: Instant::now() + timeout, signals, is_interrupted: false }
     }
 
-    fn left(&self) -> Duration {
-        self.until.saturating_duration_since(Instant::now())
+    fn remaining(&self) -> Duration {
+        self.deadline.saturating_duration_since(Instant::now())
     }
 
-    /// Whether a signal asks us to end.
-    fn has_ended(&mut self) -> bool {
-        self.has_ended =
-            self.has_ended || self.signals.as_mut().is_some_and(|signals| signals.ask_to_end());
-        self.has_ended
+    /// Whether a signal requested the end.
+    fn is_interrupted(&mut self) -> bool {
+        self.is_interrupted = self.is_interrupted
+            || self.signals.as_mut().is_some_and(|signals| signals.request_end());
+        self.is_interrupted
     }
 
-    /// Sleeps before what has failed is tried again.
+    /// Sleeps before a retry.
     fn pause(&self) -> io::Result<()> {
         let pause = Instant::now() + limits::REPORT_PAUSE;
-        self.sleep(None, pause.min(self.until))
+        self.sleep(None, pause.min(self.deadline))
     }
 
-    /// Sleeps until a signal comes or `other` is readable or closed, at the longest until then.
+    /// Sleeps until a signal arrives, or `other` is readable or closed, at most until `until`.
     fn sleep(&self, other: Option<&UnixStream>, until: Instant) -> io::Result<()> {
         let signals = self.signals.as_ref().and_then(|signals| signals.fd());
         let files: Vec<_> = other.map(AsFd::as_fd).into_iter().chain(signals).collect();
@@ -107,47 +109,44 @@ impl Reporter {
     ) -> Result<Self, Error> {
         let (outbox, problem) = contribute(location.path(enrolment.agent_dir().value()))?;
         if let Some(problem) = problem {
-            log::warn!(
-                "the outbox cannot be used: {} error={:?}",
-                names(&enrolment),
-                chain(&problem)
-            );
+            log::warn!("outbox cannot be used: {} error={:?}", names(&enrolment), chain(&problem));
         }
         Ok(Self { outbox, enrolment, identity })
     }
 
-    /// Reports deltas that the disk does not know of yet.
+    /// Reports deltas that have no row in the outbox yet.
     pub(super) fn report(
         &mut self,
         deltas: &[LifecycleDelta],
-        telling: &DeltaOptions,
-        patience: &mut Patience<'_>,
+        delivery: &DeliveryOptions,
+        wait: &mut ReportWait<'_>,
     ) -> Reported {
-        if telling.no_wait {
-            return self.keep(deltas);
+        if delivery.no_wait {
+            return self.queue(deltas);
         }
         match self.claim(deltas.to_vec()) {
-            Ok(claimed) => self.post(&claimed, patience),
-            Err(error) => Reported::of(&error),
+            Ok(claimed) => self.post(&claimed, wait),
+            Err(error) => Reported::failed(&error),
         }
     }
 
-    /// Waits for as long as there is time until the disk has what is in doubt: the end of this process might undo it.
-    pub(super) fn await_disk(&self, patience: &mut Patience<'_>) {
-        while self.outbox.is_busy() && !patience.has_ended() && !patience.left().is_zero() {
-            if patience.pause().is_err() {
+    /// Waits, within the timeout, until the disk has responded to a request in doubt: the end of
+    /// this process might undo it.
+    pub(super) fn await_disk(&self, wait: &mut ReportWait<'_>) {
+        while self.outbox.is_busy() && !wait.is_interrupted() && !wait.remaining().is_zero() {
+            if wait.pause().is_err() {
                 return;
             }
         }
     }
 
-    /// Claims deltas, in memory if the file cannot have them.
+    /// Queues the deltas as claimed by this process, in memory if the file cannot be written.
     fn claim(&mut self, deltas: Vec<LifecycleDelta>) -> Result<Vec<QueuedDelta>, Error> {
         let add = NewRows::Deltas(deltas.clone(), SentBy::ThisProcess);
         let first = match self.outbox.add(add.clone(), false) {
-            // What is in doubt must not be sent twice.
+            // A request in doubt may still be written: the deltas would be sent twice.
             Err(error) if error.is_outbox() && !error.is_in_doubt() => {
-                self.turn_to_memory(&error)?;
+                self.switch_to_memory(&error)?;
                 self.outbox.add(add, false)?
             }
             added => added?,
@@ -155,13 +154,13 @@ impl Reporter {
         Ok((first..).zip(deltas).map(|(id, delta)| QueuedDelta { id, delta }).collect())
     }
 
-    fn turn_to_memory(&mut self, error: &Error) -> Result<(), Error> {
-        log::warn!("the outbox cannot be used: {} error={:?}", self.names(), chain(error));
+    fn switch_to_memory(&mut self, error: &Error) -> Result<(), Error> {
+        log::warn!("outbox cannot be used: {} error={:?}", self.names(), chain(error));
         (self.outbox, _) = contribute(None)?;
         Ok(())
     }
 
-    /// Writes an operation down as in flight.
+    /// Adds rows in flight for an operation, and returns their ids.
     pub(super) fn begin(
         &self,
         operation: Operation,
@@ -171,204 +170,203 @@ impl Reporter {
         Ok((first..).take(deckies.len()).collect())
     }
 
-    /// Whether all that was given to it is on the disk.
+    /// Whether all rows of this process are on disk.
     pub(super) fn is_on_disk(&self) -> bool {
         self.outbox.path().is_some()
     }
 
-    /// The same, after another attempt to write there what is not.
-    pub(super) fn goes_to_disk(&self) -> bool {
+    /// Tries again to write the rows that are only in memory. Returns whether all are on disk.
+    pub(super) fn try_to_write(&self) -> bool {
         self.is_on_disk()
             || self.outbox.change(RowChange::Released(Vec::new()), false).is_ok()
                 && self.is_on_disk()
     }
 
-    /// What was begun here has ended.
-    pub(super) fn end(&self, ended: &[QueuedDelta], poster: SentBy) {
-        if let Err(error) = self.outbox.change(RowChange::Ended(ended.to_vec(), poster), false) {
+    /// Ends rows in flight.
+    pub(super) fn end(&self, ended: &[QueuedDelta], sent_by: SentBy) {
+        if let Err(error) = self.outbox.change(RowChange::Ended(ended.to_vec(), sent_by), false) {
             log::warn!(
-                "how the operation ended is not on the disk: {} error={:?}",
+                "could not record the end of the operation: {} error={:?}",
                 self.names(),
                 chain(&error)
             );
         }
     }
 
-    /// Keeps deltas for `run` to deliver.
-    fn keep(&self, deltas: &[LifecycleDelta]) -> Reported {
+    /// Queues deltas for `run` to deliver.
+    fn queue(&self, deltas: &[LifecycleDelta]) -> Reported {
         let added = self.outbox.add(NewRows::Deltas(deltas.to_vec(), SentBy::Deliverer), false);
-        self.left(added.map(drop))
+        self.queued(added.map(drop))
     }
 
-    /// Keeps deltas for `run` as soon as their file can be had, for as long as there is time. `None`: they are not kept.
-    pub(super) fn insist(
+    /// Tries to queue deltas for `run` until that succeeds or the timeout is over. `None`: they are
+    /// not queued.
+    pub(super) fn retry_queue(
         &mut self,
         location: &OutboxLocation,
         deltas: &[LifecycleDelta],
-        patience: &mut Patience<'_>,
+        wait: &mut ReportWait<'_>,
     ) -> Option<Reported> {
-        while !patience.has_ended() && !patience.left().is_zero() {
+        while !wait.is_interrupted() && !wait.remaining().is_zero() {
             let opened = contribute(location.path(self.agent_dir()));
             if let Ok((outbox, None)) = opened {
                 self.outbox = outbox;
-                match self.keep(deltas) {
+                match self.queue(deltas) {
                     Reported::Lost(_) => (),
                     reported => return Some(reported),
                 }
             }
-            if patience.pause().is_err() {
+            if wait.pause().is_err() {
                 break;
             }
         }
         None
     }
 
-    /// Leaves what has ended to `run`.
-    pub(super) fn leave(&self, patience: &mut Patience<'_>) -> Reported {
-        self.left(self.write_down(patience))
+    /// Leaves ended rows to `run`.
+    pub(super) fn leave_to_run(&self, wait: &mut ReportWait<'_>) -> Reported {
+        self.queued(self.write_rows(wait))
     }
 
-    fn left(&self, written: Result<(), Error>) -> Reported {
+    fn queued(&self, written: Result<(), Error>) -> Reported {
         match written {
-            Ok(()) if self.is_on_disk() => Reported::Left,
-            Ok(()) => Reported::Lost("the outbox is in memory alone".to_owned()),
-            Err(error) => Reported::of(&error),
+            Ok(()) if self.is_on_disk() => Reported::Queued,
+            Ok(()) => Reported::Lost("the outbox is only in memory".to_owned()),
+            Err(error) => Reported::failed(&error),
         }
     }
 
-    /// Posts what this process has claimed, and leaves to `run` what the master has not accepted in time, or must not hear
-    /// before something newer.
-    pub(super) fn post(&self, deltas: &[QueuedDelta], patience: &mut Patience<'_>) -> Reported {
-        let (overtaken, free) = self.overtaken_and_free(deltas);
-        let mut left = free.as_slice();
+    /// Posts the rows that this process has claimed. Leaves to `run` what the master has not
+    /// accepted in time, and what a newer operation holds back.
+    pub(super) fn post(&self, deltas: &[QueuedDelta], wait: &mut ReportWait<'_>) -> Reported {
+        let (held, free) = self.held_and_free(deltas);
+        let mut unsent = free.as_slice();
         let failed = loop {
-            let (body, later) = left.split_at(left.len().min(limits::DELTAS_PER_BODY));
+            let (body, later) = unsent.split_at(unsent.len().min(limits::DELTAS_PER_BODY));
             if body.is_empty() {
                 break None;
             }
-            if let Err(why) = self.send(body, patience) {
+            if let Err(why) = self.send(body, wait) {
                 break Some(why);
             }
-            // What the file does not take now it takes in the end, or that is an error there.
+            // `write_rows` below tries again and reports an error.
             let _ = self
                 .outbox
                 .change(RowChange::Answered(ids(body), DeliveryResult::Delivered), false);
-            left = later;
+            unsent = later;
         };
-        let left = [left, &overtaken].concat();
-        // The same.
-        let _ = if left.is_empty() {
-            Ok(())
-        } else {
-            self.outbox.change(RowChange::Released(ids(&left)), false)
-        };
-        if let Err(error) = self.write_down(patience) {
+        let undelivered = [unsent, &held].concat();
+        if !undelivered.is_empty() {
+            let _ = self.outbox.change(RowChange::Released(ids(&undelivered)), false);
+        }
+        if let Err(error) = self.write_rows(wait) {
             log::error!(
-                "the outbox does not know what has been delivered, run may send a delta again: {} error={:?}",
+                "could not record delivery; run may send deltas again: {} error={:?}",
                 self.names(),
                 chain(&error)
             );
         }
-        if left.is_empty() {
+        if undelivered.is_empty() {
             return Reported::Delivered;
         }
         let why = failed.unwrap_or_else(|| {
-            "a newer operation of the same decky is to be heard first".to_owned()
+            "a newer operation of the same decky must be delivered first".to_owned()
         });
-        if self.is_on_disk() { Reported::Queued(why) } else { Reported::Lost(why) }
+        if self.is_on_disk() { Reported::Undelivered(why) } else { Reported::Lost(why) }
     }
 
-    /// Where the outbox cannot say, the delta may not be in there either, and to post it is all that can be done for it. A disk
-    /// that has not answered once is not asked about the others.
-    fn overtaken_and_free(&self, deltas: &[QueuedDelta]) -> (Vec<QueuedDelta>, Vec<QueuedDelta>) {
-        let mut answers = true;
-        deltas.iter().cloned().partition(|kept| {
-            answers
-                && self.outbox.is_overtaken(kept).unwrap_or_else(|error| {
+    /// Splits the deltas into those that a newer operation holds back and the others. If the outbox
+    /// cannot be asked, the delta is posted: it may not be on disk either. After one failure the
+    /// outbox is not asked about further deltas.
+    fn held_and_free(&self, deltas: &[QueuedDelta]) -> (Vec<QueuedDelta>, Vec<QueuedDelta>) {
+        let mut responds = true;
+        deltas.iter().cloned().partition(|queued| {
+            responds
+                && self.outbox.is_overtaken(queued).unwrap_or_else(|error| {
                     log::debug!(
-                        "the outbox cannot be asked for newer operations: error={:?}",
+                        "could not ask the outbox for newer operations: error={:?}",
                         chain(&error)
                     );
-                    answers = false;
+                    responds = false;
                     false
                 })
         })
     }
 
-    /// Tries for as long as there is time: what was in flight on the disk and has not ended there is reported failed when
-    /// this process is gone.
-    fn write_down(&self, patience: &mut Patience<'_>) -> Result<(), Error> {
+    /// Writes all pending changes, with retries until the timeout. A row that stays in flight on
+    /// disk is reported as failed after the end of this process.
+    fn write_rows(&self, wait: &mut ReportWait<'_>) -> Result<(), Error> {
         loop {
-            // All that was not written yet is written with any change.
+            // Any change also writes the pending ones.
             let Err(error) = self.outbox.change(RowChange::Released(Vec::new()), false) else {
                 return Ok(());
             };
-            if patience.has_ended() || patience.left().is_zero() || patience.pause().is_err() {
+            if wait.is_interrupted() || wait.remaining().is_zero() || wait.pause().is_err() {
                 return Err(error);
             }
         }
     }
 
-    /// One POST. Why it was not accepted.
-    fn send(&self, deltas: &[QueuedDelta], patience: &mut Patience<'_>) -> Result<(), String> {
-        if patience.has_ended() {
+    /// Sends one POST. The error says why it was not accepted.
+    fn send(&self, deltas: &[QueuedDelta], wait: &mut ReportWait<'_>) -> Result<(), String> {
+        if wait.is_interrupted() {
             return Err(SIGNAL.to_owned());
         }
-        let deltas = deltas.iter().map(|kept| kept.delta.clone()).collect();
+        let deltas = deltas.iter().map(|queued| queued.delta.clone()).collect();
         let post = Post { enrolment: self.enrolment.clone(), identity: self.identity, deltas };
-        let within = patience.left();
-        match post.clone().start(within) {
-            Ok((answer, done)) => await_answer(&answer, &done, patience),
+        let timeout = wait.remaining();
+        match post.clone().start(timeout) {
+            Ok((result, done)) => await_result(&result, &done, wait),
             Err(error) => {
-                log::debug!("the POST has no thread of its own: error={:?}", error.to_string());
-                post.send(within)
+                log::debug!("no thread for the POST: error={:?}", error.to_string());
+                post.send(timeout)
             }
         }
     }
 
-    /// Where the files of this host are.
+    /// The agent dir.
     pub(super) fn agent_dir(&self) -> &Path {
         self.enrolment.agent_dir().value()
     }
 
-    /// Who we are to which master: what a line of the log begins with.
+    /// The keys `host` and `master` of a log line.
     pub(super) fn names(&self) -> String {
         names(&self.enrolment)
     }
 
-    /// Where they are kept, for a person.
-    pub(super) fn place(&self) -> String {
+    /// The outbox's file, or `memory`, for messages.
+    pub(super) fn outbox_name(&self) -> String {
         self.outbox.path().map_or_else(|| "memory".to_owned(), sanitize_path)
     }
 }
 
-/// Why a report was not sent to its end.
-const SIGNAL: &str = "a signal came while it was sent";
+/// The reason if a signal ends a report.
+const SIGNAL: &str = "interrupted by a signal";
 
-/// Waits for the answer, but not for a thread that hangs.
-fn await_answer(
-    answer: &Receiver<Result<(), String>>,
+/// Waits for the result of the POST, at most [`limits::REPORT_SLACK`] beyond the timeout.
+fn await_result(
+    result: &Receiver<Result<(), String>>,
     done: &UnixStream,
-    patience: &mut Patience<'_>,
+    wait: &mut ReportWait<'_>,
 ) -> Result<(), String> {
-    let until = patience.until + limits::REPORT_SLACK;
+    let until = wait.deadline + limits::REPORT_SLACK;
     loop {
-        match answer.try_recv() {
-            Ok(answer) => return answer,
+        match result.try_recv() {
+            Ok(result) => return result,
             Err(TryRecvError::Disconnected) => return Err("the POST panicked".to_owned()),
             Err(TryRecvError::Empty) => (),
         }
-        if patience.has_ended() {
+        if wait.is_interrupted() {
             return Err(SIGNAL.to_owned());
         }
         if Instant::now() >= until {
-            return Err("no answer in time".to_owned());
+            return Err("timeout".to_owned());
         }
-        patience.sleep(Some(done), until).map_err(|error| error.to_string())?;
+        wait.sleep(Some(done), until).map_err(|error| error.to_string())?;
     }
 }
 
-/// One POST with nothing said of what runs here: that is for `run` to say.
+/// One POST with deltas and an unknown status: only `run` reports what runs on this host.
 #[derive(Clone)]
 struct Post {
     enrolment: Enrolment,
@@ -377,40 +375,42 @@ struct Post {
 }
 
 impl Post {
-    /// Sends it on a thread of its own: where its answer comes, and what is closed after that.
-    fn start(self, within: Duration) -> io::Result<(Receiver<Result<(), String>>, UnixStream)> {
-        let (sender, answer) = bounded(1);
+    /// Sends the POST on its own thread. The receiver gets the result, and the socket is closed
+    /// then.
+    fn start(self, timeout: Duration) -> io::Result<(Receiver<Result<(), String>>, UnixStream)> {
+        let (sender, result) = bounded(1);
         let (done, open) = UnixStream::pair()?;
         let send = move || {
             let _open = open;
-            // Nobody may be waiting any more.
-            let _ = sender.send(self.send(within));
+            // The receiver is dropped after the timeout.
+            let _ = sender.send(self.send(timeout));
             drop(sender);
         };
         thread::Builder::new().name("report".to_owned()).spawn(send)?;
-        Ok((answer, done))
+        Ok((result, done))
     }
 
-    /// Why it was not accepted.
-    fn send(&self, within: Duration) -> Result<(), String> {
-        let until = Instant::now() + within;
+    /// The error says why the POST was not accepted.
+    fn send(&self, timeout: Duration) -> Result<(), String> {
+        let deadline = Instant::now() + timeout;
         let agent_dir = self.enrolment.agent_dir().value();
-        // Without it the master may order the topology to be built again.
+        // A POST without the topology may make the master order a rebuild.
         let topology =
             DecnetStatus::new(agent_dir).applied_topology().ok_or("topology.db cannot be read")?;
         let access = Credentials::load(self.enrolment.clone(), self.identity)
             .map_err(|error| chain(&error))?;
         let link = MasterLink::new(access);
         let lifecycle: Vec<_> = self.deltas.iter().collect();
-        let snapshot = Snapshot::unknown("a delta alone").with_topology(topology);
+        let snapshot = Snapshot::unknown("only deltas").with_topology(topology);
         let body = serde_json::to_vec(&Body::of(link.host(), &snapshot, &lifecycle))
             .map_err(|error| error.to_string())?;
-        let reply = link.master().post(&body, until.saturating_duration_since(Instant::now()));
-        let (class, detail) = (reply.class, reply.detail);
+        let reply = link.master().post(&body, deadline.saturating_duration_since(Instant::now()));
+        let class = reply.class;
+        let detail = reply.detail;
         match reply.verdict {
             Verdict::Accepted => Ok(()),
             Verdict::HostRejected if class == "http-404" => Err(format!(
-                "the master does not know this host, enrol it again ({class}): {detail}"
+                "the master does not know this host; enrol it again ({class}): {detail}"
             )),
             Verdict::HostRejected => {
                 let fingerprint = link.fingerprint();
@@ -426,7 +426,7 @@ impl Post {
 }
 
 fn ids(deltas: &[QueuedDelta]) -> Vec<i64> {
-    deltas.iter().map(|kept| kept.id).collect()
+    deltas.iter().map(|queued| queued.id).collect()
 }
 
 fn names(enrolment: &Enrolment) -> String {

@@ -1,6 +1,6 @@
-//! `run`: beat until a signal comes. The main thread waits for signals, for beats, after which the stats and metrics are
-//! written, and for the time to notify systemd's watchdog if there is one. After the start it opens, reads and writes no
-//! file, so no disk delays a signal or the watchdog.
+//! `run`: sends heartbeats until a signal stops it. The main thread waits for signals, for beats
+//! (after each the stats and metrics are written) and for the next watchdog notification. After the
+//! start it does no file I/O, so no disk delays a signal or the watchdog.
 
 use std::time::Instant;
 
@@ -21,20 +21,20 @@ pub(super) fn run(
     options: RunOptions,
     signals: &Receiver<i32>,
 ) -> Result<(), Error> {
-    // A target that must not be replaced is reported first: the other errors may pass.
+    // First: this error is permanent, the others may be transient.
     let own = OwnFiles::of(common, &options, enrolment(common).ok().as_ref());
     let stats_files =
         StatsFiles::start(options.stats_file.clone(), options.metrics_file.clone(), own)?;
-    let Some(heartbeat) = start_patiently(common, &options, signals)? else { return Ok(()) };
+    let Some(heartbeat) = start_with_retries(common, &options, signals)? else { return Ok(()) };
     let mut systemd = Systemd::from_env();
     systemd.ready();
-    let watched = watch(&heartbeat, signals, stats_files.as_ref(), &mut systemd);
+    let result = watch(&heartbeat, signals, stats_files.as_ref(), &mut systemd);
     systemd.stopping();
     let host = host(&heartbeat);
     let stopped = heartbeat.stop(limits::RUN_GRACE);
     if stopped.undelivered > 0 {
         log::warn!(
-            "stopped with deltas undelivered: host={host} waiting={} kept={}",
+            "stopped with undelivered deltas: host={host} waiting={} durable={}",
             stopped.undelivered,
             stopped.kept
         );
@@ -42,12 +42,12 @@ pub(super) fn run(
     if let Some(files) = stats_files {
         files.finish();
     }
-    watched
+    result
 }
 
-/// What only an operator can mend is told once it has been so for a moment: an enrolment removes files and writes them anew.
-/// `None`: a signal has asked for the end meanwhile.
-fn start_patiently(
+/// Reports a configuration error only after it has lasted for [`limits::ENROLMENT_PATIENCE`]: an
+/// enrolment removes files and writes them again. `None`: a signal requested the end meanwhile.
+fn start_with_retries(
     common: &Common,
     options: &RunOptions,
     signals: &Receiver<i32>,
@@ -56,7 +56,7 @@ fn start_patiently(
     loop {
         match start(common, options) {
             Err(error) if code_of(&error) == NOT_CONFIGURED && Instant::now() < end => (),
-            started => return started.map(Some),
+            result => return result.map(Some),
         }
         if signals.recv_timeout(limits::ENROLMENT_LOOK).is_ok() {
             return Ok(None);
@@ -78,17 +78,18 @@ fn start(common: &Common, options: &RunOptions) -> Result<Heartbeat, Error> {
     builder.start()
 }
 
-/// Returns when a signal asks for the end, or when there is nothing left to watch.
+/// Returns when a signal requests the end, when the host is decommissioned, or when the heartbeat
+/// thread has ended.
 fn watch(
     heartbeat: &Heartbeat,
     signals: &Receiver<i32>,
     stats_files: Option<&StatsFiles>,
     systemd: &mut Systemd,
 ) -> Result<(), Error> {
-    let watchdog = systemd::watchdog().map_or_else(never, tick);
+    let watchdog = systemd::watchdog_interval().map_or_else(never, tick);
     let beats = heartbeat.beats();
     loop {
-        let ready = systemd.when_to_catch_up();
+        let ready = systemd.next_ready();
         select! {
             recv(signals) -> signal => {
                 let signal = signal.ok().and_then(low_level::signal_name).unwrap_or("none");
@@ -105,11 +106,11 @@ fn watch(
                     if is_decommissioned {
                         return Err(decommissioned());
                     }
-                    systemd.catch_up();
+                    systemd.retry_ready();
                 }
-                Err(_) => return Err(Error::setting("heartbeat", "the thread has ended unasked")),
+                Err(_) => return Err(Error::setting("heartbeat", "its thread ended unexpectedly")),
             },
-            recv(ready) -> _ => systemd.catch_up(),
+            recv(ready) -> _ => systemd.retry_ready(),
             recv(watchdog) -> _ => if !heartbeat.is_stalled() {
                 systemd.alive();
             },
@@ -117,15 +118,15 @@ fn watch(
     }
 }
 
-/// Nothing that a restart could mend: the answer and the files would be the same.
+/// A restart does not help: the answer and the files would be the same.
 fn decommissioned() -> Error {
     Error::not_enrolled(
-        "this host was decommissioned: its ini and its bundle are gone, and the master does not accept it any more; enrol it \
-         again, or remove this program's unit",
+        "this host was decommissioned: its ini and its bundle do not exist, and the master \
+         rejects it; enrol it again, or remove this program's unit",
     )
 }
 
-/// For the log.
+/// The host's uuid, for the log.
 fn host(heartbeat: &Heartbeat) -> String {
     heartbeat.stats().host_uuid.unwrap_or_default()
 }

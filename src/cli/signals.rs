@@ -1,14 +1,15 @@
-//! What the program does on a signal. Those that it survives have a handler that does nothing: an ignored signal would be
-//! ignored by a command that `track` starts, too. A signal that was ignored when the program started, as SIGHUP is under
-//! `nohup`, stays ignored. One that was blocked does not stay blocked: nobody could stop the program.
+//! What the program does on a signal. A signal without effect has a handler that does nothing: if
+//! it were ignored, the command of `track` would inherit that. A signal that was ignored when the
+//! program started, as SIGHUP is under `nohup`, stays ignored. A signal that was blocked is
+//! unblocked: the program must be possible to stop.
 //!
 //! | signal | `run` | other commands |
 //! | --- | --- | --- |
-//! | TERM, INT | stops; another one, a moment later, ends it at once | ends (`track` passes it on) |
+//! | TERM, INT | stops; a second one ends it at once | ends (`track` passes it on) |
 //! | HUP | reopens `--log-file` | ends (`track` passes it on) |
-//! | XFSZ | the file in question is full | the same |
-//! | USR1, USR2, ALRM, VTALRM, PROF, IO, STKFLT, PWR, RTMIN to RTMAX | nothing | ends |
-//! | PIPE | nothing; Rust's runtime ignores it | the same |
+//! | XFSZ | no effect; the write fails as on a full disk | the same |
+//! | USR1, USR2, ALRM, VTALRM, PROF, IO, STKFLT, PWR, RTMIN to RTMAX | no effect | ends |
+//! | PIPE | no effect; Rust's runtime ignores it | the same |
 //! | QUIT, ABRT, SEGV, XCPU and the like | the system's default: a core dump | the same |
 //! | STOP, TSTP, TTIN, TTOU, CONT | the system's default: job control | the same |
 
@@ -30,37 +31,38 @@ use super::logging;
 use crate::error::Error;
 use crate::limits;
 
-/// Signals that would end `run` and mean nothing to it. systemd counts an end by some of them as a clean one.
-const MEANINGLESS: [c_int; 8] =
+/// Signals that have no meaning for `run` but would end it by default.
+const WITHOUT_EFFECT: [c_int; 8] =
     [SIGUSR1, SIGUSR2, SIGALRM, SIGVTALRM, SIGPROF, SIGIO, libc::SIGSTKFLT, libc::SIGPWR];
 
-/// For every process, before it writes its first file: a file that may not grow further (`ulimit -f`) is a write that fails,
-/// as on a full disk, and not the end.
+/// Makes a write beyond the file size limit (`ulimit -f`) fail as on a full disk, instead of ending
+/// the process. Every process calls it before it writes its first file.
 pub(super) fn survive_file_size_limit() -> Result<(), Error> {
     survive([SIGXFSZ])
 }
 
-/// For every command. For `run`, the signals that ask it to stop; for other commands none ever comes.
+/// Sets up the signals of a command. The receiver gets the signals that stop `run`; for other
+/// commands it stays empty.
 pub(super) fn start(is_run: bool) -> Result<Receiver<c_int>, Error> {
     survive_file_size_limit()?;
-    let stops = if is_run { of_run()? } else { never() };
-    // Last: one that waits would end `run`.
+    let stops = if is_run { start_run()? } else { never() };
+    // Last: a pending signal without its handler would end `run`.
     SigSet::all().thread_unblock().map_err(|error| failed(error.into()))?;
     Ok(stops)
 }
 
-/// Until the log file is open SIGHUP does nothing.
-fn of_run() -> Result<Receiver<c_int>, Error> {
+/// Handles the signals of `run`. SIGHUP has no effect until the log file is open.
+fn start_run() -> Result<Receiver<c_int>, Error> {
     const NAME: &str = "signals";
-    survive(MEANINGLESS.into_iter().chain(libc::SIGRTMIN()..=libc::SIGRTMAX()))?;
+    survive(WITHOUT_EFFECT.into_iter().chain(libc::SIGRTMIN()..=libc::SIGRTMAX()))?;
     let ignored = ignored();
-    let wanted: Vec<_> =
+    let handled: Vec<_> =
         [SIGTERM, SIGINT, SIGHUP].into_iter().filter(|signal| !has(ignored, *signal)).collect();
     let is_last = Arc::new(AtomicBool::new(false));
-    for signal in wanted.iter().copied().filter(|signal| *signal != SIGHUP) {
+    for signal in handled.iter().copied().filter(|signal| *signal != SIGHUP) {
         flag::register_conditional_shutdown(signal, 1, Arc::clone(&is_last)).map_err(failed)?;
     }
-    let mut caught = Signals::new(wanted).map_err(failed)?;
+    let mut caught = Signals::new(handled).map_err(failed)?;
     let (sender, stops) = bounded(1);
     let act = move || {
         for signal in caught.forever() {
@@ -68,9 +70,9 @@ fn of_run() -> Result<Receiver<c_int>, Error> {
                 logging::reopen();
                 continue;
             }
-            // One is enough.
+            // If the channel is full, `run` is stopping already.
             let _ = sender.try_send(signal);
-            // What signals a process and then its group, as timeout(1) does, has not asked twice.
+            // timeout(1) signals a process and then its group: that is one request to stop.
             thread::sleep(limits::SAME_STOP);
             is_last.store(true, Ordering::SeqCst);
         }
@@ -82,15 +84,17 @@ fn of_run() -> Result<Receiver<c_int>, Error> {
     Ok(stops)
 }
 
-/// For the thread that writes the log: a terminal in the mode `tostop` would stop the whole process, where it is not in the
-/// foreground. This one writes there all the same.
-pub(super) fn write_to_any_terminal() {
-    // There is no error for a set of signals that the library made.
+/// Lets this thread write to a terminal in the mode `tostop` while the process is in the
+/// background. Otherwise the write would stop the whole process. For the thread that writes the
+/// log.
+pub(super) fn allow_background_writes() {
+    // It fails only for an invalid set of signals.
     let _ = SigSet::from(Signal::SIGTTOU).thread_block();
 }
 
 fn survive(signals: impl IntoIterator<Item = c_int>) -> Result<(), Error> {
-    let (ignored, unread) = (ignored(), Arc::new(AtomicBool::new(false)));
+    let ignored = ignored();
+    let unread = Arc::new(AtomicBool::new(false));
     for signal in signals.into_iter().filter(|signal| !has(ignored, *signal)) {
         flag::register(signal, Arc::clone(&unread)).map_err(failed)?;
     }
@@ -101,7 +105,7 @@ fn failed(source: io::Error) -> Error {
     Error::setting("signals", "cannot be caught").with_source(source)
 }
 
-/// The signals that this process ignores, a bit each from the first on. Where the system does not say, none.
+/// The signals that this process ignores: bit 0 is signal 1. None if `/proc` cannot be read.
 pub(super) fn ignored() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let line = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));

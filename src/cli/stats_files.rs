@@ -1,5 +1,5 @@
-//! `--stats-file` and `--metrics-file`: written after each beat by a thread of their own, `stats-files`. The newest stats
-//! replace those that wait, and nobody waits for a disk.
+//! `--stats-file` and `--metrics-file`. The thread `stats-files` writes them after each beat. New
+//! stats replace those that are not written yet, so no other thread waits for the disk.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -19,18 +19,19 @@ use crate::text::{escaped_json, sanitize};
 
 const NAME: &str = "stats-files";
 
-/// The files, if there are any.
+/// The handle of the thread that writes the files.
 #[derive(Debug)]
 pub(super) struct StatsFiles {
-    newest: Sender<Stats>,
-    /// What the thread has not taken yet.
-    waiting: Receiver<Stats>,
+    sender: Sender<Stats>,
+    /// The stats that the thread has not taken yet.
+    pending: Receiver<Stats>,
     /// Disconnected when the thread has ended.
-    end: Receiver<()>,
+    ended: Receiver<()>,
 }
 
 impl StatsFiles {
-    /// An existing target that must not be replaced is an error. A disk that does not answer in time is none.
+    /// Fails if a target exists and must not be replaced. A disk that does not respond within
+    /// [`limits::STATS_CHECK`] is not an error. `None`: there is no file to write.
     pub(super) fn start(
         stats: Option<PathBuf>,
         metrics: Option<PathBuf>,
@@ -43,36 +44,36 @@ impl StatsFiles {
         if files.is_empty() {
             return Ok(None);
         }
-        let (newest, waiting) = bounded(1);
-        let (checks, checked) = bounded(1);
-        let (running, end) = bounded(0);
-        let taken = waiting.clone();
+        let (sender, pending) = bounded(1);
+        let (check_sender, check_result) = bounded(1);
+        let (running, ended) = bounded(0);
+        let receiver = pending.clone();
         let work = move || {
             let _running: Sender<()> = running;
-            let _ = checks.send(files.iter().try_for_each(|file| file.check(&own)));
-            write_each(files, &taken);
+            let _ = check_sender.send(files.iter().try_for_each(|file| file.check(&own)));
+            write_each(files, &receiver);
         };
         thread::Builder::new()
             .name(NAME.to_owned())
             .spawn(work)
             .map_err(|source| Error::thread(NAME, source))?;
-        checked.recv_timeout(limits::STATS_CHECK).unwrap_or(Ok(()))?;
-        Ok(Some(Self { newest, waiting, end }))
+        check_result.recv_timeout(limits::STATS_CHECK).unwrap_or(Ok(()))?;
+        Ok(Some(Self { sender, pending, ended }))
     }
 
-    /// Never waits.
+    /// Queues the stats in place of those that are not written yet. Never waits.
     pub(super) fn write(&self, mut stats: Stats) {
-        while let Err(TrySendError::Full(newer)) = self.newest.try_send(stats) {
-            let _ = self.waiting.try_recv();
-            stats = newer;
+        while let Err(TrySendError::Full(returned)) = self.sender.try_send(stats) {
+            let _ = self.pending.try_recv();
+            stats = returned;
         }
     }
 
-    /// Waits a moment until what was given last is written.
+    /// Waits until the last stats are written, at most [`limits::STATS_FINISH`].
     pub(super) fn finish(self) {
-        let Self { newest, waiting, end } = self;
-        drop((newest, waiting));
-        let _ = end.recv_timeout(limits::STATS_FINISH);
+        let Self { sender, pending, ended } = self;
+        drop((sender, pending));
+        let _ = ended.recv_timeout(limits::STATS_FINISH);
     }
 }
 
@@ -82,17 +83,17 @@ fn write_each(mut files: Vec<StatsFile>, stats: &Receiver<Stats>) {
     }
 }
 
-/// One of the two.
+/// One of the two files.
 struct StatsFile {
     option: &'static str,
     path: PathBuf,
     text: fn(&Stats) -> serde_json::Result<String>,
-    /// `None`: what the umask leaves.
+    /// `None`: the umask decides.
     mode: Option<u32>,
-    /// The last reason why it could not be written, so that it is logged once.
+    /// The error of the last write. The same error is logged once.
     problem: Option<String>,
-    /// All of them: a file that can be written only now and then is logged less and less often.
-    problems: LogThrottle,
+    /// Throttles the log if writes fail and succeed by turns.
+    throttle: LogThrottle,
 }
 
 impl StatsFile {
@@ -103,7 +104,7 @@ impl StatsFile {
         Self::new("--stats-file", path, text, None)
     }
 
-    /// Whatever the umask is: node_exporter is another user.
+    /// Mode 0644 with any umask: node_exporter runs as another user.
     fn metrics(path: PathBuf) -> Self {
         Self::new("--metrics-file", path, |stats| Ok(metrics::text(stats)), Some(0o644))
     }
@@ -114,10 +115,10 @@ impl StatsFile {
         text: fn(&Stats) -> serde_json::Result<String>,
         mode: Option<u32>,
     ) -> Self {
-        Self { option, path, text, mode, problem: None, problems: LogThrottle::default() }
+        Self { option, path, text, mode, problem: None, throttle: LogThrottle::default() }
     }
 
-    /// A folder that is not there yet is no error: it may be mounted later.
+    /// A missing folder is not an error: it may be mounted later.
     fn check(&self, own: &OwnFiles) -> Result<(), Error> {
         if let Some(what) = own.at(self.option, &self.path) {
             let problem = format!(
@@ -128,7 +129,7 @@ impl StatsFile {
         }
         match files::replaceable(&self.path) {
             Err(error) if error.kind() == io::ErrorKind::InvalidInput => {
-                Err(refused(self.option, &self.path, error))
+                Err(invalid_target(self.option, &self.path, error))
             }
             _ => Ok(()),
         }
@@ -140,18 +141,18 @@ impl StatsFile {
         let problem = written.err().map(|error| sanitize(&error.to_string()));
         if let Some(problem) =
             problem.as_ref().filter(|problem| self.problem.as_ref() != Some(problem))
-            && self.problems.count("stats", problem, Instant::now()).is_some()
+            && self.throttle.count("stats", problem, Instant::now()).is_some()
         {
             let file = sanitize_path(&self.path);
-            log::warn!("the stats cannot be written: file={file} error={problem:?}");
+            log::warn!("stats file cannot be written: file={file} error={problem:?}");
         }
         self.problem = problem;
     }
 }
 
-fn refused(option: &str, path: &Path, error: io::Error) -> Error {
+fn invalid_target(option: &str, path: &Path, error: io::Error) -> Error {
     let problem = format!(
-        "{} cannot be used; name a regular file, or a path where nothing is",
+        "{} cannot be replaced; name a regular file, or a path that does not exist",
         sanitize_path(path)
     );
     Error::config(option, problem).with_source(error)
@@ -162,19 +163,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_newest_stats_replace_those_that_wait_and_nobody_waits() {
-        let (newest, waiting) = bounded(1);
-        let (running, end) = bounded(0);
-        // A thread that a disk holds up takes nothing.
-        let taken = waiting.clone();
-        let files = StatsFiles { newest, waiting, end };
+    fn new_stats_replace_pending_ones_without_waiting() {
+        let (sender, pending) = bounded(1);
+        let (running, ended) = bounded(0);
+        // As if the thread were blocked by its disk: it takes nothing.
+        let not_taken = pending.clone();
+        let files = StatsFiles { sender, pending, ended };
         for beats in 1..=3 {
             files.write(Stats { beats, ..Stats::default() });
         }
         let start = Instant::now();
         files.finish();
         assert!(start.elapsed() < limits::STATS_FINISH * 20, "{:?}", start.elapsed());
-        assert_eq!(taken.iter().map(|stats| stats.beats).collect::<Vec<_>>(), [3]);
+        assert_eq!(not_taken.iter().map(|stats| stats.beats).collect::<Vec<_>>(), [3]);
         drop::<Sender<()>>(running);
     }
 }

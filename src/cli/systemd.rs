@@ -1,7 +1,8 @@
-//! Readiness and the watchdog for systemd, or for any supervisor that speaks its protocol (sd_notify(3)). Runs on the
-//! program's main thread.
+//! Readiness and watchdog notifications for systemd, or for another supervisor with the protocol of
+//! sd_notify(3). Runs on the main thread.
 //!
-//! Of our own: the crate `sd-notify` knows no abstract sockets, and its sends wait for a supervisor that does not read.
+//! The crate `sd-notify` does not support abstract sockets, and its sends block if the supervisor
+//! does not read.
 
 use std::env;
 use std::ffi::{OsStr, OsString};
@@ -25,34 +26,39 @@ const ALIVE: &str = "WATCHDOG=1\n";
 pub(super) struct Systemd {
     /// `None`: there is no supervisor to notify.
     address: Option<SocketAddr>,
-    /// READY is to be sent with the next notification.
-    owes_ready: bool,
-    /// How long it was waited last for the supervisor to have room for READY.
+    /// The next notification carries READY.
+    ready_pending: bool,
+    /// The last pause before READY was sent again.
     pause: Duration,
-    problems: LogThrottle,
+    throttle: LogThrottle,
 }
 
 impl Systemd {
-    /// What the environment says. Where it cannot be used, that is logged, once.
+    /// Reads the socket's address from the environment. An invalid one is logged here, once.
     pub(super) fn from_env() -> Self {
         let address =
             env::var_os("NOTIFY_SOCKET").filter(|name| !name.is_empty()).and_then(|name| {
                 let address = address(&name);
                 address
                     .inspect_err(|error| {
-                        let (name, problem) =
-                            (sanitize(&name.to_string_lossy()), error.to_string());
+                        let name = sanitize(&name.to_string_lossy());
+                        let problem = error.to_string();
                         log::warn!(
                             "systemd cannot be notified: NOTIFY_SOCKET={name:?} error={problem:?}"
                         );
                     })
                     .ok()
             });
-        Self { address, owes_ready: false, pause: limits::READY, problems: LogThrottle::default() }
+        Self {
+            address,
+            ready_pending: false,
+            pause: limits::READY,
+            throttle: LogThrottle::default(),
+        }
     }
 
     pub(super) fn ready(&mut self) {
-        self.owes_ready = true;
+        self.ready_pending = true;
         self.notify("");
     }
 
@@ -60,39 +66,40 @@ impl Systemd {
         self.notify(ALIVE);
     }
 
-    /// That it was ever ready is of no use any more.
+    /// Also discards a READY that is still pending.
     pub(super) fn stopping(&mut self) {
-        self.owes_ready = false;
+        self.ready_pending = false;
         self.notify(STOPPING);
     }
 
-    /// Sends READY again if it could not be sent. For each beat, and for [`when_to_catch_up`](Self::when_to_catch_up).
-    pub(super) fn catch_up(&mut self) {
-        if self.owes_ready {
+    /// Sends READY again if that failed before. Called after each beat, and at the times of
+    /// [`next_ready`](Self::next_ready).
+    pub(super) fn retry_ready(&mut self) {
+        if self.ready_pending {
             self.notify("");
         }
     }
 
-    /// Says when READY is to be sent again: the supervisor does not wait for a beat that is an hour away. Ever later, so that
-    /// a socket that never works costs nothing.
-    pub(super) fn when_to_catch_up(&mut self) -> Receiver<Instant> {
-        if !self.owes_ready || self.address.is_none() {
+    /// When READY is to be sent again: the supervisor does not wait for a beat that is an hour
+    /// away. The pause doubles each time, so that a socket that never works costs little.
+    pub(super) fn next_ready(&mut self) -> Receiver<Instant> {
+        if !self.ready_pending || self.address.is_none() {
             return never();
         }
         self.pause = self.pause.saturating_mul(2);
         after(self.pause)
     }
 
-    /// Never waits: a notification for which the supervisor has no room fails. What fails each time is logged less and less
-    /// often.
+    /// Never waits: if the supervisor's socket is full, the notification fails. Repeated failures
+    /// are logged at a decreasing rate.
     fn notify(&mut self, state: &str) {
         let Some(address) = &self.address else { return };
-        let states = if self.owes_ready { [READY, state].concat() } else { state.to_owned() };
+        let states = if self.ready_pending { [READY, state].concat() } else { state.to_owned() };
         match send(address, states.as_bytes()) {
-            Ok(()) => self.owes_ready = false,
+            Ok(()) => self.ready_pending = false,
             Err(error) => {
                 let problem = sanitize(&error.to_string());
-                if let Some(times) = self.problems.count("systemd", &problem, Instant::now()) {
+                if let Some(times) = self.throttle.count("systemd", &problem, Instant::now()) {
                     log::warn!("systemd could not be notified: times={times} error={problem:?}");
                 }
             }
@@ -100,7 +107,7 @@ impl Systemd {
     }
 }
 
-/// To the address and not over a connection: a supervisor that starts anew has another socket there.
+/// Sends to the address without a connection: a restarted supervisor has another socket there.
 fn send(address: &SocketAddr, states: &[u8]) -> io::Result<()> {
     let socket = UnixDatagram::unbound()?;
     socket.set_nonblocking(true)?;
@@ -113,21 +120,21 @@ fn address(name: &OsStr) -> io::Result<SocketAddr> {
         [b'/', ..] => SocketAddr::from_pathname(name),
         _ => Err(io::Error::new(
             io::ErrorKind::InvalidInput,
-            "neither an absolute path nor an abstract socket",
+            "neither an absolute path nor the name of an abstract socket",
         )),
     }
 }
 
-/// How often systemd is to hear that all is well: twice in the time after which it ends the service. `None`: it does not
-/// watch this process.
-pub(super) fn watchdog() -> Option<Duration> {
-    let theirs = env::var_os("WATCHDOG_PID")
+/// The time between two watchdog notifications: half of systemd's timeout. `None`: there is no
+/// watchdog for this process.
+pub(super) fn watchdog_interval() -> Option<Duration> {
+    let is_for_us = env::var_os("WATCHDOG_PID")
         .is_none_or(|pid| number(pid) == Some(u64::from(std::process::id())));
-    let limit = env::var_os("WATCHDOG_USEC")
-        .filter(|_| theirs)
+    let timeout = env::var_os("WATCHDOG_USEC")
+        .filter(|_| is_for_us)
         .and_then(number)
         .filter(|usec| *usec > 0)?;
-    Some((Duration::from_micros(limit) / 2).max(limits::WATCHDOG))
+    Some((Duration::from_micros(timeout) / 2).max(limits::WATCHDOG))
 }
 
 fn number(text: OsString) -> Option<u64> {

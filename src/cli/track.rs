@@ -1,17 +1,21 @@
-//! `track`: an operation is a command, and the master hears how it ended. Runs on the program's main thread.
+//! `track`: runs a command as an operation and reports how it ended. Runs on the main thread.
 //!
-//! The command runs whether or not it can be reported, and what stands in the way of a report is logged. It is on the
-//! disk as in flight before the command starts. What could not be written then, because the ini cannot be read or the
-//! outbox is locked, is tried again after the command has ended.
+//! The command runs whether or not the operation can be reported; problems with the report are
+//! logged. The operation is committed as in flight before the command starts. If that fails,
+//! because the ini cannot be read or the outbox is locked, it is tried again after the command has
+//! ended.
 //!
-//! - **Streams**: stdin is the command's. So is stdout, unless it is the same file as stderr. Stderr is a pipe, or a
-//!   pseudoterminal where ours is a terminal, and a [`companion`] process copies it to ours. Where stdout and stderr are
-//!   the same file (`2>&1`, a terminal), stdout is that pipe or pseudoterminal, too: so the order of what is written stays,
-//!   and the tail for the report is of both. What reads from its stderr reads nothing.
-//! - **Signals** are the command's. One that was sent to the process group has reached it, and is not passed on. After the
-//!   command has ended, HUP, INT, QUIT and TERM leave the report to the outbox at once.
-//! - **Errors**: the error of a command that exited by itself is the tail of its stderr alone, or `exited with N` if it
-//!   wrote nothing. The error of one that a signal ended is `ended by signal N`, followed by the tail if there is one.
+//! - **Streams**: the command inherits stdin. It also inherits stdout, unless that is the same file
+//!   as stderr. Its stderr is a pipe, or a pseudoterminal if ours is a terminal, and a
+//!   [`companion`] process copies it to ours. If stdout and stderr are the same file (`2>&1`, a
+//!   terminal), stdout is the same pipe or pseudoterminal. So the order of the output stays, and
+//!   the tail in the report comes from both. A command that reads from its stderr reads nothing.
+//! - **Signals** are passed on to the command. A signal that was sent to the process group has
+//!   reached it already and is not passed on. After the command has ended, HUP, INT, QUIT and TERM
+//!   leave the report to the outbox at once.
+//! - **Errors**: if the command exited with an error, the reported error is the tail of its stderr,
+//!   or `exited with N` if it wrote nothing. If a signal ended it, the error is `ended by signal
+//!   N`, followed by the tail, if any.
 
 mod command;
 pub(super) mod companion;
@@ -21,9 +25,9 @@ use std::collections::BTreeSet;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use super::arguments::{Common, DeltaOptions, TrackOptions};
+use super::arguments::{Common, DeliveryOptions, TrackOptions};
 use super::command_signals::Signals;
-use super::report::{Patience, Reported, Reporter};
+use super::report::{ReportWait, Reported, Reporter};
 use super::{enrolment, outbox, warn_of_unlisted};
 use crate::delta::{LifecycleDelta, Operation, Outcome};
 use crate::error::{Error, chain};
@@ -32,33 +36,33 @@ use command::Ended;
 use stderr::Stderr;
 
 pub(super) fn track(common: &Common, options: TrackOptions) -> Result<ExitCode, Error> {
-    let TrackOptions { operation, deckies, outbox: path, telling, command } = options;
-    // From here on a signal ends the command, and not us before the report.
+    let TrackOptions { operation, deckies, outbox: path, delivery, command } = options;
+    // From here on a signal ends the command, not `track` before its report.
     let mut signals = Signals::catch();
     let (mut stderr, outputs) = Stderr::copied();
     let deckies = deckies.into_iter().collect::<BTreeSet<_>>().into_iter().collect();
     let mut tracked =
-        Tracked { common, operation, deckies, location: outbox(path), reporter: None, begun: None };
+        Tracked { common, operation, deckies, location: outbox(path), reporter: None, rows: None };
     let is_enrolled = tracked.begin();
-    let early = signals.deadly();
+    let early = signals.first_for_command();
     let ended = match early {
         Some(signal) => {
             drop(outputs);
-            Ended::before_the_start(signal)
+            Ended::before_start(signal)
         }
         None => command::run(&command, outputs, &mut signals, &mut stderr),
     };
     if is_enrolled {
-        // A signal before the start asks us to end at once.
-        let telling =
-            early.map_or(telling, |_| DeltaOptions { timeout: Duration::ZERO, no_wait: true });
-        tracked.end(&ended.outcome, &telling, &mut signals);
+        // A signal before the start requests an immediate end.
+        let delivery =
+            early.map_or(delivery, |_| DeliveryOptions { timeout: Duration::ZERO, no_wait: true });
+        tracked.end(&ended.outcome, &delivery, &mut signals);
     }
     stderr.finish();
     Ok(ExitCode::from(ended.code))
 }
 
-/// The operation, and what is known of it outside.
+/// The operation, and how far it is recorded.
 struct Tracked<'a> {
     common: &'a Common,
     operation: Operation,
@@ -66,34 +70,32 @@ struct Tracked<'a> {
     location: OutboxLocation,
     /// `None` while the enrolment cannot be read.
     reporter: Option<Reporter>,
-    /// The rows that are in flight.
-    begun: Option<Vec<i64>>,
+    /// The ids of the rows in flight. `None`: they could not be written.
+    rows: Option<Vec<i64>>,
 }
 
 impl Tracked<'_> {
-    /// Writes the operation down as in flight, if that can be. Whether there is a master to tell.
+    /// Records the operation as in flight, if possible. Returns whether this host is enrolled.
     fn begin(&mut self) -> bool {
         let reporter = match self.open() {
             Ok(reporter) => self.reporter.insert(reporter),
             Err(error) if error.is_not_enrolled() => {
-                log::warn!("there is no master to tell: error={:?}", chain(&error));
+                log::warn!("the operation is not reported: error={:?}", chain(&error));
                 return false;
             }
             Err(error) => {
                 log::warn!(
-                    "the report cannot be prepared, it is tried again after the command: error={:?}",
+                    "could not record the operation; trying again after the command: error={:?}",
                     chain(&error)
                 );
                 return true;
             }
         };
         match reporter.begin(self.operation, &self.deckies) {
-            Ok(ids) => self.begun = Some(ids),
-            Err(error) => log::warn!(
-                "the outbox cannot be used: {} error={:?}",
-                reporter.names(),
-                chain(&error)
-            ),
+            Ok(ids) => self.rows = Some(ids),
+            Err(error) => {
+                log::warn!("outbox cannot be used: {} error={:?}", reporter.names(), chain(&error))
+            }
         }
         true
     }
@@ -102,89 +104,96 @@ impl Tracked<'_> {
         Reporter::open(enrolment(self.common)?, self.common.master_identity, &self.location)
     }
 
-    /// Reports how it ended: now, or by way of the outbox.
-    fn end(mut self, outcome: &Outcome, telling: &DeltaOptions, signals: &mut Signals) {
-        // Now, as this is when it ended.
+    /// Reports how the operation ended, at once or through the outbox.
+    fn end(mut self, outcome: &Outcome, delivery: &DeliveryOptions, signals: &mut Signals) {
+        // The deltas carry the current time: the operation has just ended.
         let delta = |decky: &String| LifecycleDelta::new(decky, self.operation, outcome.clone());
         let deltas: Vec<_> = self.deckies.iter().map(delta).collect();
-        // Rows in memory end with us. Any that are in a file, also in one that was replaced, must end by this name.
-        let begun = self
-            .begun
-            .take()
-            .filter(|_| self.reporter.as_ref().is_some_and(Reporter::goes_to_disk));
-        let again = if begun.is_none() { self.open().map(Some) } else { Ok(None) };
-        let mut reporter = match (again, self.reporter) {
+        // Rows that are only in memory are lost with this process, so they are not ended but
+        // reported anew. Rows in a file, even in a replaced one, must be ended by their ids.
+        let rows =
+            self.rows.take().filter(|_| self.reporter.as_ref().is_some_and(Reporter::try_to_write));
+        let reopened = if rows.is_none() { self.open().map(Some) } else { Ok(None) };
+        let mut reporter = match (reopened, self.reporter) {
             (Ok(Some(reporter)), _) | (_, Some(reporter)) => reporter,
             (Ok(None), None) => return,
             (Err(error), None) => {
-                return log::error!("neither delivered nor kept: error={:?}", chain(&error));
+                return log::error!(
+                    "report lost, neither delivered nor queued: error={:?}",
+                    chain(&error)
+                );
             }
         };
-        // A deploy lists its deckies while it runs.
+        // After the command: a deploy adds its deckies to the state file.
         warn_of_unlisted(reporter.agent_dir(), self.deckies.iter().map(String::as_str));
-        let mut patience = Patience::new(telling.timeout, Some(signals));
-        let reported = match begun {
+        let mut wait = ReportWait::new(delivery.timeout, Some(signals));
+        let reported = match rows {
             Some(ids) => {
                 let ended = ids
                     .into_iter()
                     .zip(deltas)
                     .map(|(id, delta)| QueuedDelta { id, delta })
                     .collect();
-                end_begun(&reporter, ended, telling, &mut patience)
+                end_rows(&reporter, ended, delivery, &mut wait)
             }
-            None => end_unbegun(&mut reporter, &self.location, &deltas, telling, &mut patience),
+            None => {
+                report_without_rows(&mut reporter, &self.location, &deltas, delivery, &mut wait)
+            }
         };
-        match reported {
-            Reported::Delivered | Reported::Left => (),
-            Reported::Queued(why) => {
-                let (names, outbox) = (reporter.names(), reporter.place());
-                log::warn!(
-                    "kept for decnet-heartbeat run, not delivered: {names} outbox={outbox} error={why:?}"
-                );
-            }
-            Reported::InDoubt(why) => {
-                log::error!(
-                    "it is in doubt whether the report is kept: {} error={why:?}",
-                    reporter.names()
-                );
-                reporter.await_disk(&mut patience);
-            }
-            Reported::Lost(why) => {
-                log::error!("neither delivered nor kept: {} error={why:?}", reporter.names())
-            }
+        log_problem(&reporter, &reported);
+        if matches!(reported, Reported::InDoubt(_)) {
+            reporter.await_disk(&mut wait);
         }
     }
 }
 
-/// Reports rows that are in flight on the disk.
-fn end_begun(
-    reporter: &Reporter,
-    ended: Vec<QueuedDelta>,
-    telling: &DeltaOptions,
-    patience: &mut Patience<'_>,
-) -> Reported {
-    if telling.no_wait {
-        reporter.end(&ended, SentBy::Deliverer);
-        return reporter.leave(patience);
+/// Logs why a report was not delivered, if it should have been.
+fn log_problem(reporter: &Reporter, reported: &Reported) {
+    let names = reporter.names();
+    match reported {
+        Reported::Delivered | Reported::Queued => (),
+        Reported::Undelivered(why) => log::warn!(
+            "not delivered; queued for decnet-heartbeat run: {names} outbox={} error={why:?}",
+            reporter.outbox_name()
+        ),
+        Reported::InDoubt(why) => {
+            log::error!("report in doubt, it may be queued: {names} error={why:?}")
+        }
+        Reported::Lost(why) => {
+            log::error!("report lost, neither delivered nor queued: {names} error={why:?}")
+        }
     }
-    reporter.end(&ended, SentBy::ThisProcess);
-    reporter.post(&ended, patience)
 }
 
-/// Reports what the disk knows nothing of yet. Where that cannot be changed and the master cannot be reached, neither, the
-/// file is tried for as long as there is time.
-fn end_unbegun(
+/// Ends and reports rows that are in flight on disk.
+fn end_rows(
+    reporter: &Reporter,
+    ended: Vec<QueuedDelta>,
+    delivery: &DeliveryOptions,
+    wait: &mut ReportWait<'_>,
+) -> Reported {
+    if delivery.no_wait {
+        reporter.end(&ended, SentBy::Deliverer);
+        return reporter.leave_to_run(wait);
+    }
+    reporter.end(&ended, SentBy::ThisProcess);
+    reporter.post(&ended, wait)
+}
+
+/// Reports an operation that has no rows on disk. If neither the outbox nor the master can be
+/// reached, the outbox is tried again until the timeout.
+fn report_without_rows(
     reporter: &mut Reporter,
     location: &OutboxLocation,
     deltas: &[LifecycleDelta],
-    telling: &DeltaOptions,
-    patience: &mut Patience<'_>,
+    delivery: &DeliveryOptions,
+    wait: &mut ReportWait<'_>,
 ) -> Reported {
-    let reported = reporter.report(deltas, telling, patience);
+    let reported = reporter.report(deltas, delivery, wait);
     let Reported::Lost(why) = reported else { return reported };
-    match reporter.insist(location, deltas, patience) {
+    match reporter.retry_queue(location, deltas, wait) {
         None => Reported::Lost(why),
-        Some(Reported::Left) if !telling.no_wait => Reported::Queued(why),
+        Some(Reported::Queued) if !delivery.no_wait => Reported::Undelivered(why),
         Some(reported) => reported,
     }
 }

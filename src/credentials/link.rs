@@ -16,8 +16,8 @@ use crate::stats::Stats;
 pub(crate) struct MasterLink {
     access: Credentials,
     master: MasterClient,
-    /// The days for which it was last said that the certificate will be valid, so that it is said once a day.
-    said: Option<i64>,
+    /// The expiry that was logged last: it is logged once a day.
+    logged_expiry: Option<Expiry>,
     interrupt: Arc<PostInterrupt>,
 }
 
@@ -26,7 +26,7 @@ impl MasterLink {
         let master = access.master();
         let interrupt = Arc::new(PostInterrupt::default());
         interrupt.watch(master.interrupter());
-        Self { access, master, said: None, interrupt }
+        Self { access, master, logged_expiry: None, interrupt }
     }
 
     /// Whose beats these are.
@@ -47,14 +47,19 @@ impl MasterLink {
         &self.access.certificate.fingerprint
     }
 
-    /// The days that the certificate is valid for, where that is to be said: from 30 days before its end on, once a day.
-    pub(crate) fn days_left(&mut self, now: SystemTime) -> Option<i64> {
-        let days = days_until(self.access.certificate.expires?, now);
-        if days > limits::EXPIRY_WARNING || self.said == Some(days) {
+    /// The certificate's expiry, if it is to be logged: once a day, from 30 days before it on.
+    pub(crate) fn expiry_to_log(&mut self, now: SystemTime) -> Option<Expiry> {
+        let expiry = Expiry::of(self.access.certificate.expires?, now);
+        if !expiry.is_near() || self.logged_expiry == Some(expiry) {
             return None;
         }
-        self.said = Some(days);
-        self.said
+        self.logged_expiry = Some(expiry);
+        self.logged_expiry
+    }
+
+    /// Whether [`PostInterrupt::now`] was called.
+    pub(crate) fn is_interrupted(&self) -> bool {
+        self.interrupt.is_interrupted()
     }
 
     pub(crate) fn interrupt(&self) -> Arc<PostInterrupt> {
@@ -72,7 +77,7 @@ impl MasterLink {
     /// Changed credentials hold from the next POST on.
     pub(crate) fn take_over(&mut self, access: Credentials) {
         self.access = access;
-        self.said = None;
+        self.logged_expiry = None;
         self.renew();
     }
 
@@ -96,11 +101,37 @@ impl fmt::Display for LogKeys<'_> {
     }
 }
 
-/// Whole days until then; below zero afterwards.
-pub(crate) fn days_until(end: SystemTime, now: SystemTime) -> i64 {
-    const DAY: u64 = 24 * 60 * 60;
-    let days = |time: Duration| i64::try_from(time.as_secs() / DAY).unwrap_or(i64::MAX);
-    end.duration_since(now).map_or_else(|over| -1 - days(over.duration()), days)
+/// The whole days until a certificate expires, or since it has expired. Neither is negative, so log
+/// and `check` show the same number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Expiry {
+    DaysLeft(u64),
+    DaysExpired(u64),
+}
+
+impl Expiry {
+    pub(crate) fn of(expires: SystemTime, now: SystemTime) -> Self {
+        let days = |time: Duration| time.as_secs() / (24 * 60 * 60);
+        match expires.duration_since(now) {
+            Ok(left) => Self::DaysLeft(days(left)),
+            Err(over) => Self::DaysExpired(days(over.duration())),
+        }
+    }
+
+    /// Whether this is to be reported.
+    pub(crate) fn is_near(self) -> bool {
+        !matches!(self, Self::DaysLeft(days) if days > limits::EXPIRY_WARNING)
+    }
+}
+
+/// `days_left=9`
+impl fmt::Display for Expiry {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::DaysLeft(days) => write!(f, "days_left={days}"),
+            Self::DaysExpired(days) => write!(f, "days_expired={days}"),
+        }
+    }
 }
 
 /// Interrupts a POST from another thread.
@@ -121,6 +152,10 @@ impl PostInterrupt {
         if let Some(agent) = watched.agent.take() {
             agent.shutdown();
         }
+    }
+
+    fn is_interrupted(&self) -> bool {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).interrupted
     }
 
     fn watch(&self, agent: Agent) {
@@ -144,10 +179,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn days_are_whole_ones_and_negative_once_it_is_over() {
+    fn expiry_counts_whole_days() {
         let now = SystemTime::now();
         let hours = |hours: u64| Duration::from_secs(hours * 3600);
-        assert_eq!([0, 23, 24, 49].map(|left| days_until(now + hours(left), now)), [0, 0, 1, 2]);
-        assert_eq!([1, 23, 24].map(|ago| days_until(now - hours(ago), now)), [-1, -1, -2]);
+        for (left, days) in [(0, 0), (23, 0), (24, 1), (49, 2)] {
+            assert_eq!(Expiry::of(now + hours(left), now), Expiry::DaysLeft(days));
+        }
+        for (ago, days) in [(1, 0), (23, 0), (24, 1)] {
+            assert_eq!(Expiry::of(now - hours(ago), now), Expiry::DaysExpired(days));
+        }
     }
 }

@@ -1,4 +1,4 @@
-//! `check`, as an operator sees it and as a machine reads it.
+//! `check`: its text for operators and its JSON for programs.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -23,8 +23,9 @@ use serde_json::{Value, json};
 
 use crate::program::program;
 use crate::support::{OpenSsl, PATIENCE, Stage, now, settled};
+use crate::track::Terminal;
 
-/// Every step of a healthy worker, in its order.
+/// The steps of a healthy worker, in order.
 const STEPS: [&str; 15] = [
     "host",
     "master",
@@ -43,12 +44,12 @@ const STEPS: [&str; 15] = [
     "outbox",
 ];
 
-/// An engine without containers and networks.
+/// A Docker without containers and networks.
 pub fn start_docker(socket: &Path) {
     start_docker_that(socket, |_| ok("[]"));
 }
 
-/// An engine that gives these answers to requests.
+/// A Docker with these answers to requests.
 fn start_docker_that(socket: &Path, answer: impl Fn(&[u8]) -> String + Send + 'static) {
     let listener = UnixListener::bind(socket).unwrap();
     thread::spawn(move || {
@@ -67,7 +68,7 @@ fn ok(json: &str) -> String {
     format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n{json}", json.len())
 }
 
-/// An enrolled worker with an engine, and nothing deployed.
+/// An enrolled worker with a Docker, and nothing deployed.
 fn worker() -> Stage {
     worker_of(Options::default())
 }
@@ -80,7 +81,8 @@ fn worker_of(options: Options) -> Stage {
 }
 
 fn check(stage: &Stage) -> Command {
-    let (dir, mut command) = (stage.dir.path(), program());
+    let dir = stage.dir.path();
+    let mut command = program();
     command.arg("--config").arg(dir.join("decnet.ini")).arg("check").stdin(Stdio::null());
     command
         .arg("--state-file")
@@ -90,7 +92,7 @@ fn check(stage: &Stage) -> Command {
     command
 }
 
-/// What a machine reads, and that the program exits as it says.
+/// The JSON of `check`. Its exit code is compared with the program's.
 struct Report(Value);
 
 impl Report {
@@ -111,22 +113,22 @@ impl Report {
             .unwrap_or_else(|| panic!("no {name}: {:#}", self.0))
     }
 
-    fn says(&self, name: &str) -> &str {
-        self.step(name)["says"].as_str().unwrap()
+    fn message(&self, name: &str) -> &str {
+        self.step(name)["message"].as_str().unwrap()
     }
 
     fn advice(&self, name: &str) -> &str {
         self.step(name)["advice"].as_str().unwrap_or_default()
     }
 
-    /// The steps that ended like this.
+    /// The steps with this outcome.
     fn ended(&self, outcome: &str) -> Vec<&str> {
         let steps =
             self.0["steps"].as_array().unwrap().iter().filter(|step| step["outcome"] == outcome);
         steps.map(|step| step["step"].as_str().unwrap()).collect()
     }
 
-    /// The one step that failed, and what the program exits with.
+    /// Checks the only failed step, and the exit code.
     fn fails_with(&self, name: &str, code: i32) {
         assert_eq!(
             (self.ended("failed"), &self.0["exit_code"]),
@@ -139,90 +141,109 @@ impl Report {
 }
 
 #[test]
-fn a_healthy_worker_is_all_ticks_and_nothing_has_changed_but_for_one_beat() {
+fn healthy_worker_passes_every_step_and_only_one_beat_is_sent() {
     let stage = worker();
     let before = fs::read_dir(stage.agent_dir()).unwrap().count();
     let output = check(&stage).output().unwrap();
-    let said = String::from_utf8(output.stdout).unwrap();
-    assert_eq!((output.status.code(), output.stderr.as_slice()), (Some(0), &b""[..]), "{said}");
-    let ticked: Vec<_> =
-        said.lines().filter_map(|line| line.strip_prefix("✓ ")?.split(' ').next()).collect();
-    assert_eq!(ticked, STEPS, "{said}");
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert_eq!((output.status.code(), output.stderr.as_slice()), (Some(0), &b""[..]), "{text}");
+    let passed: Vec<_> =
+        text.lines().filter_map(|line| line.strip_prefix("✓ ")?.split(' ').next()).collect();
+    assert_eq!(passed, STEPS, "{text}");
     assert!(
-        said.ends_with("\nAn agent would work here.\n") && !said.contains(['✗', '\u{1b}']),
-        "{said}"
+        text.ends_with("\n`run` would work here.\n") && !text.contains(['✗', '\u{1b}']),
+        "{text}"
     );
     let ini = stage.dir.path().join("decnet.ini");
     assert!(
-        said.contains(&format!("{} ({} [agent] host-uuid)", stage.worker.uuid, ini.display())),
-        "{said}"
+        text.contains(&format!("{} ({} [agent] host-uuid)", stage.worker.uuid, ini.display())),
+        "{text}"
     );
     let [beat] = &stage.master.received()[..] else { panic!("{:?}", stage.master.received()) };
     let beat = beat.json.as_ref().unwrap();
     assert_eq!((&beat["host_uuid"], &beat["lifecycle"]), (&json!(stage.worker.uuid), &Value::Null));
     assert_eq!(beat["status"], json!({"deployed": false, "deckies": []}));
-    assert_eq!(fs::read_dir(stage.agent_dir()).unwrap().count(), before, "no outbox is made");
+    assert_eq!(fs::read_dir(stage.agent_dir()).unwrap().count(), before, "no outbox is created");
 }
 
 #[test]
-fn a_machine_reads_the_same() {
+fn text_and_help_wrap_to_the_terminal_and_are_not_wrapped_in_a_pipe() {
+    let stage = worker();
+    let terminal = Terminal::new();
+    terminal.resize(24, 70);
+    for argument in [None, Some("--help")] {
+        terminal.spawn(check(&stage).args(argument)).wait().unwrap();
+    }
+    let shown = terminal.shown();
+    assert!(shown.contains("Exit status:"), "{shown}");
+    // A path, which has no space, is not broken.
+    let has_spaces = |line: &&str| line.trim().contains(' ');
+    let mut messages = shown.lines().filter(has_spaces).filter(|line| !line.contains("sha256"));
+    let too_long = messages.find(|line| line.trim_end().chars().count() > 70);
+    assert_eq!(too_long, None, "{shown}");
+    let piped = String::from_utf8(check(&stage).output().unwrap().stdout).unwrap();
+    assert!(piped.lines().any(|line| line.chars().count() > 100), "{piped}");
+}
+
+#[test]
+fn json_contains_the_same_steps() {
     let stage = worker();
     let report = Report::of(&mut check(&stage));
     assert_eq!(report.ended("ok"), STEPS);
     let own = &report.step("worker.crt")["facts"];
     assert_eq!(
-        (&own["fingerprint"], &own["days"]),
+        (&own["fingerprint"], &own["days_left"]),
         (&json!(stage.worker.fingerprint), &json!(824))
     );
     let master = &report.step("tls")["facts"];
     assert_eq!(
-        (&master["version"], &master["rule"], &master["days"]),
+        (&master["version"], &master["rule"], &master["days_left"]),
         (&json!("TLS 1.3"), &json!("name"), &json!(824))
     );
     assert_eq!(master["fingerprint"], stage.master.certificate().fingerprint);
     assert_eq!(master["names"], json!(["swarmctl", "localhost", "127.0.0.1"]));
     let beat = &report.step("beat")["facts"];
-    // The handshake that was tried first has left a ticket.
+    // The step `tls` has received a ticket.
     assert_eq!((&beat["class"], &beat["resumed"]), (&json!("http-204"), &json!(true)));
     assert_eq!(report.step("worker.key")["facts"]["mode"], "0600");
 }
 
 #[test]
-fn each_rule_says_why_it_accepts_the_master() {
+fn each_rule_explains_why_it_accepts_the_master() {
     let stage = worker();
     let pinned = format!("sha256:{}", stage.master.certificate().fingerprint);
     for (rule, why) in [
         (
             "name",
-            "accepted by name: it is of ca.crt, and its common name and a DNS name are swarmctl",
+            "accepted by the rule name: issued by ca.crt, with swarmctl as common name and DNS name",
         ),
         (
             "host",
-            "accepted by host: it is of ca.crt, and its common name and a DNS name are swarmctl",
+            "accepted by the rule host: issued by ca.crt, with swarmctl as common name and DNS name",
         ),
-        ("ca", "accepted by ca: it is of ca.crt, and its names do not matter"),
-        (&pinned, "it is the pinned one"),
+        ("ca", "accepted by the rule ca: issued by ca.crt; its names are not checked"),
+        (&pinned, "its fingerprint matches"),
     ] {
         let report = Report::of(check(&stage).args(["--master-identity", rule]));
-        assert!(report.says("tls").ends_with(why), "{}", report.says("tls"));
+        assert!(report.message("tls").ends_with(why), "{}", report.message("tls"));
         assert!(
-            report.says("identity").ends_with("(--master-identity)"),
+            report.message("identity").ends_with("(--master-identity)"),
             "{}",
-            report.says("identity")
+            report.message("identity")
         );
     }
     let report = Report::of(check(&stage).args(["--master-identity", "public"]));
     report.fails_with("tls", 1);
     assert!(
-        report.says("tls").contains("; CN=swarmctl, O=DECNET, OU=swarm-worker for swarmctl, "),
+        report.message("tls").contains("; CN=swarmctl, O=DECNET, OU=swarm-worker for swarmctl, "),
         "{}",
-        report.says("tls")
+        report.message("tls")
     );
     assert_eq!(report.ended("not-tried"), ["beat"]);
 }
 
 #[test]
-fn an_older_master_is_known_by_its_tls() {
+fn tls_version_of_an_older_master_is_shown() {
     let stage = worker_of(Options { offered: Offered::Tls12Only, ..Options::default() });
     let report = Report::of(&mut check(&stage));
     assert_eq!(
@@ -232,19 +253,19 @@ fn an_older_master_is_known_by_its_tls() {
 }
 
 #[test]
-fn a_certificate_that_the_master_does_not_pin_is_named_to_be_compared() {
+fn rejected_certificate_is_named_for_comparison() {
     let stage = worker();
     let other = stage.master.authority().issue(Role::Worker("other".to_owned())).unwrap();
     stage.master.pin(&stage.worker.uuid, &other.fingerprint);
     let report = Report::of(&mut check(&stage));
     report.fails_with("beat", 1);
-    assert!(report.says("beat").starts_with("http-403 in "), "{}", report.says("beat"));
+    assert!(report.message("beat").starts_with("http-403 in "), "{}", report.message("beat"));
     assert!(report.advice("beat").contains(&stage.worker.fingerprint), "{}", report.advice("beat"));
     assert!(report.advice("beat").contains("must pass TLS through"), "{}", report.advice("beat"));
     stage.master.decommission(&stage.worker.uuid);
     let report = Report::of(&mut check(&stage));
     report.fails_with("beat", 1);
-    assert!(report.says("beat").starts_with("http-404 in "), "{}", report.says("beat"));
+    assert!(report.message("beat").starts_with("http-404 in "), "{}", report.message("beat"));
     assert!(
         report.advice("beat").starts_with("enrol this host again"),
         "{}",
@@ -254,17 +275,17 @@ fn a_certificate_that_the_master_does_not_pin_is_named_to_be_compared() {
 }
 
 #[test]
-fn a_certificate_of_another_ca_is_refused_by_the_master_and_seen_here() {
+fn certificate_of_another_ca_is_detected_locally_and_rejected_by_the_master() {
     let stage = worker();
-    let stranger = Authority::new().unwrap().issue(Role::Worker("stranger".to_owned())).unwrap();
-    fs::write(stage.agent_dir().join("worker.crt"), &stranger.certificate).unwrap();
-    fs::write(stage.agent_dir().join("worker.key"), &stranger.key).unwrap();
+    let foreign = Authority::new().unwrap().issue(Role::Worker("foreign".to_owned())).unwrap();
+    fs::write(stage.agent_dir().join("worker.crt"), &foreign.certificate).unwrap();
+    fs::write(stage.agent_dir().join("worker.key"), &foreign.key).unwrap();
     let report = Report::of(&mut check(&stage));
     report.fails_with("tls", 1);
     assert!(
-        report.says("tls").starts_with("the master refused our certificate"),
+        report.message("tls").starts_with("the master refused our certificate"),
         "{}",
-        report.says("tls")
+        report.message("tls")
     );
     assert!(
         report.advice("worker.crt").starts_with("it was not issued by ca.crt"),
@@ -274,8 +295,9 @@ fn a_certificate_of_another_ca_is_refused_by_the_master_and_seen_here() {
     assert_eq!(stage.master.received().len(), 0);
 }
 
-/// A master that refuses our certificate as uvicorn does: it closes the connection, and sends no alert.
-fn refuse_without_an_alert(stage: &Stage, version: &'static SupportedProtocolVersion) -> u16 {
+/// Starts a master that rejects our certificate as uvicorn does: it closes the connection without
+/// an alert.
+fn reject_without_an_alert(stage: &Stage, version: &'static SupportedProtocolVersion) -> u16 {
     let mut roots = RootCertStore::empty();
     roots
         .add(
@@ -308,26 +330,26 @@ fn refuse_without_an_alert(stage: &Stage, version: &'static SupportedProtocolVer
                 tls.read_tls(&mut socket).unwrap();
                 is_accepted = tls.process_new_packets().is_ok();
             }
-            assert!(!is_accepted, "our certificate is of another CA");
+            assert!(!is_accepted, "our certificate was issued by another CA");
         }
     });
     port
 }
 
 #[test]
-fn a_master_that_refuses_our_certificate_without_an_alert_is_understood() {
+fn rejection_without_an_alert_is_explained() {
     for version in [&TLS12, &TLS13] {
         let mut stage = worker();
-        stage.worker.port = refuse_without_an_alert(&stage, version);
+        stage.worker.port = reject_without_an_alert(&stage, version);
         stage.worker.write_ini(&stage.dir.path().join("decnet.ini")).unwrap();
         let report = Report::of(&mut check(&stage));
         report.fails_with("tls", 1);
-        let said = report.says("tls");
+        let text = report.message("tls");
         assert!(
-            said.starts_with(
+            text.starts_with(
                 "the master closed the connection after it saw this host's certificate: "
             ),
-            "{said}"
+            "{text}"
         );
         assert!(
             report.advice("tls").contains("then enrol this host again"),
@@ -347,8 +369,9 @@ fn a_master_that_refuses_our_certificate_without_an_alert_is_understood() {
 }
 
 #[test]
-fn a_master_of_another_ca_is_shown_with_its_names() {
-    let (mut stage, other) = (worker(), Stage::new());
+fn master_of_another_ca_is_shown_with_its_names() {
+    let mut stage = worker();
+    let other = Stage::new();
     stage.worker.port = other.master.port();
     stage.worker.write_ini(&stage.dir.path().join("decnet.ini")).unwrap();
     let report = Report::of(&mut check(&stage));
@@ -363,7 +386,7 @@ fn a_master_of_another_ca_is_shown_with_its_names() {
 }
 
 #[test]
-fn a_master_whose_certificate_has_expired_is_said_to_be_so() {
+fn expired_certificate_of_the_master_fails() {
     let authority = Authority::new().unwrap();
     let certificate = Some(authority.issue(Role::Expired).unwrap());
     let stage =
@@ -378,7 +401,7 @@ fn a_master_whose_certificate_has_expired_is_said_to_be_so() {
 }
 
 #[test]
-fn a_pinned_certificate_that_has_expired_is_accepted_and_said_to_be_so() {
+fn expired_pinned_certificate_is_accepted_with_advice() {
     let authority = Authority::new().unwrap();
     let expired = authority.issue(Role::Expired).unwrap();
     let pinned = format!("sha256:{}", expired.fingerprint);
@@ -389,23 +412,23 @@ fn a_pinned_certificate_that_has_expired_is_accepted_and_said_to_be_so() {
     });
     let report = Report::of(check(&stage).args(["--master-identity", &pinned]));
     assert_eq!(report.0["works"], true, "{:#}", report.0);
-    assert!(report.says("tls").contains("expired 1 days ago"), "{}", report.says("tls"));
+    assert!(report.message("tls").contains("expired 1 day ago"), "{}", report.message("tls"));
     let advice = report.advice("tls");
-    assert!(advice.contains("its dates do not matter to this rule"), "{advice}");
+    assert!(advice.contains("this rule ignores its dates"), "{advice}");
 }
 
 #[test]
-fn a_master_that_is_down_is_a_matter_of_tcp() {
+fn stopped_master_fails_in_tcp() {
     let mut stage = worker();
     stage.master.stop();
     let report = Report::of(&mut check(&stage));
     report.fails_with("tcp", 1);
-    assert!(report.says("tcp").contains("Connection refused"), "{}", report.says("tcp"));
+    assert!(report.message("tcp").contains("Connection refused"), "{}", report.message("tcp"));
     assert_eq!(report.ended("not-tried"), ["tls", "beat"]);
 }
 
 #[test]
-fn what_listens_there_and_is_no_master_is_told_apart() {
+fn server_of_another_protocol_is_detected() {
     let mut stage = worker();
     let ssh = TcpListener::bind("127.0.0.1:0").unwrap();
     stage.worker.port = ssh.local_addr().unwrap().port();
@@ -415,7 +438,7 @@ fn what_listens_there_and_is_no_master_is_told_apart() {
     });
     let report = Report::of(&mut check(&stage));
     report.fails_with("tls", 1);
-    assert_eq!(report.says("tls"), "the answer is neither TLS nor HTTP: it is not the master's");
+    assert_eq!(report.message("tls"), "the answer is neither TLS nor HTTP: it is not the master's");
     assert!(
         report.advice("tls").starts_with("correct the master's host and port"),
         "{}",
@@ -424,7 +447,7 @@ fn what_listens_there_and_is_no_master_is_told_apart() {
 }
 
 #[test]
-fn a_master_without_tls_is_told_to_use_it() {
+fn master_without_tls_is_detected() {
     let stage = worker();
     stage.master.always(Some(Fault::Banner(
         b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n".to_vec(),
@@ -432,15 +455,15 @@ fn a_master_without_tls_is_told_to_use_it() {
     let report = Report::of(&mut check(&stage));
     report.fails_with("tls", 1);
     assert!(
-        report.says("tls").starts_with("the answer is plain HTTP, not TLS"),
+        report.message("tls").starts_with("the answer is plain HTTP, not TLS"),
         "{}",
-        report.says("tls")
+        report.message("tls")
     );
     assert!(report.advice("tls").contains("with --tls"), "{}", report.advice("tls"));
 }
 
 #[test]
-fn a_certificate_for_the_masters_host_alone_is_not_the_masters() {
+fn certificate_for_only_the_masters_host_is_rejected_by_name() {
     let authority = Authority::new().unwrap();
     let role =
         Role::WebEnrolled { name: "worker-07".to_owned(), master_host: "127.0.0.1".to_owned() };
@@ -450,9 +473,9 @@ fn a_certificate_for_the_masters_host_alone_is_not_the_masters() {
     let report = Report::of(&mut check(&stage));
     report.fails_with("tls", 1);
     assert!(
-        report.says("tls").contains(r#"its common name is "worker-07""#),
+        report.message("tls").contains(r#"its common name is "worker-07""#),
         "{}",
-        report.says("tls")
+        report.message("tls")
     );
     assert!(
         report.advice("tls").contains("somebody poses as the master"),
@@ -461,17 +484,17 @@ fn a_certificate_for_the_masters_host_alone_is_not_the_masters() {
     );
     let report = Report::of(check(&stage).args(["--master-identity", "host"]));
     assert!(
-        report.says("tls").ends_with(
-            "accepted by host: it is of ca.crt, and for 127.0.0.1, as any worker's may be"
+        report.message("tls").ends_with(
+            "accepted by the rule host: issued by ca.crt for 127.0.0.1; a worker's certificate could be, too"
         ),
         "{}",
-        report.says("tls")
+        report.message("tls")
     );
 }
 
-/// A TLS server of our CA that asks for no client certificate, as a proxy that ends TLS.
+/// A TLS server of our CA that requests no client certificate, as a proxy that terminates TLS.
 #[test]
-fn a_proxy_that_ends_tls_is_told_to_pass_it_through() {
+fn proxy_that_terminates_tls_is_detected() {
     let mut stage = worker();
     let openssl = OpenSsl::new(stage.dir.path());
     openssl.issue("proxy", "rsa:2048", "-sha256");
@@ -482,12 +505,12 @@ fn a_proxy_that_ends_tls_is_told_to_pass_it_through() {
     let report = Report::of(&mut check(&stage));
     assert_eq!(report.step("tls")["outcome"], "ok", "{:#}", report.0);
     assert!(
-        report.advice("tls").starts_with("it asked for no certificate of ours"),
+        report.advice("tls").starts_with("it requested no certificate from this host"),
         "{}",
         report.advice("tls")
     );
     assert!(
-        report.advice("ca.crt").starts_with("in time, renew the master's CA"),
+        report.advice("ca.crt").starts_with("before it expires, renew the master's CA"),
         "{}",
         report.advice("ca.crt")
     );
@@ -495,7 +518,7 @@ fn a_proxy_that_ends_tls_is_told_to_pass_it_through() {
 }
 
 #[test]
-fn an_old_signature_of_worker_crt_is_named_where_the_master_refuses_it() {
+fn weak_signature_of_worker_crt_is_named() {
     let stage = worker();
     let openssl = OpenSsl::new(stage.dir.path());
     openssl.issue("old", "rsa:2048", "-sha1");
@@ -504,13 +527,13 @@ fn an_old_signature_of_worker_crt_is_named_where_the_master_refuses_it() {
     let report = Report::of(&mut check(&stage));
     let advice = report.advice("worker.crt");
     assert!(
-        advice.starts_with("the master may refuse it: it is signed with RSA and SHA-1"),
+        advice.starts_with("the master may reject it: it is signed with RSA and SHA-1"),
         "{advice}"
     );
 }
 
 #[test]
-fn a_bundle_that_cannot_be_read_is_not_told_to_enrol_again() {
+fn unreadable_bundle_gets_no_advice_to_enrol() {
     type Damage = fn(&Path);
     let damages: [(Damage, &str, i32); 2] = [
         (
@@ -533,13 +556,13 @@ fn a_bundle_that_cannot_be_read_is_not_told_to_enrol_again() {
         report.fails_with("worker.key", code);
         assert_eq!(report.advice("worker.key"), advice);
         assert!(
-            report.says("worker.key").contains(&format!("{}: cannot be read: ", path.display()))
+            report.message("worker.key").contains(&format!("{}: cannot be read: ", path.display()))
         );
     }
 }
 
 #[test]
-fn what_is_ignored_in_ca_crt_is_named() {
+fn ignored_entries_of_ca_crt_are_named() {
     let stage = worker();
     let path = stage.agent_dir().join("ca.crt");
     let worker = fs::read_to_string(stage.agent_dir().join("worker.crt")).unwrap();
@@ -547,9 +570,9 @@ fn what_is_ignored_in_ca_crt_is_named() {
     let report = Report::of(&mut check(&stage));
     assert_eq!(report.0["works"], true, "{:#}", report.0);
     assert!(
-        report.says("ca.crt").starts_with("CN=DECNET SWARM Root CA, "),
+        report.message("ca.crt").starts_with("CN=DECNET SWARM Root CA, "),
         "{}",
-        report.says("ca.crt")
+        report.message("ca.crt")
     );
     assert!(
         report.advice("ca.crt").contains("not marked as a CA's"),
@@ -559,36 +582,36 @@ fn what_is_ignored_in_ca_crt_is_named() {
 }
 
 #[test]
-fn a_master_that_takes_a_connection_and_says_nothing_is_given_five_seconds() {
+fn silent_server_times_out_after_five_seconds() {
     let mut stage = worker();
     let silent = TcpListener::bind("127.0.0.1:0").unwrap();
     stage.worker.port = silent.local_addr().unwrap().port();
     stage.worker.write_ini(&stage.dir.path().join("decnet.ini")).unwrap();
     let report = Report::of(&mut check(&stage));
     report.fails_with("tls", 1);
-    assert_eq!(report.says("tls"), "the handshake has not come to its end within 5 s");
+    assert_eq!(report.message("tls"), "the handshake was not complete within 5 s");
 }
 
 #[test]
-fn an_answer_that_is_none_of_the_good_ones_fails_and_says_what_it_means() {
+fn answers_other_than_success_fail_with_their_meaning() {
     let stage = worker();
-    for (answer, means) in [
+    for (answer, meaning) in [
         (Answer::status(503).body("busy"), "http-503 in "),
-        (Answer::status(422).body("no"), "the master refuses what this host reports: no"),
-        (Answer::status(413), "what this host reports is too large"),
-        (Answer::status(500), "the master has failed on it"),
-        (Answer::status(429), "the master cannot take it now"),
-        (Answer::status(302), "this is no answer of the master's"),
+        (Answer::status(422).body("no"), "the master rejected the body: no"),
+        (Answer::status(413), "the body is too large"),
+        (Answer::status(500), "the master failed"),
+        (Answer::status(429), "the master cannot accept beats now"),
+        (Answer::status(302), "the answer is not from a DECNET master"),
     ] {
         stage.master.script([Fault::Answer(answer)]);
         let report = Report::of(&mut check(&stage));
         report.fails_with("beat", 1);
-        assert!(report.says("beat").contains(means), "{}", report.says("beat"));
+        assert!(report.message("beat").contains(meaning), "{}", report.message("beat"));
     }
 }
 
 #[test]
-fn a_host_that_is_not_enrolled_is_78_and_the_rest_is_looked_at_all_the_same() {
+fn host_that_is_not_enrolled_exits_78_and_other_steps_still_run() {
     let stage = worker();
     let mut command = program();
     command.args(["--config", "/nonexistent/decnet.ini", "check", "--state-file", "/nonexistent"]);
@@ -600,14 +623,14 @@ fn a_host_that_is_not_enrolled_is_78_and_the_rest_is_looked_at_all_the_same() {
 }
 
 #[test]
-fn a_bundle_that_cannot_be_used_is_named_by_its_file() {
+fn invalid_file_of_the_bundle_is_named() {
     let stage = worker();
     fs::write(stage.agent_dir().join("worker.key"), "garbage").unwrap();
     Report::of(&mut check(&stage)).fails_with("worker.key", 78);
     let other = stage.master.authority().issue(Role::Worker("other".to_owned())).unwrap();
     fs::write(stage.agent_dir().join("worker.key"), &other.key).unwrap();
     let report = Report::of(&mut check(&stage));
-    // As in the middle of an enrolment.
+    // An enrolment in progress looks like this.
     report.fails_with("worker.key", 1);
     assert_eq!(report.ended("not-tried"), ["tls", "beat"]);
     fs::remove_file(stage.agent_dir().join("ca.crt")).unwrap();
@@ -617,7 +640,7 @@ fn a_bundle_that_cannot_be_used_is_named_by_its_file() {
 }
 
 #[test]
-fn each_file_of_a_bundle_is_judged_by_itself() {
+fn each_file_of_the_bundle_has_its_own_result() {
     type Damage = fn(&Path);
     let damages: [(Damage, &str, &str); 3] = [
         (|path| fs::remove_file(path).unwrap(), "cannot be read: ", "enrol this host again"),
@@ -631,13 +654,13 @@ fn each_file_of_a_bundle_is_judged_by_itself() {
             "mend the file",
         ),
     ];
-    for (damage, says, advice) in damages {
+    for (damage, message, advice) in damages {
         let stage = worker();
         fs::remove_file(stage.agent_dir().join("ca.crt")).unwrap();
         damage(&stage.agent_dir().join("worker.crt"));
         let report = Report::of(&mut check(&stage));
         assert_eq!(report.ended("failed"), ["ca.crt", "worker.crt"], "{:#}", report.0);
-        assert!(report.says("worker.crt").contains(says), "{}", report.says("worker.crt"));
+        assert!(report.message("worker.crt").contains(message), "{}", report.message("worker.crt"));
         assert!(report.advice("worker.crt").starts_with(advice), "{}", report.advice("worker.crt"));
         assert_eq!(report.ended("not-tried"), ["worker.key", "tls", "beat"]);
         fs::write(stage.agent_dir().join("worker.key"), "").unwrap();
@@ -652,7 +675,7 @@ fn each_file_of_a_bundle_is_judged_by_itself() {
 }
 
 #[test]
-fn an_old_root_beside_a_valid_one_is_an_advice() {
+fn expired_root_beside_a_valid_one_gets_advice() {
     let stage = worker();
     let openssl = OpenSsl::new(stage.dir.path());
     let mut old = rcgen::CertificateParams::default();
@@ -669,20 +692,24 @@ fn an_old_root_beside_a_valid_one_is_an_advice() {
     let report = Report::of(&mut check(&stage));
     assert_eq!(report.0["works"], true, "{:#}", report.0);
     assert!(
-        report.says("ca.crt").starts_with("CN=DECNET SWARM Root CA, "),
+        report.message("ca.crt").starts_with("CN=DECNET SWARM Root CA, "),
         "{}",
-        report.says("ca.crt")
+        report.message("ca.crt")
     );
     let advice = report.advice("ca.crt");
-    assert!(advice.starts_with("remove from it what is not valid: CN=old, expired "), "{advice}");
-    // Our certificate is of the old one.
+    assert!(
+        advice.starts_with("remove the invalid certificates from it: CN=old, expired "),
+        "{advice}"
+    );
+    // Our certificate was issued by the expired root.
     openssl.run("req -newkey rsa:2048 -nodes -keyout own.key -out own.csr -subj /CN=worker");
     openssl.run("x509 -req -in own.csr -CA old.crt -CAkey old.key -CAcreateserial -days 90 -extfile ext -out own.crt");
     fs::write(stage.agent_dir().join("worker.crt"), openssl.read("own.crt")).unwrap();
     fs::write(stage.agent_dir().join("worker.key"), openssl.read("own.key")).unwrap();
     let advice = Report::of(&mut check(&stage)).advice("worker.crt").to_owned();
     assert!(
-        advice.starts_with("the master may refuse it, as the CA that issued it is not valid: "),
+        advice
+            .starts_with("the master may reject it, because the CA that issued it is not valid: "),
         "{advice}"
     );
     fs::write(&path, openssl.read("old.crt")).unwrap();
@@ -691,10 +718,10 @@ fn an_old_root_beside_a_valid_one_is_an_advice() {
 }
 
 #[test]
-fn a_ca_of_the_same_name_with_a_key_of_another_type_is_not_ours() {
+fn ca_of_the_same_name_with_another_key_type_is_rejected() {
     let stage = worker();
     let openssl = OpenSsl::new(stage.dir.path());
-    // A name byte for byte that of the authority.
+    // The name of the authority, byte for byte.
     let name = "CN=DECNET SWARM Root CA\nO=DECNET\n";
     let config =
         format!("[req]\ndistinguished_name=dn\nprompt=no\nstring_mask=utf8only\n[dn]\n{name}");
@@ -706,9 +733,9 @@ fn a_ca_of_the_same_name_with_a_key_of_another_type_is_not_ours() {
     let report = Report::of(&mut check(&stage));
     report.fails_with("tls", 1);
     assert!(
-        report.says("tls").starts_with("the master's certificate is not of our ca.crt"),
+        report.message("tls").starts_with("the master's certificate is not of our ca.crt"),
         "{}",
-        report.says("tls")
+        report.message("tls")
     );
     assert!(
         report.advice("worker.crt").starts_with("it was not issued by ca.crt"),
@@ -718,7 +745,7 @@ fn a_ca_of_the_same_name_with_a_key_of_another_type_is_not_ours() {
 }
 
 #[test]
-fn what_will_be_wrong_is_advised_in_time() {
+fn future_problems_get_advice() {
     let stage = worker();
     let soon = Role::ShortLived("w".to_owned(), std::time::Duration::from_secs(86_400 * 9));
     let issued = stage.master.authority().issue(soon).unwrap();
@@ -729,18 +756,18 @@ fn what_will_be_wrong_is_advised_in_time() {
     let report = Report::of(&mut check(&stage));
     assert_eq!(report.0["works"], true, "{:#}", report.0);
     assert!(
-        report.advice("worker.crt").starts_with("in time, enrol this host again"),
+        report.advice("worker.crt").starts_with("before it expires, enrol this host again"),
         "{}",
         report.advice("worker.crt")
     );
     assert_eq!(
         report.advice("worker.key"),
-        format!("others can read it: chmod 600 {}", key.display())
+        format!("other users can read it: chmod 600 {}", key.display())
     );
 }
 
 #[test]
-fn docker_and_files_that_cannot_be_read_are_said_each_by_itself() {
+fn docker_state_file_and_topology_fail_separately() {
     let stage = worker();
     fs::remove_file(stage.dir.path().join("docker.sock")).unwrap();
     Report::of(&mut check(&stage)).fails_with("docker", 1);
@@ -750,7 +777,7 @@ fn docker_and_files_that_cannot_be_read_are_said_each_by_itself() {
     let beat = stage.master.received().pop().unwrap().json.unwrap();
     assert!(
         beat["status"]["error"].as_str().unwrap().contains("state.json"),
-        "the beat says so, too: {beat}"
+        "the beat contains the error, too: {beat}"
     );
     fs::write(
         stage.agent_dir().join("topology.db"),
@@ -762,7 +789,7 @@ fn docker_and_files_that_cannot_be_read_are_said_each_by_itself() {
 }
 
 #[test]
-fn no_beat_is_sent_without_a_topology_that_cannot_be_read() {
+fn no_beat_is_sent_if_the_topology_cannot_be_read() {
     let stage = worker();
     fs::write(
         stage.agent_dir().join("topology.db"),
@@ -772,21 +799,17 @@ fn no_beat_is_sent_without_a_topology_that_cannot_be_read() {
     let report = Report::of(&mut check(&stage));
     report.fails_with("topology", 1);
     assert_eq!(
-        (report.ended("not-tried"), report.says("beat")),
+        (report.ended("not-tried"), report.message("beat")),
         (vec!["beat"], "not tried: topology.db cannot be read")
     );
-    assert_eq!(
-        stage.master.received().len(),
-        0,
-        "the master would order the topology to be built again"
-    );
+    assert_eq!(stage.master.received().len(), 0, "the master would order a rebuild");
 }
 
 #[test]
-fn a_state_file_whose_folder_is_missing_is_not_taken_for_nothing_deployed() {
+fn missing_folder_of_the_state_file_fails() {
     let stage = worker();
     let missing = stage.dir.path().join("none/state.json");
-    // The environment's, as the option is not given.
+    // The environment variable, without the option.
     let mut command = program();
     command
         .arg("--config")
@@ -798,9 +821,9 @@ fn a_state_file_whose_folder_is_missing_is_not_taken_for_nothing_deployed() {
         Report::of(command.arg("--docker-socket").arg(stage.dir.path().join("docker.sock")));
     report.fails_with("state-file", 1);
     assert!(
-        report.says("state-file").ends_with("(DECNET_HEARTBEAT_STATE_FILE)"),
+        report.message("state-file").ends_with("(DECNET_HEARTBEAT_STATE_FILE)"),
         "{}",
-        report.says("state-file")
+        report.message("state-file")
     );
     let beat = stage.master.received().pop().unwrap().json.unwrap();
     assert!(
@@ -811,7 +834,7 @@ fn a_state_file_whose_folder_is_missing_is_not_taken_for_nothing_deployed() {
 }
 
 #[test]
-fn a_refused_request_to_docker_is_named_and_costs_observed_alone() {
+fn rejected_docker_request_is_named_and_affects_only_observed() {
     let stage = worker();
     let socket = stage.dir.path().join("docker.sock");
     fs::remove_file(&socket).unwrap();
@@ -825,11 +848,11 @@ fn a_refused_request_to_docker_is_named_and_costs_observed_alone() {
     let report = Report::of(&mut check(&stage));
     report.fails_with("docker", 1);
     assert!(
-        report.says("docker").contains(": /networks: answered 403 Forbidden"),
+        report.message("docker").contains(": /networks: answered 403 Forbidden"),
         "{}",
-        report.says("docker")
+        report.message("docker")
     );
-    assert!(report.says("docker").ends_with("; 1 container"), "{}", report.says("docker"));
+    assert!(report.message("docker").ends_with("; 1 container"), "{}", report.message("docker"));
     let beat = stage.master.received().pop().unwrap().json.unwrap();
     assert_eq!(
         beat["status"]["runtime"],
@@ -843,7 +866,7 @@ fn a_refused_request_to_docker_is_named_and_costs_observed_alone() {
 }
 
 #[test]
-fn the_outbox_shows_what_waits_and_who_delivers() {
+fn outbox_shows_queued_deltas_and_the_delivering_process() {
     let mut stage = worker();
     let (builder, tick) = stage.builder();
     let heartbeat = builder.start().unwrap();
@@ -855,10 +878,10 @@ fn the_outbox_shows_what_waits_and_who_delivers() {
     stage.master.start_again().unwrap();
     let report = Report::of(&mut check(&stage));
     let facts = &report.step("outbox")["facts"];
-    let delivered = &facts["delivered_by"];
-    // It may have been delivered meanwhile.
+    let deliverer = &facts["delivered_by"];
+    // The first delta may have been delivered meanwhile.
     assert!(facts["waiting"].as_u64().is_some_and(|waiting| waiting <= 1), "{facts}");
-    assert_eq!(delivered, std::process::id(), "{}", report.says("outbox"));
+    assert_eq!(deliverer, std::process::id(), "{}", report.message("outbox"));
     stage.master.stop();
     heartbeat.deltas().push(LifecycleDelta::succeeded("e", Operation::Deploy)).unwrap();
     drop(heartbeat);
@@ -874,7 +897,7 @@ fn the_outbox_shows_what_waits_and_who_delivers() {
 }
 
 #[test]
-fn operations_that_nobody_could_judge_for_a_day_are_named() {
+fn operations_with_an_unknown_state_for_a_day_are_named() {
     let stage = worker();
     stage.beating().0.stop(PATIENCE);
     let database = rusqlite::Connection::open(stage.agent_dir().join("heartbeat.db")).unwrap();
@@ -899,37 +922,40 @@ fn operations_that_nobody_could_judge_for_a_day_are_named() {
     let report = Report::of(&mut check(&stage));
     assert_eq!(report.step("outbox")["facts"]["stuck"], 1);
     let named = format!("; 1 stuck: deploy of d\\u{{1b}}2 (row {id}, for 1day)");
-    assert!(report.says("outbox").ends_with(&named), "{named}: {}", report.says("outbox"));
+    assert!(report.message("outbox").ends_with(&named), "{named}: {}", report.message("outbox"));
     let lock = stage.agent_dir().join("heartbeat.db-lock");
     assert!(
-        report.advice("outbox").contains(&format!("see why {} cannot be used", lock.display()))
+        report.advice("outbox").contains(&format!("check why {} cannot be used", lock.display()))
     );
     for _ in 0..20 {
         add("d3", 90_000);
     }
-    let says = Report::of(&mut check(&stage)).says("outbox").to_owned();
-    assert!(says.contains("; 21 stuck: ") && says.matches("(row ").count() == 10, "{says}");
+    let message = Report::of(&mut check(&stage)).message("outbox").to_owned();
+    assert!(
+        message.contains("; 21 stuck: ") && message.matches("(row ").count() == 10,
+        "{message}"
+    );
 }
 
 #[test]
-fn an_outbox_that_cannot_be_kept_fails() {
+fn unusable_outbox_fails() {
     let stage = worker();
     fs::write(
         stage.agent_dir().join("heartbeat.db"),
-        "not one of ours, and of no use to anybody at all",
+        "not an outbox, and long enough to be read as a database",
     )
     .unwrap();
     let report = Report::of(&mut check(&stage));
     report.fails_with("outbox", 1);
-    let still = fs::read_to_string(stage.agent_dir().join("heartbeat.db")).unwrap();
-    assert!(still.starts_with("not one of ours"), "it is not for check to move it aside");
+    let content = fs::read_to_string(stage.agent_dir().join("heartbeat.db")).unwrap();
+    assert!(content.starts_with("not an outbox"), "check changes no file");
     Report::of(check(&stage).args(["--outbox", "/nonexistent/folder/heartbeat.db"]))
         .fails_with("outbox", 1);
     Report::of(check(&stage).args(["--outbox"]).arg(stage.dir.path().join("x.db"))).step("outbox");
 }
 
 #[test]
-fn where_reports_go_is_looked_at_where_it_is_given() {
+fn stats_and_metrics_files_are_checked_if_given() {
     let stage = worker();
     let mut command = check(&stage);
     command.args(["--metrics-file", "/nonexistent/decnet.prom", "--stats-file"]);
@@ -939,7 +965,7 @@ fn where_reports_go_is_looked_at_where_it_is_given() {
 }
 
 #[test]
-fn a_heartbeat_that_runs_is_not_disturbed() {
+fn running_heartbeat_is_not_disturbed() {
     let stage = worker();
     let heartbeat = Heartbeat::builder()
         .enrolment(stage.worker.enrolment().unwrap())
@@ -956,9 +982,9 @@ fn a_heartbeat_that_runs_is_not_disturbed() {
     drop::<LoopbackMaster>(stage.master);
 }
 
-/// OpenSSL serves the real master, and its alerts say why it refuses a certificate.
+/// The real master uses OpenSSL, whose alerts name the reason why it rejects a certificate.
 #[test]
-fn each_alert_of_openssl_is_explained_by_its_cause() {
+fn each_alert_of_openssl_is_explained() {
     let mut stage = worker();
     let openssl = OpenSsl::new(stage.dir.path());
     openssl.issue("server", "rsa:2048", "-sha256");
@@ -972,7 +998,7 @@ fn each_alert_of_openssl_is_explained_by_its_cause() {
         "x509 -req -in good.csr -CA ca.crt -CAkey ca.key -days 9 -extfile ext -out server-only.crt",
     );
     openssl.run("req -x509 -newkey rsa:2048 -nodes -keyout same.key -out same.crt -days 9 -subj /O=DECNET/CN=CA");
-    // As DECNET issues them: nothing but the issuer's name says whose it is.
+    // As DECNET issues them: only the issuer's name identifies the issuer.
     fs::write(openssl.path("ext"), "extendedKeyUsage=clientAuth\nauthorityKeyIdentifier=none\n")
         .unwrap();
     openssl.run(
@@ -983,7 +1009,7 @@ fn each_alert_of_openssl_is_explained_by_its_cause() {
     let served = openssl.serve("server", "-Verify 1 -verify_return_error -CAfile ca.crt");
     stage.worker.port = served.port;
     stage.worker.write_ini(&stage.dir.path().join("decnet.ini")).unwrap();
-    for (name, key, says, advice) in [
+    for (name, key, message, advice) in [
         (
             "old",
             "old",
@@ -1020,22 +1046,22 @@ fn each_alert_of_openssl_is_explained_by_its_cause() {
         fs::write(stage.agent_dir().join("worker.key"), openssl.read(&format!("{key}.key")))
             .unwrap();
         let report = Report::of(&mut check(&stage));
-        assert!(report.says("tls").starts_with(says), "{name}: {}", report.says("tls"));
+        assert!(report.message("tls").starts_with(message), "{name}: {}", report.message("tls"));
         assert!(report.advice("tls").starts_with(advice), "{name}: {}", report.advice("tls"));
     }
 }
 
 #[test]
-fn a_name_that_is_not_found_fails_and_says_why() {
+fn unknown_name_fails_with_its_reason() {
     let stage = worker();
     let mut command = check(&stage);
     command.env("DECNET_MASTER_HOST", "no-such.invalid");
     let report = Report::of(&mut command);
     report.fails_with("name", 1);
-    let says = report.says("name");
+    let message = report.message("name");
     assert!(
-        says.starts_with("no-such.invalid: the name no-such.invalid could not be looked up: "),
-        "{says}"
+        message.starts_with("no-such.invalid: the name no-such.invalid could not be looked up: "),
+        "{message}"
     );
     assert!(
         report.advice("name").contains("name the master by its address"),

@@ -11,7 +11,7 @@ use serde_json::Value;
 use crate::program::{program, run};
 use crate::support::{PATIENCE, Stage};
 
-/// What is known of each file: its inode, mode, owner, size, the time of its last change, and content.
+/// The inode, mode, owner, size, change time and content of each file.
 type Files = BTreeMap<PathBuf, (u64, u32, [u32; 2], u64, [i64; 2], Vec<u8>)>;
 
 fn files(folder: &Path) -> Files {
@@ -29,7 +29,7 @@ fn files(folder: &Path) -> Files {
     files
 }
 
-/// Its step of the outbox; nothing in the agent dir has changed.
+/// The step `outbox` of `check`. Asserts that no file in the agent dir has changed.
 fn outbox_of(stage: &Stage) -> Value {
     let before = files(&stage.agent_dir());
     let mut check = program();
@@ -47,7 +47,7 @@ fn outbox_of(stage: &Stage) -> Value {
     steps.iter().find(|step| step["step"] == "outbox").unwrap().clone()
 }
 
-/// Killed at the end of its test, however that ends.
+/// A process that is killed at the end of the test.
 struct Running(Child);
 
 impl Drop for Running {
@@ -57,7 +57,7 @@ impl Drop for Running {
     }
 }
 
-/// A `run` that has nothing to do for an hour, and one delta that waits for it.
+/// A `run` that has nothing to do for an hour, and one delta that assert_one_queued for it.
 fn idle_run(stage: &Stage) -> Running {
     stage.master.decommission(&stage.worker.uuid);
     let mut run = run(&stage.worker, stage.dir.path());
@@ -72,7 +72,7 @@ fn idle_run(stage: &Stage) -> Running {
     child
 }
 
-fn waits(step: &Value) {
+fn assert_one_queued(step: &Value) {
     assert_eq!(
         (&step["outcome"], &step["facts"]["waiting"]),
         (&"ok".into(), &1.into()),
@@ -84,7 +84,7 @@ fn outbox(stage: &Stage, suffix: &str) -> PathBuf {
     stage.agent_dir().join(format!("heartbeat.db{suffix}"))
 }
 
-/// With one delta in it, of a process that was stopped.
+/// An outbox with one delta, of a process that was stopped.
 fn closed() -> Stage {
     let stage = Stage::new();
     let mut child = idle_run(&stage);
@@ -94,7 +94,7 @@ fn closed() -> Stage {
     stage
 }
 
-/// The same, of a process that was killed.
+/// An outbox with one delta, of a process that was killed.
 fn crashed() -> Stage {
     let stage = Stage::new();
     drop(idle_run(&stage));
@@ -103,32 +103,32 @@ fn crashed() -> Stage {
 }
 
 #[test]
-fn a_run_that_has_it_open_is_not_disturbed() {
+fn running_run_is_not_disturbed() {
     let stage = Stage::new();
     let child = idle_run(&stage);
     for _ in 0..3 {
         let step = outbox_of(&stage);
-        waits(&step);
+        assert_one_queued(&step);
         assert_eq!(step["facts"]["delivered_by"], child.0.id(), "{step:#}");
     }
 }
 
 #[test]
-fn what_a_process_has_left_is_read_and_left() {
-    waits(&outbox_of(&closed()));
+fn files_of_an_ended_process_are_read_and_not_changed() {
+    assert_one_queued(&outbox_of(&closed()));
     let stage = crashed();
-    waits(&outbox_of(&stage));
+    assert_one_queued(&outbox_of(&stage));
     fs::remove_file(outbox(&stage, "-shm")).unwrap();
-    waits(&outbox_of(&stage));
+    assert_one_queued(&outbox_of(&stage));
     fs::write(outbox(&stage, "-shm"), "").unwrap();
-    waits(&outbox_of(&stage));
+    assert_one_queued(&outbox_of(&stage));
     let stage = closed();
     fs::write(outbox(&stage, "-wal"), "").unwrap();
-    waits(&outbox_of(&stage));
+    assert_one_queued(&outbox_of(&stage));
 }
 
 #[test]
-fn no_outbox_and_an_empty_one_are_good() {
+fn missing_and_empty_outboxes_are_good() {
     let stage = Stage::new();
     stage.worker.write_ini(&stage.dir.path().join("decnet.ini")).unwrap();
     assert_eq!(outbox_of(&stage)["outcome"], "ok");
@@ -137,26 +137,26 @@ fn no_outbox_and_an_empty_one_are_good() {
 }
 
 #[test]
-fn a_mode_that_lets_others_read_is_an_advice_and_stays() {
+fn mode_that_lets_others_read_gets_advice_and_is_not_changed() {
     for (stage, suffix) in [(closed(), ""), (crashed(), "-wal"), (crashed(), "-shm")] {
         let file = outbox(&stage, suffix);
         fs::set_permissions(&file, fs::Permissions::from_mode(0o644)).unwrap();
         let step = outbox_of(&stage);
-        waits(&step);
+        assert_one_queued(&step);
         let advice = step["advice"].as_str().unwrap();
         assert!(
-            advice.starts_with(&format!("others can read it: chmod 600 {}", file.display())),
+            advice.starts_with(&format!("other users can read it: chmod 600 {}", file.display())),
             "{advice}"
         );
     }
 }
 
 #[test]
-fn what_is_damaged_fails_and_stays() {
+fn corrupt_outbox_fails_and_is_not_changed() {
     type Damage = fn(&Stage);
     let damages: [(fn() -> Stage, Damage); 7] = [
         (closed, |stage| {
-            fs::write(outbox(stage, ""), "not one of ours, and of no use to anybody").unwrap()
+            fs::write(outbox(stage, ""), "not an outbox, and long enough to be read").unwrap()
         }),
         (closed, |stage| {
             let mut content = fs::read(outbox(stage, "")).unwrap();
@@ -199,7 +199,7 @@ fn what_is_damaged_fails_and_stays() {
 }
 
 #[test]
-fn the_topology_is_read_and_left() {
+fn topology_is_read_and_not_changed() {
     for mode in ["delete", "wal"] {
         let stage = closed();
         let topology = stage.agent_dir().join("topology.db");
@@ -209,12 +209,12 @@ fn the_topology_is_read_and_left() {
                      hydrated_blob_json TEXT, applied_at INTEGER, last_error TEXT)";
         database.execute(table, []).unwrap();
         database.close().unwrap();
-        waits(&outbox_of(&stage));
+        assert_one_queued(&outbox_of(&stage));
     }
 }
 
 #[test]
-fn what_run_would_not_replace_fails_with_an_advice() {
+fn targets_that_run_would_not_replace_fail_with_advice() {
     let stage = Stage::new();
     stage.worker.write_ini(&stage.dir.path().join("decnet.ini")).unwrap();
     let target = stage.dir.path().join("target");
@@ -252,7 +252,7 @@ fn what_run_would_not_replace_fails_with_an_advice() {
         "--stats-file",
         "/dev/null",
     ]);
-    let said = String::from_utf8(check.output().unwrap().stdout).unwrap();
-    assert!(said.contains("✗ stats-file    /dev/null: "), "{said}");
+    let text = String::from_utf8(check.output().unwrap().stdout).unwrap();
+    assert!(text.contains("✗ stats-file    /dev/null: "), "{text}");
     assert!(fs::symlink_metadata("/dev/null").unwrap().file_type().is_char_device());
 }

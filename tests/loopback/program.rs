@@ -1,4 +1,4 @@
-//! The program, as an operator and systemd use it.
+//! The program as operators, shells and systemd use it.
 
 use std::io::{BufRead, BufReader, Read};
 use std::os::unix::net::UnixDatagram;
@@ -12,7 +12,7 @@ use serde_json::Value;
 
 use crate::support::{PATIENCE, Stage, json_of, signals};
 
-/// The program without this process' environment.
+/// The program with an empty environment.
 pub fn program() -> Command {
     signals::none_is_ignored();
     let mut command = Command::new(env!("CARGO_BIN_EXE_decnet-heartbeat"));
@@ -29,7 +29,7 @@ fn terminate(child: &Child) {
     assert!(kill.success());
 }
 
-/// `run` for an enrolled worker, with a state file and a Docker socket that are not there.
+/// `run` for an enrolled worker, with a state file and a Docker socket that do not exist.
 pub fn run(worker: &Enrolled, dir: &Path) -> Command {
     let ini = dir.join("decnet.ini");
     worker.write_ini(&ini).unwrap();
@@ -45,33 +45,33 @@ pub fn run(worker: &Enrolled, dir: &Path) -> Command {
 }
 
 #[test]
-fn not_enrolled_is_78_and_says_where_it_looked() {
+fn not_enrolled_exits_78_and_names_the_places_searched() {
     let output = output(program().args(["--config", "/nonexistent/decnet.ini", "run"]));
     assert_eq!(output.status.code(), Some(78));
-    let said = String::from_utf8(output.stderr).unwrap();
+    let text = String::from_utf8(output.stderr).unwrap();
     for part in
         ["not enrolled", "DECNET_HOST_UUID", "DECNET_MASTER_HOST", "/nonexistent/decnet.ini"]
     {
-        assert!(said.contains(part), "{part} in {said}");
+        assert!(text.contains(part), "{part} in {text}");
     }
 }
 
 #[test]
-fn a_bundle_that_is_not_there_is_78_and_named() {
+fn missing_bundle_exits_78_and_is_named() {
     let mut command = program();
     command.env("DECNET_HOST_UUID", "u").env("DECNET_MASTER_HOST", "127.0.0.1");
     let output = output(command.args(["--agent-dir", "/nonexistent/agent", "run"]));
     assert_eq!(output.status.code(), Some(78));
-    let said = String::from_utf8(output.stderr).unwrap();
+    let text = String::from_utf8(output.stderr).unwrap();
     assert_eq!(
-        said,
+        text,
         "decnet-heartbeat: bundle: /nonexistent/agent/ca.crt: cannot be read; enrol this host, or correct the agent dir, \
          which does not exist: No such file or directory (os error 2)\n"
     );
 }
 
 #[test]
-fn a_wrong_option_is_2_and_named() {
+fn invalid_value_exits_2_and_is_named() {
     let output = output(program().args(["--master-identity", "anyone", "run"]));
     assert_eq!(output.status.code(), Some(2));
     assert!(
@@ -82,33 +82,33 @@ fn a_wrong_option_is_2_and_named() {
 }
 
 #[test]
-fn an_agent_dir_of_two_lines_is_2_without_advice_about_an_ini() {
+fn agent_dir_of_two_lines_exits_2_without_advice_about_an_ini() {
     for command in ["run", "check"] {
         let output = output(program().args(["--agent-dir", "a\nb", command]));
-        let said = String::from_utf8(output.stderr).unwrap();
-        assert_eq!(output.status.code(), Some(2), "{said}");
+        let text = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(2), "{text}");
         assert!(
-            said.contains(r"'a\u{a}b' for '--agent-dir <DIR>': must be a path on one line"),
-            "{said}"
+            text.contains(r"'a\u{a}b' for '--agent-dir <DIR>': must be a path on one line"),
+            "{text}"
         );
-        assert!(!said.contains("indented"), "{said}");
+        assert!(!text.contains("indented"), "{text}");
     }
 }
 
 #[test]
-fn an_interval_out_of_its_range_is_2() {
+fn interval_out_of_range_exits_2() {
     for command in ["run", "check"] {
         for interval in ["10ms", "49ms", "61m", "2h", "0s", "1y", "x", ""] {
             let output = output(program().args([command, "--interval", interval]));
             assert_eq!(output.status.code(), Some(2), "{command} {interval}");
         }
     }
-    let said = output(program().args(["run", "--interval", "10ms"])).stderr;
-    assert!(String::from_utf8(said).unwrap().contains("is 10ms; it must be from 50 ms to 1 h"));
+    let text = output(program().args(["run", "--interval", "10ms"])).stderr;
+    assert!(String::from_utf8(text).unwrap().contains("is 10ms; it must be from 50 ms to 1 h"));
 }
 
 #[test]
-fn a_name_that_no_decky_can_have_is_2_and_nothing_is_written() {
+fn invalid_decky_name_exits_2_and_writes_nothing() {
     let stage = Stage::new();
     let files = || std::fs::read_dir(stage.agent_dir()).unwrap().count();
     let before = files();
@@ -137,11 +137,11 @@ fn a_name_that_no_decky_can_have_is_2_and_nothing_is_written() {
             .arg(&ran);
         for command in [&mut push, &mut track] {
             let output = output(command);
-            let said = String::from_utf8(output.stderr).unwrap();
-            assert_eq!(output.status.code(), Some(2), "{said}");
-            assert!(said.contains("decky name: "), "{said}");
-            assert!(!said.contains(['\u{1b}', '\u{202e}']), "safe to print: {said:?}");
-            let first = said.split("\n\n").next().unwrap();
+            let text = String::from_utf8(output.stderr).unwrap();
+            assert_eq!(output.status.code(), Some(2), "{text}");
+            assert!(text.contains("decky name: "), "{text}");
+            assert!(!text.contains(['\u{1b}', '\u{202e}']), "safe to print: {text:?}");
+            let first = text.split("\n\n").next().unwrap();
             assert!(!first.contains('\n'), "on one line: {first:?}");
         }
     }
@@ -149,11 +149,12 @@ fn a_name_that_no_decky_can_have_is_2_and_nothing_is_written() {
 }
 
 #[test]
-fn a_decky_that_the_state_file_does_not_list_is_a_warning() {
+fn unlisted_decky_is_a_warning() {
     let stage = Stage::new();
-    let (ini, state) = (stage.dir.path().join("decnet.ini"), stage.dir.path().join("state.json"));
+    let ini = stage.dir.path().join("decnet.ini");
+    let state = stage.dir.path().join("state.json");
     stage.worker.write_ini(&ini).unwrap();
-    let reported = |name: &str| {
+    let messages = |name: &str| {
         let mut push = program();
         push.arg("--config").arg(&ini).args([
             "push",
@@ -179,22 +180,22 @@ fn a_decky_that_the_state_file_does_not_list_is_a_warning() {
             String::from_utf8(output.stderr).unwrap()
         })
     };
-    let quiet = || [String::new(), String::new()];
-    assert_eq!(reported("d2"), quiet(), "there is no state file");
+    let none = || [String::new(), String::new()];
+    assert_eq!(messages("d2"), none(), "no state file");
     let content = r#"{"config": {"mode": "swarm", "deckies": [{"name": "d1", "services": []}]}, "compose_path": "/x"}"#;
     std::fs::write(&state, content).unwrap();
-    assert_eq!(reported("d1"), quiet());
-    for said in reported("d2") {
+    assert_eq!(messages("d1"), none());
+    for text in messages("d2") {
         let warning =
-            format!("the state file does not list this decky: decky=d2 file={}", state.display());
-        assert!(said.contains("[WARN]") && said.contains(&warning), "{said}");
+            format!("the state file does not list the decky: decky=d2 file={}", state.display());
+        assert!(text.contains("[WARN]") && text.contains(&warning), "{text}");
     }
     std::fs::write(&state, "{").unwrap();
-    assert_eq!(reported("d2"), quiet(), "it is not known what it lists");
+    assert_eq!(messages("d2"), none(), "unreadable state file");
 }
 
 #[test]
-fn it_beats_until_sigterm_and_exits_0() {
+fn run_beats_until_sigterm_and_exits_0() {
     let stage = Stage::new();
     let stats = stage.dir.path().join("stats.json");
     let mut child =
@@ -210,7 +211,7 @@ fn it_beats_until_sigterm_and_exits_0() {
 }
 
 #[test]
-fn the_stats_file_is_rewritten_after_each_beat() {
+fn stats_file_is_rewritten_after_each_beat() {
     let stage = Stage::new();
     let stats = stage.dir.path().join("stats.json");
     let mut command = run(&stage.worker, stage.dir.path());
@@ -227,7 +228,7 @@ fn the_stats_file_is_rewritten_after_each_beat() {
 }
 
 #[test]
-fn the_log_goes_to_a_file_when_told() {
+fn log_file_gets_the_log() {
     let stage = Stage::new();
     let log = stage.dir.path().join("heartbeat.log");
     let mut command = run(&stage.worker, stage.dir.path());
@@ -241,7 +242,7 @@ fn the_log_goes_to_a_file_when_told() {
 }
 
 #[test]
-fn a_certificate_that_ends_within_30_days_is_said_once_a_day() {
+fn certificate_that_expires_within_30_days_is_logged_once_a_day() {
     let stage = Stage::new();
     let nine_days = Duration::from_secs(9 * 86_400 + 3_600);
     let issued =
@@ -252,21 +253,21 @@ fn a_certificate_that_ends_within_30_days_is_said_once_a_day() {
     assert!(stage.master.wait_for_beats(5, PATIENCE));
     terminate(&child);
     let log = String::from_utf8(child.wait_with_output().unwrap().stderr).unwrap();
-    let said: Vec<_> =
+    let text: Vec<_> =
         log.lines().filter(|line| line.contains("certificate expires soon")).collect();
-    let [said] = said.as_slice() else { panic!("{log}") };
+    let [text] = text.as_slice() else { panic!("{log}") };
     let expected = format!(
         "[WARN] (decnet-heartbeat) certificate expires soon; enrol this host again: host={} master={} fingerprint={} \
-         days=9",
+         days_left=9",
         stage.worker.uuid,
         stage.master.url(),
         issued.fingerprint
     );
-    assert!(said.ends_with(&expected), "{said}");
+    assert!(text.ends_with(&expected), "{text}");
 }
 
 #[test]
-fn systemd_hears_that_it_is_ready_alive_and_stopping() {
+fn systemd_is_notified_of_ready_watchdog_and_stopping() {
     let stage = Stage::new();
     let socket: PathBuf = stage.dir.path().join("notify");
     let systemd = UnixDatagram::bind(&socket).unwrap();
@@ -274,63 +275,73 @@ fn systemd_hears_that_it_is_ready_alive_and_stopping() {
     let mut command = run(&stage.worker, stage.dir.path());
     let mut child =
         command.env("NOTIFY_SOCKET", &socket).env("WATCHDOG_USEC", "100000").spawn().unwrap();
-    let hear = || {
-        let mut said = [0; 100];
-        let length = systemd.recv(&mut said).unwrap();
-        String::from_utf8(said[..length].to_vec()).unwrap().trim().to_owned()
+    let receive = || {
+        let mut buffer = [0; 100];
+        let length = systemd.recv(&mut buffer).unwrap();
+        String::from_utf8(buffer[..length].to_vec()).unwrap().trim().to_owned()
     };
-    assert_eq!(hear(), "READY=1");
-    assert_eq!(hear(), "WATCHDOG=1");
+    assert_eq!(receive(), "READY=1");
+    assert_eq!(receive(), "WATCHDOG=1");
     terminate(&child);
-    let last = std::iter::repeat_with(hear).find(|said| said != "WATCHDOG=1");
+    let last = std::iter::repeat_with(receive).find(|text| text != "WATCHDOG=1");
     assert_eq!(last.as_deref(), Some("STOPPING=1"));
     assert_eq!(child.wait().unwrap().code(), Some(0));
 }
 
 #[test]
-fn it_prints_completions_that_a_shell_takes() {
+fn bash_completes_options_and_values() {
     let script = output(program().args(["completions", "bash"]));
     assert_eq!((script.status.code(), script.stderr.as_slice()), (Some(0), &b""[..]));
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("completions");
     std::fs::write(&path, script.stdout).unwrap();
-    // What bash does when somebody types `decnet-heartbeat check --metr` and the tabulator key.
-    let typed = "COMP_WORDS=(decnet-heartbeat check --metr); COMP_CWORD=2; _decnet-heartbeat decnet-heartbeat --metr check; \
-                 echo ${COMPREPLY[@]}";
-    let mut bash = Command::new("bash");
-    let completed = output(bash.arg("-c").arg(format!("source {} && {typed}", path.display())));
-    assert_eq!(
-        String::from_utf8_lossy(&completed.stdout).trim(),
-        "--metrics-file",
-        "{completed:?}"
-    );
+    for (typed, expected) in [
+        (["check", "--metr"], "--metrics-file"),
+        (["--log-level", "w"], "warn"),
+        (["--master-identity", "ho"], "host"),
+        (["push", "--oper"], "--operation"),
+    ] {
+        // What bash does when a user types these words and the tabulator key.
+        let [before, word] = typed;
+        let completion = format!(
+            "source {} && COMP_WORDS=(decnet-heartbeat {before} {word}); COMP_CWORD=2; \
+             _decnet-heartbeat decnet-heartbeat {word} {before}; echo ${{COMPREPLY[@]}}",
+            path.display()
+        );
+        let completed = output(Command::new("bash").arg("-c").arg(completion));
+        let candidates = String::from_utf8_lossy(&completed.stdout);
+        assert_eq!(candidates.trim(), expected, "{completed:?}");
+    }
     assert_eq!(output(program().args(["completions", "tcsh"])).status.code(), Some(2));
 }
 
 #[test]
-fn the_demo_shows_an_outage_and_the_recovery_of_a_delta() {
+fn demo_shows_an_outage_fits_80_columns_and_ends_with_next_steps() {
     let mut child =
         program().args(["demo", "--seconds", "5"]).stdout(Stdio::piped()).spawn().unwrap();
     let lines: Vec<_> =
         BufReader::new(child.stdout.take().unwrap()).lines().map(Result::unwrap).collect();
     assert_eq!(child.wait().unwrap().code(), Some(0), "{lines:#?}");
-    let told = |part: &str| {
+    let position = |part: &str| {
         lines
             .iter()
             .position(|line| line.contains(part))
             .unwrap_or_else(|| panic!("{part}: {lines:#?}"))
     };
-    assert!(told("the master is gone") < told("beat failed (refused)"));
-    assert!(told("the master is back") < told("mutate decky-01 failed (compose exited with 1)"));
-    let summary = lines.last().unwrap();
-    assert!(summary.contains("2 deltas delivered, 0 lost"), "{summary}");
+    assert!(position("the master stops") < position("beat failed: refused"));
+    let row = "the master's row: mutate decky-01 failed (compose exited with 1)";
+    assert!(position("the master is running again") < position(row));
+    assert!(position("2 deltas delivered, 0 undelivered") < position("Next steps"));
+    assert!(position("Next steps") < position("decnet-heartbeat check"));
+    let too_long = lines.iter().find(|line| line.chars().count() > 80);
+    assert_eq!(too_long, None);
 }
 
 #[test]
-fn the_name_that_it_was_started_by_is_not_printed() {
+fn argv_0_is_not_printed() {
     for arguments in [&["push"][..], &["--help"], &["--version"], &["help", "run"]] {
         let output = output(program().arg0("\u{1b}]0;t\u{7}\u{202e}").args(arguments));
-        let said = String::from_utf8([output.stdout, output.stderr].concat()).unwrap();
-        assert!(said.contains("decnet-heartbeat") && !said.contains('\u{202e}'), "{said:?}");
+        let text = String::from_utf8([output.stdout, output.stderr].concat()).unwrap();
+        assert!(text.contains("decnet-heartbeat") && !text.contains('\u{202e}'), "{text:?}");
     }
 }

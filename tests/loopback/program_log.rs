@@ -1,4 +1,4 @@
-//! The program's log: whoever reads it, or does not, delays nothing.
+//! The program's log. A slow, blocked or missing reader delays nothing.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
@@ -18,10 +18,10 @@ use rustix::termios::{Action, tcflow};
 use crate::program::{program, run};
 use crate::support::{PATIENCE, Running, Stage, line_with, lines};
 
-/// A stop, and a log that is stuck, with room for a busy host.
+/// The limit for a stop with a blocked log, with a margin for a busy host.
 const PROMPT: Duration = Duration::from_secs(4);
 
-/// A pipe without room, and who could read it. What fills it is empty lines.
+/// A pipe that is full of empty lines, and its reader.
 fn full_pipe() -> (PipeReader, PipeWriter) {
     let (reader, mut writer) = pipe().unwrap();
     rustix::io::ioctl_fionbio(&writer, true).unwrap();
@@ -35,33 +35,33 @@ fn mkfifo(path: &Path) {
     assert!(Command::new("mkfifo").arg(path).status().unwrap().success());
 }
 
-/// `run` that beats often, with its log in this file.
+/// `run` with a short interval and this log file.
 fn logging_to(stage: &Stage, log: &Path) -> Command {
     let mut command = run(&stage.worker, stage.dir.path());
     command.args(["--interval", "50ms", "--log-file"]).arg(log);
     command
 }
 
-/// Until the file says so.
-fn wait_for(log: &Path, what: &str) -> String {
+/// Waits until the file contains the text.
+fn wait_for(log: &Path, part: &str) -> String {
     let until = Instant::now() + PATIENCE;
     loop {
-        let said = fs::read_to_string(log).unwrap_or_default();
-        if said.contains(what) {
-            return said;
+        let text = fs::read_to_string(log).unwrap_or_default();
+        if text.contains(part) {
+            return text;
         }
-        assert!(Instant::now() < until, "{what} in {said}");
+        assert!(Instant::now() < until, "{part} in {text}");
         thread::sleep(Duration::from_millis(5));
     }
 }
 
-/// Without time, level and thread.
+/// The message of a line, without time, level and thread.
 fn message(line: &str) -> &str {
     line.split_once(") ").map_or(line, |(_, message)| message)
 }
 
 #[test]
-fn a_log_that_nobody_reads_stops_neither_beats_nor_sigterm() {
+fn unread_log_blocks_neither_beats_nor_sigterm() {
     let stage = Stage::new();
     let (_reader, full) = full_pipe();
     stage.master.always(Some(Answer::status(503).into()));
@@ -74,7 +74,7 @@ fn a_log_that_nobody_reads_stops_neither_beats_nor_sigterm() {
     assert_eq!(running.terminate(PROMPT), Some(0));
 }
 
-/// A terminal: who looks at it, and what a program writes to.
+/// A pseudoterminal: the controlling side, and the side that a program writes to.
 fn terminal() -> (File, File) {
     let screen = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
     grantpt(&screen).unwrap();
@@ -90,7 +90,7 @@ fn terminal() -> (File, File) {
 }
 
 #[test]
-fn a_stopped_terminal_stops_neither_beats_nor_sigterm() {
+fn stopped_terminal_blocks_neither_beats_nor_sigterm() {
     let stage = Stage::new();
     let (screen, terminal) = terminal();
     let stderr = terminal.try_clone().unwrap();
@@ -112,11 +112,11 @@ fn a_stopped_terminal_stops_neither_beats_nor_sigterm() {
 }
 
 #[test]
-fn a_terminal_that_stops_what_writes_from_the_background_does_not_stop_the_beats() {
+fn tostop_terminal_does_not_stop_beats_in_the_background() {
     let stage = Stage::new();
     let (mut screen, terminal) = terminal();
     let often = run(&stage.worker, stage.dir.path());
-    // Job control: what is started is in a process group that is not the terminal's.
+    // Job control: the program runs in a background process group.
     let mut shell = Command::new("setsid");
     shell.args([
         "--ctty",
@@ -138,7 +138,7 @@ fn a_terminal_that_stops_what_writes_from_the_background_does_not_stop_the_beats
 }
 
 #[test]
-fn no_colour_and_a_dumb_terminal_get_no_colours() {
+fn no_color_and_dumb_terminals_get_no_colours() {
     for (name, value) in [("NO_COLOR", "1"), ("TERM", "dumb")] {
         let stage = Stage::new();
         let (screen, terminal) = terminal();
@@ -155,23 +155,23 @@ fn no_colour_and_a_dumb_terminal_get_no_colours() {
                 .args(["--config", "/nonexistent/decnet.ini", answer])
                 .env("TERM", "xterm")
                 .env(name, value);
-            let mut answering = Running::start(command.stdout(terminal));
+            let mut running = Running::start(command.stdout(terminal));
             drop(command);
-            let mut said = Vec::new();
-            // EIO: nobody has the terminal any more.
-            let _ = BufReader::new(screen).read_to_end(&mut said);
-            assert!(answering.end(PATIENCE).code().is_some());
+            let mut text = Vec::new();
+            // EIO: no process has the terminal open any more.
+            let _ = BufReader::new(screen).read_to_end(&mut text);
+            assert!(running.end(PATIENCE).code().is_some());
             assert!(
-                !said.is_empty() && !said.contains(&0x1b),
+                !text.is_empty() && !text.contains(&0x1b),
                 "{name} {answer}: {}",
-                String::from_utf8_lossy(&said)
+                String::from_utf8_lossy(&text)
             );
         }
     }
 }
 
 #[test]
-fn an_error_reaches_a_slow_reader_and_a_stuck_one_does_not_delay_the_exit() {
+fn error_reaches_a_slow_reader_and_a_blocked_reader_does_not_delay_the_exit() {
     let not_enrolled = || {
         let mut command = program();
         command.args(["--config", "/nonexistent/decnet.ini", "run"]);
@@ -179,18 +179,18 @@ fn an_error_reaches_a_slow_reader_and_a_stuck_one_does_not_delay_the_exit() {
     };
     let (reader, full) = full_pipe();
     let mut running = Running::start(not_enrolled().stderr(full));
-    let mut said = String::new();
+    let mut text = String::new();
     for line in BufReader::new(reader).lines() {
-        said += &line.unwrap();
+        text += &line.unwrap();
     }
-    assert!(said.starts_with("decnet-heartbeat: not enrolled: "), "{said}");
+    assert!(text.starts_with("decnet-heartbeat: not enrolled: "), "{text}");
     assert_eq!(running.end(2 * PROMPT).code(), Some(78));
     let (_reader, full) = full_pipe();
     assert_eq!(Running::start(not_enrolled().stderr(full)).end(2 * PROMPT).code(), Some(78));
 }
 
 #[test]
-fn a_reader_that_has_gone_ends_nothing() {
+fn closed_reader_does_not_end_the_program() {
     let stage = Stage::new();
     let (reader, writer) = pipe().unwrap();
     let mut command = run(&stage.worker, stage.dir.path());
@@ -207,7 +207,7 @@ fn a_reader_that_has_gone_ends_nothing() {
 }
 
 #[test]
-fn a_pipe_that_somebody_made_non_blocking_loses_no_line() {
+fn non_blocking_pipe_loses_no_line() {
     let stage = Stage::new();
     let (reader, full) = full_pipe();
     rustix::io::ioctl_fionbio(&full, true).unwrap();
@@ -217,42 +217,42 @@ fn a_pipe_that_somebody_made_non_blocking_loses_no_line() {
     drop(command);
     stage.requests(5);
     let read = thread::spawn(move || {
-        let mut said = String::new();
-        BufReader::new(reader).read_to_string(&mut said).unwrap();
-        said
+        let mut text = String::new();
+        BufReader::new(reader).read_to_string(&mut text).unwrap();
+        text
     });
     assert_eq!(running.terminate(PROMPT), Some(0));
-    let said = read.join().unwrap();
+    let text = read.join().unwrap();
     assert!(
-        said.contains("heartbeat starting: ")
-            && said.contains("heartbeat stopped: ")
-            && !said.contains("were dropped"),
-        "{said}"
+        text.contains("heartbeat starting: ")
+            && text.contains("heartbeat stopped: ")
+            && !text.contains("lines dropped"),
+        "{text}"
     );
-    let mut logged = said.lines().filter(|line| !line.is_empty());
+    let mut logged = text.lines().filter(|line| !line.is_empty());
     assert!(
         logged.all(|line| line.starts_with("20") && line.contains("] (")),
-        "whole lines: {said}"
+        "whole lines: {text}"
     );
 }
 
 #[test]
-fn a_fifo_without_a_reader_delays_nothing_and_its_first_reader_gets_every_line() {
+fn fifo_without_reader_delays_nothing_and_the_first_reader_gets_every_line() {
     let stage = Stage::new();
     let log = stage.dir.path().join("log");
     mkfifo(&log);
     let mut running = Running::start(&mut logging_to(&stage, &log));
     assert!(stage.master.wait_for_beats(3, PATIENCE));
-    let said = lines(File::open(&log).unwrap());
-    let first = said.recv_timeout(PATIENCE).unwrap();
+    let text = lines(File::open(&log).unwrap());
+    let first = text.recv_timeout(PATIENCE).unwrap();
     assert!(message(&first).starts_with("heartbeat starting: "), "{first}");
     assert_eq!(running.terminate(PROMPT), Some(0));
-    let last = said.iter().last().unwrap();
+    let last = text.iter().last().unwrap();
     assert!(message(&last).starts_with("heartbeat stopped: "), "{last}");
 }
 
 #[test]
-fn a_fifo_that_never_has_a_reader_delays_no_exit() {
+fn fifo_without_reader_does_not_delay_the_exit() {
     let stage = Stage::new();
     let log = stage.dir.path().join("log");
     mkfifo(&log);
@@ -262,7 +262,7 @@ fn a_fifo_that_never_has_a_reader_delays_no_exit() {
 }
 
 #[test]
-fn a_fifo_whose_reader_returns_works_again_and_tells_of_the_gap() {
+fn fifo_whose_reader_returns_works_again_and_counts_dropped_lines() {
     let stage = Stage::new();
     let log = stage.dir.path().join("log");
     mkfifo(&log);
@@ -273,56 +273,58 @@ fn a_fifo_whose_reader_returns_works_again_and_tells_of_the_gap() {
     drop(reader);
     stage.master.always(Some(Answer::status(503).into()));
     stage.requests(10);
-    let said = lines(File::open(&log).unwrap());
-    let first = said.recv_timeout(PATIENCE).unwrap();
-    assert!(first.contains("[WARN] (log) lines of the log were dropped: lines=1"), "{first}");
-    let next = said.recv_timeout(PATIENCE).unwrap();
+    let text = lines(File::open(&log).unwrap());
+    let first = text.recv_timeout(PATIENCE).unwrap();
+    assert!(first.contains("[WARN] (log) log lines dropped: lines=1"), "{first}");
+    let next = text.recv_timeout(PATIENCE).unwrap();
     assert!(message(&next).starts_with("beat failed: "), "{next}");
     assert_eq!(running.terminate(PROMPT), Some(0));
 }
 
 #[test]
-fn after_hup_the_new_log_file_is_there_at_once_and_gets_what_follows() {
+fn hup_creates_the_new_log_file_at_once_and_uses_it() {
     let stage = Stage::new();
-    let (log, old) = (stage.dir.path().join("log"), stage.dir.path().join("log.1"));
+    let log = stage.dir.path().join("log");
+    let old = stage.dir.path().join("log.1");
     let mut command = run(&stage.worker, stage.dir.path());
     let mut running = Running::start(command.arg("--log-file").arg(&log));
     wait_for(&log, "first beat accepted");
     fs::rename(&log, &old).unwrap();
     running.signal("HUP");
-    assert_eq!(wait_until_there(&log), "", "nothing was logged meanwhile");
+    assert_eq!(wait_until_exists(&log), "", "nothing was logged meanwhile");
     assert_eq!(running.terminate(PROMPT), Some(0));
     assert!(fs::read_to_string(&log).unwrap().contains("stopping: "));
     assert!(!fs::read_to_string(&old).unwrap().contains("stopping: "));
 }
 
-/// What is in the file, once it is there.
-fn wait_until_there(log: &Path) -> String {
+/// The content of the file, once it exists.
+fn wait_until_exists(log: &Path) -> String {
     let until = Instant::now() + PATIENCE;
     while !log.exists() {
-        assert!(Instant::now() < until, "{} is not there", log.display());
+        assert!(Instant::now() < until, "{} does not exist", log.display());
         thread::sleep(Duration::from_millis(5));
     }
     fs::read_to_string(log).unwrap()
 }
 
 #[test]
-fn a_log_file_that_cannot_be_reopened_stays_and_says_so() {
+fn log_file_that_cannot_be_reopened_stays_in_use() {
     let stage = Stage::new();
-    let (log, old) = (stage.dir.path().join("log"), stage.dir.path().join("log.1"));
+    let log = stage.dir.path().join("log");
+    let old = stage.dir.path().join("log.1");
     let mut running = Running::start(&mut logging_to(&stage, &log));
     wait_for(&log, "first beat accepted");
     fs::rename(&log, &old).unwrap();
     fs::create_dir(&log).unwrap();
     running.signal("HUP");
-    let said = wait_for(&old, "the log file cannot be reopened and the old one is used: error=");
-    assert!(said.contains(&log.display().to_string()), "{said}");
+    let text = wait_for(&old, "log file cannot be reopened, still using the old one: error=");
+    assert!(text.contains(&log.display().to_string()), "{text}");
     assert_eq!(running.terminate(PROMPT), Some(0));
     assert!(fs::read_to_string(&old).unwrap().contains("stopping: "));
 }
 
 #[test]
-fn what_a_full_disk_did_not_take_is_counted_in_the_next_file() {
+fn lines_lost_to_a_full_disk_are_counted_in_the_next_file() {
     let stage = Stage::new();
     let log = stage.dir.path().join("log");
     std::os::unix::fs::symlink("/dev/full", &log).unwrap();
@@ -330,65 +332,65 @@ fn what_a_full_disk_did_not_take_is_counted_in_the_next_file() {
     assert!(stage.master.wait_for_beats(3, PATIENCE));
     fs::remove_file(&log).unwrap();
     running.signal("HUP");
-    let said = wait_for(&log, "\n");
-    assert!(said.contains("[WARN] (log) lines of the log were dropped: lines="), "{said}");
+    let text = wait_for(&log, "\n");
+    assert!(text.contains("[WARN] (log) log lines dropped: lines="), "{text}");
     assert_eq!(running.terminate(PROMPT), Some(0));
 }
 
 #[test]
-fn with_the_log_on_stderr_hup_is_a_line() {
+fn hup_with_the_log_on_stderr_is_logged() {
     let stage = Stage::new();
     let mut command = run(&stage.worker, stage.dir.path());
     let mut running = Running::start(command.stderr(Stdio::piped()));
-    let said = lines(running.0.stderr.take().unwrap());
+    let text = lines(running.0.stderr.take().unwrap());
     assert!(stage.master.wait_for_beats(1, PATIENCE));
     running.signal("HUP");
-    let line = line_with(&said, "SIGHUP");
+    let line = line_with(&text, "SIGHUP");
     assert!(
-        line.contains("[INFO] (signals) there is no log file to reopen: signal=SIGHUP log=stderr"),
+        line.contains("[INFO] (signals) no log file to reopen: signal=SIGHUP log=stderr"),
         "{line}"
     );
     assert_eq!(running.terminate(PROMPT), Some(0));
 }
 
 #[test]
-fn a_log_file_that_cannot_be_opened_is_an_error_of_the_start() {
+fn log_file_that_cannot_be_opened_is_a_start_error() {
     let dir = tempfile::tempdir().unwrap();
     for command in ["run", "check"] {
         let output = program().arg("--log-file").arg(dir.path()).arg(command).output().unwrap();
-        let said = String::from_utf8(output.stderr).unwrap();
+        let text = String::from_utf8(output.stderr).unwrap();
         let expected = format!(
             "decnet-heartbeat: --log-file: {} cannot be appended to: ",
             dir.path().display()
         );
-        assert!(said.starts_with(&expected) && said.lines().count() == 1, "{said}");
+        assert!(text.starts_with(&expected) && text.lines().count() == 1, "{text}");
     }
 }
 
 #[test]
-fn a_log_file_that_cannot_be_opened_for_a_reason_that_passes_delays_no_beat_and_is_opened_later() {
+fn log_file_with_a_transient_error_delays_no_beat_and_is_opened_later() {
     let stage = Stage::new();
     let log = stage.dir.path().join("log");
-    // ENXIO, as ENOSPC on a disk that is full.
+    // ENXIO, which is transient as ENOSPC of a full disk is.
     let socket = UnixListener::bind(&log).unwrap();
     let mut running = Running::start(logging_to(&stage, &log).stderr(Stdio::piped()));
-    let said = lines(running.0.stderr.take().unwrap());
+    let text = lines(running.0.stderr.take().unwrap());
     line_with(
-        &said,
+        &text,
         &format!("decnet-heartbeat: --log-file: {} cannot be appended to: ", log.display()),
     );
     assert!(stage.master.wait_for_beats(3, PATIENCE));
     drop(socket);
     fs::remove_file(&log).unwrap();
     assert_eq!(running.terminate(PROMPT), Some(0));
-    let said = fs::read_to_string(&log).unwrap();
-    let (first, rest) = said.split_once('\n').unwrap();
-    assert!(first.contains("[WARN] (log) lines of the log were dropped: lines="), "{first}");
+    let text = fs::read_to_string(&log).unwrap();
+    let (first, rest) = text.split_once('\n').unwrap();
+    assert!(first.contains("[WARN] (log) log lines dropped: lines="), "{first}");
     assert!(message(rest).starts_with("stopping: "), "{rest}");
 }
 
 #[test]
-fn a_log_file_whose_path_is_not_utf8_works() {
+fn log_file_path_may_be_other_than_utf8() {
     let stage = Stage::new();
     let log = stage.dir.path().join(OsStr::from_bytes(b"log-\xff"));
     let mut running = Running::start(&mut logging_to(&stage, &log));

@@ -1,4 +1,4 @@
-//! What `run` does on a signal, and every command at the limit of a file's size.
+//! What `run` does on a signal, and what commands do at the file size limit.
 
 use std::fs;
 use std::os::unix::process::ExitStatusExt;
@@ -12,10 +12,10 @@ use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, pr
 use crate::program::{program, run};
 use crate::support::{PATIENCE, Running, Stage, json_of, line_with, lines};
 
-/// A stop, with room for a busy host.
+/// The limit for a stop, with a margin for a busy host.
 const PROMPT: Duration = Duration::from_secs(4);
 
-/// The command after a line of shell.
+/// The command, started by a shell after this line.
 pub fn after(line: &str, command: &Command) -> Command {
     let mut shell = Command::new("sh");
     shell
@@ -27,7 +27,7 @@ pub fn after(line: &str, command: &Command) -> Command {
     shell
 }
 
-fn often(stage: &Stage) -> Command {
+fn run_often(stage: &Stage) -> Command {
     let mut command = run(&stage.worker, stage.dir.path());
     command.args(["--interval", "50ms"]).stderr(Stdio::null());
     command
@@ -39,9 +39,9 @@ fn bit(signal: i32) -> u64 {
 }
 
 #[test]
-fn signals_that_mean_nothing_to_run_do_not_end_it() {
+fn signals_without_effect_do_not_end_run() {
     let stage = Stage::new();
-    let mut running = Running::start(&mut often(&stage));
+    let mut running = Running::start(&mut run_often(&stage));
     assert!(stage.master.wait_for_beats(1, PATIENCE));
     let signals = [
         ("HUP", 1),
@@ -59,7 +59,7 @@ fn signals_that_mean_nothing_to_run_do_not_end_it() {
         ("64", 64),
     ];
     for (name, number) in signals {
-        // Handled, not ignored: a command that it would start had the default action. PIPE is Rust's.
+        // Handled, not ignored: a child process would inherit that. Rust's runtime ignores PIPE.
         assert!(running.mask("SigCgt") & bit(number) != 0 || name == "PIPE", "{name}");
         running.signal(name);
         let beats = stage.master.received().len();
@@ -70,13 +70,13 @@ fn signals_that_mean_nothing_to_run_do_not_end_it() {
 }
 
 #[test]
-fn int_stops_as_term_does_and_quit_ends_with_its_own_action() {
+fn int_stops_like_term_and_quit_has_its_default_action() {
     let stage = Stage::new();
-    let mut running = Running::start(&mut often(&stage));
+    let mut running = Running::start(&mut run_often(&stage));
     assert!(stage.master.wait_for_beats(1, PATIENCE));
     running.signal("INT");
     assert_eq!(running.end(PROMPT).code(), Some(0));
-    let mut running = Running::start(&mut after("ulimit -c 0", &often(&stage)));
+    let mut running = Running::start(&mut after("ulimit -c 0", &run_often(&stage)));
     let beats = stage.master.received().len();
     stage.requests(beats + 2);
     running.signal("QUIT");
@@ -84,10 +84,10 @@ fn int_stops_as_term_does_and_quit_ends_with_its_own_action() {
 }
 
 #[test]
-fn a_signal_that_was_ignored_at_the_start_stays_ignored() {
+fn signal_ignored_at_the_start_stays_ignored() {
     let stage = Stage::new();
-    // As nohup does, and a shell for what it starts in the background.
-    let mut running = Running::start(&mut after("trap '' HUP INT USR1 XFSZ", &often(&stage)));
+    // As nohup does, and as a shell does for background processes.
+    let mut running = Running::start(&mut after("trap '' HUP INT USR1 XFSZ", &run_often(&stage)));
     assert!(stage.master.wait_for_beats(1, PATIENCE));
     let ignored = running.mask("SigIgn");
     for signal in [1, 2, 10, 25] {
@@ -102,43 +102,57 @@ fn a_signal_that_was_ignored_at_the_start_stays_ignored() {
 }
 
 #[test]
-fn the_second_signal_ends_it_at_once() {
+fn second_signal_ends_run_at_once() {
     let stage = Stage::new();
     stage.master.script([Fault::NeverAnswer(Effect::Lost)]);
     let mut command = run(&stage.worker, stage.dir.path());
     let mut running = Running::start(command.stderr(Stdio::piped()));
-    let said = lines(running.0.stderr.take().unwrap());
+    let log = lines(running.0.stderr.take().unwrap());
     stage.requests(1);
     running.signal("TERM");
-    line_with(&said, "stopping: ");
+    line_with(&log, "stopping: ");
     thread::sleep(Duration::from_millis(500));
     running.signal("TERM");
     assert_eq!(running.end(PROMPT).code(), Some(1));
 }
 
 #[test]
-fn signals_that_come_together_are_one_and_the_stop_is_orderly() {
+fn interrupted_post_is_not_logged_as_a_failed_beat() {
     let stage = Stage::new();
-    let mut running = Running::start(often(&stage).stderr(Stdio::piped()));
-    let said = lines(running.0.stderr.take().unwrap());
-    assert!(stage.master.wait_for_beats(1, PATIENCE));
-    for _ in 0..50 {
-        // As timeout(1) does to a process and then to its group. It may have ended.
-        let _ = kill_process(Pid::from_child(&running.0), Signal::TERM);
-    }
-    assert_eq!(running.end(PROMPT).code(), Some(0));
-    line_with(&said, "heartbeat stopped: ");
+    stage.master.script([Fault::NeverAnswer(Effect::Lost)]);
+    let mut command = run(&stage.worker, stage.dir.path());
+    let mut running = Running::start(command.stderr(Stdio::piped()));
+    stage.requests(1);
+    running.signal("TERM");
+    assert_eq!(running.end(PATIENCE).code(), Some(0));
+    let log: Vec<_> = lines(running.0.stderr.take().unwrap()).iter().collect();
+    assert!(log.iter().any(|line| line.contains("beat interrupted by the stop: ")), "{log:#?}");
+    assert!(!log.iter().any(|line| line.contains("beat failed")), "{log:#?}");
 }
 
 #[test]
-fn a_signal_that_was_blocked_at_the_start_stops_it_all_the_same() {
+fn repeated_signals_at_once_count_as_one_and_the_stop_is_orderly() {
     let stage = Stage::new();
-    let often = often(&stage);
+    let mut running = Running::start(run_often(&stage).stderr(Stdio::piped()));
+    let log = lines(running.0.stderr.take().unwrap());
+    assert!(stage.master.wait_for_beats(1, PATIENCE));
+    for _ in 0..50 {
+        // As timeout(1) signals a process and then its group. An error: it has ended.
+        let _ = kill_process(Pid::from_child(&running.0), Signal::TERM);
+    }
+    assert_eq!(running.end(PROMPT).code(), Some(0));
+    line_with(&log, "heartbeat stopped: ");
+}
+
+#[test]
+fn signal_blocked_at_the_start_stops_run() {
+    let stage = Stage::new();
+    let run_often = run_often(&stage);
     let mut blocked = Command::new("env");
     blocked
         .arg("--block-signal")
-        .arg(often.get_program())
-        .args(often.get_args())
+        .arg(run_often.get_program())
+        .args(run_often.get_args())
         .stderr(Stdio::null());
     for name in ["TERM", "INT"] {
         let mut running = Running::start(&mut blocked);
@@ -150,12 +164,12 @@ fn a_signal_that_was_blocked_at_the_start_stops_it_all_the_same() {
 }
 
 #[test]
-fn hup_while_the_log_file_is_being_opened_does_not_end_it() {
+fn hup_while_the_log_file_is_being_opened_does_not_end_run() {
     let stage = Stage::new();
     let log = stage.dir.path().join("log");
     assert!(Command::new("mkfifo").arg(&log).status().unwrap().success());
-    let mut running = Running::start(often(&stage).arg("--log-file").arg(&log));
-    // Nobody reads the FIFO, so that thread waits.
+    let mut running = Running::start(run_often(&stage).arg("--log-file").arg(&log));
+    // The FIFO has no reader, so opening it blocks the thread `log`.
     let tasks = format!("/proc/{}/task", running.0.id());
     let names = || {
         fs::read_dir(&tasks)
@@ -171,7 +185,7 @@ fn hup_while_the_log_file_is_being_opened_does_not_end_it() {
     assert_eq!(running.terminate(PROMPT), Some(0));
 }
 
-/// Bytes that the files of this process may grow to; `None`: as the limit was.
+/// Sets the file size limit of the process in bytes. `None`: removes it.
 fn limit_files(running: &Running, bytes: Option<u64>) {
     let maximum = getrlimit(Resource::Fsize).maximum;
     let limit = Rlimit { current: bytes.or(maximum), maximum };
@@ -179,10 +193,10 @@ fn limit_files(running: &Running, bytes: Option<u64>) {
 }
 
 #[test]
-fn where_no_file_may_grow_run_beats_and_its_outbox_has_a_file_once_they_may() {
+fn run_beats_at_the_file_size_limit_and_its_outbox_is_durable_without_it() {
     let stage = Stage::new();
     let mut running =
-        Running::start(after("ulimit -S -f 8", &often(&stage)).stderr(Stdio::piped()));
+        Running::start(after("ulimit -S -f 8", &run_often(&stage)).stderr(Stdio::piped()));
     let log = lines(running.0.stderr.take().unwrap());
     line_with(&log, "in memory");
     line_with(&log, "first beat accepted");
@@ -193,15 +207,15 @@ fn where_no_file_may_grow_run_beats_and_its_outbox_has_a_file_once_they_may() {
 }
 
 #[test]
-fn a_limit_that_comes_later_is_a_full_disk_and_no_delta_is_sent_twice() {
+fn later_file_size_limit_acts_as_a_full_disk_and_sends_no_delta_twice() {
     let stage = Stage::new();
-    let mut running = Running::start(often(&stage).stderr(Stdio::piped()));
+    let mut running = Running::start(run_often(&stage).stderr(Stdio::piped()));
     let log = lines(running.0.stderr.take().unwrap());
     line_with(&log, "first beat accepted");
     limit_files(&running, Some(1));
     let mut push = program();
     push.arg("--config").arg(stage.dir.path().join("decnet.ini"));
-    // The master is asked by run alone: nobody listens there.
+    // Nothing listens on this port, so only `run` can deliver.
     push.env("DECNET_SWARMCTL_PORT", "1").args([
         "push",
         "--operation",
@@ -217,8 +231,8 @@ fn a_limit_that_comes_later_is_a_full_disk_and_no_delta_is_sent_twice() {
     limit_files(&running, None);
     line_with(&log, "again: outbox=");
     let beats = stage.master.received().len();
-    let heard = stage.requests(beats + 5);
-    let deltas = heard
+    let requests = stage.requests(beats + 5);
+    let deltas = requests
         .iter()
         .filter_map(|beat| json_of(beat)["lifecycle"].as_array().map(Vec::len))
         .sum::<usize>();
@@ -227,7 +241,7 @@ fn a_limit_that_comes_later_is_a_full_disk_and_no_delta_is_sent_twice() {
 }
 
 #[test]
-fn push_and_check_are_not_killed_where_no_file_may_grow() {
+fn file_size_limit_does_not_kill_push_track_and_check() {
     let stage = Stage::new();
     let ini = stage.dir.path().join("decnet.ini");
     stage.worker.write_ini(&ini).unwrap();
@@ -240,9 +254,9 @@ fn push_and_check_are_not_killed_where_no_file_may_grow() {
     assert_eq!(pushed.status.code(), Some(0), "{pushed:?}");
     let tracked = limited(&["track", "--operation", "deploy", "--decky", "decky-02", "--", "true"]);
     assert_eq!(tracked.status.code(), Some(0), "{tracked:?}");
-    let heard: Vec<_> =
+    let lifecycles: Vec<_> =
         stage.master.received().iter().map(|beat| json_of(beat)["lifecycle"].clone()).collect();
-    assert_eq!(heard.len(), 2, "{heard:?}");
+    assert_eq!(lifecycles.len(), 2, "{lifecycles:?}");
     let checked = limited(&["check"]);
     assert_eq!(checked.status.signal(), None, "{checked:?}");
 }

@@ -1,4 +1,4 @@
-//! `--stats-file` and `--metrics-file`: what they may replace.
+//! `--stats-file` and `--metrics-file`: which files they may replace.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -13,11 +13,11 @@ use crate::program::run;
 use crate::program_signals::after;
 use crate::support::{PATIENCE, Running, Stage, line_with, lines};
 
-/// A stop, with room for a busy host.
+/// The limit for a stop, with a margin for a busy host.
 const PROMPT: Duration = Duration::from_secs(4);
 
 #[test]
-fn a_target_that_is_no_regular_file_is_78_and_stays() {
+fn target_other_than_a_regular_file_exits_78_and_stays() {
     let stage = Stage::new();
     let at = |name: &str| stage.dir.path().join(name);
     let _socket = UnixListener::bind(at("socket")).unwrap();
@@ -38,15 +38,15 @@ fn a_target_that_is_no_regular_file_is_78_and_stays() {
             let mut running =
                 Running::start(run(&stage.worker, stage.dir.path()).arg(option).arg(at(name)));
             let code = running.end(PROMPT).code();
-            let mut said = String::new();
-            running.0.stderr.take().unwrap().read_to_string(&mut said).unwrap();
-            assert_eq!(code, Some(78), "{said}");
+            let mut message = String::new();
+            running.0.stderr.take().unwrap().read_to_string(&mut message).unwrap();
+            assert_eq!(code, Some(78), "{message}");
             let expected = format!(
-                "decnet-heartbeat: {option}: {} cannot be used; name a regular file, or a path where nothing is: {what} is \
+                "decnet-heartbeat: {option}: {} cannot be replaced; name a regular file, or a path that does not exist: {what} is \
                  there, which is not replaced by a file\n",
                 at(name).display()
             );
-            assert_eq!(said, expected);
+            assert_eq!(message, expected);
             assert_eq!(fs::symlink_metadata(at(name)).unwrap().file_type(), before);
         }
     }
@@ -55,27 +55,27 @@ fn a_target_that_is_no_regular_file_is_78_and_stays() {
 }
 
 #[test]
-fn what_takes_the_files_place_later_is_not_replaced_either() {
+fn later_replacement_of_the_target_is_not_replaced() {
     let stage = Stage::new();
     let stats = stage.dir.path().join("stats.json");
     let mut command = run(&stage.worker, stage.dir.path());
     let mut running = Running::start(
         command.args(["--log-level", "trace", "--interval", "50ms", "--stats-file"]).arg(&stats),
     );
-    let said = lines(running.0.stderr.take().unwrap());
+    let log = lines(running.0.stderr.take().unwrap());
     assert!(stage.master.wait_for_beats(3, PATIENCE));
     let is_fifo = || fs::symlink_metadata(&stats).unwrap().file_type().is_fifo();
     let fifo = stage.dir.path().join("fifo");
-    let refused = std::iter::repeat_with(|| {
-        // It may have come between the last look and the rename.
+    let lines = std::iter::repeat_with(|| {
+        // The file may have replaced the FIFO between the check and the rename.
         if !is_fifo() {
             assert!(Command::new("mkfifo").arg(&fifo).status().unwrap().success());
             fs::rename(&fifo, &stats).unwrap();
         }
-        line_with(&said, "")
+        line_with(&log, "")
     });
     let line =
-        refused.take(100).find(|line| line.contains("the stats cannot be written: ")).unwrap();
+        lines.take(100).find(|line| line.contains("stats file cannot be written: ")).unwrap();
     assert!(line.contains("(stats-files)") && line.contains("a FIFO is there"), "{line}");
     let beats = stage.master.received().len();
     stage.requests(beats + 3);
@@ -84,34 +84,35 @@ fn what_takes_the_files_place_later_is_not_replaced_either() {
 }
 
 #[test]
-fn what_cannot_be_written_leaves_no_file_behind() {
+fn failed_write_leaves_no_file() {
     let stage = Stage::new();
     let stats = stage.dir.path().join("stats");
     let mut command = run(&stage.worker, stage.dir.path());
     command.args(["--interval", "50ms", "--stats-file"]).arg(&stats);
-    // Half a KiB of each file.
+    // Files may grow to 512 bytes.
     let mut running = Running::start(after("ulimit -f 1", &command).stderr(Stdio::piped()));
-    let said = lines(running.0.stderr.take().unwrap());
-    line_with(&said, "the stats cannot be written: ");
+    let log = lines(running.0.stderr.take().unwrap());
+    line_with(&log, "stats file cannot be written: ");
     assert_eq!(running.terminate(PROMPT), Some(0));
     assert!(!stats.exists() && !stage.dir.path().join("stats.new").exists());
 }
 
 #[test]
-fn what_stands_where_the_stats_are_written_first_is_named() {
+fn obstacle_of_the_temporary_file_is_named() {
     let stage = Stage::new();
-    let (stats, next) = (stage.dir.path().join("stats"), stage.dir.path().join("stats.new"));
+    let stats = stage.dir.path().join("stats");
+    let next = stage.dir.path().join("stats.new");
     fs::create_dir(&next).unwrap();
     let mut running =
         Running::start(run(&stage.worker, stage.dir.path()).arg("--stats-file").arg(&stats));
-    let said = lines(running.0.stderr.take().unwrap());
-    let line = line_with(&said, "the stats cannot be written: ");
+    let log = lines(running.0.stderr.take().unwrap());
+    let line = line_with(&log, "stats file cannot be written: ");
     assert!(line.contains(&format!("error=\"{} cannot be removed: ", next.display())), "{line}");
     assert_eq!(running.terminate(PROMPT), Some(0));
 }
 
 #[test]
-fn paths_that_are_not_utf8_work() {
+fn paths_may_be_other_than_utf8() {
     let stage = Stage::new();
     let [stats, metrics] = [&b"stats-\xff"[..], b"metrics-\xff"]
         .map(|name| stage.dir.path().join(OsStr::from_bytes(name)));
@@ -128,32 +129,38 @@ fn paths_that_are_not_utf8_work() {
     assert!(fs::read_to_string(metrics).unwrap().contains("decnet_heartbeat_beats_total "));
 }
 
-/// What `run` and `check` say of stats or metrics in this place, and their exit codes.
-fn refused(stage: &Stage, option: &str, path: &std::path::Path, others: &[&OsStr]) -> Vec<String> {
+/// The messages of `run` and `check` that reject this target. Checks their exit codes.
+fn rejections(
+    stage: &Stage,
+    option: &str,
+    path: &std::path::Path,
+    others: &[&OsStr],
+) -> Vec<String> {
     let ini = stage.dir.path().join("decnet.ini");
     stage.worker.write_ini(&ini).unwrap();
-    let said = ["run", "check"].map(|name| {
+    let messages = ["run", "check"].map(|name| {
         let mut command = crate::program::program();
         command.arg("--config").arg(&ini).arg(name).arg(option).arg(path).args(others);
         let output = command
             .env("DECNET_HEARTBEAT_STATE_FILE", stage.dir.path().join("state"))
             .output()
             .unwrap();
-        let said = String::from_utf8([output.stdout, output.stderr].concat()).unwrap();
-        let line = said
+        let text = String::from_utf8([output.stdout, output.stderr].concat()).unwrap();
+        let line = text
             .lines()
             .find(|line| line.contains("which would be replaced"))
-            .unwrap_or_else(|| panic!("{said}"));
-        assert_eq!(output.status.code(), Some(if name == "run" { 78 } else { 1 }), "{said}");
+            .unwrap_or_else(|| panic!("{text}"));
+        assert_eq!(output.status.code(), Some(if name == "run" { 78 } else { 1 }), "{text}");
         line.to_owned()
     });
-    said.to_vec()
+    messages.to_vec()
 }
 
 #[test]
-fn no_file_of_the_heartbeats_own_is_a_target() {
+fn own_files_of_the_heartbeat_are_not_valid_targets() {
     let stage = Stage::new();
-    let (dir, agent) = (stage.dir.path(), stage.agent_dir());
+    let dir = stage.dir.path();
+    let agent = stage.agent_dir();
     fs::write(dir.join("state"), "{}").unwrap();
     let own = [
         agent.join("worker.key"),
@@ -169,7 +176,7 @@ fn no_file_of_the_heartbeats_own_is_a_target() {
         own.iter().flat_map(|path| [("--stats-file", path), ("--metrics-file", path)])
     {
         let before = fs::read(path).ok();
-        for line in refused(&stage, option, path, &[]) {
+        for line in rejections(&stage, option, path, &[]) {
             assert!(line.contains(std::path::absolute(path).unwrap().to_str().unwrap()), "{line}");
         }
         assert!(
@@ -178,8 +185,9 @@ fn no_file_of_the_heartbeats_own_is_a_target() {
             path.display()
         );
     }
-    let (both, log) = (dir.join("both"), dir.join("log"));
-    refused(&stage, "--stats-file", &both, &["--metrics-file".as_ref(), both.as_os_str()]);
-    refused(&stage, "--stats-file", &log, &["--log-file".as_ref(), log.as_os_str()]);
-    refused(&stage, "--metrics-file", &both, &["--outbox".as_ref(), both.as_os_str()]);
+    let both = dir.join("both");
+    let log = dir.join("log");
+    rejections(&stage, "--stats-file", &both, &["--metrics-file".as_ref(), both.as_os_str()]);
+    rejections(&stage, "--stats-file", &log, &["--log-file".as_ref(), log.as_os_str()]);
+    rejections(&stage, "--metrics-file", &both, &["--outbox".as_ref(), both.as_os_str()]);
 }

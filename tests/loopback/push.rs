@@ -1,4 +1,4 @@
-//! `push`: what its exit code says, how long it takes, and what it leaves to `run`.
+//! `push`: its exit codes, its timeout, and what it leaves to `run`.
 
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -16,7 +16,7 @@ fn push(stage: &Stage, options: &[&str]) -> (Option<i32>, String, String) {
 }
 
 #[test]
-fn no_wait_keeps_without_a_post_and_leaves_it_to_run() {
+fn no_wait_queues_without_a_post_and_leaves_delivery_to_run() {
     let stage = Stage::new();
     stage.master.open_operation(&stage.worker.uuid, "d", "deploy");
     let (code, said, log) = push(&stage, &["--no-wait"]);
@@ -30,16 +30,16 @@ fn no_wait_keeps_without_a_post_and_leaves_it_to_run() {
 }
 
 #[test]
-fn no_wait_without_a_file_loses_nothing_silently() {
+fn no_wait_fails_if_the_outbox_has_no_file() {
     let stage = Stage::new();
     let (code, said, log) = push(&stage, &["--no-wait", "--outbox", "/nonexistent/db"]);
     assert_eq!((code, said.as_str()), (Some(1), ""));
-    assert!(log.contains("neither delivered nor kept: the outbox is in memory alone"), "{log}");
+    assert!(log.contains("neither delivered nor kept: the outbox is only in memory"), "{log}");
     assert!(stage.master.connections().is_empty());
 }
 
 #[test]
-fn a_timeout_bounds_a_push_to_a_master_that_hangs() {
+fn timeout_limits_push_to_a_master_that_does_not_answer() {
     let stage = Stage::new();
     stage.master.open_operation(&stage.worker.uuid, "d", "deploy");
     stage.master.always(Some(Fault::NeverAnswer(Effect::Lost)));
@@ -49,25 +49,25 @@ fn a_timeout_bounds_a_push_to_a_master_that_hangs() {
     assert_eq!(code, Some(75), "{said}");
     assert!((Duration::from_millis(300)..Duration::from_secs(3)).contains(&took), "{took:?}");
     assert!(said.contains("not delivered: no answer from ") && said.contains("timeout"), "{said}");
-    assert_eq!(owners(&stage), [None], "run may have it");
+    assert_eq!(owners(&stage), [None], "run may deliver it");
     stage.master.always(None);
     let (heartbeat, _tick) = stage.beating();
     settled(&heartbeat, |stats| stats.delivered == 1);
 }
 
 #[test]
-fn push_waits_as_long_as_it_is_told_to() {
+fn push_waits_up_to_its_timeout() {
     let stage = Stage::new();
     stage.master.always(Some(Fault::NeverAnswer(Effect::Lost)));
     let since = Instant::now();
     let (code, said, _) = push(&stage, &["--timeout", "6s"]);
     assert_eq!(code, Some(75), "{said}");
-    // By default, a POST to a master that does not answer ends before that.
+    // The default limit of a POST is shorter.
     assert!(since.elapsed() >= Duration::from_secs(6), "{:?}", since.elapsed());
 }
 
 #[test]
-fn a_timeout_out_of_its_range_is_2_and_so_is_one_for_no_wait() {
+fn timeout_out_of_range_or_with_no_wait_exits_2() {
     let stage = Stage::new();
     let track = |options: &[&str]| {
         output(
@@ -94,16 +94,16 @@ fn a_timeout_out_of_its_range_is_2_and_so_is_one_for_no_wait() {
 }
 
 #[test]
-fn a_refused_thread_does_not_keep_a_push_from_the_master() {
+fn push_delivers_without_threads() {
     let stage = Stage::new();
     let mut command: Command = program(&stage, &[&PUSH[..], &["d"]].concat());
-    // More stack than any machine has for each thread.
+    // More stack for a thread than any machine has.
     let output = command.env("RUST_MIN_STACK", "70368744177664").output().unwrap();
     assert_eq!((output.status.code(), output.stdout), (Some(0), b"delivered\n".to_vec()));
 }
 
 #[test]
-fn a_limit_on_the_size_of_files_does_not_end_push() {
+fn file_size_limit_does_not_end_push() {
     let stage = Stage::new();
     let inner = program(&stage, &[&PUSH[..], &["d"]].concat());
     let mut command = Command::new("sh");

@@ -101,7 +101,7 @@ fn push_delivers_now_and_says_nothing_of_what_runs() {
     }
     let request = stage.master.received().remove(0);
     assert_eq!(deckies(&request), ["a", "b"], "of a decky that is named twice there is one delta");
-    assert_eq!(json_of(&request)["status"], json!({"error": "a delta alone"}));
+    assert_eq!(json_of(&request)["status"], json!({"error": "only deltas"}));
     let observed = json!({"error": "Docker has not been asked yet"});
     let nothing = json!({"topology_id": Value::Null, "applied_version_hash": Value::Null, "applied_at": Value::Null,
                          "last_error": Value::Null, "observed": observed});
@@ -193,7 +193,7 @@ fn push_tells_a_host_that_is_not_known_from_a_certificate_that_is_refused() {
     let (code, said, _) = push();
     assert!(
         code == Some(75)
-            && said.contains("the master does not know this host, enrol it again (http-404): "),
+            && said.contains("the master does not know this host; enrol it again (http-404): "),
         "{said}"
     );
 }
@@ -223,7 +223,7 @@ fn push_is_an_error_when_it_can_neither_deliver_nor_keep() {
     assert_eq!((code, said.as_str()), (Some(0), "delivered\n"), "{log}");
     let names = format!("host={} master={}", stage.worker.uuid, stage.master.url());
     let error = "error=\"outbox /nonexistent/db: cannot be written";
-    assert!(log.contains(&format!("the outbox cannot be used: {names} {error}")), "{log}");
+    assert!(log.contains(&format!("outbox cannot be used: {names} {error}")), "{log}");
     stage.master.stop();
     let (code, said, log) = output(&stage, &arguments);
     assert_eq!((code, said.as_str()), (Some(1), ""));
@@ -240,7 +240,7 @@ fn a_wrong_command_line_is_2_and_says_what_is_wrong() {
         (&["push", "--operation", "deploy", "--status", "succeeded"][..], "<DECKY>..."),
         (
             &["push", "--operation", "build", "--status", "succeeded", "d"],
-            "must be deploy or mutate",
+            "[possible values: deploy, mutate]",
         ),
         (
             &["push", "--operation", "deploy", "--status", "succeeded", "--error", "e", "d"],
@@ -498,7 +498,7 @@ fn of_two_tracks_that_overlap_each_lands_on_its_own_row_though_the_older_ends_fi
     assert_eq!(code, Some(3));
     assert!(
         log.trim_end()
-            .ends_with("error=\"a newer operation of the same decky is to be heard first\""),
+            .ends_with("error=\"a newer operation of the same decky must be delivered first\""),
         "{log}"
     );
     tick.send(now()).unwrap();
@@ -546,7 +546,7 @@ fn a_command_runs_on_a_host_that_is_not_enrolled() {
     assert_eq!(status.code(), Some(4));
     let log = String::from_utf8(stderr).unwrap();
     assert!(
-        log.contains("[WARN] (main) there is no master to tell: error=\"not enrolled: "),
+        log.contains("[WARN] (main) the operation is not reported: error=\"not enrolled: "),
         "{log}"
     );
 }

@@ -1,4 +1,4 @@
-//! Which users can share an outbox: what `check` says of it, and that it is so.
+//! Which users can share an outbox: what `check` reports, and that it is true.
 
 use std::fs::{self, Permissions, set_permissions};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
@@ -52,7 +52,7 @@ impl Worker {
         push.output().unwrap().status.success()
     }
 
-    /// Whether its step is good, and what it says and advises.
+    /// Whether the step `outbox` is good, its message and its advice.
     fn check(&self, user: u32) -> (bool, String, String) {
         let report = self.as_user(user).args(["check", "--json"]).output().unwrap();
         let report: Value =
@@ -65,24 +65,24 @@ impl Worker {
             .unwrap()
             .clone();
         let text = |key: &str| step[key].as_str().unwrap_or_default().to_owned();
-        (step["outcome"] == "ok", text("says"), text("advice"))
+        (step["outcome"] == "ok", text("message"), text("advice"))
     }
 
     /// They use it, and nothing is said against it.
     #[track_caller]
     fn is_shared_by(&self, users: &[u32]) {
         for user in users {
-            let (is_good, says, advice) = self.check(*user);
+            let (is_good, message, advice) = self.check(*user);
             assert!(
                 is_good && !advice.contains("share") && !advice.contains("chown"),
-                "{user}: {says}: {advice}"
+                "{user}: {message}: {advice}"
             );
             assert!(self.push(*user), "{user}");
         }
     }
 }
 
-/// Does what the advice says.
+/// Follows the advice.
 fn follow(advice: &str) {
     let words = advice.split_once("chown ").unwrap_or_else(|| panic!("{advice}")).1;
     let [whose, file] = words.splitn(3, ' ').take(2).collect::<Vec<_>>()[..] else {
@@ -103,8 +103,8 @@ fn root_and_the_owner_of_the_folder_share_an_outbox_whoever_makes_it() {
     for first in [ROOT, OWNER] {
         let worker = Worker::of(OWNER, 0o755);
         for user in [ROOT, OWNER] {
-            let (is_good, says, advice) = worker.check(user);
-            assert_eq!((is_good, advice.as_str()), (true, ""), "{says}");
+            let (is_good, message, advice) = worker.check(user);
+            assert_eq!((is_good, advice.as_str()), (true, ""), "{message}");
         }
         assert!(worker.push(first));
         worker.is_shared_by(&[ROOT, OWNER]);
@@ -117,26 +117,31 @@ fn root_and_the_owner_of_the_folder_share_an_outbox_whoever_makes_it() {
 fn a_third_user_is_told_who_can_share_an_outbox_there() {
     let worker = Worker::of(OWNER, 0o755);
     let advised = format!("only root and user {OWNER} can share an outbox in ");
-    let (is_good, says, advice) = worker.check(OTHER);
+    let (is_good, message, advice) = worker.check(OTHER);
     assert!(
-        !is_good && says.contains("cannot be written") && advice.contains(&advised),
-        "{says}: {advice}"
+        !is_good && message.contains("cannot be written") && advice.contains(&advised),
+        "{message}: {advice}"
     );
     assert!(worker.push(OWNER));
-    let (is_good, says, advice) = worker.check(OTHER);
+    let (is_good, message, advice) = worker.check(OTHER);
     assert!(
-        !is_good && says.ends_with(&format!("belongs to user {OWNER}, and this is user {OTHER}")),
-        "{says}"
+        !is_good
+            && message
+                .ends_with(&format!("belongs to user {OWNER}, but check runs as user {OTHER}")),
+        "{message}"
     );
     assert!(advice.starts_with(&advised) && !worker.push(OTHER), "{advice}");
 
     // There he can make one of his own, which is of no use to the two others.
     let worker = Worker::of(OWNER, 0o777);
-    let (is_good, says, advice) = worker.check(OTHER);
-    assert!(is_good && advice.starts_with(&advised), "{says}: {advice}");
+    let (is_good, message, advice) = worker.check(OTHER);
+    assert!(is_good && advice.starts_with(&advised), "{message}: {advice}");
     assert!(worker.push(OTHER));
-    let (is_good, says, advice) = worker.check(OTHER);
-    assert!(is_good && advice.contains(&advised) && advice.contains("chown"), "{says}: {advice}");
+    let (is_good, message, advice) = worker.check(OTHER);
+    assert!(
+        is_good && advice.contains(&advised) && advice.contains("chown"),
+        "{message}: {advice}"
+    );
     for user in [ROOT, OWNER] {
         assert!(!worker.check(user).0 && !worker.push(user), "{user}");
     }
@@ -147,9 +152,9 @@ fn a_third_user_is_told_who_can_share_an_outbox_there() {
 fn an_outbox_of_another_user_in_roots_folder_is_refused_and_the_advice_helps() {
     let worker = Worker::of(ROOT, 0o1777);
     assert!(worker.push(OTHER));
-    let (is_good, says, _) = worker.check(ROOT);
+    let (is_good, message, _) = worker.check(ROOT);
     let expected = format!("heartbeat.db belongs to user {OTHER}, and its folder to root");
-    assert!(!is_good && says.ends_with(&expected), "{says}");
+    assert!(!is_good && message.ends_with(&expected), "{message}");
     assert!(!worker.push(ROOT));
     while let (false, _, advice) = worker.check(ROOT) {
         follow(&advice);
@@ -170,13 +175,13 @@ fn each_file_that_the_owner_of_the_folder_cannot_use_is_named_and_the_advice_hel
                 set_permissions(&file, Permissions::from_mode(0o600)).unwrap();
             }
             chown(&file, Some(whose), Some(whose)).unwrap();
-            let (is_good, says, advice) = worker.check(OWNER);
+            let (is_good, message, advice) = worker.check(OWNER);
             assert!(
-                !is_good && says.contains(&format!("heartbeat.db{part} belongs to ")),
-                "{part} {whose}: {says}"
+                !is_good && message.contains(&format!("heartbeat.db{part} belongs to ")),
+                "{part} {whose}: {message}"
             );
-            let (is_good, says, of_root) = worker.check(ROOT);
-            assert_eq!(is_good, whose == ROOT, "{part}: {says}");
+            let (is_good, message, of_root) = worker.check(ROOT);
+            assert_eq!(is_good, whose == ROOT, "{part}: {message}");
             assert!(
                 of_root.contains(&format!("chown {OWNER}:{OWNER} {}", file.display())),
                 "{part}: {of_root}"

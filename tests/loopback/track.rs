@@ -1,4 +1,4 @@
-//! `track` and the process that it runs: streams, terminals, signals, and what it leaves behind.
+//! `track`: streams, terminals, signals and background processes of its command.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
@@ -18,7 +18,7 @@ use rustix::termios::{Winsize, tcsetwinsize};
 use crate::reporting::{TRACK, fifo, kept, outbox, output, program, row, rows, track, tracking};
 use crate::support::{PATIENCE, Stage};
 
-/// Who owns the rows of the outbox.
+/// The owners of the outbox's rows.
 pub fn owners(stage: &Stage) -> Vec<Option<String>> {
     let database = rusqlite::Connection::open(outbox(stage)).unwrap();
     let mut select = database.prepare("SELECT owner FROM delta ORDER BY id").unwrap();
@@ -49,8 +49,8 @@ fn wait_for(what: &str, mut is_there: impl FnMut() -> bool) {
     }
 }
 
-/// Lets a script go on that reads the FIFO. One that does not read fails the test, and does not hang it.
-fn go_on(fifo: impl AsRef<Path>) {
+/// Lets the script that reads the FIFO continue. Fails, and does not block, if no script reads it.
+fn release(fifo: impl AsRef<Path>) {
     let mut options = File::options();
     options.write(true).custom_flags(OFlags::NONBLOCK.bits().cast_signed());
     wait_for("reader", || {
@@ -58,13 +58,13 @@ fn go_on(fifo: impl AsRef<Path>) {
     });
 }
 
-/// A terminal, as a person has it.
-struct Terminal {
+/// A terminal with its controlling side.
+pub struct Terminal {
     controller: OwnedFd,
 }
 
 impl Terminal {
-    fn new() -> Self {
+    pub fn new() -> Self {
         let controller =
             openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).unwrap();
         unlockpt(&controller).unwrap();
@@ -73,7 +73,7 @@ impl Terminal {
         terminal
     }
 
-    fn resize(&self, ws_row: u16, ws_col: u16) {
+    pub fn resize(&self, ws_row: u16, ws_col: u16) {
         tcsetwinsize(&self.controller, Winsize { ws_row, ws_col, ws_xpixel: 0, ws_ypixel: 0 })
             .unwrap();
     }
@@ -83,18 +83,19 @@ impl Terminal {
         ioctl_tiocgptpeer(&self.controller, flags).unwrap()
     }
 
-    /// Starts it in here.
-    fn spawn(&self, command: &mut Command) -> Child {
+    /// Starts the command in this terminal.
+    pub fn spawn(&self, command: &mut Command) -> Child {
         command.stdin(self.side()).stdout(self.side()).stderr(self.side());
         let child = command.spawn().unwrap();
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
         child
     }
 
-    /// What is shown up to the end of all programs in here.
-    fn shown(&self) -> String {
-        let (mut shown, mut buffer) = (Vec::new(), [0; 4096]);
-        // A terminal that nobody has open any more is an error.
+    /// The output until all programs in this terminal have ended.
+    pub fn shown(&self) -> String {
+        let mut shown = Vec::new();
+        let mut buffer = [0; 4096];
+        // EIO: no process has the terminal open any more.
         while let Ok(length @ 1..) = rustix::io::read(&self.controller, &mut buffer) {
             shown.extend(&buffer[..length]);
         }
@@ -102,7 +103,8 @@ impl Terminal {
     }
 
     fn shows(&self, what: &str) -> String {
-        let (mut shown, mut buffer) = (String::new(), [0; 4096]);
+        let mut shown = String::new();
+        let mut buffer = [0; 4096];
         while !shown.contains(what) {
             let length = rustix::io::read(&self.controller, &mut buffer).unwrap();
             shown.push_str(str::from_utf8(&buffer[..length]).unwrap());
@@ -111,7 +113,7 @@ impl Terminal {
     }
 }
 
-/// 300 lines, to stdout and to stderr in turn.
+/// A script that writes 300 lines, to stdout and stderr in turn.
 const ALTERNATING: &str =
     "n=0; while [ $n -lt 150 ]; do echo out$n; echo err$n >&2; n=$((n+1)); done";
 
@@ -120,7 +122,7 @@ fn alternating(end: &str) -> String {
 }
 
 #[test]
-fn a_terminal_stays_one_and_keeps_the_order_of_stdout_and_stderr() {
+fn terminal_is_passed_on_and_the_order_of_stdout_and_stderr_stays() {
     let stage = stage();
     let terminal = Terminal::new();
     let script = format!(
@@ -134,20 +136,20 @@ fn a_terminal_stays_one_and_keeps_the_order_of_stdout_and_stderr() {
 }
 
 #[test]
-fn one_pipe_for_stdout_and_stderr_keeps_their_order() {
+fn shared_pipe_keeps_the_order_of_stdout_and_stderr() {
     let stage = stage();
     let (mut read, write) = io::pipe().unwrap();
     let mut command = tracked(&stage, &format!("test -t 1 || test -t 2 || {{ {ALTERNATING}; }}"));
     let mut child = command.stdout(write.try_clone().unwrap()).stderr(write).spawn().unwrap();
     drop(command);
-    let mut said = String::new();
-    read.read_to_string(&mut said).unwrap();
-    assert_eq!(said, alternating("\n"));
+    let mut output = String::new();
+    read.read_to_string(&mut output).unwrap();
+    assert_eq!(output, alternating("\n"));
     assert_eq!(child.wait().unwrap().code(), Some(0));
 }
 
 #[test]
-fn a_stdout_of_its_own_is_the_commands_as_it_is() {
+fn separate_stdout_is_inherited() {
     let stage = stage();
     let file = path(&stage, "out");
     let mut command = tracked(&stage, "readlink /proc/$$/fd/1; test ! -t 2");
@@ -163,21 +165,21 @@ fn a_stdout_of_its_own_is_the_commands_as_it_is() {
 }
 
 #[test]
-fn a_terminal_that_changes_its_size_changes_the_commands() {
+fn new_size_of_the_terminal_is_passed_on() {
     let stage = stage();
     let terminal = Terminal::new();
     let script = "trap 'stty size <&2; exit 0' WINCH; stty size <&2; while :; do sleep 0.05; done";
     let mut child = terminal.spawn(&mut tracked(&stage, script));
     terminal.shows("33 77");
     terminal.resize(50, 132);
-    // The terminal is nobody's controlling one, so it tells nobody.
+    // The terminal controls no process, so it sends no SIGWINCH.
     kill_process(Pid::from_child(&child), Signal::WINCH).unwrap();
     assert!(terminal.shown().contains("50 132"));
     assert_eq!(child.wait().unwrap().code(), Some(0));
 }
 
 #[test]
-fn what_a_command_paints_on_a_terminal_is_reported_as_text() {
+fn terminal_output_is_reported_as_text() {
     let stage = stage();
     let terminal = Terminal::new();
     let script = r"printf '\033[1;31mpulling 1%%\rpulling 9%%\rno such image\033[0m\n' >&2; exit 3";
@@ -188,7 +190,7 @@ fn what_a_command_paints_on_a_terminal_is_reported_as_text() {
 }
 
 #[test]
-fn an_error_is_what_the_command_wrote_and_a_signal_is_named() {
+fn error_is_the_tail_of_stderr_or_the_name_of_the_signal() {
     for (script, code, error) in [
         ("echo 'no such image' >&2; exit 3", 3, "no such image"),
         ("exit 3", 3, "exited with 3"),
@@ -201,9 +203,11 @@ fn an_error_is_what_the_command_wrote_and_a_signal_is_named() {
     }
 }
 
-/// A command that ends, and leaves something behind that writes to stderr when the FIFO says so.
-fn leaver(stage: &Stage, more: &str) -> String {
-    let (fifo, survived) = (fifo(stage), path(stage, "survived"));
+/// A command that ends and leaves a process running, which writes to stderr once the FIFO is
+/// written.
+fn script_with_background_process(stage: &Stage, more: &str) -> String {
+    let fifo = fifo(stage);
+    let survived = path(stage, "survived");
     let left = format!(
         "read line <'{fifo}'; for n in 1 2 3; do echo word$n >&2 || exit; done; touch '{survived}'"
     );
@@ -211,35 +215,38 @@ fn leaver(stage: &Stage, more: &str) -> String {
 }
 
 #[test]
-fn what_a_command_leaves_behind_goes_on_writing_after_the_end_of_track() {
+fn background_processes_write_after_the_end_of_track() {
     let stage = stage();
-    let mut child =
-        tracked(&stage, &leaver(&stage, "exit 6")).stderr(Stdio::piped()).spawn().unwrap();
+    let mut child = tracked(&stage, &script_with_background_process(&stage, "exit 6"))
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
     let since = Instant::now();
     assert_eq!(child.wait().unwrap().code(), Some(6), "who holds stderr open does not keep track");
     assert!(since.elapsed() < Duration::from_secs(5), "{:?}", since.elapsed());
     assert_eq!(row(&stage), (RowStatus::Failed, Some("first".to_owned())));
-    go_on(fifo(&stage));
-    let mut said = String::new();
-    child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
-    assert_eq!(said, "first\nword1\nword2\nword3\n");
+    release(fifo(&stage));
+    let mut output = String::new();
+    child.stderr.take().unwrap().read_to_string(&mut output).unwrap();
+    assert_eq!(output, "first\nword1\nword2\nword3\n");
     wait_for("survivor", || fs::exists(path(&stage, "survived")).unwrap());
 }
 
 #[test]
-fn a_killed_track_takes_stderr_from_nobody() {
+fn killed_track_closes_no_stderr() {
     let stage = stage();
-    let (fifo, survived) = (fifo(&stage), path(&stage, "survived"));
+    let fifo = fifo(&stage);
+    let survived = path(&stage, "survived");
     let script = format!(
         "mkfifo '{fifo}'; echo ready; read line <'{fifo}'; echo word >&2 && echo more >&2 && touch '{survived}'"
     );
     let (mut child, _stdout) = tracking(&stage, &script);
     child.kill().unwrap();
     child.wait().unwrap();
-    go_on(fifo);
-    let mut said = String::new();
-    child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
-    assert_eq!(said, "word\nmore\n");
+    release(fifo);
+    let mut output = String::new();
+    child.stderr.take().unwrap().read_to_string(&mut output).unwrap();
+    assert_eq!(output, "word\nmore\n");
     wait_for("survivor", || fs::exists(&survived).unwrap());
 }
 
@@ -256,7 +263,7 @@ fn companion(track: &Child) -> Option<Pid> {
 }
 
 #[test]
-fn a_killed_companion_ends_neither_the_command_nor_its_report() {
+fn killed_companion_ends_neither_the_command_nor_the_report() {
     let stage = stage();
     let fifo = fifo(&stage);
     let script = format!(
@@ -266,21 +273,22 @@ fn a_killed_companion_ends_neither_the_command_nor_its_report() {
     let killed = companion(&child).unwrap();
     kill_process(killed, Signal::KILL).unwrap();
     wait_for("other companion", || companion(&child).is_some_and(|other| other != killed));
-    go_on(fifo);
-    let mut said = String::new();
-    child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
-    assert_eq!(child.wait().unwrap().code(), Some(3), "{said}");
+    release(fifo);
+    let mut output = String::new();
+    child.stderr.take().unwrap().read_to_string(&mut output).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(3), "{output}");
     assert!(
-        said.contains("was killed, another one goes on") && said.contains("word\nmore\n"),
-        "{said}"
+        output.contains("was killed and was restarted") && output.contains("word\nmore\n"),
+        "{output}"
     );
     assert_eq!(row(&stage), (RowStatus::Failed, Some("word\nmore".to_owned())));
 }
 
 #[test]
-fn a_command_does_not_die_while_nobody_reads_its_stderr() {
+fn command_survives_without_a_reader_of_its_stderr() {
     let stage = stage();
-    let (fifo, survived) = (fifo(&stage), path(&stage, "survived"));
+    let fifo = fifo(&stage);
+    let survived = path(&stage, "survived");
     let script = format!(
         "mkfifo '{fifo}'; echo ready; read line <'{fifo}'; echo word >&2; echo more >&2; touch '{survived}'"
     );
@@ -288,17 +296,17 @@ fn a_command_does_not_die_while_nobody_reads_its_stderr() {
     let track = Pid::from_child(&child);
     kill_process(track, Signal::STOP).unwrap();
     kill_process(companion(&child).unwrap(), Signal::KILL).unwrap();
-    go_on(fifo);
+    release(fifo);
     wait_for("survivor", || fs::exists(&survived).unwrap());
     kill_process(track, Signal::CONT).unwrap();
-    let mut said = String::new();
-    child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
-    assert_eq!(child.wait().unwrap().code(), Some(0), "{said}");
-    assert!(said.contains("word\nmore\n"), "{said}");
+    let mut output = String::new();
+    child.stderr.take().unwrap().read_to_string(&mut output).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(0), "{output}");
+    assert!(output.contains("word\nmore\n"), "{output}");
 }
 
 #[test]
-fn a_terminal_outlives_a_killed_track() {
+fn terminal_survives_a_killed_track() {
     let stage = stage();
     let terminal = Terminal::new();
     let fifo = fifo(&stage);
@@ -309,12 +317,12 @@ fn a_terminal_outlives_a_killed_track() {
     terminal.shows("ready\r\n");
     child.kill().unwrap();
     child.wait().unwrap();
-    go_on(fifo);
+    release(fifo);
     assert_eq!(terminal.shown(), "still one\r\n");
 }
 
 #[test]
-fn a_reader_who_is_slower_than_track_loses_nothing() {
+fn slow_reader_loses_nothing() {
     let stage = stage();
     let (mut read, write) = io::pipe().unwrap();
     let script = "head -c 150000 /dev/zero | tr '\\0' x >&2; echo; echo the end >&2; exit 3";
@@ -329,13 +337,13 @@ fn a_reader_who_is_slower_than_track_loses_nothing() {
         status == RowStatus::Failed && error.as_ref().unwrap().ends_with("xthe end"),
         "{error:?}"
     );
-    let mut said = String::new();
-    read.read_to_string(&mut said).unwrap();
-    assert!(said.len() == 150_008 && said.ends_with("xthe end\n"), "{}", said.len());
+    let mut output = String::new();
+    read.read_to_string(&mut output).unwrap();
+    assert!(output.len() == 150_008 && output.ends_with("xthe end\n"), "{}", output.len());
 }
 
 #[test]
-fn a_terminal_that_nobody_reads_keeps_neither_track_nor_its_report() {
+fn unread_terminal_delays_neither_track_nor_the_report() {
     let stage = stage();
     let terminal = Terminal::new();
     let script = "n=0; while [ $n -lt 600 ]; do echo $n xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx >&2; n=$((n+1)); done; \
@@ -354,7 +362,7 @@ fn a_terminal_that_nobody_reads_keeps_neither_track_nor_its_report() {
 }
 
 #[test]
-fn a_limit_on_the_size_of_files_does_not_end_track() {
+fn file_size_limit_does_not_end_track() {
     let stage = stage();
     let inner = tracked(&stage, "exit 3");
     let mut command = Command::new("sh");
@@ -367,7 +375,7 @@ fn a_limit_on_the_size_of_files_does_not_end_track() {
 }
 
 #[test]
-fn a_full_stderr_does_not_end_the_command() {
+fn full_stderr_does_not_end_the_command() {
     let stage = stage();
     let file = path(&stage, "err");
     let inner = tracked(&stage, "head -c 500000 /dev/zero >&2; echo why >&2; exit 4");
@@ -379,16 +387,16 @@ fn a_full_stderr_does_not_end_the_command() {
     let since = Instant::now();
     assert_eq!(command.stderr(File::create(&file).unwrap()).status().unwrap().code(), Some(4));
     assert!(since.elapsed() < Duration::from_secs(5), "{:?}", since.elapsed());
-    let said = fs::read(&file).unwrap();
+    let output = fs::read(&file).unwrap();
     assert!(
-        !said.is_empty() && !String::from_utf8_lossy(&said).contains("killed"),
+        !output.is_empty() && !String::from_utf8_lossy(&output).contains("killed"),
         "{}",
-        said.len()
+        output.len()
     );
 }
 
 #[test]
-fn a_companion_that_nobody_needs_ends_before_track() {
+fn unneeded_companion_ends_before_track() {
     let stage = stage();
     let fifo = fifo(&stage);
     let (mut child, _stdout) = tracking(
@@ -396,14 +404,14 @@ fn a_companion_that_nobody_needs_ends_before_track() {
         &format!("mkfifo '{fifo}'; echo ready; read line <'{fifo}'; echo word >&2"),
     );
     let companion = companion(&child).unwrap();
-    go_on(fifo);
+    release(fifo);
     assert_eq!(child.wait().unwrap().code(), Some(0));
-    // Nor does it stay a zombie where whoever gets the children of track does not wait for them.
+    // It is reaped, also if the process that inherits the children of track does not do that.
     assert!(!fs::exists(format!("/proc/{}", companion.as_raw_nonzero())).unwrap());
 }
 
 #[test]
-fn words_that_nobody_reads_do_not_end_the_command() {
+fn closed_stderr_does_not_end_the_command() {
     let stage = stage();
     let (read, write) = io::pipe().unwrap();
     drop(read);
@@ -412,7 +420,7 @@ fn words_that_nobody_reads_do_not_end_the_command() {
     assert_eq!(command.stderr(write).status().unwrap().code(), Some(4));
 }
 
-/// The same command, as a parent starts it that ignores SIGCHLD.
+/// The command, started by a parent that ignores SIGCHLD.
 fn ignoring_sigchld(inner: &Command) -> Command {
     let mut command = Command::new("env");
     command.arg("--ignore-signal=CHLD").arg(inner.get_program()).args(inner.get_args());
@@ -420,7 +428,7 @@ fn ignoring_sigchld(inner: &Command) -> Command {
 }
 
 #[test]
-fn a_parent_that_ignores_sigchld_does_not_turn_a_success_into_a_failure() {
+fn parent_that_ignores_sigchld_does_not_change_the_result() {
     for (script, code, status) in
         [("exit 0", 0, RowStatus::Succeeded), ("exit 3", 3, RowStatus::Failed)]
     {
@@ -433,21 +441,21 @@ fn a_parent_that_ignores_sigchld_does_not_turn_a_success_into_a_failure() {
 }
 
 #[test]
-fn a_refused_thread_neither_fails_a_command_nor_its_report() {
+fn missing_threads_fail_neither_the_command_nor_the_report() {
     let stage = stage();
     let mut command = tracked(&stage, "echo why >&2; exit 3");
-    // More stack than any machine has for each thread.
+    // More stack for a thread than any machine has.
     let output = command.env("RUST_MIN_STACK", "70368744177664").output().unwrap();
     assert_eq!((output.status.code(), output.stderr), (Some(3), b"why\n".to_vec()));
     assert_eq!(row(&stage), (RowStatus::Failed, Some("why".to_owned())));
 }
 
 #[test]
-fn a_command_runs_where_its_stderr_cannot_be_copied() {
+fn command_runs_if_its_stderr_cannot_be_copied() {
     let stage = stage();
     let inner = tracked(&stage, "exit 7");
     let mut command = Command::new("sh");
-    // Three of its own, two for signals, and none for a pipe.
+    // Three standard files, two for signals, and none for a pipe.
     command
         .args(["-c", "ulimit -n 6; exec \"$0\" \"$@\""])
         .arg(inner.get_program())
@@ -455,11 +463,11 @@ fn a_command_runs_where_its_stderr_cannot_be_copied() {
     let output = command.stdin(Stdio::null()).output().unwrap();
     let log = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(7), "{log}");
-    assert!(log.contains("stderr is not copied, so a report cannot quote it: error="), "{log}");
+    assert!(log.contains("stderr cannot be copied; the report will not quote it: error="), "{log}");
 }
 
 #[test]
-fn a_command_runs_where_signals_cannot_be_caught() {
+fn command_runs_if_signals_cannot_be_caught() {
     for ignores_sigchld in [false, true] {
         let stage = stage();
         let mut inner = tracked(&stage, "exit 7");
@@ -467,7 +475,7 @@ fn a_command_runs_where_signals_cannot_be_caught() {
             inner = ignoring_sigchld(&inner);
         }
         let mut command = Command::new("sh");
-        // One beside its own three, which is what the dynamic loader needs.
+        // Three standard files, and one that the dynamic loader needs.
         command
             .args(["-c", "ulimit -n 4; exec \"$0\" \"$@\""])
             .arg(inner.get_program())
@@ -476,27 +484,25 @@ fn a_command_runs_where_signals_cannot_be_caught() {
         let log = String::from_utf8(output.stderr).unwrap();
         assert_eq!(output.status.code(), Some(7), "{log}");
         assert!(
-            log.contains(
-                "signals cannot be caught, so one may end track before its report: error="
-            ),
+            log.contains("signals cannot be caught; one may end track before its report: error="),
             "{log}"
         );
     }
 }
 
 #[test]
-fn a_system_that_does_not_let_track_wait_does_not_fail_a_command_that_runs() {
+fn command_succeeds_if_track_cannot_poll() {
     let stage = stage();
     let child = in_a_group(&mut tracked(&stage, &counting(&stage)));
     let track = Pid::from_child(&child);
-    // Poll refuses more files than a process may have.
+    // `poll` rejects more files than the limit of the process.
     prlimit(Some(track), Resource::Nofile, Rlimit { current: Some(1), maximum: Some(1) }).unwrap();
     kill_process(track, Signal::TERM).unwrap();
     assert_eq!(counted(&stage, child, 1), 1, "and its code is the command's");
 }
 
 #[test]
-fn a_log_file_that_cannot_be_opened_keeps_neither_a_command_from_running_nor_its_report() {
+fn log_file_that_cannot_be_opened_stops_neither_the_command_nor_the_report() {
     let stage = stage();
     let dir = path(&stage, "");
     let arguments =
@@ -504,20 +510,21 @@ fn a_log_file_that_cannot_be_opened_keeps_neither_a_command_from_running_nor_its
     let (code, _, log) = output(&stage, &arguments);
     assert_eq!(code, Some(3), "{log}");
     assert!(
-        log.contains("the log is on stderr: error=\"--log-file: ") && log.ends_with("why\n"),
+        log.contains("log file cannot be opened, logging to stderr: error=\"--log-file: ")
+            && log.ends_with("why\n"),
         "{log}"
     );
     assert_eq!(row(&stage), (RowStatus::Failed, Some("why".to_owned())));
 }
 
-/// What the kernel says of the signals of a command: the sets that it ignores, blocks and catches.
+/// The sets of signals that a process ignores, blocks and catches, from `/proc`.
 fn signal_sets(status: &str) -> Vec<(String, u64)> {
     let sets = status.lines().map(|line| line.split_once(":\t").unwrap());
     sets.map(|(name, bits)| (name.to_owned(), u64::from_str_radix(bits, 16).unwrap())).collect()
 }
 
 #[test]
-fn the_command_has_the_default_action_of_every_signal() {
+fn command_has_the_default_action_of_every_signal() {
     let stage = stage();
     let sets = [&TRACK[..], &["grep", "-E", "Sig(Blk|Ign|Cgt):", "/proc/self/status"]].concat();
     let inner = program(&stage, &sets);
@@ -539,25 +546,26 @@ fn the_command_has_the_default_action_of_every_signal() {
     }
 }
 
-/// A script that says each TERM, and ends when the file is there.
+/// A script that reports each TERM, and ends once the file exists.
 fn counting(stage: &Stage) -> String {
-    let (said, stop) = (path(stage, "said"), path(stage, "stop"));
+    let output = path(stage, "output");
+    let stop = path(stage, "stop");
     format!(
-        "trap 'echo got >>'\\''{said}'\\' TERM; echo ready; while [ ! -e '{stop}' ]; do sleep 0.02; done"
+        "trap 'echo got >>'\\''{output}'\\' TERM; echo ready; while [ ! -e '{stop}' ]; do sleep 0.02; done"
     )
 }
 
-/// How often it has said so by now, after time enough for another one; and it ends.
+/// Waits for a possible further TERM, ends the script, and returns how many it has reported.
 fn counted(stage: &Stage, mut child: Child, at_least: usize) -> usize {
-    let said = || fs::read_to_string(path(stage, "said")).unwrap_or_default().lines().count();
-    wait_for("signal", || said() >= at_least);
+    let output = || fs::read_to_string(path(stage, "output")).unwrap_or_default().lines().count();
+    wait_for("signal", || output() >= at_least);
     std::thread::sleep(Duration::from_millis(400));
     fs::write(path(stage, "stop"), "").unwrap();
     assert_eq!(child.wait().unwrap().code(), Some(0));
-    said()
+    output()
 }
 
-/// `track` in a process group of its own, when its command is ready.
+/// `track` in its own process group, once its command is ready.
 fn in_a_group(command: &mut Command) -> Child {
     let mut child =
         command.process_group(0).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
@@ -568,46 +576,46 @@ fn in_a_group(command: &mut Command) -> Child {
     child
 }
 
-/// Until `track`, whose command has been started, waits for its end: a signal that comes before that is passed on whether
-/// or not it was sent to the group.
+/// Waits until `track` waits for the end of its command. An earlier signal is passed on whether or
+/// not it was sent to the group.
 fn until_it_waits(child: &Child) {
     let status = format!("/proc/{}/status", child.id());
     wait_for("sleep", || fs::read_to_string(&status).unwrap().contains("State:\tS"));
 }
 
 #[test]
-fn a_signal_to_the_process_group_reaches_the_command_once() {
+fn signal_to_the_process_group_reaches_the_command_once() {
     let stage = stage();
     let child = in_a_group(&mut tracked(&stage, &counting(&stage)));
     let track = Pid::from_child(&child);
-    // A second one would come together with the first, and not be told from it, if track got it at the same time.
+    // If track passed the signal on at the same time, the kernel would merge both.
     kill_process(track, Signal::STOP).unwrap();
     kill_process_group(track, Signal::TERM).unwrap();
-    wait_for("signal", || fs::exists(path(&stage, "said")).unwrap());
+    wait_for("signal", || fs::exists(path(&stage, "output")).unwrap());
     kill_process(track, Signal::CONT).unwrap();
     assert_eq!(counted(&stage, child, 1), 1);
 }
 
 #[test]
-fn a_signal_to_track_alone_reaches_the_command_once_also_after_one_to_the_group() {
+fn signal_to_only_track_reaches_the_command_once_even_after_one_to_the_group() {
     let stage = stage();
     let child = in_a_group(&mut tracked(&stage, &counting(&stage)));
     for n in 1..=3 {
         kill_process(Pid::from_child(&child), Signal::TERM).unwrap();
         wait_for("signal", || {
-            fs::read_to_string(path(&stage, "said")).unwrap_or_default().lines().count() == n
+            fs::read_to_string(path(&stage, "output")).unwrap_or_default().lines().count() == n
         });
     }
     kill_process_group(Pid::from_child(&child), Signal::TERM).unwrap();
     wait_for("signal", || {
-        fs::read_to_string(path(&stage, "said")).unwrap_or_default().lines().count() == 4
+        fs::read_to_string(path(&stage, "output")).unwrap_or_default().lines().count() == 4
     });
     std::thread::sleep(Duration::from_millis(100));
     kill_process(Pid::from_child(&child), Signal::TERM).unwrap();
     assert_eq!(counted(&stage, child, 5), 5);
 }
 
-/// `track` of this script as the leader of a session whose terminal this is.
+/// `track` of this script as the leader of a session with this controlling terminal.
 fn in_a_session(stage: &Stage, terminal: &Terminal, script: &str) -> Child {
     let inner = tracked(stage, script);
     let mut command = Command::new("setsid");
@@ -619,7 +627,7 @@ fn in_a_session(stage: &Stage, terminal: &Terminal, script: &str) -> Child {
 }
 
 #[test]
-fn a_signal_from_the_terminal_reaches_the_command_once() {
+fn signal_from_the_terminal_reaches_the_command_once() {
     let stage = stage();
     let terminal = Terminal::new();
     let child = in_a_session(&stage, &terminal, &counting(&stage).replace("TERM", "INT"));
@@ -629,7 +637,7 @@ fn a_signal_from_the_terminal_reaches_the_command_once() {
 }
 
 #[test]
-fn the_end_of_a_terminal_reaches_the_command() {
+fn hangup_of_the_terminal_reaches_the_command() {
     let stage = stage();
     let terminal = Terminal::new();
     let child = in_a_session(&stage, &terminal, &counting(&stage).replace("TERM", "HUP"));
@@ -638,7 +646,7 @@ fn the_end_of_a_terminal_reaches_the_command() {
 }
 
 #[test]
-fn a_command_in_a_group_of_its_own_gets_what_is_sent_to_tracks() {
+fn command_in_another_process_group_gets_the_signals_of_tracks_group() {
     let stage = stage();
     let script = counting(&stage);
     let child =
@@ -647,9 +655,9 @@ fn a_command_in_a_group_of_its_own_gets_what_is_sent_to_tracks() {
     assert_eq!(counted(&stage, child, 1), 1);
 }
 
-/// The outbox, locked.
+/// Locks the outbox.
 fn lock(stage: &Stage) -> rusqlite::Connection {
-    // It is made where there is none.
+    // Creates the file if it is missing.
     assert_eq!(track(stage, "exit 0").0, Some(0));
     let other = rusqlite::Connection::open(outbox(stage)).unwrap();
     other.execute_batch("BEGIN IMMEDIATE").unwrap();
@@ -657,14 +665,14 @@ fn lock(stage: &Stage) -> rusqlite::Connection {
 }
 
 #[test]
-fn after_a_signal_before_the_start_the_command_is_not_started() {
+fn signal_before_the_start_prevents_the_start() {
     let stage = stage();
     let other = lock(&stage);
     let before = stage.master.received().len();
     let ran = path(&stage, "ran");
     let mut child =
         tracked(&stage, &format!("touch '{ran}'")).stderr(Stdio::piped()).spawn().unwrap();
-    // It waits for the outbox, for a second.
+    // `track` waits up to 1 s for the outbox.
     std::thread::sleep(Duration::from_millis(400));
     kill_process(Pid::from_child(&child), Signal::TERM).unwrap();
     std::thread::sleep(Duration::from_millis(1_000));
@@ -680,7 +688,7 @@ fn after_a_signal_before_the_start_the_command_is_not_started() {
 }
 
 #[test]
-fn a_command_that_does_not_exist_keeps_nobody_waiting() {
+fn missing_command_ends_at_once() {
     let stage = stage();
     let since = Instant::now();
     assert_eq!(
@@ -691,7 +699,7 @@ fn a_command_that_does_not_exist_keeps_nobody_waiting() {
 }
 
 #[test]
-fn a_signal_while_the_report_is_sent_leaves_it_to_run_at_once() {
+fn signal_during_the_report_leaves_it_to_run_at_once() {
     for name in [Signal::TERM, Signal::INT, Signal::HUP] {
         let stage = stage();
         stage.master.always(Some(Fault::NeverAnswer(Effect::Lost)));
@@ -704,14 +712,14 @@ fn a_signal_while_the_report_is_sent_leaves_it_to_run_at_once() {
         assert!(since.elapsed() < Duration::from_secs(2), "{name:?}: {:?}", since.elapsed());
         let mut log = String::new();
         child.stderr.take().unwrap().read_to_string(&mut log).unwrap();
-        assert!(log.contains("error=\"a signal came while it was sent\""), "{log}");
+        assert!(log.contains("error=\"interrupted by a signal\""), "{log}");
         let row = ("d".to_owned(), Some("why".to_owned()), false);
         assert_eq!((kept(&stage), owners(&stage)), (vec![row], vec![None]));
     }
 }
 
 #[test]
-fn a_timeout_bounds_the_report_and_no_wait_sends_none() {
+fn timeout_limits_the_report_and_no_wait_sends_none() {
     for (options, least, requests) in [(["--timeout=300ms"], 300, 1), (["--no-wait"], 0, 0)] {
         let stage = stage();
         stage.master.always(Some(Fault::NeverAnswer(Effect::Lost)));
@@ -735,7 +743,7 @@ fn a_timeout_bounds_the_report_and_no_wait_sends_none() {
 }
 
 #[test]
-fn a_lock_at_the_start_that_is_gone_at_the_end_loses_no_report() {
+fn lock_that_is_released_before_the_end_loses_no_report() {
     let stage = stage();
     let other = lock(&stage);
     stage.master.open_operation(&stage.worker.uuid, "d", "deploy");
@@ -743,9 +751,9 @@ fn a_lock_at_the_start_that_is_gone_at_the_end_loses_no_report() {
     let (mut child, _stdout) =
         tracking(&stage, &format!("mkfifo '{fifo}'; echo ready; read line <'{fifo}'; exit 3"));
     other.execute_batch("COMMIT").unwrap();
-    // The report cannot be sent, so what keeps it is the file.
+    // The report cannot be sent, so it is queued in the file.
     stage.master.always(Some(Fault::NeverAnswer(Effect::Lost)));
-    go_on(fifo);
+    release(fifo);
     wait_for("request", || stage.master.received().len() > 1);
     child.kill().unwrap();
     child.wait().unwrap();
@@ -753,7 +761,7 @@ fn a_lock_at_the_start_that_is_gone_at_the_end_loses_no_report() {
 }
 
 #[test]
-fn a_lock_that_outlives_the_command_loses_no_report_though_nobody_answers() {
+fn lock_that_outlasts_the_command_loses_no_report_without_a_master() {
     let mut stage = stage();
     let other = lock(&stage);
     stage.master.stop();
@@ -765,20 +773,20 @@ fn a_lock_that_outlives_the_command_loses_no_report_though_nobody_answers() {
     let mut log = String::new();
     child.stderr.take().unwrap().read_to_string(&mut log).unwrap();
     assert!(
-        log.contains("kept for decnet-heartbeat run, not delivered") && !log.contains("neither"),
+        log.contains("not delivered; queued for decnet-heartbeat run") && !log.contains("neither"),
         "{log}"
     );
 }
 
 #[test]
-fn a_lock_at_the_end_does_not_make_a_success_a_failure() {
+fn lock_at_the_end_does_not_change_the_outcome() {
     let stage = stage();
     let fifo = fifo(&stage);
     let (mut child, _stdout) =
         tracking(&stage, &format!("mkfifo '{fifo}'; echo ready; read line <'{fifo}'"));
     let other = rusqlite::Connection::open(outbox(&stage)).unwrap();
     other.execute_batch("BEGIN IMMEDIATE").unwrap();
-    go_on(fifo);
+    release(fifo);
     std::thread::sleep(Duration::from_millis(3_500));
     other.execute_batch("COMMIT").unwrap();
     assert_eq!(child.wait().unwrap().code(), Some(0));
@@ -786,13 +794,14 @@ fn a_lock_at_the_end_does_not_make_a_success_a_failure() {
 }
 
 #[test]
-fn a_broken_ini_neither_keeps_a_command_from_running_nor_its_report() {
+fn invalid_ini_stops_neither_the_command_nor_the_report() {
     let stage = stage();
-    let (ini, good, fixed) =
-        (path(&stage, "decnet.ini"), path(&stage, "good.ini"), path(&stage, "fixed"));
+    let ini = path(&stage, "decnet.ini");
+    let good = path(&stage, "good.ini");
+    let fixed = path(&stage, "fixed");
     let script = format!("if [ -e '{fixed}' ]; then cp '{good}' '{ini}'; fi; echo why >&2; exit 4");
     for is_fixed in [false, true] {
-        // Which writes the ini.
+        // The command writes the ini.
         let mut command = tracked(&stage, &script);
         fs::copy(&ini, &good).unwrap();
         if is_fixed {
@@ -808,12 +817,14 @@ fn a_broken_ini_neither_keeps_a_command_from_running_nor_its_report() {
         let log = String::from_utf8(output.stderr).unwrap();
         assert_eq!(output.status.code(), Some(4), "{log}");
         assert!(
-            log.contains(
-                "the report cannot be prepared, it is tried again after the command: error="
-            ),
+            log.contains("could not record the operation; trying again after the command: error="),
             "{log}"
         );
-        assert_eq!(log.contains("neither delivered nor kept: error="), !is_fixed, "{log}");
+        assert_eq!(
+            log.contains("report lost, neither delivered nor queued: error="),
+            !is_fixed,
+            "{log}"
+        );
     }
     assert_eq!(row(&stage), (RowStatus::Failed, Some("why".to_owned())));
 }

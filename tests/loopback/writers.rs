@@ -44,7 +44,7 @@ fn check_names_the_folder_that_lets_others_write() {
     let stage = Stage::new();
     let (above, dir) = (stage.dir.path(), stage.agent_dir());
     let says = |folder: &Path, mode: &str| {
-        let why = format!("as {} has the mode {mode}: ", folder.display());
+        let why = format!("because {} has the mode {mode}: ", folder.display());
         let advice = advice(&stage, &dir);
         assert!(advice.as_ref().is_some_and(|advice| advice.contains(&why)), "{why}: {advice:?}");
     };
@@ -88,7 +88,7 @@ fn check_names_the_folder_of_an_outbox_that_lets_others_write() {
     for folder in [&beside, &above] {
         chmod(folder, 0o777);
         let why = format!(
-            "others may replace the heartbeat's files, as {} has the mode 0777: ",
+            "other users may replace the heartbeat's files, because {} has the mode 0777: ",
             folder.display()
         );
         let advice = of_outbox(&beside.join("x.db"));

@@ -1,4 +1,4 @@
-//! What a certificate says of itself, for a person. Values only.
+//! Describes a certificate for people. Values only.
 
 use std::net::IpAddr;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -9,21 +9,20 @@ use x509_parser::parse_x509_certificate;
 use x509_parser::time::ASN1Time;
 
 use super::steps::Step;
-use crate::credentials::link::days_until;
+use crate::credentials::link::Expiry;
 use crate::delta::{from_micros, micros};
-use crate::limits;
 use crate::master::identity::fingerprint;
 use crate::text::sanitize;
 
-/// Names of a certificate that are shown; the others are counted.
+/// How many names of a certificate are shown; the others are counted.
 const NAMES: usize = 8;
 
-/// A certificate, with foreign text made safe to print.
+/// The contents of a certificate. Foreign text is escaped.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Described {
     pub(super) subject: String,
     pub(super) issuer: String,
-    /// What it is valid for: DNS names and IP addresses.
+    /// DNS names and IP addresses.
     pub(super) names: Vec<String>,
     pub(super) begins: SystemTime,
     pub(super) expires: SystemTime,
@@ -31,7 +30,7 @@ pub(super) struct Described {
 }
 
 impl Described {
-    /// The error says what about it cannot be read.
+    /// The error says what cannot be parsed.
     pub(super) fn of(certificate: &CertificateDer<'_>) -> Result<Self, String> {
         let (_, parsed) =
             parse_x509_certificate(certificate).map_err(|error| sanitize(&error.to_string()))?;
@@ -51,7 +50,7 @@ impl Described {
         })
     }
 
-    /// The names, so many at the most.
+    /// The first [`NAMES`] names.
     pub(super) fn names(&self) -> String {
         let shown: Vec<_> = self.names.iter().take(NAMES).map(String::as_str).collect();
         match self.names.len() {
@@ -63,21 +62,23 @@ impl Described {
 
     /// `expires in 42 days (2026-12-24)`
     pub(super) fn validity(&self, now: SystemTime) -> String {
-        match days_until(self.expires, now) {
+        match Expiry::of(self.expires, now) {
             _ if self.begins > self.expires => {
                 format!(
-                    "never valid: it ends on {}, before it begins on {}",
+                    "never valid: it expires on {}, before it becomes valid on {}",
                     date(self.expires),
                     date(self.begins)
                 )
             }
             _ if self.begins > now => {
-                format!("valid only from {} on by this host's clock", date(self.begins))
+                format!("not valid before {} by this host's clock", date(self.begins))
             }
-            days @ 0.. => format!("expires in {days} days ({})", date(self.expires)),
-            days => format!(
-                "expired {} days ago by this host's clock ({})",
-                -1 - days,
+            Expiry::DaysLeft(days) => {
+                format!("expires in {} ({})", count_days(days), date(self.expires))
+            }
+            Expiry::DaysExpired(days) => format!(
+                "expired {} ago by this host's clock ({})",
+                count_days(days),
                 date(self.expires)
             ),
         }
@@ -87,19 +88,28 @@ impl Described {
         (self.begins..=self.expires).contains(&now)
     }
 
-    pub(super) fn ends_soon(&self, now: SystemTime) -> bool {
-        days_until(self.expires, now) <= limits::EXPIRY_WARNING
+    pub(super) fn expires_soon(&self, now: SystemTime) -> bool {
+        Expiry::of(self.expires, now).is_near()
     }
 
-    /// The same for machines.
+    /// Adds the contents as facts.
     pub(super) fn facts(&self, step: Step, now: SystemTime) -> Step {
+        let (days_left, days_expired) = match Expiry::of(self.expires, now) {
+            Expiry::DaysLeft(days) => (Some(days), None),
+            Expiry::DaysExpired(days) => (None, Some(days)),
+        };
         step.fact("subject", self.subject.as_str())
             .fact("issuer", self.issuer.as_str())
             .fact("names", self.names.iter().take(NAMES).map(String::as_str).collect::<Vec<_>>())
             .fact("expires", rfc3339(self.expires))
-            .fact("days", days_until(self.expires, now))
+            .fact("days_left", days_left)
+            .fact("days_expired", days_expired)
             .fact("fingerprint", self.fingerprint.as_str())
     }
+}
+
+fn count_days(days: u64) -> String {
+    format!("{days} day{}", if days == 1 { "" } else { "s" })
 }
 
 fn name(name: &GeneralName<'_>) -> Option<String> {
@@ -141,7 +151,7 @@ mod tests {
     }
 
     #[test]
-    fn a_masters_own_says_whose_it_is_and_what_for() {
+    fn master_certificate_is_described() {
         let master = described(Role::Master);
         assert_eq!(
             (master.subject.as_str(), master.issuer.as_str()),
@@ -149,7 +159,7 @@ mod tests {
         );
         assert_eq!(master.names(), "swarmctl, localhost, 127.0.0.1");
         let now = SystemTime::now();
-        assert!(master.is_valid(now) && !master.ends_soon(now));
+        assert!(master.is_valid(now) && !master.expires_soon(now));
         assert!(
             master.validity(now).starts_with("expires in 824 days (20"),
             "{}",
@@ -158,31 +168,32 @@ mod tests {
     }
 
     #[test]
-    fn dates_are_said_by_this_hosts_clock() {
-        let (expired, early) = (described(Role::Expired), described(Role::NotYetValid));
+    fn validity_is_judged_by_this_hosts_clock() {
+        let expired = described(Role::Expired);
+        let early = described(Role::NotYetValid);
         let now = SystemTime::now();
         assert!(
-            expired.validity(now).starts_with("expired 1 days ago by this host's clock"),
+            expired.validity(now).starts_with("expired 1 day ago by this host's clock"),
             "{}",
             expired.validity(now)
         );
-        assert!(early.validity(now).starts_with("valid only from "), "{}", early.validity(now));
+        assert!(early.validity(now).starts_with("not valid before "), "{}", early.validity(now));
         assert!(!expired.is_valid(now) && !early.is_valid(now));
         let short = described(Role::ShortLived("w".to_owned(), Duration::from_secs(86_400 * 2)));
-        assert!(short.is_valid(now) && short.ends_soon(now));
+        assert!(short.is_valid(now) && short.expires_soon(now));
     }
 
     #[test]
-    fn dates_in_the_wrong_order_are_said_to_be_so() {
+    fn dates_in_the_wrong_order_are_reported() {
         let mut master = described(Role::Master);
         (master.begins, master.expires) = (master.expires, master.begins);
-        let said = master.validity(SystemTime::now());
-        assert!(said.starts_with("never valid: it ends on 20"), "{said}");
+        let validity = master.validity(SystemTime::now());
+        assert!(validity.starts_with("never valid: it expires on 20"), "{validity}");
         assert!(!master.is_valid(SystemTime::now()));
     }
 
     #[test]
-    fn what_a_stranger_writes_into_one_is_safe_to_print() {
+    fn foreign_text_is_safe_to_print() {
         let hostile = described(Role::Named("\u{1b}[2J\nx".to_owned()));
         for text in [hostile.subject.clone(), hostile.names()] {
             assert!(!text.chars().any(char::is_control) && text.contains("x"), "{text:?}");

@@ -1,7 +1,8 @@
-//! A handshake with the master, with the certificate that it shows. Runs on the program's main thread.
+//! Makes a TLS handshake with the master and records the certificate that it presents. Runs on the
+//! main thread.
 //!
-//! ureq shows neither. So this one is made beside it, with the agent's own TLS configuration, and the session that it
-//! begins is the one that the beat resumes.
+//! ureq exposes neither. So this handshake is made apart from ureq, with the same TLS
+//! configuration. The beat resumes the session that it establishes.
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::TcpStream;
@@ -22,21 +23,22 @@ use crate::limits;
 use crate::master::explain::is_closed;
 use crate::master::first_bytes::FirstBytes;
 
-/// A handshake that came to its end.
+/// A completed handshake.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct HandshakeInfo {
     pub(super) version: &'static str,
     pub(super) took: Duration,
 }
 
-/// One handshake, and what comes right after it: with TLS 1.3 a master refuses our certificate only then.
-pub(super) fn shake_hands(
+/// Makes a handshake and reads what follows it: with TLS 1.3 a master rejects our certificate only
+/// then.
+pub(super) fn handshake(
     config: &Arc<ClientConfig>,
     name: &ServerName<'static>,
     stream: TcpStream,
 ) -> io::Result<HandshakeInfo> {
     let since = Instant::now();
-    // As the agent has it: what is to be said is said at once.
+    // As `run` does.
     stream.set_nodelay(true)?;
     let mut stream = DeadlineStream { stream, end: since + limits::CONNECT };
     let mut tls =
@@ -53,7 +55,7 @@ pub(super) fn shake_hands(
         Some(ProtocolVersion::TLSv1_3) => "TLS 1.3",
         _ => "TLS 1.2",
     };
-    // What comes within a few round trips: a refusal, or the tickets with which the beat resumes this session.
+    // Waits a few round trips for a rejection, or for the tickets that resume this session.
     stream.end = Instant::now() + took * 4 + limits::AFTER_HANDSHAKE;
     match tls.read_tls(&mut stream) {
         Err(error) if error.kind() == ErrorKind::TimedOut => (),
@@ -62,12 +64,13 @@ pub(super) fn shake_hands(
         Ok(_) => tls.process_new_packets().map(|_| ()).map_err(io::Error::other)?,
     }
     tls.send_close_notify();
-    // It is said; whether it is heard does not matter.
+    // An error does not matter: the handshake is complete.
     let _ = tls.write_tls(&mut stream);
     Ok(HandshakeInfo { version, took })
 }
 
-/// The alert that the peer sent before it closed the connection. It has arrived even where writing has failed.
+/// The alert that the peer sent before it closed the connection. It can be read even if a write has
+/// failed.
 fn alert_before_close(
     tls: &mut ClientConnection,
     stream: &mut DeadlineStream,
@@ -81,7 +84,7 @@ fn alert_before_close(
     None
 }
 
-/// A stream on which all calls together end in time.
+/// A stream with one deadline for all calls.
 struct DeadlineStream {
     stream: TcpStream,
     end: Instant,
@@ -90,36 +93,36 @@ struct DeadlineStream {
 impl DeadlineStream {
     fn left(&self) -> io::Result<Option<Duration>> {
         match self.end.saturating_duration_since(Instant::now()) {
-            Duration::ZERO => Err(late()),
+            Duration::ZERO => Err(timed_out()),
             left => Ok(Some(left)),
         }
     }
 }
 
-fn late() -> io::Error {
+fn timed_out() -> io::Error {
     let seconds = limits::CONNECT.as_secs();
     io::Error::new(
         ErrorKind::TimedOut,
-        format!("the handshake has not come to its end within {seconds} s"),
+        format!("the handshake was not complete within {seconds} s"),
     )
 }
 
-/// To the system it would have blocked.
-fn named(error: io::Error) -> io::Error {
-    if error.kind() == ErrorKind::WouldBlock { late() } else { error }
+/// The system reports a timeout as `WouldBlock`.
+fn with_timeout(error: io::Error) -> io::Error {
+    if error.kind() == ErrorKind::WouldBlock { timed_out() } else { error }
 }
 
 impl Read for DeadlineStream {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         self.stream.set_read_timeout(self.left()?)?;
-        self.stream.read(buffer).map_err(named)
+        self.stream.read(buffer).map_err(with_timeout)
     }
 }
 
 impl Write for DeadlineStream {
     fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
         self.stream.set_write_timeout(self.left()?)?;
-        self.stream.write(buffer).map_err(named)
+        self.stream.write(buffer).map_err(with_timeout)
     }
 
     fn flush(&mut self) -> io::Result<()> {
@@ -127,59 +130,60 @@ impl Write for DeadlineStream {
     }
 }
 
-/// Remembers whether the peer has asked for our certificate: the master does, and a proxy that ends TLS seldom does.
+/// Records whether the peer requested our certificate. The master does; a proxy that terminates TLS
+/// rarely does.
 #[derive(Debug)]
-pub(super) struct Asked {
-    ours: Arc<dyn ResolvesClientCert>,
-    asked: AtomicBool,
+pub(super) struct RecordingResolver {
+    inner: Arc<dyn ResolvesClientCert>,
+    requested: AtomicBool,
 }
 
-impl Asked {
-    pub(super) fn before(ours: Arc<dyn ResolvesClientCert>) -> Self {
-        Self { ours, asked: AtomicBool::new(false) }
+impl RecordingResolver {
+    pub(super) fn new(inner: Arc<dyn ResolvesClientCert>) -> Self {
+        Self { inner, requested: AtomicBool::new(false) }
     }
 
-    /// Before another handshake.
-    pub(super) fn forget(&self) {
-        self.asked.store(false, Ordering::Relaxed);
+    /// Resets the record before another handshake.
+    pub(super) fn reset(&self) {
+        self.requested.store(false, Ordering::Relaxed);
     }
 
-    pub(super) fn was_asked(&self) -> bool {
-        self.asked.load(Ordering::Relaxed)
+    pub(super) fn was_requested(&self) -> bool {
+        self.requested.load(Ordering::Relaxed)
     }
 }
 
-impl ResolvesClientCert for Asked {
+impl ResolvesClientCert for RecordingResolver {
     fn resolve(&self, issuers: &[&[u8]], schemes: &[SignatureScheme]) -> Option<Arc<CertifiedKey>> {
-        self.asked.store(true, Ordering::Relaxed);
-        self.ours.resolve(issuers, schemes)
+        self.requested.store(true, Ordering::Relaxed);
+        self.inner.resolve(issuers, schemes)
     }
 
     fn has_certs(&self) -> bool {
-        self.ours.has_certs()
+        self.inner.has_certs()
     }
 }
 
-/// Remembers the certificate that is shown, and leaves the judgement to the agent's own verifier.
+/// Records the certificate that the peer presents. The agent's own verifier verifies it.
 #[derive(Debug)]
 pub(super) struct RecordingVerifier {
-    judge: Arc<dyn ServerCertVerifier>,
-    shown: Mutex<Option<CertificateDer<'static>>>,
+    inner: Arc<dyn ServerCertVerifier>,
+    presented: Mutex<Option<CertificateDer<'static>>>,
 }
 
 impl RecordingVerifier {
-    pub(super) fn before(judge: Arc<dyn ServerCertVerifier>) -> Self {
-        Self { judge, shown: Mutex::default() }
+    pub(super) fn new(inner: Arc<dyn ServerCertVerifier>) -> Self {
+        Self { inner, presented: Mutex::default() }
     }
 
-    /// Before another handshake.
-    pub(super) fn forget(&self) {
-        *self.shown.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    /// Resets the record before another handshake.
+    pub(super) fn reset(&self) {
+        *self.presented.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
-    /// The certificate that was shown last, whatever the judgement.
-    pub(super) fn shown(&self) -> Option<CertificateDer<'static>> {
-        self.shown.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    /// The certificate that was presented last, valid or not.
+    pub(super) fn presented(&self) -> Option<CertificateDer<'static>> {
+        self.presented.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }
 
@@ -192,9 +196,9 @@ impl ServerCertVerifier for RecordingVerifier {
         ocsp_response: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, TlsError> {
-        *self.shown.lock().unwrap_or_else(PoisonError::into_inner) =
+        *self.presented.lock().unwrap_or_else(PoisonError::into_inner) =
             Some(end_entity.clone().into_owned());
-        self.judge.verify_server_cert(end_entity, intermediates, server_name, ocsp_response, now)
+        self.inner.verify_server_cert(end_entity, intermediates, server_name, ocsp_response, now)
     }
 
     fn verify_tls12_signature(
@@ -203,7 +207,7 @@ impl ServerCertVerifier for RecordingVerifier {
         certificate: &CertificateDer<'_>,
         signature: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, TlsError> {
-        self.judge.verify_tls12_signature(message, certificate, signature)
+        self.inner.verify_tls12_signature(message, certificate, signature)
     }
 
     fn verify_tls13_signature(
@@ -212,11 +216,11 @@ impl ServerCertVerifier for RecordingVerifier {
         certificate: &CertificateDer<'_>,
         signature: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, TlsError> {
-        self.judge.verify_tls13_signature(message, certificate, signature)
+        self.inner.verify_tls13_signature(message, certificate, signature)
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.judge.supported_verify_schemes()
+        self.inner.supported_verify_schemes()
     }
 }
 
@@ -240,8 +244,9 @@ mod tests {
             .unwrap();
         let provider = verifier::provider();
         let bundle = Bundle::load(dir, &provider).unwrap();
-        let judge = verifier::verifier(&bundle.roots, MasterIdentity::Name, &name(), &provider);
-        verifier::client_config(&bundle.identity, judge, &provider).unwrap()
+        let server_verifier =
+            verifier::verifier(&bundle.roots, MasterIdentity::Name, &name(), &provider);
+        verifier::client_config(&bundle.identity, server_verifier, &provider).unwrap()
     }
 
     fn name() -> ServerName<'static> {
@@ -249,17 +254,18 @@ mod tests {
     }
 
     #[test]
-    fn an_alert_that_came_before_a_reset_is_read() {
+    fn alert_before_a_reset_is_read() {
         let dir = tempfile::tempdir().unwrap();
         let config = config(dir.path());
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let stream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let (mut peer, _) = listener.accept().unwrap();
-        // A fatal alert: unknown CA. Without linger the connection is reset, and nothing can be written any more.
+        // A fatal alert: unknown CA. Without linger the connection is reset, and further writes
+        // fail.
         peer.write_all(&[0x15, 3, 3, 0, 2, 2, 48]).unwrap();
         SockRef::from(&peer).set_linger(Some(Duration::ZERO)).unwrap();
         drop(peer);
-        let error = shake_hands(&config, &name(), stream).unwrap_err();
+        let error = handshake(&config, &name(), stream).unwrap_err();
         assert_eq!(error.to_string(), "received fatal alert: UnknownCA");
     }
 }

@@ -1,4 +1,5 @@
-//! What is on this host: the state file, Docker, the topology, and where reports go. Runs on the program's main thread.
+//! Checks this host: the state file, Docker, the topology, and the stats and metrics files. Runs on
+//! the main thread.
 
 use std::path::Path;
 
@@ -17,28 +18,29 @@ use crate::status::docker::DockerState;
 use crate::status::place::{Located, NotLocated};
 use crate::text::sanitize;
 
-/// How many deckies DECNET says there are, and in which file.
-pub(super) fn state_file(options: &RunOptions, found: &StatusProbe) -> Step {
+/// The step of the state file.
+pub(super) fn state_file(options: &RunOptions, probe: &StatusProbe) -> Step {
     let named = match (&options.state_file, state_file_of_environment()) {
         (Some(_), _) => Some("--state-file"),
         (None, Some(_)) => Some(STATE_FILE_VARIABLE),
         (None, None) => None,
     };
-    match &found.located {
-        Ok(located) => located_step(named, located, found.status.as_ref().err(), found.deckies),
+    match &probe.located {
+        Ok(located) => located_step(named, located, probe.status.as_ref().err(), probe.deckies),
         Err(problem) => unlocated_step(problem),
     }
 }
 
-/// `named`: what names the file, if something does. `deckies`: `None` where there is no file, or a problem.
+/// `named`: the option or variable that names the file. `deckies`: `None` if there is no file, or a
+/// problem.
 fn located_step(
     named: Option<&str>,
     located: &Located,
     problem: Option<&String>,
     deckies: Option<usize>,
 ) -> Step {
-    let (file, from) =
-        (sanitize_path(&located.file), named.map_or_else(|| located.to_string(), str::to_owned));
+    let file = sanitize_path(&located.file);
+    let from = named.map_or_else(|| located.to_string(), str::to_owned);
     let step = match (problem, deckies) {
         (None, Some(deckies)) => Step::good(
             "state-file",
@@ -47,10 +49,10 @@ fn located_step(
         (None, None) => {
             let step = Step::good(
                 "state-file",
-                format!("{file} ({from}): it does not exist, so nothing is deployed"),
+                format!("{file} ({from}): does not exist; nothing is deployed"),
             );
             if named.is_some() {
-                step.advise("if something is deployed, correct the name of the state file")
+                step.advise("if something is deployed, correct the path of the state file")
             } else {
                 step
             }
@@ -58,8 +60,8 @@ fn located_step(
         (Some(problem), _) => Step::bad(
             "state-file",
             format!("{problem} ({from})"),
-            "correct the name of the file, let this user read it, or let DECNET write it anew; until then the beats \
-             name no decky",
+            "correct the path of the file, let this user read it, or let DECNET write it again; \
+             until then beats contain no decky",
         ),
     };
     step.fact("file", file).fact("from", from).fact("deckies", deckies)
@@ -71,38 +73,40 @@ fn unlocated_step(problem: &NotLocated) -> Step {
             "if DECNET is installed elsewhere, name its decnet-state.json with"
         }
         NotLocated::Unreadable(_) => {
-            "let this user look there, or name DECNET's decnet-state.json with"
+            "let this user read that folder, or name DECNET's decnet-state.json with"
         }
     };
-    let costs = "until then it is not known what is deployed, and the beats name no decky";
-    let advice = format!("{advice} --state-file or {STATE_FILE_VARIABLE}; {costs}");
+    let consequence = "until then the status is unknown, and beats contain no decky";
+    let advice = format!("{advice} --state-file or {STATE_FILE_VARIABLE}; {consequence}");
     Step::bad("state-file", problem.to_string(), advice)
         .fact("file", None::<String>)
         .fact("deckies", None::<usize>)
 }
 
 /// `1 decky`, `2 deckies`
-fn counted(count: usize, one: &str, more: &str) -> String {
-    format!("{count} {}", if count == 1 { one } else { more })
+fn counted(count: usize, singular: &str, plural: &str) -> String {
+    format!("{count} {}", if count == 1 { singular } else { plural })
 }
 
-pub(super) fn docker(options: &RunOptions, found: &StatusProbe) -> Step {
+/// The step of Docker.
+pub(super) fn docker(options: &RunOptions, probe: &StatusProbe) -> Step {
     let socket = sanitize_path(options.docker_socket());
     let from = options.docker_socket.as_ref().map_or("default", |_| "--docker-socket");
-    docker_step(&socket, from, &found.engine, found.states_problem())
+    docker_step(&socket, from, &probe.engine, probe.states_problem())
 }
 
-/// Which of the two requests failed, and what that costs. `states`: why the states of containers, or of some that are
-/// deckies', are not known; as of [`StatusProbe::states_problem`], there is a reason wherever the containers are not known.
+/// Names the request that failed, and the consequence. `states`: why the states of containers, or
+/// of some deckies' containers, are unknown, as of [`StatusProbe::states_problem`]. It is set
+/// whenever the containers are unknown.
 fn docker_step(socket: &str, from: &str, engine: &DockerState, states: Option<&str>) -> Step {
     let containers = engine.containers.as_ref().map(|containers| containers.states.len());
     let bridges = engine.networks.as_ref().map(|networks| networks.bridges.len());
-    let said_containers = counted(containers.unwrap_or(0), "container", "containers");
-    let said_bridges = bridges.map(|count| counted(count, "bridge network", "bridge networks"));
-    let step = match (states, said_bridges) {
+    let container_count = counted(containers.unwrap_or(0), "container", "containers");
+    let bridge_count = bridges.map(|count| counted(count, "bridge network", "bridge networks"));
+    let step = match (states, bridge_count) {
         (None, Ok(bridges)) => {
             let step =
-                Step::good("docker", format!("{socket} ({from}): {said_containers}, {bridges}"));
+                Step::good("docker", format!("{socket} ({from}): {container_count}, {bridges}"));
             match engine.left_out() {
                 Some(left_out) => step.advise(left_out),
                 None => step,
@@ -110,26 +114,27 @@ fn docker_step(socket: &str, from: &str, engine: &DockerState, states: Option<&s
         }
         (None, Err(problem)) => Step::bad(
             "docker",
-            format!("{problem} ({from}); {said_containers}"),
-            "Docker, or the proxy of its socket, must answer /networks with a list; until then the beats name the deckies, \
-             and not what is there of a topology",
+            format!("{problem} ({from}); {container_count}"),
+            "Docker, or the proxy of its socket, must answer /networks with a list; until then \
+             beats contain the deckies, but not the observed topology",
         ),
         (Some(problem), _) if containers.is_ok() => Step::bad(
             "docker",
             format!("{socket} ({from}): {problem}"),
-            "remove this container, or let DECNET deploy its decky anew; until then the beats leave out what depends on it",
+            "remove this container, or let DECNET deploy its decky again; until then beats do \
+             not contain what depends on it",
         ),
         (Some(problem), Ok(bridges)) => Step::bad(
             "docker",
             format!("{problem} ({from}); {bridges}"),
-            "Docker, or the proxy of its socket, must answer /containers/json with a list; until then the beats name no \
-             decky",
+            "Docker, or the proxy of its socket, must answer /containers/json with a list; until \
+             then beats contain no decky",
         ),
         (Some(problem), Err(_)) => Step::bad(
             "docker",
             format!("{problem} ({from})"),
-            "start the Docker Engine, let this user use its socket, or name another with --docker-socket; until then \
-             the beats name no decky",
+            "start Docker, let this user use its socket, or name another socket with \
+             --docker-socket; until then beats contain no decky",
         ),
     };
     step.fact("socket", socket)
@@ -138,58 +143,60 @@ fn docker_step(socket: &str, from: &str, engine: &DockerState, states: Option<&s
         .fact("bridges", bridges.ok())
 }
 
-/// `agent_dir`: `None` where it is not known.
-pub(super) fn topology(agent_dir: Option<&Path>, found: &StatusProbe) -> Step {
+/// The step of `topology.db`. `agent_dir`: `None` if it is unknown.
+pub(super) fn topology(agent_dir: Option<&Path>, probe: &StatusProbe) -> Step {
     let Some(agent_dir) = agent_dir else {
-        return Step::not_tried("topology", "it takes the agent dir");
+        return Step::not_tried("topology", "needs the agent dir");
     };
     let file = sanitize_path(&agent_dir.join("topology.db"));
-    let step = match (&found.topology, &found.applied) {
+    let step = match (&probe.topology, &probe.applied) {
         (Err(problem), _) => Step::bad(
             "topology",
             problem.clone(),
-            "let this user read it, or let DECNET's agent write it anew if it is damaged; until then run leaves the topology \
-             out, and the master may order it to be built again",
+            "let this user read it, or let DECNET's agent write it again if it is corrupt; until \
+             then run does not report the topology, and the master may order a rebuild",
         ),
         (Ok(()), Some(Some(AppliedTopology { topology_id, applied_version_hash, .. }))) => {
-            let (id, hash) = (sanitize(topology_id), sanitize(applied_version_hash));
+            let id = sanitize(topology_id);
+            let hash = sanitize(applied_version_hash);
             let step = Step::good("topology", format!("{file}: {id}, version {hash}"));
             step.fact("topology_id", id).fact("applied_version_hash", hash)
         }
-        (Ok(()), _) => Step::good("topology", format!("{file}: none is applied")),
+        (Ok(()), _) => Step::good("topology", format!("{file}: no topology is applied")),
     };
     step.fact("file", file)
 }
 
-/// `--stats-file` or `--metrics-file`. `own`: which of the heartbeat's own files this is.
-pub(super) fn report(name: &'static str, path: &Path, own: Option<&str>) -> Step {
+/// The step of `--stats-file` or `--metrics-file`. `own`: which of the heartbeat's own files this
+/// is.
+pub(super) fn output_file(name: &'static str, path: &Path, own: Option<&str>) -> Step {
     let file = sanitize_path(path);
     if let Some(what) = own {
         let problem = format!("{file} is {what}, which would be replaced");
         return Step::bad(name, problem, "name another file").fact("file", file);
     }
-    let advice = "make its folder, let this user write into it, or make room there";
-    match (files::replaceable(path), room(folder(path))) {
+    let advice = "create its folder, let this user write into it, or free disk space";
+    match (files::replaceable(path), check_room(folder(path))) {
         (Ok(()), Ok(())) => Step::good(name, format!("{file} can be written")),
         (_, Err(problem)) => Step::bad(name, format!("{file}: {problem}"), advice),
         (Err(error), Ok(())) => Step::bad(
             name,
             format!("{file}: {error}"),
-            "name another file, or remove what is there: run replaces regular files alone, and no symlinks",
+            "name another file, or remove the existing one: run replaces only regular files",
         ),
     }
     .fact("file", file)
 }
 
-/// Whether this user can make and replace files here, and there is room for them.
-pub(super) fn room(folder: &Path) -> Result<(), String> {
+/// Checks that this user can create and replace files in the folder, and that its disk has space.
+pub(super) fn check_room(folder: &Path) -> Result<(), String> {
     let shown = sanitize_path(folder);
     access(folder, Access::WRITE_OK | Access::EXEC_OK)
         .map_err(|error| format!("{shown} cannot be written: {error}"))?;
     let disk = statvfs(folder).map_err(|error| format!("{shown}: {error}"))?;
-    let room = disk.f_bavail.saturating_mul(disk.f_frsize);
-    if room < limits::ROOM {
-        Err(format!("the disk of {shown} has {} KiB left", room / 1024))
+    let available = disk.f_bavail.saturating_mul(disk.f_frsize);
+    if available < limits::ROOM {
+        Err(format!("the disk of {shown} has only {} KiB left", available / 1024))
     } else {
         Ok(())
     }
@@ -200,13 +207,12 @@ mod tests {
     use super::*;
     use crate::status::docker::{Containers, Networks};
 
-    /// How a step looks on the screen.
     fn shown(step: Step) -> String {
-        step.text(false)
+        step.text(false, None)
     }
 
     #[test]
-    fn a_state_file_is_shown_with_how_it_was_found() {
+    fn state_file_is_shown_with_the_way_it_was_found() {
         let folder = "/opt/decnet/venv/lib/python3.11/site-packages";
         let located = Located {
             file: format!("{folder}/decnet-state.json").into(),
@@ -217,13 +223,14 @@ mod tests {
         let shown = |deckies| shown(located_step(None, &located, None, deckies));
         assert_eq!(shown(Some(1)), format!("{line}1 decky\n"));
         assert_eq!(shown(Some(2)), format!("{line}2 deckies\n"));
-        assert_eq!(shown(None), format!("{line}it does not exist, so nothing is deployed\n"));
+        assert_eq!(shown(None), format!("{line}does not exist; nothing is deployed\n"));
     }
 
     #[test]
-    fn a_state_file_that_was_not_found_is_a_fault_with_the_advice_that_fits() {
+    fn missing_state_file_fails_with_advice() {
         let text = shown(unlocated_step(&NotLocated::Absent("/opt/decnet".to_owned())));
-        let not_found = "✗ state-file    the state file was not found: DECNET's Python package is not in /opt/decnet\n";
+        let not_found = "✗ state-file    the state file was not found: DECNET's Python package is \
+            not in /opt/decnet\n";
         assert!(
             text.starts_with(not_found) && text.contains("→ if DECNET is installed elsewhere"),
             "{text}"
@@ -232,11 +239,14 @@ mod tests {
             shown(unlocated_step(&NotLocated::Unreadable("/opt: Permission denied".to_owned())));
         let unknown =
             "✗ state-file    it is not known where the state file is: /opt: Permission denied\n";
-        assert!(text.starts_with(unknown) && text.contains("→ let this user look there"), "{text}");
+        assert!(
+            text.starts_with(unknown) && text.contains("→ let this user read that folder"),
+            "{text}"
+        );
     }
 
     #[test]
-    fn a_named_state_file_is_shown_with_what_names_it() {
+    fn named_state_file_is_shown_with_its_option_or_variable() {
         let located = Located { file: "/x".into(), package: None };
         let text = shown(located_step(Some(STATE_FILE_VARIABLE), &located, None, Some(1)));
         assert_eq!(text, "✓ state-file    /x (DECNET_HEARTBEAT_STATE_FILE): 1 decky\n");
@@ -246,7 +256,7 @@ mod tests {
     }
 
     #[test]
-    fn docker_is_shown_with_the_request_that_failed_and_what_that_costs() {
+    fn docker_is_shown_with_the_failed_request_and_its_consequence() {
         let states = |count: usize| (0..count).map(|n| (n.to_string(), None)).collect();
         let containers = |count| Ok(Containers { states: states(count), left_out: None });
         let networks = |count| Ok(Networks { bridges: vec![String::new(); count], left_out: None });
@@ -269,17 +279,20 @@ mod tests {
         );
         assert!(
             text.contains(
-                "must answer /networks with a list; until then the beats name the deckies"
+                "must answer /networks with a list; until then beats contain the deckies"
             ),
             "{text}"
         );
         let text =
             shown(DockerState { containers: Err(refused("/containers")), networks: networks(1) });
         assert!(
-            text.starts_with("✗ docker        Docker at /s: /containers: answered 403 (default); 1 bridge network\n"),
+            text.starts_with(
+                "✗ docker        Docker at /s: /containers: answered 403 (default); \
+                1 bridge network\n"
+            ),
             "{text}"
         );
-        assert!(text.contains("the beats name no decky"), "{text}");
+        assert!(text.contains("beats contain no decky"), "{text}");
         let engine = DockerState { containers: containers(2), networks: networks(1) };
         let text = self::shown(docker_step(
             "/s",

@@ -1,4 +1,4 @@
-//! The way to the master: its name, TCP, TLS, and one beat. Runs on the program's main thread.
+//! Checks the connection to the master: its name, TCP, TLS, and one beat. Runs on the main thread.
 
 use std::io::ErrorKind;
 use std::net::{IpAddr, SocketAddr, TcpStream};
@@ -11,7 +11,7 @@ use rustls::client::danger::ServerCertVerifier;
 use rustls::pki_types::{CertificateDer, ServerName};
 
 use super::certificate::Described;
-use super::handshake::{Asked, HandshakeInfo, RecordingVerifier, shake_hands};
+use super::handshake::{self, HandshakeInfo, RecordingResolver, RecordingVerifier};
 use super::steps::{Checklist, Step};
 use crate::credentials::bundle::Bundle;
 use crate::credentials::client;
@@ -20,7 +20,7 @@ use crate::credentials::server_name;
 use crate::error::Error;
 use crate::limits;
 use crate::master::body::Body;
-use crate::master::explain::{Explained, closed_on_our_certificate, explain, handshake, is_closed};
+use crate::master::explain::{self, Explained, closed_on_our_certificate, explain, is_closed};
 use crate::master::identity::MasterIdentity;
 use crate::master::resolver::{LookupFailed, MasterResolver};
 use crate::master::verifier;
@@ -28,7 +28,7 @@ use crate::master::{PostResult, Verdict};
 use crate::status::Snapshot;
 use crate::text::sanitize;
 
-/// Each step needs the one before it. `bundle`: `None` where it cannot be used.
+/// Each step needs the one before it. `bundle`: `None` if it is invalid.
 pub(super) fn check(
     enrolment: &Enrolment,
     bundle: Option<&Bundle>,
@@ -38,41 +38,40 @@ pub(super) fn check(
 ) -> Result<(), Error> {
     let (step, addresses) = name(enrolment);
     list.add(step);
-    let way = bundle.map(|bundle| MasterProbe::new(enrolment, bundle, rule)).transpose();
-    let not_tried =
-        || Step::not_tried("tls", "it takes a connection, and a bundle that can be used");
-    let reached = Reached::of(&addresses, |stream| match &way {
-        Ok(Some(way)) => way.shake_hands(stream),
+    let probe = bundle.map(|bundle| MasterProbe::new(enrolment, bundle, rule)).transpose();
+    let not_tried = || Step::not_tried("tls", "needs a connection and a valid bundle");
+    let reached = Reached::of(&addresses, |stream| match &probe {
+        Ok(Some(probe)) => probe.handshake(stream),
         Ok(None) | Err(_) => not_tried(),
     });
     list.add(reached.tcp);
-    let way = way?;
+    let probe = probe?;
     let tls = reached.tls.unwrap_or_else(not_tried);
-    let shaken = tls.is_good();
+    let has_tls = tls.is_good();
     list.add(tls);
-    list.add(match (&way, snapshot.topology()) {
-        // The master would order the topology to be built again.
-        (Some(_), None) if shaken => Step::not_tried("beat", "topology.db cannot be read"),
-        (Some(way), Some(_)) if shaken => way.beat(snapshot, &reached.addresses),
-        _ => Step::not_tried("beat", "it takes TLS"),
+    list.add(match (&probe, snapshot.topology()) {
+        // A beat without the topology makes the master order a rebuild.
+        (Some(_), None) if has_tls => Step::not_tried("beat", "topology.db cannot be read"),
+        (Some(probe), Some(_)) if has_tls => probe.beat(snapshot, &reached.addresses),
+        _ => Step::not_tried("beat", "needs TLS"),
     });
     Ok(())
 }
 
-/// Where the master's name leads.
+/// Resolves the master's name.
 fn name(enrolment: &Enrolment) -> (Step, Vec<SocketAddr>) {
-    let (host, port) = (enrolment.master_host().value(), *enrolment.master_port().value());
+    let host = enrolment.master_host().value();
+    let port = *enrolment.master_port().value();
     let since = Instant::now();
     match MasterResolver::new(host, port).addresses(limits::CONNECT) {
-        Ok(addresses) if host.parse::<IpAddr>().is_ok() => (
-            Step::good("name", format!("{host} is an address, there is nothing to look up")),
-            addresses,
-        ),
+        Ok(addresses) if host.parse::<IpAddr>().is_ok() => {
+            (Step::good("name", format!("{host} is an address; no lookup is needed")), addresses)
+        }
         Ok(addresses) => {
             let ips: Vec<_> = addresses.iter().map(|address| address.ip().to_string()).collect();
-            let says =
+            let message =
                 format!("{host} is {}, looked up in {}", ips.join(", "), ms(since.elapsed()));
-            (Step::good("name", says).fact("addresses", ips), addresses)
+            (Step::good("name", message).fact("addresses", ips), addresses)
         }
         Err(error) => {
             let advice = match &error {
@@ -80,61 +79,64 @@ fn name(enrolment: &Enrolment) -> (Step, Vec<SocketAddr>) {
                 _ => None,
             };
             let advice = advice.unwrap_or(
-                "see to the name service of this host, or name the master by its address",
+                "check the name service of this host, or configure the master's address instead \
+                 of its name",
             );
             (Step::bad("name", format!("{host}: {}", explain(&error)), advice), Vec::new())
         }
     }
 }
 
-/// How TCP and TLS went on the first address that serves. If none does, on the first that could be connected to.
+/// The steps TCP and TLS of the first address that works. If none does, of the first address that
+/// accepts a connection.
 struct Reached {
     tcp: Step,
     tls: Option<Step>,
-    /// All addresses, and first the one that serves.
+    /// All addresses, the one that works first.
     addresses: Vec<SocketAddr>,
 }
 
 impl Reached {
-    fn of(addresses: &[SocketAddr], shake_hands: impl Fn(TcpStream) -> Step) -> Self {
-        let (mut tcp, mut tls, mut failed) =
-            (Step::not_tried("tcp", "it takes an address"), None, Vec::new());
-        // There are sixteen at the most.
+    fn of(addresses: &[SocketAddr], handshake: impl Fn(TcpStream) -> Step) -> Self {
+        let mut tcp = Step::not_tried("tcp", "needs an address");
+        let mut tls = None;
+        let mut failed = Vec::new();
+        // The resolver returns at most sixteen.
         let share = limits::CONNECT / u32::try_from(addresses.len()).unwrap_or(1).max(1);
         for (position, address) in addresses.iter().enumerate() {
             let (connected, stream) = connect(*address, share);
-            let shaken = stream.map(&shake_hands);
-            if shaken.as_ref().is_some_and(Step::is_good) {
+            let tls_step = stream.map(&handshake);
+            if tls_step.as_ref().is_some_and(Step::is_good) {
                 let tcp = match failed.as_slice() {
                     [] => connected,
-                    // run connects in the same way, and after a failed handshake begins with the next address.
+                    // `run` also tries the addresses in turn.
                     failed => connected.advise(format!(
-                        "see to the addresses that failed before: {}",
+                        "check the addresses that failed before: {}",
                         failed.join("; ")
                     )),
                 };
                 let mut addresses = addresses.to_vec();
                 addresses.rotate_left(position);
-                return Self { tcp, tls: shaken, addresses };
+                return Self { tcp, tls: tls_step, addresses };
             }
-            failed.push(match &shaken {
-                Some(step) => format!("{address}: {}", step.says()),
-                None => connected.says().to_owned(),
+            failed.push(match &tls_step {
+                Some(step) => format!("{address}: {}", step.message()),
+                None => connected.message().to_owned(),
             });
             if tls.is_none() {
-                (tcp, tls) = (connected, shaken);
+                (tcp, tls) = (connected, tls_step);
             }
         }
         Self { tcp, tls, addresses: addresses.to_vec() }
     }
 }
 
-fn connect(address: SocketAddr, within: Duration) -> (Step, Option<TcpStream>) {
+fn connect(address: SocketAddr, timeout: Duration) -> (Step, Option<TcpStream>) {
     let since = Instant::now();
-    match TcpStream::connect_timeout(&address, within) {
+    match TcpStream::connect_timeout(&address, timeout) {
         Ok(stream) => {
             let took = since.elapsed();
-            let step = Step::good("tcp", format!("{address} answers in {}", ms(took)));
+            let step = Step::good("tcp", format!("connected to {address} in {}", ms(took)));
             (step.fact("address", address.to_string()).fact("ms", millis(took)), Some(stream))
         }
         Err(error) => {
@@ -143,16 +145,16 @@ fn connect(address: SocketAddr, within: Duration) -> (Step, Option<TcpStream>) {
                     "start the master's swarm controller, or correct the master's port"
                 }
                 ErrorKind::InvalidInput | ErrorKind::AddrNotAvailable | ErrorKind::Unsupported => {
-                    "correct the master's host: this host cannot connect to such an address"
+                    "correct the master's host: this host cannot connect to this kind of address"
                 }
                 _ if matches!(
                     error.raw_os_error(),
                     Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS)
                 ) =>
                 {
-                    "raise the limits of this host: it has no socket left"
+                    "raise the limits of this host: no socket is left"
                 }
-                _ => "see to the route to the master, and to the firewalls on it",
+                _ => "check the route to the master, and its firewalls",
             };
             (
                 Step::bad("tcp", format!("{address}: {error}"), advice)
@@ -163,22 +165,23 @@ fn connect(address: SocketAddr, within: Duration) -> (Step, Option<TcpStream>) {
     }
 }
 
-/// The master always asks.
-const NOT_ASKED: &str = "it asked for no certificate of ours, which the master does: let a proxy in front of the master pass \
-                         TLS through, or see that the swarm controller asks for client certificates";
+/// The advice if the peer requests no certificate. The master always does.
+const NOT_REQUESTED: &str = "it requested no certificate from this host, but the master does: \
+                             let a proxy in front of the master pass TLS through, or make the \
+                             swarm controller require client certificates";
 
 /// Why the rules `name` and `host` accept the master's own certificate.
-const OWN: &str = "it is of ca.crt, and its common name and a DNS name are swarmctl";
+const OWN: &str = "issued by ca.crt, with swarmctl as common name and DNS name";
 
-/// As the agent reaches the master, but for the witness.
+/// Connects to the master as `run` does, and records the handshake.
 struct MasterProbe<'a> {
     enrolment: &'a Enrolment,
     bundle: &'a Bundle,
     rule: MasterIdentity,
     name: ServerName<'static>,
     config: Arc<ClientConfig>,
-    witness: Arc<RecordingVerifier>,
-    asked: Arc<Asked>,
+    verifier: Arc<RecordingVerifier>,
+    resolver: Arc<RecordingResolver>,
 }
 
 impl<'a> MasterProbe<'a> {
@@ -187,60 +190,61 @@ impl<'a> MasterProbe<'a> {
         bundle: &'a Bundle,
         rule: MasterIdentity,
     ) -> Result<Self, Error> {
-        let (name, provider) = (server_name(enrolment)?, verifier::provider());
-        let judge = verifier::verifier(&bundle.roots, rule, &name, &provider);
-        let witness = Arc::new(RecordingVerifier::before(judge));
+        let name = server_name(enrolment)?;
+        let provider = verifier::provider();
+        let inner = verifier::verifier(&bundle.roots, rule, &name, &provider);
+        let recording = Arc::new(RecordingVerifier::new(inner));
         let config = verifier::client_config(
             &bundle.identity,
-            Arc::clone(&witness) as Arc<dyn ServerCertVerifier>,
+            Arc::clone(&recording) as Arc<dyn ServerCertVerifier>,
             &provider,
         )?;
         let mut config = ClientConfig::clone(&config);
-        let asked = Arc::new(Asked::before(Arc::clone(&config.client_auth_cert_resolver)));
-        config.client_auth_cert_resolver = Arc::clone(&asked) as Arc<dyn ResolvesClientCert>;
-        Ok(Self { enrolment, bundle, rule, name, config: Arc::new(config), witness, asked })
+        let resolver =
+            Arc::new(RecordingResolver::new(Arc::clone(&config.client_auth_cert_resolver)));
+        config.client_auth_cert_resolver = Arc::clone(&resolver) as Arc<dyn ResolvesClientCert>;
+        Ok(Self {
+            enrolment,
+            bundle,
+            rule,
+            name,
+            config: Arc::new(config),
+            verifier: recording,
+            resolver,
+        })
     }
 
-    /// Who answers there, and who counts as the master.
-    fn shake_hands(&self, stream: TcpStream) -> Step {
-        self.asked.forget();
-        self.witness.forget();
-        let shaken = shake_hands(&self.config, &self.name, stream);
-        let shown = self.witness.shown();
-        let described = shown.as_ref().and_then(|shown| Described::of(shown).ok());
+    /// The step `tls`: the certificate of the peer, and whether the rule accepts it.
+    fn handshake(&self, stream: TcpStream) -> Step {
+        self.resolver.reset();
+        self.verifier.reset();
+        let result = handshake::handshake(&self.config, &self.name, stream);
+        let presented = self.verifier.presented();
+        let described = presented.as_ref().and_then(|der| Described::of(der).ok());
         let now = SystemTime::now();
-        let who = described.as_ref().map_or_else(String::new, |shown| {
-            format!("; {} for {}, {}", shown.subject, shown.names(), shown.validity(now))
+        let peer = described.as_ref().map_or_else(String::new, |peer| {
+            format!("; {} for {}, {}", peer.subject, peer.names(), peer.validity(now))
         });
-        let step = match shaken {
+        let step = match result {
             Ok(HandshakeInfo { version, took }) => {
-                let accepted = self.accepted_as(shown.as_ref());
-                let step = Step::good(
-                    "tls",
-                    format!(
-                        "{version} in {}{who}; accepted by {}: {accepted}",
-                        ms(took),
-                        self.rule
-                    ),
-                );
-                let step = step.fact("version", version).fact("ms", millis(took));
-                match described.as_ref() {
-                    _ if !self.asked.was_asked() => step.advise(NOT_ASKED),
-                    // It is pinned.
-                    Some(shown) if !shown.is_valid(now) => step.advise(
-                        "renew the master's certificate: its dates do not matter to this rule, and they do to other agents",
-                    ),
-                    Some(shown) if shown.ends_soon(now) => step.advise("renew the master's certificate in time"),
-                    _ => step,
-                }
+                let took_ms = ms(took);
+                let rule = self.rule;
+                let reason = self.reason(presented.as_ref());
+                let message =
+                    format!("{version} in {took_ms}{peer}; accepted by the rule {rule}: {reason}");
+                self.advise(Step::good("tls", message), described.as_ref(), now)
+                    .fact("version", version)
+                    .fact("ms", millis(took))
             }
             Err(error) => {
-                let Explained { says, advice } = match self.asked.was_asked() && is_closed(&error) {
-                    true => closed_on_our_certificate(),
-                    false => handshake(&error),
+                let is_closed = self.resolver.was_requested() && is_closed(&error);
+                let Explained { says, advice } = if is_closed {
+                    closed_on_our_certificate()
+                } else {
+                    explain::handshake(&error)
                 };
-                let step = Step::bad("tls", format!("{}{who}", sanitize(&says)), advice);
-                step.fact("our_fingerprint", self.bundle.certificate.fingerprint.as_str())
+                Step::bad("tls", format!("{}{peer}", sanitize(&says)), advice)
+                    .fact("our_fingerprint", self.bundle.certificate.fingerprint.as_str())
             }
         };
         let step = step.fact("rule", self.rule.to_string());
@@ -250,23 +254,39 @@ impl<'a> MasterProbe<'a> {
         }
     }
 
-    /// Which part of the rule it was that accepted the certificate.
-    fn accepted_as(&self, shown: Option<&CertificateDer<'static>>) -> String {
+    /// Adds what to do about a peer whose certificate was accepted.
+    fn advise(&self, step: Step, peer: Option<&Described>, now: SystemTime) -> Step {
+        match peer {
+            _ if !self.resolver.was_requested() => step.advise(NOT_REQUESTED),
+            // The rule is a fingerprint, which does not check dates.
+            Some(peer) if !peer.is_valid(now) => step.advise(
+                "renew the master's certificate: this rule ignores its dates, but other agents do \
+                 not",
+            ),
+            Some(peer) if peer.expires_soon(now) => {
+                step.advise("renew the master's certificate before it expires")
+            }
+            _ => step,
+        }
+    }
+
+    /// Why the rule accepts the certificate.
+    fn reason(&self, presented: Option<&CertificateDer<'static>>) -> String {
         let host = self.enrolment.master_host().value();
-        let is_masters_own = shown.is_some_and(|shown| verifier::is_masters_own(shown).is_ok());
+        let is_masters_own = presented.is_some_and(|der| verifier::is_masters_own(der).is_ok());
         match self.rule {
             MasterIdentity::Name => OWN.to_owned(),
             MasterIdentity::Host if is_masters_own => OWN.to_owned(),
             MasterIdentity::Host => {
-                format!("it is of ca.crt, and for {host}, as any worker's may be")
+                format!("issued by ca.crt for {host}; a worker's certificate could be, too")
             }
-            MasterIdentity::AnyFromCa => "it is of ca.crt, and its names do not matter".to_owned(),
-            MasterIdentity::Fingerprint(_) => "it is the pinned one".to_owned(),
-            MasterIdentity::PublicCa => format!("it is publicly trusted, and for {host}"),
+            MasterIdentity::AnyFromCa => "issued by ca.crt; its names are not checked".to_owned(),
+            MasterIdentity::Fingerprint(_) => "its fingerprint matches".to_owned(),
+            MasterIdentity::PublicCa => format!("publicly trusted, for {host}"),
         }
     }
 
-    /// One beat as `run` sends it, without deltas: these are for `run`.
+    /// Sends one beat as `run` does, without deltas.
     fn beat(&self, snapshot: &Snapshot, addresses: &[SocketAddr]) -> Step {
         let host = self.enrolment.host_uuid().value();
         let body = serde_json::to_vec(&Body::of(host, snapshot, &[]));
@@ -279,14 +299,17 @@ impl<'a> MasterProbe<'a> {
         let fingerprint = &self.bundle.certificate.fingerprint;
         let PostResult { verdict, class, detail, took, resumed, .. } = reply;
         let session = if resumed { "session resumed" } else { "new session" };
-        let says = format!("{class} in {}, {session}", ms(took));
-        let (means, advice) = meaning(verdict, &class, fingerprint);
+        let result = match verdict {
+            Verdict::NoResponse => format!("{class} after {}", ms(took)),
+            _ => format!("{class} in {}, {session}", ms(took)),
+        };
+        let (meaning, advice) = explain_verdict(verdict, &class, fingerprint);
         let step = match advice {
-            None => Step::good("beat", format!("{says}: {means}")),
+            None => Step::good("beat", format!("{result}: {meaning}")),
             Some(advice) if detail.is_empty() => {
-                Step::bad("beat", format!("{says}: {means}"), advice)
+                Step::bad("beat", format!("{result}: {meaning}"), advice)
             }
-            Some(advice) => Step::bad("beat", format!("{says}: {means}: {detail}"), advice),
+            Some(advice) => Step::bad("beat", format!("{result}: {meaning}: {detail}"), advice),
         };
         step.fact("class", class)
             .fact("ms", millis(took))
@@ -295,78 +318,99 @@ impl<'a> MasterProbe<'a> {
     }
 }
 
-/// What an answer means, and what is to be done if it is not the right one.
-fn meaning(verdict: Verdict, class: &str, fingerprint: &str) -> (&'static str, Option<String>) {
-    match (verdict, class) {
-        (Verdict::Accepted, _) => ("the master knows this host and took the beat", None),
-        (Verdict::HostRejected, "http-404") => (
+const WRONG_SERVER: &str = "check that DECNET's swarm controller uses this address and this port";
+
+/// What the end of a beat means, and what to do if it was not accepted.
+fn explain_verdict(
+    verdict: Verdict,
+    class: &str,
+    fingerprint: &str,
+) -> (&'static str, Option<String>) {
+    let (meaning, advice) = match verdict {
+        Verdict::Accepted => return ("the master accepted the beat", None),
+        Verdict::HostRejected if class == "http-404" => (
             "the master does not know this host",
-            Some("enrol this host again: it was never enrolled there, or has been decommissioned; if it is enrolled, see that \
-                  it is this master's swarm controller that answers there".to_owned()),
+            "enrol this host again: it was never enrolled there, or was decommissioned; if it is \
+             enrolled, check that this master's swarm controller uses this address",
         ),
-        (Verdict::HostRejected, _) => (
-            "the master does not accept this host's certificate",
-            Some(format!(
-                "compare sha256 {fingerprint} with the master's record of this host, or enrol it again; a proxy in front of \
-                 the master must pass TLS through, as the master sees the proxy's certificate otherwise"
-            )),
-        ),
-        (Verdict::BodyRejected, "unwritten") => (
-            "nothing was sent, as the body could not be written",
-            Some("see what the state file and topology.db hold".to_owned()),
-        ),
-        (Verdict::BodyRejected, "http-413") => (
-            "what this host reports is too large",
-            Some("let the proxy in front of the master take larger bodies; run would beat without a status".to_owned()),
-        ),
-        // As nginx says it when it ends TLS and wants a certificate.
-        (Verdict::BodyRejected, "http-400") => (
-            "the request is refused",
-            Some("if what it says is of certificates, let the proxy in front of the master pass TLS through; otherwise see \
-                  what the state file and topology.db hold".to_owned()),
-        ),
-        (Verdict::BodyRejected, _) => (
-            "the master refuses what this host reports",
-            Some("see what the state file and topology.db hold; run would beat without a status".to_owned()),
-        ),
-        (Verdict::RetryLater(_), "http-502" | "http-503" | "http-504") => (
-            "the master cannot take it now",
-            Some("see to the master's log; if a proxy answers for the master, see that it reaches the master, and that it \
-                  passes TLS through".to_owned()),
-        ),
-        (Verdict::RetryLater(_), class) if class.starts_with("http-5") => {
-            ("the master has failed on it", Some("see to the master's log; run would try again".to_owned()))
+        Verdict::HostRejected => {
+            let advice = format!(
+                "compare sha256 {fingerprint} with the master's record of this host, or enrol it \
+                 again; a proxy in front of the master must pass TLS through, otherwise the \
+                 master sees the proxy's certificate"
+            );
+            return ("the master does not accept this host's certificate", Some(advice));
         }
-        (Verdict::RetryLater(_), "http-408" | "http-425" | "http-429") => {
-            ("the master cannot take it now", Some("wait: run would try again when the answer says".to_owned()))
+        Verdict::BodyRejected => explain_rejected_body(class),
+        Verdict::RetryLater(_) => explain_retry(class),
+        Verdict::NoResponse => explain_no_response(class),
+    };
+    (meaning, Some(advice.to_owned()))
+}
+
+fn explain_rejected_body(class: &str) -> (&'static str, &'static str) {
+    match class {
+        "unwritten" => (
+            "nothing was sent, because the body could not be written",
+            "check the contents of the state file and of topology.db",
+        ),
+        "http-413" => (
+            "the body is too large",
+            "let the proxy in front of the master accept larger bodies; until then run beats \
+             without a status",
+        ),
+        // nginx answers so if it terminates TLS and requires a certificate.
+        "http-400" => (
+            "the request was rejected",
+            "if the answer mentions certificates, let the proxy in front of the master pass TLS \
+             through; otherwise check the contents of the state file and of topology.db",
+        ),
+        _ => (
+            "the master rejected the body",
+            "check the contents of the state file and of topology.db; until then run beats \
+             without a status",
+        ),
+    }
+}
+
+fn explain_retry(class: &str) -> (&'static str, &'static str) {
+    match class {
+        "http-502" | "http-503" | "http-504" => (
+            "the master cannot accept beats now",
+            "check the master's log; a proxy in front of the master must reach it and pass TLS \
+             through",
+        ),
+        "http-408" | "http-425" | "http-429" => (
+            "the master cannot accept beats now",
+            "wait; run tries again at the time that the answer names",
+        ),
+        class if class.starts_with("http-5") => {
+            ("the master failed", "check the master's log; run tries again")
         }
-        (Verdict::RetryLater(_), _) => (
-            "this is no answer of the master's",
-            Some("see that it is DECNET's swarm controller that answers there, and that this is its port".to_owned()),
+        _ => ("the answer is not from a DECNET master", WRONG_SERVER),
+    }
+}
+
+fn explain_no_response(class: &str) -> (&'static str, &'static str) {
+    match class {
+        "not-http" => ("the server does not speak HTTP/1.1", WRONG_SERVER),
+        "tls" => {
+            ("no answer: TLS failed", "see the step tls, and the master's log; run tries again")
+        }
+        "name" | "timeout-resolve" => (
+            "the master's name cannot be resolved",
+            "correct the master's name, check the name service of this host, or configure the \
+             master's address instead of its name",
         ),
-        (Verdict::NoResponse, "not-http") => (
-            "what answers there does not speak HTTP/1.1",
-            Some("see that it is DECNET's swarm controller that answers there, and that this is its port".to_owned()),
+        "refused" => (
+            "the connection was refused: nothing listens there any more",
+            "start the master's swarm controller; run tries again",
         ),
-        (Verdict::NoResponse, "tls") => (
-            "no answer, as TLS has failed",
-            Some("see what the step tls found, and the master's log; run would try again".to_owned()),
-        ),
-        (Verdict::NoResponse, "name" | "timeout-resolve") => (
-            "the master's name cannot be looked up",
-            Some("correct the master's name, see to the name service of this host, or name the master by its address".to_owned()),
-        ),
-        (Verdict::NoResponse, "refused") => (
-            "nothing listens there any more",
-            Some("start the master's swarm controller; run would try again".to_owned()),
-        ),
-        (Verdict::NoResponse, "unreachable" | "timeout-connect") => (
+        "unreachable" | "timeout-connect" => (
             "the master cannot be reached",
-            Some("see to the route to the master, and to the firewalls on it; run would try again".to_owned()),
+            "check the route to the master, and its firewalls; run tries again",
         ),
-        (Verdict::NoResponse, _) => {
-            ("no answer", Some("see to the master's log, and to the network between; run would try again".to_owned()))
-        }
+        _ => ("no answer", "check the master's log, and the network; run tries again"),
     }
 }
 
@@ -388,59 +432,58 @@ mod tests {
     use crate::loopback::LoopbackMaster;
 
     #[test]
-    fn an_address_that_fails_in_tls_is_left_for_the_next_one() {
+    fn next_address_is_tried_after_a_failed_handshake() {
         let [bad, good] = [(); 2].map(|()| TcpListener::bind("127.0.0.1:0").unwrap());
-        let gone = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let closed = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         let [bad, good] = [&bad, &good].map(|listener| listener.local_addr().unwrap());
-        let shake_hands = |stream: TcpStream| match stream.peer_addr().unwrap() == good {
+        let handshake = |stream: TcpStream| match stream.peer_addr().unwrap() == good {
             true => Step::good("tls", "TLS 1.3"),
-            false => Step::bad("tls", "closed", "see to it"),
+            false => Step::bad("tls", "closed", ""),
         };
-        let reached = Reached::of(&[gone, bad, good], shake_hands);
+        let reached = Reached::of(&[closed, bad, good], handshake);
         assert!(reached.tcp.is_good() && reached.tls.unwrap().is_good());
         assert_eq!(
             reached.addresses,
-            [good, gone, bad],
-            "the beat begins with the one that serves"
+            [good, closed, bad],
+            "the beat uses the address that works first"
         );
-        let said = reached.tcp.text(false);
-        assert!(said.contains(&format!("{gone}: Connection refused")), "{said}");
-        assert!(said.contains(&format!("{bad}: closed")), "{said}");
-        // None serves: the first that could be connected to is the one to see to.
-        let reached = Reached::of(&[gone, bad], shake_hands);
+        let text = reached.tcp.text(false, None);
+        assert!(text.contains(&format!("{closed}: Connection refused")), "{text}");
+        assert!(text.contains(&format!("{bad}: closed")), "{text}");
+        // None works: the steps are those of the first that accepts a connection.
+        let reached = Reached::of(&[closed, bad], handshake);
         assert!(reached.tcp.is_good() && reached.tls.is_some_and(|tls| !tls.is_good()));
     }
 
     #[test]
-    fn the_beat_goes_where_the_handshake_went_without_another_lookup() {
+    fn beat_uses_the_address_of_the_handshake_without_another_lookup() {
         let dir = tempfile::tempdir().unwrap();
         let master = LoopbackMaster::start().unwrap();
         let worker = master.enrol(dir.path()).unwrap();
         let bundle = Bundle::load(dir.path(), &verifier::provider()).unwrap();
-        // A name that leads nowhere.
+        // A name that cannot be resolved.
         let enrolment = Enrolment::new(&worker.uuid, "nowhere.invalid", dir.path()).unwrap();
-        let way = MasterProbe::new(&enrolment, &bundle, MasterIdentity::Name).unwrap();
-        let step = way.beat(&Snapshot::new(&json!({"deployed": false})), &[master.address()]);
-        assert!(step.is_good(), "{}", step.says());
+        let probe = MasterProbe::new(&enrolment, &bundle, MasterIdentity::Name).unwrap();
+        let step = probe.beat(&Snapshot::new(&json!({"deployed": false})), &[master.address()]);
+        assert!(step.is_good(), "{}", step.message());
     }
 
     #[test]
-    fn each_class_without_an_answer_has_its_advice() {
+    fn each_class_without_an_answer_has_advice() {
         for (class, advice) in [
             ("name", "correct the master's name"),
             ("timeout-resolve", "correct the master's name"),
             ("refused", "start the master's swarm controller"),
-            ("unreachable", "see to the route"),
-            ("timeout-connect", "see to the route"),
-            ("tls", "see what the step tls found"),
-            ("not-http", "that this is its port"),
-            ("closed", "see to the master's log"),
+            ("unreachable", "check the route"),
+            ("timeout-connect", "check the route"),
+            ("tls", "see the step tls"),
+            ("not-http", "this address and this port"),
+            ("closed", "check the master's log"),
         ] {
-            let (_, said) = meaning(Verdict::NoResponse, class, "");
+            let (_, found) = explain_verdict(Verdict::NoResponse, class, "");
             assert!(
-                said.as_ref().unwrap().starts_with(advice)
-                    || said.as_ref().unwrap().ends_with(advice),
-                "{class}: {said:?}"
+                found.as_ref().is_some_and(|found| found.contains(advice)),
+                "{class}: {found:?}"
             );
         }
     }

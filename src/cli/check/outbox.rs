@@ -1,4 +1,5 @@
-//! The outbox: who can use it, what waits in it, and who delivers from it. Runs on the program's main thread.
+//! Checks the outbox: who can use it, what is queued, and which process delivers. Runs on the main
+//! thread.
 
 use std::fs;
 use std::io;
@@ -9,7 +10,7 @@ use std::time::{Duration, SystemTime};
 use nix::unistd::geteuid;
 use rustix::fs::{Access, access};
 
-use super::host::room;
+use super::host::check_room;
 use super::others_advice;
 use super::steps::Step;
 use crate::delta::from_micros;
@@ -21,53 +22,54 @@ use crate::outbox::queued::{QueueCounts, UnjudgedRow};
 use crate::outbox::{self, OutboxLocation, OutboxSummary, deliverer};
 use crate::sqlite::files::DatabaseFile;
 
-/// All that an outbox is made of.
+/// The suffixes of an outbox's files.
 const FILES: [&str; 5] = ["", "-journal", "-wal", "-shm", "-lock"];
 
-const COSTS: &str = "until then deltas are in memory and do not survive a restart";
+const CONSEQUENCE: &str = "until then deltas are in memory and do not survive a restart";
 
-/// Where deltas are kept, what of them waits, and who delivers from it. A file that is not there is not made: that would be
-/// this user's then, and not that of `run`.
+/// The step `outbox`. A missing file is not created: it would belong to this user, not to that of
+/// `run`.
 pub(super) fn step(location: &OutboxLocation, agent_dir: Option<&Path>) -> Step {
     let known = agent_dir.is_some() || *location != OutboxLocation::AgentDir;
     let Some(path) = location.path(agent_dir.unwrap_or(Path::new(""))).filter(|_| known) else {
-        return Step::not_tried("outbox", "it takes the agent dir");
+        return Step::not_tried("outbox", "needs the agent dir");
     };
-    let (file, folder) = (sanitize_path(&path), folder(&path));
-    // What is wrong with the folder itself is found by `room`.
+    let file = sanitize_path(&path);
+    let folder = folder(&path);
+    // `check_room` reports problems of the folder itself.
     let sharing = Users::of(folder).map_or(Sharing::Shared, |users| users.sharing(&path));
-    let step = match (&sharing, path.symlink_metadata(), room(folder)) {
-        (Sharing::Refused { says, advice }, ..) => {
-            Step::bad("outbox", says, format!("{advice}; {COSTS}"))
+    let step = match (&sharing, path.symlink_metadata(), check_room(folder)) {
+        (Sharing::Unusable { problem, advice }, ..) => {
+            Step::bad("outbox", problem, format!("{advice}; {CONSEQUENCE}"))
         }
-        (_, _, Err(problem)) => lost(format!("{file}: {problem}")),
+        (_, _, Err(problem)) => unusable(format!("{file}: {problem}")),
         (_, Err(error), _) if error.kind() == io::ErrorKind::NotFound => {
-            Step::good("outbox", format!("{file}: run makes it, there is none yet"))
+            Step::good("outbox", format!("{file}: does not exist yet; run creates it"))
         }
-        (_, Err(error), _) => lost(format!("{file}: {error}")),
-        (_, Ok(_), Ok(())) => looked_at(&path),
+        (_, Err(error), _) => unusable(format!("{file}: {error}")),
+        (_, Ok(_), Ok(())) => existing(&path),
     };
-    let alone = if let Sharing::Alone(advice) = sharing { Some(advice) } else { None };
-    let beside = agent_dir.map_or(Some(folder), |agent_dir| other_folder(&path, agent_dir));
-    let advice = [beside.and_then(others_advice), alone];
+    let sharing_advice = if let Sharing::Unshared(advice) = sharing { Some(advice) } else { None };
+    let other_folder = agent_dir.map_or(Some(folder), |agent_dir| other_folder(&path, agent_dir));
+    let advice = [other_folder.and_then(others_advice), sharing_advice];
     advice.into_iter().flatten().fold(step, Step::advise_first).fact("file", file)
 }
 
-/// Who can use an outbox.
+/// Which users can use an outbox.
 #[derive(Debug)]
 enum Sharing {
-    /// Root and the owner of the folder, one of whom this user is.
+    /// Root and the owner of the folder. This user is one of them.
     Shared,
-    /// This user, and not both of them. What to do about that.
-    Alone(String),
+    /// This user, but not both of them. What to do.
+    Unshared(String),
     /// Not this user.
-    Refused { says: String, advice: String },
+    Unusable { problem: String, advice: String },
 }
 
-/// Those who matter. All files of an outbox have mode 0600, and a process refuses those of others than itself, root and the owner
-/// of the folder. What root makes belongs to that owner.
+/// The users of an outbox. Its files have mode 0600. A process accepts files of its own user, of
+/// root and of the owner of the folder. Files that root creates get that owner.
 struct Users {
-    us: u32,
+    own: u32,
     owner: u32,
     group: u32,
     /// The folder, safe to print.
@@ -76,30 +78,33 @@ struct Users {
 
 impl Users {
     fn of(folder: &Path) -> io::Result<Self> {
-        let found = fs::metadata(folder)?;
+        let metadata = fs::metadata(folder)?;
         Ok(Self {
-            us: geteuid().as_raw(),
-            owner: found.uid(),
-            group: found.gid(),
+            own: geteuid().as_raw(),
+            owner: metadata.uid(),
+            group: metadata.gid(),
             folder: sanitize_path(folder),
         })
     }
 
     fn sharing(&self, path: &Path) -> Sharing {
-        let mut sharing =
-            if self.may_share() { Sharing::Shared } else { Sharing::Alone(self.run_as_another()) };
+        let mut sharing = if self.may_share() {
+            Sharing::Shared
+        } else {
+            Sharing::Unshared(self.run_as_another())
+        };
         for file in FILES.map(|part| beside(path, part)) {
             match DatabaseFile::look(&file) {
                 Ok(None) => (),
                 Ok(Some(place)) => match self.sharing_of(&place) {
                     Sharing::Shared => (),
-                    Sharing::Alone(advice) => sharing = Sharing::Alone(advice),
-                    refused => return refused,
+                    Sharing::Unshared(advice) => sharing = Sharing::Unshared(advice),
+                    unusable => return unusable,
                 },
                 Err(error) => {
-                    return Sharing::Refused {
-                        says: format!("{}: {error}", sanitize_path(&file)),
-                        advice: "an outbox takes regular files with one link, and nothing else"
+                    return Sharing::Unusable {
+                        problem: format!("{}: {error}", sanitize_path(&file)),
+                        advice: "the files of an outbox must be regular files with one link"
                             .to_owned(),
                     };
                 }
@@ -109,115 +114,136 @@ impl Users {
     }
 
     fn sharing_of(&self, place: &DatabaseFile) -> Sharing {
-        let (whose, path) = (place.metadata.uid(), &place.path);
-        let is_open_to_us =
-            || self.us == 0 || access(path, Access::READ_OK | Access::WRITE_OK).is_ok();
-        let is_usable = whose == self.us || ([0, self.owner].contains(&whose) && is_open_to_us());
+        let file_owner = place.metadata.uid();
+        let path = &place.path;
+        let is_accessible =
+            || self.own == 0 || access(path, Access::READ_OK | Access::WRITE_OK).is_ok();
+        let is_usable =
+            file_owner == self.own || ([0, self.owner].contains(&file_owner) && is_accessible());
         let file = sanitize_path(path);
-        let says =
-            format!("{file} belongs to {}, and its folder to {}", named(whose), named(self.owner));
+        let problem = format!(
+            "{file} belongs to {}, and its folder to {}",
+            named(file_owner),
+            named(self.owner)
+        );
         let chown = format!("chown {}:{} {file}", self.owner, self.group);
-        match (is_usable, whose == self.owner) {
+        match (is_usable, file_owner == self.owner) {
             (true, true) => Sharing::Shared,
             (true, false) if self.may_share() => {
-                Sharing::Alone(format!("{says}, who cannot use it: {chown}"))
+                Sharing::Unshared(format!("{problem}, who cannot use it: {chown}"))
             }
-            (true, false) => Sharing::Alone(format!("{says}: {chown}; {}", self.run_as_another())),
-            (false, true) => Sharing::Refused {
-                says: format!("{file} belongs to {}, and this is {}", named(whose), named(self.us)),
+            (true, false) => {
+                Sharing::Unshared(format!("{problem}: {chown}; {}", self.run_as_another()))
+            }
+            (false, true) => Sharing::Unusable {
+                problem: format!(
+                    "{file} belongs to {}, but check runs as {}",
+                    named(file_owner),
+                    named(self.own)
+                ),
                 advice: self.run_as_another(),
             },
             (false, false) => {
-                Sharing::Refused { says, advice: format!("{chown}, or move it away") }
+                Sharing::Unusable { problem, advice: format!("{chown}, or move the file away") }
             }
         }
     }
 
     fn may_share(&self) -> bool {
-        [0, self.owner].contains(&self.us)
+        [0, self.owner].contains(&self.own)
     }
 
     fn run_as_another(&self) -> String {
-        let (folder, us, owner) = (&self.folder, named(self.us), named(self.owner));
+        let folder = &self.folder;
+        let own = named(self.own);
+        let owner = named(self.owner);
         let root_and_owner =
             if self.owner == 0 { "root".to_owned() } else { format!("root and {owner}") };
-        format!("only {root_and_owner} can share an outbox in {folder}, not {us}: run as {owner}")
+        format!("only {root_and_owner} can share an outbox in {folder}, not {own}: run as {owner}")
     }
 }
 
-/// In words.
+/// `root`, or `user 1000`.
 fn named(user: u32) -> String {
     if user == 0 { "root".to_owned() } else { format!("user {user}") }
 }
 
-fn lost(says: impl Into<String>) -> Step {
-    let advice = "let this user write there, make room, or name another file with --outbox (a damaged file is replaced by run)";
-    Step::bad("outbox", says, format!("{advice}; {COSTS}"))
+fn unusable(problem: impl Into<String>) -> Step {
+    let advice = "let this user write there, free disk space, or name another file with --outbox \
+                  (run replaces a corrupt file)";
+    Step::bad("outbox", problem, format!("{advice}; {CONSEQUENCE}"))
 }
 
-/// What is in the file, of which nothing is changed.
-fn looked_at(path: &Path) -> Step {
+/// The step of an existing file, which is only read.
+fn existing(path: &Path) -> Step {
     let file = sanitize_path(path);
     if let Err(error) = access(path, Access::READ_OK | Access::WRITE_OK) {
-        return lost(format!("{file} cannot be written: {error}"));
+        return unusable(format!("{file} cannot be written: {error}"));
     }
     let OutboxSummary { counts, stuck } = match outbox::look(path) {
-        Ok(Some(found)) => found,
+        Ok(Some(summary)) => summary,
         Ok(None) => {
-            return Step::good("outbox", format!("{file}: of an older version, run takes it over"));
+            return Step::good("outbox", format!("{file}: has an older format; run migrates it"));
         }
-        Err(error) => return lost(chain(&error)),
+        Err(error) => return unusable(chain(&error)),
     };
     let suffixes = ["", "-wal", "-shm"].map(|suffix| beside(path, suffix));
     let readable = suffixes.iter().find(|file| is_readable_by_others(file));
     let readable = readable.map(|file| {
-        format!("others can read it: chmod 600 {}; run would do that", sanitize_path(file))
+        format!("other users can read it: chmod 600 {} (run does that)", sanitize_path(file))
     });
     readable.into_iter().fold(counted_step(path, counts, &stuck), Step::advise_first)
 }
 
 fn is_readable_by_others(file: &Path) -> bool {
     fs::symlink_metadata(file)
-        .is_ok_and(|found| found.is_file() && found.permissions().mode() & 0o077 != 0)
+        .is_ok_and(|metadata| metadata.is_file() && metadata.permissions().mode() & 0o077 != 0)
 }
 
 fn counted_step(path: &Path, counts: QueueCounts, stuck: &[UnjudgedRow]) -> Step {
     let QueueCounts { waiting, held, operations, rejected, oldest } = counts;
     let age = oldest.and_then(|at| SystemTime::now().duration_since(from_micros(at)).ok());
     let age = age.map(|age| Duration::from_secs(age.as_secs()));
-    let for_how_long = age.map_or_else(String::new, |age| {
-        format!(" (the oldest for {})", humantime::format_duration(age))
+    let oldest_age = age.map_or_else(String::new, |age| {
+        format!(" (the oldest {} ago)", humantime::format_duration(age))
     });
-    let who = deliverer(path);
-    let by = who.map_or_else(
-        || "nobody delivers from it".to_owned(),
+    let deliverer = deliverer(path);
+    let by = deliverer.map_or_else(
+        || "no process delivers from it".to_owned(),
         |pid| format!("process {pid} delivers from it"),
     );
-    let (file, stuck_ones) = (sanitize_path(path), stuck_ones(stuck));
-    let says = format!(
-        "{file}: {waiting} waiting{for_how_long}, {operations} in flight, {rejected} refused for good; {by}{stuck_ones}"
+    let file = sanitize_path(path);
+    let stuck_rows = stuck_rows(stuck);
+    let message = format!(
+        "{file}: {waiting} queued{oldest_age}, {operations} in flight, {rejected} rejected; \
+         {by}{stuck_rows}"
     );
-    let step = Step::good("outbox", says)
+    let step = Step::good("outbox", message)
         .fact("waiting", waiting)
         .fact("held", held)
         .fact("operations", operations)
         .fact("rejected", rejected)
         .fact("stuck", stuck.len())
         .fact("oldest_seconds", age.map(|age| age.as_secs()))
-        .fact("delivered_by", who);
-    match (stuck, waiting, who, rejected) {
+        .fact("delivered_by", deliverer);
+    match (stuck, waiting, deliverer, rejected) {
         ([_, ..], ..) => step.advise(format!(
-            "run cannot tell whether the processes of what is stuck still run: see why {} cannot be used",
+            "run cannot determine whether the processes of the stuck operations are running: \
+             check why {} cannot be used",
             sanitize_path(&beside(path, "-lock"))
         )),
-        (_, 1.., None, _) => step.advise("start decnet-heartbeat run, which delivers what waits"),
-        (.., 1..) => step.advise("see in the file what was refused, and why: the page on operations has the query"),
+        (_, 1.., None, _) => {
+            step.advise("start decnet-heartbeat run, which delivers the queued deltas")
+        }
+        (.., 1..) => step.advise(
+            "see the rejected deltas and the reasons in the file; the page on operations has the query",
+        ),
         _ => step,
     }
 }
 
-/// The operations of which nobody could tell for a day whether they run.
-fn stuck_ones(stuck: &[UnjudgedRow]) -> String {
+/// The operations whose processes have had an unknown state for a day.
+fn stuck_rows(stuck: &[UnjudgedRow]) -> String {
     let named: Vec<_> =
         stuck.iter().take(limits::OUTBOX_STUCK_NAMED).map(UnjudgedRow::to_string).collect();
     if named.is_empty() {

@@ -1,4 +1,4 @@
-//! The steps of a check, as a person reads them and as a program does. Values only; the main thread prints them.
+//! The steps of a check, as text and as JSON. Values only; the main thread prints them.
 
 use std::fmt::Write as _;
 use std::io;
@@ -7,80 +7,80 @@ use std::process::ExitCode;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
-use super::super::output::answer;
+use super::super::output::{print_result, terminal_width};
 use super::super::{NOT_CONFIGURED, code_of, logging};
 use crate::error::Error;
 use crate::text::{escaped_json, escaped_lines};
 
-/// How a step went.
+/// The result of a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 enum Outcome {
     Ok,
     Failed,
-    /// An earlier one stands in the way.
+    /// It needs an earlier step that has failed.
     NotTried,
 }
 
-/// One thing that was looked at.
+/// One thing that was checked.
 #[derive(Debug, Serialize)]
 pub(super) struct Step {
     step: &'static str,
     outcome: Outcome,
-    /// What was found, or what went wrong. On one line, safe to print.
-    says: String,
-    /// What to do about it.
+    /// What was found, or what is wrong. On one line, safe to print.
+    message: String,
+    /// What to do.
     advice: Option<String>,
-    /// The same for machines.
+    /// The same, for programs.
     facts: Map<String, Value>,
-    /// What the program exits with for it.
+    /// The exit code for this step.
     #[serde(skip)]
     code: u8,
 }
 
 impl Step {
-    fn new(step: &'static str, outcome: Outcome, says: impl Into<String>, code: u8) -> Self {
-        Self { step, outcome, says: says.into(), advice: None, facts: Map::new(), code }
+    fn new(step: &'static str, outcome: Outcome, message: impl Into<String>, code: u8) -> Self {
+        Self { step, outcome, message: message.into(), advice: None, facts: Map::new(), code }
     }
 
-    pub(super) fn good(step: &'static str, says: impl Into<String>) -> Self {
-        Self::new(step, Outcome::Ok, says, 0)
+    pub(super) fn good(step: &'static str, message: impl Into<String>) -> Self {
+        Self::new(step, Outcome::Ok, message, 0)
     }
 
-    /// An agent would start, and not do all of its work.
+    /// `run` would start, and not do all of its work.
     pub(super) fn bad(
         step: &'static str,
-        says: impl Into<String>,
+        message: impl Into<String>,
         advice: impl Into<String>,
     ) -> Self {
-        Self::new(step, Outcome::Failed, says, 1).advise(advice)
+        Self::new(step, Outcome::Failed, message, 1).advise(advice)
     }
 
-    /// An agent would not even start, and exits as for this error.
+    /// `run` would not start, and exit as for this error.
     pub(super) fn refused(
         step: &'static str,
         error: &Error,
-        says: impl Into<String>,
+        message: impl Into<String>,
         advice: impl Into<String>,
     ) -> Self {
-        Self::new(step, Outcome::Failed, says, code_of(error)).advise(advice)
+        Self::new(step, Outcome::Failed, message, code_of(error)).advise(advice)
     }
 
     pub(super) fn not_tried(step: &'static str, why: impl Into<String>) -> Self {
         Self::new(step, Outcome::NotTried, format!("not tried: {}", why.into()), 0)
     }
 
-    /// What to do about it. A step that is good may have an advice, too.
+    /// Adds what to do. A good step may have advice, too.
     pub(super) fn advise(mut self, advice: impl Into<String>) -> Self {
         self.advice = Some(advice.into());
         self
     }
 
-    /// What to do before what there is to do already.
+    /// Adds what to do before the advice that is there.
     pub(super) fn advise_first(mut self, advice: impl Into<String>) -> Self {
         let advice = advice.into();
         self.advice = Some(match self.advice {
-            Some(then) => format!("{advice}; {then}"),
+            Some(next) => format!("{advice}; {next}"),
             None => advice,
         });
         self
@@ -91,50 +91,77 @@ impl Step {
         self
     }
 
-    pub(super) fn says(&self) -> &str {
-        &self.says
+    pub(super) fn message(&self) -> &str {
+        &self.message
     }
 
     pub(super) fn is_good(&self) -> bool {
         self.outcome == Outcome::Ok
     }
 
-    pub(super) fn text(&self, paints: bool) -> String {
+    /// The step as text, wrapped to a terminal of this width.
+    pub(super) fn text(&self, has_colours: bool, width: Option<usize>) -> String {
         let (mark, colour) = match self.outcome {
             Outcome::Ok => ('✓', 32),
             Outcome::Failed => ('✗', 31),
             Outcome::NotTried => ('-', 2),
         };
-        let says = one_line(&self.says);
         let mark =
-            if paints { format!("\u{1b}[{colour}m{mark}\u{1b}[0m") } else { mark.to_string() };
-        let mut text = format!("{mark} {:WIDTH$}{says}\n", self.step);
+            if has_colours { format!("\u{1b}[{colour}m{mark}\u{1b}[0m") } else { mark.to_string() };
+        let mut text = format!("{mark} {:NAME_WIDTH$}", self.step);
+        push_wrapped(&mut text, INDENT, &one_line(&self.message), width);
         if let Some(advice) = &self.advice {
             // Writing to a String cannot fail.
-            let _ = writeln!(text, "  {:WIDTH$}→ {}", "", one_line(advice));
+            let _ = write!(text, "{:INDENT$}→ ", "");
+            push_wrapped(&mut text, INDENT + 2, &one_line(advice), width);
         }
         text
     }
 }
 
-/// Whoever made the text, it stays on its line and does nothing to a terminal.
+/// Adds words and a line end to a line that has `indent` columns. Breaks the line between words, so
+/// that it fits `width`. A word that is too long is not broken.
+fn push_wrapped(text: &mut String, indent: usize, words: &str, width: Option<usize>) {
+    let mut column = indent;
+    for word in words.split(' ') {
+        let length = word.chars().count();
+        if column == indent {
+            column += length;
+        } else if width.is_some_and(|width| column + 1 + length > width) {
+            let _ = write!(text, "\n{:indent$}", "");
+            column = indent + length;
+        } else {
+            text.push(' ');
+            column += 1 + length;
+        }
+        text.push_str(word);
+    }
+    text.push('\n');
+}
+
+/// The text on one line, with control characters escaped.
 fn one_line(text: &str) -> String {
     escaped_lines(text).replace('\n', "\\u{a}")
 }
 
-/// What a line begins with is as wide as this.
-const WIDTH: usize = 14;
+/// Columns of a step's name.
+const NAME_WIDTH: usize = 14;
 
-/// The steps so far. As text each is printed at once.
+/// Columns before a message: the mark, a space and the name.
+const INDENT: usize = NAME_WIDTH + 2;
+
+/// The steps so far. As text, each step is printed at once.
 pub(super) struct Checklist {
     steps: Vec<Step>,
     json: bool,
-    paints: bool,
-    /// Why a part of the answer could not be printed.
-    unprinted: Result<(), Error>,
+    has_colours: bool,
+    /// The columns of the terminal; `None`: lines are not wrapped.
+    width: Option<usize>,
+    /// The error if a step could not be printed.
+    printed: Result<(), Error>,
 }
 
-/// All that a machine may want.
+/// The result as JSON.
 #[derive(Serialize)]
 struct Report<'a> {
     version: &'static str,
@@ -145,12 +172,18 @@ struct Report<'a> {
 
 impl Checklist {
     pub(super) fn new(json: bool) -> Self {
-        Self { steps: Vec::new(), json, paints: logging::paints(&io::stdout()), unprinted: Ok(()) }
+        Self {
+            steps: Vec::new(),
+            json,
+            has_colours: logging::has_colours(&io::stdout()),
+            width: terminal_width(),
+            printed: Ok(()),
+        }
     }
 
     pub(super) fn add(&mut self, step: Step) {
-        if !self.json && self.unprinted.is_ok() {
-            self.unprinted = answer(&step.text(self.paints));
+        if !self.json && self.printed.is_ok() {
+            self.printed = print_result(&step.text(self.has_colours, self.width));
         }
         self.steps.push(step);
     }
@@ -159,12 +192,12 @@ impl Checklist {
         self.steps.iter().map(|step| step.code).max().unwrap_or(0)
     }
 
-    /// Says how it all went. An answer that could not be printed is an error, however good it is.
+    /// Prints the summary, or the JSON. Fails if anything could not be printed.
     pub(super) fn finish(self) -> Result<ExitCode, Error> {
         let exit_code = self.exit_code();
         let rest = if self.json { self.report(exit_code) } else { summary(exit_code) };
-        self.unprinted?;
-        answer(&rest)?;
+        self.printed?;
+        print_result(&rest)?;
         Ok(ExitCode::from(exit_code))
     }
 
@@ -172,18 +205,18 @@ impl Checklist {
         let works = self.steps.iter().all(|step| step.outcome != Outcome::Failed);
         let report =
             Report { version: env!("CARGO_PKG_VERSION"), works, exit_code, steps: &self.steps };
-        // Strings and numbers can be written as JSON.
+        // Serializing strings and numbers cannot fail.
         escaped_json(&serde_json::to_string_pretty(&report).unwrap_or_default()) + "\n"
     }
 }
 
 fn summary(exit_code: u8) -> String {
-    let work = match exit_code {
-        0 => return "\nAn agent would work here.\n".to_owned(),
-        NOT_CONFIGURED => "An agent would not start here",
-        _ => "An agent would not do all of its work here",
+    let result = match exit_code {
+        0 => return "\n`run` would work here.\n".to_owned(),
+        NOT_CONFIGURED => "`run` would not start here",
+        _ => "Something is wrong here",
     };
-    format!("\n{work}: see what is marked ✗.\n")
+    format!("\n{result}: see the steps with ✗.\n")
 }
 
 #[cfg(test)]
@@ -191,25 +224,46 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_step_is_a_line_and_its_advice_another_one() {
+    fn message_and_advice_are_lines() {
         let step = Step::bad("tcp", "refused", "start it");
-        assert_eq!(step.text(false), "✗ tcp           refused\n                → start it\n");
-        assert!(step.text(true).starts_with("\u{1b}[31m✗\u{1b}[0m tcp "));
+        assert_eq!(step.text(false, None), "✗ tcp           refused\n                → start it\n");
+        assert!(step.text(true, None).starts_with("\u{1b}[31m✗\u{1b}[0m tcp "));
         assert_eq!(
-            Step::not_tried("tls", "it takes tcp").text(false),
-            "- tls           not tried: it takes tcp\n"
+            Step::not_tried("tls", "needs tcp").text(false, None),
+            "- tls           not tried: needs tcp\n"
         );
     }
 
     #[test]
-    fn the_exit_code_is_the_gravest_one() {
+    fn lines_fit_the_terminal() {
+        let step = Step::bad("tcp", "127.0.0.1:8443: Connection refused", "start the controller");
+        assert_eq!(
+            step.text(false, Some(40)),
+            "✗ tcp           127.0.0.1:8443:\n                Connection refused\n\
+             \x20               → start the controller\n"
+        );
+        let path = "x".repeat(60);
+        let step = Step::good("ca.crt", format!("file {path} is good"));
+        assert_eq!(
+            step.text(false, Some(60)),
+            format!("✓ ca.crt        file\n{:16}{path}\n{:16}is good\n", "", "")
+        );
+    }
+
+    #[test]
+    fn exit_code_is_the_most_severe_one() {
         let exit = |steps: Vec<Step>| {
-            let mut list =
-                Checklist { steps: Vec::new(), json: true, paints: false, unprinted: Ok(()) };
+            let mut list = Checklist {
+                steps: Vec::new(),
+                json: true,
+                has_colours: false,
+                width: None,
+                printed: Ok(()),
+            };
             steps.into_iter().for_each(|step| list.add(step));
             list.exit_code()
         };
-        let good = || Step::good("a", "").advise("in time");
+        let good = || Step::good("a", "").advise("later");
         assert_eq!(exit(vec![good(), Step::not_tried("b", "")]), 0);
         assert_eq!(exit(vec![good(), Step::bad("b", "", "")]), 1);
         let refused = |error: Error| Step::refused("a", &error, "", "");

@@ -1,5 +1,5 @@
-//! The command that `track` runs: stdin, stdout, stderr and signals pass through. The main thread waits for its end and
-//! passes signals on, without a thread.
+//! Runs the command of `track`. Runs on the main thread, which waits for the command's end and
+//! passes signals on to it.
 
 use std::ffi::OsString;
 use std::io;
@@ -14,7 +14,7 @@ use signal_hook::consts::SIGWINCH;
 
 use super::stderr::{Outputs, Stderr};
 use crate::cli::command_signals::{Caught, Signals, wait};
-use crate::cli::output::complain;
+use crate::cli::output::report_error;
 use crate::delta::Outcome;
 use crate::limits;
 use crate::text::{last, sanitize};
@@ -23,14 +23,14 @@ use crate::text::{last, sanitize};
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Ended {
     pub(super) outcome: Outcome,
-    /// As a shell would exit: the command's own code, 128 and the signal that ended it, 127 where there is no such
-    /// command, 126 where it cannot be started.
+    /// The exit code, as of a shell: the command's own, or 128 plus the signal that ended it, 127
+    /// if the command does not exist, 126 if it cannot be started.
     pub(super) code: u8,
 }
 
 impl Ended {
-    /// A signal came before the command was started, so it was not.
-    pub(super) fn before_the_start(signal: i32) -> Self {
+    /// A signal arrived before the start, so the command was not started.
+    pub(super) fn before_start(signal: i32) -> Self {
         let error = format!("ended by signal {signal} before the command started");
         Self { outcome: Outcome::Failed(error), code: exit_code(128 + signal) }
     }
@@ -40,13 +40,13 @@ impl Ended {
         Self { outcome: Outcome::Failed(format!("{name} cannot be run: {error}")), code }
     }
 
-    /// It was started, and is gone.
+    /// The system does not report how the command ended.
     fn unknown(error: &io::Error) -> Self {
-        Self { outcome: Outcome::Failed(format!("how it ended is not known: {error}")), code: 1 }
+        Self { outcome: Outcome::Failed(format!("its exit status is unknown: {error}")), code: 1 }
     }
 
-    /// An error is what the command itself wrote, where it exited by itself: a prefix would say nothing more, and the
-    /// row's reader sees its first line. Of a signal the command cannot write.
+    /// The error of a command that exited is the tail of its stderr, without a prefix: the master
+    /// shows its first line. A signal is named, as the command cannot report it.
     fn of(status: ExitStatus, tail: &str) -> Self {
         let (error, code) = match (status.code(), status.signal()) {
             (Some(0), _) => return Self { outcome: Outcome::Succeeded, code: 0 },
@@ -54,10 +54,13 @@ impl Ended {
             (Some(code), _) => (last(tail, limits::DELTA_ERROR).to_owned(), code),
             (None, signal) => {
                 let signal = signal.unwrap_or_default();
-                let what = format!("ended by signal {signal}");
-                let room = limits::DELTA_ERROR.saturating_sub(what.chars().count() + 2);
-                let error =
-                    if tail.is_empty() { what } else { format!("{what}: {}", last(tail, room)) };
+                let prefix = format!("ended by signal {signal}");
+                let room = limits::DELTA_ERROR.saturating_sub(prefix.chars().count() + 2);
+                let error = if tail.is_empty() {
+                    prefix
+                } else {
+                    format!("{prefix}: {}", last(tail, room))
+                };
                 (error, 128 + signal)
             }
         };
@@ -65,12 +68,12 @@ impl Ended {
     }
 }
 
-/// Codes are a byte, and signals end at 64.
+/// Exit codes are one byte; 128 plus the highest signal, 64, fits.
 fn exit_code(code: i32) -> u8 {
     u8::try_from(code).unwrap_or(u8::MAX)
 }
 
-/// Runs it to its end, and passes signals on meanwhile.
+/// Runs the command to its end, and passes signals on to it.
 pub(super) fn run(
     command: &[OsString],
     outputs: Outputs,
@@ -82,37 +85,39 @@ pub(super) fn run(
         Err(error) => {
             let name =
                 command.first().map(|name| sanitize(&name.to_string_lossy())).unwrap_or_default();
-            complain(&format!("{name}: {error}"));
+            report_error(&format!("{name}: {error}"));
             return Ended::not_started(&name, &error);
         }
     };
-    match wait_for_its_end(&mut child, signals, stderr) {
+    match wait_for_end(&mut child, signals, stderr) {
         Ok(status) => Ended::of(status, &stderr.tail()),
         Err(error) => Ended::unknown(&error),
     }
 }
 
-/// An error only where the system knows nothing of the command any more.
-fn wait_for_its_end(
+/// Fails if the system does not report how the command ended.
+fn wait_for_end(
     child: &mut Child,
     signals: &mut Signals,
     stderr: &mut Stderr,
 ) -> io::Result<ExitStatus> {
     for caught in signals.pending() {
-        pass_on_early(caught, child, stderr);
+        pass_on_at_start(caught, child, stderr);
     }
-    let end: Option<OwnedFd> = pidfd_open(Pid::from_child(child), PidfdFlags::empty()).ok();
+    let pidfd: Option<OwnedFd> = pidfd_open(Pid::from_child(child), PidfdFlags::empty()).ok();
     loop {
-        let mend = stderr.mend();
+        let next_restart = stderr.restart_companion();
         if let Some(status) = child.try_wait()? {
-            // What has come up to now was for the command.
+            // Signals up to now were for the command, and do not end the report.
             signals.pending();
             return Ok(status);
         }
-        let files: Vec<_> = signals.fd().into_iter().chain(end.as_ref().map(AsFd::as_fd)).collect();
-        // SIGCHLD wakes us, too, unless it cannot be caught or whoever started us had it blocked.
-        let look = end.is_none().then(|| Instant::now() + limits::COMMAND_LOOK);
-        if wait(&files, look.or(mend)).is_err() {
+        let files: Vec<_> =
+            signals.fd().into_iter().chain(pidfd.as_ref().map(AsFd::as_fd)).collect();
+        // SIGCHLD also ends the wait, unless it cannot be caught or is blocked by the parent
+        // process.
+        let next_look = pidfd.is_none().then(|| Instant::now() + limits::COMMAND_LOOK);
+        if wait(&files, next_look.or(next_restart)).is_err() {
             thread::sleep(limits::COMMAND_LOOK);
         }
         for caught in signals.pending() {
@@ -121,7 +126,7 @@ fn wait_for_its_end(
     }
 }
 
-/// What the command writes to stays open in it alone.
+/// Consumes `outputs`, so that only the command holds their write ends.
 fn start(command: &[OsString], outputs: Outputs) -> io::Result<Child> {
     let [program, arguments @ ..] = command else { return Err(io::ErrorKind::InvalidInput.into()) };
     let mut command = Command::new(program);
@@ -135,38 +140,40 @@ fn start(command: &[OsString], outputs: Outputs) -> io::Result<Child> {
     command.spawn()
 }
 
-/// Passes a signal on, unless the command has it, because it came to the whole process group that the command is still in.
+/// Passes a signal on, unless it was sent to the whole process group and the command is still in
+/// it.
 fn pass_on(Caught { signal, by_process }: Caught, child: &Child, stderr: &mut Stderr) {
     if signal == SIGWINCH {
-        // The command may have asked for the size before it was the new one.
+        // The command may have read the old size before `resize`.
         if stderr.resize() || by_process {
             send(child, signal);
         }
         return;
     }
-    // A terminal sends to a group, except that its end comes to the leader of the session alone.
-    let came_to_group = stderr.group_got(signal).unwrap_or(!by_process);
+    // A terminal signals a group, except that its hangup signals only the session leader.
+    let is_for_group = stderr.group_received(signal).unwrap_or(!by_process);
     let is_in_our_group =
         getpgid(Some(Pid::from_child(child))).is_ok_and(|group| group == getpgrp());
-    if !(came_to_group && is_in_our_group) {
+    if !(is_for_group && is_in_our_group) {
         send(child, signal);
     }
 }
 
-/// Passes on what came about when the command was started. Whether it was in the group already cannot be known, and twice is
-/// better than never.
-fn pass_on_early(caught: Caught, child: &Child, stderr: &mut Stderr) {
+/// Passes on a signal that arrived while the command was started. Whether the command was in the
+/// group already is unknown; a signal that arrives twice is better than none.
+fn pass_on_at_start(caught: Caught, child: &Child, stderr: &mut Stderr) {
     if caught.signal == SIGWINCH {
         return pass_on(caught, child, stderr);
     }
-    // So that it is not taken for the next one.
-    stderr.group_got(caught.signal);
+    // So that the companion does not count it for the next signal.
+    stderr.group_received(caught.signal);
     send(child, caught.signal);
 }
 
 fn send(child: &Child, signal: i32) {
     if let Some(signal) = Signal::from_named_raw(signal) {
-        // It is not reaped yet, so the pid is its own. One that has just ended needs no signal.
+        // The command is not reaped yet, so the pid is still its own. The error that it has ended
+        // is ignored.
         let _ = kill_process(Pid::from_child(child), signal);
     }
 }

@@ -1,19 +1,23 @@
-//! The companion of `track`: a process that copies the stderr of a command to ours and keeps the tail for the report. It is
-//! this program, started under a name of its own, and it has one thread.
+//! The companion of `track`: a process that copies the stderr of the command to ours, and stores
+//! the tail for the report. It is this program, started with the name [`NAME`] as `argv[0]`. It has
+//! one thread.
 //!
-//! - It is a process, because it must outlive `track`: what a command leaves running writes to the same stderr. It ends
-//!   when nobody can write to that any more and all is written. So the end of `track`, a SIGKILL included, neither takes
-//!   the reader away from a command nor loses a word of it. `track` starts another one where one is killed.
-//! - Its stdin is what the command writes to, a pipe or the controlling side of a pseudoterminal; its stderr is the real
-//!   one; its stdout is a socket to `track`. It has no other file of `track`'s.
-//! - No write blocks: it writes what `poll` says there is room for. What is not written yet is queued. When the queue is
-//!   full it stops reading, and the command waits as it would for the real stderr.
-//! - An error of the real stderr drops what is queued, and the command goes on.
-//! - It stays in the process group of `track`, and none of the signals that may be sent to a group ends it. So it can tell
-//!   `track` whether a signal was sent to the group, and has therefore reached the command already: a signal's origin does
-//!   not say that.
+//! - It is a process, because it must outlive `track`: processes that the command leaves running
+//!   write to the same stderr. It ends when no process can write to that any more and everything is
+//!   written. So the end of `track`, even by SIGKILL, neither blocks the command nor loses its
+//!   output. If the companion is killed, `track` starts another one.
+//! - Its stdin is the file that the command writes to, a pipe or the controlling side of a
+//!   pseudoterminal. Its stderr is the real one. Its stdout is a socket to `track`. It has no other
+//!   file of `track`.
+//! - No write blocks: it writes as much as `poll` reports room for, and queues the rest. When the
+//!   queue is full, it stops reading, and the command blocks as it would on the real stderr.
+//! - After an error of the real stderr, queued output is dropped, and the command can go on.
+//! - It stays in the process group of `track`, and signals to the group do not end it. So it can
+//!   answer whether a signal was sent to the group, and has reached the command already. The origin
+//!   of a signal does not contain that.
 //!
-//! The socket carries a message a packet: a question, `[kind, argument, serial]`, and its answer, `[kind, serial, …]`.
+//! The socket carries one message in each packet: a request, `[kind, argument, serial]`, and its
+//! response, `[kind, serial, …]`.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io::{self, IsTerminal};
@@ -34,28 +38,29 @@ use crate::cli::command_signals::COMMANDS;
 use crate::cli::signals::survive_file_size_limit;
 use crate::limits;
 
-/// The name that it is started by.
+/// The name of the process.
 pub(super) const NAME: &str = "decnet-heartbeat-stderr";
 
-/// It has started. Not an answer.
+/// The companion has started. Not a response.
 pub(super) const READY: u8 = b'r';
-/// Whether it got the signal of the argument since the last such question. The answer is one byte, 1 or 0.
+/// Did the companion receive the signal of the argument since the last such request? The response
+/// is one byte, 1 or 0.
 pub(super) const SIGNAL: u8 = b's';
-/// Makes the pseudoterminal as large as the terminal.
+/// Gives the pseudoterminal the size of the terminal.
 pub(super) const SIZE: u8 = b'z';
-/// What was written last, which is the answer.
+/// The response is the tail of the output.
 pub(super) const TAIL: u8 = b't';
-/// All is written that was there when the tail was asked for. An answer to the same question, its second, of one byte: 1 if
-/// somebody may write more, and 0 if the process ends now.
+/// Everything before the tail request is written. The second response to [`TAIL`], of one byte: 1
+/// if a process may write more, and 0 if the companion ends now.
 pub(super) const WRITTEN: u8 = b'w';
 
-/// Whether this process is meant to be one.
-pub(in crate::cli) fn is_meant() -> bool {
+/// Whether this process was started as a companion.
+pub(in crate::cli) fn is_requested() -> bool {
     let mut arguments = std::env::args_os();
     arguments.next().is_some_and(|name| name == NAME) && arguments.next().is_none()
 }
 
-/// All of that process.
+/// Runs the companion.
 pub(in crate::cli) fn main() -> ExitCode {
     match Companion::start().and_then(|mut companion| companion.run()) {
         Ok(()) => ExitCode::SUCCESS,
@@ -65,66 +70,68 @@ pub(in crate::cli) fn main() -> ExitCode {
 
 struct Companion {
     signals: SignalDelivery<UnixStream, SignalOnly>,
-    /// The signals that `track` has not asked about, and when they came.
-    seen: BTreeMap<i32, Instant>,
-    /// Somebody may still write to it.
+    /// When signals arrived that `track` has not asked about.
+    received: BTreeMap<i32, Instant>,
+    /// A process may still write to the command's stderr.
     is_open: bool,
-    /// `track` may still ask, or waits for [`WRITTEN`].
+    /// `track` may still send requests, or waits for [`WRITTEN`].
     is_tracked: bool,
-    /// Read, and not written yet.
+    /// Output that was read and is not written yet.
     queue: VecDeque<u8>,
     tail: VecDeque<u8>,
     /// Our stderr.
     output: OwnedFd,
-    /// Bytes of one write to it.
-    most: usize,
-    /// When it is tried again, after it had less room than `poll` said.
+    /// The most bytes of one write to it.
+    write_limit: usize,
+    /// When to write again, after there was less room than `poll` had reported.
     resume: Option<Instant>,
-    /// The serial of the question for the tail, and the bytes that have to be written before [`WRITTEN`] is true.
-    owed: Option<(u8, usize)>,
+    /// The serial of the tail request, and how many bytes are to be written before [`WRITTEN`] is
+    /// sent.
+    pending_written: Option<(u8, usize)>,
 }
 
-/// Our stderr, and how much can be written to it without blocking. A terminal that has room for a byte is writable, so it is
-/// opened once more, not to block: others have the one that we were given.
+/// Our stderr, and how much can be written to it without blocking. `poll` reports a terminal as
+/// writable if it has room for one byte. So a terminal is opened again in non-blocking mode: other
+/// processes share the inherited one, whose mode must not change.
 fn output() -> io::Result<(OwnedFd, usize)> {
-    let given = io::stderr().as_fd().try_clone_to_owned()?;
-    if !given.is_terminal() {
-        return Ok((given, limits::STDERR_WRITE));
+    let inherited = io::stderr().as_fd().try_clone_to_owned()?;
+    if !inherited.is_terminal() {
+        return Ok((inherited, limits::STDERR_WRITE));
     }
     let flags = OFlags::WRONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
-    // It may be another user's.
+    // This fails if the terminal belongs to another user.
     let opened = open("/proc/self/fd/2", flags, Mode::empty());
-    Ok(opened.map_or((given, limits::TERMINAL_WRITE), |opened| (opened, limits::STDERR_WRITE)))
+    Ok(opened.map_or((inherited, limits::TERMINAL_WRITE), |opened| (opened, limits::STDERR_WRITE)))
 }
 
-/// What can be done without waiting.
+/// Which files are ready.
 struct Ready {
     input: bool,
     output: bool,
-    question: bool,
+    request: bool,
 }
 
 impl Companion {
     fn start() -> io::Result<Self> {
-        // A file that may not grow is an error of the real stderr.
+        // At the file size limit the real stderr fails, and the companion goes on.
         survive_file_size_limit().map_err(io::Error::other)?;
         let (caught, handler) = UnixStream::pair()?;
         let signals = SignalDelivery::with_pipe(caught, handler, SignalOnly, COMMANDS)?;
-        // Nobody else has this end.
+        // No other running process reads from this end.
         fcntl_setfl(io::stdin(), fcntl_getfl(io::stdin())? | OFlags::NONBLOCK)?;
-        let (output, most) = output()?;
+        let (output, write_limit) = output()?;
         send(io::stdout(), &[READY, 0], SendFlags::NOSIGNAL)?;
         Ok(Self {
             signals,
-            seen: BTreeMap::new(),
+            received: BTreeMap::new(),
             is_open: true,
             is_tracked: true,
             queue: VecDeque::new(),
             tail: VecDeque::new(),
             output,
-            most,
+            write_limit,
             resume: None,
-            owed: None,
+            pending_written: None,
         })
     }
 
@@ -132,17 +139,18 @@ impl Companion {
         while self.is_open || self.is_tracked || !self.queue.is_empty() {
             let ready = self.wait()?;
             if self.note_signals() && !self.is_open && !self.is_tracked {
-                // Only a reader who does not read is left, and whoever sent this wants the process group to end.
+                // Only a blocked reader of the real stderr is left, and the sender of the signal
+                // wants the process group to end.
                 break;
             }
             if ready.input {
-                self.take(limits::STDERR_QUEUE);
+                self.read_output(limits::STDERR_QUEUE);
             }
             if ready.output {
-                self.give();
+                self.write_output();
             }
-            if ready.question {
-                self.answer();
+            if ready.request {
+                self.respond();
             }
         }
         Ok(())
@@ -150,11 +158,12 @@ impl Companion {
 
     fn wait(&mut self) -> io::Result<Ready> {
         self.resume = self.resume.filter(|resume| Instant::now() < *resume);
-        let (input, socket) = (io::stdin(), io::stdout());
+        let input = io::stdin();
+        let socket = io::stdout();
         let reads = self.is_open && self.queue.len() < limits::STDERR_QUEUE;
         let writes = !self.queue.is_empty() && self.resume.is_none();
         let mut files = vec![PollFd::new(self.signals.get_read(), PollFlags::IN)];
-        // A file that is polled is reported when it is closed, too. So the others are left out.
+        // `poll` also reports closed files, so only the files that are needed are polled.
         let polled = [
             (reads, input.as_fd(), PollFlags::IN),
             (writes, self.output.as_fd(), PollFlags::OUT),
@@ -173,49 +182,49 @@ impl Companion {
         Ok(Ready {
             input: is_ready(reads),
             output: is_ready(writes),
-            question: is_ready(self.is_tracked),
+            request: is_ready(self.is_tracked),
         })
     }
 
-    /// Whether there were any.
+    /// Records signals, and returns whether there were any.
     fn note_signals(&mut self) -> bool {
         let now = Instant::now();
-        let mut came = false;
+        let mut has_any = false;
         for signal in self.signals.pending() {
-            self.seen.insert(signal, now);
-            came = true;
+            self.received.insert(signal, now);
+            has_any = true;
         }
-        came
+        has_any
     }
 
-    /// Reads once, while fewer than so many bytes are queued. Whether there was anything.
-    fn take(&mut self, most: usize) -> bool {
+    /// Reads once, if fewer than `limit` bytes are queued. Returns whether it read anything.
+    fn read_output(&mut self, limit: usize) -> bool {
         let mut buffer = [0; limits::STDERR_WRITE];
-        let room = most.saturating_sub(self.queue.len()).min(buffer.len());
+        let room = limit.saturating_sub(self.queue.len()).min(buffer.len());
         let Some(buffer) = buffer.get_mut(..room).filter(|buffer| !buffer.is_empty()) else {
             return false;
         };
-        let said = match read(io::stdin(), &mut *buffer) {
+        let output = match read(io::stdin(), &mut *buffer) {
             Ok(length @ 1..) => buffer.get(..length).unwrap_or_default(),
             Err(Errno::AGAIN | Errno::INTR) => return false,
-            // A pseudoterminal that nobody has open any more is an error, EIO.
+            // EIO: no process has the pseudoterminal open any more.
             Ok(0) | Err(_) => {
                 self.is_open = false;
                 return false;
             }
         };
-        self.queue.extend(said);
-        self.tail.extend(said);
+        self.queue.extend(output);
+        self.tail.extend(output);
         let excess = self.tail.len().saturating_sub(limits::STDERR_TAIL);
         self.tail.drain(..excess);
         true
     }
 
     /// Writes once.
-    fn give(&mut self) {
+    fn write_output(&mut self) {
         let (first, _) = self.queue.as_slices();
-        let chunk = first.get(..self.most).unwrap_or(first);
-        let gone = match write(&self.output, chunk) {
+        let chunk = first.get(..self.write_limit).unwrap_or(first);
+        let written = match write(&self.output, chunk) {
             Ok(length) => length,
             Err(Errno::INTR) => 0,
             Err(Errno::AGAIN) => {
@@ -224,16 +233,16 @@ impl Companion {
             }
             Err(_) => self.queue.len(),
         };
-        self.queue.drain(..gone);
-        if let Some((_, left)) = &mut self.owed {
-            *left = left.saturating_sub(gone);
+        self.queue.drain(..written);
+        if let Some((_, left)) = &mut self.pending_written {
+            *left = left.saturating_sub(written);
         }
-        self.settle();
+        self.send_written();
     }
 
-    fn answer(&mut self) {
-        let mut question = [0; 3];
-        match recv(io::stdout(), &mut question, RecvFlags::DONTWAIT) {
+    fn respond(&mut self) {
+        let mut request = [0; 3];
+        match recv(io::stdout(), &mut request, RecvFlags::DONTWAIT) {
             Ok((3, _)) => (),
             Err(Errno::AGAIN | Errno::INTR) => return,
             // `track` has ended.
@@ -242,44 +251,44 @@ impl Companion {
                 return;
             }
         }
-        let [kind, argument, serial] = question;
+        let [kind, argument, serial] = request;
         match kind {
             SIGNAL => {
                 self.note_signals();
-                let came = self.seen.remove(&i32::from(argument));
-                let is_recent = came.is_some_and(|came| came.elapsed() < limits::GROUP_SIGNAL_AGE);
-                self.say(&[kind, serial, u8::from(is_recent)]);
+                let received = self.received.remove(&i32::from(argument));
+                let is_recent = received.is_some_and(|at| at.elapsed() < limits::GROUP_SIGNAL_AGE);
+                self.send(&[kind, serial, u8::from(is_recent)]);
             }
             SIZE => {
-                // Where one of them has no size there is nothing to be done.
+                // An error means that one of the terminals has no size.
                 let _ = tcgetwinsize(&self.output).and_then(|size| tcsetwinsize(io::stdin(), size));
-                self.say(&[kind, serial]);
+                self.send(&[kind, serial]);
             }
             TAIL => {
-                // What is in the pipe already, which holds as much as the queue.
-                let most = self.queue.len() + limits::STDERR_QUEUE;
-                while self.is_open && self.take(most) {}
-                let mut answer = vec![kind, serial];
-                answer.extend(&self.tail);
-                self.say(&answer);
-                self.owed = Some((serial, self.queue.len()));
-                self.settle();
+                // Read what is in the pipe, which holds as much as the queue.
+                let limit = self.queue.len() + limits::STDERR_QUEUE;
+                while self.is_open && self.read_output(limit) {}
+                let mut response = vec![kind, serial];
+                response.extend(&self.tail);
+                self.send(&response);
+                self.pending_written = Some((serial, self.queue.len()));
+                self.send_written();
             }
             _ => (),
         }
     }
 
-    /// Says that all is written, when it is.
-    fn settle(&mut self) {
-        if let Some((serial, 0)) = self.owed {
-            self.say(&[WRITTEN, serial, u8::from(self.is_open)]);
-            self.owed = None;
+    /// Sends [`WRITTEN`] if everything is written.
+    fn send_written(&mut self) {
+        if let Some((serial, 0)) = self.pending_written {
+            self.send(&[WRITTEN, serial, u8::from(self.is_open)]);
+            self.pending_written = None;
             self.is_tracked = false;
         }
     }
 
-    fn say(&mut self, message: &[u8]) {
-        // An error: `track` has ended, which the socket says next.
+    fn send(&mut self, message: &[u8]) {
+        // An error means that `track` has ended; the next `recv` reports that.
         let _ = send(io::stdout(), message, SendFlags::NOSIGNAL | SendFlags::DONTWAIT);
     }
 }

@@ -1,5 +1,5 @@
-//! The stderr of `track`'s command, on the side of `track`: what the command writes to, and the questions to the
-//! [`companion`](super::companion) that copies it. Runs on the main thread.
+//! `track`'s side of the command's stderr: the file that the command writes to, and the requests to
+//! the [`companion`](super::companion) that copies it. Runs on the main thread.
 
 use std::io::{self, IsTerminal};
 use std::os::fd::{AsFd, OwnedFd};
@@ -21,40 +21,42 @@ use super::companion::{NAME, READY, SIGNAL, SIZE, TAIL, WRITTEN};
 use crate::cli::command_signals::wait;
 use crate::limits;
 
-/// What the command gets as its stdout and stderr; where `None`, ours.
+/// The stdout and stderr of the command. `None`: it inherits ours.
 #[derive(Debug, Default)]
 pub(super) struct Outputs {
     pub(super) stdout: Option<OwnedFd>,
     pub(super) stderr: Option<OwnedFd>,
 }
 
-/// The command's stderr, and the companion where there is one.
+/// The command's stderr, and the companion, if there is one.
 #[derive(Debug)]
 pub(super) struct Stderr {
     companion: Option<Companion>,
-    /// What the companion reads, kept open so that a command whose companion is killed waits for the next one.
+    /// The file that the companion reads. It stays open here, so that a command whose companion was
+    /// killed waits for the next companion.
     input: Option<OwnedFd>,
-    /// When a companion was started last.
+    /// When the last companion was started.
     started: Instant,
     is_terminal: bool,
-    /// The tail was asked for, as the command has ended.
-    is_over: bool,
+    /// The command has ended, and the tail was requested.
+    has_ended: bool,
 }
 
 #[derive(Debug)]
 struct Companion {
     socket: OwnedFd,
-    /// Of the last question.
+    /// The serial number of the last request.
     serial: u8,
-    /// It may outlive us.
+    /// It may outlive this process.
     process: Child,
 }
 
 impl Stderr {
-    /// Starts the companion. Without one the command writes to our stderr itself, and no copy is kept.
+    /// Starts the companion. If that fails, the command writes to our stderr, and nothing is
+    /// copied.
     pub(super) fn copied() -> (Self, Outputs) {
         let is_terminal = io::stderr().is_terminal();
-        let copied = || {
+        let start = || {
             let (input, output) = if is_terminal { terminal()? } else { pipe()? };
             let companion = Companion::start(&input)?;
             let stdout = if is_same_file(io::stdout(), io::stderr()) {
@@ -64,20 +66,20 @@ impl Stderr {
             };
             io::Result::Ok((Some(companion), Some(input), Outputs { stdout, stderr: Some(output) }))
         };
-        let (companion, input, outputs) = copied().unwrap_or_else(|error| {
+        let (companion, input, outputs) = start().unwrap_or_else(|error| {
             log::warn!(
-                "stderr is not copied, so a report cannot quote it: error={:?}",
+                "stderr cannot be copied; the report will not quote it: error={:?}",
                 error.to_string()
             );
             (None, None, Outputs::default())
         });
-        (Self { companion, input, started: Instant::now(), is_terminal, is_over: false }, outputs)
+        (Self { companion, input, started: Instant::now(), is_terminal, has_ended: false }, outputs)
     }
 
-    /// Starts another companion where the last one was killed: without a reader the command would wait for ever. When this
-    /// is to be called again, as it starts no more than one a second.
-    pub(super) fn mend(&mut self) -> Option<Instant> {
-        if self.is_read() {
+    /// Starts another companion if the last one was killed: without a reader the command would
+    /// block. Starts at most one in [`limits::COMPANION_AGAIN`], and returns when to call it again.
+    pub(super) fn restart_companion(&mut self) -> Option<Instant> {
+        if self.has_reader() {
             return None;
         }
         let next = self.started + limits::COMPANION_AGAIN;
@@ -88,10 +90,11 @@ impl Stderr {
         Some(self.started + limits::COMPANION_AGAIN)
     }
 
-    /// Whether there is a companion that lives, or none is needed.
-    fn is_read(&mut self) -> bool {
-        let lives = |companion: &mut Companion| matches!(companion.process.try_wait(), Ok(None));
-        self.input.is_none() || self.companion.as_mut().is_some_and(lives)
+    /// Whether the companion is running, or none is needed.
+    fn has_reader(&mut self) -> bool {
+        let is_running =
+            |companion: &mut Companion| matches!(companion.process.try_wait(), Ok(None));
+        self.input.is_none() || self.companion.as_mut().is_some_and(is_running)
     }
 
     fn start_another(&mut self) {
@@ -100,11 +103,12 @@ impl Stderr {
         let started = Companion::start(input);
         match &started {
             Ok(_) => log::warn!(
-                "the process that copies stderr was killed, another one goes on: what it had is lost"
+                "the process that copies stderr was killed and was restarted; some output is lost"
             ),
             Err(error) => {
                 log::warn!(
-                    "nobody reads the command's stderr, which may have to wait: error={:?}",
+                    "the process that copies stderr cannot be restarted; the command may block: \
+                     error={:?}",
                     error.to_string()
                 );
             }
@@ -112,40 +116,40 @@ impl Stderr {
         self.companion = started.ok();
     }
 
-    /// Whether this signal came to our whole process group, so that others in it have it, too. `None`: nobody knows.
-    pub(super) fn group_got(&mut self, signal: i32) -> Option<bool> {
+    /// Whether this signal was sent to our whole process group. `None`: unknown.
+    pub(super) fn group_received(&mut self, signal: i32) -> Option<bool> {
         let companion = self.companion.as_mut()?;
-        if companion.got(signal)? {
+        if companion.received(signal)? {
             return Some(true);
         }
-        // The processes of a group get it one after another.
+        // The processes of a group receive a signal one after another.
         thread::sleep(limits::GROUP_SIGNAL);
-        companion.got(signal)
+        companion.received(signal)
     }
 
-    /// Our terminal has another size. Whether the command's has it now, too, without knowing.
+    /// Gives the command's pseudoterminal the size of our terminal. Returns whether that was done.
     pub(super) fn resize(&mut self) -> bool {
         let companion = self.companion.as_mut().filter(|_| self.is_terminal);
         companion
-            .is_some_and(|companion| companion.ask(SIZE, 0, limits::COMPANION_ANSWER).is_some())
+            .is_some_and(|companion| companion.request(SIZE, 0, limits::COMPANION_ANSWER).is_some())
     }
 
-    /// The end of what the command has written so far, as text.
+    /// The tail of the command's output so far, as text.
     pub(super) fn tail(&mut self) -> String {
-        self.is_over = true;
-        if !self.is_read() {
+        self.has_ended = true;
+        if !self.has_reader() {
             self.start_another();
         }
         let companion = self.companion.as_mut();
-        let tail = companion.and_then(|companion| companion.ask(TAIL, 0, limits::STDERR_GRACE));
+        let tail = companion.and_then(|companion| companion.request(TAIL, 0, limits::STDERR_GRACE));
         text(&tail.unwrap_or_default())
     }
 
-    /// Waits until all is written that was there when the tail was asked for, but not for a reader who does not read. Where
-    /// nobody holds the command's stderr any more, the companion ends before us: not everybody who gets our children waits
-    /// for them.
+    /// Waits until the output before the tail is written, at most [`limits::STDERR_GRACE`]. If no
+    /// process holds the command's stderr any more, also waits for the companion's end: the process
+    /// that inherits our children may never reap them.
     pub(super) fn finish(&mut self) {
-        if !self.is_over {
+        if !self.has_ended {
             self.tail();
         }
         let Some(companion) = &mut self.companion else { return };
@@ -158,49 +162,51 @@ impl Stderr {
 impl Companion {
     fn start(input: &OwnedFd) -> io::Result<Self> {
         let flags = SocketFlags::CLOEXEC;
-        let (socket, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
-        // Whatever has become of our file's name: this is what runs.
+        let (socket, their_end) =
+            socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
+        // The running file, even if its name was removed or replaced.
         let mut command = Command::new("/proc/self/exe");
-        command.arg0(NAME).current_dir("/").stdin(input.try_clone()?).stdout(theirs);
+        command.arg0(NAME).current_dir("/").stdin(input.try_clone()?).stdout(their_end);
         let process = command.spawn()?;
-        // The other end of the socket, which the command had.
+        // Closes our copy of the other end of the socket.
         drop(command);
         let companion = Self { socket, serial: 0, process };
         if companion.receive(READY, limits::COMPANION_START).is_none() {
-            return Err(io::Error::other("the process that copies it has not started"));
+            return Err(io::Error::other("the process that copies it did not start in time"));
         }
         Ok(companion)
     }
 
-    /// Waits for a companion that ends now.
+    /// Waits for the end of the companion, which is ending.
     fn reap(&mut self) {
-        let Ok(end) = pidfd_open(Pid::from_child(&self.process), PidfdFlags::empty()) else {
+        let Ok(pidfd) = pidfd_open(Pid::from_child(&self.process), PidfdFlags::empty()) else {
             return;
         };
-        let _ = wait(&[end.as_fd()], Some(Instant::now() + limits::STDERR_GRACE));
+        let _ = wait(&[pidfd.as_fd()], Some(Instant::now() + limits::STDERR_GRACE));
         let _ = self.process.try_wait();
     }
 
-    fn got(&mut self, signal: i32) -> Option<bool> {
-        let answer = self.ask(SIGNAL, u8::try_from(signal).ok()?, limits::COMPANION_ANSWER)?;
+    fn received(&mut self, signal: i32) -> Option<bool> {
+        let answer = self.request(SIGNAL, u8::try_from(signal).ok()?, limits::COMPANION_ANSWER)?;
         Some(answer == [1])
     }
 
-    fn ask(&mut self, kind: u8, argument: u8, within: Duration) -> Option<Vec<u8>> {
+    fn request(&mut self, kind: u8, argument: u8, within: Duration) -> Option<Vec<u8>> {
         self.serial = self.serial.wrapping_add(1);
-        let question = [kind, argument, self.serial];
-        send(&self.socket, &question, SendFlags::NOSIGNAL | SendFlags::DONTWAIT).ok()?;
+        let request = [kind, argument, self.serial];
+        send(&self.socket, &request, SendFlags::NOSIGNAL | SendFlags::DONTWAIT).ok()?;
         self.receive(kind, within)
     }
 
-    /// The rest of the answer of this kind to the last question. One that comes too late is an answer to none.
+    /// Receives the response of this kind to the last request, without its header. Ignores
+    /// responses to earlier requests, which were too late.
     fn receive(&self, kind: u8, within: Duration) -> Option<Vec<u8>> {
         let until = Instant::now() + within;
         let mut buffer = vec![0; limits::STDERR_TAIL + 2];
         while Instant::now() < until {
             wait(&[self.socket.as_fd()], Some(until)).ok()?;
             match recv(&self.socket, buffer.as_mut_slice(), RecvFlags::DONTWAIT) {
-                // It has ended.
+                // The companion has ended.
                 Ok((0, _)) => return None,
                 Ok((length, _)) => {
                     let message = buffer.get(..length).unwrap_or_default();
@@ -218,15 +224,15 @@ impl Companion {
     }
 }
 
-/// What the companion reads, and what the command writes to.
+/// The file that the companion reads, and the one that the command writes to.
 fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
     let (read, write) = io::pipe()?;
     Ok((read.into(), write.into()))
 }
 
-/// The same for a command whose stderr is to be a terminal. It changes nothing of what is written: our terminal does that.
+/// Like [`pipe`], as a pseudoterminal. It is in raw mode: our terminal processes the output.
 fn terminal() -> io::Result<(OwnedFd, OwnedFd)> {
-    // Without a controlling terminal we must not get one.
+    // `NOCTTY`: it must not become our controlling terminal.
     let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
     let controller = openpt(flags)?;
     unlockpt(&controller)?;
@@ -240,7 +246,7 @@ fn terminal() -> io::Result<(OwnedFd, OwnedFd)> {
     Ok((controller, terminal))
 }
 
-/// Whether both lead to the same file, terminal, pipe or socket.
+/// Whether both refer to the same file, terminal, pipe or socket.
 fn is_same_file(one: impl AsFd, other: impl AsFd) -> bool {
     match (fstat(one), fstat(other)) {
         (Ok(one), Ok(other)) => {
@@ -250,13 +256,14 @@ fn is_same_file(one: impl AsFd, other: impl AsFd) -> bool {
     }
 }
 
-/// What a person would have seen of it: without escape sequences, and of a line that was overwritten what was there last.
+/// The text as a person would see it: without escape sequences, and with the last state of each
+/// line that was overwritten.
 fn text(written: &[u8]) -> String {
     let written = strip_str(&String::from_utf8_lossy(written)).to_string();
-    let seen = |line: &str| {
+    let visible = |line: &str| {
         line.rsplit('\r').find(|part| !part.trim().is_empty()).unwrap_or_default().to_owned()
     };
-    let lines: Vec<_> = written.split('\n').map(seen).collect();
+    let lines: Vec<_> = written.split('\n').map(visible).collect();
     lines.join("\n").trim().to_owned()
 }
 
@@ -265,8 +272,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn of_what_is_written_to_a_terminal_the_text_that_was_seen_last_is_kept() {
-        let written = b"\x1b[1;31mred\x1b[0m\r\npull 1%\rpull 99%\rpulled\r\n\r\n\x1b]0;title\x07no such image\n";
+    fn terminal_output_becomes_the_text_that_was_visible_last() {
+        let written = b"\x1b[1;31mred\x1b[0m\r\npull 1%\rpull 99%\rpulled\r\n\r\n\
+            \x1b]0;title\x07no such image\n";
         assert_eq!(text(written), "red\npulled\n\nno such image");
         assert_eq!(text(b"caf\xe9 is not there\n"), "caf\u{fffd} is not there");
         assert_eq!(text(b" \r\n\r"), "");

@@ -4,6 +4,7 @@ use std::mem;
 use std::time::{Instant, SystemTime};
 
 use super::HeartbeatLoop;
+use crate::credentials::link::Expiry;
 use crate::limits;
 use crate::master::{PostResult, Verdict};
 use crate::outbox::QueuedDelta;
@@ -84,15 +85,19 @@ impl HeartbeatLoop {
     }
 
     pub(super) fn warn_of_expiry(&mut self) {
-        let Some(days) = self.link.days_left(SystemTime::now()) else { return };
-        let (level, what) = match days {
-            0.. => (log::Level::Warn, "certificate expires soon; enrol this host again"),
-            _ => (log::Level::Error, "certificate has expired; enrol this host again"),
+        let Some(expiry) = self.link.expiry_to_log(SystemTime::now()) else { return };
+        let (level, what) = match expiry {
+            Expiry::DaysLeft(_) => {
+                (log::Level::Warn, "certificate expires soon; enrol this host again")
+            }
+            Expiry::DaysExpired(_) => {
+                (log::Level::Error, "certificate has expired; enrol this host again")
+            }
         };
         quietly(|| {
             log::log!(
                 level,
-                "{what}: {} fingerprint={} days={days}",
+                "{what}: {} fingerprint={} {expiry}",
                 self.link.names(),
                 self.link.fingerprint()
             )
@@ -128,6 +133,13 @@ impl HeartbeatLoop {
     pub(super) fn record_failure(&mut self, result: &PostResult) {
         if result.verdict == Verdict::Accepted {
             return;
+        }
+        // The stop has cut the POST; this is no failure of the master or the network.
+        let is_cut = self.link.is_interrupted()
+            || self.deadline.is_some_and(|deadline| Instant::now() >= deadline);
+        if is_cut && result.verdict == Verdict::NoResponse {
+            let names = self.link.names();
+            return quietly(|| log::info!("beat interrupted by the stop: {names}"));
         }
         let Failure { count, class, detail, .. } =
             self.stats.change(|stats| stats.record_failure(result));
