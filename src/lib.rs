@@ -54,7 +54,7 @@
 //!   states follow alone. If these are accepted, the next beat is whole again. If they are in doubt or refused, they rest.
 //! - If a light POST with deltas is in doubt, the next beat starts without deltas. If that is accepted, the deltas are sent
 //!   one to a body, the newest first, at most 50 in a beat. A delta that is in doubt alone rests, and so do older ones of
-//!   its decky and operation. It is never rejected for that ([`Stats::resting`]).
+//!   its decky and operation. It is never rejected for that ([`Stats::suspended`]).
 //! - What rests is left out of 10 beats, then of 20, and so on up to a day. [`Stats::status_fault`], the log and
 //!   `status.error` say what is left out.
 //!

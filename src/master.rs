@@ -139,7 +139,7 @@ impl PostResult {
 
     /// There was nothing to send, as the body could not be written. Sent as it stands it would be refused.
     pub(crate) fn unwritten(error: &serde_json::Error) -> Self {
-        let (class, detail) = ("unwritten".to_owned(), sanitize(&error.to_string()));
+        let (class, detail) = ("invalid-body".to_owned(), sanitize(&error.to_string()));
         Self { verdict: Verdict::BodyRejected, class, detail, ..Self::unanswered() }
     }
 }
@@ -238,7 +238,7 @@ impl MasterClient {
                 let (class, is_new) = (class(&error), tried != before);
                 let detail = match class.as_str() {
                     // A resumed session shows no certificate.
-                    "closed" if is_new && !resumed && seen.is_empty() => {
+                    "connection-closed" if is_new && !resumed && seen.is_empty() => {
                         closed_without_an_answer(&error)
                     }
                     _ => explain(&error),

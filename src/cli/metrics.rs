@@ -99,9 +99,9 @@ const METRICS: [Metric; 22] = [
         |stats| stats.last_snapshot.and_then(moment),
     ),
     gauge(
-        "snapshot_owed_since_timestamp_seconds",
+        "snapshot_pending_since_timestamp_seconds",
         "Since when the status source has owed a snapshot.",
-        |stats| stats.snapshot_owed_since.and_then(moment),
+        |stats| stats.snapshot_pending_since.and_then(moment),
     ),
     counter("panics_total", "Panics caught, of the status source and of a beat.", |stats| {
         Some(stats.panics as f64)

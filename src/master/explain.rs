@@ -20,13 +20,13 @@ pub(crate) fn class(error: &ureq::Error) -> String {
         ureq::Error::Timeout(timeout) => {
             format!("timeout-{}", timeout.to_string().replace(' ', "-"))
         }
-        ureq::Error::HostNotFound => "name".to_owned(),
-        ureq::Error::Other(cause) if cause.is::<LookupFailed>() => "name".to_owned(),
+        ureq::Error::HostNotFound => "dns".to_owned(),
+        ureq::Error::Other(cause) if cause.is::<LookupFailed>() => "dns".to_owned(),
         ureq::Error::Other(cause) if cause.is::<rustls::Error>() => "tls".to_owned(),
         ureq::Error::Io(error) if tls_error(error).is_some() || not_tls(error).is_some() => {
             "tls".to_owned()
         }
-        ureq::Error::Io(error) if is_closed(error) => "closed".to_owned(),
+        ureq::Error::Io(error) if is_closed(error) => "connection-closed".to_owned(),
         ureq::Error::Io(error) => match error.kind() {
             ErrorKind::ConnectionRefused => "refused".to_owned(),
             ErrorKind::HostUnreachable | ErrorKind::NetworkUnreachable | ErrorKind::NetworkDown => {
@@ -34,7 +34,9 @@ pub(crate) fn class(error: &ureq::Error) -> String {
             }
             _ => "io".to_owned(),
         },
-        ureq::Error::Protocol(_) | ureq::Error::LargeResponseHeader(..) => "not-http".to_owned(),
+        ureq::Error::Protocol(_) | ureq::Error::LargeResponseHeader(..) => {
+            "invalid-response".to_owned()
+        }
         _ => "io".to_owned(),
     }
 }

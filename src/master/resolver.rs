@@ -365,7 +365,7 @@ mod tests {
                 "could not be looked up: the system refused a thread for it: Resource temporarily unavailable (os error 11)",
             ),
         ] {
-            assert_eq!(explain::class(&error), "name");
+            assert_eq!(explain::class(&error), "dns");
             assert_eq!(explain::explain(&error), format!("the name nowhere.invalid {says}"));
         }
     }

@@ -109,7 +109,7 @@ pub(crate) fn spawn(setup: Setup) -> Result<HeartbeatThread, Error> {
     let run = move || {
         let _alive = alive;
         worker.run();
-        watch.has_ended_as_wanted();
+        watch.disarm();
     };
     let builder = thread::Builder::new().name(NAME.to_owned()).stack_size(limits::STACK);
     builder.spawn(run).map_err(|source| Error::thread(NAME, source))?;
@@ -311,7 +311,7 @@ impl HeartbeatLoop {
             // The one question that may be under way is this one; an error means that the status thread is gone.
             let _ = self.collector.ask.try_send(());
             self.stats.change(|stats| {
-                (stats.snapshot_owed_since, stats.owed_since) =
+                (stats.snapshot_pending_since, stats.pending_since) =
                     (Some(SystemTime::now()), Some(Instant::now()));
             });
         }
@@ -328,7 +328,8 @@ impl HeartbeatLoop {
     }
 
     fn collected(&mut self, states: States) {
-        self.stats.change(|stats| (stats.snapshot_owed_since, stats.owed_since) = (None, None));
+        self.stats
+            .change(|stats| (stats.snapshot_pending_since, stats.pending_since) = (None, None));
         if let Some(topology) = states.snapshot.topology() {
             self.topology = Some(topology.applied.clone());
         }

@@ -64,7 +64,7 @@ pub(crate) fn start(start: Start) -> Result<Started, Error> {
             let heartbeat = Heartbeat { credentials, are_gone: false, news, answers: batches };
             OutboxThread::new(thread_desk, outbox, Some(heartbeat)).run(Some(&stats));
         }
-        watch.has_ended_as_wanted();
+        watch.disarm();
     };
     let (thread, ended) = spawn(run)?;
     let (access, path) = match access.recv_timeout(limits::CREDENTIALS_PATIENCE) {

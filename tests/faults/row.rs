@@ -126,7 +126,7 @@ impl Row {
     fn check_health(&self, stage: &Stage, subject: &mut Subject, before: Footprint) {
         subject.tick();
         subject.until("the status to be known again", |stats| {
-            stats["snapshot_owed_since"].is_null() && stats["failure"].is_null()
+            stats["snapshot_pending_since"].is_null() && stats["failure"].is_null()
         });
         let after = subject.footprint();
         assert_eq!(after.threads, before.threads, "{before:?}, {after:?}");

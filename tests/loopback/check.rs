@@ -337,7 +337,7 @@ fn a_master_that_refuses_our_certificate_without_an_alert_is_understood() {
         let (builder, _tick) = stage.builder();
         let heartbeat = builder.start().unwrap();
         let failure = settled(&heartbeat, |stats| stats.failure.is_some()).failure.unwrap();
-        assert_eq!(failure.class, "closed", "{failure:?}");
+        assert_eq!(failure.class, "connection-closed", "{failure:?}");
         assert!(
             failure.detail.ends_with(": the master may refuse this host's certificate"),
             "{failure:?}"

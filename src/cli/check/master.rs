@@ -311,7 +311,7 @@ fn meaning(verdict: Verdict, class: &str, fingerprint: &str) -> (&'static str, O
                  the master must pass TLS through, as the master sees the proxy's certificate otherwise"
             )),
         ),
-        (Verdict::BodyRejected, "unwritten") => (
+        (Verdict::BodyRejected, "invalid-body") => (
             "nothing was sent, as the body could not be written",
             Some("see what the state file and topology.db hold".to_owned()),
         ),
@@ -344,7 +344,7 @@ fn meaning(verdict: Verdict, class: &str, fingerprint: &str) -> (&'static str, O
             "this is no answer of the master's",
             Some("see that it is DECNET's swarm controller that answers there, and that this is its port".to_owned()),
         ),
-        (Verdict::NoResponse, "not-http") => (
+        (Verdict::NoResponse, "invalid-response") => (
             "what answers there does not speak HTTP/1.1",
             Some("see that it is DECNET's swarm controller that answers there, and that this is its port".to_owned()),
         ),
@@ -352,7 +352,7 @@ fn meaning(verdict: Verdict, class: &str, fingerprint: &str) -> (&'static str, O
             "no answer, as TLS has failed",
             Some("see what the step tls found, and the master's log; run would try again".to_owned()),
         ),
-        (Verdict::NoResponse, "name" | "timeout-resolve") => (
+        (Verdict::NoResponse, "dns" | "timeout-resolve") => (
             "the master's name cannot be looked up",
             Some("correct the master's name, see to the name service of this host, or name the master by its address".to_owned()),
         ),
@@ -427,14 +427,14 @@ mod tests {
     #[test]
     fn each_class_without_an_answer_has_its_advice() {
         for (class, advice) in [
-            ("name", "correct the master's name"),
+            ("dns", "correct the master's name"),
             ("timeout-resolve", "correct the master's name"),
             ("refused", "start the master's swarm controller"),
             ("unreachable", "see to the route"),
             ("timeout-connect", "see to the route"),
             ("tls", "see what the step tls found"),
-            ("not-http", "that this is its port"),
-            ("closed", "see to the master's log"),
+            ("invalid-response", "that this is its port"),
+            ("connection-closed", "see to the master's log"),
         ] {
             let (_, said) = meaning(Verdict::NoResponse, class, "");
             assert!(

@@ -50,8 +50,8 @@ impl HeartbeatLoop {
                 Consequence::Absorbed(cause) => self.absorb(cause, &reply, &deltas),
             }
         }
-        let resting = self.content.resting();
-        self.stats.change(|stats| stats.resting = resting);
+        let suspended = self.content.resting();
+        self.stats.change(|stats| stats.suspended = suspended);
         last.map(|reply| BeatEnd { reply, delivered })
     }
 
