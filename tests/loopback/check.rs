@@ -1038,7 +1038,7 @@ fn a_name_that_is_not_found_fails_and_says_why() {
         "{says}"
     );
     assert!(
-        report.advice("name").contains("name the master by its address"),
+        report.advice("name").contains("configure the master's IP address"),
         "{}",
         report.advice("name")
     );

@@ -274,7 +274,7 @@ impl<'a> MasterProbe<'a> {
         master.use_addresses(addresses);
         let reply = match body {
             Ok(body) => master.post(&body, limits::POST),
-            Err(error) => PostResult::unwritten(&error),
+            Err(error) => PostResult::invalid_body(&error),
         };
         let fingerprint = &self.bundle.certificate.fingerprint;
         let PostResult { verdict, class, detail, took, resumed, .. } = reply;

@@ -191,7 +191,7 @@ impl HeartbeatLoop {
             Ok(body) => {
                 self.link.master().post(&body, end.saturating_duration_since(Instant::now()))
             }
-            Err(error) => PostResult::unwritten(&error),
+            Err(error) => PostResult::invalid_body(&error),
         };
         Ok(Sent { post, deltas, reply })
     }
