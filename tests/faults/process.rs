@@ -32,8 +32,8 @@ const FAKETIME: &str = "/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1";
 /// timed is timed by another clock: there is neither a burst nor a silence.
 pub fn wall_clock_jumps_ten_years() {
     for (jump, says) in [
-        ("+10y", "has expired by this host's clock, which says 203"),
-        ("-10y", "is not yet valid by this host's clock, which says 201"),
+        ("+10y", "has expired by this host's clock, which shows 203"),
+        ("-10y", "is not yet valid by this host's clock, which shows 201"),
     ] {
         let stage = Stage::new(World::default());
         let clock = stage.path("clock");

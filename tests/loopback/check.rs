@@ -415,7 +415,10 @@ fn what_listens_there_and_is_no_master_is_told_apart() {
     });
     let report = Report::of(&mut check(&stage));
     report.fails_with("tls", 1);
-    assert_eq!(report.says("tls"), "the answer is neither TLS nor HTTP: it is not the master's");
+    assert_eq!(
+        report.says("tls"),
+        "the answer is neither TLS nor HTTP: the peer is not the master"
+    );
     assert!(
         report.advice("tls").starts_with("correct the master's host and port"),
         "{}",
@@ -455,7 +458,7 @@ fn a_certificate_for_the_masters_host_alone_is_not_the_masters() {
         report.says("tls")
     );
     assert!(
-        report.advice("tls").contains("somebody poses as the master"),
+        report.advice("tls").contains("another host impersonates the master"),
         "{}",
         report.advice("tls")
     );
@@ -551,11 +554,7 @@ fn what_is_ignored_in_ca_crt_is_named() {
         "{}",
         report.says("ca.crt")
     );
-    assert!(
-        report.advice("ca.crt").contains("not marked as a CA's"),
-        "{}",
-        report.advice("ca.crt")
-    );
+    assert!(report.advice("ca.crt").contains("not marked as a CA"), "{}", report.advice("ca.crt"));
 }
 
 #[test]
@@ -706,7 +705,9 @@ fn a_ca_of_the_same_name_with_a_key_of_another_type_is_not_ours() {
     let report = Report::of(&mut check(&stage));
     report.fails_with("tls", 1);
     assert!(
-        report.says("tls").starts_with("the master's certificate is not of our ca.crt"),
+        report
+            .says("tls")
+            .starts_with("the master's certificate is not issued by the CA in ca.crt"),
         "{}",
         report.says("tls")
     );
@@ -1005,13 +1006,13 @@ fn each_alert_of_openssl_is_explained_by_its_cause() {
         (
             "other",
             "good",
-            "the master refused our certificate: its CA has not signed it",
+            "the master refused our certificate: the master's CA did not sign it",
             "enrol this host again",
         ),
         (
             "unknown",
             "good",
-            "the master refused our certificate: it is of a CA that the master does not know",
+            "the master refused our certificate: it is issued by a CA that the master does not know",
             "enrol this host",
         ),
     ] {

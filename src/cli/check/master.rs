@@ -235,10 +235,11 @@ impl<'a> MasterProbe<'a> {
                 }
             }
             Err(error) => {
-                let Explained { says, advice } = match self.asked.was_asked() && is_closed(&error) {
-                    true => closed_on_our_certificate(),
-                    false => handshake(&error),
-                };
+                let Explained { text: says, advice } =
+                    match self.asked.was_asked() && is_closed(&error) {
+                        true => closed_on_our_certificate(),
+                        false => handshake(&error),
+                    };
                 let step = Step::bad("tls", format!("{}{who}", sanitize(&says)), advice);
                 step.fact("our_fingerprint", self.bundle.certificate.fingerprint.as_str())
             }
