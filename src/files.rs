@@ -107,7 +107,7 @@ pub(crate) fn special(kind: FileType) -> Option<&'static str> {
 /// Whether a file that does not exist may come by itself: an enrolment may not have begun, or a file system is not mounted
 /// yet. Its folder has nothing but our own outbox in it, or does not exist and the nearest one above it that does has
 /// nothing; or a symlink on the way leads nowhere.
-pub(crate) fn may_come(path: &Path) -> bool {
+pub(crate) fn may_appear(path: &Path) -> bool {
     let is_ours = |name: &OsStr| name.as_encoded_bytes().starts_with(OUTBOX.as_bytes());
     for folder in path.ancestors().skip(1) {
         let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };

@@ -1,4 +1,4 @@
-//! The connection to the master as this host. Runs on the heartbeat thread, and opens no file.
+//! The credentials in use, with the client for the master. Runs on the heartbeat thread, and opens no file.
 
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -11,30 +11,30 @@ use crate::limits;
 use crate::master::MasterClient;
 use crate::stats::Stats;
 
-/// Everything that a beat needs to reach the master.
+/// The credentials in use, and a client for the master that uses them.
 #[derive(Debug)]
 pub(crate) struct MasterLink {
-    access: Credentials,
+    credentials: Credentials,
     master: MasterClient,
-    /// The days for which it was last said that the certificate will be valid, so that it is said once a day.
-    said: Option<i64>,
+    /// The number of days that was last reported, so that each is reported once.
+    reported_days: Option<i64>,
     interrupt: Arc<PostInterrupt>,
 }
 
 impl MasterLink {
-    pub(crate) fn new(access: Credentials) -> Self {
-        let master = access.master();
+    pub(crate) fn new(credentials: Credentials) -> Self {
+        let master = credentials.master();
         let interrupt = Arc::new(PostInterrupt::default());
         interrupt.watch(master.interrupter());
-        Self { access, master, said: None, interrupt }
+        Self { credentials, master, reported_days: None, interrupt }
     }
 
-    /// Whose beats these are.
+    /// The host uuid.
     pub(crate) fn host(&self) -> &str {
-        self.access.enrolment.host_uuid().value()
+        self.credentials.enrolment.host_uuid().value()
     }
 
-    /// Whose beats these are and where they go, for the log: the keys that a line begins with.
+    /// The keys with which a log line about this host begins.
     pub(crate) fn names(&self) -> LogKeys<'_> {
         LogKeys { host: self.host(), master: self.master.url() }
     }
@@ -44,41 +44,41 @@ impl MasterLink {
     }
 
     pub(crate) fn fingerprint(&self) -> &str {
-        &self.access.certificate.fingerprint
+        &self.credentials.certificate.fingerprint
     }
 
-    /// The days that the certificate is valid for, where that is to be said: from 30 days before its end on, once a day.
+    /// The days until the certificate expires, if a warning is due: once a day from [`limits::EXPIRY_WARNING`] days before.
     pub(crate) fn days_left(&mut self, now: SystemTime) -> Option<i64> {
-        let days = days_until(self.access.certificate.expires?, now);
-        if days > limits::EXPIRY_WARNING || self.said == Some(days) {
+        let days = days_until(self.credentials.certificate.expires?, now);
+        if days > limits::EXPIRY_WARNING || self.reported_days == Some(days) {
             return None;
         }
-        self.said = Some(days);
-        self.said
+        self.reported_days = Some(days);
+        self.reported_days
     }
 
     pub(crate) fn interrupt(&self) -> Arc<PostInterrupt> {
         Arc::clone(&self.interrupt)
     }
 
-    /// Puts who we are and where the master is into the stats.
+    /// Sets the host, the master's URL and the certificate in the stats.
     pub(crate) fn describe(&self, stats: &mut Stats) {
         stats.host_uuid = Some(self.host().to_owned());
         stats.url = Some(self.master.url().to_owned());
         stats.fingerprint = Some(self.fingerprint().to_owned());
-        stats.certificate_expires = self.access.certificate.expires;
+        stats.certificate_expires = self.credentials.certificate.expires;
     }
 
-    /// Changed credentials hold from the next POST on.
-    pub(crate) fn take_over(&mut self, access: Credentials) {
-        self.access = access;
-        self.said = None;
-        self.renew();
+    /// Uses changed credentials from the next POST on.
+    pub(crate) fn replace_credentials(&mut self, credentials: Credentials) {
+        self.credentials = credentials;
+        self.reported_days = None;
+        self.replace_client();
     }
 
-    /// Makes the connection anew: after a panic the old one may be in any state.
-    pub(crate) fn renew(&mut self) {
-        self.master = self.access.master();
+    /// Replaces the client. After a panic the old one may be in an invalid state.
+    pub(crate) fn replace_client(&mut self) {
+        self.master = self.credentials.master();
         self.interrupt.watch(self.master.interrupter());
     }
 }
@@ -86,7 +86,7 @@ impl MasterLink {
 /// `host=… master=…`
 pub(crate) struct LogKeys<'a> {
     pub(crate) host: &'a str,
-    /// Its URL.
+    /// The master's URL.
     pub(crate) master: &'a str,
 }
 
@@ -96,7 +96,7 @@ impl fmt::Display for LogKeys<'_> {
     }
 }
 
-/// Whole days until then; below zero afterwards.
+/// Whole days until `end`. Negative after `end`.
 pub(crate) fn days_until(end: SystemTime, now: SystemTime) -> i64 {
     const DAY: u64 = 24 * 60 * 60;
     let days = |time: Duration| i64::try_from(time.as_secs() / DAY).unwrap_or(i64::MAX);
@@ -114,28 +114,28 @@ struct InterruptState {
 }
 
 impl PostInterrupt {
-    /// Cuts the POST that is under way, and every later one.
+    /// Interrupts the POST in progress, and every later one.
     pub(crate) fn now(&self) {
-        let mut watched = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        watched.interrupted = true;
-        if let Some(agent) = watched.agent.take() {
+        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        state.interrupted = true;
+        if let Some(agent) = state.agent.take() {
             agent.shutdown();
         }
     }
 
     fn watch(&self, agent: Agent) {
-        let mut watched = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if watched.interrupted {
+        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if state.interrupted {
             agent.shutdown();
         } else {
-            watched.agent = Some(agent);
+            state.agent = Some(agent);
         }
     }
 }
 
 impl fmt::Debug for PostInterrupt {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Interrupt").finish_non_exhaustive()
+        f.debug_struct("PostInterrupt").finish_non_exhaustive()
     }
 }
 
@@ -144,7 +144,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn days_are_whole_ones_and_negative_once_it_is_over() {
+    fn days_are_rounded_down_and_negative_after_the_end() {
         let now = SystemTime::now();
         let hours = |hours: u64| Duration::from_secs(hours * 3600);
         assert_eq!([0, 23, 24, 49].map(|left| days_until(now + hours(left), now)), [0, 0, 1, 2]);

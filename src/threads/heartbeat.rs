@@ -250,7 +250,7 @@ impl HeartbeatLoop {
                     log::error!("a beat panicked, going on: {names} times={times} panic={said:?}")
                 });
             }
-            if let Err(said) = caught(|| self.link.renew()) {
+            if let Err(said) = caught(|| self.link.replace_client()) {
                 let names = self.link.names();
                 quietly(|| {
                     log::warn!("the connection cannot be made anew: {names} panic={said:?}")
@@ -389,7 +389,7 @@ impl HeartbeatLoop {
     /// What the ini and the bundle have become comes with a batch.
     fn note_files(&mut self, batch: &mut Batch) {
         if let Some(access) = batch.access.take() {
-            self.link.take_over(*access);
+            self.link.replace_credentials(*access);
             let (names, fingerprint) = (self.link.names(), self.link.fingerprint());
             quietly(|| {
                 log::info!("took over changed credentials: {names} fingerprint={fingerprint}")

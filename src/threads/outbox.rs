@@ -225,7 +225,7 @@ impl OutboxThread {
 
     fn tend(&mut self) {
         let Some(heartbeat) = &mut self.heartbeat else { return };
-        heartbeat.are_gone = heartbeat.credentials.are_gone();
+        heartbeat.are_gone = heartbeat.credentials.are_absent();
         if let Err(error) = self.outbox.tend() {
             quietly(|| log::debug!("the outbox is as it was: error={:?}", chain(&error)));
         }
@@ -266,7 +266,7 @@ impl OutboxThread {
         let access = self
             .heartbeat
             .as_mut()
-            .and_then(|heartbeat| heartbeat.credentials.refresh())
+            .and_then(|heartbeat| heartbeat.credentials.reload())
             .map(Box::new);
         self.send(Batch { access, ..batch });
     }
@@ -274,7 +274,7 @@ impl OutboxThread {
     /// Nobody has asked for them, but there are deltas to be sent.
     fn send_changed_credentials(&mut self) {
         let Some(heartbeat) = &mut self.heartbeat else { return };
-        if let Some(access) = heartbeat.credentials.refresh() {
+        if let Some(access) = heartbeat.credentials.reload() {
             self.send(Batch {
                 access: Some(Box::new(access)),
                 ..self.batch_of(Err(Nothing::NotNow), Generation::default())

@@ -627,7 +627,7 @@ fn each_file_of_a_bundle_is_judged_by_itself() {
                     .unwrap()
             },
             "has a section that is not an X.509 certificate",
-            "mend the file",
+            "repair the file",
         ),
     ];
     for (damage, says, advice) in damages {
