@@ -178,7 +178,7 @@ impl FileVersion {
     }
 
     /// The last change is so long ago by this host's clock that one more would have another time.
-    pub(crate) fn is_settled(&self) -> bool {
+    pub(crate) fn is_stable(&self) -> bool {
         let changed = self.0.and_then(|(.., seconds, _)| u64::try_from(seconds).ok());
         let changed = changed.map(|seconds| UNIX_EPOCH + Duration::from_secs(seconds));
         changed.is_some_and(|at| at.elapsed().is_ok_and(|age| age > limits::SETTLED))
@@ -309,13 +309,13 @@ mod tests {
             (-1, false),
         ] {
             assert_eq!(
-                FileVersion(Some((1, 1, 1, 1, changed, 1))).is_settled(),
+                FileVersion(Some((1, 1, 1, 1, changed, 1))).is_stable(),
                 settled,
                 "{}",
                 changed - now
             );
         }
-        assert!(!FileVersion(None).is_settled());
+        assert!(!FileVersion(None).is_stable());
     }
 
     #[test]

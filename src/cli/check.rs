@@ -33,7 +33,7 @@ pub(super) fn check(common: &Common, options: &CheckOptions) -> Result<ExitCode,
     let dir = enrolment.as_ref().ok().map(|enrolment| enrolment.agent_dir().value().as_path());
     // Looked at first, and shown later: the beat says what is found, as one of `run` would.
     let mut source = run.source(dir.unwrap_or(Path::new("")));
-    let found = source.look();
+    let found = source.probe();
     let steps =
         [host::state_file(run, &found), host::docker(run, &found), host::topology(dir, &found)];
     match &enrolment {

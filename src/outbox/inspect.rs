@@ -39,10 +39,10 @@ pub(crate) fn look(path: &Path) -> Result<Option<OutboxSummary>, Error> {
     }
     let end = Instant::now() + limits::OUTBOX_BUSY;
     loop {
-        let way = ReadMode::to(path).map_err(cannot)?;
+        let way = ReadMode::of(path).map_err(cannot)?;
         let looked = look_in(path, way);
         // A process that has just opened or closed it has made or removed what is beside it.
-        if ReadMode::to(path).is_ok_and(|now| now != way) && Instant::now() < end {
+        if ReadMode::of(path).is_ok_and(|now| now != way) && Instant::now() < end {
             continue;
         }
         let broken = "is no outbox, or broken";

@@ -44,7 +44,7 @@ pub(crate) enum ReadMode {
 impl ReadMode {
     /// What fits now. Where it is another one after the reading, what was read may be neither old nor new. An error: there is
     /// something in the place of one of its files that must not be opened.
-    pub(crate) fn to(path: &Path) -> io::Result<Self> {
+    pub(crate) fn of(path: &Path) -> io::Result<Self> {
         files::check(path)?;
         Ok(match (owner(&beside(path, "-wal")), owner(&beside(path, "-shm"))) {
             (None, _) if beside(path, "-journal").exists() => Self::Journal,

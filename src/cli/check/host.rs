@@ -230,8 +230,7 @@ mod tests {
         );
         let text =
             shown(unlocated_step(&NotLocated::Unreadable("/opt: Permission denied".to_owned())));
-        let unknown =
-            "✗ state-file    it is not known where the state file is: /opt: Permission denied\n";
+        let unknown = "✗ state-file    cannot locate the state file: /opt: Permission denied\n";
         assert!(text.starts_with(unknown) && text.contains("→ let this user look there"), "{text}");
     }
 
