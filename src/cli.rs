@@ -139,8 +139,8 @@ fn enrolment(common: &Common) -> Result<Enrolment, Error> {
     if thread::Builder::new().name("ini".to_owned()).spawn(run).is_err() {
         return sources.read();
     }
-    enrolment.recv_timeout(limits::CREDENTIALS_PATIENCE).unwrap_or_else(|_| {
-        let seconds = limits::CREDENTIALS_PATIENCE.as_secs();
+    enrolment.recv_timeout(limits::CREDENTIALS_WAIT).unwrap_or_else(|_| {
+        let seconds = limits::CREDENTIALS_WAIT.as_secs();
         let problem = format!(
             "cannot be read, its disk has not answered for {seconds} s; try again when it does"
         );

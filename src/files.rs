@@ -181,7 +181,7 @@ impl FileVersion {
     pub(crate) fn is_stable(&self) -> bool {
         let changed = self.0.and_then(|(.., seconds, _)| u64::try_from(seconds).ok());
         let changed = changed.map(|seconds| UNIX_EPOCH + Duration::from_secs(seconds));
-        changed.is_some_and(|at| at.elapsed().is_ok_and(|age| age > limits::SETTLED))
+        changed.is_some_and(|at| at.elapsed().is_ok_and(|age| age > limits::FILE_TIMES_STABLE))
     }
 }
 
@@ -300,7 +300,7 @@ mod tests {
     #[test]
     fn a_stamp_is_settled_once_its_change_is_some_seconds_old() {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs() as i64;
-        let most = limits::SETTLED.as_secs() as i64;
+        let most = limits::FILE_TIMES_STABLE.as_secs() as i64;
         for (changed, settled) in [
             (now, false),
             (now - most + 1, false),

@@ -2,7 +2,7 @@
 //! own.
 //!
 //! - A source of problems is a `&'static str`, so there is a fixed number of them.
-//! - Of each source at most [`limits::REPEATS_TEXTS`] different texts are kept, and each has a count of its own. All
+//! - Of each source at most [`limits::THROTTLE_TEXTS`] different texts are kept, and each has a count of its own. All
 //!   further ones share one more count. So a text that is new every time cannot fill the memory or the log.
 //! - Texts are compared without their numbers and ids: "timeout after 12 ms" and "timeout after 13 ms" are the same
 //!   problem.
@@ -48,7 +48,7 @@ impl LogThrottle {
 
 impl Source {
     fn new(now: Instant) -> Self {
-        Self { known: Vec::new(), others: 0, last: now, quiet: limits::QUIET }
+        Self { known: Vec::new(), others: 0, last: now, quiet: limits::THROTTLE_RESET }
     }
 
     /// Forgets everything after a quiet time. What comes at a steady pace is never quiet, also where that pace is slow: a
@@ -58,14 +58,14 @@ impl Source {
         if gap > self.quiet {
             (self.known, self.others) = (Vec::new(), 0);
         }
-        self.quiet = gap.saturating_mul(2).clamp(limits::QUIET, limits::MAX_INTERVAL * 2);
+        self.quiet = gap.saturating_mul(2).clamp(limits::THROTTLE_RESET, limits::MAX_INTERVAL * 2);
         self.last = now;
     }
 
     fn count(&mut self, folded: String) -> &mut u64 {
         let place =
             self.known.iter().position(|problem| problem.folded == folded).unwrap_or_else(|| {
-                if self.known.len() < limits::REPEATS_TEXTS {
+                if self.known.len() < limits::THROTTLE_TEXTS {
                     self.known.push(Problem { folded, count: 0 });
                     return self.known.len() - 1;
                 }
@@ -216,7 +216,7 @@ mod tests {
         for n in 0..1_000 {
             let _ = repeats.count("disk", &"g".repeat(n), now);
         }
-        assert_eq!(repeats.0["disk"].known.len(), limits::REPEATS_TEXTS);
+        assert_eq!(repeats.0["disk"].known.len(), limits::THROTTLE_TEXTS);
     }
 
     #[test]
@@ -226,16 +226,19 @@ mod tests {
             let _ = repeats.count("disk", "full", now);
         }
         assert_eq!(
-            repeats.count("disk", "full", now + limits::QUIET + Duration::from_secs(1)),
+            repeats.count("disk", "full", now + limits::THROTTLE_RESET + Duration::from_secs(1)),
             Some(1)
         );
     }
 
     #[test]
     fn what_fails_with_every_beat_is_logged_less_and_less_often_at_any_interval() {
-        for interval in
-            [limits::MIN_INTERVAL, limits::INTERVAL, limits::QUIET * 2, limits::MAX_INTERVAL]
-        {
+        for interval in [
+            limits::MIN_INTERVAL,
+            limits::INTERVAL,
+            limits::THROTTLE_RESET * 2,
+            limits::MAX_INTERVAL,
+        ] {
             let (mut repeats, start) = (LogThrottle::default(), Instant::now());
             let count = |n: u32| repeats.count("beat", "refused", start + interval * n);
             assert!((0..1_000).filter_map(count).count() <= 12, "{interval:?}");

@@ -52,13 +52,13 @@ fn start_patiently(
     options: &RunOptions,
     signals: &Receiver<i32>,
 ) -> Result<Option<Heartbeat>, Error> {
-    let end = Instant::now() + limits::ENROLMENT_PATIENCE;
+    let end = Instant::now() + limits::ENROLMENT_RETRY;
     loop {
         match start(common, options) {
             Err(error) if code_of(&error) == NOT_CONFIGURED && Instant::now() < end => (),
             started => return started.map(Some),
         }
-        if signals.recv_timeout(limits::ENROLMENT_LOOK).is_ok() {
+        if signals.recv_timeout(limits::ENROLMENT_PAUSE).is_ok() {
             return Ok(None);
         }
     }

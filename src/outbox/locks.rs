@@ -254,7 +254,7 @@ impl Locks {
     /// As if the lock file had been at its place for long.
     #[cfg(test)]
     pub(super) fn settle(&mut self) {
-        self.files.iter_mut().for_each(|file| file.since -= limits::LOCK_SETTLED);
+        self.files.iter_mut().for_each(|file| file.since -= limits::LOCK_FILE_AGE);
     }
 
     /// What is known of the owner that a row names. As of the last [look](Self::look).
@@ -298,7 +298,7 @@ impl LockFile {
     }
 
     fn is_settled(&self) -> bool {
-        self.since.elapsed() >= limits::LOCK_SETTLED
+        self.since.elapsed() >= limits::LOCK_FILE_AGE
     }
 
     /// For people: an error is none of the lock.

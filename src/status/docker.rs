@@ -516,7 +516,7 @@ mod tests {
         assert_eq!(states(&engine), [("a", Some("running"))]);
         assert!(engine.networks.unwrap_err().contains(": /networks: timeout: "));
         let both = limits::DOCKER_NETWORKS + limits::DOCKER_CONTAINERS + 2 * limits::TOPOLOGY_BUSY;
-        assert!(both < limits::TICK_PATIENCE, "a tick's beat waits for the whole probe");
+        assert!(both < limits::TICK_WAIT, "a tick's beat waits for the whole probe");
     }
 
     #[test]

@@ -211,8 +211,8 @@ pub(crate) struct Content {
 
 impl Content {
     pub(crate) fn new(interval: Duration) -> Self {
-        let day = limits::REST_MOST.as_nanos() / interval.as_nanos().max(1);
-        let day = u64::try_from(day).unwrap_or(u64::MAX).max(limits::REST_BEATS);
+        let day = limits::SUSPEND_MAX.as_nanos() / interval.as_nanos().max(1);
+        let day = u64::try_from(day).unwrap_or(u64::MAX).max(limits::SUSPEND_BEATS);
         Self {
             mode: Mode::Whole,
             step: Step::Done,
@@ -544,7 +544,7 @@ impl Content {
 
 /// The first rest, or twice the last one.
 fn longer(last: Option<Rest>, most: u64) -> Rest {
-    let length = last.map_or(limits::REST_BEATS, |rest| rest.length.saturating_mul(2)).min(most);
+    let length = last.map_or(limits::SUSPEND_BEATS, |rest| rest.length.saturating_mul(2)).min(most);
     // The beat that begins it does not count.
     Rest { left: length.saturating_add(1), length }
 }

@@ -49,7 +49,7 @@ struct States {
 impl States {
     /// They may not hold any more.
     fn are_stale(&self) -> bool {
-        self.at.elapsed() > limits::FRESH
+        self.at.elapsed() > limits::SNAPSHOT_AGE
     }
 
     /// The states of what runs here, fresh enough to be sent.

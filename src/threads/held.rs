@@ -57,7 +57,7 @@ impl HeldDeltas {
         let Some(hold) = hold else { return };
         self.rows += hold.rows();
         self.last.push_back((began, hold));
-        while self.rows > limits::HOLDS
+        while self.rows > limits::RECENT_ROWS
             && let Some((forgotten, hold)) = self.last.pop_front()
         {
             self.rows -= hold.rows();
@@ -132,9 +132,9 @@ mod tests {
     fn what_is_forgotten_is_not_known() {
         let mut holds = HeldDeltas::default();
         holds.note(Generation(1), begin(1));
-        holds.note(Generation(2), begin(limits::HOLDS));
+        holds.note(Generation(2), begin(limits::RECENT_ROWS));
         assert_eq!((left(&holds, 0), left(&holds, 1)), (None, Some(vec![2, 3])));
-        holds.note(Generation(3), begin(limits::HOLDS + 1));
+        holds.note(Generation(3), begin(limits::RECENT_ROWS + 1));
         assert_eq!((left(&holds, 2), left(&holds, 3)), (None, Some(vec![1, 2, 3])));
     }
 }

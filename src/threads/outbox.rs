@@ -70,7 +70,7 @@ impl OutboxThread {
         let mut last = 0;
         // While it owns rows, a process without a heartbeat looks after them, too.
         while let Some(taken) =
-            self.desk.next(last, self.outbox.is_named().then_some(limits::OUTBOX_LOOK))
+            self.desk.next(last, self.outbox.is_named().then_some(limits::OUTBOX_CHECK))
         {
             // An acknowledgement brings nobody back.
             last = taken.requests.iter().filter(|(_, asked)| asked.waiter.until.is_some()).count();

@@ -108,7 +108,7 @@ impl OutboxClient {
 
     /// Since when the disk has not answered. `None`: nothing is asked of it, or it is not slow.
     pub(crate) fn busy_since(&self) -> Option<Instant> {
-        self.desk.busy_since().filter(|since| since.elapsed() >= limits::BATCH_PATIENCE)
+        self.desk.busy_since().filter(|since| since.elapsed() >= limits::BATCH_WAIT)
     }
 
     /// The thread is at something that it has taken.

@@ -103,7 +103,7 @@ impl Schedule {
             }
         };
         if why == Trigger::First {
-            self.topology_awaited_until = Some(now + limits::TOPOLOGY_PATIENCE);
+            self.topology_awaited_until = Some(now + limits::TOPOLOGY_WAIT);
         }
         let due =
             (asked + self.patience(why)).max(now).max(self.topology_awaited_until.unwrap_or(now));
@@ -114,10 +114,10 @@ impl Schedule {
     fn patience(&self, why: Trigger) -> Duration {
         match why {
             Trigger::First | Trigger::Delta | Trigger::Retry | Trigger::Flush => {
-                limits::DELTA_PATIENCE.min(self.interval / 2)
+                limits::DELTA_WAIT.min(self.interval / 2)
             }
             // Half an interval at the most, or a short one would be over before its beat went out.
-            Trigger::Tick => limits::TICK_PATIENCE.min(self.interval / 2),
+            Trigger::Tick => limits::TICK_WAIT.min(self.interval / 2),
         }
     }
 
@@ -448,7 +448,7 @@ mod tests {
         let tick = Some(after(t, 12.0));
         assert_eq!((schedule.next_beat(tick), schedule.next_beat(None)), (tick, None));
         assert_eq!(schedule.wish(Trigger::Delta, t), SnapshotRequest::Ask);
-        assert_eq!(schedule.next_beat(tick), Some(t + limits::DELTA_PATIENCE));
+        assert_eq!(schedule.next_beat(tick), Some(t + limits::DELTA_WAIT));
         schedule.ended(Verdict::RetryLater(Some(Duration::from_secs(20))), t, 0.0);
         assert_eq!(
             schedule.next_beat(tick),

@@ -67,7 +67,7 @@ pub(crate) fn start(start: Start) -> Result<Started, Error> {
         watch.disarm();
     };
     let (thread, ended) = spawn(run)?;
-    let (access, path) = match access.recv_timeout(limits::CREDENTIALS_PATIENCE) {
+    let (access, path) = match access.recv_timeout(limits::CREDENTIALS_WAIT) {
         Ok(Ok(found)) => found,
         Ok(Err(error)) => {
             // It has said its last word.
@@ -129,7 +129,7 @@ fn spawn(run: impl FnOnce() + Send + 'static) -> Result<(JoinHandle<()>, Receive
 }
 
 fn no_credentials() -> Error {
-    let seconds = limits::CREDENTIALS_PATIENCE.as_secs();
+    let seconds = limits::CREDENTIALS_WAIT.as_secs();
     let problem = format!(
         "cannot be read, their disk has not answered for {seconds} s; try again when it does"
     );

@@ -188,7 +188,7 @@ pub(super) fn room(folder: &Path) -> Result<(), String> {
         .map_err(|error| format!("{shown} cannot be written: {error}"))?;
     let disk = statvfs(folder).map_err(|error| format!("{shown}: {error}"))?;
     let room = disk.f_bavail.saturating_mul(disk.f_frsize);
-    if room < limits::ROOM {
+    if room < limits::MIN_DISK_SPACE {
         Err(format!("the disk of {shown} has {} KiB left", room / 1024))
     } else {
         Ok(())

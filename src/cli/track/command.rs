@@ -111,9 +111,9 @@ fn wait_for_its_end(
         }
         let files: Vec<_> = signals.fd().into_iter().chain(end.as_ref().map(AsFd::as_fd)).collect();
         // SIGCHLD wakes us, too, unless it cannot be caught or whoever started us had it blocked.
-        let look = end.is_none().then(|| Instant::now() + limits::COMMAND_LOOK);
+        let look = end.is_none().then(|| Instant::now() + limits::COMMAND_CHECK);
         if wait(&files, look.or(mend)).is_err() {
-            thread::sleep(limits::COMMAND_LOOK);
+            thread::sleep(limits::COMMAND_CHECK);
         }
         for caught in signals.pending() {
             pass_on(caught, child, stderr);

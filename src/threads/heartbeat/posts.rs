@@ -292,7 +292,7 @@ impl HeartbeatLoop {
         if share == DeltaSelection::None {
             return Ok(Vec::new());
         }
-        let patience = limits::BATCH_PATIENCE.min(self.schedule.interval() / 2).min(self.within());
+        let patience = limits::BATCH_WAIT.min(self.schedule.interval() / 2).min(self.within());
         let deltas = match self.batches.get(share, self.content.suspects(), patience) {
             Some(mut batch) => {
                 self.note_files(&mut batch);
