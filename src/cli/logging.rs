@@ -87,7 +87,7 @@ pub(super) fn flush() {
 /// On one line, and safe to print: what a panic says may be somebody else's words.
 pub(super) fn panicked(panic: &PanicHookInfo<'_>) {
     let at = panic.location().map(ToString::to_string).unwrap_or_default();
-    log::error!("panic: at={at} said={:?}", panics::said(panic.payload()));
+    log::error!("panic: at={at} message={:?}", panics::panic_message(panic.payload()));
     // This one ends the program.
     if thread::current().name() == Some("main") {
         flush();

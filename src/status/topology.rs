@@ -12,7 +12,7 @@ use rusqlite::{Connection, Row};
 use super::AppliedTopology;
 use crate::error::{chain, sanitize_path};
 use crate::limits;
-use crate::sqlite::files::{DatabaseFile, in_real_folder};
+use crate::sqlite::files::{DatabaseFile, with_real_folder};
 use crate::sqlite::read_only::ReadMode;
 
 /// Reads `topology.db` and caches its last row. If a beat leaves the topology out, the master orders it to be built again.
@@ -41,11 +41,11 @@ impl TopologyFile {
 
     fn row(&self) -> Result<Option<AppliedTopology>, Box<dyn Error>> {
         // A file that cannot be accessed is an error. If it counted as absent, the master would order the topology again.
-        let path = match in_real_folder(&self.path) {
+        let path = match with_real_folder(&self.path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => None,
             path => Some(path?),
         };
-        let place = path.as_deref().map_or(Ok(None), DatabaseFile::look)?;
+        let place = path.as_deref().map_or(Ok(None), DatabaseFile::open)?;
         let Some(path) = path.filter(|_| place.is_some()) else {
             // When a topology is torn down, its row is deleted and the file stays.
             return if matches!(self.last, Some(Some(_))) {

@@ -89,7 +89,7 @@ impl Users {
         let mut sharing =
             if self.may_share() { Sharing::Shared } else { Sharing::Alone(self.run_as_another()) };
         for file in FILES.map(|part| beside(path, part)) {
-            match DatabaseFile::look(&file) {
+            match DatabaseFile::open(&file) {
                 Ok(None) => (),
                 Ok(Some(place)) => match self.sharing_of(&place) {
                     Sharing::Shared => (),
