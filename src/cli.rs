@@ -182,7 +182,7 @@ fn outbox(path: Option<PathBuf>) -> OutboxLocation {
 
 /// Says why on stderr, unless it is that the reader of the answer has closed the pipe.
 fn fail(error: &Error) -> ExitCode {
-    if !error.is_reader_gone() {
+    if !error.is_pipe_closed() {
         complain(&chain(error));
     }
     ExitCode::from(code_of(error))

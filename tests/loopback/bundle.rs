@@ -238,16 +238,16 @@ fn a_file_that_cannot_be_read_is_named_with_what_helps() {
         ),
         (
             |path| fs::create_dir(path).unwrap(),
-            "cannot be read; put the file that the enrolment wrote in its place: not a regular file",
+            "cannot be read; restore the file that the enrolment wrote: not a regular file",
         ),
         (
             |path| fs::write(path, vec![b' '; 1 << 20]).unwrap(),
-            "cannot be read; put the file that the enrolment wrote in its place, which has a few KiB: larger than 262144",
+            "cannot be read; restore the file that the enrolment wrote, which has a few KiB: larger than 262144",
         ),
         // Its first page cannot be read.
         (
             |path| std::os::unix::fs::symlink("/proc/self/mem", path).unwrap(),
-            "cannot be read; see to the disk; the kernel's log says more: Input/output error",
+            "cannot be read; check the disk and the kernel's log: Input/output error",
         ),
         (
             |path| fs::remove_dir_all(path.parent().unwrap()).unwrap(),

@@ -516,14 +516,10 @@ fn an_old_signature_of_worker_crt_is_named_where_the_master_refuses_it() {
 fn a_bundle_that_cannot_be_read_is_not_told_to_enrol_again() {
     type Damage = fn(&Path);
     let damages: [(Damage, &str, i32); 2] = [
-        (
-            |path| fs::create_dir(path).unwrap(),
-            "put the file that the enrolment wrote in its place",
-            78,
-        ),
+        (|path| fs::create_dir(path).unwrap(), "restore the file that the enrolment wrote", 78),
         (
             |path| std::os::unix::fs::symlink("/proc/self/mem", path).unwrap(),
-            "see to the disk; the kernel's log says more",
+            "check the disk and the kernel's log",
             1,
         ),
     ];
