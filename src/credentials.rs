@@ -1,5 +1,6 @@
-//! Loads the enrolment and the bundle, and reloads them when their files change. Changed files that cannot be used are
-//! reported, and the old credentials stay. Runs on the outbox thread, because the agent dir may not respond.
+//! Loads the enrolment and the bundle, and reloads them when their files change. Changed files that
+//! cannot be used are reported, and the old credentials stay. Runs on the outbox thread, because
+//! the agent dir may not respond.
 
 pub(crate) mod bundle;
 pub(crate) mod enrolment;
@@ -91,11 +92,11 @@ impl CredentialFiles {
         Ok((files, credentials))
     }
 
-    /// Reloads the files if they have changed. Returns the new credentials if they are usable. Costs four `stat`s if nothing
-    /// has changed.
+    /// Reloads the files if they have changed. Returns the new credentials if they are usable.
+    /// Costs four `stat`s if nothing has changed.
     ///
-    /// Enrolment writes the files of the bundle one after another. Files that do not match yet are read again next time; the
-    /// old credentials are used meanwhile.
+    /// Enrolment writes the files of the bundle one after another. Files that do not match yet are
+    /// read again next time; the old credentials are used meanwhile.
     pub(crate) fn reload(&mut self) -> Option<Credentials> {
         let versions = FileVersions::of(&self.enrolment);
         if versions == self.versions {
@@ -104,7 +105,8 @@ impl CredentialFiles {
         match self.enrolment.reload().and_then(|enrolment| Credentials::load(enrolment, self.given))
         {
             Ok(credentials) => {
-                // The versions from before the load, so that a change during it is noticed next time.
+                // The versions from before the load, so that a change during it is noticed next
+                // time.
                 self.versions = versions;
                 self.problem = None;
                 self.enrolment = credentials.enrolment.clone();
@@ -135,8 +137,8 @@ impl CredentialFiles {
         self.problem = Some(problem);
     }
 
-    /// Whether the ini and the files of the bundle are absent. A file that cannot be checked is not absent, nor is a
-    /// dangling symlink.
+    /// Whether the ini and the files of the bundle are absent. A file that cannot be checked is not
+    /// absent, nor is a dangling symlink.
     pub(crate) fn are_absent(&self) -> bool {
         let dir = self.enrolment.agent_dir().value();
         let is_absent = |path: &Path| {
@@ -149,7 +151,8 @@ impl CredentialFiles {
     }
 }
 
-/// The rule that applies: that of the program, otherwise that of the enrolment, otherwise the default.
+/// The rule that applies: that of the program, otherwise that of the enrolment, otherwise the
+/// default.
 pub(crate) fn identity(enrolment: &Enrolment, given: Option<MasterIdentity>) -> MasterIdentity {
     given.or_else(|| enrolment.master_identity().map(|rule| *rule.value())).unwrap_or_default()
 }

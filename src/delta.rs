@@ -89,7 +89,8 @@ pub struct LifecycleDelta {
 }
 
 impl LifecycleDelta {
-    /// The operation on `decky` ended now with `outcome`. An error is truncated to 2,000 characters, as the master does.
+    /// The operation on `decky` ended now with `outcome`. An error is truncated to 2,000
+    /// characters, as the master does.
     ///
     /// ```
     /// # use decnet_heartbeat::{LifecycleDelta, Operation, Outcome};
@@ -108,7 +109,8 @@ impl LifecycleDelta {
         Self::ended(decky.into(), operation, Outcome::Succeeded)
     }
 
-    /// The operation on `decky` failed, now. The error is truncated to 2,000 characters, as the master does.
+    /// The operation on `decky` failed, now. The error is truncated to 2,000 characters, as the
+    /// master does.
     ///
     /// ```
     /// # use decnet_heartbeat::{LifecycleDelta, Operation, Outcome};
@@ -165,8 +167,8 @@ impl LifecycleDelta {
         self.completed_at
     }
 
-    /// Rejects a delta that the master could not match to a row. Called before a delta is queued. Deltas that an older
-    /// version has queued are sent without this check.
+    /// Rejects a delta that the master could not match to a row. Called before a delta is queued.
+    /// Deltas that an older version has queued are sent without this check.
     pub(crate) fn check(&self) -> Result<(), Error> {
         check_decky(&self.decky)
     }
@@ -203,7 +205,8 @@ fn to_the_microsecond(at: SystemTime) -> SystemTime {
     from_micros(micros(at))
 }
 
-/// 9999-12-31T23:59:59.999999Z, the end of RFC 3339. Later times are clamped, so that a wrong clock does not cause a panic.
+/// 9999-12-31T23:59:59.999999Z, the end of RFC 3339. Later times are clamped, so that a wrong clock
+/// does not cause a panic.
 const LAST_MICROSECOND: i64 = 253_402_300_799_999_999;
 
 #[cfg(test)]

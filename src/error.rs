@@ -1,4 +1,5 @@
-//! The opaque error type. Each error describes one layer and has the next one as its source. For any thread.
+//! The opaque error type. Each error describes one layer and has the next one as its source. For
+//! any thread.
 
 use std::error::Error as StdError;
 use std::fmt;
@@ -11,8 +12,8 @@ use crate::text::{layers, sanitize};
 /// An error of reading the enrolment, of starting a heartbeat, or of pushing a delta.
 ///
 /// `Display` describes this layer, with the file, key or value at fault and what to do about it.
-/// [`source`](StdError::source) is the next layer. `Debug` prints the whole chain. The accessors distinguish the cases that a
-/// caller may handle differently.
+/// [`source`](StdError::source) is the next layer. `Debug` prints the whole chain. The accessors
+/// distinguish the cases that a caller may handle differently.
 ///
 /// ```
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -218,10 +219,11 @@ impl Error {
         matches!(self.inner.kind, Kind::Bundle { .. })
     }
 
-    /// Whether the result of a request is in doubt: the disk has not responded within a second, and the request will be
-    /// executed when it responds, unless the process ends first. A delta will then be queued and sent, so pushing it again
-    /// would send it twice. An operation has not begun; its rows are removed again. If this is false, nothing was queued, and
-    /// the call may be repeated.
+    /// Whether the result of a request is in doubt: the disk has not responded within a second, and
+    /// the request will be executed when it responds, unless the process ends first. A delta will
+    /// then be queued and sent, so pushing it again would send it twice. An operation has not
+    /// begun; its rows are removed again. If this is false, nothing was queued, and the call may be
+    /// repeated.
     ///
     /// ```
     /// # use decnet_heartbeat::{DeltaSender, Error, LifecycleDelta};
@@ -261,13 +263,14 @@ impl Error {
 
     /// Whether the same call may succeed later without a change of the configuration.
     ///
-    /// It may after an error of the system that passes: an I/O error, no free descriptor or memory, a file server that does
-    /// not respond, a locked database. It also may if an enrolment may be in progress, or a file system is not mounted yet:
-    /// certificate and key do not match, a file is empty or truncated, some of the three files of the bundle are missing,
-    /// their folder is empty, or a symlink is dangling.
+    /// It may after an error of the system that passes: an I/O error, no free descriptor or memory,
+    /// a file server that does not respond, a locked database. It also may if an enrolment may be
+    /// in progress, or a file system is not mounted yet: certificate and key do not match, a file
+    /// is empty or truncated, some of the three files of the bundle are missing, their folder is
+    /// empty, or a symlink is dangling.
     ///
-    /// It may not if a value or the content of a file is not usable, or if a file is missing, has the wrong type, is too
-    /// large, or may not be read.
+    /// It may not if a value or the content of a file is not usable, or if a file is missing, has
+    /// the wrong type, is too large, or may not be read.
     ///
     /// ```
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {

@@ -1,5 +1,5 @@
-//! Reads files of other programs: with a maximum size, never from a FIFO, and with a version that shows changes. Runs on the
-//! calling thread.
+//! Reads files of other programs: with a maximum size, never from a FIFO, and with a version that
+//! shows changes. Runs on the calling thread.
 
 use std::ffi::{OsStr, OsString};
 #[cfg(feature = "cli")]
@@ -104,8 +104,9 @@ pub(crate) fn special(kind: FileType) -> Option<&'static str> {
     })
 }
 
-/// Whether a missing file may appear later, because an enrolment has not begun, or a file system is not mounted yet. So it is
-/// if its folder, or the nearest existing parent, contains nothing but the outbox, or if a symlink in its path is dangling.
+/// Whether a missing file may appear later, because an enrolment has not begun, or a file system is
+/// not mounted yet. So it is if its folder, or the nearest existing parent, contains nothing but
+/// the outbox, or if a symlink in its path is dangling.
 pub(crate) fn may_appear(path: &Path) -> bool {
     let is_outbox = |name: &OsStr| name.as_encoded_bytes().starts_with(OUTBOX.as_bytes());
     for folder in path.ancestors().skip(1) {
@@ -122,9 +123,9 @@ pub(crate) fn may_appear(path: &Path) -> bool {
     false
 }
 
-/// Replaces the file at `path` atomically: a reader sees the old or the new content. A path that is not [`replaceable`] is an
-/// error. The temporary file is `path` with `.new` appended; an existing one is deleted and not written to, as it may be a
-/// symlink. Without a `mode` the umask applies.
+/// Replaces the file at `path` atomically: a reader sees the old or the new content. A path that is
+/// not [`replaceable`] is an error. The temporary file is `path` with `.new` appended; an existing
+/// one is deleted and not written to, as it may be a symlink. Without a `mode` the umask applies.
 #[cfg(feature = "cli")]
 pub(crate) fn replace(path: &Path, content: &[u8], mode: Option<u32>) -> io::Result<()> {
     replaceable(path)?;
@@ -146,9 +147,9 @@ pub(crate) fn replace(path: &Path, content: &[u8], mode: Option<u32>) -> io::Res
     replaced.inspect_err(|_| drop(fs::remove_file(&next)))
 }
 
-/// Checks whether [`replace`] may create or replace the file at `path`. Anything but a regular file is an error,
-/// `InvalidInput`, also a symlink to one. Otherwise `/dev/null` would become a regular file, and readers of a symlink's
-/// target would not see the new content.
+/// Checks whether [`replace`] may create or replace the file at `path`. Anything but a regular file
+/// is an error, `InvalidInput`, also a symlink to one. Otherwise `/dev/null` would become a regular
+/// file, and readers of a symlink's target would not see the new content.
 #[cfg(feature = "cli")]
 pub(crate) fn replaceable(path: &Path) -> io::Result<()> {
     let kind = match fs::symlink_metadata(path) {
@@ -176,7 +177,8 @@ impl FileVersion {
         )
     }
 
-    /// Whether the last change is so old, by this host's clock, that the next one will have another time.
+    /// Whether the last change is so old, by this host's clock, that the next one will have another
+    /// time.
     pub(crate) fn is_stable(&self) -> bool {
         let changed = self.0.and_then(|(.., seconds, _)| u64::try_from(seconds).ok());
         let changed = changed.map(|seconds| UNIX_EPOCH + Duration::from_secs(seconds));

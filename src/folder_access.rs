@@ -22,11 +22,11 @@ pub(crate) fn other_folder<'a>(outbox: &'a Path, agent_dir: &Path) -> Option<&'a
     Some(folder(outbox)).filter(|folder| real(folder) != real(agent_dir))
 }
 
-/// Why users other than the folder's owner and root may write to it, or replace it; safe to print. `None`: they may not, or
-/// the folder cannot be accessed, which other errors report.
+/// Why users other than the folder's owner and root may write to it, or replace it; safe to print.
+/// `None`: they may not, or the folder cannot be accessed, which other errors report.
 ///
-/// A sticky parent folder, such as `/tmp`, protects its entries; a sticky folder itself may still get new files. Access
-/// control lists count only as far as they show in the group's bits.
+/// A sticky parent folder, such as `/tmp`, protects its entries; a sticky folder itself may still
+/// get new files. Access control lists count only as far as they show in the group's bits.
 pub(crate) fn others_may_write(folder: &Path) -> Option<String> {
     let folder = fs::canonicalize(folder).ok()?;
     let owner = fs::metadata(&folder).ok()?.uid();

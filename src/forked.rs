@@ -1,5 +1,6 @@
-//! Detects use in a forked child. A fork copies memory and descriptors, but no threads. In the child, a mutex that another
-//! thread held stays locked, and sockets and lock files are shared with the parent. For any thread.
+//! Detects use in a forked child. A fork copies memory and descriptors, but no threads. In the
+//! child, a mutex that another thread held stays locked, and sockets and lock files are shared with
+//! the parent. For any thread.
 
 use std::mem;
 use std::process;
@@ -7,8 +8,9 @@ use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 
 use crate::error::Error;
 
-/// A value that is used and dropped only in the process that created it. A forked child leaks it, because its drop could wait
-/// for a mutex that is never unlocked there, or close something of the parent.
+/// A value that is used and dropped only in the process that created it. A forked child leaks it,
+/// because its drop could wait for a mutex that is never unlocked there, or close something of the
+/// parent.
 #[derive(Clone, Debug)]
 pub(crate) struct OfProcess<T> {
     /// `None` only during the drop.
@@ -30,7 +32,8 @@ impl<T> OfProcess<T> {
         self.value.as_ref().filter(|_| self.is_ours()).ok_or_else(|| Error::forked(self.process))
     }
 
-    /// A part of the value, with the same owner process. `part` also runs in a child, so it must not lock anything.
+    /// A part of the value, with the same owner process. `part` also runs in a child, so it must
+    /// not lock anything.
     pub(crate) fn map<U>(&self, part: impl FnOnce(&T) -> U) -> OfProcess<U> {
         OfProcess { value: self.value.as_ref().map(part), process: self.process }
     }
@@ -53,12 +56,14 @@ impl<T> Drop for OfProcess<T> {
     }
 }
 
-/// The process whose threads [`OUTBOX_THREADS`] counts. Both are atomics, because a mutex could stay locked in a child.
+/// The process whose threads [`OUTBOX_THREADS`] counts. Both are atomics, because a mutex could
+/// stay locked in a child.
 static PROCESS: AtomicU32 = AtomicU32::new(0);
 static OUTBOX_THREADS: AtomicUsize = AtomicUsize::new(0);
 
-/// Held while an outbox thread is running. SQLite then has a list of this process' locks. A fork copies this list, but not
-/// the locks in the kernel, so two processes could change a database at once. In such a child no database is opened.
+/// Held while an outbox thread is running. SQLite then has a list of this process' locks. A fork
+/// copies this list, but not the locks in the kernel, so two processes could change a database at
+/// once. In such a child no database is opened.
 #[derive(Debug)]
 pub(crate) struct OutboxThreadRuns(());
 

@@ -1,13 +1,15 @@
 //! Throttles log lines about repeated problems. Values only; each thread has its own.
 //!
 //! - The source of a problem is a `&'static str`, so the number of sources is fixed.
-//! - Each source has at most [`limits::THROTTLE_TEXTS`] different texts with a count each. All others share one more count.
-//!   So a text that is different every time cannot fill the memory or the log.
-//! - Texts are compared without their numbers and ids: "timeout after 12 ms" and "timeout after 13 ms" are the same
-//!   problem.
+//! - Each source has at most [`limits::THROTTLE_TEXTS`] different texts with a count each. All
+//!   others share one more count. So a text that is different every time cannot fill the memory or
+//!   the log.
+//! - Texts are compared without their numbers and ids: "timeout after 12 ms" and "timeout after 13
+//!   ms" are the same problem.
 //! - A problem is logged at the counts 1, 2, 4, 8 …, so *n* problems of one source cause at most
 //!   (texts + 1) · (log₂ *n* + 1) lines.
-//! - The counts of a source are reset after some time without problems. Its next problem is then logged at once.
+//! - The counts of a source are reset after some time without problems. Its next problem is then
+//!   logged at once.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
@@ -35,7 +37,8 @@ struct Problem {
 }
 
 impl LogThrottle {
-    /// Counts a problem. Returns its count if it is to be logged: the first, second, fourth, eighth time …
+    /// Counts a problem. Returns its count if it is to be logged: the first, second, fourth, eighth
+    /// time …
     pub(crate) fn count(&mut self, source: &'static str, text: &str, now: Instant) -> Option<u64> {
         let source = self.0.entry(source).or_insert_with(|| Source::new(now));
         source.reset_if_quiet(now);
@@ -50,8 +53,9 @@ impl Source {
         Self { known: Vec::new(), others: 0, last: now, reset_after: limits::THROTTLE_RESET }
     }
 
-    /// Resets the counts after some time without a problem: twice the last gap between problems. So problems at a steady
-    /// pace are not reset, even if the pace is slow. Beats may be an hour apart.
+    /// Resets the counts after some time without a problem: twice the last gap between problems. So
+    /// problems at a steady pace are not reset, even if the pace is slow. Beats may be an hour
+    /// apart.
     fn reset_if_quiet(&mut self, now: Instant) {
         let gap = now.saturating_duration_since(self.last);
         if gap > self.reset_after {
@@ -76,8 +80,9 @@ impl Source {
     }
 }
 
-/// The text without numbers, hexadecimal ids, and words with digits that are as long as an id. The status of an HTTP answer
-/// stays, because 403 and 502 are different problems. The text is truncated to [`limits::LOG_TEXT`] characters.
+/// The text without numbers, hexadecimal ids, and words with digits that are as long as an id. The
+/// status of an HTTP answer stays, because 403 and 502 are different problems. The text is
+/// truncated to [`limits::LOG_TEXT`] characters.
 fn folded(text: &str) -> String {
     let mut out = String::new();
     let mut rest = text;

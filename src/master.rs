@@ -39,7 +39,8 @@ pub(crate) enum Verdict {
     BodyRejected,
     /// The master does not know this host or this certificate. The host may be enrolled again.
     HostRejected,
-    /// The master cannot process the POST now. Holds the time from `Retry-After`, if the answer has one.
+    /// The master cannot process the POST now. Holds the time from `Retry-After`, if the answer has
+    /// one.
     RetryLater(Option<Duration>),
     /// No answer arrived.
     NoResponse,
@@ -74,7 +75,8 @@ impl Verdict {
 #[derive(Clone, Debug)]
 pub(crate) struct PostResult {
     pub(crate) verdict: Verdict,
-    /// The class of the result: `http-204`, `timeout-connect`, `refused`. See [`Failure::class`](crate::Failure::class).
+    /// The class of the result: `http-204`, `timeout-connect`, `refused`. See
+    /// [`Failure::class`](crate::Failure::class).
     pub(crate) class: String,
     /// The text of the answer or of the error, safe to log. Empty for an accepted POST.
     pub(crate) detail: String,
@@ -82,12 +84,13 @@ pub(crate) struct PostResult {
     pub(crate) took: Duration,
     /// Whether the last handshake resumed a session.
     pub(crate) resumed: bool,
-    /// No answer arrived on a reused connection. The master may have closed it before the request was sent, so the caller
-    /// retries once, immediately, on a new connection.
+    /// No answer arrived on a reused connection. The master may have closed it before the request
+    /// was sent, so the caller retries once, immediately, on a new connection.
     pub(crate) stale: bool,
     /// The answer was an HTML page, so it probably came from a gateway.
     pub(crate) is_page: bool,
-    /// Part of the body was sent, and the answer is 5xx or missing. The master may have applied the deltas.
+    /// Part of the body was sent, and the answer is 5xx or missing. The master may have applied the
+    /// deltas.
     pub(crate) in_doubt: bool,
 }
 
@@ -137,7 +140,8 @@ impl PostResult {
         }
     }
 
-    /// The result of a body that could not be serialized. Nothing was sent. It counts as a rejected body.
+    /// The result of a body that could not be serialized. Nothing was sent. It counts as a rejected
+    /// body.
     pub(crate) fn invalid_body(error: &serde_json::Error) -> Self {
         Self {
             verdict: Verdict::BodyRejected,
@@ -159,7 +163,8 @@ pub(crate) struct MasterClient {
 }
 
 impl MasterClient {
-    /// A client with this TLS configuration, which contains the bundle and the rule for the master's certificate.
+    /// A client with this TLS configuration, which contains the bundle and the rule for the
+    /// master's certificate.
     pub(crate) fn new(
         host: &str,
         port: u16,
@@ -223,7 +228,8 @@ impl MasterClient {
                 mem::take(&mut connections.answer),
             )
         });
-        // A 2xx that is not 204 may be an HTML page, which the headers tell. So they must be complete.
+        // A 2xx that is not 204 may be an HTML page, which the headers tell. So they must be
+        // complete.
         let is_decided =
             |status: &StatusCode| *status == 204 || !status.is_success() || seen.has_whole_head();
         let result = result.unwrap_or_else(|error| match seen.status().filter(is_decided) {
@@ -279,8 +285,8 @@ impl MasterClient {
     }
 
     /// Closes the connection and requests a new lookup of the name, if the connection is older than
-    /// [`limits::CONNECTION_AGE`], or after [`limits::BAD_ANSWERS`] bad answers in a row. The name may have another address
-    /// now.
+    /// [`limits::CONNECTION_AGE`], or after [`limits::BAD_ANSWERS`] bad answers in a row. The name
+    /// may have another address now.
     fn close_old_or_bad_connection(&self) {
         let is_bad = self.bad_answers.load(Ordering::Relaxed) >= limits::BAD_ANSWERS;
         let close = self.connections(|connections| {
@@ -341,7 +347,8 @@ fn config() -> Config {
 /// Reads an answer, and at most [`limits::ANSWER_BODY`] bytes of its body.
 fn read(mut answer: Response<ureq::Body>) -> PostResult {
     let mut body = Vec::new();
-    // The connection can be reused only if the body was read to its end. A truncated body does not change the verdict.
+    // The connection can be reused only if the body was read to its end. A truncated body does not
+    // change the verdict.
     let _ = answer.body_mut().as_reader().take(limits::ANSWER_BODY as u64).read_to_end(&mut body);
     let header = |name| answer.headers().get(name).and_then(|value| value.to_str().ok());
     PostResult::of(
@@ -363,7 +370,8 @@ fn is_page(content_type: Option<&str>, body: &[u8]) -> bool {
     is_html || body.starts_with(b"<")
 }
 
-/// Parses `Retry-After`, in seconds or as a date. The result is clamped to 1 s … 10 min. `None`: the value is invalid.
+/// Parses `Retry-After`, in seconds or as a date. The result is clamped to 1 s … 10 min. `None`:
+/// the value is invalid.
 pub(crate) fn parse_retry_after(text: &str, now: SystemTime) -> Option<Duration> {
     let text = text.trim();
     let wait = if !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit()) {
@@ -376,9 +384,9 @@ pub(crate) fn parse_retry_after(text: &str, now: SystemTime) -> Option<Duration>
     Some(wait.clamp(least, most))
 }
 
-/// Whether the cause of an error on a reused connection may be that the connection was closed or its route lost while it
-/// was idle. A slow master does not get more requests for this: the second try uses a new connection, and only a reused one
-/// is retried.
+/// Whether the cause of an error on a reused connection may be that the connection was closed or
+/// its route lost while it was idle. A slow master does not get more requests for this: the second
+/// try uses a new connection, and only a reused one is retried.
 fn may_be_stale(error: &ureq::Error) -> bool {
     use std::io::ErrorKind as Kind;
     let lost =

@@ -1,5 +1,5 @@
-//! Catches panics of foreign code (a status source, a logger, an error's `Display`), so that they do not end a thread. For
-//! any thread.
+//! Catches panics of foreign code (a status source, a logger, an error's `Display`), so that they
+//! do not end a thread. For any thread.
 
 use std::any::Any;
 use std::mem;

@@ -1,4 +1,5 @@
-//! The state of a heartbeat as numbers and times. The heartbeat thread writes it; any thread reads it.
+//! The state of a heartbeat as numbers and times. The heartbeat thread writes it; any thread reads
+//! it.
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -42,24 +43,28 @@ use crate::limits;
 pub struct Stats {
     /// The host is not enrolled: no thread runs, nothing is sent, and `push` discards its delta.
     pub dormant: bool,
-    /// The host was decommissioned: for 20 intervals in a row, every answer was 403 or 404, and neither the ini nor a file
-    /// of the bundle existed. The heartbeat continues, as the host may be enrolled again. The program's `run` exits.
+    /// The host was decommissioned: for 20 intervals in a row, every answer was 403 or 404, and
+    /// neither the ini nor a file of the bundle existed. The heartbeat continues, as the host may
+    /// be enrolled again. The program's `run` exits.
     pub decommissioned: bool,
     /// The id under which the master knows this host.
     pub host_uuid: Option<String>,
     /// The URL to which beats are sent.
     pub url: Option<String>,
-    /// SHA-256 of this host's certificate (DER) in lowercase hexadecimal. The master pins this value.
+    /// SHA-256 of this host's certificate (DER) in lowercase hexadecimal. The master pins this
+    /// value.
     pub fingerprint: Option<String>,
     /// When this host's certificate expires. The log warns from 30 days before.
     #[serde(serialize_with = "rfc3339")]
     pub certificate_expires: Option<SystemTime>,
-    /// POSTs that the master accepted. A beat takes several POSTs if the master fails on a body or rejects one.
+    /// POSTs that the master accepted. A beat takes several POSTs if the master fails on a body or
+    /// rejects one.
     pub beats: u64,
     /// When the master last accepted a beat.
     #[serde(serialize_with = "rfc3339")]
     pub last_success: Option<SystemTime>,
-    /// When the next beat is due: at the next tick, or when the backoff ends. A delta or a stop causes an earlier one.
+    /// When the next beat is due: at the next tick, or when the backoff ends. A delta or a stop
+    /// causes an earlier one.
     #[serde(serialize_with = "rfc3339")]
     pub next_beat: Option<SystemTime>,
     /// The failures since [`last_success`](Self::last_success). `None`: the last beat was accepted.
@@ -73,10 +78,12 @@ pub struct Stats {
     pub delivered: u64,
     /// Deltas that the master rejected. They stay in the outbox with the reason.
     pub rejected: u64,
-    /// Queued deltas: in the outbox, and neither accepted nor rejected. Includes those of other processes.
+    /// Queued deltas: in the outbox, and neither accepted nor rejected. Includes those of other
+    /// processes.
     pub waiting: u64,
-    /// Queued deltas that are held back, because a newer operation on the same decky is in flight, or because another
-    /// process is sending them. With more than 50 queued deltas, this is the number at the last beat.
+    /// Queued deltas that are held back, because a newer operation on the same decky is in flight,
+    /// or because another process is sending them. With more than 50 queued deltas, this is the
+    /// number at the last beat.
     pub held: u64,
     /// When the operation of the oldest queued delta ended.
     #[serde(serialize_with = "rfc3339")]
@@ -85,8 +92,8 @@ pub struct Stats {
     pub operations: u64,
     /// Deltas that were dropped undelivered: the oldest beyond 10,000, and those older than 7 days.
     pub dropped: u64,
-    /// The outbox file. `None` while part of the outbox is in memory only, and would be lost with the process. In JSON,
-    /// bytes of the path that are not UTF-8 are replaced by U+FFFD.
+    /// The outbox file. `None` while part of the outbox is in memory only, and would be lost with
+    /// the process. In JSON, bytes of the path that are not UTF-8 are replaced by U+FFFD.
     #[serde(serialize_with = "lossy")]
     pub outbox: Option<PathBuf>,
     /// Snapshots that the status source returned.
@@ -97,21 +104,21 @@ pub struct Stats {
     /// Since when a snapshot has been requested and not returned. `None`: none is pending.
     #[serde(serialize_with = "rfc3339")]
     pub snapshot_pending_since: Option<SystemTime>,
-    /// Since when the disk of the outbox has not responded. Beats are sent without deltas meanwhile. `None`: it responds,
-    /// or there is no request for it.
+    /// Since when the disk of the outbox has not responded. Beats are sent without deltas
+    /// meanwhile. `None`: it responds, or there is no request for it.
     #[serde(serialize_with = "rfc3339")]
     pub outbox_busy_since: Option<SystemTime>,
-    /// Why the status of the last beat was incomplete: Docker or a file could not be read, or there was no fresh snapshot.
-    /// `None`: it was complete.
+    /// Why the status of the last beat was incomplete: Docker or a file could not be read, or there
+    /// was no fresh snapshot. `None`: it was complete.
     pub status_fault: Option<String>,
-    /// Queued deltas that are suspended, because the master failed on each when it was sent alone. A suspended delta is
-    /// left out of 10 beats, doubled each time that it fails again, up to a day. Older deltas of its decky and operation
-    /// are left out with it.
+    /// Queued deltas that are suspended, because the master failed on each when it was sent alone.
+    /// A suspended delta is left out of 10 beats, doubled each time that it fails again, up to a
+    /// day. Older deltas of its decky and operation are left out with it.
     pub suspended: u64,
     /// Panics that were caught: in the status source, in a beat and in the outbox thread.
     pub panics: u64,
-    /// The thread that ended although the heartbeat was not stopped. `None`: all threads are running. If it is set, restart
-    /// the agent.
+    /// The thread that ended although the heartbeat was not stopped. `None`: all threads are
+    /// running. If it is set, restart the agent.
     pub ended_thread: Option<&'static str>,
     /// Since when the heartbeat thread has been busy with one event.
     #[serde(skip)]
@@ -172,8 +179,8 @@ pub struct Failure {
 }
 
 impl Stats {
-    /// Whether the heartbeat thread or the status thread has ended, or has been busy with one task for longer than
-    /// [`limits::STALLED`].
+    /// Whether the heartbeat thread or the status thread has ended, or has been busy with one task
+    /// for longer than [`limits::STALLED`].
     pub(crate) fn is_stalled(&self) -> bool {
         let mut busy = [self.working_since, self.pending_since].into_iter().flatten();
         self.ended_thread.is_some() || busy.any(|since| since.elapsed() > limits::STALLED)

@@ -1,5 +1,5 @@
-//! The trait [`StatusSource`], which returns the [`Snapshot`]s that are sent. Sources run on the status thread. No other
-//! thread runs foreign code or slow reads.
+//! The trait [`StatusSource`], which returns the [`Snapshot`]s that are sent. Sources run on the
+//! status thread. No other thread runs foreign code or slow reads.
 
 pub(crate) mod decnet;
 pub(crate) mod docker;
@@ -18,8 +18,9 @@ use crate::text::{cut, sanitize};
 
 /// The source of a beat's `status` and `topology`.
 ///
-/// It runs on a thread of its own, so it may be slow, block or panic. The beat is then sent without a status, and says so in
-/// `status.error`. The next beat requests a snapshot again. A closure is a source:
+/// It runs on a thread of its own, so it may be slow, block or panic. The beat is then sent without
+/// a status, and says so in `status.error`. The next beat requests a snapshot again. A closure is a
+/// source:
 ///
 /// ```
 /// use decnet_heartbeat::{Snapshot, StatusSource};
@@ -33,8 +34,9 @@ pub trait StatusSource: Send {
 
     /// The applied topology, if it is known without waiting.
     ///
-    /// Called once, before the first snapshot. If the first beat must be sent without a snapshot, it contains this topology;
-    /// otherwise the master would order it to be built again. The default is `None`.
+    /// Called once, before the first snapshot. If the first beat must be sent without a snapshot,
+    /// it contains this topology; otherwise the master would order it to be built again. The
+    /// default is `None`.
     ///
     /// ```
     /// # use decnet_heartbeat::{AppliedTopology, Observed, Snapshot, StatusSource, Topology};
@@ -105,18 +107,21 @@ impl Snapshot {
     /// | `"deployed": false`, or no `deckies` | nothing is deployed; the master changes no decky |
     /// | `"deployed": true`, `deckies` and `runtime` | the master stores each decky with its state |
     ///
-    /// - `deckies` is a list. Each entry is a decky as in DECNET's state file. The master's model is strict: it drops a decky
-    ///   with an unknown key, or without a required one, and reports that only in its own log.
-    /// - `runtime` is an object of objects: `{decky: {"running": bool, "services": {service: state}}}`. The master stores a
-    ///   decky in `deckies` that is missing or null in `runtime` as degraded. So if states are unknown, leave out `deckies`,
-    ///   or those deckies, and give the reason in `error`.
-    /// - Strings and keys have no lone surrogate (`"\udcff"`), which JSON allows and the master answers with 500. Integers
-    ///   have at most 4,300 digits, other numbers are finite, and nothing is nested deeper than 100 levels.
+    /// - `deckies` is a list. Each entry is a decky as in DECNET's state file. The master's model
+    ///   is strict: it drops a decky with an unknown key, or without a required one, and reports
+    ///   that only in its own log.
+    /// - `runtime` is an object of objects: `{decky: {"running": bool, "services": {service:
+    ///   state}}}`. The master stores a decky in `deckies` that is missing or null in `runtime` as
+    ///   degraded. So if states are unknown, leave out `deckies`, or those deckies, and give the
+    ///   reason in `error`.
+    /// - Strings and keys have no lone surrogate (`"\udcff"`), which JSON allows and the master
+    ///   answers with 500. Integers have at most 4,300 digits, other numbers are finite, and
+    ///   nothing is nested deeper than 100 levels.
     /// - The whole status has at most 16 MiB.
     ///
-    /// A status that is not an object, has `deckies` or `runtime` of another type, or breaks one of the last two rules is
-    /// replaced by `{"error": …}` with the reason, so a faulty source does not stop the beats. The entries of `deckies` are
-    /// not checked.
+    /// A status that is not an object, has `deckies` or `runtime` of another type, or breaks one of
+    /// the last two rules is replaced by `{"error": …}` with the reason, so a faulty source does
+    /// not stop the beats. The entries of `deckies` are not checked.
     ///
     /// ```
     /// # use decnet_heartbeat::Snapshot;
@@ -160,8 +165,8 @@ impl Snapshot {
         }
     }
 
-    /// A snapshot without states, with the reason why they are unknown. The master changes no decky; the host counts as
-    /// alive. The reason is truncated to 2,000 characters.
+    /// A snapshot without states, with the reason why they are unknown. The master changes no
+    /// decky; the host counts as alive. The reason is truncated to 2,000 characters.
     ///
     /// ```
     /// # use decnet_heartbeat::Snapshot;
@@ -185,8 +190,8 @@ impl Snapshot {
 
     /// Sets the topology.
     ///
-    /// A snapshot without a topology is not neutral: if the master expects a topology on this host, it orders it to be built
-    /// again.
+    /// A snapshot without a topology is not neutral: if the master expects a topology on this host,
+    /// it orders it to be built again.
     ///
     /// ```
     /// # use decnet_heartbeat::{Observed, Snapshot, Topology};

@@ -1,23 +1,25 @@
-//! Makes foreign text safe for a log line, an error or a terminal: truncated, on one line, without control, bidi or invisible
-//! characters. Pure functions, for any thread.
+//! Makes foreign text safe for a log line, an error or a terminal: truncated, on one line, without
+//! control, bidi or invisible characters. Pure functions, for any thread.
 
 use std::error::Error;
 use std::fmt::{self, Display, Write};
 
 use crate::limits;
 
-/// `text` for a log line or an error: at most [`limits::LOG_TEXT`] characters, unprintable ones escaped.
+/// `text` for a log line or an error: at most [`limits::LOG_TEXT`] characters, unprintable ones
+/// escaped.
 pub(crate) fn sanitize(text: &str) -> String {
     printable_within(text, limits::LOG_TEXT)
 }
 
-/// `text` without surrounding white space, with unprintable characters escaped, truncated to `most` characters (marked by an
-/// ellipsis).
+/// `text` without surrounding white space, with unprintable characters escaped, truncated to `most`
+/// characters (marked by an ellipsis).
 pub(crate) fn printable_within(text: &str, most: usize) -> String {
     escaped_within(text.trim(), most)
 }
 
-/// `text` with unprintable characters escaped, truncated to `most` characters (marked by an ellipsis).
+/// `text` with unprintable characters escaped, truncated to `most` characters (marked by an
+/// ellipsis).
 pub(crate) fn escaped_within(text: &str, most: usize) -> String {
     let mut out = String::new();
     for (count, c) in text.chars().enumerate() {
@@ -40,8 +42,8 @@ pub(crate) fn escaped_lines(text: &str) -> String {
     out
 }
 
-/// JSON with every unprintable character escaped as `\uXXXX`, except line breaks. JSON has unprintable characters only in
-/// strings.
+/// JSON with every unprintable character escaped as `\uXXXX`, except line breaks. JSON has
+/// unprintable characters only in strings.
 #[cfg(feature = "cli")]
 pub(crate) fn escaped_json(json: &str) -> String {
     let mut out = String::with_capacity(json.len());
@@ -72,15 +74,16 @@ pub(crate) fn cut(text: &str, most: usize) -> &str {
     text.char_indices().nth(most).map_or(text, |(end, _)| text.get(..end).unwrap_or(text))
 }
 
-/// An invalid name in quotes, escaped as in Rust, so that a line break at its end is visible. Invisible characters that Rust
-/// does not escape, such as U+3164, are also escaped.
+/// An invalid name in quotes, escaped as in Rust, so that a line break at its end is visible.
+/// Invisible characters that Rust does not escape, such as U+3164, are also escaped.
 pub(crate) fn quoted(name: &str, most: usize) -> String {
     let start = cut(name, most);
     let quoted = escaped_within(&format!("{start:?}"), usize::MAX);
     format!("{quoted}{}", if start.len() < name.len() { "…" } else { "" })
 }
 
-/// The `Display` text, truncated to `most` characters. It is truncated while it is written, as it may be endless.
+/// The `Display` text, truncated to `most` characters. It is truncated while it is written, as it
+/// may be endless.
 pub(crate) fn displayed(what: &(impl Display + ?Sized), most: usize) -> String {
     let mut out = Cut { text: String::new(), left: most };
     // An error means that the text was truncated, or that its `Display` failed.
@@ -88,8 +91,8 @@ pub(crate) fn displayed(what: &(impl Display + ?Sized), most: usize) -> String {
     out.text
 }
 
-/// The texts of an error and its sources, each truncated to `most` characters. There are at most [`limits::ERROR_SOURCES`],
-/// as an error may be its own source.
+/// The texts of an error and its sources, each truncated to `most` characters. There are at most
+/// [`limits::ERROR_SOURCES`], as an error may be its own source.
 pub(crate) fn layers<'a>(error: &'a dyn Error, most: usize) -> impl Iterator<Item = String> + 'a {
     let next = |error: &&'a (dyn Error + 'a)| {
         (*error).source().map(|source| source as &'a (dyn Error + 'a))
@@ -125,9 +128,10 @@ fn is_printable(c: char) -> bool {
     !c.is_control() && !is_invisible(c)
 }
 
-/// Whether a character that is not a control character hides, reorders or breaks text in a terminal. In Unicode 16.0.0, these
-/// are the characters with `Default_Ignorable_Code_Point` in DerivedCoreProperties.txt, those of the categories `Cf` (with
-/// bidi controls and tags), `Zl` and `Zp` in UnicodeData.txt, and the noncharacters at the end of each plane.
+/// Whether a character that is not a control character hides, reorders or breaks text in a
+/// terminal. In Unicode 16.0.0, these are the characters with `Default_Ignorable_Code_Point` in
+/// DerivedCoreProperties.txt, those of the categories `Cf` (with bidi controls and tags), `Zl` and
+/// `Zp` in UnicodeData.txt, and the noncharacters at the end of each plane.
 fn is_invisible(c: char) -> bool {
     matches!(
         c,

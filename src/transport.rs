@@ -1,8 +1,9 @@
-//! The socket transport for ureq. Each call ends within its timeout, even if the peer reads or sends slowly, and another
-//! thread can shut the socket down, also during the connect. Runs on the heartbeat thread, and for Docker on the status
-//! thread.
+//! The socket transport for ureq. Each call ends within its timeout, even if the peer reads or
+//! sends slowly, and another thread can shut the socket down, also during the connect. Runs on the
+//! heartbeat thread, and for Docker on the status thread.
 //!
-//! ureq's own TCP transport restarts the timeout with each partial write, and cannot be interrupted during the connect.
+//! ureq's own TCP transport restarts the timeout with each partial write, and cannot be interrupted
+//! during the connect.
 
 use std::fmt;
 use std::io::{self, ErrorKind, Read};
@@ -18,7 +19,8 @@ use ureq::unversioned::transport::{
     Buffers, ConnectionDetails, LazyBuffers, NextTimeout, ShutdownHandle, Transport, time,
 };
 
-/// A write to a closed connection is an error, and does not raise SIGPIPE, which an embedding program may not ignore.
+/// A write to a closed connection is an error, and does not raise SIGPIPE, which an embedding
+/// program may not ignore.
 const NO_SIGPIPE: i32 = libc::MSG_NOSIGNAL;
 
 /// A TCP or Unix socket for HTTP.
@@ -38,8 +40,8 @@ impl ShutdownHandle for SharedSocket {
 }
 
 impl SocketTransport {
-    /// Connects to the first address that accepts, and returns it. Each address except the last gets half of the remaining
-    /// time.
+    /// Connects to the first address that accepts, and returns it. Each address except the last
+    /// gets half of the remaining time.
     pub(crate) fn tcp(details: &ConnectionDetails<'_>) -> Result<(Self, SocketAddr), ureq::Error> {
         let deadline = Deadline::new(details.timeout);
         let mut addresses = details.addrs.iter().peekable();
@@ -158,27 +160,34 @@ impl fmt::Debug for SocketTransport {
     }
 }
 
-/// The deadline of one call.
-struct Deadline {
+/// The deadline of one or several calls.
+pub(crate) struct Deadline {
     end: Option<Instant>,
-    reason: Timeout,
+    timeout: NextTimeout,
 }
 
 impl Deadline {
-    fn new(timeout: NextTimeout) -> Self {
+    pub(crate) fn new(timeout: NextTimeout) -> Self {
         let end = match timeout.after {
             time::Duration::Exact(after) => Instant::now().checked_add(after),
             time::Duration::NotHappening => None,
         };
-        Self { end, reason: timeout.reason }
+        Self { end, timeout }
     }
 
-    /// The remaining time. `None`: there is no deadline. No remaining time is an error, because sockets do not accept a
-    /// timeout of zero.
+    /// The remaining time as a timeout of ureq, for a later call.
+    pub(crate) fn timeout(&self) -> NextTimeout {
+        let remaining = self.end.map(|end| end.saturating_duration_since(Instant::now()));
+        let after = remaining.map_or(time::Duration::NotHappening, time::Duration::Exact);
+        NextTimeout { after, ..self.timeout }
+    }
+
+    /// The remaining time. `None`: there is no deadline. No remaining time is an error, because
+    /// sockets do not accept a timeout of zero.
     fn remaining(&self) -> Result<Option<Duration>, ureq::Error> {
         let remaining = self.end.map(|end| end.saturating_duration_since(Instant::now()));
         if remaining.is_some_and(|remaining| remaining.is_zero()) {
-            return Err(ureq::Error::Timeout(self.reason));
+            return Err(ureq::Error::Timeout(self.timeout.reason));
         }
         Ok(remaining)
     }
@@ -186,7 +195,9 @@ impl Deadline {
     /// Maps an I/O error to an error of ureq, which names the timeout.
     fn map_error(&self, error: io::Error) -> ureq::Error {
         match error.kind() {
-            ErrorKind::WouldBlock | ErrorKind::TimedOut => ureq::Error::Timeout(self.reason),
+            ErrorKind::WouldBlock | ErrorKind::TimedOut => {
+                ureq::Error::Timeout(self.timeout.reason)
+            }
             _ => error.into(),
         }
     }
@@ -238,8 +249,8 @@ mod tests {
         }
     }
 
-    /// Posts a body of `size` bytes to the first address that accepts, with a connect timeout of 1 s and a send timeout of
-    /// 500 ms.
+    /// Posts a body of `size` bytes to the first address that accepts, with a connect timeout of 1
+    /// s and a send timeout of 500 ms.
     fn post(addresses: &[SocketAddr], size: usize) -> Result<u16, ureq::Error> {
         let config = Agent::config_builder()
             .timeout_connect(Some(Duration::from_secs(1)))
@@ -268,7 +279,8 @@ mod tests {
         TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
     }
 
-    /// A listener with a full queue: the system drops further connection requests while the result is held.
+    /// A listener with a full queue: the system drops further connection requests while the result
+    /// is held.
     fn unresponsive() -> (SocketAddr, TcpListener, Vec<Socket>) {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         rustix::net::listen(&listener, 0).unwrap();

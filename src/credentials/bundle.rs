@@ -1,5 +1,5 @@
-//! The bundle: `ca.crt`, `worker.crt` and `worker.key`. The files are checked when they are loaded. Runs on the outbox
-//! thread, and for `check` on the main thread.
+//! The bundle: `ca.crt`, `worker.crt` and `worker.key`. The files are checked when they are loaded.
+//! Runs on the outbox thread, and for `check` on the main thread.
 
 use std::fs;
 use std::io;
@@ -36,7 +36,8 @@ pub(crate) struct Bundle {
     pub(crate) identity: Arc<CertifiedKey>,
     /// The fingerprint and the expiry of this host's certificate.
     pub(crate) certificate: Certificate,
-    /// The certificates in `ca.crt` that are ignored because they are not CA certificates, with the reasons.
+    /// The certificates in `ca.crt` that are ignored because they are not CA certificates, with the
+    /// reasons.
     #[cfg(feature = "cli")]
     pub(crate) ignored: Vec<String>,
 }
@@ -58,9 +59,10 @@ pub(crate) struct Certificate {
 }
 
 impl Bundle {
-    /// Reads and checks the three files in `dir`: every certificate in `ca.crt` can be parsed, at least one is a CA
-    /// certificate, and the key (PKCS#1, PKCS#8 or SEC1) is supported and matches the certificate. Enrolment does not write
-    /// the files atomically. A new certificate with an old key is an error, and the caller tries again later.
+    /// Reads and checks the three files in `dir`: every certificate in `ca.crt` can be parsed, at
+    /// least one is a CA certificate, and the key (PKCS#1, PKCS#8 or SEC1) is supported and matches
+    /// the certificate. Enrolment does not write the files atomically. A new certificate with an
+    /// old key is an error, and the caller tries again later.
     pub(crate) fn load(dir: &Path, provider: &CryptoProvider) -> Result<Self, Error> {
         Self::load_with(dir, read, provider)
     }
@@ -97,8 +99,8 @@ impl Bundle {
         })
     }
 
-    /// Whether a CA of the bundle issued this host's certificate. The master may accept it if not, as it may trust another
-    /// CA.
+    /// Whether a CA of the bundle issued this host's certificate. The master may accept it if not,
+    /// as it may trust another CA.
     #[cfg(feature = "cli")]
     pub(crate) fn is_issued_by_its_ca(&self, provider: &CryptoProvider) -> bool {
         self.is_issued_by(&self.roots, provider)
@@ -134,7 +136,8 @@ impl Bundle {
         !result.as_ref().is_err_and(is_of_another_ca)
     }
 
-    /// Why OpenSSL with its defaults, which the master uses, may refuse this host's certificate: its signature is weak.
+    /// Why OpenSSL with its defaults, which the master uses, may refuse this host's certificate:
+    /// its signature is weak.
     #[cfg(feature = "cli")]
     pub(crate) fn weak_signature(&self, provider: &CryptoProvider) -> Option<String> {
         let own = X509::parse(self.identity.cert.first()?)?;
@@ -158,7 +161,8 @@ pub(crate) struct BundleCheck {
 
 #[cfg(feature = "cli")]
 impl BundleCheck {
-    /// Checks each file by itself, and then whether certificate and key match. `error` is the error of the load.
+    /// Checks each file by itself, and then whether certificate and key match. `error` is the error
+    /// of the load.
     pub(crate) fn of(dir: &Path, provider: &CryptoProvider, error: Error) -> Self {
         let [ca_file, certificate_file, key_file] =
             [CA, CERTIFICATE, KEY].map(|name| dir.join(name));
@@ -233,8 +237,8 @@ fn identity(
     })
 }
 
-/// The end of a certificate's validity. webpki checks the dates first, so a verification at a late time fails with an error
-/// that contains the end.
+/// The end of a certificate's validity. webpki checks the dates first, so a verification at a late
+/// time fails with an error that contains the end.
 fn expiry(certificate: &CertificateDer<'_>, provider: &CryptoProvider) -> Option<SystemTime> {
     let certificate = ParsedCertificate::try_from(certificate).ok()?;
     let roots = RootCertStore::empty();
@@ -249,8 +253,9 @@ fn expiry(certificate: &CertificateDer<'_>, provider: &CryptoProvider) -> Option
     }
 }
 
-/// The CA certificates of a file, and for each other certificate the reason why it is ignored. webpki accepts any certificate
-/// as a root. With a worker's certificate as a root, that worker's key could issue a certificate for the master.
+/// The CA certificates of a file, and for each other certificate the reason why it is ignored.
+/// webpki accepts any certificate as a root. With a worker's certificate as a root, that worker's
+/// key could issue a certificate for the master.
 fn roots(
     path: &Path,
     content: &[u8],
@@ -367,7 +372,8 @@ fn private_key_of(path: &Path, content: &[u8]) -> Result<PrivateKeyDer<'static>,
     }
 }
 
-/// Marks the error as passing if the file is incomplete, because an enrolment may still be writing it.
+/// Marks the error as passing if the file is incomplete, because an enrolment may still be writing
+/// it.
 fn passing_if_half_written(content: &[u8], error: Error) -> Error {
     if pem::is_half_written(content) { error.passing() } else { error }
 }
@@ -378,7 +384,8 @@ fn sections(path: &Path, content: &[u8]) -> Result<Vec<Section>, Error> {
     })
 }
 
-/// Warns if other users can read the key. The key is used nevertheless, so that the heartbeat keeps running.
+/// Warns if other users can read the key. The key is used nevertheless, so that the heartbeat keeps
+/// running.
 fn warn_of_readable_key(key: &Path) {
     let others = fs::metadata(key).map_or(0, |found| found.permissions().mode() & 0o077);
     if others != 0 {
@@ -391,8 +398,8 @@ fn warn_of_readable_key(key: &Path) {
     }
 }
 
-/// Reads one of the three files. The error for a missing file is passing if an enrolment may be in progress, or if the file
-/// system may not be mounted yet.
+/// Reads one of the three files. The error for a missing file is passing if an enrolment may be in
+/// progress, or if the file system may not be mounted yet.
 pub(crate) fn read(path: &Path) -> Result<Vec<u8>, Error> {
     files::read(path, limits::PEM_FILE).map_err(|source| {
         let dir = path.parent().unwrap_or(Path::new(""));

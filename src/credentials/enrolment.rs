@@ -1,9 +1,10 @@
-//! Reads the enrolment from the command line, the environment and `decnet.ini`, in the order of the original agent. Runs on
-//! the calling thread; the outbox thread reads it again when the ini changes.
+//! Reads the enrolment from the command line, the environment and `decnet.ini`, in the order of the
+//! original agent. Runs on the calling thread; the outbox thread reads it again when the ini
+//! changes.
 //!
-//! From the top: [`EnrolmentSources`] names the sources, `Reading` reads them by the rules of the original agent, and
-//! [`Enrolment`] holds the values, each with its [`Provenance`]. The `.env` files that the original agent reads from its
-//! working directory are not read here.
+//! From the top: [`EnrolmentSources`] names the sources, `Reading` reads them by the rules of the
+//! original agent, and [`Enrolment`] holds the values, each with its [`Provenance`]. The `.env`
+//! files that the original agent reads from its working directory are not read here.
 
 mod ini;
 
@@ -31,7 +32,8 @@ const MASTER_PORT: &str = "DECNET_SWARMCTL_PORT";
 const AGENT_DIR: &str = "DECNET_AGENT_DIR";
 const MASTER_IDENTITY: &str = "DECNET_MASTER_IDENTITY";
 
-/// The variables that are read. Others are not stored, because some variables of DECNET contain secrets.
+/// The variables that are read. Others are not stored, because some variables of DECNET contain
+/// secrets.
 const VARIABLES: [&str; 7] =
     [CONFIG, MODE, HOST_UUID, MASTER_HOST, MASTER_PORT, AGENT_DIR, MASTER_IDENTITY];
 
@@ -62,12 +64,12 @@ pub struct Enrolment {
 }
 
 impl Enrolment {
-    /// An enrolment with values from the program. The master's port is the default, 8770. A relative agent dir is resolved
-    /// against the current directory.
+    /// An enrolment with values from the program. The master's port is the default, 8770. A
+    /// relative agent dir is resolved against the current directory.
     ///
     /// # Errors
-    /// If the uuid is empty, longer than 255 characters or has unprintable characters; if the host is not a host name or an
-    /// IP address; if the agent dir is empty.
+    /// If the uuid is empty, longer than 255 characters or has unprintable characters; if the host
+    /// is not a host name or an IP address; if the agent dir is empty.
     pub fn new(
         host_uuid: impl Into<String>,
         master_host: impl Into<String>,
@@ -83,7 +85,8 @@ impl Enrolment {
         })
     }
 
-    /// Sets the master's port. [`reload`](Self::reload) resets it, except for an enrolment made by [`new`](Self::new).
+    /// Sets the master's port. [`reload`](Self::reload) resets it, except for an enrolment made by
+    /// [`new`](Self::new).
     ///
     /// ```
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -118,8 +121,8 @@ impl Enrolment {
         EnrolmentSources::from_env().read()
     }
 
-    /// Reads the same sources again: the current ini, and the variables as they were when the sources were created. An
-    /// enrolment with values from the program is returned unchanged.
+    /// Reads the same sources again: the current ini, and the variables as they were when the
+    /// sources were created. An enrolment with values from the program is returned unchanged.
     ///
     /// ```
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -157,7 +160,8 @@ impl Enrolment {
         &self.master_port
     }
 
-    /// The folder of the bundle (`ca.crt`, `worker.crt`, `worker.key`), of `topology.db` and of the outbox.
+    /// The folder of the bundle (`ca.crt`, `worker.crt`, `worker.key`), of `topology.db` and of the
+    /// outbox.
     pub fn agent_dir(&self) -> &Sourced<PathBuf> {
         &self.agent_dir
     }
@@ -292,7 +296,8 @@ impl fmt::Display for Provenance {
 
 /// The sources of an [`Enrolment`]: the command line, the environment, an ini file.
 ///
-/// The command line takes precedence over the environment, the environment over the ini, and the ini over the defaults.
+/// The command line takes precedence over the environment, the environment over the ini, and the
+/// ini over the defaults.
 ///
 /// ```
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -321,13 +326,14 @@ pub struct EnrolmentSources {
 }
 
 impl EnrolmentSources {
-    /// Takes the current environment of this process: the `DECNET_*` variables that are read here, and the home folder.
+    /// Takes the current environment of this process: the `DECNET_*` variables that are read here,
+    /// and the home folder.
     pub fn from_env() -> Self {
         Self::new(std::env::vars_os(), std::env::home_dir(), Path::new(ETC))
     }
 
-    /// Takes these variables, `HOME` included, instead of the environment of this process. The last value of a variable
-    /// counts.
+    /// Takes these variables, `HOME` included, instead of the environment of this process. The last
+    /// value of a variable counts.
     ///
     /// ```
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -383,17 +389,17 @@ impl EnrolmentSources {
         Self { variables, ini, agent_dir: None, default_agent_dir, folder }
     }
 
-    /// Sets the ini, as `--config` does, instead of `DECNET_CONFIG` or `/etc/decnet/decnet.ini`. A relative path is resolved
-    /// against the current directory.
+    /// Sets the ini, as `--config` does, instead of `DECNET_CONFIG` or `/etc/decnet/decnet.ini`. A
+    /// relative path is resolved against the current directory.
     pub fn config(mut self, path: impl Into<PathBuf>) -> Self {
         let value = files::absolute(&path.into());
         self.ini = Sourced { value, provenance: Provenance::CommandLine("--config") };
         self
     }
 
-    /// Sets the agent dir, as `--agent-dir` does. It takes precedence over the environment and the ini. A relative path is
-    /// resolved against the current directory; one from the environment or the ini, against the current directory at the
-    /// creation of these sources.
+    /// Sets the agent dir, as `--agent-dir` does. It takes precedence over the environment and the
+    /// ini. A relative path is resolved against the current directory; one from the environment or
+    /// the ini, against the current directory at the creation of these sources.
     pub fn agent_dir(mut self, path: impl Into<PathBuf>) -> Self {
         self.agent_dir = Some(files::absolute(&path.into()));
         self
@@ -410,8 +416,9 @@ impl EnrolmentSources {
     /// ```
     ///
     /// # Errors
-    /// [`Error::is_not_enrolled`] if the host uuid or the master host is missing. The message names the value and its
-    /// sources. [`Error::is_config`] for a value that cannot be used, or an ini that cannot be read.
+    /// [`Error::is_not_enrolled`] if the host uuid or the master host is missing. The message names
+    /// the value and its sources. [`Error::is_config`] for a value that cannot be used, or an ini
+    /// that cannot be read.
     pub fn read(&self) -> Result<Enrolment, Error> {
         self.read_with(IniFile::read(self.ini.value())?)
     }
@@ -424,7 +431,8 @@ impl EnrolmentSources {
 
     fn read_with(&self, file: IniFile) -> Result<Enrolment, Error> {
         let reading = Reading::begin(self, file)?;
-        // An invalid port is reported before missing values, because it shows that this host is meant to be enrolled.
+        // An invalid port is reported before missing values, because it shows that this host is
+        // meant to be enrolled.
         let port = reading.text(MASTER_PORT)?;
         let master_port = port.map_or(
             Ok(Sourced { value: DEFAULT_PORT, provenance: Provenance::Default }),
@@ -501,7 +509,8 @@ impl<'a> Reading<'a> {
         Ok(reading)
     }
 
-    /// The value of a variable from the environment, otherwise from the ini. An empty value hides those of later sources.
+    /// The value of a variable from the environment, otherwise from the ini. An empty value hides
+    /// those of later sources.
     fn find(&self, variable: &'static str) -> Result<Option<Sourced<OsString>>, Error> {
         if let Some(value) = self.sources.variables.get(variable) {
             return Ok(Some(Sourced {
@@ -566,7 +575,8 @@ impl<'a> Reading<'a> {
         Some(format!("no {what}: {why}"))
     }
 
-    /// Whether an enrolment in progress may add the missing values: the ini is empty, or it [may appear](files::may_appear).
+    /// Whether an enrolment in progress may add the missing values: the ini is empty, or it [may
+    /// appear](files::may_appear).
     fn may_be_completed(&self) -> bool {
         match &self.file {
             IniFile::DoesNotExist => files::may_appear(self.sources.ini.value()),

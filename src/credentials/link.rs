@@ -1,4 +1,5 @@
-//! The credentials in use, with the client for the master. Runs on the heartbeat thread, and opens no file.
+//! The credentials in use, with the client for the master. Runs on the heartbeat thread, and opens
+//! no file.
 
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -47,7 +48,8 @@ impl MasterLink {
         &self.credentials.certificate.fingerprint
     }
 
-    /// The days until the certificate expires, if a warning is due: once a day from [`limits::EXPIRY_WARNING`] days before.
+    /// The days until the certificate expires, if a warning is due: once a day from
+    /// [`limits::EXPIRY_WARNING`] days before.
     pub(crate) fn days_left(&mut self, now: SystemTime) -> Option<i64> {
         let days = days_until(self.credentials.certificate.expires?, now);
         if days > limits::EXPIRY_WARNING || self.reported_days == Some(days) {

@@ -1,8 +1,9 @@
 //! Parses PEM files strictly: no section is skipped silently. Pure functions, for any thread.
 //!
-//! The reader of rustls skips lines that it does not understand, so it loses a certificate after a byte order mark or after
-//! an END on the same line. Here every BEGIN must start a section that can be read; otherwise the file is an error. rustls
-//! still decodes the base64, in constant time for a key.
+//! The reader of rustls skips lines that it does not understand, so it loses a certificate after a
+//! byte order mark or after an END on the same line. Here every BEGIN must start a section that can
+//! be read; otherwise the file is an error. rustls still decodes the base64, in constant time for a
+//! key.
 //!
 //! An error never quotes the file, as it may contain a key.
 
@@ -115,8 +116,9 @@ pub(crate) fn sections(content: &[u8]) -> Result<Vec<Section>, Problem> {
     }
 }
 
-/// Whether the file is empty or ends within a section, so that another process may still be writing it. Zeros at the end, as
-/// after a crash, count as not written. Called only for a file that cannot be used.
+/// Whether the file is empty or ends within a section, so that another process may still be writing
+/// it. Zeros at the end, as after a crash, count as not written. Called only for a file that cannot
+/// be used.
 pub(crate) fn is_half_written(content: &[u8]) -> bool {
     const BEGIN: &[u8] = b"-----BEGIN ";
     const END: &[u8] = b"-----END ";
@@ -193,8 +195,8 @@ fn is_label(label: &[u8]) -> bool {
         && !label.contains(&b'-')
 }
 
-/// Whether a line is a damaged BEGIN or END line: dashes, followed by BEGIN or END and a known label. Other text between
-/// dashes, such as `--- Vendor certificate ---`, is a comment.
+/// Whether a line is a damaged BEGIN or END line: dashes, followed by BEGIN or END and a known
+/// label. Other text between dashes, such as `--- Vendor certificate ---`, is a comment.
 fn is_marker(line: &[u8]) -> bool {
     let text = String::from_utf8_lossy(line).to_ascii_uppercase();
     let mut dashes = 0;

@@ -1,6 +1,8 @@
-//! The JSON body of a POST. All field names of the protocol are defined here. Values only, for any thread.
+//! The JSON body of a POST. All field names of the protocol are defined here. Values only, for any
+//! thread.
 //!
-//! The JSON of a status source is sent unchanged ([`RawValue`]), so unknown keys and number formats are preserved.
+//! The JSON of a status source is sent unchanged ([`RawValue`]), so unknown keys and number formats
+//! are preserved.
 
 use serde::ser::SerializeSeq;
 use serde::{Serialize, Serializer};
@@ -17,8 +19,8 @@ pub(crate) struct Body<'a> {
     pub(crate) host_uuid: &'a str,
     pub(crate) agent_version: &'a str,
     pub(crate) status: &'a RawValue,
-    /// Left out only if the source has never returned a topology, because to the master no topology means that none is
-    /// applied.
+    /// Left out only if the source has never returned a topology, because to the master no topology
+    /// means that none is applied.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) topology: Option<Topology<'a>>,
     #[serde(skip_serializing_if = "<[_]>::is_empty", serialize_with = "lifecycle")]

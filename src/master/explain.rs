@@ -1,4 +1,5 @@
-//! Explains an error of a POST to the operator: its class, its text and advice. Pure functions, for any thread.
+//! Explains an error of a POST to the operator: its class, its text and advice. Pure functions, for
+//! any thread.
 
 use std::io::{self, ErrorKind};
 
@@ -57,8 +58,9 @@ pub(crate) fn is_closed(error: &io::Error) -> bool {
     closed.contains(&error.kind()) && tls_error(error).is_none() && not_tls(error).is_none()
 }
 
-/// The text for a new connection that was closed without an answer. The master may have rejected the client certificate: it
-/// sends no alert then, because asyncio discards the alert that OpenSSL wrote.
+/// The text for a new connection that was closed without an answer. The master may have rejected
+/// the client certificate: it sends no alert then, because asyncio discards the alert that OpenSSL
+/// wrote.
 pub(crate) fn closed_without_an_answer(error: &ureq::Error) -> String {
     sanitize(&format!("{}: the master may refuse this host's certificate", explain(error)))
 }
@@ -185,8 +187,8 @@ fn certificate(bad: &CertificateError, error: &rustls::Error) -> Explained {
             "the master's certificate is not for the configured host",
             "configure the master by a name of its certificate, or choose another rule with --master-identity",
         ),
-        // All DECNET CAs have the same name. So a certificate of another master's CA looks like one of this CA with a bad
-        // signature.
+        // All DECNET CAs have the same name. So a certificate of another master's CA looks like one
+        // of this CA with a bad signature.
         Bad::UnknownIssuer | Bad::BadSignature => (
             "the master's certificate is not issued by the CA in ca.crt",
             "enrol this host from this master, or correct the master's address; a proxy in front of the master must pass \
@@ -320,8 +322,8 @@ fn refused(refusal: &Refusal) -> Explained {
     Explained::new(refusal.to_string(), advice)
 }
 
-/// Explains an alert that the master sent. The master uses OpenSSL, which maps errors to alerts in `ssl_x509err2alert`
-/// (`statem_lib.c`).
+/// Explains an alert that the master sent. The master uses OpenSSL, which maps errors to alerts in
+/// `ssl_x509err2alert` (`statem_lib.c`).
 fn received(alert: AlertDescription) -> Explained {
     use AlertDescription as Alert;
     let (text, advice) = match alert {
@@ -338,8 +340,8 @@ fn received(alert: AlertDescription) -> Explained {
             "the master refused our certificate: it is issued by a CA that the master does not know",
             ENROL_HERE,
         ),
-        // All DECNET CAs have the same name. So a certificate of another master's CA looks like one of this master's CA with
-        // a bad signature.
+        // All DECNET CAs have the same name. So a certificate of another master's CA looks like one
+        // of this master's CA with a bad signature.
         Alert::DecryptError => (
             "the master refused our certificate: the master's CA did not sign it, so another master issued it",
             ENROL_HERE,

@@ -1,8 +1,8 @@
-//! Detects a peer that does not speak TLS, by the first bytes that it sends in the handshake. Runs on the thread that does
-//! the handshake.
+//! Detects a peer that does not speak TLS, by the first bytes that it sends in the handshake. Runs
+//! on the thread that does the handshake.
 //!
-//! rustls reports any such peer as an invalid message. DECNET's systemd unit starts the swarm controller without `--tls`, so
-//! the master may answer in plain HTTP. The error must say so.
+//! rustls reports any such peer as an invalid message. DECNET's systemd unit starts the swarm
+//! controller without `--tls`, so the master may answer in plain HTTP. The error must say so.
 
 use std::error::Error;
 use std::fmt;
@@ -45,7 +45,8 @@ impl<'a, S> FirstBytes<'a, S> {
     /// Replaces the error of a failed handshake with [`NotTls`], if the peer does not speak TLS.
     pub(crate) fn classify(&self, error: io::Error) -> io::Error {
         match self.head.as_slice() {
-            // Nothing was read, or a TLS record: its content type and the first byte of its version.
+            // Nothing was read, or a TLS record: its content type and the first byte of its
+            // version.
             [] | [0x14..=0x18] | [0x14..=0x18, 0x03, ..] => error,
             head if head.starts_with(b"HTTP/") => io::Error::other(NotTls::Http),
             _ => io::Error::other(NotTls::Other),

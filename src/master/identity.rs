@@ -1,4 +1,5 @@
-//! The rule for the master's certificate, as the operator writes it. Values only; `verifier` enforces the rule.
+//! The rule for the master's certificate, as the operator writes it. Values only; `verifier`
+//! enforces the rule.
 
 use std::fmt;
 use std::str::FromStr;
@@ -8,11 +9,13 @@ use rustls::pki_types::CertificateDer;
 
 /// The rule for the master's certificate.
 ///
-/// Every worker's certificate allows `serverAuth`. The original agent accepts any certificate of the CA, so with a stolen
-/// worker key an attacker can impersonate the master. The default requires the certificate that the master issues to itself
-/// (DECNET's `pki.ensure_swarmctl_cert`): its common name is `swarmctl`, and one of its DNS names is `swarmctl`. The common
-/// name of a worker's certificate is the worker's name. So never enrol a worker with the name `swarmctl`: its key could
-/// impersonate the master. If that has happened, pin the master's certificate with [`Fingerprint`](Self::Fingerprint).
+/// Every worker's certificate allows `serverAuth`. The original agent accepts any certificate of
+/// the CA, so with a stolen worker key an attacker can impersonate the master. The default requires
+/// the certificate that the master issues to itself (DECNET's `pki.ensure_swarmctl_cert`): its
+/// common name is `swarmctl`, and one of its DNS names is `swarmctl`. The common name of a worker's
+/// certificate is the worker's name. So never enrol a worker with the name `swarmctl`: its key
+/// could impersonate the master. If that has happened, pin the master's certificate with
+/// [`Fingerprint`](Self::Fingerprint).
 ///
 /// As text (`DECNET_MASTER_IDENTITY`, `[agent] master-identity`, `--master-identity`):
 /// `name`, `host`, `ca`, `sha256:<hex>` or `public`.
@@ -33,22 +36,26 @@ use rustls::pki_types::CertificateDer;
 pub enum MasterIdentity {
     /// `name`: the certificate chains to the bundle's `ca.crt` and is the master's own.
     ///
-    /// Its subject has exactly one common name, `swarmctl`, as a `UTF8String` or a `PrintableString`, and one of its DNS
-    /// names is `swarmctl`. Both are compared byte for byte. A name in another case or a wildcard does not match.
+    /// Its subject has exactly one common name, `swarmctl`, as a `UTF8String` or a
+    /// `PrintableString`, and one of its DNS names is `swarmctl`. Both are compared byte for byte.
+    /// A name in another case or a wildcard does not match.
     #[default]
     Name,
-    /// `host`: as `name`, or the certificate chains to the bundle's `ca.crt` and is valid for the configured master host.
-    /// Use it for a master with a certificate of another name.
+    /// `host`: as `name`, or the certificate chains to the bundle's `ca.crt` and is valid for the
+    /// configured master host. Use it for a master with a certificate of another name.
     ///
-    /// This rule is weaker. DECNET's web page enrols a worker with a certificate that is valid for the worker's name *and
-    /// for the master's host*, so the key of any worker that was enrolled there can impersonate the master.
+    /// This rule is weaker. DECNET's web page enrols a worker with a certificate that is valid for
+    /// the worker's name *and for the master's host*, so the key of any worker that was enrolled
+    /// there can impersonate the master.
     Host,
-    /// `ca`: the certificate chains to the bundle's `ca.crt`. Its name is not checked. This is the rule of the original
-    /// agent.
+    /// `ca`: the certificate chains to the bundle's `ca.crt`. Its name is not checked. This is the
+    /// rule of the original agent.
     AnyFromCa,
-    /// `sha256:<hex>`: one certificate, by the SHA-256 of its DER. Its chain, name and dates are not checked.
+    /// `sha256:<hex>`: one certificate, by the SHA-256 of its DER. Its chain, name and dates are
+    /// not checked.
     Fingerprint([u8; 32]),
-    /// `public`: the certificate chains to a public root and is valid for the configured master host.
+    /// `public`: the certificate chains to a public root and is valid for the configured master
+    /// host.
     PublicCa,
 }
 

@@ -1,8 +1,9 @@
-//! Resolves the master's host. An IP address needs no lookup. A name is looked up on a separate thread, because the
-//! system's resolver takes no deadline. The result is used until a connection to it fails, or for
-//! [`limits::RESOLVE_AGAIN`].
+//! Resolves the master's host. An IP address needs no lookup. A name is looked up on a separate
+//! thread, because the system's resolver takes no deadline. The result is used until a connection
+//! to it fails, or for [`limits::RESOLVE_AGAIN`].
 //!
-//! Called on the heartbeat thread. At most one lookup runs at a time. A beat with a cached address starts no lookup.
+//! Called on the heartbeat thread. At most one lookup runs at a time. A beat with a cached address
+//! starts no lookup.
 
 use std::error::Error;
 use std::fmt;
@@ -80,7 +81,8 @@ impl LookupFailed {
     /// What the operator can do.
     pub(crate) fn advice(&self) -> &'static str {
         match &self.cause {
-            // The standard library drops the resolver's error code. This is glibc's text for `EAI_AGAIN`.
+            // The standard library drops the resolver's error code. This is glibc's text for
+            // `EAI_AGAIN`.
             Cause::Resolver(source) if source.to_string().contains("Temporary failure") => {
                 "check the DNS configuration of this host, as no name server answers, or configure the master's IP address"
             }
@@ -109,7 +111,8 @@ struct Cache {
     fresh_since: Option<Instant>,
     /// The address of the last connection.
     current: Option<SocketAddr>,
-    /// The address that is tried first: that of the last connection, or the next one after that connection failed.
+    /// The address that is tried first: that of the last connection, or the next one after that
+    /// connection failed.
     first: Option<SocketAddr>,
     /// A lookup that has not returned yet.
     pending: Option<Receiver<io::Result<Vec<SocketAddr>>>>,
@@ -127,16 +130,16 @@ impl MasterResolver {
         cache.first = Some(address);
     }
 
-    /// Records that the POST to the current address failed. The next request looks the name up again and starts with the
-    /// address after it.
+    /// Records that the POST to the current address failed. The next request looks the name up
+    /// again and starts with the address after it.
     pub(crate) fn report_failure(&self) {
         let mut cache = self.lock();
         cache.fresh_since = None;
         cache.start_with_the_next();
     }
 
-    /// Makes the next request look the name up again. If the answers of the current address are bad, it starts with the
-    /// address after it.
+    /// Makes the next request look the name up again. If the answers of the current address are
+    /// bad, it starts with the address after it.
     pub(crate) fn look_up_again(&self, is_bad: bool) {
         let mut cache = self.lock();
         cache.fresh_since = None;
@@ -145,7 +148,8 @@ impl MasterResolver {
         }
     }
 
-    /// The addresses of the host, in the order in which they are tried. Waits for a lookup up to `timeout`.
+    /// The addresses of the host, in the order in which they are tried. Waits for a lookup up to
+    /// `timeout`.
     pub(crate) fn addresses(&self, timeout: Duration) -> Result<Vec<SocketAddr>, ureq::Error> {
         if let Ok(fixed) = self.host.parse::<IpAddr>() {
             return Ok(vec![SocketAddr::new(fixed, self.port)]);
@@ -169,8 +173,9 @@ impl MasterResolver {
                         self.host
                     );
                 });
-                // The cached addresses count as fresh again. Otherwise every beat would wait for a DNS server that does
-                // not respond. If they fail, `report_failure` requests a new lookup.
+                // The cached addresses count as fresh again. Otherwise every beat would wait for a
+                // DNS server that does not respond. If they fail, `report_failure` requests a new
+                // lookup.
                 cache.fresh_since = Some(Instant::now());
                 Ok(cache.in_order())
             }

@@ -1,18 +1,19 @@
 //! The TLS connector for ureq. Handshakes run on the heartbeat thread.
 //!
-//! ureq does not accept a rustls configuration, and its own connector panics if the key does not match the certificate. So
-//! `verifier` builds the configuration from a bundle that was checked, and this connector is a thin layer between the socket
-//! and ureq's HTTP.
+//! ureq does not accept a rustls configuration, and its own connector panics if the key does not
+//! match the certificate. So `verifier` builds the configuration from a bundle that was checked,
+//! and this connector is a thin layer between the socket and ureq's HTTP.
 
 use std::fmt;
 use std::io::{self, Read, Write};
 use std::mem;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 use rustls::pki_types::ServerName;
 use rustls::{ClientConfig, ClientConnection, HandshakeKind, StreamOwned};
 use ureq::http::StatusCode;
-use ureq::unversioned::transport::time::{Duration, Instant};
+use ureq::unversioned::transport::time;
 use ureq::unversioned::transport::{
     Buffers, ConnectionDetails, Connector, LazyBuffers, NextTimeout, Transport, TransportAdapter,
 };
@@ -20,17 +21,18 @@ use ureq::unversioned::transport::{
 use crate::limits;
 use crate::master::first_bytes::FirstBytes;
 use crate::master::resolver::MasterResolver;
-use crate::transport::SocketTransport;
+use crate::transport::{Deadline, SocketTransport};
 
 /// The state of the connections of one [`TlsConnector`].
 #[derive(Debug, Default)]
 pub(crate) struct Connections {
-    /// The number of connection attempts. If it does not change during a request, the request reused a connection.
+    /// The number of connection attempts. If it does not change during a request, the request
+    /// reused a connection.
     pub(crate) tried: u64,
     /// Whether the last handshake resumed a session.
     pub(crate) resumed: bool,
     /// When the newest connection was opened.
-    pub(crate) opened: Option<std::time::Instant>,
+    pub(crate) opened: Option<Instant>,
     /// Whether the master has accepted a body on the newest connection.
     pub(crate) has_accepted: bool,
     /// Whether the open connection must not be reused.
@@ -161,14 +163,16 @@ impl Connector for TlsConnector {
             connections.tried += 1;
             connections.close = false;
             connections.has_accepted = false;
-            connections.opened = Some(std::time::Instant::now());
+            connections.opened = Some(Instant::now());
         });
+        // The connect timeout covers TCP and TLS together.
+        let deadline = Deadline::new(details.timeout);
         let (tcp, address) = SocketTransport::tcp(details)?;
         self.resolver.connected_to(address);
         let mut tls = ClientConnection::new(Arc::clone(&self.config), self.name.clone())
             .map_err(|error| ureq::Error::Other(Box::new(error)))?;
         let mut wire = Wire::new(TransportAdapter::new(tcp, Arc::clone(&details.current_time)));
-        wire.tcp.set_timeout(remaining_timeout(details));
+        wire.tcp.set_timeout(deadline.timeout());
         let mut first = FirstBytes::of(&mut wire);
         tls.complete_io(&mut first).map_err(|error| first.classify(error))?;
         let resumed = tls.handshake_kind() == Some(HandshakeKind::Resumed);
@@ -188,24 +192,14 @@ impl Connector for TlsConnector {
     }
 }
 
-/// The rest of the connect timeout after TCP has connected. It covers TCP and TLS together.
-fn remaining_timeout(details: &ConnectionDetails<'_>) -> NextTimeout {
-    let mut timeout = details.timeout;
-    if let (Duration::Exact(limit), Instant::Exact(now), Instant::Exact(start)) =
-        (timeout.after, (details.current_time)(), details.now)
-    {
-        timeout.after = Duration::Exact(limit.saturating_sub(now.saturating_duration_since(start)));
-    }
-    timeout
-}
-
 impl fmt::Debug for TlsConnector {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("TlsConnector").field("name", &self.name).finish_non_exhaustive()
     }
 }
 
-/// The TCP stream under TLS. It limits the bytes that are read for one answer, TLS messages without data included.
+/// The TCP stream under TLS. It limits the bytes that are read for one answer, TLS messages without
+/// data included.
 struct Wire<S> {
     tcp: S,
     /// The number of bytes that may still be read.
@@ -223,7 +217,8 @@ impl<S> Wire<S> {
 }
 
 impl Wire<TransportAdapter<SocketTransport>> {
-    /// Whether the connection is open, nothing is waiting to be read, and the last record is complete.
+    /// Whether the connection is open, nothing is waiting to be read, and the last record is
+    /// complete.
     fn is_idle(&mut self) -> bool {
         let tcp = self.tcp.get_mut();
         self.record.is_complete() && tcp.buffers().input().is_empty() && tcp.is_open()
@@ -272,7 +267,8 @@ impl fmt::Display for TooManyBytes {
 
 impl std::error::Error for TooManyBytes {}
 
-/// Tracks the bounds of TLS records: a header of five bytes, which ends with the length of the content, and the content.
+/// Tracks the bounds of TLS records: a header of five bytes, which ends with the length of the
+/// content, and the content.
 #[derive(Debug, Default)]
 struct Record {
     header: Vec<u8>,
@@ -329,17 +325,17 @@ impl TlsTransport {
         sent
     }
 
-    /// Reads the part of an answer that has arrived. Called when sending fails: the master may have answered before it read
-    /// the whole request.
+    /// Reads the part of an answer that has arrived. Called when sending fails: the master may have
+    /// answered before it read the whole request.
     fn read_early_answer(&mut self) {
-        let end = std::time::Instant::now() + limits::EARLY_ANSWER;
+        let end = Instant::now() + limits::EARLY_ANSWER;
         let pause = NextTimeout {
-            after: Duration::Exact(limits::EARLY_ANSWER_PAUSE),
+            after: time::Duration::Exact(limits::EARLY_ANSWER_PAUSE),
             ..NextTimeout::default()
         };
         let (tls, wire) = (&mut self.stream.conn, &mut self.stream.sock);
         let mut some = [0; 4096];
-        while std::time::Instant::now() < end {
+        while Instant::now() < end {
             wire.tcp.set_timeout(pause);
             let arrived =
                 matches!(tls.read_tls(wire), Ok(1..)) && tls.process_new_packets().is_ok();
@@ -361,8 +357,8 @@ impl Transport for TlsTransport {
         &mut self.buffers
     }
 
-    /// Sends the head of a request together with its body. Otherwise they would be two TLS records, which wake the master
-    /// twice. Every request here has a body.
+    /// Sends the head of a request together with its body. Otherwise they would be two TLS records,
+    /// which wake the master twice. Every request here has a body.
     fn transmit_output(&mut self, amount: usize, timeout: NextTimeout) -> Result<(), ureq::Error> {
         self.unsent.extend_from_slice(self.buffers.output().get(..amount).unwrap_or_default());
         if mem::take(&mut self.at_request_start) {
@@ -395,7 +391,8 @@ impl Transport for TlsTransport {
         Ok(amount > 0)
     }
 
-    /// Whether the next request may use this connection. Unread bytes, decrypted or not, would be taken for the next answer.
+    /// Whether the next request may use this connection. Unread bytes, decrypted or not, would be
+    /// taken for the next answer.
     fn is_open(&mut self) -> bool {
         if update(&self.connections, |connections| connections.close) {
             return false;

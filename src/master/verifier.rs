@@ -1,8 +1,8 @@
-//! Verifies the master's certificate by the configured rule, and builds the rustls configuration for it. Handshakes run on
-//! the heartbeat thread.
+//! Verifies the master's certificate by the configured rule, and builds the rustls configuration
+//! for it. Handshakes run on the heartbeat thread.
 //!
-//! A resumed handshake sends no certificate. So session tickets belong to one configuration, with one bundle and one rule.
-//! After a change of the rule there are no tickets.
+//! A resumed handshake sends no certificate. So session tickets belong to one configuration, with
+//! one bundle and one rule. After a change of the rule there are no tickets.
 
 use std::error::Error as StdError;
 use std::fmt;
@@ -28,7 +28,8 @@ use crate::master::identity::{MasterIdentity, fingerprint, hex};
 use crate::master::x509::X509;
 use crate::text::quoted;
 
-/// The common name and a DNS name of the master's own certificate. No other certificate of its CA has them.
+/// The common name and a DNS name of the master's own certificate. No other certificate of its CA
+/// has them.
 pub(crate) const MASTER_NAME: &str = "swarmctl";
 
 /// ring. It is used for TLS and to check the bundle.
@@ -56,7 +57,8 @@ pub(crate) fn verifier(
     })
 }
 
-/// The configuration for one bundle and one rule. It contains the session tickets, so it is kept as long as the bundle.
+/// The configuration for one bundle and one rule. It contains the session tickets, so it is kept as
+/// long as the bundle.
 pub(crate) fn client_config(
     client: &Arc<CertifiedKey>,
     verifier: Arc<dyn ServerCertVerifier>,
@@ -130,9 +132,9 @@ impl MasterVerifier {
         )
     }
 
-    /// Replaces an error of webpki with a more specific one. webpki does not know the rule, and does not tell why it could
-    /// not verify a signature, such as an issuer's key that is too small. It also checks the dates of a certificate before
-    /// it checks whether its CA is a root.
+    /// Replaces an error of webpki with a more specific one. webpki does not know the rule, and
+    /// does not tell why it could not verify a signature, such as an issuer's key that is too
+    /// small. It also checks the dates of a certificate before it checks whether its CA is a root.
     fn explain(
         &self,
         error: rustls::Error,
@@ -203,7 +205,8 @@ impl MasterVerifier {
         false
     }
 
-    /// The refusal for an error about dates that are those of an issuer, and not those of the peer's certificate.
+    /// The refusal for an error about dates that are those of an issuer, and not those of the
+    /// peer's certificate.
     fn issuer_dates(
         &self,
         error: &rustls::Error,
@@ -239,7 +242,8 @@ impl MasterVerifier {
         Some(Refusal::OfIssuer { name, bad: bad.clone() })
     }
 
-    /// Why the signature of the certificate, or the key or signature of an issuer, cannot be verified here.
+    /// Why the signature of the certificate, or the key or signature of an issuer, cannot be
+    /// verified here.
     fn unsupported(
         &self,
         shown: &CertificateDer<'_>,
@@ -273,7 +277,8 @@ pub(crate) fn is_webpkis(error: &rustls::Error, names: &[&str]) -> bool {
     names.contains(&other.to_string().as_str())
 }
 
-/// Checks that the certificate is the master's own: its only common name and one of its DNS names are [`MASTER_NAME`].
+/// Checks that the certificate is the master's own: its only common name and one of its DNS names
+/// are [`MASTER_NAME`].
 pub(crate) fn is_masters_own(certificate: &CertificateDer<'_>) -> Result<(), Refusal> {
     let refusal = |problem| Refusal::NotMasters { problem, or_host: false };
     let Some(certificate) = X509::parse(certificate) else {
@@ -306,7 +311,8 @@ pub(crate) fn is_masters_own(certificate: &CertificateDer<'_>) -> Result<(), Ref
 /// Why this crate rejects a certificate of the peer that rustls would accept, or cannot explain.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Refusal {
-    /// The CA issued the certificate, but not for the master. `or_host`: it is not valid for the configured host, either.
+    /// The CA issued the certificate, but not for the master. `or_host`: it is not valid for the
+    /// configured host, either.
     NotMasters { problem: String, or_host: bool },
     /// The rule is `public`, and no public CA issued the certificate.
     NotPublic,
@@ -383,7 +389,8 @@ impl ServerCertVerifier for MasterVerifier {
     ) -> Result<ServerCertVerified, rustls::Error> {
         self.check(end_entity, intermediates, now)
             .map_err(|error| self.explain(error, end_entity, intermediates, now))?;
-        // Otherwise the handshake would fail with a bad signature, as the signature of such a key cannot be verified.
+        // Otherwise the handshake would fail with a bad signature, as the signature of such a key
+        // cannot be verified.
         if let Some(problem) = X509::parse(end_entity).and_then(|shown| shown.unsupported_key()) {
             return Err(Refusal::Unsupported(format!(
                 "the master's certificate cannot be used: {problem}"
@@ -444,7 +451,7 @@ mod tests {
     #[test]
     fn common_name_and_dns_name_are_both_required() {
         assert_eq!(refusal_of(Some("swarmctl"), &["localhost", "swarmctl"]), None);
-        for (common_name, dns_names, says) in [
+        for (common_name, dns_names, expected) in [
             (
                 Some("swarmctl"),
                 &["localhost"][..],
@@ -463,8 +470,8 @@ mod tests {
             ),
             (None, &["swarmctl"], "it has no common name, and needs the common name \"swarmctl\""),
         ] {
-            let said = refusal_of(common_name, dns_names).unwrap();
-            assert_eq!(said, format!("the certificate is not the master's own: {says}"));
+            let text = refusal_of(common_name, dns_names).unwrap();
+            assert_eq!(text, format!("the certificate is not the master's own: {expected}"));
         }
     }
 
@@ -476,7 +483,7 @@ mod tests {
                 "its common name \"swarmctl\" is {kind}, and must be a UTF8String or a PrintableString"
             )
         };
-        for (names, says) in [
+        for (names, expected) in [
             (vec![DnValue::Ia5String(ours.try_into().unwrap())], type_of("an IA5String")),
             (vec![DnValue::TeletexString(ours.try_into().unwrap())], type_of("a T61String")),
             (vec![DnValue::BmpString(ours.try_into().unwrap())], type_of("a BMPString")),
@@ -505,8 +512,8 @@ mod tests {
                 params.distinguished_name.push(kind, name);
             }
             let certificate = params.self_signed(&KeyPair::generate().unwrap()).unwrap();
-            let said = is_masters_own(certificate.der()).unwrap_err().to_string();
-            assert_eq!(said, format!("the certificate is not the master's own: {says}"));
+            let text = is_masters_own(certificate.der()).unwrap_err().to_string();
+            assert_eq!(text, format!("the certificate is not the master's own: {expected}"));
         }
     }
 
@@ -598,21 +605,21 @@ mod tests {
                 "{says}"
             );
             assert!(advice.contains("must pass TLS through"), "{advice}");
-            let said = refused_under(MasterIdentity::PublicCa, &ours, master, issuer, others).text;
-            assert!(said.starts_with("the certificate is not issued by a public CA"), "{said}");
+            let text = refused_under(MasterIdentity::PublicCa, &ours, master, issuer, others).text;
+            assert!(text.starts_with("the certificate is not issued by a public CA"), "{text}");
         }
         // For a certificate of a CA with the same name, the dates are checked first.
-        let said = refused(&ours, ended(params("m", &["m"])), Some(&named_as_ours), &[]).text;
-        assert!(said.starts_with("the master's certificate has expired"), "{said}");
+        let text = refused(&ours, ended(params("m", &["m"])), Some(&named_as_ours), &[]).text;
+        assert!(text.starts_with("the master's certificate has expired"), "{text}");
     }
 
     #[test]
     fn ca_of_same_name_with_another_key_type_is_another_ca() {
         let key = KeyPair::generate_for(&rcgen::PKCS_ED25519).unwrap();
         let other = CertifiedIssuer::self_signed(ca("DECNET"), key).unwrap();
-        let said = refused(&root(ca("DECNET")), params("m", &["m"]), Some(&other), &[]).text;
+        let text = refused(&root(ca("DECNET")), params("m", &["m"]), Some(&other), &[]).text;
         assert_eq!(
-            said,
+            text,
             "the master's certificate is not issued by the CA in ca.crt (invalid peer certificate: UnknownIssuer)"
         );
     }
@@ -641,7 +648,7 @@ mod tests {
         extension.set_criticality(true);
         unknown.custom_extensions = vec![extension];
         let own = || params("swarmctl", &["swarmctl"]);
-        for (master, issuer, others, says) in [
+        for (master, issuer, others, expected) in [
             (own(), &below, &[&below, &short][..], "has more CAs than one of them allows"),
             (
                 own(),
@@ -651,8 +658,8 @@ mod tests {
             ),
             (unknown, &ours, &[], "has an unknown critical extension"),
         ] {
-            let said = refused(&ours, master, Some(issuer), others).text;
-            assert!(said.contains(says), "{said}");
+            let text = refused(&ours, master, Some(issuer), others).text;
+            assert!(text.contains(expected), "{text}");
         }
     }
 
@@ -660,22 +667,22 @@ mod tests {
     fn date_error_names_the_certificate_at_fault() {
         let ours = root(ca("ours"));
         let old = sub(ended(ca("old")), &ours);
-        let said = refused(&ours, params("swarmctl", &["swarmctl"]), Some(&old), &[&old]).text;
+        let text = refused(&ours, params("swarmctl", &["swarmctl"]), Some(&old), &[&old]).text;
         assert!(
-            said.starts_with(
+            text.starts_with(
                 "an issuer of the master's certificate, \"old\", has expired by this host's"
             ),
-            "{said}"
+            "{text}"
         );
-        let said =
+        let text =
             refused(&ours, ended(params("swarmctl", &["swarmctl"])), Some(&old), &[&old]).text;
         assert!(
-            said.starts_with("the master's certificate has expired by this host's clock"),
-            "{said}"
+            text.starts_with("the master's certificate has expired by this host's clock"),
+            "{text}"
         );
         let mut never = params("swarmctl", &["swarmctl"]);
         (never.not_before, never.not_after) = (never.not_after, never.not_before);
-        let said = refused(&ours, never, Some(&ours), &[]).text;
-        assert_eq!(said, "the master's certificate is never valid: it ends before it begins");
+        let text = refused(&ours, never, Some(&ours), &[]).text;
+        assert_eq!(text, "the master's certificate is never valid: it ends before it begins");
     }
 }

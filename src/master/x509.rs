@@ -1,8 +1,9 @@
-//! Reads the parts of a certificate or a key that webpki does not expose: the common names of the subject, whether the
-//! certificate is a CA certificate, and its algorithms. Values only, for any thread.
+//! Reads the parts of a certificate or a key that webpki does not expose: the common names of the
+//! subject, whether the certificate is a CA certificate, and its algorithms. Values only, for any
+//! thread.
 //!
-//! It uses ring's DER reader, which is strict and already a dependency. Nothing here replaces a check of webpki: only webpki
-//! builds chains and verifies dates, purposes and signatures.
+//! It uses ring's DER reader, which is strict and already a dependency. Nothing here replaces a
+//! check of webpki: only webpki builds chains and verifies dates, purposes and signatures.
 
 use ring::error::Unspecified;
 use ring::io::der::{self, Tag};
@@ -133,8 +134,9 @@ impl<'a> X509<'a> {
 
     /// Whether the subject has exactly one common name, and it is `name`.
     ///
-    /// The check is strict, because this name identifies the master: a second common name, another case, or a string type
-    /// other than `UTF8String` and `PrintableString` (the two that RFC 5280, 4.1.2.4, allows a CA to use) does not match.
+    /// The check is strict, because this name identifies the master: a second common name, another
+    /// case, or a string type other than `UTF8String` and `PrintableString` (the two that RFC 5280,
+    /// 4.1.2.4, allows a CA to use) does not match.
     pub(crate) fn has_common_name(&self, name: &str) -> bool {
         let names = self.common_names();
         let types = [TAG_UTF8_STRING, TAG_PRINTABLE_STRING];
@@ -151,7 +153,8 @@ impl<'a> X509<'a> {
         self.common_names().into_iter().map(|(tag, bytes)| CommonName::of(tag, bytes)).collect()
     }
 
-    /// Every common name of the subject with the tag of its type, from all RDNs. Empty if the subject cannot be parsed.
+    /// Every common name of the subject with the tag of its type, from all RDNs. Empty if the
+    /// subject cannot be parsed.
     fn common_names(&self) -> Vec<(u8, &'a [u8])> {
         let attribute = |input: &mut Reader<'a>| {
             read(sequence(input)?, |input| Ok((value(input, Tag::OID)?, any(input)?)))
@@ -173,9 +176,9 @@ impl<'a> X509<'a> {
         names.contains(&(TAG_DNS_NAME, name.as_bytes()))
     }
 
-    /// Why this is not a CA certificate. The rule is that of OpenSSL (`check_ca` in `v3_purp.c`), with only one of its
-    /// exceptions for certificates without basic constraints: a self-signed certificate of version 1, which cannot have
-    /// them, is a root.
+    /// Why this is not a CA certificate. The rule is that of OpenSSL (`check_ca` in `v3_purp.c`),
+    /// with only one of its exceptions for certificates without basic constraints: a self-signed
+    /// certificate of version 1, which cannot have them, is a root.
     pub(crate) fn not_a_ca(&self, algorithms: &WebPkiSupportedAlgorithms) -> Option<&'static str> {
         if self.is_v1 {
             return (!self.is_self_signed(algorithms))
@@ -204,9 +207,9 @@ impl<'a> X509<'a> {
             .then_some("a CA certificate whose key usage does not allow issuing certificates")
     }
 
-    /// Whether issuer and subject have the same name and the certificate's own key made the signature. A signature with an
-    /// unsupported algorithm, such as that of an old root with SHA-1, counts as self-signed: OpenSSL does not verify the
-    /// signature of a root.
+    /// Whether issuer and subject have the same name and the certificate's own key made the
+    /// signature. A signature with an unsupported algorithm, such as that of an old root with
+    /// SHA-1, counts as self-signed: OpenSSL does not verify the signature of a root.
     fn is_self_signed(&self, algorithms: &WebPkiSupportedAlgorithms) -> bool {
         let mut verifiers = algorithms.all.iter().filter(|algorithm| {
             algorithm.signature_alg_id().as_ref() == self.signature_algorithm
@@ -218,13 +221,15 @@ impl<'a> X509<'a> {
                 .is_none_or(|it| it.verify_signature(self.key, self.signed, self.signature).is_ok())
     }
 
-    /// Why the key is not supported: `its key is an RSA key of 1024 bits; supported are …`. `None`: it is supported.
+    /// Why the key is not supported: `its key is an RSA key of 1024 bits; supported are …`. `None`:
+    /// it is supported.
     pub(crate) fn unsupported_key(&self) -> Option<String> {
         let key = public_key(self.key_algorithm, self.key)?;
         (!key.is_supported).then(|| format!("its key is {}; {SUPPORTED_KEYS}", key.name))
     }
 
-    /// Why the signature is not supported: `it is signed with RSA and SHA-1; supported are …`. `None`: it is supported.
+    /// Why the signature is not supported: `it is signed with RSA and SHA-1; supported are …`.
+    /// `None`: it is supported.
     pub(crate) fn unsupported_signature(
         &self,
         algorithms: &WebPkiSupportedAlgorithms,
@@ -294,8 +299,8 @@ impl CommonName {
     }
 }
 
-/// Why a private key is not supported: `is an RSA key of 1024 bits; supported are …`. `None`: it is supported, or it cannot
-/// be parsed.
+/// Why a private key is not supported: `is an RSA key of 1024 bits; supported are …`. `None`: it is
+/// supported, or it cannot be parsed.
 pub(crate) fn unsupported_private_key(key: &PrivateKeyDer<'_>) -> Option<String> {
     let key = match key {
         PrivateKeyDer::Pkcs1(key) => rsa_private(key.secret_pkcs1_der()),
@@ -536,7 +541,8 @@ mod tests {
         .unwrap();
         params.distinguished_name = DistinguishedName::new();
         for (number, name) in common_names.into_iter().enumerate() {
-            // rcgen allows one name of each type. The second one has a custom type with the same OID.
+            // rcgen allows one name of each type. The second one has a custom type with the same
+            // OID.
             let kind = if number == 0 {
                 DnType::CommonName
             } else {

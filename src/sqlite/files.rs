@@ -1,8 +1,8 @@
-//! Checks the files of a SQLite database before SQLite opens them. SQLite would follow a hard link, block on a FIFO, and
-//! change the mode of another program's file. For any thread.
+//! Checks the files of a SQLite database before SQLite opens them. SQLite would follow a hard link,
+//! block on a FIFO, and change the mode of another program's file. For any thread.
 //!
-//! The checks open files only with `O_PATH`. Closing an ordinary descriptor would drop the locks that SQLite holds on the
-//! file in this process.
+//! The checks open files only with `O_PATH`. Closing an ordinary descriptor would drop the locks
+//! that SQLite holds on the file in this process.
 
 use std::fs::{self, File, Metadata, OpenOptions, Permissions};
 use std::io;
@@ -19,8 +19,8 @@ use crate::panics::quietly;
 /// The suffixes of the database and of the files that SQLite creates with it.
 pub(crate) const PARTS: [&str; 4] = ["", "-journal", "-wal", "-shm"];
 
-/// Resolves the symlinks of the path's folder, because SQLite is opened with `NOFOLLOW` and rejects a path with symlinks. The
-/// last component is not resolved; the caller checks it.
+/// Resolves the symlinks of the path's folder, because SQLite is opened with `NOFOLLOW` and rejects
+/// a path with symlinks. The last component is not resolved; the caller checks it.
 pub(crate) fn with_real_folder(path: &Path) -> io::Result<PathBuf> {
     let name = path.file_name().ok_or_else(|| refusal(path, "names a folder; name a file"))?;
     Ok(folder(path).canonicalize()?.join(name))
@@ -35,8 +35,8 @@ pub(crate) struct DatabaseFile {
 }
 
 impl DatabaseFile {
-    /// Opens the file at `path`. `None`: there is no file. Anything but a regular file with one link is an error,
-    /// `InvalidInput`.
+    /// Opens the file at `path`. `None`: there is no file. Anything but a regular file with one
+    /// link is an error, `InvalidInput`.
     pub(crate) fn open(path: &Path) -> io::Result<Option<Self>> {
         let flags = libc::O_PATH | libc::O_NOFOLLOW;
         let descriptor = match OpenOptions::new().read(true).custom_flags(flags).open(path) {
@@ -58,7 +58,8 @@ impl DatabaseFile {
         }
     }
 
-    /// Checks that the owner is this user, root, or the owner of the folder. Otherwise the error is `InvalidInput`.
+    /// Checks that the owner is this user, root, or the owner of the folder. Otherwise the error is
+    /// `InvalidInput`.
     pub(crate) fn check_owner(&self, folder: &Metadata) -> io::Result<()> {
         let user = geteuid().as_raw();
         let folder_owner = folder.uid();
@@ -84,8 +85,8 @@ impl DatabaseFile {
         fs::set_permissions(self.descriptor_path(), Permissions::from_mode(mode))
     }
 
-    /// Changes the owner of a file that root has just created in another user's folder to the owner of the folder, who could
-    /// not use it otherwise. Such a file belongs to root and is empty.
+    /// Changes the owner of a file that root has just created in another user's folder to the owner
+    /// of the folder, who could not use it otherwise. Such a file belongs to root and is empty.
     pub(crate) fn chown_to_owner_of(&self, folder: &Metadata) {
         let is_new = self.metadata.uid() == 0 && self.metadata.len() == 0;
         if !geteuid().is_root() || folder.uid() == 0 || !is_new {
@@ -111,7 +112,8 @@ impl DatabaseFile {
     }
 }
 
-/// Checks that the database, and each file that SQLite creates with it, is absent or a regular file with one link.
+/// Checks that the database, and each file that SQLite creates with it, is absent or a regular file
+/// with one link.
 pub(crate) fn check(path: &Path) -> io::Result<()> {
     PARTS.iter().try_for_each(|part| DatabaseFile::open(&beside(path, part)).map(drop))
 }

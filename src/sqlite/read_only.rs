@@ -1,8 +1,10 @@
-//! Reads SQLite files of other processes without changing them: no mode, no content, and no new files. For any thread.
+//! Reads SQLite files of other processes without changing them: no mode, no content, and no new
+//! files. For any thread.
 //!
-//! An ordinary connection to a file in WAL mode creates `-wal` and `-shm` even if it only reads. They would belong to this
-//! user, and stay. So the way a file is opened depends on the files that exist, see [`ReadMode`]. The check opens no
-//! descriptor, because closing one would drop SQLite's locks in this process.
+//! An ordinary connection to a file in WAL mode creates `-wal` and `-shm` even if it only reads.
+//! They would belong to this user, and stay. So the way a file is opened depends on the files that
+//! exist, see [`ReadMode`]. The check opens no descriptor, because closing one would drop SQLite's
+//! locks in this process.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -18,8 +20,8 @@ use rusqlite::{Connection, ErrorCode, OpenFlags};
 use crate::files::{FileVersion, beside};
 use crate::sqlite::files;
 
-/// The owner of a file that is not empty. SQLite changes the mode of an empty file, and as root also the owner of `-wal` and
-/// `-shm`.
+/// The owner of a file that is not empty. SQLite changes the mode of an empty file, and as root
+/// also the owner of `-wal` and `-shm`.
 pub(crate) fn owner(file: &Path) -> Option<(u32, u32)> {
     let found = fs::symlink_metadata(file).ok().filter(|found| found.len() > 0)?;
     Some((found.uid(), found.gid()))
@@ -28,21 +30,21 @@ pub(crate) fn owner(file: &Path) -> Option<(u32, u32)> {
 /// How the file is opened. An empty file counts as absent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum ReadMode {
-    /// There is no `-wal` and no `-journal`, so no process is writing. The file is read as immutable; the caller checks
-    /// afterwards that it has not changed.
+    /// There is no `-wal` and no `-journal`, so no process is writing. The file is read as
+    /// immutable; the caller checks afterwards that it has not changed.
     Unchanging(FileVersion),
     /// There is a `-journal`, so the file is not in WAL mode, and SQLite creates no files.
     Journal,
     /// There are `-wal` and `-shm`. Both are only read, with SQLite's locks.
     Locking,
-    /// There is a `-wal` without `-shm`: a process was killed, and no other process has the file open. Or `-shm` and the file
-    /// have different owners, and SQLite would change that.
+    /// There is a `-wal` without `-shm`: a process was killed, and no other process has the file
+    /// open. Or `-shm` and the file have different owners, and SQLite would change that.
     Alone,
 }
 
 impl ReadMode {
-    /// The mode for the files that exist now. If the mode is different after the read, the result may be inconsistent. It is
-    /// an error if one of the files must not be opened.
+    /// The mode for the files that exist now. If the mode is different after the read, the result
+    /// may be inconsistent. It is an error if one of the files must not be opened.
     pub(crate) fn of(path: &Path) -> io::Result<Self> {
         files::check(path)?;
         Ok(match (owner(&beside(path, "-wal")), owner(&beside(path, "-shm"))) {

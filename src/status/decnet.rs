@@ -1,4 +1,5 @@
-//! DECNET's status, from its state file, Docker and `topology.db`. Each of them may fail alone. Runs on the status thread.
+//! DECNET's status, from its state file, Docker and `topology.db`. Each of them may fail alone.
+//! Runs on the status thread.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -23,13 +24,14 @@ pub(crate) const DOCKER_SOCKET: &str = "/var/run/docker.sock";
 /// The file in the agent dir with the applied topology.
 pub(crate) const TOPOLOGY: &str = "topology.db";
 
-/// The status that DECNET's own agent reports: the deckies of its state file, the states of their containers, and the
-/// topology.
+/// The status that DECNET's own agent reports: the deckies of its state file, the states of their
+/// containers, and the topology.
 ///
-/// The state file and `topology.db` are only read. Each snapshot queries Docker twice: for its networks, then for its
-/// containers. If the containers are unknown, or the state file cannot be found or read, the status names no decky and
-/// `status.error` gives the reason, because the master stores a decky without states as degraded. If only the states of some
-/// containers are unknown, their deckies are left out. If only the networks are unknown, only `observed` is unknown.
+/// The state file and `topology.db` are only read. Each snapshot queries Docker twice: for its
+/// networks, then for its containers. If the containers are unknown, or the state file cannot be
+/// found or read, the status names no decky and `status.error` gives the reason, because the master
+/// stores a decky without states as degraded. If only the states of some containers are unknown,
+/// their deckies are left out. If only the networks are unknown, only `observed` is unknown.
 ///
 /// ```
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -58,22 +60,26 @@ pub struct DecnetStatus {
 }
 
 impl DecnetStatus {
-    /// A source with the state file that DECNET uses on this host, Docker at `/var/run/docker.sock`, and `topology.db` in the
-    /// agent dir.
+    /// A source with the state file that DECNET uses on this host, Docker at
+    /// `/var/run/docker.sock`, and `topology.db` in the agent dir.
     ///
-    /// DECNET's state file is in the same folder as its Python package. Each snapshot searches the package in this order:
+    /// DECNET's state file is in the same folder as its Python package. Each snapshot searches the
+    /// package in this order:
     ///
-    /// 1. In the virtual environment of `/usr/local/bin/decnet`. On a worker that the master's installer set up, this is a
-    ///    symlink to `<environment>/bin/decnet`, and the package is `lib/python3.X/site-packages/decnet`. If several versions
-    ///    of Python have it, that of the environment (`pyvenv.cfg`) counts, otherwise the newest.
+    /// 1. In the virtual environment of `/usr/local/bin/decnet`. On a worker that the master's
+    ///    installer set up, this is a symlink to `<environment>/bin/decnet`, and the package is
+    ///    `lib/python3.X/site-packages/decnet`. If several versions of Python have it, that of the
+    ///    environment (`pyvenv.cfg`) counts, otherwise the newest.
     /// 2. In `/opt/decnet/venv`, in the same way.
     /// 3. `/opt/decnet/decnet`, for an editable install.
     ///
-    /// If the package exists and the state file does not, nothing is deployed. If the package is not found, it is unknown
-    /// what is deployed, and `status.error` names the places that were searched. A place that cannot be accessed (no
-    /// permission, a loop of symlinks) ends the search.
+    /// If the package exists and the state file does not, nothing is deployed. If the package is
+    /// not found, it is unknown what is deployed, and `status.error` names the places that were
+    /// searched. A place that cannot be accessed (no permission, a loop of symlinks) ends the
+    /// search.
     ///
-    /// A relative path, here and in the other methods, is resolved against the current directory of the process.
+    /// A relative path, here and in the other methods, is resolved against the current directory of
+    /// the process.
     ///
     /// ```
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -97,8 +103,8 @@ impl DecnetStatus {
 
     /// Sets the state file. It is not searched.
     ///
-    /// If the file does not exist, nothing is deployed. If its folder does not exist or cannot be accessed, or the file is a
-    /// dangling symlink, it is unknown what is deployed.
+    /// If the file does not exist, nothing is deployed. If its folder does not exist or cannot be
+    /// accessed, or the file is a dangling symlink, it is unknown what is deployed.
     ///
     /// ```
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -143,8 +149,8 @@ impl DecnetStatus {
         report(self.state_file.read(&located)?, engine, other)
     }
 
-    /// The state file, and those of these deckies that it does not list. `None`: there is no state file, or it cannot be
-    /// found or read.
+    /// The state file, and those of these deckies that it does not list. `None`: there is no state
+    /// file, or it cannot be found or read.
     #[cfg(feature = "cli")]
     pub(crate) fn unlisted<'a>(
         &mut self,
@@ -156,8 +162,8 @@ impl DecnetStatus {
         Some((located.file, unlisted))
     }
 
-    /// Reads everything. Docker comes first, as it may be slow. `topology.db` comes last, because an open that blocks in
-    /// SQLite blocks every other open in this process.
+    /// Reads everything. Docker comes first, as it may be slow. `topology.db` comes last, because
+    /// an open that blocks in SQLite blocks every other open in this process.
     pub(crate) fn probe(&mut self) -> StatusProbe {
         let engine = self.docker.engine();
         let located = self.state_file.locate();
@@ -206,7 +212,8 @@ impl StatusProbe {
         self.engine.containers.as_ref().err().map(String::as_str).or_else(of_deckies)
     }
 
-    /// Why the networks are unknown. If both requests fail, only the error of the containers is reported.
+    /// Why the networks are unknown. If both requests fail, only the error of the containers is
+    /// reported.
     fn networks_problem(&self) -> Option<&str> {
         self.engine
             .networks
@@ -218,7 +225,8 @@ impl StatusProbe {
 
     /// The snapshot of all parts.
     pub(crate) fn into_snapshot(self) -> Snapshot {
-        // Entries of Docker's answers that were left out are not reported: none of them belongs to a decky.
+        // Entries of Docker's answers that were left out are not reported: none of them belongs to
+        // a decky.
         let faults = [
             self.states_problem(),
             self.networks_problem(),
@@ -267,8 +275,9 @@ impl StatusSource for DecnetStatus {
     }
 }
 
-/// Logs a problem when it begins, changes or ends, but not with each snapshot. A problem that comes and goes, or alternates
-/// with another one, is logged at a decreasing rate. The end of a problem is logged only if its beginning was.
+/// Logs a problem when it begins, changes or ends, but not with each snapshot. A problem that comes
+/// and goes, or alternates with another one, is logged at a decreasing rate. The end of a problem
+/// is logged only if its beginning was.
 #[derive(Debug, Default)]
 struct ProblemLog {
     throttle: LogThrottle,
@@ -313,7 +322,8 @@ impl ProblemLog {
     }
 }
 
-/// The status of the deployed deckies. No state: nothing is deployed. The error is about the state file, which is too large.
+/// The status of the deployed deckies. No state: nothing is deployed. The error is about the state
+/// file, which is too large.
 pub(crate) fn report(
     state: Option<&State>,
     engine: &DockerState,
@@ -344,8 +354,8 @@ fn both(error: &str, other: Option<&str>) -> String {
     other.map_or_else(|| error.to_owned(), |other| format!("{error}; {other}"))
 }
 
-/// The networks and containers of topologies. Unknown if either request failed, because the master would take one without
-/// the other as a missing part.
+/// The networks and containers of topologies. Unknown if either request failed, because the master
+/// would take one without the other as a missing part.
 fn observe(engine: &DockerState) -> Observed {
     let (containers, networks) = match (&engine.containers, &engine.networks) {
         (Ok(containers), Ok(networks)) => (containers, networks),
@@ -373,7 +383,8 @@ fn observe(engine: &DockerState) -> Observed {
     Observed::Seen { bridges, containers: running }
 }
 
-/// Whether a container counts as running. Docker also lists a paused or restarting container as running.
+/// Whether a container counts as running. Docker also lists a paused or restarting container as
+/// running.
 fn runs(state: &str) -> bool {
     matches!(state, "running" | "paused" | "restarting")
 }

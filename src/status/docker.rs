@@ -1,12 +1,12 @@
 //! Docker's Engine API over its socket: two requests for each snapshot. Runs on the status thread.
 //!
-//! - Each request may fail alone. A socket proxy may forbid one of them, and podman answers `/networks` with `null` if there
-//!   is no network.
-//! - The answer `null` is an error. If it counted as an empty list, the containers of all deckies would be reported as
-//!   absent.
+//! - Each request may fail alone. A socket proxy may forbid one of them, and podman answers
+//!   `/networks` with `null` if there is no network.
+//! - The answer `null` is an error. If it counted as an empty list, the containers of all deckies
+//!   would be reported as absent.
 //! - Networks are requested first, so that the states of containers are as fresh as possible.
-//! - An invalid entry (a state that is not a string, a name that is too long) affects only what depends on it: the decky of
-//!   the container, or `observed` if it belongs to a topology.
+//! - An invalid entry (a state that is not a string, a name that is too long) affects only what
+//!   depends on it: the decky of the container, or `observed` if it belongs to a topology.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -27,7 +27,8 @@ use crate::limits;
 use crate::text::{cut, sanitize};
 use crate::transport::SocketTransport;
 
-/// The containers and networks of Docker. Each error is text for people; it names the socket, the request and the problem.
+/// The containers and networks of Docker. Each error is text for people; it names the socket, the
+/// request and the problem.
 #[derive(Clone, Debug)]
 pub(crate) struct DockerState {
     pub(crate) containers: Result<Containers, String>,
@@ -39,7 +40,8 @@ pub(crate) struct DockerState {
 pub(crate) struct Containers {
     /// The state of each container by its name. `None`: Docker's answer has no valid state.
     pub(crate) states: BTreeMap<String, Option<String>>,
-    /// The containers that are left out because their names are too long: the first name, truncated, and their number.
+    /// The containers that are left out because their names are too long: the first name,
+    /// truncated, and their number.
     pub(crate) left_out: Option<(String, usize)>,
 }
 
@@ -257,8 +259,8 @@ impl<'de> Deserialize<'de> for Text {
     }
 }
 
-/// A container's own name. Names with a second slash are links from other containers. A container that is being removed has
-/// no names.
+/// A container's own name. Names with a second slash are links from other containers. A container
+/// that is being removed has no names.
 fn own_name<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Text, D::Error> {
     Ok(match deserializer.deserialize_any(Lenient)? {
         Value::List(own_name) => own_name,

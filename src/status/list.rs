@@ -1,5 +1,5 @@
-//! Strict deserialization of foreign JSON: lists have a maximum length, and a list is not accepted in place of an object.
-//! Values only, for any thread.
+//! Strict deserialization of foreign JSON: lists have a maximum length, and a list is not accepted
+//! in place of an object. Values only, for any thread.
 
 use std::fmt;
 use std::marker::PhantomData;
@@ -10,8 +10,8 @@ use serde::de::{
 };
 use serde_json::value::RawValue;
 
-/// A list of at most `MOST` entries. The size of a file does not limit the memory, as an entry may take a hundred times its
-/// bytes in the file.
+/// A list of at most `MOST` entries. The size of a file does not limit the memory, as an entry may
+/// take a hundred times its bytes in the file.
 #[derive(Debug)]
 pub(super) struct BoundedVec<T, const MOST: usize>(pub(super) Vec<T>);
 
@@ -66,7 +66,8 @@ impl<'de, T: Deserialize<'de>> Visitor<'de> for Entry<T> {
     }
 }
 
-/// The raw values of these keys of an object. Other keys are skipped, even if they are invalid text with a lone surrogate.
+/// The raw values of these keys of an object. Other keys are skipped, even if they are invalid text
+/// with a lone surrogate.
 pub(super) fn values<'a, const N: usize>(
     json: &'a [u8],
     keys: [&str; N],

@@ -1,11 +1,13 @@
-//! Locates DECNET's state file, which is in the same folder as its Python package. Runs on the calling thread. A search
-//! costs a few `stat`s and one listed folder.
+//! Locates DECNET's state file, which is in the same folder as its Python package. Runs on the
+//! calling thread. A search costs a few `stat`s and one listed folder.
 //!
-//! DECNET writes the file when something is deployed, and deletes it afterwards. A missing file means that nothing is
-//! deployed only if the package is there, or if the operator named the folder. Otherwise it is unknown what is deployed. A
-//! place that cannot be accessed (no permission, a loop of symlinks) is an error, and not "not found".
+//! DECNET writes the file when something is deployed, and deletes it afterwards. A missing file
+//! means that nothing is deployed only if the package is there, or if the operator named the
+//! folder. Otherwise it is unknown what is deployed. A place that cannot be accessed (no
+//! permission, a loop of symlinks) is an error, and not "not found".
 //!
-//! The first place with the package counts, even if it has no state file: a state file in a later place may be stale.
+//! The first place with the package counts, even if it has no state file: a state file in a later
+//! place may be stale.
 
 use std::fmt;
 use std::fs;
@@ -90,7 +92,8 @@ impl StateFilePath {
     }
 }
 
-/// Checks that a missing state file means that nothing is deployed. The error is the reason why it does not.
+/// Checks that a missing state file means that nothing is deployed. The error is the reason why it
+/// does not.
 pub(super) fn means_nothing_deployed(file: &Path) -> Result<(), String> {
     // The file system of a dangling symlink's target may not be mounted.
     if fs::symlink_metadata(file).is_ok_and(|found| found.is_symlink()) {
@@ -109,7 +112,8 @@ pub(super) fn means_nothing_deployed(file: &Path) -> Result<(), String> {
     }
 }
 
-/// Finds the first place with the package. A place that cannot be accessed ends the search, as a later one may be wrong.
+/// Finds the first place with the package. A place that cannot be accessed ends the search, as a
+/// later one may be wrong.
 fn search(root: &Path) -> Result<Located, NotLocated> {
     let command = root.join("usr/local/bin/decnet");
     let (venv, editable) = (root.join("opt/decnet/venv"), root.join("opt/decnet"));
@@ -167,7 +171,8 @@ fn resolve(path: &Path) -> Result<Option<PathBuf>, NotLocated> {
     }
 }
 
-/// The package in a virtual environment, or in a prefix such as `/usr/local`. An editable install has no package there.
+/// The package in a virtual environment, or in a prefix such as `/usr/local`. An editable install
+/// has no package there.
 fn package_of_environment(environment: &Path) -> Result<Option<PathBuf>, NotLocated> {
     // In most environments `lib64` is a symlink to `lib`.
     for lib in ["lib", "lib64"] {
@@ -229,8 +234,8 @@ fn python_versions(lib: &Path) -> Result<Vec<Version>, NotLocated> {
     Ok(versions)
 }
 
-/// The version of the interpreter of a virtual environment, from its `pyvenv.cfg`: `version = 3.11.2`, or
-/// `version_info = 3.11.2.final.0`.
+/// The version of the interpreter of a virtual environment, from its `pyvenv.cfg`: `version =
+/// 3.11.2`, or `version_info = 3.11.2.final.0`.
 fn interpreter(environment: &Path) -> Result<Option<Version>, NotLocated> {
     let path = environment.join("pyvenv.cfg");
     let content = match files::read(&path, limits::PYVENV_CFG) {

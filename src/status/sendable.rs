@@ -1,12 +1,15 @@
-//! Finds JSON that the master cannot process, before it is sent unchanged. Values only, for any thread.
+//! Finds JSON that the master cannot process, before it is sent unchanged. Values only, for any
+//! thread.
 //!
-//! The master parses a body with Python's `json`, and processes the status after the deltas of the same body. So values that
-//! it cannot parse, or parses as something else, are rejected here, with their place. `serde_json` accepts all of these:
+//! The master parses a body with Python's `json`, and processes the status after the deltas of the
+//! same body. So values that it cannot parse, or parses as something else, are rejected here, with
+//! their place. `serde_json` accepts all of these:
 //!
-//! - a lone surrogate (`"\udcff"`) in a string or a key: Python parses it and cannot serialize it, and the master answers
-//!   500;
+//! - a lone surrogate (`"\udcff"`) in a string or a key: Python parses it and cannot serialize it,
+//!   and the master answers 500;
 //! - an integer with more than 4,300 digits: Python does not parse it;
-//! - a number without a finite value (`1e999`): Python parses it as infinity, which is not valid JSON;
+//! - a number without a finite value (`1e999`): Python parses it as infinity, which is not valid
+//!   JSON;
 //! - arrays and objects that are nested too deeply for Python.
 
 use std::fmt;
@@ -18,14 +21,15 @@ use serde_json::value::RawValue;
 use crate::limits;
 use crate::text::printable_within;
 
-/// The first problem in `json`, with its place, such as `deckies[3].name`. `whole` is the name of the whole value. It takes
-/// one pass, without recursion or copies.
+/// The first problem in `json`, with its place, such as `deckies[3].name`. `whole` is the name of
+/// the whole value. It takes one pass, without recursion or copies.
 pub(super) fn problem(whole: &str, json: &RawValue) -> Option<String> {
     let mut scan = Scan { json: json.get(), levels: Vec::new() };
     scan.problem().map(|problem| format!("{} {problem}", scan.place(whole)))
 }
 
-/// The first problem with the types in a status: `deckies` must be a list, and each value of `runtime` an object or null.
+/// The first problem with the types in a status: `deckies` must be a list, and each value of
+/// `runtime` an object or null.
 pub(super) fn problem_of_shape(status: &RawValue) -> Option<String> {
     #[derive(Deserialize)]
     struct Shape<'a> {
@@ -323,7 +327,7 @@ mod tests {
         ] {
             assert_eq!(of(json), None, "{json}");
         }
-        for (json, said) in [
+        for (json, expected) in [
             (r#"{"deckies": {}}"#, "deckies is not a list"),
             (r#"{"deckies": "d1"}"#, "deckies is not a list"),
             (r#"{"deckies": [], "d\u0065ckies": {}}"#, "duplicate field `deckies`"),
@@ -331,7 +335,7 @@ mod tests {
             (r#"{"runtime": {"d1": {}, "d2": false}}"#, "a decky in runtime is not an object"),
             (r#"{"runtime": []}"#, "invalid type: sequence, expected runtime to be an object"),
         ] {
-            assert!(of(json).unwrap().starts_with(said), "{json}: {:?}", of(json));
+            assert!(of(json).unwrap().starts_with(expected), "{json}: {:?}", of(json));
         }
     }
 }

@@ -1,5 +1,5 @@
-//! Reads DECNET's state file, which lists the deployed deckies. Its path is searched each time; its content is cached until
-//! the file changes. Runs on the status thread.
+//! Reads DECNET's state file, which lists the deployed deckies. Its path is searched each time; its
+//! content is cached until the file changes. Runs on the status thread.
 
 use std::borrow::Cow;
 use std::io;
@@ -29,7 +29,8 @@ pub(super) struct StateFile {
 struct Cached {
     path: PathBuf,
     state: State,
-    /// The version of the file. `None`: the file was changed so recently that its times may not show the next change.
+    /// The version of the file. `None`: the file was changed so recently that its times may not
+    /// show the next change.
     version: Option<FileVersion>,
 }
 
@@ -43,7 +44,8 @@ impl StateFile {
         self.place.locate()
     }
 
-    /// The state. `None`: there is no file, so nothing is deployed. The error is text for people and names the file.
+    /// The state. `None`: there is no file, so nothing is deployed. The error is text for people
+    /// and names the file.
     pub(super) fn read(&mut self, located: &Located) -> Result<Option<&State>, String> {
         let path = located.file.as_path();
         // The version from before the read, so that a change during it is noticed next time.
@@ -142,8 +144,9 @@ impl State {
         self.services.iter().any(|decky| decky.name == name)
     }
 
-    /// The deckies with the states of their containers. A decky is left out if the state of one of its containers is
-    /// unknown, because the master would store it as degraded. It is an error if all deckies are left out.
+    /// The deckies with the states of their containers. A decky is left out if the state of one of
+    /// its containers is unknown, because the master would store it as degraded. It is an error if
+    /// all deckies are left out.
     pub(super) fn seen<'a>(&'a self, containers: &'a Containers) -> Result<Seen<'a>, String> {
         let mut name = String::new();
         let states = self
@@ -176,9 +179,9 @@ impl State {
 /// The list of deckies, each as raw JSON.
 type Deckies<'a> = BoundedVec<&'a RawValue, { limits::DECKIES }>;
 
-/// The states of a decky's services. The container of a service is named `<decky>-<service>`, with `_` in the service
-/// replaced by `-`. It is an error if Docker's answer has no valid state of one of them. `container` is a reusable buffer for
-/// a name.
+/// The states of a decky's services. The container of a service is named `<decky>-<service>`, with
+/// `_` in the service replaced by `-`. It is an error if Docker's answer has no valid state of one
+/// of them. `container` is a reusable buffer for a name.
 fn states<'a>(
     decky: &'a Decky,
     containers: &'a Containers,
@@ -225,7 +228,8 @@ mod tests {
         read(file).unwrap().unwrap().deckies.get().to_owned()
     }
 
-    /// Makes the cached version count as stable, as if some seconds had passed. A program cannot set a file's change time.
+    /// Makes the cached version count as stable, as if some seconds had passed. A program cannot
+    /// set a file's change time.
     fn make_stable(file: &mut StateFile) {
         let cached = file.cached.as_mut().unwrap();
         cached.version = Some(FileVersion::of(&cached.path));

@@ -1,5 +1,5 @@
-//! Reads the applied topology from `topology.db`, a file of DECNET's agent. The file is never changed. Runs on the status
-//! thread.
+//! Reads the applied topology from `topology.db`, a file of DECNET's agent. The file is never
+//! changed. Runs on the status thread.
 
 use std::error::Error;
 use std::io;
@@ -15,11 +15,13 @@ use crate::limits;
 use crate::sqlite::files::{DatabaseFile, with_real_folder};
 use crate::sqlite::read_only::ReadMode;
 
-/// Reads `topology.db` and caches its last row. If a beat leaves the topology out, the master orders it to be built again.
+/// Reads `topology.db` and caches its last row. If a beat leaves the topology out, the master
+/// orders it to be built again.
 #[derive(Debug)]
 pub(crate) struct TopologyFile {
     path: PathBuf,
-    /// The last row that was read. The inner `None`: there was no row. The outer `None`: the file was never read.
+    /// The last row that was read. The inner `None`: there was no row. The outer `None`: the file
+    /// was never read.
     last: Option<Option<AppliedTopology>>,
 }
 
@@ -40,7 +42,8 @@ impl TopologyFile {
     }
 
     fn row(&self) -> Result<Option<AppliedTopology>, Box<dyn Error>> {
-        // A file that cannot be accessed is an error. If it counted as absent, the master would order the topology again.
+        // A file that cannot be accessed is an error. If it counted as absent, the master would
+        // order the topology again.
         let path = match with_real_folder(&self.path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => None,
             path => Some(path?),

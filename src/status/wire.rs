@@ -27,8 +27,8 @@ pub(crate) enum Status<'a> {
         #[serde(skip_serializing_if = "Option::is_none")]
         error: Option<&'a str>,
     },
-    /// Deckies are deployed, but the states of their containers are unknown. No decky is named, because the master would
-    /// store a decky without states as degraded.
+    /// Deckies are deployed, but the states of their containers are unknown. No decky is named,
+    /// because the master would store a decky without states as degraded.
     Unseen { deployed: bool, mode: &'a RawValue, compose_path: &'a RawValue, error: &'a str },
     /// It is unknown what is deployed. No decky is named, so the master changes none.
     Unknown { error: &'a str },
@@ -41,7 +41,8 @@ impl<'a> Status<'a> {
     }
 }
 
-/// `runtime`: for each decky, in the order of the state file, its services and the states of their containers.
+/// `runtime`: for each decky, in the order of the state file, its services and the states of their
+/// containers.
 pub(crate) struct Runtime<'a>(pub(crate) Vec<(&'a str, Vec<(&'a str, &'a str)>)>);
 
 impl Serialize for Runtime<'_> {

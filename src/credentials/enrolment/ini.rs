@@ -1,9 +1,10 @@
-//! Parses the INI dialect of Python's `configparser` with the settings of the original agent. Pure functions, for any
-//! thread.
+//! Parses the INI dialect of Python's `configparser` with the settings of the original agent. Pure
+//! functions, for any thread.
 //!
-//! The crate `configparser` reads another dialect: it cuts a value at every `#` and `;` (also in `/srv/a#b`), folds the case
-//! of section names, accepts duplicates and keys without a value, and does not expand `%`. Two agents on one host would read
-//! the same file differently. So the dialect is implemented here.
+//! The crate `configparser` reads another dialect: it cuts a value at every `#` and `;` (also in
+//! `/srv/a#b`), folds the case of section names, accepts duplicates and keys without a value, and
+//! does not expand `%`. Two agents on one host would read the same file differently. So the dialect
+//! is implemented here.
 
 use std::collections::HashMap;
 
@@ -24,7 +25,8 @@ pub(super) struct Ini {
 
 #[derive(Default)]
 struct Section {
-    /// The keys in the order of the file. If two of them set the same variable, the first one counts.
+    /// The keys in the order of the file. If two of them set the same variable, the first one
+    /// counts.
     keys: Vec<String>,
     values: HashMap<String, String>,
 }
@@ -108,8 +110,9 @@ impl Ini {
         }
     }
 
-    /// The keys that apply to `section`, in Python's order, those of `[DEFAULT]` first. Each has the section in which it is
-    /// written. Empty if the section does not exist, also if `[DEFAULT]` has keys.
+    /// The keys that apply to `section`, in Python's order, those of `[DEFAULT]` first. Each has
+    /// the section in which it is written. Empty if the section does not exist, also if `[DEFAULT]`
+    /// has keys.
     pub(super) fn keys<'a>(&'a self, section: &'a str) -> impl Iterator<Item = (&'a str, &'a str)> {
         let own = self.sections.get(section);
         let default = own.and_then(|_| self.sections.get(DEFAULT));
@@ -123,7 +126,8 @@ impl Ini {
         )
     }
 
-    /// The value of `key` in `section`, otherwise in `[DEFAULT]`, with `%` expanded. The error does not name the key.
+    /// The value of `key` in `section`, otherwise in `[DEFAULT]`, with `%` expanded. The error does
+    /// not name the key.
     pub(super) fn get(&self, section: &str, key: &str) -> Result<Option<String>, String> {
         let Some(raw) = self.raw(section, key) else { return Ok(None) };
         let mut value = String::new();
@@ -188,8 +192,8 @@ fn before_comment(line: &str) -> Option<&str> {
     let begins_comment = |at: &usize| {
         line.get(..*at).is_some_and(|before| before.is_empty() || before.ends_with(is_space))
     };
-    // Python compares the first `#` with the first `;`, then the second ones, and so on. In `a#b #c ;d` the comment is `;d`,
-    // because the first `;` begins a comment and the first `#` does not.
+    // Python compares the first `#` with the first `;`, then the second ones, and so on. In `a#b #c
+    // ;d` the comment is `;d`, because the first `;` begins a comment and the first `#` does not.
     let mut hashes = line.match_indices('#').map(|(at, _)| at);
     let mut semicolons = line.match_indices(';').map(|(at, _)| at);
     loop {
