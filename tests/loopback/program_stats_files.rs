@@ -42,8 +42,8 @@ fn a_target_that_is_no_regular_file_is_78_and_stays() {
             running.0.stderr.take().unwrap().read_to_string(&mut said).unwrap();
             assert_eq!(code, Some(78), "{said}");
             let expected = format!(
-                "decnet-heartbeat: {option}: {} cannot be used; name a regular file, or a path where nothing is: {what} is \
-                 there, which is not replaced by a file\n",
+                "decnet-heartbeat: {option}: {} cannot be used; name a regular file, or a path where nothing is: the path is {what}, \
+                 which is not replaced by a file\n",
                 at(name).display()
             );
             assert_eq!(said, expected);
@@ -76,7 +76,7 @@ fn what_takes_the_files_place_later_is_not_replaced_either() {
     });
     let line =
         refused.take(100).find(|line| line.contains("the stats cannot be written: ")).unwrap();
-    assert!(line.contains("(stats-files)") && line.contains("a FIFO is there"), "{line}");
+    assert!(line.contains("(stats-files)") && line.contains("the path is a FIFO"), "{line}");
     let beats = stage.master.received().len();
     stage.requests(beats + 3);
     assert_eq!(running.terminate(PROMPT), Some(0));
