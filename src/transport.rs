@@ -208,11 +208,11 @@ mod tests {
     use std::net::{TcpListener, TcpStream};
     use std::thread;
 
-    use ureq::{Agent, Timeout};
     use ureq::config::Config;
     use ureq::http::Uri;
     use ureq::unversioned::resolver::{ResolvedSocketAddrs, Resolver};
     use ureq::unversioned::transport::Connector;
+    use ureq::{Agent, Timeout};
 
     use super::*;
 
