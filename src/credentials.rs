@@ -59,7 +59,8 @@ pub(crate) fn client(
     name: &ServerName<'static>,
     tls: &Arc<ClientConfig>,
 ) -> MasterClient {
-    let (host, port) = (enrolment.master_host().value(), *enrolment.master_port().value());
+    let host = enrolment.master_host().value();
+    let port = *enrolment.master_port().value();
     MasterClient::new(host, port, enrolment.master_url(), name.clone(), Arc::clone(tls))
 }
 
@@ -125,7 +126,8 @@ impl CredentialFiles {
             return;
         }
         if self.throttle.count("credentials", &problem, Instant::now()).is_some() {
-            let (host, master) = (self.enrolment.host_uuid().value(), self.enrolment.master_url());
+            let host = self.enrolment.host_uuid().value();
+            let master = self.enrolment.master_url();
             let fingerprint = &self.fingerprint;
             quietly(|| {
                 log::warn!(

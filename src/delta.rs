@@ -181,7 +181,8 @@ pub(crate) fn check_decky(name: &str) -> Result<(), Error> {
     }
     let is_allowed = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'.' | b'-');
     if name.len() > limits::DECKY_NAME || !name.bytes().all(is_allowed) {
-        let (name, most) = (quoted(name, limits::DECKY_NAME), limits::DECKY_NAME);
+        let name = quoted(name, limits::DECKY_NAME);
+        let most = limits::DECKY_NAME;
         let problem = format!(
             "{name} is not a valid name: use at most {most} characters of A-Z, a-z, 0-9, _, . and -"
         );

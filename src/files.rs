@@ -319,7 +319,8 @@ mod tests {
     #[test]
     fn replaced_file_has_another_version() {
         let dir = tempfile::tempdir().unwrap();
-        let (path, next) = (dir.path().join("a"), dir.path().join("b"));
+        let path = dir.path().join("a");
+        let next = dir.path().join("b");
         assert_eq!(FileVersion::of(&path), FileVersion(None));
         fs::write(&path, b"1").unwrap();
         let before = FileVersion::of(&path);

@@ -306,7 +306,8 @@ pub(crate) fn certificates(
 }
 
 fn certificates_of(path: &Path, content: &[u8]) -> Result<Vec<CertificateDer<'static>>, Error> {
-    let (mut certificates, mut other) = (Vec::new(), None);
+    let mut certificates = Vec::new();
+    let mut other = None;
     for section in sections(path, content)? {
         match section {
             Section::Certificate(der) if X509::parse(&der).is_none() => {
@@ -336,7 +337,9 @@ fn private_key(path: &Path, content: &[u8]) -> Result<PrivateKeyDer<'static>, Er
 }
 
 fn private_key_of(path: &Path, content: &[u8]) -> Result<PrivateKeyDer<'static>, Error> {
-    let (mut keys, mut encrypted, mut other) = (Vec::new(), false, None);
+    let mut keys = Vec::new();
+    let mut encrypted = false;
+    let mut other = None;
     for section in sections(path, content)? {
         match section {
             Section::PrivateKey(key) => keys.push(key),
@@ -389,7 +392,8 @@ fn sections(path: &Path, content: &[u8]) -> Result<Vec<Section>, Error> {
 fn warn_of_readable_key(key: &Path) {
     let others = fs::metadata(key).map_or(0, |found| found.permissions().mode() & 0o077);
     if others != 0 {
-        let (file, mode) = (sanitize_path(key), 0o600 | others);
+        let file = sanitize_path(key);
+        let mode = 0o600 | others;
         quietly(|| {
             log::warn!(
                 "private key is accessible to other users, set its mode to 0600: file={file} mode={mode:04o}"

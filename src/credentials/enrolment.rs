@@ -195,7 +195,8 @@ impl Enrolment {
 
     /// The master's authority in a URL: `host:port`, with an IPv6 address in brackets.
     pub(crate) fn master_authority(&self) -> String {
-        let (host, port) = (self.master_host.value(), self.master_port.value());
+        let host = self.master_host.value();
+        let port = self.master_port.value();
         if host.contains(':') { format!("[{host}]:{port}") } else { format!("{host}:{port}") }
     }
 }
@@ -860,7 +861,8 @@ mod tests {
 
     #[test]
     fn config_option_precedes_config_variable() {
-        let (etc, other) = (Etc::new(WORKER), Etc::new(&WORKER.replace("u-1", "u-3")));
+        let etc = Etc::new(WORKER);
+        let other = Etc::new(&WORKER.replace("u-1", "u-3"));
         let elsewhere = other.ini();
         let variable = [(CONFIG, elsewhere.to_str().unwrap())];
         assert_eq!(etc.read(&variable).host_uuid().value(), "u-3");

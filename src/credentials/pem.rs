@@ -330,7 +330,8 @@ mod tests {
 
     #[test]
     fn every_certificate_is_found_with_any_line_ends() {
-        let (one, two) = (section("CERTIFICATE"), section("CERTIFICATE").repeat(2));
+        let one = section("CERTIFICATE");
+        let two = section("CERTIFICATE").repeat(2);
         for text in [
             two.clone(),
             two.replace('\n', "\r\n"),

@@ -228,13 +228,15 @@ fn certificate(bad: &CertificateError, error: &rustls::Error) -> Explained {
 fn dates(whose: &str, bad: &CertificateError) -> Option<String> {
     match bad {
         CertificateError::ExpiredContext { time, not_after } => {
-            let (now, end) = (utc(*time), utc(*not_after));
+            let now = utc(*time);
+            let end = utc(*not_after);
             Some(format!(
                 "{whose} has expired by this host's clock, which shows {now}: it was valid until {end}"
             ))
         }
         CertificateError::NotValidYetContext { time, not_before } => {
-            let (now, start) = (utc(*time), utc(*not_before));
+            let now = utc(*time);
+            let start = utc(*not_before);
             Some(format!(
                 "{whose} is not yet valid by this host's clock, which shows {now}: it is valid from {start}"
             ))

@@ -333,7 +333,8 @@ impl TlsTransport {
             after: time::Duration::Exact(limits::EARLY_ANSWER_PAUSE),
             ..NextTimeout::default()
         };
-        let (tls, wire) = (&mut self.stream.conn, &mut self.stream.sock);
+        let tls = &mut self.stream.conn;
+        let wire = &mut self.stream.sock;
         let mut some = [0; 4096];
         while Instant::now() < end {
             wire.tcp.set_timeout(pause);

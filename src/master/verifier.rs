@@ -586,7 +586,8 @@ mod tests {
 
     #[test]
     fn certificate_of_another_ca_is_reported_as_such_first() {
-        let (ours, other) = (root(ca("ours")), root(ca("other")));
+        let ours = root(ca("ours"));
+        let other = root(ca("other"));
         let sub_of_other = sub(ca("sub"), &other);
         let named_as_ours = root(ca("ours"));
         for (master, issuer, others) in [

@@ -620,7 +620,8 @@ mod tests {
     #[test]
     fn ca_needs_basic_constraints_and_key_usage() {
         let unconstrained = IsCa::Ca(BasicConstraints::Unconstrained);
-        let (sign, other) = (KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::DigitalSignature);
+        let sign = KeyUsagePurpose::KeyCertSign;
+        let other = KeyUsagePurpose::DigitalSignature;
         for (is_ca, usages, problem) in [
             (unconstrained, vec![], None),
             (IsCa::Ca(BasicConstraints::Constrained(0)), vec![other, sign], None),
@@ -684,7 +685,8 @@ mod tests {
 
     #[test]
     fn self_signed_certificate_of_version_1_is_a_root() {
-        let (key, other) = (KeyPair::generate().unwrap(), KeyPair::generate().unwrap());
+        let key = KeyPair::generate().unwrap();
+        let other = KeyPair::generate().unwrap();
         let root = params(vec![text("old root")], &[]).self_signed(&key).unwrap();
         let forged = in_version_1(root.der(), &other);
         let root = in_version_1(root.der(), &key);

@@ -606,7 +606,8 @@ mod tests {
     #[test]
     fn networks_containers_and_files_are_read_in_this_order() {
         let dir = tempfile::tempdir().unwrap();
-        let (state, topology) = (dir.path().join("state.json"), dir.path().join("topology.db"));
+        let state = dir.path().join("state.json");
+        let topology = dir.path().join("topology.db");
         let listener = UnixListener::bind(dir.path().join("docker.sock")).unwrap();
         let mut source = DecnetStatus::new(dir.path())
             .state_file(&state)

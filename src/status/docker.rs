@@ -444,7 +444,7 @@ mod tests {
     }
 
     #[test]
-    fn a_chunked_answer_is_understood() {
+    fn chunked_answer_is_decoded() {
         let chunked = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\n[{\"\r\n21\r\nNames\":[\"/a\"],\"State\":\"running\"}]\r\n0\r\n\r\n";
         let (_dir, docker) = answering(&[&ok("[]"), chunked]);
         assert_eq!(states(&docker.engine()), [("a", Some("running"))]);
@@ -507,7 +507,8 @@ mod tests {
         let listener = UnixListener::bind(&socket).unwrap();
         thread::spawn(move || {
             // The first connection stays open without an answer.
-            let (_hangs, mut second) = (listener.accept().unwrap(), listener.accept().unwrap().0);
+            let _hangs = listener.accept().unwrap();
+            let mut second = listener.accept().unwrap().0;
             while second.read(&mut [0; 1024]).is_ok_and(|read| read > 0) {
                 let _ = second.write_all(ok(r#"[{"Names":["/a"],"State":"running"}]"#).as_bytes());
             }

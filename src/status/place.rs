@@ -116,7 +116,8 @@ pub(super) fn means_nothing_deployed(file: &Path) -> Result<(), String> {
 /// later one may be wrong.
 fn search(root: &Path) -> Result<Located, NotLocated> {
     let command = root.join("usr/local/bin/decnet");
-    let (venv, editable) = (root.join("opt/decnet/venv"), root.join("opt/decnet"));
+    let venv = root.join("opt/decnet/venv");
+    let editable = root.join("opt/decnet");
     let resolved = resolve(&command)?;
     let of_command = resolved.as_deref().and_then(Path::parent).and_then(Path::parent);
     let package = match of_command.map(package_of_environment).transpose()?.flatten() {
@@ -139,7 +140,8 @@ fn search(root: &Path) -> Result<Located, NotLocated> {
         }
         None => format!("{} (it does not exist)", sanitize_path(&command)),
     };
-    let (venv, editable) = (sanitize_path(&venv), sanitize_path(&editable));
+    let venv = sanitize_path(&venv);
+    let editable = sanitize_path(&editable);
     Err(NotLocated::Absent(format!("{command}, {venv} or {editable}")))
 }
 
@@ -161,7 +163,8 @@ fn resolve(path: &Path) -> Result<Option<PathBuf>, NotLocated> {
             // The link itself could be read, so the error is about its target.
             Ok(target) if path.with_file_name(&target) != path => {
                 let target = path.with_file_name(target);
-                let (path, target) = (sanitize_path(path), sanitize_path(&target));
+                let path = sanitize_path(path);
+                let target = sanitize_path(&target);
                 Err(NotLocated::Unreadable(format!(
                     "{target}, the target of {path}, cannot be accessed: {error}"
                 )))
@@ -270,7 +273,8 @@ fn is_absent(error: &io::Error) -> bool {
 }
 
 fn unknown(path: &Path, problem: &impl fmt::Display) -> NotLocated {
-    let (path, problem) = (sanitize_path(path), sanitize(&problem.to_string()));
+    let path = sanitize_path(path);
+    let problem = sanitize(&problem.to_string());
     NotLocated::Unreadable(format!("{path} cannot be accessed: {problem}"))
 }
 

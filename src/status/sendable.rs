@@ -261,7 +261,8 @@ mod tests {
             r"\n", "u", "d8", "ä",
         ];
         let mut random = fastrand::Rng::with_seed(15);
-        let (mut good, mut bad) = (0, 0);
+        let mut good = 0;
+        let mut bad = 0;
         for _ in 0..20_000 {
             let text: String =
                 (0..random.usize(0..6)).map(|_| parts[random.usize(0..parts.len())]).collect();

@@ -128,7 +128,8 @@ impl State {
             Decky::parse(json).map_err(|problem| format!("deckies[{index}]{problem}"))
         };
         let services = entries.0.into_iter().enumerate().map(decky).collect::<Result<_, _>>()?;
-        let (mode, compose_path) = (mode.to_owned(), compose_path.to_owned());
+        let mode = mode.to_owned();
+        let compose_path = compose_path.to_owned();
         Ok(Self { mode, compose_path, deckies: deckies.to_owned(), services })
     }
 

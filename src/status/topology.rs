@@ -131,7 +131,8 @@ mod tests {
     }
 
     fn row() -> AppliedTopology {
-        let (topology_id, applied_version_hash) = ("t".to_owned(), "h".to_owned());
+        let topology_id = "t".to_owned();
+        let applied_version_hash = "h".to_owned();
         AppliedTopology { topology_id, applied_version_hash, applied_at: 5, last_error: None }
     }
 
@@ -242,7 +243,8 @@ mod tests {
             for (make, problem) in makes {
                 let (dir, mut file, owner) = file_with_row();
                 owner.close().unwrap();
-                let (place, other) = (beside(&file.path, part), dir.path().join("other"));
+                let place = beside(&file.path, part);
+                let other = dir.path().join("other");
                 std::fs::write(&other, "theirs").unwrap();
                 let _ = std::fs::remove_file(&place);
                 make(&place, &other);

@@ -148,7 +148,7 @@ pub fn rows() -> Vec<Row> {
         ),
         row("of_another_ca", Impostor::OfAnotherCa, "is not issued by the CA in ca.crt"),
         row("without_server_auth", Impostor::As(Role::WithoutServerAuth), "is not for servers"),
-        row("a_ca_as_leaf", Impostor::As(Role::CaAsLeaf), "is a CA's own"),
+        row("a_ca_as_leaf", Impostor::As(Role::CaAsLeaf), "is a CA certificate"),
         row(
             "of_the_wrong_name",
             Impostor::As(Role::Named("elsewhere".to_owned())),

@@ -82,7 +82,8 @@ impl Ini {
                 })?;
                 let entries = ini.sections.entry(section.clone()).or_default();
                 if entries.values.insert(key.clone(), value.to_owned()).is_some() {
-                    let (section, key) = (sanitize(section), sanitize(&key));
+                    let section = sanitize(section);
+                    let key = sanitize(&key);
                     return Err(fault(format!(
                         "duplicate key {key} in [{section}]; remove one of them"
                     )));
@@ -324,7 +325,8 @@ mod tests {
 
     #[test]
     fn names_in_errors_are_escaped_and_truncated() {
-        let (escape, long) = ("\u{1b}[31m", "n".repeat(400));
+        let escape = "\u{1b}[31m";
+        let long = "n".repeat(400);
         let cut = format!("{}…", "n".repeat(300));
         for (text, problem) in [
             (
