@@ -9,18 +9,18 @@ use crate::limits;
 /// `text` for a log line or an error: at most [`limits::LOG_TEXT`] characters, unprintable ones
 /// escaped.
 pub(crate) fn sanitize(text: &str) -> String {
-    printable_within(text, limits::LOG_TEXT)
+    sanitize_within(text, limits::LOG_TEXT)
 }
 
 /// `text` without surrounding white space, with unprintable characters escaped, truncated to `most`
 /// characters (marked by an ellipsis).
-pub(crate) fn printable_within(text: &str, most: usize) -> String {
-    escaped_within(text.trim(), most)
+pub(crate) fn sanitize_within(text: &str, most: usize) -> String {
+    escape_within(text.trim(), most)
 }
 
 /// `text` with unprintable characters escaped, truncated to `most` characters (marked by an
 /// ellipsis).
-pub(crate) fn escaped_within(text: &str, most: usize) -> String {
+pub(crate) fn escape_within(text: &str, most: usize) -> String {
     let mut out = String::new();
     for (count, c) in text.chars().enumerate() {
         if count == most {
@@ -34,7 +34,7 @@ pub(crate) fn escaped_within(text: &str, most: usize) -> String {
 
 /// `text` with all unprintable characters escaped, except line breaks.
 #[cfg(feature = "cli")]
-pub(crate) fn escaped_lines(text: &str) -> String {
+pub(crate) fn escape_lines(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for c in text.chars() {
         if c == '\n' { out.push(c) } else { push_escaped(&mut out, c) }
@@ -45,7 +45,7 @@ pub(crate) fn escaped_lines(text: &str) -> String {
 /// JSON with every unprintable character escaped as `\uXXXX`, except line breaks. JSON has
 /// unprintable characters only in strings.
 #[cfg(feature = "cli")]
-pub(crate) fn escaped_json(json: &str) -> String {
+pub(crate) fn escape_json(json: &str) -> String {
     let mut out = String::with_capacity(json.len());
     for c in json.chars() {
         if c == '\n' || is_printable(c) {
@@ -78,7 +78,7 @@ pub(crate) fn cut(text: &str, most: usize) -> &str {
 /// Invisible characters that Rust does not escape, such as U+3164, are also escaped.
 pub(crate) fn quoted(name: &str, most: usize) -> String {
     let start = cut(name, most);
-    let quoted = escaped_within(&format!("{start:?}"), usize::MAX);
+    let quoted = escape_within(&format!("{start:?}"), usize::MAX);
     format!("{quoted}{}", if start.len() < name.len() { "…" } else { "" })
 }
 
@@ -202,7 +202,7 @@ mod tests {
         }
         for c in ['\0'..=char::MAX].into_iter().flatten() {
             let text = format!("a{c}b");
-            for shown in [escaped_within(&text, 9), quoted(&text, 9)] {
+            for shown in [escape_within(&text, 9), quoted(&text, 9)] {
                 assert!(
                     shown.chars().all(is_printable) && shown.contains('a') && shown.contains('b'),
                     "{shown:?}"
@@ -217,7 +217,7 @@ mod tests {
         for c in '\0'..=char::MAX {
             let value = serde_json::json!({"a": format!("x{c}y")});
             let json = serde_json::to_string_pretty(&value).unwrap();
-            let escaped = escaped_json(&json);
+            let escaped = escape_json(&json);
             assert!(escaped.chars().all(|c| c == '\n' || is_printable(c)), "{escaped:?}");
             assert_eq!(serde_json::from_str::<serde_json::Value>(&escaped).unwrap(), value);
         }
@@ -226,13 +226,13 @@ mod tests {
     #[cfg(feature = "cli")]
     #[test]
     fn escaped_lines_keep_line_breaks() {
-        assert_eq!(escaped_lines("a\r\n\u{9b}31mb\u{ad}\n"), "a\\u{d}\n\\u{9b}31mb\\u{ad}\n");
+        assert_eq!(escape_lines("a\r\n\u{9b}31mb\u{ad}\n"), "a\\u{d}\n\\u{9b}31mb\\u{ad}\n");
     }
 
     #[test]
     fn long_text_is_truncated_at_a_character() {
-        assert_eq!(printable_within("äöü", 2), "äö…");
-        assert_eq!(printable_within("äö", 2), "äö");
+        assert_eq!(sanitize_within("äöü", 2), "äö…");
+        assert_eq!(sanitize_within("äö", 2), "äö");
         assert_eq!(cut("äöü", 2), "äö");
         assert_eq!(cut("ä", 2), "ä");
     }

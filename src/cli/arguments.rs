@@ -240,11 +240,11 @@ fn duration(given: &str) -> Result<Duration, String> {
 /// What is wrong with the command line, safe to print: it quotes what was given, and a script may have got that from
 /// somebody else. What is quoted is on one line and cut; whatever else is in the text is escaped as well.
 pub(super) fn described(error: clap::Error) -> String {
-    text::escaped_lines(&escaped(error).render().to_string())
+    text::escape_lines(&escaped(error).render().to_string())
 }
 
 fn escaped(mut error: clap::Error) -> clap::Error {
-    let escaped = |given: &String| text::escaped_within(given, limits::LOG_TEXT);
+    let escaped = |given: &String| text::escape_within(given, limits::LOG_TEXT);
     let given = |value: &ContextValue| match value {
         ContextValue::String(given) => Some(ContextValue::String(escaped(given))),
         ContextValue::Strings(given) => {
@@ -321,7 +321,7 @@ mod tests {
             let given = std::iter::once("decnet-heartbeat".into()).chain(given);
             if let Err(error) = Arguments::try_parse_from(given) {
                 let said = described(error);
-                prop_assert_eq!(text::escaped_lines(&said), said);
+                prop_assert_eq!(text::escape_lines(&said), said);
             }
         }
     }

@@ -21,7 +21,7 @@ use crate::error::{Error, sanitize_path};
 use crate::files;
 use crate::limits;
 use crate::master::identity::MasterIdentity;
-use crate::text::{printable_within, sanitize};
+use crate::text::{sanitize, sanitize_within};
 use ini::Ini;
 
 const CONFIG: &str = "DECNET_CONFIG";
@@ -476,8 +476,8 @@ impl EnrolmentSources {
             });
         }
         // As in the original agent, an empty value counts as unset, and `~` is not expanded.
-        match reading.find(AGENT_DIR)?.filter(|found| !found.value.is_empty()) {
-            Some(found) => agent_dir_of(found.map(|path| self.folder.join(path))),
+        match reading.find(AGENT_DIR)?.filter(|sourced| !sourced.value.is_empty()) {
+            Some(sourced) => agent_dir_of(sourced.map(|path| self.folder.join(path))),
             None => Ok(Sourced {
                 value: self.default_agent_dir.clone(),
                 provenance: Provenance::Default,
@@ -541,18 +541,18 @@ impl<'a> Reading<'a> {
     }
 
     fn text(&self, variable: &'static str) -> Result<Option<Sourced<String>>, Error> {
-        let Some(found) = self.find(variable)? else { return Ok(None) };
-        match found.value.to_str() {
+        let Some(sourced) = self.find(variable)? else { return Ok(None) };
+        match sourced.value.to_str() {
             Some(text) => {
-                Ok(Some(Sourced { value: text.to_owned(), provenance: found.provenance }))
+                Ok(Some(Sourced { value: text.to_owned(), provenance: sourced.provenance }))
             }
-            None => Err(found.error(variable, "is not valid UTF-8")),
+            None => Err(sourced.error(variable, "is not valid UTF-8")),
         }
     }
 
     /// The value without surrounding white space, which no uuid and no host has.
     fn trimmed(&self, variable: &'static str) -> Result<Option<Sourced<String>>, Error> {
-        Ok(self.text(variable)?.map(|found| found.map(|text| ini::trim(&text).to_owned())))
+        Ok(self.text(variable)?.map(|sourced| sourced.map(|text| ini::trim(&text).to_owned())))
     }
 
     /// The message for a required value that is missing or empty. `None`: it is there.
@@ -561,9 +561,9 @@ impl<'a> Reading<'a> {
         what: &str,
         variable: &str,
         key: &str,
-        found: Option<&Sourced<String>>,
+        sourced: Option<&Sourced<String>>,
     ) -> Option<String> {
-        let why = match found {
+        let why = match sourced {
             Some(Sourced { value, .. }) if !value.is_empty() => return None,
             Some(Sourced { provenance: Provenance::Environment(_), .. }) => {
                 format!("{variable} is set but empty, which hides the ini; fill it in or unset it")
@@ -668,20 +668,22 @@ fn role_of(mode: Sourced<String>) -> Result<&'static str, Error> {
     }
 }
 
-fn host_uuid_of(found: Sourced<String>) -> Result<Sourced<String>, Error> {
+fn host_uuid_of(sourced: Sourced<String>) -> Result<Sourced<String>, Error> {
     // A uuid that must be escaped or truncated in the log is invalid.
-    if found.value.is_empty() || printable_within(&found.value, limits::HOST_UUID) != found.value {
+    if sourced.value.is_empty()
+        || sanitize_within(&sourced.value, limits::HOST_UUID) != sourced.value
+    {
         let problem =
             format!("must be 1 to {} printable characters on one line", limits::HOST_UUID);
-        return Err(found.error("host uuid", problem));
+        return Err(sourced.error("host uuid", problem));
     }
-    Ok(found)
+    Ok(sourced)
 }
 
-fn master_host_of(found: Sourced<String>) -> Result<Sourced<String>, Error> {
-    match host(&found.value) {
-        Ok(host) => Ok(Sourced { value: host.to_owned(), provenance: found.provenance }),
-        Err(problem) => Err(found.error("master host", problem)),
+fn master_host_of(sourced: Sourced<String>) -> Result<Sourced<String>, Error> {
+    match host(&sourced.value) {
+        Ok(host) => Ok(Sourced { value: host.to_owned(), provenance: sourced.provenance }),
+        Err(problem) => Err(sourced.error("master host", problem)),
     }
 }
 
@@ -721,34 +723,36 @@ fn is_label(label: &str) -> bool {
         && !label.ends_with('-')
 }
 
-fn master_port_of(found: Sourced<String>) -> Result<Sourced<u16>, Error> {
-    match found.value.trim().parse::<NonZeroU16>() {
-        Ok(port) => Ok(found.map(|_| port.get())),
+fn master_port_of(sourced: Sourced<String>) -> Result<Sourced<u16>, Error> {
+    match sourced.value.trim().parse::<NonZeroU16>() {
+        Ok(port) => Ok(sourced.map(|_| port.get())),
         Err(_) => {
-            let problem =
-                format!("must be a whole number from 1 to 65535, not `{}`", sanitize(&found.value));
-            Err(found.error("master port", problem))
+            let problem = format!(
+                "must be a whole number from 1 to 65535, not `{}`",
+                sanitize(&sourced.value)
+            );
+            Err(sourced.error("master port", problem))
         }
     }
 }
 
-fn agent_dir_of(found: Sourced<PathBuf>) -> Result<Sourced<PathBuf>, Error> {
-    if found.value.as_os_str().is_empty() {
-        return Err(found.error("agent dir", "must not be empty"));
+fn agent_dir_of(sourced: Sourced<PathBuf>) -> Result<Sourced<PathBuf>, Error> {
+    if sourced.value.as_os_str().is_empty() {
+        return Err(sourced.error("agent dir", "must not be empty"));
     }
-    if found.value.to_string_lossy().contains(char::is_control) {
+    if sourced.value.to_string_lossy().contains(char::is_control) {
         // In an ini, a line that is indented deeper than its key continues the value.
         let problem = "must be a path on one line, without control characters; are the lines after it indented?";
-        return Err(found.error("agent dir", problem));
+        return Err(sourced.error("agent dir", problem));
     }
     // The process may change its current directory later.
-    Ok(found.map(|path| files::absolute(&path)))
+    Ok(sourced.map(|path| files::absolute(&path)))
 }
 
-fn master_identity_of(found: Sourced<String>) -> Result<Sourced<MasterIdentity>, Error> {
-    match found.value.parse() {
-        Ok(identity) => Ok(found.map(|_| identity)),
-        Err(problem) => Err(found.error("master identity", problem)),
+fn master_identity_of(sourced: Sourced<String>) -> Result<Sourced<MasterIdentity>, Error> {
+    match sourced.value.parse() {
+        Ok(identity) => Ok(sourced.map(|_| identity)),
+        Err(problem) => Err(sourced.error("master identity", problem)),
     }
 }
 
@@ -792,8 +796,8 @@ mod tests {
             format!("{error:?}").replace(self.0.path().to_str().unwrap(), "ETC")
         }
 
-        fn place<T>(&self, found: &Sourced<T>) -> String {
-            found.provenance().to_string().replace(self.0.path().to_str().unwrap(), "ETC")
+        fn place<T>(&self, sourced: &Sourced<T>) -> String {
+            sourced.provenance().to_string().replace(self.0.path().to_str().unwrap(), "ETC")
         }
     }
 

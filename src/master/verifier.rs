@@ -564,9 +564,9 @@ mod tests {
             algorithms: provider().signature_verification_algorithms,
         };
         let others: Vec<_> = others.iter().map(|other| other.der().clone()).collect();
-        let judged =
+        let result =
             verifier.verify_server_cert(shown.der(), &others, &verifier.host, &[], UnixTime::now());
-        explain::handshake(&std::io::Error::other(judged.unwrap_err()))
+        explain::handshake(&std::io::Error::other(result.unwrap_err()))
     }
 
     fn refused(

@@ -19,7 +19,7 @@ use serde::de::{Deserializer, Error, IgnoredAny, MapAccess, Visitor};
 use serde_json::value::RawValue;
 
 use crate::limits;
-use crate::text::printable_within;
+use crate::text::sanitize_within;
 
 /// The first problem in `json`, with its place, such as `deckies[3].name`. `whole` is the name of
 /// the whole value. It takes one pass, without recursion or copies.
@@ -42,7 +42,7 @@ pub(super) fn problem_of_shape(status: &RawValue) -> Option<String> {
             Some("deckies is not a list".to_owned())
         }
         Ok(Shape { runtime: None | Some(ObjectOfObjects), .. }) => None,
-        Err(error) => Some(printable_within(&error.to_string(), limits::LOG_TEXT)),
+        Err(error) => Some(sanitize_within(&error.to_string(), limits::LOG_TEXT)),
     }
 }
 
@@ -137,7 +137,7 @@ impl Scan<'_> {
                 Level::Array(index) => place.push_str(&format!("[{index}]")),
                 Level::Object(key, _) => {
                     place.push('.');
-                    place.push_str(&printable_within(key, KEY));
+                    place.push_str(&sanitize_within(key, KEY));
                 }
             }
         }

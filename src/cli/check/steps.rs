@@ -10,7 +10,7 @@ use serde_json::{Map, Value};
 use super::super::output::answer;
 use super::super::{NOT_CONFIGURED, code_of, logging};
 use crate::error::Error;
-use crate::text::{escaped_json, escaped_lines};
+use crate::text::{escape_json, escape_lines};
 
 /// How a step went.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -119,7 +119,7 @@ impl Step {
 
 /// Whoever made the text, it stays on its line and does nothing to a terminal.
 fn one_line(text: &str) -> String {
-    escaped_lines(text).replace('\n', "\\u{a}")
+    escape_lines(text).replace('\n', "\\u{a}")
 }
 
 /// What a line begins with is as wide as this.
@@ -173,7 +173,7 @@ impl Checklist {
         let report =
             Report { version: env!("CARGO_PKG_VERSION"), works, exit_code, steps: &self.steps };
         // Strings and numbers can be written as JSON.
-        escaped_json(&serde_json::to_string_pretty(&report).unwrap_or_default()) + "\n"
+        escape_json(&serde_json::to_string_pretty(&report).unwrap_or_default()) + "\n"
     }
 }
 
