@@ -144,8 +144,8 @@ fn enrolment(common: &Common) -> Result<Enrolment, Error> {
     if thread::Builder::new().name("ini".to_owned()).spawn(run).is_err() {
         return sources.read();
     }
-    receiver.recv_timeout(limits::CREDENTIALS_PATIENCE).unwrap_or_else(|_| {
-        let seconds = limits::CREDENTIALS_PATIENCE.as_secs();
+    receiver.recv_timeout(limits::CREDENTIALS_WAIT).unwrap_or_else(|_| {
+        let seconds = limits::CREDENTIALS_WAIT.as_secs();
         let problem =
             format!("cannot be read: its disk has not responded for {seconds} s; try again later");
         Err(Error::setting("ini", problem).passing())
@@ -186,7 +186,7 @@ fn outbox(path: Option<PathBuf>) -> OutboxLocation {
 
 /// Prints the error on stderr, unless the reader of stdout has closed the pipe.
 fn fail(error: &Error) -> ExitCode {
-    if !error.is_reader_gone() {
+    if !error.is_pipe_closed() {
         report_error(&chain(error));
     }
     ExitCode::from(code_of(error))

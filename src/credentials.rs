@@ -1,5 +1,6 @@
-//! Our side and the master's, as the files say: taken over anew when they change and prove usable, kept as they were
-//! when they do not. Runs on the outbox thread, since the agent dir may hang.
+//! Loads the enrolment and the bundle, and reloads them when their files change. Changed files that
+//! cannot be used are reported, and the old credentials stay. Runs on the outbox thread, because
+//! the agent dir may not respond.
 
 pub(crate) mod bundle;
 pub(crate) mod enrolment;
@@ -25,7 +26,7 @@ use crate::master::verifier;
 use crate::panics::quietly;
 use bundle::{Bundle, Certificate};
 
-/// All that a connection to the master needs, in memory.
+/// Everything that a connection to the master needs, in memory.
 #[derive(Clone, Debug)]
 pub(crate) struct Credentials {
     pub(crate) enrolment: Enrolment,
@@ -35,46 +36,48 @@ pub(crate) struct Credentials {
 }
 
 impl Credentials {
-    /// Loads and proves everything. An error names the file or key at fault.
+    /// Loads and checks all files. An error names the file or key at fault.
     pub(crate) fn load(enrolment: Enrolment, given: Option<MasterIdentity>) -> Result<Self, Error> {
         let provider = verifier::provider();
         let bundle = Bundle::load(enrolment.agent_dir().value(), &provider)?;
-        let (name, identity) = (server_name(&enrolment)?, identity(&enrolment, given));
-        let judge = verifier::verifier(&bundle.roots, identity, &name, &provider);
-        let tls = verifier::client_config(&bundle.identity, judge, &provider)?;
+        let name = server_name(&enrolment)?;
+        let identity = identity(&enrolment, given);
+        let verifier = verifier::verifier(&bundle.roots, identity, &name, &provider);
+        let tls = verifier::client_config(&bundle.identity, verifier, &provider)?;
         Ok(Self { enrolment, certificate: bundle.certificate, name, tls })
     }
 
-    /// The master, with no connection to it yet.
+    /// A client for the master, not connected yet.
     pub(crate) fn master(&self) -> MasterClient {
         client(&self.enrolment, &self.name, &self.tls)
     }
 }
 
-/// The client of an enrolment's master, with no connection to it yet.
+/// A client for the master of an enrolment, not connected yet.
 pub(crate) fn client(
     enrolment: &Enrolment,
     name: &ServerName<'static>,
     tls: &Arc<ClientConfig>,
 ) -> MasterClient {
-    let (host, port) = (enrolment.master_host().value(), *enrolment.master_port().value());
+    let host = enrolment.master_host().value();
+    let port = *enrolment.master_port().value();
     MasterClient::new(host, port, enrolment.master_url(), name.clone(), Arc::clone(tls))
 }
 
-/// The ini and the bundle, looked at again and again.
+/// The files of the credentials. They are reloaded when they change.
 #[derive(Debug)]
 pub(crate) struct CredentialFiles {
     enrolment: Enrolment,
-    /// The rule given by the program; otherwise the enrolment's, otherwise the default.
+    /// The rule given by the program. It takes precedence over that of the enrolment.
     given: Option<MasterIdentity>,
-    /// Of the certificate that was taken over last.
+    /// The fingerprint of the certificate in use.
     fingerprint: String,
-    /// What the files looked like when they were taken over.
-    stamps: FileVersions,
-    /// The last reason for not taking the files over, so that it is logged once.
+    /// The versions of the files that are in use.
+    versions: FileVersions,
+    /// The error of the last reload, so that the same error in a row is logged once.
     problem: Option<String>,
-    /// All of them, so that reasons that alternate are logged less and less often.
-    problems: LogThrottle,
+    /// Throttles errors that alternate.
+    throttle: LogThrottle,
 }
 
 impl CredentialFiles {
@@ -82,45 +85,49 @@ impl CredentialFiles {
         enrolment: Enrolment,
         given: Option<MasterIdentity>,
     ) -> Result<(Self, Credentials), Error> {
-        let stamps = FileVersions::of(&enrolment);
-        let access = Credentials::load(enrolment.clone(), given)?;
-        let fingerprint = access.certificate.fingerprint.clone();
-        let problems = LogThrottle::default();
-        Ok((Self { enrolment, given, fingerprint, stamps, problem: None, problems }, access))
+        let versions = FileVersions::of(&enrolment);
+        let credentials = Credentials::load(enrolment.clone(), given)?;
+        let fingerprint = credentials.certificate.fingerprint.clone();
+        let throttle = LogThrottle::default();
+        let files = Self { enrolment, given, fingerprint, versions, problem: None, throttle };
+        Ok((files, credentials))
     }
 
-    /// Looks at the files: four `stat`s when nothing has changed. What is new and usable.
+    /// Reloads the files if they have changed. Returns the new credentials if they are usable.
+    /// Costs four `stat`s if nothing has changed.
     ///
-    /// The bundle's files are written one after another. What does not fit yet is looked at again next time, and the
-    /// old pair goes on meanwhile.
-    pub(crate) fn refresh(&mut self) -> Option<Credentials> {
-        let stamps = FileVersions::of(&self.enrolment);
-        if stamps == self.stamps {
+    /// Enrolment writes the files of the bundle one after another. Files that do not match yet are
+    /// read again next time; the old credentials are used meanwhile.
+    pub(crate) fn reload(&mut self) -> Option<Credentials> {
+        let versions = FileVersions::of(&self.enrolment);
+        if versions == self.versions {
             return None;
         }
         match self.enrolment.reload().and_then(|enrolment| Credentials::load(enrolment, self.given))
         {
-            Ok(access) => {
-                // Of before the loading: what changed in between is seen next time.
-                self.stamps = stamps;
+            Ok(credentials) => {
+                // The versions from before the load, so that a change during it is noticed next
+                // time.
+                self.versions = versions;
                 self.problem = None;
-                self.enrolment = access.enrolment.clone();
-                self.fingerprint.clone_from(&access.certificate.fingerprint);
-                Some(access)
+                self.enrolment = credentials.enrolment.clone();
+                self.fingerprint.clone_from(&credentials.certificate.fingerprint);
+                Some(credentials)
             }
             Err(error) => {
-                self.note_problem(chain(&error));
+                self.log_problem(chain(&error));
                 None
             }
         }
     }
 
-    fn note_problem(&mut self, problem: String) {
+    fn log_problem(&mut self, problem: String) {
         if self.problem.as_ref() == Some(&problem) {
             return;
         }
-        if self.problems.count("credentials", &problem, Instant::now()).is_some() {
-            let (host, master) = (self.enrolment.host_uuid().value(), self.enrolment.master_url());
+        if self.throttle.count("credentials", &problem, Instant::now()).is_some() {
+            let host = self.enrolment.host_uuid().value();
+            let master = self.enrolment.master_url();
             let fingerprint = &self.fingerprint;
             quietly(|| {
                 log::warn!(
@@ -132,33 +139,36 @@ impl CredentialFiles {
         self.problem = Some(problem);
     }
 
-    /// Whether the ini and the bundle do not exist. What cannot be looked at may exist, and so may what a symlink leads to.
-    pub(crate) fn are_gone(&self) -> bool {
+    /// Whether the ini and the files of the bundle are absent. A file that cannot be checked is not
+    /// absent, nor is a dangling symlink.
+    pub(crate) fn are_absent(&self) -> bool {
         let dir = self.enrolment.agent_dir().value();
-        let is_gone = |path: &Path| {
+        let is_absent = |path: &Path| {
             fs::symlink_metadata(path).is_err_and(|error| error.kind() == ErrorKind::NotFound)
         };
-        self.enrolment.ini().is_none_or(is_gone)
+        self.enrolment.ini().is_none_or(is_absent)
             && [bundle::CA, bundle::CERTIFICATE, bundle::KEY]
                 .iter()
-                .all(|name| is_gone(&dir.join(name)))
+                .all(|name| is_absent(&dir.join(name)))
     }
 }
 
-/// The rule that holds: the program's, otherwise the enrolment's, otherwise the default.
+/// The rule that applies: that of the program, otherwise that of the enrolment, otherwise the
+/// default.
 pub(crate) fn identity(enrolment: &Enrolment, given: Option<MasterIdentity>) -> MasterIdentity {
-    given.or_else(|| enrolment.master_identity().map(|found| *found.value())).unwrap_or_default()
+    given.or_else(|| enrolment.master_identity().map(|rule| *rule.value())).unwrap_or_default()
 }
 
-/// The configured host, as TLS has it.
+/// The configured host as a TLS server name.
 pub(crate) fn server_name(enrolment: &Enrolment) -> Result<ServerName<'static>, Error> {
     let host = enrolment.master_host();
     ServerName::try_from(host.value().clone()).map_err(|source| {
-        Error::config(host.provenance().to_string(), "is no host").with_source(source)
+        Error::config(host.provenance().to_string(), "is not a host name or IP address")
+            .with_source(source)
     })
 }
 
-/// What the ini and the bundle looked like.
+/// The versions of the ini and of the files of the bundle.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct FileVersions {
     ini: Option<FileVersion>,
@@ -169,7 +179,7 @@ impl FileVersions {
     fn of(enrolment: &Enrolment) -> Self {
         Self {
             ini: enrolment.ini().map(FileVersion::of),
-            bundle: Bundle::stamps(enrolment.agent_dir().value()),
+            bundle: Bundle::versions(enrolment.agent_dir().value()),
         }
     }
 }

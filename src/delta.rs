@@ -1,4 +1,4 @@
-//! What is reported: how an operation on a decky ended. Values only, for any thread.
+//! Deltas: how an operation on a decky ended. Values only, for any thread.
 
 use std::fmt;
 use std::str::FromStr;
@@ -8,13 +8,13 @@ use crate::error::Error;
 use crate::limits;
 use crate::text::{cut, quoted};
 
-/// What was done to a decky.
+/// An operation on a decky.
 ///
 /// ```
 /// use decnet_heartbeat::Operation;
 ///
 /// assert_eq!("mutate".parse(), Ok(Operation::Mutate));
-/// assert_eq!(Operation::Deploy.to_string(), "deploy"); // as on the wire
+/// assert_eq!(Operation::Deploy.to_string(), "deploy"); // as in the protocol
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Operation {
@@ -25,7 +25,7 @@ pub enum Operation {
 }
 
 impl Operation {
-    /// The word on the wire: `deploy` or `mutate`.
+    /// The name in the protocol: `deploy` or `mutate`.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Deploy => "deploy",
@@ -67,11 +67,11 @@ impl FromStr for Operation {
 pub enum Outcome {
     /// It succeeded.
     Succeeded,
-    /// It failed, and why.
+    /// It failed, with this error.
     Failed(String),
 }
 
-/// How one operation on one decky ended, and when: one element of the wire's `lifecycle`.
+/// How and when one operation on one decky ended: an element of `lifecycle` in the protocol.
 ///
 /// ```
 /// use decnet_heartbeat::{LifecycleDelta, Operation};
@@ -89,7 +89,8 @@ pub struct LifecycleDelta {
 }
 
 impl LifecycleDelta {
-    /// The operation on `decky` ended now with `outcome`. An error in it is cut to 2,000 characters, as the master does.
+    /// The operation on `decky` ended now with `outcome`. An error is truncated to 2,000
+    /// characters, as the master does.
     ///
     /// ```
     /// use decnet_heartbeat::{LifecycleDelta, Operation, Outcome};
@@ -109,7 +110,8 @@ impl LifecycleDelta {
         Self::ended(decky.into(), operation, Outcome::Succeeded)
     }
 
-    /// The operation on `decky` failed, now. The error is cut to 2,000 characters, as the master does.
+    /// The operation on `decky` failed, now. The error is truncated to 2,000 characters, as the
+    /// master does.
     ///
     /// ```
     /// use decnet_heartbeat::{LifecycleDelta, Operation, Outcome};
@@ -119,18 +121,18 @@ impl LifecycleDelta {
     /// assert!(matches!(delta.outcome(), Outcome::Failed(error) if error.len() == 2_000));
     /// ```
     pub fn failed(decky: impl Into<String>, operation: Operation, error: impl AsRef<str>) -> Self {
-        // Cut before it is copied: it may be the whole log of a build.
+        // It is truncated before it is copied, because it may be the whole log of a build.
         let error = cut(error.as_ref(), limits::DELTA_ERROR).to_owned();
         Self::ended(decky.into(), operation, Outcome::Failed(error))
     }
 
     fn ended(mut decky: String, operation: Operation, outcome: Outcome) -> Self {
-        // It may have been a part of something long.
+        // The caller's string may have a large capacity.
         decky.shrink_to_fit();
         Self { decky, operation, outcome, completed_at: to_the_microsecond(SystemTime::now()) }
     }
 
-    /// The same delta, completed at another time than now. Kept to the microsecond, from 1970 to 9999.
+    /// Sets the time of completion, with a resolution of a microsecond, from 1970 to 9999.
     ///
     /// ```
     /// use std::time::{Duration, SystemTime};
@@ -151,7 +153,7 @@ impl LifecycleDelta {
         &self.decky
     }
 
-    /// What was done.
+    /// The operation.
     pub fn operation(&self) -> Operation {
         self.operation
     }
@@ -166,23 +168,24 @@ impl LifecycleDelta {
         self.completed_at
     }
 
-    /// Refuses what the master could never match to a row. Asked before a delta is written; what is in an outbox already,
-    /// from an older version, is sent as it is.
+    /// Rejects a delta that the master could not match to a row. Called before a delta is queued.
+    /// Deltas that an older version has queued are sent without this check.
     pub(crate) fn check(&self) -> Result<(), Error> {
         check_decky(&self.decky)
     }
 }
 
-/// Refuses a name that no decky can have (`docs/protocol.md`, "`status`"), so the master could never match it to a row.
+/// Rejects a name that no decky can have.
 pub(crate) fn check_decky(name: &str) -> Result<(), Error> {
     if name.trim().is_empty() {
         return Err(Error::setting("decky name", "is empty; a delta needs the name of its decky"));
     }
     let is_allowed = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'.' | b'-');
     if name.len() > limits::DECKY_NAME || !name.bytes().all(is_allowed) {
-        let (name, most) = (quoted(name, limits::DECKY_NAME), limits::DECKY_NAME);
+        let name = quoted(name, limits::DECKY_NAME);
+        let most = limits::DECKY_NAME;
         let problem = format!(
-            "{name} is not a name of DECNET's: A-Z, a-z, 0-9, _, . and - only, at most {most} of them"
+            "{name} is not a valid name: use at most {most} characters of A-Z, a-z, 0-9, _, . and -"
         );
         return Err(Error::setting("decky name", problem));
     }
@@ -195,7 +198,7 @@ pub(crate) fn micros(at: SystemTime) -> i64 {
     i64::try_from(since.as_micros()).unwrap_or(i64::MAX).min(LAST_MICROSECOND)
 }
 
-/// The time of [`micros`].
+/// The inverse of [`micros`].
 pub(crate) fn from_micros(micros: i64) -> SystemTime {
     UNIX_EPOCH + Duration::from_micros(u64::try_from(micros.min(LAST_MICROSECOND)).unwrap_or(0))
 }
@@ -204,7 +207,8 @@ fn to_the_microsecond(at: SystemTime) -> SystemTime {
     from_micros(micros(at))
 }
 
-/// 9999-12-31T23:59:59.999999Z: RFC 3339 ends there, and a clock that runs wild must not panic.
+/// 9999-12-31T23:59:59.999999Z, the end of RFC 3339. Later times are clamped, so that a wrong clock
+/// does not cause a panic.
 const LAST_MICROSECOND: i64 = 253_402_300_799_999_999;
 
 #[cfg(test)]
@@ -212,13 +216,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_error_is_cut_on_a_character() {
+    fn error_is_truncated_at_a_character() {
         let delta = LifecycleDelta::failed("d", Operation::Deploy, "ä".repeat(3_000));
         assert_eq!(delta.outcome(), &Outcome::Failed("ä".repeat(2_000)));
     }
 
     #[test]
-    fn a_wild_clock_is_brought_back_into_the_calendar() {
+    fn times_outside_the_calendar_are_clamped() {
         let delta = LifecycleDelta::succeeded("d", Operation::Deploy);
         let early = delta.clone().completed_at(UNIX_EPOCH - Duration::from_secs(1));
         assert_eq!(early.when(), UNIX_EPOCH);
@@ -231,7 +235,7 @@ mod tests {
     }
 
     #[test]
-    fn a_delta_without_a_decky_is_refused() {
+    fn delta_without_decky_is_rejected() {
         for name in ["", " ", "\n"] {
             let error = LifecycleDelta::succeeded(name, Operation::Deploy).check().unwrap_err();
             assert_eq!(
@@ -242,7 +246,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_outside_decnets_pattern_is_refused_and_quoted() {
+    fn invalid_decky_name_is_rejected_and_quoted() {
         for name in [
             "a,b",
             "a b",
@@ -261,7 +265,7 @@ mod tests {
             let error = check_decky(name).unwrap_err().to_string();
             assert!(
                 error.starts_with(&format!(
-                    "decky name: {name:?} is not a name of DECNET's: A-Z, a-z, 0-9"
+                    "decky name: {name:?} is not a valid name: use at most 128 characters"
                 )),
                 "{error}"
             );
@@ -273,12 +277,12 @@ mod tests {
     }
 
     #[test]
-    fn a_name_has_at_most_128_characters_and_no_more_of_it_is_shown() {
+    fn long_decky_name_is_rejected_and_truncated() {
         check_decky(&"x".repeat(128)).unwrap();
         for long in ["x".repeat(129), "ä".repeat(1 << 20)] {
             let error = check_decky(&long).unwrap_err().to_string();
             assert!(
-                error.contains("\"… is not a name of DECNET's") && error.contains("at most 128"),
+                error.contains("\"… is not a valid name") && error.contains("at most 128"),
                 "{error}"
             );
             assert!(error.chars().count() < 300, "{error}");
@@ -286,7 +290,7 @@ mod tests {
     }
 
     #[test]
-    fn a_long_error_costs_what_is_kept_of_it() {
+    fn long_error_does_not_keep_its_memory() {
         let log = "x".repeat(10_000_000);
         for _ in 0..40 {
             let mut roomy = String::with_capacity(1 << 20);

@@ -1,4 +1,5 @@
-//! What can go wrong: one opaque error that says its own layer and points to the next. For any thread.
+//! The opaque error type. Each error describes one layer and has the next one as its source. For
+//! any thread.
 
 use std::error::Error as StdError;
 use std::fmt;
@@ -8,11 +9,11 @@ use std::path::{Path, PathBuf};
 use crate::limits;
 use crate::text::{layers, sanitize};
 
-/// Why enrolling, starting, pushing or stopping did not work.
+/// An error of reading the enrolment, of starting a heartbeat, or of pushing a delta.
 ///
-/// `Display` says this layer alone, with the file, key or value at fault and what to do about it;
-/// [`source`](StdError::source) leads to the next. The accessors tell the cases apart that a caller
-/// may want to treat differently.
+/// `Display` describes this layer, with the file, key or value at fault and what to do about it.
+/// [`source`](StdError::source) is the next layer. `Debug` prints the whole chain. The accessors
+/// distinguish the cases that a caller may handle differently.
 ///
 /// ```
 /// use decnet_heartbeat::{Enrolment, Heartbeat};
@@ -27,14 +28,14 @@ use crate::text::{layers, sanitize};
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 pub struct Error {
-    // Boxed: results are returned far more often than errors are made.
+    // Boxed, so that results are small.
     inner: Box<Inner>,
 }
 
 struct Inner {
     kind: Kind,
     source: Option<Box<dyn StdError + Send + Sync>>,
-    /// It may pass, whatever its sources are.
+    /// The same call may succeed later, whatever the sources are.
     passing: bool,
     in_doubt: bool,
 }
@@ -75,17 +76,17 @@ enum Kind {
 }
 
 impl Error {
-    /// This host is not enrolled. `missing` says which values were not found and where each was looked for.
+    /// This host is not enrolled. `missing` names the missing values and their sources.
     pub(crate) fn not_enrolled(missing: impl Into<String>) -> Self {
         Self::new(Kind::NotEnrolled { missing: missing.into() })
     }
 
-    /// A configured value that cannot be used. `place` is the variable, or the file, section and key.
+    /// A configured value is not usable. `place` is the variable, or the file, section and key.
     pub(crate) fn config(place: impl Into<String>, problem: impl Into<String>) -> Self {
         Self::new(Kind::Config { place: place.into(), problem: problem.into() })
     }
 
-    /// A file of the bundle that cannot be used, and what to do about it.
+    /// A file of the bundle is not usable. `remedy` is what to do.
     pub(crate) fn bundle(
         path: impl Into<PathBuf>,
         problem: impl Into<String>,
@@ -94,7 +95,7 @@ impl Error {
         Self::new(Kind::Bundle { path: path.into(), problem: problem.into(), remedy })
     }
 
-    /// What is wrong with a file of the bundle, with its causes, and what to do about it.
+    /// The problem with a file of the bundle, with its sources, and what to do.
     #[cfg(feature = "cli")]
     pub(crate) fn bundle_parts(&self) -> Option<(String, &'static str)> {
         let Kind::Bundle { problem, remedy, .. } = &self.inner.kind else { return None };
@@ -106,41 +107,41 @@ impl Error {
         ))
     }
 
-    /// The outbox could not do something. `path` is `None` for one in memory.
+    /// An operation of the outbox failed. `path` is `None` for an outbox in memory.
     pub(crate) fn outbox(path: Option<&Path>, problem: impl Into<String>) -> Self {
         Self::new(Kind::Outbox { path: path.map(Path::to_owned), problem: problem.into() })
     }
 
-    /// A builder's value that cannot be used.
+    /// A value of a builder is not usable.
     pub(crate) fn setting(name: &'static str, problem: impl Into<String>) -> Self {
         Self::new(Kind::Setting { name, problem: problem.into() })
     }
 
-    /// The system refused a thread.
+    /// A thread could not be started.
     pub(crate) fn thread(name: &'static str, source: io::Error) -> Self {
         Self::new(Kind::Thread { name }).with_source(source)
     }
 
-    /// What was called belongs to the process of this pid, from which this one was forked.
+    /// The handle belongs to the process `from`, from which this process was forked.
     pub(crate) fn forked(from: u32) -> Self {
         Self::new(Kind::Forked { from })
     }
 
-    /// The program's answer could not be printed.
+    /// The output of the program could not be printed.
     #[cfg(feature = "cli")]
     pub(crate) fn answer(source: io::Error) -> Self {
         Self::new(Kind::Answer).with_source(source)
     }
 
-    /// Whoever was to read the program's answer has closed the pipe: no reason to complain.
+    /// Whether the reader of the program's output has closed the pipe. This is not reported.
     #[cfg(feature = "cli")]
-    pub(crate) fn is_reader_gone(&self) -> bool {
+    pub(crate) fn is_pipe_closed(&self) -> bool {
         let source = self.source().and_then(|source| source.downcast_ref::<io::Error>());
         matches!(self.inner.kind, Kind::Answer)
             && source.is_some_and(|error| error.kind() == ErrorKind::BrokenPipe)
     }
 
-    /// The loopback master could not do something.
+    /// An operation of the loopback master failed.
     #[cfg(feature = "loopback")]
     pub(crate) fn loopback(doing: impl Into<String>) -> Self {
         Self::new(Kind::Loopback { doing: doing.into() })
@@ -150,19 +151,19 @@ impl Error {
         Self { inner: Box::new(Inner { kind, source: None, passing: false, in_doubt: false }) }
     }
 
-    /// The same error as one that may pass, such as files that are just being written.
+    /// Marks the error as one that may pass, such as for files that are being written.
     pub(crate) fn passing(mut self) -> Self {
         self.inner.passing = true;
         self
     }
 
-    /// The same error of something that may still be done.
+    /// Marks the error as one of a request that may still be executed.
     pub(crate) fn in_doubt(mut self) -> Self {
         self.inner.in_doubt = true;
         self
     }
 
-    /// The same error with what caused it.
+    /// Sets the source.
     pub(crate) fn with_source(
         mut self,
         source: impl Into<Box<dyn StdError + Send + Sync>>,
@@ -171,7 +172,7 @@ impl Error {
         self
     }
 
-    /// Whether the host is simply not enrolled: no host uuid, or no master host.
+    /// Whether this host is not enrolled: the host uuid or the master host is missing.
     ///
     /// ```
     /// use decnet_heartbeat::EnrolmentSources;
@@ -184,7 +185,7 @@ impl Error {
         matches!(self.inner.kind, Kind::NotEnrolled { .. })
     }
 
-    /// Whether a configured value, from a variable or the ini, cannot be used.
+    /// Whether a value from a variable or the ini is not usable.
     ///
     /// ```
     /// use decnet_heartbeat::EnrolmentSources;
@@ -197,14 +198,16 @@ impl Error {
         matches!(self.inner.kind, Kind::Config { .. })
     }
 
-    /// Whether the bundle (`ca.crt`, `worker.crt`, `worker.key`) cannot be used.
+    /// Whether the bundle (`ca.crt`, `worker.crt`, `worker.key`) is not usable.
     pub fn is_bundle(&self) -> bool {
         matches!(self.inner.kind, Kind::Bundle { .. })
     }
 
-    /// Whether it is in doubt what has become of a request: the disk has not answered within a second, and it will be done
-    /// when it answers, unless the process ends first. A delta is then kept and sent, so to push it again would send it twice.
-    /// An operation has not begun; its rows are removed again. Where this is false nothing was kept, and to try again is right.
+    /// Whether the result of a request is in doubt: the disk has not responded within a second, and
+    /// the request will be executed when it responds, unless the process ends first. A delta will
+    /// then be queued and sent, so pushing it again would send it twice. An operation has not
+    /// begun; its rows are removed again. If this is false, nothing was queued, and the call may be
+    /// repeated.
     ///
     /// ```
     /// use decnet_heartbeat::{DeltaSender, Error, LifecycleDelta};
@@ -220,7 +223,7 @@ impl Error {
         self.inner.in_doubt
     }
 
-    /// Whether the outbox could not keep a delta or could not be opened.
+    /// Whether the outbox could not queue a delta, or could not be opened.
     ///
     /// ```
     /// use std::time::Duration;
@@ -240,16 +243,16 @@ impl Error {
         matches!(self.inner.kind, Kind::Outbox { .. })
     }
 
-    /// Whether the same call may succeed later, without anybody changing a setting.
+    /// Whether the same call may succeed later without a change of the configuration.
     ///
-    /// It may if the system refused something for a reason that passes: an I/O error, no descriptor or memory left, a file
-    /// server that does not answer, a database that is locked. It may also if the files look as if an enrolment is under
-    /// way or a file system is not mounted yet: certificate and key that do not fit each other, a file that is empty or
-    /// ends in the middle, some of the bundle's three files, an empty folder where the files should be, or a symlink to them that
-    /// leads nowhere.
+    /// It may after an error of the system that passes: an I/O error, no free descriptor or memory,
+    /// a file server that does not respond, a locked database. It also may if an enrolment may be
+    /// in progress, or a file system is not mounted yet: certificate and key do not match, a file
+    /// is empty or truncated, some of the three files of the bundle are missing, their folder is
+    /// empty, or a symlink is dangling.
     ///
-    /// It may not if a value or a file's content cannot be used, or if the system says that a file is missing, is of the
-    /// wrong kind, is too large, or may not be read.
+    /// It may not if a value or the content of a file is not usable, or if a file is missing, has
+    /// the wrong type, is too large, or may not be read.
     ///
     /// ```
     /// use decnet_heartbeat::{Enrolment, Heartbeat};
@@ -291,11 +294,11 @@ impl fmt::Display for Error {
             }
             Kind::Outbox { path: None, problem } => write!(f, "outbox in memory: {problem}"),
             Kind::Setting { name, problem } => write!(f, "{name}: {problem}"),
-            Kind::Thread { name } => write!(f, "the system refused the thread {name}"),
+            Kind::Thread { name } => write!(f, "cannot start the thread {name}"),
             Kind::Forked { from } => write!(
                 f,
-                "this process was forked from process {from} while a heartbeat was running there, and it has none of its \
-                 threads; start the heartbeat after the fork, in the process that uses it"
+                "this process was forked from process {from}, in which a heartbeat was running, and has none of its threads; \
+                 start the heartbeat after the fork, in the process that uses it"
             ),
             #[cfg(feature = "cli")]
             Kind::Answer => f.write_str("the answer could not be printed"),
@@ -306,7 +309,7 @@ impl fmt::Display for Error {
 }
 
 impl fmt::Debug for Error {
-    /// As `Display`, with the whole chain: what `main() -> Result<…>` and `unwrap` show.
+    /// The whole chain, for `main() -> Result<…>` and `unwrap`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}", chain(self))
     }
@@ -318,12 +321,12 @@ impl StdError for Error {
     }
 }
 
-/// What is below an error. At most [`limits::ERROR_SOURCES`], as an error may be its own source.
+/// The sources of an error, at most [`limits::ERROR_SOURCES`], as an error may be its own source.
 fn causes(error: &Error) -> impl Iterator<Item = &(dyn StdError + 'static)> {
     std::iter::successors(error.source(), |error| (*error).source()).take(limits::ERROR_SOURCES)
 }
 
-/// Whether this is the system's or SQLite's own error, and one of those that may pass.
+/// Whether this is an error of the system or of SQLite that may pass.
 fn passes(error: &(dyn StdError + 'static)) -> bool {
     if let Some(error) = error.downcast_ref::<io::Error>() {
         return !is_permanent(error);
@@ -344,7 +347,7 @@ fn passes(error: &(dyn StdError + 'static)) -> bool {
         })
 }
 
-/// What only a change of the files or of their permissions ends.
+/// Whether only a change of the files or of their permissions fixes this error.
 fn is_permanent(error: &io::Error) -> bool {
     matches!(
         error.kind(),
@@ -352,7 +355,7 @@ fn is_permanent(error: &io::Error) -> bool {
             | ErrorKind::PermissionDenied
             | ErrorKind::IsADirectory
             | ErrorKind::NotADirectory
-            // Ours, of what is not a regular file.
+            // From `files::regular`: not a regular file.
             | ErrorKind::InvalidInput
             | ErrorKind::InvalidData
             | ErrorKind::InvalidFilename
@@ -362,12 +365,12 @@ fn is_permanent(error: &io::Error) -> bool {
 
 /// An error and all its sources on one line, safe to log.
 pub(crate) fn chain(error: &dyn StdError) -> String {
-    // One character more than is kept, so that the cut shows.
-    let layers: Vec<_> = layers(error, limits::LOG_TEXT + 1).map(|said| sanitize(&said)).collect();
+    // One character more than `sanitize` keeps, so that it marks the truncation.
+    let layers: Vec<_> = layers(error, limits::LOG_TEXT + 1).map(|text| sanitize(&text)).collect();
     layers.join(": ")
 }
 
-/// What went wrong in an HTTP exchange, safe to log: of the system's errors their own words.
+/// The text of an HTTP error, safe to log. For an error of the system, this is the system's text.
 pub(crate) fn http_problem(error: &ureq::Error) -> String {
     match error {
         ureq::Error::Io(error) => sanitize(&error.to_string()),
@@ -375,7 +378,7 @@ pub(crate) fn http_problem(error: &ureq::Error) -> String {
     }
 }
 
-/// A path in an error or a log line.
+/// A path as text for an error or a log line.
 pub(crate) fn sanitize_path(path: &Path) -> String {
     sanitize(&path.to_string_lossy())
 }
@@ -385,7 +388,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_what_a_restart_cannot_mend_is_permanent() {
+    fn errors_that_a_retry_cannot_fix_are_permanent() {
         let of = |code| {
             Error::bundle("/a", "cannot be read", "")
                 .with_source(io::Error::from_raw_os_error(code))
@@ -418,7 +421,7 @@ mod tests {
         ] {
             assert!(of(code).is_transient(), "{:?}", of(code));
         }
-        // Wherever in the chain it stands.
+        // At any position in the chain.
         assert!(Error::config("/a", "no").with_source(of(libc::EIO)).is_transient());
         assert!(
             !Error::config("/a", "no").is_transient()

@@ -1,5 +1,5 @@
-//! Reading files that others write: bounded, never from a FIFO, and with a stamp that shows whether one has changed.
-//! Runs on the thread that asks.
+//! Reads files of other programs: with a maximum size, never from a FIFO, and with a version that
+//! shows changes. Runs on the calling thread.
 
 use std::ffi::{OsStr, OsString};
 #[cfg(feature = "cli")]
@@ -18,9 +18,9 @@ use std::time::{Duration, UNIX_EPOCH};
 use crate::error::sanitize_path;
 use crate::limits;
 
-/// The whole of a regular file of at most `limit` bytes.
+/// Reads a whole regular file of at most `limit` bytes.
 ///
-/// A FIFO, a socket or a device is refused before it is opened, since opening it may block for ever.
+/// A FIFO, a socket or a device is an error before it is opened, because opening it may block.
 pub(crate) fn read(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
     let too_large =
         || io::Error::new(io::ErrorKind::FileTooLarge, format!("larger than {limit} bytes"));
@@ -29,39 +29,39 @@ pub(crate) fn read(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
         return Err(too_large());
     }
     let mut content = Vec::with_capacity(size as usize);
-    // It may be growing.
+    // The file may be growing.
     File::open(path)?.take(limit + 1).read_to_end(&mut content)?;
     if content.len() as u64 > limit { Err(too_large()) } else { Ok(content) }
 }
 
-/// The outbox' name in the agent dir.
+/// The name of the outbox in the agent dir.
 pub(crate) const OUTBOX: &str = "heartbeat.db";
 
-/// Which file it is: its device and its inode.
+/// The identity of a file: its device and its inode.
 pub(crate) type Identity = (u64, u64);
 
 pub(crate) fn identity(metadata: &Metadata) -> Identity {
     (metadata.dev(), metadata.ino())
 }
 
-/// Where a file is.
+/// The folder of a file.
 pub(crate) fn folder(path: &Path) -> &Path {
     path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
-/// The path with this at its end.
+/// The path with `suffix` appended.
 pub(crate) fn beside(path: &Path, suffix: &str) -> PathBuf {
     let mut name: OsString = path.as_os_str().to_owned();
     name.push(suffix);
     name.into()
 }
 
-/// The path from the root on. It is left as it is if it is empty, or if this process' folder is gone.
+/// The absolute path. It is unchanged if it is empty, or if the current directory was deleted.
 pub(crate) fn absolute(path: &Path) -> PathBuf {
     path::absolute(path).unwrap_or_else(|_| path.to_owned())
 }
 
-/// What helps where a file that enrolment wrote cannot be read.
+/// What to do if a file of the enrolment cannot be read.
 pub(crate) fn remedy(error: &io::Error) -> &'static str {
     match error.kind() {
         io::ErrorKind::PermissionDenied => {
@@ -69,21 +69,21 @@ pub(crate) fn remedy(error: &io::Error) -> &'static str {
         }
         io::ErrorKind::InvalidInput
         | io::ErrorKind::IsADirectory
-        | io::ErrorKind::NotADirectory => "put the file that the enrolment wrote in its place",
+        | io::ErrorKind::NotADirectory => "restore the file that the enrolment wrote",
         io::ErrorKind::FileTooLarge => {
-            "put the file that the enrolment wrote in its place, which has a few KiB"
+            "restore the file that the enrolment wrote, which has a few KiB"
         }
-        io::ErrorKind::NotFound => "put it there, or correct its path",
-        io::ErrorKind::OutOfMemory => "give it more memory",
+        io::ErrorKind::NotFound => "create it, or correct its path",
+        io::ErrorKind::OutOfMemory => "give this process more memory",
         _ if error.raw_os_error() == Some(libc::ELOOP) => "correct the symlinks that lead to it",
         _ if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)) => {
             "raise the limit of open files"
         }
-        _ => "see to the disk; the kernel's log says more",
+        _ => "check the disk and the kernel's log",
     }
 }
 
-/// The metadata of a regular file; that it is none is an error, as that it is not there is.
+/// The metadata of a regular file. Any other type is an error.
 pub(crate) fn regular(path: &Path) -> io::Result<Metadata> {
     let metadata = fs::metadata(path)?;
     if !metadata.is_file() {
@@ -92,7 +92,7 @@ pub(crate) fn regular(path: &Path) -> io::Result<Metadata> {
     Ok(metadata)
 }
 
-/// What is no regular file, in words.
+/// The name of a file type, with its article. `None`: it is a regular file.
 pub(crate) fn special(kind: FileType) -> Option<&'static str> {
     Some(match kind {
         _ if kind.is_file() => return None,
@@ -104,17 +104,17 @@ pub(crate) fn special(kind: FileType) -> Option<&'static str> {
     })
 }
 
-/// Whether a file that does not exist may come by itself: an enrolment may not have begun, or a file system is not mounted
-/// yet. Its folder has nothing but our own outbox in it, or does not exist and the nearest one above it that does has
-/// nothing; or a symlink on the way leads nowhere.
-pub(crate) fn may_come(path: &Path) -> bool {
-    let is_ours = |name: &OsStr| name.as_encoded_bytes().starts_with(OUTBOX.as_bytes());
+/// Whether a missing file may appear later, because an enrolment has not begun, or a file system is
+/// not mounted yet. So it is if its folder, or the nearest existing parent, contains nothing but
+/// the outbox, or if a symlink in its path is dangling.
+pub(crate) fn may_appear(path: &Path) -> bool {
+    let is_outbox = |name: &OsStr| name.as_encoded_bytes().starts_with(OUTBOX.as_bytes());
     for folder in path.ancestors().skip(1) {
         let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
         match fs::read_dir(folder) {
             Ok(mut entries) => {
                 return path.is_symlink()
-                    || entries.all(|entry| entry.is_ok_and(|entry| is_ours(&entry.file_name())));
+                    || entries.all(|entry| entry.is_ok_and(|entry| is_outbox(&entry.file_name())));
             }
             Err(error) if error.kind() == io::ErrorKind::NotFound && !folder.is_symlink() => (),
             Err(error) => return error.kind() == io::ErrorKind::NotFound,
@@ -123,9 +123,9 @@ pub(crate) fn may_come(path: &Path) -> bool {
     false
 }
 
-/// Puts `content` at `path` in one step: a reader sees the old file or the new one, never half of it. What
-/// [`replaceable`] refuses stays as it is. What stands beside it under the name that is needed meanwhile is removed and
-/// never written through: it may be somebody's symlink. With a mode it has that one, otherwise what the umask leaves.
+/// Replaces the file at `path` atomically: a reader sees the old or the new content. A path that is
+/// not [`replaceable`] is an error. The temporary file is `path` with `.new` appended; an existing
+/// one is deleted and not written to, as it may be a symlink. Without a `mode` the umask applies.
 #[cfg(feature = "cli")]
 pub(crate) fn replace(path: &Path, content: &[u8], mode: Option<u32>) -> io::Result<()> {
     replaceable(path)?;
@@ -142,14 +142,14 @@ pub(crate) fn replace(path: &Path, content: &[u8], mode: Option<u32>) -> io::Res
     let mut file = File::create_new(&next)?;
     let mode = mode.map_or(Ok(()), |mode| file.set_permissions(Permissions::from_mode(mode)));
     let written = mode.and_then(|()| file.write_all(content));
-    // Once more: what is put there meanwhile is somebody's, too.
+    // Checked again, because another program may have created a file meanwhile.
     let replaced = written.and_then(|()| replaceable(path)).and_then(|()| fs::rename(&next, path));
     replaced.inspect_err(|_| drop(fs::remove_file(&next)))
 }
 
-/// Whether [`replace`] may put a file at `path`. `InvalidInput`: something that is not a regular file is there, also a
-/// symlink to one. The system's `/dev/null` would become a file, and who reads a symlink's target would see no new content.
-/// A path where nothing is may be used.
+/// Checks whether [`replace`] may create or replace the file at `path`. Anything but a regular file
+/// is an error, `InvalidInput`, also a symlink to one. Otherwise `/dev/null` would become a regular
+/// file, and readers of a symlink's target would not see the new content.
 #[cfg(feature = "cli")]
 pub(crate) fn replaceable(path: &Path) -> io::Result<()> {
     let kind = match fs::symlink_metadata(path) {
@@ -159,16 +159,16 @@ pub(crate) fn replaceable(path: &Path) -> io::Result<()> {
     let Some(what) = special(kind) else { return Ok(()) };
     Err(io::Error::new(
         io::ErrorKind::InvalidInput,
-        format!("{what} is there, which is not replaced by a file"),
+        format!("the path is {what}, which is not replaced by a file"),
     ))
 }
 
-/// What changes when a file does: its inode, size and times. `None` inside when there is no such file.
+/// The version of a file: its inode, size and times. `None` inside: the file does not exist.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct FileVersion(Option<(u64, u64, i64, i64, i64, i64)>);
 
 impl FileVersion {
-    /// One `stat`, which follows symlinks as reading does.
+    /// Reads the version. Costs one `stat`, which follows symlinks.
     pub(crate) fn of(path: &Path) -> Self {
         Self(
             fs::metadata(path)
@@ -177,11 +177,12 @@ impl FileVersion {
         )
     }
 
-    /// The last change is so long ago by this host's clock that one more would have another time.
-    pub(crate) fn is_settled(&self) -> bool {
+    /// Whether the last change is so old, by this host's clock, that the next one will have another
+    /// time.
+    pub(crate) fn is_stable(&self) -> bool {
         let changed = self.0.and_then(|(.., seconds, _)| u64::try_from(seconds).ok());
         let changed = changed.map(|seconds| UNIX_EPOCH + Duration::from_secs(seconds));
-        changed.is_some_and(|at| at.elapsed().is_ok_and(|age| age > limits::SETTLED))
+        changed.is_some_and(|at| at.elapsed().is_ok_and(|age| age > limits::FILE_TIMES_STABLE))
     }
 }
 
@@ -192,13 +193,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_path_of_a_name_alone_is_in_this_folder() {
+    fn folder_of_a_bare_name_is_the_current_one() {
         assert_eq!(folder(Path::new("heartbeat.db")), Path::new("."));
         assert_eq!(folder(Path::new("agent/heartbeat.db")), Path::new("agent"));
     }
 
     #[test]
-    fn more_than_the_limit_is_refused() {
+    fn file_larger_than_the_limit_is_an_error() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("state");
         fs::write(&path, b"12345").unwrap();
@@ -207,28 +208,25 @@ mod tests {
     }
 
     #[test]
-    fn what_helps_fits_the_cause() {
+    fn remedy_fits_the_error() {
         for (code, remedy) in [
             (libc::EACCES, "let this user read it and its folder, or run as its owner"),
             (libc::EPERM, "let this user read it and its folder, or run as its owner"),
-            (libc::EISDIR, "put the file that the enrolment wrote in its place"),
-            (libc::ENOTDIR, "put the file that the enrolment wrote in its place"),
-            (
-                libc::EFBIG,
-                "put the file that the enrolment wrote in its place, which has a few KiB",
-            ),
+            (libc::EISDIR, "restore the file that the enrolment wrote"),
+            (libc::ENOTDIR, "restore the file that the enrolment wrote"),
+            (libc::EFBIG, "restore the file that the enrolment wrote, which has a few KiB"),
             (libc::ELOOP, "correct the symlinks that lead to it"),
             (libc::EMFILE, "raise the limit of open files"),
-            (libc::ENOMEM, "give it more memory"),
-            (libc::EIO, "see to the disk; the kernel's log says more"),
-            (libc::ESTALE, "see to the disk; the kernel's log says more"),
+            (libc::ENOMEM, "give this process more memory"),
+            (libc::EIO, "check the disk and the kernel's log"),
+            (libc::ESTALE, "check the disk and the kernel's log"),
         ] {
             assert_eq!(super::remedy(&io::Error::from_raw_os_error(code)), remedy, "{code}");
         }
     }
 
     #[test]
-    fn a_directory_or_a_device_is_refused_unopened() {
+    fn directory_or_device_is_not_opened() {
         for path in ["/", "/dev/zero"] {
             assert_eq!(read(Path::new(path), 10).unwrap_err().to_string(), "not a regular file");
         }
@@ -236,7 +234,7 @@ mod tests {
 
     #[cfg(feature = "cli")]
     #[test]
-    fn a_symlink_beside_a_replaced_file_is_not_written_through() {
+    fn symlink_in_place_of_the_temporary_file_is_not_followed() {
         let dir = tempfile::tempdir().unwrap();
         let (path, next, other) =
             (dir.path().join("stats"), dir.path().join("stats.new"), dir.path().join("other"));
@@ -276,7 +274,7 @@ mod tests {
             assert_eq!(refused.kind(), io::ErrorKind::InvalidInput);
             assert_eq!(
                 refused.to_string(),
-                format!("{what} is there, which is not replaced by a file")
+                format!("the path is {what}, which is not replaced by a file")
             );
             let after = fs::symlink_metadata(at(name)).unwrap();
             assert_eq!(
@@ -285,7 +283,7 @@ mod tests {
                 "{name}"
             );
         }
-        assert_eq!(fs::read(at("file")).unwrap(), b"old", "behind a symlink");
+        assert_eq!(fs::read(at("file")).unwrap(), b"old", "the target of a symlink");
         assert_eq!(
             replaceable(Path::new("/dev/null")).unwrap_err().kind(),
             io::ErrorKind::InvalidInput
@@ -298,10 +296,10 @@ mod tests {
     }
 
     #[test]
-    fn a_stamp_is_settled_once_its_change_is_some_seconds_old() {
+    fn version_is_stable_some_seconds_after_the_change() {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs() as i64;
-        let most = limits::SETTLED.as_secs() as i64;
-        for (changed, settled) in [
+        let most = limits::FILE_TIMES_STABLE.as_secs() as i64;
+        for (changed, is_stable) in [
             (now, false),
             (now - most + 1, false),
             (now - most - 2, true),
@@ -309,19 +307,20 @@ mod tests {
             (-1, false),
         ] {
             assert_eq!(
-                FileVersion(Some((1, 1, 1, 1, changed, 1))).is_settled(),
-                settled,
+                FileVersion(Some((1, 1, 1, 1, changed, 1))).is_stable(),
+                is_stable,
                 "{}",
                 changed - now
             );
         }
-        assert!(!FileVersion(None).is_settled());
+        assert!(!FileVersion(None).is_stable());
     }
 
     #[test]
-    fn a_replaced_file_has_another_stamp() {
+    fn replaced_file_has_another_version() {
         let dir = tempfile::tempdir().unwrap();
-        let (path, next) = (dir.path().join("a"), dir.path().join("b"));
+        let path = dir.path().join("a");
+        let next = dir.path().join("b");
         assert_eq!(FileVersion::of(&path), FileVersion(None));
         fs::write(&path, b"1").unwrap();
         let before = FileVersion::of(&path);

@@ -1,5 +1,6 @@
-//! What belongs to the process that made it. A fork copies the memory, the descriptors and none of the threads: in the child a
-//! mutex stays locked that another thread held just then, and a socket or a lock file is still the parent's. For any thread.
+//! Detects use in a forked child. A fork copies memory and descriptors, but no threads. In the
+//! child, a mutex that another thread held stays locked, and sockets and lock files are shared with
+//! the parent. For any thread.
 
 use std::mem;
 use std::process;
@@ -7,11 +8,12 @@ use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 
 use crate::error::Error;
 
-/// A value that is used and dropped only in the process that made it. In a child that was forked later it is leaked: its drop
-/// might wait for a mutex that nobody unlocks there, or end what is the parent's.
+/// A value that is used and dropped only in the process that created it. A forked child leaks it,
+/// because its drop could wait for a mutex that is never unlocked there, or close something of the
+/// parent.
 #[derive(Clone, Debug)]
 pub(crate) struct OfProcess<T> {
-    /// `None` only while it is dropped.
+    /// `None` only during the drop.
     value: Option<T>,
     process: u32,
 }
@@ -25,17 +27,18 @@ impl<T> OfProcess<T> {
     ///
     /// # Errors
     ///
-    /// This process was forked from the one that made it.
+    /// If this process was forked from the one that created the value.
     pub(crate) fn get(&self) -> Result<&T, Error> {
         self.value.as_ref().filter(|_| self.is_ours()).ok_or_else(|| Error::forked(self.process))
     }
 
-    /// A part of it, of the same process. `part` also runs in a child, so it must not lock anything.
+    /// A part of the value, with the same owner process. `part` also runs in a child, so it must
+    /// not lock anything.
     pub(crate) fn map<U>(&self, part: impl FnOnce(&T) -> U) -> OfProcess<U> {
         OfProcess { value: self.value.as_ref().map(part), process: self.process }
     }
 
-    /// The value, in the process that made it.
+    /// The value, if this is the process that created it.
     pub(crate) fn into_ours(mut self) -> Option<T> {
         if self.is_ours() { self.value.take() } else { None }
     }
@@ -53,22 +56,24 @@ impl<T> Drop for OfProcess<T> {
     }
 }
 
-/// The process that [`OUTBOX_THREADS`] counts those of. Atomics, as a mutex could stay locked in a child.
+/// The process whose threads [`OUTBOX_THREADS`] counts. Both are atomics, because a mutex could
+/// stay locked in a child.
 static PROCESS: AtomicU32 = AtomicU32::new(0);
 static OUTBOX_THREADS: AtomicUsize = AtomicUsize::new(0);
 
-/// An outbox thread runs. While one does, SQLite has a list of this process' locks, which a fork copies and the kernel does not:
-/// a database that the child opens then may be changed by two processes at once. So nothing is opened there.
+/// Held while an outbox thread is running. SQLite then has a list of this process' locks. A fork
+/// copies this list, but not the locks in the kernel, so two processes could change a database at
+/// once. In such a child no database is opened.
 #[derive(Debug)]
 pub(crate) struct OutboxThreadRuns(());
 
 impl OutboxThreadRuns {
     /// # Errors
     ///
-    /// One ran in the process from which this one was forked, at that moment.
+    /// If this process was forked while an outbox thread was running in its parent.
     pub(crate) fn new() -> Result<Self, Error> {
         let this = process::id();
-        // In this order: whoever sees the count sees whose it is.
+        // The process is stored before the count, so that a reader of the count sees its process.
         if OUTBOX_THREADS.load(Ordering::SeqCst) > 0 && PROCESS.load(Ordering::SeqCst) != this {
             return Err(Error::forked(PROCESS.load(Ordering::SeqCst)));
         }

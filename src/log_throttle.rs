@@ -1,31 +1,33 @@
-//! Problems that come again and again, and when another line of the log is worth it. Values only; each thread keeps its
-//! own.
+//! Throttles log lines about repeated problems. Values only; each thread has its own.
 //!
-//! - A source of problems is a `&'static str`, so there is a fixed number of them.
-//! - Of each source at most [`limits::REPEATS_TEXTS`] different texts are kept, and each has a count of its own. All
-//!   further ones share one more count. So a text that is new every time cannot fill the memory or the log.
-//! - Texts are compared without their numbers and ids: "timeout after 12 ms" and "timeout after 13 ms" are the same
-//!   problem.
-//! - A count is logged at 1, 2, 4, 8 …, so *n* problems of one source are at most (texts + 1) · (log₂ *n* + 1) lines.
-//! - A source without problems for a while is forgotten, and its next problem is logged at once.
+//! - The source of a problem is a `&'static str`, so the number of sources is fixed.
+//! - Each source has at most [`limits::THROTTLE_TEXTS`] different texts with a count each. All
+//!   others share one more count. So a text that is different every time cannot fill the memory or
+//!   the log.
+//! - Texts are compared without their numbers and ids: "timeout after 12 ms" and "timeout after 13
+//!   ms" are the same problem.
+//! - A problem is logged at the counts 1, 2, 4, 8 …, so *n* problems of one source cause at most
+//!   (texts + 1) · (log₂ *n* + 1) lines.
+//! - The counts of a source are reset after some time without problems. Its next problem is then
+//!   logged at once.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use crate::limits;
 
-/// Problems by where they come from.
+/// The problems of each source.
 #[derive(Debug, Default)]
 pub(crate) struct LogThrottle(HashMap<&'static str, Source>);
 
 #[derive(Debug)]
 struct Source {
     known: Vec<Problem>,
-    /// Problems whose text is none of the known ones.
+    /// The count of all problems that are not in `known`.
     others: u64,
     last: Instant,
-    /// After this long without a problem the source is forgotten.
-    quiet: Duration,
+    /// The time without a problem after which the counts are reset.
+    reset_after: Duration,
 }
 
 #[derive(Debug)]
@@ -35,12 +37,12 @@ struct Problem {
 }
 
 impl LogThrottle {
-    /// A problem has come (again). How often it has by now, where that is to be logged: the first, second, fourth, eighth
+    /// Counts a problem. Returns its count if it is to be logged: the first, second, fourth, eighth
     /// time …
-    pub(crate) fn count(&mut self, whose: &'static str, said: &str, now: Instant) -> Option<u64> {
-        let source = self.0.entry(whose).or_insert_with(|| Source::new(now));
-        source.came(now);
-        let count = source.count(folded(said));
+    pub(crate) fn count(&mut self, source: &'static str, text: &str, now: Instant) -> Option<u64> {
+        let source = self.0.entry(source).or_insert_with(|| Source::new(now));
+        source.reset_if_quiet(now);
+        let count = source.count(folded(text));
         *count = count.saturating_add(1);
         count.is_power_of_two().then_some(*count)
     }
@@ -48,24 +50,27 @@ impl LogThrottle {
 
 impl Source {
     fn new(now: Instant) -> Self {
-        Self { known: Vec::new(), others: 0, last: now, quiet: limits::QUIET }
+        Self { known: Vec::new(), others: 0, last: now, reset_after: limits::THROTTLE_RESET }
     }
 
-    /// Forgets everything after a quiet time. What comes at a steady pace is never quiet, also where that pace is slow: a
-    /// beat may be an hour apart from the next.
-    fn came(&mut self, now: Instant) {
+    /// Resets the counts after some time without a problem: twice the last gap between problems. So
+    /// problems at a steady pace are not reset, even if the pace is slow. Beats may be an hour
+    /// apart.
+    fn reset_if_quiet(&mut self, now: Instant) {
         let gap = now.saturating_duration_since(self.last);
-        if gap > self.quiet {
-            (self.known, self.others) = (Vec::new(), 0);
+        if gap > self.reset_after {
+            self.known = Vec::new();
+            self.others = 0;
         }
-        self.quiet = gap.saturating_mul(2).clamp(limits::QUIET, limits::MAX_INTERVAL * 2);
+        self.reset_after =
+            gap.saturating_mul(2).clamp(limits::THROTTLE_RESET, limits::MAX_INTERVAL * 2);
         self.last = now;
     }
 
     fn count(&mut self, folded: String) -> &mut u64 {
         let place =
             self.known.iter().position(|problem| problem.folded == folded).unwrap_or_else(|| {
-                if self.known.len() < limits::REPEATS_TEXTS {
+                if self.known.len() < limits::THROTTLE_TEXTS {
                     self.known.push(Problem { folded, count: 0 });
                     return self.known.len() - 1;
                 }
@@ -75,9 +80,9 @@ impl Source {
     }
 }
 
-/// The text without what differs from one time to the next: numbers, hexadecimal ids, and words with digits that are as
-/// long as an id. The status of an HTTP answer stays, since 403 after 502 is another problem. It is cut to
-/// [`limits::LOG_TEXT`] characters.
+/// The text without numbers, hexadecimal ids, and words with digits that are as long as an id. The
+/// status of an HTTP answer stays, because 403 and 502 are different problems. The text is
+/// truncated to [`limits::LOG_TEXT`] characters.
 fn folded(text: &str) -> String {
     let mut out = String::new();
     let mut rest = text;
@@ -93,13 +98,13 @@ fn folded(text: &str) -> String {
     out
 }
 
-/// The bytes of the word that `text` starts with: letters, digits, and hyphens inside it.
+/// The length of the first word of `text`: letters, digits and hyphens.
 fn word(text: &str, first: char) -> usize {
     if !first.is_ascii_alphanumeric() {
         return 0;
     }
     let end = text.find(|c: char| !c.is_ascii_alphanumeric() && c != '-').unwrap_or(text.len());
-    // No id is longer, and a word without end must not be copied whole.
+    // Ids are shorter. A very long word must not be copied whole.
     end.min(limits::LOG_TEXT)
 }
 
@@ -138,47 +143,49 @@ fn fold_into(out: &mut String, token: &str) {
 mod tests {
     use super::*;
 
-    /// How many lines these problems of one source are.
+    /// The number of log lines for these problems of one source.
     fn lines(problems: impl IntoIterator<Item = String>) -> usize {
-        let (mut repeats, now) = (LogThrottle::default(), Instant::now());
-        problems.into_iter().filter(|said| repeats.count("disk", said, now).is_some()).count()
+        let mut throttle = LogThrottle::default();
+        let now = Instant::now();
+        problems.into_iter().filter(|text| throttle.count("disk", text, now).is_some()).count()
     }
 
     #[test]
-    fn a_problem_is_logged_when_it_changes_and_then_less_and_less_often() {
-        let (mut repeats, now) = (LogThrottle::default(), Instant::now());
-        let said: Vec<_> = (0..20).filter_map(|_| repeats.count("disk", "full", now)).collect();
-        assert_eq!(said, [1, 2, 4, 8, 16]);
-        assert_eq!(repeats.count("disk", "read-only", now), Some(1));
-        assert_eq!(repeats.count("source", "read-only", now), Some(1), "another one's");
+    fn problem_is_logged_when_it_changes_and_at_a_decreasing_rate() {
+        let mut throttle = LogThrottle::default();
+        let now = Instant::now();
+        let counts: Vec<_> = (0..20).filter_map(|_| throttle.count("disk", "full", now)).collect();
+        assert_eq!(counts, [1, 2, 4, 8, 16]);
+        assert_eq!(throttle.count("disk", "read-only", now), Some(1));
+        assert_eq!(throttle.count("source", "read-only", now), Some(1), "another source");
     }
 
     #[test]
-    fn problems_that_alternate_are_each_logged_less_and_less_often() {
+    fn alternating_problems_are_each_logged_at_a_decreasing_rate() {
         for kinds in 1..=8 {
-            let said = lines(
+            let count = lines(
                 (0..kinds * 1_024)
                     .map(|n| ["a", "b", "c", "d", "e", "f", "g", "h"][n % kinds].to_owned()),
             );
-            assert_eq!(said, kinds * 11, "{kinds} kinds, 1024 times each");
+            assert_eq!(count, kinds * 11, "{kinds} kinds, 1024 times each");
         }
     }
 
     #[test]
-    fn n_problems_of_a_source_are_no_more_than_nine_logarithms_of_lines() {
-        // Letters alone, so that no two are the same after folding.
+    fn lines_of_a_source_grow_logarithmically() {
+        // Only letters, so that no two words are the same after folding.
         let word = |n: usize| {
             format!("{n}").bytes().map(|digit| char::from(digit - b'0' + b'g')).collect::<String>()
         };
         for n in [1_usize, 10, 100, 10_000] {
             let most = 9 * (n.ilog2() as usize + 1);
-            assert!(lines((0..n).map(word)) <= most, "{n} that all differ");
+            assert!(lines((0..n).map(word)) <= most, "{n} different texts");
             assert!(lines((0..n).map(|n| word(n % 20))) <= most, "{n} of twenty kinds");
         }
     }
 
     #[test]
-    fn numbers_and_ids_do_not_make_another_problem() {
+    fn numbers_and_ids_do_not_distinguish_problems() {
         for (one, other) in [
             ("timeout after 12 ms", "timeout after 1234 ms"),
             ("request 7f3a9c01 failed", "request deadbeef failed"),
@@ -193,7 +200,7 @@ mod tests {
     }
 
     #[test]
-    fn words_and_statuses_make_another_problem() {
+    fn words_and_statuses_distinguish_problems() {
         for (one, other) in [
             ("http-502", "http-503"),
             ("answered 403 no", "answered 404 no"),
@@ -206,38 +213,44 @@ mod tests {
     }
 
     #[test]
-    fn what_is_kept_of_a_text_is_cut() {
+    fn stored_text_is_truncated() {
         for text in
             ["x".repeat(1 << 20), "ab ".repeat(1 << 20), "-".repeat(1 << 20), "ä".repeat(1 << 20)]
         {
             assert!(folded(&text).len() <= 2 * limits::LOG_TEXT);
         }
-        let (mut repeats, now) = (LogThrottle::default(), Instant::now());
+        let mut throttle = LogThrottle::default();
+        let now = Instant::now();
         for n in 0..1_000 {
-            let _ = repeats.count("disk", &"g".repeat(n), now);
+            let _ = throttle.count("disk", &"g".repeat(n), now);
         }
-        assert_eq!(repeats.0["disk"].known.len(), limits::REPEATS_TEXTS);
+        assert_eq!(throttle.0["disk"].known.len(), limits::THROTTLE_TEXTS);
     }
 
     #[test]
-    fn after_a_quiet_time_it_is_a_new_one() {
-        let (mut repeats, now) = (LogThrottle::default(), Instant::now());
+    fn counts_are_reset_after_a_time_without_problems() {
+        let mut throttle = LogThrottle::default();
+        let now = Instant::now();
         for _ in 0..3 {
-            let _ = repeats.count("disk", "full", now);
+            let _ = throttle.count("disk", "full", now);
         }
         assert_eq!(
-            repeats.count("disk", "full", now + limits::QUIET + Duration::from_secs(1)),
+            throttle.count("disk", "full", now + limits::THROTTLE_RESET + Duration::from_secs(1)),
             Some(1)
         );
     }
 
     #[test]
-    fn what_fails_with_every_beat_is_logged_less_and_less_often_at_any_interval() {
-        for interval in
-            [limits::MIN_INTERVAL, limits::INTERVAL, limits::QUIET * 2, limits::MAX_INTERVAL]
-        {
-            let (mut repeats, start) = (LogThrottle::default(), Instant::now());
-            let count = |n: u32| repeats.count("beat", "refused", start + interval * n);
+    fn failure_of_every_beat_is_throttled_at_any_interval() {
+        for interval in [
+            limits::MIN_INTERVAL,
+            limits::INTERVAL,
+            limits::THROTTLE_RESET * 2,
+            limits::MAX_INTERVAL,
+        ] {
+            let mut throttle = LogThrottle::default();
+            let start = Instant::now();
+            let count = |n: u32| throttle.count("beat", "refused", start + interval * n);
             assert!((0..1_000).filter_map(count).count() <= 12, "{interval:?}");
         }
     }

@@ -1,4 +1,4 @@
-//! One POST and one [`Verdict`]: the only user of ureq towards the master. Runs on the heartbeat thread.
+//! Sends one POST to the master and maps its answer to a [`Verdict`]. Runs on the heartbeat thread.
 
 pub(crate) mod body;
 pub(crate) mod explain;
@@ -30,36 +30,37 @@ use crate::master::resolver::MasterResolver;
 use crate::master::tls::{Answer, Connections, TlsConnector};
 use crate::text::sanitize;
 
-/// What an answer means for the beat and its deltas.
+/// What the answer to a POST means for the beat and its deltas.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Verdict {
-    /// The deltas in the body are delivered.
+    /// The master accepted the body; its deltas are delivered.
     Accepted,
-    /// The body is refused. It would be refused again as it stands.
+    /// The master rejected the body, and would reject the same body again.
     BodyRejected,
-    /// The master does not know this host, or not this certificate. An operator may enrol it again.
+    /// The master does not know this host or this certificate. The host may be enrolled again.
     HostRejected,
-    /// The master cannot answer now; after how long it wants to be asked again, if it says so.
+    /// The master cannot process the POST now. Holds the time from `Retry-After`, if the answer has
+    /// one.
     RetryLater(Option<Duration>),
-    /// There was no answer.
+    /// No answer arrived.
     NoResponse,
 }
 
 impl Verdict {
-    /// The one place where an answer gets its meaning (`docs/protocol.md`, "The answers").
+    /// The verdict of an answer. No other code interprets a status.
     ///
     /// | status | verdict | what follows |
     /// | --- | --- | --- |
-    /// | 2xx | [`Accepted`](Self::Accepted) | the deltas are delivered, nothing is sent again |
-    /// | 2xx but 204, a page of HTML | [`RetryLater`](Self::RetryLater) | a gateway's answer; backoff |
-    /// | 400, 413, 422 | [`BodyRejected`](Self::BodyRejected) | the body is made lighter, see `content` |
-    /// | 403, 404 | [`HostRejected`](Self::HostRejected) | keep beating on the tick, keep the deltas |
-    /// | 408, 425, 429, 5xx | [`RetryLater`](Self::RetryLater) | backoff, or `Retry-After` within 1 s to 10 min |
-    /// | 3xx and all else | [`RetryLater`](Self::RetryLater) | never followed; backoff |
+    /// | 2xx | [`Accepted`](Self::Accepted) | the deltas are acknowledged |
+    /// | 2xx except 204, with an HTML page | [`RetryLater`](Self::RetryLater) | a gateway answered; backoff |
+    /// | 400, 413, 422 | [`BodyRejected`](Self::BodyRejected) | a lighter body is sent, see `content` |
+    /// | 403, 404 | [`HostRejected`](Self::HostRejected) | beats continue at each tick; deltas stay queued |
+    /// | 408, 425, 429, 5xx | [`RetryLater`](Self::RetryLater) | backoff, or `Retry-After` clamped to 1 s … 10 min |
+    /// | 3xx and all others | [`RetryLater`](Self::RetryLater) | redirects are not followed; backoff |
     /// | no answer | [`NoResponse`](Self::NoResponse) | backoff |
     fn of(status: StatusCode, retry_after: Option<Duration>, is_page: bool) -> Self {
         match status.as_u16() {
-            // 204 has no body, so no header can make it a page.
+            // A 204 has no body, whatever its `Content-Type`.
             200..=203 | 205..=299 if is_page => Self::RetryLater(retry_after),
             200..=299 => Self::Accepted,
             400 | 413 | 422 => Self::BodyRejected,
@@ -70,29 +71,31 @@ impl Verdict {
     }
 }
 
-/// How one POST ended.
+/// The result of one POST.
 #[derive(Clone, Debug)]
 pub(crate) struct PostResult {
     pub(crate) verdict: Verdict,
-    /// What class of thing happened, in a word that can be searched for: `http-204`, `timeout-connect`, `refused`.
+    /// The class of the result: `http-204`, `timeout-connect`, `refused`. See
+    /// [`Failure::class`](crate::Failure::class).
     pub(crate) class: String,
-    /// What the master or the system said, safe to log. Empty when it was accepted.
+    /// The text of the answer or of the error, safe to log. Empty for an accepted POST.
     pub(crate) detail: String,
-    /// From the request to the verdict.
+    /// The time from the request to the verdict.
     pub(crate) took: Duration,
-    /// The last handshake resumed a session.
+    /// Whether the last handshake resumed a session.
     pub(crate) resumed: bool,
-    /// There was no answer on a reused connection, which may have ended before, with or without a word: worth one more try
-    /// at once, on a fresh one.
+    /// No answer arrived on a reused connection. The master may have closed it before the request
+    /// was sent, so the caller retries once, immediately, on a new connection.
     pub(crate) stale: bool,
-    /// The answer was a page of HTML, so a gateway may have made it.
+    /// The answer was an HTML page, so it probably came from a gateway.
     pub(crate) is_page: bool,
-    /// Part of the body was sent, and the answer is 5xx or missing: the master may have applied the deltas.
+    /// Part of the body was sent, and the answer is 5xx or missing. The master may have applied the
+    /// deltas.
     pub(crate) in_doubt: bool,
 }
 
 impl PostResult {
-    /// The master's, or a gateway's.
+    /// The result of an answer, from the master or from a gateway.
     fn of(
         status: StatusCode,
         retry_after: Option<&str>,
@@ -102,29 +105,29 @@ impl PostResult {
         let is_page = is_page(content_type, body);
         let retry_after = retry_after.and_then(|text| parse_retry_after(text, SystemTime::now()));
         let verdict = Verdict::of(status, retry_after, is_page);
-        let said = sanitize(&String::from_utf8_lossy(body));
+        let text = sanitize(&String::from_utf8_lossy(body));
         let detail = match verdict {
             Verdict::Accepted => String::new(),
             _ if status.is_success() => {
-                sanitize(&format!("a page of HTML, so a gateway answered: {said}"))
+                sanitize(&format!("the answer is an HTML page, probably of a gateway: {text}"))
             }
-            _ => said,
+            _ => text,
         };
         Self {
             verdict,
             class: format!("http-{}", status.as_u16()),
             detail,
             is_page,
-            ..Self::unanswered()
+            ..Self::no_response()
         }
     }
 
-    /// The beat panicked, so nothing is known of an answer.
-    pub(crate) fn panicked(said: &str) -> Self {
-        Self { class: "panic".to_owned(), detail: said.to_owned(), ..Self::unanswered() }
+    /// The result of a beat that panicked. Whether the master answered is unknown.
+    pub(crate) fn panicked(message: &str) -> Self {
+        Self { class: "panic".to_owned(), detail: message.to_owned(), ..Self::no_response() }
     }
 
-    fn unanswered() -> Self {
+    fn no_response() -> Self {
         Self {
             verdict: Verdict::NoResponse,
             class: String::new(),
@@ -137,25 +140,31 @@ impl PostResult {
         }
     }
 
-    /// There was nothing to send, as the body could not be written. Sent as it stands it would be refused.
-    pub(crate) fn unwritten(error: &serde_json::Error) -> Self {
-        let (class, detail) = ("unwritten".to_owned(), sanitize(&error.to_string()));
-        Self { verdict: Verdict::BodyRejected, class, detail, ..Self::unanswered() }
+    /// The result of a body that could not be serialized. Nothing was sent. It counts as a rejected
+    /// body.
+    pub(crate) fn invalid_body(error: &serde_json::Error) -> Self {
+        Self {
+            verdict: Verdict::BodyRejected,
+            class: "invalid-body".to_owned(),
+            detail: sanitize(&error.to_string()),
+            ..Self::no_response()
+        }
     }
 }
 
-/// The master, as this host may talk to it. It is replaced whole when the bundle or the enrolment changes.
+/// An HTTP client for the master. It is replaced when the bundle or the enrolment changes.
 pub(crate) struct MasterClient {
     agent: Agent,
     url: String,
     resolver: MasterResolver,
     connections: Arc<Mutex<Connections>>,
-    /// Answers in a row that are not 2xx.
+    /// The number of consecutive answers that are not 2xx.
     bad_answers: AtomicU32,
 }
 
 impl MasterClient {
-    /// Behind a TLS configuration, which knows the bundle and the rule for the master's certificate.
+    /// A client with this TLS configuration, which contains the bundle and the rule for the
+    /// master's certificate.
     pub(crate) fn new(
         host: &str,
         port: u16,
@@ -170,7 +179,7 @@ impl MasterClient {
         Self { agent, url, resolver, connections, bad_answers: AtomicU32::new(0) }
     }
 
-    /// What answers behind this connector.
+    /// A client with this connector.
     #[cfg(fuzzing)]
     pub(crate) fn behind(
         connector: impl ureq::unversioned::transport::Connector,
@@ -182,33 +191,34 @@ impl MasterClient {
         Self { agent, url, resolver, connections, bad_answers: AtomicU32::new(0) }
     }
 
-    /// Uses these addresses of the master's in this order, without a lookup.
+    /// Uses these addresses, in this order, instead of a lookup.
     #[cfg(feature = "cli")]
     pub(crate) fn use_addresses(&self, addresses: &[SocketAddr]) {
-        self.resolver.know(addresses);
+        self.resolver.set_addresses(addresses);
     }
 
-    /// A handle that interrupts a POST from another thread; the master cannot be used afterwards.
+    /// A handle that interrupts a POST from another thread. The client cannot be used afterwards.
     pub(crate) fn interrupter(&self) -> Agent {
         self.agent.clone()
     }
 
-    /// Where the beats go.
+    /// The URL to which beats are sent.
     pub(crate) fn url(&self) -> &str {
         &self.url
     }
 
-    /// Posts `body`, all of it within `within`.
+    /// Posts `body`. The whole POST takes at most `within`.
     pub(crate) fn post(&self, body: &[u8], within: Duration) -> PostResult {
-        self.leave_a_bad_address();
+        self.close_old_or_bad_connection();
         let started = Instant::now();
         let before = self.connections(|connections| {
-            (connections.answer, connections.body_sent) = (Answer::default(), false);
+            connections.answer = Answer::default();
+            connections.body_sent = false;
             connections.tried
         });
         let request = self.agent.post(&self.url).content_type("application/json");
-        let answered = request.config().timeout_global(Some(within)).build().send(body);
-        let reply = answered.map(read);
+        let response = request.config().timeout_global(Some(within)).build().send(body);
+        let result = response.map(read);
         let took = started.elapsed();
         let (tried, resumed, body_sent, seen) = self.connections(|connections| {
             (
@@ -218,62 +228,66 @@ impl MasterClient {
                 mem::take(&mut connections.answer),
             )
         });
-        // What is accepted without 204 could be a page of a gateway: its head says so, and must have come.
-        let has_said =
+        // A 2xx that is not 204 may be an HTML page, which the headers tell. So they must be
+        // complete.
+        let is_decided =
             |status: &StatusCode| *status == 204 || !status.is_success() || seen.has_whole_head();
-        let reply = reply.unwrap_or_else(|error| match seen.status().filter(has_said) {
-            // The status line has decided already. What is wrong with the rest changes nothing.
+        let result = result.unwrap_or_else(|error| match seen.status().filter(is_decided) {
+            // The status line decides, although the rest of the answer is missing or invalid.
             Some(status) => {
-                let reply = PostResult::of(
+                let result = PostResult::of(
                     status,
                     seen.header("retry-after"),
                     seen.header("content-type"),
                     seen.body(),
                 );
-                let has_detail = reply.verdict == Verdict::Accepted || !reply.detail.is_empty();
-                let detail = if has_detail { reply.detail } else { explain(&error) };
-                PostResult { detail, ..reply }
+                let has_detail = result.verdict == Verdict::Accepted || !result.detail.is_empty();
+                let detail = if has_detail { result.detail } else { explain(&error) };
+                PostResult { detail, ..result }
             }
             None => {
-                let (class, is_new) = (class(&error), tried != before);
+                let class = class(&error);
+                let is_new = tried != before;
                 let detail = match class.as_str() {
-                    // A resumed session shows no certificate.
-                    "closed" if is_new && !resumed && seen.is_empty() => {
+                    // A resumed handshake sends no certificate.
+                    "connection-closed" if is_new && !resumed && seen.is_empty() => {
                         closed_without_an_answer(&error)
                     }
                     _ => explain(&error),
                 };
-                let stale = !is_new && may_be_the_connections(&error);
-                PostResult { class, detail, stale, ..PostResult::unanswered() }
+                let stale = !is_new && may_be_stale(&error);
+                PostResult { class, detail, stale, ..PostResult::no_response() }
             }
         });
-        // That a connection has ended while it was idle says nothing of the address.
-        if reply.verdict == Verdict::NoResponse && !reply.stale {
-            self.resolver.distrust();
+        // An idle connection that was closed does not make the address bad.
+        if result.verdict == Verdict::NoResponse && !result.stale {
+            self.resolver.report_failure();
         }
-        self.count(&reply);
+        self.count(&result);
         let in_doubt = body_sent
-            && (reply.verdict == Verdict::NoResponse || reply.class.starts_with("http-5"));
-        PostResult { took, resumed, in_doubt, ..reply }
+            && (result.verdict == Verdict::NoResponse || result.class.starts_with("http-5"));
+        PostResult { took, resumed, in_doubt, ..result }
     }
 
-    fn count(&self, reply: &PostResult) {
-        match reply.verdict {
+    /// Counts consecutive bad answers.
+    fn count(&self, result: &PostResult) {
+        match result.verdict {
             Verdict::Accepted => {
                 self.bad_answers.store(0, Ordering::Relaxed);
                 self.connections(|connections| connections.has_accepted = true);
             }
-            // The address is looked up again already.
+            // `report_failure` has requested a new lookup already.
             Verdict::NoResponse => (),
-            // It is the body's fault: this connection has accepted others.
+            // The body is at fault, as this connection has accepted another one.
             Verdict::BodyRejected if self.connections(|connections| connections.has_accepted) => (),
             _ => drop(self.bad_answers.fetch_add(1, Ordering::Relaxed)),
         }
     }
 
-    /// Closes a connection that is old, or whose answers are bad, and has the name looked up again: it may lead to
-    /// another master by now.
-    fn leave_a_bad_address(&self) {
+    /// Closes the connection and requests a new lookup of the name, if the connection is older than
+    /// [`limits::CONNECTION_AGE`], or after [`limits::BAD_ANSWERS`] bad answers in a row. The name
+    /// may have another address now.
+    fn close_old_or_bad_connection(&self) {
         let is_bad = self.bad_answers.load(Ordering::Relaxed) >= limits::BAD_ANSWERS;
         let close = self.connections(|connections| {
             let is_old =
@@ -295,19 +309,19 @@ impl MasterClient {
 
 impl fmt::Debug for MasterClient {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Master").field("url", &self.url).finish_non_exhaustive()
+        f.debug_struct("MasterClient").field("url", &self.url).finish_non_exhaustive()
     }
 }
 
-/// Every default of ureq's that matters here, stated.
+/// The configuration of ureq. Defaults that matter here are set explicitly.
 fn config() -> Config {
     Config::builder()
-        // No variable of the environment sends a beat elsewhere.
+        // `HTTPS_PROXY` must not redirect beats.
         .proxy(None)
         .https_only(true)
-        // The certificate is shown to the master alone.
+        // Only the master may see the client certificate.
         .max_redirects(0)
-        // A refusal is an answer with a meaning.
+        // `Verdict::of` interprets 4xx and 5xx.
         .http_status_as_error(false)
         .ip_family(IpFamily::Any)
         .user_agent(concat!("decnet-heartbeat/", env!("CARGO_PKG_VERSION")))
@@ -325,26 +339,27 @@ fn config() -> Config {
         .output_buffer_size(limits::HTTP_BUFFER)
         .max_idle_connections(1)
         .max_idle_connections_per_host(1)
-        // The master decides when an idle connection ends, not we.
+        // The master closes idle connections; this client does not.
         .max_idle_age(limits::MAX_INTERVAL * 2)
         .build()
 }
 
-/// The verdict of an answer, and the head of what it says.
+/// Reads an answer, and at most [`limits::ANSWER_BODY`] bytes of its body.
 fn read(mut answer: Response<ureq::Body>) -> PostResult {
-    let mut said = Vec::new();
-    // Read to its end, so that the connection can be used again. A body that breaks off changes nothing.
-    let _ = answer.body_mut().as_reader().take(limits::ANSWER_BODY as u64).read_to_end(&mut said);
+    let mut body = Vec::new();
+    // The connection can be reused only if the body was read to its end. A truncated body does not
+    // change the verdict.
+    let _ = answer.body_mut().as_reader().take(limits::ANSWER_BODY as u64).read_to_end(&mut body);
     let header = |name| answer.headers().get(name).and_then(|value| value.to_str().ok());
     PostResult::of(
         answer.status(),
         header(header::RETRY_AFTER),
         header(header::CONTENT_TYPE),
-        &said,
+        &body,
     )
 }
 
-/// Whether an answer is a page for people. The master's own answers are JSON, or nothing.
+/// Whether an answer is an HTML page. The master answers with JSON or without a body.
 fn is_page(content_type: Option<&str>, body: &[u8]) -> bool {
     let media_type =
         content_type.and_then(|text| text.split(';').next()).unwrap_or_default().trim();
@@ -355,11 +370,12 @@ fn is_page(content_type: Option<&str>, body: &[u8]) -> bool {
     is_html || body.starts_with(b"<")
 }
 
-/// `Retry-After` in seconds or as a date, clamped to 1 s … 10 min. Anything else is as if it were not there.
+/// Parses `Retry-After`, in seconds or as a date. The result is clamped to 1 s … 10 min. `None`:
+/// the value is invalid.
 pub(crate) fn parse_retry_after(text: &str, now: SystemTime) -> Option<Duration> {
     let text = text.trim();
     let wait = if !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit()) {
-        // More digits than fit are a long time all the same.
+        // A number that overflows is a long time.
         Duration::from_secs(text.parse().unwrap_or(u64::from(u32::MAX)))
     } else {
         httpdate::parse_http_date(text).ok()?.duration_since(now).unwrap_or_default()
@@ -368,15 +384,16 @@ pub(crate) fn parse_retry_after(text: &str, now: SystemTime) -> Option<Duration>
     Some(wait.clamp(least, most))
 }
 
-/// Whether a connection looks like this that the other side had closed, or one that leads nowhere any more. A master that
-/// is only slow is not asked twice as often for it: the connection that is tried then is no reused one.
-fn may_be_the_connections(error: &ureq::Error) -> bool {
+/// Whether the cause of an error on a reused connection may be that the connection was closed or
+/// its route lost while it was idle. A slow master does not get more requests for this: the second
+/// try uses a new connection, and only a reused one is retried.
+fn may_be_stale(error: &ureq::Error) -> bool {
     use std::io::ErrorKind as Kind;
     let lost =
         [Kind::BrokenPipe, Kind::ConnectionAborted, Kind::ConnectionReset, Kind::UnexpectedEof];
     match error {
         ureq::Error::Io(error) => lost.contains(&error.kind()),
-        // A name that is still being looked up is no connection yet.
+        // During a lookup there is no connection yet.
         error => matches!(error, ureq::Error::Timeout(timeout) if *timeout != Timeout::Resolve),
     }
 }
@@ -414,7 +431,7 @@ mod tests {
     }
 
     #[test]
-    fn a_page_for_people_is_told_from_the_masters_json() {
+    fn html_page_is_recognised() {
         for (content_type, body, page) in [
             (Some("text/html"), &b"Back soon"[..], true),
             (Some("Text/HTML; charset=utf-8"), b"", true),
@@ -430,7 +447,7 @@ mod tests {
     }
 
     #[test]
-    fn retry_after_is_clamped_and_junk_is_ignored() {
+    fn retry_after_is_clamped_and_invalid_values_are_ignored() {
         let now = httpdate::parse_http_date("Sun, 06 Nov 1994 08:49:37 GMT").unwrap();
         for (text, wait) in [
             ("0", Some(1)),
@@ -449,7 +466,7 @@ mod tests {
         }
     }
 
-    /// Two masters of one CA, and this host as it reaches the one or the other by a name that leads to both.
+    /// Two masters with the same CA, and a client for a name that has the addresses of both.
     fn two_masters() -> (tempfile::TempDir, [LoopbackMaster; 2], MasterClient) {
         let dir = tempfile::tempdir().unwrap();
         let first = LoopbackMaster::start().unwrap();
@@ -459,7 +476,7 @@ mod tests {
         let worker = first.enrol(dir.path()).unwrap();
         second.pin(&worker.uuid, &worker.fingerprint);
         let master = client(&worker.enrolment().unwrap());
-        master.resolver.know(&[first.address(), second.address()]);
+        master.resolver.set_addresses(&[first.address(), second.address()]);
         (dir, [first, second], master)
     }
 
@@ -467,9 +484,9 @@ mod tests {
         let provider = verifier::provider();
         let bundle = Bundle::load(enrolment.agent_dir().value(), &provider).unwrap();
         let name = ServerName::try_from("127.0.0.1").unwrap();
-        let judge = verifier::verifier(&bundle.roots, MasterIdentity::Name, &name, &provider);
-        let config = verifier::client_config(&bundle.identity, judge, &provider).unwrap();
-        // A name, so that what it leads to can change. It is never looked up here.
+        let verifier = verifier::verifier(&bundle.roots, MasterIdentity::Name, &name, &provider);
+        let config = verifier::client_config(&bundle.identity, verifier, &provider).unwrap();
+        // The tests set the addresses of this name; it is never looked up.
         let url = "https://nowhere.invalid:8770/swarm/heartbeat".to_owned();
         MasterClient::new("nowhere.invalid", 8770, url, name, config)
     }
@@ -479,14 +496,14 @@ mod tests {
     }
 
     #[test]
-    fn a_master_that_answers_badly_three_times_in_a_row_is_left_for_the_next_address() {
+    fn three_bad_answers_in_a_row_switch_to_the_next_address() {
         let (_dir, [bad, good], master) = two_masters();
         bad.always(Some(Answer::status(503).into()));
         good.always(Some(Answer::status(204).into()));
         let classes: Vec<_> = (0..6)
             .map(|_| {
                 let class = post(&master);
-                master.resolver.know(&[bad.address(), good.address()]);
+                master.resolver.set_addresses(&[bad.address(), good.address()]);
                 class
             })
             .collect();
@@ -498,7 +515,7 @@ mod tests {
     }
 
     #[test]
-    fn answers_that_are_bad_now_and_then_keep_the_connection() {
+    fn fewer_than_three_bad_answers_in_a_row_keep_the_connection() {
         let (_dir, [first, second], master) = two_masters();
         let bad = || Fault::Answer(Answer::status(403));
         let good = || Fault::Answer(Answer::status(204));
@@ -508,32 +525,32 @@ mod tests {
     }
 
     #[test]
-    fn refused_bodies_are_no_fault_of_an_address_that_has_accepted_one() {
+    fn rejected_bodies_keep_a_connection_that_has_accepted_one() {
         let (_dir, [first, second], master) = two_masters();
-        let refused = || Fault::Answer(Answer::status(422));
+        let rejected = || Fault::Answer(Answer::status(422));
         first.script([
             Fault::Answer(Answer::status(204)),
-            refused(),
-            refused(),
-            refused(),
-            refused(),
+            rejected(),
+            rejected(),
+            rejected(),
+            rejected(),
         ]);
         let classes: Vec<_> = (0..5).map(|_| post(&master)).collect();
         assert_eq!(classes[1..], ["http-422"; 4]);
         assert_eq!((first.connections().len(), second.connections().len()), (1, 0));
-        // One that has never accepted anything may be the wrong one.
+        // A connection that has accepted nothing may lead to a wrong address.
         master.connections(|connections| connections.has_accepted = false);
-        first.script([refused(), refused(), refused()]);
+        first.script([rejected(), rejected(), rejected()]);
         (0..3).for_each(|_| drop(post(&master)));
         second.always(Some(Answer::status(204).into()));
-        master.leave_a_bad_address();
-        master.resolver.know(&[first.address(), second.address()]);
+        master.close_old_or_bad_connection();
+        master.resolver.set_addresses(&[first.address(), second.address()]);
         assert_eq!(post(&master), "http-204");
         assert_eq!(second.connections().len(), 1);
     }
 
     #[test]
-    fn after_a_failed_handshake_the_next_attempt_starts_with_the_next_address() {
+    fn failed_handshake_makes_the_next_attempt_start_with_the_next_address() {
         let (_dir, [bad, good], master) = two_masters();
         good.always(Some(Answer::status(204).into()));
         bad.script([
@@ -541,11 +558,11 @@ mod tests {
             Fault::Banner(b"HTTP/1.0 400 Bad Request\r\n\r\n".to_vec()),
         ]);
         for _ in 0..2 {
-            master.resolver.know(&[bad.address(), good.address()]);
+            master.resolver.set_addresses(&[bad.address(), good.address()]);
             assert!(!post(&master).starts_with("http-"));
-            master.resolver.know(&[bad.address(), good.address()]);
+            master.resolver.set_addresses(&[bad.address(), good.address()]);
             assert_eq!(post(&master), "http-204");
-            // The next connection is a new one, and begins with the address that failed.
+            // The next round opens a new connection, starting with the address that failed.
             master.resolver.connected_to(bad.address());
             master.connections(|connections| connections.close = true);
         }
@@ -553,7 +570,7 @@ mod tests {
     }
 
     #[test]
-    fn a_connection_is_left_after_ten_minutes_and_the_name_looked_up_again() {
+    fn connection_is_closed_after_ten_minutes_and_the_name_looked_up_again() {
         let (_dir, [first, second], master) = two_masters();
         first.always(Some(Answer::status(204).into()));
         second.always(Some(Answer::status(204).into()));
@@ -564,17 +581,17 @@ mod tests {
         post(&master);
         assert_eq!(first.connections().len(), 1);
         age(limits::CONNECTION_AGE);
-        master.leave_a_bad_address();
-        assert!(!master.resolver.is_fresh(), "it is looked up again");
-        master.resolver.know(&[second.address()]);
+        master.close_old_or_bad_connection();
+        assert!(!master.resolver.is_fresh(), "the name is looked up again");
+        master.resolver.set_addresses(&[second.address()]);
         post(&master);
         assert_eq!((first.connections().len(), second.connections().len()), (1, 1));
     }
 
     #[test]
-    fn in_doubt_is_what_was_sent_and_not_answered_or_answered_with_5xx() {
+    fn post_is_in_doubt_if_body_was_sent_and_answer_is_5xx_or_missing() {
         let (_dir, [first, _second], master) = two_masters();
-        master.resolver.know(&[first.address()]);
+        master.resolver.set_addresses(&[first.address()]);
         let faults = [
             (Answer::status(204).into(), false),
             (Answer::status(500).into(), true),
@@ -589,7 +606,7 @@ mod tests {
         for (fault, in_doubt) in faults {
             first.script([fault.clone()]);
             assert_eq!(master.post(b"{}", limits::POST).in_doubt, in_doubt, "{fault:?}");
-            master.resolver.know(&[first.address()]);
+            master.resolver.set_addresses(&[first.address()]);
         }
     }
 }

@@ -1,4 +1,4 @@
-//! SQLite files that other processes use, too.
+//! SQLite files that other processes also use.
 
 pub(crate) mod files;
 pub(crate) mod read_only;

@@ -1,4 +1,5 @@
-//! What the heartbeat knows of itself. Written on the heartbeat thread, read from any.
+//! The state of a heartbeat as numbers and times. The heartbeat thread writes it; any thread reads
+//! it.
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -8,7 +9,7 @@ use serde::{Serialize, Serializer};
 
 use crate::limits;
 
-/// What the heartbeat knows of itself, as of the last event.
+/// The state of a heartbeat as of its last event.
 ///
 /// Serializes to JSON with times in RFC 3339 (UTC) and durations in seconds.
 ///
@@ -31,84 +32,91 @@ use crate::limits;
 #[derive(Clone, Debug, Default, Serialize)]
 #[non_exhaustive]
 pub struct Stats {
-    /// The host is not enrolled: nothing runs, nothing is sent, and `push` keeps nothing.
+    /// The host is not enrolled: no thread runs, nothing is sent, and `push` discards its delta.
     pub dormant: bool,
-    /// The master has not accepted this host for 20 intervals without a break (403 or 404), and all that time neither the ini
-    /// nor a file of the bundle has existed: the host was decommissioned. The heartbeat goes on, in case it is enrolled again;
-    /// the program's `run` ends.
+    /// The host was decommissioned: for 20 intervals in a row, every answer was 403 or 404, and
+    /// neither the ini nor a file of the bundle existed. The heartbeat continues, as the host may
+    /// be enrolled again. The program's `run` exits.
     pub decommissioned: bool,
-    /// Who we are to the master.
+    /// The id under which the master knows this host.
     pub host_uuid: Option<String>,
-    /// Where the beats go.
+    /// The URL to which beats are sent.
     pub url: Option<String>,
-    /// SHA-256 of our certificate's DER in lowercase hexadecimal, as the master pins it.
+    /// SHA-256 of this host's certificate (DER) in lowercase hexadecimal. The master pins this
+    /// value.
     pub fingerprint: Option<String>,
-    /// The last moment in which our certificate is valid; the log warns from 30 days before it on.
+    /// When this host's certificate expires. The log warns from 30 days before.
     #[serde(serialize_with = "rfc3339")]
     pub certificate_expires: Option<SystemTime>,
-    /// POSTs that the master accepted. A beat may take several, if the master fails on a body or refuses one.
+    /// POSTs that the master accepted. A beat takes several POSTs if the master fails on a body or
+    /// rejects one.
     pub beats: u64,
     /// When the master last accepted a beat.
     #[serde(serialize_with = "rfc3339")]
     pub last_success: Option<SystemTime>,
-    /// When the next beat is due, unless a delta or a stop comes first: at the next tick, or when a backoff ends.
+    /// When the next beat is due: at the next tick, or when the backoff ends. A delta or a stop
+    /// causes an earlier one.
     #[serde(serialize_with = "rfc3339")]
     pub next_beat: Option<SystemTime>,
-    /// The failures since then.
+    /// The failures since [`last_success`](Self::last_success). `None`: the last beat was accepted.
     pub failure: Option<Failure>,
-    /// From a beat's request to its answer, the last time.
+    /// How long the last POST took, from its request to its answer.
     #[serde(serialize_with = "seconds")]
     pub round_trip: Option<Duration>,
-    /// The last handshake resumed a TLS session.
+    /// Whether the last handshake resumed a TLS session.
     pub resumed: bool,
     /// Deltas that the master accepted.
     pub delivered: u64,
-    /// Deltas that the master refused for good; they stay in the outbox with the reason.
+    /// Deltas that the master rejected. They stay in the outbox with the reason.
     pub rejected: u64,
-    /// Deltas in the outbox that the master has neither accepted nor refused for good, those of other processes too.
+    /// Queued deltas: in the outbox, and neither accepted nor rejected. Includes those of other
+    /// processes.
     pub waiting: u64,
-    /// Of these, the ones held back: a newer operation of the same decky is in flight, or another process is posting. If more
-    /// than 50 wait, it is as of the last beat.
+    /// Queued deltas that are held back, because a newer operation on the same decky is in flight,
+    /// or because another process is sending them. With more than 50 queued deltas, this is the
+    /// number at the last beat.
     pub held: u64,
-    /// When the operation ended that the oldest waiting delta tells of.
+    /// When the operation of the oldest queued delta ended.
     #[serde(serialize_with = "rfc3339")]
     pub oldest_waiting: Option<SystemTime>,
-    /// Operations in flight, counted for each decky, those of other processes too.
+    /// Operations in flight, one for each decky. Includes those of other processes.
     pub operations: u64,
-    /// Deltas that fell out of the outbox undelivered: beyond 10,000 the oldest, and after 7 days.
+    /// Deltas that were dropped undelivered: the oldest beyond 10,000, and those older than 7 days.
     pub dropped: u64,
-    /// The outbox' file; `None` while something of it is in memory and would not survive the process. In JSON, which has no
-    /// other text than Unicode, bytes of the path that are not UTF-8 are replaced by U+FFFD.
+    /// The outbox file. `None` while part of the outbox is in memory only, and would be lost with
+    /// the process. In JSON, bytes of the path that are not UTF-8 are replaced by U+FFFD.
     #[serde(serialize_with = "lossy")]
     pub outbox: Option<PathBuf>,
-    /// Snapshots that the status source gave.
+    /// Snapshots that the status source returned.
     pub snapshots: u64,
-    /// When it gave the last one: since then nothing new is known of what runs here.
+    /// When the status source returned the last snapshot.
     #[serde(serialize_with = "rfc3339")]
     pub last_snapshot: Option<SystemTime>,
-    /// Since when the status source has owed a snapshot.
+    /// Since when a snapshot has been requested and not returned. `None`: none is pending.
     #[serde(serialize_with = "rfc3339")]
-    pub snapshot_owed_since: Option<SystemTime>,
-    /// Since when the disk of the outbox has not answered. Beats go on without deltas meanwhile. `None`: nothing is asked of it.
+    pub snapshot_pending_since: Option<SystemTime>,
+    /// Since when the disk of the outbox has not responded. Beats are sent without deltas
+    /// meanwhile. `None`: it responds, or there is no request for it.
     #[serde(serialize_with = "rfc3339")]
     pub outbox_busy_since: Option<SystemTime>,
-    /// Why the last beat said less than all of what runs here: Docker or a file could not be read, or there was no fresh
-    /// snapshot. `None`: it said all.
+    /// Why the status of the last beat was incomplete: Docker or a file could not be read, or there
+    /// was no fresh snapshot. `None`: it was complete.
     pub status_fault: Option<String>,
-    /// Of the waiting deltas, the ones that the master failed on when they were sent alone. Each is left out of 10 beats, and
-    /// of twice as many each time that it fails again, up to a day; so are older deltas of its decky and operation.
-    pub resting: u64,
-    /// Panics caught, of the status source, of a beat and of the outbox thread.
+    /// Queued deltas that are suspended, because the master failed on each when it was sent alone.
+    /// A suspended delta is left out of 10 beats, doubled each time that it fails again, up to a
+    /// day. Older deltas of its decky and operation are left out with it.
+    pub suspended: u64,
+    /// Panics that were caught: in the status source, in a beat and in the outbox thread.
     pub panics: u64,
-    /// The thread that has ended although nobody stopped the heartbeat. `None`: all run. It should never be anything else;
-    /// then the agent has to be started again.
+    /// The thread that ended although the heartbeat was not stopped. `None`: all threads are
+    /// running. If it is set, restart the agent.
     pub ended_thread: Option<&'static str>,
     /// Since when the heartbeat thread has been busy with one event.
     #[serde(skip)]
     pub(crate) working_since: Option<Instant>,
-    /// As [`snapshot_owed_since`](Self::snapshot_owed_since), by a clock that nobody sets.
+    /// As [`snapshot_pending_since`](Self::snapshot_pending_since), by the monotonic clock.
     #[serde(skip)]
-    pub(crate) owed_since: Option<Instant>,
+    pub(crate) pending_since: Option<Instant>,
 }
 
 /// Beats that failed in a row.
@@ -128,43 +136,44 @@ pub struct Stats {
 #[derive(Clone, Debug, Serialize)]
 #[non_exhaustive]
 pub struct Failure {
-    /// How many.
+    /// The number of failed beats.
     pub count: u64,
-    /// When the first failed.
+    /// When the first of them failed.
     #[serde(serialize_with = "rfc3339_always")]
     pub since: SystemTime,
-    /// The last one's class, in a word.
+    /// The class of the last failure.
     ///
     /// | class | what happened |
     /// | --- | --- |
-    /// | `http-403`, `http-503`, … | the master, or what answers for it, gave this status |
-    /// | `name` | the master's name could not be looked up, or has no address |
-    /// | `timeout-resolve` | the lookup of the name has not ended within 5 s |
+    /// | `http-403`, `http-503`, … | the master, or a gateway in front of it, answered with this status |
+    /// | `dns` | the lookup of the master's name failed, or found no address |
+    /// | `timeout-resolve` | the lookup of the name took longer than 5 s |
     /// | `refused` | nothing listens on the master's port |
     /// | `unreachable` | there is no route to the master |
-    /// | `timeout-connect` | TCP and TLS were not there within 5 s |
-    /// | `tls` | the handshake failed: a certificate, an alert, or what answers does not speak TLS |
-    /// | `closed` | the connection ended before there was an answer |
-    /// | `timeout-send-body` | the request was not taken within 5 s |
-    /// | `timeout-receive-response` | the answer did not come within 10 s |
-    /// | `timeout-global` | the whole exchange took longer than it may: 20 s, or two thirds of a short interval |
-    /// | `not-http` | the answer was not HTTP/1.1, or longer than it may be |
-    /// | `io` | the system refused something else, such as a socket |
-    /// | `unwritten` | nothing was sent, as the body could not be written as JSON |
+    /// | `timeout-connect` | the TCP and TLS handshakes took longer than 5 s |
+    /// | `tls` | the TLS handshake failed: a certificate, an alert, or the peer does not speak TLS |
+    /// | `connection-closed` | the connection was closed before an answer arrived |
+    /// | `timeout-send-body` | sending the request took longer than 5 s |
+    /// | `timeout-receive-response` | no answer arrived within 10 s |
+    /// | `timeout-global` | the whole POST took longer than 20 s, or two thirds of a shorter interval |
+    /// | `invalid-response` | the answer was not HTTP/1.1, or was too long |
+    /// | `io` | another error of the system, such as no free file descriptor |
+    /// | `invalid-body` | nothing was sent, because the body could not be serialized as JSON |
     pub class: String,
-    /// What the master or the system said; foreign text, cut and escaped.
+    /// The answer of the master, or the error of the system. Foreign text: truncated and escaped.
     pub detail: String,
 }
 
 impl Stats {
-    /// The heartbeat thread or the status thread has been at one thing for far longer than it takes, or is gone.
+    /// Whether the heartbeat thread or the status thread has ended, or has been busy with one task
+    /// for longer than [`limits::STALLED`].
     pub(crate) fn is_stalled(&self) -> bool {
-        let mut busy = [self.working_since, self.owed_since].into_iter().flatten();
+        let mut busy = [self.working_since, self.pending_since].into_iter().flatten();
         self.ended_thread.is_some() || busy.any(|since| since.elapsed() > limits::STALLED)
     }
 }
 
-/// [`Stats`] that threads share. The lock is held to copy or to change a few fields, never longer.
+/// [`Stats`] that threads share. The lock is held only to copy or to change fields.
 #[derive(Debug, Default)]
 pub(crate) struct SharedStats(Mutex<Stats>);
 
@@ -182,11 +191,11 @@ impl SharedStats {
     }
 }
 
-/// Held by a thread. Dropped by a panic that nothing has caught, it says in the stats that the thread is gone.
+/// Held by a thread. If a panic drops it, it sets [`Stats::ended_thread`].
 #[derive(Debug)]
 pub(crate) struct ThreadWatch {
     name: &'static str,
-    /// `None`: the thread has ended as it should.
+    /// `None`: the thread ended in an orderly way.
     stats: Option<Arc<SharedStats>>,
 }
 
@@ -195,7 +204,7 @@ impl ThreadWatch {
         Self { name, stats: Some(Arc::clone(stats)) }
     }
 
-    pub(crate) fn has_ended_as_wanted(mut self) {
+    pub(crate) fn disarm(mut self) {
         self.stats = None;
     }
 }
@@ -233,9 +242,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_thread_that_is_gone_is_a_stall_at_once() {
+    fn ended_thread_counts_as_stalled_at_once() {
         let stats = Arc::new(SharedStats::default());
-        ThreadWatch::new("decnet-status", &stats).has_ended_as_wanted();
+        ThreadWatch::new("decnet-status", &stats).disarm();
         assert_eq!((stats.read().ended_thread, stats.read().is_stalled()), (None, false));
         let watch = ThreadWatch::new("decnet-heartbeat", &stats);
         std::thread::spawn(move || {
@@ -251,22 +260,20 @@ mod tests {
     }
 
     #[test]
-    fn either_thread_that_makes_no_progress_is_a_stall() {
-        let (now, second) = (Instant::now(), Duration::from_secs(1));
-        let (long, short) = (
-            now.checked_sub(limits::STALLED + second),
-            now.checked_sub(limits::STALLED - second * 5),
-        );
+    fn either_thread_without_progress_counts_as_stalled() {
+        let now = Instant::now();
+        let long = now.checked_sub(limits::STALLED + Duration::from_secs(1));
+        let short = now.checked_sub(limits::STALLED - Duration::from_secs(5));
         assert!(long.is_some() && short.is_some());
-        for (working_since, owed_since, stalled) in [
+        for (working_since, pending_since, stalled) in [
             (None, None, false),
             (short, short, false),
             (long, None, true),
             (None, long, true),
             (short, long, true),
         ] {
-            let stats = Stats { working_since, owed_since, ..Stats::default() };
-            assert_eq!(stats.is_stalled(), stalled, "{working_since:?} {owed_since:?}");
+            let stats = Stats { working_since, pending_since, ..Stats::default() };
+            assert_eq!(stats.is_stalled(), stalled, "{working_since:?} {pending_since:?}");
         }
     }
 }

@@ -1,5 +1,5 @@
-//! The seam between the heartbeat and what it reports: a [`StatusSource`] makes [`Snapshot`]s. Runs on the status
-//! thread, the only place where foreign code and slow reads run.
+//! The trait [`StatusSource`], which returns the [`Snapshot`]s that are sent. Sources run on the
+//! status thread. No other thread runs foreign code or slow reads.
 
 pub(crate) mod decnet;
 pub(crate) mod docker;
@@ -16,10 +16,11 @@ use serde_json::value::{RawValue, to_raw_value};
 use crate::limits;
 use crate::text::{cut, sanitize};
 
-/// Where a beat's `status` and `topology` come from.
+/// The source of a beat's `status` and `topology`.
 ///
-/// It is asked on a thread of its own, so it may be slow, hang or panic: the beat goes out without it, says so, and
-/// asks again. Closures are sources too:
+/// It runs on a thread of its own, so it may be slow, block or panic. The beat is then sent without
+/// a status, and says so in `status.error`. The next beat requests a snapshot again. A closure is a
+/// source:
 ///
 /// ```
 /// use decnet_heartbeat::{Snapshot, StatusSource};
@@ -28,13 +29,14 @@ use crate::text::{cut, sanitize};
 /// assert_eq!(source.snapshot().status(), r#"{"deckies":[],"deployed":false}"#);
 /// ```
 pub trait StatusSource: Send {
-    /// What runs on this host now. What cannot be found out is said inside, not hidden.
+    /// The current state of this host. It must name everything that could not be determined.
     fn snapshot(&mut self) -> Snapshot;
 
-    /// What can be said of the applied topology at once, without waiting for anything.
+    /// The applied topology, if it is known without waiting.
     ///
-    /// Asked once, before the first snapshot: a first beat that must go out without its snapshot still names the
-    /// topology, as the master would otherwise order it to be built again. `None`, the default, where none is kept.
+    /// Called once, before the first snapshot. If the first beat must be sent without a snapshot,
+    /// it contains this topology; otherwise the master would order it to be built again. The
+    /// default is `None`.
     ///
     /// ```
     /// use decnet_heartbeat::{Observed, Snapshot, StatusSource, Topology};
@@ -64,14 +66,14 @@ impl<F: FnMut() -> Snapshot + Send> StatusSource for F {
     }
 }
 
-/// What a source found: the wire's `status` object and, where it knows one, its `topology`.
+/// The result of a source: the object `status` and, if known, the object `topology` of a beat.
 ///
 /// ```
 /// use decnet_heartbeat::Snapshot;
 ///
 /// let known = Snapshot::new(&serde_json::json!({"deckies": [], "deployed": false}));
 /// assert_eq!(known.status(), r#"{"deckies":[],"deployed":false}"#);
-/// // Not `{"deckies": []}`: that would say that there are none.
+/// // Not `{"deckies": []}`, which means that there are no deckies.
 /// let unknown = Snapshot::unknown("the hypervisor does not answer");
 /// assert_eq!(unknown.status(), r#"{"error":"the hypervisor does not answer"}"#);
 /// assert!(unknown.topology().is_none());
@@ -80,35 +82,38 @@ impl<F: FnMut() -> Snapshot + Send> StatusSource for F {
 pub struct Snapshot {
     status: Box<RawValue>,
     topology: Option<Topology>,
-    /// What could not be found out, safe to log.
+    /// What could not be determined, safe to log.
     fault: Option<String>,
-    /// The status says nothing but that.
+    /// Whether the status contains only the fault.
     is_unknown: bool,
 }
 
 impl Snapshot {
     /// A snapshot with this `status`, which must serialize to a JSON object (see [the protocol](crate::protocol#status)).
     ///
-    /// # What the master makes of it
+    /// # How the master interprets it
     ///
     /// | status | meaning |
     /// | --- | --- |
-    /// | `{}`, or `{"error": "…"}` | the host lives, and nothing is known of its deckies; the master changes none |
+    /// | `{}`, or `{"error": "…"}` | the host is alive, and the state of its deckies is unknown; the master changes no decky |
     /// | `"deployed": false`, or no `deckies` | nothing is deployed; the master changes no decky |
-    /// | `"deployed": true`, `deckies` and `runtime` | the master writes down each decky, with its state |
+    /// | `"deployed": true`, `deckies` and `runtime` | the master stores each decky with its state |
     ///
-    /// - `deckies` is a list. Each entry is a decky as it stands in DECNET's state file. The master's model is strict: it
-    ///   drops a decky with an unknown key, or without a required one, and writes that to its own log only.
-    /// - `runtime` is an object of objects: `{decky: {"running": bool, "services": {service: state}}}`. A decky in
-    ///   `deckies` that is not in `runtime`, or is null there, is written down as degraded. So where states are not known,
-    ///   leave out `deckies`, or those deckies, and say why in `error`.
-    /// - Strings and keys are text: no lone surrogate (`"\udcff"`), which JSON allows and the master answers 500 for.
-    ///   Integers have at most 4,300 digits, other numbers a finite value, and nothing is nested deeper than 100 levels.
-    /// - All of it is at most 16 MiB.
+    /// - `deckies` is a list. Each entry is a decky as in DECNET's state file. The master's model
+    ///   is strict: it drops a decky with an unknown key, or without a required one, and reports
+    ///   that only in its own log.
+    /// - `runtime` is an object of objects: `{decky: {"running": bool, "services": {service:
+    ///   state}}}`. The master stores a decky in `deckies` that is missing or null in `runtime` as
+    ///   degraded. So if states are unknown, leave out `deckies`, or those deckies, and give the
+    ///   reason in `error`.
+    /// - Strings and keys have no lone surrogate (`"\udcff"`), which JSON allows and the master
+    ///   answers with 500. Integers have at most 4,300 digits, other numbers are finite, and
+    ///   nothing is nested deeper than 100 levels.
+    /// - The whole status has at most 16 MiB.
     ///
-    /// A status that is no object, has a `deckies` or a `runtime` of another shape, or breaks one of the last two rules is
-    /// replaced by `{"error": …}` with the reason: no fault of a source stops a beat. The entries of `deckies` are not
-    /// looked at.
+    /// A status that is not an object, has `deckies` or `runtime` of another type, or breaks one of
+    /// the last two rules is replaced by `{"error": …}` with the reason, so a faulty source does
+    /// not stop the beats. The entries of `deckies` are not checked.
     ///
     /// ```
     /// use decnet_heartbeat::Snapshot;
@@ -121,9 +126,9 @@ impl Snapshot {
     ///
     /// let status = Status { deployed: false, deckies: Vec::new() };
     /// assert_eq!(Snapshot::new(&status).status(), r#"{"deployed":false,"deckies":[]}"#);
-    /// // No object, so the beat says what is wrong with the source.
+    /// // Not an object, so the beat reports an error of the source.
     /// let wrong = Snapshot::new(&["decky-01"]);
-    /// assert_eq!(wrong.status(), r#"{"error":"the status source did not give a JSON object"}"#);
+    /// assert_eq!(wrong.status(), r#"{"error":"the status source did not return a JSON object"}"#);
     /// ```
     pub fn new(status: &impl Serialize) -> Self {
         let snapshot = match Self::of_parts(status) {
@@ -139,7 +144,7 @@ impl Snapshot {
         }
     }
 
-    /// As [`new`](Self::new), of parts that have been looked at already. The error is for people.
+    /// As [`new`](Self::new), with parts that were checked before. The error is text for people.
     pub(crate) fn of_parts(status: &impl Serialize) -> Result<Self, String> {
         match to_raw_value(status) {
             Ok(status) if status.get().len() > limits::STATUS => {
@@ -148,13 +153,13 @@ impl Snapshot {
             Ok(status) if status.get().starts_with('{') => {
                 Ok(Self { status, topology: None, fault: None, is_unknown: false })
             }
-            Ok(_) => Err("the status source did not give a JSON object".to_owned()),
-            Err(error) => Err(format!("the status source's answer cannot be serialized: {error}")),
+            Ok(_) => Err("the status source did not return a JSON object".to_owned()),
+            Err(error) => Err(format!("the status of this source cannot be serialized: {error}")),
         }
     }
 
-    /// A snapshot that says why nothing is known. It changes nothing at the master but the host's liveness. The reason is
-    /// cut to 2,000 characters.
+    /// A snapshot without states, with the reason why they are unknown. The master changes no
+    /// decky; the host counts as alive. The reason is truncated to 2,000 characters.
     ///
     /// ```
     /// use decnet_heartbeat::Snapshot;
@@ -171,15 +176,16 @@ impl Snapshot {
     /// ```
     pub fn unknown(reason: &str) -> Self {
         let reason = cut(reason, limits::STATUS_ERROR);
-        // Serializing one string cannot fail; were it to, an empty status says nothing either.
+        // Serializing a string cannot fail. An empty status would also mean "unknown".
         let status = to_raw_value(&wire::Status::Unknown { error: reason })
             .unwrap_or_else(|_| empty_object());
         Self { status, topology: None, fault: Some(sanitize(reason)), is_unknown: true }
     }
 
-    /// The same snapshot with a topology.
+    /// Sets the topology.
     ///
-    /// Leaving it out is not neutral: where the master expects a topology on this host, it orders it to be built again.
+    /// A snapshot without a topology is not neutral: if the master expects a topology on this host,
+    /// it orders it to be built again.
     ///
     /// ```
     /// use decnet_heartbeat::{Observed, Snapshot, Topology};
@@ -187,7 +193,7 @@ impl Snapshot {
     /// // Nothing is applied on this host, and the containers have been looked at.
     /// let nothing = Observed::Seen { bridges: Vec::new(), containers: Vec::new() };
     /// let topology = Topology { applied: None, observed: nothing };
-    /// let snapshot = Snapshot::unknown("libvirt is away").with_topology(topology.clone());
+    /// let snapshot = Snapshot::unknown("libvirt does not respond").with_topology(topology.clone());
     /// assert_eq!(snapshot.topology(), Some(&topology));
     /// ```
     pub fn with_topology(mut self, topology: Topology) -> Self {
@@ -195,18 +201,18 @@ impl Snapshot {
         self
     }
 
-    /// The same snapshot, which says inside what could not be found out.
+    /// Sets what could not be determined. The status must already contain it.
     pub(crate) fn with_fault(mut self, fault: Option<&str>) -> Self {
         self.fault = fault.map(sanitize);
         self
     }
 
-    /// It has no states, only the reason for that.
+    /// Whether it has no states, only the reason why they are unknown.
     pub(crate) fn is_unknown(&self) -> bool {
         self.is_unknown
     }
 
-    /// What could not be found out.
+    /// What could not be determined.
     pub(crate) fn fault(&self) -> Option<&str> {
         self.fault.as_deref()
     }
@@ -216,7 +222,7 @@ impl Snapshot {
         self.status.get()
     }
 
-    /// The topology, where the source knows one.
+    /// The topology, if the source knows it.
     pub fn topology(&self) -> Option<&Topology> {
         self.topology.as_ref()
     }
@@ -252,36 +258,36 @@ fn empty_object() -> Box<RawValue> {
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Topology {
-    /// The applied topology; `None` when there is none.
+    /// The applied topology. `None`: no topology is applied.
     pub applied: Option<AppliedTopology>,
-    /// What is there of it.
+    /// The bridges and containers that exist.
     pub observed: Observed,
 }
 
-/// A row of `topology.db`.
+/// An applied topology: the row in `topology.db`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AppliedTopology {
     /// The master's id of the topology.
     pub topology_id: String,
-    /// The hash of what was applied, by which the master sees whether it is what it expects.
+    /// The hash of the applied version. The master compares it with the version that it expects.
     pub applied_version_hash: String,
     /// When it was applied, in seconds since 1970.
     pub applied_at: i64,
-    /// What went wrong when it was applied.
+    /// The error of the last attempt to apply it.
     pub last_error: Option<String>,
 }
 
-/// What Docker shows of topologies.
+/// The networks and containers of topologies in Docker.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Observed {
-    /// It answered.
+    /// Docker listed them.
     Seen {
         /// Bridge networks named `decnet-topology-*`, in order.
         bridges: Vec<String>,
         /// Running containers named `decnet-*`, in order.
         containers: Vec<String>,
     },
-    /// It did not, and why; at most 200 characters go out.
+    /// They are unknown, with the reason. At most 200 characters of it are sent.
     Unknown(String),
 }
 
@@ -290,32 +296,32 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_status_that_is_no_object_is_said_as_unknown() {
+    fn status_that_is_not_an_object_becomes_unknown() {
         for wrong in [serde_json::json!([1]), serde_json::json!("x"), serde_json::json!(null)] {
             assert_eq!(
                 Snapshot::new(&wrong).status(),
-                r#"{"error":"the status source did not give a JSON object"}"#
+                r#"{"error":"the status source did not return a JSON object"}"#
             );
         }
     }
 
     #[test]
-    fn a_status_that_cannot_be_serialized_is_said_as_unknown() {
+    fn status_that_cannot_be_serialized_becomes_unknown() {
         let wrong = std::collections::BTreeMap::from([((1, 2), 3)]);
         assert_eq!(
             Snapshot::new(&wrong).status(),
-            r#"{"error":"the status source's answer cannot be serialized: key must be a string"}"#
+            r#"{"error":"the status of this source cannot be serialized: key must be a string"}"#
         );
     }
 
     #[test]
-    fn a_status_that_the_master_fails_on_is_said_as_unknown() {
+    fn status_that_the_master_cannot_process_becomes_unknown() {
         let raw = |json: &str| RawValue::from_string(json.to_owned()).unwrap();
-        let said = "the status of this source cannot be sent: ";
+        let prefix = "the status of this source cannot be sent: ";
         for (json, problem) in [
             (
                 r#"{"deckies": [{"name": "\udcff"}]}"#,
-                r"status.deckies[0].name has a lone surrogate, \udcff, on which the master fails",
+                r"status.deckies[0].name has a lone surrogate, \udcff, which the master cannot process",
             ),
             (r#"{"deployed": true, "deckies": {"d1": 1}}"#, "deckies is not a list"),
             (
@@ -324,10 +330,10 @@ mod tests {
             ),
             (
                 r#"{"x": 1e999}"#,
-                "status.x is a number that is too large: the master takes it for infinity",
+                "status.x is a number that is too large: the master reads it as infinity",
             ),
         ] {
-            let expected = serde_json::json!({"error": format!("{said}{problem}")});
+            let expected = serde_json::json!({"error": format!("{prefix}{problem}")});
             assert_eq!(Snapshot::new(&raw(json)).status(), expected.to_string());
         }
         let inside = std::collections::BTreeMap::from([("x", raw(r#"{"y": "\udcff"}"#))]);
@@ -340,7 +346,7 @@ mod tests {
     }
 
     #[test]
-    fn a_reason_is_cut_before_it_is_copied() {
+    fn reason_is_truncated_before_it_is_copied() {
         let snapshot = Snapshot::unknown(&"x".repeat(10_000_000));
         assert_eq!(
             snapshot.status(),

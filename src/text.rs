@@ -1,25 +1,26 @@
-//! Foreign text made safe for a log line, an error or a terminal: cut, on one line, without control, bidi or invisible
-//! characters.
-//! Pure functions, for any thread.
+//! Makes foreign text safe for a log line, an error or a terminal: truncated, on one line, without
+//! control, bidi or invisible characters. Pure functions, for any thread.
 
 use std::error::Error;
 use std::fmt::{self, Display, Write};
 
 use crate::limits;
 
-/// `text` for a log line or an error: at most [`limits::LOG_TEXT`] characters, unprintable ones escaped.
+/// `text` for a log line or an error: at most [`limits::LOG_TEXT`] characters, unprintable ones
+/// escaped.
 pub(crate) fn sanitize(text: &str) -> String {
-    printable_within(text, limits::LOG_TEXT)
+    sanitize_within(text, limits::LOG_TEXT)
 }
 
-/// `text` without the space around it, with unprintable characters escaped, cut to `most` characters (an ellipsis marks the
-/// cut).
-pub(crate) fn printable_within(text: &str, most: usize) -> String {
-    escaped_within(text.trim(), most)
+/// `text` without surrounding white space, with unprintable characters escaped, truncated to `most`
+/// characters (marked by an ellipsis).
+pub(crate) fn sanitize_within(text: &str, most: usize) -> String {
+    escape_within(text.trim(), most)
 }
 
-/// `text` with unprintable characters escaped, cut to `most` characters (an ellipsis marks the cut).
-pub(crate) fn escaped_within(text: &str, most: usize) -> String {
+/// `text` with unprintable characters escaped, truncated to `most` characters (marked by an
+/// ellipsis).
+pub(crate) fn escape_within(text: &str, most: usize) -> String {
     let mut out = String::new();
     for (count, c) in text.chars().enumerate() {
         if count == most {
@@ -31,9 +32,9 @@ pub(crate) fn escaped_within(text: &str, most: usize) -> String {
     out
 }
 
-/// All of `text`, which may have several lines: everything unprintable but the line breaks is escaped.
+/// `text` with all unprintable characters escaped, except line breaks.
 #[cfg(feature = "cli")]
-pub(crate) fn escaped_lines(text: &str) -> String {
+pub(crate) fn escape_lines(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for c in text.chars() {
         if c == '\n' { out.push(c) } else { push_escaped(&mut out, c) }
@@ -41,9 +42,10 @@ pub(crate) fn escaped_lines(text: &str) -> String {
     out
 }
 
-/// The same JSON with every unprintable character as `\uXXXX`: outside its strings there is none but the line breaks.
+/// JSON with every unprintable character escaped as `\uXXXX`, except line breaks. JSON has
+/// unprintable characters only in strings.
 #[cfg(feature = "cli")]
-pub(crate) fn escaped_json(json: &str) -> String {
+pub(crate) fn escape_json(json: &str) -> String {
     let mut out = String::with_capacity(json.len());
     for c in json.chars() {
         if c == '\n' || is_printable(c) {
@@ -72,24 +74,25 @@ pub(crate) fn cut(text: &str, most: usize) -> &str {
     text.char_indices().nth(most).map_or(text, |(end, _)| text.get(..end).unwrap_or(text))
 }
 
-/// A name that is refused, in quotes and escaped as Rust writes it: a line break at its end must show. Rust leaves some
-/// invisible characters as they are, such as U+3164; they are escaped, too.
+/// An invalid name in quotes, escaped as in Rust, so that a line break at its end is visible.
+/// Invisible characters that Rust does not escape, such as U+3164, are also escaped.
 pub(crate) fn quoted(name: &str, most: usize) -> String {
     let start = cut(name, most);
-    let quoted = escaped_within(&format!("{start:?}"), usize::MAX);
+    let quoted = escape_within(&format!("{start:?}"), usize::MAX);
     format!("{quoted}{}", if start.len() < name.len() { "…" } else { "" })
 }
 
-/// What is displayed, up to `most` characters. It is cut while it is written: it may have no end.
+/// The `Display` text, truncated to `most` characters. It is truncated while it is written, as it
+/// may be endless.
 pub(crate) fn displayed(what: &(impl Display + ?Sized), most: usize) -> String {
     let mut out = Cut { text: String::new(), left: most };
-    // An error is ours, of the cut; or its own, and then this is all that it says.
+    // An error means that the text was truncated, or that its `Display` failed.
     let _ = write!(out, "{what}");
     out.text
 }
 
-/// An error and its sources, each displayed up to `most` characters. At most [`limits::ERROR_SOURCES`] of them, as an error
-/// may be its own source.
+/// The texts of an error and its sources, each truncated to `most` characters. There are at most
+/// [`limits::ERROR_SOURCES`], as an error may be its own source.
 pub(crate) fn layers<'a>(error: &'a dyn Error, most: usize) -> impl Iterator<Item = String> + 'a {
     let next = |error: &&'a (dyn Error + 'a)| {
         (*error).source().map(|source| source as &'a (dyn Error + 'a))
@@ -98,7 +101,7 @@ pub(crate) fn layers<'a>(error: &'a dyn Error, most: usize) -> impl Iterator<Ite
     chain.take(limits::ERROR_SOURCES).map(move |error| displayed(error, most))
 }
 
-/// A text that takes so many more characters.
+/// A string with a maximum number of further characters.
 struct Cut {
     text: String,
     left: usize,
@@ -109,7 +112,7 @@ impl Write for Cut {
         let taken = cut(more, self.left);
         self.text.push_str(taken);
         self.left -= taken.chars().count();
-        // The first that is too much ends it.
+        // The error stops the writer.
         if taken.len() < more.len() { Err(fmt::Error) } else { Ok(()) }
     }
 }
@@ -125,9 +128,10 @@ fn is_printable(c: char) -> bool {
     !c.is_control() && !is_invisible(c)
 }
 
-/// Characters that hide, reorder or break what a terminal shows, beside the control characters. Of Unicode 16.0.0: in
-/// DerivedCoreProperties.txt those with `Default_Ignorable_Code_Point`; in UnicodeData.txt those of the categories `Cf`
-/// (bidi controls and tags among them), `Zl` and `Zp`; and the noncharacters, with which each plane ends.
+/// Whether a character that is not a control character hides, reorders or breaks text in a
+/// terminal. In Unicode 16.0.0, these are the characters with `Default_Ignorable_Code_Point` in
+/// DerivedCoreProperties.txt, those of the categories `Cf` (with bidi controls and tags), `Zl` and
+/// `Zp` in UnicodeData.txt, and the noncharacters at the end of each plane.
 fn is_invisible(c: char) -> bool {
     matches!(
         c,
@@ -169,9 +173,9 @@ mod tests {
         assert_eq!(sanitize("a\nb\u{1b}[31m\u{202e}c"), "a\\u{a}b\\u{1b}[31m\\u{202e}c");
     }
 
-    /// Unicode's own tables, as a crate of others has them.
+    /// Compares with the tables of Unicode in another crate.
     #[test]
-    fn every_character_that_unicode_calls_invisible_is_escaped_and_no_other() {
+    fn exactly_the_invisible_characters_of_unicode_are_escaped() {
         use regex_syntax::hir::{Class, HirKind};
         let invisible = r"[\p{Cc}\p{Cf}\p{Zl}\p{Zp}\p{Default_Ignorable_Code_Point}\p{Noncharacter_Code_Point}\p{Bidi_Control}]";
         let HirKind::Class(Class::Unicode(class)) =
@@ -198,7 +202,7 @@ mod tests {
         }
         for c in ['\0'..=char::MAX].into_iter().flatten() {
             let text = format!("a{c}b");
-            for shown in [escaped_within(&text, 9), quoted(&text, 9)] {
+            for shown in [escape_within(&text, 9), quoted(&text, 9)] {
                 assert!(
                     shown.chars().all(is_printable) && shown.contains('a') && shown.contains('b'),
                     "{shown:?}"
@@ -209,11 +213,11 @@ mod tests {
 
     #[cfg(feature = "cli")]
     #[test]
-    fn json_is_the_same_with_every_unprintable_character_escaped() {
+    fn escape_json_has_the_same_value() {
         for c in '\0'..=char::MAX {
             let value = serde_json::json!({"a": format!("x{c}y")});
             let json = serde_json::to_string_pretty(&value).unwrap();
-            let escaped = escaped_json(&json);
+            let escaped = escape_json(&json);
             assert!(escaped.chars().all(|c| c == '\n' || is_printable(c)), "{escaped:?}");
             assert_eq!(serde_json::from_str::<serde_json::Value>(&escaped).unwrap(), value);
         }
@@ -221,26 +225,26 @@ mod tests {
 
     #[cfg(feature = "cli")]
     #[test]
-    fn of_text_in_lines_only_the_line_breaks_stay() {
-        assert_eq!(escaped_lines("a\r\n\u{9b}31mb\u{ad}\n"), "a\\u{d}\n\\u{9b}31mb\\u{ad}\n");
+    fn escape_lines_keep_line_breaks() {
+        assert_eq!(escape_lines("a\r\n\u{9b}31mb\u{ad}\n"), "a\\u{d}\n\\u{9b}31mb\\u{ad}\n");
     }
 
     #[test]
-    fn long_text_is_cut_on_a_character() {
-        assert_eq!(printable_within("äöü", 2), "äö…");
-        assert_eq!(printable_within("äö", 2), "äö");
+    fn long_text_is_truncated_at_a_character() {
+        assert_eq!(sanitize_within("äöü", 2), "äö…");
+        assert_eq!(sanitize_within("äö", 2), "äö");
         assert_eq!(cut("äöü", 2), "äö");
         assert_eq!(cut("ä", 2), "ä");
     }
 
     #[test]
-    fn a_name_is_quoted_with_all_that_is_in_it() {
+    fn quoted_name_shows_all_characters() {
         assert_eq!(quoted("d1\n", 9), r#""d1\n""#);
         assert_eq!(quoted("\u{1b}\u{202e}\u{200b}\"", 9), r#""\u{1b}\u{202e}\u{200b}\"""#);
         assert_eq!(quoted("äöü", 2), r#""äö"…"#);
     }
 
-    /// Writes without end, unless it is stopped.
+    /// Writes without end.
     struct Endless;
 
     impl fmt::Display for Endless {
@@ -252,7 +256,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_displayed_without_end_is_cut_while_it_is_written() {
+    fn endless_display_is_truncated() {
         let text = displayed(&Endless, 1_000);
         assert_eq!(text, "ä".repeat(1_000));
         assert!(text.capacity() <= 4_096, "{}", text.capacity());
@@ -261,7 +265,7 @@ mod tests {
     }
 
     #[test]
-    fn an_error_that_is_its_own_source_has_an_end() {
+    fn error_that_is_its_own_source_is_truncated() {
         #[derive(Debug)]
         struct Round;
         impl fmt::Display for Round {
@@ -280,7 +284,7 @@ mod tests {
 
     #[cfg(feature = "cli")]
     #[test]
-    fn of_long_text_the_last_characters_are_kept() {
+    fn last_returns_the_last_characters() {
         assert_eq!(
             (last("äöü", 2), last("äö", 2), last("ä", 2), last("ä", 0)),
             ("öü", "äö", "ä", "")

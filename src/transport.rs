@@ -1,7 +1,9 @@
-//! A socket under ureq: every call ends in its time, however little the other side takes or gives at once, and from the
-//! connect on it can be shut down by another thread. Runs on the heartbeat thread, and for Docker on the status thread.
+//! The socket transport for ureq. Each call ends within its timeout, even if the peer reads or
+//! sends slowly, and another thread can shut the socket down, also during the connect. Runs on the
+//! heartbeat thread, and for Docker on the status thread.
 //!
-//! ureq's own TCP transport gives each partial write the whole time anew, and cannot be interrupted while it connects.
+//! ureq's own TCP transport restarts the timeout with each partial write, and cannot be interrupted
+//! during the connect.
 
 use std::fmt;
 use std::io::{self, ErrorKind, Read};
@@ -12,39 +14,39 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use socket2::{Domain, SockAddr, Socket, Type};
-use ureq::Timeout;
 use ureq::unversioned::transport::{
     Buffers, ConnectionDetails, LazyBuffers, NextTimeout, ShutdownHandle, Transport, time,
 };
 
-/// A connection that has ended is an error, and no signal that ends the process: who embeds us may not ignore SIGPIPE.
-const QUIETLY: i32 = libc::MSG_NOSIGNAL;
+/// A write to a closed connection is an error, and does not raise SIGPIPE, which an embedding
+/// program may not ignore.
+const NO_SIGPIPE: i32 = libc::MSG_NOSIGNAL;
 
-/// A connected socket, and HTTP over it.
+/// A TCP or Unix socket for HTTP.
 pub(crate) struct SocketTransport {
-    socket: Arc<Shut>,
+    socket: Arc<SharedSocket>,
     buffers: LazyBuffers,
 }
 
-/// Shuts the socket down.
-struct Shut(Socket);
+/// The socket, which another thread may shut down.
+struct SharedSocket(Socket);
 
-impl ShutdownHandle for Shut {
+impl ShutdownHandle for SharedSocket {
     fn shutdown(&self) {
-        // An error means that it is closed already.
+        // An error means that the socket is closed already.
         let _ = self.0.shutdown(Shutdown::Both);
     }
 }
 
 impl SocketTransport {
-    /// Connected to the first of the addresses that answers, and which one that is. Each but the last has half of the time
-    /// that is left.
+    /// Connects to the first address that accepts, and returns it. Each address except the last
+    /// gets half of the remaining time.
     pub(crate) fn tcp(details: &ConnectionDetails<'_>) -> Result<(Self, SocketAddr), ureq::Error> {
-        let budget = Budget::new(details.timeout);
+        let deadline = Deadline::new(details.timeout);
         let mut addresses = details.addrs.iter().peekable();
         while let Some(address) = addresses.next() {
             let is_last = addresses.peek().is_none();
-            match Self::tcp_to(*address, details, &budget, is_last) {
+            match Self::tcp_to(*address, details, &deadline, is_last) {
                 Err(_) if !is_last => (),
                 connected => return connected.map(|socket| (socket, *address)),
             }
@@ -55,31 +57,35 @@ impl SocketTransport {
     fn tcp_to(
         address: SocketAddr,
         details: &ConnectionDetails<'_>,
-        budget: &Budget,
+        deadline: &Deadline,
         is_last: bool,
     ) -> Result<Self, ureq::Error> {
-        let socket = Self::new(Domain::for_address(address), details)?;
-        let (at, left) = (SockAddr::from(address), budget.left()?);
-        let share = if is_last { left } else { left.map(|left| left / 2) };
-        let connected = share.map_or_else(
-            || socket.get().connect(&at),
-            |share| socket.get().connect_timeout(&at, share),
-        );
-        connected.map_err(|error| budget.name(error))?;
-        socket.get().set_tcp_nodelay(true)?;
-        Ok(socket)
+        let transport = Self::new(Domain::for_address(address), details)?;
+        let socket = transport.get();
+        let address = SockAddr::from(address);
+        let remaining = deadline.remaining()?;
+        let timeout = if is_last { remaining } else { remaining.map(|remaining| remaining / 2) };
+        let connected = match timeout {
+            Some(timeout) => socket.connect_timeout(&address, timeout),
+            None => socket.connect(&address),
+        };
+        connected.map_err(|error| deadline.map_error(error))?;
+        socket.set_tcp_nodelay(true)?;
+        Ok(transport)
     }
 
-    /// The socket at this path.
+    /// Connects to the Unix socket at `path`.
     pub(crate) fn unix(path: &Path, details: &ConnectionDetails<'_>) -> Result<Self, ureq::Error> {
-        let (socket, budget) = (Self::new(Domain::UNIX, details)?, Budget::new(details.timeout));
-        // Where the queue of connections is full, a connect waits as a write does.
-        socket.get().set_write_timeout(budget.left()?)?;
-        socket.get().connect(&SockAddr::unix(path)?).map_err(|error| budget.name(error))?;
-        Ok(socket)
+        let transport = Self::new(Domain::UNIX, details)?;
+        let deadline = Deadline::new(details.timeout);
+        // If the queue of the listener is full, the connect waits up to the write timeout.
+        transport.get().set_write_timeout(deadline.remaining()?)?;
+        let address = SockAddr::unix(path)?;
+        transport.get().connect(&address).map_err(|error| deadline.map_error(error))?;
+        Ok(transport)
     }
 
-    /// Not connected yet, and known already to whoever may shut it down.
+    /// A socket that is not connected yet, but can be shut down already.
     fn new(domain: Domain, details: &ConnectionDetails<'_>) -> Result<Self, ureq::Error> {
         Self::over(Socket::new(domain, Type::STREAM, None)?, details)
     }
@@ -88,8 +94,8 @@ impl SocketTransport {
         socket: Socket,
         details: &ConnectionDetails<'_>,
     ) -> Result<Self, ureq::Error> {
-        let socket = Arc::new(Shut(socket));
-        let handle: Weak<Shut> = Arc::downgrade(&socket);
+        let socket = Arc::new(SharedSocket(socket));
+        let handle: Weak<SharedSocket> = Arc::downgrade(&socket);
         (details.register_shutdown)(handle)?;
         let buffers = LazyBuffers::new(
             details.config.input_buffer_size(),
@@ -109,34 +115,36 @@ impl Transport for SocketTransport {
     }
 
     fn transmit_output(&mut self, amount: usize, timeout: NextTimeout) -> Result<(), ureq::Error> {
-        let (socket, budget) = (&self.socket.0, Budget::new(timeout));
+        let deadline = Deadline::new(timeout);
+        let socket = &self.socket.0;
         let mut rest: &[u8] = self.buffers.output().get(..amount).unwrap_or_default();
         while !rest.is_empty() {
-            socket.set_write_timeout(budget.left()?)?;
-            match socket.send_with_flags(rest, QUIETLY) {
+            socket.set_write_timeout(deadline.remaining()?)?;
+            match socket.send_with_flags(rest, NO_SIGPIPE) {
                 Ok(0) => return Err(io::Error::from(ErrorKind::WriteZero).into()),
                 Ok(written) => rest = rest.get(written..).unwrap_or_default(),
                 Err(error) if error.kind() == ErrorKind::Interrupted => (),
-                Err(error) => return Err(budget.name(error)),
+                Err(error) => return Err(deadline.map_error(error)),
             }
         }
         Ok(())
     }
 
     fn await_input(&mut self, timeout: NextTimeout) -> Result<bool, ureq::Error> {
-        let (mut socket, budget) = (&self.socket.0, Budget::new(timeout));
+        let deadline = Deadline::new(timeout);
+        let mut socket = &self.socket.0;
         let amount = loop {
-            socket.set_read_timeout(budget.left()?)?;
+            socket.set_read_timeout(deadline.remaining()?)?;
             match socket.read(self.buffers.input_append_buf()) {
                 Err(error) if error.kind() == ErrorKind::Interrupted => (),
-                read => break read.map_err(|error| budget.name(error))?,
+                read => break read.map_err(|error| deadline.map_error(error))?,
             }
         };
         self.buffers.input_appended(amount);
         Ok(amount > 0)
     }
 
-    /// Whether it is connected, and silent: an idle connection has nothing to say.
+    /// Whether the socket is connected and has nothing to read, as an idle connection should be.
     fn is_open(&mut self) -> bool {
         let waiting = self.get().recv_with_flags(&mut [MaybeUninit::uninit()], libc::MSG_DONTWAIT);
         waiting.is_err_and(|error| error.kind() == ErrorKind::WouldBlock)
@@ -151,34 +159,44 @@ impl fmt::Debug for SocketTransport {
     }
 }
 
-/// What is left of the time for one call.
-struct Budget {
+/// The deadline of one or several calls.
+pub(crate) struct Deadline {
     end: Option<Instant>,
-    reason: Timeout,
+    timeout: NextTimeout,
 }
 
-impl Budget {
-    fn new(timeout: NextTimeout) -> Self {
+impl Deadline {
+    pub(crate) fn new(timeout: NextTimeout) -> Self {
         let end = match timeout.after {
             time::Duration::Exact(after) => Instant::now().checked_add(after),
             time::Duration::NotHappening => None,
         };
-        Self { end, reason: timeout.reason }
+        Self { end, timeout }
     }
 
-    /// A socket takes no timeout of zero, nor a connect.
-    fn left(&self) -> Result<Option<Duration>, ureq::Error> {
-        let left = self.end.map(|end| end.saturating_duration_since(Instant::now()));
-        if left.is_some_and(|left| left.is_zero()) {
-            return Err(ureq::Error::Timeout(self.reason));
+    /// The remaining time as a timeout of ureq, for a later call.
+    pub(crate) fn timeout(&self) -> NextTimeout {
+        let remaining = self.end.map(|end| end.saturating_duration_since(Instant::now()));
+        let after = remaining.map_or(time::Duration::NotHappening, time::Duration::Exact);
+        NextTimeout { after, ..self.timeout }
+    }
+
+    /// The remaining time. `None`: there is no deadline. No remaining time is an error, because
+    /// sockets do not accept a timeout of zero.
+    fn remaining(&self) -> Result<Option<Duration>, ureq::Error> {
+        let remaining = self.end.map(|end| end.saturating_duration_since(Instant::now()));
+        if remaining.is_some_and(|remaining| remaining.is_zero()) {
+            return Err(ureq::Error::Timeout(self.timeout.reason));
         }
-        Ok(left)
+        Ok(remaining)
     }
 
-    /// The error as ureq has it: a timeout by its name.
-    fn name(&self, error: io::Error) -> ureq::Error {
+    /// Maps an I/O error to an error of ureq, which names the timeout.
+    fn map_error(&self, error: io::Error) -> ureq::Error {
         match error.kind() {
-            ErrorKind::WouldBlock | ErrorKind::TimedOut => ureq::Error::Timeout(self.reason),
+            ErrorKind::WouldBlock | ErrorKind::TimedOut => {
+                ureq::Error::Timeout(self.timeout.reason)
+            }
             _ => error.into(),
         }
     }
@@ -190,11 +208,11 @@ mod tests {
     use std::net::{TcpListener, TcpStream};
     use std::thread;
 
-    use ureq::Agent;
     use ureq::config::Config;
     use ureq::http::Uri;
     use ureq::unversioned::resolver::{ResolvedSocketAddrs, Resolver};
     use ureq::unversioned::transport::Connector;
+    use ureq::{Agent, Timeout};
 
     use super::*;
 
@@ -213,11 +231,11 @@ mod tests {
         }
     }
 
-    /// A name with these addresses.
+    /// Resolves every name to these addresses.
     #[derive(Debug)]
-    struct Known(Vec<SocketAddr>);
+    struct FixedResolver(Vec<SocketAddr>);
 
-    impl Resolver for Known {
+    impl Resolver for FixedResolver {
         fn resolve(
             &self,
             _: &Uri,
@@ -230,18 +248,18 @@ mod tests {
         }
     }
 
-    /// Sends a body of so many bytes to the first of the addresses that answers; a second for the connect, half of one to
-    /// send.
+    /// Posts a body of `size` bytes to the first address that accepts, with a connect timeout of 1
+    /// s and a send timeout of 500 ms.
     fn post(addresses: &[SocketAddr], size: usize) -> Result<u16, ureq::Error> {
         let config = Agent::config_builder()
             .timeout_connect(Some(Duration::from_secs(1)))
             .timeout_send_body(Some(Duration::from_millis(500)))
             .build();
-        let agent = Agent::with_parts(config, Tcp, Known(addresses.to_vec()));
+        let agent = Agent::with_parts(config, Tcp, FixedResolver(addresses.to_vec()));
         agent.post("http://master/").send(vec![0; size]).map(|answer| answer.status().as_u16())
     }
 
-    /// Where each connection is served like this.
+    /// Starts a server that handles each connection with `serve`.
     fn served(serve: impl Fn(TcpStream) + Send + 'static) -> SocketAddr {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
@@ -260,8 +278,9 @@ mod tests {
         TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
     }
 
-    /// A full queue of connections: the system drops what asks for one more. It is so for as long as this is held.
-    fn swallowing() -> (SocketAddr, TcpListener, Vec<Socket>) {
+    /// A listener with a full queue: the system drops further connection requests while the result
+    /// is held.
+    fn unresponsive() -> (SocketAddr, TcpListener, Vec<Socket>) {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         rustix::net::listen(&listener, 0).unwrap();
         let address = listener.local_addr().unwrap();
@@ -274,15 +293,15 @@ mod tests {
     }
 
     #[test]
-    fn an_address_that_refuses_or_says_nothing_leaves_time_for_the_next() {
-        let (silent, _listener, _full) = swallowing();
+    fn refusing_or_unresponsive_address_leaves_time_for_the_next() {
+        let (silent, _listener, _full) = unresponsive();
         assert_eq!(post(&[refusing(), answering()], 10).unwrap(), 204);
         assert_eq!(post(&[silent, refusing(), answering()], 10).unwrap(), 204);
     }
 
     #[test]
-    fn where_no_address_answers_the_last_one_says_why() {
-        let (silent, _listener, _full) = swallowing();
+    fn error_of_the_last_address_is_returned() {
+        let (silent, _listener, _full) = unresponsive();
         let error = post(&[silent, refusing()], 10).unwrap_err();
         assert!(
             matches!(&error, ureq::Error::Io(error) if error.kind() == ErrorKind::ConnectionRefused),
@@ -294,7 +313,7 @@ mod tests {
     }
 
     #[test]
-    fn a_peer_that_takes_a_little_now_and_then_gets_no_more_time_for_it() {
+    fn slow_reader_does_not_extend_send_timeout() {
         let slow = served(|mut stream| {
             let mut buffer = vec![0; 64 * 1024];
             while stream.read(&mut buffer).is_ok_and(|count| count > 0) {

@@ -470,13 +470,13 @@ fn duration(given: &str) -> Result<Duration, String> {
 /// The text of an error, safe to print. [`parse`] has escaped and shortened what it quotes of the
 /// command line; the rest of the text is escaped here.
 pub(super) fn described(error: clap::Error) -> String {
-    text::escaped_lines(&error.render().to_string())
+    text::escape_lines(&error.render().to_string())
 }
 
 /// Escapes and shortens what the error quotes of the command line: a script may have got that from
 /// an untrusted source.
 fn escaped(mut error: clap::Error) -> clap::Error {
-    let escaped = |given: &String| text::escaped_within(given, limits::LOG_TEXT);
+    let escaped = |given: &String| text::escape_within(given, limits::LOG_TEXT);
     let given = |value: &ContextValue| match value {
         ContextValue::String(given) => Some(ContextValue::String(escaped(given))),
         ContextValue::Strings(given) => {
@@ -553,7 +553,7 @@ mod tests {
             let given = std::iter::once("decnet-heartbeat".into()).chain(given);
             if let Err(error) = parse(given) {
                 let message = described(error);
-                prop_assert_eq!(text::escaped_lines(&message), message);
+                prop_assert_eq!(text::escape_lines(&message), message);
             }
         }
     }

@@ -34,7 +34,7 @@ pub(super) fn check(common: &Common, options: &CheckOptions) -> Result<ExitCode,
     let dir = enrolment.as_ref().ok().map(|enrolment| enrolment.agent_dir().value().as_path());
     // Probed first and shown later, because the beat carries it.
     let mut source = run.source(dir.unwrap_or(Path::new("")));
-    let probe = source.look();
+    let probe = source.probe();
     let steps =
         [host::state_file(run, &probe), host::docker(run, &probe), host::topology(dir, &probe)];
     match &enrolment {

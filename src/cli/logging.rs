@@ -90,7 +90,7 @@ pub(super) fn flush() {
 /// Logs a panic on one line. The message is escaped: it may quote foreign text.
 pub(super) fn log_panic(panic: &PanicHookInfo<'_>) {
     let at = panic.location().map(ToString::to_string).unwrap_or_default();
-    log::error!("panic: at={at} message={:?}", panics::said(panic.payload()));
+    log::error!("panic: at={at} message={:?}", panics::panic_message(panic.payload()));
     // A panic of the main thread ends the program.
     if thread::current().name() == Some("main") {
         flush();

@@ -109,7 +109,7 @@ const METRICS: [Metric; 22] = [
     gauge(
         "snapshot_pending_since_timestamp_seconds",
         "Time of the snapshot request that the status source has not answered yet.",
-        |stats| stats.snapshot_owed_since.and_then(timestamp),
+        |stats| stats.snapshot_pending_since.and_then(timestamp),
     ),
     counter(
         "panics_total",

@@ -45,20 +45,20 @@ pub(super) fn run(
     result
 }
 
-/// Reports a configuration error only after it has lasted for [`limits::ENROLMENT_PATIENCE`]: an
+/// Reports a configuration error only after it has lasted for [`limits::ENROLMENT_RETRY`]: an
 /// enrolment removes files and writes them again. `None`: a signal requested the end meanwhile.
 fn start_with_retries(
     common: &Common,
     options: &RunOptions,
     signals: &Receiver<i32>,
 ) -> Result<Option<Heartbeat>, Error> {
-    let end = Instant::now() + limits::ENROLMENT_PATIENCE;
+    let end = Instant::now() + limits::ENROLMENT_RETRY;
     loop {
         match start(common, options) {
             Err(error) if code_of(&error) == NOT_CONFIGURED && Instant::now() < end => (),
             result => return result.map(Some),
         }
-        if signals.recv_timeout(limits::ENROLMENT_LOOK).is_ok() {
+        if signals.recv_timeout(limits::ENROLMENT_PAUSE).is_ok() {
             return Ok(None);
         }
     }

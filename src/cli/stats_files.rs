@@ -15,7 +15,7 @@ use crate::files;
 use crate::limits;
 use crate::log_throttle::LogThrottle;
 use crate::stats::Stats;
-use crate::text::{escaped_json, sanitize};
+use crate::text::{escape_json, sanitize};
 
 const NAME: &str = "stats-files";
 
@@ -99,7 +99,7 @@ struct StatsFile {
 impl StatsFile {
     fn stats(path: PathBuf) -> Self {
         let text = |stats: &Stats| {
-            serde_json::to_string_pretty(stats).map(|json| escaped_json(&json) + "\n")
+            serde_json::to_string_pretty(stats).map(|json| escape_json(&json) + "\n")
         };
         Self::new("--stats-file", path, text, None)
     }

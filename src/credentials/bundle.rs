@@ -1,5 +1,5 @@
-//! Who we are: `ca.crt`, `worker.crt` and `worker.key`, loaded and proven before use. Runs on the thread that asks:
-//! the caller's at start, the heartbeat thread afterwards.
+//! The bundle: `ca.crt`, `worker.crt` and `worker.key`. The files are checked when they are loaded.
+//! Runs on the outbox thread, and for `check` on the main thread.
 
 use std::fs;
 use std::io;
@@ -28,45 +28,47 @@ pub(crate) const CA: &str = "ca.crt";
 pub(crate) const CERTIFICATE: &str = "worker.crt";
 pub(crate) const KEY: &str = "worker.key";
 
-/// A bundle whose parts are known to fit.
+/// A bundle that was checked: its certificate and its key match.
 pub(crate) struct Bundle {
-    /// The CAs that the master's certificate must chain to.
+    /// The CAs to which the master's certificate must chain.
     pub(crate) roots: Arc<RootCertStore>,
-    /// Our certificate, the rest of its chain, and the key that fits it.
+    /// This host's certificate with its chain, and its key.
     pub(crate) identity: Arc<CertifiedKey>,
-    /// What the master knows us by.
+    /// The fingerprint and the expiry of this host's certificate.
     pub(crate) certificate: Certificate,
-    /// The certificates of the CA file that may not issue any, and why: they count for nothing.
+    /// The certificates in `ca.crt` that are ignored because they are not CA certificates, with the
+    /// reasons.
     #[cfg(feature = "cli")]
     pub(crate) ignored: Vec<String>,
 }
 
-/// What a bundle that cannot be used takes.
+/// The advice for a bundle that cannot be used.
 pub(crate) const ENROL: &str =
     "enrol this host again from its master, which writes all three files";
-const MEND: &str = "mend the file, or enrol this host again";
+const REPAIR: &str = "repair the file, or enrol this host again";
 const OTHER_KEY: &str =
     "let the master issue a certificate whose key is supported, and enrol this host again";
 
-/// What is worth knowing of our certificate.
+/// This host's certificate.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Certificate {
-    /// SHA-256 of its DER in lowercase hexadecimal: what the master pins to the host uuid.
+    /// SHA-256 of its DER in lowercase hexadecimal. The master pins it to the host uuid.
     pub(crate) fingerprint: String,
-    /// The last moment in which it is valid. `None`: it does not say that in a way that can be read.
+    /// The end of its validity. `None`: it cannot be parsed.
     pub(crate) expires: Option<SystemTime>,
 }
 
 impl Bundle {
-    /// Reads the three files of `dir` and proves them: every certificate of the CA file parses and one at least may issue
-    /// others, the key is one that can sign (PKCS#1, PKCS#8 or SEC1) and fits the certificate. The files are not written
-    /// atomically, so a new certificate beside an old key is an error here, and the caller looks again later.
+    /// Reads and checks the three files in `dir`: every certificate in `ca.crt` can be parsed, at
+    /// least one is a CA certificate, and the key (PKCS#1, PKCS#8 or SEC1) is supported and matches
+    /// the certificate. Enrolment does not write the files atomically. A new certificate with an
+    /// old key is an error, and the caller tries again later.
     pub(crate) fn load(dir: &Path, provider: &CryptoProvider) -> Result<Self, Error> {
-        Self::prove(dir, read, provider)
+        Self::load_with(dir, read, provider)
     }
 
-    /// As [`load`](Self::load), of what `read` finds at the three files' paths.
-    pub(crate) fn prove(
+    /// As [`load`](Self::load), with `read` to read each file.
+    pub(crate) fn load_with(
         dir: &Path,
         read: impl Fn(&Path) -> Result<Vec<u8>, Error>,
         provider: &CryptoProvider,
@@ -80,10 +82,10 @@ impl Bundle {
         let (fingerprint, expires) = own.unwrap_or_default();
         let key = private_key(&key_file, &read(&key_file)?)?;
         let identity = identity(dir, chain, key, provider)?;
-        warn_of_readers(&key_file);
+        warn_of_readable_key(&key_file);
         for ignored in &ignored {
             log::warn!(
-                "a certificate of ca.crt is ignored: file={} reason={ignored:?}",
+                "certificate in ca.crt ignored: file={} reason={ignored:?}",
                 sanitize_path(&ca_file)
             );
         }
@@ -97,68 +99,71 @@ impl Bundle {
         })
     }
 
-    /// Whether our certificate was issued by the bundle's CA. A master that has another one may take it all the same.
+    /// Whether a CA of the bundle issued this host's certificate. The master may accept it if not,
+    /// as it may trust another CA.
     #[cfg(feature = "cli")]
-    pub(crate) fn is_of_its_ca(&self, provider: &CryptoProvider) -> bool {
-        self.is_of(&self.roots, provider)
+    pub(crate) fn is_issued_by_its_ca(&self, provider: &CryptoProvider) -> bool {
+        self.is_issued_by(&self.roots, provider)
     }
 
-    /// Whether our certificate was issued by one of these.
+    /// Whether one of these CAs issued this host's certificate.
     #[cfg(feature = "cli")]
-    pub(crate) fn is_of(&self, roots: &RootCertStore, provider: &CryptoProvider) -> bool {
+    pub(crate) fn is_issued_by(&self, roots: &RootCertStore, provider: &CryptoProvider) -> bool {
         let [own, others @ ..] = self.identity.cert.as_slice() else { return false };
         let Ok(own) = ParsedCertificate::try_from(own) else { return false };
         let algorithms = provider.signature_verification_algorithms.all;
-        let judged = verify_server_cert_signed_by_trust_anchor(
+        let result = verify_server_cert_signed_by_trust_anchor(
             &own,
             roots,
             others,
             UnixTime::now(),
             algorithms,
         );
-        #[expect(deprecated, reason = "webpki may still give it")]
-        let is_strangers = |error: &rustls::Error| {
+        #[expect(deprecated, reason = "webpki may still return it")]
+        let is_of_another_ca = |error: &rustls::Error| {
             use CertificateError as Bad;
             matches!(
                 error,
                 rustls::Error::InvalidCertificate(
                     Bad::UnknownIssuer
                         | Bad::BadSignature
-                        // The CA of that name has a key of another type.
+                        // The CA with the issuer's name has a key of another type.
                         | Bad::UnsupportedSignatureAlgorithm
                         | Bad::UnsupportedSignatureAlgorithmForPublicKeyContext { .. }
                 )
             )
         };
-        !judged.as_ref().is_err_and(is_strangers)
+        !result.as_ref().is_err_and(is_of_another_ca)
     }
 
-    /// Why a master whose OpenSSL has its defaults may refuse our certificate, whatever its issuer.
+    /// Why OpenSSL with its defaults, which the master uses, may refuse this host's certificate:
+    /// its signature is weak.
     #[cfg(feature = "cli")]
     pub(crate) fn weak_signature(&self, provider: &CryptoProvider) -> Option<String> {
         let own = X509::parse(self.identity.cert.first()?)?;
         own.unsupported_signature(&provider.signature_verification_algorithms)
     }
 
-    /// What changes when any of the three files does: three `stat`s.
-    pub(crate) fn stamps(dir: &Path) -> [FileVersion; 3] {
+    /// The versions of the three files. Costs three `stat`s.
+    pub(crate) fn versions(dir: &Path) -> [FileVersion; 3] {
         [CA, CERTIFICATE, KEY].map(|name| FileVersion::of(&dir.join(name)))
     }
 }
 
-/// What is wrong with each file of a bundle that cannot be used.
+/// The result of the check of each file of a bundle.
 #[cfg(feature = "cli")]
-pub(crate) struct Judged {
+pub(crate) struct BundleCheck {
     pub(crate) ca: Result<(), Error>,
     pub(crate) certificate: Result<(), Error>,
-    /// `None`: it may be good, but there is no certificate that it could fit.
+    /// `None`: the key cannot be checked without a valid certificate.
     pub(crate) key: Option<Result<(), Error>>,
 }
 
 #[cfg(feature = "cli")]
-impl Judged {
-    /// Each file by itself, and then whether certificate and key fit. `found`: what was wrong when the bundle was loaded.
-    pub(crate) fn of(dir: &Path, provider: &CryptoProvider, found: Error) -> Self {
+impl BundleCheck {
+    /// Checks each file by itself, and then whether certificate and key match. `error` is the error
+    /// of the load.
+    pub(crate) fn of(dir: &Path, provider: &CryptoProvider, error: Error) -> Self {
         let [ca_file, certificate_file, key_file] =
             [CA, CERTIFICATE, KEY].map(|name| dir.join(name));
         let algorithms = provider.signature_verification_algorithms;
@@ -169,8 +174,8 @@ impl Judged {
         let key = read(&key_file).and_then(|content| private_key(&key_file, &content));
         let (certificate, key) = match (chain, key) {
             (Ok(chain), Ok(key)) => match identity(dir, chain, key, provider) {
-                // The files have changed since.
-                Ok(_) if ca.is_ok() => (Ok(()), Some(Err(found))),
+                // The files have changed since the load.
+                Ok(_) if ca.is_ok() => (Ok(()), Some(Err(error))),
                 Ok(_) => (Ok(()), Some(Ok(()))),
                 Err(error) if error.path() == Some(&certificate_file) => (Err(error), None),
                 Err(error) => (Ok(()), Some(Err(error))),
@@ -182,7 +187,7 @@ impl Judged {
     }
 }
 
-/// Our certificate, and what comes with it.
+/// This host's certificate and its chain.
 fn own_chain(path: &Path, content: &[u8]) -> Result<Vec<CertificateDer<'static>>, Error> {
     let chain = certificates(path, content)?;
     match chain.first().and_then(|own| X509::parse(own)).and_then(|own| own.unsupported_key()) {
@@ -191,7 +196,7 @@ fn own_chain(path: &Path, content: &[u8]) -> Result<Vec<CertificateDer<'static>>
     }
 }
 
-/// Our certificates and the key, if it is the first one's.
+/// The certificates and the key, if the key belongs to the first certificate.
 fn identity(
     dir: &Path,
     chain: Vec<CertificateDer<'static>>,
@@ -199,17 +204,17 @@ fn identity(
     provider: &CryptoProvider,
 ) -> Result<CertifiedKey, Error> {
     let key = provider.key_provider.load_private_key(key);
-    // rustls' own words say no more.
+    // The error of rustls adds nothing.
     let key = key.map_err(|_| {
         Error::bundle(dir.join(KEY), "holds a private key that cannot be read", ENROL)
     })?;
     let identity = CertifiedKey::new(chain, key);
-    let fits = |identity: &CertifiedKey| match identity.keys_match() {
-        // No key of ring's is of this kind.
+    let matches = |identity: &CertifiedKey| match identity.keys_match() {
+        // ring's keys never return this error.
         Ok(()) | Err(rustls::Error::InconsistentKeys(InconsistentKeys::Unknown)) => Ok(()),
         Err(error) => Err(error),
     };
-    let source = match fits(&identity) {
+    let source = match matches(&identity) {
         Ok(()) => return Ok(identity),
         Err(source) => source,
     };
@@ -221,26 +226,25 @@ fn identity(
     let others = identity.cert.iter().skip(1);
     let mut others =
         others.map(|other| CertifiedKey::new(vec![other.clone()], Arc::clone(&identity.key)));
-    let unfit = |remedy| {
-        Error::bundle(dir, format!("{CERTIFICATE} and {KEY} do not make an identity"), remedy)
-    };
-    Err(match others.any(|other| fits(&other).is_ok()) {
-        true => unfit("put this host's own certificate first in worker.crt").with_source(source),
-        // Enrolment writes one file after another, so this may pass.
-        false => unfit("enrol this host again, unless it is being enrolled right now")
+    let mismatch =
+        |remedy| Error::bundle(dir, format!("{CERTIFICATE} and {KEY} do not match"), remedy);
+    Err(match others.any(|other| matches(&other).is_ok()) {
+        true => mismatch("put this host's own certificate first in worker.crt").with_source(source),
+        // Enrolment writes the files one after another, so they may match soon.
+        false => mismatch("enrol this host again, unless its enrolment is in progress")
             .with_source(source)
             .passing(),
     })
 }
 
-/// The last moment in which a certificate is valid. webpki looks at the dates before all else, and tells it to whoever comes
-/// later than that; nothing else of it is looked at here.
+/// The end of a certificate's validity. webpki checks the dates first, so a verification at a late
+/// time fails with an error that contains the end.
 fn expiry(certificate: &CertificateDer<'_>, provider: &CryptoProvider) -> Option<SystemTime> {
     let certificate = ParsedCertificate::try_from(certificate).ok()?;
-    let (nobody, late) =
-        (RootCertStore::empty(), UnixTime::since_unix_epoch(Duration::from_secs(u64::MAX)));
+    let roots = RootCertStore::empty();
+    let late = UnixTime::since_unix_epoch(Duration::from_secs(u64::MAX));
     let algorithms = provider.signature_verification_algorithms.all;
-    match verify_server_cert_signed_by_trust_anchor(&certificate, &nobody, &[], late, algorithms) {
+    match verify_server_cert_signed_by_trust_anchor(&certificate, &roots, &[], late, algorithms) {
         Err(rustls::Error::InvalidCertificate(CertificateError::ExpiredContext {
             not_after,
             ..
@@ -249,8 +253,9 @@ fn expiry(certificate: &CertificateDer<'_>, provider: &CryptoProvider) -> Option
     }
 }
 
-/// The CAs of the file, and of its other certificates why each is none. webpki takes whatever it is given as a root for a CA:
-/// with a worker's certificate among them, that worker's key could make a master's.
+/// The CA certificates of a file, and for each other certificate the reason why it is ignored.
+/// webpki accepts any certificate as a root. With a worker's certificate as a root, that worker's
+/// key could issue a certificate for the master.
 fn roots(
     path: &Path,
     content: &[u8],
@@ -262,7 +267,7 @@ fn roots(
         match X509::parse(&der).and_then(|certificate| not_a_root(&certificate, algorithms)) {
             Some(problem) => ignored.push(problem),
             None => roots.add(der).map_err(|source| {
-                Error::bundle(path, NOT_A_CERTIFICATE, MEND).with_source(source)
+                Error::bundle(path, NOT_A_CERTIFICATE, REPAIR).with_source(source)
             })?,
         }
     }
@@ -274,7 +279,7 @@ fn roots(
     }
 }
 
-/// Why a certificate is no root, with its common name.
+/// Why a certificate is not used as a root, with its common name.
 fn not_a_root(certificate: &X509<'_>, algorithms: &WebPkiSupportedAlgorithms) -> Option<String> {
     let problem = certificate.not_a_ca(algorithms).map(|what| format!("it is {what}"));
     let problem = problem.or_else(|| certificate.unsupported_key())?;
@@ -285,27 +290,28 @@ fn not_a_root(certificate: &X509<'_>, algorithms: &WebPkiSupportedAlgorithms) ->
 
 const NOT_A_CERTIFICATE: &str = "has a section that is not an X.509 certificate";
 
-/// Whether a certificate of the CA file is a root.
+/// Whether a certificate of `ca.crt` is used as a root.
 #[cfg(feature = "cli")]
 pub(crate) fn is_root(der: &CertificateDer<'_>, provider: &CryptoProvider) -> bool {
     let algorithms = provider.signature_verification_algorithms;
     X509::parse(der).is_some_and(|certificate| not_a_root(&certificate, &algorithms).is_none())
 }
 
-/// All certificates of a file, at least one.
+/// All certificates of a file. It is an error if there is none.
 pub(crate) fn certificates(
     path: &Path,
     content: &[u8],
 ) -> Result<Vec<CertificateDer<'static>>, Error> {
-    certificates_of(path, content).map_err(|error| unless_half_written(content, error))
+    certificates_of(path, content).map_err(|error| passing_if_half_written(content, error))
 }
 
 fn certificates_of(path: &Path, content: &[u8]) -> Result<Vec<CertificateDer<'static>>, Error> {
-    let (mut certificates, mut other) = (Vec::new(), None);
+    let mut certificates = Vec::new();
+    let mut other = None;
     for section in sections(path, content)? {
         match section {
             Section::Certificate(der) if X509::parse(&der).is_none() => {
-                return Err(Error::bundle(path, NOT_A_CERTIFICATE, MEND));
+                return Err(Error::bundle(path, NOT_A_CERTIFICATE, REPAIR));
             }
             Section::Certificate(der) => certificates.push(CertificateDer::from(der)),
             Section::PrivateKey(_) | Section::EncryptedKey => other = Some("a private key"),
@@ -319,19 +325,21 @@ fn certificates_of(path: &Path, content: &[u8]) -> Result<Vec<CertificateDer<'st
         }
         (true, None) => Err(Error::bundle(
             path,
-            "holds no PEM section that begins -----BEGIN CERTIFICATE-----",
+            "holds no PEM section that begins with -----BEGIN CERTIFICATE-----",
             ENROL,
         )),
     }
 }
 
-/// The one private key of a file.
+/// The private key of a file. It is an error if there is more than one.
 fn private_key(path: &Path, content: &[u8]) -> Result<PrivateKeyDer<'static>, Error> {
-    private_key_of(path, content).map_err(|error| unless_half_written(content, error))
+    private_key_of(path, content).map_err(|error| passing_if_half_written(content, error))
 }
 
 fn private_key_of(path: &Path, content: &[u8]) -> Result<PrivateKeyDer<'static>, Error> {
-    let (mut keys, mut encrypted, mut other) = (Vec::new(), false, None);
+    let mut keys = Vec::new();
+    let mut encrypted = false;
+    let mut other = None;
     for section in sections(path, content)? {
         match section {
             Section::PrivateKey(key) => keys.push(key),
@@ -351,46 +359,51 @@ fn private_key_of(path: &Path, content: &[u8]) -> Result<PrivateKeyDer<'static>,
         (Some(_), ..) => Err(Error::bundle(
             path,
             format!("holds {count} private keys"),
-            "keep the one of worker.crt",
+            "keep only the key of worker.crt",
         )),
         (None, true, _) => Err(Error::bundle(
             path,
-            "holds an encrypted private key, and there is nobody to ask for its passphrase",
+            "holds an encrypted private key, which is not supported, as no passphrase can be entered",
             "decrypt it (openssl pkey -in worker.key -out FILE), or enrol this host again",
         )),
         (None, false, Some(other)) => {
             Err(Error::bundle(path, format!("holds no private key, but {other}"), ENROL))
         }
-        (None, false, None) => Err(Error::bundle(
-            path,
-            "holds no private key; PKCS#1, PKCS#8 and SEC1 in PEM are understood",
-            ENROL,
-        )),
+        (None, false, None) => {
+            Err(Error::bundle(path, "holds no private key in PEM (PKCS#1, PKCS#8 or SEC1)", ENROL))
+        }
     }
 }
 
-/// An enrolment that is under way has not written the rest of this file yet.
-fn unless_half_written(content: &[u8], error: Error) -> Error {
+/// Marks the error as passing if the file is incomplete, because an enrolment may still be writing
+/// it.
+fn passing_if_half_written(content: &[u8], error: Error) -> Error {
     if pem::is_half_written(content) { error.passing() } else { error }
 }
 
 fn sections(path: &Path, content: &[u8]) -> Result<Vec<Section>, Error> {
-    pem::sections(content)
-        .map_err(|pem::Problem { what, remedy }| Error::bundle(path, what, remedy.unwrap_or(MEND)))
+    pem::sections(content).map_err(|pem::Problem { what, remedy }| {
+        Error::bundle(path, what, remedy.unwrap_or(REPAIR))
+    })
 }
 
-/// A key that others may read is as good as theirs. It is used all the same: liveness is worth more.
-fn warn_of_readers(key: &Path) {
+/// Warns if other users can read the key. The key is used nevertheless, so that the heartbeat keeps
+/// running.
+fn warn_of_readable_key(key: &Path) {
     let others = fs::metadata(key).map_or(0, |found| found.permissions().mode() & 0o077);
     if others != 0 {
-        let (file, mode) = (sanitize_path(key), 0o600 | others);
+        let file = sanitize_path(key);
+        let mode = 0o600 | others;
         quietly(|| {
-            log::warn!("the key can be read by others, make it 0600: file={file} mode={mode:04o}")
+            log::warn!(
+                "private key is accessible to other users, set its mode to 0600: file={file} mode={mode:04o}"
+            )
         });
     }
 }
 
-/// One of the three files. That it is missing may pass if an enrolment is under way, or the file system is not mounted yet.
+/// Reads one of the three files. The error for a missing file is passing if an enrolment may be in
+/// progress, or if the file system may not be mounted yet.
 pub(crate) fn read(path: &Path) -> Result<Vec<u8>, Error> {
     files::read(path, limits::PEM_FILE).map_err(|source| {
         let dir = path.parent().unwrap_or(Path::new(""));
@@ -403,11 +416,11 @@ pub(crate) fn read(path: &Path) -> Result<Vec<u8>, Error> {
             _ => files::remedy(&source),
         };
         let error = Error::bundle(path, "cannot be read", remedy).with_source(source);
-        let may_come = || {
-            files::may_come(path)
+        let may_appear = || {
+            files::may_appear(path)
                 || [CA, CERTIFICATE, KEY].iter().any(|name| dir.join(name).exists())
         };
-        if is_missing && may_come() { error.passing() } else { error }
+        if is_missing && may_appear() { error.passing() } else { error }
     })
 }
 
@@ -416,10 +429,10 @@ mod tests {
     use super::*;
     use crate::master::verifier;
 
-    /// Cut at every byte, each of the three files is one that an enrolment has not finished, or it is good.
+    /// Truncates each file at every byte. The result is either usable, or an error that may pass.
     #[cfg(feature = "loopback")]
     #[test]
-    fn every_half_written_file_may_pass_and_garbage_may_not() {
+    fn truncated_file_is_a_transient_error_and_garbage_is_not() {
         use crate::loopback::{Authority, Role};
         let dir = tempfile::tempdir().unwrap();
         let authority = Authority::new().unwrap();
@@ -432,7 +445,7 @@ mod tests {
             let whole = fs::read(&path).unwrap();
             let mut refused = 0;
             for end in 0..whole.len() {
-                // Nothing follows, or the room for the rest.
+                // Nothing follows, or zeros in place of the rest.
                 for rest in [0, whole.len() - end] {
                     fs::write(&path, [&whole[..end], &vec![0; rest]].concat()).unwrap();
                     if let Err(error) = Bundle::load(dir.path(), &provider) {
@@ -455,27 +468,27 @@ mod tests {
     }
 
     #[test]
-    fn files_that_are_missing_may_come_where_the_folder_is_empty_or_has_the_others() {
+    fn missing_files_are_transient_if_the_folder_is_empty_or_has_others_of_the_bundle() {
         let parent = tempfile::tempdir().unwrap();
         let dir = parent.path().join("agent");
         let transient = || Bundle::load(&dir, &verifier::provider()).err().unwrap().is_transient();
-        assert!(transient(), "the folder in which it is to be is empty");
+        assert!(transient(), "the parent folder is empty");
         fs::write(parent.path().join("other"), "").unwrap();
-        assert!(!transient(), "there are other files, and the agent dir is missing");
+        assert!(!transient(), "the parent folder has files, but no agent dir");
         fs::create_dir(&dir).unwrap();
         assert!(transient(), "the agent dir is empty");
         fs::write(dir.join("heartbeat.db-lock"), "").unwrap();
-        assert!(transient(), "the outbox is ours");
+        assert!(transient(), "files of the outbox do not count");
         fs::write(dir.join("topology.db"), "").unwrap();
-        assert!(!transient(), "somebody else's file is there, and the bundle is not");
+        assert!(!transient(), "the agent dir has files, but not the bundle");
         fs::write(dir.join(KEY), "").unwrap();
-        assert!(transient(), "one of the three is there");
+        assert!(transient(), "one file of the bundle exists");
         let link = |target: &str, path: &Path| std::os::unix::fs::symlink(target, path).unwrap();
         fs::remove_file(dir.join(KEY)).unwrap();
         [CA, CERTIFICATE, KEY].iter().for_each(|name| link("/nonexistent/file", &dir.join(name)));
-        assert!(transient(), "they are symlinks, and what these lead to may not be mounted");
+        assert!(transient(), "they are symlinks to a folder that may not be mounted yet");
         fs::remove_dir_all(&dir).unwrap();
         link("/nonexistent/agent", &dir);
-        assert!(transient(), "the agent dir is such a symlink");
+        assert!(transient(), "the agent dir is a dangling symlink");
     }
 }

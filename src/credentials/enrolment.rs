@@ -1,9 +1,10 @@
-//! Where it is written who we are: the program, the environment and `decnet.ini`, in the order of the original agent.
-//! Read on the thread that asks; the heartbeat thread asks again when the ini has changed.
+//! Reads the enrolment from the command line, the environment and `decnet.ini`, in the order of the
+//! original agent. Runs on the calling thread; the outbox thread reads it again when the ini
+//! changes.
 //!
-//! From the top: [`EnrolmentSources`] says where to look, `Reading` looks there by the original's rules, and
-//! [`Enrolment`] holds what was found, each value with its [`Provenance`]. Not read here are the `.env` files which
-//! the original also takes from its working directory.
+//! From the top: [`EnrolmentSources`] names the sources, `Reading` reads them by the rules of the
+//! original agent, and [`Enrolment`] holds the values, each with its [`Provenance`]. The `.env`
+//! files that the original agent reads from its working directory are not read here.
 
 mod ini;
 
@@ -20,7 +21,7 @@ use crate::error::{Error, sanitize_path};
 use crate::files;
 use crate::limits;
 use crate::master::identity::MasterIdentity;
-use crate::text::{printable_within, sanitize};
+use crate::text::{sanitize, sanitize_within};
 use ini::Ini;
 
 const CONFIG: &str = "DECNET_CONFIG";
@@ -31,17 +32,18 @@ const MASTER_PORT: &str = "DECNET_SWARMCTL_PORT";
 const AGENT_DIR: &str = "DECNET_AGENT_DIR";
 const MASTER_IDENTITY: &str = "DECNET_MASTER_IDENTITY";
 
-/// The variables that are read. No others are kept: some of DECNET's hold secrets.
+/// The variables that are read. Others are not stored, because some variables of DECNET contain
+/// secrets.
 const VARIABLES: [&str; 7] =
     [CONFIG, MODE, HOST_UUID, MASTER_HOST, MASTER_PORT, AGENT_DIR, MASTER_IDENTITY];
 
-/// The master's port where nothing says otherwise.
+/// The default port of the master.
 const DEFAULT_PORT: u16 = 8770;
 
-/// Where DECNET keeps its ini and its agent dir.
+/// The folder of DECNET's ini and agent dir.
 const ETC: &str = "/etc/decnet";
 
-/// Who this host is to its master, and where that was written.
+/// The identity of this host and the address of its master. Each value has its [`Provenance`].
 ///
 /// ```
 /// use decnet_heartbeat::Enrolment;
@@ -57,17 +59,17 @@ pub struct Enrolment {
     master_port: Sourced<u16>,
     agent_dir: Sourced<PathBuf>,
     master_identity: Option<Sourced<MasterIdentity>>,
-    /// `None` if the program gave the values itself.
+    /// `None`: the program set the values.
     sources: Option<EnrolmentSources>,
 }
 
 impl Enrolment {
-    /// An enrolment of values that the program knows, with the master's port at its default, 8770. A relative agent dir begins at
-    /// the folder in which this process is now, wherever it goes later.
+    /// An enrolment with values from the program. The master's port is the default, 8770. A
+    /// relative agent dir is resolved against the current directory.
     ///
     /// # Errors
-    /// If the uuid is empty, longer than 255 characters or has characters that do not print; if the host is not a
-    /// host name or an IP address alone; if the agent dir is empty.
+    /// If the uuid is empty, longer than 255 characters or has unprintable characters; if the host
+    /// is not a host name or an IP address; if the agent dir is empty.
     pub fn new(
         host_uuid: impl Into<String>,
         master_host: impl Into<String>,
@@ -83,8 +85,8 @@ impl Enrolment {
         })
     }
 
-    /// The same enrolment with another port of the master. [`reload`](Self::reload) keeps it only for an
-    /// enrolment made by [`new`](Self::new).
+    /// Sets the master's port. [`reload`](Self::reload) resets it, except for an enrolment made by
+    /// [`new`](Self::new).
     ///
     /// ```
     /// use decnet_heartbeat::Enrolment;
@@ -102,15 +104,15 @@ impl Enrolment {
         Ok(self)
     }
 
-    /// What the environment of this process and `decnet.ini` say.
+    /// Reads the environment of this process and `decnet.ini`.
     ///
     /// ```
     /// use decnet_heartbeat::Enrolment;
     ///
     /// match Enrolment::from_env() {
     ///     Ok(enrolment) => println!("the master is {}", enrolment.master_host().value()),
-    ///     Err(error) if error.is_not_enrolled() => println!("no worker: {error}"),
-    ///     Err(error) => eprintln!("this must be mended: {error:?}"),
+    ///     Err(error) if error.is_not_enrolled() => println!("not a worker: {error}"),
+    ///     Err(error) => eprintln!("the enrolment is not usable: {error:?}"),
     /// }
     /// ```
     ///
@@ -120,8 +122,8 @@ impl Enrolment {
         EnrolmentSources::from_env().read()
     }
 
-    /// Reads the same sources again: the ini as it is now, the variables as they were. An enrolment of values
-    /// that the program gave is returned as it is.
+    /// Reads the same sources again: the current ini, and the variables as they were when the
+    /// sources were created. An enrolment with values from the program is returned unchanged.
     ///
     /// ```
     /// use decnet_heartbeat::EnrolmentSources;
@@ -151,7 +153,7 @@ impl Enrolment {
         &self.host_uuid
     }
 
-    /// The master's name or address; an IPv6 address has no brackets here.
+    /// The master's host name or IP address. An IPv6 address has no brackets.
     pub fn master_host(&self) -> &Sourced<String> {
         &self.master_host
     }
@@ -161,17 +163,18 @@ impl Enrolment {
         &self.master_port
     }
 
-    /// The folder of the bundle (`ca.crt`, `worker.crt`, `worker.key`), of `topology.db` and of the outbox.
+    /// The folder of the bundle (`ca.crt`, `worker.crt`, `worker.key`), of `topology.db` and of the
+    /// outbox.
     pub fn agent_dir(&self) -> &Sourced<PathBuf> {
         &self.agent_dir
     }
 
-    /// Who counts as the master, where the environment or the ini says so.
+    /// The rule for the master's certificate, if the environment or the ini sets it.
     pub fn master_identity(&self) -> Option<&Sourced<MasterIdentity>> {
         self.master_identity.as_ref()
     }
 
-    /// The ini that was read, or would have been if it existed. `None` if the program gave the values itself.
+    /// The path of the ini, whether or not it exists. `None` for values from the program.
     ///
     /// ```
     /// use decnet_heartbeat::{Enrolment, EnrolmentSources};
@@ -179,7 +182,7 @@ impl Enrolment {
     /// let variables = [("DECNET_HOST_UUID", "0c4f9a52"), ("DECNET_MASTER_HOST", "master.lan")];
     /// let enrolment = EnrolmentSources::from_variables(variables).config("/no/such.ini").read()?;
     /// assert_eq!(enrolment.ini(), Some(std::path::Path::new("/no/such.ini")));
-    /// // Of values that the program gave there is no ini.
+    /// // Values from the program have no ini.
     /// assert_eq!(Enrolment::new("0c4f9a52", "master.lan", "/srv/agent")?.ini(), None);
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
@@ -187,19 +190,20 @@ impl Enrolment {
         self.sources.as_ref().map(|sources| sources.ini.value().as_path())
     }
 
-    /// Where the beats go.
+    /// The URL to which beats are sent.
     pub(crate) fn master_url(&self) -> String {
         format!("https://{}/swarm/heartbeat", self.master_authority())
     }
 
-    /// The master as a URL writes it: `host:port`, an IPv6 address in brackets.
+    /// The master's authority in a URL: `host:port`, with an IPv6 address in brackets.
     pub(crate) fn master_authority(&self) -> String {
-        let (host, port) = (self.master_host.value(), self.master_port.value());
+        let host = self.master_host.value();
+        let port = self.master_port.value();
         if host.contains(':') { format!("[{host}]:{port}") } else { format!("{host}:{port}") }
     }
 }
 
-/// A value, and where it was found.
+/// A value with its source.
 ///
 /// ```
 /// use decnet_heartbeat::{Enrolment, Provenance};
@@ -222,7 +226,7 @@ impl<T> Sourced<T> {
         &self.value
     }
 
-    /// Where it was found.
+    /// The source of the value.
     pub fn provenance(&self) -> &Provenance {
         &self.provenance
     }
@@ -231,8 +235,8 @@ impl<T> Sourced<T> {
         Sourced { value: to(self.value), provenance: self.provenance }
     }
 
-    /// The error that this value cannot be used. `setting` names it where the program gave it.
-    fn refused(&self, setting: &'static str, problem: impl Into<String>) -> Error {
+    /// The error for a value that cannot be used. `setting` names a value from the program.
+    fn error(&self, setting: &'static str, problem: impl Into<String>) -> Error {
         match self.provenance {
             Provenance::Program => Error::setting(setting, problem),
             _ => Error::config(self.provenance.to_string(), problem),
@@ -244,7 +248,7 @@ fn given<T>(value: T) -> Sourced<T> {
     Sourced { value, provenance: Provenance::Program }
 }
 
-/// Where a value was found. `Display` is made for messages: `/etc/decnet/decnet.ini [agent] host-uuid`.
+/// The source of a value. `Display` is for messages: `/etc/decnet/decnet.ini [agent] host-uuid`.
 ///
 /// ```
 /// use decnet_heartbeat::EnrolmentSources;
@@ -258,7 +262,7 @@ fn given<T>(value: T) -> Sourced<T> {
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Provenance {
-    /// The program gave it.
+    /// The program set it.
     Program,
     /// A command line option, with its dashes.
     CommandLine(&'static str),
@@ -268,12 +272,12 @@ pub enum Provenance {
     Ini {
         /// The file.
         file: PathBuf,
-        /// The section in which the key is written.
+        /// The section of the key.
         section: String,
         /// The key, in lower case.
         key: String,
     },
-    /// Nothing said otherwise.
+    /// The default value.
     Default,
 }
 
@@ -290,9 +294,10 @@ impl fmt::Display for Provenance {
     }
 }
 
-/// Where to look for an [`Enrolment`]: the command line's words, the environment, an ini file.
+/// The sources of an [`Enrolment`]: the command line, the environment, an ini file.
 ///
-/// The command line beats the environment, which beats the ini, which beats the defaults.
+/// The command line takes precedence over the environment, the environment over the ini, and the
+/// ini over the defaults.
 ///
 /// ```
 /// use decnet_heartbeat::EnrolmentSources;
@@ -314,18 +319,19 @@ pub struct EnrolmentSources {
     ini: Sourced<PathBuf>,
     agent_dir: Option<PathBuf>,
     default_agent_dir: PathBuf,
-    /// Where this process was: a path that begins nowhere means the same in each later reading.
+    /// The current directory at creation. Relative paths are resolved against it in each reading.
     folder: PathBuf,
 }
 
 impl EnrolmentSources {
-    /// The environment of this process as it is now: the `DECNET_*` variables that count here, and the home folder.
+    /// Takes the current environment of this process: the `DECNET_*` variables that are read here,
+    /// and the home folder.
     pub fn from_env() -> Self {
         Self::new(std::env::vars_os(), std::env::home_dir(), Path::new(ETC))
     }
 
-    /// The given variables (`HOME` among them) in place of the environment of this process. Of a variable given
-    /// twice, the last one counts.
+    /// Takes these variables, `HOME` included, instead of the environment of this process. The last
+    /// value of a variable counts.
     ///
     /// ```
     /// use decnet_heartbeat::EnrolmentSources;
@@ -380,22 +386,23 @@ impl EnrolmentSources {
         Self { variables, ini, agent_dir: None, default_agent_dir, folder }
     }
 
-    /// The ini that `--config` names, in place of `DECNET_CONFIG` or `/etc/decnet/decnet.ini`. A relative path begins at the
-    /// folder in which this process is now, wherever it goes later.
+    /// Sets the ini, as `--config` does, instead of `DECNET_CONFIG` or `/etc/decnet/decnet.ini`. A
+    /// relative path is resolved against the current directory.
     pub fn config(mut self, path: impl Into<PathBuf>) -> Self {
         let value = files::absolute(&path.into());
         self.ini = Sourced { value, provenance: Provenance::CommandLine("--config") };
         self
     }
 
-    /// The agent dir that `--agent-dir` names, whatever the environment and the ini say. A relative path begins at the folder
-    /// in which this process is now; one of the environment or the ini, where it was when these sources were made.
+    /// Sets the agent dir, as `--agent-dir` does. It takes precedence over the environment and the
+    /// ini. A relative path is resolved against the current directory; one from the environment or
+    /// the ini, against the current directory at the creation of these sources.
     pub fn agent_dir(mut self, path: impl Into<PathBuf>) -> Self {
         self.agent_dir = Some(files::absolute(&path.into()));
         self
     }
 
-    /// Looks for the enrolment. An ini that does not exist is no error in itself: the environment may say it all.
+    /// Reads the enrolment. The ini need not exist if the environment has all values.
     ///
     /// ```
     /// use decnet_heartbeat::EnrolmentSources;
@@ -407,13 +414,14 @@ impl EnrolmentSources {
     /// ```
     ///
     /// # Errors
-    /// [`Error::is_not_enrolled`] if there is no host uuid or no master host; it says which, and where it was
-    /// looked for. [`Error::is_config`] for a value that cannot be used, or an ini that exists and cannot be read.
+    /// [`Error::is_not_enrolled`] if the host uuid or the master host is missing. The message names
+    /// the value and its sources. [`Error::is_config`] for a value that cannot be used, or an ini
+    /// that cannot be read.
     pub fn read(&self) -> Result<Enrolment, Error> {
         self.read_with(IniFile::read(self.ini.value())?)
     }
 
-    /// As [`read`](Self::read), of an ini with this content.
+    /// As [`read`](Self::read), with this content of the ini.
     #[cfg(fuzzing)]
     pub(crate) fn read_content(&self, content: Vec<u8>) -> Result<Enrolment, Error> {
         self.read_with(IniFile::parse(self.ini.value(), content)?)
@@ -421,7 +429,8 @@ impl EnrolmentSources {
 
     fn read_with(&self, file: IniFile) -> Result<Enrolment, Error> {
         let reading = Reading::begin(self, file)?;
-        // A bad port is told first: whoever wrote one meant this host to be enrolled.
+        // An invalid port is reported before missing values, because it shows that this host is
+        // meant to be enrolled.
         let port = reading.text(MASTER_PORT)?;
         let master_port = port.map_or(
             Ok(Sourced { value: DEFAULT_PORT, provenance: Provenance::Default }),
@@ -443,7 +452,7 @@ impl EnrolmentSources {
                 "{}; enrol this host from its master",
                 missing.join("; ")
             ));
-            return Err(if reading.may_come() { error.passing() } else { error });
+            return Err(if reading.may_be_completed() { error.passing() } else { error });
         };
 
         Ok(Enrolment {
@@ -463,9 +472,9 @@ impl EnrolmentSources {
                 provenance: Provenance::CommandLine("--agent-dir"),
             });
         }
-        // An empty one counts as none, and `~` is a folder of that name: both as in the original.
-        match reading.find(AGENT_DIR)?.filter(|found| !found.value.is_empty()) {
-            Some(found) => agent_dir_of(found.map(|path| self.folder.join(path))),
+        // As in the original agent, an empty value counts as unset, and `~` is not expanded.
+        match reading.find(AGENT_DIR)?.filter(|sourced| !sourced.value.is_empty()) {
+            Some(sourced) => agent_dir_of(sourced.map(|path| self.folder.join(path))),
             None => Ok(Sourced {
                 value: self.default_agent_dir.clone(),
                 provenance: Provenance::Default,
@@ -474,11 +483,11 @@ impl EnrolmentSources {
     }
 }
 
-/// One look at the sources: the ini is read once, then asked for each variable.
+/// One reading of the sources. The ini is read once, and searched for each variable.
 struct Reading<'a> {
     sources: &'a EnrolmentSources,
     file: IniFile,
-    /// The sections in which `a-b` means `DECNET_A_B`, the first one first.
+    /// The sections in which the key `a-b` sets `DECNET_A_B`, in order of precedence.
     sections: Vec<&'static str>,
 }
 
@@ -498,7 +507,8 @@ impl<'a> Reading<'a> {
         Ok(reading)
     }
 
-    /// What the environment or else the ini says of a variable, empty or not: an empty one hides what comes after.
+    /// The value of a variable from the environment, otherwise from the ini. An empty value hides
+    /// those of later sources.
     fn find(&self, variable: &'static str) -> Result<Option<Sourced<OsString>>, Error> {
         if let Some(value) = self.sources.variables.get(variable) {
             return Ok(Some(Sourced {
@@ -528,29 +538,29 @@ impl<'a> Reading<'a> {
     }
 
     fn text(&self, variable: &'static str) -> Result<Option<Sourced<String>>, Error> {
-        let Some(found) = self.find(variable)? else { return Ok(None) };
-        match found.value.to_str() {
+        let Some(sourced) = self.find(variable)? else { return Ok(None) };
+        match sourced.value.to_str() {
             Some(text) => {
-                Ok(Some(Sourced { value: text.to_owned(), provenance: found.provenance }))
+                Ok(Some(Sourced { value: text.to_owned(), provenance: sourced.provenance }))
             }
-            None => Err(found.refused(variable, "is not valid UTF-8")),
+            None => Err(sourced.error(variable, "is not valid UTF-8")),
         }
     }
 
-    /// Without the white space around it, which is in no uuid and no host.
+    /// The value without surrounding white space, which no uuid and no host has.
     fn trimmed(&self, variable: &'static str) -> Result<Option<Sourced<String>>, Error> {
-        Ok(self.text(variable)?.map(|found| found.map(|text| ini::trim(&text).to_owned())))
+        Ok(self.text(variable)?.map(|sourced| sourced.map(|text| ini::trim(&text).to_owned())))
     }
 
-    /// What to say if a value without which a host is not enrolled was not found, or is empty.
+    /// The message for a required value that is missing or empty. `None`: it is there.
     fn missing(
         &self,
         what: &str,
         variable: &str,
         key: &str,
-        found: Option<&Sourced<String>>,
+        sourced: Option<&Sourced<String>>,
     ) -> Option<String> {
-        let why = match found {
+        let why = match sourced {
             Some(Sourced { value, .. }) if !value.is_empty() => return None,
             Some(Sourced { provenance: Provenance::Environment(_), .. }) => {
                 format!("{variable} is set but empty, which hides the ini; fill it in or unset it")
@@ -563,11 +573,11 @@ impl<'a> Reading<'a> {
         Some(format!("no {what}: {why}"))
     }
 
-    /// Whether an ini that does not say enough may do so soon: it is empty, as in the middle of an enrolment, or
-    /// [may come](files::may_come).
-    fn may_come(&self) -> bool {
+    /// Whether an enrolment in progress may add the missing values: the ini is empty, or it [may
+    /// appear](files::may_appear).
+    fn may_be_completed(&self) -> bool {
         match &self.file {
-            IniFile::DoesNotExist => files::may_come(self.sources.ini.value()),
+            IniFile::DoesNotExist => files::may_appear(self.sources.ini.value()),
             IniFile::NotAFile => false,
             IniFile::Read(ini) => ini.is_empty(),
         }
@@ -589,7 +599,7 @@ impl<'a> Reading<'a> {
             }
             IniFile::Read(_) => {
                 format!(
-                    "{path}{named} has no {key} in [decnet] or [master]; [agent] counts with mode = agent alone"
+                    "{path}{named} has no {key} in [decnet] or [master]; [agent] is read only with mode = agent"
                 )
             }
         }
@@ -602,7 +612,7 @@ impl IniFile {
             let problem = format!("cannot be read; {}", files::remedy(&error));
             Error::config(sanitize_path(path), problem).with_source(error)
         };
-        // Looked at before it is opened: opening a FIFO waits for a writer.
+        // The type is checked before the file is opened, because opening a FIFO waits for a writer.
         match fs::metadata(path) {
             Err(error)
                 if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) =>
@@ -626,7 +636,7 @@ impl IniFile {
         Self::parse(path, bytes)
     }
 
-    /// What a file of this content at `path` says.
+    /// Parses the content of the file at `path`.
     fn parse(path: &Path, content: Vec<u8>) -> Result<Self, Error> {
         let text = String::from_utf8(content).map_err(|error| {
             Error::config(sanitize_path(path), "is not valid UTF-8").with_source(error.utf8_error())
@@ -638,39 +648,43 @@ impl IniFile {
     }
 }
 
-/// The variable that a key of `[decnet]` or of the role section stands for.
+/// The variable that a key of `[decnet]` or of the role section sets.
 fn variable_of(key: &str) -> String {
     format!("DECNET_{}", key.replace('-', "_").to_uppercase())
 }
 
-/// The section that a mode picks.
+/// The section for a mode.
 fn role_of(mode: Sourced<String>) -> Result<&'static str, Error> {
     match mode.value.to_lowercase().as_str() {
         "agent" => Ok("agent"),
         "master" => Ok("master"),
-        _ => Err(mode
-            .refused("mode", format!("must be agent or master, not `{}`", sanitize(&mode.value)))),
+        _ => {
+            Err(mode
+                .error("mode", format!("must be agent or master, not `{}`", sanitize(&mode.value))))
+        }
     }
 }
 
-fn host_uuid_of(found: Sourced<String>) -> Result<Sourced<String>, Error> {
-    // What a log would have to escape or cut is no uuid.
-    if found.value.is_empty() || printable_within(&found.value, limits::HOST_UUID) != found.value {
+fn host_uuid_of(sourced: Sourced<String>) -> Result<Sourced<String>, Error> {
+    // A uuid that must be escaped or truncated in the log is invalid.
+    if sourced.value.is_empty()
+        || sanitize_within(&sourced.value, limits::HOST_UUID) != sourced.value
+    {
         let problem =
             format!("must be 1 to {} printable characters on one line", limits::HOST_UUID);
-        return Err(found.refused("host uuid", problem));
+        return Err(sourced.error("host uuid", problem));
     }
-    Ok(found)
+    Ok(sourced)
 }
 
-fn master_host_of(found: Sourced<String>) -> Result<Sourced<String>, Error> {
-    match host(&found.value) {
-        Ok(host) => Ok(Sourced { value: host.to_owned(), provenance: found.provenance }),
-        Err(problem) => Err(found.refused("master host", problem)),
+fn master_host_of(sourced: Sourced<String>) -> Result<Sourced<String>, Error> {
+    match host(&sourced.value) {
+        Ok(host) => Ok(Sourced { value: host.to_owned(), provenance: sourced.provenance }),
+        Err(problem) => Err(sourced.error("master host", problem)),
     }
 }
 
-/// A host name or an IP address alone, without the brackets of IPv6.
+/// Checks a host name or an IP address. Removes the brackets of an IPv6 address.
 fn host(text: &str) -> Result<&str, String> {
     let bracketed = text.strip_prefix('[').and_then(|text| text.strip_suffix(']'));
     if let Some(address) = bracketed.filter(|address| address.parse::<Ipv6Addr>().is_ok()) {
@@ -681,7 +695,7 @@ fn host(text: &str) -> Result<&str, String> {
     }
     let name = text.strip_suffix('.').unwrap_or(text);
     let problem = if name.split('.').all(is_label) && name.len() <= 253 {
-        // A last label of digits alone is taken for an IPv4 address everywhere, in whichever notation.
+        // A name whose last label has only digits is an IPv4 address, in one of its notations.
         let last = name.rsplit('.').next().unwrap_or(name);
         if !last.bytes().all(|byte| byte.is_ascii_digit()) {
             return Ok(text);
@@ -692,12 +706,12 @@ fn host(text: &str) -> Result<&str, String> {
     {
         "must be a host name in ASCII (write the xn-- form of an international one)"
     } else {
-        "must be a host name or an IP address alone, without scheme, user, port, path or spaces"
+        "must be only a host name or an IP address, without scheme, user, port, path or spaces"
     };
     Err(format!("{problem}, not `{}`", sanitize(text)))
 }
 
-/// Underscores are in no host name, but in those that container networks make.
+/// Whether `label` is a label of a host name. Container networks create names with underscores.
 fn is_label(label: &str) -> bool {
     let is_inner = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_');
     (1..=63).contains(&label.len())
@@ -706,34 +720,36 @@ fn is_label(label: &str) -> bool {
         && !label.ends_with('-')
 }
 
-fn master_port_of(found: Sourced<String>) -> Result<Sourced<u16>, Error> {
-    match found.value.trim().parse::<NonZeroU16>() {
-        Ok(port) => Ok(found.map(|_| port.get())),
+fn master_port_of(sourced: Sourced<String>) -> Result<Sourced<u16>, Error> {
+    match sourced.value.trim().parse::<NonZeroU16>() {
+        Ok(port) => Ok(sourced.map(|_| port.get())),
         Err(_) => {
-            let problem =
-                format!("must be a whole number from 1 to 65535, not `{}`", sanitize(&found.value));
-            Err(found.refused("master port", problem))
+            let problem = format!(
+                "must be a whole number from 1 to 65535, not `{}`",
+                sanitize(&sourced.value)
+            );
+            Err(sourced.error("master port", problem))
         }
     }
 }
 
-fn agent_dir_of(found: Sourced<PathBuf>) -> Result<Sourced<PathBuf>, Error> {
-    if found.value.as_os_str().is_empty() {
-        return Err(found.refused("agent dir", "must not be empty"));
+fn agent_dir_of(sourced: Sourced<PathBuf>) -> Result<Sourced<PathBuf>, Error> {
+    if sourced.value.as_os_str().is_empty() {
+        return Err(sourced.error("agent dir", "must not be empty"));
     }
-    if found.value.to_string_lossy().contains(char::is_control) {
-        // In an ini, a line that is indented deeper than the key goes on with its value.
+    if sourced.value.to_string_lossy().contains(char::is_control) {
+        // In an ini, a line that is indented deeper than its key continues the value.
         let problem = "must be a path on one line, without control characters; are the lines after it indented?";
-        return Err(found.refused("agent dir", problem));
+        return Err(sourced.error("agent dir", problem));
     }
-    // The process may change its folder.
-    Ok(found.map(|path| files::absolute(&path)))
+    // The process may change its current directory later.
+    Ok(sourced.map(|path| files::absolute(&path)))
 }
 
-fn master_identity_of(found: Sourced<String>) -> Result<Sourced<MasterIdentity>, Error> {
-    match found.value.parse() {
-        Ok(identity) => Ok(found.map(|_| identity)),
-        Err(problem) => Err(found.refused("master identity", problem)),
+fn master_identity_of(sourced: Sourced<String>) -> Result<Sourced<MasterIdentity>, Error> {
+    match sourced.value.parse() {
+        Ok(identity) => Ok(sourced.map(|_| identity)),
+        Err(problem) => Err(sourced.error("master identity", problem)),
     }
 }
 
@@ -741,7 +757,7 @@ fn master_identity_of(found: Sourced<String>) -> Result<Sourced<MasterIdentity>,
 mod tests {
     use super::*;
 
-    /// A scratch folder in the place of `/etc/decnet`, with the ini that an enrolled worker has.
+    /// A temporary folder in place of `/etc/decnet`, with an ini.
     struct Etc(tempfile::TempDir);
 
     impl Etc {
@@ -768,7 +784,7 @@ mod tests {
             self.sources(variables).read().unwrap()
         }
 
-        /// The whole message, with `ETC` for the scratch folder.
+        /// The whole message, with `ETC` in place of the folder.
         fn refusal(&self, variables: &[(&str, &str)]) -> String {
             self.message(&self.sources(variables).read().unwrap_err())
         }
@@ -777,8 +793,8 @@ mod tests {
             format!("{error:?}").replace(self.0.path().to_str().unwrap(), "ETC")
         }
 
-        fn place<T>(&self, found: &Sourced<T>) -> String {
-            found.provenance().to_string().replace(self.0.path().to_str().unwrap(), "ETC")
+        fn place<T>(&self, sourced: &Sourced<T>) -> String {
+            sourced.provenance().to_string().replace(self.0.path().to_str().unwrap(), "ETC")
         }
     }
 
@@ -788,7 +804,7 @@ mod tests {
     const BOTH: [(&str, &str); 2] = [(HOST_UUID, "u-2"), (MASTER_HOST, "master.lan")];
 
     #[test]
-    fn the_ini_of_an_enrolled_worker_says_it_all() {
+    fn ini_of_an_enrolled_worker_has_all_values() {
         let etc = Etc::new(WORKER);
         let read = etc.read(&[]);
         assert_eq!(read.host_uuid().value(), "u-1");
@@ -805,7 +821,7 @@ mod tests {
     }
 
     #[test]
-    fn a_variable_beats_the_ini_and_an_option_beats_both() {
+    fn option_precedes_variable_and_variable_precedes_ini() {
         let etc = Etc::new(WORKER);
         let variables = [
             BOTH[0],
@@ -832,7 +848,7 @@ mod tests {
     }
 
     #[test]
-    fn without_an_ini_there_are_defaults() {
+    fn defaults_apply_without_an_ini() {
         let etc = Etc::bare();
         let read = etc.read(&BOTH);
         assert_eq!(read.master_port(), &Sourced { value: 8770, provenance: Provenance::Default });
@@ -845,8 +861,9 @@ mod tests {
     }
 
     #[test]
-    fn the_option_names_an_ini_before_the_variable_does() {
-        let (etc, other) = (Etc::new(WORKER), Etc::new(&WORKER.replace("u-1", "u-3")));
+    fn config_option_precedes_config_variable() {
+        let etc = Etc::new(WORKER);
+        let other = Etc::new(&WORKER.replace("u-1", "u-3"));
         let elsewhere = other.ini();
         let variable = [(CONFIG, elsewhere.to_str().unwrap())];
         assert_eq!(etc.read(&variable).host_uuid().value(), "u-3");
@@ -858,7 +875,7 @@ mod tests {
     }
 
     #[test]
-    fn the_first_place_that_has_a_key_counts() {
+    fn first_section_with_a_key_counts() {
         let etc = Etc::new(
             "[DEFAULT]\nagent-dir = /srv/default\n[swarm]\nswarmctl-port = 1\n\
              [agent]\nhost_uuid = u-1\nhost-uuid = u-2\nmaster-host = a\n[decnet]\nmode = Agent\nmaster-host = b\n",
@@ -871,7 +888,7 @@ mod tests {
     }
 
     #[test]
-    fn not_enrolled_says_what_is_missing_and_where_it_was_looked_for() {
+    fn not_enrolled_error_names_missing_values_and_their_sources() {
         let bare = Etc::bare();
         assert!(bare.sources(&[]).read().unwrap_err().is_not_enrolled());
         assert_eq!(
@@ -904,7 +921,7 @@ mod tests {
         assert_eq!(
             Etc::new("[agent]\nmaster-host = a").refusal(&[BOTH[0]]),
             "not enrolled: no master host: DECNET_MASTER_HOST is not set, and ETC/decnet.ini has no master-host in \
-             [decnet] or [master]; [agent] counts with mode = agent alone; enrol this host from its master"
+             [decnet] or [master]; [agent] is read only with mode = agent; enrol this host from its master"
         );
         assert_eq!(
             Etc::new(WORKER).refusal(&[(HOST_UUID, " ")]),
@@ -914,7 +931,7 @@ mod tests {
     }
 
     #[test]
-    fn a_value_that_cannot_be_used_is_named_with_its_place() {
+    fn invalid_value_is_named_with_its_source() {
         let etc = Etc::new(WORKER);
         let port = "must be a whole number from 1 to 65535";
         for (name, value, problem) in [
@@ -964,7 +981,7 @@ mod tests {
     }
 
     #[test]
-    fn an_ini_that_exists_must_be_readable() {
+    fn existing_ini_must_be_readable() {
         let etc = Etc::bare();
         fs::write(etc.ini(), vec![b'\n'; limits::INI_FILE as usize]).unwrap();
         etc.read(&BOTH);
@@ -981,14 +998,14 @@ mod tests {
     }
 
     #[test]
-    fn a_fifo_is_not_waited_for() {
+    fn fifo_is_not_opened() {
         let etc = Etc::bare();
         assert!(std::process::Command::new("mkfifo").arg(etc.ini()).status().unwrap().success());
         assert_eq!(etc.read(&BOTH).host_uuid().value(), "u-2");
     }
 
     #[test]
-    fn a_master_host_stands_alone() {
+    fn master_host_is_only_a_host() {
         for (text, authority) in [
             ("swarmctl", "swarmctl:8770"),
             ("Master_1.lan.", "Master_1.lan.:8770"),
@@ -998,7 +1015,8 @@ mod tests {
         ] {
             assert_eq!(Enrolment::new("u", text, "/a").unwrap().master_authority(), authority);
         }
-        let alone = "must be a host name or an IP address alone, without scheme, user, port, path or spaces";
+        let alone =
+            "must be only a host name or an IP address, without scheme, user, port, path or spaces";
         let long = format!("{}.lan", "a".repeat(64));
         for (text, problem) in [
             ("", alone),
@@ -1023,7 +1041,7 @@ mod tests {
     }
 
     #[test]
-    fn values_of_the_program_are_checked_and_kept() {
+    fn values_from_the_program_are_checked_and_survive_reload() {
         let given = Enrolment::new("u", "a", "/a").unwrap().with_master_port(1).unwrap();
         assert_eq!(given.master_port(), &Sourced { value: 1, provenance: Provenance::Program });
         assert_eq!(given.ini(), None);
@@ -1042,7 +1060,7 @@ mod tests {
     }
 
     #[test]
-    fn a_reload_sees_the_ini_of_now() {
+    fn reload_reads_the_current_ini() {
         let etc = Etc::new(WORKER);
         let before = etc.read(&[]);
         assert_eq!(before.reload().unwrap(), before);
@@ -1053,7 +1071,7 @@ mod tests {
     }
 
     #[test]
-    fn variables_that_hold_secrets_are_not_kept() {
+    fn other_variables_are_not_stored() {
         let sources =
             EnrolmentSources::from_variables([("DECNET_JWT_SECRET", "hush"), ("HOME", "/home/op")]);
         assert!(!format!("{sources:?}").contains("hush"));

@@ -1,4 +1,5 @@
-//! The connection to the master as this host. Runs on the heartbeat thread, and opens no file.
+//! The credentials in use, with the client for the master. Runs on the heartbeat thread, and opens
+//! no file.
 
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -11,10 +12,10 @@ use crate::limits;
 use crate::master::MasterClient;
 use crate::stats::Stats;
 
-/// Everything that a beat needs to reach the master.
+/// The credentials in use, and a client for the master that uses them.
 #[derive(Debug)]
 pub(crate) struct MasterLink {
-    access: Credentials,
+    credentials: Credentials,
     master: MasterClient,
     /// The expiry that was logged last: it is logged once a day.
     logged_expiry: Option<Expiry>,
@@ -22,19 +23,19 @@ pub(crate) struct MasterLink {
 }
 
 impl MasterLink {
-    pub(crate) fn new(access: Credentials) -> Self {
-        let master = access.master();
+    pub(crate) fn new(credentials: Credentials) -> Self {
+        let master = credentials.master();
         let interrupt = Arc::new(PostInterrupt::default());
         interrupt.watch(master.interrupter());
-        Self { access, master, logged_expiry: None, interrupt }
+        Self { credentials, master, logged_expiry: None, interrupt }
     }
 
-    /// Whose beats these are.
+    /// The host uuid.
     pub(crate) fn host(&self) -> &str {
-        self.access.enrolment.host_uuid().value()
+        self.credentials.enrolment.host_uuid().value()
     }
 
-    /// Whose beats these are and where they go, for the log: the keys that a line begins with.
+    /// The keys with which a log line about this host begins.
     pub(crate) fn names(&self) -> LogKeys<'_> {
         LogKeys { host: self.host(), master: self.master.url() }
     }
@@ -44,12 +45,12 @@ impl MasterLink {
     }
 
     pub(crate) fn fingerprint(&self) -> &str {
-        &self.access.certificate.fingerprint
+        &self.credentials.certificate.fingerprint
     }
 
     /// The certificate's expiry, if it is to be logged: once a day, from 30 days before it on.
     pub(crate) fn expiry_to_log(&mut self, now: SystemTime) -> Option<Expiry> {
-        let expiry = Expiry::of(self.access.certificate.expires?, now);
+        let expiry = Expiry::of(self.credentials.certificate.expires?, now);
         if !expiry.is_near() || self.logged_expiry == Some(expiry) {
             return None;
         }
@@ -66,24 +67,24 @@ impl MasterLink {
         Arc::clone(&self.interrupt)
     }
 
-    /// Puts who we are and where the master is into the stats.
+    /// Sets the host, the master's URL and the certificate in the stats.
     pub(crate) fn describe(&self, stats: &mut Stats) {
         stats.host_uuid = Some(self.host().to_owned());
         stats.url = Some(self.master.url().to_owned());
         stats.fingerprint = Some(self.fingerprint().to_owned());
-        stats.certificate_expires = self.access.certificate.expires;
+        stats.certificate_expires = self.credentials.certificate.expires;
     }
 
-    /// Changed credentials hold from the next POST on.
-    pub(crate) fn take_over(&mut self, access: Credentials) {
-        self.access = access;
+    /// Uses changed credentials from the next POST on.
+    pub(crate) fn replace_credentials(&mut self, credentials: Credentials) {
+        self.credentials = credentials;
         self.logged_expiry = None;
-        self.renew();
+        self.replace_client();
     }
 
-    /// Makes the connection anew: after a panic the old one may be in any state.
-    pub(crate) fn renew(&mut self) {
-        self.master = self.access.master();
+    /// Replaces the client. After a panic the old one may be in an invalid state.
+    pub(crate) fn replace_client(&mut self) {
+        self.master = self.credentials.master();
         self.interrupt.watch(self.master.interrupter());
     }
 }
@@ -91,7 +92,7 @@ impl MasterLink {
 /// `host=… master=…`
 pub(crate) struct LogKeys<'a> {
     pub(crate) host: &'a str,
-    /// Its URL.
+    /// The master's URL.
     pub(crate) master: &'a str,
 }
 
@@ -145,11 +146,11 @@ struct InterruptState {
 }
 
 impl PostInterrupt {
-    /// Cuts the POST that is under way, and every later one.
+    /// Interrupts the POST in progress, and every later one.
     pub(crate) fn now(&self) {
-        let mut watched = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        watched.interrupted = true;
-        if let Some(agent) = watched.agent.take() {
+        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        state.interrupted = true;
+        if let Some(agent) = state.agent.take() {
             agent.shutdown();
         }
     }
@@ -159,18 +160,18 @@ impl PostInterrupt {
     }
 
     fn watch(&self, agent: Agent) {
-        let mut watched = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if watched.interrupted {
+        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if state.interrupted {
             agent.shutdown();
         } else {
-            watched.agent = Some(agent);
+            state.agent = Some(agent);
         }
     }
 }
 
 impl fmt::Debug for PostInterrupt {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Interrupt").finish_non_exhaustive()
+        f.debug_struct("PostInterrupt").finish_non_exhaustive()
     }
 }
 

@@ -1,10 +1,11 @@
-//! PEM text in sections: nothing in the file is lost without a word. Values only, for any thread.
+//! Parses PEM files strictly: no section is skipped silently. Pure functions, for any thread.
 //!
-//! rustls' own reader skips each line that it does not understand, and so a certificate behind a byte order mark or behind
-//! another one's END. Here every BEGIN belongs to a section that was read, or the file is refused. The base64 of a section
-//! is still decoded by rustls, in constant time where it is a key.
+//! The reader of rustls skips lines that it does not understand, so it loses a certificate after a
+//! byte order mark or after an END on the same line. Here every BEGIN must start a section that can
+//! be read; otherwise the file is an error. rustls still decodes the base64, in constant time for a
+//! key.
 //!
-//! An error never quotes the file: it may be a key.
+//! An error never quotes the file, as it may contain a key.
 
 use rustls::pki_types::PrivateKeyDer;
 use rustls::pki_types::pem::{PemObject, SectionKind};
@@ -13,11 +14,11 @@ use crate::master::x509::first_value;
 
 const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 
-/// Why a file is refused, without its path.
+/// What is wrong with a file. The caller adds its path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Problem {
     pub(crate) what: &'static str,
-    /// What to do, if it is not to put the file back whole.
+    /// What to do. `None`: repair the file.
     pub(crate) remedy: Option<&'static str>,
 }
 
@@ -31,28 +32,28 @@ impl Problem {
     }
 }
 
-/// One section, decoded.
+/// A decoded section.
 #[derive(PartialEq, Eq)]
 pub(crate) enum Section {
     /// The DER of a certificate.
     Certificate(Vec<u8>),
     PrivateKey(PrivateKeyDer<'static>),
     EncryptedKey,
-    /// A kind that is of no use here, by its label.
+    /// A section of a known type that is not used here.
     Other(&'static str),
 }
 
-/// The labels that are known, and what each stands for.
+/// The meaning of a section's label.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Label {
     Certificate,
-    /// OpenSSL's: the certificate, and behind it what it is trusted for.
+    /// OpenSSL's format: a certificate, followed by trust settings.
     TrustedCertificate,
     PrivateKey(&'static str),
     EncryptedKey,
-    /// It may hold certificates.
+    /// It may contain certificates.
     Pkcs7,
-    /// It may be a certificate whose label is misspelt.
+    /// It may be a certificate with a misspelt label.
     Unknown,
     Other(&'static str),
 }
@@ -82,13 +83,13 @@ impl Label {
     }
 }
 
-/// Every section of a file. An error says what is wrong with the file, and what to do.
+/// All sections of a file.
 pub(crate) fn sections(content: &[u8]) -> Result<Vec<Section>, Problem> {
     check_is_text(content)?;
     let mut sections = Vec::new();
     let mut open: Option<Open<'_>> = None;
     for line in content.split(|byte| matches!(byte, b'\n' | b'\r')) {
-        // A mark may stand before each of several files that were put together.
+        // Concatenated files may each have a byte order mark.
         let line = line.trim_ascii();
         let line = line.strip_prefix(BYTE_ORDER_MARK).unwrap_or(line);
         open = match (Line::of(line)?, open) {
@@ -111,12 +112,13 @@ pub(crate) fn sections(content: &[u8]) -> Result<Vec<Section>, Problem> {
     }
     match open {
         None => Ok(sections),
-        Some(_) => Err(Problem::of("ends in the middle of a PEM section; was it written half?")),
+        Some(_) => Err(Problem::of("ends in the middle of a PEM section")),
     }
 }
 
-/// Whether the file is empty, or ends within a section: whoever writes it has not finished. The room that was made for the rest
-/// is zeros, as it is after a crash. Asked of a file that cannot be used.
+/// Whether the file is empty or ends within a section, so that another process may still be writing
+/// it. Zeros at the end, as after a crash, count as not written. Called only for a file that cannot
+/// be used.
 pub(crate) fn is_half_written(content: &[u8]) -> bool {
     const BEGIN: &[u8] = b"-----BEGIN ";
     const END: &[u8] = b"-----END ";
@@ -124,7 +126,7 @@ pub(crate) fn is_half_written(content: &[u8]) -> bool {
     let content = content.get(..written).unwrap_or_default();
     let mut lines: Vec<&[u8]> =
         content.split(|byte| *byte == b'\n').map(<[u8]>::trim_ascii).collect();
-    // What follows the last line break.
+    // The text after the last line break.
     let last = lines.pop().unwrap_or_default();
     let marker = lines.iter().rfind(|line| line.starts_with(BEGIN) || line.starts_with(END));
     let is_begun =
@@ -138,7 +140,7 @@ pub(crate) fn is_half_written(content: &[u8]) -> bool {
     }
 }
 
-/// DER and UTF-16 hold no line that could be read.
+/// Rejects DER and UTF-16, which have no lines that could be parsed.
 fn check_is_text(content: &[u8]) -> Result<(), Problem> {
     match content {
         [0xff, 0xfe, ..] | [0xfe, 0xff, ..] | [b'-', 0, ..] | [0, b'-', ..] => {
@@ -149,7 +151,7 @@ fn check_is_text(content: &[u8]) -> Result<(), Problem> {
         [0x30, ..] if first_value(content).is_some_and(|value| value.len() == content.len()) => {
             Err(DER)
         }
-        // A file that was never written through, after a crash, is all zeros.
+        // After a crash, a file that was not synced is all zeros.
         content if content.contains(&0) => Err(Problem::of("has zero bytes, so it is damaged")),
         _ => Ok(()),
     }
@@ -162,7 +164,7 @@ enum Line<'a> {
 }
 
 impl<'a> Line<'a> {
-    /// A line that is almost a BEGIN or an END hides a section, so it is an error.
+    /// A damaged BEGIN or END line is an error, because it would hide a section.
     fn of(line: &'a [u8]) -> Result<Self, Problem> {
         let label = |prefix: &[u8]| {
             line.strip_prefix(prefix)?.strip_suffix(b"-----").filter(|label| is_label(label))
@@ -170,7 +172,7 @@ impl<'a> Line<'a> {
         match (label(b"-----BEGIN "), label(b"-----END ")) {
             (Some(label), _) => Ok(Self::Begin(label)),
             (None, Some(label)) => Ok(Self::End(label)),
-            (None, None) if is_marker(line) => Err(if is_glued(line) {
+            (None, None) if is_marker(line) => Err(if has_two_sections(line) {
                 Problem::with(
                     "has two PEM sections on one line",
                     "put a line break between the END and the BEGIN",
@@ -193,8 +195,8 @@ fn is_label(label: &[u8]) -> bool {
         && !label.contains(&b'-')
 }
 
-/// Whether a line was to begin or to end a section: right after a run of dashes it has BEGIN or END, and then a label that is
-/// known. Other text between dashes, such as `--- Vendor certificate ---`, is a comment.
+/// Whether a line is a damaged BEGIN or END line: dashes, followed by BEGIN or END and a known
+/// label. Other text between dashes, such as `--- Vendor certificate ---`, is a comment.
 fn is_marker(line: &[u8]) -> bool {
     let text = String::from_utf8_lossy(line).to_ascii_uppercase();
     let mut dashes = 0;
@@ -202,7 +204,7 @@ fn is_marker(line: &[u8]) -> bool {
         dashes += 1;
         let is_marked = dashes >= 2
             && label_of(piece).is_some_and(|label| match label.as_str() {
-                // `----- end -----` is a comment as well.
+                // `----- end -----` is a comment.
                 "" => line.starts_with(b"-----BEGIN"),
                 label => Label::of(label.as_bytes()) != Label::Unknown,
             });
@@ -211,20 +213,20 @@ fn is_marker(line: &[u8]) -> bool {
     })
 }
 
-/// A hyphen, and the dashes that word processors make of it.
+/// Whether `c` is a hyphen, or a dash that a word processor replaced it with.
 fn is_dash(c: char) -> bool {
     matches!(c, '-' | '\u{2010}'..='\u{2015}' | '\u{2212}')
 }
 
-/// What stands behind BEGIN or END, with one space between two words.
+/// The label after BEGIN or END, with single spaces between its words.
 fn label_of(piece: &str) -> Option<String> {
     let piece = piece.trim_start();
     let label = piece.strip_prefix("BEGIN").or_else(|| piece.strip_prefix("END"))?;
     Some(label.split_whitespace().collect::<Vec<_>>().join(" "))
 }
 
-/// An END and a BEGIN behind it.
-fn is_glued(line: &[u8]) -> bool {
+/// Whether a line has an END followed by a BEGIN.
+fn has_two_sections(line: &[u8]) -> bool {
     let at = |part: &[u8]| line.windows(part.len()).position(|window| window == part);
     at(b"-----END ").zip(at(b"-----BEGIN ")).is_some_and(|(end, begin)| end < begin)
 }
@@ -233,7 +235,7 @@ fn count(line: &[u8], part: &[u8]) -> usize {
     line.windows(part.len()).filter(|window| *window == part).count()
 }
 
-/// A section whose END has not come yet.
+/// A section whose END line was not read yet.
 struct Open<'a> {
     text: &'a [u8],
     lines: Vec<&'a [u8]>,
@@ -241,7 +243,7 @@ struct Open<'a> {
 
 impl Open<'_> {
     fn close(self) -> Result<Section, Problem> {
-        // Headers stand before an empty line (RFC 1421); of those only encryption matters.
+        // Headers end with an empty line (RFC 1421). Only the one about encryption matters.
         let encrypted = self
             .lines
             .iter()
@@ -251,10 +253,9 @@ impl Open<'_> {
                 "has a PKCS#7 section",
                 "convert it with openssl pkcs7 -print_certs",
             )),
-            Label::Unknown => Err(Problem::with(
-                "has a PEM section of a kind that is not known here",
-                "remove the section",
-            )),
+            Label::Unknown => {
+                Err(Problem::with("has a PEM section of an unknown type", "remove the section"))
+            }
             Label::Other(name) => Ok(Section::Other(name)),
             Label::EncryptedKey => Ok(Section::EncryptedKey),
             Label::PrivateKey(_) if encrypted => Ok(Section::EncryptedKey),
@@ -267,19 +268,19 @@ impl Open<'_> {
             }
             Label::PrivateKey(label) => {
                 let key =
-                    PrivateKeyDer::from_pem_slice(&self.written(label)).map_err(|_| NOT_BASE64)?;
+                    PrivateKeyDer::from_pem_slice(&self.to_pem(label)).map_err(|_| NOT_BASE64)?;
                 Ok(Section::PrivateKey(key))
             }
         }
     }
 
     fn decode(&self, label: &str) -> Result<Vec<u8>, Problem> {
-        let decoded = <(SectionKind, Vec<u8>)>::from_pem_slice(&self.written(label));
+        let decoded = <(SectionKind, Vec<u8>)>::from_pem_slice(&self.to_pem(label));
         decoded.map(|(_, der)| der).map_err(|_| NOT_BASE64)
     }
 
-    /// As rustls reads it.
-    fn written(&self, label: &str) -> Vec<u8> {
+    /// The section as text that rustls can parse.
+    fn to_pem(&self, label: &str) -> Vec<u8> {
         let mut text = format!("-----BEGIN {label}-----\n").into_bytes();
         for line in &self.lines {
             text.extend_from_slice(line);
@@ -328,8 +329,9 @@ mod tests {
     }
 
     #[test]
-    fn every_certificate_is_found_however_its_lines_end() {
-        let (one, two) = (section("CERTIFICATE"), section("CERTIFICATE").repeat(2));
+    fn every_certificate_is_found_with_any_line_ends() {
+        let one = section("CERTIFICATE");
+        let two = section("CERTIFICATE").repeat(2);
         for text in [
             two.clone(),
             two.replace('\n', "\r\n"),
@@ -348,7 +350,7 @@ mod tests {
     }
 
     #[test]
-    fn text_around_sections_is_a_comment_whatever_its_dashes() {
+    fn text_with_dashes_around_sections_is_a_comment() {
         let one = section("CERTIFICATE");
         for text in [
             "# ----- appended by ansible -----",
@@ -372,8 +374,8 @@ mod tests {
     }
 
     #[test]
-    fn what_openssl_adds_to_a_trusted_certificate_is_not_part_of_it() {
-        // The certificate, and behind it another value.
+    fn trust_settings_after_a_trusted_certificate_are_ignored() {
+        // The certificate, followed by another value.
         let text = "-----BEGIN TRUSTED CERTIFICATE-----\nMAMBAf8wAwEBAA==\n-----END TRUSTED CERTIFICATE-----\n";
         assert_eq!(kinds(text.as_bytes()), ["certificate"]);
         let plain = text.replace("TRUSTED ", "");
@@ -381,7 +383,7 @@ mod tests {
     }
 
     #[test]
-    fn a_section_that_would_be_lost_is_an_error() {
+    fn section_that_would_be_skipped_is_an_error() {
         let one = section("CERTIFICATE");
         let glued = format!("{}{one}", one.trim_end());
         assert_eq!(problem(glued.as_bytes()), "has two PEM sections on one line");
@@ -416,18 +418,12 @@ mod tests {
                 "has an END line without its BEGIN line",
             ),
             (one.replace("END CERT", "END TRUSTED CERT"), "has an END line without its BEGIN line"),
-            (
-                one.replace("-----END CERTIFICATE-----\n", ""),
-                "ends in the middle of a PEM section; was it written half?",
-            ),
+            (one.replace("-----END CERTIFICATE-----\n", ""), "ends in the middle of a PEM section"),
             (
                 one.replace("-----END CERTIFICATE-----\n", "") + &one,
                 "has a PEM section without an END line",
             ),
-            (
-                one.clone() + &section("CERTIFCATE"),
-                "has a PEM section of a kind that is not known here",
-            ),
+            (one.clone() + &section("CERTIFCATE"), "has a PEM section of an unknown type"),
             (one.clone() + &section("PKCS7"), "has a PKCS#7 section"),
             (one.replace(BODY, "????"), "has a PEM section that is not base64"),
         ] {
@@ -436,7 +432,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_text_is_named() {
+    fn binary_formats_are_named_in_the_error() {
         let one = section("CERTIFICATE");
         let wide =
             |order: fn(u16) -> [u8; 2]| one.encode_utf16().flat_map(order).collect::<Vec<u8>>();
@@ -453,14 +449,14 @@ mod tests {
             problem(&[one.as_bytes(), &[0; 64]].concat()),
             "has zero bytes, so it is damaged"
         );
-        // A long one; and a key of Ed25519 or P-256, which is short and may have zero bytes.
+        // A long value, and a short one with zero bytes, as a key of Ed25519 or P-256 may be.
         for der in [&b"\x30\x82\x01\x00\x00"[..], &[&b"\x30\x2e"[..], &[0; 46]].concat()] {
             assert_eq!(problem(der), "is DER or PKCS#12, not PEM");
         }
     }
 
     #[test]
-    fn a_key_is_told_from_an_encrypted_one_and_from_other_kinds() {
+    fn keys_encrypted_keys_and_other_sections_are_distinguished() {
         let old = "-----BEGIN RSA PRIVATE KEY-----\nProc-Type: 4,ENCRYPTED\nDEK-Info: AES-128-CBC,00\n\nMAMBAf8=\n\
                    -----END RSA PRIVATE KEY-----\n";
         assert_eq!(kinds(old.as_bytes()), ["encrypted"]);

@@ -1,7 +1,8 @@
-//! The wire's JSON: every name that crosses it, and nothing else knows them. Values only, for any thread.
+//! The JSON body of a POST. All field names of the protocol are defined here. Values only, for any
+//! thread.
 //!
-//! Facts: `docs/protocol.md`, "The request". What a source has serialized is passed on as it stands ([`RawValue`]), so
-//! keys and number formats that this crate does not know survive.
+//! The JSON of a status source is sent unchanged ([`RawValue`]), so unknown keys and number formats
+//! are preserved.
 
 use serde::ser::SerializeSeq;
 use serde::{Serialize, Serializer};
@@ -12,13 +13,14 @@ use crate::limits;
 use crate::status;
 use crate::text::cut;
 
-/// One beat.
+/// The body of one POST.
 #[derive(Serialize)]
 pub(crate) struct Body<'a> {
     pub(crate) host_uuid: &'a str,
     pub(crate) agent_version: &'a str,
     pub(crate) status: &'a RawValue,
-    /// Left out only where no source ever knew one: the master takes its absence for "nothing applied".
+    /// Left out only if the source has never returned a topology, because to the master no topology
+    /// means that none is applied.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) topology: Option<Topology<'a>>,
     #[serde(skip_serializing_if = "<[_]>::is_empty", serialize_with = "lifecycle")]
@@ -26,7 +28,7 @@ pub(crate) struct Body<'a> {
 }
 
 impl<'a> Body<'a> {
-    /// With all of a snapshot.
+    /// A body with a whole snapshot.
     #[cfg(any(feature = "cli", feature = "loopback", fuzzing))]
     pub(crate) fn of(
         host_uuid: &'a str,
@@ -43,7 +45,7 @@ impl<'a> Body<'a> {
     }
 }
 
-/// `topology`: the applied row, or four nulls, and what Docker shows of it.
+/// `topology`: the applied topology, or four nulls, and what Docker shows.
 #[derive(Serialize)]
 pub(crate) struct Topology<'a> {
     pub(crate) topology_id: Option<&'a str>,
@@ -73,7 +75,7 @@ impl<'a> From<&'a status::Topology> for Topology<'a> {
     }
 }
 
-/// `observed`: names in order, or why they are not known.
+/// `observed`: the names in order, or the reason why they are unknown.
 #[derive(Serialize)]
 #[serde(untagged)]
 pub(crate) enum Observed<'a> {
@@ -81,7 +83,7 @@ pub(crate) enum Observed<'a> {
     Unknown { error: &'a str },
 }
 
-/// A delta as the master reads it.
+/// A delta in `lifecycle`.
 #[derive(Serialize)]
 struct Delta<'a> {
     decky_name: &'a str,
@@ -128,7 +130,7 @@ mod tests {
     }
 
     #[test]
-    fn a_beat_without_news_has_no_lifecycle_and_no_topology() {
+    fn body_without_deltas_and_topology_leaves_them_out() {
         let status = RawValue::from_string("{}".to_owned()).unwrap();
         let body = Body {
             host_uuid: "u",
@@ -141,7 +143,7 @@ mod tests {
     }
 
     #[test]
-    fn a_delta_names_its_error_only_when_it_failed() {
+    fn only_failed_delta_has_an_error() {
         let at = UNIX_EPOCH + Duration::from_micros(1_700_000_000_000_001);
         let good = LifecycleDelta::succeeded("a", Operation::Deploy).completed_at(at);
         let bad = LifecycleDelta::failed("b", Operation::Mutate, "no").completed_at(at);
@@ -156,7 +158,7 @@ mod tests {
     }
 
     #[test]
-    fn why_nothing_is_observed_is_cut_where_the_original_cuts() {
+    fn observed_error_is_cut_to_200_characters() {
         let topology = status::Topology {
             applied: None,
             observed: status::Observed::Unknown("x".repeat(300)),

@@ -1,13 +1,14 @@
-//! How a peer began to speak in a handshake: TLS, plain HTTP or something else. Runs on the thread that shakes hands.
+//! Detects a peer that does not speak TLS, by the first bytes that it sends in the handshake. Runs
+//! on the thread that does the handshake.
 //!
-//! rustls says of all that is not TLS that a message is invalid. A master whose swarm controller runs without `--tls`, as
-//! its shipped unit starts it, answers in plain HTTP, and an operator must be able to see that.
+//! rustls reports any such peer as an invalid message. DECNET's systemd unit starts the swarm
+//! controller without `--tls`, so the master may answer in plain HTTP. The error must say so.
 
 use std::error::Error;
 use std::fmt;
 use std::io::{self, Read, Write};
 
-/// A peer does not speak TLS.
+/// The peer does not speak TLS.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum NotTls {
     Http,
@@ -18,33 +19,34 @@ impl fmt::Display for NotTls {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Http => {
-                "the answer is plain HTTP, not TLS: if it is the master's, its swarm controller runs without --tls"
+                "the answer is plain HTTP, not TLS: if the peer is the master, its swarm controller runs without --tls"
             }
-            Self::Other => "the answer is neither TLS nor HTTP: it is not the master's",
+            Self::Other => "the answer is neither TLS nor HTTP: the peer is not the master",
         })
     }
 }
 
 impl Error for NotTls {}
 
-/// A stream in a handshake. It remembers the first bytes that came.
+/// A stream during the handshake. It records the first bytes that are read.
 pub(crate) struct FirstBytes<'a, S> {
     stream: &'a mut S,
     head: Vec<u8>,
 }
 
 impl<'a, S> FirstBytes<'a, S> {
-    /// `HTTP/`; a record of TLS begins with as many.
+    /// The length of `HTTP/`, and of the header of a TLS record.
     const HEAD: usize = 5;
 
     pub(crate) fn of(stream: &'a mut S) -> Self {
         Self { stream, head: Vec::new() }
     }
 
-    /// Why the handshake has failed: where the peer does not speak TLS, that is it.
-    pub(crate) fn name(&self, error: io::Error) -> io::Error {
+    /// Replaces the error of a failed handshake with [`NotTls`], if the peer does not speak TLS.
+    pub(crate) fn classify(&self, error: io::Error) -> io::Error {
         match self.head.as_slice() {
-            // Nothing has come, or a record of TLS: its content type, and the first byte of its version.
+            // Nothing was read, or a TLS record: its content type and the first byte of its
+            // version.
             [] | [0x14..=0x18] | [0x14..=0x18, 0x03, ..] => error,
             head if head.starts_with(b"HTTP/") => io::Error::other(NotTls::Http),
             _ => io::Error::other(NotTls::Other),
@@ -76,8 +78,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_first_bytes_decide_what_a_peer_speaks() {
-        for (said, speaks) in [
+    fn first_bytes_identify_the_protocol() {
+        for (bytes, protocol) in [
             (&b""[..], None),
             (b"\x15\x03\x03\x00\x02\x02\x28", None),
             (b"\x16", None),
@@ -87,15 +89,15 @@ mod tests {
             (b"SSH-2.0-OpenSSH", Some(NotTls::Other)),
             (b"\x16\x02", Some(NotTls::Other)),
         ] {
-            let mut stream = io::Cursor::new(said.to_vec());
+            let mut stream = io::Cursor::new(bytes.to_vec());
             let mut first = FirstBytes::of(&mut stream);
-            // In pieces, as a network brings it.
+            // Small reads, as from a network.
             while first.read(&mut [0; 2]).unwrap() > 0 {}
-            let error = first.name(io::Error::other("tls"));
+            let error = first.classify(io::Error::other("tls"));
             assert_eq!(
                 error.get_ref().and_then(|inner| inner.downcast_ref()).copied(),
-                speaks,
-                "{said:?}"
+                protocol,
+                "{bytes:?}"
             );
         }
     }

@@ -1,4 +1,5 @@
-//! Who counts as the master: the rule as an operator writes it. Values only; `verifier` enforces it.
+//! The rule for the master's certificate, as the operator writes it. Values only; `verifier`
+//! enforces the rule.
 
 use std::fmt;
 use std::str::FromStr;
@@ -6,13 +7,14 @@ use std::str::FromStr;
 use ring::digest;
 use rustls::pki_types::CertificateDer;
 
-/// Who counts as the master.
+/// The rule for the master's certificate.
 ///
-/// Every worker's certificate carries `serverAuth`, so under the original agent's rule, "any certificate of
-/// our CA", a stolen worker key can pose as the master. The default asks for the master's own certificate: the
-/// master issues it to itself (DECNET's `pki.ensure_swarmctl_cert`), with the subject's common name `swarmctl` and a
-/// DNS name `swarmctl`. A worker's certificate has the worker's name as its common name, so never enrol a worker that is
-/// named `swarmctl`: its key could pose as the master. Where one was enrolled, pin the master's certificate with
+/// Every worker's certificate allows `serverAuth`. The original agent accepts any certificate of
+/// the CA, so with a stolen worker key an attacker can impersonate the master. The default requires
+/// the certificate that the master issues to itself (DECNET's `pki.ensure_swarmctl_cert`): its
+/// common name is `swarmctl`, and one of its DNS names is `swarmctl`. The common name of a worker's
+/// certificate is the worker's name. So never enrol a worker with the name `swarmctl`: its key
+/// could impersonate the master. If that has happened, pin the master's certificate with
 /// [`Fingerprint`](Self::Fingerprint).
 ///
 /// As text (`DECNET_MASTER_IDENTITY`, `[agent] master-identity`, `--master-identity`):
@@ -31,30 +33,35 @@ use rustls::pki_types::CertificateDer;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum MasterIdentity {
-    /// `name`: chains to the bundle's `ca.crt`, and is the master's own.
+    /// `name`: the certificate chains to the bundle's `ca.crt` and is the master's own.
     ///
-    /// Its subject has exactly one common name, `swarmctl`, as a `UTF8String` or a `PrintableString`, and one of its DNS
-    /// names is `swarmctl`. Both are compared byte for byte: another case or a wildcard is another name.
+    /// Its subject has exactly one common name, `swarmctl`, as a `UTF8String` or a
+    /// `PrintableString`, and one of its DNS names is `swarmctl`. Both are compared byte for byte.
+    /// A name in another case or a wildcard does not match.
     #[default]
     Name,
-    /// `host`: as `name`, or it chains to the bundle's `ca.crt` and is valid for the configured master host. For a
-    /// master whose operator has had it issue a certificate of another name.
+    /// `host`: as `name`, or the certificate chains to the bundle's `ca.crt` and is valid for the
+    /// configured master host. Use it for a master with a certificate of another name.
     ///
-    /// This is weaker: DECNET's web page enrols a worker with a certificate that is valid for the worker's name *and for
-    /// the master's host*, so the key of any worker that was enrolled there can pose as the master.
+    /// This rule is weaker. DECNET's web page enrols a worker with a certificate that is valid for
+    /// the worker's name *and for the master's host*, so the key of any worker that was enrolled
+    /// there can impersonate the master.
     Host,
-    /// `ca`: chains to the bundle's `ca.crt`, whatever its name. The rule of the original agent.
+    /// `ca`: the certificate chains to the bundle's `ca.crt`. Its name is not checked. This is the
+    /// rule of the original agent.
     AnyFromCa,
-    /// `sha256:<hex>`: this one certificate, by the SHA-256 of its DER. Neither chain, name nor dates are looked at.
+    /// `sha256:<hex>`: one certificate, by the SHA-256 of its DER. Its chain, name and dates are
+    /// not checked.
     Fingerprint([u8; 32]),
-    /// `public`: chains to a public root and is valid for the configured master host.
+    /// `public`: the certificate chains to a public root and is valid for the configured master
+    /// host.
     PublicCa,
 }
 
 impl FromStr for MasterIdentity {
     type Err = String;
 
-    /// The error says what was expected; the caller says where the text came from.
+    /// The error names the accepted forms. The caller adds the source of the text.
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         match text.trim() {
             "name" => Ok(Self::Name),
@@ -95,7 +102,7 @@ pub(crate) fn fingerprint(certificate: &CertificateDer<'_>) -> String {
     hex(digest::digest(&digest::SHA256, certificate).as_ref())
 }
 
-/// 64 hexadecimal digits of either case, with or without the colons that openssl prints.
+/// Parses 64 hexadecimal digits in either case, with or without the colons that openssl prints.
 fn parse_hex(text: &str) -> Option<[u8; 32]> {
     let digits: Vec<u8> = text
         .chars()
@@ -112,7 +119,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_rule_survives_being_written_down() {
+    fn every_rule_is_parsed_from_its_own_text() {
         let pinned = MasterIdentity::Fingerprint([0xa7; 32]);
         for rule in [
             MasterIdentity::Name,
@@ -126,13 +133,13 @@ mod tests {
     }
 
     #[test]
-    fn a_fingerprint_may_be_written_as_openssl_does() {
+    fn fingerprint_with_colons_is_accepted() {
         let text = format!("sha256:{}", vec!["A7"; 32].join(":"));
         assert_eq!(text.parse(), Ok(MasterIdentity::Fingerprint([0xa7; 32])));
     }
 
     #[test]
-    fn anything_else_says_what_was_expected() {
+    fn invalid_rule_error_names_the_accepted_forms() {
         for text in [
             "",
             "any",

@@ -1,12 +1,14 @@
-//! The master's address. A fixed address needs nothing; a name is looked up on a thread of its own, since the system's
-//! resolver cannot be given a deadline, and the last good answer serves until it fails.
+//! Resolves the master's host. An IP address needs no lookup. A name is looked up on a separate
+//! thread, because the system's resolver takes no deadline. The result is used until a connection
+//! to it fails, or for [`limits::RESOLVE_AGAIN`].
 //!
-//! Called on the heartbeat thread. At most one lookup runs at a time, and a beat on a known address starts none.
+//! Called on the heartbeat thread. At most one lookup runs at a time. A beat with a cached address
+//! starts no lookup.
 
 use std::error::Error;
 use std::fmt;
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 use std::{io, mem};
@@ -24,44 +26,42 @@ use crate::limits;
 use crate::panics::quietly;
 use crate::text::sanitize;
 
-/// ureq's `MAX_ADDRS`: pushing more would panic.
+/// ureq's `MAX_ADDRS`. Pushing more addresses panics.
 const MOST_ADDRESSES: usize = 16;
 
-/// The host's name has no address that is known here.
+/// The lookup of the host's name failed, or found no address.
 ///
-/// Its source says what the system's resolver said; of that there is only the text.
+/// The source is the error of the system's resolver. The standard library passes on only its text.
 #[derive(Debug)]
 pub(crate) struct LookupFailed {
     host: String,
-    why: Why,
+    cause: Cause,
 }
 
 #[derive(Debug)]
-enum Why {
-    /// The resolver's answer, or the system's: there is no such name, or no name server answers.
-    Refused(io::Error),
+enum Cause {
+    /// The resolver returned an error: the name does not exist, or no name server answers.
+    Resolver(io::Error),
     NoAddress,
-    /// There is no thread for it.
+    /// The lookup thread could not be started.
     NotStarted(io::Error),
-    /// The thread has ended without an answer.
-    Lost,
+    /// The lookup thread ended without a result.
+    ThreadEnded,
 }
 
 impl fmt::Display for LookupFailed {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let host = sanitize(&self.host);
-        match &self.why {
-            Why::Refused(_) => write!(f, "the name {host} could not be looked up"),
-            Why::NoAddress => write!(f, "the name {host} has no address"),
-            Why::NotStarted(_) => {
-                write!(
-                    f,
-                    "the name {host} could not be looked up: the system refused a thread for it"
-                )
-            }
-            Why::Lost => write!(
+        match &self.cause {
+            Cause::Resolver(_) => write!(f, "the name {host} could not be looked up"),
+            Cause::NoAddress => write!(f, "the name {host} has no address"),
+            Cause::NotStarted(_) => write!(
                 f,
-                "the name {host} could not be looked up: the lookup ended without an answer"
+                "the name {host} could not be looked up: cannot start a thread for the lookup"
+            ),
+            Cause::ThreadEnded => write!(
+                f,
+                "the name {host} could not be looked up: the lookup ended without a result"
             ),
         }
     }
@@ -69,167 +69,179 @@ impl fmt::Display for LookupFailed {
 
 impl Error for LookupFailed {
     fn source(&self) -> Option<&(dyn Error + 'static)> {
-        match &self.why {
-            Why::Refused(source) | Why::NotStarted(source) => Some(source),
-            Why::NoAddress | Why::Lost => None,
+        match &self.cause {
+            Cause::Resolver(source) | Cause::NotStarted(source) => Some(source),
+            Cause::NoAddress | Cause::ThreadEnded => None,
         }
     }
 }
 
 #[cfg(feature = "cli")]
 impl LookupFailed {
-    /// What an operator may do about it.
+    /// What the operator can do.
     pub(crate) fn advice(&self) -> &'static str {
-        match &self.why {
-            // The resolver's code does not get through the standard library; this is its text in glibc.
-            Why::Refused(source) if source.to_string().contains("Temporary failure") => {
-                "see to the name service of this host, which does not answer, or name the master by its address"
+        match &self.cause {
+            // The standard library drops the resolver's error code. This is glibc's text for
+            // `EAI_AGAIN`.
+            Cause::Resolver(source) if source.to_string().contains("Temporary failure") => {
+                "check the DNS configuration of this host, as no name server answers, or configure the master's IP address"
             }
-            Why::NotStarted(_) => {
-                "raise the limit of threads of this host, or name the master by its address"
+            Cause::NotStarted(_) => {
+                "raise the limit of threads on this host, or configure the master's IP address"
             }
-            Why::Refused(_) | Why::NoAddress | Why::Lost => {
-                "correct the master's name, see to the name service of this host, or name the master by its address"
+            Cause::Resolver(_) | Cause::NoAddress | Cause::ThreadEnded => {
+                "correct the master's name, check the DNS configuration of this host, or configure the master's IP address"
             }
         }
     }
 }
 
-/// Resolves the one host that is ever asked for. Clones share what they know.
+/// Resolves the master's host. Clones share a cache.
 #[derive(Clone, Debug)]
 pub(crate) struct MasterResolver {
     host: String,
     port: u16,
-    known: Arc<Mutex<Known>>,
+    cache: Arc<Mutex<Cache>>,
 }
 
 #[derive(Debug, Default)]
-struct Known {
+struct Cache {
     addresses: Vec<SocketAddr>,
-    /// When they were looked up; `None` when they have failed since.
+    /// When the addresses were looked up. `None`: the next request looks the name up again.
     fresh_since: Option<Instant>,
     /// The address of the last connection.
     current: Option<SocketAddr>,
-    /// The address that is tried first: the last one that could be connected to, or the one after it once it has failed.
+    /// The address that is tried first: that of the last connection, or the next one after that
+    /// connection failed.
     first: Option<SocketAddr>,
-    /// A lookup that has not answered yet.
+    /// A lookup that has not returned yet.
     pending: Option<Receiver<io::Result<Vec<SocketAddr>>>>,
 }
 
 impl MasterResolver {
     pub(crate) fn new(host: &str, port: u16) -> Self {
-        Self { host: host.to_owned(), port, known: Arc::default() }
+        Self { host: host.to_owned(), port, cache: Arc::default() }
     }
 
-    /// A connection to this address is there, whatever comes of it.
+    /// Records that a TCP connection to this address was opened.
     pub(crate) fn connected_to(&self, address: SocketAddr) {
-        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        (known.current, known.first) = (Some(address), Some(address));
+        let mut cache = self.lock();
+        cache.current = Some(address);
+        cache.first = Some(address);
     }
 
-    /// The last address did not serve: the next request looks the name up again, and begins with the address after it.
-    pub(crate) fn distrust(&self) {
-        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        known.fresh_since = None;
-        known.begin_with_the_next();
+    /// Records that the POST to the current address failed. The next request looks the name up
+    /// again and starts with the address after it.
+    pub(crate) fn report_failure(&self) {
+        let mut cache = self.lock();
+        cache.fresh_since = None;
+        cache.start_with_the_next();
     }
 
-    /// The next request looks the name up again. Where the last address answers badly, it begins with the one after it.
-    pub(crate) fn look_up_again(&self, answers_badly: bool) {
-        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        known.fresh_since = None;
-        if answers_badly {
-            known.begin_with_the_next();
+    /// Makes the next request look the name up again. If the answers of the current address are
+    /// bad, it starts with the address after it.
+    pub(crate) fn look_up_again(&self, is_bad: bool) {
+        let mut cache = self.lock();
+        cache.fresh_since = None;
+        if is_bad {
+            cache.start_with_the_next();
         }
     }
 
-    /// What the host's addresses are, in the order in which they are to be tried, after waiting so long at the most for an
-    /// answer.
-    pub(crate) fn addresses(&self, patience: Duration) -> Result<Vec<SocketAddr>, ureq::Error> {
+    /// The addresses of the host, in the order in which they are tried. Waits for a lookup up to
+    /// `timeout`.
+    pub(crate) fn addresses(&self, timeout: Duration) -> Result<Vec<SocketAddr>, ureq::Error> {
         if let Ok(fixed) = self.host.parse::<IpAddr>() {
             return Ok(vec![SocketAddr::new(fixed, self.port)]);
         }
-        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        if known.fresh_since.is_some_and(|since| since.elapsed() < limits::RESOLVE_AGAIN) {
-            return Ok(known.in_order());
+        let mut cache = self.lock();
+        if cache.fresh_since.is_some_and(|since| since.elapsed() < limits::RESOLVE_AGAIN) {
+            return Ok(cache.in_order());
         }
-        match self.look_up(&mut known.pending, patience) {
+        match self.look_up(&mut cache.pending, timeout) {
             Ok(addresses) => {
-                known.addresses = addresses;
-                known.fresh_since = Some(Instant::now());
-                Ok(known.in_order())
+                cache.addresses = addresses;
+                cache.fresh_since = Some(Instant::now());
+                Ok(cache.in_order())
             }
-            Err(error) if known.addresses.is_empty() => Err(error),
+            Err(error) if cache.addresses.is_empty() => Err(error),
             Err(error) => {
                 let problem = http_problem(&error);
                 quietly(|| {
                     log::debug!(
-                        "name lookup failed, using the last good address: master={} error={problem:?}",
+                        "name lookup failed, using the cached address: master={} error={problem:?}",
                         self.host
                     );
                 });
-                // For as long as a good answer, or every beat would wait for a DNS that is away. Where the address
-                // does not serve, it is distrusted.
-                known.fresh_since = Some(Instant::now());
-                Ok(known.in_order())
+                // The cached addresses count as fresh again. Otherwise every beat would wait for a
+                // DNS server that does not respond. If they fail, `report_failure` requests a new
+                // lookup.
+                cache.fresh_since = Some(Instant::now());
+                Ok(cache.in_order())
             }
         }
     }
 
-    /// Waits for the lookup that is under way, or for a new one.
+    fn lock(&self) -> MutexGuard<'_, Cache> {
+        self.cache.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits for the pending lookup, or starts one and waits for it.
     fn look_up(
         &self,
         pending: &mut Option<Receiver<io::Result<Vec<SocketAddr>>>>,
-        patience: Duration,
+        timeout: Duration,
     ) -> Result<Vec<SocketAddr>, ureq::Error> {
         let failed =
-            |why| ureq::Error::Other(Box::new(LookupFailed { host: self.host.clone(), why }));
-        let answer = match mem::take(pending) {
-            Some(answer) => answer,
-            None => self.spawn_lookup().map_err(|source| failed(Why::NotStarted(source)))?,
+            |cause| ureq::Error::Other(Box::new(LookupFailed { host: self.host.clone(), cause }));
+        let lookup = match mem::take(pending) {
+            Some(lookup) => lookup,
+            None => self.spawn_lookup().map_err(|source| failed(Cause::NotStarted(source)))?,
         };
-        match answer.recv_timeout(patience) {
-            Ok(Ok(addresses)) if addresses.is_empty() => Err(failed(Why::NoAddress)),
+        match lookup.recv_timeout(timeout) {
+            Ok(Ok(addresses)) if addresses.is_empty() => Err(failed(Cause::NoAddress)),
             Ok(Ok(addresses)) => Ok(addresses),
-            Ok(Err(source)) => Err(failed(Why::Refused(source))),
+            Ok(Err(source)) => Err(failed(Cause::Resolver(source))),
             Err(RecvTimeoutError::Timeout) => {
-                *pending = Some(answer);
+                *pending = Some(lookup);
                 Err(ureq::Error::Timeout(Timeout::Resolve))
             }
-            Err(RecvTimeoutError::Disconnected) => Err(failed(Why::Lost)),
+            Err(RecvTimeoutError::Disconnected) => Err(failed(Cause::ThreadEnded)),
         }
     }
 
     fn spawn_lookup(&self) -> io::Result<Receiver<io::Result<Vec<SocketAddr>>>> {
-        let (sender, answer) = bounded(1);
-        let (host, port) = (self.host.clone(), self.port);
+        let (sender, receiver) = bounded(1);
+        let host = self.host.clone();
+        let port = self.port;
         thread::Builder::new().name("decnet-resolve".to_owned()).spawn(move || {
-            let found = (host.as_str(), port)
+            let addresses = (host.as_str(), port)
                 .to_socket_addrs()
-                .map(|found| found.take(MOST_ADDRESSES).collect());
-            // Nobody waits any more: the master was replaced, or the agent stopped.
-            let _ = sender.send(found);
+                .map(|addresses| addresses.take(MOST_ADDRESSES).collect());
+            // The receiver was dropped if the client was replaced or the heartbeat stopped.
+            let _ = sender.send(addresses);
         })?;
-        Ok(answer)
+        Ok(receiver)
     }
 }
 
 impl MasterResolver {
-    /// As if the name had just been looked up.
+    /// Fills the cache as if the name had just been looked up.
     #[cfg(any(test, feature = "cli"))]
-    pub(crate) fn know(&self, addresses: &[SocketAddr]) {
-        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        (known.addresses, known.fresh_since) = (addresses.to_vec(), Some(Instant::now()));
+    pub(crate) fn set_addresses(&self, addresses: &[SocketAddr]) {
+        let mut cache = self.lock();
+        cache.addresses = addresses.to_vec();
+        cache.fresh_since = Some(Instant::now());
     }
 
     #[cfg(test)]
     pub(crate) fn is_fresh(&self) -> bool {
-        self.known.lock().unwrap().fresh_since.is_some()
+        self.lock().fresh_since.is_some()
     }
 }
 
-impl Known {
-    fn begin_with_the_next(&mut self) {
+impl Cache {
+    fn start_with_the_next(&mut self) {
         let current = self.addresses.iter().position(|address| Some(*address) == self.current);
         if let Some(current) = current {
             self.first = self.addresses.get(current + 1).or(self.addresses.first()).copied();
@@ -251,12 +263,12 @@ impl Resolver for MasterResolver {
         _: &Config,
         timeout: NextTimeout,
     ) -> Result<ResolvedSocketAddrs, ureq::Error> {
-        let patience = match timeout.after {
-            time::Duration::Exact(patience) => patience,
+        let timeout = match timeout.after {
+            time::Duration::Exact(timeout) => timeout,
             time::Duration::NotHappening => limits::CONNECT,
         };
         let mut resolved = self.empty();
-        self.addresses(patience)?
+        self.addresses(timeout)?
             .into_iter()
             .take(MOST_ADDRESSES)
             .for_each(|address| resolved.push(address));
@@ -270,111 +282,102 @@ mod tests {
     use crate::master::explain;
 
     #[test]
-    fn a_fixed_address_needs_no_lookup() {
+    fn ip_address_needs_no_lookup() {
         for host in ["127.0.0.1", "::1"] {
             let resolver = MasterResolver::new(host, 1);
             assert_eq!(
                 resolver.addresses(Duration::ZERO).unwrap(),
                 [SocketAddr::new(host.parse().unwrap(), 1)]
             );
-            assert!(resolver.known.lock().unwrap().pending.is_none());
+            assert!(resolver.lock().pending.is_none());
         }
     }
 
     #[test]
-    fn a_name_is_looked_up_once_and_kept() {
+    fn name_is_looked_up_once_and_cached() {
         let resolver = MasterResolver::new("localhost", 7);
         let first = resolver.addresses(Duration::from_secs(5)).unwrap();
         assert!(!first.is_empty() && first.iter().all(|address| address.port() == 7));
         assert_eq!(
             resolver.addresses(Duration::ZERO).unwrap(),
             first,
-            "no second lookup could finish in no time"
+            "a second lookup could not finish within a timeout of zero"
         );
     }
 
     #[test]
-    fn the_last_good_address_serves_while_the_lookup_fails() {
+    fn cached_address_is_used_while_the_lookup_fails() {
         let resolver = MasterResolver::new("nowhere.invalid", 7);
-        let good = vec![SocketAddr::from(([127, 0, 0, 1], 7))];
-        resolver.known.lock().unwrap().addresses = good.clone();
+        let cached = vec![SocketAddr::from(([127, 0, 0, 1], 7))];
+        resolver.lock().addresses = cached.clone();
         let (_sender, silent) = bounded(1);
-        resolver.known.lock().unwrap().pending = Some(silent);
-        assert_eq!(resolver.addresses(Duration::ZERO).unwrap(), good);
-        assert!(
-            resolver.known.lock().unwrap().pending.is_some(),
-            "the lookup under way is waited for next time"
-        );
-        assert!(
-            resolver.known.lock().unwrap().fresh_since.is_some(),
-            "and not by the very next beat"
-        );
-        resolver.distrust();
-        assert!(
-            resolver.known.lock().unwrap().fresh_since.is_none(),
-            "unless the address has failed"
-        );
+        resolver.lock().pending = Some(silent);
+        assert_eq!(resolver.addresses(Duration::ZERO).unwrap(), cached);
+        assert!(resolver.lock().pending.is_some(), "a later request waits for the same lookup");
+        assert!(resolver.is_fresh(), "the next beat does not wait for it");
+        resolver.report_failure();
+        assert!(!resolver.is_fresh(), "after a failure it does");
     }
 
     #[test]
-    fn after_a_failed_address_the_next_one_is_first() {
+    fn address_after_the_failed_one_is_tried_first() {
         let resolver = MasterResolver::new("nowhere.invalid", 7);
         let [a, b, c] = [1, 2, 3].map(|last| SocketAddr::from(([127, 0, 0, last], 7)));
-        let fresh = |addresses: &[SocketAddr]| resolver.know(addresses);
+        let fresh = |addresses: &[SocketAddr]| resolver.set_addresses(addresses);
         let order = || resolver.addresses(Duration::ZERO).unwrap();
         fresh(&[a, b, c]);
         assert_eq!(order(), [a, b, c]);
-        resolver.distrust();
+        resolver.report_failure();
         fresh(&[a, b, c]);
-        assert_eq!(order(), [a, b, c], "none has been connected to");
+        assert_eq!(order(), [a, b, c], "no connection was opened before the failure");
         for (failed, next) in [(a, [b, c, a]), (b, [c, a, b]), (c, [a, b, c])] {
             resolver.connected_to(failed);
-            resolver.distrust();
+            resolver.report_failure();
             fresh(&[a, b, c]);
             assert_eq!(order(), next);
         }
         resolver.connected_to(b);
-        assert_eq!(order(), [b, c, a], "one that serves is kept");
+        assert_eq!(order(), [b, c, a], "the connected address stays first");
         fresh(&[c, a]);
-        assert_eq!(order(), [c, a], "unless the name does not lead there any more");
+        assert_eq!(order(), [c, a], "unless the name no longer has that address");
     }
 
     #[test]
-    fn each_way_to_no_address_is_of_class_name_and_says_why() {
-        let looked_up = |answer: Option<io::Result<Vec<SocketAddr>>>| {
+    fn lookup_errors_are_of_class_dns_and_name_the_cause() {
+        let looked_up = |result: Option<io::Result<Vec<SocketAddr>>>| {
             let resolver = MasterResolver::new("nowhere.invalid", 7);
             let (sender, pending) = bounded(1);
-            answer.into_iter().for_each(|answer| sender.send(answer).unwrap());
+            result.into_iter().for_each(|result| sender.send(result).unwrap());
             drop(sender);
-            resolver.known.lock().unwrap().pending = Some(pending);
+            resolver.lock().pending = Some(pending);
             resolver.addresses(Duration::ZERO).unwrap_err()
         };
-        let failed = |why| {
-            ureq::Error::Other(Box::new(LookupFailed { host: "nowhere.invalid".to_owned(), why }))
+        let failed = |cause| {
+            ureq::Error::Other(Box::new(LookupFailed { host: "nowhere.invalid".to_owned(), cause }))
         };
-        let refused = || io::Error::from_raw_os_error(libc::EAGAIN);
-        for (error, says) in [
+        let no_thread = || io::Error::from_raw_os_error(libc::EAGAIN);
+        for (error, text) in [
             (
                 looked_up(Some(Err(io::Error::other("no such name")))),
                 "could not be looked up: no such name",
             ),
             (looked_up(Some(Ok(Vec::new()))), "has no address"),
-            (looked_up(None), "could not be looked up: the lookup ended without an answer"),
+            (looked_up(None), "could not be looked up: the lookup ended without a result"),
             (
-                failed(Why::NotStarted(refused())),
-                "could not be looked up: the system refused a thread for it: Resource temporarily unavailable (os error 11)",
+                failed(Cause::NotStarted(no_thread())),
+                "could not be looked up: cannot start a thread for the lookup: Resource temporarily unavailable (os error 11)",
             ),
         ] {
-            assert_eq!(explain::class(&error), "name");
-            assert_eq!(explain::explain(&error), format!("the name nowhere.invalid {says}"));
+            assert_eq!(explain::class(&error), "dns");
+            assert_eq!(explain::explain(&error), format!("the name nowhere.invalid {text}"));
         }
     }
 
     #[test]
-    fn without_a_last_good_address_the_timeout_names_itself() {
+    fn lookup_timeout_is_named_if_no_address_is_cached() {
         let resolver = MasterResolver::new("nowhere.invalid", 7);
         let (_sender, silent) = bounded(1);
-        resolver.known.lock().unwrap().pending = Some(silent);
+        resolver.lock().pending = Some(silent);
         assert_eq!(resolver.addresses(Duration::ZERO).unwrap_err().to_string(), "timeout: resolve");
     }
 }

@@ -1,18 +1,19 @@
-//! The connector that puts TLS under ureq. Handshakes run on the heartbeat thread.
+//! The TLS connector for ureq. Handshakes run on the heartbeat thread.
 //!
-//! ureq takes no rustls configuration of ours, and its own connector panics on a key that does not fit its
-//! certificate. So `verifier` builds the configuration from a proven bundle, and the connector is a thin layer
-//! between our socket and ureq's HTTP.
+//! ureq does not accept a rustls configuration, and its own connector panics if the key does not
+//! match the certificate. So `verifier` builds the configuration from a bundle that was checked,
+//! and this connector is a thin layer between the socket and ureq's HTTP.
 
 use std::fmt;
 use std::io::{self, Read, Write};
 use std::mem;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 use rustls::pki_types::ServerName;
 use rustls::{ClientConfig, ClientConnection, HandshakeKind, StreamOwned};
 use ureq::http::StatusCode;
-use ureq::unversioned::transport::time::{Duration, Instant};
+use ureq::unversioned::transport::time;
 use ureq::unversioned::transport::{
     Buffers, ConnectionDetails, Connector, LazyBuffers, NextTimeout, Transport, TransportAdapter,
 };
@@ -20,33 +21,37 @@ use ureq::unversioned::transport::{
 use crate::limits;
 use crate::master::first_bytes::FirstBytes;
 use crate::master::resolver::MasterResolver;
-use crate::transport::SocketTransport;
+use crate::transport::{Deadline, SocketTransport};
 
-/// What the connections of one [`TlsConnector`] were like.
+/// The state of the connections of one [`TlsConnector`].
 #[derive(Debug, Default)]
 pub(crate) struct Connections {
-    /// How many were tried. Unchanged over a request: it was sent on a connection that was there.
+    /// The number of connection attempts. If it does not change during a request, the request
+    /// reused a connection.
     pub(crate) tried: u64,
-    /// The last handshake resumed a session.
+    /// Whether the last handshake resumed a session.
     pub(crate) resumed: bool,
     /// When the newest connection was opened.
-    pub(crate) opened: Option<std::time::Instant>,
-    /// The newest connection has accepted a body.
+    pub(crate) opened: Option<Instant>,
+    /// Whether the master has accepted a body on the newest connection.
     pub(crate) has_accepted: bool,
-    /// The connection that is open is not used again.
+    /// Whether the open connection must not be reused.
     pub(crate) close: bool,
-    /// Bytes of the last request's body were sent.
+    /// Whether a part of the last request's body was sent.
     pub(crate) body_sent: bool,
-    /// The answer to the last request, as far as it has come.
+    /// The answer to the last request, as far as it was received.
     pub(crate) answer: Answer,
 }
 
-/// What has come of an answer, whether or not there will ever be all of it.
+/// The part of an answer that was received. It may be incomplete.
 #[derive(Debug, Default)]
 pub(crate) struct Answer(Vec<u8>);
 
 impl Answer {
-    /// More of it has come. An error: it is too much.
+    /// Appends input.
+    ///
+    /// # Errors
+    /// If the answer is longer than [`limits::ANSWER`].
     pub(crate) fn add(&mut self, input: &[u8]) -> Result<(), ureq::Error> {
         let length = self.0.len() + input.len();
         let room = limits::ANSWER.saturating_sub(self.0.len());
@@ -57,17 +62,17 @@ impl Answer {
         }
     }
 
-    /// Nothing of it has come.
+    /// Whether nothing was received.
     pub(crate) fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// Its status, once that is there. An interim answer (1xx) has none; the answer after it has.
+    /// The status, if its line was received. Interim answers (1xx) are skipped.
     pub(crate) fn status(&self) -> Option<StatusCode> {
         self.last().map(|(status, _)| status)
     }
 
-    /// The value of a header, if it has come.
+    /// The value of a header, if it was received.
     pub(crate) fn header(&self, name: &str) -> Option<&str> {
         let (_, rest) = self.last()?;
         let lines = rest.split(|byte| *byte == b'\n').skip(1).map(<[u8]>::trim_ascii);
@@ -77,19 +82,19 @@ impl Answer {
         })
     }
 
-    /// All of its head has come.
+    /// Whether the status line and all headers were received.
     pub(crate) fn has_whole_head(&self) -> bool {
         self.last().is_some_and(|(_, rest)| end_of_head(rest).is_some())
     }
 
-    /// What has come of its body, as it is on the wire.
+    /// The received part of the body, with any transfer encoding.
     pub(crate) fn body(&self) -> &[u8] {
         self.last()
             .and_then(|(_, rest)| end_of_head(rest).and_then(|end| rest.get(end..)))
             .unwrap_or_default()
     }
 
-    /// The status of the answer that is not an interim one, and all of it from its status line on.
+    /// The status of the final answer, and its bytes from the status line on.
     fn last(&self) -> Option<(StatusCode, &[u8])> {
         let mut rest = self.0.as_slice();
         loop {
@@ -103,7 +108,7 @@ impl Answer {
     }
 }
 
-/// The status of a line like `HTTP/1.1 204 `.
+/// The status of a status line, such as `HTTP/1.1 204 No Content`.
 fn status_of(head: &[u8]) -> Option<StatusCode> {
     let line = head.strip_prefix(b"HTTP/1.1 ").or_else(|| head.strip_prefix(b"HTTP/1.0 "))?;
     let (code, end) = line.split_at_checked(3)?;
@@ -111,7 +116,7 @@ fn status_of(head: &[u8]) -> Option<StatusCode> {
     matches!(end.first(), Some(b' ' | b'\r' | b'\n')).then_some(status)
 }
 
-/// Where the body begins.
+/// The position after the headers, where the body begins.
 fn end_of_head(head: &[u8]) -> Option<usize> {
     let ends = |end: &[u8]| {
         head.windows(end.len()).position(|bytes| bytes == end).map(|at| at + end.len())
@@ -119,7 +124,7 @@ fn end_of_head(head: &[u8]) -> Option<usize> {
     ends(b"\r\n\r\n").into_iter().chain(ends(b"\n\n")).min()
 }
 
-/// Connects by TCP, and puts TLS on top.
+/// Opens a TCP connection and does the TLS handshake.
 pub(crate) struct TlsConnector {
     config: Arc<ClientConfig>,
     name: ServerName<'static>,
@@ -136,13 +141,13 @@ impl TlsConnector {
         Self { config, name, resolver, connections: Arc::default() }
     }
 
-    /// A view of the connections to come.
+    /// The state of this connector's connections. It is updated with each connection.
     pub(crate) fn connections(&self) -> Arc<Mutex<Connections>> {
         Arc::clone(&self.connections)
     }
 }
 
-fn note<T>(connections: &Mutex<Connections>, change: impl FnOnce(&mut Connections) -> T) -> T {
+fn update<T>(connections: &Mutex<Connections>, change: impl FnOnce(&mut Connections) -> T) -> T {
     change(&mut connections.lock().unwrap_or_else(PoisonError::into_inner))
 }
 
@@ -154,21 +159,24 @@ impl Connector for TlsConnector {
         details: &ConnectionDetails<'_>,
         _: Option<()>,
     ) -> Result<Option<Self::Out>, ureq::Error> {
-        note(&self.connections, |connections| {
+        update(&self.connections, |connections| {
             connections.tried += 1;
-            (connections.close, connections.has_accepted) = (false, false);
-            connections.opened = Some(std::time::Instant::now());
+            connections.close = false;
+            connections.has_accepted = false;
+            connections.opened = Some(Instant::now());
         });
+        // The connect timeout covers TCP and TLS together.
+        let deadline = Deadline::new(details.timeout);
         let (tcp, address) = SocketTransport::tcp(details)?;
         self.resolver.connected_to(address);
         let mut tls = ClientConnection::new(Arc::clone(&self.config), self.name.clone())
             .map_err(|error| ureq::Error::Other(Box::new(error)))?;
         let mut wire = Wire::new(TransportAdapter::new(tcp, Arc::clone(&details.current_time)));
-        wire.tcp.set_timeout(rest_of(details));
+        wire.tcp.set_timeout(deadline.timeout());
         let mut first = FirstBytes::of(&mut wire);
-        tls.complete_io(&mut first).map_err(|error| first.name(error))?;
+        tls.complete_io(&mut first).map_err(|error| first.classify(error))?;
         let resumed = tls.handshake_kind() == Some(HandshakeKind::Resumed);
-        note(&self.connections, |connections| connections.resumed = resumed);
+        update(&self.connections, |connections| connections.resumed = resumed);
         let buffers = LazyBuffers::new(
             details.config.input_buffer_size(),
             details.config.output_buffer_size(),
@@ -177,22 +185,11 @@ impl Connector for TlsConnector {
         Ok(Some(TlsTransport {
             buffers,
             stream,
-            begins: true,
+            at_request_start: true,
             unsent: Vec::new(),
             connections: self.connections(),
         }))
     }
-}
-
-/// What is left of the connect timeout once TCP is connected: one budget for both.
-fn rest_of(details: &ConnectionDetails<'_>) -> NextTimeout {
-    let mut timeout = details.timeout;
-    if let (Duration::Exact(limit), Instant::Exact(now), Instant::Exact(start)) =
-        (timeout.after, (details.current_time)(), details.now)
-    {
-        timeout.after = Duration::Exact(limit.saturating_sub(now.saturating_duration_since(start)));
-    }
-    timeout
 }
 
 impl fmt::Debug for TlsConnector {
@@ -201,14 +198,15 @@ impl fmt::Debug for TlsConnector {
     }
 }
 
-/// The stream under TLS, with a bound on what is read for one answer. TLS messages that are no data count, too.
+/// The TCP stream under TLS. It limits the bytes that are read for one answer, TLS messages without
+/// data included.
 struct Wire<S> {
     tcp: S,
-    /// Bytes that may still be read.
+    /// The number of bytes that may still be read.
     allowed: usize,
-    /// Bytes that were sent.
+    /// The number of bytes that were sent.
     sent: u64,
-    /// What of the record that is being read has not come yet.
+    /// The TLS record that is being read.
     record: Record,
 }
 
@@ -219,7 +217,8 @@ impl<S> Wire<S> {
 }
 
 impl Wire<TransportAdapter<SocketTransport>> {
-    /// Connected, silent, and all that was read has been given to TLS, up to the end of a record.
+    /// Whether the connection is open, nothing is waiting to be read, and the last record is
+    /// complete.
     fn is_idle(&mut self) -> bool {
         let tcp = self.tcp.get_mut();
         self.record.is_complete() && tcp.buffers().input().is_empty() && tcp.is_open()
@@ -230,7 +229,7 @@ impl<S: Read> Read for Wire<S> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let room = buffer.len().min(self.allowed);
         if room == 0 && !buffer.is_empty() {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, TooMuch));
+            return Err(io::Error::new(io::ErrorKind::InvalidData, TooManyBytes));
         }
         let buffer = buffer.get_mut(..room).unwrap_or_default();
         let count = self.tcp.read(buffer)?;
@@ -252,23 +251,24 @@ impl<S: Write> Write for Wire<S> {
     }
 }
 
-/// More than one answer, or one handshake, may take.
+/// The peer sent more than [`limits::ANSWER_ON_THE_WIRE`] bytes for one answer or one handshake.
 #[derive(Debug)]
-struct TooMuch;
+struct TooManyBytes;
 
-impl fmt::Display for TooMuch {
+impl fmt::Display for TooManyBytes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "the other side sent more than {} bytes without an answer",
+            "the peer sent more than {} bytes without a complete answer",
             limits::ANSWER_ON_THE_WIRE
         )
     }
 }
 
-impl std::error::Error for TooMuch {}
+impl std::error::Error for TooManyBytes {}
 
-/// How far a TLS record has come: its header of five bytes, which ends with a length, and so many bytes more.
+/// Tracks the bounds of TLS records: a header of five bytes, which ends with the length of the
+/// content, and the content.
 #[derive(Debug, Default)]
 struct Record {
     header: Vec<u8>,
@@ -303,13 +303,13 @@ impl Record {
     }
 }
 
-/// TLS over TCP.
+/// A TLS connection over TCP.
 pub(crate) struct TlsTransport {
     buffers: LazyBuffers,
     stream: StreamOwned<ClientConnection, Wire<TransportAdapter<SocketTransport>>>,
-    /// The next output is a request's head.
-    begins: bool,
-    /// What is not sent yet.
+    /// Whether the next output is the head of a request.
+    at_request_start: bool,
+    /// Output that was not sent yet.
     unsent: Vec<u8>,
     connections: Arc<Mutex<Connections>>,
 }
@@ -320,27 +320,29 @@ impl TlsTransport {
         let before = self.stream.sock.sent;
         let sent = self.stream.write_all(&unsent).and_then(|()| self.stream.flush());
         if self.stream.sock.sent > before {
-            note(&self.connections, |connections| connections.body_sent = true);
+            update(&self.connections, |connections| connections.body_sent = true);
         }
         sent
     }
 
-    /// Nothing more can be sent, perhaps because the answer is there already. What has arrived of it is read.
-    fn read_what_has_arrived(&mut self) {
-        let end = std::time::Instant::now() + limits::EARLY_ANSWER;
+    /// Reads the part of an answer that has arrived. Called when sending fails: the master may have
+    /// answered before it read the whole request.
+    fn read_early_answer(&mut self) {
+        let end = Instant::now() + limits::EARLY_ANSWER;
         let pause = NextTimeout {
-            after: Duration::Exact(limits::EARLY_ANSWER_PAUSE),
+            after: time::Duration::Exact(limits::EARLY_ANSWER_PAUSE),
             ..NextTimeout::default()
         };
-        let (tls, wire) = (&mut self.stream.conn, &mut self.stream.sock);
+        let tls = &mut self.stream.conn;
+        let wire = &mut self.stream.sock;
         let mut some = [0; 4096];
-        while std::time::Instant::now() < end {
+        while Instant::now() < end {
             wire.tcp.set_timeout(pause);
             let arrived =
                 matches!(tls.read_tls(wire), Ok(1..)) && tls.process_new_packets().is_ok();
             while let Ok(count @ 1..) = tls.reader().read(&mut some) {
                 let input = some.get(..count).unwrap_or_default();
-                if note(&self.connections, |connections| connections.answer.add(input)).is_err() {
+                if update(&self.connections, |connections| connections.answer.add(input)).is_err() {
                     return;
                 }
             }
@@ -356,44 +358,44 @@ impl Transport for TlsTransport {
         &mut self.buffers
     }
 
-    /// The head waits for the body, which every request of ours has: apart they would be two records, and wake the master
-    /// twice.
+    /// Sends the head of a request together with its body. Otherwise they would be two TLS records,
+    /// which wake the master twice. Every request here has a body.
     fn transmit_output(&mut self, amount: usize, timeout: NextTimeout) -> Result<(), ureq::Error> {
         self.unsent.extend_from_slice(self.buffers.output().get(..amount).unwrap_or_default());
-        if mem::take(&mut self.begins) {
+        if mem::take(&mut self.at_request_start) {
             self.stream.sock.allowed = limits::ANSWER_ON_THE_WIRE;
             return Ok(());
         }
         self.stream.sock.tcp.set_timeout(timeout);
         if let Err(error) = self.send() {
-            self.read_what_has_arrived();
+            self.read_early_answer();
             return Err(error.into());
         }
         Ok(())
     }
 
     fn await_input(&mut self, timeout: NextTimeout) -> Result<bool, ureq::Error> {
-        self.begins = true;
+        self.at_request_start = true;
         self.stream.sock.tcp.set_timeout(timeout);
         let input = self.buffers.input_append_buf();
         let amount = match self.stream.read(input) {
-            Err(error) if error.get_ref().is_some_and(|inner| inner.is::<TooMuch>()) => {
+            Err(error) if error.get_ref().is_some_and(|inner| inner.is::<TooManyBytes>()) => {
                 let most = limits::ANSWER_ON_THE_WIRE;
                 return Err(ureq::Error::LargeResponseHeader(most + 1, most));
             }
             read => read?,
         };
-        note(&self.connections, |connections| {
+        update(&self.connections, |connections| {
             connections.answer.add(input.get(..amount).unwrap_or_default())
         })?;
         self.buffers.input_appended(amount);
         Ok(amount > 0)
     }
 
-    /// Whether the next request may be sent on it. What is left on it, decrypted or not, would be taken for the next
-    /// answer.
+    /// Whether the next request may use this connection. Unread bytes, decrypted or not, would be
+    /// taken for the next answer.
     fn is_open(&mut self) -> bool {
-        if note(&self.connections, |connections| connections.close) {
+        if update(&self.connections, |connections| connections.close) {
             return false;
         }
         let decrypted = self.stream.conn.process_new_packets();
@@ -420,7 +422,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_status_line_is_known_as_soon_as_it_is_there() {
+    fn status_is_known_when_the_status_line_has_arrived() {
         for (head, status) in [
             ("HTTP/1.1 204 No Content\r\n", Some(204)),
             ("HTTP/1.0 503\r\n", Some(503)),
@@ -444,8 +446,8 @@ mod tests {
     }
 
     #[test]
-    fn an_early_answer_is_read_as_far_as_it_has_come() {
-        let said = |answer: &str| {
+    fn incomplete_answer_is_read_as_far_as_it_has_arrived() {
+        let parsed = |answer: &str| {
             let mut seen = Answer::default();
             seen.add(answer.as_bytes()).unwrap();
             (
@@ -455,23 +457,23 @@ mod tests {
         };
         let of = |header: Option<&str>, body: &str| (header.map(str::to_owned), body.to_owned());
         assert_eq!(
-            said("HTTP/1.1 429 No\r\nA: b\r\nRETRY-AFTER:  7 \r\n\r\nno: more"),
+            parsed("HTTP/1.1 429 No\r\nA: b\r\nRETRY-AFTER:  7 \r\n\r\nno: more"),
             of(Some("7"), "no: more")
         );
         assert_eq!(
-            said("HTTP/1.1 102 P\r\nRetry-After: 1\r\n\r\nHTTP/1.1 429 No\nRetry-After: 2\n\nx"),
+            parsed("HTTP/1.1 102 P\r\nRetry-After: 1\r\n\r\nHTTP/1.1 429 No\nRetry-After: 2\n\nx"),
             of(Some("2"), "x")
         );
         assert_eq!(
-            said("HTTP/1.1 429 No\r\n\r\nRetry-After: 3\r\n"),
+            parsed("HTTP/1.1 429 No\r\n\r\nRetry-After: 3\r\n"),
             of(None, "Retry-After: 3\r\n")
         );
-        assert_eq!(said("HTTP/1.1 429 No\r\nRetry-Aft"), of(None, ""));
-        assert_eq!(said("HTTP/1.1 102 P\r\n\r\n"), of(None, ""));
+        assert_eq!(parsed("HTTP/1.1 429 No\r\nRetry-Aft"), of(None, ""));
+        assert_eq!(parsed("HTTP/1.1 102 P\r\n\r\n"), of(None, ""));
     }
 
     #[test]
-    fn what_is_read_for_one_answer_is_bounded_whatever_it_is() {
+    fn bytes_read_for_one_answer_are_limited() {
         let mut wire = Wire::new(io::repeat(0));
         let mut read = 0;
         let error = loop {
@@ -483,13 +485,13 @@ mod tests {
         assert_eq!(read, limits::ANSWER_ON_THE_WIRE);
         assert_eq!(
             error.to_string(),
-            "the other side sent more than 262144 bytes without an answer"
+            "the peer sent more than 262144 bytes without a complete answer"
         );
-        assert!(error.get_ref().unwrap().is::<TooMuch>());
+        assert!(error.get_ref().unwrap().is::<TooManyBytes>());
     }
 
     #[test]
-    fn a_record_that_has_not_come_whole_is_noticed_wherever_it_breaks_off() {
+    fn incomplete_record_is_detected_at_every_byte() {
         let records =
             [&[23, 3, 3, 0, 3, 1, 2, 3][..], &[22, 3, 3, 0, 0], &[23, 3, 3, 1, 0], &[7; 256]]
                 .concat();
@@ -506,7 +508,7 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_has_its_bytes_and_no_more() {
+    fn answer_longer_than_the_limit_is_an_error() {
         let mut answer = Answer::default();
         answer.add(&vec![0; limits::ANSWER - 1]).unwrap();
         let error = answer.add(&[0; 2]).unwrap_err();

@@ -1,8 +1,8 @@
-//! Who counts as the master: the rule for its certificate, and the rustls configuration that enforces it. Handshakes run on
-//! the heartbeat thread.
+//! Verifies the master's certificate by the configured rule, and builds the rustls configuration
+//! for it. Handshakes run on the heartbeat thread.
 //!
-//! A session is resumed without a certificate. So the tickets belong to one configuration, of one bundle and one rule: a
-//! changed rule begins without any.
+//! A resumed handshake sends no certificate. So session tickets belong to one configuration, with
+//! one bundle and one rule. After a change of the rule there are no tickets.
 
 use std::error::Error as StdError;
 use std::fmt;
@@ -28,15 +28,16 @@ use crate::master::identity::{MasterIdentity, fingerprint, hex};
 use crate::master::x509::X509;
 use crate::text::quoted;
 
-/// The common name and a DNS name of the master's own certificate, and of no other that its CA issues (`docs/protocol.md`, "TLS").
+/// The common name and a DNS name of the master's own certificate. No other certificate of its CA
+/// has them.
 pub(crate) const MASTER_NAME: &str = "swarmctl";
 
-/// ring, for TLS and for the bundle's proof alike.
+/// ring. It is used for TLS and to check the bundle.
 pub(crate) fn provider() -> Arc<CryptoProvider> {
     Arc::new(rustls::crypto::ring::default_provider())
 }
 
-/// The rule by which `master`'s certificate is judged.
+/// The verifier for the certificate of `master`.
 pub(crate) fn verifier(
     roots: &Arc<RootCertStore>,
     identity: MasterIdentity,
@@ -56,7 +57,8 @@ pub(crate) fn verifier(
     })
 }
 
-/// The configuration for one bundle and one rule. It keeps the session tickets, so it lives as long as the bundle.
+/// The configuration for one bundle and one rule. It contains the session tickets, so it is kept as
+/// long as the bundle.
 pub(crate) fn client_config(
     client: &Arc<CertifiedKey>,
     verifier: Arc<dyn ServerCertVerifier>,
@@ -74,7 +76,7 @@ pub(crate) fn client_config(
     Ok(Arc::new(config))
 }
 
-/// Enforces a [`MasterIdentity`]. Nothing of the request leaves before it has agreed.
+/// Enforces a [`MasterIdentity`]. The request is sent only after the certificate is verified.
 #[derive(Debug)]
 struct MasterVerifier {
     roots: Arc<RootCertStore>,
@@ -113,7 +115,7 @@ impl MasterVerifier {
         verify_server_name(certificate, &self.host)
     }
 
-    /// The certificate chains to a root, is within its dates, and may serve.
+    /// Checks that the certificate chains to a root, is valid now, and is for servers.
     fn check_chain(
         &self,
         certificate: &ParsedCertificate<'_>,
@@ -130,8 +132,9 @@ impl MasterVerifier {
         )
     }
 
-    /// webpki knows neither the rule nor the reason why it could not verify a signature: the issuer's key is too small, say.
-    /// And it judges the certificate of a stranger before it sees that it is one.
+    /// Replaces an error of webpki with a more specific one. webpki does not know the rule, and
+    /// does not tell why it could not verify a signature, such as an issuer's key that is too
+    /// small. It also checks the dates of a certificate before it checks whether its CA is a root.
     fn explain(
         &self,
         error: rustls::Error,
@@ -139,17 +142,17 @@ impl MasterVerifier {
         others: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> rustls::Error {
-        // A pinned certificate has no issuer that matters.
+        // The issuer of a pinned certificate is not checked.
         if matches!(self.identity, MasterIdentity::Fingerprint(_)) {
             return error;
         }
-        let stranger = || match self.identity {
+        let unknown_issuer = || match self.identity {
             MasterIdentity::PublicCa => Refusal::NotPublic.into(),
             _ => CertificateError::UnknownIssuer.into(),
         };
         let issuers: Vec<_> = others.iter().filter_map(|other| X509::parse(other)).collect();
-        if X509::parse(shown).is_some_and(|shown| !self.may_be_of_a_root(&shown, &issuers)) {
-            return stranger();
+        if X509::parse(shown).is_some_and(|shown| !self.may_chain_to_a_root(&shown, &issuers)) {
+            return unknown_issuer();
         }
         if is_webpkis(&error, &["EndEntityUsedAsCa", "UnsupportedCertVersion"])
             && let Some(issuer) = issuers
@@ -158,10 +161,10 @@ impl MasterVerifier {
         {
             return Refusal::NotACa(issuer.common_name().unwrap_or_default()).into();
         }
-        if let Some(refusal) = self.of_an_issuer(&error, shown, others, now) {
+        if let Some(refusal) = self.issuer_dates(&error, shown, others, now) {
             return refusal.into();
         }
-        #[expect(deprecated, reason = "webpki may still give it")]
+        #[expect(deprecated, reason = "webpki may still return it")]
         let is_unverified = matches!(
             error,
             rustls::Error::InvalidCertificate(
@@ -175,18 +178,18 @@ impl MasterVerifier {
             return Refusal::Unsupported(problem).into();
         }
         let is_bad = error == CertificateError::BadSignature.into();
-        // A root of that name has a key of another type: it is another CA.
-        let is_strangers =
+        // The root with the issuer's name has a key of another type, so it is another CA.
+        let is_of_another_ca =
             is_unverified && !is_bad || error == CertificateError::UnknownIssuer.into();
-        if is_strangers || is_bad && self.identity == MasterIdentity::PublicCa {
-            stranger()
+        if is_of_another_ca || is_bad && self.identity == MasterIdentity::PublicCa {
+            unknown_issuer()
         } else {
             error
         }
     }
 
-    /// Whether the names of issuers lead to a root.
-    fn may_be_of_a_root(&self, shown: &X509<'_>, issuers: &[X509<'_>]) -> bool {
+    /// Whether the names of the issuers lead to a root. Signatures are not checked.
+    fn may_chain_to_a_root(&self, shown: &X509<'_>, issuers: &[X509<'_>]) -> bool {
         let roots = &self.roots.roots;
         if shown.is_self_issued() {
             return shown.is_a_root(roots);
@@ -202,8 +205,9 @@ impl MasterVerifier {
         false
     }
 
-    /// The dates are those of an issuer that came along, and not the shown certificate's.
-    fn of_an_issuer(
+    /// The refusal for an error about dates that are those of an issuer, and not those of the
+    /// peer's certificate.
+    fn issuer_dates(
         &self,
         error: &rustls::Error,
         shown: &CertificateDer<'_>,
@@ -218,26 +222,28 @@ impl MasterVerifier {
         ) {
             return None;
         }
-        // webpki looks at the dates first, whatever the roots.
+        // webpki checks the dates first, with any roots.
         let roots = RootCertStore::empty();
-        let has_these = |certificate: &CertificateDer<'_>| {
+        let has_error = |certificate: &CertificateDer<'_>| {
             ParsedCertificate::try_from(certificate).is_ok_and(|certificate| {
                 let algorithms = self.algorithms.all;
-                let judged = verify_server_cert_signed_by_trust_anchor(
+                let result = verify_server_cert_signed_by_trust_anchor(
                     &certificate,
                     &roots,
                     &[],
                     now,
                     algorithms,
                 );
-                judged.as_ref() == Err(error)
+                result.as_ref() == Err(error)
             })
         };
-        let issuer = others.iter().find(|other| !has_these(shown) && has_these(other))?;
+        let issuer = others.iter().find(|other| !has_error(shown) && has_error(other))?;
         let name = X509::parse(issuer).and_then(|issuer| issuer.common_name()).unwrap_or_default();
         Some(Refusal::OfIssuer { name, bad: bad.clone() })
     }
 
+    /// Why the signature of the certificate, or the key or signature of an issuer, cannot be
+    /// verified here.
     fn unsupported(
         &self,
         shown: &CertificateDer<'_>,
@@ -248,7 +254,7 @@ impl MasterVerifier {
         {
             return Some(format!("the master's certificate cannot be verified: {problem}"));
         }
-        // A root that comes along is not verified.
+        // A root that the peer sends is not verified.
         let issuers = others
             .iter()
             .filter_map(|other| X509::parse(other))
@@ -263,7 +269,7 @@ impl MasterVerifier {
     }
 }
 
-/// Whether it is one of these errors of webpki's, which rustls passes on as they are.
+/// Whether `error` is one of these errors of webpki, which rustls passes on unchanged.
 pub(crate) fn is_webpkis(error: &rustls::Error, names: &[&str]) -> bool {
     let rustls::Error::InvalidCertificate(CertificateError::Other(other)) = error else {
         return false;
@@ -271,51 +277,52 @@ pub(crate) fn is_webpkis(error: &rustls::Error, names: &[&str]) -> bool {
     names.contains(&other.to_string().as_str())
 }
 
-/// The subject's common name and a DNS name are the master's, and no other.
+/// Checks that the certificate is the master's own: its only common name and one of its DNS names
+/// are [`MASTER_NAME`].
 pub(crate) fn is_masters_own(certificate: &CertificateDer<'_>) -> Result<(), Refusal> {
     let refusal = |problem| Refusal::NotMasters { problem, or_host: false };
     let Some(certificate) = X509::parse(certificate) else {
-        return Err(refusal("it cannot be read".to_owned()));
+        return Err(refusal("it cannot be parsed".to_owned()));
     };
     if !certificate.has_common_name(MASTER_NAME) {
         return Err(refusal(match certificate.common_names_as_text().as_slice() {
-            [] => format!("it has no common name, which must be {MASTER_NAME:?}"),
+            [] => format!("it has no common name, and needs the common name {MASTER_NAME:?}"),
             [name] if name.text == MASTER_NAME => format!(
                 "its common name {MASTER_NAME:?} is {}, and must be a UTF8String or a PrintableString",
                 name.kind
             ),
             [name] => format!(
-                "its common name is {} and must be {MASTER_NAME:?} alone",
+                "its common name is {}, and must be {MASTER_NAME:?}",
                 quoted(&name.text, limits::LOG_TEXT / 2)
             ),
-            names => format!(
-                "there are {} common names, and there must be {MASTER_NAME:?} alone",
-                names.len()
-            ),
+            names => {
+                format!("it has {} common names, and must have only {MASTER_NAME:?}", names.len())
+            }
         }));
     }
     if !certificate.has_dns_name(MASTER_NAME) {
         return Err(refusal(format!(
-            "its common name is {MASTER_NAME:?}, but none of its DNS names is"
+            "its common name is {MASTER_NAME:?}, but it has no DNS name {MASTER_NAME:?}"
         )));
     }
     Ok(())
 }
 
-/// Our own reasons not to take a peer for the master.
+/// Why this crate rejects a certificate of the peer that rustls would accept, or cannot explain.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Refusal {
-    /// It is of our CA, which issued it to somebody else. `or_host`: nor is it valid for the configured host.
+    /// The CA issued the certificate, but not for the master. `or_host`: it is not valid for the
+    /// configured host, either.
     NotMasters { problem: String, or_host: bool },
-    /// The rule is `public`, and no public CA issued it.
+    /// The rule is `public`, and no public CA issued the certificate.
     NotPublic,
-    /// It is issued by the certificate of this common name, which is no CA's.
+    /// The issuer, with this common name, is not a CA.
     NotACa(String),
-    /// The dates of an issuer of this common name, which came along, are not right.
+    /// An issuer, with this common name, has expired or is not yet valid.
     OfIssuer { name: String, bad: CertificateError },
-    /// A key or a signature of a kind that cannot be verified here.
+    /// The key or the signature is of an unsupported type.
     Unsupported(String),
-    /// The peer did not sign the handshake with its certificate's key.
+    /// The peer did not sign the handshake with the key of its certificate.
     NotItsKey,
 }
 
@@ -334,17 +341,17 @@ impl fmt::Display for Refusal {
             Self::NotMasters { problem, or_host } => {
                 write!(f, "the certificate is not the master's own: {problem}")?;
                 if *or_host {
-                    f.write_str("; nor is it valid for the configured host")
+                    f.write_str("; and it is not valid for the configured host")
                 } else {
                     Ok(())
                 }
             }
-            Self::NotPublic => {
-                f.write_str("the certificate is not of a public CA, which the rule public demands")
-            }
+            Self::NotPublic => f.write_str(
+                "the certificate is not issued by a public CA, which the rule public requires",
+            ),
             Self::NotACa(name) => write!(
                 f,
-                "the master's certificate is issued by {}, which is no CA: somebody may pose as the master",
+                "the master's certificate is issued by {}, which is not a CA: another host may impersonate the master",
                 quoted(name, limits::LOG_TEXT / 2)
             ),
             Self::OfIssuer { name, bad } => {
@@ -352,23 +359,21 @@ impl fmt::Display for Refusal {
                 write!(f, "an issuer of the master's certificate, {name}, is not valid: {bad}")
             }
             Self::Unsupported(problem) => f.write_str(problem),
-            Self::NotItsKey => {
-                f.write_str("the peer does not have the key of the certificate that it shows")
-            }
+            Self::NotItsKey => f.write_str("the peer does not have the key of its certificate"),
         }
     }
 }
 
 impl StdError for Refusal {}
 
-/// They travel in rustls' error, where `explain` finds them again.
+/// Wraps the refusal in an error of rustls. `explain` extracts it.
 impl From<Refusal> for rustls::Error {
     fn from(refusal: Refusal) -> Self {
         CertificateError::Other(OtherError(Arc::new(refusal))).into()
     }
 }
 
-/// In a handshake webpki's bad signature is the peer's, not an issuer's.
+/// A bad signature in the handshake is that of the peer, not of an issuer.
 fn of_handshake(error: rustls::Error) -> rustls::Error {
     if error == CertificateError::BadSignature.into() { Refusal::NotItsKey.into() } else { error }
 }
@@ -384,7 +389,8 @@ impl ServerCertVerifier for MasterVerifier {
     ) -> Result<ServerCertVerified, rustls::Error> {
         self.check(end_entity, intermediates, now)
             .map_err(|error| self.explain(error, end_entity, intermediates, now))?;
-        // Its signature of the handshake could not be verified, and would be called bad.
+        // Otherwise the handshake would fail with a bad signature, as the signature of such a key
+        // cannot be verified.
         if let Some(problem) = X509::parse(end_entity).and_then(|shown| shown.unsupported_key()) {
             return Err(Refusal::Unsupported(format!(
                 "the master's certificate cannot be used: {problem}"
@@ -430,8 +436,8 @@ mod tests {
     use super::*;
     use crate::master::explain::{self, Explained};
 
-    /// Why a certificate of that common name and these DNS names is not the master's own.
-    fn judged(common_name: Option<&str>, dns_names: &[&str]) -> Option<String> {
+    /// Why a certificate with this common name and these DNS names is not the master's own.
+    fn refusal_of(common_name: Option<&str>, dns_names: &[&str]) -> Option<String> {
         let names: Vec<_> = dns_names.iter().map(|&name| name.to_owned()).collect();
         let mut params = CertificateParams::new(names).unwrap();
         params.distinguished_name = DistinguishedName::new();
@@ -443,45 +449,41 @@ mod tests {
     }
 
     #[test]
-    fn the_common_name_and_a_dns_name_are_both_needed() {
-        assert_eq!(judged(Some("swarmctl"), &["localhost", "swarmctl"]), None);
-        for (common_name, dns_names, says) in [
+    fn common_name_and_dns_name_are_both_required() {
+        assert_eq!(refusal_of(Some("swarmctl"), &["localhost", "swarmctl"]), None);
+        for (common_name, dns_names, expected) in [
             (
                 Some("swarmctl"),
                 &["localhost"][..],
-                "its common name is \"swarmctl\", but none of its DNS names is",
+                "its common name is \"swarmctl\", but it has no DNS name \"swarmctl\"",
             ),
             (
                 Some("swarmctl"),
                 &["*"],
-                "its common name is \"swarmctl\", but none of its DNS names is",
+                "its common name is \"swarmctl\", but it has no DNS name \"swarmctl\"",
             ),
-            (
-                Some("w\n"),
-                &["swarmctl"],
-                "its common name is \"w\\n\" and must be \"swarmctl\" alone",
-            ),
+            (Some("w\n"), &["swarmctl"], "its common name is \"w\\n\", and must be \"swarmctl\""),
             (
                 Some("swarmctl "),
                 &["swarmctl"],
-                "its common name is \"swarmctl \" and must be \"swarmctl\" alone",
+                "its common name is \"swarmctl \", and must be \"swarmctl\"",
             ),
-            (None, &["swarmctl"], "it has no common name, which must be \"swarmctl\""),
+            (None, &["swarmctl"], "it has no common name, and needs the common name \"swarmctl\""),
         ] {
-            let said = judged(common_name, dns_names).unwrap();
-            assert_eq!(said, format!("the certificate is not the master's own: {says}"));
+            let text = refusal_of(common_name, dns_names).unwrap();
+            assert_eq!(text, format!("the certificate is not the master's own: {expected}"));
         }
     }
 
     #[test]
-    fn a_common_name_of_another_type_and_a_second_one_are_said() {
+    fn common_name_of_another_type_or_a_second_one_is_refused() {
         let ours = "swarmctl";
         let type_of = |kind: &str| {
             format!(
                 "its common name \"swarmctl\" is {kind}, and must be a UTF8String or a PrintableString"
             )
         };
-        for (names, says) in [
+        for (names, expected) in [
             (vec![DnValue::Ia5String(ours.try_into().unwrap())], type_of("an IA5String")),
             (vec![DnValue::TeletexString(ours.try_into().unwrap())], type_of("a T61String")),
             (vec![DnValue::BmpString(ours.try_into().unwrap())], type_of("a BMPString")),
@@ -491,11 +493,11 @@ mod tests {
             ),
             (
                 vec![DnValue::BmpString("w".try_into().unwrap())],
-                "its common name is \"w\" and must be \"swarmctl\" alone".to_owned(),
+                "its common name is \"w\", and must be \"swarmctl\"".to_owned(),
             ),
             (
                 vec![DnValue::Utf8String(ours.to_owned()), DnValue::Utf8String(ours.to_owned())],
-                "there are 2 common names, and there must be \"swarmctl\" alone".to_owned(),
+                "it has 2 common names, and must have only \"swarmctl\"".to_owned(),
             ),
         ] {
             let mut params = params(ours, &[ours]);
@@ -510,8 +512,8 @@ mod tests {
                 params.distinguished_name.push(kind, name);
             }
             let certificate = params.self_signed(&KeyPair::generate().unwrap()).unwrap();
-            let said = is_masters_own(certificate.der()).unwrap_err().to_string();
-            assert_eq!(said, format!("the certificate is not the master's own: {says}"));
+            let text = is_masters_own(certificate.der()).unwrap_err().to_string();
+            assert_eq!(text, format!("the certificate is not the master's own: {expected}"));
         }
     }
 
@@ -523,7 +525,7 @@ mod tests {
         params
     }
 
-    /// A CA of that name with a key of its own, of P-256.
+    /// A CA with this name and its own P-256 key.
     fn ca(common_name: &str) -> CertificateParams {
         let mut params = params(common_name, &[]);
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
@@ -540,7 +542,7 @@ mod tests {
         CertifiedIssuer::signed_by(params, KeyPair::generate().unwrap(), issuer).unwrap()
     }
 
-    /// What `master` and the certificates that come along are refused with.
+    /// The explanation of why `master` is refused, with the certificates that it sends.
     fn refused_under(
         identity: MasterIdentity,
         root: &Issuer,
@@ -562,9 +564,9 @@ mod tests {
             algorithms: provider().signature_verification_algorithms,
         };
         let others: Vec<_> = others.iter().map(|other| other.der().clone()).collect();
-        let judged =
+        let result =
             verifier.verify_server_cert(shown.der(), &others, &verifier.host, &[], UnixTime::now());
-        explain::handshake(&std::io::Error::other(judged.unwrap_err()))
+        explain::handshake(&std::io::Error::other(result.unwrap_err()))
     }
 
     fn refused(
@@ -583,8 +585,9 @@ mod tests {
     }
 
     #[test]
-    fn a_certificate_of_a_stranger_is_not_of_our_ca_whatever_else_is_wrong_with_it() {
-        let (ours, other) = (root(ca("ours")), root(ca("other")));
+    fn certificate_of_another_ca_is_reported_as_such_first() {
+        let ours = root(ca("ours"));
+        let other = root(ca("other"));
         let sub_of_other = sub(ca("sub"), &other);
         let named_as_ours = root(ca("ours"));
         for (master, issuer, others) in [
@@ -597,38 +600,41 @@ mod tests {
             (ended(params("m", &["m"])), Some(&other), &[&other]),
             (ended(params("m", &["m"])), Some(&sub_of_other), &[&sub_of_other, &other]),
         ] {
-            let Explained { says, advice } = refused(&ours, master.clone(), issuer, others);
-            assert!(says.starts_with("the master's certificate is not of our ca.crt"), "{says}");
+            let Explained { text: says, advice } = refused(&ours, master.clone(), issuer, others);
+            assert!(
+                says.starts_with("the master's certificate is not issued by the CA in ca.crt"),
+                "{says}"
+            );
             assert!(advice.contains("must pass TLS through"), "{advice}");
-            let said = refused_under(MasterIdentity::PublicCa, &ours, master, issuer, others).says;
-            assert!(said.starts_with("the certificate is not of a public CA"), "{said}");
+            let text = refused_under(MasterIdentity::PublicCa, &ours, master, issuer, others).text;
+            assert!(text.starts_with("the certificate is not issued by a public CA"), "{text}");
         }
-        // Issued by a CA of the same name, its dates come first.
-        let said = refused(&ours, ended(params("m", &["m"])), Some(&named_as_ours), &[]).says;
-        assert!(said.starts_with("the master's certificate has expired"), "{said}");
+        // For a certificate of a CA with the same name, the dates are checked first.
+        let text = refused(&ours, ended(params("m", &["m"])), Some(&named_as_ours), &[]).text;
+        assert!(text.starts_with("the master's certificate has expired"), "{text}");
     }
 
     #[test]
-    fn a_ca_of_the_same_name_with_a_key_of_another_type_is_another_ca() {
+    fn ca_of_same_name_with_another_key_type_is_another_ca() {
         let key = KeyPair::generate_for(&rcgen::PKCS_ED25519).unwrap();
         let other = CertifiedIssuer::self_signed(ca("DECNET"), key).unwrap();
-        let said = refused(&root(ca("DECNET")), params("m", &["m"]), Some(&other), &[]).says;
+        let text = refused(&root(ca("DECNET")), params("m", &["m"]), Some(&other), &[]).text;
         assert_eq!(
-            said,
-            "the master's certificate is not of our ca.crt (invalid peer certificate: UnknownIssuer)"
+            text,
+            "the master's certificate is not issued by the CA in ca.crt (invalid peer certificate: UnknownIssuer)"
         );
     }
 
     #[test]
-    fn the_rule_that_a_chain_breaks_is_named() {
+    fn violated_chain_rule_is_named() {
         let ours = root(ca("ours"));
         let thief = sub(params("worker-07", &[]), &ours);
         let explained = refused(&ours, params("swarmctl", &["swarmctl"]), Some(&thief), &[&thief]);
         assert_eq!(
-            explained.says,
-            "the master's certificate is issued by \"worker-07\", which is no CA: somebody may pose as the master"
+            explained.text,
+            "the master's certificate is issued by \"worker-07\", which is not a CA: another host may impersonate the master"
         );
-        assert!(explained.advice.starts_with("see what answers there"), "{explained:?}");
+        assert!(explained.advice.starts_with("find out which host answers"), "{explained:?}");
         let mut short = ca("short");
         short.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
         let short = sub(short, &ours);
@@ -643,46 +649,41 @@ mod tests {
         extension.set_criticality(true);
         unknown.custom_extensions = vec![extension];
         let own = || params("swarmctl", &["swarmctl"]);
-        for (master, issuer, others, says) in [
-            (
-                own(),
-                &below,
-                &[&below, &short][..],
-                "there are more CAs above the master's certificate than",
-            ),
+        for (master, issuer, others, expected) in [
+            (own(), &below, &[&below, &short][..], "has more CAs than one of them allows"),
             (
                 own(),
                 &fenced,
                 &[&fenced],
                 "the master's certificate has a name that its CA may not issue",
             ),
-            (unknown, &ours, &[], "has a critical extension that is not known here"),
+            (unknown, &ours, &[], "has an unknown critical extension"),
         ] {
-            let said = refused(&ours, master, Some(issuer), others).says;
-            assert!(said.contains(says), "{said}");
+            let text = refused(&ours, master, Some(issuer), others).text;
+            assert!(text.contains(expected), "{text}");
         }
     }
 
     #[test]
-    fn the_dates_are_said_of_the_certificate_whose_they_are() {
+    fn date_error_names_the_certificate_at_fault() {
         let ours = root(ca("ours"));
         let old = sub(ended(ca("old")), &ours);
-        let said = refused(&ours, params("swarmctl", &["swarmctl"]), Some(&old), &[&old]).says;
+        let text = refused(&ours, params("swarmctl", &["swarmctl"]), Some(&old), &[&old]).text;
         assert!(
-            said.starts_with(
+            text.starts_with(
                 "an issuer of the master's certificate, \"old\", has expired by this host's"
             ),
-            "{said}"
+            "{text}"
         );
-        let said =
-            refused(&ours, ended(params("swarmctl", &["swarmctl"])), Some(&old), &[&old]).says;
+        let text =
+            refused(&ours, ended(params("swarmctl", &["swarmctl"])), Some(&old), &[&old]).text;
         assert!(
-            said.starts_with("the master's certificate has expired by this host's clock"),
-            "{said}"
+            text.starts_with("the master's certificate has expired by this host's clock"),
+            "{text}"
         );
         let mut never = params("swarmctl", &["swarmctl"]);
         (never.not_before, never.not_after) = (never.not_after, never.not_before);
-        let said = refused(&ours, never, Some(&ours), &[]).says;
-        assert_eq!(said, "the master's certificate is never valid: it ends before it begins");
+        let text = refused(&ours, never, Some(&ours), &[]).text;
+        assert_eq!(text, "the master's certificate is never valid: it ends before it begins");
     }
 }

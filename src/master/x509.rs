@@ -1,8 +1,9 @@
-//! What webpki does not show of a certificate or a key: the subject's common names, whether a certificate may issue others,
-//! and which algorithms it uses. Values only, for any thread.
+//! Reads the parts of a certificate or a key that webpki does not expose: the common names of the
+//! subject, whether the certificate is a CA certificate, and its algorithms. Values only, for any
+//! thread.
 //!
-//! ring's own DER reader does the work: it is strict, and it is in the tree. Nothing here replaces a check of webpki's; a
-//! chain is built, and dates, purposes and signatures are verified, by webpki alone.
+//! It uses ring's DER reader, which is strict and already a dependency. Nothing here replaces a
+//! check of webpki: only webpki builds chains and verifies dates, purposes and signatures.
 
 use ring::error::Unspecified;
 use ring::io::der::{self, Tag};
@@ -10,10 +11,10 @@ use rustls::crypto::WebPkiSupportedAlgorithms;
 use rustls::pki_types::{PrivateKeyDer, TrustAnchor};
 use untrusted::{Input, Reader};
 
-/// Which keys can be used, for an error.
+/// The supported keys, for an error.
 pub(crate) const SUPPORTED_KEYS: &str = "supported are RSA of 2048, 3072 or 4096 bits (exponent 65537 and up), ECDSA on P-256 or P-384, and Ed25519";
 
-/// Which signatures of a certificate can be verified, for an error.
+/// The supported signatures of certificates, for an error.
 pub(crate) const SUPPORTED_SIGNATURES: &str = "supported are RSA with SHA-256, SHA-384 or SHA-512, ECDSA with SHA-256 or SHA-384, and Ed25519";
 
 const TAG_SET: u8 = 0x31;
@@ -34,29 +35,29 @@ const KEY_USAGE: &[u8] = &[0x55, 0x1d, 0x0f];
 const ALTERNATIVE_NAME: &[u8] = &[0x55, 0x1d, 0x11];
 const BASIC_CONSTRAINTS: &[u8] = &[0x55, 0x1d, 0x13];
 
-/// The bit `keyCertSign`, the sixth of the first byte.
+/// The bit `keyCertSign`: bit 5 of the key usage.
 const KEY_CERT_SIGN: u8 = 0b0000_0100;
 
-/// A certificate's parts that matter here. Each is DER, without its own tag and length unless it says otherwise.
+/// Parts of a certificate. Each is DER without its tag and length, unless documented otherwise.
 pub(crate) struct X509<'a> {
-    /// With tag and length: what the signature is over.
+    /// The signed part, with tag and length.
     signed: &'a [u8],
     signature_algorithm: &'a [u8],
     signature: &'a [u8],
     is_v1: bool,
     issuer: &'a [u8],
     subject: &'a [u8],
-    /// The key with its algorithm.
+    /// The public key with its algorithm.
     public_key: &'a [u8],
     key_algorithm: &'a [u8],
     key: &'a [u8],
     extensions: Vec<Extension<'a>>,
 }
 
-/// A common name, for a person. It is foreign text.
+/// A common name as text. It is foreign text and must be escaped.
 pub(crate) struct CommonName {
     pub(crate) text: String,
-    /// What kind of string it is: `an IA5String`.
+    /// The type of the string: `an IA5String`.
     pub(crate) kind: &'static str,
 }
 
@@ -65,15 +66,15 @@ struct Extension<'a> {
     value: &'a [u8],
 }
 
-/// A public key, as far as it decides whether it can be used.
+/// The type of a public key, and whether it is supported.
 struct Key {
-    /// For a person: `an RSA key of 1024 bits`.
+    /// A description: `an RSA key of 1024 bits`.
     name: String,
     is_supported: bool,
 }
 
 impl<'a> X509<'a> {
-    /// `None`: it is not a certificate as webpki reads them.
+    /// Parses a certificate. `None`: webpki cannot parse it, either.
     pub(crate) fn parse(der: &'a [u8]) -> Option<Self> {
         read_all(der, |input| {
             der::nested(input, Tag::Sequence, Unspecified, |certificate| {
@@ -93,7 +94,7 @@ impl<'a> X509<'a> {
         signature_algorithm: &'a [u8],
         signature: &'a [u8],
     ) -> Result<Self, Unspecified> {
-        // Only a version 1 certificate leaves its version out.
+        // Only a version 1 certificate has no version field.
         let is_v1 = !input.peek(TAG_VERSION);
         if !is_v1 {
             any(input)?;
@@ -113,7 +114,7 @@ impl<'a> X509<'a> {
                 (TAG_EXTENSIONS, list) => {
                     extensions = read(list, |input| items(sequence(input)?, extension))?
                 }
-                // The unique identifiers, which nobody uses.
+                // The unique identifiers are not used.
                 _ => continue,
             }
         }
@@ -131,28 +132,29 @@ impl<'a> X509<'a> {
         })
     }
 
-    /// Whether the subject has one common name, and that is `name`.
+    /// Whether the subject has exactly one common name, and it is `name`.
     ///
-    /// This is strict, as whoever is called so counts as the master: a second common name, another case, and any string
-    /// type but `UTF8String` and `PrintableString` (the two that RFC 5280, 4.1.2.4, lets a CA use) make it another name.
+    /// The check is strict, because this name identifies the master: a second common name, another
+    /// case, or a string type other than `UTF8String` and `PrintableString` (the two that RFC 5280,
+    /// 4.1.2.4, allows a CA to use) does not match.
     pub(crate) fn has_common_name(&self, name: &str) -> bool {
         let names = self.common_names();
         let types = [TAG_UTF8_STRING, TAG_PRINTABLE_STRING];
         matches!(names.as_slice(), [(tag, bytes)] if types.contains(tag) && *bytes == name.as_bytes())
     }
 
-    /// The subject's first common name, for a person; it is foreign text.
+    /// The subject's first common name. It is foreign text and must be escaped.
     pub(crate) fn common_name(&self) -> Option<String> {
         self.common_names_as_text().into_iter().next().map(|name| name.text)
     }
 
-    /// The subject's common names, for a person.
+    /// The subject's common names as text.
     pub(crate) fn common_names_as_text(&self) -> Vec<CommonName> {
         self.common_names().into_iter().map(|(tag, bytes)| CommonName::of(tag, bytes)).collect()
     }
 
-    /// Every common name of the subject with the tag of its type, whichever RDN it stands in. None for a subject that cannot
-    /// be read.
+    /// Every common name of the subject with the tag of its type, from all RDNs. Empty if the
+    /// subject cannot be parsed.
     fn common_names(&self) -> Vec<(u8, &'a [u8])> {
         let attribute = |input: &mut Reader<'a>| {
             read(sequence(input)?, |input| Ok((value(input, Tag::OID)?, any(input)?)))
@@ -165,7 +167,7 @@ impl<'a> X509<'a> {
         attributes.filter(|(oid, _)| *oid == COMMON_NAME).map(|(_, name)| name).collect()
     }
 
-    /// Whether `name` is one of its DNS names, byte for byte: a wildcard is not any name.
+    /// Whether `name` is one of the DNS names, byte for byte. A wildcard does not match.
     pub(crate) fn has_dns_name(&self, name: &str) -> bool {
         let names = self.extension(ALTERNATIVE_NAME);
         let names = names
@@ -174,9 +176,9 @@ impl<'a> X509<'a> {
         names.contains(&(TAG_DNS_NAME, name.as_bytes()))
     }
 
-    /// Why it may not issue certificates. The rule is OpenSSL's (`check_ca` in `v3_purp.c`) without its exceptions for
-    /// certificates without basic constraints, but for one: a self-signed certificate of version 1, which has no room for
-    /// them, is a root.
+    /// Why this is not a CA certificate. The rule is that of OpenSSL (`check_ca` in `v3_purp.c`),
+    /// with only one of its exceptions for certificates without basic constraints: a self-signed
+    /// certificate of version 1, which cannot have them, is a root.
     pub(crate) fn not_a_ca(&self, algorithms: &WebPkiSupportedAlgorithms) -> Option<&'static str> {
         if self.is_v1 {
             return (!self.is_self_signed(algorithms))
@@ -192,21 +194,22 @@ impl<'a> X509<'a> {
             }) == Some(true)
         });
         if !is_ca {
-            return Some("a certificate that is not marked as a CA's");
+            return Some("a certificate that is not marked as a CA");
         }
         let usage = self
             .extension(KEY_USAGE)
             .map(|value| read_all(value, |input| self::value(input, Tag::BitString)));
-        // The first byte counts the unused bits.
+        // The first byte is the number of unused bits.
         let may_sign = usage.is_none_or(|bits| {
             bits.and_then(|bits| bits.get(1)).is_some_and(|bits| bits & KEY_CERT_SIGN != 0)
         });
         (!may_sign)
-            .then_some("a CA's certificate whose key usage does not allow issuing certificates")
+            .then_some("a CA certificate whose key usage does not allow issuing certificates")
     }
 
-    /// Issuer and subject are the same name, and the signature is its own key's. A signature that nobody here can verify,
-    /// as of a root from the days of SHA-1, is taken for its own: OpenSSL verifies no root's.
+    /// Whether issuer and subject have the same name and the certificate's own key made the
+    /// signature. A signature with an unsupported algorithm, such as that of an old root with
+    /// SHA-1, counts as self-signed: OpenSSL does not verify the signature of a root.
     fn is_self_signed(&self, algorithms: &WebPkiSupportedAlgorithms) -> bool {
         let mut verifiers = algorithms.all.iter().filter(|algorithm| {
             algorithm.signature_alg_id().as_ref() == self.signature_algorithm
@@ -218,13 +221,15 @@ impl<'a> X509<'a> {
                 .is_none_or(|it| it.verify_signature(self.key, self.signed, self.signature).is_ok())
     }
 
-    /// What of its key is not supported: `its key is an RSA key of 1024 bits; supported are …`.
+    /// Why the key is not supported: `its key is an RSA key of 1024 bits; supported are …`. `None`:
+    /// it is supported.
     pub(crate) fn unsupported_key(&self) -> Option<String> {
         let key = public_key(self.key_algorithm, self.key)?;
         (!key.is_supported).then(|| format!("its key is {}; {SUPPORTED_KEYS}", key.name))
     }
 
-    /// What of its signature is not supported: `it is signed with RSA and SHA-1; supported are …`.
+    /// Why the signature is not supported: `it is signed with RSA and SHA-1; supported are …`.
+    /// `None`: it is supported.
     pub(crate) fn unsupported_signature(
         &self,
         algorithms: &WebPkiSupportedAlgorithms,
@@ -236,22 +241,22 @@ impl<'a> X509<'a> {
             .then(|| format!("it is signed with {name}; {SUPPORTED_SIGNATURES}"))
     }
 
-    /// Issuer and subject are the same name.
+    /// Whether issuer and subject have the same name.
     pub(crate) fn is_self_issued(&self) -> bool {
         self.issuer == self.subject
     }
 
-    /// Whether `issuer` has the name of its issuer. Its signature may be another's.
+    /// Whether `issuer` has the name of this certificate's issuer. The signature is not checked.
     pub(crate) fn names_as_issuer(&self, issuer: &X509<'_>) -> bool {
         self.issuer == issuer.subject
     }
 
-    /// Whether a root has the name of its issuer.
+    /// Whether a root has the name of this certificate's issuer.
     pub(crate) fn names_a_root_as_issuer(&self, roots: &[TrustAnchor<'_>]) -> bool {
         roots.iter().any(|root| root.subject.as_ref() == self.issuer)
     }
 
-    /// Whether it is one of the roots: it has the name and the key of one.
+    /// Whether this certificate has the name and the key of a root.
     pub(crate) fn is_a_root(&self, roots: &[TrustAnchor<'_>]) -> bool {
         roots.iter().any(|root| {
             root.subject.as_ref() == self.subject
@@ -294,8 +299,8 @@ impl CommonName {
     }
 }
 
-/// What of a private key is not supported: `is an RSA key of 1024 bits; supported are …`. `None` also where that cannot be
-/// read.
+/// Why a private key is not supported: `is an RSA key of 1024 bits; supported are …`. `None`: it is
+/// supported, or it cannot be parsed.
 pub(crate) fn unsupported_private_key(key: &PrivateKeyDer<'_>) -> Option<String> {
     let key = match key {
         PrivateKeyDer::Pkcs1(key) => rsa_private(key.secret_pkcs1_der()),
@@ -352,7 +357,7 @@ fn rsa_private(der: &[u8]) -> Option<Key> {
             Ok((integer(input)?, integer(input)?))
         })
     })?;
-    // What ring can sign with is less than what it can verify: each prime has a multiple of 512 bits.
+    // ring signs with fewer sizes than it verifies: each prime must have a multiple of 512 bits.
     Some(Key::rsa(modulus, exponent, |bits| matches!(bits, 2048 | 3072 | 4096), 65_537))
 }
 
@@ -371,7 +376,7 @@ fn sec1(der: &[u8]) -> Option<Key> {
 }
 
 impl Key {
-    /// By the contents of an `AlgorithmIdentifier`, and by `rsa` where that says RSA.
+    /// The type of a key, from the contents of its `AlgorithmIdentifier`. For RSA, `rsa` decides.
     fn of(algorithm: &[u8], rsa: impl FnOnce() -> Option<Self>) -> Option<Self> {
         let (oid, parameters) = read_all(algorithm, |input| {
             Ok((value(input, Tag::OID)?, input.read_bytes_to_end().as_slice_less_safe()))
@@ -380,14 +385,14 @@ impl Key {
         match oid {
             [0x2a, 0x86, 0x48, 0x86, 0xf7, 0x0d, 0x01, 0x01, 0x01] => rsa(),
             [0x2a, 0x86, 0x48, 0x86, 0xf7, 0x0d, 0x01, 0x01, 0x0a] => {
-                named("an RSA key for RSA-PSS alone", false)
+                named("an RSA key for RSA-PSS only", false)
             }
             [0x2a, 0x86, 0x48, 0xce, 0x3d, 0x02, 0x01] => Self::on_curve(parameters),
             [0x2a, 0x86, 0x48, 0xce, 0x38, 0x04, 0x01] => named("a DSA key", false),
             [0x2b, 0x65, 0x70] => named("an Ed25519 key", true),
             [0x2b, 0x65, 0x71] => named("an Ed448 key", false),
             [0x2b, 0x65, 0x6e | 0x6f] => named("a key for key agreement, which cannot sign", false),
-            _ => named("a key of a kind that is not known here", false),
+            _ => named("a key of an unknown type", false),
         }
     }
 
@@ -410,7 +415,7 @@ impl Key {
         Self { name, is_supported: has_size && exponent >= least_exponent }
     }
 
-    /// By the parameters of an elliptic curve key.
+    /// The type of an elliptic curve key, from its parameters.
     fn on_curve(parameters: &[u8]) -> Option<Self> {
         let curve = read_all(parameters, |input| value(input, Tag::OID));
         let (name, is_supported) = match curve.unwrap_or_default() {
@@ -419,13 +424,13 @@ impl Key {
             [0x2b, 0x81, 0x04, 0x00, 0x23] => ("P-521", false),
             [0x2b, 0x81, 0x04, 0x00, 0x21] => ("P-224", false),
             [0x2b, 0x81, 0x04, 0x00, 0x0a] => ("secp256k1", false),
-            _ => ("a curve that is not known here", false),
+            _ => ("an unknown curve", false),
         };
         Some(Self { name: format!("an ECDSA key on {name}"), is_supported })
     }
 }
 
-/// A signature's algorithm, for a person, by the contents of its `AlgorithmIdentifier`.
+/// The name of a signature algorithm, from the contents of its `AlgorithmIdentifier`.
 pub(crate) fn signature_name(algorithm: &[u8]) -> &'static str {
     let first = |input: &mut Reader<'_>| {
         let oid = value(input, Tag::OID)?.to_vec();
@@ -437,10 +442,10 @@ pub(crate) fn signature_name(algorithm: &[u8]) -> &'static str {
             0x02 => "RSA and MD2",
             0x04 => "RSA and MD5",
             0x05 => "RSA and SHA-1",
-            0x0a => "RSA-PSS and parameters that are not supported",
+            0x0a => "RSA-PSS and unsupported parameters",
             0x0b..=0x0d => "RSA and SHA-2",
             0x0e => "RSA and SHA-224",
-            _ => "RSA and a digest that is not known here",
+            _ => "RSA and an unknown digest",
         },
         [0x2a, 0x86, 0x48, 0xce, 0x3d, 0x04, 0x01] => "ECDSA and SHA-1",
         [0x2a, 0x86, 0x48, 0xce, 0x3d, 0x04, 0x03, last] => match last {
@@ -453,11 +458,11 @@ pub(crate) fn signature_name(algorithm: &[u8]) -> &'static str {
         [0x60, 0x86, 0x48, 0x01, 0x65, 0x03, 0x04, 0x03, ..] => "DSA or a SHA-3 digest",
         [0x2b, 0x65, 0x70] => "Ed25519",
         [0x2b, 0x65, 0x71] => "Ed448",
-        _ => "an algorithm that is not known here",
+        _ => "an unknown algorithm",
     }
 }
 
-/// All of `der`, or nothing.
+/// Reads `der` to its end. `None`: `read` fails, or leaves a rest.
 fn read_all<'a, T>(
     der: &'a [u8],
     read: impl FnOnce(&mut Reader<'a>) -> Result<T, Unspecified>,
@@ -472,7 +477,7 @@ fn read<'a, T>(
     Input::from(der).read_all(Unspecified, read)
 }
 
-/// The beginning of `der`.
+/// Reads the beginning of `der`.
 fn read_some<'a, T>(
     der: &'a [u8],
     read: impl FnOnce(&mut Reader<'a>) -> Result<T, Unspecified>,
@@ -480,7 +485,7 @@ fn read_some<'a, T>(
     read(&mut Reader::new(Input::from(der)))
 }
 
-/// Item after item, to the end.
+/// Reads items to the end of `der`.
 fn items<'a, T>(
     der: &'a [u8],
     mut item: impl FnMut(&mut Reader<'a>) -> Result<T, Unspecified>,
@@ -506,7 +511,7 @@ fn sequence<'a>(input: &mut Reader<'a>) -> Result<&'a [u8], Unspecified> {
     value(input, Tag::Sequence)
 }
 
-/// A positive number without the zero byte that keeps it positive.
+/// Reads a positive integer, without its leading zero byte.
 fn integer<'a>(input: &mut Reader<'a>) -> Result<&'a [u8], Unspecified> {
     let bytes = value(input, Tag::Integer)?;
     Ok(bytes.strip_prefix(&[0]).unwrap_or(bytes))
@@ -528,7 +533,7 @@ mod tests {
         provider().signature_verification_algorithms
     }
 
-    /// Self-signed, with these common names and DNS names.
+    /// A certificate with these common names and DNS names.
     fn params(common_names: Vec<DnValue>, dns_names: &[&str]) -> CertificateParams {
         let mut params = CertificateParams::new(
             dns_names.iter().map(|&name| name.to_owned()).collect::<Vec<_>>(),
@@ -536,7 +541,8 @@ mod tests {
         .unwrap();
         params.distinguished_name = DistinguishedName::new();
         for (number, name) in common_names.into_iter().enumerate() {
-            // rcgen keeps one name of a type: the second is of a type with the same OID.
+            // rcgen allows one name of each type. The second one has a custom type with the same
+            // OID.
             let kind = if number == 0 {
                 DnType::CommonName
             } else {
@@ -556,7 +562,7 @@ mod tests {
     }
 
     #[test]
-    fn one_common_name_in_the_right_type_and_case_is_the_name() {
+    fn common_name_matches_in_exact_type_and_case_only() {
         let ours = "swarmctl";
         for (names, has) in [
             (vec![text(ours)], true),
@@ -581,7 +587,7 @@ mod tests {
     }
 
     #[test]
-    fn the_issuers_name_is_not_the_subjects() {
+    fn common_name_of_the_issuer_does_not_count() {
         let mut ca = params(vec![text("swarmctl")], &[]);
         ca.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         let ca = CertifiedIssuer::self_signed(ca, KeyPair::generate().unwrap()).unwrap();
@@ -594,7 +600,7 @@ mod tests {
     }
 
     #[test]
-    fn a_dns_name_is_compared_byte_for_byte() {
+    fn dns_name_is_compared_byte_for_byte() {
         for (names, has) in [
             (&["swarmctl"][..], true),
             (&["localhost", "swarmctl"], true),
@@ -612,16 +618,17 @@ mod tests {
     }
 
     #[test]
-    fn only_basic_constraints_and_key_usage_make_a_ca() {
+    fn ca_needs_basic_constraints_and_key_usage() {
         let unconstrained = IsCa::Ca(BasicConstraints::Unconstrained);
-        let (sign, other) = (KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::DigitalSignature);
+        let sign = KeyUsagePurpose::KeyCertSign;
+        let other = KeyUsagePurpose::DigitalSignature;
         for (is_ca, usages, problem) in [
             (unconstrained, vec![], None),
             (IsCa::Ca(BasicConstraints::Constrained(0)), vec![other, sign], None),
             (unconstrained, vec![other], Some("key usage does not allow issuing")),
-            (IsCa::NoCa, vec![], Some("not marked as a CA's")),
-            (IsCa::NoCa, vec![sign], Some("not marked as a CA's")),
-            (IsCa::ExplicitNoCa, vec![sign], Some("not marked as a CA's")),
+            (IsCa::NoCa, vec![], Some("not marked as a CA")),
+            (IsCa::NoCa, vec![sign], Some("not marked as a CA")),
+            (IsCa::ExplicitNoCa, vec![sign], Some("not marked as a CA")),
         ] {
             let case = format!("{is_ca:?} {usages:?}");
             let mut params = params(vec![text("ca")], &[]);
@@ -637,7 +644,7 @@ mod tests {
     }
 
     #[test]
-    fn basic_constraints_that_cannot_be_read_make_no_ca() {
+    fn invalid_basic_constraints_are_not_a_ca() {
         for content in [
             &b""[..],
             b"\x30\x03\x01\x01\x00",
@@ -663,7 +670,7 @@ mod tests {
         [vec![tag], length, content.to_vec()].concat()
     }
 
-    /// The same certificate in version 1, which has no extensions, signed by `key`.
+    /// The same certificate as version 1, without extensions, signed by `key`.
     fn in_version_1(der: &[u8], key: &KeyPair) -> Vec<u8> {
         let signed = X509::parse(der).unwrap().signed;
         let fields = read_all(signed, sequence).unwrap();
@@ -677,8 +684,9 @@ mod tests {
     }
 
     #[test]
-    fn a_certificate_of_version_1_is_a_root_if_its_own_key_has_signed_it() {
-        let (key, other) = (KeyPair::generate().unwrap(), KeyPair::generate().unwrap());
+    fn self_signed_certificate_of_version_1_is_a_root() {
+        let key = KeyPair::generate().unwrap();
+        let other = KeyPair::generate().unwrap();
         let root = params(vec![text("old root")], &[]).self_signed(&key).unwrap();
         let forged = in_version_1(root.der(), &other);
         let root = in_version_1(root.der(), &key);
@@ -699,7 +707,7 @@ mod tests {
     }
 
     #[test]
-    fn what_rcgen_and_ring_make_is_supported() {
+    fn keys_and_signatures_of_rcgen_are_supported() {
         for algorithm in [&rcgen::PKCS_ECDSA_P256_SHA256, &PKCS_ECDSA_P384_SHA384, &PKCS_ED25519] {
             let key = KeyPair::generate_for(algorithm).unwrap();
             let der = params(vec![text("ca")], &[]).self_signed(&key).unwrap().der().to_vec();
@@ -716,7 +724,7 @@ mod tests {
     }
 
     #[test]
-    fn half_a_certificate_is_none() {
+    fn truncated_certificate_is_not_parsed() {
         let der = self_signed(&params(vec![text("swarmctl")], &["swarmctl"]));
         for length in 0..der.len() {
             assert!(X509::parse(&der[..length]).is_none(), "{length}");

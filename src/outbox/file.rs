@@ -19,7 +19,7 @@ use crate::error::{Error, sanitize_path};
 use crate::files::{Identity, beside, folder, identity};
 use crate::limits;
 use crate::panics::quietly;
-use crate::sqlite::files::{DatabaseFile, PARTS, in_real_folder};
+use crate::sqlite::files::{DatabaseFile, PARTS, with_real_folder};
 use crate::text::sanitize;
 
 /// For the owner alone.
@@ -77,7 +77,7 @@ pub(super) fn open(
     deadline: Instant,
 ) -> Result<(Connection, Identities), Error> {
     let unusable = |problem: &str| Error::outbox(Some(path), problem);
-    let path = &in_real_folder(path)
+    let path = &with_real_folder(path)
         .map_err(|source| unusable("cannot be written").with_source(source))?;
     let first = match prepare_and_connect(path, deadline) {
         Ok(db) => return Ok(db),
@@ -198,7 +198,7 @@ fn read_through(path: &Path) -> io::Result<()> {
     for part in ["", "-journal", "-wal"] {
         let path = beside(path, part);
         // The descriptor of the look is closed again, or the file would always be open here.
-        let Some(found) = DatabaseFile::look(&path)?.map(|place| identity(&place.metadata)) else {
+        let Some(found) = DatabaseFile::open(&path)?.map(|place| identity(&place.metadata)) else {
             continue;
         };
         if open_here()?.contains(&found) {
@@ -252,14 +252,14 @@ fn prepare(path: &Path) -> io::Result<()> {
         Some(_) if look("-wal")?.is_none() => remove_index(path)?,
         Some(_) => (),
     }
-    look("")?.iter().for_each(|place| place.give_to_owner_of(&folder));
+    look("")?.iter().for_each(|place| place.chown_to_owner_of(&folder));
     PARTS.iter().try_for_each(|part| look(part)?.map_or(Ok(()), |place| place.make_private(MODE)))
 }
 
 /// `None`: there is no such file.
 fn own_part(path: &Path, part: &str, folder: &Metadata) -> io::Result<Option<DatabaseFile>> {
-    let place = DatabaseFile::look(&beside(path, part))?;
-    place.iter().try_for_each(|place| place.refuse_strangers(folder))?;
+    let place = DatabaseFile::open(&beside(path, part))?;
+    place.iter().try_for_each(|place| place.check_owner(folder))?;
     Ok(place)
 }
 

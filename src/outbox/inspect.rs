@@ -12,7 +12,7 @@ use crate::error::Error;
 use crate::files::{beside, folder};
 use crate::limits;
 use crate::outbox::queued::{QueueCounts, UnjudgedRow};
-use crate::sqlite::files::{DatabaseFile, in_real_folder};
+use crate::sqlite::files::{DatabaseFile, with_real_folder};
 use crate::sqlite::read_only::{ReadMode, owner};
 
 /// What is in an outbox.
@@ -27,11 +27,11 @@ pub(crate) struct OutboxSummary {
 pub(crate) fn look(path: &Path) -> Result<Option<OutboxSummary>, Error> {
     let error = |problem: &str| Error::outbox(Some(path), problem);
     let cannot = |source| error("cannot be read").with_source(source);
-    let path = &in_real_folder(path).map_err(cannot)?;
-    let place = DatabaseFile::look(path)
+    let path = &with_real_folder(path).map_err(cannot)?;
+    let place = DatabaseFile::open(path)
         .and_then(|place| place.ok_or_else(|| io::ErrorKind::NotFound.into()));
     let folder = fs::metadata(folder(path)).map_err(cannot)?;
-    place.and_then(|place| place.refuse_strangers(&folder)).map_err(cannot)?;
+    place.and_then(|place| place.check_owner(&folder)).map_err(cannot)?;
     if owner(&beside(path, "-wal")).is_some_and(|of_wal| owner(path) != Some(of_wal)) {
         return Err(error(
             "has another owner than the -wal beside it; run it as the owner of both",
@@ -39,10 +39,10 @@ pub(crate) fn look(path: &Path) -> Result<Option<OutboxSummary>, Error> {
     }
     let end = Instant::now() + limits::OUTBOX_BUSY;
     loop {
-        let way = ReadMode::to(path).map_err(cannot)?;
+        let way = ReadMode::of(path).map_err(cannot)?;
         let looked = look_in(path, way);
         // A process that has just opened or closed it has made or removed what is beside it.
-        if ReadMode::to(path).is_ok_and(|now| now != way) && Instant::now() < end {
+        if ReadMode::of(path).is_ok_and(|now| now != way) && Instant::now() < end {
             continue;
         }
         let broken = "is no outbox, or broken";

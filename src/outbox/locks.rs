@@ -254,7 +254,7 @@ impl Locks {
     /// As if the lock file had been at its place for long.
     #[cfg(test)]
     pub(super) fn settle(&mut self) {
-        self.files.iter_mut().for_each(|file| file.since -= limits::LOCK_SETTLED);
+        self.files.iter_mut().for_each(|file| file.since -= limits::LOCK_FILE_AGE);
     }
 
     /// What is known of the owner that a row names. As of the last [look](Self::look).
@@ -298,7 +298,7 @@ impl LockFile {
     }
 
     fn is_settled(&self) -> bool {
-        self.since.elapsed() >= limits::LOCK_SETTLED
+        self.since.elapsed() >= limits::LOCK_FILE_AGE
     }
 
     /// For people: an error is none of the lock.
@@ -367,7 +367,7 @@ fn pid_text(file: &File) -> io::Result<String> {
 /// The process that delivers from an outbox. Nothing is locked, made or changed.
 #[cfg(feature = "cli")]
 pub(crate) fn deliverer(outbox: &Path) -> Option<u32> {
-    let place = DatabaseFile::look(&beside(outbox, "-lock")).ok()??;
+    let place = DatabaseFile::open(&beside(outbox, "-lock")).ok()??;
     let file = open(OpenOptions::new().read(true), &place).ok()??;
     let is_held = is_locked(&file, DELIVERY..=DELIVERY).ok()?;
     pid_text(&file).ok()?.parse().ok().filter(|_| is_held)
@@ -381,14 +381,14 @@ fn lock_file(path: &Path) -> io::Result<File> {
     // Others may make it, remove or replace it meanwhile.
     for _ in 0..limits::LOCK_TRIES {
         let folder = fs::metadata(folder(path))?;
-        let Some(place) = DatabaseFile::look(path)? else {
+        let Some(place) = DatabaseFile::open(path)? else {
             match options.clone().create_new(true).open(path) {
                 Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
                 _ => continue,
             }
         };
-        place.refuse_strangers(&folder)?;
-        place.give_to_owner_of(&folder);
+        place.check_owner(&folder)?;
+        place.chown_to_owner_of(&folder);
         if let Some(file) = open(&options, &place)? {
             return Ok(file);
         }
@@ -748,7 +748,7 @@ mod tests {
         assert_eq!(owner(), (1000, 1000));
         std::os::unix::fs::chown(&lock, Some(1001), Some(1001)).unwrap();
         let error = Locks::new().look(&outbox).unwrap_err();
-        let problem = "heartbeat.db-lock belongs to user 1001, and neither to this user (0) nor to the owner of its folder (1000)";
+        let problem = "heartbeat.db-lock belongs to user 1001, and not to this user (0) or the owner of its folder (1000)";
         assert!(error.to_string().starts_with(problem), "{error}");
         assert_eq!(owner(), (1001, 1001));
     }

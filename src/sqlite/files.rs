@@ -1,8 +1,8 @@
-//! What stands in the places of a SQLite database's files. It is looked at before SQLite opens it: SQLite would follow a hard
-//! link, wait for a FIFO without end, and change the mode of a file that is another program's. For any thread.
+//! Checks the files of a SQLite database before SQLite opens them. SQLite would follow a hard link,
+//! block on a FIFO, and change the mode of another program's file. For any thread.
 //!
-//! A look opens nothing for reading: closing an ordinary descriptor would drop the locks that SQLite has on the file in this
-//! process.
+//! The checks open files only with `O_PATH`. Closing an ordinary descriptor would drop the locks
+//! that SQLite holds on the file in this process.
 
 use std::fs::{self, File, Metadata, OpenOptions, Permissions};
 use std::io;
@@ -16,17 +16,17 @@ use crate::error::sanitize_path;
 use crate::files::{beside, folder, special};
 use crate::panics::quietly;
 
-/// The database, and what SQLite keeps beside it.
+/// The suffixes of the database and of the files that SQLite creates with it.
 pub(crate) const PARTS: [&str; 4] = ["", "-journal", "-wal", "-shm"];
 
-/// The path with its folder as it is called without symlinks, because SQLite refuses a path with one. Its last part is the
-/// caller's to look at.
-pub(crate) fn in_real_folder(path: &Path) -> io::Result<PathBuf> {
+/// Resolves the symlinks of the path's folder, because SQLite is opened with `NOFOLLOW` and rejects
+/// a path with symlinks. The last component is not resolved; the caller checks it.
+pub(crate) fn with_real_folder(path: &Path) -> io::Result<PathBuf> {
     let name = path.file_name().ok_or_else(|| refusal(path, "names a folder; name a file"))?;
     Ok(folder(path).canonicalize()?.join(name))
 }
 
-/// A regular file with one link, which is not open for reading or writing.
+/// A regular file with one link, opened with `O_PATH`.
 #[derive(Debug)]
 pub(crate) struct DatabaseFile {
     pub(crate) path: PathBuf,
@@ -35,8 +35,9 @@ pub(crate) struct DatabaseFile {
 }
 
 impl DatabaseFile {
-    /// What is at `path`; `None`: nothing. Anything but a regular file with one link is an error, `InvalidInput`.
-    pub(crate) fn look(path: &Path) -> io::Result<Option<Self>> {
+    /// Opens the file at `path`. `None`: there is no file. Anything but a regular file with one
+    /// link is an error, `InvalidInput`.
+    pub(crate) fn open(path: &Path) -> io::Result<Option<Self>> {
         let flags = libc::O_PATH | libc::O_NOFOLLOW;
         let descriptor = match OpenOptions::new().read(true).custom_flags(flags).open(path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -47,7 +48,7 @@ impl DatabaseFile {
             return Err(refusal(path, &format!("is {what}, not a regular file; move it away")));
         }
         match metadata.nlink() {
-            // It has just been removed.
+            // It was deleted after it was opened.
             0 => Ok(None),
             1 => Ok(Some(Self { path: path.to_owned(), descriptor, metadata })),
             links => Err(refusal(
@@ -57,59 +58,64 @@ impl DatabaseFile {
         }
     }
 
-    /// The owner must be this user, root, or the owner of the folder. `InvalidInput`: it is somebody else.
-    pub(crate) fn refuse_strangers(&self, folder: &Metadata) -> io::Result<()> {
-        let (us, of_folder, owner) = (geteuid().as_raw(), folder.uid(), self.metadata.uid());
-        if [us, 0, of_folder].contains(&owner) {
+    /// Checks that the owner is this user, root, or the owner of the folder. Otherwise the error is
+    /// `InvalidInput`.
+    pub(crate) fn check_owner(&self, folder: &Metadata) -> io::Result<()> {
+        let user = geteuid().as_raw();
+        let folder_owner = folder.uid();
+        let owner = self.metadata.uid();
+        if [user, 0, folder_owner].contains(&owner) {
             return Ok(());
         }
         Err(refusal(
             &self.path,
             &format!(
-                "belongs to user {owner}, and neither to this user ({us}) nor to the owner of its folder ({of_folder}); \
-                 run as user {owner}, or move it away"
+                "belongs to user {owner}, and not to this user ({user}) or the owner of its folder ({folder_owner}); run as \
+                 user {owner}, or move it away"
             ),
         ))
     }
 
-    /// Takes others' permissions from a file of this user.
+    /// Removes the permissions of group and others from a file of this user.
     pub(crate) fn make_private(&self, mode: u32) -> io::Result<()> {
         let is_ours = self.metadata.uid() == geteuid().as_raw();
         if !is_ours || self.metadata.permissions().mode() & 0o077 == 0 {
             return Ok(());
         }
-        fs::set_permissions(self.itself(), Permissions::from_mode(mode))
+        fs::set_permissions(self.descriptor_path(), Permissions::from_mode(mode))
     }
 
-    /// A file that root has just made in another user's folder belongs to that user, who could not use it otherwise. It is known by
-    /// being root's and empty.
-    pub(crate) fn give_to_owner_of(&self, folder: &Metadata) {
+    /// Changes the owner of a file that root has just created in another user's folder to the owner
+    /// of the folder, who could not use it otherwise. Such a file belongs to root and is empty.
+    pub(crate) fn chown_to_owner_of(&self, folder: &Metadata) {
         let is_new = self.metadata.uid() == 0 && self.metadata.len() == 0;
         if !geteuid().is_root() || folder.uid() == 0 || !is_new {
             return;
         }
         if let Err(error) =
-            std::os::unix::fs::chown(self.itself(), Some(folder.uid()), Some(folder.gid()))
+            std::os::unix::fs::chown(self.descriptor_path(), Some(folder.uid()), Some(folder.gid()))
         {
-            let (file, owner, error) = (sanitize_path(&self.path), folder.uid(), error.to_string());
+            let file = sanitize_path(&self.path);
+            let owner = folder.uid();
+            let error = error.to_string();
             quietly(|| {
                 log::warn!(
-                    "a file could not be given to the owner of its folder, who cannot use it: file={file} owner={owner} error={error:?}"
+                    "could not change the owner of a new file to the owner of its folder, who cannot use it: file={file} owner={owner} error={error:?}"
                 )
             });
         }
     }
 
-    /// By its descriptor, as another file may be at its path by now.
-    fn itself(&self) -> String {
+    /// The path of the descriptor, because another file may be at the original path by now.
+    fn descriptor_path(&self) -> String {
         format!("/proc/self/fd/{}", self.descriptor.as_raw_fd())
     }
 }
 
-/// Refuses what is in the place of a database, or of what SQLite keeps beside it, if it is anything but a regular file with
-/// one link.
+/// Checks that the database, and each file that SQLite creates with it, is absent or a regular file
+/// with one link.
 pub(crate) fn check(path: &Path) -> io::Result<()> {
-    PARTS.iter().try_for_each(|part| DatabaseFile::look(&beside(path, part)).map(drop))
+    PARTS.iter().try_for_each(|part| DatabaseFile::open(&beside(path, part)).map(drop))
 }
 
 fn refusal(path: &Path, problem: &str) -> io::Error {
@@ -122,7 +128,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_a_regular_file_with_one_link_is_accepted() {
+    fn only_regular_file_with_one_link_is_accepted() {
         let dir = tempfile::tempdir().unwrap();
         let at = |name: &str| dir.path().join(name);
         let _socket = std::os::unix::net::UnixListener::bind(at("socket")).unwrap();
@@ -141,41 +147,41 @@ mod tests {
             ("fifo", "is a FIFO, not a regular file; move it away"),
             ("two", "has 2 hard links; remove the others, or move it away"),
         ] {
-            let refused = DatabaseFile::look(&at(name)).unwrap_err();
+            let refused = DatabaseFile::open(&at(name)).unwrap_err();
             assert_eq!(
                 (refused.kind(), refused.to_string()),
                 (io::ErrorKind::InvalidInput, format!("{name} {problem}"))
             );
         }
         assert!(
-            DatabaseFile::look(Path::new("/dev/null"))
+            DatabaseFile::open(Path::new("/dev/null"))
                 .unwrap_err()
                 .to_string()
                 .starts_with("null is a device")
         );
-        assert!(DatabaseFile::look(&at("one")).unwrap().is_some());
-        assert!(DatabaseFile::look(&at("nothing")).unwrap().is_none());
+        assert!(DatabaseFile::open(&at("one")).unwrap().is_some());
+        assert!(DatabaseFile::open(&at("nothing")).unwrap().is_none());
     }
 
     #[test]
-    fn a_path_is_named_without_the_symlinks_of_its_folder() {
+    fn symlinks_of_the_folder_are_resolved() {
         let dir = tempfile::tempdir().unwrap();
         let real = dir.path().canonicalize().unwrap();
         fs::create_dir(real.join("folder")).unwrap();
         std::os::unix::fs::symlink(real.join("folder"), real.join("link")).unwrap();
-        assert_eq!(in_real_folder(&real.join("link/db")).unwrap(), real.join("folder/db"));
+        assert_eq!(with_real_folder(&real.join("link/db")).unwrap(), real.join("folder/db"));
         assert_eq!(
-            in_real_folder(&real.join("link")).unwrap(),
+            with_real_folder(&real.join("link")).unwrap(),
             real.join("link"),
-            "its last part is looked at later"
+            "the last component is not resolved"
         );
         assert_eq!(
-            in_real_folder(&real.join("none/db")).unwrap_err().kind(),
+            with_real_folder(&real.join("none/db")).unwrap_err().kind(),
             io::ErrorKind::NotFound
         );
         for no_file in ["/", "/tmp/.."] {
             assert_eq!(
-                in_real_folder(Path::new(no_file)).unwrap_err().kind(),
+                with_real_folder(Path::new(no_file)).unwrap_err().kind(),
                 io::ErrorKind::InvalidInput
             );
         }

@@ -1,9 +1,10 @@
-//! Other processes' SQLite files, read without leaving a trace: no mode changes, no content, and no file is made beside it. For
-//! any thread.
+//! Reads SQLite files of other processes without changing them: no mode, no content, and no new
+//! files. For any thread.
 //!
-//! An ordinary connection to a file in WAL mode makes `-wal` and `-shm` even where it only reads, as this user's, and they stay.
-//! So how a file is opened depends on what is beside it; see [`ReadMode`]. Looking there takes no descriptor of the file: closing one
-//! would drop the locks of SQLite in this process.
+//! An ordinary connection to a file in WAL mode creates `-wal` and `-shm` even if it only reads.
+//! They would belong to this user, and stay. So the way a file is opened depends on the files that
+//! exist, see [`ReadMode`]. The check opens no descriptor, because closing one would drop SQLite's
+//! locks in this process.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -19,32 +20,32 @@ use rusqlite::{Connection, ErrorCode, OpenFlags};
 use crate::files::{FileVersion, beside};
 use crate::sqlite::files;
 
-/// Whose a file is, if there is anything in it. SQLite changes the mode of one that is empty, and as root also the owner of
-/// `-wal` and `-shm`.
+/// The owner of a file that is not empty. SQLite changes the mode of an empty file, and as root
+/// also the owner of `-wal` and `-shm`.
 pub(crate) fn owner(file: &Path) -> Option<(u32, u32)> {
     let found = fs::symlink_metadata(file).ok().filter(|found| found.len() > 0)?;
     Some((found.uid(), found.gid()))
 }
 
-/// How the file is opened. What is empty counts as absent.
+/// How the file is opened. An empty file counts as absent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum ReadMode {
-    /// Neither `-wal` nor `-journal` is there: nobody writes. It is read as a file that does not change, which the caller makes
-    /// sure of afterwards.
+    /// There is no `-wal` and no `-journal`, so no process is writing. The file is read as
+    /// immutable; the caller checks afterwards that it has not changed.
     Unchanging(FileVersion),
-    /// There is a `-journal`: the file is not in WAL mode, and SQLite makes nothing beside it.
+    /// There is a `-journal`, so the file is not in WAL mode, and SQLite creates no files.
     Journal,
-    /// There are `-wal` and `-shm`: both are only read, with SQLite's locks.
+    /// There are `-wal` and `-shm`. Both are only read, with SQLite's locks.
     Locking,
-    /// There is a `-wal` alone: a process has died, and no other one has the file open. Or `-shm` has another owner than the
-    /// file, and SQLite would change that.
+    /// There is a `-wal` without `-shm`: a process was killed, and no other process has the file
+    /// open. Or `-shm` and the file have different owners, and SQLite would change that.
     Alone,
 }
 
 impl ReadMode {
-    /// What fits now. Where it is another one after the reading, what was read may be neither old nor new. An error: there is
-    /// something in the place of one of its files that must not be opened.
-    pub(crate) fn to(path: &Path) -> io::Result<Self> {
+    /// The mode for the files that exist now. If the mode is different after the read, the result
+    /// may be inconsistent. It is an error if one of the files must not be opened.
+    pub(crate) fn of(path: &Path) -> io::Result<Self> {
         files::check(path)?;
         Ok(match (owner(&beside(path, "-wal")), owner(&beside(path, "-shm"))) {
             (None, _) if beside(path, "-journal").exists() => Self::Journal,
@@ -63,38 +64,38 @@ impl ReadMode {
         }
     }
 
-    /// `within`: how long another process' lock is waited for.
-    pub(crate) fn open(self, path: &Path, within: Duration) -> rusqlite::Result<Connection> {
-        let database = self.connect(path, within)?;
+    /// Opens the file. A query waits for the lock of another process up to `timeout`.
+    pub(crate) fn open(self, path: &Path, timeout: Duration) -> rusqlite::Result<Connection> {
+        let database = self.connect(path, timeout)?;
         let first: rusqlite::Result<i64> =
             database.pragma_query_value(None, "schema_version", |row| row.get(0));
         match first.as_ref().map_err(rusqlite::Error::sqlite_error_code) {
-            // An index in `-shm` that no process keeps up to date is of no use, and is not put in order here.
+            // The index in `-shm` is stale, as no process updates it. It must not be repaired here.
             Err(Some(ErrorCode::ReadOnly)) if self == Self::Locking => {
-                Self::Alone.connect(path, within)
+                Self::Alone.connect(path, timeout)
             }
             _ => Ok(database),
         }
     }
 
-    fn connect(self, path: &Path, within: Duration) -> rusqlite::Result<Connection> {
+    fn connect(self, path: &Path, timeout: Duration) -> rusqlite::Result<Connection> {
         let flags = OpenFlags::SQLITE_OPEN_READ_ONLY
             | OpenFlags::SQLITE_OPEN_NO_MUTEX
             | OpenFlags::SQLITE_OPEN_NOFOLLOW
             | OpenFlags::SQLITE_OPEN_URI;
         let database = Connection::open_with_flags(uri(path) + self.parameters(), flags)?;
-        database.busy_timeout(within)?;
-        // Or closing it would write what is in `-wal` to the file.
+        database.busy_timeout(timeout)?;
+        // Otherwise closing the connection would write the content of `-wal` to the file.
         database.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true)?;
         if self == Self::Alone {
-            // The index of `-wal` is in memory then, and not in `-shm`.
+            // The index of `-wal` is then in memory, and not in `-shm`.
             database.pragma_update(None, "locking_mode", "exclusive")?;
         }
         Ok(database)
     }
 }
 
-/// The path as SQLite reads a URI: everything that may mean something is escaped, and so is what is no text.
+/// The path as a URI for SQLite. All bytes but letters, digits and `/-_.` are escaped.
 fn uri(path: &Path) -> String {
     let mut uri = "file:".to_owned();
     for byte in path.as_os_str().as_bytes() {

@@ -1,5 +1,5 @@
-//! DECNET's own status: the state file, Docker and the topology, each of which may fail by itself. Runs on the status
-//! thread.
+//! DECNET's status, from its state file, Docker and `topology.db`. Each of them may fail alone.
+//! Runs on the status thread.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -18,19 +18,20 @@ use crate::log_throttle::LogThrottle;
 use crate::panics::quietly;
 use crate::text::sanitize;
 
-/// Where a Docker Engine listens.
+/// The default socket of the Docker Engine.
 pub(crate) const DOCKER_SOCKET: &str = "/var/run/docker.sock";
 
-/// What the agent has applied of a topology, in the agent dir.
+/// The file in the agent dir with the applied topology.
 pub(crate) const TOPOLOGY: &str = "topology.db";
 
-/// What DECNET's own agent reports: the deckies of its state file, the state of their containers, and the topology.
+/// The status that DECNET's own agent reports: the deckies of its state file, the states of their
+/// containers, and the topology.
 ///
-/// The state file and `topology.db` are only ever read. Docker is asked two things a snapshot: for its networks, then for
-/// its containers. Where the containers are not known, or the state file cannot be found or read, no decky is named and
-/// `status.error` says why: the master would take a decky without states for degraded. Where only the state of some
-/// containers is not known, their deckies are left out, and the others are named. Where the networks are not known, only
-/// `observed` is unknown.
+/// The state file and `topology.db` are only read. Each snapshot queries Docker twice: for its
+/// networks, then for its containers. If the containers are unknown, or the state file cannot be
+/// found or read, the status names no decky and `status.error` gives the reason, because the master
+/// stores a decky without states as degraded. If only the states of some containers are unknown,
+/// their deckies are left out. If only the networks are unknown, only `observed` is unknown.
 ///
 /// ```
 /// use decnet_heartbeat::{DecnetStatus, Observed, StatusSource};
@@ -45,7 +46,7 @@ pub(crate) const TOPOLOGY: &str = "topology.db";
 /// assert_eq!(snapshot.status(), r#"{"deployed":false,"deckies":[]}"#);
 /// let topology = snapshot.topology().ok_or("it knows that there is none")?;
 /// assert_eq!(topology.applied, None);
-/// // There is no Docker either, which is not the same as no containers.
+/// // Docker does not run, so the containers are unknown.
 /// assert!(matches!(&topology.observed, Observed::Unknown(why) if why.contains("No such file")));
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
@@ -54,27 +55,30 @@ pub struct DecnetStatus {
     state_file: StateFile,
     docker: Docker,
     topology: TopologyFile,
-    said: Said,
+    problems: ProblemLog,
 }
 
 impl DecnetStatus {
-    /// With the state file where DECNET keeps it, Docker at `/var/run/docker.sock`, and the topology in `topology.db` of
-    /// the agent dir.
+    /// A source with the state file that DECNET uses on this host, Docker at
+    /// `/var/run/docker.sock`, and `topology.db` in the agent dir.
     ///
-    /// DECNET keeps its state file beside its Python package. The package is looked for at each snapshot, in this order:
+    /// DECNET's state file is in the same folder as its Python package. Each snapshot searches the
+    /// package in this order:
     ///
-    /// 1. In the virtual environment of `/usr/local/bin/decnet`, which is a symlink to `<environment>/bin/decnet` on a
-    ///    worker that the master's installer made. The package is `lib/python3.X/site-packages/decnet`. Of several
-    ///    versions it is the environment's own (`pyvenv.cfg`), otherwise the newest that has the package.
-    /// 2. In `/opt/decnet/venv`, likewise.
-    /// 3. `/opt/decnet/decnet`, where DECNET was installed editable.
+    /// 1. In the virtual environment of `/usr/local/bin/decnet`. On a worker that the master's
+    ///    installer set up, this is a symlink to `<environment>/bin/decnet`, and the package is
+    ///    `lib/python3.X/site-packages/decnet`. If several versions of Python have it, that of the
+    ///    environment (`pyvenv.cfg`) counts, otherwise the newest.
+    /// 2. In `/opt/decnet/venv`, in the same way.
+    /// 3. `/opt/decnet/decnet`, for an editable install.
     ///
-    /// Beside the package "there is no state file" means that nothing is deployed. Where the package is not found, it is
-    /// not known what is deployed, and `status.error` says where it was looked for. A place that cannot be looked at (no
-    /// permission, a loop of symlinks) ends the search: it is not known whether the package is there.
+    /// If the package exists and the state file does not, nothing is deployed. If the package is
+    /// not found, it is unknown what is deployed, and `status.error` names the places that were
+    /// searched. A place that cannot be accessed (no permission, a loop of symlinks) ends the
+    /// search.
     ///
-    /// A relative path, here and in the other methods, begins at the folder in which this process is now, wherever it goes
-    /// later.
+    /// A relative path, here and in the other methods, is resolved against the current directory of
+    /// the process.
     ///
     /// ```
     /// use decnet_heartbeat::{DecnetStatus, Enrolment, Heartbeat};
@@ -90,14 +94,14 @@ impl DecnetStatus {
             state_file: StateFile::new(StateFilePath::searched()),
             docker: Docker::new(DOCKER_SOCKET.into()),
             topology: TopologyFile::new(absolute(&agent_dir.join(TOPOLOGY))),
-            said: Said::default(),
+            problems: ProblemLog::default(),
         }
     }
 
-    /// With this state file, which is not looked for.
+    /// Sets the state file. It is not searched.
     ///
-    /// That it is not there means that nothing is deployed, as long as its folder is there. Where the folder is missing or
-    /// cannot be looked at, or the file is a symlink to nothing, it is not known what is deployed.
+    /// If the file does not exist, nothing is deployed. If its folder does not exist or cannot be
+    /// accessed, or the file is a dangling symlink, it is unknown what is deployed.
     ///
     /// ```
     /// use decnet_heartbeat::{DecnetStatus, StatusSource};
@@ -118,32 +122,32 @@ impl DecnetStatus {
         self
     }
 
-    /// Looks for the state file under this folder instead of `/`.
+    /// Searches the state file in this folder instead of `/`.
     #[cfg(test)]
     fn search_under(mut self, root: &Path) -> Self {
         self.state_file = StateFile::new(StateFilePath::Searched { root: root.to_owned() });
         self
     }
 
-    /// With another Docker socket.
+    /// Sets the Docker socket.
     pub fn docker_socket(mut self, path: impl Into<PathBuf>) -> Self {
         self.docker = Docker::new(absolute(&path.into()));
         self
     }
 
-    /// The status, or why it is not known. `aside` is what else is wrong.
+    /// The status, or why it is unknown. `other` is another problem to report.
     #[cfg(any(test, feature = "loopback"))]
     pub(crate) fn status(
         &mut self,
         engine: &DockerState,
-        aside: Option<&str>,
+        other: Option<&str>,
     ) -> Result<Snapshot, String> {
         let located = self.state_file.locate().map_err(|problem| problem.to_string())?;
-        report(self.state_file.read(&located)?, engine, aside)
+        report(self.state_file.read(&located)?, engine, other)
     }
 
-    /// The state file, and which of these deckies it does not list. `None` where there is no state file, or it cannot be
-    /// found or read: then that is not known.
+    /// The state file, and those of these deckies that it does not list. `None`: there is no state
+    /// file, or it cannot be found or read.
     #[cfg(feature = "cli")]
     pub(crate) fn unlisted<'a>(
         &mut self,
@@ -155,9 +159,9 @@ impl DecnetStatus {
         Some((located.file, unlisted))
     }
 
-    /// Looks at everything: first at what may take long, so that the states of containers are as fresh as possible, and
-    /// last at `topology.db`, since an open that hangs in SQLite blocks every other open of this process.
-    pub(crate) fn look(&mut self) -> StatusProbe {
+    /// Reads everything. Docker comes first, as it may be slow. `topology.db` comes last, because
+    /// an open that blocks in SQLite blocks every other open in this process.
+    pub(crate) fn probe(&mut self) -> StatusProbe {
         let engine = self.docker.engine();
         let located = self.state_file.locate();
         let state = located
@@ -165,10 +169,10 @@ impl DecnetStatus {
             .map_err(ToString::to_string)
             .and_then(|located| self.state_file.read(located));
         let (applied, topology) = self.topology.read();
-        let aside = topology.as_ref().err().map(String::as_str);
+        let other = topology.as_ref().err().map(String::as_str);
         #[cfg(feature = "cli")]
         let deckies = state.as_ref().ok().and_then(|state| state.map(State::deckies));
-        let status = state.and_then(|state| report(state, &engine, aside));
+        let status = state.and_then(|state| report(state, &engine, other));
         StatusProbe {
             engine,
             #[cfg(feature = "cli")]
@@ -182,30 +186,31 @@ impl DecnetStatus {
     }
 }
 
-/// What was found, part by part, each with its fault.
+/// The parts of a snapshot, each with its error.
 #[derive(Debug)]
 pub(crate) struct StatusProbe {
     pub(crate) engine: DockerState,
     #[cfg(feature = "cli")]
     pub(crate) located: Result<Located, NotLocated>,
-    /// An error is the state file's.
+    /// The error is about the state file.
     pub(crate) status: Result<Snapshot, String>,
-    /// How many the state file has, if there is one that can be read.
+    /// The number of deckies in the state file, if it can be read.
     #[cfg(feature = "cli")]
     pub(crate) deckies: Option<usize>,
-    /// As [`TopologyFile::read`] has it.
+    /// As returned by [`TopologyFile::read`].
     pub(crate) applied: Option<Option<AppliedTopology>>,
     pub(crate) topology: Result<(), String>,
 }
 
 impl StatusProbe {
-    /// Why the states of containers are not known.
+    /// Why states of containers are unknown.
     pub(crate) fn states_problem(&self) -> Option<&str> {
-        let of_ours = || self.status.as_ref().ok().and_then(Snapshot::fault);
-        self.engine.containers.as_ref().err().map(String::as_str).or_else(of_ours)
+        let of_deckies = || self.status.as_ref().ok().and_then(Snapshot::fault);
+        self.engine.containers.as_ref().err().map(String::as_str).or_else(of_deckies)
     }
 
-    /// Why the networks are not known. If Docker does not answer at all, only the containers' problem is reported.
+    /// Why the networks are unknown. If both requests fail, only the error of the containers is
+    /// reported.
     fn networks_problem(&self) -> Option<&str> {
         self.engine
             .networks
@@ -215,9 +220,10 @@ impl StatusProbe {
             .map(String::as_str)
     }
 
-    /// All of it together.
+    /// The snapshot of all parts.
     pub(crate) fn into_snapshot(self) -> Snapshot {
-        // Entries that were left out of Docker's answers are no fault: none of them belongs to a decky.
+        // Entries of Docker's answers that were left out are not reported: none of them belongs to
+        // a decky.
         let faults = [
             self.states_problem(),
             self.networks_problem(),
@@ -229,9 +235,9 @@ impl StatusProbe {
             .flatten()
             .map(str::to_owned)
             .reduce(|some, more| both(&some, Some(&more)));
-        let aside = self.topology.err();
+        let other = self.topology.err();
         let snapshot =
-            self.status.unwrap_or_else(|error| Snapshot::unknown(&both(&error, aside.as_deref())));
+            self.status.unwrap_or_else(|error| Snapshot::unknown(&both(&error, other.as_deref())));
         let snapshot = snapshot.with_fault(fault.as_deref());
         match self.applied {
             Some(applied) => {
@@ -244,103 +250,109 @@ impl StatusProbe {
 
 impl StatusSource for DecnetStatus {
     fn snapshot(&mut self) -> Snapshot {
-        let (found, now) = (self.look(), Instant::now());
-        self.said.note("Docker", found.states_problem(), now);
-        if found.engine.containers.is_ok() {
-            self.said.note("Docker's networks", found.networks_problem(), now);
-            self.said.note("a part of Docker's answer", found.engine.left_out().as_deref(), now);
+        let probe = self.probe();
+        let now = Instant::now();
+        let problems = &mut self.problems;
+        problems.log("Docker", probe.states_problem(), now);
+        if probe.engine.containers.is_ok() {
+            problems.log("Docker's networks", probe.networks_problem(), now);
+            problems.log("a part of Docker's answer", probe.engine.left_out().as_deref(), now);
         }
-        self.said.note("the state file", found.status.as_ref().err().map(String::as_str), now);
-        self.said.note("topology.db", found.topology.as_ref().err().map(String::as_str), now);
-        found.into_snapshot()
+        problems.log("the state file", probe.status.as_ref().err().map(String::as_str), now);
+        problems.log("topology.db", probe.topology.as_ref().err().map(String::as_str), now);
+        probe.into_snapshot()
     }
 
     fn applied_topology(&mut self) -> Option<Topology> {
         let applied = self.topology.read().0?;
         Some(Topology {
             applied,
-            observed: Observed::Unknown("Docker has not been asked yet".to_owned()),
+            observed: Observed::Unknown("Docker has not been queried yet".to_owned()),
         })
     }
 }
 
-/// Logs a problem when it comes, changes or goes, and not every 30 s. What comes again after it was gone, or alternates
-/// with another one, is logged less and less often. The end of a problem is logged if the problem was.
+/// Logs a problem when it begins, changes or ends, but not with each snapshot. A problem that comes
+/// and goes, or alternates with another one, is logged at a decreasing rate. The end of a problem
+/// is logged only if its beginning was.
 #[derive(Debug, Default)]
-struct Said {
-    repeats: LogThrottle,
-    /// What was wrong with each, the last time.
+struct ProblemLog {
+    throttle: LogThrottle,
+    /// The last problem of each source.
     last: BTreeMap<&'static str, String>,
-    /// What was logged to be wrong, and not yet to be right again.
+    /// The sources whose problem was logged and has not ended.
     open: BTreeSet<&'static str>,
 }
 
-/// A line of the log.
+/// A line for the log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Line {
     Failed,
     Recovered,
 }
 
-impl Said {
-    fn note(&mut self, whose: &'static str, problem: Option<&str>, now: Instant) {
-        match self.line(whose, problem, now) {
+impl ProblemLog {
+    fn log(&mut self, source: &'static str, problem: Option<&str>, now: Instant) {
+        match self.line(source, problem, now) {
             Some(Line::Failed) => {
                 quietly(|| {
-                    log::warn!("{whose} cannot be read: error={:?}", problem.unwrap_or_default())
+                    log::warn!("{source} cannot be read: error={:?}", problem.unwrap_or_default())
                 });
             }
-            Some(Line::Recovered) => quietly(|| log::info!("{whose} can be read again")),
+            Some(Line::Recovered) => quietly(|| log::info!("{source} can be read again")),
             None => (),
         }
     }
 
-    fn line(&mut self, whose: &'static str, problem: Option<&str>, now: Instant) -> Option<Line> {
+    fn line(&mut self, source: &'static str, problem: Option<&str>, now: Instant) -> Option<Line> {
         let Some(problem) = problem else {
-            self.last.remove(whose);
-            return self.open.remove(whose).then_some(Line::Recovered);
+            self.last.remove(source);
+            return self.open.remove(source).then_some(Line::Recovered);
         };
-        let last = self.last.insert(whose, problem.to_owned());
+        let last = self.last.insert(source, problem.to_owned());
         if last.is_some_and(|last| last == problem) {
             return None;
         }
-        self.repeats.count(whose, problem, now)?;
-        self.open.insert(whose);
+        self.throttle.count(source, problem, now)?;
+        self.open.insert(source);
         Some(Line::Failed)
     }
 }
 
-/// What is deployed, and what of it runs. No state: nothing is deployed. The error is the state file's: it is too large.
+/// The status of the deployed deckies. No state: nothing is deployed. The error is about the state
+/// file, which is too large.
 pub(crate) fn report(
     state: Option<&State>,
     engine: &DockerState,
-    aside: Option<&str>,
+    other: Option<&str>,
 ) -> Result<Snapshot, String> {
-    let Some(state) = state else { return Snapshot::of_parts(&Status::nothing(aside)) };
+    let Some(state) = state else { return Snapshot::of_parts(&Status::nothing(other)) };
     let State { mode, compose_path, .. } = state;
     let containers = engine.containers.as_ref().map_err(String::clone);
     match containers.and_then(|containers| state.seen(containers)) {
         Ok(Seen { deckies, runtime, left_out }) => {
-            let said = left_out.as_deref().map(|left_out| both(left_out, aside));
-            let (deckies, error) = (&*deckies, said.as_deref().or(aside));
+            let problem = left_out.as_deref().map(|left_out| both(left_out, other));
+            let error = problem.as_deref().or(other);
+            let deckies = &*deckies;
             let status =
                 Status::Deployed { deployed: true, mode, compose_path, deckies, runtime, error };
             Ok(Snapshot::of_parts(&status)?.with_fault(left_out.as_deref()))
         }
         Err(error) => {
-            let said = both(&error, aside);
-            let status = Status::Unseen { deployed: true, mode, compose_path, error: &said };
+            let problem = both(&error, other);
+            let status = Status::Unseen { deployed: true, mode, compose_path, error: &problem };
             Ok(Snapshot::of_parts(&status)?.with_fault(Some(&error)))
         }
     }
 }
 
-/// Two problems as one, if there are two.
-fn both(error: &str, aside: Option<&str>) -> String {
-    aside.map_or_else(|| error.to_owned(), |aside| format!("{error}; {aside}"))
+/// Joins two problems.
+fn both(error: &str, other: Option<&str>) -> String {
+    other.map_or_else(|| error.to_owned(), |other| format!("{error}; {other}"))
 }
 
-/// What Docker shows of topologies. It takes both answers: one without the other would look like a part that is missing.
+/// The networks and containers of topologies. Unknown if either request failed, because the master
+/// would take one without the other as a missing part.
 fn observe(engine: &DockerState) -> Observed {
     let (containers, networks) = match (&engine.containers, &engine.networks) {
         (Ok(containers), Ok(networks)) => (containers, networks),
@@ -350,7 +362,7 @@ fn observe(engine: &DockerState) -> Observed {
         networks.bridges.iter().filter(|name| name.starts_with(Networks::OURS)).cloned().collect();
     bridges.sort();
     let mut running = Vec::new();
-    // In the map's order, which is the names'.
+    // The map is ordered by name.
     for (name, state) in
         containers.states.iter().filter(|(name, _)| name.starts_with(Containers::OURS))
     {
@@ -368,7 +380,8 @@ fn observe(engine: &DockerState) -> Observed {
     Observed::Seen { bridges, containers: running }
 }
 
-/// Docker lists a container as running while it is paused or about to be restarted, too.
+/// Whether a container counts as running. Docker also lists a paused or restarting container as
+/// running.
 fn runs(state: &str) -> bool {
     matches!(state, "running" | "paused" | "restarting")
 }
@@ -402,7 +415,7 @@ mod tests {
         DockerState { containers, networks: Ok(Networks { bridges, left_out: None }) }
     }
 
-    /// An engine that answers neither request.
+    /// An engine for which both requests failed.
     fn away(why: &str) -> DockerState {
         DockerState { containers: Err(why.to_owned()), networks: Err(why.to_owned()) }
     }
@@ -412,7 +425,7 @@ mod tests {
         {"services": ["ftp"], "name": "d2"}]}, "compose_path": "/x.yml"}"#;
 
     #[test]
-    fn deckies_pass_through_untouched() {
+    fn deckies_are_sent_unchanged() {
         let (_dir, mut source) = source(Some(STATE));
         let containers =
             [("d1-ssh", "running"), ("d1-smb-share", "exited"), ("d1-smb_share", "running")];
@@ -431,7 +444,7 @@ mod tests {
     }
 
     #[test]
-    fn without_docker_no_decky_is_named() {
+    fn no_decky_is_named_without_docker() {
         let (dir, mut source) = source(Some(STATE));
         let expected = format!(
             r#"{{"deployed":true,"mode":"swarm","compose_path":"/x.yml","error":"Docker at {}: {}"}}"#,
@@ -448,7 +461,7 @@ mod tests {
     }
 
     #[test]
-    fn a_state_file_that_cannot_be_read_is_said() {
+    fn unreadable_state_file_is_reported() {
         for (state, problem) in [
             ("", "EOF while parsing a value at line 1 column 0"),
             ("{", "EOF while parsing an object at line 1 column 1"),
@@ -476,21 +489,21 @@ mod tests {
     }
 
     #[test]
-    fn a_topology_that_cannot_be_read_is_said_beside_whatever_else_is_said() {
+    fn unreadable_topology_is_reported_with_other_problems() {
         let dir = "DIR/topology.db: ";
         let state = r#"{"config": {"mode": 1, "deckies": []}, "compose_path": ""}"#;
-        let said = |state: Option<&str>, engine: DockerState| {
+        let error = |state: Option<&str>, engine: DockerState| {
             let (_dir, mut source) = source(state);
             let snapshot = source.status(&engine, Some(dir)).unwrap();
             serde_json::from_str::<serde_json::Value>(snapshot.status()).unwrap()["error"].take()
         };
-        assert_eq!(said(None, engine(&[])), dir);
-        assert_eq!(said(Some(state), engine(&[])), dir);
-        assert_eq!(said(Some(state), away("Docker")), format!("Docker; {dir}"));
+        assert_eq!(error(None, engine(&[])), dir);
+        assert_eq!(error(Some(state), engine(&[])), dir);
+        assert_eq!(error(Some(state), away("Docker")), format!("Docker; {dir}"));
     }
 
     #[test]
-    fn observed_is_sorted_and_only_of_topologies() {
+    fn observed_is_sorted_and_contains_only_topologies() {
         let engine = engine(&[
             ("decnet-b", "running"),
             ("decnet-a", "paused"),
@@ -508,7 +521,7 @@ mod tests {
     }
 
     #[test]
-    fn networks_that_are_not_known_cost_observed_alone() {
+    fn unknown_networks_affect_only_observed() {
         let (_dir, mut source) = source(Some(STATE));
         let engine = DockerState {
             networks: Err("403".to_owned()),
@@ -525,7 +538,7 @@ mod tests {
     }
 
     #[test]
-    fn a_container_without_a_state_costs_its_decky_alone() {
+    fn container_without_state_affects_only_its_decky() {
         let (_dir, mut source) = source(Some(STATE));
         let mut engine = engine(&[("d1-ssh", "running"), ("d2-ftp", "running")]);
         let insert = |engine: &mut DockerState, name: &str| {
@@ -560,7 +573,7 @@ mod tests {
     }
 
     #[test]
-    fn a_container_whose_name_was_too_long_is_not_taken_for_absent() {
+    fn container_with_too_long_name_is_not_absent() {
         let service = "s".repeat(300);
         let state = format!(
             r#"{{"config": {{"mode": 1, "deckies": [{{"name": "d", "services": ["{service}"]}}]}}, "compose_path": 1}}"#
@@ -573,7 +586,7 @@ mod tests {
     }
 
     #[test]
-    fn a_status_that_is_too_large_is_a_problem_of_the_state_file_and_not_of_docker() {
+    fn too_large_status_is_a_problem_of_the_state_file() {
         let services = vec![format!("\"{}\"", "s".repeat(1_000)); 90].join(",");
         let deckies: Vec<_> =
             (0..120).map(|n| format!(r#"{{"name": "d{n}", "services": [{services}]}}"#)).collect();
@@ -582,15 +595,16 @@ mod tests {
             deckies.join(",")
         );
         let (_dir, mut source) = source(Some(&state));
-        // Each service counts twice: as it stands, and in the runtime.
+        // Each service counts twice: in the deckies, and in the runtime.
         let problem = source.status(&engine(&[]), None).unwrap_err();
         assert_eq!(problem, format!("the status is larger than {} bytes", crate::limits::STATUS));
     }
 
     #[test]
-    fn networks_are_asked_for_first_and_files_are_read_after_the_containers() {
+    fn networks_containers_and_files_are_read_in_this_order() {
         let dir = tempfile::tempdir().unwrap();
-        let (state, topology) = (dir.path().join("state.json"), dir.path().join("topology.db"));
+        let state = dir.path().join("state.json");
+        let topology = dir.path().join("topology.db");
         let listener = UnixListener::bind(dir.path().join("docker.sock")).unwrap();
         let mut source = DecnetStatus::new(dir.path())
             .state_file(&state)
@@ -625,7 +639,7 @@ mod tests {
     }
 
     #[test]
-    fn the_state_file_is_looked_for_at_each_snapshot() {
+    fn state_file_is_searched_at_each_snapshot() {
         let root = tempfile::tempdir().unwrap();
         let mut source = DecnetStatus::new(root.path())
             .search_under(root.path())
@@ -641,14 +655,14 @@ mod tests {
         assert_eq!(
             (unknown.get("deckies"), unknown.get("deployed")),
             (None, None),
-            "nothing is said of what is not known"
+            "the status claims nothing"
         );
         let editable = root.path().join("opt/decnet");
         std::fs::create_dir_all(editable.join("decnet")).unwrap();
         assert_eq!(status(), serde_json::json!({"deployed": false, "deckies": []}));
         std::fs::write(editable.join("decnet-state.json"), STATE).unwrap();
         assert_eq!(status()["compose_path"], "/x.yml");
-        // A virtual environment comes first.
+        // A virtual environment takes precedence.
         let packages = editable.join("venv/lib/python3.11/site-packages");
         std::fs::create_dir_all(packages.join("decnet")).unwrap();
         std::fs::write(packages.join("decnet-state.json"), STATE.replace("/x.yml", "/y.yml"))
@@ -659,7 +673,7 @@ mod tests {
     }
 
     #[test]
-    fn a_named_state_file_is_unknown_where_its_folder_is_missing() {
+    fn deployment_is_unknown_without_the_folder_of_the_state_file() {
         let dir = tempfile::tempdir().unwrap();
         let mut source =
             DecnetStatus::new(dir.path()).state_file(dir.path().join("none/state.json"));
@@ -671,11 +685,11 @@ mod tests {
     }
 
     #[test]
-    fn flapping_and_alternating_problems_are_logged_less_and_less_often() {
+    fn flapping_and_alternating_problems_are_throttled() {
         let now = Instant::now();
         let lines = |problems: &mut dyn FnMut(usize) -> Option<String>| {
-            let mut said = Said::default();
-            let lines = (0..4_096).filter_map(|n| said.line("Docker", problems(n).as_deref(), now));
+            let mut log = ProblemLog::default();
+            let lines = (0..4_096).filter_map(|n| log.line("Docker", problems(n).as_deref(), now));
             let (failed, recovered): (Vec<_>, Vec<_>) =
                 lines.partition(|line| *line != Line::Recovered);
             (failed.len(), recovered.len())
@@ -688,16 +702,12 @@ mod tests {
         assert_eq!(lines(&mut { with_an_id }), (13, 0));
         let steady = |_: usize| Some("refused".to_owned());
         assert_eq!(lines(&mut { steady }), (1, 0));
-        let mut said = Said::default();
+        let mut log = ProblemLog::default();
         for _ in 0..3 {
-            said.line("Docker", Some("refused"), now);
+            log.line("Docker", Some("refused"), now);
         }
-        assert_eq!(
-            said.line("Docker", None, now),
-            Some(Line::Recovered),
-            "it was logged as failed"
-        );
-        assert_eq!(said.line("Docker", None, now), None);
-        assert_eq!(said.line("topology.db", None, now), None, "it never failed");
+        assert_eq!(log.line("Docker", None, now), Some(Line::Recovered), "it was logged as failed");
+        assert_eq!(log.line("Docker", None, now), None);
+        assert_eq!(log.line("topology.db", None, now), None, "it never failed");
     }
 }

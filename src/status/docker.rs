@@ -1,13 +1,12 @@
-//! Docker's Engine API over its socket: two requests a snapshot, whatever the number of containers. Runs on the
-//! status thread.
+//! Docker's Engine API over its socket: two requests for each snapshot. Runs on the status thread.
 //!
-//! - The two requests fail each by itself. A socket proxy may forbid one of them, and podman answers `/networks` with
-//!   `null` where it has none.
-//! - `null` is an answer that cannot be used, of either request. It may mean an empty list, but the containers of all
-//!   deckies would be reported as absent for it.
-//! - Networks are asked for first, so that the states of containers are as fresh as they can be.
-//! - An entry that is odd (a state that is not a string, a name that is too long) costs what depends on it, and no more: of
-//!   a decky's container that decky, of a topology's `observed`.
+//! - Each request may fail alone. A socket proxy may forbid one of them, and podman answers
+//!   `/networks` with `null` if there is no network.
+//! - The answer `null` is an error. If it counted as an empty list, the containers of all deckies
+//!   would be reported as absent.
+//! - Networks are requested first, so that the states of containers are as fresh as possible.
+//! - An invalid entry (a state that is not a string, a name that is too long) affects only what
+//!   depends on it: the decky of the container, or `observed` if it belongs to a topology.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -28,19 +27,21 @@ use crate::limits;
 use crate::text::{cut, sanitize};
 use crate::transport::SocketTransport;
 
-/// What Docker has, read in two requests. Each error is for people: it names the socket, the request and what went wrong.
+/// The containers and networks of Docker. Each error is text for people; it names the socket, the
+/// request and the problem.
 #[derive(Clone, Debug)]
 pub(crate) struct DockerState {
     pub(crate) containers: Result<Containers, String>,
     pub(crate) networks: Result<Networks, String>,
 }
 
-/// All containers, stopped ones too.
+/// All containers, including stopped ones.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Containers {
-    /// Each one's state by its name. `None`: Docker's answer has no state for it that can be used.
+    /// The state of each container by its name. `None`: Docker's answer has no valid state.
     pub(crate) states: BTreeMap<String, Option<String>>,
-    /// What is left out of it, as the name is too long: the first name, cut, and how many there are.
+    /// The containers that are left out because their names are too long: the first name,
+    /// truncated, and their number.
     pub(crate) left_out: Option<(String, usize)>,
 }
 
@@ -48,38 +49,38 @@ pub(crate) struct Containers {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Networks {
     pub(crate) bridges: Vec<String>,
-    /// As of [`Containers::left_out`], or with a driver that is not a string.
+    /// As [`Containers::left_out`], or because the driver is not a string.
     pub(crate) left_out: Option<(String, usize)>,
 }
 
 impl DockerState {
-    /// What was left out of either answer, for people.
+    /// A description of the entries that were left out.
     pub(crate) fn left_out(&self) -> Option<String> {
-        let said = |left_out: &Option<(String, usize)>, what: &str| {
+        let describe = |left_out: &Option<(String, usize)>, what: &str| {
             let (name, count) = left_out.as_ref()?;
             let s = if *count == 1 { "" } else { "s" };
             Some(format!(
-                "Docker: {count} {what}{s} with an odd name or driver left out: {}",
+                "Docker: {count} {what}{s} with an invalid name or driver left out: {}",
                 sanitize(name)
             ))
         };
         let containers =
-            self.containers.as_ref().ok().and_then(|it| said(&it.left_out, "container"));
-        let networks = self.networks.as_ref().ok().and_then(|it| said(&it.left_out, "network"));
+            self.containers.as_ref().ok().and_then(|it| describe(&it.left_out, "container"));
+        let networks = self.networks.as_ref().ok().and_then(|it| describe(&it.left_out, "network"));
         containers.into_iter().chain(networks).reduce(|some, more| format!("{some}; {more}"))
     }
 }
 
 impl Containers {
-    /// The prefix of those that are topologies'.
+    /// The prefix of the names of topologies' containers.
     pub(crate) const OURS: &str = "decnet-";
 
     fn of(entries: Vec<Object<Container>>) -> Result<Self, String> {
         let mut containers = Self::default();
         for Object(Container { name, state }) in entries {
             match name {
-                // It may be anybody's.
-                Text::Odd => return Err("a container without a name that can be read".to_owned()),
+                // It may be a container of any decky.
+                Text::Invalid => return Err("a container without a valid name".to_owned()),
                 Text::Cut(start) => {
                     if start.starts_with(Self::OURS) {
                         containers.states.insert(start.clone(), None);
@@ -95,7 +96,7 @@ impl Containers {
 }
 
 impl Networks {
-    /// The prefix of those that are topologies'.
+    /// The prefix of the names of topologies' networks.
     pub(crate) const OURS: &str = "decnet-topology-";
 
     fn of(entries: Vec<Object<Network>>) -> Result<Self, String> {
@@ -110,12 +111,12 @@ impl Networks {
                 }
                 (Text::Whole(name) | Text::Cut(name), _) => {
                     return Err(format!(
-                        "the name or the driver of {} cannot be used",
+                        "the name or the driver of {} is not valid",
                         sanitize(&name)
                     ));
                 }
-                (Text::Odd | Text::Absent, _) => {
-                    return Err("a network without a name that can be read".to_owned());
+                (Text::Invalid | Text::Absent, _) => {
+                    return Err("a network without a valid name".to_owned());
                 }
             }
         }
@@ -127,7 +128,7 @@ fn count_in(left_out: &mut Option<(String, usize)>, name: String) {
     left_out.get_or_insert((name, 0)).1 += 1;
 }
 
-/// A client for one socket. It keeps its connection between snapshots.
+/// A client for one socket. Its connection stays open between snapshots.
 #[derive(Debug)]
 pub(crate) struct Docker {
     socket: PathBuf,
@@ -140,7 +141,7 @@ impl Docker {
         Self { agent: Agent::with_parts(config(), connector, NoResolver), socket }
     }
 
-    /// What answers behind this connector.
+    /// A client with this connector.
     #[cfg(fuzzing)]
     pub(crate) fn behind(connector: impl Connector) -> Self {
         Self {
@@ -149,7 +150,7 @@ impl Docker {
         }
     }
 
-    /// Asks for networks, then for containers.
+    /// Requests the networks, then the containers.
     pub(crate) fn engine(&self) -> DockerState {
         let networks = self.get("/networks", limits::DOCKER_NETWORKS, Networks::of);
         let containers =
@@ -166,7 +167,7 @@ impl Docker {
         let failed = |problem: String| {
             format!("Docker at {}: {what}: {problem}", sanitize_path(&self.socket))
         };
-        // The host is a formality: the connector knows only the socket.
+        // The host name is not used, as the connector always opens the socket.
         let request = self
             .agent
             .get(format!("http://docker{what}"))
@@ -177,16 +178,17 @@ impl Docker {
         let status = answer.status().as_u16();
         let mut body = answer.body_mut().as_reader().take(limits::DOCKER_ANSWER);
         if status != 200 {
-            let mut said = Vec::new();
-            let _ = body.take(limits::LOG_TEXT as u64).read_to_end(&mut said);
+            let mut text = Vec::new();
+            let _ = body.take(limits::LOG_TEXT as u64).read_to_end(&mut text);
             return Err(failed(format!(
                 "answered {status} {}",
-                sanitize(&String::from_utf8_lossy(&said))
+                sanitize(&String::from_utf8_lossy(&text))
             )));
         }
         let list = serde_json::from_reader::<_, List<T>>(io::BufReader::new(&mut body)).map_err(
             |error| {
-                let what = if error.is_io() { "broke off" } else { "is not a Docker Engine's" };
+                let what =
+                    if error.is_io() { "is incomplete" } else { "is not from a Docker Engine" };
                 failed(match body.limit() {
                     0 => format!("the answer is larger than {} bytes", limits::DOCKER_ANSWER),
                     _ => format!("the answer {what}: {}", sanitize(&error.to_string())),
@@ -194,7 +196,7 @@ impl Docker {
             },
         )?;
         read(list.0)
-            .map_err(|problem| failed(format!("the answer is not a Docker Engine's: {problem}")))
+            .map_err(|problem| failed(format!("the answer is not from a Docker Engine: {problem}")))
     }
 }
 
@@ -218,17 +220,17 @@ struct Network {
     driver: Text,
 }
 
-/// A text of Docker's, whatever is at its place.
+/// A string in Docker's answer, or what is there instead.
 #[derive(Debug, Default)]
 enum Text {
     Whole(String),
-    /// The start of one that is too long.
+    /// The start of a string that is too long.
     Cut(String),
     /// `null`, or an empty list of names.
     Absent,
-    /// It is not there, or something else.
+    /// The key is missing, or the value is not a string.
     #[default]
-    Odd,
+    Invalid,
 }
 
 impl Text {
@@ -252,25 +254,25 @@ impl<'de> Deserialize<'de> for Text {
         Ok(match deserializer.deserialize_any(Lenient)? {
             Value::Text(text) => text,
             Value::Null => Self::Absent,
-            Value::List(_) | Value::Other => Self::Odd,
+            Value::List(_) | Value::Other => Self::Invalid,
         })
     }
 }
 
-/// A container's own name. Other names of it have a second slash: they are links from other containers. A container that
-/// is being removed has no names.
+/// A container's own name. Names with a second slash are links from other containers. A container
+/// that is being removed has no names.
 fn own_name<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Text, D::Error> {
     Ok(match deserializer.deserialize_any(Lenient)? {
         Value::List(own_name) => own_name,
         Value::Null => Text::Absent,
-        Value::Text(_) | Value::Other => Text::Odd,
+        Value::Text(_) | Value::Other => Text::Invalid,
     })
 }
 
-/// A JSON value of any type. Nothing is kept of what is not wanted.
+/// A JSON value of any type. Only strings are stored.
 enum Value {
     Text(Text),
-    /// The own name in a list of names.
+    /// The container's own name in a list of names.
     List(Text),
     Null,
     Other,
@@ -318,7 +320,7 @@ impl<'de> Visitor<'de> for Lenient {
                 (found, Text::Whole(name) | Text::Cut(name)) if own(&name).contains('/') => found,
                 (_, Text::Whole(name)) => Text::Whole(own(&name)),
                 (_, Text::Cut(name)) => Text::Cut(own(&name)),
-                (_, Text::Absent | Text::Odd) => Text::Odd,
+                (_, Text::Absent | Text::Invalid) => Text::Invalid,
             };
         }
         Ok(Value::List(found))
@@ -345,7 +347,7 @@ fn config() -> Config {
         .build()
 }
 
-/// There is nothing to resolve.
+/// A resolver that returns no address, as the connector needs none.
 #[derive(Debug)]
 struct NoResolver;
 
@@ -360,7 +362,7 @@ impl Resolver for NoResolver {
     }
 }
 
-/// Connects to the one socket.
+/// Connects to the Docker socket.
 #[derive(Debug)]
 struct UnixConnector {
     socket: PathBuf,
@@ -387,7 +389,7 @@ mod tests {
 
     use super::*;
 
-    /// A socket that answers each request with the next of these, on one connection after another.
+    /// A client for a socket that answers each request with the next of these answers.
     fn answering(answers: &[&str]) -> (tempfile::TempDir, Docker) {
         let dir = tempfile::tempdir().unwrap();
         let socket = dir.path().join("docker.sock");
@@ -442,14 +444,14 @@ mod tests {
     }
 
     #[test]
-    fn a_chunked_answer_is_understood() {
+    fn chunked_answer_is_decoded() {
         let chunked = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\n[{\"\r\n21\r\nNames\":[\"/a\"],\"State\":\"running\"}]\r\n0\r\n\r\n";
         let (_dir, docker) = answering(&[&ok("[]"), chunked]);
         assert_eq!(states(&docker.engine()), [("a", Some("running"))]);
     }
 
     #[test]
-    fn a_restarted_engine_is_connected_to_anew() {
+    fn client_reconnects_to_a_restarted_engine() {
         let (_dir, docker) = answering(&[
             &ok("[]"),
             "HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n[] ",
@@ -463,7 +465,7 @@ mod tests {
     }
 
     #[test]
-    fn a_request_that_fails_does_not_cost_the_other_one() {
+    fn failed_request_does_not_affect_the_other_one() {
         let (good_networks, good_containers) = (
             ok(r#"[{"Name":"b","Driver":"bridge"}]"#),
             ok(r#"[{"Names":["/a"],"State":"running"}]"#),
@@ -499,13 +501,14 @@ mod tests {
     }
 
     #[test]
-    fn a_hanging_answer_about_networks_does_not_cost_the_containers() {
+    fn blocked_request_for_networks_does_not_affect_the_containers() {
         let dir = tempfile::tempdir().unwrap();
         let socket = dir.path().join("docker.sock");
         let listener = UnixListener::bind(&socket).unwrap();
         thread::spawn(move || {
-            // The first connection is never answered, and stays open.
-            let (_hangs, mut second) = (listener.accept().unwrap(), listener.accept().unwrap().0);
+            // The first connection stays open without an answer.
+            let _hangs = listener.accept().unwrap();
+            let mut second = listener.accept().unwrap().0;
             while second.read(&mut [0; 1024]).is_ok_and(|read| read > 0) {
                 let _ = second.write_all(ok(r#"[{"Names":["/a"],"State":"running"}]"#).as_bytes());
             }
@@ -516,45 +519,45 @@ mod tests {
         assert_eq!(states(&engine), [("a", Some("running"))]);
         assert!(engine.networks.unwrap_err().contains(": /networks: timeout: "));
         let both = limits::DOCKER_NETWORKS + limits::DOCKER_CONTAINERS + 2 * limits::TOPOLOGY_BUSY;
-        assert!(both < limits::TICK_PATIENCE, "a tick's beat waits for all of it");
+        assert!(both < limits::TICK_WAIT, "a tick's beat waits for the whole probe");
     }
 
     #[test]
-    fn nonsense_is_said_and_never_taken_for_an_engine_without_containers() {
-        for (answer, said) in [
+    fn invalid_answer_is_an_error_and_not_an_empty_list() {
+        for (answer, problem) in [
             ("HTTP/1.1 500 Oops\r\nContent-Length: 4\r\n\r\nno\u{1b}\n", "answered 500 no\\u{1b}"),
-            // Cut in the middle of a character.
+            // Truncated in the middle of a character.
             (
                 "HTTP/1.1 500 Oops\r\nContent-Length: 4\r\n\r\nno \u{202e}",
                 "answered 500 no \u{fffd}",
             ),
             (
                 &ok("<html>"),
-                "the answer is not a Docker Engine's: expected value at line 1 column 1",
+                "the answer is not from a Docker Engine: expected value at line 1 column 1",
             ),
             (
                 &ok(r#"{"message":"x"}"#),
-                "the answer is not a Docker Engine's: invalid type: map, expected a list of at most 25000 at line 1 column 1",
+                "the answer is not from a Docker Engine: invalid type: map, expected a list of at most 25000 at line 1 column 1",
             ),
             (
                 &ok("null"),
-                "the answer is not a Docker Engine's: invalid type: null, expected a list of at most 25000 at line 1 column 4",
+                "the answer is not from a Docker Engine: invalid type: null, expected a list of at most 25000 at line 1 column 4",
             ),
             (
                 "HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n[{\"Names\":[\"/a\"],",
-                "the answer broke off: Peer disconnected at line 1 column 17",
+                "the answer is incomplete: Peer disconnected at line 1 column 17",
             ),
             ("SSH-2.0-OpenSSH_9.2p1\r\n", "protocol: http parse fail: invalid HTTP version"),
         ] {
             let expected = ["/networks", "/containers/json?all=true"];
             let expected =
-                expected.map(|what| format!("Docker at DIR/docker.sock: {what}: {said}"));
+                expected.map(|what| format!("Docker at DIR/docker.sock: {what}: {problem}"));
             assert_eq!(problems(answer), expected, "{answer}");
         }
     }
 
     #[test]
-    fn an_odd_container_costs_its_own_state_alone() {
+    fn invalid_container_affects_only_its_own_state() {
         let long = "x".repeat(limits::DOCKER_NAME + 1);
         let odd = [
             r#"{"Names":["/no-state"]}"#.to_owned(),
@@ -570,13 +573,14 @@ mod tests {
         assert_eq!(states(&engine), [&[("a", Some("running"))][..], &unknown[..]].concat());
         let left_out = engine.left_out().unwrap();
         assert!(
-            left_out.starts_with("Docker: 1 container with an odd name") && left_out.len() < 200,
+            left_out.starts_with("Docker: 1 container with an invalid name")
+                && left_out.len() < 200,
             "{left_out}"
         );
     }
 
     #[test]
-    fn an_odd_network_of_others_is_left_out_and_one_of_a_topology_costs_observed() {
+    fn invalid_network_is_left_out_unless_it_belongs_to_a_topology() {
         let long = "x".repeat(limits::DOCKER_NAME);
         let networks = |odd: &str| ok(&format!(r#"[{odd},{{"Name":"b","Driver":"bridge"}}]"#));
         for odd in [
@@ -588,7 +592,7 @@ mod tests {
             let engine = docker.engine();
             assert_eq!(engine.networks.as_ref().unwrap().bridges, ["b"], "{odd}");
             assert!(
-                engine.left_out().unwrap().starts_with("Docker: 1 network with an odd name"),
+                engine.left_out().unwrap().starts_with("Docker: 1 network with an invalid name"),
                 "{odd}"
             );
         }
@@ -602,11 +606,11 @@ mod tests {
         }
         let (_dir, docker) =
             answering(&[&networks(&format!(r#"{{"Name":"x{long}","Driver":"host"}}"#)), &ok("[]")]);
-        assert_eq!(docker.engine().left_out(), None, "it is no bridge");
+        assert_eq!(docker.engine().left_out(), None, "it is not a bridge");
     }
 
     #[test]
-    fn what_is_no_socket_is_said() {
+    fn file_that_is_not_a_socket_is_an_error() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("file");
         std::fs::write(&path, "").unwrap();

@@ -1,4 +1,5 @@
-//! JSON that others write, read strictly: a list is read up to so many entries, and an object is no list. Values only.
+//! Strict deserialization of foreign JSON: lists have a maximum length, and a list is not accepted
+//! in place of an object. Values only, for any thread.
 
 use std::fmt;
 use std::marker::PhantomData;
@@ -9,8 +10,8 @@ use serde::de::{
 };
 use serde_json::value::RawValue;
 
-/// A sequence of at most `MOST` entries. A file's size alone bounds no memory: an entry may take a hundred times the bytes
-/// that it is written with.
+/// A list of at most `MOST` entries. The size of a file does not limit the memory, as an entry may
+/// take a hundred times its bytes in the file.
 #[derive(Debug)]
 pub(super) struct BoundedVec<T, const MOST: usize>(pub(super) Vec<T>);
 
@@ -41,7 +42,7 @@ impl<'de, T: Deserialize<'de>, const MOST: usize> Visitor<'de> for Entries<T, MO
     }
 }
 
-/// A struct that is written as an object. What serde derives takes a list of the values, too.
+/// A struct that is an object in JSON. serde's derived code also accepts a list of the values.
 #[derive(Debug)]
 pub(super) struct Object<T>(pub(super) T);
 
@@ -65,8 +66,8 @@ impl<'de, T: Deserialize<'de>> Visitor<'de> for Entry<T> {
     }
 }
 
-/// The values of these keys of an object, as they stand. Nothing else in it is looked at: a key of others may even be a
-/// text that is none, with a lone surrogate.
+/// The raw values of these keys of an object. Other keys are skipped, even if they are invalid text
+/// with a lone surrogate.
 pub(super) fn values<'a, const N: usize>(
     json: &'a [u8],
     keys: [&str; N],
@@ -104,19 +105,19 @@ impl<'de, const N: usize> Visitor<'de> for Values<'_, N> {
                 return Err(A::Error::custom(format_args!("no key `{name}`")));
             }
         }
-        // All are there.
+        // All keys were found.
         Ok(found.map(|value| value.unwrap_or(RawValue::NULL)))
     }
 }
 
-/// Which of these a key is.
+/// The index of a key in this list.
 struct KeyOf<'k>(&'k [&'k str]);
 
 impl<'de> DeserializeSeed<'de> for KeyOf<'_> {
     type Value = Option<usize>;
 
     fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
-        // As bytes, since a text would have to be one.
+        // As bytes, because a key with a lone surrogate is not a valid string.
         deserializer.deserialize_bytes(self)
     }
 }
@@ -133,7 +134,7 @@ impl Visitor<'_> for KeyOf<'_> {
     }
 }
 
-/// What is wrong with JSON, without its line and column: those of a part are not those of the file.
+/// The text of a JSON error without its line and column. Those of a part are not those of the file.
 pub(super) fn without_place(error: &serde_json::Error) -> String {
     let (text, place) =
         (error.to_string(), format!(" at line {} column {}", error.line(), error.column()));
@@ -145,7 +146,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_object_is_no_list_of_its_values() {
+    fn list_is_not_accepted_as_object() {
         #[derive(serde::Deserialize)]
         struct Pair {
             one: u8,
@@ -164,7 +165,7 @@ mod tests {
     }
 
     #[test]
-    fn of_an_object_only_the_wanted_values_are_looked_at() {
+    fn other_keys_of_an_object_are_skipped() {
         let of = |json: &'static str| {
             let found = values(json.as_bytes(), ["a", "b"]);
             found.map(|found| found.map(RawValue::get)).map_err(|error| without_place(&error))
@@ -188,7 +189,7 @@ mod tests {
     }
 
     #[test]
-    fn one_more_than_the_most_is_an_error() {
+    fn list_longer_than_the_maximum_is_an_error() {
         let read = serde_json::from_str::<BoundedVec<u8, 2>>;
         assert_eq!(read("[1, 2]").unwrap().0, [1, 2]);
         assert_eq!(

@@ -1,12 +1,13 @@
-//! Where DECNET's state file is: beside its Python package (`docs/protocol.md`, "The worker's host"). Runs on the thread that
-//! asks; each search is a handful of `stat`s and one folder that is listed.
+//! Locates DECNET's state file, which is in the same folder as its Python package. Runs on the
+//! calling thread. A search costs a few `stat`s and one listed folder.
 //!
-//! DECNET writes the file when something is deployed and deletes it afterwards. So "there is no file" means "nothing is
-//! deployed" only where the package is, or in a folder that the operator named. Elsewhere nothing is known. What cannot be
-//! looked at (no permission, a loop of symlinks) is an error, and never "not found".
+//! DECNET writes the file when something is deployed, and deletes it afterwards. A missing file
+//! means that nothing is deployed only if the package is there, or if the operator named the
+//! folder. Otherwise it is unknown what is deployed. A place that cannot be accessed (no
+//! permission, a loop of symlinks) is an error, and not "not found".
 //!
-//! The first place with the package counts, whether or not a state file is beside it: one beside a later package may have
-//! been left behind.
+//! The first place with the package counts, even if it has no state file: a state file in a later
+//! place may be stale.
 
 use std::fmt;
 use std::fs;
@@ -24,29 +25,29 @@ const STATE_FILE: &str = "decnet-state.json";
 /// The name of DECNET's Python package.
 const PACKAGE: &str = "decnet";
 
-/// Which state file is read.
+/// How the state file is found.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum StateFilePath {
-    /// The one that somebody named.
+    /// At this path, which the operator set.
     Named(PathBuf),
-    /// The one that DECNET has on this host, which is looked for each time. The folder is `/`, or a test's.
+    /// By a search for DECNET's package, each time. `root` is `/`, except in tests.
     Searched { root: PathBuf },
 }
 
-/// Where the state file is, or would be if something were deployed.
+/// The path of the state file. The file may not exist.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Located {
     pub(crate) file: PathBuf,
-    /// `None`: it was named.
+    /// `None`: the path was set by the operator.
     pub(crate) package: Option<PathBuf>,
 }
 
-/// Why it is not known where the state file is, for people.
+/// Why the path of the state file is unknown.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum NotLocated {
-    /// DECNET's package is in none of its places, which are named.
+    /// DECNET's package is in none of these places.
     Absent(String),
-    /// A place cannot be looked at.
+    /// A place cannot be accessed.
     Unreadable(String),
 }
 
@@ -60,14 +61,14 @@ impl fmt::Display for NotLocated {
                 )
             }
             Self::Unreadable(problem) => {
-                write!(f, "it is not known where the state file is: {problem}")
+                write!(f, "cannot locate the state file: {problem}")
             }
         }
     }
 }
 
 impl fmt::Display for Located {
-    /// How it was found, for a person.
+    /// How the file was found.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.package {
             Some(package) => write!(f, "found beside {}", sanitize_path(package)),
@@ -77,12 +78,12 @@ impl fmt::Display for Located {
 }
 
 impl StateFilePath {
-    /// Where DECNET has it on this host.
+    /// The path that DECNET uses on this host.
     pub(super) fn searched() -> Self {
         Self::Searched { root: PathBuf::from("/") }
     }
 
-    /// Where the file is.
+    /// Finds the path of the file.
     pub(super) fn locate(&self) -> Result<Located, NotLocated> {
         match self {
             Self::Named(file) => Ok(Located { file: file.clone(), package: None }),
@@ -91,9 +92,10 @@ impl StateFilePath {
     }
 }
 
-/// Whether a state file that is not there means that nothing is deployed. `Err` says why it does not.
+/// Checks that a missing state file means that nothing is deployed. The error is the reason why it
+/// does not.
 pub(super) fn means_nothing_deployed(file: &Path) -> Result<(), String> {
-    // A symlink to a file that is not there: its file system may not be mounted.
+    // The file system of a dangling symlink's target may not be mounted.
     if fs::symlink_metadata(file).is_ok_and(|found| found.is_symlink()) {
         return Err("is a symlink to a file that does not exist".to_owned());
     }
@@ -105,15 +107,17 @@ pub(super) fn means_nothing_deployed(file: &Path) -> Result<(), String> {
     match fs::metadata(folder) {
         Ok(_) => Ok(()),
         Err(error) => {
-            Err(format!("its folder {} cannot be looked at: {error}", sanitize_path(folder)))
+            Err(format!("its folder {} cannot be accessed: {error}", sanitize_path(folder)))
         }
     }
 }
 
-/// The first place that has the package. One that cannot be looked at ends the search: a later one might be wrong.
+/// Finds the first place with the package. A place that cannot be accessed ends the search, as a
+/// later one may be wrong.
 fn search(root: &Path) -> Result<Located, NotLocated> {
     let command = root.join("usr/local/bin/decnet");
-    let (venv, editable) = (root.join("opt/decnet/venv"), root.join("opt/decnet"));
+    let venv = root.join("opt/decnet/venv");
+    let editable = root.join("opt/decnet");
     let resolved = resolve(&command)?;
     let of_command = resolved.as_deref().and_then(Path::parent).and_then(Path::parent);
     let package = match of_command.map(package_of_environment).transpose()?.flatten() {
@@ -136,11 +140,12 @@ fn search(root: &Path) -> Result<Located, NotLocated> {
         }
         None => format!("{} (it does not exist)", sanitize_path(&command)),
     };
-    let (venv, editable) = (sanitize_path(&venv), sanitize_path(&editable));
+    let venv = sanitize_path(&venv);
+    let editable = sanitize_path(&editable);
     Err(NotLocated::Absent(format!("{command}, {venv} or {editable}")))
 }
 
-/// Whether there is anything at that path, be it a symlink to nothing.
+/// Whether anything exists at `path`, a dangling symlink included.
 fn is_there(path: &Path) -> Result<bool, NotLocated> {
     match fs::symlink_metadata(path) {
         Ok(_) => Ok(true),
@@ -149,18 +154,19 @@ fn is_there(path: &Path) -> Result<bool, NotLocated> {
     }
 }
 
-/// The file that a path leads to. `None`: there is none.
+/// Resolves all symlinks of `path`. `None`: the target does not exist.
 fn resolve(path: &Path) -> Result<Option<PathBuf>, NotLocated> {
     match fs::canonicalize(path) {
         Ok(resolved) => Ok(Some(resolved)),
         Err(error) if is_absent(&error) => Ok(None),
         Err(error) => match fs::read_link(path) {
-            // The link itself could be read, so it is about what it leads to.
+            // The link itself could be read, so the error is about its target.
             Ok(target) if path.with_file_name(&target) != path => {
                 let target = path.with_file_name(target);
-                let (path, target) = (sanitize_path(path), sanitize_path(&target));
+                let path = sanitize_path(path);
+                let target = sanitize_path(&target);
                 Err(NotLocated::Unreadable(format!(
-                    "{target}, to which {path} leads, cannot be looked at: {error}"
+                    "{target}, the target of {path}, cannot be accessed: {error}"
                 )))
             }
             _ => Err(unknown(path, &error)),
@@ -168,7 +174,8 @@ fn resolve(path: &Path) -> Result<Option<PathBuf>, NotLocated> {
     }
 }
 
-/// The package in a virtual environment, or in a prefix such as `/usr/local`. An editable install has none there.
+/// The package in a virtual environment, or in a prefix such as `/usr/local`. An editable install
+/// has no package there.
 fn package_of_environment(environment: &Path) -> Result<Option<PathBuf>, NotLocated> {
     // In most environments `lib64` is a symlink to `lib`.
     for lib in ["lib", "lib64"] {
@@ -193,7 +200,7 @@ fn package_of_environment(environment: &Path) -> Result<Option<PathBuf>, NotLoca
     Ok(None)
 }
 
-/// A Python 3 by its second number.
+/// A version of Python 3, by its minor number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Version(u16);
 
@@ -210,7 +217,7 @@ impl Version {
     }
 }
 
-/// The versions of Python that a `lib` folder has packages for, the newest first.
+/// The versions of Python with a folder in `lib`, newest first.
 fn python_versions(lib: &Path) -> Result<Vec<Version>, NotLocated> {
     let entries = match fs::read_dir(lib) {
         Ok(entries) => entries,
@@ -230,8 +237,8 @@ fn python_versions(lib: &Path) -> Result<Vec<Version>, NotLocated> {
     Ok(versions)
 }
 
-/// The version of the interpreter that a virtual environment was made for, as its `pyvenv.cfg` has it: `version = 3.11.2`,
-/// or `version_info = 3.11.2.final.0`.
+/// The version of the interpreter of a virtual environment, from its `pyvenv.cfg`: `version =
+/// 3.11.2`, or `version_info = 3.11.2.final.0`.
 fn interpreter(environment: &Path) -> Result<Option<Version>, NotLocated> {
     let path = environment.join("pyvenv.cfg");
     let content = match files::read(&path, limits::PYVENV_CFG) {
@@ -250,7 +257,7 @@ fn interpreter(environment: &Path) -> Result<Option<Version>, NotLocated> {
     Ok(text.lines().find_map(version))
 }
 
-/// The package in this folder, if it is there. A file of its name is not a package.
+/// The package in `folder`. A file with its name is not a package.
 fn package_in(folder: &Path) -> Result<Option<PathBuf>, NotLocated> {
     let package = folder.join(PACKAGE);
     match fs::metadata(&package) {
@@ -260,14 +267,15 @@ fn package_in(folder: &Path) -> Result<Option<PathBuf>, NotLocated> {
     }
 }
 
-/// There is nothing at that path: that is known. Of any other error it is not.
+/// Whether the error means that the path does not exist. Other errors leave it unknown.
 fn is_absent(error: &io::Error) -> bool {
     matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory)
 }
 
 fn unknown(path: &Path, problem: &impl fmt::Display) -> NotLocated {
-    let (path, problem) = (sanitize_path(path), sanitize(&problem.to_string()));
-    NotLocated::Unreadable(format!("{path} cannot be looked at: {problem}"))
+    let path = sanitize_path(path);
+    let problem = sanitize(&problem.to_string());
+    NotLocated::Unreadable(format!("{path} cannot be accessed: {problem}"))
 }
 
 #[cfg(test)]
@@ -278,7 +286,7 @@ mod tests {
 
     const COMMAND: &str = "usr/local/bin/decnet";
 
-    /// A worker's root folder, with folders (that end with a slash) and files.
+    /// The root folder of a worker with these folders, which end with a slash, and files.
     fn worker(paths: &[&str]) -> tempfile::TempDir {
         let dir = tempfile::tempdir().unwrap();
         for path in paths {
@@ -297,14 +305,14 @@ mod tests {
         }
     }
 
-    /// `/usr/local/bin/decnet`, as the installer makes it.
+    /// Creates `/usr/local/bin/decnet` as the installer does.
     fn link_command(root: &Path, target: &str) {
         fs::create_dir_all(root.join("usr/local/bin")).unwrap();
         let _ = fs::remove_file(root.join(COMMAND));
         symlink(root.join(target), root.join(COMMAND)).unwrap();
     }
 
-    /// Where the state file is, without the root, or the error.
+    /// The path of the state file without the root, or the error.
     fn located(root: &Path) -> Result<String, String> {
         let root = fs::canonicalize(root).unwrap();
         let named = |path: &Path| path.strip_prefix(&root).unwrap().display().to_string();
@@ -327,36 +335,36 @@ mod tests {
     }
 
     #[test]
-    fn in_the_installers_virtual_environment_it_is_beside_the_package() {
+    fn package_is_found_in_the_installers_virtual_environment() {
         for version in ["python3.9", "python3.11", "python3.13", "python3.200"] {
             let package = format!("opt/decnet/venv/lib/{version}/site-packages/decnet/");
             let root = worker(&["opt/decnet/venv/bin/decnet", &package]);
             link_command(root.path(), "opt/decnet/venv/bin/decnet");
             is_at(root.path(), &format!("opt/decnet/venv/lib/{version}/site-packages"));
-            // The agent's removal, or a broken install: the second place.
+            // After the removal of the agent, or with a broken install, the second place counts.
             fs::remove_file(root.path().join(COMMAND)).unwrap();
             is_at(root.path(), &format!("opt/decnet/venv/lib/{version}/site-packages"));
         }
     }
 
     #[test]
-    fn the_command_leads_to_an_environment_anywhere() {
+    fn command_may_lead_to_any_environment() {
         let elsewhere = "srv/env/lib/python3.12/site-packages";
         let root =
             worker(&["srv/env/bin/decnet", &format!("{elsewhere}/decnet/"), "opt/decnet/decnet/"]);
         link_command(root.path(), "srv/env/bin/decnet");
         is_at(root.path(), elsewhere);
-        // By way of another symlink.
+        // Through another symlink.
         symlink(root.path().join("srv/env/bin/decnet"), root.path().join("srv/link")).unwrap();
         link_command(root.path(), "srv/link");
         is_at(root.path(), elsewhere);
-        // No symlink: installed for the whole system.
+        // Not a symlink: a system-wide install.
         let root = worker(&[COMMAND, "usr/local/lib/python3.11/dist-packages/decnet/"]);
         is_at(root.path(), "usr/local/lib/python3.11/dist-packages");
     }
 
     #[test]
-    fn an_editable_install_has_it_in_its_source() {
+    fn package_of_an_editable_install_is_in_its_source() {
         let root = worker(&[
             "opt/decnet/venv/bin/decnet",
             "opt/decnet/venv/lib/python3.11/site-packages/decnet.pth",
@@ -367,7 +375,7 @@ mod tests {
     }
 
     #[test]
-    fn of_several_pythons_it_is_the_interpreters_own_or_the_newest_with_the_package() {
+    fn interpreters_version_or_the_newest_with_the_package_counts() {
         let packages = |version: &str| format!("opt/decnet/venv/lib/{version}/site-packages");
         let with = |version: &str| format!("{}/decnet/", packages(version));
         let root = worker(&[
@@ -402,7 +410,7 @@ mod tests {
     }
 
     #[test]
-    fn lib64_is_looked_into_where_lib_has_no_package() {
+    fn lib64_is_searched_if_lib_has_no_package() {
         let root = worker(&[
             "opt/decnet/venv/lib/python3.11/",
             "opt/decnet/venv/lib64/python3.11/site-packages/decnet/",
@@ -411,12 +419,12 @@ mod tests {
     }
 
     #[test]
-    fn nothing_found_says_where_it_was_looked_for() {
+    fn not_found_error_names_the_searched_places() {
         let nothing = "the state file was not found: DECNET's Python package is not in ";
         let root = worker(&[]);
         let places = "/usr/local/bin/decnet (it does not exist), /opt/decnet/venv or /opt/decnet";
         assert_eq!(located(root.path()), Err(format!("{nothing}{places}")));
-        // A stray state file is nobody's, and a file is not a package.
+        // A state file without a package does not count, and a file is not a package.
         let root = worker(&[
             "opt/decnet/decnet-state.json",
             "opt/decnet/venv/bin/decnet",
@@ -426,14 +434,14 @@ mod tests {
         link_command(root.path(), "opt/decnet/venv/bin/decnet");
         let places = "/opt/decnet/venv (of /usr/local/bin/decnet), /opt/decnet/venv or /opt/decnet";
         assert_eq!(located(root.path()), Err(format!("{nothing}{places}")));
-        // A symlink to what was deleted.
+        // A dangling symlink.
         let root = worker(&["opt/decnet/decnet/"]);
         link_command(root.path(), "opt/decnet/venv/bin/decnet");
         is_at(root.path(), "opt/decnet");
     }
 
     #[test]
-    fn the_first_package_counts_though_a_later_one_has_a_state_file() {
+    fn first_package_counts_even_if_a_later_one_has_a_state_file() {
         let venv = "opt/decnet/venv/lib/python3.11/site-packages";
         let dir = worker(&[
             &format!("{venv}/decnet/"),
@@ -444,23 +452,23 @@ mod tests {
     }
 
     #[test]
-    fn a_command_that_leads_nowhere_is_not_said_to_be_missing() {
+    fn dangling_command_is_not_reported_as_missing() {
         let root = worker(&[]);
         link_command(root.path(), "opt/decnet/venv/bin/decnet");
         let places = "/usr/local/bin/decnet (it leads to a file that does not exist), /opt/decnet/venv or /opt/decnet";
         assert!(located(root.path()).unwrap_err().ends_with(places));
-        // As where its folder may not be entered: the target is at fault, and not the link.
+        // The error names the target, not the link.
         let target = root.path().join("loop");
         symlink(&target, &target).unwrap();
         link_command(root.path(), "loop");
         let problem = located(root.path()).unwrap_err();
-        let said = "/loop, to which /usr/local/bin/decnet leads, cannot be looked at: Too many levels of symbolic links";
-        assert!(problem.contains(said), "{problem}");
+        let expected = "/loop, the target of /usr/local/bin/decnet, cannot be accessed: Too many levels of symbolic links";
+        assert!(problem.contains(expected), "{problem}");
     }
 
     #[test]
-    fn what_cannot_be_looked_at_is_not_taken_for_not_found() {
-        // Each has a package in the last place, which is not to be taken.
+    fn inaccessible_place_is_not_treated_as_not_found() {
+        // The last place has a package, which must not be used.
         for looped in
             [COMMAND, "opt/decnet/venv", "opt/decnet/venv/lib", "opt/decnet/venv/lib/python3.11"]
         {
@@ -470,18 +478,18 @@ mod tests {
             symlink(&path, &path).unwrap();
             let problem = located(root.path()).unwrap_err();
             assert!(
-                problem.starts_with(&format!("it is not known where the state file is: /{looped}")),
+                problem.starts_with(&format!("cannot locate the state file: /{looped}")),
                 "{problem}"
             );
             assert!(
-                problem.contains(" cannot be looked at: Too many levels of symbolic links"),
+                problem.contains(" cannot be accessed: Too many levels of symbolic links"),
                 "{problem}"
             );
         }
     }
 
     #[test]
-    fn an_endless_folder_is_not_read_to_its_end() {
+    fn number_of_folder_entries_is_limited() {
         let root = worker(&["opt/decnet/venv/lib/"]);
         for n in 0..=limits::LIB_ENTRIES {
             fs::write(root.path().join(format!("opt/decnet/venv/lib/{n}")), "").unwrap();
@@ -489,14 +497,14 @@ mod tests {
         let problem = located(root.path()).unwrap_err();
         assert!(
             problem.ends_with(
-                "/opt/decnet/venv/lib cannot be looked at: it has more than 4096 entries"
+                "/opt/decnet/venv/lib cannot be accessed: it has more than 4096 entries"
             ),
             "{problem}"
         );
     }
 
     #[test]
-    fn a_fifo_in_its_way_is_not_opened() {
+    fn fifo_is_not_opened() {
         let root = worker(&[]);
         for version in ["python3.11", "python3.12"] {
             add(root.path(), &format!("opt/decnet/venv/lib/{version}/site-packages/decnet/"));
@@ -506,12 +514,12 @@ mod tests {
         assert!(
             located(root.path())
                 .unwrap_err()
-                .ends_with("pyvenv.cfg cannot be looked at: not a regular file")
+                .ends_with("pyvenv.cfg cannot be accessed: not a regular file")
         );
     }
 
     #[test]
-    fn a_named_file_that_is_missing_means_nothing_deployed_only_in_a_folder_that_is_there() {
+    fn missing_state_file_means_nothing_deployed_only_if_its_folder_exists() {
         let root = worker(&["state/", "file"]);
         let problem = |path: &str| means_nothing_deployed(&root.path().join(path)).unwrap_err();
         means_nothing_deployed(&root.path().join("state/none.json")).unwrap();
@@ -519,7 +527,7 @@ mod tests {
         means_nothing_deployed(Path::new("")).unwrap_err();
         assert!(
             problem("none/none.json")
-                .ends_with("none cannot be looked at: No such file or directory (os error 2)")
+                .ends_with("none cannot be accessed: No such file or directory (os error 2)")
         );
         symlink(root.path().join("none/x.json"), root.path().join("state/link.json")).unwrap();
         assert_eq!(problem("state/link.json"), "is a symlink to a file that does not exist");

@@ -1,14 +1,16 @@
-//! What the master makes of a text that is passed on as it stands. Values only, for any thread.
+//! Finds JSON that the master cannot process, before it is sent unchanged. Values only, for any
+//! thread.
 //!
-//! The master reads a body with Python's `json` and looks at the status after it has applied the deltas in the same body.
-//! So what it cannot read, or reads as something else, is refused here, with its place. All of this is valid JSON to
-//! `serde_json`:
+//! The master parses a body with Python's `json`, and processes the status after the deltas of the
+//! same body. So values that it cannot parse, or parses as something else, are rejected here, with
+//! their place. `serde_json` accepts all of these:
 //!
-//! - a lone surrogate (`"\udcff"`) in a string or a key: Python reads it and cannot write it again, and the master answers
-//!   500 (`docs/protocol.md`, "`status`");
-//! - an integer of more than 4,300 digits: Python refuses to read it;
-//! - a number without a finite value (`1e999`): the master takes it, but for infinity, which it cannot write as JSON again;
-//! - arrays and objects nested deeper than Python's reader goes.
+//! - a lone surrogate (`"\udcff"`) in a string or a key: Python parses it and cannot serialize it,
+//!   and the master answers 500;
+//! - an integer with more than 4,300 digits: Python does not parse it;
+//! - a number without a finite value (`1e999`): Python parses it as infinity, which is not valid
+//!   JSON;
+//! - arrays and objects that are nested too deeply for Python.
 
 use std::fmt;
 
@@ -17,17 +19,17 @@ use serde::de::{Deserializer, Error, IgnoredAny, MapAccess, Visitor};
 use serde_json::value::RawValue;
 
 use crate::limits;
-use crate::text::printable_within;
+use crate::text::sanitize_within;
 
-/// What cannot be sent of valid JSON, and where it is: `deckies[3].name`, where `whole` is the name of all of it.
-/// One pass, without recursion and without copies.
+/// The first problem in `json`, with its place, such as `deckies[3].name`. `whole` is the name of
+/// the whole value. It takes one pass, without recursion or copies.
 pub(super) fn problem(whole: &str, json: &RawValue) -> Option<String> {
     let mut scan = Scan { json: json.get(), levels: Vec::new() };
     scan.problem().map(|problem| format!("{} {problem}", scan.place(whole)))
 }
 
-/// What the master fails on in a status that is an object: its code after `status` takes `deckies` for a list and each
-/// value of `runtime` for an object, or for nothing where it is null.
+/// The first problem with the types in a status: `deckies` must be a list, and each value of
+/// `runtime` an object or null.
 pub(super) fn problem_of_shape(status: &RawValue) -> Option<String> {
     #[derive(Deserialize)]
     struct Shape<'a> {
@@ -40,11 +42,11 @@ pub(super) fn problem_of_shape(status: &RawValue) -> Option<String> {
             Some("deckies is not a list".to_owned())
         }
         Ok(Shape { runtime: None | Some(ObjectOfObjects), .. }) => None,
-        Err(error) => Some(printable_within(&error.to_string(), limits::LOG_TEXT)),
+        Err(error) => Some(sanitize_within(&error.to_string(), limits::LOG_TEXT)),
     }
 }
 
-/// A JSON object whose values are objects or null. Nothing of it is kept.
+/// A JSON object whose values are objects or null. The values are not stored.
 struct ObjectOfObjects;
 
 impl<'de> Deserialize<'de> for ObjectOfObjects {
@@ -70,16 +72,17 @@ impl<'de> Visitor<'de> for ObjectOfObjects {
     }
 }
 
-/// Where a scan is.
+/// The state of a scan.
 struct Scan<'a> {
     json: &'a str,
     levels: Vec<Level<'a>>,
 }
 
-/// An array or an object around the place.
+/// An array or an object that contains the current place.
 enum Level<'a> {
+    /// The index.
     Array(usize),
-    /// The key as it is written, and whether a key comes next.
+    /// The key in its JSON form, and whether a key comes next.
     Object(&'a str, bool),
 }
 
@@ -107,7 +110,7 @@ impl Scan<'_> {
                     }
                     if let Some(surrogate) = lone_surrogate(text) {
                         return Some(format!(
-                            "has a lone surrogate, {surrogate}, on which the master fails"
+                            "has a lone surrogate, {surrogate}, which the master cannot process"
                         ));
                     }
                 }
@@ -134,7 +137,7 @@ impl Scan<'_> {
                 Level::Array(index) => place.push_str(&format!("[{index}]")),
                 Level::Object(key, _) => {
                     place.push('.');
-                    place.push_str(&printable_within(key, KEY));
+                    place.push_str(&sanitize_within(key, KEY));
                 }
             }
         }
@@ -143,7 +146,7 @@ impl Scan<'_> {
     }
 }
 
-/// The string that begins here, up to the quote that ends it.
+/// The string that begins at `start`, without its closing quote.
 fn string(json: &str, start: usize) -> &str {
     let rest = json.get(start..).unwrap_or_default();
     let mut is_escaped = false;
@@ -155,7 +158,7 @@ fn string(json: &str, start: usize) -> &str {
     end.and_then(|end| rest.get(..end)).unwrap_or(rest)
 }
 
-/// The first escape in a string that is one half of a surrogate pair without the other half.
+/// The first escape of a surrogate in a string that is not part of a pair.
 fn lone_surrogate(text: &str) -> Option<&str> {
     let mut rest = text;
     while let Some(at) = rest.find('\\') {
@@ -164,7 +167,7 @@ fn lone_surrogate(text: &str) -> Option<&str> {
             match (surrogate(escape), surrogate(escape.get(6..).unwrap_or_default())) {
                 (Some(0xd800..=0xdbff), Some(0xdc00..=0xdfff)) => (12, false),
                 (Some(_), _) => (6, true),
-                // Also `\\`, whose second half begins nothing.
+                // Another escape, such as `\\`. Its second byte does not begin an escape.
                 (None, _) => (2, false),
             };
         if is_lone {
@@ -175,14 +178,14 @@ fn lone_surrogate(text: &str) -> Option<&str> {
     None
 }
 
-/// The surrogate that a text begins with, as an escape.
+/// The surrogate, if the text begins with the escape of one.
 fn surrogate(escape: &str) -> Option<u16> {
     let digits = escape.strip_prefix("\\u")?.get(..4)?;
     let unit = u16::from_str_radix(digits, 16).ok()?;
     (0xd800..=0xdfff).contains(&unit).then_some(unit)
 }
 
-/// The number that begins here.
+/// The number that begins at `start`.
 fn number(json: &str, start: usize) -> &str {
     let rest = json.get(start..).unwrap_or_default();
     let end = rest.find(|c: char| !matches!(c, '0'..='9' | '-' | '+' | '.' | 'e' | 'E'));
@@ -194,12 +197,13 @@ fn problem_of_number(number: &str) -> Option<String> {
     if is_integer {
         let digits = number.trim_start_matches('-').len();
         let most = limits::INTEGER_DIGITS;
-        return (digits > most)
-            .then(|| format!("is a number of {digits} digits; the master reads at most {most}"));
+        return (digits > most).then(|| {
+            format!("is a number with {digits} digits; the master accepts at most {most}")
+        });
     }
     let is_finite = number.parse::<f64>().is_ok_and(f64::is_finite);
     (!is_finite)
-        .then(|| "is a number that is too large: the master takes it for infinity".to_owned())
+        .then(|| "is a number that is too large: the master reads it as infinity".to_owned())
 }
 
 #[cfg(test)]
@@ -211,9 +215,11 @@ mod tests {
     }
 
     #[test]
-    fn a_lone_surrogate_is_found_wherever_it_is_and_named() {
+    fn lone_surrogate_is_found_and_its_place_named() {
         let fails = |place: &str, escape: &str| {
-            Some(format!("x{place} has a lone surrogate, {escape}, on which the master fails"))
+            Some(format!(
+                "x{place} has a lone surrogate, {escape}, which the master cannot process"
+            ))
         };
         for (json, place, escape) in [
             (r#""\udcff""#, "", r"\udcff"),
@@ -249,13 +255,14 @@ mod tests {
     }
 
     #[test]
-    fn a_text_passes_if_and_only_if_it_can_be_decoded() {
+    fn text_passes_if_and_only_if_it_can_be_decoded() {
         let parts = [
             r"\ud800", r"\uDBFF", r"\udc00", r"\uDFFF", r"\ud7ff", r"\ue000", r"\\", r#"\""#,
             r"\n", "u", "d8", "ä",
         ];
         let mut random = fastrand::Rng::with_seed(15);
-        let (mut good, mut bad) = (0, 0);
+        let mut good = 0;
+        let mut bad = 0;
         for _ in 0..20_000 {
             let text: String =
                 (0..random.usize(0..6)).map(|_| parts[random.usize(0..parts.len())]).collect();
@@ -270,30 +277,30 @@ mod tests {
     }
 
     #[test]
-    fn what_follows_a_problem_of_another_object_is_named_by_its_own_place() {
+    fn place_after_a_closed_object_is_correct() {
         let json = r#"{"a": {"x": [1, 2, {"y": 1}]}, "z": ["\udcff"]}"#;
         assert!(of(json).unwrap().starts_with("x.z[0] has"));
     }
 
     #[test]
-    fn numbers_that_cannot_be_sent_are_found() {
+    fn numbers_that_the_master_cannot_parse_are_found() {
         let digits = |count: usize| format!(r#"[0, {{"n": -{}}}]"#, "9".repeat(count));
         assert_eq!(of(&digits(4_300)), None);
         assert_eq!(
             of(&digits(4_301)).unwrap(),
-            "x[1].n is a number of 4301 digits; the master reads at most 4300"
+            "x[1].n is a number with 4301 digits; the master accepts at most 4300"
         );
         for number in ["1e999", "-1E999", "1.0e309", &format!("{}.0", "9".repeat(400))] {
             assert_eq!(
                 of(&format!(r#"{{"a": {number}}}"#)).unwrap(),
-                "x.a is a number that is too large: the master takes it for infinity"
+                "x.a is a number that is too large: the master reads it as infinity"
             );
         }
         assert_eq!(of("1e-999"), None);
     }
 
     #[test]
-    fn what_is_nested_too_deep_for_the_master_is_found_without_recursion() {
+    fn too_deep_nesting_is_found_without_recursion() {
         let nested = |depth: usize| format!("{}{}", "[".repeat(depth), "]".repeat(depth));
         assert_eq!(of(&nested(limits::NESTING)), None);
         for depth in [limits::NESTING + 1, 1_000_000] {
@@ -303,14 +310,14 @@ mod tests {
     }
 
     #[test]
-    fn a_place_is_short_and_safe_to_print() {
+    fn place_is_short_and_escaped() {
         let key = format!("\u{202e}{}", "k".repeat(1 << 20));
         let problem = of(&format!(r#"{{"{key}": "\udcff"}}"#)).unwrap();
         assert!(problem.len() < 200 && problem.starts_with(r"x.\u{202e}kkk"), "{problem}");
     }
 
     #[test]
-    fn a_shape_that_the_master_fails_on_is_found() {
+    fn wrong_types_in_a_status_are_found() {
         let of = |json: &str| problem_of_shape(&RawValue::from_string(json.to_owned()).unwrap());
         for json in [
             "{}",
@@ -321,7 +328,7 @@ mod tests {
         ] {
             assert_eq!(of(json), None, "{json}");
         }
-        for (json, said) in [
+        for (json, expected) in [
             (r#"{"deckies": {}}"#, "deckies is not a list"),
             (r#"{"deckies": "d1"}"#, "deckies is not a list"),
             (r#"{"deckies": [], "d\u0065ckies": {}}"#, "duplicate field `deckies`"),
@@ -329,7 +336,7 @@ mod tests {
             (r#"{"runtime": {"d1": {}, "d2": false}}"#, "a decky in runtime is not an object"),
             (r#"{"runtime": []}"#, "invalid type: sequence, expected runtime to be an object"),
         ] {
-            assert!(of(json).unwrap().starts_with(said), "{json}: {:?}", of(json));
+            assert!(of(json).unwrap().starts_with(expected), "{json}: {:?}", of(json));
         }
     }
 }

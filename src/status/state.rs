@@ -1,5 +1,5 @@
-//! DECNET's state file: what is deployed here. It is looked for each time, read again when it has changed, and remembered
-//! otherwise. Runs on the status thread.
+//! Reads DECNET's state file, which lists the deployed deckies. Its path is searched each time; its
+//! content is cached until the file changes. Runs on the status thread.
 
 use std::borrow::Cow;
 use std::io;
@@ -18,61 +18,63 @@ use crate::files::{self, FileVersion};
 use crate::limits;
 use crate::text::{quoted, sanitize};
 
-/// Reads the state file, and remembers what it says.
+/// Reads the state file and caches its content.
 #[derive(Debug)]
 pub(super) struct StateFile {
     place: StateFilePath,
-    known: Option<Known>,
+    cached: Option<Cached>,
 }
 
 #[derive(Debug)]
-struct Known {
+struct Cached {
     path: PathBuf,
     state: State,
-    /// What the file looked like; `None` while a change might not show.
-    stamp: Option<FileVersion>,
+    /// The version of the file. `None`: the file was changed so recently that its times may not
+    /// show the next change.
+    version: Option<FileVersion>,
 }
 
 impl StateFile {
     pub(super) fn new(place: StateFilePath) -> Self {
-        Self { place, known: None }
+        Self { place, cached: None }
     }
 
-    /// Where it is.
+    /// Finds the path of the file.
     pub(super) fn locate(&self) -> Result<Located, NotLocated> {
         self.place.locate()
     }
 
-    /// What it says. `None`: there is no file, so nothing is deployed. The error is for people, and names the file.
+    /// The state. `None`: there is no file, so nothing is deployed. The error is text for people
+    /// and names the file.
     pub(super) fn read(&mut self, located: &Located) -> Result<Option<&State>, String> {
         let path = located.file.as_path();
-        // Of before the reading: what changes in between is seen next time.
-        let stamp = FileVersion::of(path);
-        if self.known.as_ref().is_none_or(|known| known.stamp != Some(stamp) || known.path != path)
-        {
-            self.known = None;
+        // The version from before the read, so that a change during it is noticed next time.
+        let version = FileVersion::of(path);
+        let is_current = |cached: &Cached| cached.version == Some(version) && cached.path == path;
+        if !self.cached.as_ref().is_some_and(is_current) {
+            self.cached = None;
             let content = match files::read(path, limits::STATE_FILE) {
                 Ok(content) => content,
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {
                     return means_nothing_deployed(path)
                         .map(|()| None)
-                        .map_err(|problem| broken(path, &problem));
+                        .map_err(|problem| with_path(path, &problem));
                 }
-                Err(error) => return Err(broken(path, &error.to_string())),
+                Err(error) => return Err(with_path(path, &error.to_string())),
             };
-            let state = State::parse(&content).map_err(|problem| broken(path, &problem))?;
-            let stamp = stamp.is_settled().then_some(stamp);
-            self.known = Some(Known { path: path.to_owned(), state, stamp });
+            let state = State::parse(&content).map_err(|problem| with_path(path, &problem))?;
+            let version = version.is_stable().then_some(version);
+            self.cached = Some(Cached { path: path.to_owned(), state, version });
         }
-        Ok(self.known.as_ref().map(|known| &known.state))
+        Ok(self.cached.as_ref().map(|cached| &cached.state))
     }
 }
 
-fn broken(path: &Path, problem: &str) -> String {
+fn with_path(path: &Path, problem: &str) -> String {
     format!("state file {}: {}", sanitize_path(path), sanitize(problem))
 }
 
-/// What the state file says. What is not looked at is passed on as it stands.
+/// The parts of the state file that are sent. Their JSON is sent unchanged.
 #[derive(Debug)]
 pub(crate) struct State {
     pub(super) mode: Box<RawValue>,
@@ -81,7 +83,7 @@ pub(crate) struct State {
     services: Vec<Decky>,
 }
 
-/// The two keys of a decky that its containers' names are made of.
+/// The keys of a decky that form the names of its containers.
 #[derive(Debug)]
 struct Decky {
     name: String,
@@ -96,16 +98,16 @@ impl Decky {
     }
 }
 
-/// A value at this place of a text that has been read as JSON.
+/// Deserializes the value at `place`.
 fn read<'a, T: Deserialize<'a>>(place: &str, json: &'a RawValue) -> Result<T, String> {
     serde_json::from_str(json.get()).map_err(|error| format!("{place}: {}", without_place(&error)))
 }
 
-/// The deckies that can be named, and the states of their containers.
+/// The deckies that are sent, and the states of their containers.
 pub(super) struct Seen<'a> {
     pub(super) deckies: Cow<'a, RawValue>,
     pub(super) runtime: Runtime<'a>,
-    /// Why others are left out.
+    /// Why other deckies are left out.
     pub(super) left_out: Option<String>,
 }
 
@@ -115,7 +117,7 @@ impl State {
             list::values(content, ["config", "compose_path"]).map_err(|error| error.to_string())?;
         let [mode, deckies] = list::values(config.get().as_bytes(), ["mode", "deckies"])
             .map_err(|error| format!("config: {}", without_place(&error)))?;
-        // What is sent as it stands; the rest of the file is DECNET's own.
+        // Only these parts are sent. The rest of the file is not checked.
         for (what, json) in [("mode", mode), ("compose_path", compose_path), ("deckies", deckies)] {
             if let Some(problem) = sendable::problem(what, json) {
                 return Err(problem);
@@ -126,24 +128,26 @@ impl State {
             Decky::parse(json).map_err(|problem| format!("deckies[{index}]{problem}"))
         };
         let services = entries.0.into_iter().enumerate().map(decky).collect::<Result<_, _>>()?;
-        let (mode, compose_path) = (mode.to_owned(), compose_path.to_owned());
+        let mode = mode.to_owned();
+        let compose_path = compose_path.to_owned();
         Ok(Self { mode, compose_path, deckies: deckies.to_owned(), services })
     }
 
-    /// How many there are.
+    /// The number of deckies.
     #[cfg(any(test, feature = "cli"))]
     pub(super) fn deckies(&self) -> usize {
         self.services.len()
     }
 
-    /// Whether there is a decky of this name.
+    /// Whether there is a decky with this name.
     #[cfg(feature = "cli")]
     pub(super) fn names(&self, name: &str) -> bool {
         self.services.iter().any(|decky| decky.name == name)
     }
 
-    /// What Docker shows of the deckies. One is left out where the state of one of its containers is not known: without a
-    /// state the master would take it for degraded. Where all are, that is the error.
+    /// The deckies with the states of their containers. A decky is left out if the state of one of
+    /// its containers is unknown, because the master would store it as degraded. It is an error if
+    /// all deckies are left out.
     pub(super) fn seen<'a>(&'a self, containers: &'a Containers) -> Result<Seen<'a>, String> {
         let mut name = String::new();
         let states = self
@@ -173,11 +177,12 @@ impl State {
     }
 }
 
-/// The list of deckies, each as it stands.
+/// The list of deckies, each as raw JSON.
 type Deckies<'a> = BoundedVec<&'a RawValue, { limits::DECKIES }>;
 
-/// The states of a decky's services. Each service's container is named `<decky>-<service>`, with `_` in the service turned
-/// into `-`. `Err`: Docker's answer does not have the state of one of them. `container` is room for a name.
+/// The states of a decky's services. The container of a service is named `<decky>-<service>`, with
+/// `_` in the service replaced by `-`. It is an error if Docker's answer has no valid state of one
+/// of them. `container` is a reusable buffer for a name.
 fn states<'a>(
     decky: &'a Decky,
     containers: &'a Containers,
@@ -189,7 +194,7 @@ fn states<'a>(
         container.extend(service.chars().map(|char| if char == '_' { '-' } else { char }));
         match containers.states.get(container.as_str()) {
             Some(Some(state)) => Ok(state.as_str()),
-            // It may be one whose name was too long to be kept.
+            // Otherwise it may be a container that was left out because its name is too long.
             None if container.len() <= limits::DOCKER_NAME || containers.left_out.is_none() => {
                 Ok("absent")
             }
@@ -224,51 +229,52 @@ mod tests {
         read(file).unwrap().unwrap().deckies.get().to_owned()
     }
 
-    /// As if it had been left alone for a while; a change time cannot be set, so it is a test's own matter.
-    fn settle(file: &mut StateFile) {
-        let known = file.known.as_mut().unwrap();
-        known.stamp = Some(FileVersion::of(&known.path));
+    /// Makes the cached version count as stable, as if some seconds had passed. A program cannot
+    /// set a file's change time.
+    fn make_stable(file: &mut StateFile) {
+        let cached = file.cached.as_mut().unwrap();
+        cached.version = Some(FileVersion::of(&cached.path));
     }
 
     #[test]
-    fn what_is_known_is_not_read_again_until_it_changes() {
+    fn state_is_cached_until_the_file_changes() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("state.json");
         let mut file = StateFile::new(StateFilePath::Named(path.clone()));
         fs::write(&path, state("[]")).unwrap();
         assert_eq!(deckies(&mut file), "[]");
-        file.known.as_mut().unwrap().state.deckies =
+        file.cached.as_mut().unwrap().state.deckies =
             RawValue::from_string("[1]".to_owned()).unwrap();
-        settle(&mut file);
-        assert_eq!(deckies(&mut file), "[1]", "remembered");
-        // The same size, and the same time of the last change as far as a program can set it.
+        make_stable(&mut file);
+        assert_eq!(deckies(&mut file), "[1]", "from the cache");
+        // The same size and modification time. A program cannot set the change time.
         let changed = fs::metadata(&path).unwrap().modified().unwrap();
         fs::write(&path, state("[ ]").replace(", ", ",")).unwrap();
         File::options().write(true).open(&path).unwrap().set_modified(changed).unwrap();
         assert_eq!(deckies(&mut file), "[ ]");
-        settle(&mut file);
+        make_stable(&mut file);
         fs::remove_file(&path).unwrap();
-        assert!(read(&mut file).unwrap().is_none(), "and gone with its file");
+        assert!(read(&mut file).unwrap().is_none(), "the file was deleted");
         fs::write(&path, "{").unwrap();
         assert!(read(&mut file).unwrap_err().contains("state.json: EOF while parsing an object"));
     }
 
     #[test]
-    fn a_file_that_has_just_changed_is_read_again_whatever_it_looks_like() {
+    fn recently_changed_file_is_read_again() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("state.json");
         let mut file = StateFile::new(StateFilePath::Named(path.clone()));
         fs::write(&path, state("[]")).unwrap();
-        // Its own time may be what somebody likes. When it was really changed is the system's matter.
+        // A program can set the modification time, but not the change time.
         for written in [SystemTime::UNIX_EPOCH, SystemTime::now() + Duration::from_secs(3_600)] {
             File::options().write(true).open(&path).unwrap().set_modified(written).unwrap();
             assert_eq!(deckies(&mut file), "[]");
-            assert_eq!(file.known.as_ref().unwrap().stamp, None);
+            assert_eq!(file.cached.as_ref().unwrap().version, None);
         }
     }
 
     #[test]
-    fn a_list_in_the_place_of_an_object_is_refused() {
+    fn list_in_place_of_an_object_is_an_error() {
         for (content, problem) in [
             (
                 r#"[{"mode": "s", "deckies": []}, "/x"]"#.to_owned(),
@@ -287,22 +293,22 @@ mod tests {
                 "deckies[1]: invalid type: null, expected an object",
             ),
         ] {
-            let said = State::parse(content.as_bytes()).unwrap_err();
-            assert!(said.starts_with(problem), "{content}: {said}");
+            let error = State::parse(content.as_bytes()).unwrap_err();
+            assert!(error.starts_with(problem), "{content}: {error}");
         }
     }
 
     #[test]
-    fn what_is_not_sent_may_have_lone_surrogates() {
+    fn parts_that_are_not_sent_may_have_lone_surrogates() {
         let content = r#"{"\udcff": "\udcff", "config": {"deckies": [], "x": {"\udcff": "\udcff"}, "\udcff": 1, "mode": 1},
             "compose_path": 1}"#;
         assert_eq!(State::parse(content.as_bytes()).unwrap().deckies(), 0);
     }
 
     #[test]
-    fn what_the_master_cannot_read_is_refused_with_its_place() {
+    fn value_that_the_master_cannot_process_is_an_error_with_its_place() {
         let surrogate = |place: &str| {
-            format!(r"{place} has a lone surrogate, \udcff, on which the master fails")
+            format!(r"{place} has a lone surrogate, \udcff, which the master cannot process")
         };
         let file = |mode: &str, deckies: &str, path: &str| {
             format!(
@@ -330,7 +336,7 @@ mod tests {
             (file("1", &decky(r#""\udcff": 1"#), "1"), surrogate(r"deckies[1].\udcff")),
             (
                 file("1", &decky(r#""mtu": 1e999"#), "1"),
-                "deckies[1].mtu is a number that is too large: the master takes it for infinity"
+                "deckies[1].mtu is a number that is too large: the master reads it as infinity"
                     .to_owned(),
             ),
             (

@@ -1,4 +1,5 @@
-//! The applied topology, from `topology.db`: another process' file, only ever read. Runs on the status thread.
+//! Reads the applied topology from `topology.db`, a file of DECNET's agent. The file is never
+//! changed. Runs on the status thread.
 
 use std::error::Error;
 use std::io;
@@ -11,14 +12,16 @@ use rusqlite::{Connection, Row};
 use super::AppliedTopology;
 use crate::error::{chain, sanitize_path};
 use crate::limits;
-use crate::sqlite::files::{DatabaseFile, in_real_folder};
+use crate::sqlite::files::{DatabaseFile, with_real_folder};
 use crate::sqlite::read_only::ReadMode;
 
-/// Reads `topology.db` and remembers its last row, since leaving a topology out makes the master order it anew.
+/// Reads `topology.db` and caches its last row. If a beat leaves the topology out, the master
+/// orders it to be built again.
 #[derive(Debug)]
 pub(crate) struct TopologyFile {
     path: PathBuf,
-    /// `None` until it could be read once; then the last row, or that there was none.
+    /// The last row that was read. The inner `None`: there was no row. The outer `None`: the file
+    /// was never read.
     last: Option<Option<AppliedTopology>>,
 }
 
@@ -27,8 +30,7 @@ impl TopologyFile {
         Self { path, last: None }
     }
 
-    /// The row, or that there is none. Where it cannot be read now, or is gone with its file: the last that could be read,
-    /// and why; `None` inside where it never could.
+    /// Reads the row. If that fails, or the file was deleted, returns the last row, and the error.
     pub(crate) fn read(&mut self) -> (Option<Option<AppliedTopology>>, Result<(), String>) {
         match self.row() {
             Ok(row) => (self.last.insert(row).clone().into(), Ok(())),
@@ -40,26 +42,27 @@ impl TopologyFile {
     }
 
     fn row(&self) -> Result<Option<AppliedTopology>, Box<dyn Error>> {
-        // A file that cannot be looked at is not a file that is not there: "no topology" makes the master order one.
-        let path = match in_real_folder(&self.path) {
+        // A file that cannot be accessed is an error. If it counted as absent, the master would
+        // order the topology again.
+        let path = match with_real_folder(&self.path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => None,
             path => Some(path?),
         };
-        let place = path.as_deref().map_or(Ok(None), DatabaseFile::look)?;
+        let place = path.as_deref().map_or(Ok(None), DatabaseFile::open)?;
         let Some(path) = path.filter(|_| place.is_some()) else {
-            // Where a topology is torn down its row goes, and the file stays.
+            // When a topology is torn down, its row is deleted and the file stays.
             return if matches!(self.last, Some(Some(_))) {
-                Err("is gone".into())
+                Err("was deleted".into())
             } else {
                 Ok(None)
             };
         };
         let end = Instant::now() + limits::TOPOLOGY_BUSY;
         loop {
-            let way = ReadMode::to(&path)?;
-            let row = Self::row_of(&way.open(&path, limits::TOPOLOGY_BUSY)?);
-            // DECNET's agent has not written meanwhile.
-            if ReadMode::to(&path).is_ok_and(|now| now == way) || Instant::now() >= end {
+            let mode = ReadMode::of(&path)?;
+            let row = Self::row_of(&mode.open(&path, limits::TOPOLOGY_BUSY)?);
+            // If the mode has changed, DECNET's agent has written during the read.
+            if ReadMode::of(&path).is_ok_and(|now| now == mode) || Instant::now() >= end {
                 return row;
             }
         }
@@ -85,7 +88,7 @@ fn required(row: &Row<'_>, column: &str) -> Result<String, Box<dyn Error>> {
     Ok(text(row, column)?.ok_or_else(|| format!("{column} is null"))?)
 }
 
-/// A text or null. All of it goes out with every beat, so it is not long.
+/// A string or null. Its length is limited, because it is sent with every beat.
 fn text(row: &Row<'_>, column: &str) -> Result<Option<String>, Box<dyn Error>> {
     match row.get_ref(column)? {
         ValueRef::Null => Ok(None),
@@ -94,9 +97,9 @@ fn text(row: &Row<'_>, column: &str) -> Result<Option<String>, Box<dyn Error>> {
         }
         ValueRef::Text(text) => match str::from_utf8(text) {
             Ok(text) => Ok(Some(text.to_owned())),
-            Err(error) => Err(format!("{column} is not a text: {error}").into()),
+            Err(error) => Err(format!("{column} is not a string: {error}").into()),
         },
-        other => Err(format!("{column} is not a text: {}", other.data_type()).into()),
+        other => Err(format!("{column} is not a string: {}", other.data_type()).into()),
     }
 }
 
@@ -117,7 +120,7 @@ mod tests {
         (dir, file)
     }
 
-    /// One that has been read once, with its owner's connection.
+    /// A file with a row that was read once, and a connection of its owner.
     fn file_with_row() -> (tempfile::TempDir, TopologyFile, Connection) {
         let (dir, mut file) = file();
         let owner = Connection::open(&file.path).unwrap();
@@ -128,19 +131,20 @@ mod tests {
     }
 
     fn row() -> AppliedTopology {
-        let (topology_id, applied_version_hash) = ("t".to_owned(), "h".to_owned());
+        let topology_id = "t".to_owned();
+        let applied_version_hash = "h".to_owned();
         AppliedTopology { topology_id, applied_version_hash, applied_at: 5, last_error: None }
     }
 
     #[test]
-    fn no_file_is_no_topology_and_none_is_made() {
+    fn missing_file_means_no_topology_and_is_not_created() {
         let (_dir, mut file) = file();
         assert_eq!(file.read(), (Some(None), Ok(())));
         assert!(!file.path.exists());
     }
 
     #[test]
-    fn the_row_is_read_without_writing() {
+    fn row_is_read_without_creating_files() {
         let (dir, mut file) = file();
         let owner = Connection::open(&file.path).unwrap();
         owner.execute(TABLE, []).unwrap();
@@ -151,7 +155,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_read_now_is_what_it_was() {
+    fn last_row_is_returned_while_the_file_is_locked() {
         let (_dir, mut file, owner) = file_with_row();
         owner.execute_batch("BEGIN EXCLUSIVE; UPDATE applied_topology SET applied_at = 6").unwrap();
         let (last, problem) = file.read();
@@ -160,12 +164,12 @@ mod tests {
     }
 
     #[test]
-    fn a_file_in_wal_mode_is_read_and_nothing_is_made_beside_it() {
+    fn file_in_wal_mode_is_read_without_creating_files() {
         let (dir, mut file, owner) = file_with_row();
         owner.pragma_update(None, "journal_mode", "wal").unwrap();
         owner.execute("UPDATE applied_topology SET applied_at = 6", []).unwrap();
         let applied = |at| Some(Some(AppliedTopology { applied_at: at, ..row() }));
-        assert_eq!(file.read(), (applied(6), Ok(())), "its owner has it open");
+        assert_eq!(file.read(), (applied(6), Ok(())), "the owner has the file open");
         let files = || std::fs::read_dir(dir.path()).unwrap().count();
         assert_eq!(files(), 3);
         owner.close().unwrap();
@@ -173,9 +177,9 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_looked_at_is_not_taken_for_no_topology() {
+    fn inaccessible_file_is_an_error_and_not_no_topology() {
         let (dir, mut file) = file();
-        // A folder that leads through itself: looking there fails, as it does in a folder that we may not enter.
+        // A loop of symlinks fails in the same way as a folder without permission.
         let folder = dir.path().join("folder");
         std::os::unix::fs::symlink(&folder, &folder).unwrap();
         file.path = folder.join("topology.db");
@@ -189,12 +193,12 @@ mod tests {
                 .1
                 .unwrap_err()
                 .ends_with("fifo is a FIFO, not a regular file; move it away"),
-            "opening it would wait for ever"
+            "opening it would block"
         );
     }
 
     #[test]
-    fn a_fifo_beside_it_is_not_opened() {
+    fn fifo_in_place_of_the_journal_is_not_opened() {
         let (dir, mut file, _owner) = file_with_row();
         assert!(
             std::process::Command::new("mkfifo")
@@ -209,12 +213,12 @@ mod tests {
             problem
                 .unwrap_err()
                 .ends_with("topology.db-journal is a FIFO, not a regular file; move it away"),
-            "opening it would wait for ever"
+            "opening it would block"
         );
     }
 
     #[test]
-    fn what_is_no_file_of_its_own_is_refused_unopened() {
+    fn symlinks_hard_links_and_fifos_are_rejected_without_opening_them() {
         for part in PARTS {
             type Make = fn(&Path, &Path);
             let makes: [(Make, &str); 3] = [
@@ -239,21 +243,22 @@ mod tests {
             for (make, problem) in makes {
                 let (dir, mut file, owner) = file_with_row();
                 owner.close().unwrap();
-                let (place, other) = (beside(&file.path, part), dir.path().join("other"));
+                let place = beside(&file.path, part);
+                let other = dir.path().join("other");
                 std::fs::write(&other, "theirs").unwrap();
                 let _ = std::fs::remove_file(&place);
                 make(&place, &other);
-                let (last, said) = file.read();
+                let (last, result) = file.read();
                 assert_eq!(last, Some(Some(row())));
-                let said = said.unwrap_err();
-                assert!(said.contains(&format!("topology.db{part} {problem}")), "{said}");
+                let error = result.unwrap_err();
+                assert!(error.contains(&format!("topology.db{part} {problem}")), "{error}");
                 assert_eq!(std::fs::read(&other).unwrap(), b"theirs");
             }
         }
     }
 
     #[test]
-    fn a_file_below_a_symlinked_folder_is_read() {
+    fn file_in_a_symlinked_folder_is_read() {
         let (dir, file, _owner) = file_with_row();
         let link = dir.path().join("link");
         std::os::unix::fs::symlink(dir.path(), &link).unwrap();
@@ -262,16 +267,16 @@ mod tests {
     }
 
     #[test]
-    fn a_row_that_is_gone_with_its_file_is_what_it_was() {
+    fn last_row_is_returned_after_the_file_was_deleted() {
         let (_dir, mut file, _owner) = file_with_row();
         std::fs::remove_file(&file.path).unwrap();
         let (last, problem) = file.read();
         assert_eq!(last, Some(Some(row())));
-        assert!(problem.unwrap_err().ends_with("topology.db: is gone"));
+        assert!(problem.unwrap_err().ends_with("topology.db: was deleted"));
     }
 
     #[test]
-    fn a_text_that_is_too_long_to_go_out_with_every_beat_is_said() {
+    fn too_long_string_is_an_error() {
         let (_dir, mut file, owner) = file_with_row();
         owner
             .execute(
@@ -296,14 +301,14 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_with_a_row_is_said_once_with_its_column() {
-        for (change, said) in [
+    fn invalid_value_is_an_error_with_its_column() {
+        for (change, problem) in [
             ("topology_id = NULL", "topology_id is null"),
-            ("applied_version_hash = 7", "applied_version_hash is not a text: Integer"),
-            ("last_error = x'00ff'", "last_error is not a text: Blob"),
+            ("applied_version_hash = 7", "applied_version_hash is not a string: Integer"),
+            ("last_error = x'00ff'", "last_error is not a string: Blob"),
             (
                 "last_error = CAST(x'61ff' AS TEXT)",
-                "last_error is not a text: invalid utf-8 sequence of 1 bytes from index 1",
+                "last_error is not a string: invalid utf-8 sequence of 1 bytes from index 1",
             ),
             ("applied_at = 'now'", "Invalid column type Text at index: 2, name: applied_at"),
         ] {
@@ -314,13 +319,13 @@ mod tests {
             owner.execute(table, []).unwrap();
             owner.execute("INSERT INTO applied_topology VALUES ('t', 'h', 5, NULL)", []).unwrap();
             owner.execute(&format!("UPDATE applied_topology SET {change}"), []).unwrap();
-            let expected = format!("{}: {said}", file.path.display());
+            let expected = format!("{}: {problem}", file.path.display());
             assert_eq!(file.read(), (None, Err(expected)));
         }
     }
 
     #[test]
-    fn what_never_could_be_read_is_not_known() {
+    fn topology_is_unknown_if_the_file_was_never_readable() {
         let (_dir, mut file) = file();
         std::fs::write(&file.path, "this is no database, and long enough to be looked at as one")
             .unwrap();

@@ -1,18 +1,18 @@
-//! The status of a beat as JSON, in the words of DECNET's own agent. Values only, for any thread.
+//! The status of a beat as JSON, with the keys of DECNET's own agent. Values only, for any thread.
 
 use serde::ser::{SerializeMap, SerializeStruct};
 use serde::{Serialize, Serializer};
 use serde_json::value::RawValue;
 
-/// What runs on this host, as DECNET's own agent says it.
+/// `status`, as DECNET's own agent sends it.
 #[derive(Serialize)]
 #[serde(untagged)]
 pub(crate) enum Status<'a> {
-    /// No state file: nothing is deployed.
+    /// There is no state file, so nothing is deployed.
     Nothing {
         deployed: bool,
         deckies: [(); 0],
-        /// What else is wrong.
+        /// A problem with another part.
         #[serde(skip_serializing_if = "Option::is_none")]
         error: Option<&'a str>,
     },
@@ -23,14 +23,14 @@ pub(crate) enum Status<'a> {
         compose_path: &'a RawValue,
         deckies: &'a RawValue,
         runtime: Runtime<'a>,
-        /// What else is wrong.
+        /// A problem with another part, or why deckies are left out.
         #[serde(skip_serializing_if = "Option::is_none")]
         error: Option<&'a str>,
     },
-    /// Something is deployed, but Docker does not tell what runs. A decky without states would count as degraded, so
-    /// none is named.
+    /// Deckies are deployed, but the states of their containers are unknown. No decky is named,
+    /// because the master would store a decky without states as degraded.
     Unseen { deployed: bool, mode: &'a RawValue, compose_path: &'a RawValue, error: &'a str },
-    /// It is not known what is deployed. No decky is named, so the master touches no shard row.
+    /// It is unknown what is deployed. No decky is named, so the master changes none.
     Unknown { error: &'a str },
 }
 
@@ -41,7 +41,8 @@ impl<'a> Status<'a> {
     }
 }
 
-/// `runtime`: for each decky, in the state file's order, its services and their containers' states.
+/// `runtime`: for each decky, in the order of the state file, its services and the states of their
+/// containers.
 pub(crate) struct Runtime<'a>(pub(crate) Vec<(&'a str, Vec<(&'a str, &'a str)>)>);
 
 impl Serialize for Runtime<'_> {
@@ -54,7 +55,7 @@ impl Serialize for Runtime<'_> {
     }
 }
 
-/// `running` is true when there is at least one service and all run.
+/// `running` is true if the decky has a service and all its services are running.
 struct DeckyRuntime<'a>(&'a [(&'a str, &'a str)]);
 
 impl Serialize for DeckyRuntime<'_> {
@@ -84,7 +85,7 @@ mod tests {
     }
 
     #[test]
-    fn a_decky_runs_when_it_has_services_and_all_run() {
+    fn decky_is_running_if_all_its_services_are() {
         let runtime = Runtime(vec![
             ("up", vec![("ssh", "running"), ("ftp", "running")]),
             ("half", vec![("ssh", "running"), ("ftp", "exited")]),
@@ -101,7 +102,7 @@ mod tests {
     }
 
     #[test]
-    fn unknown_is_said_as_unknown() {
+    fn unknown_status_has_only_an_error() {
         assert_eq!(json(&Status::nothing(None)), r#"{"deployed":false,"deckies":[]}"#);
         assert_eq!(json(&Status::Unknown { error: "Docker" }), r#"{"error":"Docker"}"#);
     }

@@ -1,5 +1,5 @@
 //! The deltas of a POST: which ones the outbox thread has read as sendable, and for how long that
-//! is valid. A value of the heartbeat thread. It waits up to [`limits::BATCH_PATIENCE`] for a slow
+//! is valid. A value of the heartbeat thread. It waits up to [`limits::BATCH_WAIT`] for a slow
 //! disk; then the beat is sent without deltas.
 
 use std::mem;

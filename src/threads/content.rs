@@ -226,8 +226,8 @@ pub(crate) struct Content {
 
 impl Content {
     pub(crate) fn new(interval: Duration) -> Self {
-        let longest = limits::REST_MOST.as_nanos() / interval.as_nanos().max(1);
-        let longest = u64::try_from(longest).unwrap_or(u64::MAX).max(limits::REST_BEATS);
+        let longest = limits::SUSPEND_MAX.as_nanos() / interval.as_nanos().max(1);
+        let longest = u64::try_from(longest).unwrap_or(u64::MAX).max(limits::SUSPEND_BEATS);
         Self {
             mode: Mode::Whole,
             step: Step::Done,
@@ -574,7 +574,7 @@ impl Content {
 /// The first suspension, or one that is twice as long as the last one.
 fn next_suspension(last: Option<Suspension>, longest: u64) -> Suspension {
     let length = last
-        .map_or(limits::REST_BEATS, |suspension| suspension.length.saturating_mul(2))
+        .map_or(limits::SUSPEND_BEATS, |suspension| suspension.length.saturating_mul(2))
         .min(longest);
     // The beat in which it begins does not count.
     Suspension { remaining: length.saturating_add(1), length }

@@ -50,7 +50,7 @@ struct States {
 impl States {
     /// Whether they are too old to be sent.
     fn are_stale(&self) -> bool {
-        self.ready_at.elapsed() > limits::FRESH
+        self.ready_at.elapsed() > limits::SNAPSHOT_AGE
     }
 
     /// Whether they say what runs here, and are fresh enough to be sent.
@@ -112,7 +112,7 @@ pub(crate) fn spawn(setup: Setup) -> Result<HeartbeatThread, Error> {
     let run = move || {
         let _alive = alive;
         heartbeat_loop.run();
-        watch.has_ended_as_wanted();
+        watch.disarm();
     };
     let builder = thread::Builder::new().name(NAME.to_owned()).stack_size(limits::STACK);
     builder.spawn(run).map_err(|source| Error::thread(NAME, source))?;
@@ -247,7 +247,7 @@ impl HeartbeatLoop {
         self.stats.change(|stats| stats.working_since = Some(Instant::now()));
         if let Err(panic) = caught(|| step(self)) {
             self.record_panic(&panic);
-            if let Err(panic) = caught(|| self.link.renew()) {
+            if let Err(panic) = caught(|| self.link.replace_client()) {
                 let names = self.link.names();
                 quietly(|| log::warn!("could not replace the connection: {names} panic={panic:?}"));
             }
@@ -315,16 +315,16 @@ impl HeartbeatLoop {
             // No other request is pending, so an error means that the status thread has ended.
             let _ = self.status_thread.requests.try_send(());
             self.stats.change(|stats| {
-                stats.snapshot_owed_since = Some(SystemTime::now());
-                stats.owed_since = Some(Instant::now());
+                stats.snapshot_pending_since = Some(SystemTime::now());
+                stats.pending_since = Some(Instant::now());
             });
         }
     }
 
     fn receive_snapshot(&mut self, states: States) {
         self.stats.change(|stats| {
-            stats.snapshot_owed_since = None;
-            stats.owed_since = None;
+            stats.snapshot_pending_since = None;
+            stats.pending_since = None;
         });
         if let Some(topology) = states.snapshot.topology() {
             self.topology = Some(topology.applied.clone());
@@ -384,7 +384,7 @@ impl HeartbeatLoop {
     /// Reloads changed credentials from a batch.
     fn take_credentials(&mut self, batch: &mut Batch) {
         if let Some(credentials) = batch.credentials.take() {
-            self.link.take_over(*credentials);
+            self.link.replace_credentials(*credentials);
             let names = self.link.names();
             let fingerprint = self.link.fingerprint();
             quietly(|| log::info!("credentials reloaded: {names} fingerprint={fingerprint}"));

@@ -57,7 +57,7 @@ impl HeldDeltas {
         let Some(hold) = hold else { return };
         self.rows += hold.rows();
         self.recent.push_back((started, hold));
-        while self.rows > limits::HOLDS
+        while self.rows > limits::RECENT_ROWS
             && let Some((forgotten, hold)) = self.recent.pop_front()
         {
             self.rows -= hold.rows();
@@ -134,9 +134,9 @@ mod tests {
     fn dropped_holds_make_the_result_unknown() {
         let mut holds = HeldDeltas::default();
         holds.record(Generation(1), begin(1));
-        holds.record(Generation(2), begin(limits::HOLDS));
+        holds.record(Generation(2), begin(limits::RECENT_ROWS));
         assert_eq!((remaining(&holds, 0), remaining(&holds, 1)), (None, Some(vec![2, 3])));
-        holds.record(Generation(3), begin(limits::HOLDS + 1));
+        holds.record(Generation(3), begin(limits::RECENT_ROWS + 1));
         assert_eq!((remaining(&holds, 2), remaining(&holds, 3)), (None, Some(vec![1, 2, 3])));
     }
 }

@@ -84,7 +84,7 @@ impl OutboxThread {
         let mut last_group = 0;
         loop {
             // A process that owns rows looks after them, also without a heartbeat.
-            let timeout = self.outbox.is_named().then_some(limits::OUTBOX_LOOK);
+            let timeout = self.outbox.is_named().then_some(limits::OUTBOX_CHECK);
             let Some(taken) = self.queue.take_group(last_group, timeout) else { return };
             // Callers that do not wait for an answer send no further request because of it.
             last_group = taken
@@ -245,7 +245,7 @@ impl OutboxThread {
 
     fn maintain(&mut self) {
         let Some(heartbeat) = &mut self.heartbeat else { return };
-        heartbeat.files_missing = heartbeat.credentials.are_gone();
+        heartbeat.files_missing = heartbeat.credentials.are_absent();
         if let Err(error) = self.outbox.tend() {
             quietly(|| log::debug!("outbox not maintained: error={:?}", chain(&error)));
         }
@@ -305,14 +305,14 @@ impl OutboxThread {
         }
         let batch = self.read_batch(request, generation);
         let heartbeat = self.heartbeat.as_mut();
-        let credentials = heartbeat.and_then(|heartbeat| heartbeat.credentials.refresh());
+        let credentials = heartbeat.and_then(|heartbeat| heartbeat.credentials.reload());
         self.send(Batch { credentials: credentials.map(Box::new), ..batch });
     }
 
     /// Sends changed credentials with an offer, because its deltas are sent without a request.
     fn send_changed_credentials(&mut self) {
         let Some(heartbeat) = &mut self.heartbeat else { return };
-        if let Some(credentials) = heartbeat.credentials.refresh() {
+        if let Some(credentials) = heartbeat.credentials.reload() {
             let deltas = Err(NothingToSend::NotAvailable);
             let batch = self.new_batch(deltas, Generation::default());
             self.send(Batch { credentials: Some(Box::new(credentials)), ..batch });

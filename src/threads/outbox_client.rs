@@ -120,7 +120,7 @@ impl OutboxClient {
     /// Since when the disk has not answered. `None`: no request waits for it, or not for longer
     /// than a batch may take.
     pub(crate) fn busy_since(&self) -> Option<Instant> {
-        self.queue.busy_since().filter(|since| since.elapsed() >= limits::BATCH_PATIENCE)
+        self.queue.busy_since().filter(|since| since.elapsed() >= limits::BATCH_WAIT)
     }
 
     /// Whether the thread is busy with a request.

@@ -104,7 +104,7 @@ impl Schedule {
             }
         };
         if trigger == Trigger::First {
-            self.topology_deadline = Some(now + limits::TOPOLOGY_PATIENCE);
+            self.topology_deadline = Some(now + limits::TOPOLOGY_WAIT);
         }
         let deadline = (requested + self.snapshot_timeout(trigger))
             .max(now)
@@ -118,10 +118,10 @@ impl Schedule {
     fn snapshot_timeout(&self, trigger: Trigger) -> Duration {
         match trigger {
             Trigger::First | Trigger::Delta | Trigger::Retry | Trigger::Flush => {
-                limits::DELTA_PATIENCE.min(self.interval / 2)
+                limits::DELTA_WAIT.min(self.interval / 2)
             }
             // At most half an interval, or a short interval would end before its beat is sent.
-            Trigger::Tick => limits::TICK_PATIENCE.min(self.interval / 2),
+            Trigger::Tick => limits::TICK_WAIT.min(self.interval / 2),
         }
     }
 
@@ -457,7 +457,7 @@ mod tests {
         let tick = Some(after(t, 12.0));
         assert_eq!((schedule.next_beat(tick), schedule.next_beat(None)), (tick, None));
         assert_eq!(schedule.trigger(Trigger::Delta, t), SnapshotRequest::Needed);
-        assert_eq!(schedule.next_beat(tick), Some(t + limits::DELTA_PATIENCE));
+        assert_eq!(schedule.next_beat(tick), Some(t + limits::DELTA_WAIT));
         schedule.beat_ended(Verdict::RetryLater(Some(Duration::from_secs(20))), t, 0.0);
         assert_eq!(schedule.next_beat(tick), Some(after(t, 20.0)), "a tick does not open the gate");
         schedule.beat_ended(Verdict::HostRejected, t, 0.0);

@@ -71,10 +71,10 @@ pub(crate) fn start(start: Start) -> Result<Started, Error> {
             let heartbeat = Heartbeat { credentials, files_missing: false, events, batches };
             OutboxThread::new(thread_queue, outbox, Some(heartbeat)).run(Some(&stats));
         }
-        watch.has_ended_as_wanted();
+        watch.disarm();
     };
     let (thread, ended) = spawn(run)?;
-    let (credentials, path) = match loaded_receiver.recv_timeout(limits::CREDENTIALS_PATIENCE) {
+    let (credentials, path) = match loaded_receiver.recv_timeout(limits::CREDENTIALS_WAIT) {
         Ok(Ok(loaded)) => loaded,
         Ok(Err(error)) => {
             // The thread ends after this error.
@@ -140,7 +140,7 @@ fn spawn(run: impl FnOnce() + Send + 'static) -> Result<(JoinHandle<()>, Receive
 }
 
 fn credentials_timeout() -> Error {
-    let seconds = limits::CREDENTIALS_PATIENCE.as_secs();
+    let seconds = limits::CREDENTIALS_WAIT.as_secs();
     let problem = format!(
         "cannot be read, their disk has not answered for {seconds} s; try again when it does"
     );

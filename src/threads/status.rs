@@ -57,7 +57,7 @@ impl StatusThread {
         let watch = ThreadWatch::new(NAME, stats);
         let run = move || {
             run(source, &requested, &sender);
-            watch.has_ended_as_wanted();
+            watch.disarm();
         };
         let builder = thread::Builder::new().name(NAME.to_owned()).stack_size(limits::STATUS_STACK);
         builder.spawn(run).map_err(|source| Error::thread(NAME, source))?;

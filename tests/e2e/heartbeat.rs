@@ -253,7 +253,7 @@ fn a_refused_host_keeps_beating_and_is_accepted_once_it_is_enrolled_again() {
 fn an_error_beside_the_deckies_keeps_no_row_from_the_master() {
     let stage = Stage::new();
     let status = json!({
-        "deployed": true, "mode": "swarm", "compose_path": "/c.yml", "error": "topology.db: is gone",
+        "deployed": true, "mode": "swarm", "compose_path": "/c.yml", "error": "topology.db: was deleted",
         "deckies": [decky("decky-01", &["ssh"])],
         "runtime": {"decky-01": {"running": true, "services": {"ssh": "running"}}},
     });

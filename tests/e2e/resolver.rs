@@ -82,17 +82,17 @@ fn each_way_in_which_a_name_is_not_found_is_named() {
     for (code, class, says) in [
         (
             Some(3),
-            "name",
+            "dns",
             "the name master.test could not be looked up: failed to lookup address information: Name or service not known",
         ),
         (
             Some(2),
-            "name",
+            "dns",
             "the name master.test could not be looked up: failed to lookup address information: Temporary failure in name resolution",
         ),
         (
             Some(0),
-            "name",
+            "dns",
             "the name master.test could not be looked up: failed to lookup address information: No address associated with hostname",
         ),
         (None, "timeout-resolve", "timeout: resolve"),

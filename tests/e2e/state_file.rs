@@ -59,7 +59,7 @@ fn a_state_file_that_is_not_found_is_a_fault_and_not_nothing_deployed() {
     for layout in ["", &format!("mkdir /opt/decnet && cd /opt/decnet && {STATE}")] {
         assert_eq!(shown(layout), nowhere);
     }
-    let looped = "✗ it is not known where the state file is: /usr/local/bin/decnet cannot be looked at: Too many levels of \
+    let looped = "✗ cannot locate the state file: /usr/local/bin/decnet cannot be accessed: Too many levels of \
                   symbolic links (os error 40)";
     assert_eq!(shown(&format!("{INSTALLED} && ln -sf decnet /usr/local/bin/decnet")), looped);
 }

@@ -121,11 +121,11 @@ fn odd() -> Vec<Row> {
     let endless =
         |first: &[u8], again: &[u8]| Wire::Endless(first.to_vec(), again.to_vec(), Duration::ZERO);
     vec![
-        row("garbage", raw(&[0xff; 3_000]), fails("not-http", "")),
+        row("garbage", raw(&[0xff; 3_000]), fails("invalid-response", "")),
         row(
             "another_protocols_banner",
             raw(b"SSH-2.0-OpenSSH_9.2p1 Debian\r\n"),
-            fails("not-http", "invalid HTTP version"),
+            fails("invalid-response", "invalid HTTP version"),
         ),
         Row::new(
             "answer/another_protocols_banner_without_tls",
@@ -139,7 +139,11 @@ fn odd() -> Vec<Row> {
             endless(b"HTTP/1.1 503 No\r\nx: ", &[b'y'; 32]),
             fails("http-503", "header"),
         ),
-        row("endless_status_line", endless(b"HTTP/1.1 2", &[b'2'; 32]), fails("not-http", "")),
+        row(
+            "endless_status_line",
+            endless(b"HTTP/1.1 2", &[b'2'; 32]),
+            fails("invalid-response", ""),
+        ),
         row(
             "headers_that_are_none",
             raw(b"HTTP/1.1 503 No\r\nbad\x7f: \x00\r\n\r\n"),
@@ -154,7 +158,7 @@ fn odd() -> Vec<Row> {
         row(
             "endless_interim_answers",
             endless(b"", &b"HTTP/1.1 100 Continue\r\n\r\n".repeat(40)),
-            fails("not-http", "header"),
+            fails("invalid-response", "header"),
         ),
         row(
             "truncated_body_after_204",
@@ -172,7 +176,7 @@ fn odd() -> Vec<Row> {
             delivers(),
         ),
         row("closed_in_the_headers", raw(b"HTTP/1.1 204 No Con"), delivers()),
-        row("closed_in_the_status_line", raw(b"HTTP/1.1 20"), fails("closed", "")),
+        row("closed_in_the_status_line", raw(b"HTTP/1.1 20"), fails("connection-closed", "")),
     ]
 }
 

@@ -76,11 +76,7 @@ pub fn rows() -> Vec<Row> {
         Row::new(format!("credentials/{name}"), Fault::Bundle(bundle), Right::Warns(words))
     };
     vec![
-        row(
-            "half_written",
-            Bundle::HalfWritten,
-            "worker.crt and worker.key do not make an identity",
-        ),
+        row("half_written", Bundle::HalfWritten, "worker.crt and worker.key do not match"),
         row(
             "half_a_certificate",
             Bundle::HalfACertificate,
@@ -89,16 +85,16 @@ pub fn rows() -> Vec<Row> {
         row(
             "key_of_another_certificate",
             Bundle::ForeignKey,
-            "worker.crt and worker.key do not make an identity",
+            "worker.crt and worker.key do not match",
         ),
         row("empty_ca", Bundle::EmptyCa, "ca.crt: holds no PEM section"),
-        row("worker_in_ca", Bundle::WorkerInCa, "a certificate of ca.crt is ignored: file="),
+        row("worker_in_ca", Bundle::WorkerInCa, "certificate in ca.crt ignored: file="),
         row("glued_ca", Bundle::GluedCa, "ca.crt: has two PEM sections on one line"),
         row("encrypted_key", Bundle::EncryptedKey, "worker.key: holds an encrypted private key"),
         row(
             "key_readable_by_others",
             Bundle::Open,
-            "the key can be read by others, make it 0600: file=",
+            "private key is accessible to other users, set its mode to 0600: file=",
         ),
         row(
             "directory_gone",

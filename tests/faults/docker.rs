@@ -188,9 +188,9 @@ pub fn rows() -> Vec<Row> {
         row("without_permission", Docker::IsForbidden, Right::Says("Permission denied")),
         row("full", Docker::IsFull, Right::Says("timeout: ")),
         row("never_replies", Docker::NeverReplies, Right::Says("timeout: ")),
-        row("half_a_reply", Docker::Says(half), Right::Says("the answer broke off")),
+        row("half_a_reply", Docker::Says(half), Right::Says("the answer is incomplete")),
         row("500", Docker::Says(oops), Right::Says("answered 500 no\\u{1b}[31m\\u{a}way")),
-        row("html", Docker::Says(html), Right::Says("the answer is not a Docker Engine's")),
+        row("html", Docker::Says(html), Right::Says("the answer is not from a Docker Engine")),
         // A debug build on a busy machine may be too slow to come to the cap in its eight seconds.
         row(
             "of_100_mb",

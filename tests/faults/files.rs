@@ -230,6 +230,6 @@ pub fn rows() -> Vec<Row> {
             Right::Warns("no such table"),
         ),
         topology("gone", TopologyFile::Gone, kept()),
-        topology("gone_is_said", TopologyFile::Gone, Right::Warns("topology.db: is gone")),
+        topology("gone_is_said", TopologyFile::Gone, Right::Warns("topology.db: was deleted")),
     ]
 }

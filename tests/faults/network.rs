@@ -26,8 +26,8 @@ pub fn rows() -> Vec<Row> {
     // By then the states are too old to be sent again, so the second attempt, on a fresh connection, is a small one.
     let without_states =
         || Right::LeavesOut { after: 0.0..10.5, says: ": timeout-send-body: timeout: send body" };
-    let closed = || fails("closed", "", 0.0..0.5);
-    let was_reset = || fails("closed", "Connection reset by peer", 0.0..0.5);
+    let closed = || fails("connection-closed", "", 0.0..0.5);
+    let was_reset = || fails("connection-closed", "Connection reset by peer", 0.0..0.5);
     let reset = |name: &str, answer| {
         Row::new(
             format!("network/reset_{name}"),

@@ -126,7 +126,7 @@ impl Row {
     fn check_health(&self, stage: &Stage, subject: &mut Subject, before: Footprint) {
         subject.tick();
         subject.until("the status to be known again", |stats| {
-            stats["snapshot_owed_since"].is_null() && stats["failure"].is_null()
+            stats["snapshot_pending_since"].is_null() && stats["failure"].is_null()
         });
         let after = subject.footprint();
         assert_eq!(after.threads, before.threads, "{before:?}, {after:?}");
@@ -161,7 +161,7 @@ impl Fault {
             Self::Answer(answer, retry_after) => {
                 return Some(Posing::elsewhere(stage, retry_after.added_to(answer.clone())));
             }
-            Self::Master(impostor) => return Some(impostor.take_over(stage)),
+            Self::Master(impostor) => return Some(impostor.replace_credentials(stage)),
             Self::Bundle(bundle) => bundle.put(stage),
             Self::Docker(docker) => stage.docker.set(*docker),
             Self::State(file) => put_state(stage, *file),

@@ -126,7 +126,7 @@ fn all_well(subject: &mut Subject) -> u32 {
         let stats = subject.stats();
         if stats["failure"].is_null()
             && stats["waiting"] == 0
-            && stats["snapshot_owed_since"].is_null()
+            && stats["snapshot_pending_since"].is_null()
         {
             return beats;
         }

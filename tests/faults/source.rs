@@ -41,7 +41,7 @@ pub fn panics() {
     for _ in 0..20 {
         beat(&mut subject, Duration::ZERO);
     }
-    let stats = subject.until("all answers", |stats| stats["snapshot_owed_since"].is_null());
+    let stats = subject.until("all answers", |stats| stats["snapshot_pending_since"].is_null());
     assert_eq!((&stats["snapshots"], &stats["last_snapshot"]), (&json!(0), &Value::Null));
     assert!(stats["panics"].as_u64() >= Some(20), "{stats}");
     let last = statuses(&stage).pop().unwrap();
@@ -61,7 +61,7 @@ pub fn panics_every_second_time() {
     for _ in 0..20 {
         beat(&mut subject, Duration::ZERO);
     }
-    let stats = subject.until("all answers", |stats| stats["snapshot_owed_since"].is_null());
+    let stats = subject.until("all answers", |stats| stats["snapshot_pending_since"].is_null());
     assert!(
         stats["snapshots"].as_u64() >= Some(10) && stats["panics"].as_u64() >= Some(10),
         "{stats}"
@@ -78,7 +78,7 @@ pub fn panics_with_a_stubborn_payload() {
     for _ in 0..5 {
         beat(&mut subject, Duration::ZERO);
     }
-    let stats = subject.until("all answers", |stats| stats["snapshot_owed_since"].is_null());
+    let stats = subject.until("all answers", |stats| stats["snapshot_pending_since"].is_null());
     assert_eq!((&stats["ended_thread"], &stats["failure"]), (&Value::Null, &Value::Null));
     assert!(stats["panics"].as_u64() >= Some(5), "{stats}");
     let last = statuses(&stage).pop().unwrap();
@@ -89,12 +89,12 @@ pub fn panics_with_a_stubborn_payload() {
 pub fn never_returns() {
     let (stage, mut subject) = stage(Source::NeverReturns, 2);
     let threads = subject.footprint().threads;
-    let since = subject.stats()["snapshot_owed_since"].clone();
+    let since = subject.stats()["snapshot_pending_since"].clone();
     assert!(since.is_string(), "{since}");
     for _ in 0..5 {
         let stats = beat(&mut subject, Duration::from_secs(1));
         assert_eq!(
-            stats["snapshot_owed_since"], since,
+            stats["snapshot_pending_since"], since,
             "it owes since then, and is not asked again"
         );
     }
@@ -127,7 +127,7 @@ pub fn returns_after_a_minute() {
     assert!(started.elapsed() > Duration::from_secs(55));
     // It was asked again, since the delta's news may be newer.
     let stats =
-        subject.until("the next question", |stats| stats["snapshot_owed_since"].is_string());
+        subject.until("the next question", |stats| stats["snapshot_pending_since"].is_string());
     assert_eq!((&stats["snapshots"], stats["last_snapshot"].is_string()), (&json!(1), true));
 }
 

@@ -35,7 +35,7 @@ pub enum Posing {
 }
 
 impl Impostor {
-    pub fn take_over(&self, stage: &Stage) -> Posing {
+    pub fn replace_credentials(&self, stage: &Stage) -> Posing {
         let ours = stage.master.authority();
         let with = |certificate| Options {
             authority: Some(ours.clone()),
@@ -139,16 +139,16 @@ pub fn rows() -> Vec<Row> {
         row(
             "expired",
             Impostor::As(Role::Expired),
-            "has expired by this host's clock, which says 20",
+            "has expired by this host's clock, which shows 20",
         ),
         row(
             "not_yet_valid",
             Impostor::As(Role::NotYetValid),
-            "is not yet valid by this host's clock, which says 20",
+            "is not yet valid by this host's clock, which shows 20",
         ),
-        row("of_another_ca", Impostor::OfAnotherCa, "is not of our ca.crt"),
+        row("of_another_ca", Impostor::OfAnotherCa, "is not issued by the CA in ca.crt"),
         row("without_server_auth", Impostor::As(Role::WithoutServerAuth), "is not for servers"),
-        row("a_ca_as_leaf", Impostor::As(Role::CaAsLeaf), "is a CA's own"),
+        row("a_ca_as_leaf", Impostor::As(Role::CaAsLeaf), "is a CA certificate"),
         row(
             "of_the_wrong_name",
             Impostor::As(Role::Named("elsewhere".to_owned())),
@@ -176,6 +176,6 @@ pub fn rows() -> Vec<Row> {
             "is plain HTTP, not TLS",
         ),
         row("speaks_ssh", Impostor::Saying("SSH-2.0-OpenSSH_9.2\r\n"), "is neither TLS nor HTTP"),
-        row("speaks_tls_1.1_only", Impostor::OfTls11, "speaks no TLS that we do"),
+        row("speaks_tls_1.1_only", Impostor::OfTls11, "neither TLS 1.2 nor TLS 1.3"),
     ]
 }

@@ -72,7 +72,7 @@ fn a_source_that_hangs_stops_no_beat_and_the_beat_says_so() {
             "{error}"
         );
     }
-    assert!(heartbeat.stats().snapshot_owed_since.is_some());
+    assert!(heartbeat.stats().snapshot_pending_since.is_some());
     // What comes late goes out in a beat of its own.
     drop(release);
     assert!(stage.master.wait_for_beats(3, PATIENCE));
@@ -80,7 +80,7 @@ fn a_source_that_hangs_stops_no_beat_and_the_beat_says_so() {
         json_of(&stage.master.received()[2])["status"],
         json!({"deployed": false, "deckies": []})
     );
-    settled(&heartbeat, |stats| stats.snapshot_owed_since.is_none());
+    settled(&heartbeat, |stats| stats.snapshot_pending_since.is_none());
 }
 
 #[test]

@@ -37,16 +37,16 @@ fn wrong_material_is_named_with_its_file() {
     let junk = b"-----BEGIN CERTIFICATE-----\n????\n-----END CERTIFICATE-----\n";
     let not_der = b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n";
     for (file, content, problem) in [
-        ("ca.crt", &b""[..], "holds no PEM section that begins -----BEGIN CERTIFICATE-----"),
+        ("ca.crt", &b""[..], "holds no PEM section that begins with -----BEGIN CERTIFICATE-----"),
         ("ca.crt", key_only, "holds no certificate, but a private key"),
-        ("ca.crt", half, "ends in the middle of a PEM section; was it written half?"),
+        ("ca.crt", half, "ends in the middle of a PEM section"),
         ("ca.crt", junk, "has a PEM section that is not base64"),
         ("ca.crt", not_der, "has a section that is not an X.509 certificate"),
-        ("worker.crt", b"", "holds no PEM section that begins -----BEGIN CERTIFICATE-----"),
+        ("worker.crt", b"", "holds no PEM section that begins with -----BEGIN CERTIFICATE-----"),
         ("worker.crt", not_der, "has a section that is not an X.509 certificate"),
-        ("worker.key", b"", "holds no private key; PKCS#1, PKCS#8 and SEC1 in PEM are understood"),
+        ("worker.key", b"", "holds no private key in PEM (PKCS#1, PKCS#8 or SEC1)"),
         ("worker.key", key_only, "holds a private key that cannot be read"),
-        ("worker.key", half, "ends in the middle of a PEM section; was it written half?"),
+        ("worker.key", half, "ends in the middle of a PEM section"),
     ] {
         let said = self::problem(file, content);
         assert!(
@@ -181,7 +181,7 @@ fn a_ca_crt_without_a_ca_is_refused() {
     let said = problem("ca.crt", worker.as_bytes());
     assert!(said.starts_with("holds no usable CA certificate: "), "{said}");
     assert!(
-        said.ends_with(&format!(": it is a certificate that is not marked as a CA's; {ENROL}")),
+        said.ends_with(&format!(": it is a certificate that is not marked as a CA; {ENROL}")),
         "{said}"
     );
     let openssl = OpenSsl::new(stage.dir.path());
@@ -213,9 +213,7 @@ fn a_certificate_that_does_not_stand_first_is_named() {
     let (builder, _tick) = stage.builder();
     let said = format!("{:?}", builder.start().map(drop).unwrap_err());
     assert!(
-        said.contains(
-            "do not make an identity; put this host's own certificate first in worker.crt: "
-        ),
+        said.contains("do not match; put this host's own certificate first in worker.crt: "),
         "{said}"
     );
 }
@@ -226,7 +224,7 @@ fn two_keys_in_one_file_are_refused() {
     let key = fs::read_to_string(stage.agent_dir().join("worker.key")).unwrap();
     assert_eq!(
         problem("worker.key", key.repeat(2).as_bytes()),
-        "holds 2 private keys; keep the one of worker.crt"
+        "holds 2 private keys; keep only the key of worker.crt"
     );
 }
 
@@ -240,16 +238,16 @@ fn a_file_that_cannot_be_read_is_named_with_what_helps() {
         ),
         (
             |path| fs::create_dir(path).unwrap(),
-            "cannot be read; put the file that the enrolment wrote in its place: not a regular file",
+            "cannot be read; restore the file that the enrolment wrote: not a regular file",
         ),
         (
             |path| fs::write(path, vec![b' '; 1 << 20]).unwrap(),
-            "cannot be read; put the file that the enrolment wrote in its place, which has a few KiB: larger than 262144",
+            "cannot be read; restore the file that the enrolment wrote, which has a few KiB: larger than 262144",
         ),
         // Its first page cannot be read.
         (
             |path| std::os::unix::fs::symlink("/proc/self/mem", path).unwrap(),
-            "cannot be read; see to the disk; the kernel's log says more: Input/output error",
+            "cannot be read; check the disk and the kernel's log: Input/output error",
         ),
         (
             |path| fs::remove_dir_all(path.parent().unwrap()).unwrap(),
@@ -275,8 +273,8 @@ fn a_key_of_another_certificate_is_an_error_and_no_panic() {
     assert_eq!(
         format!("{error:?}"),
         format!(
-            "bundle: {}: worker.crt and worker.key do not make an identity; enrol this host again, unless it is being \
-             enrolled right now: keys may not be consistent: KeyMismatch",
+            "bundle: {}: worker.crt and worker.key do not match; enrol this host again, unless its enrolment is \
+             in progress: keys may not be consistent: KeyMismatch",
             stage.agent_dir().display()
         )
     );

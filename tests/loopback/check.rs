@@ -359,7 +359,7 @@ fn rejection_without_an_alert_is_explained() {
         let (builder, _tick) = stage.builder();
         let heartbeat = builder.start().unwrap();
         let failure = settled(&heartbeat, |stats| stats.failure.is_some()).failure.unwrap();
-        assert_eq!(failure.class, "closed", "{failure:?}");
+        assert_eq!(failure.class, "connection-closed", "{failure:?}");
         assert!(
             failure.detail.ends_with(": the master may refuse this host's certificate"),
             "{failure:?}"
@@ -438,7 +438,10 @@ fn server_of_another_protocol_is_detected() {
     });
     let report = Report::of(&mut check(&stage));
     report.fails_with("tls", 1);
-    assert_eq!(report.message("tls"), "the answer is neither TLS nor HTTP: it is not the master's");
+    assert_eq!(
+        report.message("tls"),
+        "the answer is neither TLS nor HTTP: the peer is not the master's"
+    );
     assert!(
         report.advice("tls").starts_with("correct the master's host and port"),
         "{}",
@@ -478,7 +481,7 @@ fn certificate_for_only_the_masters_host_is_rejected_by_name() {
         report.message("tls")
     );
     assert!(
-        report.advice("tls").contains("somebody poses as the master"),
+        report.advice("tls").contains("another host impersonates the master"),
         "{}",
         report.advice("tls")
     );
@@ -536,14 +539,10 @@ fn weak_signature_of_worker_crt_is_named() {
 fn unreadable_bundle_gets_no_advice_to_enrol() {
     type Damage = fn(&Path);
     let damages: [(Damage, &str, i32); 2] = [
-        (
-            |path| fs::create_dir(path).unwrap(),
-            "put the file that the enrolment wrote in its place",
-            78,
-        ),
+        (|path| fs::create_dir(path).unwrap(), "restore the file that the enrolment wrote", 78),
         (
             |path| std::os::unix::fs::symlink("/proc/self/mem", path).unwrap(),
-            "see to the disk; the kernel's log says more",
+            "check the disk and the kernel's log",
             1,
         ),
     ];
@@ -574,11 +573,7 @@ fn ignored_entries_of_ca_crt_are_named() {
         "{}",
         report.message("ca.crt")
     );
-    assert!(
-        report.advice("ca.crt").contains("not marked as a CA's"),
-        "{}",
-        report.advice("ca.crt")
-    );
+    assert!(report.advice("ca.crt").contains("not marked as a CA"), "{}", report.advice("ca.crt"));
 }
 
 #[test]
@@ -651,7 +646,7 @@ fn each_file_of_the_bundle_has_its_own_result() {
                     .unwrap()
             },
             "has a section that is not an X.509 certificate",
-            "mend the file",
+            "repair the file",
         ),
     ];
     for (damage, message, advice) in damages {
@@ -733,7 +728,9 @@ fn ca_of_the_same_name_with_another_key_type_is_rejected() {
     let report = Report::of(&mut check(&stage));
     report.fails_with("tls", 1);
     assert!(
-        report.message("tls").starts_with("the master's certificate is not of our ca.crt"),
+        report
+            .message("tls")
+            .starts_with("the master's certificate is not issued by the CA in ca.crt"),
         "{}",
         report.message("tls")
     );
@@ -1031,13 +1028,13 @@ fn each_alert_of_openssl_is_explained() {
         (
             "other",
             "good",
-            "the master refused our certificate: its CA has not signed it",
+            "the master refused our certificate: the master's CA did not sign it",
             "enrol this host again",
         ),
         (
             "unknown",
             "good",
-            "the master refused our certificate: it is of a CA that the master does not know",
+            "the master refused our certificate: it is issued by a CA that the master does not know",
             "enrol this host",
         ),
     ] {
@@ -1064,7 +1061,7 @@ fn unknown_name_fails_with_its_reason() {
         "{message}"
     );
     assert!(
-        report.advice("name").contains("name the master by its address"),
+        report.advice("name").contains("configure the master's IP address"),
         "{}",
         report.advice("name")
     );

@@ -10,21 +10,21 @@ use crate::support::{Stage, nothing_deployed, settled};
 /// What is tried here.
 const HERE: [&str; 10] = [
     "http-403",
-    "name",
+    "dns",
     "refused",
     "unreachable",
     "timeout-connect",
     "tls",
-    "closed",
+    "connection-closed",
     "timeout-receive-response",
-    "not-http",
+    "invalid-response",
     "io",
 ];
 
 /// What takes a network that is slower than this one, or a resolver that is silent: `tests/faults/network.rs` and
 /// `tests/e2e/resolver.rs` produce these. A body that cannot be written as JSON cannot be made from outside.
 const ELSEWHERE: [&str; 4] =
-    ["timeout-resolve", "timeout-send-body", "timeout-global", "unwritten"];
+    ["timeout-resolve", "timeout-send-body", "timeout-global", "invalid-body"];
 
 /// The first failure of that class, however many others come before it.
 fn failure(enrolment: Enrolment, class: &str) -> Failure {
@@ -40,9 +40,9 @@ fn at(worker: &Enrolled, host: &str, port: u16) -> Enrolment {
 }
 
 #[test]
-fn a_name_that_does_not_resolve_is_of_class_name_and_named() {
+fn unresolvable_name_is_of_class_dns() {
     let stage = Stage::new();
-    let failure = failure(at(&stage.worker, "no-such.invalid", 8770), "name");
+    let failure = failure(at(&stage.worker, "no-such.invalid", 8770), "dns");
     assert!(
         failure.detail.starts_with("the name no-such.invalid could not be looked up: "),
         "{failure:?}"
@@ -73,7 +73,7 @@ fn what_the_system_refuses_is_of_class_io() {
 #[test]
 fn each_way_in_which_a_master_fails_has_its_class() {
     for (fault, class, says) in [
-        (Fault::CutBeforeHandshake, "closed", ""),
+        (Fault::CutBeforeHandshake, "connection-closed", ""),
         (Fault::NeverHandshake, "timeout-connect", ""),
         (
             Fault::Banner(b"HTTP/1.1 400 Bad Request\r\n\r\n".to_vec()),
@@ -86,7 +86,7 @@ fn each_way_in_which_a_master_fails_has_its_class() {
             "the answer is neither TLS nor HTTP",
         ),
         (Fault::NeverAnswer(Effect::Lost), "timeout-receive-response", ""),
-        (Fault::Raw(vec![0xff; 3_000]), "not-http", ""),
+        (Fault::Raw(vec![0xff; 3_000]), "invalid-response", ""),
     ] {
         let stage = Stage::new();
         stage.master.always(Some(fault));

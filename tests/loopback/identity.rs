@@ -41,17 +41,17 @@ fn the_masters_own_certificate_is_accepted_under_every_rule_but_public() {
     accepted(&stage, pin(stage.master.certificate()));
     let stage = Stage::new();
     let said = refused(&stage, MasterIdentity::PublicCa);
-    assert!(said.starts_with("the certificate is not of a public CA"), "{said}");
+    assert!(said.starts_with("the certificate is not issued by a public CA"), "{said}");
 }
 
 #[test]
 fn a_sibling_worker_cannot_pose_as_the_master_by_default() {
     let stage = posing(Role::Worker("sibling".to_owned()));
     let said = refused(&stage, MasterIdentity::default());
-    let expected = r#"the certificate is not the master's own: its common name is "sibling" and must be "swarmctl" alone"#;
+    let expected = r#"the certificate is not the master's own: its common name is "sibling", and must be "swarmctl""#;
     assert_eq!(said, expected);
     let said = refused(&posing(Role::Worker("sibling".to_owned())), MasterIdentity::Host);
-    assert_eq!(said, format!("{expected}; nor is it valid for the configured host"));
+    assert_eq!(said, format!("{expected}; and it is not valid for the configured host"));
 }
 
 #[test]
@@ -125,7 +125,10 @@ fn a_workers_certificate_in_ca_crt_does_not_let_it_issue() {
         std::fs::write(&path, content).unwrap();
         for identity in [MasterIdentity::Name, MasterIdentity::Host, MasterIdentity::AnyFromCa] {
             let said = refused(&stage, identity);
-            assert!(said.starts_with("the master's certificate is not of our ca.crt"), "{said}");
+            assert!(
+                said.starts_with("the master's certificate is not issued by the CA in ca.crt"),
+                "{said}"
+            );
         }
     }
     // Nor does it count itself.
@@ -200,7 +203,9 @@ fn the_own_certificate_of_a_proxy_is_not_of_our_ca_whatever_its_version() {
         let heartbeat = builder.enrolment(enrolment).start().unwrap();
         let failure = settled(&heartbeat, |stats| stats.failure.is_some()).failure.unwrap();
         assert!(
-            failure.detail.starts_with("the master's certificate is not of our ca.crt"),
+            failure
+                .detail
+                .starts_with("the master's certificate is not issued by the CA in ca.crt"),
             "{name}: {failure:?}"
         );
     }
@@ -221,7 +226,8 @@ fn a_certificate_of_another_ca_is_refused() {
     let stage = Stage::with(Options { certificate: Some(other), ..Options::default() });
     for identity in [MasterIdentity::Name, MasterIdentity::AnyFromCa] {
         assert!(
-            refused(&stage, identity).starts_with("the master's certificate is not of our ca.crt")
+            refused(&stage, identity)
+                .starts_with("the master's certificate is not issued by the CA in ca.crt")
         );
     }
 }
@@ -233,7 +239,7 @@ fn a_certificate_that_may_not_serve_or_is_out_of_date_is_refused() {
         for identity in [MasterIdentity::Name, MasterIdentity::AnyFromCa] {
             let said = refused(&stage, identity);
             if matches!(role, Role::Expired | Role::NotYetValid) {
-                assert!(said.contains("by this host's clock, which says "), "{role:?}: {said}");
+                assert!(said.contains("by this host's clock, which shows "), "{role:?}: {said}");
             }
         }
     }

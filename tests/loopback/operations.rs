@@ -217,7 +217,7 @@ fn a_run_that_fails_reports_the_whole_chain_and_one_that_panics_its_message() {
 #[test]
 fn an_operation_that_no_row_can_be_for_is_refused_and_its_work_not_begun() {
     let stage = Stage::new();
-    let rule = "is not a name of DECNET's: A-Z, a-z, 0-9, _, . and - only, at most 128 of them";
+    let rule = "is not a valid name: use at most 128 characters of A-Z, a-z, 0-9, _, . and -";
     let too_long = format!("decky name: \"{}\"… {rule}", "d".repeat(128));
     let (heartbeat, _tick) = stage.beating();
     for (deckies, problem) in [
@@ -228,7 +228,7 @@ fn an_operation_that_no_row_can_be_for_is_refused_and_its_work_not_begun() {
         ),
         (
             vec!["d".to_owned(), "a,b\n".to_owned()],
-            r#"decky name: "a,b\n" is not a name of DECNET's: A-Z, a-z, 0-9, _, . and - only, at most 128 of them"#,
+            r#"decky name: "a,b\n" is not a valid name: use at most 128 characters of A-Z, a-z, 0-9, _, . and -"#,
         ),
         (vec!["d".repeat(129)], &too_long),
     ] {

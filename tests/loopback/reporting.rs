@@ -102,7 +102,7 @@ fn push_delivers_now_and_says_nothing_of_what_runs() {
     let request = stage.master.received().remove(0);
     assert_eq!(deckies(&request), ["a", "b"], "of a decky that is named twice there is one delta");
     assert_eq!(json_of(&request)["status"], json!({"error": "only deltas"}));
-    let observed = json!({"error": "Docker has not been asked yet"});
+    let observed = json!({"error": "Docker has not been queried yet"});
     let nothing = json!({"topology_id": Value::Null, "applied_version_hash": Value::Null, "applied_at": Value::Null,
                          "last_error": Value::Null, "observed": observed});
     assert_eq!(json_of(&request)["topology"], nothing, "leaving it out is not neutral");

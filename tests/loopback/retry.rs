@@ -267,7 +267,7 @@ fn a_delta_on_which_the_master_fails_rests_for_ten_beats_and_stops_neither_beats
     let (heartbeat, tick) = stage.beating();
     stage.master.always(Some(failing_on("\"d.1\"")));
     heartbeat.deltas().push_all(["a", "d.1", "b"].map(deployed)).unwrap();
-    let stats = settled(&heartbeat, |stats| stats.delivered == 2 && stats.resting == 1);
+    let stats = settled(&heartbeat, |stats| stats.delivered == 2 && stats.suspended == 1);
     assert_eq!((stats.rejected, stats.waiting), (0, 1));
     let tries =
         || stage.master.received().iter().filter(|request| deckies(request) == ["d.1"]).count();
@@ -287,7 +287,7 @@ fn a_delta_on_which_the_master_fails_rests_for_ten_beats_and_stops_neither_beats
         one_beat();
     }
     let stats = settled(&heartbeat, |stats| stats.delivered == 4);
-    assert_eq!((stats.resting, stats.rejected, stats.waiting, tries()), (0, 0, 0, 2));
+    assert_eq!((stats.suspended, stats.rejected, stats.waiting, tries()), (0, 0, 0, 2));
 }
 
 #[test]
@@ -335,6 +335,6 @@ fn a_gateways_page_rejects_no_delta() {
         Answer::status(400).header("Content-Type", "text/html").body("<h1>400 Bad Request</h1>");
     stage.master.always(Some(Fault::AnswerTo(b"\"d1\"".to_vec(), page)));
     heartbeat.deltas().push_all(["d0", "d1", "d2"].map(deployed)).unwrap();
-    let stats = settled(&heartbeat, |stats| stats.delivered == 2 && stats.resting == 1);
+    let stats = settled(&heartbeat, |stats| stats.delivered == 2 && stats.suspended == 1);
     assert_eq!((stats.rejected, stats.waiting), (0, 1));
 }

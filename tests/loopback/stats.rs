@@ -36,7 +36,7 @@ fn as_json_they_count_what_waits_what_is_held_what_is_in_flight_and_what_fell_ou
     );
     // How often the source was asked depends on when the beats failed.
     assert!(json["snapshots"].take().as_u64().is_some_and(|count| count >= 1));
-    json["snapshot_owed_since"].take();
+    json["snapshot_pending_since"].take();
     json["outbox_busy_since"].take();
     let time = |time: serde_json::Value| humantime::parse_rfc3339(time.as_str().unwrap()).unwrap();
     let now = SystemTime::now();
@@ -68,10 +68,10 @@ fn as_json_they_count_what_waits_what_is_held_what_is_in_flight_and_what_fell_ou
         "outbox": stage.agent_dir().join("heartbeat.db"),
         "snapshots": null,
         "last_snapshot": null,
-        "snapshot_owed_since": null,
+        "snapshot_pending_since": null,
         "outbox_busy_since": null,
         "status_fault": null,
-        "resting": 0,
+        "suspended": 0,
         "panics": 0,
         "ended_thread": null,
     });

@@ -127,7 +127,7 @@ fn a_connection_that_ends_while_a_large_body_is_sent_makes_the_next_one_lighter(
     let stats = settled(&heartbeat, |stats| stats.delivered == 1);
     assert_eq!(stats.rejected, 0);
     let (_, first) = master.requests.recv_timeout(PATIENCE).unwrap();
-    assert!(first["status"]["error"].as_str().unwrap().contains("closed"), "{first}");
+    assert!(first["status"]["error"].as_str().unwrap().contains("connection-closed"), "{first}");
     assert_eq!(first["lifecycle"][0]["decky_name"], "d");
 }
 

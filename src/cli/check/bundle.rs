@@ -12,7 +12,7 @@ use rustls::pki_types::CertificateDer;
 
 use super::certificate::Described;
 use super::steps::{Checklist, Step};
-use crate::credentials::bundle::{self, Bundle, CA, CERTIFICATE, ENROL, Judged, KEY};
+use crate::credentials::bundle::{self, Bundle, BundleCheck, CA, CERTIFICATE, ENROL, KEY};
 use crate::error::{Error, chain, sanitize_path};
 use crate::master::verifier;
 
@@ -23,8 +23,10 @@ const RENEW_CA: &str = "renew the master's CA, then enrol this host again";
 pub(super) fn check(dir: &Path, list: &mut Checklist) -> Option<Bundle> {
     let provider = verifier::provider();
     let (bundle, judged) = match Bundle::load(dir, &provider) {
-        Ok(bundle) => (Some(bundle), Judged { ca: Ok(()), certificate: Ok(()), key: Some(Ok(())) }),
-        Err(error) => (None, Judged::of(dir, &provider, error)),
+        Ok(bundle) => {
+            (Some(bundle), BundleCheck { ca: Ok(()), certificate: Ok(()), key: Some(Ok(())) })
+        }
+        Err(error) => (None, BundleCheck::of(dir, &provider, error)),
     };
     let roots = Roots::of(dir, &provider);
     list.add(
@@ -137,14 +139,13 @@ fn own_certificate(
     let Some(bundle) = bundle.filter(|_| step.is_good()) else { return step };
     match bundle.weak_signature(provider) {
         Some(problem) => step.advise(format!("the master may reject it: {problem}")),
-        None if !bundle.is_of_its_ca(provider) => {
+        None if !bundle.is_issued_by_its_ca(provider) => {
             step.advise(format!("it was not issued by ca.crt: {ENROL}"))
         }
-        None if !roots.valid.is_empty() && !bundle.is_of(&roots.valid(), provider) => {
-            step.advise(format!(
+        None if !roots.valid.is_empty() && !bundle.is_issued_by(&roots.valid(), provider) => step
+            .advise(format!(
                 "the master may reject it, because the CA that issued it is not valid: {ENROL}"
-            ))
-        }
+            )),
         None => step,
     }
 }

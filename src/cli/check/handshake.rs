@@ -45,7 +45,7 @@ pub(super) fn handshake(
         ClientConnection::new(Arc::clone(config), name.clone()).map_err(io::Error::other)?;
     let mut first = FirstBytes::of(&mut stream);
     if let Err(error) = tls.complete_io(&mut first) {
-        let error = first.name(error);
+        let error = first.classify(error);
         let alert =
             if is_closed(&error) { alert_before_close(&mut tls, &mut stream) } else { None };
         return Err(alert.unwrap_or(error));

@@ -195,7 +195,7 @@ pub(super) fn check_room(folder: &Path) -> Result<(), String> {
         .map_err(|error| format!("{shown} cannot be written: {error}"))?;
     let disk = statvfs(folder).map_err(|error| format!("{shown}: {error}"))?;
     let available = disk.f_bavail.saturating_mul(disk.f_frsize);
-    if available < limits::ROOM {
+    if available < limits::MIN_DISK_SPACE {
         Err(format!("the disk of {shown} has only {} KiB left", available / 1024))
     } else {
         Ok(())
@@ -237,8 +237,7 @@ mod tests {
         );
         let text =
             shown(unlocated_step(&NotLocated::Unreadable("/opt: Permission denied".to_owned())));
-        let unknown =
-            "✗ state-file    it is not known where the state file is: /opt: Permission denied\n";
+        let unknown = "✗ state-file    cannot locate the state file: /opt: Permission denied\n";
         assert!(
             text.starts_with(unknown) && text.contains("→ let this user read that folder"),
             "{text}"

@@ -238,12 +238,12 @@ impl<'a> MasterProbe<'a> {
             }
             Err(error) => {
                 let is_closed = self.resolver.was_requested() && is_closed(&error);
-                let Explained { says, advice } = if is_closed {
+                let Explained { text, advice } = if is_closed {
                     closed_on_our_certificate()
                 } else {
                     explain::handshake(&error)
                 };
-                Step::bad("tls", format!("{}{peer}", sanitize(&says)), advice)
+                Step::bad("tls", format!("{}{peer}", sanitize(&text)), advice)
                     .fact("our_fingerprint", self.bundle.certificate.fingerprint.as_str())
             }
         };
@@ -294,7 +294,7 @@ impl<'a> MasterProbe<'a> {
         master.use_addresses(addresses);
         let reply = match body {
             Ok(body) => master.post(&body, limits::POST),
-            Err(error) => PostResult::unwritten(&error),
+            Err(error) => PostResult::invalid_body(&error),
         };
         let fingerprint = &self.bundle.certificate.fingerprint;
         let PostResult { verdict, class, detail, took, resumed, .. } = reply;
@@ -393,7 +393,7 @@ fn explain_retry(class: &str) -> (&'static str, &'static str) {
 
 fn explain_no_response(class: &str) -> (&'static str, &'static str) {
     match class {
-        "not-http" => ("the server does not speak HTTP/1.1", WRONG_SERVER),
+        "invalid-response" => ("the server does not speak HTTP/1.1", WRONG_SERVER),
         "tls" => {
             ("no answer: TLS failed", "see the step tls, and the master's log; run tries again")
         }
@@ -438,7 +438,7 @@ mod tests {
         let [bad, good] = [&bad, &good].map(|listener| listener.local_addr().unwrap());
         let handshake = |stream: TcpStream| match stream.peer_addr().unwrap() == good {
             true => Step::good("tls", "TLS 1.3"),
-            false => Step::bad("tls", "closed", ""),
+            false => Step::bad("tls", "connection-closed", ""),
         };
         let reached = Reached::of(&[closed, bad, good], handshake);
         assert!(reached.tcp.is_good() && reached.tls.unwrap().is_good());
@@ -471,14 +471,14 @@ mod tests {
     #[test]
     fn each_class_without_an_answer_has_advice() {
         for (class, advice) in [
-            ("name", "correct the master's name"),
+            ("dns", "correct the master's name"),
             ("timeout-resolve", "correct the master's name"),
             ("refused", "start the master's swarm controller"),
             ("unreachable", "check the route"),
             ("timeout-connect", "check the route"),
             ("tls", "see the step tls"),
-            ("not-http", "this address and this port"),
-            ("closed", "check the master's log"),
+            ("invalid-response", "this address and this port"),
+            ("connection-closed", "check the master's log"),
         ] {
             let (_, found) = explain_verdict(Verdict::NoResponse, class, "");
             assert!(

@@ -94,7 +94,7 @@ impl Users {
             Sharing::Unshared(self.run_as_another())
         };
         for file in FILES.map(|part| beside(path, part)) {
-            match DatabaseFile::look(&file) {
+            match DatabaseFile::open(&file) {
                 Ok(None) => (),
                 Ok(Some(place)) => match self.sharing_of(&place) {
                     Sharing::Shared => (),

@@ -10,7 +10,7 @@ use serde_json::{Map, Value};
 use super::super::output::{print_result, terminal_width};
 use super::super::{NOT_CONFIGURED, code_of, logging};
 use crate::error::Error;
-use crate::text::{escaped_json, escaped_lines};
+use crate::text::{escape_json, escape_lines};
 
 /// The result of a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -141,7 +141,7 @@ fn push_wrapped(text: &mut String, indent: usize, words: &str, width: Option<usi
 
 /// The text on one line, with control characters escaped.
 fn one_line(text: &str) -> String {
-    escaped_lines(text).replace('\n', "\\u{a}")
+    escape_lines(text).replace('\n', "\\u{a}")
 }
 
 /// Columns of a step's name.
@@ -206,7 +206,7 @@ impl Checklist {
         let report =
             Report { version: env!("CARGO_PKG_VERSION"), works, exit_code, steps: &self.steps };
         // Serializing strings and numbers cannot fail.
-        escaped_json(&serde_json::to_string_pretty(&report).unwrap_or_default()) + "\n"
+        escape_json(&serde_json::to_string_pretty(&report).unwrap_or_default()) + "\n"
     }
 }
 

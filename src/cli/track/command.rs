@@ -116,9 +116,9 @@ fn wait_for_end(
             signals.fd().into_iter().chain(pidfd.as_ref().map(AsFd::as_fd)).collect();
         // SIGCHLD also ends the wait, unless it cannot be caught or is blocked by the parent
         // process.
-        let next_look = pidfd.is_none().then(|| Instant::now() + limits::COMMAND_LOOK);
+        let next_look = pidfd.is_none().then(|| Instant::now() + limits::COMMAND_CHECK);
         if wait(&files, next_look.or(next_restart)).is_err() {
-            thread::sleep(limits::COMMAND_LOOK);
+            thread::sleep(limits::COMMAND_CHECK);
         }
         for caught in signals.pending() {
             pass_on(caught, child, stderr);

@@ -1,21 +1,23 @@
-//! The INI dialect of Python's `configparser`, as the original agent sets it up. Pure functions, for any thread.
+//! Parses the INI dialect of Python's `configparser` with the settings of the original agent. Pure
+//! functions, for any thread.
 //!
-//! The crate of that name was tried first: it cuts a value at every `#` and `;` (also within `/srv/a#b`), folds the
-//! case of section names, lets the last of two duplicates win, takes keys without a value and knows no `%`.
-//! An operator's file would be read differently by the two agents on one host, so the dialect is spelt out here.
+//! The crate `configparser` reads another dialect: it cuts a value at every `#` and `;` (also in
+//! `/srv/a#b`), folds the case of section names, accepts duplicates and keys without a value, and
+//! does not expand `%`. Two agents on one host would read the same file differently. So the dialect
+//! is implemented here.
 
 use std::collections::HashMap;
 
 use crate::limits;
 use crate::text::sanitize;
 
-/// The section whose keys count in every other section.
+/// The section whose keys apply to every other section.
 const DEFAULT: &str = "DEFAULT";
 
-/// How deep one value may refer to the next; Python's bound.
+/// The depth of nested references, as in Python.
 const DEPTH: usize = 10;
 
-/// A file in that dialect. Keys are in lower case, values as they stand, `%` not yet expanded.
+/// A parsed file. Keys are in lower case; `%` in values is not expanded yet.
 #[derive(Default)]
 pub(super) struct Ini {
     sections: HashMap<String, Section>,
@@ -23,12 +25,13 @@ pub(super) struct Ini {
 
 #[derive(Default)]
 struct Section {
-    /// The keys in the order of the file: where two of them mean the same variable, the first one counts.
+    /// The keys in the order of the file. If two of them set the same variable, the first one
+    /// counts.
     keys: Vec<String>,
     values: HashMap<String, String>,
 }
 
-/// A file that cannot be read in that dialect. Values are never repeated here: some are secrets.
+/// A syntax error. It never quotes a value, as values may be secrets.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Fault {
     pub(super) line: usize,
@@ -38,13 +41,13 @@ pub(super) struct Fault {
 impl Ini {
     pub(super) fn parse(text: &str) -> Result<Self, Fault> {
         if text.starts_with('\u{feff}') {
-            let problem = "a byte order mark, which the original agent refuses; save the file as UTF-8 without it";
+            let problem = "a byte order mark, which the original agent rejects; save the file as UTF-8 without it";
             return Err(Fault { line: 1, problem: problem.to_owned() });
         }
         let text = text.replace("\r\n", "\n").replace('\r', "\n");
         let mut ini = Self::default();
         let mut section: Option<String> = None;
-        // The key that a line indented deeper than its own goes on with.
+        // The key whose value a deeper indented line continues, and its indentation.
         let mut open: Option<(String, usize)> = None;
 
         for (number, line) in (1..).zip(text.split('\n')) {
@@ -52,7 +55,7 @@ impl Ini {
             let uncommented = before_comment(line);
             let content = trim(uncommented.unwrap_or(line));
             if content.is_empty() {
-                // A blank line is part of the value around it, a comment is not.
+                // A blank line is part of a value, a comment is not.
                 if let (None, Some(section), Some((key, _))) = (uncommented, &section, &open) {
                     ini.append(section, key, "");
                 }
@@ -67,7 +70,7 @@ impl Ini {
                 if name != DEFAULT && ini.sections.contains_key(name) {
                     let name = sanitize(name);
                     return Err(fault(format!(
-                        "the section [{name}] is there a second time; make them one"
+                        "duplicate section [{name}]; merge the two sections"
                     )));
                 }
                 ini.sections.entry(name.to_owned()).or_default();
@@ -79,9 +82,10 @@ impl Ini {
                 })?;
                 let entries = ini.sections.entry(section.clone()).or_default();
                 if entries.values.insert(key.clone(), value.to_owned()).is_some() {
-                    let (section, key) = (sanitize(section), sanitize(&key));
+                    let section = sanitize(section);
+                    let key = sanitize(&key);
                     return Err(fault(format!(
-                        "[{section}] has the key {key} a second time; keep one"
+                        "duplicate key {key} in [{section}]; remove one of them"
                     )));
                 }
                 entries.keys.push(key.clone());
@@ -93,7 +97,7 @@ impl Ini {
         Ok(ini)
     }
 
-    /// Nothing is written in it.
+    /// Whether the file has no section.
     pub(super) fn is_empty(&self) -> bool {
         self.sections.is_empty()
     }
@@ -107,8 +111,9 @@ impl Ini {
         }
     }
 
-    /// The keys that count in `section`, in Python's order, each with the section in which it is written:
-    /// those of `[DEFAULT]` first. None if there is no such section, whatever `[DEFAULT]` says.
+    /// The keys that apply to `section`, in Python's order, those of `[DEFAULT]` first. Each has
+    /// the section in which it is written. Empty if the section does not exist, also if `[DEFAULT]`
+    /// has keys.
     pub(super) fn keys<'a>(&'a self, section: &'a str) -> impl Iterator<Item = (&'a str, &'a str)> {
         let own = self.sections.get(section);
         let default = own.and_then(|_| self.sections.get(DEFAULT));
@@ -122,11 +127,12 @@ impl Ini {
         )
     }
 
-    /// The value of `key` in `section` or else in `[DEFAULT]`, with `%` expanded. The error is the problem alone.
+    /// The value of `key` in `section`, otherwise in `[DEFAULT]`, with `%` expanded. The error does
+    /// not name the key.
     pub(super) fn get(&self, section: &str, key: &str) -> Result<Option<String>, String> {
         let Some(raw) = self.raw(section, key) else { return Ok(None) };
         let mut value = String::new();
-        // References multiply; what a whole file can hold is more than any value needs.
+        // References can multiply a value. It may grow to the maximum size of a file.
         let mut budget = limits::INI_FILE as usize;
         self.expand(section, raw, 1, &mut budget, &mut value)?;
         Ok(Some(value))
@@ -138,7 +144,7 @@ impl Ini {
         value(section).or_else(|| value(DEFAULT)).map(|value| value.trim_end_matches(is_space))
     }
 
-    /// Writes `text` to `out`, with `%%` as `%` and `%(key)s` as the value of that key.
+    /// Writes `text` to `out`. Replaces `%%` with `%`, and `%(key)s` with the value of that key.
     fn expand(
         &self,
         section: &str,
@@ -149,11 +155,13 @@ impl Ini {
     ) -> Result<(), String> {
         *budget = budget
             .checked_sub(text.len() + 1)
-            .ok_or("grows too large when its %(key)s are filled in")?;
+            .ok_or("is too large after the expansion of its %(key)s")?;
         let mut rest = text;
         while let Some((before, after)) = rest.split_once('%') {
             if depth > DEPTH {
-                return Err(format!("refers to other keys more than {DEPTH} deep, or in a circle"));
+                return Err(format!(
+                    "refers to other keys more than {DEPTH} levels deep, or to itself"
+                ));
             }
             out.push_str(before);
             if let Some(after) = after.strip_prefix('%') {
@@ -177,7 +185,7 @@ impl Ini {
     }
 }
 
-/// What stands before the comment of a line; `None` if it has no comment.
+/// The part of a line before its comment. `None`: the line has no comment.
 fn before_comment(line: &str) -> Option<&str> {
     if trim(line).starts_with(['#', ';']) {
         return Some("");
@@ -185,8 +193,8 @@ fn before_comment(line: &str) -> Option<&str> {
     let begins_comment = |at: &usize| {
         line.get(..*at).is_some_and(|before| before.is_empty() || before.ends_with(is_space))
     };
-    // Python weighs the first `#` against the first `;`, then the second ones, and so on: in `a#b #c ;d` the
-    // comment is `;d`, as the first `;` begins one and the first `#` does not.
+    // Python compares the first `#` with the first `;`, then the second ones, and so on. In `a#b #c
+    // ;d` the comment is `;d`, because the first `;` begins a comment and the first `#` does not.
     let mut hashes = line.match_indices('#').map(|(at, _)| at);
     let mut semicolons = line.match_indices(';').map(|(at, _)| at);
     loop {
@@ -200,7 +208,7 @@ fn before_comment(line: &str) -> Option<&str> {
     }
 }
 
-/// The name in `[name]`, spaces and all. What follows the last bracket is ignored.
+/// The name in `[name]`, including spaces. Text after the last bracket is ignored.
 fn header(content: &str) -> Option<&str> {
     let (name, _) = content.strip_prefix('[')?.rsplit_once(']')?;
     Some(name).filter(|name| !name.is_empty())
@@ -213,7 +221,7 @@ fn option(content: &str) -> Option<(String, &str)> {
     Some((key, trim(value))).filter(|(key, _)| !key.is_empty())
 }
 
-/// The key of a `%(key)s` whose `%` is gone, and what follows it.
+/// Parses `(key)s`, without its `%`. Returns the key and the text after it.
 fn reference(text: &str) -> Option<(&str, &str)> {
     let (key, after) = text.strip_prefix('(')?.split_once(')')?;
     Some((key, after.strip_prefix('s')?)).filter(|(key, _)| !key.is_empty())
@@ -223,7 +231,7 @@ pub(super) fn trim(text: &str) -> &str {
     text.trim_matches(is_space)
 }
 
-/// Python's idea of white space: Unicode's, and the four ASCII separators.
+/// White space as in Python: Unicode's, and the four ASCII separators.
 fn is_space(c: char) -> bool {
     c.is_whitespace() || matches!(c, '\u{1c}'..='\u{1f}')
 }
@@ -248,7 +256,7 @@ mod tests {
     }
 
     #[test]
-    fn a_comment_begins_a_line_or_follows_white_space() {
+    fn comment_begins_a_line_or_follows_white_space() {
         assert_eq!(value("k = a # b"), Some("a".to_owned()));
         assert_eq!(value("k = a\t;b"), Some("a".to_owned()));
         assert_eq!(value("k = /srv/a#b;c"), Some("/srv/a#b;c".to_owned()));
@@ -257,21 +265,21 @@ mod tests {
     }
 
     #[test]
-    fn keys_fold_case_and_sections_do_not() {
+    fn keys_are_case_insensitive_and_sections_are_not() {
         assert_eq!(value("K : a"), Some("a".to_owned()));
         assert_eq!(get("[Agent]\nk = a", "k"), Ok(None));
         assert_eq!(get("[ agent ]\nk = a", "k"), Ok(None));
     }
 
     #[test]
-    fn a_deeper_line_goes_on_with_the_value() {
+    fn deeper_indented_line_continues_the_value() {
         assert_eq!(value("k = a\n\n  # no\n  b\n c=d\n\n"), Some("a\n\nb\nc=d".to_owned()));
         assert_eq!(value("k = a\n [other]"), Some("a\n[other]".to_owned()));
         assert_eq!(value(" k = a\n j = b"), Some("a".to_owned()));
     }
 
     #[test]
-    fn every_kind_of_line_end_ends_a_line() {
+    fn all_line_ends_are_accepted() {
         assert_eq!(get("[agent]\r\nj = a\rk = b\r\n", "k"), Ok(Some("b".to_owned())));
     }
 
@@ -291,24 +299,24 @@ mod tests {
         );
         assert_eq!(
             get("[agent]\nk = %(k)s", "k"),
-            Err("refers to other keys more than 10 deep, or in a circle".to_owned())
+            Err("refers to other keys more than 10 levels deep, or to itself".to_owned())
         );
     }
 
     #[test]
-    fn references_that_multiply_are_bounded() {
+    fn expanded_value_is_bounded() {
         let mut text = "[agent]\nk = %(k0)s\nk8 =\n".to_owned();
         for level in 0..8 {
             text.push_str(&format!("k{level} = {}\n", format!("%(k{})s", level + 1).repeat(50)));
         }
         assert_eq!(
             get(&text, "k"),
-            Err("grows too large when its %(key)s are filled in".to_owned())
+            Err("is too large after the expansion of its %(key)s".to_owned())
         );
     }
 
     #[test]
-    fn keys_come_in_the_order_of_python() {
+    fn keys_are_in_the_order_of_python() {
         let ini = Ini::parse("[agent]\nb = 1\na = 2\n[DEFAULT]\nc = 3\na = 4\n").unwrap();
         let keys: Vec<_> = ini.keys("agent").collect();
         assert_eq!(keys, [("DEFAULT", "c"), ("agent", "a"), ("agent", "b")]);
@@ -316,21 +324,22 @@ mod tests {
     }
 
     #[test]
-    fn names_in_faults_are_printable() {
-        let (escape, long) = ("\u{1b}[31m", "n".repeat(400));
+    fn names_in_errors_are_escaped_and_truncated() {
+        let escape = "\u{1b}[31m";
+        let long = "n".repeat(400);
         let cut = format!("{}…", "n".repeat(300));
         for (text, problem) in [
             (
                 format!("[{escape}]\n[{escape}]"),
-                "the section [\\u{1b}[31m] is there a second time; make them one",
+                "duplicate section [\\u{1b}[31m]; merge the two sections",
             ),
             (
                 format!("[a]\n{escape}=\n{escape}="),
-                "[a] has the key \\u{1b}[31m a second time; keep one",
+                "duplicate key \\u{1b}[31m in [a]; remove one of them",
             ),
             (
                 format!("[{long}]\nk=\nk="),
-                &format!("[{cut}] has the key k a second time; keep one"),
+                &format!("duplicate key k in [{cut}]; remove one of them"),
             ),
         ] {
             assert_eq!(fault(&text).1, problem);
@@ -340,19 +349,19 @@ mod tests {
     }
 
     #[test]
-    fn faults_name_the_line() {
+    fn syntax_errors_name_the_line() {
         let neither = "neither [section], nor key = value, nor a comment";
         for (text, line, problem) in [
             ("a = b", 1, "a line before the first [section]"),
             ("[agent]\n\nword", 3, neither),
             ("[agent]\n= b", 2, neither),
             ("[]\n", 1, "a line before the first [section]"),
-            ("[agent]\nk = a\nK = b", 3, "[agent] has the key k a second time; keep one"),
-            ("[agent]\n[agent]", 2, "the section [agent] is there a second time; make them one"),
+            ("[agent]\nk = a\nK = b", 3, "duplicate key k in [agent]; remove one of them"),
+            ("[agent]\n[agent]", 2, "duplicate section [agent]; merge the two sections"),
             (
                 "\u{feff}[agent]",
                 1,
-                "a byte order mark, which the original agent refuses; save the file as UTF-8 without it",
+                "a byte order mark, which the original agent rejects; save the file as UTF-8 without it",
             ),
         ] {
             assert_eq!(fault(text), (line, problem.to_owned()), "{text:?}");

@@ -56,7 +56,7 @@ impl HeartbeatLoop {
             }
         }
         let suspended = self.content.suspended_deltas();
-        self.stats.change(|stats| stats.resting = suspended);
+        self.stats.change(|stats| stats.suspended = suspended);
         last.map(|result| BeatResult { result, delivered })
     }
 
@@ -200,7 +200,7 @@ impl HeartbeatLoop {
             Ok(body) => {
                 self.link.master().post(&body, end.saturating_duration_since(Instant::now()))
             }
-            Err(error) => PostResult::unwritten(&error),
+            Err(error) => PostResult::invalid_body(&error),
         };
         Ok(SentPost { post, deltas, result })
     }
@@ -314,8 +314,7 @@ impl HeartbeatLoop {
         if selection == DeltaSelection::None {
             return Ok(Vec::new());
         }
-        let timeout =
-            limits::BATCH_PATIENCE.min(self.schedule.interval() / 2).min(self.time_left());
+        let timeout = limits::BATCH_WAIT.min(self.schedule.interval() / 2).min(self.time_left());
         let deltas = match self.batches.get(selection, self.content.suspects(), timeout) {
             Some(mut batch) => {
                 self.take_credentials(&mut batch);

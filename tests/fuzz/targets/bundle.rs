@@ -26,7 +26,7 @@ pub fn bundle(input: &[u8]) {
         .to_vec())
     };
     let provider = verifier::provider();
-    match Bundle::prove(Path::new("/"), content, &provider) {
+    match Bundle::load_with(Path::new("/"), content, &provider) {
         Ok(bundle) => {
             assert!(!bundle.roots.is_empty());
             assert_eq!(bundle.certificate.fingerprint.len(), 64);

@@ -24,7 +24,7 @@ pub use state::state_file;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-use crate::text::printable_within;
+use crate::text::sanitize_within;
 
 /// What separates the parts of an input: no text file and no HTTP head has one.
 const SEPARATOR: u8 = 0;
@@ -41,7 +41,7 @@ fn parts<const N: usize>(input: &[u8]) -> [&[u8]; N] {
 /// What is said of foreign text stays on its line, hides nothing, and ends.
 #[track_caller]
 fn assert_sayable(text: &str) {
-    assert_eq!(printable_within(text, SAID), text.trim());
+    assert_eq!(sanitize_within(text, SAID), text.trim());
 }
 
 /// A folder of this process, made once. Whoever runs the targets says where by `TMPDIR`, and removes it.
