@@ -1293,6 +1293,20 @@ fn what_was_delivered_from_the_new_file_is_not_moved_there_again() {
     assert_eq!((counted(&mut outbox), deckies(&mut outbox)), ((0, 0, 0), Vec::<String>::new()));
 }
 
+#[test]
+fn what_was_delivered_while_the_file_was_replaced_is_not_moved_to_the_new_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut outbox = open(dir.path());
+    let mut track = open_as(dir.path(), Role::Contribute);
+    let ours = ended(begin(&mut track, "d"), succeeded("d"));
+    track.end(ours.clone(), Poster::Us).unwrap();
+    std::fs::remove_file(dir.path().join(FILE)).unwrap();
+    track.settle(&ours, &Settled::Delivered, deadline()).unwrap();
+    drop(track);
+    outbox.tend().unwrap();
+    assert_eq!((counted(&mut outbox), deckies(&mut outbox)), ((0, 0, 0), Vec::<String>::new()));
+}
+
 #[cfg(feature = "cli")]
 #[test]
 fn what_has_ended_in_the_new_file_is_not_in_flight_again() {
