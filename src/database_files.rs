@@ -95,6 +95,16 @@ impl Place {
         }
     }
 
+    /// Removes an empty file of root's in this user's folder: root was killed before it gave that file away, and this user cannot
+    /// use it. Whether it was one.
+    pub(crate) fn remove_if_left_by_root(&self, folder: &Metadata) -> io::Result<bool> {
+        let is_left = self.metadata.uid() == 0 && self.metadata.len() == 0;
+        if !is_left || geteuid().is_root() || folder.uid() != geteuid().as_raw() {
+            return Ok(false);
+        }
+        if_there(fs::remove_file(&self.path)).map(|()| true)
+    }
+
     /// By its descriptor, as another file may be at its path by now.
     fn itself(&self) -> String {
         format!("/proc/self/fd/{}", self.descriptor.as_raw_fd())
@@ -105,6 +115,11 @@ impl Place {
 /// one link.
 pub(crate) fn check(path: &Path) -> io::Result<()> {
     PARTS.iter().try_for_each(|part| Place::look(&beside(path, part)).map(drop))
+}
+
+/// A file that is not there is gone already.
+pub(crate) fn if_there(done: io::Result<()>) -> io::Result<()> {
+    done.or_else(|error| if error.kind() == io::ErrorKind::NotFound { Ok(()) } else { Err(error) })
 }
 
 fn refusal(path: &Path, problem: &str) -> io::Error {

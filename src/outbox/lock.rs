@@ -380,6 +380,9 @@ fn lock_file(path: &Path) -> io::Result<File> {
             }
         };
         place.refuse_strangers(&folder)?;
+        if place.remove_if_left_by_root(&folder)? {
+            continue;
+        }
         place.give_to_owner_of(&folder);
         if let Some(file) = open(&options, &place)? {
             return Ok(file);

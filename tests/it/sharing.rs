@@ -163,6 +163,20 @@ fn each_file_that_the_owner_of_the_folder_cannot_use_is_named_and_the_advice_hel
     }
 }
 
+#[test]
+#[ignore = "needs root, for another user"]
+fn a_file_that_root_was_killed_in_making_keeps_the_owner_of_the_folder_from_nothing() {
+    for part in ["", "-journal", "-wal", "-shm", "-lock"] {
+        let worker = Worker::of(OWNER, 0o755);
+        assert!(part.is_empty() || worker.push(ROOT), "{part}");
+        fs::write(worker.file(part), "").unwrap();
+        set_permissions(worker.file(part), Permissions::from_mode(0o600)).unwrap();
+        chown(worker.file(part), Some(ROOT), Some(ROOT)).unwrap();
+        assert!(worker.push(OWNER), "{part}");
+        worker.is_shared_by(&[ROOT, OWNER]);
+    }
+}
+
 /// The capabilities that root has with the unit's drop-in, as setpriv wants them.
 fn capabilities_of_the_drop_in() -> String {
     let readme = include_str!("../../README.md");
