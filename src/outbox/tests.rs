@@ -1553,6 +1553,18 @@ fn no_id_is_given_twice_though_the_log_that_has_it_is_lost() {
 }
 
 #[test]
+fn however_often_a_file_is_replaced_its_ids_are_not_ahead_of_the_clock() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut outbox = open(dir.path());
+    for _ in 0..3 {
+        begin(&mut outbox, "d");
+        std::fs::remove_file(dir.path().join(FILE)).unwrap();
+    }
+    let last = begin(&mut outbox, "d");
+    assert!(outbox.path().is_some() && last <= micros(std::time::SystemTime::now()) + 1);
+}
+
+#[test]
 fn so_many_ids_are_remembered_and_the_one_that_went_first_is_forgotten() {
     let mut gone = Gone::default();
     let most = limits::OUTBOX_ROWS as i64;
