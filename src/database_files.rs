@@ -19,6 +19,15 @@ use crate::panics::quietly;
 /// The database, and what SQLite keeps beside it.
 pub(crate) const PARTS: [&str; 4] = ["", "-journal", "-wal", "-shm"];
 
+/// For the owner alone.
+const MODE: u32 = 0o600;
+
+/// Makes a file with [`MODE`] from its first byte, whatever the umask leaves of that.
+pub(crate) fn make(path: &Path) -> io::Result<()> {
+    let file = OpenOptions::new().write(true).create_new(true).mode(MODE).open(path)?;
+    file.set_permissions(Permissions::from_mode(MODE))
+}
+
 /// The path with its folder as it is called without symlinks, because SQLite refuses a path with one. Its last part is the
 /// caller's to look at.
 pub(crate) fn in_real_folder(path: &Path) -> io::Result<PathBuf> {
@@ -70,12 +79,12 @@ impl Place {
     }
 
     /// Takes others' permissions from a file of this user.
-    pub(crate) fn make_private(&self, mode: u32) -> io::Result<()> {
+    pub(crate) fn make_private(&self) -> io::Result<()> {
         let is_ours = self.metadata.uid() == geteuid().as_raw();
         if !is_ours || self.metadata.permissions().mode() & 0o077 == 0 {
             return Ok(());
         }
-        fs::set_permissions(self.itself(), Permissions::from_mode(mode))
+        fs::set_permissions(self.itself(), Permissions::from_mode(MODE))
     }
 
     /// A file that root has just made in another user's folder belongs to that user, who could not use it otherwise. It is known by

@@ -33,7 +33,7 @@ use std::time::Instant;
 
 use nix::fcntl::{FcntlArg, fcntl};
 
-use crate::database_files::Place;
+use crate::database_files::{Place, make};
 pub(super) use crate::files::beside;
 use crate::files::{Identity, folder, identity};
 use crate::limits;
@@ -369,12 +369,12 @@ pub(crate) fn deliverer(outbox: &Path) -> Option<u32> {
 /// file of ours is refused and left as it is.
 fn lock_file(path: &Path) -> io::Result<File> {
     let mut options = OpenOptions::new();
-    options.read(true).write(true).mode(0o600);
+    options.read(true).write(true);
     // Others may make it, remove or replace it meanwhile.
     for _ in 0..limits::LOCK_TRIES {
         let folder = fs::metadata(folder(path))?;
         let Some(place) = Place::look(path)? else {
-            match options.clone().create_new(true).open(path) {
+            match make(path) {
                 Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
                 _ => continue,
             }
