@@ -19,6 +19,15 @@ use crate::panics::quietly;
 /// The database, and what SQLite keeps beside it.
 pub(crate) const PARTS: [&str; 4] = ["", "-journal", "-wal", "-shm"];
 
+/// For the owner alone.
+const MODE: u32 = 0o600;
+
+/// Makes a file with [`MODE`] from its first byte, whatever the umask leaves of that.
+pub(crate) fn make(path: &Path) -> io::Result<()> {
+    let file = OpenOptions::new().write(true).create_new(true).mode(MODE).open(path)?;
+    file.set_permissions(Permissions::from_mode(MODE))
+}
+
 /// The path with its folder as it is called without symlinks, because SQLite refuses a path with one. Its last part is the
 /// caller's to look at.
 pub(crate) fn in_real_folder(path: &Path) -> io::Result<PathBuf> {
@@ -70,12 +79,12 @@ impl Place {
     }
 
     /// Takes others' permissions from a file of this user.
-    pub(crate) fn make_private(&self, mode: u32) -> io::Result<()> {
+    pub(crate) fn make_private(&self) -> io::Result<()> {
         let is_ours = self.metadata.uid() == geteuid().as_raw();
         if !is_ours || self.metadata.permissions().mode() & 0o077 == 0 {
             return Ok(());
         }
-        fs::set_permissions(self.itself(), Permissions::from_mode(mode))
+        fs::set_permissions(self.itself(), Permissions::from_mode(MODE))
     }
 
     /// A file that root has just made in another user's folder belongs to that user, who could not use it otherwise. It is known by
@@ -95,6 +104,16 @@ impl Place {
         }
     }
 
+    /// Removes an empty file of root's in this user's folder: root was killed before it gave that file away, and this user cannot
+    /// use it. Whether it was one.
+    pub(crate) fn remove_if_left_by_root(&self, folder: &Metadata) -> io::Result<bool> {
+        let is_left = self.metadata.uid() == 0 && self.metadata.len() == 0;
+        if !is_left || geteuid().is_root() || folder.uid() != geteuid().as_raw() {
+            return Ok(false);
+        }
+        if_there(fs::remove_file(&self.path)).map(|()| true)
+    }
+
     /// By its descriptor, as another file may be at its path by now.
     fn itself(&self) -> String {
         format!("/proc/self/fd/{}", self.descriptor.as_raw_fd())
@@ -105,6 +124,11 @@ impl Place {
 /// one link.
 pub(crate) fn check(path: &Path) -> io::Result<()> {
     PARTS.iter().try_for_each(|part| Place::look(&beside(path, part)).map(drop))
+}
+
+/// A file that is not there is gone already.
+pub(crate) fn if_there(done: io::Result<()>) -> io::Result<()> {
+    done.or_else(|error| if error.kind() == io::ErrorKind::NotFound { Ok(()) } else { Err(error) })
 }
 
 fn refusal(path: &Path, problem: &str) -> io::Error {

@@ -406,3 +406,28 @@ fn ids(deltas: &[Kept]) -> Vec<i64> {
 fn names(enrolment: &Enrolment) -> String {
     Names { host: enrolment.host_uuid().value(), master: &enrolment.master_url() }.to_string()
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+    use crate::outbox::{FILE, look};
+
+    #[test]
+    fn what_was_begun_beside_its_file_ends_there_by_the_same_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let agent_dir = dir.path().join("agent");
+        let enrolment = Enrolment::new("u", "127.0.0.1", &agent_dir).unwrap();
+        let reporter = Reporter::open(enrolment, None, &OutboxLocation::AgentDir).unwrap();
+        let begun = reporter.begin(Operation::Deploy, &["d".to_owned()]).unwrap();
+        assert!(!reporter.goes_to_disk());
+        fs::create_dir(&agent_dir).unwrap();
+        assert!(!reporter.is_on_disk() && reporter.goes_to_disk());
+        let counts = || look(&agent_dir.join(FILE)).unwrap().unwrap().counts;
+        assert_eq!((counts().operations, counts().waiting), (1, 0));
+        let delta = LifecycleDelta::succeeded("d", Operation::Deploy);
+        reporter.end(&[Kept { id: begun[0], delta }], Poster::Deliverer);
+        assert_eq!((counts().operations, counts().waiting), (0, 1));
+    }
+}

@@ -14,16 +14,13 @@ use rusqlite::ffi::SQLITE_IOERR_SHORT_READ;
 use rusqlite::{Connection, ErrorCode, OpenFlags};
 
 use super::schema;
-use crate::database_files::{PARTS, Place, in_real_folder};
+use crate::database_files::{PARTS, Place, if_there, in_real_folder, make};
 use crate::delta::{from_micros, micros};
 use crate::error::{Error, printable_path};
 use crate::files::{Identity, beside, folder, identity};
 use crate::limits;
 use crate::panics::quietly;
 use crate::text::printable;
-
-/// For the owner alone.
-const MODE: u32 = 0o600;
 
 /// What an error of SQLite means for the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -205,11 +202,13 @@ fn connect(path: &Path, deadline: Instant) -> rusqlite::Result<Result<Connection
 fn prepare(path: &Path) -> io::Result<()> {
     let folder = fs::metadata(folder(path))?;
     let look = |part| own_part(path, part, &folder);
-    PARTS.iter().try_for_each(|part| look(part).map(drop))?;
+    for part in PARTS {
+        look(part)?.map_or(Ok(false), |place| place.remove_if_left_by_root(&folder))?;
+    }
     match look("")? {
         None => {
             remove_what_is_beside(path)?;
-            OpenOptions::new().write(true).create_new(true).mode(MODE).open(path)?;
+            make(path)?;
         }
         // SQLite writes to the database before it writes to a log.
         Some(database) if database.metadata.len() == 0 => remove_what_is_beside(path)?,
@@ -218,7 +217,7 @@ fn prepare(path: &Path) -> io::Result<()> {
         Some(_) => (),
     }
     look("")?.iter().for_each(|place| place.give_to_owner_of(&folder));
-    PARTS.iter().try_for_each(|part| look(part)?.map_or(Ok(()), |place| place.make_private(MODE)))
+    PARTS.iter().try_for_each(|part| look(part)?.map_or(Ok(()), |place| place.make_private()))
 }
 
 /// `None`: there is no such file.
@@ -237,10 +236,6 @@ fn remove_index(path: &Path) -> io::Result<()> {
 /// this one's, and must not change the index of the other one.
 fn remove_what_is_beside(path: &Path) -> io::Result<()> {
     ["-journal", "-wal", "-shm"].iter().try_for_each(|part| if_there(fs::remove_file(beside(path, part))))
-}
-
-fn if_there(done: io::Result<()>) -> io::Result<()> {
-    done.or_else(|error| if error.kind() == io::ErrorKind::NotFound { Ok(()) } else { Err(error) })
 }
 
 /// Moves what is no outbox out of the way, with what SQLite keeps beside it. Where it is now.

@@ -125,7 +125,7 @@ impl Store {
     }
 
     /// Opens the file at its place, and moves there what is in memory, or in a file that is gone or broken. Of these ids no
-    /// row is there then. One that is no outbox is moved aside for a new one by who delivers.
+    /// row is there then, and others who have them in the older file are told by what the new one remembers. One that is no outbox is moved aside for a new one by who delivers.
     pub(super) fn open(&mut self, mut gone: impl Iterator<Item = i64>, share: Share, by: Instant) -> Result<(), Error> {
         let Some(path) = self.path.clone() else { return Ok(()) };
         // Closed first: what SQLite keeps beside the file that is gone must not mix with the new one's.
@@ -133,7 +133,8 @@ impl Store {
         let (db, identities) = file::open(&path, share == Share::Everything, by)?;
         let mut table = Table { db, known: None };
         if let Some((copy, _)) = &self.copy {
-            let moved = table.change(&self.locks.token, Some(&copy.db), |rows| gone.try_for_each(|id| rows.remove(id)));
+            let moved =
+                table.change(&self.locks.token, Some(&copy.db), |rows| gone.try_for_each(|id| rows.deliver(id)));
             moved.map_err(|source| self.error("cannot be written", source))?;
         }
         (self.file, self.copy, self.refused) = (Some((table, identities)), None, None);
