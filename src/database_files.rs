@@ -10,7 +10,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use nix::unistd::geteuid;
+use nix::unistd::{geteuid, truncate};
 
 use crate::error::printable_path;
 use crate::files::{beside, folder, special};
@@ -76,6 +76,12 @@ impl Place {
             return Ok(());
         }
         fs::set_permissions(self.itself(), Permissions::from_mode(mode))
+    }
+
+    /// Nothing is opened for writing, either.
+    pub(crate) fn set_length(&self, length: u64) -> io::Result<()> {
+        let length = length.try_into().map_err(io::Error::other)?;
+        Ok(truncate(self.itself().as_str(), length)?)
     }
 
     /// A file that root has just made in another user's folder belongs to that user, who could not use it otherwise. It is known by
