@@ -256,6 +256,9 @@ pub(crate) const INDEX_HEADER: u64 = 136;
 /// file is sparse.
 pub(crate) const INDEX: u64 = 1024 * 1024;
 
+/// Bytes of the path of a database: SQLite opens no file whose path is longer than 512, `-journal` included.
+pub(crate) const DATABASE_PATH: usize = 504;
+
 /// Bytes of a damaged outbox that must be readable before it is moved aside: more than 10,000 rows take.
 pub(crate) const READ_THROUGH: u64 = 256 * 1024 * 1024;
 
