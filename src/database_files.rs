@@ -10,10 +10,11 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use nix::unistd::geteuid;
+use nix::unistd::{geteuid, truncate};
 
 use crate::error::printable_path;
 use crate::files::{beside, folder, special};
+use crate::limits;
 use crate::panics::quietly;
 
 /// The database, and what SQLite keeps beside it.
@@ -29,10 +30,18 @@ pub(crate) fn make(path: &Path) -> io::Result<()> {
 }
 
 /// The path with its folder as it is called without symlinks, because SQLite refuses a path with one. Its last part is the
-/// caller's to look at.
+/// caller's to look at. A path that is too long for SQLite is an error, too.
 pub(crate) fn in_real_folder(path: &Path) -> io::Result<PathBuf> {
     let name = path.file_name().ok_or_else(|| refusal(path, "names a folder; name a file"))?;
-    Ok(folder(path).canonicalize()?.join(name))
+    let real = folder(path).canonicalize()?.join(name);
+    let (length, most) = (real.as_os_str().len(), limits::DATABASE_PATH);
+    if length > most {
+        return Err(refusal(
+            path,
+            &format!("has a path of {length} bytes, and SQLite opens none of more than {most}; use a shorter one"),
+        ));
+    }
+    Ok(real)
 }
 
 /// A regular file with one link, which is not open for reading or writing.
@@ -85,6 +94,12 @@ impl Place {
             return Ok(());
         }
         fs::set_permissions(self.itself(), Permissions::from_mode(MODE))
+    }
+
+    /// Nothing is opened for writing, either.
+    pub(crate) fn set_length(&self, length: u64) -> io::Result<()> {
+        let length = length.try_into().map_err(io::Error::other)?;
+        Ok(truncate(self.itself().as_str(), length)?)
     }
 
     /// A file that root has just made in another user's folder belongs to that user, who could not use it otherwise. It is known by
@@ -182,6 +197,27 @@ mod tests {
         assert_eq!(in_real_folder(&real.join("none/db")).unwrap_err().kind(), io::ErrorKind::NotFound);
         for no_file in ["/", "/tmp/.."] {
             assert_eq!(in_real_folder(Path::new(no_file)).unwrap_err().kind(), io::ErrorKind::InvalidInput);
+        }
+    }
+    #[test]
+    fn a_path_that_sqlite_cannot_open_is_refused_with_its_length() {
+        let dir = tempfile::tempdir().unwrap();
+        let real = dir.path().canonicalize().unwrap();
+        let deep = (0..4).fold(real.clone(), |folder, _| folder.join("d".repeat(100)));
+        fs::create_dir_all(&deep).unwrap();
+        std::os::unix::fs::symlink(&deep, real.join("link")).unwrap();
+        let room = limits::DATABASE_PATH - deep.as_os_str().len() - 1;
+        let (longest, longer) = ("n".repeat(room), "n".repeat(room + 1));
+        let path = in_real_folder(&deep.join(&longest)).unwrap();
+        let database = rusqlite::Connection::open(&path).unwrap();
+        database.execute_batch("CREATE TABLE t (a)").unwrap();
+        for folder in [deep, real.join("link")] {
+            let refused = in_real_folder(&folder.join(&longer)).unwrap_err();
+            let problem = "has a path of 505 bytes, and SQLite opens none of more than 504; use a shorter one";
+            assert_eq!(
+                (refused.kind(), refused.to_string()),
+                (io::ErrorKind::InvalidInput, format!("{longer} {problem}"))
+            );
         }
     }
 }

@@ -249,6 +249,16 @@ pub(crate) const OUTBOX_HOLDER: usize = 16;
 /// How often a process that owns rows looks whether the lock file and the outbox' file were replaced.
 pub(crate) const OUTBOX_LOOK: Duration = Duration::from_secs(10);
 
+/// The header of the index (`-shm`) of a log, in bytes: of an index that ends within it SQLite believes nothing.
+pub(crate) const INDEX_HEADER: u64 = 136;
+
+/// How long an index is made that somebody has cut off: more than SQLite has mapped of it, which is 32 KiB for 16 MiB of log. The
+/// file is sparse.
+pub(crate) const INDEX: u64 = 1024 * 1024;
+
+/// Bytes of the path of a database: SQLite opens no file whose path is longer than 512, `-journal` included.
+pub(crate) const DATABASE_PATH: usize = 504;
+
 /// Bytes of a damaged outbox that must be readable before it is moved aside: more than 10,000 rows take.
 pub(crate) const READ_THROUGH: u64 = 256 * 1024 * 1024;
 

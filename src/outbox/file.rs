@@ -227,6 +227,18 @@ fn own_part(path: &Path, part: &str, folder: &Metadata) -> io::Result<Option<Pla
     Ok(place)
 }
 
+/// Makes an index long again that somebody has cut off, if it is still this one. It is mapped into memory, and the kernel would
+/// end the process where SQLite touches what is not there. SQLite makes anew what is in it. Whether it was cut off.
+pub(super) fn mend_index(path: &Path, index: Identity) -> io::Result<bool> {
+    let path = beside(path, "-shm");
+    let is_cut_off = |found: &Metadata| found.len() < limits::INDEX_HEADER && identity(found) == index;
+    if !is_cut_off(&fs::symlink_metadata(&path)?) {
+        return Ok(false);
+    }
+    let place = Place::look(&path)?.filter(|place| is_cut_off(&place.metadata));
+    place.map_or(Ok(false), |place| place.set_length(limits::INDEX).map(|()| true))
+}
+
 /// The next process to open it makes the index anew, of the log that is there.
 fn remove_index(path: &Path) -> io::Result<()> {
     if_there(fs::remove_file(beside(path, "-shm")))

@@ -141,6 +141,20 @@ impl Store {
         Ok(())
     }
 
+    /// Or the process would end where it touches what somebody has cut off. To be called before the file is used.
+    pub(super) fn mend_index(&self) {
+        let (Some(path), Some((_, [.., Some(index)]))) = (&self.path, &self.file) else { return };
+        // What cannot be looked at is not there, or replaced, and that is seen elsewhere.
+        if file::mend_index(path, *index).unwrap_or(false) {
+            let outbox = self.name();
+            quietly(|| {
+                log::error!(
+                    "the outbox's -shm was cut off, it is made anew; write to none of its files: outbox={outbox}"
+                )
+            });
+        }
+    }
+
     /// Takes its share of a file that was replaced, and from a broken one what that did not know.
     fn leave_file(&mut self, share: Share) -> rusqlite::Result<()> {
         let Some((file, _)) = self.file.as_ref() else { return Ok(()) };

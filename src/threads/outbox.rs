@@ -81,6 +81,7 @@ impl OutboxThread {
 
     /// Changes first, all in one transaction. What is read is of after them.
     fn serve(&mut self, taken: Taken<Asked>) {
+        self.outbox.mend_index();
         if taken.requests.is_empty() {
             return self.outbox.look_after_rows();
         }
