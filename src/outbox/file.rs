@@ -125,7 +125,7 @@ fn prepare_and_connect(path: &Path, deadline: Instant) -> Result<(Connection, Id
 fn verify(path: &Path, db: Connection) -> Result<(Connection, Identities), Failure> {
     let unusable = |problem: &str| Failure::Unusable(Error::outbox(Some(path), problem));
     let identities = identities(path);
-    let problem = match (is_open_here(&identities), schema::frames(&db).unwrap_or(0)) {
+    let problem = match (is_open_here(path, &identities), schema::frames(&db).unwrap_or(0)) {
         (false, _) => "was replaced while it was opened",
         (true, 1..) if fs::symlink_metadata(beside(path, "-wal")).is_ok_and(|log| log.len() == 0) => {
             // Somebody has removed the log, and nobody opens the outbox with this index any more.
@@ -153,14 +153,20 @@ pub(super) fn identities(path: &Path) -> Identities {
 }
 
 /// Whether this process has all of them open. SQLite does not say which log it has; where nothing else does, it is believed.
-fn is_open_here(files: &Identities) -> bool {
-    let Ok(open) = open_here() else { return true };
+fn is_open_here(path: &Path, files: &Identities) -> bool {
+    let Ok(open) = open_here(path) else { return true };
     files.iter().all(|file| file.is_some_and(|file| open.contains(&file)))
 }
 
-/// The files that this process has open.
-fn open_here() -> io::Result<BTreeSet<Identity>> {
-    let identity = |entry: io::Result<DirEntry>| Some(identity(&fs::metadata(entry.ok()?.path()).ok()?));
+/// The files of this name, with whatever at its end, that this process has open. No other one is looked at: a file that the
+/// program has open elsewhere may be on a file system that does not answer.
+fn open_here(path: &Path) -> io::Result<BTreeSet<Identity>> {
+    let name = path.file_name().unwrap_or_default().as_encoded_bytes();
+    let identity = |entry: io::Result<DirEntry>| {
+        let descriptor = entry.ok()?.path();
+        let is_named_so = fs::read_link(&descriptor).ok()?.file_name()?.as_encoded_bytes().starts_with(name);
+        is_named_so.then(|| fs::metadata(&descriptor).ok().map(|found| identity(&found)))?
+    };
     Ok(fs::read_dir("/proc/self/fd")?.filter_map(identity).collect())
 }
 
@@ -171,7 +177,7 @@ fn read_through(path: &Path) -> io::Result<()> {
         let path = beside(path, part);
         // The descriptor of the look is closed again, or the file would always be open here.
         let Some(found) = Place::look(&path)?.map(|place| identity(&place.metadata)) else { continue };
-        if open_here()?.contains(&found) {
+        if open_here(&path)?.contains(&found) {
             return Err(io::Error::new(io::ErrorKind::ResourceBusy, "another connection of this process has it open"));
         }
         let file = OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(&path)?;
@@ -267,6 +273,16 @@ fn move_aside(path: &Path) -> io::Result<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn of_what_this_process_has_open_only_files_of_the_outbox_name_are_looked_at() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        let open = ["heartbeat.db", "heartbeat.db-wal", "other"].map(|name| fs::File::create(at(name)).unwrap());
+        let [database, log, other] = open.each_ref().map(|file| identity(&file.metadata().unwrap()));
+        assert_eq!(open_here(&at("heartbeat.db")).unwrap(), BTreeSet::from([database, log]));
+        assert_eq!(open_here(&at("other")).unwrap(), BTreeSet::from([other]));
+    }
 
     #[test]
     fn what_is_beside_an_empty_file_belonged_to_another_and_is_removed() {
