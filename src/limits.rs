@@ -273,6 +273,17 @@ pub(crate) const OUTBOX_HOLDER: usize = 16;
 /// How often a process that owns rows checks whether the lock file or the outbox file was replaced.
 pub(crate) const OUTBOX_CHECK: Duration = Duration::from_secs(10);
 
+/// The bytes of the header of the index (`-shm`). SQLite does not use an index that is shorter.
+pub(crate) const INDEX_HEADER: u64 = 136;
+
+/// The length of an index after it was truncated by another program. It is more than SQLite maps,
+/// which is 32 KiB for 16 MiB of log. The file is sparse.
+pub(crate) const INDEX: u64 = 1024 * 1024;
+
+/// The maximum bytes of a database's path. SQLite opens no file with a path over 512 bytes,
+/// `-journal` included.
+pub(crate) const DATABASE_PATH: usize = 504;
+
 /// The maximum bytes of a damaged outbox that are read before it is quarantined: more than 10,000
 /// rows take.
 pub(crate) const READ_THROUGH: u64 = 256 * 1024 * 1024;
@@ -280,6 +291,10 @@ pub(crate) const READ_THROUGH: u64 = 256 * 1024 * 1024;
 /// How often a lock file that other processes create, delete or replace is checked again before it
 /// is an error.
 pub(crate) const LOCK_TRIES: usize = 100;
+
+/// Replaced lock files that stay open although no process has locked them: as many as a process
+/// that delivers may find between two ticks.
+pub(crate) const LOCK_FILES: usize = 8;
 
 /// The age of a lock file from which an owner that is not locked in it counts as ended. It is far
 /// longer than an owner takes to notice a new lock file, see [`OUTBOX_CHECK`]. A fuzz target runs

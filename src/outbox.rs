@@ -751,6 +751,11 @@ impl Outbox {
         });
     }
 
+    /// What is to be done before anything else: see [`Store::mend_index`].
+    pub(crate) fn mend_index(&self) {
+        self.store.mend_index();
+    }
+
     /// What is to be done after a transaction, when all have their answers: whether the file is still at its place, and one read.
     /// For the first one SQLite writes to `-shm`, and a disk that freezes from now on would stop it.
     pub(crate) fn look_again(&mut self) {

@@ -432,3 +432,29 @@ fn ids(deltas: &[QueuedDelta]) -> Vec<i64> {
 fn names(enrolment: &Enrolment) -> String {
     LogKeys { host: enrolment.host_uuid().value(), master: &enrolment.master_url() }.to_string()
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+    use crate::files::OUTBOX;
+    use crate::outbox::look;
+
+    #[test]
+    fn operation_begun_without_its_file_ends_in_the_file_with_the_same_id() {
+        let dir = tempfile::tempdir().unwrap();
+        let agent_dir = dir.path().join("agent");
+        let enrolment = Enrolment::new("u", "127.0.0.1", &agent_dir).unwrap();
+        let reporter = Reporter::open(enrolment, None, &OutboxLocation::AgentDir).unwrap();
+        let begun = reporter.begin(Operation::Deploy, &["d".to_owned()]).unwrap();
+        assert!(!reporter.try_to_write());
+        fs::create_dir(&agent_dir).unwrap();
+        assert!(!reporter.is_on_disk() && reporter.try_to_write());
+        let counts = || look(&agent_dir.join(OUTBOX)).unwrap().unwrap().counts;
+        assert_eq!((counts().operations, counts().waiting), (1, 0));
+        let delta = LifecycleDelta::succeeded("d", Operation::Deploy);
+        reporter.end(&[QueuedDelta { id: begun[0], delta }], SentBy::Deliverer);
+        assert_eq!((counts().operations, counts().waiting), (0, 1));
+    }
+}

@@ -19,11 +19,8 @@ use crate::error::{Error, sanitize_path};
 use crate::files::{Identity, beside, folder, identity};
 use crate::limits;
 use crate::panics::quietly;
-use crate::sqlite::files::{DatabaseFile, PARTS, with_real_folder};
+use crate::sqlite::files::{DatabaseFile, PARTS, create, ignore_not_found, with_real_folder};
 use crate::text::sanitize;
-
-/// For the owner alone.
-const MODE: u32 = 0o600;
 
 /// What an error of SQLite means for the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -149,7 +146,7 @@ fn prepare_and_connect(
 fn verify(path: &Path, db: Connection) -> Result<(Connection, Identities), OpenFailure> {
     let unusable = |problem: &str| OpenFailure::Unusable(Error::outbox(Some(path), problem));
     let identities = identities(path);
-    let problem = match (is_open_here(&identities), schema::frames(&db).unwrap_or(0)) {
+    let problem = match (is_open_here(path, &identities), schema::frames(&db).unwrap_or(0)) {
         (false, _) => "was replaced while it was opened",
         (true, 1..)
             if fs::symlink_metadata(beside(path, "-wal")).is_ok_and(|log| log.len() == 0) =>
@@ -180,15 +177,21 @@ pub(super) fn identities(path: &Path) -> Identities {
 }
 
 /// Whether this process has all of them open. SQLite does not say which log it has; where nothing else does, it is believed.
-fn is_open_here(files: &Identities) -> bool {
-    let Ok(open) = open_here() else { return true };
+fn is_open_here(path: &Path, files: &Identities) -> bool {
+    let Ok(open) = open_here(path) else { return true };
     files.iter().all(|file| file.is_some_and(|file| open.contains(&file)))
 }
 
-/// The files that this process has open.
-fn open_here() -> io::Result<BTreeSet<Identity>> {
-    let identity =
-        |entry: io::Result<DirEntry>| Some(identity(&fs::metadata(entry.ok()?.path()).ok()?));
+/// The files with this name, and any suffix, that this process has open. Other descriptors are not
+/// examined, because their file systems may block.
+fn open_here(path: &Path) -> io::Result<BTreeSet<Identity>> {
+    let name = path.file_name().unwrap_or_default().as_encoded_bytes();
+    let identity = |entry: io::Result<DirEntry>| {
+        let descriptor = entry.ok()?.path();
+        let target = fs::read_link(&descriptor).ok()?;
+        let has_name = target.file_name()?.as_encoded_bytes().starts_with(name);
+        has_name.then(|| fs::metadata(&descriptor).ok().map(|found| identity(&found)))?
+    };
     Ok(fs::read_dir("/proc/self/fd")?.filter_map(identity).collect())
 }
 
@@ -201,7 +204,7 @@ fn read_through(path: &Path) -> io::Result<()> {
         let Some(found) = DatabaseFile::open(&path)?.map(|place| identity(&place.metadata)) else {
             continue;
         };
-        if open_here()?.contains(&found) {
+        if open_here(&path)?.contains(&found) {
             return Err(io::Error::new(
                 io::ErrorKind::ResourceBusy,
                 "another connection of this process has it open",
@@ -240,11 +243,13 @@ fn connect(path: &Path, deadline: Instant) -> rusqlite::Result<Result<Connection
 fn prepare(path: &Path) -> io::Result<()> {
     let folder = fs::metadata(folder(path))?;
     let look = |part| own_part(path, part, &folder);
-    PARTS.iter().try_for_each(|part| look(part).map(drop))?;
+    for part in PARTS {
+        look(part)?.map_or(Ok(false), |place| place.remove_if_abandoned_by_root(&folder))?;
+    }
     match look("")? {
         None => {
             remove_what_is_beside(path)?;
-            OpenOptions::new().write(true).create_new(true).mode(MODE).open(path)?;
+            create(path)?;
         }
         // SQLite writes to the database before it writes to a log.
         Some(database) if database.metadata.len() == 0 => remove_what_is_beside(path)?,
@@ -253,7 +258,7 @@ fn prepare(path: &Path) -> io::Result<()> {
         Some(_) => (),
     }
     look("")?.iter().for_each(|place| place.chown_to_owner_of(&folder));
-    PARTS.iter().try_for_each(|part| look(part)?.map_or(Ok(()), |place| place.make_private(MODE)))
+    PARTS.iter().try_for_each(|part| look(part)?.map_or(Ok(()), |place| place.make_private()))
 }
 
 /// `None`: there is no such file.
@@ -263,9 +268,22 @@ fn own_part(path: &Path, part: &str, folder: &Metadata) -> io::Result<Option<Dat
     Ok(place)
 }
 
+/// Makes an index long again that somebody has cut off, if it is still this one. It is mapped into memory, and the kernel would
+/// end the process where SQLite touches what is not there. SQLite makes anew what is in it. Whether it was cut off.
+pub(super) fn mend_index(path: &Path, index: Identity) -> io::Result<bool> {
+    let path = beside(path, "-shm");
+    let is_cut_off =
+        |found: &Metadata| found.len() < limits::INDEX_HEADER && identity(found) == index;
+    if !is_cut_off(&fs::symlink_metadata(&path)?) {
+        return Ok(false);
+    }
+    let place = DatabaseFile::open(&path)?.filter(|place| is_cut_off(&place.metadata));
+    place.map_or(Ok(false), |place| place.set_length(limits::INDEX).map(|()| true))
+}
+
 /// The next process to open it makes the index anew, of the log that is there.
 fn remove_index(path: &Path) -> io::Result<()> {
-    if_there(fs::remove_file(beside(path, "-shm")))
+    ignore_not_found(fs::remove_file(beside(path, "-shm")))
 }
 
 /// What is beside a new file belonged to another one, which somebody may still have open. It goes: SQLite must not take it for
@@ -273,11 +291,7 @@ fn remove_index(path: &Path) -> io::Result<()> {
 fn remove_what_is_beside(path: &Path) -> io::Result<()> {
     ["-journal", "-wal", "-shm"]
         .iter()
-        .try_for_each(|part| if_there(fs::remove_file(beside(path, part))))
-}
-
-fn if_there(done: io::Result<()>) -> io::Result<()> {
-    done.or_else(|error| if error.kind() == io::ErrorKind::NotFound { Ok(()) } else { Err(error) })
+        .try_for_each(|part| ignore_not_found(fs::remove_file(beside(path, part))))
 }
 
 /// Moves what is no outbox out of the way, with what SQLite keeps beside it. Where it is now.
@@ -291,7 +305,7 @@ fn move_aside(path: &Path) -> io::Result<PathBuf> {
     let aside = aside.ok_or(io::ErrorKind::AlreadyExists)?;
     // The database last: its log must not be found beside a new one.
     for suffix in ["-shm", "-wal", "-journal", ""] {
-        if_there(fs::rename(beside(path, suffix), beside(&aside, suffix)))?;
+        ignore_not_found(fs::rename(beside(path, suffix), beside(&aside, suffix)))?;
     }
     Ok(aside)
 }
@@ -299,6 +313,18 @@ fn move_aside(path: &Path) -> io::Result<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn of_what_this_process_has_open_only_files_of_the_outbox_name_are_looked_at() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        let open = ["heartbeat.db", "heartbeat.db-wal", "other"]
+            .map(|name| fs::File::create(at(name)).unwrap());
+        let [database, log, other] =
+            open.each_ref().map(|file| identity(&file.metadata().unwrap()));
+        assert_eq!(open_here(&at("heartbeat.db")).unwrap(), BTreeSet::from([database, log]));
+        assert_eq!(open_here(&at("other")).unwrap(), BTreeSet::from([other]));
+    }
 
     #[test]
     fn what_is_beside_an_empty_file_belonged_to_another_and_is_removed() {

@@ -37,7 +37,7 @@ pub(super) use crate::files::beside;
 use crate::files::{Identity, folder, identity};
 use crate::limits;
 use crate::panics::quietly;
-use crate::sqlite::files::DatabaseFile;
+use crate::sqlite::files::{DatabaseFile, create};
 use crate::text::sanitize;
 
 /// The byte of the process that delivers.
@@ -166,12 +166,15 @@ impl Locks {
         Ok(file)
     }
 
-    /// Closes replaced lock files in which nobody else is locked. That which our rows name stays open.
+    /// Closes older lock files in which nobody else is locked. That which our rows name stays open, and so do the last ones:
+    /// rows may name an owner that has ended by now.
     fn close_unused(&mut self) {
-        let (current, named) = (self.files.last().map(|file| file.identity), self.named);
+        let (mut newer, named) = (self.files.len(), self.named);
         self.files.retain(|file| {
-            let is_ours = [current, named].contains(&Some(file.identity));
-            is_ours || file.is_locked(PLACES).unwrap_or(true)
+            newer = newer.saturating_sub(1);
+            newer <= limits::LOCK_FILES
+                || named == Some(file.identity)
+                || file.is_locked(PLACES).unwrap_or(true)
         });
     }
 
@@ -377,17 +380,20 @@ pub(crate) fn deliverer(outbox: &Path) -> Option<u32> {
 /// file of ours is refused and left as it is.
 fn lock_file(path: &Path) -> io::Result<File> {
     let mut options = OpenOptions::new();
-    options.read(true).write(true).mode(0o600);
+    options.read(true).write(true);
     // Others may make it, remove or replace it meanwhile.
     for _ in 0..limits::LOCK_TRIES {
         let folder = fs::metadata(folder(path))?;
         let Some(place) = DatabaseFile::open(path)? else {
-            match options.clone().create_new(true).open(path) {
+            match create(path) {
                 Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
                 _ => continue,
             }
         };
         place.check_owner(&folder)?;
+        if place.remove_if_abandoned_by_root(&folder)? {
+            continue;
+        }
         place.chown_to_owner_of(&folder);
         if let Some(file) = open(&options, &place)? {
             return Ok(file);
@@ -567,6 +573,17 @@ mod tests {
     }
 
     #[test]
+    fn an_owner_that_ended_before_its_lock_file_was_replaced_has_ended_at_once() {
+        let (_dir, outbox) = outbox();
+        let (mut ours, theirs) = (looking(&outbox), looking(&outbox));
+        let token = theirs.token.clone();
+        drop(theirs);
+        replace_the_lock_file(&outbox);
+        ours.look(&outbox).unwrap();
+        assert_eq!(ours.owner(token.as_bytes()), Owner::Ended);
+    }
+
+    #[test]
     fn a_new_lock_file_says_nothing_of_owners_of_another_one_for_a_minute() {
         let (_dir, outbox) = outbox();
         let mut theirs = looking(&outbox);
@@ -627,11 +644,15 @@ mod tests {
         let mut ours = looking(&outbox);
         ours.is_named = true;
         let theirs = looking(&outbox);
-        for _ in 0..10 {
+        for _ in 0..limits::LOCK_FILES + 10 {
             replace_the_lock_file(&outbox);
             ours.look(&outbox).unwrap();
         }
-        assert_eq!(ours.files.len(), 2, "the first one and the last one");
+        assert_eq!(
+            ours.files.len(),
+            1 + limits::LOCK_FILES + 1,
+            "the first one, the last ones and the current one"
+        );
         drop(theirs);
         assert_eq!(looking(&outbox).owner(ours.token.as_bytes()), Owner::Runs);
     }

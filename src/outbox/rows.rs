@@ -96,10 +96,12 @@ const PUT: &str = "INSERT INTO delta (id, decky, operation, error, completed_at,
     ON CONFLICT (id) DO UPDATE SET error = excluded.error, completed_at = excluded.completed_at,
     owner = excluded.owner, rejected = NULL, age = 0";
 
-/// Remembers what is about to go, for people.
+/// Remembers a delta that is about to be deleted: for people, and for a process that moves rows
+/// out of a file that was replaced.
 const REMEMBER: &str =
     "INSERT INTO delivered (id, decky, operation, error, completed_at, delivered_at)
-    SELECT id, decky, operation, error, completed_at, ?2 FROM delta WHERE id = ?1";
+    SELECT id, decky, operation, error, completed_at, ?2 FROM delta
+    WHERE id = ?1 AND completed_at IS NOT NULL";
 
 /// All but the last ones.
 const FORGET: &str =
@@ -162,14 +164,15 @@ impl Rows<'_> {
         }
     }
 
-    fn deliver(&mut self, id: i64) -> rusqlite::Result<()> {
+    /// Lets go of a row that the master has accepted, or that was withdrawn. A delta is remembered.
+    pub(super) fn deliver(&mut self, id: i64) -> rusqlite::Result<()> {
         if self.db.prepare_cached(REMEMBER)?.execute(params![id, micros(SystemTime::now())])? > 0 {
             self.db.prepare_cached(FORGET)?.execute([limits::OUTBOX_DELIVERED as i64])?;
         }
         self.remove(id)
     }
 
-    pub(super) fn remove(&mut self, id: i64) -> rusqlite::Result<()> {
+    fn remove(&mut self, id: i64) -> rusqlite::Result<()> {
         self.change(id, REMOVE, [id])
     }
 

@@ -126,7 +126,8 @@ impl Store {
     }
 
     /// Opens the file at its place, and moves there what is in memory, or in a file that is gone or broken. Of these ids no
-    /// row is there then. One that is no outbox is moved aside for a new one by who delivers.
+    /// row is there then; the new file remembers them as delivered, for processes that have them in
+    /// the older file. A file that is no outbox is quarantined by the process that delivers.
     pub(super) fn open(
         &mut self,
         mut gone: impl Iterator<Item = i64>,
@@ -140,12 +141,26 @@ impl Store {
         let mut table = Table { db, known: None };
         if let Some((copy, _)) = &self.copy {
             let moved = table.change(&self.locks.token, Some(&copy.db), |rows| {
-                gone.try_for_each(|id| rows.remove(id))
+                gone.try_for_each(|id| rows.deliver(id))
             });
             moved.map_err(|source| self.error("cannot be written", source))?;
         }
         (self.file, self.copy, self.refused) = (Some((table, identities)), None, None);
         Ok(())
+    }
+
+    /// Or the process would end where it touches what somebody has cut off. To be called before the file is used.
+    pub(super) fn mend_index(&self) {
+        let (Some(path), Some((_, [.., Some(index)]))) = (&self.path, &self.file) else { return };
+        // What cannot be looked at is not there, or replaced, and that is seen elsewhere.
+        if file::mend_index(path, *index).unwrap_or(false) {
+            let outbox = self.name();
+            quietly(|| {
+                log::error!(
+                    "the outbox's -shm was cut off, it is made anew; write to none of its files: outbox={outbox}"
+                )
+            });
+        }
     }
 
     /// Takes its share of a file that was replaced, and from a broken one what that did not know.

@@ -1427,6 +1427,20 @@ fn what_was_delivered_from_the_new_file_is_not_moved_there_again() {
     assert_eq!((counted(&mut outbox), deckies(&mut outbox)), ((0, 0, 0), Vec::<String>::new()));
 }
 
+#[test]
+fn what_was_delivered_while_the_file_was_replaced_is_not_moved_to_the_new_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut outbox = open(dir.path());
+    let mut track = open_as(dir.path(), Role::Contribute);
+    let ours = ended(begin(&mut track, "d"), succeeded("d"));
+    track.end(ours.clone(), SentBy::ThisProcess).unwrap();
+    std::fs::remove_file(dir.path().join(FILE)).unwrap();
+    track.settle(&ours, &DeliveryResult::Delivered, deadline()).unwrap();
+    drop(track);
+    outbox.tend().unwrap();
+    assert_eq!((counted(&mut outbox), deckies(&mut outbox)), ((0, 0, 0), Vec::<String>::new()));
+}
+
 #[cfg(feature = "cli")]
 #[test]
 fn what_has_ended_in_the_new_file_is_not_in_flight_again() {
@@ -1682,6 +1696,18 @@ fn no_id_is_given_twice_though_the_log_that_has_it_is_lost() {
         .iter()
         .for_each(|part| std::fs::remove_file(beside(&dir.path().join(FILE), part)).unwrap());
     assert!(begin(&mut open(dir.path()), "d") > before);
+}
+
+#[test]
+fn however_often_a_file_is_replaced_its_ids_are_not_ahead_of_the_clock() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut outbox = open(dir.path());
+    for _ in 0..3 {
+        begin(&mut outbox, "d");
+        std::fs::remove_file(dir.path().join(FILE)).unwrap();
+    }
+    let last = begin(&mut outbox, "d");
+    assert!(outbox.path().is_some() && last <= micros(std::time::SystemTime::now()) + 1);
 }
 
 #[test]

@@ -10,20 +10,40 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use nix::unistd::geteuid;
+use nix::unistd::{geteuid, truncate};
 
 use crate::error::sanitize_path;
 use crate::files::{beside, folder, special};
+use crate::limits;
 use crate::panics::quietly;
 
 /// The suffixes of the database and of the files that SQLite creates with it.
 pub(crate) const PARTS: [&str; 4] = ["", "-journal", "-wal", "-shm"];
 
+/// The mode of the files: only the owner has access.
+const MODE: u32 = 0o600;
+
+/// Creates a file with mode 0600, whatever the umask is.
+pub(crate) fn create(path: &Path) -> io::Result<()> {
+    let file = OpenOptions::new().write(true).create_new(true).mode(MODE).open(path)?;
+    file.set_permissions(Permissions::from_mode(MODE))
+}
+
 /// Resolves the symlinks of the path's folder, because SQLite is opened with `NOFOLLOW` and rejects
-/// a path with symlinks. The last component is not resolved; the caller checks it.
+/// a path with symlinks. The last component is not resolved; the caller checks it. A path that is
+/// too long for SQLite is an error.
 pub(crate) fn with_real_folder(path: &Path) -> io::Result<PathBuf> {
     let name = path.file_name().ok_or_else(|| refusal(path, "names a folder; name a file"))?;
-    Ok(folder(path).canonicalize()?.join(name))
+    let real = folder(path).canonicalize()?.join(name);
+    let length = real.as_os_str().len();
+    let limit = limits::DATABASE_PATH;
+    if length > limit {
+        let problem = format!(
+            "has a path of {length} bytes; SQLite opens at most {limit}, use a shorter path"
+        );
+        return Err(refusal(path, &problem));
+    }
+    Ok(real)
 }
 
 /// A regular file with one link, opened with `O_PATH`.
@@ -77,12 +97,18 @@ impl DatabaseFile {
     }
 
     /// Removes the permissions of group and others from a file of this user.
-    pub(crate) fn make_private(&self, mode: u32) -> io::Result<()> {
+    pub(crate) fn make_private(&self) -> io::Result<()> {
         let is_ours = self.metadata.uid() == geteuid().as_raw();
         if !is_ours || self.metadata.permissions().mode() & 0o077 == 0 {
             return Ok(());
         }
-        fs::set_permissions(self.descriptor_path(), Permissions::from_mode(mode))
+        fs::set_permissions(self.descriptor_path(), Permissions::from_mode(MODE))
+    }
+
+    /// Sets the length of the file, without a descriptor that is open for writing.
+    pub(crate) fn set_length(&self, length: u64) -> io::Result<()> {
+        let length = length.try_into().map_err(io::Error::other)?;
+        Ok(truncate(self.descriptor_path().as_str(), length)?)
     }
 
     /// Changes the owner of a file that root has just created in another user's folder to the owner
@@ -106,6 +132,16 @@ impl DatabaseFile {
         }
     }
 
+    /// Removes an empty file of root in this user's folder. Root was killed before it could change
+    /// the owner, and this user cannot use the file. Returns whether the file was removed.
+    pub(crate) fn remove_if_abandoned_by_root(&self, folder: &Metadata) -> io::Result<bool> {
+        let is_abandoned = self.metadata.uid() == 0 && self.metadata.len() == 0;
+        if !is_abandoned || geteuid().is_root() || folder.uid() != geteuid().as_raw() {
+            return Ok(false);
+        }
+        ignore_not_found(fs::remove_file(&self.path)).map(|()| true)
+    }
+
     /// The path of the descriptor, because another file may be at the original path by now.
     fn descriptor_path(&self) -> String {
         format!("/proc/self/fd/{}", self.descriptor.as_raw_fd())
@@ -116,6 +152,14 @@ impl DatabaseFile {
 /// with one link.
 pub(crate) fn check(path: &Path) -> io::Result<()> {
     PARTS.iter().try_for_each(|part| DatabaseFile::open(&beside(path, part)).map(drop))
+}
+
+/// Treats a missing file as success.
+pub(crate) fn ignore_not_found(result: io::Result<()>) -> io::Result<()> {
+    result.or_else(|error| match error.kind() {
+        io::ErrorKind::NotFound => Ok(()),
+        _ => Err(error),
+    })
 }
 
 fn refusal(path: &Path, problem: &str) -> io::Error {
@@ -184,6 +228,27 @@ mod tests {
                 with_real_folder(Path::new(no_file)).unwrap_err().kind(),
                 io::ErrorKind::InvalidInput
             );
+        }
+    }
+
+    #[test]
+    fn path_too_long_for_sqlite_is_rejected_with_its_length() {
+        let dir = tempfile::tempdir().unwrap();
+        let real = dir.path().canonicalize().unwrap();
+        let deep = (0..4).fold(real.clone(), |folder, _| folder.join("d".repeat(100)));
+        fs::create_dir_all(&deep).unwrap();
+        std::os::unix::fs::symlink(&deep, real.join("link")).unwrap();
+        let room = limits::DATABASE_PATH - deep.as_os_str().len() - 1;
+        let longest = "n".repeat(room);
+        let longer = "n".repeat(room + 1);
+        let path = with_real_folder(&deep.join(&longest)).unwrap();
+        let database = rusqlite::Connection::open(&path).unwrap();
+        database.execute_batch("CREATE TABLE t (a)").unwrap();
+        for folder in [deep, real.join("link")] {
+            let refused = with_real_folder(&folder.join(&longer)).unwrap_err();
+            let problem = "has a path of 505 bytes; SQLite opens at most 504, use a shorter path";
+            assert_eq!(refused.kind(), io::ErrorKind::InvalidInput);
+            assert_eq!(refused.to_string(), format!("{longer} {problem}"));
         }
     }
 }

@@ -111,6 +111,7 @@ impl OutboxThread {
 
     /// Writes all changes in one transaction, and reads afterwards.
     fn serve(&mut self, taken: Taken<QueuedRequest>) {
+        self.outbox.mend_index();
         if taken.requests.is_empty() {
             return self.outbox.look_after_rows();
         }

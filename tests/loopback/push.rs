@@ -1,12 +1,14 @@
 //! `push`: its exit codes, its timeout, and what it leaves to `run`.
 
-use std::process::Command;
+use std::fs::OpenOptions;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use decnet_heartbeat::loopback::{Effect, Fault, RowStatus};
+use decnet_heartbeat::loopback::{Answer, Effect, Fault, RowStatus};
 
+use crate::program::run;
 use crate::reporting::{kept, outbox, output, program, row};
-use crate::support::{Stage, settled};
+use crate::support::{PATIENCE, Running, Stage, settled};
 use crate::track::owners;
 
 const PUSH: [&str; 5] = ["push", "--operation", "deploy", "--status", "succeeded"];
@@ -36,6 +38,24 @@ fn no_wait_fails_if_the_outbox_has_no_file() {
     assert_eq!((code, said.as_str()), (Some(1), ""));
     assert!(log.contains("neither delivered nor kept: the outbox is only in memory"), "{log}");
     assert!(stage.master.connections().is_empty());
+}
+
+#[test]
+fn truncated_index_does_not_end_run_or_lose_a_delta() {
+    let stage = Stage::new();
+    stage.master.always(Some(Answer::status(503).into()));
+    let mut run = run(&stage.worker, stage.dir.path());
+    run.args(["--interval", "100ms"]).stdout(Stdio::null()).stderr(Stdio::null());
+    let mut running = Running::start(&mut run);
+    stage.requests(1);
+    assert_eq!(push(&stage, &["--no-wait"]).0, Some(0));
+    let index = stage.agent_dir().join("heartbeat.db-shm");
+    OpenOptions::new().write(true).truncate(true).open(&index).unwrap();
+    stage.requests(stage.master.received().len() + 3);
+    stage.master.open_operation(&stage.worker.uuid, "d", "deploy");
+    stage.master.always(None);
+    stage.closed_rows(1);
+    assert_eq!(running.terminate(PATIENCE), Some(0));
 }
 
 #[test]

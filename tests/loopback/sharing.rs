@@ -24,7 +24,13 @@ impl Worker {
     fn of(owner: u32, mode: u32) -> Self {
         let stage = Stage::new();
         let (dir, program) = (stage.dir.path(), stage.dir.path().join("decnet-heartbeat"));
-        fs::copy(env!("CARGO_BIN_EXE_decnet-heartbeat"), &program).unwrap();
+        // By another process: one that a test starts meanwhile would have the copy open for writing, and nobody could run it.
+        let copied = Command::new("cp")
+            .arg(env!("CARGO_BIN_EXE_decnet-heartbeat"))
+            .arg(&program)
+            .status()
+            .unwrap();
+        assert!(copied.success());
         stage.worker.write_ini(&dir.join("decnet.ini")).unwrap();
         chown(stage.agent_dir(), Some(owner), Some(owner)).unwrap();
         for (path, mode) in [(dir, 0o755), (&program, 0o755), (&dir.join("decnet.ini"), 0o644)] {
@@ -45,11 +51,15 @@ impl Worker {
         command
     }
 
-    /// Whether the outbox has kept it.
-    fn push(&self, user: u32) -> bool {
+    fn pushing(&self, user: u32) -> Command {
         let mut push = self.as_user(user);
         push.args(["push", "--no-wait", "--operation", "deploy", "--status", "succeeded", "d1"]);
-        push.output().unwrap().status.success()
+        push
+    }
+
+    /// Whether the outbox has kept it.
+    fn push(&self, user: u32) -> bool {
+        self.pushing(user).output().unwrap().status.success()
     }
 
     /// Whether the step `outbox` is good, its message and its advice.
@@ -190,6 +200,41 @@ fn each_file_that_the_owner_of_the_folder_cannot_use_is_named_and_the_advice_hel
             follow(&advice);
             worker.is_shared_by(&[OWNER, ROOT]);
         }
+    }
+}
+
+#[test]
+#[ignore = "needs root, for another user"]
+fn a_file_that_root_was_killed_in_making_keeps_the_owner_of_the_folder_from_nothing() {
+    for part in ["", "-journal", "-wal", "-shm", "-lock"] {
+        let worker = Worker::of(OWNER, 0o755);
+        assert!(part.is_empty() || worker.push(ROOT), "{part}");
+        fs::write(worker.file(part), "").unwrap();
+        set_permissions(worker.file(part), Permissions::from_mode(0o600)).unwrap();
+        chown(worker.file(part), Some(ROOT), Some(ROOT)).unwrap();
+        assert!(worker.push(OWNER), "{part}");
+        worker.is_shared_by(&[ROOT, OWNER]);
+    }
+}
+
+#[test]
+#[ignore = "needs root, for another user"]
+fn no_umask_keeps_anybody_from_an_outbox_that_is_his() {
+    for (user, umask) in [(ROOT, "0777"), (OWNER, "0777"), (ROOT, "0"), (OWNER, "0")] {
+        let worker = Worker::of(OWNER, 0o755);
+        let push = worker.pushing(user);
+        let mut shell = Command::new("sh");
+        shell
+            .args(["-c", &format!("umask {umask}; exec \"$0\" \"$@\"")])
+            .arg(push.get_program())
+            .args(push.get_args());
+        assert!(
+            shell.env_clear().uid(user).gid(user).status().unwrap().success(),
+            "{user}, {umask}"
+        );
+        let mode = |part| fs::metadata(worker.file(part)).unwrap().permissions().mode() & 0o777;
+        assert_eq!(["", "-lock"].map(mode), [0o600; 2], "{user}, {umask}");
+        worker.is_shared_by(&[ROOT, OWNER]);
     }
 }
 
