@@ -180,7 +180,7 @@ pub(crate) struct CommitResult {
     pub(crate) changed: Result<(), Error>,
 }
 
-/// The last ids of rows that must not come back: a file that was away, or an older copy of it, may have them.
+/// The ids of the rows that were deleted last. A file that was missing for a time, or an older copy of it, may still contain them.
 #[derive(Debug, Default)]
 struct DeletedIds {
     ids: BTreeSet<i64>,
@@ -240,7 +240,7 @@ pub(crate) struct Outbox {
 
 impl Outbox {
     /// Opens the outbox, or one in memory where the file cannot be used; the second value then says why. To deliver, it
-    /// also recovers the rows of processes that have died.
+    /// also takes over the rows of processes that have ended.
     ///
     /// # Errors
     ///
@@ -438,8 +438,8 @@ impl Outbox {
         self.store.read(read).map_err(|source| self.store.error("cannot be read", source))
     }
 
-    /// What is to be done before a beat by the process that delivers: it goes to its file if it is not there, takes over
-    /// the rows of dead processes, lets go of what is too old, and writes down what it could not so far.
+    /// Runs before a beat in the process that delivers. Reopens the file if it is not at its path, takes over the rows of
+    /// processes that have ended, drops rows that are too old, and writes the changes that are not in the file yet.
     pub(crate) fn tend(&mut self) -> Result<(), Error> {
         if self.delivery == Delivery::No {
             return Ok(());
@@ -618,7 +618,7 @@ impl Outbox {
         }
     }
 
-    /// Recovers the rows of dead processes, if we deliver.
+    /// Takes over the rows of processes that have ended, if this process delivers.
     fn begin_to_deliver(&mut self, reason: &str) {
         if !self.delivers() {
             return;
@@ -633,8 +633,8 @@ impl Outbox {
         }
     }
 
-    /// Reports the operations of dead processes failed, with `reason` and the operation's name. Only the file says which rows
-    /// they own, and only beside it is known whether they live.
+    /// Reports the operations of processes that have ended as failed, with `reason` and the operation's name. Their rows are in
+    /// the file, and the locks beside it show whether a process is running.
     fn recover(&mut self, reason: &str) -> Result<(), Error> {
         let dead = self.owners_that_are(Owner::Ended)?;
         if dead.is_empty() {
@@ -733,7 +733,7 @@ impl Outbox {
         if tally.may_hold() && counts.waiting <= limits::FEW_DELTAS {
             return self.count();
         }
-        // The process that delivers looks at the place of the file after the answers: see `look_again`.
+        // The process that delivers checks the path of the file after the answers: see `look_again`.
         let was_there =
             self.delivers() && self.books.lock().0.on_disk && !self.store.is_unwritten();
         let on_disk = if was_there { self.pending.is_empty() } else { self.is_on_disk() };
@@ -756,8 +756,8 @@ impl Outbox {
         self.store.mend_index();
     }
 
-    /// What is to be done after a transaction, when all have their answers: whether the file is still at its place, and one read.
-    /// For the first one SQLite writes to `-shm`, and a disk that freezes from now on would stop it.
+    /// Runs after the answers to a transaction. Checks whether the file is still at its path, and reads once: with the first read
+    /// after a change SQLite writes to `-shm`. If the disk froze before that, a later read would block.
     pub(crate) fn look_again(&mut self) {
         let mut on_disk = self.is_on_disk();
         // What has just gone to a file that was replaced meanwhile is moved, too.
@@ -766,7 +766,7 @@ impl Outbox {
             on_disk = self.is_on_disk();
         }
         self.books.change(|books| books.on_disk = on_disk);
-        // What cannot be read says so to whoever needs it.
+        // The next read that needs its result reports an error.
         let _ = self.newest();
     }
 

@@ -1,6 +1,6 @@
 //! The copy in memory: the same table as the file's, while the file does not take changes. It knows which rows were changed
-//! in it, and these go to the file when it takes changes again. Rows that other processes own are in it to hold older deltas
-//! back, and nobody changes them here. Runs on the outbox thread.
+//! in it, and these go to the file when it takes changes again. Rows of other processes are in it only to hold older deltas
+//! back, and are never changed here. Runs on the outbox thread.
 
 use std::time::SystemTime;
 

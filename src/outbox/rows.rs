@@ -193,8 +193,8 @@ impl Rows<'_> {
         Ok(())
     }
 
-    /// Takes over the rows of a dead process: what it had in flight has failed, for `reason` and the operation's
-    /// name, and what it was to post itself waits. How many operations that were.
+    /// Takes over the rows of a process that has ended. Its operations in flight have failed; the error is `reason` and the
+    /// operation's name. The deltas that it was to post itself wait for delivery. Returns the number of these operations.
     pub(super) fn recover(&mut self, owner: &[u8], reason: &str) -> rusqlite::Result<usize> {
         // As it is, text that is not UTF-8 too.
         let owner = ToSqlOutput::Borrowed(ValueRef::Text(owner));
@@ -231,8 +231,8 @@ impl Rows<'_> {
         Ok(())
     }
 
-    /// Makes room for so many rows. Those that the master has refused fall out first, then the oldest; of both only what
-    /// has no owner. How many deltas fell out; `None`: that is not enough.
+    /// Makes room for so many rows: drops rejected rows first, then the oldest, and never a row with an owner. Returns the number
+    /// of dropped deltas; `None`: there is not enough room.
     fn make_room(&mut self, more: i64) -> rusqlite::Result<Option<u64>> {
         let excess = (self.tally.rows + more - limits::OUTBOX_ROWS as i64).max(0);
         if excess > self.tally.rows - self.tally.owned {
@@ -251,7 +251,7 @@ impl Rows<'_> {
         Ok(Some(dropped.unsigned_abs()))
     }
 
-    /// Of the rows without an owner. How many there were.
+    /// Drops at most so many rows without an owner, the oldest first. Returns how many.
     fn drop_oldest(&self, which: &str, most: i64) -> rusqlite::Result<i64> {
         if most == 0 {
             return Ok(0);
@@ -347,7 +347,7 @@ pub(super) fn counts(db: &Connection) -> rusqlite::Result<QueueCounts> {
     Ok(tally.update(QueueCounts { held: held.unsigned_abs(), oldest, ..QueueCounts::default() }))
 }
 
-/// The owners of rows. What stands there may be no text that we have written.
+/// The owners of rows, as bytes: another program may have written anything there.
 pub(super) fn owners(db: &Connection) -> rusqlite::Result<Vec<Vec<u8>>> {
     let mut select =
         db.prepare_cached("SELECT DISTINCT owner FROM delta WHERE owner IS NOT NULL")?;

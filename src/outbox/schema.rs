@@ -9,11 +9,11 @@
 //! | `error` | why it failed; null for a success |
 //! | `completed_at` | when it ended, in microseconds since 1970; null while the operation is in flight |
 //! | `rejected` | why the master will never take it; null unless it said so |
-//! | `owner` | the process that owns the row: it runs the operation, or posts the delta itself; null: it waits |
-//! | `age` | seconds of delivery that it has waited through, see [`super::rows::Rows::grow_older`]; with an owner those in which nobody could tell whether it runs |
+//! | `owner` | the process that runs the operation, or posts the delta itself; null: the row waits for delivery |
+//! | `age` | seconds of delivery that it has waited through, see [`super::rows::Rows::grow_older`]; with an owner: seconds in which nobody could tell whether that process runs |
 //!
 //! `delivered` has the last deltas that the master accepted, for people, and when that was. The index `delta_owned` is of the
-//! rows with an owner: they hold older ones back.
+//! rows with an owner: older deltas of the same decky and operation are held until they end.
 
 use std::time::SystemTime;
 

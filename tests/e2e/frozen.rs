@@ -247,14 +247,14 @@ fn a_stop_at_a_frozen_disk_knows_what_is_on_it() {
     sent_as_told(&loopback, [("d", Told::QueuedDelta)]);
 }
 
-/// Nothing is asked of the outbox between its last change and the freeze.
+/// No request reaches the outbox thread between its last change and the freeze.
 #[test]
 #[ignore = "mounts, and so needs root"]
 fn a_stop_at_a_disk_that_froze_after_the_last_change_knows_what_is_on_it() {
     for is_delivered in [false, true] {
         let disk = Freezable::mount();
         let loopback = Loopback::new(&disk.path().join("agent"));
-        // No tick comes meanwhile.
+        // Longer than the test: a tick would be a request.
         let heartbeat = start_every(Duration::from_secs(600), &loopback);
         if !is_delivered {
             loopback.master.decommission(&loopback.worker.uuid);
@@ -263,7 +263,7 @@ fn a_stop_at_a_disk_that_froze_after_the_last_change_knows_what_is_on_it() {
         settled(&heartbeat, |stats| {
             if is_delivered { stats.delivered == 1 } else { stats.failure.is_some() }
         });
-        // The outbox thread has done all that it does by itself.
+        // A wait for an event would be a request, too.
         thread::sleep(Duration::from_millis(200));
         disk.freeze();
         let stopped = heartbeat.stop(Duration::from_millis(100));

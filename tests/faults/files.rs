@@ -40,7 +40,7 @@ const STATE: &str = r#"{"config": {"mode": "swarm", "deckies": [{"name": "d1", "
 impl StateFile {
     pub const GOOD: Self = Self::Holds(STATE);
 
-    /// Nobody else may be at work on the path: what `put` returned before must be dropped.
+    /// Drop an earlier [`Replacing`] first: it writes to the same path.
     pub fn put(self, path: &Path) -> Option<Replacing> {
         let beside = path.with_extension("beside");
         clear(path);
@@ -84,7 +84,7 @@ fn clear(path: &Path) {
     }
 }
 
-/// Puts one whole file after the other at a place, each in one step, for two seconds or until it is dropped.
+/// A thread that replaces a file with a longer one every 10 ms, by renaming. It ends after 2 s, or when this is dropped.
 pub struct Replacing {
     thread: Option<JoinHandle<()>>,
     is_over: Arc<AtomicBool>,
@@ -95,9 +95,9 @@ impl Replacing {
         let (path, beside) = (path.to_owned(), path.with_extension("next"));
         fs::write(&path, STATE).unwrap();
         let is_over = Arc::new(AtomicBool::new(false));
-        let asked = Arc::clone(&is_over);
+        let must_end = Arc::clone(&is_over);
         let replace = move || {
-            for n in (0..200).take_while(|_| !asked.load(Relaxed)) {
+            for n in (0..200).take_while(|_| !must_end.load(Relaxed)) {
                 let filler = " ".repeat(n * 1_000);
                 fs::write(&beside, format!("{filler}{STATE}"))
                     .and_then(|()| fs::rename(&beside, &path))

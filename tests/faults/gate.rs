@@ -81,7 +81,10 @@ impl Gate {
     }
 
     pub fn set(&self, network: Network) {
+        let refuses = network == Network::Refuses;
         self.change(|state| state.network = network);
+        // The accepting thread closes the listener a moment later. A connection before that would be reset, not refused.
+        while refuses && TcpStream::connect(local(self.port)).is_ok() {}
     }
 
     /// Closes what is open, as the master would.

@@ -184,7 +184,7 @@ pub fn mend(stage: &mut Stage) {
 }
 
 fn put_state(stage: &mut Stage, file: StateFile) {
-    // It would go on at the same place.
+    // Dropped first: it writes to the same path.
     stage.replacing = None;
     stage.replacing = file.put(&stage.path("state.json"));
 }

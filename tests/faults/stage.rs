@@ -49,7 +49,7 @@ impl Default for World {
 
 pub struct Stage {
     pub world: World,
-    /// What goes on at the state file's place, which must end before the folder does.
+    /// The thread that replaces the state file. Fields are dropped in order, so it ends before its folder is removed.
     pub replacing: Option<Replacing>,
     pub dir: tempfile::TempDir,
     pub master: LoopbackMaster,

@@ -204,7 +204,7 @@ fn each_of_several_poisons_in_one_body_is_found_and_the_others_arrive() {
     heartbeat.deltas().push_all(names.iter().map(|name| deployed(name))).unwrap();
     let stats = settled(&heartbeat, |stats| stats.rejected == 4 && stats.delivered == 36);
     assert_eq!((stats.waiting, stats.dropped), (0, 0));
-    assert!(heartbeat.flush(PATIENCE), "the file knows it, too");
+    assert!(heartbeat.flush(PATIENCE), "the last answer is in the file");
     assert_eq!(
         kept(&stage),
         names
