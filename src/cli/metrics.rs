@@ -245,6 +245,14 @@ mod tests {
     }
 
     #[test]
+    fn every_metric_is_documented() {
+        let page = include_str!("../docs/operations.md");
+        for Metric { name, .. } in METRICS {
+            assert!(page.contains(&format!("`{name}`")), "{name}");
+        }
+    }
+
+    #[test]
     fn label_values_are_escaped() {
         assert_eq!(labels(&[("a", "x"), ("b", "\\\"\n")]), r#"{a="x",b="\\\"\n"}"#);
     }
