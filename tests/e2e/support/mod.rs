@@ -1,39 +1,51 @@
-//! The peers that these tests run: the real master, in Python, and a Docker Engine of their own; and small file systems.
+//! Real peers for the tests and the benchmark: the real master, in Python, and a Docker Engine. And
+//! small file systems that can be full, read-only or frozen.
 
+#[path = "../../support/commands.rs"]
+pub mod commands;
 pub mod docker;
-mod frozen;
+mod enrolled_host;
+mod freezable_disk;
 mod log;
+#[path = "../../support/loopback.rs"]
 mod loopback;
 pub mod master;
-pub mod process;
-#[path = "../../loopback/support/settled.rs"]
-mod settled;
-mod stage;
+#[path = "../../support/requests.rs"]
+mod requests;
+#[path = "../../support/stats.rs"]
+mod stats;
 mod tmpfs;
 
 pub use docker::Docker;
-pub use frozen::Freezable;
-pub use log::errors;
-pub use loopback::Loopback;
+pub use enrolled_host::{EnrolledHost, decky, send_tick, write_state_file};
+pub use freezable_disk::FreezableDisk;
+pub use log::logged_errors;
+pub use loopback::{Loopback, nothing_deployed};
 pub use master::RealMaster;
-pub use settled::settled;
-pub use stage::{Stage, beat};
+pub use stats::wait_for_stats;
 pub use tmpfs::Tmpfs;
 
 use std::path::{Path, PathBuf};
 
-/// The Python that has the real master.
+use decnet_heartbeat::{LifecycleDelta, Operation};
+
+/// A delta of a successful deploy.
+pub fn deployed(decky: impl Into<String>) -> LifecycleDelta {
+    LifecycleDelta::succeeded(decky, Operation::Deploy)
+}
+
+/// The Python interpreter whose packages include the real master.
 pub fn python() -> PathBuf {
     let python = python_path();
     assert!(
         python.exists(),
-        "{} is not there: run tests/e2e/setup.sh, or set DECNET_PYTHON",
+        "{} does not exist: run tests/e2e/setup.sh, or set DECNET_PYTHON",
         python.display()
     );
     python
 }
 
-/// Where it is, if it is there.
+/// Its path, whether it exists or not.
 pub fn python_path() -> PathBuf {
     match std::env::var_os("DECNET_PYTHON") {
         Some(path) => PathBuf::from(path),
