@@ -1,6 +1,6 @@
 //! The process that is killed. It pushes from four threads and tracks operations on a fifth. It
-//! reports on stdout what it is going to do and what has succeeded. Each line is one write, so it is
-//! complete even if the process is killed after it.
+//! reports on stdout what it is going to do and what has succeeded. Each line is one write, so it
+//! is complete even if the process is killed after it.
 
 use std::io::{self, Write};
 use std::path::Path;

@@ -118,8 +118,8 @@ impl CrashTest {
         }
     }
 
-    /// Checks the requests since the last check and the file of the outbox. All lines of the children
-    /// must be recorded before. Returns the number of rows in the outbox.
+    /// Checks the requests since the last check and the file of the outbox. All lines of the
+    /// children must be recorded before. Returns the number of rows in the outbox.
     pub fn check(&mut self) -> u32 {
         self.record_requests();
         let rows = check_integrity(&self.worker.agent_dir.join("heartbeat.db"), self.folder.path());

@@ -1,10 +1,11 @@
 //! No delta is ever lost: processes that are killed at random moments, a master that is stopped or
-//! fails during requests, two users, files that are replaced, and a million pushes without a master.
+//! fails during requests, two users, files that are replaced, and a million pushes without a
+//! master.
 //!
 //! `cargo test --test crash` runs a tenth of each test, and `-- --include-ignored` all of it: 300
 //! kills and a million pushes. `-- NAME` runs the tests whose name contains it. A longer run, which
-//! can be repeated: `-- kill --kills 5000 --seed 42`. The program has a `main` of its own because it
-//! starts itself: with `--child` it is the process that is killed.
+//! can be repeated: `-- kill --kills 5000 --seed 42`. The program has a `main` of its own because
+//! it starts itself: with `--child` it is the process that is killed.
 //!
 //! `users` needs root and is skipped without it.
 
@@ -58,8 +59,8 @@ const TESTS: [Test; 6] = [
 
 /// The options on the command line, except for those of libtest.
 struct Options {
-    /// The number of kills in `kill`. `faults` has a fifth of it, and `programs` and `users` have as
-    /// many rounds as `faults` has kills.
+    /// The number of kills in `kill`. `faults` has a fifth of it, and `programs` and `users` have
+    /// as many rounds as `faults` has kills.
     kills: u32,
     /// The number of rounds in `rewritten`.
     rounds: u32,

@@ -21,15 +21,15 @@ const CAPACITY: u64 = 10_000;
 
 const INTERVAL: Duration = Duration::from_millis(500);
 
-/// The longest time between two beats that fail: an interval, the wait of a delta for a snapshot, and
-/// the delay of a busy machine.
+/// The longest time between two beats that fail: an interval, the wait of a delta for a snapshot,
+/// and the delay of a busy machine.
 const MAX_GAP: Duration = Duration::from_millis(2_500);
 
 /// How much the memory may vary.
 const MEMORY_KB: u64 = 4 * 1024;
 
-/// The maximum size of the file and its log. The rows take about 2 MB, and SQLite checkpoints a log of
-/// 4 MB.
+/// The maximum size of the file and its log. The rows take about 2 MB, and SQLite checkpoints a log
+/// of 4 MB.
 const FILE_BYTES: u64 = 16 * 1024 * 1024;
 
 pub fn million(options: &Options) -> String {

@@ -138,8 +138,8 @@ impl Reporter {
         }
     }
 
-    /// Starts a push whose delta is delivered by `run`, so that its success shows that `run` uses the
-    /// same file.
+    /// Starts a push whose delta is delivered by `run`, so that its success shows that `run` uses
+    /// the same file.
     pub fn left_to_run(test: &mut CrashTest, round: u32, n: u32) -> Self {
         let command = program(test, None);
         Self::push(test, command, format!("p-{round}-{n}"), Delivery::LeaveToRun)

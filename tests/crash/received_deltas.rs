@@ -24,7 +24,8 @@ pub struct ReceivedDeltas {
 }
 
 impl ReceivedDeltas {
-    /// Records requests. Asserts that each delta was pushed by a child, and that none was sent again.
+    /// Records requests. Asserts that each delta was pushed by a child, and that none was sent
+    /// again.
     pub fn record(&mut self, reports: &ChildReports, received: &[Received]) {
         self.requests += received.len();
         for request in received {

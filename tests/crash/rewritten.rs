@@ -1,7 +1,7 @@
 //! `rewritten`: the agent dir is renamed or removed and written again, as by an enrolment; or some
 //! files of the outbox are removed, renamed, or replaced by an older copy. This happens at random
-//! moments while `run`, `push` and `track` use them, with and without a master. Queued deltas must be
-//! delivered before the next change, because until then a process has the file open.
+//! moments while `run`, `push` and `track` use them, with and without a master. Queued deltas must
+//! be delivered before the next change, because until then a process has the file open.
 
 use std::collections::BTreeSet;
 use std::fs::{self, Permissions};
@@ -18,8 +18,8 @@ use crate::programs::{Reporter, RunProcess};
 /// The number of reporters in each round.
 const REPORTERS: u32 = 3;
 
-/// The longest time until a delta is delivered. A process with an operation in flight checks every 10 s
-/// whether the file was replaced.
+/// The longest time until a delta is delivered. A process with an operation in flight checks every
+/// 10 s whether the file was replaced.
 const DELIVERY: Duration = Duration::from_secs(20);
 
 /// The time between two checks of the requests.
@@ -54,8 +54,8 @@ pub fn rewritten(options: &Options) -> String {
         let change = files.change(round);
         let is_restarted = fastrand::u8(..8) == 0;
         if is_restarted {
-            // `run` must have the new file before. Only `run` has the deltas that a program that has
-            // ended added to the old one.
+            // `run` must have the new file before. Only `run` has the deltas that a program that
+            // has ended added to the old one.
             test.start_master();
             Reporter::left_to_run(&mut test, round, REPORTERS + 2).finish(&mut test);
             wait_until_delivered(&mut test, &lost);
@@ -83,8 +83,8 @@ pub fn rewritten(options: &Options) -> String {
     format!("{} rounds, {refused} reports refused, {}", options.rounds, test.finish())
 }
 
-/// Waits until all queued deltas are delivered, except for those that were lost before. Returns those
-/// that are not delivered in time.
+/// Waits until all queued deltas are delivered, except for those that were lost before. Returns
+/// those that are not delivered in time.
 fn wait_until_delivered(test: &mut CrashTest, lost: &BTreeSet<String>) -> Vec<String> {
     let end = Instant::now() + DELIVERY;
     loop {
@@ -146,9 +146,9 @@ impl Files {
         }
     }
 
-    /// Renames or removes the folder and writes the bundle again. To be removed, the folder is renamed
-    /// first. Otherwise a push may create a file in it during the removal, and no other process would
-    /// have that file open.
+    /// Renames or removes the folder and writes the bundle again. To be removed, the folder is
+    /// renamed first. Otherwise a push may create a file in it during the removal, and no other
+    /// process would have that file open.
     fn rewrite_folder(&self, renamed: &Path) -> &'static str {
         let removes = fastrand::bool();
         fs::rename(&self.agent_dir, renamed).unwrap();
@@ -166,8 +166,8 @@ impl Files {
         if removes { "the folder was removed" } else { "the folder was renamed" }
     }
 
-    /// Replaces the database by the older copy. The log and its index are removed first, because they
-    /// belong to the present database.
+    /// Replaces the database by the older copy. The log and its index are removed first, because
+    /// they belong to the present database.
     fn restore_older_copy(&self) -> String {
         let next = self.part("-next");
         fs::copy(self.older(), &next).unwrap();

@@ -1,5 +1,5 @@
-//! `check` on a worker with a real master and a real Docker Engine. Its outputs equal those in the page
-//! on operations.
+//! `check` on a worker with a real master and a real Docker Engine. Its outputs equal those in the
+//! page on operations.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -51,8 +51,8 @@ fn documented_output(heading: &str) -> Vec<&'static str> {
     section.split("```text\n").nth(1).unwrap().split("```").next().unwrap().lines().collect()
 }
 
-/// A line without the parts that differ between hosts: the mark and the name of a step, or any other
-/// line without its fingerprint.
+/// A line without the parts that differ between hosts: the mark and the name of a step, or any
+/// other line without its fingerprint.
 fn normalize(line: &str) -> String {
     if line.starts_with(['✓', '✗', '-']) {
         return line.split(' ').take(2).collect::<Vec<_>>().join(" ");
@@ -65,7 +65,8 @@ fn normalize(line: &str) -> String {
         .join(" ")
 }
 
-/// Asserts that the output has the documented lines in the same order. `…` stands for omitted lines.
+/// Asserts that the output has the documented lines in the same order. `…` stands for omitted
+/// lines.
 fn assert_documented(heading: &str, (output, code): (String, Option<i32>), expected: i32) {
     assert_eq!(code, Some(expected), "{output}");
     let mut lines = output.lines().map(normalize);

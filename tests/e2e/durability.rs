@@ -1,5 +1,5 @@
-//! The system calls of the outbox: each commit is synced, and its files are never accessible to other
-//! users.
+//! The system calls of the outbox: each commit is synced, and its files are never accessible to
+//! other users.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};

@@ -110,8 +110,8 @@ fn bare(name: &'static str, text: &str) -> Case {
 const UUID: (&str, &str) = ("DECNET_HOST_UUID", "u-env");
 const HOST: (&str, &str) = ("DECNET_MASTER_HOST", "env.lan");
 
-/// Cases that are read differently on purpose, and why. An entry for a case that does not differ fails
-/// the test.
+/// Cases that are read differently on purpose, and why. An entry for a case that does not differ
+/// fails the test.
 const DELIBERATE: &[(&str, &str)] = &[
     ("value on the next line", "the line break before the value is not part of a uuid"),
     ("value after a blank line", "nor is it part of a host"),

@@ -54,8 +54,8 @@ fn deliver(dir: &Path) {
     assert_eq!(loopback.sent(), ["d0"]);
 }
 
-/// The value, unless the disk did not answer or the file was locked. After a failed unlock SQLite waits
-/// up to 10 s for its own lock, or reports the file as locked.
+/// The value, unless the disk did not answer or the file was locked. After a failed unlock SQLite
+/// waits up to 10 s for its own lock, or reports the file as locked.
 fn unless_locked<T>(result: Result<T, Error>) -> Option<T> {
     let is_locked = |error: &Error| {
         let problems =
@@ -69,7 +69,7 @@ fn unless_locked<T>(result: Result<T, Error>) -> Option<T> {
 fn push_and_track(heartbeat: &Heartbeat, tick: &Sender<Instant>) -> Vec<String> {
     let mut queued = Vec::new();
     for n in 1..4 {
-        let pushed = unless_locked(heartbeat.deltas().push(deployed(&format!("d{n}"))));
+        let pushed = unless_locked(heartbeat.deltas().push(deployed(format!("d{n}"))));
         queued.extend(pushed.map(|()| format!("d{n}")));
         let begun = unless_locked(heartbeat.begin(Operation::Mutate, [format!("m{n}")]));
         send_tick(tick);
@@ -169,8 +169,8 @@ impl Fault {
     }
 }
 
-/// Does the work on a copy of the outbox while calls fail, and asserts that no file is renamed. `None`:
-/// there were fewer calls.
+/// Does the work on a copy of the outbox while calls fail, and asserts that no file is renamed.
+/// `None`: there were fewer calls.
 fn run_with_faults(outbox: &Path, work: &str, faults: &[Fault]) -> Option<TempDir> {
     let scratch = tempfile::tempdir().unwrap();
     let dir = scratch.path().canonicalize().unwrap();
@@ -241,8 +241,8 @@ fn failed_call_at_start_loses_no_file_and_no_delta() {
     }
 }
 
-/// Asserts that the delta in the outbox, and those that the process with the faults queued, are sent by
-/// it or by a later process without faults. `None`: there were fewer calls.
+/// Asserts that the delta in the outbox, and those that the process with the faults queued, are
+/// sent by it or by a later process without faults. `None`: there were fewer calls.
 fn assert_all_sent(outbox: &Path, work: &str, faults: &[Fault]) -> Option<()> {
     let scratch = run_with_faults(outbox, work, faults)?;
     let lines = |name| fs::read_to_string(scratch.path().join(name)).unwrap_or_default();
@@ -489,8 +489,8 @@ fn reads_of_the_outbox_by_the_host_program_lose_no_delta() {
         let theirs = format!("p{n}");
         heartbeat.deltas().push(deployed(&ours)).unwrap();
         let before = log();
-        // A backup does this. Closing the files releases SQLite's locks on them in this process. The
-        // index must be read, too, because SQLite uses locks on it as well.
+        // A backup does this. Closing the files releases SQLite's locks on them in this process.
+        // The index must be read, too, because SQLite uses locks on it as well.
         for part in ["", "-wal", "-shm"] {
             let _ = fs::read(dir.path().join(format!("agent/heartbeat.db{part}")));
         }

@@ -1,6 +1,6 @@
-//! The agent dir on a disk that does not respond: it is frozen by `fsfreeze`, or each sync is delayed.
-//! Beats stay on time, each call returns in time with the state of its delta, and no delta is lost or
-//! sent twice.
+//! The agent dir on a disk that does not respond: it is frozen by `fsfreeze`, or each sync is
+//! delayed. Beats stay on time, each call returns in time with the state of its delta, and no delta
+//! is lost or sent twice.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufRead, BufReader};
@@ -23,8 +23,8 @@ const INTERVAL: Duration = Duration::from_millis(200);
 const CALL_WAIT: Duration = Duration::from_secs(1);
 /// How much later a busy machine wakes a thread.
 const SLACK: Duration = Duration::from_millis(500);
-/// The longest time between two beats: the interval, the 250 ms that a beat waits for its deltas, and
-/// the slack.
+/// The longest time between two beats: the interval, the 250 ms that a beat waits for its deltas,
+/// and the slack.
 const MAX_GAP: Duration = Duration::from_millis(200 + 250 + 500);
 
 /// The result of a push, or of a call that begins an operation, for its caller.
@@ -82,8 +82,8 @@ fn start_with_interval(interval: Duration, loopback: &Loopback) -> Heartbeat {
     heartbeat
 }
 
-/// Lets beats pass for this time, and asserts that none was late since then. The end of the time is no
-/// event, so it sleeps.
+/// Lets beats pass for this time, and asserts that none was late since then. The end of the time is
+/// no event, so it sleeps.
 #[track_caller]
 fn assert_beats_on_time(loopback: &Loopback, since: Instant, time: Duration) {
     thread::sleep(time);
@@ -330,8 +330,8 @@ fn concurrent_calls_on_frozen_disk_return_in_time_with_correct_results() {
     let since = Instant::now();
     let mut expected = vec![("in-flight".to_owned(), CallResult::Queued)];
     thread::scope(|scope| {
-        // The outbox thread takes the first request, so its result is in doubt. No event reports that
-        // it was taken.
+        // The outbox thread takes the first request, so its result is in doubt. No event reports
+        // that it was taken.
         let begun =
             scope.spawn(|| call_in_time(|| heartbeat.begin(Operation::Deploy, ["begun", "held"])));
         thread::sleep(Duration::from_millis(100));
@@ -422,8 +422,8 @@ fn program_beats_on_frozen_disk_and_ends_after_thaw() {
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_decnet-heartbeat");
 
-/// Adds the options for the loopback's worker to a command that starts the program. The ini is in this
-/// folder.
+/// Adds the options for the loopback's worker to a command that starts the program. The ini is in
+/// this folder.
 fn program(mut command: Command, loopback: &Loopback, folder: &Path) -> Command {
     let ini = folder.join("decnet.ini");
     loopback.worker.write_ini(&ini).unwrap();

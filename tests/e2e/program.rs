@@ -85,8 +85,8 @@ fn frozen_disk_with_log_and_stats_does_not_delay_beats_watchdog_or_stop() {
         .take(100)
         .find(|message| message != "WATCHDOG=1\n");
     assert_eq!(last.as_deref(), Some("STOPPING=1\n"));
-    // A thread of the process is blocked in the file system, so the process ends only after the thaw.
-    // No line from before is lost.
+    // A thread of the process is blocked in the file system, so the process ends only after the
+    // thaw. No line from before is lost.
     disk.thaw();
     assert_eq!(
         commands::wait_for_exit(&mut running.0, TIMEOUT).and_then(|status| status.code()),

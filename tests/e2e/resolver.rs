@@ -21,7 +21,8 @@ fn serve(code: Option<u8>) {
     thread::spawn(move || {
         let mut packet = [0; 512];
         while let Ok((length, from)) = socket.recv_from(&mut packet) {
-            // This packet is not a question. It ends the server, so that the next one gets the port.
+            // This packet is not a question. It ends the server, so that the next one gets the
+            // port.
             let query = &packet[..length];
             if query == b"end" {
                 return;

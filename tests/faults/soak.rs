@@ -1,5 +1,5 @@
-//! A long run: a beat every 100 ms, faults of the table in random order, and pushes all the time. No
-//! delta is lost, and the process does not grow.
+//! A long run: a beat every 100 ms, faults of the table in random order, and pushes all the time.
+//! No delta is lost, and the process does not grow.
 
 use std::collections::HashSet;
 use std::ops::Range;

@@ -1,5 +1,5 @@
-//! A heartbeat in a process that was forked after its start: the calls of the child return errors at
-//! once, and its drops and stops do not affect the parent.
+//! A heartbeat in a process that was forked after its start: the calls of the child return errors
+//! at once, and its drops and stops do not affect the parent.
 //!
 //! The program has a `main` of its own because it runs its tests one after another on one thread. A
 //! child inherits the open files of all tests that run, and their locks.

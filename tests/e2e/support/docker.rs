@@ -19,9 +19,9 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(30);
 const IMAGE: &str = "busybox";
 const BUSYBOX: &str = "/bin/busybox";
 
-/// Runs `dockerd` and waits until stdin is closed, which happens also if the test process dies. Then
-/// it stops the engine, which removes its containers and mounts, even if it is suspended. Its stderr
-/// is open only while the engine runs.
+/// Runs `dockerd` and waits until stdin is closed, which happens also if the test process dies.
+/// Then it stops the engine, which removes its containers and mounts, even if it is suspended. Its
+/// stderr is open only while the engine runs.
 const SCRIPT: &str = r#"
     dockerd "$@" & engine=$!
     exec 2>/dev/null

@@ -93,13 +93,14 @@ impl RealMaster {
         self.ask(json!({"do": "enrol", "name": name, "dir": agent_dir}))
     }
 
-    /// Gives an enrolled host a new certificate. Its uuid stays the same, and the old certificate is
-    /// no longer pinned.
+    /// Gives an enrolled host a new certificate. Its uuid stays the same, and the old certificate
+    /// is no longer pinned.
     pub fn enrol_again(&self, uuid: &str, name: &str, agent_dir: &Path) -> Worker {
         self.ask(json!({"do": "enrol", "name": name, "dir": agent_dir, "uuid": uuid}))
     }
 
-    /// Writes a bundle of the same CA whose certificate is pinned to no host. Returns its fingerprint.
+    /// Writes a bundle of the same CA whose certificate is pinned to no host. Returns its
+    /// fingerprint.
     pub fn issue(&self, name: &str, agent_dir: &Path) -> String {
         let issued: Value = self.ask(json!({"do": "issue", "name": name, "dir": agent_dir}));
         text(&issued["fingerprint"])
@@ -111,8 +112,8 @@ impl RealMaster {
         assert!(existed, "no host {uuid}");
     }
 
-    /// Adds a row of `decky_lifecycle` that is newer than all others, and returns its id. A row with
-    /// the status `pending` or `running` is open.
+    /// Adds a row of `decky_lifecycle` that is newer than all others, and returns its id. A row
+    /// with the status `pending` or `running` is open.
     pub fn open_lifecycle(&self, decky: &str, operation: &str, uuid: &str, status: &str) -> String {
         self.ask(json!({
             "do": "open_lifecycle", "decky": decky, "operation": operation, "uuid": uuid, "status": status,
@@ -133,7 +134,8 @@ impl RealMaster {
         self.ask(json!({"do": "clear_resync", "id": id}))
     }
 
-    /// The rows of a table that have all values of the object `filter`, oldest first, with all columns.
+    /// The rows of a table that have all values of the object `filter`, oldest first, with all
+    /// columns.
     pub fn rows(&self, table: &str, filter: Value) -> Vec<Value> {
         self.ask(json!({"do": "rows", "table": table, "where": filter}))
     }
@@ -143,14 +145,14 @@ impl RealMaster {
         self.ask(json!({"do": "handshakes"}))
     }
 
-    /// Waits until the process has given `at_least` this many answers, and returns all. Panics after
-    /// a timeout.
+    /// Waits until the process has given `at_least` this many answers, and returns all. Panics
+    /// after a timeout.
     pub fn answers(&self, at_least: usize) -> Vec<Answer> {
         self.ask(json!({"do": "answers", "at_least": at_least, "timeout": COMMAND_TIMEOUT.as_secs() / 2}))
     }
 
-    /// Posts a body with the original agent's TLS and the bundle in `agent_dir`. Returns the answer's
-    /// status and body.
+    /// Posts a body with the original agent's TLS and the bundle in `agent_dir`. Returns the
+    /// answer's status and body.
     pub fn post(&self, agent_dir: &Path, body: &str) -> (u16, String) {
         #[derive(Deserialize)]
         struct Response {

@@ -21,8 +21,8 @@ use crate::master::{MasterClient, Verdict, parse_retry_after};
 use crate::status::docker::{Docker, DockerState};
 use crate::transport::SocketTransport;
 
-/// Posts a beat to a master that sends these pieces, which are separated by NUL. If there are several,
-/// the last one is repeated without end.
+/// Posts a beat to a master that sends these pieces, which are separated by NUL. If there are
+/// several, the last one is repeated without end.
 pub fn master(input: &[u8]) {
     let mut pieces: VecDeque<_> =
         input.split(|byte| *byte == SEPARATOR).map(<[u8]>::to_vec).collect();
@@ -84,8 +84,8 @@ pub fn docker_json(input: &[u8]) {
     }
 }
 
-/// Queries a Docker that sends the first part on the first connection, and the part after a NUL on the
-/// second.
+/// Queries a Docker that sends the first part on the first connection, and the part after a NUL on
+/// the second.
 pub fn docker_http(input: &[u8]) {
     let answers: [&[u8]; 2] = parts(input);
     // The rest of a connection that stays open is read for the second request.

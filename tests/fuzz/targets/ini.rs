@@ -7,8 +7,8 @@ use crate::error::{Error, chain};
 /// A value at the end of the ini to which nothing refers. No error may contain such a value.
 const SECRET: &str = "2bb80d537b1da3e38bd30361aa855686";
 
-/// Variables of the environment, so that the other keys are read from the ini. After an invalid key,
-/// the others would not be read.
+/// Variables of the environment, so that the other keys are read from the ini. After an invalid
+/// key, the others would not be read.
 const VARIABLES: [&[(&str, &str)]; 4] = [
     &[],
     &[("DECNET_MODE", "agent")],

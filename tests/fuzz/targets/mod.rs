@@ -1,6 +1,6 @@
-//! The functions of the fuzz targets, compiled into the library as `decnet_heartbeat::fuzzing`. Each
-//! takes bytes of another program, processes them as the library does, and asserts invariants. They
-//! are built only with `--cfg fuzzing`, and run on one thread.
+//! The functions of the fuzz targets, compiled into the library as `decnet_heartbeat::fuzzing`.
+//! Each takes bytes of another program, processes them as the library does, and asserts invariants.
+//! They are built only with `--cfg fuzzing`, and run on one thread.
 
 #![allow(
     clippy::unwrap_used,

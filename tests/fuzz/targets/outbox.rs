@@ -26,8 +26,8 @@ const WAITING: &str = "rejected IS NULL AND (completed_at IS NOT NULL OR owner I
 /// cannot be distinguished from one on a read-only disk.
 const WRITE_VERSION: usize = 18;
 
-/// Delivers from an outbox that has a valid row and rows with any values that its schema accepts, and
-/// lets an hour pass. No row is lost, and no row prevents the delivery of another one.
+/// Delivers from an outbox that has a valid row and rows with any values that its schema accepts,
+/// and lets an hour pass. No row is lost, and no row prevents the delivery of another one.
 pub fn outbox_rows(input: &[u8]) {
     let path = new_path("rows");
     fs::write(&path, template()).unwrap();
@@ -60,8 +60,8 @@ pub fn outbox_rows(input: &[u8]) {
 /// invalid.
 const HEADER: usize = 100;
 
-/// Delivers from a file with these bytes. A file that is corrupt or not an outbox is renamed unchanged.
-/// The outbox is in a file in any case, unless only a later SQLite may write that file.
+/// Delivers from a file with these bytes. A file that is corrupt or not an outbox is renamed
+/// unchanged. The outbox is in a file in any case, unless only a later SQLite may write that file.
 pub fn outbox_file(input: &[u8]) {
     if input.get(WRITE_VERSION).is_some_and(|version| *version > 2) {
         return;
@@ -111,9 +111,9 @@ fn template() -> &'static [u8] {
     })
 }
 
-/// Inserts the rows of the input that the schema accepts. Returns the ids of the rows that wait, and of
-/// those that are too old after an hour. There are none if the ids are used up, because such a file is
-/// renamed.
+/// Inserts the rows of the input that the schema accepts. Returns the ids of the rows that wait,
+/// and of those that are too old after an hour. There are none if the ids are used up, because such
+/// a file is renamed.
 fn fill(path: &Path, input: &mut Input<'_>) -> [BTreeSet<i64>; 2] {
     let file = Connection::open(path).unwrap();
     let sequence = ToSqlOutput::Borrowed(input.value());

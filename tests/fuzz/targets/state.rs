@@ -41,8 +41,8 @@ pub fn state_file(input: &[u8]) {
     }
 }
 
-/// The status, if it is known. Asserts that the body of its beat is valid JSON, and that of a beat with
-/// the error as well.
+/// The status, if it is known. Asserts that the body of its beat is valid JSON, and that of a beat
+/// with the error as well.
 fn check(status: Result<Snapshot, String>) -> Option<String> {
     let snapshot = match &status {
         Ok(status) => status.clone(),
