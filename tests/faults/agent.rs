@@ -154,12 +154,8 @@ impl Agent {
         if settings.ticks == Ticks::FromTest {
             builder = builder.ticks(ticks);
         }
-        let faulty = FaultySource {
-            kind: settings.source,
-            calls: 0,
-            large: None,
-            released: self.snapshots.clone(),
-        };
+        let faulty =
+            FaultySource { kind: settings.source, calls: 0, released: self.snapshots.clone() };
         match settings.source {
             Source::Decnet => builder.status_source(decnet),
             _ => builder.status_source(faulty),
@@ -235,9 +231,6 @@ fn stop(heartbeat: Heartbeat, grace: Duration) -> Value {
 struct FaultySource {
     kind: Source,
     calls: u64,
-    /// The snapshot of [`Source::OfSize`]. A debug build takes long to make a large one, so it is
-    /// made only once.
-    large: Option<Snapshot>,
     /// A message for each snapshot that [`Source::ReturnsOnCommand`] may return.
     released: Receiver<()>,
 }
@@ -246,10 +239,7 @@ impl StatusSource for FaultySource {
     fn snapshot(&mut self) -> Snapshot {
         self.calls += 1;
         match self.kind {
-            Source::OfSize(size) => {
-                let new = || Snapshot::new(&json!({ "filler": "x".repeat(size) }));
-                return self.large.get_or_insert_with(new).clone();
-            }
+            Source::OfSize(size) => return Snapshot::new(&json!({ "filler": "x".repeat(size) })),
             Source::Panics => panic!("no such \u{1b}[31mdecky\n{}", "x".repeat(1_000)),
             Source::PanicsWithPanickingPayload => std::panic::panic_any(PanicsOnDrop(3)),
             Source::PanicsEverySecondTime if self.calls.is_multiple_of(2) => panic!("an even call"),

@@ -153,7 +153,7 @@ fn deployed(decky: &str) -> LifecycleDelta {
 /// Asserts that the error names the parent process, and what to do.
 fn assert_refused<T>(parent: u32, result: Result<T, Error>) {
     let error = result.err().expect("an error").to_string();
-    let start = format!("this process was forked from process {parent} ");
+    let start = format!("this process was forked from process {parent}, ");
     assert!(error.starts_with(&start), "{error}");
     let end = "start the heartbeat after the fork, in the process that uses it";
     assert!(error.ends_with(end), "{error}");
