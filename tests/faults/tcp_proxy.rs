@@ -90,6 +90,14 @@ impl TcpProxy {
         while refuses && TcpStream::connect(local(self.port)).is_ok() {}
     }
 
+    /// Whether a connection has reached the limit of [`ProxyMode::StallAfter`]. `None` in other modes.
+    pub fn has_stalled(&self) -> Option<bool> {
+        let state = self.shared.state.lock().unwrap();
+        let mut open = state.open.iter().filter_map(Weak::upgrade);
+        matches!(state.mode, ProxyMode::StallAfter(_))
+            .then(|| open.any(|connection| connection.is_frozen()))
+    }
+
     /// Closes open connections, as the master would.
     pub fn close_connections(&self) {
         self.for_each_open(|connection| {
