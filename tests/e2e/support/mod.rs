@@ -6,9 +6,9 @@ mod log;
 mod loopback;
 pub mod master;
 pub mod process;
-#[path = "../../loopback/support/settled.rs"]
-mod settled;
 mod stage;
+#[path = "../../support/stats.rs"]
+mod stats;
 mod tmpfs;
 
 pub use docker::Docker;
@@ -16,8 +16,8 @@ pub use frozen::Freezable;
 pub use log::errors;
 pub use loopback::Loopback;
 pub use master::RealMaster;
-pub use settled::settled;
 pub use stage::{Stage, beat};
+pub use stats::wait_for_stats as settled;
 pub use tmpfs::Tmpfs;
 
 use std::path::{Path, PathBuf};

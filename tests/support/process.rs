@@ -1,0 +1,111 @@
+//! Child processes: their lines, signals and ends.
+
+use std::fs;
+use std::io::{BufRead, BufReader, Read};
+use std::path::Path;
+use std::process::{Child, Command, ExitStatus};
+use std::sync::mpsc::{Receiver, channel};
+use std::thread;
+use std::time::Duration;
+
+use super::{TIMEOUT, poll_until};
+
+/// A process that is killed when the value is dropped, so that it does not outlive its test.
+pub struct ChildProcess(pub Child);
+
+impl ChildProcess {
+    pub fn start(command: &mut Command) -> Self {
+        Self(command.spawn().unwrap())
+    }
+
+    pub fn id(&self) -> u32 {
+        self.0.id()
+    }
+
+    /// The lines of its stderr, which must be piped.
+    pub fn stderr_lines(&mut self) -> Receiver<String> {
+        lines(self.0.stderr.take().unwrap())
+    }
+
+    pub fn signal(&self, name: &str) {
+        let kill = Command::new("kill").args(["-s", name, &self.id().to_string()]).status();
+        assert!(kill.unwrap().success(), "{name}");
+    }
+
+    pub fn assert_is_running(&mut self) {
+        assert_eq!(self.0.try_wait().unwrap(), None);
+    }
+
+    /// Waits until it has a thread with this name.
+    pub fn wait_for_thread(&self, name: &str) {
+        let tasks = format!("/proc/{}/task", self.id());
+        poll_until(&format!("thread {name}"), || {
+            let tasks = fs::read_dir(&tasks).unwrap().map(|task| task.unwrap().path());
+            let mut names = tasks.filter_map(|task| fs::read_to_string(task.join("comm")).ok());
+            names.any(|found| found.trim_end() == name)
+        });
+    }
+
+    /// Waits up to `timeout` for its end. Kills it and panics if it has not ended then.
+    pub fn wait(&mut self, timeout: Duration) -> ExitStatus {
+        let (sender, receiver) = channel();
+        let pid = self.id();
+        let child = &mut self.0;
+        thread::scope(|scope| {
+            scope.spawn(move || sender.send(child.wait().unwrap()));
+            receiver.recv_timeout(timeout).unwrap_or_else(|_| {
+                Command::new("kill").args(["-9", &pid.to_string()]).status().unwrap();
+                panic!("the process has not ended within {timeout:?}")
+            })
+        })
+    }
+
+    /// Sends SIGTERM, and waits up to `timeout` for the exit code.
+    pub fn terminate(&mut self, timeout: Duration) -> Option<i32> {
+        self.signal("TERM");
+        self.wait(timeout).code()
+    }
+
+    /// A set of signals in its `/proc/PID/status`, such as `SigIgn`. Bit 0 is signal 1.
+    pub fn signal_mask(&self, name: &str) -> u64 {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.id())).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix(name)).unwrap();
+        u64::from_str_radix(line.trim_start_matches(':').trim(), 16).unwrap()
+    }
+}
+
+impl Drop for ChildProcess {
+    fn drop(&mut self) {
+        // An error means that it has ended.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// The lines of a pipe. The channel ends with the pipe. The pipe is read to its end even if the
+/// receiver is dropped, so that the process does not block.
+pub fn lines(pipe: impl Read + Send + 'static) -> Receiver<String> {
+    let (sender, receiver) = channel();
+    thread::spawn(move || {
+        for line in BufReader::new(pipe).split(b'\n').map_while(Result::ok) {
+            let _ = sender.send(String::from_utf8_lossy(&line).into_owned());
+        }
+    });
+    receiver
+}
+
+/// Waits for a line that contains this text, and returns it.
+pub fn wait_for_line(lines: &Receiver<String>, part: &str) -> String {
+    let mut others = Vec::new();
+    loop {
+        match lines.recv_timeout(TIMEOUT) {
+            Ok(line) if line.contains(part) => return line,
+            Ok(line) => others.push(line),
+            Err(_) => panic!("no {part:?} in {others:#?}"),
+        }
+    }
+}
+
+pub fn make_fifo(path: &Path) {
+    assert!(Command::new("mkfifo").arg(path).status().unwrap().success());
+}
