@@ -37,7 +37,7 @@ mod retry;
 mod sharing;
 mod stats;
 mod stopping;
-#[allow(dead_code, reason = "no test program uses all helpers")]
+#[allow(dead_code, unused_imports, reason = "no test program uses all helpers")]
 #[path = "../support/mod.rs"]
 mod support;
 mod threads;

@@ -13,7 +13,7 @@ use decnet_heartbeat::loopback::{LifecycleRow, RowStatus};
 use decnet_heartbeat::{Heartbeat, LifecycleDelta, Operation, OutboxLocation, Outcome};
 use serde_json::Value;
 
-use crate::support::{Fixture, TIMEOUT, deckies, json_of, now, wait_for_stats};
+use crate::support::{Fixture, TIMEOUT, deckies, deltas, now, wait_for_stats};
 
 /// Waits this long to see that no beat is sent.
 const SILENCE: Duration = Duration::from_millis(500);
@@ -45,8 +45,7 @@ fn failed(decky: &str, error: &str) -> (String, RowStatus, Option<String>) {
 
 /// All deltas that were sent, in order.
 fn sent_deltas(fixture: &Fixture) -> Vec<Value> {
-    let of = |body: &Value| body["lifecycle"].as_array().cloned().unwrap_or_default();
-    fixture.master.received().iter().flat_map(|request| of(json_of(request))).collect()
+    fixture.master.received().iter().flat_map(deltas).collect()
 }
 
 fn in_flight(heartbeat: &Heartbeat) -> u64 {

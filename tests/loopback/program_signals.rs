@@ -63,8 +63,7 @@ fn signals_without_effect_do_not_end_run() {
             "{name}"
         );
         running.signal(name);
-        let beats = fixture.master.received().len();
-        fixture.wait_for_requests(beats + 2);
+        fixture.wait_for_more_requests(2);
         assert!(running.0.try_wait().unwrap().is_none(), "{name}");
     }
     assert_eq!(running.terminate(PROMPT), Some(0));
@@ -78,8 +77,7 @@ fn int_stops_like_term_and_quit_has_its_default_action() {
     running.signal("INT");
     assert_eq!(running.wait(PROMPT).code(), Some(0));
     let mut running = ChildProcess::start(&mut in_shell_after("ulimit -c 0", &run_often(&fixture)));
-    let beats = fixture.master.received().len();
-    fixture.wait_for_requests(beats + 2);
+    fixture.wait_for_more_requests(2);
     running.signal("QUIT");
     assert_eq!(running.wait(PROMPT).signal(), Some(3));
 }
@@ -97,8 +95,7 @@ fn signal_ignored_at_the_start_stays_ignored() {
     }
     for name in ["HUP", "INT", "USR1"] {
         running.signal(name);
-        let beats = fixture.master.received().len();
-        fixture.wait_for_requests(beats + 2);
+        fixture.wait_for_more_requests(2);
     }
     assert_eq!(running.terminate(PROMPT), Some(0));
 }
@@ -159,8 +156,7 @@ fn signal_blocked_at_the_start_stops_run() {
         .stderr(Stdio::null());
     for name in ["TERM", "INT"] {
         let mut running = ChildProcess::start(&mut blocked);
-        let beats = fixture.master.received().len();
-        fixture.wait_for_requests(beats + 1);
+        fixture.wait_for_more_requests(1);
         running.signal(name);
         assert_eq!(running.wait(PROMPT).code(), Some(0), "{name}");
     }
@@ -221,12 +217,10 @@ fn later_file_size_limit_acts_as_a_full_disk_and_sends_no_delta_twice() {
     ]);
     assert_eq!(push.output().unwrap().status.code(), Some(75));
     wait_for_line(&log, "in memory");
-    let beats = fixture.master.received().len();
-    fixture.wait_for_requests(beats + 5);
+    fixture.wait_for_more_requests(5);
     limit_files(&running, None);
     wait_for_line(&log, "again: outbox=");
-    let beats = fixture.master.received().len();
-    let requests = fixture.wait_for_requests(beats + 5);
+    let requests = fixture.wait_for_more_requests(5);
     let deltas = requests
         .iter()
         .filter_map(|beat| json_of(beat)["lifecycle"].as_array().map(Vec::len))

@@ -76,8 +76,7 @@ fn later_replacement_of_the_target_is_not_replaced() {
     let line =
         lines.take(100).find(|line| line.contains("stats file cannot be written: ")).unwrap();
     assert!(line.contains("(stats-files)") && line.contains("the path is a FIFO"), "{line}");
-    let beats = fixture.master.received().len();
-    fixture.wait_for_requests(beats + 3);
+    fixture.wait_for_more_requests(3);
     assert_eq!(running.terminate(PROMPT), Some(0));
     assert!(is_fifo());
 }

@@ -9,7 +9,7 @@ use decnet_heartbeat::{LifecycleDelta, Operation};
 use serde_json::{Value, json};
 
 use crate::support::{
-    Fixture, TIMEOUT, deckies, json_of, now, program, wait_for_file, wait_for_stats,
+    Fixture, TIMEOUT, deckies, json_of, now, program, send_signal, wait_for_file, wait_for_stats,
 };
 
 /// Runs the program with these arguments. Returns its exit code, its stdout and its stderr.
@@ -41,11 +41,6 @@ pub fn start_track(fixture: &Fixture, script: &str) -> (Child, BufReader<ChildSt
     stdout.read_line(&mut line).unwrap();
     assert_eq!(line, "ready\n");
     (child, stdout)
-}
-
-pub fn signal(child: &Child, name: &str) {
-    let kill = Command::new("kill").args(["-s", name, &child.id().to_string()]).status().unwrap();
-    assert!(kill.success());
 }
 
 pub fn rows(fixture: &Fixture) -> Vec<(RowStatus, Option<String>)> {
@@ -371,7 +366,7 @@ fn signal_is_passed_on_and_the_end_is_reported() {
         fixture.master.open_operation(&fixture.worker.uuid, "d", "deploy");
     }
     let (mut child, _stdout) = start_track(&fixture, "echo ready; exec sleep 1000");
-    signal(&child, "TERM");
+    send_signal("TERM", child.id());
     assert_eq!(child.wait().unwrap().code(), Some(128 + 15));
     // The command's own exit code counts.
     let (mut child, _stdout) = start_track(
@@ -380,7 +375,7 @@ fn signal_is_passed_on_and_the_end_is_reported() {
             .replace("$0", &fifo(&fixture))
             .as_str(),
     );
-    signal(&child, "USR1");
+    send_signal("USR1", child.id());
     assert_eq!(child.wait().unwrap().code(), Some(5));
     let rows = fixture.master.rows();
     let errors: Vec<_> = rows.iter().map(|row| row.error.as_deref().unwrap()).collect();
@@ -435,7 +430,7 @@ fn operation_of_a_killed_track_is_reported_as_failed() {
     assert!(fixture.master.wait_for_beats(2, TIMEOUT));
     wait_for_stats(&heartbeat, |stats| stats.operations == 1);
     assert_eq!(fixture.master.rows()[0].status, RowStatus::Running, "its process is running");
-    signal(&child, "KILL");
+    send_signal("KILL", child.id());
     child.wait().unwrap();
     drop(stdout);
     tick.send(now()).unwrap();

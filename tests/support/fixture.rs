@@ -8,9 +8,9 @@ use decnet_heartbeat::loopback::{
     Answer, Enrolled, Fault, LoopbackMaster, Options, Received, Seen,
 };
 use decnet_heartbeat::{Heartbeat, HeartbeatBuilder, Snapshot};
-use serde_json::{Value, json};
+use serde_json::Value;
 
-use super::{TIMEOUT, wait_for_stats};
+use super::{TIMEOUT, nothing_deployed, wait_for_stats};
 
 /// A master and a worker that is enrolled with it. The worker's files are in a temporary folder.
 pub struct Fixture {
@@ -105,10 +105,6 @@ impl Fixture {
     }
 }
 
-pub fn nothing_deployed() -> Snapshot {
-    Snapshot::new(&json!({"deployed": false, "deckies": []}))
-}
-
 /// A status source that blocks until the sender is dropped. From then on it reports that nothing is
 /// deployed.
 pub fn blocking_source() -> (Sender<()>, impl FnMut() -> Snapshot + Send + 'static) {
@@ -128,10 +124,4 @@ pub fn now() -> Instant {
 /// The JSON body of a request.
 pub fn json_of(request: &Received) -> &Value {
     request.json.as_ref().expect("a JSON body")
-}
-
-/// The deckies of a request's deltas, in the order of the body.
-pub fn deckies(request: &Received) -> Vec<String> {
-    let lifecycle = json_of(request)["lifecycle"].as_array().cloned().unwrap_or_default();
-    lifecycle.iter().map(|delta| delta["decky_name"].as_str().unwrap().to_owned()).collect()
 }

@@ -6,6 +6,8 @@ use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
+use super::commands;
+
 /// OpenSSL's command line, with a folder that contains a CA.
 pub struct OpenSsl {
     dir: PathBuf,
@@ -41,12 +43,7 @@ impl OpenSsl {
     /// Runs this command line, which is split at spaces.
     pub fn run(&self, arguments: &str) {
         let mut command = Command::new("openssl");
-        let output = command.current_dir(&self.dir).args(arguments.split(' ')).output().unwrap();
-        assert!(
-            output.status.success(),
-            "openssl {arguments}: {}",
-            String::from_utf8_lossy(&output.stderr)
-        );
+        commands::run(command.current_dir(&self.dir).args(arguments.split(' ')));
     }
 
     /// Issues a certificate for `swarmctl`, in `NAME.crt`, with its key in `NAME.key`.

@@ -1,13 +1,12 @@
 //! Child processes: their lines, signals and ends.
 
 use std::fs;
-use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus};
-use std::sync::mpsc::{Receiver, channel};
-use std::thread;
+use std::sync::mpsc::Receiver;
 use std::time::Duration;
 
+use super::commands::{lines, run, wait_for_exit};
 use super::{TIMEOUT, poll_until};
 
 /// A process that is killed when the value is dropped, so that it does not outlive its test.
@@ -28,8 +27,7 @@ impl ChildProcess {
     }
 
     pub fn signal(&self, name: &str) {
-        let kill = Command::new("kill").args(["-s", name, &self.id().to_string()]).status();
-        assert!(kill.unwrap().success(), "{name}");
+        send_signal(name, self.id());
     }
 
     pub fn assert_is_running(&mut self) {
@@ -48,16 +46,8 @@ impl ChildProcess {
 
     /// Waits up to `timeout` for its end. Kills it and panics if it has not ended then.
     pub fn wait(&mut self, timeout: Duration) -> ExitStatus {
-        let (sender, receiver) = channel();
-        let pid = self.id();
-        let child = &mut self.0;
-        thread::scope(|scope| {
-            scope.spawn(move || sender.send(child.wait().unwrap()));
-            receiver.recv_timeout(timeout).unwrap_or_else(|_| {
-                Command::new("kill").args(["-9", &pid.to_string()]).status().unwrap();
-                panic!("the process has not ended within {timeout:?}")
-            })
-        })
+        wait_for_exit(&mut self.0, timeout)
+            .unwrap_or_else(|| panic!("the process has not ended within {timeout:?}"))
     }
 
     /// Sends SIGTERM, and waits up to `timeout` for the exit code.
@@ -82,16 +72,9 @@ impl Drop for ChildProcess {
     }
 }
 
-/// The lines of a pipe. The channel ends with the pipe. The pipe is read to its end even if the
-/// receiver is dropped, so that the process does not block.
-pub fn lines(pipe: impl Read + Send + 'static) -> Receiver<String> {
-    let (sender, receiver) = channel();
-    thread::spawn(move || {
-        for line in BufReader::new(pipe).split(b'\n').map_while(Result::ok) {
-            let _ = sender.send(String::from_utf8_lossy(&line).into_owned());
-        }
-    });
-    receiver
+/// Sends a signal by name or number. Fails if there is no such process or signal.
+pub fn send_signal(name: &str, pid: u32) {
+    run(Command::new("kill").args(["-s", name, &pid.to_string()]));
 }
 
 /// Waits for a line that contains this text, and returns it.
@@ -107,5 +90,5 @@ pub fn wait_for_line(lines: &Receiver<String>, part: &str) -> String {
 }
 
 pub fn make_fifo(path: &Path) {
-    assert!(Command::new("mkfifo").arg(path).status().unwrap().success());
+    run(Command::new("mkfifo").arg(path));
 }
