@@ -8,22 +8,12 @@ use std::time::Duration;
 use decnet_heartbeat::loopback::{Effect, Fault};
 use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, prlimit};
 
-use crate::support::{ChildProcess, Fixture, TIMEOUT, json_of, make_fifo, program, wait_for_line};
+use crate::support::{
+    ChildProcess, Fixture, TIMEOUT, in_shell_after, json_of, make_fifo, program, wait_for_line,
+};
 
 /// The limit for a stop, with a margin for a busy host.
 const PROMPT: Duration = Duration::from_secs(4);
-
-/// The command, started by a shell after this line.
-pub fn in_shell_after(line: &str, command: &Command) -> Command {
-    let mut shell = Command::new("sh");
-    shell
-        .args(["-c", &format!("{line}; exec \"$@\""), "sh"])
-        .arg(command.get_program())
-        .args(command.get_args());
-    shell.env_clear().envs(command.get_envs().filter_map(|(name, value)| Some((name, value?))));
-    shell.env("PATH", std::env::var_os("PATH").unwrap()).stderr(Stdio::null());
-    shell
-}
 
 fn run_often(fixture: &Fixture) -> Command {
     let mut command = fixture.run_command();
@@ -76,7 +66,9 @@ fn int_stops_like_term_and_quit_has_its_default_action() {
     assert!(fixture.master.wait_for_beats(1, TIMEOUT));
     running.signal("INT");
     assert_eq!(running.wait(PROMPT).code(), Some(0));
-    let mut running = ChildProcess::start(&mut in_shell_after("ulimit -c 0", &run_often(&fixture)));
+    let mut running = ChildProcess::start(
+        in_shell_after("ulimit -c 0", &run_often(&fixture)).stderr(Stdio::null()),
+    );
     fixture.wait_for_more_requests(2);
     running.signal("QUIT");
     assert_eq!(running.wait(PROMPT).signal(), Some(3));
@@ -86,8 +78,9 @@ fn int_stops_like_term_and_quit_has_its_default_action() {
 fn signal_ignored_at_the_start_stays_ignored() {
     let fixture = Fixture::new();
     // As nohup does, and as a shell does for background processes.
-    let mut running =
-        ChildProcess::start(&mut in_shell_after("trap '' HUP INT USR1 XFSZ", &run_often(&fixture)));
+    let mut running = ChildProcess::start(
+        in_shell_after("trap '' HUP INT USR1 XFSZ", &run_often(&fixture)).stderr(Stdio::null()),
+    );
     assert!(fixture.master.wait_for_beats(1, TIMEOUT));
     let ignored = running.signal_mask("SigIgn");
     for signal in [1, 2, 10, 25] {

@@ -10,8 +10,9 @@ use std::path::Path;
 use std::process::Stdio;
 use std::time::Duration;
 
-use crate::program_signals::in_shell_after;
-use crate::support::{ChildProcess, Fixture, TIMEOUT, make_fifo, program, wait_for_line};
+use crate::support::{
+    ChildProcess, Fixture, TIMEOUT, in_shell_after, make_fifo, program, wait_for_line,
+};
 
 /// The limit for a stop, with a margin for a busy host.
 const PROMPT: Duration = Duration::from_secs(4);

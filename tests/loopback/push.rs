@@ -1,13 +1,13 @@
 //! `push`: its exit codes, its timeout, and what it leaves to `run`.
 
 use std::fs::OpenOptions;
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use decnet_heartbeat::loopback::{Answer, Effect, Fault, RowStatus};
 
 use crate::push_and_track::{output, owners, queued, row};
-use crate::support::{ChildProcess, Fixture, TIMEOUT, wait_for_stats};
+use crate::support::{ChildProcess, Fixture, TIMEOUT, in_shell_after, wait_for_stats};
 
 const PUSH: [&str; 5] = ["push", "--operation", "deploy", "--status", "succeeded"];
 
@@ -130,11 +130,7 @@ fn push_delivers_without_threads() {
 fn file_size_limit_does_not_end_push() {
     let fixture = Fixture::new();
     let inner = fixture.command(&[&PUSH[..], &["d"]].concat());
-    let mut command = Command::new("sh");
-    command
-        .args(["-c", "ulimit -f 0; exec \"$0\" \"$@\""])
-        .arg(inner.get_program())
-        .args(inner.get_args());
+    let mut command = in_shell_after("ulimit -f 0", &inner);
     let output = command.output().unwrap();
     assert_eq!((output.status.code(), output.stdout), (Some(0), b"delivered\n".to_vec()));
 }

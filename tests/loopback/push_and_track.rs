@@ -1,15 +1,19 @@
 //! `push` and `track` as a script on a worker uses them.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
 use std::process::{Child, ChildStdout, Command, Output, Stdio};
 
 use decnet_heartbeat::loopback::{LifecycleRow, Role, RowStatus};
 use decnet_heartbeat::{LifecycleDelta, Operation};
+use rustix::fs::OFlags;
 use serde_json::{Value, json};
 
 use crate::support::{
-    Fixture, TIMEOUT, deckies, json_of, now, program, send_signal, wait_for_file, wait_for_stats,
+    Fixture, TIMEOUT, deckies, json_of, now, poll_until, program, send_signal, wait_for_file,
+    wait_for_stats,
 };
 
 /// Runs the program with these arguments. Returns its exit code, its stdout and its stderr.
@@ -41,6 +45,21 @@ pub fn start_track(fixture: &Fixture, script: &str) -> (Child, BufReader<ChildSt
     stdout.read_line(&mut line).unwrap();
     assert_eq!(line, "ready\n");
     (child, stdout)
+}
+
+/// A script that creates the FIFO, prints `ready`, waits until [`release`] writes to the FIFO, and
+/// then runs `commands`.
+pub fn waiting_script(fifo: &str, commands: &str) -> String {
+    format!("mkfifo '{fifo}'; echo ready; read line <'{fifo}'; {commands}")
+}
+
+/// Lets the script that reads the FIFO continue. Fails, and does not block, if no script reads it.
+pub fn release(fifo: impl AsRef<Path>) {
+    let mut options = File::options();
+    options.write(true).custom_flags(OFlags::NONBLOCK.bits().cast_signed());
+    poll_until("a reader of the FIFO", || {
+        options.open(&fifo).is_ok_and(|mut fifo| fifo.write_all(b"continue\n").is_ok())
+    });
 }
 
 pub fn rows(fixture: &Fixture) -> Vec<(RowStatus, Option<String>)> {
@@ -450,13 +469,12 @@ fn running_track_holds_older_deltas_of_a_heartbeat() {
     heartbeat.deltas().push(LifecycleDelta::failed("d", Operation::Deploy, "first")).unwrap();
     fixture.master.open_operation(&fixture.worker.uuid, "d", "deploy");
     let fifo = fifo(&fixture);
-    let (mut child, _stdout) =
-        start_track(&fixture, &format!("mkfifo '{fifo}'; echo ready; read line <'{fifo}'"));
+    let (mut child, _stdout) = start_track(&fixture, &waiting_script(&fifo, "exit 0"));
     fixture.master.start_again().unwrap();
     tick.send(now()).unwrap();
     wait_for_stats(&heartbeat, |stats| stats.held == 1 && stats.failure.is_none());
     assert!(fixture.master.rows().iter().all(|row| row.completed_at.is_none()));
-    std::fs::write(fifo, "continue\n").unwrap();
+    release(fifo);
     assert_eq!(child.wait().unwrap().code(), Some(0));
     tick.send(now()).unwrap();
     fixture.wait_for_closed_rows(2);
@@ -473,11 +491,11 @@ fn overlapping_tracks_close_their_own_rows() {
     let [older, newer] = [3, 0].map(|code| {
         fixture.master.open_operation(&fixture.worker.uuid, "d", "deploy");
         let fifo = format!("{}-{code}", fifo(&fixture));
-        let script = format!("mkfifo '{fifo}'; echo ready; read line <'{fifo}'; exit {code}");
+        let script = waiting_script(&fifo, &format!("exit {code}"));
         (start_track(&fixture, &script), fifo)
     });
     let end = |((child, _stdout), fifo): ((Child, _), String)| {
-        std::fs::write(fifo, "continue\n").unwrap();
+        release(fifo);
         let Output { status, stderr, .. } = child.wait_with_output().unwrap();
         (status.code(), String::from_utf8(stderr).unwrap())
     };
@@ -510,12 +528,11 @@ fn report_of_track_does_not_overtake_a_newer_delta() {
     let (heartbeat, tick) = fixture.start_heartbeat();
     fixture.master.open_operation(&fixture.worker.uuid, "d", "deploy");
     let fifo = fifo(&fixture);
-    let (mut child, _stdout) =
-        start_track(&fixture, &format!("mkfifo '{fifo}'; echo ready; read line <'{fifo}'"));
+    let (mut child, _stdout) = start_track(&fixture, &waiting_script(&fifo, "exit 0"));
     fixture.fail_one_beat(&heartbeat, &tick);
     fixture.master.open_operation(&fixture.worker.uuid, "d", "deploy");
     heartbeat.deltas().push(LifecycleDelta::failed("d", Operation::Deploy, "newer")).unwrap();
-    std::fs::write(fifo, "continue\n").unwrap();
+    release(fifo);
     assert_eq!(child.wait().unwrap().code(), Some(0));
     tick.send(now()).unwrap();
     fixture.wait_for_closed_rows(2);

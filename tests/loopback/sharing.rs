@@ -7,7 +7,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use crate::check::step_of;
-use crate::support::{ChildProcess, Fixture, TIMEOUT, wait_for_file, wait_for_line};
+use crate::support::{
+    ChildProcess, Fixture, TIMEOUT, in_shell_after, wait_for_file, wait_for_line,
+};
 
 const ROOT: u32 = 0;
 const OWNER: u32 = 4_711;
@@ -217,15 +219,9 @@ fn no_umask_locks_out_the_owner() {
     for (user, umask) in [(ROOT, "0777"), (OWNER, "0777"), (ROOT, "0"), (OWNER, "0")] {
         let worker = Worker::of(OWNER, 0o755);
         let push = worker.push_command(user);
-        let mut shell = Command::new("sh");
-        shell
-            .args(["-c", &format!("umask {umask}; exec \"$0\" \"$@\"")])
-            .arg(push.get_program())
-            .args(push.get_args());
-        assert!(
-            shell.env_clear().uid(user).gid(user).status().unwrap().success(),
-            "{user}, {umask}"
-        );
+        let mut shell = in_shell_after(&format!("umask {umask}"), &push);
+        let status = shell.uid(user).gid(user).status().unwrap();
+        assert!(status.success(), "{user}, {umask}");
         let mode = |part| fs::metadata(worker.file(part)).unwrap().permissions().mode() & 0o777;
         assert_eq!(["", "-lock"].map(mode), [0o600; 2], "{user}, {umask}");
         worker.assert_shared_by(&[ROOT, OWNER]);

@@ -2,18 +2,17 @@
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::CommandExt;
-use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use decnet_heartbeat::loopback::{Effect, Fault, RowStatus};
-use rustix::fs::OFlags;
 use rustix::process::{Pid, Resource, Rlimit, Signal, kill_process, kill_process_group, prlimit};
 
-use crate::push_and_track::{TRACK, fifo, output, owners, queued, row, rows, start_track, track};
-use crate::support::{Fixture, TIMEOUT, Terminal, poll_until, wait_for_file};
+use crate::push_and_track::{
+    TRACK, fifo, output, owners, queued, release, row, rows, start_track, track, waiting_script,
+};
+use crate::support::{Fixture, TIMEOUT, Terminal, in_shell_after, poll_until, wait_for_file};
 
 /// The command `track` of this script.
 fn track_command(fixture: &Fixture, script: &str) -> Command {
@@ -29,15 +28,6 @@ fn deploy_fixture() -> Fixture {
 
 fn path(fixture: &Fixture, name: &str) -> String {
     fixture.path(name).to_str().unwrap().to_owned()
-}
-
-/// Lets the script that reads the FIFO continue. Fails, and does not block, if no script reads it.
-fn release(fifo: impl AsRef<Path>) {
-    let mut options = File::options();
-    options.write(true).custom_flags(OFlags::NONBLOCK.bits().cast_signed());
-    poll_until("a reader of the FIFO", || {
-        options.open(&fifo).is_ok_and(|mut fifo| fifo.write_all(b"continue\n").is_ok())
-    });
 }
 
 /// A script that writes 300 lines, to stdout and stderr in turn.
@@ -165,9 +155,8 @@ fn killed_track_closes_no_stderr() {
     let fixture = deploy_fixture();
     let fifo = fifo(&fixture);
     let survived = path(&fixture, "survived");
-    let script = format!(
-        "mkfifo '{fifo}'; echo ready; read line <'{fifo}'; echo word >&2 && echo more >&2 && touch '{survived}'"
-    );
+    let script =
+        waiting_script(&fifo, &format!("echo word >&2 && echo more >&2 && touch '{survived}'"));
     let (mut child, _stdout) = start_track(&fixture, &script);
     child.kill().unwrap();
     child.wait().unwrap();
@@ -194,9 +183,7 @@ fn companion(track: &Child) -> Option<Pid> {
 fn killed_companion_ends_neither_the_command_nor_the_report() {
     let fixture = deploy_fixture();
     let fifo = fifo(&fixture);
-    let script = format!(
-        "mkfifo '{fifo}'; echo ready; read line <'{fifo}'; echo word >&2; echo more >&2; exit 3"
-    );
+    let script = waiting_script(&fifo, "echo word >&2; echo more >&2; exit 3");
     let (mut child, _stdout) = start_track(&fixture, &script);
     let killed = companion(&child).unwrap();
     kill_process(killed, Signal::KILL).unwrap();
@@ -217,9 +204,8 @@ fn command_survives_without_a_reader_of_its_stderr() {
     let fixture = deploy_fixture();
     let fifo = fifo(&fixture);
     let survived = path(&fixture, "survived");
-    let script = format!(
-        "mkfifo '{fifo}'; echo ready; read line <'{fifo}'; echo word >&2; echo more >&2; touch '{survived}'"
-    );
+    let script =
+        waiting_script(&fifo, &format!("echo word >&2; echo more >&2; touch '{survived}'"));
     let (mut child, _stdout) = start_track(&fixture, &script);
     let track = Pid::from_child(&child);
     kill_process(track, Signal::STOP).unwrap();
@@ -238,9 +224,7 @@ fn terminal_survives_a_killed_track() {
     let fixture = deploy_fixture();
     let terminal = Terminal::new();
     let fifo = fifo(&fixture);
-    let script = format!(
-        "mkfifo '{fifo}'; echo ready; read line <'{fifo}'; test -t 2 && echo still one >&2"
-    );
+    let script = waiting_script(&fifo, "test -t 2 && echo still one >&2");
     let mut child = terminal.spawn(&mut track_command(&fixture, &script));
     terminal.read_until("ready\r\n");
     child.kill().unwrap();
@@ -293,11 +277,7 @@ fn unread_terminal_delays_neither_track_nor_the_report() {
 fn file_size_limit_does_not_end_track() {
     let fixture = deploy_fixture();
     let inner = track_command(&fixture, "exit 3");
-    let mut command = Command::new("sh");
-    command
-        .args(["-c", "ulimit -f 0; exec \"$0\" \"$@\""])
-        .arg(inner.get_program())
-        .args(inner.get_args());
+    let mut command = in_shell_after("ulimit -f 0", &inner);
     assert_eq!(command.stderr(Stdio::null()).status().unwrap().code(), Some(3));
     assert_eq!(row(&fixture), (RowStatus::Failed, Some("exited with 3".to_owned())));
 }
@@ -307,11 +287,7 @@ fn full_stderr_does_not_end_the_command() {
     let fixture = deploy_fixture();
     let file = path(&fixture, "err");
     let inner = track_command(&fixture, "head -c 500000 /dev/zero >&2; echo why >&2; exit 4");
-    let mut command = Command::new("sh");
-    command
-        .args(["-c", "ulimit -f 8; exec \"$0\" \"$@\""])
-        .arg(inner.get_program())
-        .args(inner.get_args());
+    let mut command = in_shell_after("ulimit -f 8", &inner);
     let since = Instant::now();
     assert_eq!(command.stderr(File::create(&file).unwrap()).status().unwrap().code(), Some(4));
     assert!(since.elapsed() < Duration::from_secs(5), "{:?}", since.elapsed());
@@ -327,10 +303,7 @@ fn full_stderr_does_not_end_the_command() {
 fn unneeded_companion_ends_before_track() {
     let fixture = deploy_fixture();
     let fifo = fifo(&fixture);
-    let (mut child, _stdout) = start_track(
-        &fixture,
-        &format!("mkfifo '{fifo}'; echo ready; read line <'{fifo}'; echo word >&2"),
-    );
+    let (mut child, _stdout) = start_track(&fixture, &waiting_script(&fifo, "echo word >&2"));
     let companion = companion(&child).unwrap();
     release(fifo);
     assert_eq!(child.wait().unwrap().code(), Some(0));
@@ -382,12 +355,8 @@ fn missing_threads_fail_neither_the_command_nor_the_report() {
 fn command_runs_if_its_stderr_cannot_be_copied() {
     let fixture = deploy_fixture();
     let inner = track_command(&fixture, "exit 7");
-    let mut command = Command::new("sh");
     // Three standard files, two for signals, and none for a pipe.
-    command
-        .args(["-c", "ulimit -n 6; exec \"$0\" \"$@\""])
-        .arg(inner.get_program())
-        .args(inner.get_args());
+    let mut command = in_shell_after("ulimit -n 6", &inner);
     let output = command.stdin(Stdio::null()).output().unwrap();
     let log = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(7), "{log}");
@@ -402,12 +371,8 @@ fn command_runs_if_signals_cannot_be_caught() {
         if ignores_sigchld {
             inner = ignoring_sigchld(&inner);
         }
-        let mut command = Command::new("sh");
         // Three standard files, and one that the dynamic loader needs.
-        command
-            .args(["-c", "ulimit -n 4; exec \"$0\" \"$@\""])
-            .arg(inner.get_program())
-            .args(inner.get_args());
+        let mut command = in_shell_after("ulimit -n 4", &inner);
         let output = command.stdin(Stdio::null()).output().unwrap();
         let log = String::from_utf8(output.stderr).unwrap();
         assert_eq!(output.status.code(), Some(7), "{log}");
@@ -684,8 +649,7 @@ fn lock_that_is_released_before_the_end_loses_no_report() {
     let other = lock_outbox(&fixture);
     fixture.master.open_operation(&fixture.worker.uuid, "d", "deploy");
     let fifo = fifo(&fixture);
-    let (mut child, _stdout) =
-        start_track(&fixture, &format!("mkfifo '{fifo}'; echo ready; read line <'{fifo}'; exit 3"));
+    let (mut child, _stdout) = start_track(&fixture, &waiting_script(&fifo, "exit 3"));
     other.execute_batch("COMMIT").unwrap();
     // The report cannot be sent, so it is queued in the file.
     fixture.master.always(Some(Fault::NeverAnswer(Effect::Lost)));
@@ -719,8 +683,7 @@ fn lock_that_outlasts_the_command_loses_no_report_without_a_master() {
 fn lock_at_the_end_does_not_change_the_outcome() {
     let fixture = deploy_fixture();
     let fifo = fifo(&fixture);
-    let (mut child, _stdout) =
-        start_track(&fixture, &format!("mkfifo '{fifo}'; echo ready; read line <'{fifo}'"));
+    let (mut child, _stdout) = start_track(&fixture, &waiting_script(&fifo, "exit 0"));
     let other = rusqlite::Connection::open(fixture.outbox()).unwrap();
     other.execute_batch("BEGIN IMMEDIATE").unwrap();
     release(fifo);

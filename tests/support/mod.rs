@@ -29,7 +29,7 @@ pub use log::{errors_containing, record_errors};
 pub use loopback::nothing_deployed;
 pub use openssl::OpenSsl;
 pub use own_process::run_in_own_process;
-pub use process::{ChildProcess, make_fifo, send_signal, wait_for_line};
+pub use process::{ChildProcess, in_shell_after, make_fifo, send_signal, wait_for_line};
 #[cfg(feature = "cli")]
 pub use program::program;
 pub use raw_master::RawMaster;

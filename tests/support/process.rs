@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::path::Path;
-use std::process::{Child, Command, ExitStatus};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::Receiver;
 use std::time::Duration;
 
@@ -70,6 +70,17 @@ impl Drop for ChildProcess {
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
+}
+
+/// The command, started by a shell that first runs this line. It has the command's arguments and
+/// variables.
+pub fn in_shell_after(line: &str, command: &Command) -> Command {
+    let mut shell = Command::new("sh");
+    shell.args(["-c", &format!("{line}; exec \"$@\""), "sh"]);
+    shell.arg(command.get_program()).args(command.get_args()).stdin(Stdio::null());
+    shell.env_clear().env("PATH", std::env::var_os("PATH").unwrap());
+    shell.envs(command.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    shell
 }
 
 /// Sends a signal by name or number. Fails if there is no such process or signal.
