@@ -14,7 +14,7 @@ use crate::limits;
 use crate::text;
 
 #[derive(Debug, Default)]
-pub(super) struct Book {
+pub(super) struct Database {
     /// The pinned fingerprint of each host uuid.
     pins: BTreeMap<String, String>,
     /// The oldest comes first.
@@ -62,7 +62,7 @@ struct Decky {
     host_uuid: Option<String>,
 }
 
-impl Book {
+impl Database {
     pub(super) fn pin(&mut self, uuid: &str, fingerprint: &str) {
         self.pins.insert(uuid.to_owned(), fingerprint.to_ascii_lowercase());
     }
@@ -89,10 +89,10 @@ impl Book {
     /// Handles a request as the real master does.
     pub(super) fn handle(&mut self, request: &Received, fingerprint: &str) -> Answer {
         if request.path != "/swarm/heartbeat" {
-            return refusal(404, "Not Found");
+            return rejection(404, "Not Found");
         }
         if request.method != "POST" {
-            return refusal(405, "Method Not Allowed").header("allow", "POST");
+            return rejection(405, "Method Not Allowed").header("allow", "POST");
         }
         match parse(request) {
             Ok(heartbeat) => self.beat(&heartbeat, fingerprint),
@@ -102,9 +102,9 @@ impl Book {
 
     fn beat(&mut self, heartbeat: &Heartbeat, fingerprint: &str) -> Answer {
         match self.pins.get(&heartbeat.host_uuid) {
-            None => return refusal(404, "unknown host"),
+            None => return rejection(404, "unknown host"),
             Some(pinned) if pinned != fingerprint => {
-                return refusal(403, "cert fingerprint mismatch");
+                return rejection(403, "cert fingerprint mismatch");
             }
             Some(_) => {}
         }
@@ -197,7 +197,7 @@ impl Enrolled {
 /// Parses the body. The error is the answer that the master's web framework gives.
 fn parse(request: &Received) -> Result<Heartbeat, Answer> {
     if std::str::from_utf8(&request.body).is_err() {
-        return Err(refusal(400, "There was an error parsing the body"));
+        return Err(rejection(400, "There was an error parsing the body"));
     }
     if !is_json(first_header(&request.headers, "content-type").unwrap_or_default()) {
         return Err(unprocessable(
@@ -265,7 +265,7 @@ fn is_truthy(value: &Value) -> bool {
     }
 }
 
-fn refusal(status: u16, detail: &str) -> Answer {
+fn rejection(status: u16, detail: &str) -> Answer {
     json_answer(status, &json!({ "detail": detail }))
 }
 

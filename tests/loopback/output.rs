@@ -1,14 +1,15 @@
-//! What the program prints: nothing that was given reaches a terminal raw, and an answer that cannot be printed is no success.
+//! The program's output: input is escaped before it is printed, and output that cannot be printed
+//! is a failure.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::process::{Command, Output, Stdio};
 
-use crate::program::{program, run};
-use crate::support::{PATIENCE, Stage};
+use crate::support::{ChildProcess, Fixture, TIMEOUT, program};
 
-/// Characters that do something to a terminal, hide, or reorder; and bytes that are no text.
+/// Control characters, invisible characters, characters that change the order of text, and bytes
+/// that are not UTF-8.
 const RAW: [&[u8]; 10] = [
     b"\x1b]0;t\x07",
     b"\r",
@@ -26,63 +27,62 @@ fn output(command: &mut Command) -> Output {
     command.stdin(Stdio::null()).output().unwrap()
 }
 
-/// What it printed, which must be text without any such character.
+/// The printed text. Asserts that it contains no such character.
 fn printed(output: &Output) -> String {
-    safe(&[output.stdout.as_slice(), output.stderr.as_slice()].concat())
+    assert_escaped(&[output.stdout.as_slice(), output.stderr.as_slice()].concat())
 }
 
-/// The text, which must be without any such character.
-fn safe(text: &[u8]) -> String {
-    let said = String::from_utf8(text.to_vec()).unwrap();
-    let is_raw = |c: char| c != '\n' && c.is_control();
+fn assert_escaped(text: &[u8]) -> String {
+    let text = String::from_utf8(text.to_vec()).unwrap();
+    let is_control = |c: char| c != '\n' && c.is_control();
     let hidden = ['\u{202e}', '\u{ad}', '\u{3164}', '\u{fff9}', '\u{e0041}'];
-    assert!(!said.contains(is_raw) && !said.contains(hidden), "{said:?}");
-    assert!(!said.lines().any(|line| line.starts_with("INJECTED")), "{said}");
-    said
+    assert!(!text.contains(is_control) && !text.contains(hidden), "{text:?}");
+    assert!(!text.lines().any(|line| line.starts_with("INJECTED")), "{text}");
+    text
 }
 
 #[test]
-fn no_argument_reaches_a_terminal_as_it_was_given() {
-    let before = |prefix: &str, raw: &[u8]| {
+fn arguments_are_escaped_in_output() {
+    let argument = |prefix: &str, raw: &[u8]| {
         OsString::from_vec([prefix.as_bytes(), raw, b"x\nINJECTED"].concat())
     };
     for raw in RAW {
         for arguments in [
-            vec![before("", raw)],
-            vec![before("--", raw)],
-            vec![before("-", raw)],
-            vec![before("--interval=", raw), "run".into()],
-            vec!["run".into(), "--interval".into(), before("1", raw)],
-            vec!["run".into(), "--interval".into(), before("1s", raw)],
-            vec!["run".into(), before("--", raw)],
-            vec!["run".into(), before("", raw)],
-            vec!["run".into(), before("--intervall=", raw)],
-            vec!["--log-level".into(), before("", raw), "run".into()],
-            vec!["--master-identity".into(), before("sha256:", raw), "run".into()],
-            vec!["demo".into(), "--seconds".into(), before("", raw)],
-            vec!["completions".into(), before("bas", raw)],
-            vec!["push".into(), "--operation".into(), before("", raw)],
+            vec![argument("", raw)],
+            vec![argument("--", raw)],
+            vec![argument("-", raw)],
+            vec![argument("--interval=", raw), "run".into()],
+            vec!["run".into(), "--interval".into(), argument("1", raw)],
+            vec!["run".into(), "--interval".into(), argument("1s", raw)],
+            vec!["run".into(), argument("--", raw)],
+            vec!["run".into(), argument("", raw)],
+            vec!["run".into(), argument("--intervall=", raw)],
+            vec!["--log-level".into(), argument("", raw), "run".into()],
+            vec!["--master-identity".into(), argument("sha256:", raw), "run".into()],
+            vec!["demo".into(), "--seconds".into(), argument("", raw)],
+            vec!["completions".into(), argument("bas", raw)],
+            vec!["push".into(), "--operation".into(), argument("", raw)],
             vec![
                 "push".into(),
                 "--operation=deploy".into(),
                 "--status".into(),
-                before("succeede", raw),
+                argument("succeede", raw),
             ],
             vec![
                 "push".into(),
                 "--operation=deploy".into(),
                 "--status=failed".into(),
-                before("d", raw),
+                argument("d", raw),
             ],
             vec![
                 "track".into(),
                 "--operation=deploy".into(),
                 "--decky".into(),
-                before("d", raw),
+                argument("d", raw),
                 "--".into(),
                 "x".into(),
             ],
-            vec!["help".into(), before("", raw)],
+            vec!["help".into(), argument("", raw)],
         ] {
             let output = output(program().args(&arguments));
             printed(&output);
@@ -92,12 +92,12 @@ fn no_argument_reaches_a_terminal_as_it_was_given() {
 }
 
 #[test]
-fn no_path_and_no_error_reaches_a_terminal_as_it_is() {
-    let stage = Stage::new();
-    stage.worker.write_ini(&stage.dir.path().join("decnet.ini")).unwrap();
+fn paths_and_errors_are_escaped_in_output() {
+    let fixture = Fixture::new();
+    fixture.write_ini();
     for raw in RAW {
-        let path = stage.dir.path().join(OsStr::from_bytes(raw));
-        fs::write(&path, "neither an ini nor an outbox, and long enough to be looked at").unwrap();
+        let path = fixture.path(OsStr::from_bytes(raw));
+        fs::write(&path, "neither an ini nor an outbox, and long enough to be read").unwrap();
         let config = ["--config".into(), path.clone().into_os_string()];
         for mut command in [
             with(&config, &["run"]),
@@ -108,7 +108,7 @@ fn no_path_and_no_error_reaches_a_terminal_as_it_is() {
             assert_eq!(output(&mut command).status.code(), Some(78));
             printed(&output(&mut command));
         }
-        let config = ["--config".into(), stage.dir.path().join("decnet.ini").into_os_string()];
+        let config = ["--config".into(), fixture.ini().into_os_string()];
         for json in [&["check"][..], &["check", "--json"]] {
             let mut command = with(&config, json);
             for option in
@@ -116,8 +116,8 @@ fn no_path_and_no_error_reaches_a_terminal_as_it_is() {
             {
                 command.arg(option).arg(&path);
             }
-            let said = printed(&output(&mut command));
-            assert!(said.contains("outbox"), "{said}");
+            let text = printed(&output(&mut command));
+            assert!(text.contains("outbox"), "{text}");
         }
         let mut track = with(&config, &["track", "--operation", "deploy", "--decky", "d", "--"]);
         let ran = output(track.arg(path.join("x")).env("DECNET_HEARTBEAT_STATE_FILE", &path));
@@ -127,37 +127,35 @@ fn no_path_and_no_error_reaches_a_terminal_as_it_is() {
 }
 
 #[test]
-fn no_path_is_raw_in_the_stats_file() {
-    let stage = Stage::new();
-    let outbox = stage.dir.path().join("\u{9b}31m\u{202e}\u{ad}\u{e0041}");
-    let stats = stage.dir.path().join("stats.json");
-    let mut run = run(&stage.worker, stage.dir.path());
+fn paths_are_escaped_in_the_stats_file() {
+    let fixture = Fixture::new();
+    let outbox = fixture.path("\u{9b}31m\u{202e}\u{ad}\u{e0041}");
+    let stats = fixture.path("stats.json");
+    let mut run = fixture.run_command();
     run.args(["--interval", "50ms", "--outbox"])
         .arg(&outbox)
         .arg("--stats-file")
         .arg(&stats)
         .stderr(Stdio::null());
-    let mut run = run.spawn().unwrap();
-    assert!(stage.master.wait_for_beats(3, PATIENCE));
-    run.kill().unwrap();
-    run.wait().unwrap();
+    let run = ChildProcess::start(&mut run);
+    assert!(fixture.master.wait_for_beats(3, TIMEOUT));
+    drop(run);
     let written = fs::read(&stats).unwrap();
     let json: serde_json::Value = serde_json::from_slice(&written).unwrap();
     assert_eq!(json["outbox"], outbox.to_str().unwrap());
-    safe(&written);
+    assert_escaped(&written);
 }
 
-fn with(before: &[OsString], after: &[&str]) -> Command {
+fn with(options: &[OsString], arguments: &[&str]) -> Command {
     let mut command = program();
-    command.args(before).args(after);
+    command.args(options).args(arguments);
     command
 }
 
-/// The commands whose answer is all that they are for.
-fn answers(stage: &Stage) -> Vec<Command> {
-    let ini = stage.dir.path().join("decnet.ini");
-    stage.worker.write_ini(&ini).unwrap();
-    let config = ["--config".into(), ini.into_os_string()];
+/// The commands whose only purpose is their output.
+fn printing_commands(fixture: &Fixture) -> Vec<Command> {
+    fixture.write_ini();
+    let config = ["--config".into(), fixture.ini().into_os_string()];
     [
         &["check"][..],
         &["check", "--json"],
@@ -171,21 +169,21 @@ fn answers(stage: &Stage) -> Vec<Command> {
 }
 
 #[test]
-fn an_answer_that_cannot_be_printed_is_1_and_says_so() {
-    let stage = Stage::new();
-    for mut command in answers(&stage) {
+fn failed_print_exits_1_with_an_error() {
+    let fixture = Fixture::new();
+    for mut command in printing_commands(&fixture) {
         let output = output(command.stdout(File::options().write(true).open("/dev/full").unwrap()));
         assert_eq!(output.status.code(), Some(1), "{command:?}");
-        let said = String::from_utf8(output.stderr).unwrap();
+        let text = String::from_utf8(output.stderr).unwrap();
         let expected = "decnet-heartbeat: the answer could not be printed: No space left on device (os error 28)\n";
-        assert_eq!(said, expected, "{command:?}");
+        assert_eq!(text, expected, "{command:?}");
     }
 }
 
 #[test]
-fn an_answer_that_nobody_reads_is_1_and_no_complaint() {
-    let stage = Stage::new();
-    for mut command in answers(&stage) {
+fn closed_stdout_exits_1_without_an_error() {
+    let fixture = Fixture::new();
+    for mut command in printing_commands(&fixture) {
         let (reader, writer) = std::io::pipe().unwrap();
         drop(reader);
         let output = output(command.stdout(writer));
@@ -198,7 +196,7 @@ fn an_answer_that_nobody_reads_is_1_and_no_complaint() {
 }
 
 #[test]
-fn a_full_stderr_changes_no_exit_code() {
+fn full_stderr_does_not_change_the_exit_code() {
     let full = || File::options().write(true).open("/dev/full").unwrap();
     for (arguments, code) in [
         (&["run", "--interval", "x"][..], 2),

@@ -1,17 +1,20 @@
-//! Certificates and servers that rcgen and rustls do not make: weak keys, old signatures, other encodings.
+//! Certificates and servers that rcgen and rustls do not create: weak keys, old signatures and
+//! other encodings.
 
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
-/// OpenSSL's command line, with a CA of its own in a folder.
+use super::commands;
+
+/// OpenSSL's command line, with a folder that contains a CA.
 pub struct OpenSsl {
     dir: PathBuf,
 }
 
-/// `openssl s_server`, until it is dropped.
-pub struct Served {
+/// A running `openssl s_server`. It is killed when the value is dropped.
+pub struct OpenSslServer {
     child: Child,
     pub port: u16,
 }
@@ -37,18 +40,13 @@ impl OpenSsl {
         fs::read_to_string(self.path(name)).unwrap()
     }
 
-    /// The command line, split at spaces.
+    /// Runs this command line, which is split at spaces.
     pub fn run(&self, arguments: &str) {
         let mut command = Command::new("openssl");
-        let output = command.current_dir(&self.dir).args(arguments.split(' ')).output().unwrap();
-        assert!(
-            output.status.success(),
-            "openssl {arguments}: {}",
-            String::from_utf8_lossy(&output.stderr)
-        );
+        commands::run(command.current_dir(&self.dir).args(arguments.split(' ')));
     }
 
-    /// A certificate for `swarmctl` and its key, in `NAME.crt` and `NAME.key`.
+    /// Issues a certificate for `swarmctl`, in `NAME.crt`, with its key in `NAME.key`.
     pub fn issue(&self, name: &str, key: &str, digest: &str) {
         self.run(&format!("req -newkey {key} -nodes -keyout {name}.key -out {name}.csr -subj /O=DECNET/CN=swarmctl"));
         self.run(&format!(
@@ -56,8 +54,9 @@ impl OpenSsl {
         ));
     }
 
-    /// Serves with that certificate, and takes weak ones. `options`: more of `s_server`'s, split at spaces.
-    pub fn serve(&self, name: &str, options: &str) -> Served {
+    /// Starts a server with the certificate of this name. `options` are further options of
+    /// `s_server`, split at spaces.
+    pub fn start_server(&self, name: &str, options: &str) -> OpenSslServer {
         let mut command = Command::new("openssl");
         command.current_dir(&self.dir).args(["s_server", "-accept", "127.0.0.1:0"]);
         command.args(options.split(' '));
@@ -68,12 +67,13 @@ impl OpenSsl {
         let port = lines
             .find_map(|line| line.unwrap().strip_prefix("ACCEPT 127.0.0.1:")?.parse().ok())
             .unwrap();
+        // The pipe must be read, so that the server does not block.
         std::thread::spawn(move || lines.for_each(drop));
-        Served { child, port }
+        OpenSslServer { child, port }
     }
 }
 
-impl Drop for Served {
+impl Drop for OpenSslServer {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();

@@ -1,4 +1,4 @@
-//! A TLS server that does on each connection what a test says, byte by byte: what no well-behaved master does.
+//! A TLS server whose bytes a test controls, for answers that the loopback master does not send.
 
 use std::io::{self, Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -12,22 +12,23 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::{ServerConfig, ServerConnection};
 use serde_json::Value;
 
-use super::Stage;
+use super::Fixture;
 
-/// It shows the certificate of the stage's master, and listens on a port of its own.
+/// A server with the certificate of the fixture's master, on a port of its own.
 pub struct RawMaster {
     port: u16,
-    /// The JSON of each request that was read to its end, and the number of its connection, from 1 on.
+    /// The number of the connection, counted from 1, and the JSON body of each complete request.
     pub requests: Receiver<(usize, Value)>,
 }
 
 impl RawMaster {
-    /// `serve` has each connection to itself, after the handshake.
+    /// Starts a server that calls `serve` for each connection after the handshake, on a thread of
+    /// its own.
     pub fn new(
-        stage: &Stage,
+        fixture: &Fixture,
         serve: impl Fn(&mut RawConnection) -> io::Result<()> + Send + Sync + 'static,
     ) -> Self {
-        let issued = stage.master.certificate();
+        let issued = fixture.master.certificate();
         let chain = vec![CertificateDer::from_pem_slice(issued.certificate.as_bytes()).unwrap()];
         let key = PrivateKeyDer::from_pem_slice(issued.key.as_bytes()).unwrap();
         let provider = Arc::new(rustls::crypto::ring::default_provider());
@@ -41,25 +42,26 @@ impl RawMaster {
         let serve = Arc::new(serve);
         thread::spawn(move || {
             for (number, socket) in (1..).zip(listener.incoming()) {
-                let (config, serve, sender) =
-                    (Arc::clone(&config), Arc::clone(&serve), sender.clone());
+                let config = Arc::clone(&config);
+                let serve = Arc::clone(&serve);
+                let sender = sender.clone();
                 thread::spawn(move || {
                     let socket = socket.unwrap();
                     socket.set_nodelay(true).unwrap();
                     let tls = ServerConnection::new(config).unwrap();
                     let mut connection =
                         RawConnection { number, tls, socket, read: Vec::new(), requests: sender };
-                    // However it ends, the client shows what it makes of it.
-                    let _ = connection.shake_hands().and_then(|()| serve(&mut connection));
+                    // An error closes the connection. The test checks the client.
+                    let _ = connection.complete_handshake().and_then(|()| serve(&mut connection));
                 });
             }
         });
         Self { port, requests }
     }
 
-    /// The same heartbeat, with this one as its master.
-    pub fn instead(&self, stage: &Stage, builder: HeartbeatBuilder) -> HeartbeatBuilder {
-        builder.enrolment(stage.worker.enrolment().unwrap().with_master_port(self.port).unwrap())
+    /// Makes the heartbeat use this server as its master.
+    pub fn redirect(&self, fixture: &Fixture, builder: HeartbeatBuilder) -> HeartbeatBuilder {
+        builder.enrolment(fixture.worker.enrolment().unwrap().with_master_port(self.port).unwrap())
     }
 }
 
@@ -73,7 +75,7 @@ pub struct RawConnection {
 }
 
 impl RawConnection {
-    fn shake_hands(&mut self) -> io::Result<()> {
+    fn complete_handshake(&mut self) -> io::Result<()> {
         while self.tls.is_handshaking() {
             while self.tls.wants_write() {
                 self.tls.write_tls(&mut self.socket)?;
@@ -84,7 +86,7 @@ impl RawConnection {
         Ok(())
     }
 
-    /// Reads a request's head and none of its body that comes later. How long the body is.
+    /// Reads the head of a request. Returns the length of the body.
     pub fn read_head(&mut self) -> io::Result<usize> {
         let end = loop {
             if let Some(end) = self.read.windows(4).position(|bytes| bytes == b"\r\n\r\n") {
@@ -98,7 +100,7 @@ impl RawConnection {
         Ok(length.trim().parse().unwrap())
     }
 
-    /// Reads a body of that length, and hands it to the test.
+    /// Reads a body of this length, and sends it to `requests`.
     pub fn read_body(&mut self, length: usize) -> io::Result<Value> {
         while self.read.len() < length {
             self.read_some()?;
@@ -130,12 +132,12 @@ impl RawConnection {
         }
     }
 
-    pub fn say(&mut self, text: &[u8]) -> io::Result<()> {
+    pub fn send(&mut self, text: &[u8]) -> io::Result<()> {
         let records = self.records(&[text]);
         self.socket.write_all(&records)
     }
 
-    /// What TLS itself has to say, and then each text as a record of its own; not sent yet.
+    /// Encodes pending bytes of TLS, and then each text as a record. Sends nothing.
     pub fn records(&mut self, texts: &[&[u8]]) -> Vec<u8> {
         let mut records = Vec::new();
         for text in [&[][..]].iter().chain(texts) {
@@ -147,8 +149,8 @@ impl RawConnection {
         records
     }
 
-    /// Waits, and reads nothing, until the test ends.
-    pub fn stall(&self) -> ! {
+    /// Keeps the connection open without reading, until the test ends.
+    pub fn block(&self) -> ! {
         loop {
             thread::park();
         }

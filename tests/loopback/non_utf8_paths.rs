@@ -1,4 +1,4 @@
-//! A path that is not UTF-8 is a path like any other.
+//! Paths that are not UTF-8 work everywhere.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -10,71 +10,71 @@ use decnet_heartbeat::loopback::RowStatus;
 use decnet_heartbeat::{EnrolmentSources, Heartbeat, OutboxLocation};
 use serde_json::Value;
 
-use crate::check::start_docker;
-use crate::program::program;
-use crate::support::{PATIENCE, Stage, nothing_deployed, settled};
+use crate::support::{
+    ChildProcess, Fixture, TIMEOUT, nothing_deployed, program, start_docker, wait_for_stats,
+};
 
-/// A worker with everything in a folder of this name.
+/// A worker with all its files in a folder whose name is not UTF-8.
 struct Worker {
-    stage: Stage,
+    fixture: Fixture,
     folder: PathBuf,
 }
 
 impl Worker {
     fn new() -> Self {
-        let stage = Stage::new();
-        let folder = stage.dir.path().join(OsStr::from_bytes(b"a\xff"));
+        let fixture = Fixture::new();
+        let folder = fixture.path(OsStr::from_bytes(b"a\xff"));
         fs::create_dir(&folder).unwrap();
-        fs::rename(stage.agent_dir(), folder.join("agent")).unwrap();
-        let (host, port) = ("127.0.0.1", stage.worker.port);
+        fs::rename(fixture.agent_dir(), folder.join("agent")).unwrap();
         let agent = format!(
-            "host-uuid = {}\nmaster-host = {host}\nswarmctl-port = {port}\n",
-            stage.worker.uuid
+            "host-uuid = {}\nmaster-host = 127.0.0.1\nswarmctl-port = {}\n",
+            fixture.worker.uuid, fixture.worker.port
         );
         fs::write(folder.join("decnet.ini"), format!("[decnet]\nmode = agent\n[agent]\n{agent}"))
             .unwrap();
         let decky = r#"{"config": {"mode": "swarm", "deckies": [{"name": "d1", "services": []}]}, "compose_path": "/x"}"#;
         fs::write(folder.join("state.json"), decky).unwrap();
-        Self { stage, folder }
+        Self { fixture, folder }
     }
 
     fn path(&self, name: &str) -> PathBuf {
         self.folder.join(name)
     }
 
-    /// With the paths as options, or as variables.
-    fn program(&self, in_environment: bool) -> Command {
+    /// The program, with the ini and the agent dir given in this way.
+    fn program(&self, given: Given) -> Command {
         let mut command = program();
-        if in_environment {
-            command
-                .env("DECNET_CONFIG", self.path("decnet.ini"))
-                .env("DECNET_AGENT_DIR", self.path("agent"));
-            command.env("DECNET_HEARTBEAT_STATE_FILE", self.path("state.json"));
-        } else {
-            command
-                .arg("--config")
-                .arg(self.path("decnet.ini"))
-                .arg("--agent-dir")
-                .arg(self.path("agent"));
+        match given {
+            Given::AsVariables => {
+                command.env("DECNET_CONFIG", self.path("decnet.ini"));
+                command.env("DECNET_AGENT_DIR", self.path("agent"));
+                command.env("DECNET_HEARTBEAT_STATE_FILE", self.path("state.json"));
+            }
+            Given::AsOptions => {
+                command.arg("--config").arg(self.path("decnet.ini"));
+                command.arg("--agent-dir").arg(self.path("agent"));
+            }
         }
         command
     }
 
-    fn options(&self, command: &mut Command, in_environment: bool) {
-        if !in_environment {
-            command
-                .arg("--state-file")
-                .arg(self.path("state.json"))
-                .arg("--outbox")
-                .arg(self.path("outbox.db"));
+    /// Adds the options for other paths, which `run` and `check` have.
+    fn add_options(&self, command: &mut Command, given: Given) {
+        if given == Given::AsOptions {
+            command.arg("--state-file").arg(self.path("state.json"));
+            command.arg("--outbox").arg(self.path("outbox.db"));
         }
         command.arg("--docker-socket").arg(self.path("docker.sock"));
-        command
-            .arg("--stats-file")
-            .arg(self.path("stats.json"))
-            .arg("--metrics-file")
-            .arg(self.path("x.prom"));
+        command.arg("--stats-file").arg(self.path("stats.json"));
+        command.arg("--metrics-file").arg(self.path("x.prom"));
     }
+}
+
+/// How the program is given its paths.
+#[derive(Clone, Copy, PartialEq)]
+enum Given {
+    AsVariables,
+    AsOptions,
 }
 
 fn json(path: &Path) -> Value {
@@ -82,42 +82,34 @@ fn json(path: &Path) -> Value {
 }
 
 #[test]
-fn run_push_and_check_work_in_a_folder_that_is_not_utf_8() {
-    for in_environment in [false, true] {
+fn run_push_and_check_work_in_a_non_utf8_folder() {
+    for given in [Given::AsOptions, Given::AsVariables] {
         let worker = Worker::new();
         start_docker(&worker.path("docker.sock"));
-        let outbox = if in_environment {
-            worker.path("agent/heartbeat.db")
-        } else {
-            worker.path("outbox.db")
+        let outbox = match given {
+            Given::AsVariables => worker.path("agent/heartbeat.db"),
+            Given::AsOptions => worker.path("outbox.db"),
         };
         let log = worker.path("log");
-        let mut run = worker.program(in_environment);
+        let mut run = worker.program(given);
         run.arg("--log-file").arg(&log).args(["run", "--interval", "50ms"]);
-        worker.options(&mut run, in_environment);
-        let mut run = run.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
-        assert!(worker.stage.master.wait_for_beats(3, PATIENCE));
-        let mut push = worker.program(in_environment);
+        worker.add_options(&mut run, given);
+        let run = ChildProcess::start(run.stdout(Stdio::null()).stderr(Stdio::null()));
+        assert!(worker.fixture.master.wait_for_beats(3, TIMEOUT));
+        let mut push = worker.program(given);
         push.args(["push", "--operation", "deploy", "--status", "succeeded", "d1"]);
-        if !in_environment {
+        if given == Given::AsOptions {
             push.arg("--outbox").arg(&outbox);
         }
-        let row = worker.stage.master.open_operation(&worker.stage.worker.uuid, "d1", "deploy");
+        worker.fixture.master.open_operation(&worker.fixture.worker.uuid, "d1", "deploy");
         let pushed = push.output().unwrap();
         assert_eq!(pushed.status.code(), Some(0), "{pushed:?}");
-        let is_closed = |status: RowStatus| status == RowStatus::Succeeded;
-        assert!(
-            worker
-                .stage
-                .master
-                .wait_until(PATIENCE, |seen| seen.rows().iter().any(|row| is_closed(row.status))),
-            "{row}"
-        );
-        run.kill().unwrap();
-        run.wait().unwrap();
-        let mut check = worker.program(in_environment);
+        worker.fixture.wait_for_closed_rows(1);
+        assert_eq!(worker.fixture.master.rows()[0].status, RowStatus::Succeeded);
+        drop(run);
+        let mut check = worker.program(given);
         check.arg("check").arg("--json");
-        worker.options(&mut check, in_environment);
+        worker.add_options(&mut check, given);
         let checked = check.stdin(Stdio::null()).output().unwrap();
         let report: Value = serde_json::from_slice(&checked.stdout).unwrap();
         assert_eq!(report["works"], true, "{report:#}");
@@ -131,13 +123,13 @@ fn run_push_and_check_work_in_a_folder_that_is_not_utf_8() {
                 .unwrap()
                 .contains("decnet_heartbeat_outbox_durable 1")
         );
-        let beat = worker.stage.master.received().pop().unwrap().json.unwrap();
+        let beat = worker.fixture.master.received().pop().unwrap().json.unwrap();
         assert_eq!(beat["status"]["deckies"][0]["name"], "d1", "{beat}");
     }
 }
 
 #[test]
-fn a_home_that_is_not_utf_8_has_the_agent_dir() {
+fn agent_dir_is_found_in_a_non_utf8_home() {
     let worker = Worker::new();
     let sources =
         EnrolmentSources::from_variables([(OsStr::new("HOME"), worker.folder.as_os_str())]);
@@ -148,7 +140,7 @@ fn a_home_that_is_not_utf_8_has_the_agent_dir() {
 }
 
 #[test]
-fn a_librarys_outbox_and_its_stats_are_the_same_path() {
+fn stats_show_the_path_of_the_outbox() {
     let worker = Worker::new();
     let enrolment = EnrolmentSources::from_variables([("HOME", "/nonexistent")])
         .config(worker.path("decnet.ini"));
@@ -158,7 +150,7 @@ fn a_librarys_outbox_and_its_stats_are_the_same_path() {
         .outbox(OutboxLocation::File(worker.path("outbox.db")))
         .start()
         .unwrap();
-    let stats = settled(&heartbeat, |stats| stats.beats == 1);
+    let stats = wait_for_stats(&heartbeat, |stats| stats.beats == 1);
     assert_eq!(stats.outbox.as_deref(), Some(worker.path("outbox.db").as_path()));
     let json = serde_json::to_value(&stats).unwrap();
     assert_eq!(json["outbox"], worker.path("outbox.db").to_string_lossy().into_owned());
