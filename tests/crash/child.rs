@@ -12,7 +12,7 @@ use decnet_heartbeat::{
 };
 
 use crate::child_reports::{delta_of, operation_names};
-use crate::nothing_deployed;
+use crate::support::nothing_deployed;
 
 pub const PUSHERS: u32 = 4;
 

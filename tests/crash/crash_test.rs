@@ -13,8 +13,8 @@ use decnet_heartbeat::Heartbeat;
 use decnet_heartbeat::loopback::{Enrolled, LoopbackMaster};
 
 use crate::child_reports::{ChildReports, operation_names};
-use crate::nothing_deployed;
 use crate::received_deltas::ReceivedDeltas;
+use crate::support::nothing_deployed;
 
 /// Longer than any step takes. Reaching it is a failure.
 pub const TIMEOUT: Duration = Duration::from_secs(60);

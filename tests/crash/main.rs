@@ -24,22 +24,17 @@ mod child_reports;
 mod crash_test;
 mod kill;
 mod million;
-#[path = "../support/proc_status.rs"]
-#[allow(dead_code, reason = "this program needs no sum over threads")]
-mod proc_status;
 mod programs;
 mod received_deltas;
-#[path = "../support/requests.rs"]
-mod requests;
 mod rewritten;
+#[allow(dead_code, unused_imports, reason = "no test program uses all helpers")]
+#[path = "../support/mod.rs"]
+mod support;
 mod users;
 
 use std::panic::catch_unwind;
 use std::process::ExitCode;
 use std::time::Instant;
-
-use decnet_heartbeat::Snapshot;
-use serde_json::json;
 
 struct Test {
     name: &'static str,
@@ -142,9 +137,4 @@ impl Options {
     fn fifth_of_kills(&self) -> u32 {
         (self.kills / 5).max(1)
     }
-}
-
-/// The status source of all heartbeats here.
-fn nothing_deployed() -> Snapshot {
-    Snapshot::new(&json!({"deployed": false, "deckies": []}))
 }

@@ -10,11 +10,11 @@ use std::time::{Duration, Instant};
 use decnet_heartbeat::loopback::{LoopbackMaster, Received};
 use decnet_heartbeat::{Heartbeat, LifecycleDelta, Operation, OutboxLocation};
 
+use crate::Options;
 use crate::child::{PUSHERS, push};
 use crate::crash_test::TIMEOUT;
-use crate::proc_status::status_number;
-use crate::requests::deckies;
-use crate::{Options, nothing_deployed};
+use crate::support::proc_status::status_number;
+use crate::support::{deckies, nothing_deployed};
 
 /// The capacity of the outbox.
 const CAPACITY: u64 = 10_000;

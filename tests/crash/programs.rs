@@ -10,6 +10,7 @@ use decnet_heartbeat::{Operation, Outcome};
 use crate::Options;
 use crate::child_reports::delta_of;
 use crate::crash_test::{CrashTest, pause};
+use crate::support::ChildProcess;
 
 /// The number of reporters in each round.
 const REPORTERS: u32 = 8;
@@ -44,7 +45,7 @@ pub fn programs(options: &Options) -> String {
 pub fn run_rounds(test: &mut CrashTest, options: &Options, users: &Users<'_>) {
     for round in 1..=options.fifth_of_kills() {
         test.maybe_stop_or_start_master();
-        let mut run = RunProcess::start(test, users.of_run());
+        let mut run = start_run(test, users.of_run());
         let mut reporters = Vec::new();
         for n in 0..REPORTERS {
             reporters.push(Reporter::start(test, users.random(), round, n));
@@ -55,13 +56,13 @@ pub fn run_rounds(test: &mut CrashTest, options: &Options, users: &Users<'_>) {
         }
         test.maybe_stop_or_start_master();
         if fastrand::bool() {
-            run.kill();
-            run = RunProcess::start(test, users.of_run());
+            drop(run);
+            run = start_run(test, users.of_run());
         }
         for reporter in reporters {
             reporter.finish(test);
         }
-        run.kill();
+        drop(run);
         test.check();
     }
 }
@@ -76,32 +77,13 @@ fn program(test: &CrashTest, user: Option<u32>) -> Command {
     program
 }
 
-/// A `run`, which is killed when this value is dropped.
-pub struct RunProcess(Child);
-
-impl RunProcess {
-    pub fn start(test: &CrashTest, user: Option<u32>) -> Self {
-        let mut run = program(test, user);
-        run.args(["run", "--interval", "50ms"]);
-        run.args(["--state-file", "/nonexistent", "--docker-socket", "/nonexistent"]);
-        Self(run.stderr(Stdio::null()).spawn().unwrap())
-    }
-
-    pub fn assert_is_running(&mut self) {
-        assert_eq!(self.0.try_wait().unwrap(), None, "run has ended");
-    }
-
-    pub fn kill(&mut self) {
-        // It may have ended before: it is refused while another `run` still holds the lock.
-        let _ = self.0.kill();
-        self.0.wait().unwrap();
-    }
-}
-
-impl Drop for RunProcess {
-    fn drop(&mut self) {
-        self.kill();
-    }
+/// Starts a `run`, which is killed when the value is dropped. It may end before: it is refused while
+/// another `run` still holds the lock.
+pub fn start_run(test: &CrashTest, user: Option<u32>) -> ChildProcess {
+    let mut run = program(test, user);
+    run.args(["run", "--interval", "50ms"]);
+    run.args(["--state-file", "/nonexistent", "--docker-socket", "/nonexistent"]);
+    ChildProcess::start(run.stderr(Stdio::null()))
 }
 
 /// A `push`, or a `track` of a command that succeeds or fails.

@@ -7,7 +7,7 @@ use decnet_heartbeat::{LifecycleDelta, Outcome};
 use serde_json::Value;
 
 use crate::child_reports::{ChildReports, OperationReport, delta_of};
-use crate::requests::deltas;
+use crate::support::deltas;
 
 /// The outcomes of an operation whose process was killed: from the next start, and from another
 /// process that runs.

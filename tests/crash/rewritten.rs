@@ -13,7 +13,7 @@ use rusqlite::Connection;
 
 use crate::Options;
 use crate::crash_test::{CrashTest, TIMEOUT, pause};
-use crate::programs::{Reporter, RunProcess};
+use crate::programs::{Reporter, start_run};
 
 /// The number of reporters in each round.
 const REPORTERS: u32 = 3;
@@ -36,7 +36,7 @@ pub fn rewritten(options: &Options) -> String {
     let mut test = CrashTest::new();
     test.worker.write_ini(&test.ini()).unwrap();
     let files = Files::of(&test);
-    let mut run = RunProcess::start(&test, None);
+    let mut run = start_run(&test, None);
     assert!(test.master.wait_for_beats(1, TIMEOUT));
     let mut refused = 0;
     let mut lost = BTreeSet::new();
@@ -60,8 +60,8 @@ pub fn rewritten(options: &Options) -> String {
             Reporter::left_to_run(&mut test, round, REPORTERS + 2).finish(&mut test);
             wait_until_delivered(&mut test, &lost);
             run.assert_is_running();
-            run.kill();
-            run = RunProcess::start(&test, None);
+            drop(run);
+            run = start_run(&test, None);
         }
         for reporter in reporters {
             let end = reporter.wait(&mut test).expect("no reporter is killed");
@@ -78,7 +78,7 @@ pub fn rewritten(options: &Options) -> String {
             lost.insert(name);
         }
     }
-    run.kill();
+    drop(run);
     assert!(lost.is_empty(), "lost: {lost:?}");
     format!("{} rounds, {refused} reports refused, {}", options.rounds, test.finish())
 }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use crate::Options;
 use crate::crash_test::{CrashTest, pause};
-use crate::programs::{RunProcess, Users, run_rounds};
+use crate::programs::{Users, run_rounds, start_run};
 
 /// The user of the service.
 const SERVICE: u32 = 1_000;
@@ -30,7 +30,7 @@ pub fn users(options: &Options) -> String {
     run_rounds(&mut test, options, &users);
     // The user of the service must be able to deliver the deltas of both.
     test.start_master();
-    let run = RunProcess::start(&test, Some(SERVICE));
+    let run = start_run(&test, Some(SERVICE));
     let end = Instant::now() + DELIVERY;
     loop {
         pause(POLL);

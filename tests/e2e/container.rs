@@ -5,9 +5,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use crate::support::{Docker, Loopback, commands};
-
-const TIMEOUT: Duration = Duration::from_secs(30);
+use crate::support::{Docker, Loopback, TIMEOUT, commands};
 
 /// Writes the root folder of an image: the program, its shared libraries, and an enrolment.
 fn write_root_folder(folder: &Path, loopback: &Loopback) {

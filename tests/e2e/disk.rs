@@ -6,10 +6,9 @@ use std::time::{Duration, Instant};
 use decnet_heartbeat::{Heartbeat, HeartbeatBuilder, Operation, OutboxLocation, Stats};
 use rusqlite::OpenFlags;
 
-use crate::support::{Loopback, Tmpfs, deployed, logged_errors, send_tick, wait_for_stats};
-
-/// Longer than any step here takes.
-const TIMEOUT: Duration = Duration::from_secs(30);
+use crate::support::{
+    Loopback, TIMEOUT, Tmpfs, deployed, logged_errors, send_tick, wait_for_stats,
+};
 
 /// Starts a heartbeat whose outbox is on the file system.
 fn start(builder: HeartbeatBuilder, disk: &Tmpfs) -> Heartbeat {

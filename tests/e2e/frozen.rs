@@ -14,10 +14,9 @@ use decnet_heartbeat::loopback::Fault;
 use decnet_heartbeat::{DeltaSender, Error, Heartbeat, Operation, TrackedOperation};
 
 use crate::support::{
-    FreezableDisk, Loopback, commands, deployed, nothing_deployed, wait_for_stats,
+    FreezableDisk, Loopback, TIMEOUT, commands, deployed, nothing_deployed, wait_for_stats,
 };
 
-const TIMEOUT: Duration = Duration::from_secs(30);
 const INTERVAL: Duration = Duration::from_millis(200);
 /// How long a call waits for the disk.
 const CALL_WAIT: Duration = Duration::from_secs(1);

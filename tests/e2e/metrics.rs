@@ -6,28 +6,15 @@ use std::net::TcpStream;
 use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::process::CommandExt as _;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
-use std::time::Duration;
+use std::process::{Command, Stdio};
 
-use crate::support::{Loopback, commands};
-
-const TIMEOUT: Duration = Duration::from_secs(30);
+use crate::support::{ChildProcess, Loopback, TIMEOUT, commands};
 
 /// Debian's user `nobody`.
 const NOBODY: u32 = 65_534;
 
-/// A process that is terminated when this value is dropped.
-struct Terminated(Child);
-
-impl Drop for Terminated {
-    fn drop(&mut self) {
-        commands::signal("TERM", self.0.id());
-        let _ = commands::wait_for_exit(&mut self.0, TIMEOUT);
-    }
-}
-
 /// Starts a node_exporter of another user that reads only this folder. Returns its address, too.
-fn start_exporter(folder: &Path) -> (Terminated, String) {
+fn start_exporter(folder: &Path) -> (ChildProcess, String) {
     let mut exporter = Command::new("prometheus-node-exporter");
     exporter.args([
         "--collector.disable-defaults",
@@ -46,7 +33,7 @@ fn start_exporter(folder: &Path) -> (Terminated, String) {
     let listens = std::iter::from_fn(|| log.recv_timeout(TIMEOUT).ok())
         .find(|line| line.contains("Listening on"));
     let address = listens.unwrap().split("address=").nth(1).unwrap().to_owned();
-    (Terminated(child), address)
+    (ChildProcess(child), address)
 }
 
 fn scrape(address: &str) -> String {
@@ -79,7 +66,7 @@ fn node_exporter_can_read_metrics_file_written_with_strict_umask() {
     ])
     .arg(ini);
     run.args(["run", "--interval", "100ms", "--metrics-file"]).arg(metrics.join("decnet.prom"));
-    let run = Terminated(run.env_clear().stderr(Stdio::null()).spawn().unwrap());
+    let run = ChildProcess(run.env_clear().stderr(Stdio::null()).spawn().unwrap());
     assert!(loopback.master.wait_for_beats(3, TIMEOUT));
     let (_exporter, address) = start_exporter(&metrics);
     let samples = scrape(&address);

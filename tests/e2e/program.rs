@@ -4,13 +4,10 @@ use std::fs;
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
 
 use decnet_heartbeat::loopback::{Answer, LoopbackMaster};
 
-use crate::support::{FreezableDisk, Loopback, commands};
-
-const TIMEOUT: Duration = Duration::from_secs(30);
+use crate::support::{FreezableDisk, Loopback, TIMEOUT, commands};
 
 /// A process that is killed when this value is dropped.
 struct Killed(Child);

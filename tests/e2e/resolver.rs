@@ -4,11 +4,8 @@ use std::fs;
 use std::net::UdpSocket;
 use std::process::{Command, Stdio};
 use std::thread;
-use std::time::Duration;
 
-use crate::support::{Loopback, commands};
-
-const TIMEOUT: Duration = Duration::from_secs(30);
+use crate::support::{Loopback, TIMEOUT, commands};
 
 /// A loopback address on which no other program listens.
 const SERVER: &str = "127.77.0.53";

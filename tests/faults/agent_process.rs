@@ -2,17 +2,18 @@
 //! from its stdout and the log from a file.
 
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader, Write};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::mpsc::Receiver;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, unbounded};
 use serde_json::Value;
 
 use crate::agent::AgentSettings;
-use crate::proc_status::{status_number, sum_over_threads};
+use crate::support::proc_status::{status_number, sum_over_threads};
+use crate::support::{lines, send_signal};
 use crate::test_bed::TIMEOUT;
 
 /// What a process uses.
@@ -51,11 +52,7 @@ impl AgentProcess {
         let log_file = File::options().create(true).append(true).open(log).unwrap();
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(log_file);
         let mut child = command.envs(variables.iter().copied()).spawn().unwrap();
-        let (sender, replies) = unbounded();
-        let stdout = BufReader::new(child.stdout.take().unwrap());
-        thread::spawn(move || {
-            stdout.lines().map_while(Result::ok).try_for_each(|line| sender.send(line))
-        });
+        let replies = lines(child.stdout.take().unwrap());
         Self { stdin: child.stdin.take(), child, replies, log: log.to_owned() }
     }
 
@@ -106,9 +103,7 @@ impl AgentProcess {
     }
 
     pub fn signal(&self, name: &str) {
-        let kill =
-            Command::new("kill").args(["-s", name, &self.child.id().to_string()]).status().unwrap();
-        assert!(kill.success());
+        send_signal(name, self.child.id());
     }
 
     pub fn id(&self) -> u32 {

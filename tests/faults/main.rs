@@ -32,13 +32,12 @@ mod files;
 mod hardening;
 mod log;
 mod network;
-#[path = "../support/proc_status.rs"]
-mod proc_status;
 mod process;
-#[path = "../support/requests.rs"]
-mod requests;
 mod soak;
 mod source;
+#[allow(dead_code, unused_imports, reason = "no test program uses all helpers")]
+#[path = "../support/mod.rs"]
+mod support;
 mod tcp_proxy;
 mod test_bed;
 mod tls;

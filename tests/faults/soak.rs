@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use crate::agent::Source;
 use crate::agent_process::{AgentProcess, Footprint};
 use crate::fault_case::{self, Expect, FaultCase};
-use crate::requests;
+use crate::support::deckies;
 use crate::test_bed::{Scenario, TestBed};
 
 /// The time that a beat stands for. A beat without a fault takes less, so simulated time passes
@@ -69,7 +69,7 @@ impl Deltas {
             let is_accepted =
                 request.status.map_or(raw_accepts, |status| (200..300).contains(&status));
             if is_accepted {
-                self.accepted.extend(requests::deckies(&request));
+                self.accepted.extend(deckies(&request));
             }
         }
     }

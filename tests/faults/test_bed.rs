@@ -13,7 +13,7 @@ use crate::agent::{AgentSettings, Logger, Source};
 use crate::agent_process::AgentProcess;
 use crate::docker::FakeDocker;
 use crate::files::{FileReplacer, StateFile, TopologyFile};
-use crate::requests;
+use crate::support::deckies;
 use crate::tcp_proxy::TcpProxy;
 
 /// Longer than any row waits. A row that reaches it fails.
@@ -138,7 +138,7 @@ impl TestBed {
     pub fn deckies_in(&self, has_status: impl Fn(Option<u16>) -> bool) -> Vec<String> {
         let received = self.master.received();
         let requests = received.iter().filter(|request| has_status(request.status));
-        let mut names: Vec<_> = requests.flat_map(requests::deckies).collect();
+        let mut names: Vec<_> = requests.flat_map(deckies).collect();
         names.sort();
         names.dedup();
         names

@@ -12,11 +12,9 @@
     reason = "a test that cannot continue panics"
 )]
 
-#[path = "../support/loopback.rs"]
-#[allow(dead_code, reason = "this program sends no ticks and reads no requests")]
-mod loopback;
-#[path = "../support/requests.rs"]
-mod requests;
+#[allow(dead_code, unused_imports, reason = "no test program uses all helpers")]
+#[path = "../support/mod.rs"]
+mod support;
 
 use std::fs;
 use std::io::{self, Read};
@@ -34,12 +32,9 @@ use decnet_heartbeat::{
 };
 use fork::{Fork, fork};
 use libtest_mimic::{Arguments, Trial};
-use loopback::Loopback;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, WaitOptions, kill_process, pidfd_open, waitpid};
-
-/// Longer than any step takes. Reaching it is a failure.
-const TIMEOUT: Duration = Duration::from_secs(20);
+use support::{Fixture, TIMEOUT};
 
 /// The number of polls within [`TIMEOUT`].
 const POLLS: u32 = 2_000;
@@ -71,54 +66,37 @@ fn main() -> ExitCode {
     libtest_mimic::run(&arguments, TESTS.map(trial).into()).exit_code()
 }
 
-/// A loopback master with a worker whose files are in a temporary folder.
-struct Fixture {
-    _folder: tempfile::TempDir,
-    loopback: Loopback,
+/// A heartbeat without ticks: it beats only for deltas.
+fn builder(fixture: &Fixture) -> HeartbeatBuilder {
+    fixture.builder().0.ticks(never())
 }
 
-impl Fixture {
-    fn new() -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let loopback = Loopback::new(&folder.path().join("agent"));
-        Self { _folder: folder, loopback }
-    }
+/// Starts a heartbeat without ticks and waits for its first beat.
+fn start_heartbeat(fixture: &Fixture) -> Heartbeat {
+    let heartbeat = builder(fixture).start().unwrap();
+    heartbeat.beats().recv_timeout(TIMEOUT).unwrap();
+    heartbeat
+}
 
-    /// A heartbeat without ticks: it beats only for deltas.
-    fn builder(&self) -> HeartbeatBuilder {
-        self.loopback.builder().0.ticks(never())
+fn open_operations(fixture: &Fixture, deckies: &[&str]) {
+    for decky in deckies {
+        fixture.master.open_operation(&fixture.worker.uuid, decky, Operation::Deploy.as_str());
     }
+}
 
-    /// Starts a heartbeat and waits for its first beat.
-    fn start_heartbeat(&self) -> Heartbeat {
-        let heartbeat = self.builder().start().unwrap();
-        heartbeat.beats().recv_timeout(TIMEOUT).unwrap();
-        heartbeat
-    }
+fn row_status(fixture: &Fixture, decky: &str) -> RowStatus {
+    fixture.master.rows().into_iter().find(|row| row.decky == decky).unwrap().status
+}
 
-    fn open_operations(&self, deckies: &[&str]) {
-        let Loopback { master, worker } = &self.loopback;
-        for decky in deckies {
-            master.open_operation(&worker.uuid, decky, Operation::Deploy.as_str());
-        }
-    }
+fn wait_for_row_status(fixture: &Fixture, decky: &str, status: RowStatus) {
+    let has_status = fixture.master.wait_until(TIMEOUT, |seen| {
+        seen.rows().iter().any(|row| row.decky == decky && row.status == status)
+    });
+    assert!(has_status, "{:?}", fixture.master.rows());
+}
 
-    fn row_status(&self, decky: &str) -> RowStatus {
-        let rows = self.loopback.master.rows();
-        rows.into_iter().find(|row| row.decky == decky).unwrap().status
-    }
-
-    fn wait_for_row_status(&self, decky: &str, status: RowStatus) {
-        let master = &self.loopback.master;
-        let has_status = master.wait_until(TIMEOUT, |seen| {
-            seen.rows().iter().any(|row| row.decky == decky && row.status == status)
-        });
-        assert!(has_status, "{:?}", master.rows());
-    }
-
-    fn connections(&self) -> usize {
-        self.loopback.master.connections().len()
-    }
+fn connections(fixture: &Fixture) -> usize {
+    fixture.master.connections().len()
 }
 
 /// Runs this in a forked child, and asserts that it succeeds in time.
@@ -190,7 +168,7 @@ fn call_everything(
 
 fn every_call_in_child_fails_at_once() {
     let fixture = Fixture::new();
-    let heartbeat = fixture.start_heartbeat();
+    let heartbeat = start_heartbeat(&fixture);
     let deltas = heartbeat.deltas();
     let parent = process::id();
     let operation = heartbeat.begin(Operation::Deploy, "tracked").unwrap();
@@ -203,40 +181,40 @@ fn every_call_in_child_fails_at_once() {
 
 fn drops_and_stops_in_child_do_not_affect_parent() {
     let fixture = Fixture::new();
-    fixture.open_operations(&["tracked", "pushed"]);
-    let heartbeat = fixture.start_heartbeat();
+    open_operations(&fixture, &["tracked", "pushed"]);
+    let heartbeat = start_heartbeat(&fixture);
     let deltas = heartbeat.deltas();
     let operation = heartbeat.begin(Operation::Deploy, "tracked").unwrap();
     // The POST takes a few seconds: an answer has more than a hundred bytes.
-    fixture.loopback.master.script([Fault::Slowly(Duration::from_millis(20))]);
+    fixture.master.script([Fault::Slowly(Duration::from_millis(20))]);
     deltas.push(deployed("pushed")).unwrap();
-    fixture.wait_for_row_status("pushed", RowStatus::Succeeded);
+    wait_for_row_status(&fixture, "pushed", RowStatus::Succeeded);
     let mut inherited = Some((heartbeat, deltas, operation));
     run_in_child(|| {
         inherited.take().unwrap().0.stop(Duration::ZERO);
     });
-    assert_eq!(fixture.connections(), 1, "the parent's connection was closed");
+    assert_eq!(connections(&fixture), 1, "the parent's connection was closed");
     let delivered = inherited.as_ref().unwrap().0.stats().delivered;
     assert_eq!(delivered, 0, "the POST ended before the stop in the child");
     run_in_child(|| drop(inherited.take()));
     let (heartbeat, deltas, operation) = inherited.unwrap();
     assert!(heartbeat.flush(TIMEOUT));
     assert!(heartbeat.stats().failure.is_none(), "{:?}", heartbeat.stats().failure);
-    assert_eq!(fixture.connections(), 1, "the parent's connection was closed");
-    let error = fixture.builder().start().unwrap_err();
+    assert_eq!(connections(&fixture), 1, "the parent's connection was closed");
+    let error = builder(&fixture).start().unwrap_err();
     assert!(error.to_string().contains(&format!("process {} already", process::id())), "{error:?}");
-    assert_eq!(fixture.row_status("tracked"), RowStatus::Running);
+    assert_eq!(row_status(&fixture, "tracked"), RowStatus::Running);
     assert_eq!(heartbeat.stats().operations, 1);
     operation.succeed();
     drop(deltas);
-    fixture.wait_for_row_status("tracked", RowStatus::Succeeded);
+    wait_for_row_status(&fixture, "tracked", RowStatus::Succeeded);
     assert_eq!(heartbeat.stop(TIMEOUT).undelivered, 0);
 }
 
 fn operation_that_ends_in_child_is_still_open() {
     let fixture = Fixture::new();
-    fixture.open_operations(&["a", "b", "c", "last"]);
-    let heartbeat = fixture.start_heartbeat();
+    open_operations(&fixture, &["a", "b", "c", "last"]);
+    let heartbeat = start_heartbeat(&fixture);
     let begin = |decky| heartbeat.begin(Operation::Deploy, decky).unwrap();
     let mut operations = Some([begin("a"), begin("b"), begin("c")]);
     run_in_child(|| {
@@ -249,19 +227,19 @@ fn operation_that_ends_in_child_is_still_open() {
         assert!(since.elapsed() < Duration::from_secs(1));
     });
     heartbeat.deltas().push(deployed("last")).unwrap();
-    fixture.wait_for_row_status("last", RowStatus::Succeeded);
-    let statuses = ["a", "b", "c"].map(|decky| fixture.row_status(decky));
+    wait_for_row_status(&fixture, "last", RowStatus::Succeeded);
+    let statuses = ["a", "b", "c"].map(|decky| row_status(&fixture, decky));
     assert_eq!(statuses, [RowStatus::Running; 3]);
     operations.unwrap().into_iter().for_each(TrackedOperation::succeed);
     for decky in ["a", "b", "c"] {
-        fixture.wait_for_row_status(decky, RowStatus::Succeeded);
+        wait_for_row_status(&fixture, decky, RowStatus::Succeeded);
     }
 }
 
 fn child_waits_for_no_mutex_of_parent() {
     const FORKS: usize = 100;
     let fixture = Fixture::new();
-    let heartbeat = fixture.start_heartbeat();
+    let heartbeat = start_heartbeat(&fixture);
     let deltas = heartbeat.deltas();
     let parent = process::id();
     let is_done = AtomicBool::new(false);
@@ -291,23 +269,23 @@ fn child_waits_for_no_mutex_of_parent() {
 
 fn child_can_start_heartbeat_if_no_outbox_was_open_at_fork() {
     let fixture = Fixture::new();
-    fixture.open_operations(&["d"]);
-    let heartbeat = fixture.start_heartbeat();
+    open_operations(&fixture, &["d"]);
+    let heartbeat = start_heartbeat(&fixture);
     let deltas = heartbeat.deltas();
     let parent = process::id();
-    run_in_child(|| assert_refused(parent, fixture.builder().start()));
+    run_in_child(|| assert_refused(parent, builder(&fixture).start()));
     heartbeat.stop(TIMEOUT);
     // The sender keeps the outbox open.
-    run_in_child(|| assert_refused(parent, fixture.builder().start()));
+    run_in_child(|| assert_refused(parent, builder(&fixture).start()));
     drop(deltas);
     wait_until_outbox_thread_ends();
     run_in_child(|| {
-        let heartbeat = fixture.builder().start().unwrap();
+        let heartbeat = builder(&fixture).start().unwrap();
         heartbeat.deltas().push(deployed("d")).unwrap();
         assert!(heartbeat.flush(TIMEOUT));
         assert_eq!(heartbeat.stop(TIMEOUT).undelivered, 0);
     });
-    assert_eq!(fixture.row_status("d"), RowStatus::Succeeded);
+    assert_eq!(row_status(&fixture, "d"), RowStatus::Succeeded);
 }
 
 /// Waits until this process has no outbox thread. No event reports that, so it polls.
@@ -333,20 +311,20 @@ fn orphaned_child_keeps_delivery_lock() {
     let (mut until_released, release) = io::pipe().unwrap();
     let mut release = Some(release);
     run_in_child(|| {
-        let _heartbeat = fixture.start_heartbeat();
+        let _heartbeat = start_heartbeat(&fixture);
         if matches!(fork().unwrap(), Fork::Child) {
             drop(release.take());
             let _ = until_released.read(&mut [0]);
         }
         process::exit(0);
     });
-    let error = fixture.builder().start().unwrap_err();
+    let error = builder(&fixture).start().unwrap_err();
     assert!(error.is_outbox() && error.to_string().contains(" already"), "{error:?}");
     drop(release);
     // No event reports the end of the orphaned child, so this polls.
     let heartbeat = (0..POLLS).find_map(|_| {
         pause();
-        fixture.builder().start().ok()
+        builder(&fixture).start().ok()
     });
     heartbeat.expect("the lock is released when the child ends").stop(TIMEOUT);
 }

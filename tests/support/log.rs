@@ -34,3 +34,8 @@ pub fn record_errors() {
 pub fn errors_containing(part: &str) -> Vec<String> {
     ERRORS.0.lock().unwrap().iter().filter(|error| error.contains(part)).cloned().collect()
 }
+
+/// Removes the recorded errors that contain this text, and returns them.
+pub fn take_errors_containing(part: &str) -> Vec<String> {
+    ERRORS.0.lock().unwrap().extract_if(.., |error| error.contains(part)).collect()
+}

@@ -2,13 +2,14 @@
 //! `#[path = "../support/mod.rs"] mod support;`, and allows `dead_code` and `unused_imports` there,
 //! because no program uses all of them.
 
-mod commands;
+pub mod commands;
 mod docker;
 mod fixture;
 mod log;
 mod loopback;
 mod openssl;
 mod own_process;
+pub mod proc_status;
 mod process;
 #[cfg(feature = "cli")]
 mod program;
@@ -25,8 +26,8 @@ use std::time::Duration;
 pub use commands::lines;
 pub use docker::{json_answer, start_docker, start_docker_with};
 pub use fixture::{Fixture, blocking_source, json_of, now};
-pub use log::{errors_containing, record_errors};
-pub use loopback::nothing_deployed;
+pub use log::{errors_containing, record_errors, take_errors_containing};
+pub use loopback::{Loopback, nothing_deployed};
 pub use openssl::OpenSsl;
 pub use own_process::run_in_own_process;
 pub use process::{ChildProcess, in_shell_after, make_fifo, send_signal, wait_for_line};

@@ -1,33 +1,36 @@
 //! Real peers for the tests and the benchmark: the real master, in Python, and a Docker Engine. And
 //! small file systems that can be full, read-only or frozen.
 
-#[path = "../../support/commands.rs"]
-pub mod commands;
 pub mod docker;
 mod enrolled_host;
 mod freezable_disk;
-mod log;
-#[path = "../../support/loopback.rs"]
-mod loopback;
 pub mod master;
-#[path = "../../support/requests.rs"]
-mod requests;
-#[path = "../../support/stats.rs"]
-mod stats;
+#[path = "../../support/mod.rs"]
+#[allow(dead_code, unused_imports, reason = "no test program uses all helpers")]
+mod shared;
 mod tmpfs;
 
 pub use docker::Docker;
 pub use enrolled_host::{EnrolledHost, decky, send_tick, write_state_file};
 pub use freezable_disk::FreezableDisk;
-pub use log::logged_errors;
-pub use loopback::{Loopback, nothing_deployed};
 pub use master::RealMaster;
-pub use stats::wait_for_stats;
+pub use shared::{ChildProcess, Loopback, commands, nothing_deployed, wait_for_stats};
 pub use tmpfs::Tmpfs;
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use decnet_heartbeat::{LifecycleDelta, Operation};
+
+/// Longer than any step of a test takes. Reaching it is a failure.
+pub const TIMEOUT: Duration = Duration::from_secs(30);
+
+/// The errors with a file of this folder that were logged since the last call. The first call starts
+/// the recording. Other tests log at the same time, and have other folders.
+pub fn logged_errors(folder: &Path) -> Vec<String> {
+    shared::record_errors();
+    shared::take_errors_containing(folder.to_str().unwrap())
+}
 
 /// A delta of a successful deploy.
 pub fn deployed(decky: impl Into<String>) -> LifecycleDelta {
