@@ -32,7 +32,7 @@ const STATE: &str = r#"echo '{"config": {"mode": "swarm", "deckies": [{"name": "
 fn state_file_is_found_beside_package() {
     let packages = "/opt/decnet/venv/lib/python3.11/site-packages";
     let found = format!("✓ {packages}/decnet-state.json (found beside {packages}/decnet): ");
-    assert_eq!(checked(INSTALLED), format!("{found}it does not exist, so nothing is deployed"));
+    assert_eq!(checked(INSTALLED), format!("{found}does not exist; nothing is deployed"));
     assert_eq!(checked(&format!("{INSTALLED} && {STATE}")), format!("{found}1 decky"));
     // The environment is also found if the command is a copy, or missing.
     for command in
