@@ -114,7 +114,7 @@ const HOST: (&str, &str) = ("DECNET_MASTER_HOST", "env.lan");
 /// fails the test.
 const DELIBERATE: &[(&str, &str)] = &[
     ("value on the next line", "the line break before the value is not part of a uuid"),
-    ("value after a blank line", "nor is it part of a host"),
+    ("value after a blank line", "as above"),
     ("spaces around the uuid", "white space around a variable is not part of its value"),
     ("spaces around the host", "as above"),
     ("NUL in another key", "a key that a heartbeat does not use cannot make it fail"),
