@@ -1,13 +1,13 @@
-//! The documentation: its log lines are in the code, and its links have targets.
+//! The documentation: its log lines are the program's, and its links lead somewhere.
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// The code of a folder, with each string on one line.
+/// All code, each string on one line.
 fn sources(folder: &Path) -> String {
     let entries = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
-    // Not the pages, which are below `src`, too.
+    // The page itself is below `src`, too.
     let code =
         entries.filter(|path| path.is_dir() || path.extension().is_some_and(|it| it == "rs"));
     let text = |path: PathBuf| {
@@ -34,7 +34,7 @@ fn documented_log_lines_are_in_the_code() {
         .filter(|it| !it.starts_with("class="));
     let mut count = 0;
     for message in messages {
-        // The rest of the line is arguments in the code.
+        // The file, and what follows the colon, are arguments in the code.
         let message = message.trim_end_matches([' ', ':']).trim_end_matches(": error=");
         assert!(sources.contains(message), "{message:?} is not in the code");
         count += 1;
@@ -69,12 +69,12 @@ fn relative_links_of_the_pages_lead_to_files() {
 }
 
 #[test]
-fn each_link_of_a_page_is_defined_for_rustdoc() {
+fn every_link_of_a_page_is_defined_for_rustdoc() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let for_rustdoc = fs::read_to_string(root.join("src/docs/rustdoc-links.md")).unwrap();
     let for_rustdoc: BTreeMap<_, _> = definitions(&for_rustdoc).collect();
     for (label, to) in &for_rustdoc {
-        // docs.rs shows the files of the package.
+        // A file of the package, which docs.rs shows.
         if let Some((_, file)) = to.split_once("/latest/source/") {
             assert!(root.join(file).exists(), "{label}: {to}");
         }
