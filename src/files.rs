@@ -236,8 +236,9 @@ mod tests {
     #[test]
     fn symlink_in_place_of_the_temporary_file_is_not_followed() {
         let dir = tempfile::tempdir().unwrap();
-        let (path, next, other) =
-            (dir.path().join("stats"), dir.path().join("stats.new"), dir.path().join("other"));
+        let path = dir.path().join("stats");
+        let next = dir.path().join("stats.new");
+        let other = dir.path().join("other");
         fs::write(&other, b"theirs").unwrap();
         std::os::unix::fs::symlink(&other, &next).unwrap();
         replace(&path, b"ours", Some(0o640)).unwrap();

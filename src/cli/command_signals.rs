@@ -27,7 +27,7 @@ pub(super) struct Signals(Option<SignalDelivery<UnixStream, WithOrigin>>);
 
 /// A signal that was caught.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Caught {
+pub(super) struct CaughtSignal {
     pub(super) signal: i32,
     /// A process sent it. Otherwise the terminal sent it to the whole process group.
     pub(super) by_process: bool,
@@ -64,7 +64,7 @@ impl Signals {
     }
 
     /// The command's signals and SIGWINCH, as far as they were caught since the last call.
-    pub(super) fn pending(&mut self) -> Vec<Caught> {
+    pub(super) fn pending(&mut self) -> Vec<CaughtSignal> {
         let is_passed_on = |signal| COMMANDS.contains(&signal) || signal == SIGWINCH;
         let caught = self
             .0
@@ -72,7 +72,10 @@ impl Signals {
             .flat_map(SignalDelivery::pending)
             .filter(|origin| is_passed_on(origin.signal));
         caught
-            .map(|origin| Caught { signal: origin.signal, by_process: origin.process.is_some() })
+            .map(|origin| CaughtSignal {
+                signal: origin.signal,
+                by_process: origin.process.is_some(),
+            })
             .collect()
     }
 

@@ -19,7 +19,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
-use crossbeam_channel::{Receiver, bounded, never};
+use crossbeam_channel::{Receiver, bounded};
 use nix::sys::signal::{SigSet, Signal};
 use signal_hook::consts::{
     SIGALRM, SIGHUP, SIGINT, SIGIO, SIGPROF, SIGTERM, SIGUSR1, SIGUSR2, SIGVTALRM, SIGXFSZ,
@@ -41,18 +41,15 @@ pub(super) fn survive_file_size_limit() -> Result<(), Error> {
     survive([SIGXFSZ])
 }
 
-/// Sets up the signals of a command. The receiver gets the signals that stop `run`; for other
-/// commands it stays empty.
-pub(super) fn start(is_run: bool) -> Result<Receiver<c_int>, Error> {
+/// Sets up the signals of all commands but `run`.
+pub(super) fn start() -> Result<(), Error> {
     survive_file_size_limit()?;
-    let stops = if is_run { start_run()? } else { never() };
-    // Last: a pending signal without its handler would end `run`.
-    SigSet::all().thread_unblock().map_err(|error| failed(error.into()))?;
-    Ok(stops)
+    SigSet::all().thread_unblock().map_err(|error| failed(error.into()))
 }
 
-/// Handles the signals of `run`. SIGHUP has no effect until the log file is open.
-fn start_run() -> Result<Receiver<c_int>, Error> {
+/// Sets up the signals of `run`. SIGHUP has no effect until the log file is open. The receiver gets
+/// the signals that stop `run`.
+pub(super) fn start_run() -> Result<Receiver<c_int>, Error> {
     const NAME: &str = "signals";
     survive(WITHOUT_EFFECT.into_iter().chain(libc::SIGRTMIN()..=libc::SIGRTMAX()))?;
     let ignored = ignored();
@@ -81,6 +78,8 @@ fn start_run() -> Result<Receiver<c_int>, Error> {
         .name(NAME.to_owned())
         .spawn(act)
         .map_err(|source| Error::thread(NAME, source))?;
+    // Last: a pending signal without its handler would end `run`.
+    start()?;
     Ok(stops)
 }
 

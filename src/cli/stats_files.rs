@@ -2,7 +2,7 @@
 //! stats replace those that are not written yet, so no other thread waits for the disk.
 
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::thread;
 use std::time::Instant;
 
@@ -120,16 +120,16 @@ impl StatsFile {
 
     /// A missing folder is not an error: it may be mounted later.
     fn check(&self, own: &OwnFiles) -> Result<(), Error> {
+        let file = sanitize_path(&self.path);
         if let Some(what) = own.at(self.option, &self.path) {
-            let problem = format!(
-                "{} is {what}, which would be replaced; name another file",
-                sanitize_path(&self.path)
-            );
+            let problem = format!("{file} is {what}, which would be replaced; name another file");
             return Err(Error::config(self.option, problem));
         }
         match files::replaceable(&self.path) {
             Err(error) if error.kind() == io::ErrorKind::InvalidInput => {
-                Err(invalid_target(self.option, &self.path, error))
+                let advice = "name a regular file, or a path that does not exist";
+                let problem = format!("{file} cannot be replaced; {advice}");
+                Err(Error::config(self.option, problem).with_source(error))
             }
             _ => Ok(()),
         }
@@ -148,14 +148,6 @@ impl StatsFile {
         }
         self.problem = problem;
     }
-}
-
-fn invalid_target(option: &str, path: &Path, error: io::Error) -> Error {
-    let problem = format!(
-        "{} cannot be replaced; name a regular file, or a path that does not exist",
-        sanitize_path(path)
-    );
-    Error::config(option, problem).with_source(error)
 }
 
 #[cfg(test)]

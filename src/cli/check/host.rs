@@ -16,7 +16,7 @@ use crate::status::AppliedTopology;
 use crate::status::decnet::StatusProbe;
 use crate::status::docker::DockerState;
 use crate::status::place::{Located, NotLocated};
-use crate::text::sanitize;
+use crate::text::{counted, sanitize};
 
 /// The step of the state file.
 pub(super) fn state_file(options: &RunOptions, probe: &StatusProbe) -> Step {
@@ -81,11 +81,6 @@ fn unlocated_step(problem: &NotLocated) -> Step {
     Step::bad("state-file", problem.to_string(), advice)
         .fact("file", None::<String>)
         .fact("deckies", None::<usize>)
-}
-
-/// `1 decky`, `2 deckies`
-fn counted(count: usize, singular: &str, plural: &str) -> String {
-    format!("{count} {}", if count == 1 { singular } else { plural })
 }
 
 /// The step of Docker.
@@ -205,10 +200,11 @@ pub(super) fn check_room(folder: &Path) -> Result<(), String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cli::log_line::Style;
     use crate::status::docker::{Containers, Networks};
 
     fn shown(step: Step) -> String {
-        step.text(false, None)
+        step.text(Style::Plain, None)
     }
 
     #[test]

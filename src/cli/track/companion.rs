@@ -113,7 +113,7 @@ struct Ready {
 
 impl Companion {
     fn start() -> io::Result<Self> {
-        // At the file size limit the real stderr fails, and the companion goes on.
+        // At the file size limit the real stderr fails, and the companion continues.
         survive_file_size_limit().map_err(io::Error::other)?;
         let (caught, handler) = UnixStream::pair()?;
         let signals = SignalDelivery::with_pipe(caught, handler, SignalOnly, COMMANDS)?;

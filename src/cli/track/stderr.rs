@@ -31,7 +31,7 @@ pub(super) struct Outputs {
 /// The command's stderr, and the companion, if there is one.
 #[derive(Debug)]
 pub(super) struct Stderr {
-    companion: Option<Companion>,
+    companion: Option<CompanionHandle>,
     /// The file that the companion reads. It stays open here, so that a command whose companion was
     /// killed waits for the next companion.
     input: Option<OwnedFd>,
@@ -43,7 +43,7 @@ pub(super) struct Stderr {
 }
 
 #[derive(Debug)]
-struct Companion {
+struct CompanionHandle {
     socket: OwnedFd,
     /// The serial number of the last request.
     serial: u8,
@@ -58,7 +58,7 @@ impl Stderr {
         let is_terminal = io::stderr().is_terminal();
         let start = || {
             let (input, output) = if is_terminal { terminal()? } else { pipe()? };
-            let companion = Companion::start(&input)?;
+            let companion = CompanionHandle::start(&input)?;
             let stdout = if is_same_file(io::stdout(), io::stderr()) {
                 Some(output.try_clone()?)
             } else {
@@ -93,14 +93,14 @@ impl Stderr {
     /// Whether the companion is running, or none is needed.
     fn has_reader(&mut self) -> bool {
         let is_running =
-            |companion: &mut Companion| matches!(companion.process.try_wait(), Ok(None));
+            |companion: &mut CompanionHandle| matches!(companion.process.try_wait(), Ok(None));
         self.input.is_none() || self.companion.as_mut().is_some_and(is_running)
     }
 
     fn start_another(&mut self) {
         let Some(input) = &self.input else { return };
         self.started = Instant::now();
-        let started = Companion::start(input);
+        let started = CompanionHandle::start(input);
         match &started {
             Ok(_) => log::warn!(
                 "the process that copies stderr was killed and was restarted; some output is lost"
@@ -159,7 +159,7 @@ impl Stderr {
     }
 }
 
-impl Companion {
+impl CompanionHandle {
     fn start(input: &OwnedFd) -> io::Result<Self> {
         let flags = SocketFlags::CLOEXEC;
         let (socket, their_end) =
