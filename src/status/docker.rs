@@ -1,6 +1,6 @@
 //! Docker's Engine API over its socket: two requests for each snapshot. Runs on the status thread.
 //!
-//! - Each request may fail alone. A socket proxy may forbid one of them, and podman answers
+//! - Either request may fail by itself. A socket proxy may forbid one of them, and podman answers
 //!   `/networks` with `null` if there is no network.
 //! - The answer `null` is an error. If it counted as an empty list, the containers of all deckies
 //!   would be reported as absent.
@@ -9,13 +9,13 @@
 //!   depends on it: the decky of the container, or `observed` if it belongs to a topology.
 
 use std::collections::BTreeMap;
-use std::fmt;
 use std::io::{self, Read};
 use std::path::PathBuf;
 use std::time::Duration;
 
 use serde::Deserialize;
-use serde::de::{DeserializeOwned, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde::de::{DeserializeOwned, Deserializer};
+use serde_json::value::RawValue;
 use ureq::Agent;
 use ureq::config::{AutoHeaderValue, Config};
 use ureq::unversioned::resolver::{ResolvedSocketAddrs, Resolver};
@@ -24,7 +24,7 @@ use ureq::unversioned::transport::{ConnectionDetails, Connector, NextTimeout};
 use super::list::{BoundedVec, Object};
 use crate::error::{http_problem, sanitize_path};
 use crate::limits;
-use crate::text::{cut, sanitize};
+use crate::text::{counted, cut, sanitize};
 use crate::transport::SocketTransport;
 
 /// The containers and networks of Docker. Each error is text for people; it names the socket, the
@@ -56,17 +56,17 @@ pub(crate) struct Networks {
 impl DockerState {
     /// A description of the entries that were left out.
     pub(crate) fn left_out(&self) -> Option<String> {
-        let describe = |left_out: &Option<(String, usize)>, what: &str| {
+        let describe = |left_out: &Option<(String, usize)>, one: &str, many: &str| {
             let (name, count) = left_out.as_ref()?;
-            let s = if *count == 1 { "" } else { "s" };
-            Some(format!(
-                "Docker: {count} {what}{s} with an invalid name or driver left out: {}",
-                sanitize(name)
-            ))
+            let entries = counted(*count, one, many);
+            let name = sanitize(name);
+            Some(format!("Docker: {entries} with an invalid name or driver left out: {name}"))
         };
+        let containers = self.containers.as_ref().ok();
         let containers =
-            self.containers.as_ref().ok().and_then(|it| describe(&it.left_out, "container"));
-        let networks = self.networks.as_ref().ok().and_then(|it| describe(&it.left_out, "network"));
+            containers.and_then(|it| describe(&it.left_out, "container", "containers"));
+        let networks = self.networks.as_ref().ok();
+        let networks = networks.and_then(|it| describe(&it.left_out, "network", "networks"));
         containers.into_iter().chain(networks).reduce(|some, more| format!("{some}; {more}"))
     }
 }
@@ -251,85 +251,34 @@ impl Text {
 
 impl<'de> Deserialize<'de> for Text {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        Ok(match deserializer.deserialize_any(Lenient)? {
-            Value::Text(text) => text,
-            Value::Null => Self::Absent,
-            Value::List(_) | Value::Other => Self::Invalid,
+        // Raw first, so that a value of another type does not end the whole answer.
+        let json = Box::<RawValue>::deserialize(deserializer)?;
+        Ok(match serde_json::from_str::<Option<String>>(json.get()) {
+            Ok(Some(text)) => Self::of(&text),
+            Ok(None) => Self::Absent,
+            Err(_) => Self::Invalid,
         })
     }
 }
 
+type Names = BoundedVec<Text, { limits::DOCKER_LIST }>;
+
 /// A container's own name. Names with a second slash are links from other containers. A container
 /// that is being removed has no names.
 fn own_name<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Text, D::Error> {
-    Ok(match deserializer.deserialize_any(Lenient)? {
-        Value::List(own_name) => own_name,
-        Value::Null => Text::Absent,
-        Value::Text(_) | Value::Other => Text::Invalid,
-    })
-}
-
-/// A JSON value of any type. Only strings are stored.
-enum Value {
-    Text(Text),
-    /// The container's own name in a list of names.
-    List(Text),
-    Null,
-    Other,
-}
-
-struct Lenient;
-
-impl<'de> Visitor<'de> for Lenient {
-    type Value = Value;
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("anything")
-    }
-
-    fn visit_str<E>(self, text: &str) -> Result<Value, E> {
-        Ok(Value::Text(Text::of(text)))
-    }
-
-    fn visit_unit<E>(self) -> Result<Value, E> {
-        Ok(Value::Null)
-    }
-
-    fn visit_bool<E>(self, _: bool) -> Result<Value, E> {
-        Ok(Value::Other)
-    }
-
-    fn visit_i64<E>(self, _: i64) -> Result<Value, E> {
-        Ok(Value::Other)
-    }
-
-    fn visit_u64<E>(self, _: u64) -> Result<Value, E> {
-        Ok(Value::Other)
-    }
-
-    fn visit_f64<E>(self, _: f64) -> Result<Value, E> {
-        Ok(Value::Other)
-    }
-
-    fn visit_seq<A: SeqAccess<'de>>(self, mut names: A) -> Result<Value, A::Error> {
-        let own = |name: &str| name.strip_prefix('/').unwrap_or(name).to_owned();
-        let mut found = Text::Absent;
-        while let Some(name) = names.next_element::<Text>()? {
-            found = match (found, name) {
-                (known @ (Text::Whole(_) | Text::Cut(_)), _) => known,
-                (found, Text::Whole(name) | Text::Cut(name)) if own(&name).contains('/') => found,
-                (_, Text::Whole(name)) => Text::Whole(own(&name)),
-                (_, Text::Cut(name)) => Text::Cut(own(&name)),
-                (_, Text::Absent | Text::Invalid) => Text::Invalid,
-            };
-        }
-        Ok(Value::List(found))
-    }
-
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Value, A::Error> {
-        while map.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {}
-        Ok(Value::Other)
-    }
+    let json = Box::<RawValue>::deserialize(deserializer)?;
+    let names = match serde_json::from_str::<Option<Names>>(json.get()) {
+        Ok(names) => names.map_or_else(Vec::new, |names| names.0),
+        Err(_) => return Ok(Text::Invalid),
+    };
+    let own = |name: &str| name.strip_prefix('/').unwrap_or(name).to_owned();
+    Ok(names.into_iter().fold(Text::Absent, |found, name| match (found, name) {
+        (known @ (Text::Whole(_) | Text::Cut(_)), _) => known,
+        (found, Text::Whole(name) | Text::Cut(name)) if own(&name).contains('/') => found,
+        (_, Text::Whole(name)) => Text::Whole(own(&name)),
+        (_, Text::Cut(name)) => Text::Cut(own(&name)),
+        (_, Text::Absent | Text::Invalid) => Text::Invalid,
+    }))
 }
 
 fn config() -> Config {
@@ -402,7 +351,7 @@ mod tests {
                 while stream.read(&mut [0; 1024]).is_ok_and(|read| read > 0) {
                     let Some(answer) = answers.next() else { return };
                     stream.write_all(answer.as_bytes()).unwrap();
-                    // An engine keeps its connections, unless it breaks off.
+                    // An engine keeps its connections open, except after an incomplete answer.
                     if !answer.ends_with(']') {
                         break;
                     }
@@ -430,7 +379,7 @@ mod tests {
     }
 
     #[test]
-    fn one_request_each_tells_names_states_and_bridges() {
+    fn requests_return_names_states_and_bridges() {
         let containers = r#"[{"Names":["/web/db","/db"],"State":"running","Other":{"x":[1]}},
             {"Names":["/cache"],"State":"exited"},{"Names":null,"State":"dead"},{"Names":[],"State":"dead"}]"#;
         let networks = r#"[{"Name":"b","Driver":"bridge"},{"Name":"h","Driver":"host"}]"#;
@@ -466,10 +415,8 @@ mod tests {
 
     #[test]
     fn failed_request_does_not_affect_the_other_one() {
-        let (good_networks, good_containers) = (
-            ok(r#"[{"Name":"b","Driver":"bridge"}]"#),
-            ok(r#"[{"Names":["/a"],"State":"running"}]"#),
-        );
+        let good_networks = ok(r#"[{"Name":"b","Driver":"bridge"}]"#);
+        let good_containers = ok(r#"[{"Names":["/a"],"State":"running"}]"#);
         for bad in [
             "HTTP/1.1 403 Forbidden\r\nContent-Length: 9\r\n\r\nForbidden".to_owned(),
             "HTTP/1.1 404 Not Found\r\nContent-Length: 2\r\n\r\n[]".to_owned(),
@@ -507,7 +454,7 @@ mod tests {
         let listener = UnixListener::bind(&socket).unwrap();
         thread::spawn(move || {
             // The first connection stays open without an answer.
-            let _hangs = listener.accept().unwrap();
+            let _blocked = listener.accept().unwrap();
             let mut second = listener.accept().unwrap().0;
             while second.read(&mut [0; 1024]).is_ok_and(|read| read > 0) {
                 let _ = second.write_all(ok(r#"[{"Names":["/a"],"State":"running"}]"#).as_bytes());

@@ -15,7 +15,7 @@ use crate::limits;
 use crate::status::AppliedTopology;
 use crate::status::decnet::StatusProbe;
 use crate::status::docker::DockerState;
-use crate::status::place::{Located, NotLocated};
+use crate::status::place::{LocateError, StateFileLocation};
 use crate::text::{counted, sanitize};
 
 /// The step of the state file.
@@ -35,7 +35,7 @@ pub(super) fn state_file(options: &RunOptions, probe: &StatusProbe) -> Step {
 /// problem.
 fn located_step(
     named: Option<&str>,
-    located: &Located,
+    located: &StateFileLocation,
     problem: Option<&String>,
     deckies: Option<usize>,
 ) -> Step {
@@ -67,12 +67,12 @@ fn located_step(
     step.fact("file", file).fact("from", from).fact("deckies", deckies)
 }
 
-fn unlocated_step(problem: &NotLocated) -> Step {
+fn unlocated_step(problem: &LocateError) -> Step {
     let advice = match problem {
-        NotLocated::Absent(_) => {
+        LocateError::Absent(_) => {
             "if DECNET is installed elsewhere, name its decnet-state.json with"
         }
-        NotLocated::Unreadable(_) => {
+        LocateError::Unreadable(_) => {
             "let this user read that folder, or name DECNET's decnet-state.json with"
         }
     };
@@ -210,7 +210,7 @@ mod tests {
     #[test]
     fn state_file_is_shown_with_the_way_it_was_found() {
         let folder = "/opt/decnet/venv/lib/python3.11/site-packages";
-        let located = Located {
+        let located = StateFileLocation {
             file: format!("{folder}/decnet-state.json").into(),
             package: Some(format!("{folder}/decnet").into()),
         };
@@ -224,7 +224,7 @@ mod tests {
 
     #[test]
     fn missing_state_file_fails_with_advice() {
-        let text = shown(unlocated_step(&NotLocated::Absent("/opt/decnet".to_owned())));
+        let text = shown(unlocated_step(&LocateError::Absent("/opt/decnet".to_owned())));
         let not_found = "✗ state-file    the state file was not found: DECNET's Python package is \
             not in /opt/decnet\n";
         assert!(
@@ -232,7 +232,7 @@ mod tests {
             "{text}"
         );
         let text =
-            shown(unlocated_step(&NotLocated::Unreadable("/opt: Permission denied".to_owned())));
+            shown(unlocated_step(&LocateError::Unreadable("/opt: Permission denied".to_owned())));
         let unknown = "✗ state-file    cannot locate the state file: /opt: Permission denied\n";
         assert!(
             text.starts_with(unknown) && text.contains("→ let this user read that folder"),
@@ -242,7 +242,7 @@ mod tests {
 
     #[test]
     fn named_state_file_is_shown_with_its_option_or_variable() {
-        let located = Located { file: "/x".into(), package: None };
+        let located = StateFileLocation { file: "/x".into(), package: None };
         let text = shown(located_step(Some(STATE_FILE_VARIABLE), &located, None, Some(1)));
         assert_eq!(text, "✓ state-file    /x (DECNET_HEARTBEAT_STATE_FILE): 1 decky\n");
         let problem = "state file /x: EOF".to_owned();
