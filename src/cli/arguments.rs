@@ -64,11 +64,17 @@ const TRACK_HELP: &str = "\
   decnet-heartbeat track --operation deploy \\
       --decky decky-01 -- docker compose up -d";
 
+// clap writes the usage on one line, which is too long for many terminals.
+const PUSH_USAGE: &str = "decnet-heartbeat push [OPTIONS] --operation <WHAT>
+           --status <HOW> <DECKY>...";
+const TRACK_USAGE: &str = "decnet-heartbeat track [OPTIONS] --operation <WHAT>
+           --decky <NAME>... -- <COMMAND>...";
+
 /// The tip where `track` has no `--`.
 const TRACK_SEPARATOR: &str = "put `--` before the command, for example:
        decnet-heartbeat track --operation deploy --decky d1 -- docker compose up";
 
-const DURATION_EXAMPLES: &str = "write a number and its unit, for example 30s, 500ms or 1h";
+const DURATION_EXAMPLES: &str = "write for example 30s, 500ms or 1h";
 
 /// Headings of groups of options.
 const HOST: &str = "Host and master";
@@ -122,17 +128,16 @@ pub(super) enum Command {
     #[command(after_help = CHECK_HELP)]
     Check(CheckOptions),
     /// Report how an operation ended: now, or by way of the outbox
-    #[command(after_help = PUSH_HELP)]
+    #[command(after_help = PUSH_HELP, override_usage = PUSH_USAGE)]
     Push(PushOptions),
     /// Run a command, and report how it ended
-    #[command(after_help = TRACK_HELP)]
+    #[command(after_help = TRACK_HELP, override_usage = TRACK_USAGE)]
     Track(TrackOptions),
     /// Show a heartbeat at work with a built-in master; needs no configuration
     #[command(after_help = "\u{1b}[1;4mExample:\u{1b}[0m\n  decnet-heartbeat demo --seconds 30")]
     Demo {
         /// How long the demo takes, from 5 to 600 seconds
-        #[arg(long, value_name = "N", default_value_t = 15)]
-        #[arg(value_parser = clap::value_parser!(u64).range(5..=600))]
+        #[arg(long, value_name = "N", default_value = "15", value_parser = demo_seconds)]
         seconds: u64,
     },
     /// Print the completion script for a shell
@@ -267,9 +272,10 @@ pub(super) fn completable() -> clap::Command {
 }
 
 fn with_hints(command: clap::Command) -> clap::Command {
-    let rules = ["name", "host", "ca", "sha256:", "public"];
+    let rules = ["name", "host", "ca", "public"];
     command.mut_subcommands(with_hints).mut_args(|argument| match argument.get_value_hint() {
-        // The parser also accepts fingerprints, which cannot be listed.
+        // The parser also accepts fingerprints. `sha256:` is left out, because zsh ends the list of
+        // values at a colon.
         _ if argument.get_id() == "master_identity" => argument.value_parser(rules),
         // The hint of every path. In bash it appends a space to the name of a folder.
         ValueHint::AnyPath => argument.value_hint(ValueHint::FilePath),
@@ -310,6 +316,11 @@ fn folder() -> impl TypedValueParser<Value = PathBuf> {
             Ok(path)
         }
     })
+}
+
+fn demo_seconds(given: &str) -> Result<u64, &'static str> {
+    let seconds = given.parse().ok().filter(|seconds| (5..=600).contains(seconds));
+    seconds.ok_or("must be a number from 5 to 600")
 }
 
 fn interval(given: &str) -> Result<Duration, String> {
@@ -473,11 +484,12 @@ mod tests {
             ),
             (
                 "track --timeout 5parsecs",
-                "unknown unit 'parsecs'; write a number and its unit, for example 30s, 500ms or 1h",
+                "unknown unit 'parsecs'; write for example 30s, 500ms or 1h",
             ),
             ("check --master-identity sha256:12", "must be name, host, ca, public, or sha256:"),
             ("run --interval 10ms", "'--interval <DURATION>': must be from 50ms to 1h"),
             ("push --timeout 2h", "'--timeout <DURATION>': must be from 1ms to 1h"),
+            ("demo --seconds 4", "'--seconds <N>': must be a number from 5 to 600"),
         ] {
             let message = error(given);
             assert!(message.contains(expected), "{message}");
@@ -516,6 +528,23 @@ mod tests {
     }
 
     #[test]
+    fn completions_know_values() {
+        for (shell, expected) in [
+            (Shell::Bash, "compgen -W \"deploy mutate\""),
+            (Shell::Bash, "compgen -W \"off error warn info debug trace\""),
+            (Shell::Zsh, ":WHAT:(deploy mutate)'"),
+            (Shell::Zsh, ":HOW:(succeeded failed)'"),
+            (Shell::Zsh, ":RULE:(name host ca public)'"),
+            (Shell::Fish, "-l operation -d 'What was done' -r -f -a \"deploy\\t''\nmutate\\t''\""),
+        ] {
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut completable(), "decnet-heartbeat", &mut script);
+            let script = String::from_utf8(script).unwrap();
+            assert!(script.contains(expected), "{script}");
+        }
+    }
+
+    #[test]
     fn help_fits_terminals_of_60_columns() {
         let mut command = Arguments::command().term_width(60).color(clap::ColorChoice::Never);
         let names: Vec<_> =
@@ -523,9 +552,7 @@ mod tests {
         for name in names {
             let subcommand = command.find_subcommand_mut(&name).unwrap();
             let help = subcommand.clone().term_width(60).render_long_help().to_string();
-            // clap does not wrap the usage.
-            let mut lines = help.lines().filter(|line| !line.starts_with("Usage: "));
-            let too_long = lines.find(|line| line.chars().count() > 60);
+            let too_long = help.lines().find(|line| line.chars().count() > 60);
             assert_eq!(too_long, None, "{name}");
         }
     }

@@ -109,7 +109,7 @@ fn docker_step(socket: &str, from: &str, engine: &DockerState, states: Option<&s
         }
         (None, Err(problem)) => Step::bad(
             "docker",
-            format!("{problem} ({from}); {container_count}"),
+            format!("{problem} (socket: {from}); {container_count}"),
             "Docker, or the proxy of its socket, must answer /networks with a list; until then \
              beats contain the deckies, but not the observed topology",
         ),
@@ -121,13 +121,13 @@ fn docker_step(socket: &str, from: &str, engine: &DockerState, states: Option<&s
         ),
         (Some(problem), Ok(bridges)) => Step::bad(
             "docker",
-            format!("{problem} ({from}); {bridges}"),
+            format!("{problem} (socket: {from}); {bridges}"),
             "Docker, or the proxy of its socket, must answer /containers/json with a list; until \
              then beats contain no decky",
         ),
         (Some(problem), Err(_)) => Step::bad(
             "docker",
-            format!("{problem} ({from})"),
+            format!("{problem} (socket: {from})"),
             "start Docker, let this user use its socket, or name another socket with \
              --docker-socket; until then beats contain no decky",
         ),
@@ -268,7 +268,7 @@ mod tests {
             shown(DockerState { containers: containers(2), networks: Err(refused("/networks")) });
         assert!(
             text.starts_with(
-                "✗ docker        Docker at /s: /networks: answered 403 (default); 2 containers\n"
+                "✗ docker        Docker at /s: /networks: answered 403 (socket: default); 2 containers\n"
             ),
             "{text}"
         );
@@ -282,7 +282,7 @@ mod tests {
             shown(DockerState { containers: Err(refused("/containers")), networks: networks(1) });
         assert!(
             text.starts_with(
-                "✗ docker        Docker at /s: /containers: answered 403 (default); \
+                "✗ docker        Docker at /s: /containers: answered 403 (socket: default); \
                 1 bridge network\n"
             ),
             "{text}"
