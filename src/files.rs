@@ -157,10 +157,7 @@ pub(crate) fn replaceable(path: &Path) -> io::Result<()> {
         metadata => metadata?.file_type(),
     };
     let Some(what) = special(kind) else { return Ok(()) };
-    Err(io::Error::new(
-        io::ErrorKind::InvalidInput,
-        format!("the path is {what}, which is not replaced by a file"),
-    ))
+    Err(io::Error::new(io::ErrorKind::InvalidInput, format!("it is {what}, not a regular file")))
 }
 
 /// The version of a file: its inode, size and times. `None` inside: the file does not exist.
@@ -273,10 +270,7 @@ mod tests {
             let before = fs::symlink_metadata(at(name)).unwrap();
             let refused = replace(&at(name), b"new", None).unwrap_err();
             assert_eq!(refused.kind(), io::ErrorKind::InvalidInput);
-            assert_eq!(
-                refused.to_string(),
-                format!("the path is {what}, which is not replaced by a file")
-            );
+            assert_eq!(refused.to_string(), format!("it is {what}, not a regular file"));
             let after = fs::symlink_metadata(at(name)).unwrap();
             assert_eq!(
                 (before.ino(), before.file_type()),

@@ -158,17 +158,12 @@ impl Reporter {
             }
             added => added?,
         };
-        Ok((first..).zip(deltas).map(|(id, delta)| QueuedDelta { id, delta }).collect())
+        Ok(numbered(first, deltas))
     }
 
-    /// Adds rows in flight for an operation, and returns their ids.
-    pub(super) fn begin(
-        &self,
-        operation: Operation,
-        deckies: &[String],
-    ) -> Result<Vec<i64>, Error> {
-        let first = self.outbox.add(NewRows::Operation(operation, deckies.to_vec()), false)?;
-        Ok((first..).take(deckies.len()).collect())
+    /// Adds a row in flight for each decky. Returns the id of the first; the others follow it.
+    pub(super) fn begin(&self, operation: Operation, deckies: &[String]) -> Result<i64, Error> {
+        self.outbox.add(NewRows::Operation(operation, deckies.to_vec()), false)
     }
 
     /// Whether all rows of this process are on disk.
@@ -183,15 +178,24 @@ impl Reporter {
                 && self.is_on_disk()
     }
 
-    /// Ends rows in flight.
-    pub(super) fn end(&self, ended: &[QueuedDelta], sent_by: SentBy) {
-        if let Err(error) = self.outbox.change(RowChange::Ended(ended.to_vec(), sent_by), false) {
+    /// Ends the rows in flight that begin with the id `first`, and reports them.
+    pub(super) fn end(
+        &self,
+        first: i64,
+        deltas: Vec<LifecycleDelta>,
+        delivery: &DeliveryOptions,
+        wait: &mut ReportWait<'_>,
+    ) -> ReportResult {
+        let ended = numbered(first, deltas);
+        let sent_by = if delivery.no_wait { SentBy::Deliverer } else { SentBy::ThisProcess };
+        if let Err(error) = self.outbox.change(RowChange::Ended(ended.clone(), sent_by), false) {
             log::warn!(
                 "could not record the end of the operation: {} error={:?}",
                 self.names(),
                 chain(&error)
             );
         }
+        if delivery.no_wait { self.queued(self.write_rows(wait)) } else { self.post(&ended, wait) }
     }
 
     /// Queues deltas for `run` to deliver.
@@ -224,11 +228,6 @@ impl Reporter {
         None
     }
 
-    /// Leaves ended rows to `run`.
-    pub(super) fn leave_to_run(&self, wait: &mut ReportWait<'_>) -> ReportResult {
-        self.queued(self.write_rows(wait))
-    }
-
     fn queued(&self, written: Result<(), Error>) -> ReportResult {
         match written {
             Ok(()) if self.is_on_disk() => ReportResult::Queued,
@@ -239,7 +238,7 @@ impl Reporter {
 
     /// Posts the rows that this process has claimed. Leaves to `run` what the master has not
     /// accepted in time, and what a newer operation holds back.
-    pub(super) fn post(&self, deltas: &[QueuedDelta], wait: &mut ReportWait<'_>) -> ReportResult {
+    fn post(&self, deltas: &[QueuedDelta], wait: &mut ReportWait<'_>) -> ReportResult {
         let (held, free) = self.held_and_free(deltas);
         let mut unsent = free.as_slice();
         let failed = loop {
@@ -427,6 +426,11 @@ impl Post {
     }
 }
 
+/// The deltas with their ids, which follow each other.
+fn numbered(first: i64, deltas: Vec<LifecycleDelta>) -> Vec<QueuedDelta> {
+    (first..).zip(deltas).map(|(id, delta)| QueuedDelta { id, delta }).collect()
+}
+
 fn ids(deltas: &[QueuedDelta]) -> Vec<i64> {
     deltas.iter().map(|queued| queued.id).collect()
 }
@@ -452,7 +456,9 @@ mod tests {
         let counts = || look(&agent_dir.join(OUTBOX)).unwrap().unwrap().counts;
         assert_eq!((counts().operations, counts().waiting), (1, 0));
         let delta = LifecycleDelta::succeeded("d", Operation::Deploy);
-        reporter.end(&[QueuedDelta { id: begun[0], delta }], SentBy::Deliverer);
+        let delivery = DeliveryOptions { timeout: Duration::ZERO, no_wait: true, outbox: None };
+        let wait = &mut ReportWait::new(delivery.timeout, None);
+        assert_eq!(reporter.end(begun, vec![delta], &delivery, wait), ReportResult::Queued);
         assert_eq!((counts().operations, counts().waiting), (0, 1));
     }
 }

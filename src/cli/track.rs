@@ -31,7 +31,7 @@ use super::report::{ReportResult, ReportWait, Reporter};
 use super::{enrolment, outbox, warn_of_unlisted};
 use crate::delta::{LifecycleDelta, Operation, Outcome};
 use crate::error::{Error, chain};
-use crate::outbox::{OutboxLocation, QueuedDelta, SentBy};
+use crate::outbox::OutboxLocation;
 use command::CommandEnd;
 use stderr::Stderr;
 
@@ -43,7 +43,7 @@ pub(super) fn track(common: &Common, options: TrackOptions) -> Result<ExitCode, 
     let deckies = deckies.into_iter().collect::<BTreeSet<_>>().into_iter().collect();
     let location = outbox(delivery.outbox.clone());
     let mut report =
-        OperationReport { common, operation, deckies, location, reporter: None, rows: None };
+        OperationReport { common, operation, deckies, location, reporter: None, first_row: None };
     let is_enrolled = report.begin();
     let ended = match signals.first_for_command() {
         Some(signal) => {
@@ -69,8 +69,8 @@ struct OperationReport<'a> {
     location: OutboxLocation,
     /// `None` while the enrolment cannot be read.
     reporter: Option<Reporter>,
-    /// The ids of the rows in flight. `None`: they could not be written.
-    rows: Option<Vec<i64>>,
+    /// The id of the first row in flight. `None`: the rows could not be written.
+    first_row: Option<i64>,
 }
 
 impl OperationReport<'_> {
@@ -91,7 +91,7 @@ impl OperationReport<'_> {
             }
         };
         match reporter.begin(self.operation, &self.deckies) {
-            Ok(ids) => self.rows = Some(ids),
+            Ok(first) => self.first_row = Some(first),
             Err(error) => reporter.log_problem(&error),
         }
         true
@@ -108,36 +108,27 @@ impl OperationReport<'_> {
         let deltas: Vec<_> = self.deckies.iter().map(delta).collect();
         // Rows that are only in memory are lost with this process, so they are not ended but
         // reported again. Rows in a file, even in a replaced one, must be ended by their ids.
-        let rows =
-            self.rows.take().filter(|_| self.reporter.as_ref().is_some_and(Reporter::try_to_write));
-        let reopened = if rows.is_none() { self.open().map(Some) } else { Ok(None) };
-        let mut reporter = match (reopened, self.reporter) {
-            (Ok(Some(reporter)), _) | (_, Some(reporter)) => reporter,
-            (Ok(None), None) => return,
-            (Err(error), None) => {
-                return log::error!(
-                    "report lost, neither delivered nor queued: error={:?}",
-                    chain(&error)
-                );
+        let first_row =
+            self.first_row.filter(|_| self.reporter.as_ref().is_some_and(Reporter::try_to_write));
+        if first_row.is_none() {
+            match self.open() {
+                Ok(reporter) => self.reporter = Some(reporter),
+                Err(error) if self.reporter.is_none() => {
+                    let error = chain(&error);
+                    log::error!("report lost, neither delivered nor queued: error={error:?}");
+                }
+                Err(_) => (),
             }
-        };
+        }
+        let Some(reporter) = &mut self.reporter else { return };
         // After the command: a deploy adds its deckies to the state file.
         warn_of_unlisted(reporter.agent_dir(), self.deckies.iter().map(String::as_str));
         let mut wait = ReportWait::new(delivery.timeout, Some(signals));
-        let reported = match rows {
-            Some(ids) => {
-                let ended = ids
-                    .into_iter()
-                    .zip(deltas)
-                    .map(|(id, delta)| QueuedDelta { id, delta })
-                    .collect();
-                end_rows(&reporter, ended, delivery, &mut wait)
-            }
-            None => {
-                report_without_rows(&mut reporter, &self.location, &deltas, delivery, &mut wait)
-            }
+        let reported = match first_row {
+            Some(first) => reporter.end(first, deltas, delivery, &mut wait),
+            None => report_without_rows(reporter, &self.location, &deltas, delivery, &mut wait),
         };
-        log_problem(&reporter, &reported);
+        log_problem(reporter, &reported);
         if matches!(reported, ReportResult::InDoubt(_)) {
             reporter.await_disk(&mut wait);
         }
@@ -160,21 +151,6 @@ fn log_problem(reporter: &Reporter, reported: &ReportResult) {
             log::error!("report lost, neither delivered nor queued: {names} error={why:?}")
         }
     }
-}
-
-/// Ends and reports rows that are in flight on disk.
-fn end_rows(
-    reporter: &Reporter,
-    ended: Vec<QueuedDelta>,
-    delivery: &DeliveryOptions,
-    wait: &mut ReportWait<'_>,
-) -> ReportResult {
-    if delivery.no_wait {
-        reporter.end(&ended, SentBy::Deliverer);
-        return reporter.leave_to_run(wait);
-    }
-    reporter.end(&ended, SentBy::ThisProcess);
-    reporter.post(&ended, wait)
 }
 
 /// Reports an operation that has no rows on disk. If neither the outbox nor the master can be

@@ -440,7 +440,7 @@ fn server_of_another_protocol_is_detected() {
     report.fails_with("tls", 1);
     assert_eq!(
         report.message("tls"),
-        "the answer is neither TLS nor HTTP: the peer is not the master's"
+        "the answer is neither TLS nor HTTP: the peer is not the master"
     );
     assert!(
         report.advice("tls").starts_with("correct the master's host and port"),

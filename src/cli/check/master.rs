@@ -124,7 +124,8 @@ impl ConnectionSteps {
                 None => connected.message().to_owned(),
             });
             if tls.is_none() {
-                (tcp, tls) = (connected, tls_step);
+                tcp = connected;
+                tls = tls_step;
             }
         }
         Self { tcp, tls, addresses: addresses.to_vec() }
