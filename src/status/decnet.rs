@@ -253,7 +253,7 @@ impl StatusSource for DecnetStatus {
         let probe = self.probe();
         let now = Instant::now();
         let problems = &mut self.problems;
-        problems.log("Docker", probe.states_problem(), now);
+        problems.log("Docker's containers", probe.states_problem(), now);
         if probe.engine.containers.is_ok() {
             problems.log("Docker's networks", probe.networks_problem(), now);
             problems.log("a part of Docker's answer", probe.engine.left_out().as_deref(), now);
