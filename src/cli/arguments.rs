@@ -55,6 +55,7 @@ line, such as a name that no decky can have; 78 as run does; 1 when neither has 
 const TRACK_HELP: &str = "\
 \u{1b}[1;4mExit status:\u{1b}[0m
   The exit status of COMMAND. Also:
+     2  the command line is wrong
    126  COMMAND cannot be started
    127  COMMAND does not exist
    128  plus the signal's number: a signal ended COMMAND,

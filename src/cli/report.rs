@@ -83,7 +83,7 @@ impl<'a> ReportWait<'a> {
     /// Whether a signal requested the end.
     fn is_interrupted(&mut self) -> bool {
         self.is_interrupted = self.is_interrupted
-            || self.signals.as_mut().is_some_and(|signals| signals.request_end());
+            || self.signals.as_mut().is_some_and(|signals| signals.is_end_requested());
         self.is_interrupted
     }
 

@@ -125,7 +125,7 @@ impl StatsFile {
             let problem = format!("{file} is {what}, which would be replaced; name another file");
             return Err(Error::config(self.option, problem));
         }
-        match files::replaceable(&self.path) {
+        match files::check_replaceable(&self.path) {
             Err(error) if error.kind() == io::ErrorKind::InvalidInput => {
                 let advice = "name a regular file, or a path that does not exist";
                 let problem = format!("{file} cannot be replaced; {advice}");

@@ -91,7 +91,7 @@ impl DecnetStatus {
     /// ```
     pub fn new(agent_dir: &Path) -> Self {
         Self {
-            state_file: StateFile::new(StateFilePath::searched()),
+            state_file: StateFile::new(StateFilePath::Searched { root: PathBuf::from("/") }),
             docker: Docker::new(DOCKER_SOCKET.into()),
             topology: TopologyFile::new(absolute(&agent_dir.join(TOPOLOGY))),
             problems: ProblemLog::default(),
@@ -139,11 +139,11 @@ impl DecnetStatus {
     #[cfg(any(test, feature = "loopback"))]
     pub(crate) fn status(
         &mut self,
-        engine: &DockerState,
+        docker: &DockerState,
         other: Option<&str>,
     ) -> Result<Snapshot, String> {
         let located = self.state_file.locate().map_err(|problem| problem.to_string())?;
-        report(self.state_file.read(&located)?, engine, other)
+        report(self.state_file.read(&located)?, docker, other)
     }
 
     /// The state file, and those of these deckies that it does not list. `None`: there is no state
@@ -162,7 +162,7 @@ impl DecnetStatus {
     /// Reads everything. Docker comes first, as it may be slow. `topology.db` comes last, because
     /// an open that blocks in SQLite blocks every other open in this process.
     pub(crate) fn probe(&mut self) -> StatusProbe {
-        let engine = self.docker.engine();
+        let docker = self.docker.query();
         let located = self.state_file.locate();
         let state = located
             .as_ref()
@@ -172,9 +172,9 @@ impl DecnetStatus {
         let other = topology.as_ref().err().map(String::as_str);
         #[cfg(feature = "cli")]
         let deckies = state.as_ref().ok().and_then(|state| state.map(State::deckies));
-        let status = state.and_then(|state| report(state, &engine, other));
+        let status = state.and_then(|state| report(state, &docker, other));
         StatusProbe {
-            engine,
+            docker,
             #[cfg(feature = "cli")]
             located,
             status,
@@ -189,7 +189,7 @@ impl DecnetStatus {
 /// The parts of a snapshot, each with its error.
 #[derive(Debug)]
 pub(crate) struct StatusProbe {
-    pub(crate) engine: DockerState,
+    pub(crate) docker: DockerState,
     #[cfg(feature = "cli")]
     pub(crate) located: Result<StateFileLocation, LocateError>,
     /// The error is about the state file.
@@ -206,17 +206,17 @@ impl StatusProbe {
     /// Why states of containers are unknown.
     pub(crate) fn states_problem(&self) -> Option<&str> {
         let of_deckies = || self.status.as_ref().ok().and_then(Snapshot::fault);
-        self.engine.containers.as_ref().err().map(String::as_str).or_else(of_deckies)
+        self.docker.containers.as_ref().err().map(String::as_str).or_else(of_deckies)
     }
 
     /// Why the networks are unknown. If both requests fail, only the error of the containers is
     /// reported.
     fn networks_problem(&self) -> Option<&str> {
-        self.engine
+        self.docker
             .networks
             .as_ref()
             .err()
-            .filter(|_| self.engine.containers.is_ok())
+            .filter(|_| self.docker.containers.is_ok())
             .map(String::as_str)
     }
 
@@ -241,7 +241,7 @@ impl StatusProbe {
         let snapshot = snapshot.with_fault(fault.as_deref());
         match self.applied {
             Some(applied) => {
-                snapshot.with_topology(Topology { applied, observed: observe(&self.engine) })
+                snapshot.with_topology(Topology { applied, observed: observe(&self.docker) })
             }
             None => snapshot,
         }
@@ -254,9 +254,9 @@ impl StatusSource for DecnetStatus {
         let now = Instant::now();
         let problems = &mut self.problems;
         problems.log("Docker's containers", probe.states_problem(), now);
-        if probe.engine.containers.is_ok() {
+        if probe.docker.containers.is_ok() {
             problems.log("Docker's networks", probe.networks_problem(), now);
-            problems.log("a part of Docker's answer", probe.engine.left_out().as_deref(), now);
+            problems.log("a part of Docker's answer", probe.docker.left_out().as_deref(), now);
         }
         problems.log("the state file", probe.status.as_ref().err().map(String::as_str), now);
         problems.log("topology.db", probe.topology.as_ref().err().map(String::as_str), now);
@@ -328,12 +328,12 @@ impl ProblemLog {
 /// file, which is too large.
 pub(crate) fn report(
     state: Option<&State>,
-    engine: &DockerState,
+    docker: &DockerState,
     other: Option<&str>,
 ) -> Result<Snapshot, String> {
     let Some(state) = state else { return Snapshot::of_parts(&Status::nothing(other)) };
     let State { mode, compose_path, .. } = state;
-    let containers = engine.containers.as_ref().map_err(String::clone);
+    let containers = docker.containers.as_ref().map_err(String::clone);
     match containers.and_then(|containers| state.decky_states(containers)) {
         Ok(DeckyStates { deckies, runtime, left_out }) => {
             let problem = left_out.as_deref().map(|left_out| both(left_out, other));
@@ -359,8 +359,8 @@ fn both(error: &str, other: Option<&str>) -> String {
 
 /// The networks and containers of topologies. Unknown if either request failed, because the master
 /// would take one without the other as a missing part.
-fn observe(engine: &DockerState) -> Observed {
-    let (containers, networks) = match (&engine.containers, &engine.networks) {
+fn observe(docker: &DockerState) -> Observed {
+    let (containers, networks) = match (&docker.containers, &docker.networks) {
         (Ok(containers), Ok(networks)) => (containers, networks),
         (Err(problem), _) | (_, Err(problem)) => return Observed::Unknown(problem.clone()),
     };
@@ -372,8 +372,9 @@ fn observe(engine: &DockerState) -> Observed {
     for (name, state) in
         containers.states.iter().filter(|(name, _)| name.starts_with(Containers::OURS))
     {
-        match state {
-            Some(state) if runs(state) => running.push(name.clone()),
+        match state.as_deref() {
+            // Docker also lists a paused or restarting container as running.
+            Some("running" | "paused" | "restarting") => running.push(name.clone()),
             Some(_) => (),
             None => {
                 return Observed::Unknown(format!(
@@ -384,12 +385,6 @@ fn observe(engine: &DockerState) -> Observed {
         }
     }
     Observed::Seen { bridges, containers: running }
-}
-
-/// Whether a container counts as running. Docker also lists a paused or restarting container as
-/// running.
-fn runs(state: &str) -> bool {
-    matches!(state, "running" | "paused" | "restarting")
 }
 
 #[cfg(test)]

@@ -151,7 +151,7 @@ impl Docker {
     }
 
     /// Requests the networks, then the containers.
-    pub(crate) fn engine(&self) -> DockerState {
+    pub(crate) fn query(&self) -> DockerState {
         let networks = self.get("/networks", limits::DOCKER_NETWORKS, Networks::of);
         let containers =
             self.get("/containers/json?all=true", limits::DOCKER_CONTAINERS, Containers::of);
@@ -373,7 +373,7 @@ mod tests {
     /// The error for a Docker that answers both requests like this, without the socket's name.
     fn problems(answer: &str) -> [String; 2] {
         let (dir, docker) = answering(&[answer, answer]);
-        let DockerState { containers, networks } = docker.engine();
+        let DockerState { containers, networks } = docker.query();
         [networks.unwrap_err(), containers.unwrap_err()]
             .map(|problem| problem.replace(&dir.path().display().to_string(), "DIR"))
     }
@@ -384,7 +384,7 @@ mod tests {
             {"Names":["/cache"],"State":"exited"},{"Names":null,"State":"dead"},{"Names":[],"State":"dead"}]"#;
         let networks = r#"[{"Name":"b","Driver":"bridge"},{"Name":"h","Driver":"host"}]"#;
         let (_dir, docker) = answering(&[&ok(networks), &ok(containers)]);
-        let engine = docker.engine();
+        let engine = docker.query();
         assert_eq!(states(&engine), [("cache", Some("exited")), ("db", Some("running"))]);
         assert_eq!(
             (engine.networks.as_ref().unwrap().bridges.as_slice(), engine.left_out()),
@@ -396,7 +396,7 @@ mod tests {
     fn chunked_answer_is_decoded() {
         let chunked = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\n[{\"\r\n21\r\nNames\":[\"/a\"],\"State\":\"running\"}]\r\n0\r\n\r\n";
         let (_dir, docker) = answering(&[&ok("[]"), chunked]);
-        assert_eq!(states(&docker.engine()), [("a", Some("running"))]);
+        assert_eq!(states(&docker.query()), [("a", Some("running"))]);
     }
 
     #[test]
@@ -408,7 +408,7 @@ mod tests {
             &ok("[]"),
         ]);
         for _ in 0..2 {
-            let DockerState { containers, networks } = docker.engine();
+            let DockerState { containers, networks } = docker.query();
             assert!(containers.is_ok() && networks.is_ok(), "{containers:?} {networks:?}");
         }
     }
@@ -434,11 +434,11 @@ mod tests {
             String::new(),
         ] {
             let (_dir, docker) = answering(&[&bad, &good_containers]);
-            let engine = docker.engine();
+            let engine = docker.query();
             assert_eq!(states(&engine), [("a", Some("running"))], "{bad:.80}");
             assert!(engine.networks.unwrap_err().contains(": /networks: "), "{bad:.80}");
             let (_dir, docker) = answering(&[&good_networks, &bad]);
-            let engine = docker.engine();
+            let engine = docker.query();
             assert_eq!(engine.networks.unwrap().bridges, ["b"], "{bad:.80}");
             assert!(
                 engine.containers.unwrap_err().contains(": /containers/json?all=true: "),
@@ -461,7 +461,7 @@ mod tests {
             }
         });
         let since = Instant::now();
-        let engine = Docker::new(socket).engine();
+        let engine = Docker::new(socket).query();
         assert!(since.elapsed() < limits::DOCKER_CONTAINERS, "{:?}", since.elapsed());
         assert_eq!(states(&engine), [("a", Some("running"))]);
         assert!(engine.networks.unwrap_err().contains(": /networks: timeout: "));
@@ -515,7 +515,7 @@ mod tests {
         ];
         let containers = format!(r#"[{},{{"Names":[7,"/a"],"State":"running"}}]"#, odd.join(","));
         let (_dir, docker) = answering(&[&ok("[]"), &ok(&containers)]);
-        let engine = docker.engine();
+        let engine = docker.query();
         let unknown = ["long-state", "no-state", "null", "number"].map(|name| (name, None));
         assert_eq!(states(&engine), [&[("a", Some("running"))][..], &unknown[..]].concat());
         let left_out = engine.left_out().unwrap();
@@ -536,7 +536,7 @@ mod tests {
             r#"{"Name":"other","Driver":1}"#.to_owned(),
         ] {
             let (_dir, docker) = answering(&[&networks(&odd), &ok("[]")]);
-            let engine = docker.engine();
+            let engine = docker.query();
             assert_eq!(engine.networks.as_ref().unwrap().bridges, ["b"], "{odd}");
             assert!(
                 engine.left_out().unwrap().starts_with("Docker: 1 network with an invalid name"),
@@ -549,11 +549,11 @@ mod tests {
             r#"{"Name":null,"Driver":"bridge"}"#.to_owned(),
         ] {
             let (_dir, docker) = answering(&[&networks(&odd), &ok("[]")]);
-            assert!(docker.engine().networks.is_err(), "{odd}");
+            assert!(docker.query().networks.is_err(), "{odd}");
         }
         let (_dir, docker) =
             answering(&[&networks(&format!(r#"{{"Name":"x{long}","Driver":"host"}}"#)), &ok("[]")]);
-        assert_eq!(docker.engine().left_out(), None, "it is not a bridge");
+        assert_eq!(docker.query().left_out(), None, "it is not a bridge");
     }
 
     #[test]
@@ -561,7 +561,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("file");
         std::fs::write(&path, "").unwrap();
-        let DockerState { containers, networks } = Docker::new(path).engine();
+        let DockerState { containers, networks } = Docker::new(path).query();
         for error in [containers.unwrap_err(), networks.unwrap_err()] {
             assert!(error.ends_with("Connection refused (os error 111)"), "{error}");
         }

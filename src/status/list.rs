@@ -66,7 +66,7 @@ impl<'de, T: Deserialize<'de>> Visitor<'de> for Entry<T> {
 
 /// The raw values of these keys of an object. Other keys are skipped, even if they are invalid text
 /// with a lone surrogate.
-pub(super) fn values<'a, const N: usize>(
+pub(super) fn read_values<'a, const N: usize>(
     json: &'a [u8],
     keys: [&str; N],
 ) -> serde_json::Result<[&'a RawValue; N]> {
@@ -142,7 +142,7 @@ mod tests {
     #[test]
     fn other_keys_of_an_object_are_skipped() {
         let of = |json: &'static str| {
-            let found = values(json.as_bytes(), ["a", "b"]);
+            let found = read_values(json.as_bytes(), ["a", "b"]);
             found.map(|found| found.map(RawValue::get)).map_err(|error| without_place(&error))
         };
         for json in [

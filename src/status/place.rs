@@ -78,11 +78,6 @@ impl fmt::Display for StateFileLocation {
 }
 
 impl StateFilePath {
-    /// The path that DECNET uses on this host.
-    pub(super) fn searched() -> Self {
-        Self::Searched { root: PathBuf::from("/") }
-    }
-
     /// Finds the path of the file.
     pub(super) fn locate(&self) -> Result<StateFileLocation, LocateError> {
         match self {

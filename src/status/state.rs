@@ -92,7 +92,7 @@ struct Decky {
 
 impl Decky {
     fn parse(json: &RawValue) -> Result<Self, String> {
-        let [name, services] = list::values(json.get().as_bytes(), ["name", "services"])
+        let [name, services] = list::read_values(json.get().as_bytes(), ["name", "services"])
             .map_err(|error| format!(": {}", without_place(&error)))?;
         Ok(Self { name: read(".name", name)?, services: read(".services", services)? })
     }
@@ -113,9 +113,9 @@ pub(super) struct DeckyStates<'a> {
 
 impl State {
     pub(crate) fn parse(content: &[u8]) -> Result<Self, String> {
-        let [config, compose_path] =
-            list::values(content, ["config", "compose_path"]).map_err(|error| error.to_string())?;
-        let [mode, deckies] = list::values(config.get().as_bytes(), ["mode", "deckies"])
+        let [config, compose_path] = list::read_values(content, ["config", "compose_path"])
+            .map_err(|error| error.to_string())?;
+        let [mode, deckies] = list::read_values(config.get().as_bytes(), ["mode", "deckies"])
             .map_err(|error| format!("config: {}", without_place(&error)))?;
         // Only these parts are sent. The rest of the file is not checked.
         for (what, json) in [("mode", mode), ("compose_path", compose_path), ("deckies", deckies)] {

@@ -87,22 +87,22 @@ fn unlocated_step(problem: &LocateError) -> Step {
 pub(super) fn docker(options: &RunOptions, probe: &StatusProbe) -> Step {
     let socket = sanitize_path(options.docker_socket());
     let from = options.docker_socket.as_ref().map_or("default", |_| "--docker-socket");
-    docker_step(&socket, from, &probe.engine, probe.states_problem())
+    docker_step(&socket, from, &probe.docker, probe.states_problem())
 }
 
 /// Names the request that failed, and the consequence. `states`: why the states of containers, or
 /// of some deckies' containers, are unknown, as of [`StatusProbe::states_problem`]. It is set
 /// whenever the containers are unknown.
-fn docker_step(socket: &str, from: &str, engine: &DockerState, states: Option<&str>) -> Step {
-    let containers = engine.containers.as_ref().map(|containers| containers.states.len());
-    let bridges = engine.networks.as_ref().map(|networks| networks.bridges.len());
+fn docker_step(socket: &str, from: &str, docker: &DockerState, states: Option<&str>) -> Step {
+    let containers = docker.containers.as_ref().map(|containers| containers.states.len());
+    let bridges = docker.networks.as_ref().map(|networks| networks.bridges.len());
     let container_count = counted(containers.unwrap_or(0), "container", "containers");
     let bridge_count = bridges.map(|count| counted(count, "bridge network", "bridge networks"));
     let step = match (states, bridge_count) {
         (None, Ok(bridges)) => {
             let step =
                 Step::good("docker", format!("{socket} ({from}): {container_count}, {bridges}"));
-            match engine.left_out() {
+            match docker.left_out() {
                 Some(left_out) => step.advise(left_out),
                 None => step,
             }
@@ -171,7 +171,7 @@ pub(super) fn output_file(name: &'static str, path: &Path, own: Option<&str>) ->
         return Step::bad(name, problem, "name another file").fact("file", file);
     }
     let advice = "create its folder, let this user write into it, or free disk space";
-    match (files::replaceable(path), check_room(folder(path))) {
+    match (files::check_replaceable(path), check_room(folder(path))) {
         (Ok(()), Ok(())) => Step::good(name, format!("{file} can be written")),
         (_, Err(problem)) => Step::bad(name, format!("{file}: {problem}"), advice),
         (Err(error), Ok(())) => Step::bad(

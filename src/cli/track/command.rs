@@ -142,16 +142,20 @@ fn start(command: &[OsString], outputs: Outputs) -> io::Result<Child> {
 
 /// Passes a signal on, unless it was sent to the whole process group and the command is still in
 /// it.
-fn pass_on(CaughtSignal { signal, by_process }: CaughtSignal, child: &Child, stderr: &mut Stderr) {
+fn pass_on(
+    CaughtSignal { signal, is_from_process }: CaughtSignal,
+    child: &Child,
+    stderr: &mut Stderr,
+) {
     if signal == SIGWINCH {
         // The command may have read the old size before `resize`.
-        if stderr.resize() || by_process {
+        if stderr.resize() || is_from_process {
             send(child, signal);
         }
         return;
     }
     // A terminal signals a group, except that its hangup signals only the session leader.
-    let is_for_group = stderr.group_received(signal).unwrap_or(!by_process);
+    let is_for_group = stderr.group_received(signal).unwrap_or(!is_from_process);
     let is_in_our_group =
         getpgid(Some(Pid::from_child(child))).is_ok_and(|group| group == getpgrp());
     if !(is_for_group && is_in_our_group) {

@@ -55,25 +55,28 @@ impl Stderr {
     /// Starts the companion. If that fails, the command writes to our stderr, and nothing is
     /// copied.
     pub(super) fn copied() -> (Self, Outputs) {
-        let is_terminal = io::stderr().is_terminal();
-        let start = || {
-            let (input, output) = if is_terminal { terminal()? } else { pipe()? };
-            let companion = CompanionHandle::start(&input)?;
-            let stdout = if is_same_file(io::stdout(), io::stderr()) {
-                Some(output.try_clone()?)
-            } else {
-                None
-            };
-            io::Result::Ok((Some(companion), Some(input), Outputs { stdout, stderr: Some(output) }))
+        let mut stderr = Self {
+            companion: None,
+            input: None,
+            started: Instant::now(),
+            is_terminal: io::stderr().is_terminal(),
+            has_ended: false,
         };
-        let (companion, input, outputs) = start().unwrap_or_else(|error| {
-            log::warn!(
-                "stderr cannot be copied; the report will not quote it: error={:?}",
-                error.to_string()
-            );
-            (None, None, Outputs::default())
+        let outputs = stderr.start().unwrap_or_else(|error| {
+            let error = error.to_string();
+            log::warn!("stderr cannot be copied; the report will not quote it: error={error:?}");
+            Outputs::default()
         });
-        (Self { companion, input, started: Instant::now(), is_terminal, has_ended: false }, outputs)
+        (stderr, outputs)
+    }
+
+    fn start(&mut self) -> io::Result<Outputs> {
+        let (input, output) = if self.is_terminal { terminal()? } else { pipe()? };
+        let is_same = is_same_file(io::stdout(), io::stderr());
+        let stdout = if is_same { Some(output.try_clone()?) } else { None };
+        self.companion = Some(CompanionHandle::start(&input)?);
+        self.input = Some(input);
+        Ok(Outputs { stdout, stderr: Some(output) })
     }
 
     /// Starts another companion if the last one was killed: without a reader the command would

@@ -102,7 +102,7 @@ fn is_array(json: &[u8]) -> bool {
 /// Whether these answers are an engine's: the first about networks, the second about containers.
 fn ask(answers: [Vec<u8>; 2]) -> [bool; 2] {
     let connector = Answering { answers: Mutex::new(answers.into()), peers: Mutex::default() };
-    let engine = Docker::behind(connector).engine();
+    let engine = Docker::behind(connector).query();
     engine.left_out().iter().for_each(|left_out| assert_sayable(left_out));
     let DockerState { containers, networks } = engine;
     [networks.as_ref().err(), containers.as_ref().err()]
