@@ -26,6 +26,7 @@ use std::thread;
 use std::time::Duration;
 
 use arguments::{Arguments, Command, Common, described};
+use clap::CommandFactory;
 use clap_complete::Shell;
 use crossbeam_channel::{Receiver, bounded, never};
 use log::LevelFilter;
@@ -127,7 +128,8 @@ fn help_or_usage_error(error: clap::Error) -> ExitCode {
 fn completions(shell: Shell) -> Result<(), Error> {
     let mut script = Vec::new();
     let name = env!("CARGO_PKG_NAME");
-    clap_complete::generate(shell, &mut arguments::completable(), name, &mut script);
+    let mut command = arguments::with_hints(Arguments::command());
+    clap_complete::generate(shell, &mut command, name, &mut script);
     print_result(&String::from_utf8_lossy(&script))
 }
 

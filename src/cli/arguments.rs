@@ -267,12 +267,8 @@ fn is_track_without_separator(given: &[OsString]) -> bool {
         && !given.iter().any(|argument| argument == "--")
 }
 
-/// The command line, with hints for completions.
-pub(super) fn completable() -> clap::Command {
-    with_hints(Arguments::command())
-}
-
-fn with_hints(command: clap::Command) -> clap::Command {
+/// Adds hints for completions to the command line.
+pub(super) fn with_hints(command: clap::Command) -> clap::Command {
     let rules = ["name", "host", "ca", "public"];
     command.mut_subcommands(with_hints).mut_args(|argument| match argument.get_value_hint() {
         // The parser also accepts fingerprints. `sha256:` is left out, because zsh ends the list of
@@ -539,7 +535,12 @@ mod tests {
             (Shell::Fish, "-l operation -d 'What was done' -r -f -a \"deploy\\t''\nmutate\\t''\""),
         ] {
             let mut script = Vec::new();
-            clap_complete::generate(shell, &mut completable(), "decnet-heartbeat", &mut script);
+            clap_complete::generate(
+                shell,
+                &mut with_hints(Arguments::command()),
+                "decnet-heartbeat",
+                &mut script,
+            );
             let script = String::from_utf8(script).unwrap();
             assert!(script.contains(expected), "{script}");
         }

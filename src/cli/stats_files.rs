@@ -37,7 +37,7 @@ impl StatsFiles {
         metrics: Option<PathBuf>,
         own: OwnFiles,
     ) -> Result<Option<Self>, Error> {
-        let files: Vec<_> = [stats.map(StatsFile::stats), metrics.map(StatsFile::metrics)]
+        let mut files: Vec<_> = [stats.map(StatsFile::stats), metrics.map(StatsFile::metrics)]
             .into_iter()
             .flatten()
             .collect();
@@ -51,7 +51,9 @@ impl StatsFiles {
         let work = move || {
             let _running: Sender<()> = running;
             let _ = check_sender.send(files.iter().try_for_each(|file| file.check(&own)));
-            write_each(files, &receiver);
+            for stats in receiver {
+                files.iter_mut().for_each(|file| file.write(&stats));
+            }
         };
         thread::Builder::new()
             .name(NAME.to_owned())
@@ -74,12 +76,6 @@ impl StatsFiles {
         let Self { sender, pending, ended } = self;
         drop((sender, pending));
         let _ = ended.recv_timeout(limits::STATS_FINISH);
-    }
-}
-
-fn write_each(mut files: Vec<StatsFile>, stats: &Receiver<Stats>) {
-    for stats in stats {
-        files.iter_mut().for_each(|file| file.write(&stats));
     }
 }
 

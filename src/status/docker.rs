@@ -241,11 +241,12 @@ impl Text {
         }
     }
 
-    fn of(text: &str) -> Self {
+    fn of(text: String) -> Self {
         if text.len() <= limits::DOCKER_NAME {
-            return Self::Whole(text.to_owned());
+            Self::Whole(text)
+        } else {
+            Self::Cut(cut(&text, limits::DOCKER_NAME / 4).to_owned())
         }
-        Self::Cut(cut(text, limits::DOCKER_NAME / 4).to_owned())
     }
 }
 
@@ -254,7 +255,7 @@ impl<'de> Deserialize<'de> for Text {
         // Raw first, so that a value of another type does not end the whole answer.
         let json = Box::<RawValue>::deserialize(deserializer)?;
         Ok(match serde_json::from_str::<Option<String>>(json.get()) {
-            Ok(Some(text)) => Self::of(&text),
+            Ok(Some(text)) => Self::of(text),
             Ok(None) => Self::Absent,
             Err(_) => Self::Invalid,
         })
@@ -506,14 +507,15 @@ mod tests {
     #[test]
     fn invalid_container_affects_only_its_own_state() {
         let long = "x".repeat(limits::DOCKER_NAME + 1);
-        let odd = [
+        let invalid = [
             r#"{"Names":["/no-state"]}"#.to_owned(),
             r#"{"Names":["/null"],"State":null}"#.to_owned(),
             r#"{"Names":["/number"],"State":{"Status":"running"}}"#.to_owned(),
             format!(r#"{{"Names":["/long-state"],"State":"{long}"}}"#),
             format!(r#"{{"Names":["/{long}"],"State":"running"}}"#),
         ];
-        let containers = format!(r#"[{},{{"Names":[7,"/a"],"State":"running"}}]"#, odd.join(","));
+        let containers =
+            format!(r#"[{},{{"Names":[7,"/a"],"State":"running"}}]"#, invalid.join(","));
         let (_dir, docker) = answering(&[&ok("[]"), &ok(&containers)]);
         let engine = docker.query();
         let unknown = ["long-state", "no-state", "null", "number"].map(|name| (name, None));
@@ -529,27 +531,28 @@ mod tests {
     #[test]
     fn invalid_network_is_left_out_unless_it_belongs_to_a_topology() {
         let long = "x".repeat(limits::DOCKER_NAME);
-        let networks = |odd: &str| ok(&format!(r#"[{odd},{{"Name":"b","Driver":"bridge"}}]"#));
-        for odd in [
+        let networks =
+            |invalid: &str| ok(&format!(r#"[{invalid},{{"Name":"b","Driver":"bridge"}}]"#));
+        for invalid in [
             format!(r#"{{"Name":"x{long}","Driver":"bridge"}}"#),
             r#"{"Name":"other"}"#.to_owned(),
             r#"{"Name":"other","Driver":1}"#.to_owned(),
         ] {
-            let (_dir, docker) = answering(&[&networks(&odd), &ok("[]")]);
+            let (_dir, docker) = answering(&[&networks(&invalid), &ok("[]")]);
             let engine = docker.query();
-            assert_eq!(engine.networks.as_ref().unwrap().bridges, ["b"], "{odd}");
+            assert_eq!(engine.networks.as_ref().unwrap().bridges, ["b"], "{invalid}");
             assert!(
                 engine.left_out().unwrap().starts_with("Docker: 1 network with an invalid name"),
-                "{odd}"
+                "{invalid}"
             );
         }
-        for odd in [
+        for invalid in [
             format!(r#"{{"Name":"decnet-topology-{long}","Driver":"bridge"}}"#),
             r#"{"Name":"decnet-topology-dmz"}"#.to_owned(),
             r#"{"Name":null,"Driver":"bridge"}"#.to_owned(),
         ] {
-            let (_dir, docker) = answering(&[&networks(&odd), &ok("[]")]);
-            assert!(docker.query().networks.is_err(), "{odd}");
+            let (_dir, docker) = answering(&[&networks(&invalid), &ok("[]")]);
+            assert!(docker.query().networks.is_err(), "{invalid}");
         }
         let (_dir, docker) =
             answering(&[&networks(&format!(r#"{{"Name":"x{long}","Driver":"host"}}"#)), &ok("[]")]);
