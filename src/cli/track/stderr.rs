@@ -17,7 +17,7 @@ use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer, openpt, unlockpt};
 use rustix::termios::{OptionalActions, tcgetattr, tcgetwinsize, tcsetattr, tcsetwinsize};
 
-use super::companion::{NAME, READY, SIGNAL, SIZE, TAIL, WRITTEN};
+use super::companion::{NAME, READY, SIGNAL, TAIL, WRITTEN};
 use crate::cli::command_signals::wait;
 use crate::limits;
 
@@ -130,11 +130,14 @@ impl Stderr {
         companion.received(signal)
     }
 
-    /// Gives the command's pseudoterminal the size of our terminal. Returns whether that was done.
-    pub(super) fn resize(&mut self) -> bool {
-        let companion = self.companion.as_mut().filter(|_| self.is_terminal);
-        companion
-            .is_some_and(|companion| companion.request(SIZE, 0, limits::COMPANION_ANSWER).is_some())
+    /// Gives the command's pseudoterminal, if it has one, the size of our terminal. Returns whether
+    /// it has one.
+    pub(super) fn resize(&self) -> bool {
+        let Some(controller) = self.input.as_ref().filter(|_| self.is_terminal) else {
+            return false;
+        };
+        copy_size(controller);
+        true
     }
 
     /// The tail of the command's output so far, as text.
@@ -243,10 +246,13 @@ fn terminal() -> io::Result<(OwnedFd, OwnedFd)> {
     let mut attributes = tcgetattr(&terminal)?;
     attributes.make_raw();
     tcsetattr(&terminal, OptionalActions::Now, &attributes)?;
-    if let Ok(size) = tcgetwinsize(io::stderr()) {
-        tcsetwinsize(&controller, size)?;
-    }
+    copy_size(&controller);
     Ok((controller, terminal))
+}
+
+/// Copies the size of our terminal. An error means that it has no size.
+fn copy_size(controller: &OwnedFd) {
+    let _ = tcgetwinsize(io::stderr()).and_then(|size| tcsetwinsize(controller, size));
 }
 
 /// Whether both refer to the same file, terminal, pipe or socket.
