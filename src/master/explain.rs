@@ -16,28 +16,29 @@ use crate::text::{quoted, sanitize};
 
 /// The class of a failure. [`Failure::class`](crate::Failure::class) has the table.
 pub(crate) fn class(error: &ureq::Error) -> String {
-    match error {
+    let class = match error {
         ureq::Error::Timeout(timeout) => {
-            format!("timeout-{}", timeout.to_string().replace(' ', "-"))
+            return format!("timeout-{}", timeout.to_string().replace(' ', "-"));
         }
-        ureq::Error::HostNotFound => "dns".to_owned(),
-        ureq::Error::Other(cause) if cause.is::<LookupFailed>() => "dns".to_owned(),
-        ureq::Error::Other(cause) if cause.is::<rustls::Error>() => "tls".to_owned(),
-        ureq::Error::Io(error) if tls_error(error).is_some() || not_tls(error).is_some() => {
-            "tls".to_owned()
+        ureq::Error::HostNotFound => "dns",
+        ureq::Error::Other(cause) if cause.is::<LookupFailed>() => "dns",
+        ureq::Error::Other(cause) if cause.is::<rustls::Error>() => "tls",
+        ureq::Error::Io(error) => io_class(error),
+        ureq::Error::Protocol(_) | ureq::Error::LargeResponseHeader(..) => "invalid-response",
+        _ => "io",
+    };
+    class.to_owned()
+}
+
+fn io_class(error: &io::Error) -> &'static str {
+    match error.kind() {
+        _ if tls_error(error).is_some() || not_tls(error).is_some() => "tls",
+        _ if is_closed(error) => "connection-closed",
+        ErrorKind::ConnectionRefused => "refused",
+        ErrorKind::HostUnreachable | ErrorKind::NetworkUnreachable | ErrorKind::NetworkDown => {
+            "unreachable"
         }
-        ureq::Error::Io(error) if is_closed(error) => "connection-closed".to_owned(),
-        ureq::Error::Io(error) => match error.kind() {
-            ErrorKind::ConnectionRefused => "refused".to_owned(),
-            ErrorKind::HostUnreachable | ErrorKind::NetworkUnreachable | ErrorKind::NetworkDown => {
-                "unreachable".to_owned()
-            }
-            _ => "io".to_owned(),
-        },
-        ureq::Error::Protocol(_) | ureq::Error::LargeResponseHeader(..) => {
-            "invalid-response".to_owned()
-        }
-        _ => "io".to_owned(),
+        _ => "io",
     }
 }
 

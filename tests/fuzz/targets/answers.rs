@@ -16,7 +16,8 @@ use ureq::unversioned::transport::{
 
 use super::{SEPARATOR, assert_sayable, parts};
 use crate::limits;
-use crate::master::tls::Connections;
+use crate::master::resolver::MasterResolver;
+use crate::master::tls::SharedConnections;
 use crate::master::{MasterClient, Verdict, parse_retry_after};
 use crate::status::docker::{Docker, DockerState};
 use crate::transport::SocketTransport;
@@ -29,9 +30,12 @@ pub fn master(input: &[u8]) {
     let forever = if pieces.len() > 1 { pieces.pop_back().unwrap_or_default() } else { Vec::new() };
     let said = [pieces.make_contiguous().concat(), forever.repeat(2)].concat();
     let connector =
-        InMemory { pieces, forever, taken: Arc::default(), connections: Arc::default() };
-    let (taken, connections) = (Arc::clone(&connector.taken), Arc::clone(&connector.connections));
-    let reply = MasterClient::behind(connector, connections).post(b"{}", limits::POST);
+        InMemory { pieces, forever, taken: Arc::default(), connections: Default::default() };
+    let (taken, connections) = (Arc::clone(&connector.taken), connector.connections.clone());
+    let url = "https://127.0.0.1/swarm/heartbeat".to_owned();
+    let resolver = MasterResolver::new("127.0.0.1", 1);
+    let reply = MasterClient::with_connector(connector, connections, url, resolver)
+        .post(b"{}", limits::POST);
     assert_sayable(&reply.detail);
     assert_sayable(&reply.class);
     assert!(taken.load(Ordering::Relaxed) <= MOST_TAKEN, "{taken:?} bytes of one answer");
@@ -126,7 +130,7 @@ struct InMemory {
     pieces: VecDeque<Vec<u8>>,
     forever: Vec<u8>,
     taken: Arc<AtomicUsize>,
-    connections: Arc<Mutex<Connections>>,
+    connections: SharedConnections,
 }
 
 impl Connector for InMemory {
@@ -149,7 +153,7 @@ impl Connector for InMemory {
             pieces,
             forever,
             taken,
-            connections: Arc::clone(&self.connections),
+            connections: self.connections.clone(),
         }))
     }
 }
@@ -161,7 +165,7 @@ struct InMemoryTransport {
     pieces: VecDeque<Vec<u8>>,
     forever: Vec<u8>,
     taken: Arc<AtomicUsize>,
-    connections: Arc<Mutex<Connections>>,
+    connections: SharedConnections,
 }
 
 impl Transport for InMemoryTransport {
@@ -183,7 +187,7 @@ impl Transport for InMemoryTransport {
             self.pieces.push_front(piece);
         }
         self.taken.fetch_add(amount, Ordering::Relaxed);
-        self.connections.lock().unwrap().answer.add(&input[..amount])?;
+        self.connections.update(|seen| seen.exchange.answer.add(&input[..amount]))?;
         self.buffers.input_appended(amount);
         Ok(amount > 0)
     }
