@@ -93,13 +93,6 @@ pub struct Stopped {
     pub in_time: bool,
 }
 
-impl Stopped {
-    /// The result of stopping a heartbeat that has nothing to deliver.
-    fn with_nothing_to_deliver() -> Self {
-        Self { undelivered: 0, operations: 0, kept: true, in_time: true }
-    }
-}
-
 impl Heartbeat {
     /// Returns a builder. Every setting has a default: see [`HeartbeatBuilder`].
     ///
@@ -314,7 +307,7 @@ impl Heartbeat {
 
     fn shut_down(&mut self, grace: Duration) -> Stopped {
         let Some(running) = self.running.take().and_then(OfProcess::into_ours) else {
-            return Stopped::with_nothing_to_deliver();
+            return Stopped { undelivered: 0, operations: 0, kept: true, in_time: true };
         };
         let Running { thread, outbox, .. } = running;
         let HeartbeatThread { stop, ended, interrupt, .. } = thread;
@@ -504,13 +497,8 @@ impl HeartbeatBuilder {
         let interval = self.interval.unwrap_or(limits::INTERVAL);
         check_interval(interval)?;
         let stats = Arc::new(SharedStats::default());
-        let outbox_start = start::Start {
-            enrolment: Box::new(enrolment),
-            identity: self.identity,
-            location: self.outbox.absolute(),
-            stats: Arc::clone(&stats),
-        };
-        let Started { client, batches, credentials, problem } = match start::start(outbox_start) {
+        let started = start::start(enrolment, self.identity, self.outbox.absolute(), &stats);
+        let Started { client, batches, credentials, problem } = match started {
             Ok(started) => started,
             Err(error) if error.is_not_enrolled() => {
                 quietly(|| log::debug!("heartbeat dormant: error={:?}", chain(&error)));

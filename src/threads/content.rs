@@ -85,19 +85,13 @@ pub(crate) enum PostOutcome {
     Inconclusive,
 }
 
-/// What the outcome of a POST means for its beat.
+/// What the outcome of a POST means for its beat. The last three do not fail the beat, because it
+/// was accepted before, and it continues.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use]
 pub(crate) enum Consequence {
     /// This result is the result of the beat.
     DecidesBeat,
-    /// The beat was accepted before, and continues.
-    BeatContinues(Cause),
-}
-
-/// Why a failed POST does not fail its beat.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Cause {
     /// The states are suspended.
     StatesSuspended,
     /// A delta that was sent alone is suspended.
@@ -280,18 +274,17 @@ impl Content {
 
     /// The next POST of this beat, if there is one. `has_states`: they are known and fresh.
     pub(crate) fn next_post(&mut self, has_states: bool) -> Option<Post> {
-        const ALL: DeltaSelection = DeltaSelection::Newest(limits::DELTAS_PER_BODY);
         let light = |deltas| Some(Post { states: false, deltas });
         match self.step {
-            Step::Whole => Some(Post { states: has_states, deltas: ALL }),
+            Step::Whole => Some(Post { states: has_states, deltas: DeltaSelection::default() }),
             Step::StatesFirst if has_states && !self.states_are_suspended() => {
                 Some(Post { states: true, deltas: DeltaSelection::None })
             }
             Step::StatesFirst => {
                 self.step = Step::Light;
-                light(ALL)
+                light(DeltaSelection::default())
             }
-            Step::Light => light(ALL),
+            Step::Light => light(DeltaSelection::default()),
             Step::Bare | Step::BareBeforeHalves(_) | Step::BareAfterSingle => {
                 light(DeltaSelection::None)
             }
@@ -334,7 +327,11 @@ impl Content {
                 }
             }
             (Step::Singles, NothingToSend::NoSuchDelta | NothingToSend::Held) => {
-                self.all_singles_sent();
+                // Every delta that waited has been tried alone.
+                if self.mode == Mode::Singly {
+                    self.mode = Mode::Apart;
+                }
+                self.step = Step::Suspects;
             }
             (Step::StatesFirst, _) => self.step = Step::Light,
             (Step::Light, _) => self.step = Step::Suspects,
@@ -448,7 +445,7 @@ impl Content {
         self.step = match (outcome, deltas) {
             (PostOutcome::Rejected, [_]) => {
                 self.step = Step::Light;
-                return Consequence::BeatContinues(Cause::DeltaRejected);
+                return Consequence::DeltaRejected;
             }
             (PostOutcome::Rejected, [_, _, ..]) => Step::Halves(deltas.len()),
             (PostOutcome::Accepted, [_, ..]) if deltas.len() < suspects => {
@@ -483,11 +480,11 @@ impl Content {
                 };
                 self.suspects_mut().insert(delta.id, suspect);
                 self.step = Step::BareAfterSingle;
-                Consequence::BeatContinues(Cause::DeltaSuspended)
+                Consequence::DeltaSuspended
             }
             PostOutcome::Rejected => {
                 self.suspects_mut().remove(&delta.id);
-                Consequence::BeatContinues(Cause::DeltaRejected)
+                Consequence::DeltaRejected
             }
             PostOutcome::Inconclusive => {
                 self.step = Step::Done;
@@ -512,18 +509,10 @@ impl Content {
             }
             PostOutcome::InDoubt | PostOutcome::Rejected => {
                 self.states = Some(next_suspension(self.states, self.longest));
-                Consequence::BeatContinues(Cause::StatesSuspended)
+                Consequence::StatesSuspended
             }
             PostOutcome::Inconclusive => Consequence::DecidesBeat,
         }
-    }
-
-    /// Every delta that waited has been tried alone.
-    fn all_singles_sent(&mut self) {
-        if self.mode == Mode::Singly {
-            self.mode = Mode::Apart;
-        }
-        self.step = Step::Suspects;
     }
 
     /// The newest suspect whose suspension is over. A suspect waits for newer ones of its decky and
@@ -698,7 +687,7 @@ mod tests {
                 }
                 let consequence = content.post_ended(post, &deltas, outcome);
                 is_decided |= consequence == Consequence::DecidesBeat;
-                if consequence == Consequence::BeatContinues(Cause::DeltaRejected) {
+                if consequence == Consequence::DeltaRejected {
                     self.waiting.remove(&ids[0]);
                     self.rejected.insert(ids[0]);
                 }
@@ -860,10 +849,7 @@ mod tests {
         assert_eq!(content.post_ended(post, &[], Accepted), Consequence::DecidesBeat);
         let single = content.next_post(true).unwrap();
         let deltas = master.select(&content, single.deltas);
-        assert_eq!(
-            content.post_ended(single, &deltas, InDoubt),
-            Consequence::BeatContinues(Cause::DeltaSuspended)
-        );
+        assert_eq!(content.post_ended(single, &deltas, InDoubt), Consequence::DeltaSuspended);
         let bare = content.next_post(true).unwrap();
         assert_eq!(
             content.post_ended(bare, &[], InDoubt),
