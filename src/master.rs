@@ -10,7 +10,6 @@ pub(crate) mod tls;
 pub(crate) mod verifier;
 pub(crate) mod x509;
 
-use std::fmt;
 use std::io::Read;
 use std::mem;
 #[cfg(feature = "cli")]
@@ -60,15 +59,22 @@ impl Verdict {
     /// | 408, 425, 429, 5xx | [`RetryLater`](Self::RetryLater) | backoff, or `Retry-After` clamped to 1 s … 10 min |
     /// | 3xx and all others | [`RetryLater`](Self::RetryLater) | redirects are not followed; backoff |
     /// | no answer | [`NoResponse`](Self::NoResponse) | backoff |
-    fn of(status: StatusCode, retry_after: Option<Duration>, is_page: bool) -> Self {
+    fn of(status: StatusCode, retry_after: Option<Duration>) -> Self {
         match status.as_u16() {
-            // A 204 has no body, whatever its `Content-Type`.
-            200..=203 | 205..=299 if is_page => Self::RetryLater(retry_after),
             200..=299 => Self::Accepted,
             400 | 413 | 422 => Self::BodyRejected,
             403 | 404 => Self::HostRejected,
             408 | 425 | 429 | 500..=599 => Self::RetryLater(retry_after),
             _ => Self::RetryLater(None),
+        }
+    }
+
+    /// The verdict of an answer that is an HTML page. A 204 has no body, whatever its
+    /// `Content-Type`.
+    fn of_page(status: StatusCode, retry_after: Option<Duration>) -> Self {
+        match Self::of(status, retry_after) {
+            Self::Accepted if status != StatusCode::NO_CONTENT => Self::RetryLater(retry_after),
+            verdict => verdict,
         }
     }
 }
@@ -106,7 +112,11 @@ impl PostResult {
     ) -> Self {
         let is_page = is_page(content_type, body);
         let retry_after = retry_after.and_then(|text| parse_retry_after(text, SystemTime::now()));
-        let verdict = Verdict::of(status, retry_after, is_page);
+        let verdict = if is_page {
+            Verdict::of_page(status, retry_after)
+        } else {
+            Verdict::of(status, retry_after)
+        };
         let text = sanitize(&String::from_utf8_lossy(body));
         let detail = match verdict {
             Verdict::Accepted => String::new(),
@@ -137,6 +147,7 @@ impl PostResult {
 }
 
 /// An HTTP client for the master. It is replaced when the bundle or the enrolment changes.
+#[derive(Debug)]
 pub(crate) struct MasterClient {
     agent: Agent,
     url: String,
@@ -198,9 +209,20 @@ impl MasterClient {
         let took = started.elapsed();
         let resumed = self.connections.update(|connections| connections.resumed);
         let exchange = self.connections.update(|connections| mem::take(&mut connections.exchange));
+        let without_answer = |error: &ureq::Error| {
+            let class = class(error);
+            let is_new = exchange.has_connected;
+            // A resumed handshake sends no certificate.
+            let may_be_refused = is_new && !resumed && exchange.answer.is_empty();
+            let detail = match class.as_str() {
+                "connection-closed" if may_be_refused => closed_without_an_answer(error),
+                _ => explain(error),
+            };
+            let stale = !is_new && may_be_stale(error);
+            PostResult { class, detail, stale, ..PostResult::default() }
+        };
         let result = result.unwrap_or_else(|error| {
-            result_of_answer(&exchange.answer, &error)
-                .unwrap_or_else(|| without_answer(&exchange, resumed, &error))
+            result_of_answer(&exchange.answer, &error).unwrap_or_else(|| without_answer(&error))
         });
         // An idle connection that was closed does not make the address bad.
         if result.verdict == Verdict::NoResponse && !result.stale {
@@ -260,27 +282,6 @@ fn result_of_answer(answer: &Answer, error: &ureq::Error) -> Option<PostResult> 
     let has_detail = result.verdict == Verdict::Accepted || !result.detail.is_empty();
     let detail = if has_detail { result.detail } else { explain(error) };
     Some(PostResult { detail, ..result })
-}
-
-/// The result of a POST without an answer.
-fn without_answer(exchange: &Exchange, resumed: bool, error: &ureq::Error) -> PostResult {
-    let class = class(error);
-    let is_new = exchange.has_connected;
-    let detail = match class.as_str() {
-        // A resumed handshake sends no certificate.
-        "connection-closed" if is_new && !resumed && exchange.answer.is_empty() => {
-            closed_without_an_answer(error)
-        }
-        _ => explain(error),
-    };
-    let stale = !is_new && may_be_stale(error);
-    PostResult { class, detail, stale, ..PostResult::default() }
-}
-
-impl fmt::Debug for MasterClient {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("MasterClient").field("url", &self.url).finish_non_exhaustive()
-    }
 }
 
 /// The configuration of ureq. Defaults that matter here are set explicitly.
@@ -386,13 +387,13 @@ mod tests {
         ] {
             for status in statuses {
                 let status = StatusCode::from_u16(*status).unwrap();
-                assert_eq!(Verdict::of(status, later, false), verdict, "{status}");
+                assert_eq!(Verdict::of(status, later), verdict, "{status}");
                 let of_a_page = if verdict == Verdict::Accepted && status != 204 {
                     Verdict::RetryLater(later)
                 } else {
                     verdict
                 };
-                assert_eq!(Verdict::of(status, later, true), of_a_page, "{status}");
+                assert_eq!(Verdict::of_page(status, later), of_a_page, "{status}");
             }
         }
     }

@@ -11,7 +11,6 @@ mod ini;
 use std::collections::HashMap;
 use std::ffi::OsString;
 use std::fmt;
-use std::fs;
 use std::io::ErrorKind;
 use std::net::{IpAddr, Ipv6Addr};
 use std::num::NonZeroU16;
@@ -595,32 +594,21 @@ impl<'a> Reading<'a> {
 
 impl IniFile {
     fn read(path: &Path) -> Result<Self, Error> {
-        let cannot = |error| {
-            let problem = format!("cannot be read; {}", files::remedy(&error));
-            Error::config(sanitize_path(path), problem).with_source(error)
+        let error = match files::read(path, limits::INI_FILE) {
+            Ok(content) => return Self::parse(path, content),
+            Err(error) => error,
         };
-        // The type is checked before the file is opened, because opening a FIFO waits for a writer.
-        match fs::metadata(path) {
-            Err(error)
-                if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) =>
-            {
-                return Ok(Self::DoesNotExist);
-            }
-            Err(error) => return Err(cannot(error)),
-            Ok(metadata) if !metadata.is_file() => return Ok(Self::NotAFile),
-            Ok(_) => {}
-        }
-        let bytes = files::read(path, limits::INI_FILE).map_err(|error| match error.kind() {
+        let problem = match error.kind() {
+            ErrorKind::NotFound | ErrorKind::NotADirectory => return Ok(Self::DoesNotExist),
+            ErrorKind::InvalidInput => return Ok(Self::NotAFile),
             ErrorKind::FileTooLarge => {
-                let problem = format!(
-                    "is larger than {} bytes; this cannot be a decnet.ini",
-                    limits::INI_FILE
-                );
-                Error::config(sanitize_path(path), problem)
+                let most = limits::INI_FILE;
+                let problem = format!("is larger than {most} bytes; this cannot be a decnet.ini");
+                return Err(Error::config(sanitize_path(path), problem));
             }
-            _ => cannot(error),
-        })?;
-        Self::parse(path, bytes)
+            _ => format!("cannot be read; {}", files::remedy(&error)),
+        };
+        Err(Error::config(sanitize_path(path), problem).with_source(error))
     }
 
     /// Parses the content of the file at `path`.
@@ -720,6 +708,8 @@ fn agent_dir_of(path: PathBuf) -> Result<PathBuf, String> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     /// A temporary folder in place of `/etc/decnet`, with an ini.

@@ -140,7 +140,7 @@ pub(crate) fn handshake(error: &io::Error) -> Explained {
 /// Explains an error of the TLS handshake.
 fn tls(error: &rustls::Error) -> Explained {
     use rustls::{Error as Tls, PeerIncompatible as Incompatible};
-    let Explained { text, advice } = match error {
+    let (text, advice) = match error {
         Tls::InvalidCertificate(bad) => return certificate(bad, error),
         Tls::AlertReceived(alert) => received(*alert),
         Tls::PeerIncompatible(
@@ -148,18 +148,18 @@ fn tls(error: &rustls::Error) -> Explained {
             | Incompatible::ServerTlsVersionIsDisabledByOurConfig
             | Incompatible::Tls12NotOffered
             | Incompatible::Tls12NotOfferedOrEnabled,
-        ) => old_tls(),
+        ) => OLD_TLS,
         Tls::PeerIncompatible(Incompatible::NoCertificateRequestSignatureSchemesInCommon) => {
-            Explained::new("the master accepts no signature that worker.key can make", REISSUE)
+            ("the master accepts no signature that worker.key can make", REISSUE)
         }
         Tls::PeerIncompatible(_) => {
-            Explained::new("the master and this host have no TLS algorithms in common", REISSUE)
+            ("the master and this host have no TLS algorithms in common", REISSUE)
         }
         Tls::PeerMisbehaved(_)
         | Tls::InvalidMessage(_)
         | Tls::InappropriateMessage { .. }
         | Tls::InappropriateHandshakeMessage { .. }
-        | Tls::DecryptError => Explained::new(
+        | Tls::DecryptError => (
             "the peer violates the TLS protocol",
             "check that DECNET's swarm controller listens at this address, and that no device in the network changes the \
              traffic",
@@ -169,13 +169,12 @@ fn tls(error: &rustls::Error) -> Explained {
     Explained::new(format!("{text} ({error})"), advice)
 }
 
-/// The explanation of a protocol version that is not supported. This host or the master detects it.
-fn old_tls() -> Explained {
-    Explained::new(
-        "the master supports neither TLS 1.2 nor TLS 1.3",
-        "enable TLS 1.2 or 1.3 at the master, or at the proxy in front of it",
-    )
-}
+/// The text and the advice for a protocol version that is not supported. This host or the master
+/// detects it.
+const OLD_TLS: (&str, &str) = (
+    "the master supports neither TLS 1.2 nor TLS 1.3",
+    "enable TLS 1.2 or 1.3 at the master, or at the proxy in front of it",
+);
 
 /// Explains why the master's certificate was rejected.
 fn certificate(bad: &CertificateError, error: &rustls::Error) -> Explained {
@@ -325,12 +324,12 @@ fn refused(refusal: &Refusal) -> Explained {
     Explained::new(refusal.to_string(), advice)
 }
 
-/// Explains an alert that the master sent. The master uses OpenSSL, which maps errors to alerts in
+/// The text and the advice for an alert that the master sent. The master uses OpenSSL, which maps errors to alerts in
 /// `ssl_x509err2alert` (`statem_lib.c`).
-fn received(alert: AlertDescription) -> Explained {
+fn received(alert: AlertDescription) -> (&'static str, &'static str) {
     use AlertDescription as Alert;
-    let (text, advice) = match alert {
-        Alert::ProtocolVersion => return old_tls(),
+    match alert {
+        Alert::ProtocolVersion => OLD_TLS,
         Alert::BadCertificate | Alert::CertificateUnknown => (
             "the master refused our certificate: it may be too weak, have an unsupported signature, or be not yet valid by \
              the master's clock",
@@ -375,8 +374,7 @@ fn received(alert: AlertDescription) -> Explained {
             "the master refused the TLS handshake",
             "check the master's log, and that no device in the network changes the traffic",
         ),
-    };
-    Explained::new(text, advice)
+    }
 }
 
 fn utc(time: UnixTime) -> String {

@@ -142,6 +142,7 @@ fn end_of_head(head: &[u8]) -> Option<usize> {
 }
 
 /// Opens a TCP connection and does the TLS handshake.
+#[derive(Debug)]
 pub(crate) struct TlsConnector {
     config: Arc<ClientConfig>,
     name: ServerName<'static>,
@@ -198,12 +199,6 @@ impl Connector for TlsConnector {
             unsent: Vec::new(),
             connections: self.connections.clone(),
         }))
-    }
-}
-
-impl fmt::Debug for TlsConnector {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("TlsConnector").field("name", &self.name).finish_non_exhaustive()
     }
 }
 

@@ -12,7 +12,9 @@ use crate::outbox::{DeliveryResult, QueuedDelta, RowChange};
 use crate::panics::quietly;
 use crate::status::Snapshot;
 use crate::text::sanitize;
-use crate::threads::content::{Consequence, DeltaSelection, NothingToSend, Post, PostOutcome};
+use crate::threads::content::{
+    Availability, Consequence, DeltaSelection, NothingToSend, Post, PostOutcome,
+};
 
 /// A POST that was made.
 #[derive(Debug)]
@@ -50,7 +52,7 @@ impl HeartbeatLoop {
         self.content.begin_beat();
         self.states_sent = false;
         while last.is_none() || self.has_time_for_another(since) {
-            let Some(post) = self.content.next_post(states.is_some_and(States::are_known)) else {
+            let Some(post) = self.content.next_post(availability(states)) else {
                 break;
             };
             let sent = match self.send(post, states) {
@@ -318,6 +320,13 @@ impl HeartbeatLoop {
             ),
             None => "no fresh snapshot".to_owned(),
         }
+    }
+}
+
+fn availability(states: Option<&States>) -> Availability {
+    match states {
+        Some(states) if states.are_known() => Availability::Available,
+        _ => Availability::Unavailable,
     }
 }
 

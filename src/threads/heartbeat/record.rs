@@ -160,7 +160,10 @@ impl HeartbeatLoop {
     /// Records whether this host counts as decommissioned after a POST with this verdict.
     pub(super) fn record_decommission(&mut self, verdict: Verdict) {
         let is_rejected = verdict == Verdict::HostRejected && self.files_missing;
-        let is_decommissioned = self.decommission.record(is_rejected, Instant::now());
+        if !is_rejected {
+            self.decommission.reset();
+        }
+        let is_decommissioned = is_rejected && self.decommission.record_rejection(Instant::now());
         let was_decommissioned =
             self.stats.change(|stats| mem::replace(&mut stats.decommissioned, is_decommissioned));
         if is_decommissioned && !was_decommissioned {
