@@ -95,11 +95,11 @@ impl Error {
     pub(crate) fn bundle_parts(&self) -> Option<(String, &'static str)> {
         let Kind::Bundle { problem, remedy, .. } = &self.inner.kind else { return None };
         let problem = sanitize(problem);
-        Some((
-            self.source()
-                .map_or_else(|| problem.clone(), |source| format!("{problem}: {}", chain(source))),
-            remedy,
-        ))
+        let problem = match self.source() {
+            Some(source) => format!("{problem}: {}", chain(source)),
+            None => problem,
+        };
+        Some((problem, remedy))
     }
 
     /// An operation of the outbox failed. `path` is `None` for an outbox in memory.

@@ -112,11 +112,8 @@ impl PostResult {
     ) -> Self {
         let is_page = is_page(content_type, body);
         let retry_after = retry_after.and_then(|text| parse_retry_after(text, SystemTime::now()));
-        let verdict = if is_page {
-            Verdict::of_page(status, retry_after)
-        } else {
-            Verdict::of(status, retry_after)
-        };
+        let verdict_of = if is_page { Verdict::of_page } else { Verdict::of };
+        let verdict = verdict_of(status, retry_after);
         let text = sanitize(&String::from_utf8_lossy(body));
         let detail = match verdict {
             Verdict::Accepted => String::new(),

@@ -79,14 +79,6 @@ impl MasterVerifier {
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<(), rustls::Error> {
-        if let MasterIdentity::Fingerprint(pinned) = self.identity {
-            let is_pinned = fingerprint(end_entity) == hex(&pinned);
-            return if is_pinned {
-                Ok(())
-            } else {
-                Err(CertificateError::ApplicationVerificationFailure.into())
-            };
-        }
         verify_chain(end_entity, intermediates, &self.roots, now)?;
         let is_for_host =
             || verify_server_name(&ParsedCertificate::try_from(end_entity)?, &self.host);
@@ -109,10 +101,6 @@ impl MasterVerifier {
         others: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> rustls::Error {
-        // The issuer of a pinned certificate is not checked.
-        if matches!(self.identity, MasterIdentity::Fingerprint(_)) {
-            return error;
-        }
         let unknown_issuer = || match self.identity {
             MasterIdentity::PublicCa => Refusal::NotPublic.into(),
             _ => CertificateError::UnknownIssuer.into(),
@@ -228,7 +216,7 @@ pub(crate) fn is_masters_own(certificate: &CertificateDer<'_>) -> Result<(), Ref
         return Err(refusal("it cannot be parsed".to_owned()));
     };
     if !certificate.has_common_name(MASTER_NAME) {
-        return Err(refusal(match certificate.common_names_as_text().as_slice() {
+        return Err(refusal(match certificate.common_names().as_slice() {
             [] => format!("it has no common name, and needs the common name {MASTER_NAME:?}"),
             [name] if name.text == MASTER_NAME => format!(
                 "its common name {MASTER_NAME:?} is {}, and must be a UTF8String or a PrintableString",
@@ -330,8 +318,16 @@ impl ServerCertVerifier for MasterVerifier {
         _ocsp_response: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
-        self.check(end_entity, intermediates, now)
-            .map_err(|error| self.explain(error, end_entity, intermediates, now))?;
+        match self.identity {
+            // The issuer of a pinned certificate is not checked.
+            MasterIdentity::Fingerprint(pinned) if fingerprint(end_entity) == hex(&pinned) => (),
+            MasterIdentity::Fingerprint(_) => {
+                return Err(CertificateError::ApplicationVerificationFailure.into());
+            }
+            _ => self
+                .check(end_entity, intermediates, now)
+                .map_err(|error| self.explain(error, end_entity, intermediates, now))?,
+        }
         // Otherwise the handshake would fail with a bad signature, as the signature of such a key
         // cannot be verified.
         if let Some(problem) = X509::parse(end_entity).and_then(|shown| shown.unsupported_key()) {

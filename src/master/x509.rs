@@ -64,6 +64,7 @@ pub(crate) struct X509<'a> {
 
 /// A common name as text. It is foreign text and must be escaped.
 pub(crate) struct CommonName {
+    tag: u8,
     pub(crate) text: String,
     /// The type of the string: `an IA5String`.
     pub(crate) kind: &'static str,
@@ -128,24 +129,19 @@ impl<'a> X509<'a> {
     /// case, or a string type other than `UTF8String` and `PrintableString` (the two that RFC 5280,
     /// 4.1.2.4, allows a CA to use) does not match.
     pub(crate) fn has_common_name(&self, name: &str) -> bool {
-        let names = self.common_names();
-        let types = [TAG_UTF8_STRING, TAG_PRINTABLE_STRING];
-        matches!(names.as_slice(), [(tag, bytes)] if types.contains(tag) && *bytes == name.as_bytes())
+        let is_name = |only: &CommonName| {
+            [TAG_UTF8_STRING, TAG_PRINTABLE_STRING].contains(&only.tag) && only.text == name
+        };
+        matches!(self.common_names().as_slice(), [only] if is_name(only))
     }
 
     /// The subject's first common name. It is foreign text and must be escaped.
     pub(crate) fn common_name(&self) -> Option<String> {
-        self.common_names_as_text().into_iter().next().map(|name| name.text)
+        self.common_names().into_iter().next().map(|name| name.text)
     }
 
-    /// The subject's common names as text.
-    pub(crate) fn common_names_as_text(&self) -> Vec<CommonName> {
-        self.common_names().into_iter().map(|(tag, bytes)| CommonName::of(tag, bytes)).collect()
-    }
-
-    /// Every common name of the subject with the tag of its type, from all RDNs. Empty if the
-    /// subject cannot be parsed.
-    fn common_names(&self) -> Vec<(u8, &'a [u8])> {
+    /// Every common name of the subject, from all RDNs. Empty if the subject cannot be parsed.
+    pub(crate) fn common_names(&self) -> Vec<CommonName> {
         let attribute = |input: &mut Reader<'a>| {
             read(sequence(input)?, |input| Ok((value(input, Tag::OID)?, any(input)?)))
         };
@@ -154,7 +150,8 @@ impl<'a> X509<'a> {
             _ => Err(Unspecified),
         };
         let attributes = items(self.subject, rdn).unwrap_or_default().into_iter().flatten();
-        attributes.filter(|(oid, _)| *oid == COMMON_NAME).map(|(_, name)| name).collect()
+        let names = attributes.filter(|(oid, _)| *oid == COMMON_NAME);
+        names.map(|(_, (tag, bytes))| CommonName::of(tag, bytes)).collect()
     }
 
     /// Whether `name` is one of the DNS names, byte for byte. A wildcard does not match.
@@ -266,7 +263,7 @@ impl CommonName {
             TAG_UNIVERSAL_STRING => ("a UniversalString", utf32()),
             _ => ("a string of another type", text()),
         };
-        Self { text, kind }
+        Self { tag, text, kind }
     }
 }
 

@@ -94,6 +94,8 @@ pub(crate) struct HeartbeatThread {
     pub(crate) ended: Receiver<()>,
     /// Interrupts the current POST.
     pub(crate) interrupt: Arc<PostInterrupt>,
+    pub(crate) outbox: Arc<OutboxClient>,
+    pub(crate) stats: Arc<SharedStats>,
 }
 
 /// Starts the heartbeat thread and the status thread.
@@ -113,7 +115,7 @@ pub(crate) fn spawn(setup: Setup) -> Result<HeartbeatThread, Error> {
         decommission: Decommission::new(interval),
         link,
         agent_version,
-        outbox,
+        outbox: Arc::clone(&outbox),
         batches,
         stats: Arc::clone(&stats),
         ticks,
@@ -129,7 +131,7 @@ pub(crate) fn spawn(setup: Setup) -> Result<HeartbeatThread, Error> {
     };
     let run = move || heartbeat_loop.run();
     let (_, ended) = threads::spawn(NAME, limits::STACK, Some(&stats), run)?;
-    Ok(HeartbeatThread { stop, beats, ended, interrupt })
+    Ok(HeartbeatThread { stop, beats, ended, interrupt, outbox, stats })
 }
 
 /// The state of the heartbeat thread.

@@ -79,7 +79,14 @@ pub(crate) fn start(
             let _ = thread.join();
             return Err(error);
         }
-        Err(_) => return Err(credentials_timeout()),
+        Err(_) => {
+            let seconds = limits::CREDENTIALS_WAIT.as_secs();
+            let problem = format!(
+                "cannot be read, their disk has not answered for {seconds} s; try again when it \
+                 does"
+            );
+            return Err(Error::setting("ini and bundle", problem).passing());
+        }
     };
     let client = Arc::new(OutboxClient::new(queue, outbox_stats, path, ended));
     let problem = match opened_receiver.recv_timeout(limits::OUTBOX_BUSY) {
@@ -125,14 +132,6 @@ pub(crate) fn contribute(
         Err(_) => Some(client.error("does not answer")),
     };
     Ok((client, problem))
-}
-
-fn credentials_timeout() -> Error {
-    let seconds = limits::CREDENTIALS_WAIT.as_secs();
-    let problem = format!(
-        "cannot be read, their disk has not answered for {seconds} s; try again when it does"
-    );
-    Error::setting("ini and bundle", problem).passing()
 }
 
 /// The credentials and the path of the outbox, which a start waits for first.

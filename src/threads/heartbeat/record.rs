@@ -125,10 +125,10 @@ impl HeartbeatLoop {
         if result.verdict == Verdict::Accepted {
             return;
         }
-        // The stop has cut the POST; this is no failure of the master or the network.
-        let is_cut = self.link.is_interrupted()
+        // The stop interrupted the POST. This is not a failure of the master or the network.
+        let was_interrupted = self.link.is_interrupted()
             || self.deadline.is_some_and(|deadline| Instant::now() >= deadline);
-        if is_cut && result.verdict == Verdict::NoResponse {
+        if was_interrupted && result.verdict == Verdict::NoResponse {
             let names = self.link.names();
             return quietly(|| log::info!("beat interrupted by the stop: {names}"));
         }
