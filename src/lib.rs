@@ -71,6 +71,9 @@
 //! - `loopback`: [`loopback`], a DECNET master on 127.0.0.1 for tests; and `ticks` and `beats` of a
 //!   heartbeat.
 
+// Imports run downwards: cli and loopback, heartbeat, deltas, threads, credentials, master, outbox,
+// status, sqlite, stats, transport, and then the small helpers. No folder imports from one above it.
+
 #[cfg(feature = "loopback")]
 #[doc(hidden)]
 pub mod benching;

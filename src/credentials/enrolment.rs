@@ -208,9 +208,9 @@ impl Enrolment {
 /// use decnet_heartbeat::{Enrolment, Provenance};
 ///
 /// let enrolment = Enrolment::new("0c4f9a52", "master.lan", "/etc/decnet/agent")?;
-/// let (host, port) = (enrolment.master_host(), enrolment.master_port());
-/// assert_eq!((host.value().as_str(), host.provenance()), ("master.lan", &Provenance::Program));
-/// assert_eq!((port.value(), port.provenance()), (&8770, &Provenance::Default));
+/// assert_eq!(enrolment.master_host().value(), "master.lan");
+/// assert_eq!(enrolment.master_host().provenance(), &Provenance::Program);
+/// assert_eq!(enrolment.master_port().provenance(), &Provenance::Default);
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq)]

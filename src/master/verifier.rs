@@ -536,10 +536,10 @@ mod tests {
             (ended(params("m", &["m"])), Some(&other), &[&other]),
             (ended(params("m", &["m"])), Some(&sub_of_other), &[&sub_of_other, &other]),
         ] {
-            let Explained { text: says, advice } = refused(&ours, master.clone(), issuer, others);
+            let Explained { text, advice } = refused(&ours, master.clone(), issuer, others);
             assert!(
-                says.starts_with("the master's certificate is not issued by the CA in ca.crt"),
-                "{says}"
+                text.starts_with("the master's certificate is not issued by the CA in ca.crt"),
+                "{text}"
             );
             assert!(advice.contains("must pass TLS through"), "{advice}");
             let text = refused_under(MasterIdentity::PublicCa, &ours, master, issuer, others).text;
@@ -618,7 +618,7 @@ mod tests {
             "{text}"
         );
         let mut never = params("swarmctl", &["swarmctl"]);
-        (never.not_before, never.not_after) = (never.not_after, never.not_before);
+        std::mem::swap(&mut never.not_before, &mut never.not_after);
         let text = refused(&ours, never, Some(&ours), &[]).text;
         assert_eq!(text, "the master's certificate is never valid: it ends before it begins");
     }

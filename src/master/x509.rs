@@ -577,7 +577,8 @@ mod tests {
         ] {
             let case = format!("{is_ca:?} {usages:?}");
             let mut params = params(vec![text("ca")], &[]);
-            (params.is_ca, params.key_usages) = (is_ca, usages);
+            params.is_ca = is_ca;
+            params.key_usages = usages;
             let der = self_signed(&params);
             let found = X509::parse(&der).unwrap().not_a_ca();
             assert_eq!(found.is_some(), problem.is_some(), "{case}: {found:?}");

@@ -117,8 +117,9 @@ impl HeartbeatLoop {
                 delta.delta.operation(),
             );
         });
-        self.acknowledge(slice::from_ref(delta), DeliveryResult::Rejected(reason));
+        // Counted first, as a caller of `flush` may read the stats at once.
         self.stats.change(|stats| stats.rejected += 1);
+        self.acknowledge(slice::from_ref(delta), DeliveryResult::Rejected(reason));
     }
 
     /// Makes one POST. If it is accepted, its deltas are acknowledged.
