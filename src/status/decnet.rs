@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use super::docker::{Containers, Docker, DockerState, Networks};
 use super::place::StateFilePath;
 #[cfg(feature = "cli")]
-use super::place::{Located, NotLocated};
-use super::state::{Seen, State, StateFile};
+use super::place::{LocateError, StateFileLocation};
+use super::state::{DeckyStates, State, StateFile};
 use super::topology::TopologyFile;
 use super::wire::Status;
 use super::{AppliedTopology, Observed, Snapshot, StatusSource, Topology};
@@ -89,7 +89,7 @@ impl DecnetStatus {
     /// ```
     pub fn new(agent_dir: &Path) -> Self {
         Self {
-            state_file: StateFile::new(StateFilePath::searched()),
+            state_file: StateFile::new(StateFilePath::Searched { root: PathBuf::from("/") }),
             docker: Docker::new(DOCKER_SOCKET.into()),
             topology: TopologyFile::new(absolute(&agent_dir.join(TOPOLOGY))),
             throttle: LogThrottle::default(),
@@ -137,11 +137,11 @@ impl DecnetStatus {
     #[cfg(any(test, feature = "loopback"))]
     pub(crate) fn status(
         &mut self,
-        engine: &DockerState,
+        docker: &DockerState,
         other: Option<&str>,
     ) -> Result<Snapshot, String> {
         let located = self.state_file.locate().map_err(|problem| problem.to_string())?;
-        report(self.state_file.read(&located)?, engine, other)
+        report(self.state_file.read(&located)?, docker, other)
     }
 
     /// The state file, and those of these deckies that it does not list. `None`: there is no state
@@ -153,14 +153,14 @@ impl DecnetStatus {
     ) -> Option<(PathBuf, Vec<&'a str>)> {
         let located = self.state_file.locate().ok()?;
         let state = self.state_file.read(&located).ok()??;
-        let unlisted = deckies.into_iter().filter(|decky| !state.names(decky)).collect();
+        let unlisted = deckies.into_iter().filter(|decky| !state.has_decky(decky)).collect();
         Some((located.file, unlisted))
     }
 
     /// Reads everything. Docker comes first, as it may be slow. `topology.db` comes last, because
     /// an open that blocks in SQLite blocks every other open in this process.
     pub(crate) fn probe(&mut self) -> StatusProbe {
-        let engine = self.docker.engine();
+        let docker = self.docker.query();
         let located = self.state_file.locate();
         let state = located
             .as_ref()
@@ -170,9 +170,9 @@ impl DecnetStatus {
         let other = topology.as_ref().err().map(String::as_str);
         #[cfg(feature = "cli")]
         let deckies = state.as_ref().ok().and_then(|state| state.map(State::deckies));
-        let status = state.and_then(|state| report(state, &engine, other));
+        let status = state.and_then(|state| report(state, &docker, other));
         StatusProbe {
-            engine,
+            docker,
             #[cfg(feature = "cli")]
             located,
             status,
@@ -187,9 +187,9 @@ impl DecnetStatus {
 /// The parts of a snapshot, each with its error.
 #[derive(Debug)]
 pub(crate) struct StatusProbe {
-    pub(crate) engine: DockerState,
+    pub(crate) docker: DockerState,
     #[cfg(feature = "cli")]
-    pub(crate) located: Result<Located, NotLocated>,
+    pub(crate) located: Result<StateFileLocation, LocateError>,
     /// The error is about the state file.
     pub(crate) status: Result<Snapshot, String>,
     /// The number of deckies in the state file, if it can be read.
@@ -204,17 +204,17 @@ impl StatusProbe {
     /// Why states of containers are unknown.
     pub(crate) fn states_problem(&self) -> Option<&str> {
         let of_deckies = || self.status.as_ref().ok().and_then(Snapshot::fault);
-        self.engine.containers.as_ref().err().map(String::as_str).or_else(of_deckies)
+        self.docker.containers.as_ref().err().map(String::as_str).or_else(of_deckies)
     }
 
     /// Why the networks are unknown. If both requests fail, only the error of the containers is
     /// reported.
     fn networks_problem(&self) -> Option<&str> {
-        self.engine
+        self.docker
             .networks
             .as_ref()
             .err()
-            .filter(|_| self.engine.containers.is_ok())
+            .filter(|_| self.docker.containers.is_ok())
             .map(String::as_str)
     }
 
@@ -239,7 +239,7 @@ impl StatusProbe {
         let snapshot = snapshot.with_fault(fault.as_deref());
         match self.applied {
             Some(applied) => {
-                snapshot.with_topology(Topology { applied, observed: observe(&self.engine) })
+                snapshot.with_topology(Topology { applied, observed: observe(&self.docker) })
             }
             None => snapshot,
         }
@@ -252,10 +252,10 @@ impl StatusSource for DecnetStatus {
         let mut log = |source: &'static str, problem: Option<&str>| {
             log_problem(&mut self.throttle, source, problem);
         };
-        log("Docker", probe.states_problem());
-        if probe.engine.containers.is_ok() {
+        log("Docker's containers", probe.states_problem());
+        if probe.docker.containers.is_ok() {
             log("Docker's networks", probe.networks_problem());
-            log("a part of Docker's answer", probe.engine.left_out().as_deref());
+            log("a part of Docker's answer", probe.docker.left_out().as_deref());
         }
         log("the state file", probe.status.as_ref().err().map(String::as_str));
         log("topology.db", probe.topology.as_ref().err().map(String::as_str));
@@ -286,14 +286,14 @@ fn log_problem(throttle: &mut LogThrottle, source: &'static str, problem: Option
 /// file, which is too large.
 pub(crate) fn report(
     state: Option<&State>,
-    engine: &DockerState,
+    docker: &DockerState,
     other: Option<&str>,
 ) -> Result<Snapshot, String> {
     let Some(state) = state else { return Snapshot::of_parts(&Status::nothing(other)) };
     let State { mode, compose_path, .. } = state;
-    let containers = engine.containers.as_ref().map_err(String::clone);
-    match containers.and_then(|containers| state.seen(containers)) {
-        Ok(Seen { deckies, runtime, left_out }) => {
+    let containers = docker.containers.as_ref().map_err(String::clone);
+    match containers.and_then(|containers| state.decky_states(containers)) {
+        Ok(DeckyStates { deckies, runtime, left_out }) => {
             let problem = left_out.as_deref().map(|left_out| both(left_out, other));
             let error = problem.as_deref().or(other);
             let deckies = &*deckies;
@@ -303,7 +303,8 @@ pub(crate) fn report(
         }
         Err(error) => {
             let problem = both(&error, other);
-            let status = Status::Unseen { deployed: true, mode, compose_path, error: &problem };
+            let status =
+                Status::StatesUnknown { deployed: true, mode, compose_path, error: &problem };
             Ok(Snapshot::of_parts(&status)?.with_fault(Some(&error)))
         }
     }
@@ -316,8 +317,8 @@ fn both(error: &str, other: Option<&str>) -> String {
 
 /// The networks and containers of topologies. Unknown if either request failed, because the master
 /// would take one without the other as a missing part.
-fn observe(engine: &DockerState) -> Observed {
-    let (containers, networks) = match (&engine.containers, &engine.networks) {
+fn observe(docker: &DockerState) -> Observed {
+    let (containers, networks) = match (&docker.containers, &docker.networks) {
         (Ok(containers), Ok(networks)) => (containers, networks),
         (Err(problem), _) | (_, Err(problem)) => return Observed::Unknown(problem.clone()),
     };
@@ -329,8 +330,9 @@ fn observe(engine: &DockerState) -> Observed {
     for (name, state) in
         containers.states.iter().filter(|(name, _)| name.starts_with(Containers::OURS))
     {
-        match state {
-            Some(state) if runs(state) => running.push(name.clone()),
+        match state.as_deref() {
+            // Docker also lists a paused or restarting container as running.
+            Some("running" | "paused" | "restarting") => running.push(name.clone()),
             Some(_) => (),
             None => {
                 return Observed::Unknown(format!(
@@ -341,12 +343,6 @@ fn observe(engine: &DockerState) -> Observed {
         }
     }
     Observed::Seen { bridges, containers: running }
-}
-
-/// Whether a container counts as running. Docker also lists a paused or restarting container as
-/// running.
-fn runs(state: &str) -> bool {
-    matches!(state, "running" | "paused" | "restarting")
 }
 
 #[cfg(test)]
@@ -379,7 +375,7 @@ mod tests {
     }
 
     /// An engine for which both requests failed.
-    fn away(why: &str) -> DockerState {
+    fn failed(why: &str) -> DockerState {
         DockerState { containers: Err(why.to_owned()), networks: Err(why.to_owned()) }
     }
 
@@ -462,7 +458,7 @@ mod tests {
         };
         assert_eq!(error(None, engine(&[])), dir);
         assert_eq!(error(Some(state), engine(&[])), dir);
-        assert_eq!(error(Some(state), away("Docker")), format!("Docker; {dir}"));
+        assert_eq!(error(Some(state), failed("Docker")), format!("Docker; {dir}"));
     }
 
     #[test]
@@ -480,7 +476,7 @@ mod tests {
                 containers: vec!["decnet-a".into(), "decnet-b".into()],
             }
         );
-        assert_eq!(observe(&away("away")), Observed::Unknown("away".to_owned()));
+        assert_eq!(observe(&failed("Docker")), Observed::Unknown("Docker".to_owned()));
     }
 
     #[test]
@@ -507,7 +503,7 @@ mod tests {
         let insert = |engine: &mut DockerState, name: &str| {
             engine.containers.as_mut().unwrap().states.insert(name.to_owned(), None);
         };
-        insert(&mut engine, "somebody-elses");
+        insert(&mut engine, "other");
         assert!(source.status(&engine, None).unwrap().fault().is_none());
         assert!(matches!(observe(&engine), Observed::Seen { .. }));
         insert(&mut engine, "decnet-gateway");
@@ -573,8 +569,9 @@ mod tests {
             .state_file(&state)
             .docker_socket(dir.path().join("docker.sock"));
         let engine = std::thread::spawn(move || {
-            let (mut stream, mut request, mut asked) =
-                (listener.accept().unwrap().0, [0; 1024], Vec::new());
+            let mut stream = listener.accept().unwrap().0;
+            let mut request = [0; 1024];
+            let mut requests = Vec::new();
             for _ in 0..2 {
                 let read = stream.read(&mut request).unwrap();
                 let line =
@@ -587,10 +584,10 @@ mod tests {
                                  INSERT INTO applied_topology VALUES ('t', 'h', 5, NULL)";
                     owner.execute_batch(table).unwrap();
                 }
-                asked.push(line);
+                requests.push(line);
                 stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]").unwrap();
             }
-            asked
+            requests
         });
         let snapshot = source.snapshot();
         assert_eq!(
@@ -618,7 +615,7 @@ mod tests {
         assert_eq!(
             (unknown.get("deckies"), unknown.get("deployed")),
             (None, None),
-            "the status claims nothing"
+            "nothing is claimed"
         );
         let editable = root.path().join("opt/decnet");
         std::fs::create_dir_all(editable.join("decnet")).unwrap();
