@@ -61,7 +61,7 @@ fn deliver(dir: &Path) {
 fn kept<T>(result: Result<T, Error>) -> Option<T> {
     let is_locked = |error: &Error| {
         let problems =
-            ["its disk has not answered", "is locked by another process; nothing was kept"];
+            ["its disk has not answered", "is locked by another process; nothing was queued"];
         problems.iter().any(|problem| error.to_string().contains(problem))
     };
     result.inspect_err(|error| assert!(is_locked(error), "{error}")).ok()
@@ -532,13 +532,13 @@ fn while_a_process_is_suspended_within_its_turn_pushes_are_refused_and_beats_go_
         let source = refused.source().map(ToString::to_string);
         assert_eq!(
             (
-                refused.to_string().ends_with("is locked by another process; nothing was kept"),
+                refused.to_string().ends_with("is locked by another process; nothing was queued"),
                 source.as_deref()
             ),
             (
                 true,
                 Some(
-                    "another process is writing to it, or is suspended while it does; resume or end that one"
+                    "another process is writing to it, or was suspended while it did; resume or end that process"
                 )
             )
         );

@@ -23,7 +23,7 @@ impl Drop for Killed {
 /// What the second one hears.
 fn held(stage: &Stage, holder: u32) -> String {
     format!(
-        "outbox {}: is delivered from by process {holder} already; stop that one, or use another file",
+        "outbox {}: process {holder} already delivers from it; stop that process, or use another file",
         stage.agent_dir().join("heartbeat.db").display()
     )
 }

@@ -170,7 +170,7 @@ fn push_says_what_it_has_displaced() {
     let (code, _, log) = output(&stage, &[&PUSH_FAILED[..], &["a", "b"]].concat());
     assert!(code == Some(75) && log.ends_with("/heartbeat.db deltas=2 most=10000\n"), "{log}");
     assert!(
-        log.contains("[ERROR] (decnet-outbox) deltas fell out of the outbox undelivered"),
+        log.contains("[ERROR] (decnet-outbox) deltas dropped undelivered"),
         "{log}"
     );
     let kept = kept(&stage);

@@ -112,7 +112,7 @@ fn what_falls_out_is_logged_once_with_the_next_beat() {
         settled(&heartbeat, |stats| stats.beats >= beats);
     }
     let file = stage.agent_dir().join("heartbeat.db");
-    let said = "deltas fell out of the outbox undelivered, too many or too old:";
+    let said = "deltas dropped undelivered, too many or too old:";
     let said = format!("{said} outbox={} deltas=777 most=10000", file.display());
     assert_eq!(errors_with("deltas=777"), [said]);
 }

@@ -1,9 +1,9 @@
-//! The outbox' file: rows of any values in its table, and a file of any bytes in its place.
+//! The outbox file: rows with any values in its table, and a file of any bytes in its place.
 
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
 use rusqlite::types::{ToSqlOutput, ValueRef};
 use rusqlite::{Connection, params_from_iter};
@@ -12,87 +12,91 @@ use super::scratch;
 use crate::delta::{LifecycleDelta, Operation};
 use crate::limits;
 use crate::master::body::Body;
-use crate::outbox::schema::{LAST_ID_AT_MOST, last_id};
-use crate::outbox::{DeliveryResult, Outbox, OutboxLocation, QueuedDelta, Role, deadline};
+use crate::outbox::schema::{MAX_LAST_ID, last_id};
+use crate::outbox::{
+    DeliveryResult, NewRows, Outbox, QueuedDelta, Role, RowChange, SentBy, SharedOutboxStats,
+    deadline,
+};
 use crate::status::Snapshot;
 
-/// Rows of one input: more of them find nothing new.
+/// The rows of one input. More rows find nothing new.
 const ROWS: usize = 40;
 
-/// What the master will hear; rows whose owner lives no more count, too.
+/// The rows that are sent, also those of owners that have ended.
 const WAITING: &str = "rejected IS NULL AND (completed_at IS NOT NULL OR owner IS NOT NULL)";
 
-/// Where a SQLite file says who may write it. A file that says "later ones" cannot be told from one on a disk that
-/// nobody may write.
+/// The offset of a SQLite file's write version. A file with a later version looks like one on a
+/// read-only disk.
 const WRITE_VERSION: usize = 18;
 
-/// Delivers from an outbox with rows of any values, as far as its schema takes them, beside a good one, and lets an hour
-/// pass: no row that waits is lost, or kept from the master by another.
+/// Delivers from an outbox with a good row and rows with any values that the schema accepts, and
+/// ages them by an hour. No waiting row is lost, and none blocks another.
 pub fn outbox_rows(input: &[u8]) {
     let path = fresh("rows");
     fs::write(&path, template()).unwrap();
     let mut input = Input(input);
-    let settling = input.byte();
+    let answers = input.byte();
     let [waiting, too_old] = fill(&path, &mut input);
     let used_up = waiting.is_empty();
 
-    let mut outbox = open(&path);
-    outbox.keep(&[good("new")]).unwrap();
-    let kept = deliverable(&mut outbox);
-    assert_eq!(kept.len(), waiting.len() + 1);
-    assert!(ids(&kept).is_superset(&waiting));
-    let (settled, left): (Vec<_>, Vec<_>) =
-        kept.into_iter().partition(|kept| settling >> (kept.id & 7) & 1 == 1);
-    settle(&mut outbox, &settled);
-    assert_eq!(deliverable(&mut outbox), left);
-    outbox.pass(limits::OUTBOX_AGING).unwrap();
-    outbox.tend().unwrap();
-    outbox.keep(&[good("last")]).unwrap();
-    let last = deliverable(&mut outbox);
+    let mut subject = open(&path);
+    subject.push(good("new"));
+    let queued = deliverable(&mut subject);
+    assert_eq!(queued.len(), waiting.len() + 1);
+    assert!(ids(&queued).is_superset(&waiting));
+    let (answered, left): (Vec<_>, Vec<_>) =
+        queued.into_iter().partition(|queued| answers >> (queued.id & 7) & 1 == 1);
+    answer(&mut subject, &answered);
+    assert_eq!(deliverable(&mut subject), left);
+    subject.outbox.age_by(limits::OUTBOX_AGING).unwrap();
+    subject.outbox.maintain().unwrap();
+    subject.push(good("last"));
+    let last = deliverable(&mut subject);
     assert_eq!(ids(&last[1..]), &ids(&left) - &too_old);
-    drop(outbox);
+    drop(subject);
 
     assert_eq!(deliverable(&mut open(&path)), last);
-    assert_eq!(asides(&path).len(), usize::from(used_up));
+    assert_eq!(quarantined(&path).len(), usize::from(used_up));
 }
 
-/// Of a SQLite file, what may have changed before SQLite found that it cannot use it.
+/// The bytes of a SQLite file that may change before SQLite rejects the file.
 const HEADER: usize = 100;
 
-/// Delivers from a file of these bytes. One that is no outbox, or a broken one, is moved aside as it is; the outbox is in
-/// a file in any case, but where only a later SQLite may write it.
+/// Delivers from a file of these bytes. A corrupt file, or one that is not an outbox, is
+/// quarantined unchanged. The outbox is in a file in any case, except for files that only a later
+/// SQLite may write.
 pub fn outbox_file(input: &[u8]) {
     if input.get(WRITE_VERSION).is_some_and(|version| *version > 2) {
         return;
     }
     let path = fresh("file");
     fs::write(&path, input).unwrap();
-    let mut outbox = open(&path);
-    outbox.keep(&[good("new")]).unwrap();
-    let kept = deliverable(&mut outbox);
-    assert_eq!(kept[0].delta.decky(), "good-new");
-    settle(&mut outbox, &kept[1..]);
-    outbox.pass(limits::OUTBOX_AGING).unwrap();
-    outbox.tend().unwrap();
-    outbox.keep(&[good("last")]).unwrap();
-    let last = deliverable(&mut outbox);
+    let mut subject = open(&path);
+    subject.push(good("new"));
+    let queued = deliverable(&mut subject);
+    assert_eq!(queued[0].delta.decky(), "good-new");
+    answer(&mut subject, &queued[1..]);
+    subject.outbox.age_by(limits::OUTBOX_AGING).unwrap();
+    subject.outbox.maintain().unwrap();
+    subject.push(good("last"));
+    let last = deliverable(&mut subject);
     assert_eq!(
-        last.iter().map(|kept| kept.delta.decky()).collect::<Vec<_>>(),
+        last.iter().map(|queued| queued.delta.decky()).collect::<Vec<_>>(),
         ["good-last", "good-new"]
     );
-    drop(outbox);
+    drop(subject);
 
     assert_eq!(deliverable(&mut open(&path)), last);
-    let asides = asides(&path);
-    assert!(asides.len() <= 1);
+    let quarantined = quarantined(&path);
+    assert!(quarantined.len() <= 1);
     let content = |file: &[u8]| file.get(HEADER..).map(<[u8]>::to_vec);
     assert!(
-        asides.iter().all(|aside| content(&fs::read(aside).unwrap()) == content(input)),
-        "it is as it was"
+        quarantined.iter().all(|file| content(&fs::read(file).unwrap()) == content(input)),
+        "it is unchanged"
     );
 }
 
-/// The place of an outbox in a folder of its own, where nothing is.
+/// The path of an outbox in a new folder.
 fn fresh(name: &str) -> PathBuf {
     let folder = scratch().join(name);
     let _ = fs::remove_dir_all(&folder);
@@ -100,18 +104,19 @@ fn fresh(name: &str) -> PathBuf {
     folder.join("heartbeat.db")
 }
 
-/// An outbox' file with one good row.
+/// An outbox file with one good row.
 fn template() -> &'static [u8] {
     static TEMPLATE: OnceLock<Vec<u8>> = OnceLock::new();
     TEMPLATE.get_or_init(|| {
         let path = fresh("template");
-        open(&path).keep(&[good("old")]).unwrap();
+        open(&path).push(good("old"));
         fs::read(path).unwrap()
     })
 }
 
-/// Puts the input's rows into the file; what the schema refuses is in no file. The ids of those that wait now, and of those
-/// that have waited for too long in an hour. There are none in a file whose ids are used up: it is moved aside.
+/// Inserts the input's rows, as far as the schema accepts them. Returns the ids of the waiting
+/// rows, and of those that are too old in an hour. Both are empty if the file has no unused ids,
+/// because it is then quarantined.
 fn fill(path: &Path, input: &mut Input<'_>) -> [BTreeSet<i64>; 2] {
     let file = Connection::open(path).unwrap();
     let sequence = ToSqlOutput::Borrowed(input.value());
@@ -125,11 +130,11 @@ fn fill(path: &Path, input: &mut Input<'_>) -> [BTreeSet<i64>; 2] {
         let row: [_; 8] = std::array::from_fn(|_| ToSqlOutput::Borrowed(input.value()));
         let _ = insert.execute(params_from_iter(row));
     }
-    if last_id(&file).unwrap() > LAST_ID_AT_MOST {
+    if last_id(&file).unwrap() > MAX_LAST_ID {
         return Default::default();
     }
     let most = limits::OUTBOX_AGE.as_secs() - limits::OUTBOX_AGING.as_secs();
-    // Whose owner has ended, waits from now on.
+    // The age of a row whose owner has ended starts now.
     [WAITING.to_owned(), format!("{WAITING} AND owner IS NULL AND age > {most}")].map(|which| {
         let mut select = file.prepare(&format!("SELECT id FROM delta WHERE {which}")).unwrap();
         let ids = select.query_map([], |row| row.get(0)).unwrap();
@@ -137,49 +142,72 @@ fn fill(path: &Path, input: &mut Input<'_>) -> [BTreeSet<i64>; 2] {
     })
 }
 
-/// As `run` does; where the folder can be written, the outbox is in a file.
-fn open(path: &Path) -> Outbox {
-    let location = OutboxLocation::File(path.to_owned());
-    let (outbox, problem) = Outbox::open_at(&location, Path::new("/"), Role::Deliver).unwrap();
+/// An outbox with one transaction for each call.
+struct Subject {
+    outbox: Outbox,
+    stats: Arc<SharedOutboxStats>,
+}
+
+/// Opens the outbox as `run` does. The folder can be written, so the outbox is in a file.
+fn open(path: &Path) -> Subject {
+    let stats = Arc::<SharedOutboxStats>::default();
+    let (outbox, problem) =
+        Outbox::open(Some(path.to_owned()), Role::Deliver, Arc::clone(&stats)).unwrap();
     assert!(problem.is_none(), "{problem:?}");
-    assert_eq!(outbox.path(), Some(path));
-    outbox
+    assert!(stats.read().on_disk);
+    Subject { outbox, stats }
+}
+
+impl Subject {
+    fn push(&mut self, delta: LifecycleDelta) {
+        let rows = NewRows::Deltas(vec![delta], SentBy::Deliverer);
+        self.outbox.commit(&[rows], deadline()).added.remove(0).unwrap();
+        self.outbox.verify_after_commit();
+    }
+
+    fn answer(&mut self, deltas: &[QueuedDelta], result: DeliveryResult) {
+        let ids = deltas.iter().map(|queued| queued.id).collect();
+        self.outbox.record_change(RowChange::Answered(ids, result));
+        self.outbox.commit(&[], deadline()).changed.unwrap();
+        self.outbox.verify_after_commit();
+    }
 }
 
 fn good(decky: &str) -> LifecycleDelta {
     LifecycleDelta::failed(format!("good-{decky}"), Operation::Deploy, "why")
 }
 
-/// What waits, newest first, as a beat can say it.
-fn deliverable(outbox: &mut Outbox) -> Vec<QueuedDelta> {
-    let kept = outbox.deliverable(limits::OUTBOX_ROWS, deadline()).unwrap();
-    assert!(kept.windows(2).all(|pair| pair[0].id > pair[1].id));
-    assert_eq!(outbox.books().counts.waiting, kept.len() as u64);
-    let (status, lifecycle) =
-        (Snapshot::unknown(""), kept.iter().map(|kept| &kept.delta).collect::<Vec<_>>());
+/// The waiting deltas, newest first. A beat can contain all of them.
+fn deliverable(subject: &mut Subject) -> Vec<QueuedDelta> {
+    let queued = subject.outbox.read_deliverable(limits::OUTBOX_ROWS, |_| true).unwrap();
+    subject.outbox.recount();
+    assert!(queued.windows(2).all(|pair| pair[0].id > pair[1].id));
+    assert_eq!(subject.stats.read().counts.waiting, queued.len() as u64);
+    let status = Snapshot::unknown("");
+    let lifecycle: Vec<_> = queued.iter().map(|queued| &queued.delta).collect();
     serde_json::to_vec(&Body::of("u", &status, &lifecycle)).unwrap();
-    kept
+    queued
 }
 
-fn ids(kept: &[QueuedDelta]) -> BTreeSet<i64> {
-    kept.iter().map(|kept| kept.id).collect()
+fn ids(queued: &[QueuedDelta]) -> BTreeSet<i64> {
+    queued.iter().map(|queued| queued.id).collect()
 }
 
-/// The master takes those with even ids, and never will the others.
-fn settle(outbox: &mut Outbox, kept: &[QueuedDelta]) {
+/// The master accepts the deltas with even ids, and rejects the others.
+fn answer(subject: &mut Subject, queued: &[QueuedDelta]) {
     let (delivered, rejected): (Vec<_>, Vec<_>) =
-        kept.iter().cloned().partition(|kept| kept.id & 1 == 0);
-    outbox.settle(&delivered, &DeliveryResult::Delivered, deadline()).unwrap();
-    outbox.settle(&rejected, &DeliveryResult::Rejected("no".to_owned()), deadline()).unwrap();
+        queued.iter().cloned().partition(|queued| queued.id & 1 == 0);
+    subject.answer(&delivered, DeliveryResult::Delivered);
+    subject.answer(&rejected, DeliveryResult::Rejected("no".to_owned()));
 }
 
-/// The files that were moved aside.
-fn asides(path: &Path) -> Vec<PathBuf> {
+/// The quarantined files.
+fn quarantined(path: &Path) -> Vec<PathBuf> {
     let names = fs::read_dir(path.parent().unwrap()).unwrap().map(|entry| entry.unwrap().path());
-    names.filter(|name| name.to_string_lossy().contains("-aside-")).collect()
+    names.filter(|name| name.to_string_lossy().contains("-file-")).collect()
 }
 
-/// An input that is read from its beginning; beyond its end are zeros.
+/// An input, read from its beginning. After its end it has zeros.
 struct Input<'a>(&'a [u8]);
 
 impl<'a> Input<'a> {
@@ -200,7 +228,7 @@ impl<'a> Input<'a> {
         number
     }
 
-    /// Any value that SQLite can hold. The digits `0` to `7` say of what kind it is.
+    /// Any value of SQLite. The digits `0` to `7` select its type.
     fn value(&mut self) -> ValueRef<'a> {
         match self.byte() % 8 {
             0 => ValueRef::Null,
