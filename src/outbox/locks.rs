@@ -540,7 +540,8 @@ mod tests {
     #[test]
     fn query_of_an_owner_takes_no_lock() {
         let (_dir, outbox) = outbox();
-        let (ours, theirs) = (opened(&outbox), opened(&outbox));
+        let ours = opened(&outbox);
+        let theirs = opened(&outbox);
         assert_eq!(ours.owner_state(b"7"), OwnerState::Unknown);
         assert!(theirs.files[0].lock(7).unwrap());
     }
@@ -566,7 +567,8 @@ mod tests {
     #[test]
     fn owner_in_a_replaced_lock_file_that_is_open_is_running() {
         let (_dir, outbox) = outbox();
-        let (mut ours, theirs) = (opened(&outbox), opened(&outbox));
+        let mut ours = opened(&outbox);
+        let theirs = opened(&outbox);
         replace_lock_file(&outbox);
         ours.refresh(&outbox).unwrap();
         ours.make_old();
@@ -579,7 +581,8 @@ mod tests {
     #[test]
     fn owner_that_ended_before_its_lock_file_was_replaced_has_ended() {
         let (_dir, outbox) = outbox();
-        let (mut ours, theirs) = (opened(&outbox), opened(&outbox));
+        let mut ours = opened(&outbox);
+        let theirs = opened(&outbox);
         let token = theirs.token.clone();
         drop(theirs);
         replace_lock_file(&outbox);
@@ -609,7 +612,8 @@ mod tests {
     #[test]
     fn restored_lock_file_counts_as_new() {
         let (dir, outbox) = outbox();
-        let (lock, aside) = (beside(&outbox, "-lock"), dir.path().join("aside"));
+        let lock = beside(&outbox, "-lock");
+        let aside = dir.path().join("aside");
         let mut ours = opened(&outbox);
         ours.make_old();
         fs::rename(&lock, &aside).unwrap();
@@ -667,10 +671,12 @@ mod tests {
     #[test]
     fn only_one_process_has_the_write_lock_also_if_the_lock_file_is_replaced() {
         let (_dir, outbox) = outbox();
-        let (mut ours, mut theirs) = (Locks::new(), opened(&outbox));
+        let mut ours = Locks::new();
+        let mut theirs = opened(&outbox);
         let lock = ours.lock_for_writing(&outbox, Instant::now()).unwrap();
         drop(ours.lock_for_writing(&outbox, Instant::now()).unwrap());
-        let (since, bound) = (Instant::now(), Duration::from_millis(50));
+        let since = Instant::now();
+        let bound = Duration::from_millis(50);
         let error = theirs.lock_for_writing(&outbox, since + bound).unwrap_err();
         assert!(
             error.kind() == io::ErrorKind::TimedOut && since.elapsed() >= bound,
@@ -724,7 +730,8 @@ mod tests {
     #[test]
     fn special_file_at_the_lock_files_path_is_an_error_and_unchanged() {
         let (dir, outbox) = outbox();
-        let (lock, other) = (beside(&outbox, "-lock"), dir.path().join("other"));
+        let lock = beside(&outbox, "-lock");
+        let other = dir.path().join("other");
         fs::write(&other, "theirs").unwrap();
         let makers: [(&str, &dyn Fn()); 5] = [
             ("is a symlink, not a regular file; move it away", &|| symlink(&other, &lock).unwrap()),

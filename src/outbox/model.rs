@@ -424,10 +424,10 @@ impl Scenario {
             }
             Step::Answer(from, many, result) => {
                 let these = self.fetched.drain(range(*from, *many, &self.fetched)).collect();
-                self.answer((these, result.clone()))?
+                self.answer(these, result.clone())?
             }
             Step::AnswerAgain => match self.last_answer.take() {
-                Some(again) => self.answer(again)?,
+                Some((these, result)) => self.answer(these, result)?,
                 None => Changed::Otherwise,
             },
             Step::Maintain => self.maintain()?,
@@ -440,13 +440,15 @@ impl Scenario {
             Step::Lock if self.fault == Fault::None => {
                 let other = Connection::open(self.path()).unwrap();
                 other.execute_batch("BEGIN IMMEDIATE").unwrap();
-                (self.other, self.fault) = (Some(other), Fault::Locked(2));
+                self.other = Some(other);
+                self.fault = Fault::Locked(2);
                 Changed::Otherwise
             }
             Step::Remove if self.fault == Fault::None => {
                 self.program = None;
                 std::fs::remove_file(self.path()).unwrap();
-                (self.file, self.fault) = (Model::default(), Fault::Removed);
+                self.file = Model::default();
+                self.fault = Fault::Removed;
                 Changed::Otherwise
             }
             Step::Free if self.fault == Fault::Full => self.free(),
@@ -465,7 +467,8 @@ impl Scenario {
     }
 
     fn unlock(&mut self) -> Changed {
-        (self.other, self.fault) = (None, Fault::None);
+        self.other = None;
+        self.fault = Fault::None;
         Changed::Otherwise
     }
 
@@ -499,7 +502,8 @@ impl Scenario {
         if !self.may_wait() {
             return Ok(Changed::Otherwise);
         }
-        let (agent, models) = (&mut self.agent, &mut [&mut self.now]);
+        let agent = &mut self.agent;
+        let models = &mut [&mut self.now];
         let us = agent.outbox.store.locks.token.clone();
         let mut adds = Vec::new();
         for change in changes {
@@ -556,8 +560,8 @@ impl Scenario {
         Ok(Changed::ByAgent)
     }
 
-    /// The program changes only while the agent has no fault. A full disk is simulated for the
-    /// agent only.
+    /// The program makes changes only while the agent has no fault. A full disk is simulated for
+    /// the agent only.
     fn change_by_program(&mut self, change: &Change) -> Result<Changed, TestCaseError> {
         if matches!(self.fault, Fault::None | Fault::Full) {
             let program = self
@@ -580,13 +584,15 @@ impl Scenario {
         *agent = Process::start(dir.path(), Role::Deliver);
         self.now = self.file.clone();
         self.now.recover(&running(program.as_ref()), "the agent restarted during ");
-        (self.fetched, self.last_answer) = (Vec::new(), None);
+        self.fetched = Vec::new();
+        self.last_answer = None;
         Changed::ByAgent
     }
 
     fn answer(
         &mut self,
-        (these, result): (Vec<QueuedDelta>, DeliveryResult),
+        these: Vec<QueuedDelta>,
+        result: DeliveryResult,
     ) -> Result<Changed, TestCaseError> {
         if these.is_empty() || !self.may_wait() {
             return Ok(Changed::Otherwise);
@@ -872,7 +878,8 @@ fn compare<T: Debug + PartialEq>(
         .find(|place| found.get(*place) != expected.get(*place));
     let Some(place) = place else { return Ok(()) };
     let short = |item: Option<&T>| format!("{item:?}").chars().take(300).collect::<String>();
-    let (found_here, expected_here) = (short(found.get(place)), short(expected.get(place)));
+    let found_here = short(found.get(place));
+    let expected_here = short(expected.get(place));
     Err(TestCaseError::fail(format!(
         "{what}: {} found, {} expected; item {place} is\n  {found_here}, not\n  {expected_here}",
         found.len(),

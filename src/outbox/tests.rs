@@ -133,7 +133,8 @@ fn sqlite_has_no_wal_reset_bug() {
 #[test]
 fn queued_deltas_survive_reopening_newest_first() {
     let dir = tempfile::tempdir().unwrap();
-    let (first, second) = (delta("first"), LifecycleDelta::succeeded("second", Operation::Deploy));
+    let first = delta("first");
+    let second = LifecycleDelta::succeeded("second", Operation::Deploy);
     open(dir.path()).push(&[first.clone(), second.clone()]).unwrap();
     let mut outbox = open(dir.path());
     assert_eq!(outbox.stats().counts.waiting, 2);
@@ -208,7 +209,8 @@ fn answers_while_the_file_is_locked_are_written_later() {
 #[test]
 fn rows_of_another_process_are_delivered() {
     let dir = tempfile::tempdir().unwrap();
-    let (mut ours, mut theirs) = (open(dir.path()), open_as(dir.path(), Role::Contribute));
+    let mut ours = open(dir.path());
+    let mut theirs = open_as(dir.path(), Role::Contribute);
     theirs.push(&[delta("theirs")]).unwrap();
     assert_eq!(deckies(&mut ours), ["theirs"]);
     assert_eq!(ours.stats().counts.waiting, 1);
@@ -291,7 +293,8 @@ fn special_file_is_an_error_and_unchanged() {
     for ((make, problem), part) in makes.iter().flat_map(|make| PARTS.map(|part| (make, part))) {
         for is_made in [false, true] {
             let dir = tempfile::tempdir().unwrap();
-            let (path, other) = (dir.path().join(FILE), dir.path().join("other"));
+            let path = dir.path().join(FILE);
+            let other = dir.path().join("other");
             if is_made {
                 open(dir.path()).push(&[delta("d")]).unwrap();
             }
@@ -325,7 +328,8 @@ fn special_file_is_an_error_and_unchanged() {
 #[test]
 fn outbox_in_a_symlinked_folder_follows_the_symlink() {
     let dir = tempfile::tempdir().unwrap();
-    let (real, link) = (dir.path().join("real"), dir.path().join("link"));
+    let real = dir.path().join("real");
+    let link = dir.path().join("link");
     std::fs::create_dir(&real).unwrap();
     std::os::unix::fs::symlink(&real, &link).unwrap();
     open(&link).push(&[delta("d")]).unwrap();
@@ -452,7 +456,8 @@ fn held_count_is_zero_once_no_row_is_owned() {
 fn overlapping_operations_are_ordered_by_their_begin() {
     let dir = tempfile::tempdir().unwrap();
     let mut outbox = open(dir.path());
-    let (first, second) = (begin(&mut outbox, "d"), begin(&mut outbox, "d"));
+    let first = begin(&mut outbox, "d");
+    let second = begin(&mut outbox, "d");
     outbox.end(ended(first, delta("d")), SentBy::Deliverer).unwrap();
     assert!(deckies(&mut outbox).is_empty(), "the newer one is in flight");
     outbox.end(ended(second, succeeded("d")), SentBy::Deliverer).unwrap();
@@ -464,7 +469,8 @@ fn overlapping_operations_are_ordered_by_their_begin() {
 #[test]
 fn delta_is_overtaken_by_a_newer_one_of_the_same_decky_and_operation() {
     let dir = tempfile::tempdir().unwrap();
-    let (mut track, mut outbox) = (open_as(dir.path(), Role::Contribute), open(dir.path()));
+    let mut track = open_as(dir.path(), Role::Contribute);
+    let mut outbox = open(dir.path());
     let id = begin(&mut track, "d");
     let ours = QueuedDelta { id, delta: succeeded("d") };
     let mut overtaken = || track.is_overtaken(&ours).unwrap();
@@ -746,7 +752,8 @@ fn deleted_file_is_created_again_with_all_rows() {
 #[test]
 fn answers_while_the_file_is_missing_apply_when_it_returns() {
     let dir = tempfile::tempdir().unwrap();
-    let (agent, elsewhere) = (dir.path().join("agent"), dir.path().join("elsewhere"));
+    let agent = dir.path().join("agent");
+    let elsewhere = dir.path().join("elsewhere");
     std::fs::create_dir(&agent).unwrap();
     let mut outbox = open(&agent);
     outbox.push(&["a", "b", "c"].map(delta)).unwrap();
@@ -1425,7 +1432,8 @@ fn owner_in_a_replaced_lock_file_is_recovered_after_a_minute() {
 #[test]
 fn row_with_an_unknown_owner_is_stuck_after_a_day_until_its_owner_is_known() {
     let dir = tempfile::tempdir().unwrap();
-    let (path, day) = (dir.path().join(FILE), Duration::from_secs(24 * 3600));
+    let path = dir.path().join(FILE);
+    let day = Duration::from_secs(24 * 3600);
     let lock = locks::beside(&path, "-lock");
     let mut track = open_as(dir.path(), Role::Contribute);
     let id = begin(&mut track, "d");
@@ -1629,7 +1637,8 @@ fn beside_a_running_process(dir: &Path) -> (Outbox, Outbox) {
 #[test]
 fn rows_of_other_processes_in_memory_hold_older_ones_and_are_not_recovered() {
     let dir = tempfile::tempdir().unwrap();
-    let (agent, elsewhere) = (dir.path().join("agent"), dir.path().join("elsewhere"));
+    let agent = dir.path().join("agent");
+    let elsewhere = dir.path().join("elsewhere");
     std::fs::create_dir(&agent).unwrap();
     let (mut outbox, _track) = beside_a_running_process(&agent);
     fill_the_disk(&mut outbox);
@@ -1930,7 +1939,8 @@ fn steps_where(waiting: usize, is_in_memory: bool) -> Vec<(&'static str, u64)> {
 #[test]
 fn cost_of_a_change_does_not_depend_on_the_number_of_rows() {
     for is_in_memory in [false, true] {
-        let (few, many) = (steps_where(100, is_in_memory), steps_where(9_000, is_in_memory));
+        let few = steps_where(100, is_in_memory);
+        let many = steps_where(9_000, is_in_memory);
         assert_eq!(few, many, "in memory: {is_in_memory}");
     }
 }
@@ -1942,7 +1952,8 @@ fn waiting_count_is_never_too_low_while_answers_are_written() {
         Outbox::open_at(&OutboxLocation::Memory, Path::new("/no/such"), Role::Deliver).unwrap().0;
     outbox.push(&(0..DELTAS).map(|n| delta(&n.to_string())).collect::<Vec<_>>()).unwrap();
     let queued = outbox.read_deliverable(DELTAS as usize, |_| true).unwrap();
-    let (stats, answered) = (Arc::clone(&outbox.stats), AtomicU64::new(0));
+    let stats = Arc::clone(&outbox.stats);
+    let answered = AtomicU64::new(0);
     std::thread::scope(|scope| {
         scope.spawn(|| {
             for QueuedDelta { id, .. } in queued {
@@ -2007,7 +2018,8 @@ fn deltas_survive_deletion_renaming_and_replacement_of_files() {
 #[test]
 fn closing_a_replaced_file_does_not_delete_the_new_log() {
     let dir = tempfile::tempdir().unwrap();
-    let (path, log) = (dir.path().join(FILE), dir.path().join("heartbeat.db-wal"));
+    let path = dir.path().join(FILE);
+    let log = dir.path().join("heartbeat.db-wal");
     let mut old = open_as(dir.path(), Role::Contribute);
     old.push(&[delta("old")]).unwrap();
     std::fs::remove_file(&path).unwrap();

@@ -283,16 +283,16 @@ impl OutboxThread {
         let Some(unread) = self.heartbeat.as_ref().map(|heartbeat| heartbeat.batches.len()) else {
             return;
         };
-        let batch = if let Some(new) = new {
-            Some(self.new_batch(Ok(new), generation))
-        } else if is_slow || self.outbox.waiting() <= limits::FEW_DELTAS {
-            Some(self.read_batch(&BatchRequest::default(), generation))
-        } else {
-            None
+        let batch = match new {
+            Some(new) => self.new_batch(Ok(new), generation),
+            None if is_slow || self.outbox.waiting() <= limits::FEW_DELTAS => {
+                self.read_batch(&BatchRequest::default(), generation)
+            }
+            None => return self.send_event(OutboxEvent::Pushed),
         };
-        match batch {
-            Some(batch) if batch.deltas.as_ref().is_ok_and(Vec::is_empty) => (),
-            Some(batch) if batch.deltas.is_ok() && unread < limits::OFFERS => self.send(batch),
+        match &batch.deltas {
+            Ok(deltas) if deltas.is_empty() => (),
+            Ok(_) if unread < limits::OFFERS => self.send(batch),
             // The heartbeat thread will request them.
             _ => self.send_event(OutboxEvent::Pushed),
         }

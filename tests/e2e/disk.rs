@@ -79,8 +79,7 @@ fn what_a_full_disk_cannot_take_is_in_memory_until_it_can() {
     disk.fill();
     heartbeat.deltas().push(deployed("full-1")).unwrap();
     assert_eq!(heartbeat.stats().outbox, None);
-    let expected =
-        "outbox file cannot be written; deltas are in memory and do not survive a restart: outbox=/";
+    let expected = "outbox file cannot be written; deltas are in memory and do not survive a restart: outbox=/";
     let said = errors(disk.path());
     assert!(said.len() == 1 && said[0].starts_with(expected), "{said:?}");
     assert!(said[0].contains("/heartbeat.db error=\"database or disk is full"), "{said:?}");

@@ -202,7 +202,7 @@ fn run_beats_at_the_file_size_limit_and_its_outbox_is_durable_without_it() {
     line_with(&log, "first beat accepted");
     assert!(stage.master.wait_for_beats(5, PATIENCE));
     limit_files(&running, None);
-    line_with(&log, "again: outbox=");
+    line_with(&log, "outbox file reopened: outbox=");
     assert_eq!(running.terminate(PROMPT), Some(0));
 }
 

@@ -168,11 +168,8 @@ fn push_says_what_it_has_displaced() {
         (0..10_000).map(|n| LifecycleDelta::succeeded(format!("d{n}"), Operation::Mutate));
     heartbeat.deltas().push_all(waiting).unwrap();
     let (code, _, log) = output(&stage, &[&PUSH_FAILED[..], &["a", "b"]].concat());
-    assert!(code == Some(75) && log.ends_with("/heartbeat.db deltas=2 most=10000\n"), "{log}");
-    assert!(
-        log.contains("[ERROR] (decnet-outbox) deltas dropped undelivered"),
-        "{log}"
-    );
+    assert!(code == Some(75) && log.ends_with("/heartbeat.db deltas=2 max_rows=10000\n"), "{log}");
+    assert!(log.contains("[ERROR] (decnet-outbox) deltas dropped undelivered"), "{log}");
     let kept = kept(&stage);
     assert_eq!((kept.len(), kept[0].0.as_str(), kept[9_999].0.as_str()), (10_000, "d2", "b"));
 }

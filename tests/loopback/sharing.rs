@@ -262,7 +262,7 @@ fn a_unit_of_root_needs_its_drop_in_for_another_users_folder_and_nothing_else() 
     let worker = Worker::of(OWNER, 0o755);
     let mut without = run(&worker, "");
     let lines = lines(without.0.stderr.take().unwrap());
-    assert!(line_with(&lines, "the outbox is in memory").contains("Permission denied"));
+    assert!(line_with(&lines, "outbox in memory").contains("Permission denied"));
     assert_eq!(without.terminate(PATIENCE), Some(0));
     let mut with = run(&worker, &capabilities_of_the_drop_in());
     assert!(worker.stage.master.wait_until(PATIENCE, |_| worker.file("").exists()));

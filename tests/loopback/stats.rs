@@ -113,7 +113,7 @@ fn what_falls_out_is_logged_once_with_the_next_beat() {
     }
     let file = stage.agent_dir().join("heartbeat.db");
     let said = "deltas dropped undelivered, too many or too old:";
-    let said = format!("{said} outbox={} deltas=777 most=10000", file.display());
+    let said = format!("{said} outbox={} deltas=777 max_rows=10000", file.display());
     assert_eq!(errors_with("deltas=777"), [said]);
 }
 
