@@ -12,8 +12,7 @@
 //!   writes to the file as soon as it can. Deltas that the master has answered are not sent again.
 //! - Deltas that exceed the limits are dropped, counted and logged.
 //!
-//! An outbox is a value of the outbox thread, see [`crate::threads::outbox`]. Its calls may block
-//! on the disk.
+//! An outbox is a value of the outbox thread. Its calls may block on the disk.
 
 mod copy;
 mod file;
@@ -110,7 +109,6 @@ pub(crate) enum Role {
     /// It will deliver when no other process does.
     DeliverLater,
     /// It only adds rows.
-    #[cfg_attr(not(feature = "cli"), expect(dead_code, reason = "only `push` and `track` use it"))]
     Contribute,
 }
 
@@ -483,14 +481,10 @@ impl Outbox {
         let dropped = self.stats.read().dropped;
         let new = dropped - mem::replace(&mut self.dropped_logged, dropped);
         if new > 0 {
-            log_line(
+            self.store.log_with(
                 Level::Error,
-                format_args!(
-                    "deltas dropped undelivered, too many or too old: outbox={} deltas={new} \
-                     max_rows={}",
-                    self.store.name(),
-                    limits::OUTBOX_ROWS
-                ),
+                "deltas dropped undelivered, too many or too old",
+                format_args!("deltas={new} max_rows={}", limits::OUTBOX_ROWS),
             );
         }
     }
@@ -609,8 +603,7 @@ impl Outbox {
         let operations =
             recovered.map_err(|source| self.store.error("cannot be recovered", source))?;
         let event = "operations of processes that have ended are reported failed";
-        let outbox = self.store.name();
-        log_line(Level::Warn, format_args!("{event}: outbox={outbox} operations={operations}"));
+        self.store.log_with(Level::Warn, event, format_args!("operations={operations}"));
         Ok(())
     }
 
@@ -649,15 +642,11 @@ impl Outbox {
             return Ok(());
         }
         self.stuck_logged_at = Some(Instant::now());
-        log_line(
+        self.store.log_with(
             Level::Warn,
-            format_args!(
-                "cannot determine whether the processes of these operations are running; they and \
-                 older deltas wait; check the lock file: outbox={} rows={} first={:?}",
-                self.store.name(),
-                stuck.len(),
-                StuckRow::list(&stuck)
-            ),
+            "cannot determine whether the processes of these operations are running; they and \
+             older deltas wait; check the lock file",
+            format_args!("rows={} first={:?}", stuck.len(), StuckRow::list(&stuck)),
         );
         Ok(())
     }

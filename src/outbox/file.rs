@@ -49,6 +49,8 @@ impl FileProblem {
     }
 }
 
+pub(super) const CORRUPT: &str = "is corrupt, or not an outbox";
+
 /// Whether the content of the file caused the error. For some unusable files SQLite returns only
 /// its generic error, which the calls here do not return for other reasons.
 pub(super) fn is_content_error(error: &rusqlite::Error) -> bool {
@@ -57,19 +59,15 @@ pub(super) fn is_content_error(error: &rusqlite::Error) -> bool {
 }
 
 /// Why a file cannot be opened.
-enum OpenFailure {
-    /// Its content: it is corrupt, or not an outbox.
-    Content(String),
-    /// Something else, which may pass.
-    Unusable(Error),
+struct OpenFailure {
+    error: Error,
+    /// What is wrong with the content, if that is the reason.
+    damage: Option<String>,
 }
 
-impl OpenFailure {
-    fn into_error(self, path: &Path) -> Error {
-        match self {
-            Self::Content(damage) => error(path, "is corrupt, or not an outbox", damage),
-            Self::Unusable(error) => error,
-        }
+impl From<Error> for OpenFailure {
+    fn from(error: Error) -> Self {
+        Self { error, damage: None }
     }
 }
 
@@ -89,29 +87,29 @@ pub(super) fn open(
     role: Role,
     deadline: Instant,
 ) -> Result<(Connection, Identities), Error> {
-    let path =
-        &with_real_folder(path).map_err(|source| error(path, "cannot be written", source))?;
+    let unwritable = |source| error(path, "cannot be written", source);
+    let path = &with_real_folder(path).map_err(unwritable)?;
     let first = match prepare_and_connect(path, deadline) {
         Ok(opened) => return Ok(opened),
-        Err(OpenFailure::Unusable(_)) => None,
-        Err(OpenFailure::Content(damage)) => {
-            // The index of another log looks like damage. Processes that have this index open will
-            // reopen the outbox.
-            remove_index(path).map_err(|source| error(path, "cannot be written", source))?;
-            Some(damage)
-        }
+        Err(failure) => failure.damage,
     };
-    let damage = match prepare_and_connect(path, deadline) {
-        Err(OpenFailure::Content(damage)) if first.as_ref() != Some(&damage) => {
-            return Err(error(
-                path,
-                "was read twice with different results; check the disk",
-                damage,
-            ));
-        }
-        Err(OpenFailure::Content(damage)) if role == Role::Deliver => damage,
-        opened => return opened.map_err(|failure| failure.into_error(path)),
+    if first.is_some() {
+        // The index of another log looks like damage. Processes that have this index open will
+        // reopen the outbox.
+        remove_index(path).map_err(unwritable)?;
+    }
+    let failure = match prepare_and_connect(path, deadline) {
+        Ok(opened) => return Ok(opened),
+        Err(failure) => failure,
     };
+    let Some(damage) = failure.damage else { return Err(failure.error) };
+    if first.as_ref() != Some(&damage) {
+        let problem = "was read twice with different results; check the disk";
+        return Err(error(path, problem, damage));
+    }
+    if role != Role::Deliver {
+        return Err(failure.error);
+    }
     read_through(path).map_err(|source| error(path, "cannot be read", source))?;
     let quarantine = quarantine(path)
         .map_err(|source| error(path, "is corrupt, and cannot be renamed", source))?;
@@ -125,30 +123,29 @@ pub(super) fn open(
             sanitize(&damage)
         ),
     );
-    prepare_and_connect(path, deadline).map_err(|failure| failure.into_error(path))
+    prepare_and_connect(path, deadline).map_err(|failure| failure.error)
 }
 
 fn prepare_and_connect(
     path: &Path,
     deadline: Instant,
 ) -> Result<(Connection, Identities), OpenFailure> {
-    prepare(path)
-        .map_err(|source| OpenFailure::Unusable(error(path, "cannot be written", source)))?;
+    prepare(path).map_err(|source| error(path, "cannot be written", source))?;
     loop {
         match connect(path, deadline) {
-            Ok(db) => return verify(path, db).map_err(OpenFailure::Unusable),
-            Err(error) if is_content_error(&error) => {
-                return Err(OpenFailure::Content(error.to_string()));
-            }
+            Ok(db) => return Ok(verify(path, db)?),
             // If two processes switch a new file to WAL, SQLite returns this without waiting.
-            Err(error)
-                if FileProblem::of(&error) == FileProblem::Locked && Instant::now() < deadline =>
+            Err(source)
+                if FileProblem::of(&source) == FileProblem::Locked && Instant::now() < deadline =>
             {
                 thread::sleep(limits::OUTBOX_PAUSE);
             }
-            Err(source) => {
-                return Err(OpenFailure::Unusable(error(path, "cannot be opened", source)));
+            Err(source) if is_content_error(&source) => {
+                let damage = source.to_string();
+                let error = error(path, CORRUPT, damage.clone());
+                return Err(OpenFailure { error, damage: Some(damage) });
             }
+            Err(source) => return Err(error(path, "cannot be opened", source).into()),
         }
     }
 }

@@ -5,7 +5,7 @@ use std::io;
 use std::path::Path;
 use std::time::Instant;
 
-use super::file::is_content_error;
+use super::file::{CORRUPT, is_content_error};
 use super::rows;
 use super::schema;
 use crate::error::Error;
@@ -46,9 +46,7 @@ pub(crate) fn summarize(path: &Path) -> Result<Option<OutboxSummary>, Error> {
             continue;
         }
         return summary.map_err(|source| {
-            let is_content = is_content_error(&source);
-            let problem =
-                if is_content { "is corrupt, or not an outbox" } else { "cannot be read" };
+            let problem = if is_content_error(&source) { CORRUPT } else { "cannot be read" };
             error(problem).with_source(source)
         });
     }

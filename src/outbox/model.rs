@@ -228,8 +228,10 @@ impl Model {
             DeliveryResult::Delivered => self.delivered += self.remove(ids),
             DeliveryResult::Rejected(reason) => {
                 self.rejected += self.of(ids).filter(|row| row.waits()).count() as u64;
-                self.of(ids)
-                    .for_each(|row| (row.rejected, row.owner) = (Some(reason.clone()), None));
+                for row in self.of(ids) {
+                    row.rejected = Some(reason.clone());
+                    row.owner = None;
+                }
             }
         }
     }

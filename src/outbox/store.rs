@@ -3,6 +3,7 @@
 //! change that succeeds there. Runs on the outbox thread.
 
 use std::error::Error as StdError;
+use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -283,7 +284,7 @@ impl Store {
     }
 
     /// The name for log lines.
-    pub(super) fn name(&self) -> String {
+    fn name(&self) -> String {
         self.path.as_deref().map_or_else(|| "memory".to_owned(), sanitize_path)
     }
 
@@ -291,9 +292,12 @@ impl Store {
         log_line(level, format_args!("{event}: outbox={}", self.name()));
     }
 
+    pub(super) fn log_with(&self, level: Level, event: &str, fields: fmt::Arguments<'_>) {
+        log_line(level, format_args!("{event}: outbox={} {fields}", self.name()));
+    }
+
     pub(super) fn log_problem(&self, level: Level, event: &str, error: &dyn StdError) {
-        let error = chain(error);
-        log_line(level, format_args!("{event}: outbox={} error={error:?}", self.name()));
+        self.log_with(level, event, format_args!("error={:?}", chain(error)));
     }
 
     pub(super) fn error(

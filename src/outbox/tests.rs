@@ -793,7 +793,7 @@ fn unusable_file_is_quarantined_unchanged() {
     let text = |path: &Path| {
         std::fs::write(path, "not a database, and longer than a header is\n".repeat(9)).unwrap()
     };
-    let broken = |path: &Path| {
+    let damaged = |path: &Path| {
         let mut outbox =
             Outbox::open_at(&OutboxLocation::File(path.to_owned()), Path::new("/"), Role::Deliver)
                 .unwrap()
@@ -859,7 +859,7 @@ fn unusable_file_is_quarantined_unchanged() {
     for spoil in [
         &foreign as &dyn Fn(&Path),
         &text,
-        &broken,
+        &damaged,
         &marked,
         &version_1,
         &one_page,
@@ -963,18 +963,20 @@ fn text_that_is_not_utf8_does_not_block_other_rows() {
 
 #[test]
 fn damaged_id_sequence_loses_no_row() {
-    for broken in ["1", "-5", "'x'", "1.5", "NULL"] {
+    for damaged in ["1", "-5", "'x'", "1.5", "NULL"] {
         let dir = tempfile::tempdir().unwrap();
         open(dir.path()).push(&[delta("a"), delta("b")]).unwrap();
         spoil(
             dir.path(),
-            &format!("UPDATE delta SET id = id % 2 + 1; UPDATE sqlite_sequence SET seq = {broken}"),
+            &format!(
+                "UPDATE delta SET id = id % 2 + 1; UPDATE sqlite_sequence SET seq = {damaged}"
+            ),
         );
         let mut outbox = open(dir.path());
         outbox.push(&[delta("c")]).unwrap();
         let mut deckies = deckies(&mut outbox);
         deckies.sort();
-        assert_eq!(deckies, ["a", "b", "c"], "{broken}");
+        assert_eq!(deckies, ["a", "b", "c"], "{damaged}");
     }
 }
 
@@ -1337,6 +1339,7 @@ fn second_outbox_delivers_after_a_stopped_one_is_done() {
     }
 }
 
+#[cfg(feature = "cli")]
 fn stuck(path: &Path) -> Vec<StuckRow> {
     summarize(path).unwrap().unwrap().stuck
 }

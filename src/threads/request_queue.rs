@@ -199,7 +199,7 @@ impl RequestQueue {
                 return;
             }
             // Only a request that can be withdrawn may be refused.
-            let _ = state.enqueue(request, Waiter::default(), CallerState::Gone);
+            let _ = state.enqueue(request, Waiter::default(), CallerState::DoesNotWait);
         });
     }
 

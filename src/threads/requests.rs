@@ -1,5 +1,5 @@
 //! The state of each request to the outbox thread: queued, then taken, then answered. A value: it
-//! blocks on nothing, and the caller keeps the time.
+//! never blocks and reads no clock.
 //!
 //! | state | what has happened | if the caller gives up |
 //! | --- | --- | --- |
@@ -61,7 +61,7 @@ pub(crate) enum CallerState {
     /// It waits for the answer. The request cannot be withdrawn.
     Waits,
     /// It does not wait. The request cannot be withdrawn.
-    Gone,
+    DoesNotWait,
 }
 
 /// The queued requests, and the tickets of the taken ones.
@@ -134,7 +134,7 @@ impl<P> Requests<P> {
         let entries: Vec<_> = self.queued.drain(..count).collect();
         let is_withdrawable = |entry: &&Entry<P>| entry.caller == CallerState::CanWithdraw;
         self.withdrawable -= entries.iter().filter(is_withdrawable).count();
-        let awaited = entries.iter().filter(|entry| entry.caller != CallerState::Gone);
+        let awaited = entries.iter().filter(|entry| entry.caller != CallerState::DoesNotWait);
         self.taken.extend(awaited.map(|entry| entry.ticket));
         let requests = entries.into_iter().map(|entry| (entry.ticket, entry.payload)).collect();
         // What is read next does not include the changes that are still queued.
@@ -157,7 +157,7 @@ impl<P> Requests<P> {
         };
         match self.queued.get_mut(place).map(|entry| &mut entry.caller) {
             Some(caller @ CallerState::Waits) => {
-                *caller = CallerState::Gone;
+                *caller = CallerState::DoesNotWait;
                 GivenUp::InDoubt
             }
             Some(CallerState::CanWithdraw) => {
@@ -165,7 +165,7 @@ impl<P> Requests<P> {
                 let entry = self.queued.remove(place);
                 entry.map_or(GivenUp::Answered, |entry| GivenUp::Withdrawn(entry.payload))
             }
-            Some(CallerState::Gone) | None => GivenUp::Answered,
+            Some(CallerState::DoesNotWait) | None => GivenUp::Answered,
         }
     }
 }
@@ -210,7 +210,7 @@ mod tests {
     fn only_requests_that_can_be_withdrawn_are_bounded() {
         let mut requests = queue(&[1; CAPACITY]);
         assert_eq!(requests.enqueue(1, 9, CallerState::CanWithdraw), Err(9));
-        let not_awaited = requests.enqueue(1, 10, CallerState::Gone).unwrap();
+        let not_awaited = requests.enqueue(1, 10, CallerState::DoesNotWait).unwrap();
         let awaited = requests.enqueue(1, 10, CallerState::Waits).unwrap();
         assert_eq!(requests.len(), CAPACITY + 2);
         assert_eq!(requests.give_up(not_awaited), GivenUp::Answered);
@@ -227,10 +227,10 @@ mod tests {
         assert_eq!(requests.generation(), read);
         requests.enqueue(0, 2, CallerState::CanWithdraw).unwrap();
         assert_eq!(requests.generation(), read, "a request that only reads");
-        requests.enqueue(1, 3, CallerState::Gone).unwrap();
+        requests.enqueue(1, 3, CallerState::DoesNotWait).unwrap();
         let pushed = requests.generation();
         assert!(pushed > read);
-        requests.enqueue(1_000, 4, CallerState::Gone).unwrap();
+        requests.enqueue(1_000, 4, CallerState::DoesNotWait).unwrap();
         assert_eq!(requests.take(10).generation, pushed, "one is still queued");
         let last = requests.take(10).generation;
         assert!(last == requests.generation() && last > pushed);
@@ -286,7 +286,7 @@ mod tests {
                     }
                     Step::EnqueuePermanently(rows, is_awaited) => {
                         let caller =
-                            if is_awaited { CallerState::Waits } else { CallerState::Gone };
+                            if is_awaited { CallerState::Waits } else { CallerState::DoesNotWait };
                         let ticket = requests.enqueue(rows, rows, caller).unwrap();
                         queued.push(Enqueued { ticket, rows, is_awaited, can_be_withdrawn: false });
                     }
