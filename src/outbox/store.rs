@@ -245,10 +245,10 @@ impl Store {
         self.file = None;
         let is_copied = version.as_ref().is_ok_and(|version| self.copy_version == Some(*version));
         if !is_copied && !is_corrupt {
-            let problem = "outbox file was replaced; deltas that only it had are lost";
-            let source = version
-                .map_or_else(|error| error.to_string(), |_| "reading its rows failed".to_owned());
-            self.log_problem(Level::Error, problem, &self.error("cannot be read", source));
+            let event = "outbox file was replaced; deltas that only it had are lost";
+            let error: Box<dyn StdError> =
+                version.map_or_else(Into::into, |_| "its rows cannot be read".into());
+            self.log_problem(Level::Error, event, error.as_ref());
         }
         Ok(())
     }

@@ -545,7 +545,7 @@ fn while_a_process_is_suspended_within_its_turn_pushes_are_refused_and_beats_go_
         let mut program = push_of(&dir, "refused");
         let output = program.output().unwrap();
         let said = String::from_utf8_lossy(&output.stderr);
-        assert!(!output.status.success() && said.contains("is suspended while it does"), "{said}");
+        assert!(!output.status.success() && said.contains("was suspended while it did"), "{said}");
         for _ in 0..3 {
             let beats = heartbeat.stats().beats;
             beat(&tick);
@@ -583,7 +583,7 @@ fn what_cannot_be_read_out_of_a_replaced_file_is_an_error_in_the_log() {
     let said = errors(&agent_dir);
     assert!(
         said.iter()
-            .any(|line| line.contains("could not be read, deltas that only it had are lost")),
+            .any(|line| line.contains("outbox file was replaced; deltas that only it had are lost")),
         "{said:#?}"
     );
 }
