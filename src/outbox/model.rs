@@ -65,7 +65,7 @@ enum Change {
     Push(Vec<Ended>),
     /// On these deckies, repeated so many times.
     Begin(Operation, Vec<&'static str>, usize),
-    End(usize, Verdict, SentBy),
+    End(usize, EndResult, SentBy),
     /// Adds deltas that the process sends itself.
     Claim(Vec<Ended>),
     /// Releases so many of the deltas that the process was to send itself.
@@ -76,18 +76,18 @@ enum Change {
 
 /// So many equal deltas.
 #[derive(Clone, Debug)]
-struct Ended(&'static str, Operation, Verdict, usize);
+struct Ended(&'static str, Operation, EndResult, usize);
 
 /// How an operation ended, and in which second since 1970.
 #[derive(Clone, Copy, Debug)]
-enum Verdict {
+enum EndResult {
     Success(u64),
     Failure(u64),
     /// The error needs a page of its own.
     LongFailure(u64),
 }
 
-impl Verdict {
+impl EndResult {
     fn delta(self, decky: &str, operation: Operation) -> LifecycleDelta {
         let (delta, second) = match self {
             Self::Success(second) => (LifecycleDelta::succeeded(decky, operation), second),
@@ -332,12 +332,12 @@ impl Process {
     fn end(
         &mut self,
         which: usize,
-        verdict: Verdict,
+        end_result: EndResult,
         sent_by: SentBy,
         models: &mut [&mut Model],
     ) -> QueuedDelta {
         let (id, decky, operation) = self.open.remove(which % self.open.len());
-        let delta = verdict.delta(&decky, operation);
+        let delta = end_result.delta(&decky, operation);
         let owner =
             (sent_by == SentBy::ThisProcess).then_some(self.outbox.store.locks.token.as_str());
         models.iter_mut().for_each(|model| model.end(id, &delta, owner));
@@ -518,8 +518,8 @@ impl Scenario {
                     let deckies = deckies.repeat(*times).into_iter().map(str::to_owned).collect();
                     adds.push(NewRows::Operation(*operation, deckies));
                 }
-                Change::End(which, verdict, sent_by) if !agent.open.is_empty() => {
-                    let queued = agent.end(*which, *verdict, *sent_by, models);
+                Change::End(which, end_result, sent_by) if !agent.open.is_empty() => {
+                    let queued = agent.end(*which, *end_result, *sent_by, models);
                     agent.outbox.record_change(RowChange::Ended(vec![queued], *sent_by));
                 }
                 Change::End(..) | Change::Release(..) | Change::Answer(..) => (),
@@ -716,8 +716,8 @@ fn running(program: Option<&Process>) -> Vec<&str> {
 }
 
 fn deltas(ended: &[Ended]) -> Vec<LifecycleDelta> {
-    let deltas = ended.iter().map(|Ended(decky, operation, verdict, times)| {
-        std::iter::repeat_n(verdict.delta(decky, *operation), *times)
+    let deltas = ended.iter().map(|Ended(decky, operation, end_result, times)| {
+        std::iter::repeat_n(end_result.delta(decky, *operation), *times)
     });
     deltas.flatten().collect()
 }
@@ -777,11 +777,11 @@ fn make_change(
             }
             added(queued.map(|queued| queued[0].id), &new, process, models, fault)?;
         }
-        Change::End(which, verdict, sent_by) => {
+        Change::End(which, end_result, sent_by) => {
             if process.open.is_empty() {
                 return Ok(false);
             }
-            let queued = process.end(*which, *verdict, *sent_by, models);
+            let queued = process.end(*which, *end_result, *sent_by, models);
             let done = process.outbox.end(vec![queued], *sent_by);
             prop_assert!(noted(done));
         }
@@ -917,12 +917,12 @@ fn operation() -> impl Strategy<Value = Operation> {
     select(&[Operation::Deploy, Operation::Mutate][..])
 }
 
-fn short() -> impl Strategy<Value = Verdict> {
-    prop_oneof![(0..99_u64).prop_map(Verdict::Success), (0..99_u64).prop_map(Verdict::Failure)]
+fn short() -> impl Strategy<Value = EndResult> {
+    prop_oneof![(0..99_u64).prop_map(EndResult::Success), (0..99_u64).prop_map(EndResult::Failure)]
 }
 
-fn verdict() -> impl Strategy<Value = Verdict> {
-    prop_oneof![2 => short(), 1 => (0..99_u64).prop_map(Verdict::LongFailure)]
+fn end_result() -> impl Strategy<Value = EndResult> {
+    prop_oneof![2 => short(), 1 => (0..99_u64).prop_map(EndResult::LongFailure)]
 }
 
 fn sent_by() -> impl Strategy<Value = SentBy> {
@@ -938,20 +938,21 @@ fn deckies() -> impl Strategy<Value = Vec<&'static str>> {
 }
 
 fn ended(
-    verdict: impl Strategy<Value = Verdict>,
+    end_result: impl Strategy<Value = EndResult>,
     times: impl Strategy<Value = usize>,
 ) -> impl Strategy<Value = Ended> {
     let decky = select(&["a", "b", "c"][..]);
-    (decky, operation(), verdict, times)
-        .prop_map(|(decky, operation, verdict, times)| Ended(decky, operation, verdict, times))
+    (decky, operation(), end_result, times).prop_map(|(decky, operation, end_result, times)| {
+        Ended(decky, operation, end_result, times)
+    })
 }
 
 fn change() -> impl Strategy<Value = Change> {
     prop_oneof![
-        4 => vec(ended(verdict(), Just(1)), 1..4).prop_map(Change::Push),
+        4 => vec(ended(end_result(), Just(1)), 1..4).prop_map(Change::Push),
         4 => (operation(), deckies()).prop_map(|(operation, deckies)| Change::Begin(operation, deckies, 1)),
-        4 => (0..8_usize, verdict(), sent_by()).prop_map(|(which, verdict, sent_by)| Change::End(which, verdict, sent_by)),
-        2 => vec(ended(verdict(), Just(1)), 1..4).prop_map(Change::Claim),
+        4 => (0..8_usize, end_result(), sent_by()).prop_map(|(which, end_result, sent_by)| Change::End(which, end_result, sent_by)),
+        2 => vec(ended(end_result(), Just(1)), 1..4).prop_map(Change::Claim),
         1 => (0..8_usize, 1..4_usize).prop_map(|(from, many)| Change::Release(from, many)),
         1 => (0..8_usize, 1..4_usize, result()).prop_map(|(from, many, result)| Change::Answer(from, many, result)),
     ]
@@ -1001,8 +1002,8 @@ fn row_limit_drops_the_oldest_rows() {
             }),
             1 => vec(ended(short(), times()), 1..2).prop_map(Change::Claim),
             1 => (0..8_usize, 1_000..5_000_usize).prop_map(|(from, many)| Change::Release(from, many)),
-            1 => (0..8_usize, verdict(), sent_by()).prop_map(|(which, verdict, sent_by)| {
-                Change::End(which, verdict, sent_by)
+            1 => (0..8_usize, end_result(), sent_by()).prop_map(|(which, end_result, sent_by)| {
+                Change::End(which, end_result, sent_by)
             }),
         ]
     };

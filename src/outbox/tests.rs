@@ -1693,7 +1693,7 @@ fn same_file_receives_only_changed_rows() {
     outbox.push(&[delta(&"x".repeat(5_000))]).unwrap();
     outbox.answer(&queued[1..2], &DeliveryResult::Delivered).unwrap_err();
     outbox.answer(&queued[..1], &DeliveryResult::Rejected("no".to_owned())).unwrap_err();
-    // OtherProcess program changes all rows, which shows which ones are written later.
+    // Another program changes all rows, which shows which ones are written later.
     spoil(dir.path(), "UPDATE delta SET age = 1");
     // Nothing is read in between, so the copy does not have this change.
     free_the_disk(&mut outbox);
@@ -1745,7 +1745,7 @@ fn acknowledgement_survives_an_older_copy_of_the_file() {
     outbox.record_change(RowChange::Withdrawn(withdrawn..withdrawn + 1));
     outbox.commit(&[], deadline()).changed.unwrap();
     assert_eq!(deckies(&mut outbox), ["waiting"]);
-    // OtherProcess file, at the same place.
+    // Another file, at the same place.
     ["-wal", "-shm"]
         .iter()
         .for_each(|suffix| std::fs::remove_file(locks::beside(&path, suffix)).unwrap());

@@ -69,8 +69,8 @@ impl Request {
 /// means that the file does not have the change yet; it is not lost.
 pub(crate) type Answer = Result<i64, Error>;
 
-/// The deltas that a POST requests.
-#[derive(Clone, Debug)]
+/// The deltas that a POST requests. By default, all that may be sent.
+#[derive(Clone, Debug, Default)]
 pub(crate) struct BatchRequest {
     pub(crate) number: u64,
     pub(crate) selection: DeltaSelection,
@@ -147,13 +147,6 @@ impl State {
         let ticket = ticket.map_err(|_| NotAnswered::QueueFull)?;
         self.holds.record(self.requests.generation(), hold);
         Ok(ticket)
-    }
-}
-
-impl Default for BatchRequest {
-    /// All deltas that may be sent.
-    fn default() -> Self {
-        Self { number: 0, selection: DeltaSelection::default(), suspects: Arc::default() }
     }
 }
 
