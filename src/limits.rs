@@ -173,7 +173,7 @@ pub(crate) const STATUS: usize = 16 * 1024 * 1024;
 /// The maximum bytes of an answer of Docker. 10,000 containers take about 15 MiB.
 pub(crate) const DOCKER_ANSWER: u64 = 32 * 1024 * 1024;
 
-/// The maximum number of containers, or networks, in an answer of Docker.
+/// The maximum number of containers, networks, or names of one container, in an answer of Docker.
 pub(crate) const DOCKER_LIST: usize = 25_000;
 
 /// The maximum bytes of a container's name or state, or of a network's name. File names have the
@@ -450,11 +450,13 @@ pub(crate) const LOG_FLUSH: Duration = Duration::from_secs(1);
 #[cfg(feature = "cli")]
 pub(crate) const LOG_STUCK: Duration = Duration::from_millis(250);
 
-/// The range of `--timeout` of `push` and `track`. With zero nothing could be delivered; a caller
-/// that would wait for more than an hour should use `run`.
+/// The minimum `--timeout` of `push` and `track`. With zero nothing could be delivered.
 #[cfg(feature = "cli")]
-pub(crate) const REPORT_TIMEOUT: (Duration, Duration) =
-    (Duration::from_millis(1), Duration::from_secs(3600));
+pub(crate) const MIN_REPORT_TIMEOUT: Duration = Duration::from_millis(1);
+
+/// The maximum `--timeout`. A caller that would wait for more than an hour should use `run`.
+#[cfg(feature = "cli")]
+pub(crate) const MAX_REPORT_TIMEOUT: Duration = Duration::from_secs(3600);
 
 /// How long the result of the POST is awaited after `--timeout`. The POST ends at the timeout, with
 /// an error that names it.

@@ -2,7 +2,7 @@
 //! stats replace those that are not written yet, so no other thread waits for the disk.
 
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::thread;
 use std::time::Instant;
 
@@ -37,7 +37,7 @@ impl StatsFiles {
         metrics: Option<PathBuf>,
         own: OwnFiles,
     ) -> Result<Option<Self>, Error> {
-        let files: Vec<_> = [stats.map(StatsFile::stats), metrics.map(StatsFile::metrics)]
+        let mut files: Vec<_> = [stats.map(StatsFile::stats), metrics.map(StatsFile::metrics)]
             .into_iter()
             .flatten()
             .collect();
@@ -51,7 +51,9 @@ impl StatsFiles {
         let work = move || {
             let _running: Sender<()> = running;
             let _ = check_sender.send(files.iter().try_for_each(|file| file.check(&own)));
-            write_each(files, &receiver);
+            for stats in receiver {
+                files.iter_mut().for_each(|file| file.write(&stats));
+            }
         };
         thread::Builder::new()
             .name(NAME.to_owned())
@@ -74,12 +76,6 @@ impl StatsFiles {
         let Self { sender, pending, ended } = self;
         drop((sender, pending));
         let _ = ended.recv_timeout(limits::STATS_FINISH);
-    }
-}
-
-fn write_each(mut files: Vec<StatsFile>, stats: &Receiver<Stats>) {
-    for stats in stats {
-        files.iter_mut().for_each(|file| file.write(&stats));
     }
 }
 
@@ -120,16 +116,16 @@ impl StatsFile {
 
     /// A missing folder is not an error: it may be mounted later.
     fn check(&self, own: &OwnFiles) -> Result<(), Error> {
+        let file = sanitize_path(&self.path);
         if let Some(what) = own.at(self.option, &self.path) {
-            let problem = format!(
-                "{} is {what}, which would be replaced; name another file",
-                sanitize_path(&self.path)
-            );
+            let problem = format!("{file} is {what}, which would be replaced; name another file");
             return Err(Error::config(self.option, problem));
         }
-        match files::replaceable(&self.path) {
+        match files::check_replaceable(&self.path) {
             Err(error) if error.kind() == io::ErrorKind::InvalidInput => {
-                Err(invalid_target(self.option, &self.path, error))
+                let advice = "name a regular file, or a path that does not exist";
+                let problem = format!("{file} cannot be replaced; {advice}");
+                Err(Error::config(self.option, problem).with_source(error))
             }
             _ => Ok(()),
         }
@@ -148,14 +144,6 @@ impl StatsFile {
         }
         self.problem = problem;
     }
-}
-
-fn invalid_target(option: &str, path: &Path, error: io::Error) -> Error {
-    let problem = format!(
-        "{} cannot be replaced; name a regular file, or a path that does not exist",
-        sanitize_path(path)
-    );
-    Error::config(option, problem).with_source(error)
 }
 
 #[cfg(test)]

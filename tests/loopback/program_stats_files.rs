@@ -42,8 +42,8 @@ fn target_other_than_a_regular_file_exits_78_and_stays() {
             running.0.stderr.take().unwrap().read_to_string(&mut message).unwrap();
             assert_eq!(code, Some(78), "{message}");
             let expected = format!(
-                "decnet-heartbeat: {option}: {} cannot be replaced; name a regular file, or a path that does not exist: the path is {what}, \
-                 which is not replaced by a file\n",
+                "decnet-heartbeat: {option}: {} cannot be replaced; name a regular file, or a path that does not exist: it is {what}, \
+                 not a regular file\n",
                 at(name).display()
             );
             assert_eq!(message, expected);
@@ -76,7 +76,7 @@ fn later_replacement_of_the_target_is_not_replaced() {
     });
     let line =
         lines.take(100).find(|line| line.contains("stats file cannot be written: ")).unwrap();
-    assert!(line.contains("(stats-files)") && line.contains("the path is a FIFO"), "{line}");
+    assert!(line.contains("(stats-files)") && line.contains("it is a FIFO"), "{line}");
     fixture.wait_for_more_requests(3);
     assert_eq!(running.terminate(PROMPT), Some(0));
     assert!(is_fifo());

@@ -10,7 +10,7 @@ use rustls::RootCertStore;
 use rustls::crypto::CryptoProvider;
 use rustls::pki_types::CertificateDer;
 
-use super::certificate::Described;
+use super::certificate::CertificateInfo;
 use super::steps::{Checklist, Step};
 use crate::credentials::bundle::{self, Bundle, BundleCheck, CA, CERTIFICATE, ENROL, KEY};
 use crate::error::{Error, chain, sanitize_path};
@@ -51,8 +51,8 @@ fn invalid(name: &'static str, error: &Error) -> Step {
 /// The roots of `ca.crt`.
 struct Roots {
     /// The valid roots, the one that expires last first.
-    valid: Vec<(Described, CertificateDer<'static>)>,
-    invalid: Vec<Described>,
+    valid: Vec<(CertificateInfo, CertificateDer<'static>)>,
+    invalid: Vec<CertificateInfo>,
     now: SystemTime,
 }
 
@@ -61,7 +61,8 @@ impl Roots {
         let now = SystemTime::now();
         let mut roots = certificates(&dir.join(CA)).unwrap_or_default();
         roots.retain(|der| bundle::is_root(der, provider));
-        let described = roots.into_iter().filter_map(|der| Some((Described::of(&der).ok()?, der)));
+        let described =
+            roots.into_iter().filter_map(|der| Some((CertificateInfo::of(&der).ok()?, der)));
         let (mut valid, invalid): (Vec<_>, Vec<_>) =
             described.partition(|(described, _)| described.is_valid(now));
         valid.sort_by_key(|(described, _)| Reverse(described.expires));
@@ -79,7 +80,7 @@ impl Roots {
 /// The step of the master's CA. While it is being replaced, there are two roots.
 fn ca(dir: &Path, roots: &Roots, bundle: Option<&Bundle>) -> Step {
     let now = roots.now;
-    let describe = |root: &Described| format!("{}, {}", root.subject, root.validity(now));
+    let describe = |root: &CertificateInfo| format!("{}, {}", root.subject, root.validity(now));
     let (step, root) = match (roots.valid.first(), roots.invalid.first()) {
         (Some((root, _)), _) => (Step::good(CA, describe(root)), root),
         (None, Some(root)) => {
@@ -116,14 +117,14 @@ fn own_certificate(
     let path = dir.join(CERTIFICATE);
     let now = roots.now;
     let own = certificates(&path)
-        .and_then(|all| Described::of(all.first().ok_or("it contains no certificate")?));
+        .and_then(|all| CertificateInfo::of(all.first().ok_or("it contains no certificate")?));
     let own = match own {
         Ok(own) => own,
         Err(problem) => {
             return Step::good(CERTIFICATE, format!("its contents cannot be shown: {problem}"));
         }
     };
-    let Described { subject, issuer, fingerprint, .. } = &own;
+    let CertificateInfo { subject, issuer, fingerprint, .. } = &own;
     let message =
         format!("{subject}, issued by {issuer}, {}, sha256 {fingerprint}", own.validity(now));
     let step = match (own.is_valid(now), own.expires_soon(now)) {

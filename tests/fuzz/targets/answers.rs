@@ -103,7 +103,7 @@ fn is_array(json: &[u8]) -> bool {
 /// Whether these answers are valid: the first one about networks, and the second about containers.
 fn query(answers: [Vec<u8>; 2]) -> [bool; 2] {
     let connector = Prepared { answers: Mutex::new(answers.into()), peers: Mutex::default() };
-    let engine = Docker::behind(connector).engine();
+    let engine = Docker::behind(connector).query();
     engine.left_out().iter().for_each(|left_out| assert_sanitized(left_out));
     let DockerState { containers, networks } = engine;
     [networks.as_ref().err(), containers.as_ref().err()]
