@@ -4,7 +4,6 @@
 use std::io;
 use std::path::PathBuf;
 use std::thread;
-use std::time::Instant;
 
 use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
 
@@ -86,9 +85,6 @@ struct StatsFile {
     text: fn(&Stats) -> serde_json::Result<String>,
     /// `None`: the umask decides.
     mode: Option<u32>,
-    /// The error of the last write. The same error is logged once.
-    problem: Option<String>,
-    /// Throttles the log if writes fail and succeed by turns.
     throttle: LogThrottle,
 }
 
@@ -111,7 +107,7 @@ impl StatsFile {
         text: fn(&Stats) -> serde_json::Result<String>,
         mode: Option<u32>,
     ) -> Self {
-        Self { option, path, text, mode, problem: None, throttle: LogThrottle::default() }
+        Self { option, path, text, mode, throttle: LogThrottle::default() }
     }
 
     /// A missing folder is not an error: it may be mounted later.
@@ -134,20 +130,23 @@ impl StatsFile {
     fn write(&mut self, stats: &Stats) {
         let text = (self.text)(stats).map_err(Into::into);
         let written = text.and_then(|text| files::replace(&self.path, text.as_bytes(), self.mode));
-        let problem = written.err().map(|error| sanitize(&error.to_string()));
-        if let Some(problem) =
-            problem.as_ref().filter(|problem| self.problem.as_ref() != Some(problem))
-            && self.throttle.count("stats", problem, Instant::now()).is_some()
-        {
-            let file = sanitize_path(&self.path);
-            log::warn!("stats file cannot be written: file={file} error={problem:?}");
+        match written {
+            Ok(()) => drop(self.throttle.end("stats")),
+            Err(error) => {
+                let problem = sanitize(&error.to_string());
+                self.throttle.log_lasting("stats", &problem, |_| {
+                    let file = sanitize_path(&self.path);
+                    log::warn!("stats file cannot be written: file={file} error={problem:?}");
+                });
+            }
         }
-        self.problem = problem;
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::time::Instant;
+
     use super::*;
 
     #[test]

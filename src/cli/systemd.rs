@@ -91,9 +91,9 @@ impl Systemd {
             Ok(()) => self.ready_pending = false,
             Err(error) => {
                 let problem = sanitize(&error.to_string());
-                if let Some(times) = self.throttle.count("systemd", &problem, Instant::now()) {
+                self.throttle.log("systemd", &problem, |times| {
                     log::warn!("systemd could not be notified: times={times} error={problem:?}");
-                }
+                });
             }
         }
     }

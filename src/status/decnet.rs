@@ -1,9 +1,7 @@
 //! DECNET's status, from its state file, Docker and `topology.db`. Each of them may fail alone.
 //! Runs on the status thread.
 
-use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
-use std::time::Instant;
 
 use super::docker::{Containers, Docker, DockerState, Networks};
 use super::place::StateFilePath;
@@ -55,7 +53,7 @@ pub struct DecnetStatus {
     state_file: StateFile,
     docker: Docker,
     topology: TopologyFile,
-    problems: ProblemLog,
+    throttle: LogThrottle,
 }
 
 impl DecnetStatus {
@@ -94,7 +92,7 @@ impl DecnetStatus {
             state_file: StateFile::new(StateFilePath::Searched { root: PathBuf::from("/") }),
             docker: Docker::new(DOCKER_SOCKET.into()),
             topology: TopologyFile::new(absolute(&agent_dir.join(TOPOLOGY))),
-            problems: ProblemLog::default(),
+            throttle: LogThrottle::default(),
         }
     }
 
@@ -251,15 +249,16 @@ impl StatusProbe {
 impl StatusSource for DecnetStatus {
     fn snapshot(&mut self) -> Snapshot {
         let probe = self.probe();
-        let now = Instant::now();
-        let problems = &mut self.problems;
-        problems.log("Docker's containers", probe.states_problem(), now);
+        let mut log = |source: &'static str, problem: Option<&str>| {
+            log_problem(&mut self.throttle, source, problem);
+        };
+        log("Docker's containers", probe.states_problem());
         if probe.docker.containers.is_ok() {
-            problems.log("Docker's networks", probe.networks_problem(), now);
-            problems.log("a part of Docker's answer", probe.docker.left_out().as_deref(), now);
+            log("Docker's networks", probe.networks_problem());
+            log("a part of Docker's answer", probe.docker.left_out().as_deref());
         }
-        problems.log("the state file", probe.status.as_ref().err().map(String::as_str), now);
-        problems.log("topology.db", probe.topology.as_ref().err().map(String::as_str), now);
+        log("the state file", probe.status.as_ref().err().map(String::as_str));
+        log("topology.db", probe.topology.as_ref().err().map(String::as_str));
         probe.into_snapshot()
     }
 
@@ -272,55 +271,14 @@ impl StatusSource for DecnetStatus {
     }
 }
 
-/// Logs a problem when it begins, changes or ends, but not with each snapshot. A problem that
-/// recurs, or alternates with another one, is logged at a decreasing rate. The end of a problem is
-/// logged only if its beginning was.
-#[derive(Debug, Default)]
-struct ProblemLog {
-    throttle: LogThrottle,
-    /// The last problem of each source.
-    last: BTreeMap<&'static str, String>,
-    /// The sources whose problem was logged and has not ended.
-    open: BTreeSet<&'static str>,
-}
-
-/// A change of a problem that is logged.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum ProblemChange {
-    Failed,
-    Recovered,
-}
-
-impl ProblemLog {
-    fn log(&mut self, source: &'static str, problem: Option<&str>, now: Instant) {
-        match self.change(source, problem, now) {
-            Some(ProblemChange::Failed) => {
-                quietly(|| {
-                    log::warn!("{source} cannot be read: error={:?}", problem.unwrap_or_default())
-                });
-            }
-            Some(ProblemChange::Recovered) => quietly(|| log::info!("{source} can be read again")),
-            None => (),
-        }
-    }
-
-    fn change(
-        &mut self,
-        source: &'static str,
-        problem: Option<&str>,
-        now: Instant,
-    ) -> Option<ProblemChange> {
-        let Some(problem) = problem else {
-            self.last.remove(source);
-            return self.open.remove(source).then_some(ProblemChange::Recovered);
-        };
-        let last = self.last.insert(source, problem.to_owned());
-        if last.is_some_and(|last| last == problem) {
-            return None;
-        }
-        self.throttle.count(source, problem, now)?;
-        self.open.insert(source);
-        Some(ProblemChange::Failed)
+/// Logs a problem when it begins, changes or ends, but not with each snapshot.
+fn log_problem(throttle: &mut LogThrottle, source: &'static str, problem: Option<&str>) {
+    if let Some(problem) = problem {
+        throttle.log_lasting(source, problem, |_| {
+            log::warn!("{source} cannot be read: error={problem:?}");
+        });
+    } else if throttle.end(source) {
+        quietly(|| log::info!("{source} can be read again"));
     }
 }
 
@@ -684,37 +642,5 @@ mod tests {
             problem.contains("none/state.json: its folder ") && problem.contains("No such file"),
             "{problem}"
         );
-    }
-
-    #[test]
-    fn flapping_and_alternating_problems_are_throttled() {
-        let now = Instant::now();
-        let lines = |problems: &mut dyn FnMut(usize) -> Option<String>| {
-            let mut log = ProblemLog::default();
-            let lines =
-                (0..4_096).filter_map(|n| log.change("Docker", problems(n).as_deref(), now));
-            let (failed, recovered): (Vec<_>, Vec<_>) =
-                lines.partition(|line| *line != ProblemChange::Recovered);
-            (failed.len(), recovered.len())
-        };
-        let flapping = |n: usize| n.is_multiple_of(2).then(|| "refused".to_owned());
-        assert_eq!(lines(&mut { flapping }), (12, 12));
-        let alternating = |n: usize| Some(["refused", "timeout"][n % 2].to_owned());
-        assert_eq!(lines(&mut { alternating }), (24, 0));
-        let with_an_id = |n: usize| Some(format!("request {n:08x} took {n} ms"));
-        assert_eq!(lines(&mut { with_an_id }), (13, 0));
-        let steady = |_: usize| Some("refused".to_owned());
-        assert_eq!(lines(&mut { steady }), (1, 0));
-        let mut log = ProblemLog::default();
-        for _ in 0..3 {
-            log.change("Docker", Some("refused"), now);
-        }
-        assert_eq!(
-            log.change("Docker", None, now),
-            Some(ProblemChange::Recovered),
-            "it was logged as failed"
-        );
-        assert_eq!(log.change("Docker", None, now), None);
-        assert_eq!(log.change("topology.db", None, now), None, "it never failed");
     }
 }

@@ -7,32 +7,29 @@ use std::path::Path;
 use std::time::SystemTime;
 
 use rustls::RootCertStore;
-use rustls::crypto::CryptoProvider;
 use rustls::pki_types::CertificateDer;
 
 use super::certificate::CertificateInfo;
 use super::steps::{Checklist, Step};
 use crate::credentials::bundle::{self, Bundle, BundleCheck, CA, CERTIFICATE, ENROL, KEY};
 use crate::error::{Error, chain, sanitize_path};
-use crate::master::verifier;
 
 /// An enrolment does not renew the CA.
 const RENEW_CA: &str = "renew the master's CA, then enrol this host again";
 
 /// Adds the steps, and returns the bundle if it is valid.
 pub(super) fn check(dir: &Path, list: &mut Checklist) -> Option<Bundle> {
-    let provider = verifier::provider();
-    let (bundle, judged) = match Bundle::load(dir, &provider) {
+    let (bundle, judged) = match Bundle::load(dir) {
         Ok(bundle) => {
             (Some(bundle), BundleCheck { ca: Ok(()), certificate: Ok(()), key: Some(Ok(())) })
         }
-        Err(error) => (None, BundleCheck::of(dir, &provider, error)),
+        Err(error) => (None, BundleCheck::of(dir, error)),
     };
-    let roots = Roots::of(dir, &provider);
+    let roots = Roots::of(dir);
     list.add(
         judged.ca.map_or_else(|error| invalid(CA, &error), |()| ca(dir, &roots, bundle.as_ref())),
     );
-    let own = || own_certificate(dir, &roots, bundle.as_ref(), &provider);
+    let own = || own_certificate(dir, &roots, bundle.as_ref());
     list.add(judged.certificate.map_or_else(|error| invalid(CERTIFICATE, &error), |()| own()));
     list.add(match judged.key {
         Some(Ok(())) => key(dir),
@@ -57,10 +54,10 @@ struct Roots {
 }
 
 impl Roots {
-    fn of(dir: &Path, provider: &CryptoProvider) -> Self {
+    fn of(dir: &Path) -> Self {
         let now = SystemTime::now();
-        let mut roots = certificates(&dir.join(CA)).unwrap_or_default();
-        roots.retain(|der| bundle::is_root(der, provider));
+        let mut roots = bundle::certificates(&dir.join(CA)).unwrap_or_default();
+        roots.retain(bundle::is_root);
         let described =
             roots.into_iter().filter_map(|der| Some((CertificateInfo::of(&der).ok()?, der)));
         let (mut valid, invalid): (Vec<_>, Vec<_>) =
@@ -108,15 +105,11 @@ fn ca(dir: &Path, roots: &Roots, bundle: Option<&Bundle>) -> Step {
 
 /// The step of our certificate: what it contains, whether it is valid now, and whether the master
 /// may reject it all the same.
-fn own_certificate(
-    dir: &Path,
-    roots: &Roots,
-    bundle: Option<&Bundle>,
-    provider: &CryptoProvider,
-) -> Step {
+fn own_certificate(dir: &Path, roots: &Roots, bundle: Option<&Bundle>) -> Step {
     let path = dir.join(CERTIFICATE);
     let now = roots.now;
-    let own = certificates(&path)
+    let own = bundle::certificates(&path)
+        .map_err(|error| chain(&error))
         .and_then(|all| CertificateInfo::of(all.first().ok_or("it contains no certificate")?));
     let own = match own {
         Ok(own) => own,
@@ -138,22 +131,18 @@ fn own_certificate(
     };
     let step = own.facts(step, now).fact("file", sanitize_path(&path));
     let Some(bundle) = bundle.filter(|_| step.is_good()) else { return step };
-    match bundle.weak_signature(provider) {
+    match bundle.weak_signature() {
         Some(problem) => step.advise(format!("the master may reject it: {problem}")),
-        None if !bundle.is_issued_by_its_ca(provider) => {
+        None if !bundle.is_issued_by(&bundle.roots) => {
             step.advise(format!("it was not issued by ca.crt: {ENROL}"))
         }
-        None if !roots.valid.is_empty() && !bundle.is_issued_by(&roots.valid(), provider) => step
-            .advise(format!(
+        None if !roots.valid.is_empty() && !bundle.is_issued_by(&roots.valid()) => {
+            step.advise(format!(
                 "the master may reject it, because the CA that issued it is not valid: {ENROL}"
-            )),
+            ))
+        }
         None => step,
     }
-}
-
-fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
-    let content = bundle::read(path).map_err(|error| chain(&error))?;
-    bundle::certificates(path, &content).map_err(|error| chain(&error))
 }
 
 /// The step of a key that fits: whether other users can read it.

@@ -78,7 +78,9 @@ fn name(enrolment: &Enrolment) -> (Step, Vec<SocketAddr>) {
         }
         Err(error) => {
             let advice = match &error {
-                ureq::Error::Other(cause) => cause.downcast_ref().map(LookupFailed::advice),
+                ureq::Error::Other(cause) => {
+                    cause.downcast_ref().map(|failed: &LookupFailed| failed.advice)
+                }
                 _ => None,
             };
             let problem = format!("{host}: {}", explain(&error));
@@ -187,13 +189,11 @@ impl<'a> MasterProbe<'a> {
         rule: MasterIdentity,
     ) -> Result<Self, Error> {
         let name = server_name(enrolment)?;
-        let provider = verifier::provider();
-        let inner = verifier::verifier(&bundle.roots, rule, &name, &provider);
+        let inner = verifier::verifier(&bundle.roots, rule, &name);
         let recording = Arc::new(RecordingVerifier::new(inner));
         let config = verifier::client_config(
             &bundle.identity,
             Arc::clone(&recording) as Arc<dyn ServerCertVerifier>,
-            &provider,
         )?;
         let mut config = ClientConfig::clone(&config);
         let resolver =
@@ -445,7 +445,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let master = LoopbackMaster::start().unwrap();
         let worker = master.enrol(dir.path()).unwrap();
-        let bundle = Bundle::load(dir.path(), &verifier::provider()).unwrap();
+        let bundle = Bundle::load(dir.path()).unwrap();
         // A name that cannot be resolved.
         let enrolment = Enrolment::new(&worker.uuid, "nowhere.invalid", dir.path()).unwrap();
         let probe = MasterProbe::new(&enrolment, &bundle, MasterIdentity::Name).unwrap();

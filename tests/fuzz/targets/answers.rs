@@ -16,7 +16,8 @@ use ureq::unversioned::transport::{
 
 use super::{SEPARATOR, assert_sanitized, parts};
 use crate::limits;
-use crate::master::tls::Connections;
+use crate::master::resolver::MasterResolver;
+use crate::master::tls::SharedConnections;
 use crate::master::{MasterClient, Verdict, parse_retry_after};
 use crate::status::docker::{Docker, DockerState};
 use crate::transport::SocketTransport;
@@ -30,10 +31,13 @@ pub fn master(input: &[u8]) {
         if pieces.len() > 1 { pieces.pop_back().unwrap_or_default() } else { Vec::new() };
     let answer = [pieces.make_contiguous().concat(), repeated.repeat(2)].concat();
     let connector =
-        InMemory { pieces, repeated, read: Arc::default(), connections: Arc::default() };
+        InMemory { pieces, repeated, read: Arc::default(), connections: Default::default() };
     let read = Arc::clone(&connector.read);
-    let connections = Arc::clone(&connector.connections);
-    let result = MasterClient::behind(connector, connections).post(b"{}", limits::POST);
+    let connections = connector.connections.clone();
+    let url = "https://127.0.0.1/swarm/heartbeat".to_owned();
+    let resolver = MasterResolver::new("127.0.0.1", 1);
+    let master = MasterClient::with_connector(connector, connections, url, resolver);
+    let result = master.post(b"{}", limits::POST);
     assert_sanitized(&result.detail);
     assert_sanitized(&result.class);
     assert!(read.load(Ordering::Relaxed) <= MAX_READ, "{read:?} bytes of one answer");
@@ -129,7 +133,7 @@ struct InMemory {
     repeated: Vec<u8>,
     /// The number of bytes that were read.
     read: Arc<AtomicUsize>,
-    connections: Arc<Mutex<Connections>>,
+    connections: SharedConnections,
 }
 
 impl Connector for InMemory {
@@ -154,7 +158,7 @@ impl Connector for InMemory {
             pieces,
             repeated,
             read,
-            connections: Arc::clone(&self.connections),
+            connections: self.connections.clone(),
         }))
     }
 }
@@ -167,7 +171,7 @@ struct InMemoryTransport {
     repeated: Vec<u8>,
     /// The number of bytes that were read.
     read: Arc<AtomicUsize>,
-    connections: Arc<Mutex<Connections>>,
+    connections: SharedConnections,
 }
 
 impl Transport for InMemoryTransport {
@@ -189,7 +193,7 @@ impl Transport for InMemoryTransport {
             self.pieces.push_front(piece);
         }
         self.read.fetch_add(amount, Ordering::Relaxed);
-        self.connections.lock().unwrap().answer.add(&input[..amount])?;
+        self.connections.update(|seen| seen.exchange.answer.add(&input[..amount]))?;
         self.buffers.input_appended(amount);
         Ok(amount > 0)
     }

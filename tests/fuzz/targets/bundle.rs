@@ -25,8 +25,7 @@ pub fn bundle(input: &[u8]) {
         }
         .to_vec())
     };
-    let provider = verifier::provider();
-    match Bundle::load_with(Path::new("/"), content, &provider) {
+    match Bundle::load_with(Path::new("/"), content) {
         Ok(bundle) => {
             assert!(!bundle.roots.is_empty());
             assert_eq!(bundle.certificate.fingerprint.len(), 64);
@@ -40,8 +39,7 @@ pub fn bundle(input: &[u8]) {
             let name = ServerName::try_from("swarmctl").unwrap();
             let config = verifier::client_config(
                 &bundle.identity,
-                verifier::verifier(&bundle.roots, MasterIdentity::Name, &name, &provider),
-                &provider,
+                verifier::verifier(&bundle.roots, MasterIdentity::Name, &name),
             )
             .unwrap();
             ClientConnection::new(config, name).unwrap();
