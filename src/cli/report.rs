@@ -149,12 +149,12 @@ impl Reporter {
     /// Queues the deltas as claimed by this process, in memory if the file cannot be written.
     fn claim(&mut self, deltas: Vec<LifecycleDelta>) -> Result<Vec<QueuedDelta>, Error> {
         let add = NewRows::Deltas(deltas.clone(), SentBy::ThisProcess);
-        let first = match self.outbox.add(add.clone(), false) {
+        let first = match self.outbox.add(add.clone()) {
             // A request in doubt may still be written: the deltas would be sent twice.
             Err(error) if error.is_outbox() && !error.is_in_doubt() => {
                 self.log_problem(&error);
                 (self.outbox, _) = contribute(None)?;
-                self.outbox.add(add, false)?
+                self.outbox.add(add)?
             }
             added => added?,
         };
@@ -163,7 +163,7 @@ impl Reporter {
 
     /// Adds a row in flight for each decky. Returns the id of the first; the others follow it.
     pub(super) fn begin(&self, operation: Operation, deckies: &[String]) -> Result<i64, Error> {
-        self.outbox.add(NewRows::Operation(operation, deckies.to_vec()), false)
+        self.outbox.add(NewRows::Operation(operation, deckies.to_vec()))
     }
 
     /// Whether all rows of this process are on disk.
@@ -174,8 +174,7 @@ impl Reporter {
     /// Tries again to write the rows that are only in memory. Returns whether all are on disk.
     pub(super) fn try_to_write(&self) -> bool {
         self.is_on_disk()
-            || self.outbox.change(RowChange::Released(Vec::new()), false).is_ok()
-                && self.is_on_disk()
+            || self.outbox.change(RowChange::Released(Vec::new())).is_ok() && self.is_on_disk()
     }
 
     /// Ends the rows in flight that begin with the id `first`, and reports them.
@@ -188,7 +187,7 @@ impl Reporter {
     ) -> ReportResult {
         let ended = numbered(first, deltas);
         let sent_by = if delivery.no_wait { SentBy::Deliverer } else { SentBy::ThisProcess };
-        if let Err(error) = self.outbox.change(RowChange::Ended(ended.clone(), sent_by), false) {
+        if let Err(error) = self.outbox.change(RowChange::Ended(ended.clone(), sent_by)) {
             log::warn!(
                 "could not record the end of the operation: {} error={:?}",
                 self.names(),
@@ -200,7 +199,7 @@ impl Reporter {
 
     /// Queues deltas for `run` to deliver.
     fn queue(&self, deltas: &[LifecycleDelta]) -> ReportResult {
-        let added = self.outbox.add(NewRows::Deltas(deltas.to_vec(), SentBy::Deliverer), false);
+        let added = self.outbox.add(NewRows::Deltas(deltas.to_vec(), SentBy::Deliverer));
         self.queued(added.map(drop))
     }
 
@@ -250,14 +249,12 @@ impl Reporter {
                 break Some(why);
             }
             // `write_rows` below tries again and reports an error.
-            let _ = self
-                .outbox
-                .change(RowChange::Answered(ids(body), DeliveryResult::Delivered), false);
+            let _ = self.outbox.change(RowChange::Answered(ids(body), DeliveryResult::Delivered));
             unsent = later;
         };
         let undelivered = [unsent, &held].concat();
         if !undelivered.is_empty() {
-            let _ = self.outbox.change(RowChange::Released(ids(&undelivered)), false);
+            let _ = self.outbox.change(RowChange::Released(ids(&undelivered)));
         }
         if let Err(error) = self.write_rows(wait) {
             log::error!(
@@ -298,7 +295,7 @@ impl Reporter {
     fn write_rows(&self, wait: &mut ReportWait<'_>) -> Result<(), Error> {
         loop {
             // Any change also writes the pending ones.
-            let Err(error) = self.outbox.change(RowChange::Released(Vec::new()), false) else {
+            let Err(error) = self.outbox.change(RowChange::Released(Vec::new())) else {
                 return Ok(());
             };
             if !wait.pause() {
@@ -441,7 +438,7 @@ mod tests {
 
     use super::*;
     use crate::files::OUTBOX;
-    use crate::outbox::look;
+    use crate::outbox::summarize;
 
     #[test]
     fn operation_begun_without_its_file_ends_in_the_file_with_the_same_id() {
@@ -453,7 +450,7 @@ mod tests {
         assert!(!reporter.try_to_write());
         fs::create_dir(&agent_dir).unwrap();
         assert!(!reporter.is_on_disk() && reporter.try_to_write());
-        let counts = || look(&agent_dir.join(OUTBOX)).unwrap().unwrap().counts;
+        let counts = || summarize(&agent_dir.join(OUTBOX)).unwrap().unwrap().counts;
         assert_eq!((counts().operations, counts().waiting), (1, 0));
         let delta = LifecycleDelta::succeeded("d", Operation::Deploy);
         let delivery = DeliveryOptions { timeout: Duration::ZERO, no_wait: true, outbox: None };

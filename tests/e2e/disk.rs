@@ -75,8 +75,7 @@ fn deltas_stay_in_memory_while_disk_is_full() {
     disk.fill();
     heartbeat.deltas().push(deployed("full-1")).unwrap();
     assert_eq!(heartbeat.stats().outbox, None);
-    let expected =
-        "the outbox cannot be written, deltas are in memory and do not survive a restart: outbox=/";
+    let expected = "outbox file cannot be written; deltas are in memory and do not survive a restart: outbox=/";
     let errors = logged_errors(disk.path());
     assert!(errors.len() == 1 && errors[0].starts_with(expected), "{errors:?}");
     assert!(errors[0].contains("/heartbeat.db error=\"database or disk is full"), "{errors:?}");

@@ -59,7 +59,7 @@ fn deliver(dir: &Path) {
 fn unless_locked<T>(result: Result<T, Error>) -> Option<T> {
     let is_locked = |error: &Error| {
         let problems =
-            ["its disk has not answered", "is locked by another process; nothing was kept"];
+            ["its disk has not answered", "is locked by another process; nothing was queued"];
         problems.iter().any(|problem| error.to_string().contains(problem))
     };
     result.inspect_err(|error| assert!(is_locked(error), "{error}")).ok()
@@ -567,20 +567,20 @@ fn suspended_writer_makes_pushes_fail_and_does_not_delay_beats() {
         let source = refused.source().map(ToString::to_string);
         assert_eq!(
             (
-                refused.to_string().ends_with("is locked by another process; nothing was kept"),
+                refused.to_string().ends_with("is locked by another process; nothing was queued"),
                 source.as_deref()
             ),
             (
                 true,
                 Some(
-                    "another process is writing to it, or is suspended while it does; resume or end that one"
+                    "another process is writing to it, or was suspended while it did; resume or end that process"
                 )
             )
         );
         let output = push_command(&dir, "refused").output().unwrap();
         let stderr = String::from_utf8_lossy(&output.stderr);
         assert!(!output.status.success(), "{stderr}");
-        assert!(stderr.contains("is suspended while it does"), "{stderr}");
+        assert!(stderr.contains("was suspended while it did"), "{stderr}");
         for _ in 0..3 {
             let beats = heartbeat.stats().beats;
             send_tick(&tick);
@@ -619,7 +619,7 @@ fn unreadable_replaced_file_is_logged_as_error() {
     assert!(
         errors
             .iter()
-            .any(|line| line.contains("could not be read, deltas that only it had are lost")),
+            .any(|line| line.contains("outbox file was replaced; deltas that only it had are lost")),
         "{errors:#?}"
     );
 }

@@ -9,7 +9,7 @@ use crate::support::{ChildProcess, Fixture, TIMEOUT, wait_for_stats};
 /// The error of a second heartbeat on the outbox.
 fn error_while_locked_by(holder: u32, fixture: &Fixture) -> String {
     format!(
-        "outbox {}: is delivered from by process {holder} already; stop that one, or use another file",
+        "outbox {}: process {holder} already delivers from it; stop that process, or use another file",
         fixture.outbox().display()
     )
 }

@@ -186,7 +186,7 @@ fn run_beats_at_the_file_size_limit_and_its_outbox_is_durable_without_it() {
     wait_for_line(&log, "first beat accepted");
     assert!(fixture.master.wait_for_beats(5, TIMEOUT));
     limit_files(&running, None);
-    wait_for_line(&log, "again: outbox=");
+    wait_for_line(&log, "outbox file reopened: outbox=");
     assert_eq!(running.terminate(PROMPT), Some(0));
 }
 

@@ -181,11 +181,8 @@ fn push_logs_dropped_deltas() {
         (0..10_000).map(|n| LifecycleDelta::succeeded(format!("d{n}"), Operation::Mutate));
     heartbeat.deltas().push_all(waiting).unwrap();
     let (code, _, log) = output(&fixture, &[&PUSH_FAILED[..], &["a", "b"]].concat());
-    assert!(code == Some(75) && log.ends_with("/heartbeat.db deltas=2 most=10000\n"), "{log}");
-    assert!(
-        log.contains("[ERROR] (decnet-outbox) deltas fell out of the outbox undelivered"),
-        "{log}"
-    );
+    assert!(code == Some(75) && log.ends_with("/heartbeat.db deltas=2 max_rows=10000\n"), "{log}");
+    assert!(log.contains("[ERROR] (decnet-outbox) deltas dropped undelivered"), "{log}");
     let queued = queued(&fixture);
     assert_eq!((queued.len(), queued[0].0.as_str(), queued[9_999].0.as_str()), (10_000, "d2", "b"));
 }

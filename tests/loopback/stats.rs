@@ -113,7 +113,7 @@ fn dropped_deltas_are_logged_once_with_the_next_beat() {
         wait_for_stats(&heartbeat, |stats| stats.beats >= beats);
     }
     let expected = format!(
-        "deltas fell out of the outbox undelivered, too many or too old: outbox={} deltas=777 most=10000",
+        "deltas dropped undelivered, too many or too old: outbox={} deltas=777 max_rows=10000",
         fixture.outbox().display()
     );
     assert_eq!(errors_containing("deltas=777"), [expected]);

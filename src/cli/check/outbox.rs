@@ -18,8 +18,7 @@ use crate::delta::from_micros;
 use crate::error::{chain, sanitize_path};
 use crate::files::{beside, folder};
 use crate::folder_access::other_folder;
-use crate::limits;
-use crate::outbox::queued::{QueueCounts, UnjudgedRow};
+use crate::outbox::queued::{QueueCounts, StuckRow};
 use crate::outbox::{self, OutboxLocation, OutboxSummary, deliverer};
 use crate::sqlite::files::DatabaseFile;
 
@@ -154,7 +153,7 @@ fn step_of_file(path: &Path, folder: &Path) -> Step {
     if let Err(error) = access(path, Access::READ_OK | Access::WRITE_OK) {
         return unusable(format!("{file} cannot be written: {error}"));
     }
-    let OutboxSummary { counts, stuck } = match outbox::look(path) {
+    let OutboxSummary { counts, stuck } = match outbox::summarize(path) {
         Ok(Some(summary)) => summary,
         Ok(None) => {
             return Step::good("outbox", format!("{file}: has an older format; run migrates it"));
@@ -174,7 +173,7 @@ fn is_readable_by_others(file: &Path) -> bool {
         .is_ok_and(|metadata| metadata.is_file() && metadata.permissions().mode() & 0o077 != 0)
 }
 
-fn counted_step(path: &Path, counts: QueueCounts, stuck: &[UnjudgedRow]) -> Step {
+fn counted_step(path: &Path, counts: QueueCounts, stuck: &[StuckRow]) -> Step {
     let QueueCounts { waiting, held, operations, rejected, oldest } = counts;
     let age = oldest.and_then(|at| SystemTime::now().duration_since(from_micros(at)).ok());
     let age = age.map(|age| Duration::from_secs(age.as_secs()));
@@ -217,12 +216,10 @@ fn counted_step(path: &Path, counts: QueueCounts, stuck: &[UnjudgedRow]) -> Step
 }
 
 /// The operations whose processes have had an unknown state for a day.
-fn stuck_rows(stuck: &[UnjudgedRow]) -> String {
-    let named: Vec<_> =
-        stuck.iter().take(limits::OUTBOX_STUCK_NAMED).map(UnjudgedRow::to_string).collect();
-    if named.is_empty() {
+fn stuck_rows(stuck: &[StuckRow]) -> String {
+    if stuck.is_empty() {
         String::new()
     } else {
-        format!("; {} stuck: {}", stuck.len(), named.join(", "))
+        format!("; {} stuck: {}", stuck.len(), StuckRow::list(stuck))
     }
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
 use rusqlite::types::{ToSqlOutput, ValueRef};
 use rusqlite::{Connection, params_from_iter};
@@ -12,8 +12,11 @@ use super::temporary_folder;
 use crate::delta::{LifecycleDelta, Operation};
 use crate::limits;
 use crate::master::body::Body;
-use crate::outbox::schema::{LAST_ID_AT_MOST, last_id};
-use crate::outbox::{DeliveryResult, Outbox, OutboxLocation, QueuedDelta, Role, deadline};
+use crate::outbox::schema::{MAX_LAST_ID, last_id};
+use crate::outbox::{
+    DeliveryResult, NewRows, Outbox, QueuedDelta, Role, RowChange, SentBy, SharedOutboxStats,
+    deadline,
+};
 use crate::status::Snapshot;
 
 /// The maximum number of rows of an input. More do not find more.
@@ -37,7 +40,7 @@ pub fn outbox_rows(input: &[u8]) {
     let used_up = waiting.is_empty();
 
     let mut outbox = open(&path);
-    outbox.keep(&[valid_delta("new")]).unwrap();
+    outbox.push(valid_delta("new"));
     let queued = deliverable(&mut outbox);
     assert_eq!(queued.len(), waiting.len() + 1);
     assert!(ids(&queued).is_superset(&waiting));
@@ -45,9 +48,8 @@ pub fn outbox_rows(input: &[u8]) {
         queued.into_iter().partition(|queued| acknowledged_ids >> (queued.id & 7) & 1 == 1);
     record_results(&mut outbox, &processed);
     assert_eq!(deliverable(&mut outbox), left);
-    outbox.pass(limits::OUTBOX_AGING).unwrap();
-    outbox.tend().unwrap();
-    outbox.keep(&[valid_delta("last")]).unwrap();
+    outbox.pass_an_hour();
+    outbox.push(valid_delta("last"));
     let last = deliverable(&mut outbox);
     assert_eq!(ids(&last[1..]), &ids(&left) - &too_old);
     drop(outbox);
@@ -69,13 +71,12 @@ pub fn outbox_file(input: &[u8]) {
     let path = new_path("file");
     fs::write(&path, input).unwrap();
     let mut outbox = open(&path);
-    outbox.keep(&[valid_delta("new")]).unwrap();
+    outbox.push(valid_delta("new"));
     let queued = deliverable(&mut outbox);
     assert_eq!(queued[0].delta.decky(), "good-new");
     record_results(&mut outbox, &queued[1..]);
-    outbox.pass(limits::OUTBOX_AGING).unwrap();
-    outbox.tend().unwrap();
-    outbox.keep(&[valid_delta("last")]).unwrap();
+    outbox.pass_an_hour();
+    outbox.push(valid_delta("last"));
     let last = deliverable(&mut outbox);
     assert_eq!(
         last.iter().map(|queued| queued.delta.decky()).collect::<Vec<_>>(),
@@ -106,7 +107,7 @@ fn template() -> &'static [u8] {
     static TEMPLATE: OnceLock<Vec<u8>> = OnceLock::new();
     TEMPLATE.get_or_init(|| {
         let path = new_path("template");
-        open(&path).keep(&[valid_delta("old")]).unwrap();
+        open(&path).push(valid_delta("old"));
         fs::read(path).unwrap()
     })
 }
@@ -127,7 +128,7 @@ fn fill(path: &Path, input: &mut Input<'_>) -> [BTreeSet<i64>; 2] {
         let row: [_; 8] = std::array::from_fn(|_| ToSqlOutput::Borrowed(input.value()));
         let _ = insert.execute(params_from_iter(row));
     }
-    if last_id(&file).unwrap() > LAST_ID_AT_MOST {
+    if last_id(&file).unwrap() > MAX_LAST_ID {
         return Default::default();
     }
     let most = limits::OUTBOX_AGE.as_secs() - limits::OUTBOX_AGING.as_secs();
@@ -140,12 +141,38 @@ fn fill(path: &Path, input: &mut Input<'_>) -> [BTreeSet<i64>; 2] {
 }
 
 /// Opens the outbox as `run` does. It is in a file, because its folder is writable.
-fn open(path: &Path) -> Outbox {
-    let location = OutboxLocation::File(path.to_owned());
-    let (outbox, problem) = Outbox::open_at(&location, Path::new("/"), Role::Deliver).unwrap();
+fn open(path: &Path) -> OpenOutbox {
+    let stats = Arc::<SharedOutboxStats>::default();
+    let path = Some(path.to_owned());
+    let (outbox, problem) = Outbox::open(path, Role::Deliver, Arc::clone(&stats)).unwrap();
     assert!(problem.is_none(), "{problem:?}");
-    assert_eq!(outbox.path(), Some(path));
-    outbox
+    assert!(stats.read().on_disk);
+    OpenOutbox { outbox, stats }
+}
+
+struct OpenOutbox {
+    outbox: Outbox,
+    stats: Arc<SharedOutboxStats>,
+}
+
+impl OpenOutbox {
+    fn push(&mut self, delta: LifecycleDelta) {
+        let rows = NewRows::Deltas(vec![delta], SentBy::Deliverer);
+        self.outbox.commit(&[rows], deadline()).added.remove(0).unwrap();
+        self.outbox.verify_after_commit();
+    }
+
+    fn record_result(&mut self, deltas: &[QueuedDelta], result: DeliveryResult) {
+        let ids = deltas.iter().map(|queued| queued.id).collect();
+        self.outbox.record_change(RowChange::Answered(ids, result));
+        self.outbox.commit(&[], deadline()).changed.unwrap();
+        self.outbox.verify_after_commit();
+    }
+
+    fn pass_an_hour(&mut self) {
+        self.outbox.age_by(limits::OUTBOX_AGING).unwrap();
+        self.outbox.maintain().unwrap();
+    }
 }
 
 fn valid_delta(decky: &str) -> LifecycleDelta {
@@ -153,10 +180,11 @@ fn valid_delta(decky: &str) -> LifecycleDelta {
 }
 
 /// The waiting deltas, newest first. Asserts that a body can contain them.
-fn deliverable(outbox: &mut Outbox) -> Vec<QueuedDelta> {
-    let queued = outbox.deliverable(limits::OUTBOX_ROWS, deadline()).unwrap();
+fn deliverable(opened: &mut OpenOutbox) -> Vec<QueuedDelta> {
+    let queued = opened.outbox.read_deliverable(limits::OUTBOX_ROWS, |_| true).unwrap();
+    opened.outbox.recount();
     assert!(queued.windows(2).all(|pair| pair[0].id > pair[1].id));
-    assert_eq!(outbox.books().counts.waiting, queued.len() as u64);
+    assert_eq!(opened.stats.read().counts.waiting, queued.len() as u64);
     let status = Snapshot::unknown("");
     let lifecycle: Vec<_> = queued.iter().map(|queued| &queued.delta).collect();
     serde_json::to_vec(&Body::of("u", &status, &lifecycle)).unwrap();
@@ -168,11 +196,11 @@ fn ids(queued: &[QueuedDelta]) -> BTreeSet<i64> {
 }
 
 /// Acknowledges the deltas with even ids, and rejects the others.
-fn record_results(outbox: &mut Outbox, queued: &[QueuedDelta]) {
+fn record_results(outbox: &mut OpenOutbox, queued: &[QueuedDelta]) {
     let (delivered, rejected): (Vec<_>, Vec<_>) =
         queued.iter().cloned().partition(|queued| queued.id & 1 == 0);
-    outbox.settle(&delivered, &DeliveryResult::Delivered, deadline()).unwrap();
-    outbox.settle(&rejected, &DeliveryResult::Rejected("no".to_owned()), deadline()).unwrap();
+    outbox.record_result(&delivered, DeliveryResult::Delivered);
+    outbox.record_result(&rejected, DeliveryResult::Rejected("no".to_owned()));
 }
 
 /// The files that were renamed because they could not be used.
