@@ -2,7 +2,6 @@
 //! for the network. Runs on the agent's threads.
 
 pub(crate) mod operation;
-mod outbox_handle;
 
 use std::error::Error as StdError;
 use std::sync::Arc;
@@ -15,7 +14,6 @@ use crate::outbox::{NewRows, SentBy};
 use crate::panics::{caught, discard, quietly};
 use crate::threads::outbox_client::OutboxClient;
 use operation::{IntoDeckies, IntoOutcome, TrackedOperation, reason};
-use outbox_handle::OutboxHandle;
 
 /// Pushes deltas and begins operations. It can be cloned and sent to other threads.
 ///
@@ -45,17 +43,18 @@ use outbox_handle::OutboxHandle;
 /// ```
 #[derive(Clone, Debug)]
 pub struct DeltaSender {
-    outbox: OutboxHandle,
+    /// `None`: the host is not enrolled.
+    outbox: Option<OfProcess<Arc<OutboxClient>>>,
 }
 
 impl DeltaSender {
     pub(crate) fn new(outbox: OfProcess<Arc<OutboxClient>>) -> Self {
-        Self { outbox: OutboxHandle::new(outbox) }
+        Self { outbox: Some(outbox) }
     }
 
     /// A sender for a host that is not enrolled. It drops every delta.
     pub(crate) fn dormant() -> Self {
-        Self { outbox: OutboxHandle::dormant() }
+        Self { outbox: None }
     }
 
     /// Reports how an operation ended.
@@ -116,15 +115,15 @@ impl DeltaSender {
     pub fn push_all(&self, deltas: impl IntoIterator<Item = LifecycleDelta>) -> Result<(), Error> {
         let deltas: Vec<_> = deltas.into_iter().collect();
         deltas.iter().try_for_each(LifecycleDelta::check)?;
-        if self.outbox.is_dormant() {
+        let Some(outbox) = &self.outbox else {
             quietly(|| log::debug!("not enrolled, deltas dropped: deltas={}", deltas.len()));
             return Ok(());
-        }
-        self.outbox.check_process()?;
+        };
+        let outbox = outbox.get()?;
         if deltas.is_empty() {
             return Ok(());
         }
-        self.outbox.add(NewRows::Deltas(deltas, SentBy::Deliverer)).map(drop)
+        outbox.add(NewRows::Deltas(deltas, SentBy::Deliverer)).map(drop)
     }
 
     /// Writes to the outbox that an operation is in flight, and returns the guard that reports how
@@ -167,8 +166,10 @@ impl DeltaSender {
                 "are none; an operation needs the name of a decky",
             ));
         }
-        let rows = NewRows::Operation(operation, deckies.clone());
-        let first = self.outbox.add(rows)?.unwrap_or_default();
+        let first = match &self.outbox {
+            Some(outbox) => outbox.get()?.add(NewRows::Operation(operation, deckies.clone()))?,
+            None => 0,
+        };
         let open = deckies.into_iter().zip(first..);
         Ok(TrackedOperation::new(self.outbox.clone(), operation, open))
     }

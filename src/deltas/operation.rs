@@ -2,14 +2,17 @@
 //! that it ends in exactly one report, however it ends. Runs on the thread that has the guard.
 
 use std::error::Error as StdError;
+use std::sync::Arc;
 use std::thread;
 
-use super::outbox_handle::OutboxHandle;
 use crate::delta::{LifecycleDelta, Operation, Outcome};
-use crate::error::Error;
+use crate::error::{Error, chain};
+use crate::forked::OfProcess;
 use crate::limits;
-use crate::outbox::QueuedDelta;
+use crate::outbox::{QueuedDelta, RowChange, SentBy};
+use crate::panics::quietly;
 use crate::text::{cut, layers, sanitize};
+use crate::threads::outbox_client::OutboxClient;
 
 /// The names of one or more deckies. See [`DeltaSender::begin`](crate::DeltaSender::begin).
 ///
@@ -131,7 +134,8 @@ impl<E: Into<Box<dyn StdError + Send + Sync>>> IntoOutcome for Result<(), E> {
 #[derive(Debug)]
 #[must_use = "dropping it reports the operation failed"]
 pub struct TrackedOperation {
-    outbox: OutboxHandle,
+    /// `None`: the host is not enrolled.
+    outbox: Option<OfProcess<Arc<OutboxClient>>>,
     operation: Operation,
     /// The deckies on which the operation has not ended, with the ids of their rows.
     open: Vec<(String, i64)>,
@@ -139,7 +143,7 @@ pub struct TrackedOperation {
 
 impl TrackedOperation {
     pub(super) fn new(
-        outbox: OutboxHandle,
+        outbox: Option<OfProcess<Arc<OutboxClient>>>,
         operation: Operation,
         open: impl IntoIterator<Item = (String, i64)>,
     ) -> Self {
@@ -198,7 +202,7 @@ impl TrackedOperation {
     /// The operation does not include this decky, or has already ended on it; the first outcome is
     /// the one that counts. Or this process was forked after the operation began.
     pub fn end(&mut self, decky: &str, outcome: Outcome) -> Result<(), Error> {
-        self.outbox.check_process()?;
+        self.outbox.as_ref().map_or(Ok(()), |outbox| outbox.get().map(drop))?;
         let Some(place) = self.open.iter().position(|(open, _)| open == decky) else {
             let name = sanitize(decky);
             return Err(Error::setting(
@@ -207,14 +211,35 @@ impl TrackedOperation {
             ));
         };
         let (decky, id) = self.open.remove(place);
-        self.outbox.end(vec![self.ended_delta(decky, id, &outcome)]);
+        self.write_end(vec![self.ended_delta(decky, id, &outcome)]);
         Ok(())
     }
 
     fn end_all(&mut self, outcome: &Outcome) {
         let open = std::mem::take(&mut self.open);
         let ended = open.into_iter().map(|(decky, id)| self.ended_delta(decky, id, outcome));
-        self.outbox.end(ended.collect());
+        self.write_end(ended.collect());
+    }
+
+    /// Changes the rows in flight, which have been in the outbox since the operation began.
+    fn write_end(&self, ended: Vec<QueuedDelta>) {
+        // In a forked process nothing is reported, and nothing is logged: the logger's lock may
+        // never be released there.
+        let Some(Ok(outbox)) = self.outbox.as_ref().map(OfProcess::get) else { return };
+        if ended.is_empty() {
+            return;
+        }
+        if let Err(error) = outbox.change(RowChange::Ended(ended, SentBy::Deliverer)) {
+            // The guard may be dropped by a panic. A second panic, in the logger, would abort the
+            // process.
+            quietly(|| {
+                log::error!(
+                    "could not write the end of an operation; a restart would report it failed: \
+                     error={:?}",
+                    chain(&error)
+                );
+            });
+        }
     }
 
     fn ended_delta(&self, decky: String, id: i64, outcome: &Outcome) -> QueuedDelta {
