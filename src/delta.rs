@@ -71,6 +71,21 @@ pub enum Outcome {
     Failed(String),
 }
 
+impl Outcome {
+    /// The outcome with this error. `None`: it succeeded.
+    pub(crate) fn of_error(error: Option<String>) -> Self {
+        error.map_or(Self::Succeeded, Self::Failed)
+    }
+
+    /// The error of a failure.
+    pub(crate) fn error(&self) -> Option<&str> {
+        match self {
+            Self::Succeeded => None,
+            Self::Failed(error) => Some(error),
+        }
+    }
+}
+
 /// How and when one operation on one decky ended: an element of `lifecycle` in the protocol.
 ///
 /// ```

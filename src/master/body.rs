@@ -7,7 +7,7 @@
 use serde::{Serialize, Serializer};
 use serde_json::value::RawValue;
 
-use crate::delta::{LifecycleDelta, Outcome};
+use crate::delta::LifecycleDelta;
 use crate::limits;
 use crate::status;
 use crate::text::cut;
@@ -106,14 +106,11 @@ struct Delta<'a> {
 
 impl<'a> From<&'a LifecycleDelta> for Delta<'a> {
     fn from(delta: &'a LifecycleDelta) -> Self {
-        let (status, error) = match delta.outcome() {
-            Outcome::Succeeded => ("succeeded", None),
-            Outcome::Failed(error) => ("failed", Some(error.as_str())),
-        };
+        let error = delta.outcome().error();
         Self {
             decky_name: delta.decky(),
             operation: delta.operation().as_str(),
-            status,
+            status: if error.is_some() { "failed" } else { "succeeded" },
             error,
             completed_at: humantime::format_rfc3339_micros(delta.when()).to_string(),
         }

@@ -60,13 +60,13 @@ impl RowCounts {
 
     /// Updates earlier counts. `held` and `oldest` are only limited by the new ones.
     pub(super) fn update(self, counts: QueueCounts) -> QueueCounts {
-        let [waiting, operations, rejected] = [self.waiting, self.operations, self.rejected]
-            .map(|number| number.max(0).unsigned_abs());
+        let unsigned = |number: i64| number.max(0).unsigned_abs();
+        let waiting = unsigned(self.waiting);
         QueueCounts {
             waiting,
             held: if self.may_hold() { counts.held.min(waiting) } else { 0 },
-            operations,
-            rejected,
+            operations: unsigned(self.operations),
+            rejected: unsigned(self.rejected),
             oldest: counts.oldest.filter(|_| waiting > 0),
         }
     }
@@ -281,10 +281,7 @@ fn upsert(
     delta: &LifecycleDelta,
     owner: Option<&str>,
 ) -> rusqlite::Result<()> {
-    let error = match delta.outcome() {
-        Outcome::Succeeded => None,
-        Outcome::Failed(error) => Some(error),
-    };
+    let error = delta.outcome().error();
     let row =
         params![id, delta.decky(), delta.operation().as_str(), error, micros(delta.when()), owner];
     db.prepare_cached(UPSERT)?.execute(row).map(drop)
@@ -394,10 +391,8 @@ fn queued_delta(row: &Row<'_>) -> rusqlite::Result<QueuedDelta> {
     let operation = row.get::<_, String>(2)?.parse().map_err(|problem: String| {
         rusqlite::Error::FromSqlConversionFailure(2, Type::Text, problem.into())
     })?;
-    let delta = match row.get_ref(3)?.as_bytes_or_null()?.map(text) {
-        None => LifecycleDelta::succeeded(decky, operation),
-        Some(error) => LifecycleDelta::failed(decky, operation, error),
-    };
+    let outcome = Outcome::of_error(row.get_ref(3)?.as_bytes_or_null()?.map(text));
+    let delta = LifecycleDelta::new(decky, operation, outcome);
     Ok(QueuedDelta { id: row.get(0)?, delta: delta.completed_at(from_micros(row.get(4)?)) })
 }
 
