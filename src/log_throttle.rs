@@ -69,7 +69,7 @@ impl LogThrottle {
     }
 
     /// Counts a problem. Returns its count if it is to be logged.
-    pub(crate) fn count(&mut self, source: &'static str, text: &str, now: Instant) -> Option<u64> {
+    fn count(&mut self, source: &'static str, text: &str, now: Instant) -> Option<u64> {
         let source = self.0.entry(source).or_insert_with(|| Source::new(now));
         source.reset_if_quiet(now);
         let count = source.count(folded(text));

@@ -102,18 +102,16 @@ impl OutboxThread {
         if let Some(stats) = stats {
             stats.change(|stats| stats.panics += 1);
         }
-        if let Some(times) = self.throttle.count("outbox", panic, Instant::now()) {
-            quietly(|| {
-                log::error!("outbox thread panicked, continuing: times={times} panic={panic:?}");
-            });
-        }
+        self.throttle.log("outbox", panic, |times| {
+            log::error!("outbox thread panicked, continuing: times={times} panic={panic:?}");
+        });
     }
 
     /// Logs a repeated problem at a decreasing rate.
     fn log_problem(&mut self, level: Level, event: &'static str, problem: &str) {
-        if let Some(times) = self.throttle.count(event, problem, Instant::now()) {
-            quietly(|| log::log!(level, "{event}: times={times} error={problem:?}"));
-        }
+        self.throttle.log(event, problem, |times| {
+            log::log!(level, "{event}: times={times} error={problem:?}");
+        });
     }
 
     /// Writes all changes in one transaction, and reads afterwards.
@@ -192,7 +190,9 @@ impl OutboxThread {
             answers.iter().map(|(_, added)| added.as_ref().ok().copied()).collect();
         let received = self.queue.answer(answers);
         for ((is_received, first), rows) in received.into_iter().zip(first_ids).zip(new_rows) {
-            if let (false, Some(first), NewRows::Operation(_, deckies)) = (is_received, first, rows)
+            if !is_received
+                && let Some(first) = first
+                && let NewRows::Operation(_, deckies) = rows
             {
                 let ids = first..first + deckies.len() as i64;
                 self.queue.send(Request::RowChange(RowChange::Withdrawn(ids)));

@@ -144,7 +144,7 @@ impl HeartbeatLoop {
             }
             _ => (log::Level::Warn, "beat failed"),
         };
-        let is_logged = self.throttle.count("failure", &class, Instant::now()).is_some();
+        let is_logged = self.throttle.log("failure", &class, |_| ());
         let level = if is_logged { level } else { log::Level::Debug };
         let names = self.link.names();
         let fingerprint = self.link.fingerprint();
