@@ -106,29 +106,10 @@ pub(crate) struct HeartbeatThread {
 pub(crate) fn spawn(setup: Setup) -> Result<HeartbeatThread, Error> {
     let (beat_ended, beats) = bounded(1);
     let (stop, stop_receiver) = bounded(1);
-    let Setup { link, outbox, batches, source, stats, agent_version, interval, ticks } = setup;
-    let interrupt = link.interrupt();
-    let heartbeat_loop = HeartbeatLoop {
-        status_thread: StatusThread::start(source, &stats)?,
-        schedule: Schedule::new(interval),
-        content: Content::new(interval),
-        decommission: Decommission::new(interval),
-        link,
-        agent_version,
-        outbox: Arc::clone(&outbox),
-        batches,
-        stats: Arc::clone(&stats),
-        ticks,
-        beat_ended,
-        stop: stop_receiver,
-        deadline: None,
-        topology: None,
-        last_failure: String::new(),
-        states_failure: None,
-        states_sent: false,
-        throttle: LogThrottle::default(),
-        files_missing: false,
-    };
+    let interrupt = setup.link.interrupt();
+    let outbox = Arc::clone(&setup.outbox);
+    let stats = Arc::clone(&setup.stats);
+    let heartbeat_loop = HeartbeatLoop::new(setup, beat_ended, stop_receiver)?;
     let run = move || heartbeat_loop.run();
     let (_, ended) = threads::spawn(NAME, limits::STACK, Some(&stats), run)?;
     Ok(HeartbeatThread { stop, beats, ended, interrupt, outbox, stats })
@@ -167,6 +148,32 @@ struct HeartbeatLoop {
 }
 
 impl HeartbeatLoop {
+    /// Starts the status thread.
+    fn new(setup: Setup, beat_ended: Sender<()>, stop: Receiver<Instant>) -> Result<Self, Error> {
+        let Setup { link, outbox, batches, source, stats, agent_version, interval, ticks } = setup;
+        Ok(Self {
+            status_thread: StatusThread::start(source, &stats)?,
+            schedule: Schedule::new(interval),
+            content: Content::new(interval),
+            decommission: Decommission::new(interval),
+            link,
+            agent_version,
+            outbox,
+            batches,
+            stats,
+            ticks,
+            beat_ended,
+            stop,
+            deadline: None,
+            topology: None,
+            last_failure: String::new(),
+            states_failure: None,
+            states_sent: false,
+            throttle: LogThrottle::default(),
+            files_missing: false,
+        })
+    }
+
     /// Sends beats until the heartbeat is stopped, then delivers the deltas that wait.
     fn run(mut self) {
         self.catch_panics(|this| this.request_beat(Trigger::First));

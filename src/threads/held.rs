@@ -8,14 +8,14 @@ use crate::delta::Operation;
 use crate::limits;
 use crate::outbox::{NewRows, QueuedDelta, RowChange};
 
-/// The deltas that a request holds back.
+/// Why a request holds back deltas, and which.
 #[derive(Debug)]
-pub(super) enum Hold {
+pub(super) enum HoldCause {
     Begun(Operation, Vec<String>),
     Answered(Vec<i64>),
 }
 
-impl Hold {
+impl HoldCause {
     pub(super) fn of_new_rows(rows: &NewRows) -> Option<Self> {
         match rows {
             NewRows::Operation(operation, deckies) => {
@@ -45,7 +45,7 @@ impl Hold {
 #[derive(Debug, Default)]
 pub(super) struct HeldDeltas {
     /// Each with the generation that it started.
-    recent: VecDeque<(Generation, Hold)>,
+    recent: VecDeque<(Generation, HoldCause)>,
     rows: usize,
     /// The holds up to this generation were dropped.
     forgotten: Generation,
@@ -53,7 +53,7 @@ pub(super) struct HeldDeltas {
 
 impl HeldDeltas {
     /// Records the hold of a request that has just started generation `started`.
-    pub(super) fn record(&mut self, started: Generation, hold: Option<Hold>) {
+    pub(super) fn record(&mut self, started: Generation, hold: Option<HoldCause>) {
         let Some(hold) = hold else { return };
         self.rows += hold.rows();
         self.recent.push_back((started, hold));
@@ -72,10 +72,10 @@ impl HeldDeltas {
         let mut answered = HashSet::<i64>::new();
         for (_, hold) in self.recent.iter().rev().take_while(|(started, _)| *started > read) {
             match hold {
-                Hold::Begun(operation, deckies) => {
+                HoldCause::Begun(operation, deckies) => {
                     begun.extend(deckies.iter().map(|decky| (decky.as_str(), *operation)))
                 }
-                Hold::Answered(ids) => answered.extend(ids),
+                HoldCause::Answered(ids) => answered.extend(ids),
             }
         }
         deltas.retain(|QueuedDelta { id, delta }| {
@@ -91,8 +91,8 @@ mod tests {
     use crate::delta::LifecycleDelta;
     use crate::outbox::DeliveryResult;
 
-    fn begin(deckies: usize) -> Option<Hold> {
-        Hold::of_new_rows(&NewRows::Operation(
+    fn begin(deckies: usize) -> Option<HoldCause> {
+        HoldCause::of_new_rows(&NewRows::Operation(
             Operation::Deploy,
             (0..deckies).map(|n| format!("d{n}")).collect(),
         ))
@@ -121,7 +121,7 @@ mod tests {
         holds.record(Generation(1), begin(1));
         holds.record(
             Generation(2),
-            Hold::of_change(&RowChange::Answered(vec![3], DeliveryResult::Delivered)),
+            HoldCause::of_change(&RowChange::Answered(vec![3], DeliveryResult::Delivered)),
         );
         holds.record(Generation(3), None);
         assert_eq!(

@@ -7,7 +7,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, Thread};
 use std::time::{Duration, Instant};
 
-use super::held::{HeldDeltas, Hold};
+use super::held::{HeldDeltas, HoldCause};
 use super::requests::{CallerState, Generation, GivenUp, Requests, Taken, Ticket};
 use crate::error::Error;
 use crate::limits;
@@ -36,10 +36,10 @@ pub(crate) enum Request {
 
 impl Request {
     /// The deltas that it holds back from batches that were read before.
-    fn hold(&self) -> Option<Hold> {
+    fn hold(&self) -> Option<HoldCause> {
         match self {
-            Self::NewRows(rows) => Hold::of_new_rows(rows),
-            Self::RowChange(change) => Hold::of_change(change),
+            Self::NewRows(rows) => HoldCause::of_new_rows(rows),
+            Self::RowChange(change) => HoldCause::of_change(change),
             _ => None,
         }
     }

@@ -3,8 +3,9 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::thread::JoinHandle;
 
-use crossbeam_channel::{SendError, Sender, bounded, unbounded};
+use crossbeam_channel::{Receiver, SendError, Sender, bounded, unbounded};
 
 use super::batches::Batches;
 use super::outbox::{Heartbeat, OutboxThread};
@@ -72,22 +73,7 @@ pub(crate) fn start(
         }
     };
     let (thread, ended) = threads::spawn(NAME, limits::STACK, Some(stats), run)?;
-    let (credentials, path) = match loaded_receiver.recv_timeout(limits::CREDENTIALS_WAIT) {
-        Ok(Ok(loaded)) => loaded,
-        Ok(Err(error)) => {
-            // The thread ends after this error.
-            let _ = thread.join();
-            return Err(error);
-        }
-        Err(_) => {
-            let seconds = limits::CREDENTIALS_WAIT.as_secs();
-            let problem = format!(
-                "cannot be read, their disk has not answered for {seconds} s; try again when it \
-                 does"
-            );
-            return Err(Error::setting("ini and bundle", problem).passing());
-        }
-    };
+    let (credentials, path) = await_credentials(&loaded_receiver, thread)?;
     let client = Arc::new(OutboxClient::new(queue, outbox_stats, path, ended));
     let problem = match opened_receiver.recv_timeout(limits::OUTBOX_BUSY) {
         Ok(opened) => opened?
@@ -100,6 +86,22 @@ pub(crate) fn start(
     };
     let batches = Batches::new(Arc::clone(&client), event_receiver, batch_receiver);
     Ok(Started { client, batches, credentials, problem })
+}
+
+/// Waits for the credentials and the path of the outbox.
+fn await_credentials(loaded: &Receiver<Loaded>, thread: JoinHandle<()>) -> Loaded {
+    let Ok(result) = loaded.recv_timeout(limits::CREDENTIALS_WAIT) else {
+        let seconds = limits::CREDENTIALS_WAIT.as_secs();
+        let problem = format!(
+            "cannot be read, their disk has not answered for {seconds} s; try again when it does"
+        );
+        return Err(Error::setting("ini and bundle", problem).passing());
+    };
+    if result.is_err() {
+        // The thread ends after this error.
+        let _ = thread.join();
+    }
+    result
 }
 
 /// Starts an outbox thread for the program, which adds to an outbox. Waits up to 1 s for the
