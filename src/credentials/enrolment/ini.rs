@@ -67,34 +67,39 @@ impl Ini {
             {
                 ini.append(section, key, content);
             } else if let Some(name) = header(content) {
-                if name != DEFAULT && ini.sections.contains_key(name) {
-                    let name = sanitize(name);
-                    return Err(fault(format!(
-                        "duplicate section [{name}]; merge the two sections"
-                    )));
-                }
-                ini.sections.entry(name.to_owned()).or_default();
+                ini.add_section(name).map_err(fault)?;
                 section = Some(name.to_owned());
                 open = None;
             } else if let Some(section) = &section {
-                let (key, value) = option(content).ok_or_else(|| {
-                    fault("neither [section], nor key = value, nor a comment".to_owned())
-                })?;
-                let entries = ini.sections.entry(section.clone()).or_default();
-                if entries.values.insert(key.clone(), value.to_owned()).is_some() {
-                    let section = sanitize(section);
-                    let key = sanitize(&key);
-                    return Err(fault(format!(
-                        "duplicate key {key} in [{section}]; remove one of them"
-                    )));
-                }
-                entries.keys.push(key.clone());
-                open = Some((key, indent));
+                open = Some((ini.add_option(section, content).map_err(fault)?, indent));
             } else {
                 return Err(fault("a line before the first [section]".to_owned()));
             }
         }
         Ok(ini)
+    }
+
+    fn add_section(&mut self, name: &str) -> Result<(), String> {
+        if name != DEFAULT && self.sections.contains_key(name) {
+            let name = sanitize(name);
+            return Err(format!("duplicate section [{name}]; merge the two sections"));
+        }
+        self.sections.entry(name.to_owned()).or_default();
+        Ok(())
+    }
+
+    /// Adds `key = value` and returns the key.
+    fn add_option(&mut self, section: &str, line: &str) -> Result<String, String> {
+        let (key, value) =
+            option(line).ok_or("neither [section], nor key = value, nor a comment")?;
+        let entries = self.sections.entry(section.to_owned()).or_default();
+        if entries.values.insert(key.clone(), value.to_owned()).is_some() {
+            let section = sanitize(section);
+            let key = sanitize(&key);
+            return Err(format!("duplicate key {key} in [{section}]; remove one of them"));
+        }
+        entries.keys.push(key.clone());
+        Ok(key)
     }
 
     /// Whether the file has no section.
