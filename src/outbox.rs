@@ -31,7 +31,6 @@ mod tests;
 
 use std::collections::{BTreeSet, VecDeque};
 use std::error::Error as StdError;
-use std::fmt;
 use std::mem;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -45,9 +44,8 @@ use crate::error::Error;
 use crate::files::{OUTBOX as FILE, absolute};
 use crate::limits;
 pub(crate) use crate::outbox::queued::{
-    DeliveryResult, NewRows, QueueCounts, QueuedDelta, RowChange, SentBy, StuckRow,
+    DeliveryResult, NewRows, QueueCounts, QueuedDelta, Role, RowChange, SentBy, StuckRow,
 };
-use crate::panics::quietly;
 use file::FileProblem;
 #[cfg(feature = "cli")]
 pub(crate) use inspect::{OutboxSummary, summarize};
@@ -99,17 +97,6 @@ impl OutboxLocation {
             other => other,
         }
     }
-}
-
-/// What a process does with an outbox.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Role {
-    /// It delivers, and recovers the rows of processes that have ended: one process at a time.
-    Deliver,
-    /// It will deliver when no other process does.
-    DeliverLater,
-    /// It only adds rows.
-    Contribute,
 }
 
 /// The counters of an outbox.
@@ -767,9 +754,4 @@ impl Outbox {
 /// Until when a caller waits for the outbox.
 pub(crate) fn deadline() -> Instant {
     Instant::now() + limits::OUTBOX_BUSY
-}
-
-/// Logs a line. If the logger panics, the line is lost.
-fn log_line(level: Level, line: fmt::Arguments<'_>) {
-    quietly(|| log::log!(level, "{line}"));
 }

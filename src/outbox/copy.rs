@@ -9,8 +9,21 @@ use rusqlite::types::ToSqlOutput;
 use rusqlite::{Connection, params_from_iter};
 
 use super::schema;
-use super::store::MovedRows;
 use crate::delta::micros;
+
+/// The rows of a replaced file that a process moves to the new one. Rows that were not written to
+/// the old file are always moved.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum MovedRows {
+    /// This process delivers.
+    Everything,
+    /// No process delivers. Rows of other owners are left to them, because they may have changed
+    /// them since.
+    OursAndUnowned,
+    /// Another process delivers. It may have delivered the rows without an owner, which must not
+    /// return.
+    Ours,
+}
 
 /// The ids of rows that were added, changed or deleted in the copy.
 const CHANGED: &str = "CREATE TABLE changed (id INTEGER PRIMARY KEY) STRICT";

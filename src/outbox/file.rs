@@ -11,16 +11,17 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Instant, SystemTime};
 
-use log::Level;
 use rusqlite::config::DbConfig;
 use rusqlite::ffi::SQLITE_IOERR_SHORT_READ;
 use rusqlite::{Connection, ErrorCode, OpenFlags};
 
-use super::{Role, log_line, schema};
+use super::queued::Role;
+use super::schema;
 use crate::delta::{from_micros, micros};
 use crate::error::{Error, sanitize_path};
 use crate::files::{Identity, beside, folder, identity};
 use crate::limits;
+use crate::panics::quietly;
 use crate::sqlite::files::{DatabaseFile, PARTS, create, ignore_not_found, with_real_folder};
 use crate::text::sanitize;
 
@@ -113,16 +114,15 @@ pub(super) fn open(
     read_through(path).map_err(|source| error(path, "cannot be read", source))?;
     let quarantine = quarantine(path)
         .map_err(|source| error(path, "is corrupt, and cannot be renamed", source))?;
-    log_line(
-        Level::Error,
-        format_args!(
+    quietly(|| {
+        log::error!(
             "outbox file is corrupt, or not an outbox; it was renamed and a new one created: \
              file={} renamed_to={} error={:?}",
             sanitize_path(path),
             sanitize_path(&quarantine),
             sanitize(&damage)
-        ),
-    );
+        );
+    });
     prepare_and_connect(path, deadline).map_err(|failure| failure.error)
 }
 

@@ -36,13 +36,12 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::thread;
 use std::time::Instant;
 
-use log::Level;
 use nix::fcntl::{FcntlArg, fcntl};
 
-use super::log_line;
 pub(super) use crate::files::beside;
 use crate::files::{Identity, folder, identity};
 use crate::limits;
+use crate::panics::quietly;
 use crate::sqlite::files::{DatabaseFile, create};
 use crate::text::sanitize;
 
@@ -312,10 +311,9 @@ impl LockFile {
         let pid = process::id().to_string();
         let written = self.file.set_len(0).and_then(|()| self.file.write_all_at(pid.as_bytes(), 0));
         if let Err(error) = written.map_err(|error| error.to_string()) {
-            log_line(
-                Level::Debug,
-                format_args!("could not write the pid to the lock file: error={error:?}"),
-            );
+            quietly(|| {
+                log::debug!("could not write the pid to the lock file: error={error:?}");
+            });
         }
     }
 

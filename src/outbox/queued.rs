@@ -1,5 +1,5 @@
-//! The values that other threads exchange with the outbox thread: queued deltas, new rows, and
-//! changes of rows. For any thread. None of them depends on SQLite.
+//! The values that other threads exchange with the outbox thread: its role, queued deltas, new rows,
+//! and changes of rows. For any thread. None of them depends on SQLite.
 
 use std::fmt;
 use std::ops::Range;
@@ -23,6 +23,17 @@ pub(crate) enum DeliveryResult {
     Delivered,
     /// Rejected. The row stays, with the reason.
     Rejected(String),
+}
+
+/// What a process does with an outbox.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Role {
+    /// It delivers, and recovers the rows of processes that have ended: one process at a time.
+    Deliver,
+    /// It will deliver when no other process does.
+    DeliverLater,
+    /// It only adds rows.
+    Contribute,
 }
 
 /// Which process sends a delta.

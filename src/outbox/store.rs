@@ -12,12 +12,15 @@ use std::time::{Duration, Instant};
 use log::Level;
 use rusqlite::{Connection, TransactionBehavior};
 
+use super::copy::{self, MovedRows};
 use super::file::{self, FileProblem, Identities, identities};
 use super::locks::{Locks, WriteLock};
+use super::queued::Role;
 use super::rows::{EVERY_ID, RowCounts, Rows};
-use super::{Role, copy, log_line, schema};
+use super::schema;
 use crate::error::{Error, chain, sanitize_path};
 use crate::limits;
+use crate::panics::quietly;
 
 #[derive(Debug)]
 pub(super) struct Store {
@@ -48,20 +51,6 @@ pub(super) struct Refusal {
     pub(super) problem: FileProblem,
     /// The file is not written before.
     pub(super) retry_at: Instant,
-}
-
-/// The rows of a replaced file that a process moves to the new one. Rows that were not written to
-/// the old file are always moved.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum MovedRows {
-    /// This process delivers.
-    Everything,
-    /// No process delivers. Rows of other owners are left to them, because they may have changed
-    /// them since.
-    OursAndUnowned,
-    /// Another process delivers. It may have delivered the rows without an owner, which must not
-    /// return.
-    Ours,
 }
 
 /// The file has not taken a change.
@@ -289,11 +278,11 @@ impl Store {
     }
 
     pub(super) fn log(&self, level: Level, event: &str) {
-        log_line(level, format_args!("{event}: outbox={}", self.name()));
+        quietly(|| log::log!(level, "{event}: outbox={}", self.name()));
     }
 
     pub(super) fn log_with(&self, level: Level, event: &str, fields: fmt::Arguments<'_>) {
-        log_line(level, format_args!("{event}: outbox={} {fields}", self.name()));
+        quietly(|| log::log!(level, "{event}: outbox={} {fields}", self.name()));
     }
 
     pub(super) fn log_problem(&self, level: Level, event: &str, error: &dyn StdError) {
