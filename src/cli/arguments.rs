@@ -13,7 +13,7 @@ use clap_complete::Shell;
 use humantime::{DurationError, format_duration};
 use log::LevelFilter;
 
-use super::source;
+use super::state_file::source;
 use crate::delta::{Operation, check_decky};
 use crate::error::Error;
 use crate::files::absolute;

@@ -16,12 +16,11 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use super::arguments::{CheckOptions, Common};
-use super::enrolment;
+use super::enrolment::enrolment;
 use super::own_files::OwnFiles;
 use crate::credentials;
 use crate::credentials::enrolment::Enrolment;
 use crate::error::{Error, chain, sanitize_path};
-use crate::folder_access::others_may_write;
 use crate::master::identity::MasterIdentity;
 use crate::status::Snapshot;
 use steps::{Checklist, Step};
@@ -44,7 +43,7 @@ pub(super) fn check(common: &Common, options: &CheckOptions) -> Result<ExitCode,
         Err(error) => not_enrolled(error, &mut list),
     }
     steps.into_iter().for_each(|step| list.add(step));
-    list.add(outbox::step(&super::outbox(run.outbox.clone()), dir));
+    list.add(outbox::step(&super::enrolment::outbox(run.outbox.clone()), dir));
     let own = OwnFiles::of(common, run, enrolment.as_ref().ok());
     for (name, option, path) in [
         ("stats-file", "--stats-file", &run.stats_file),
@@ -94,7 +93,7 @@ fn enrolment_steps(
         (None, None) => "default".to_owned(),
     };
     let agent_dir = step("agent-dir", sanitize_path(dir.value()), dir.provenance().to_string());
-    let agent_dir = others_advice(dir.value()).into_iter().fold(agent_dir, Step::advise);
+    let agent_dir = host::others_advice(dir.value()).into_iter().fold(agent_dir, Step::advise);
     [
         step("host", uuid.value().clone(), uuid.provenance().to_string()),
         step(
@@ -105,14 +104,6 @@ fn enrolment_steps(
         agent_dir,
         step("identity", rule.to_string(), rule_from),
     ]
-}
-
-/// What to do if other users may write into a folder of the heartbeat.
-fn others_advice(folder: &Path) -> Option<String> {
-    let why = others_may_write(folder)?;
-    Some(format!(
-        "other users may replace the heartbeat's files, because {why}: use chmod go-w or chown"
-    ))
 }
 
 fn not_enrolled(error: &Error, list: &mut Checklist) {

@@ -16,10 +16,10 @@ use std::time::Instant;
 
 use crossbeam_channel::{Receiver, SendError, Sender, bounded};
 use log::Level;
+use nix::sys::signal::{SigSet, Signal};
 
 use super::log_line::Format;
 use super::log_sink::Sink;
-use super::signals;
 use crate::error::{Error, chain};
 use crate::limits;
 
@@ -91,7 +91,7 @@ impl Queue {
         let mut writer_of_thread = writer();
         let sender_of_thread = sender.clone();
         let work = move || {
-            signals::allow_background_writes();
+            allow_background_writes();
             let result = writer_of_thread.sink.reopen();
             if let Err(SendError(Err(error))) = sender_of_thread.send(result) {
                 report_late(&error);
@@ -233,6 +233,13 @@ impl Writer {
     fn write_own(&mut self, level: Level, message: Arguments<'_>) -> bool {
         self.sink.write(&self.format.own_line(level, message)).is_ok()
     }
+}
+
+/// Lets this thread write to a terminal in the mode `tostop` while the process is in the
+/// background. Otherwise the write would stop the whole process.
+fn allow_background_writes() {
+    // It fails only for an invalid set of signals.
+    let _ = SigSet::from(Signal::SIGTTOU).thread_block();
 }
 
 #[cfg(test)]

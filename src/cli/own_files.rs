@@ -7,7 +7,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use super::arguments::{Common, RunOptions};
-use super::{outbox, state_file_of_environment};
+use super::enrolment::outbox;
+use super::state_file::state_file_of_environment;
 use crate::credentials::bundle;
 use crate::credentials::enrolment::Enrolment;
 use crate::files::{beside, folder};

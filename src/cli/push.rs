@@ -7,10 +7,12 @@ use clap::CommandFactory;
 use clap::error::ErrorKind;
 
 use super::arguments::{Arguments, Common, FinalStatus, PushOptions};
+use super::enrolment::{enrolment, outbox};
+use super::exit::help_or_usage_error;
 use super::logging::report_error;
 use super::output::print_result;
 use super::report::{ReportResult, ReportWait, Reporter};
-use super::{enrolment, help_or_usage_error, outbox, warn_of_unlisted};
+use super::state_file::warn_of_unlisted;
 use crate::delta::{LifecycleDelta, Outcome};
 use crate::error::Error;
 
@@ -26,12 +28,8 @@ pub(super) fn push(common: &Common, options: PushOptions) -> Result<ExitCode, Er
             Arguments::command().error(ErrorKind::ArgumentConflict, text),
         ));
     }
-    let outcome = match status {
-        FinalStatus::Succeeded => Outcome::Succeeded,
-        FinalStatus::Failed => {
-            Outcome::Failed(error.unwrap_or_else(|| "no reason given".to_owned()))
-        }
-    };
+    let reason = || error.unwrap_or_else(|| "no reason given".to_owned());
+    let outcome = Outcome::of_error((status == FinalStatus::Failed).then(reason));
     // A decky that is named twice gets one delta.
     let deckies: BTreeSet<String> = deckies.into_iter().collect();
     let delta = |decky| LifecycleDelta::new(decky, operation, outcome.clone());
@@ -43,19 +41,16 @@ pub(super) fn push(common: &Common, options: PushOptions) -> Result<ExitCode, Er
     let mut reporter = Reporter::open(enrolment, common.master_identity, &location)?;
     let wait = &mut ReportWait::new(delivery.timeout, None);
     let reported = reporter.report(&deltas, &delivery, wait);
+    let outbox = reporter.outbox_name();
     let (message, code) = match reported {
         ReportResult::Delivered => ("delivered\n".to_owned(), ExitCode::SUCCESS),
-        ReportResult::Queued => (
-            format!("kept in {} for decnet-heartbeat run\n", reporter.outbox_name()),
-            ExitCode::SUCCESS,
-        ),
-        ReportResult::Undelivered(why) => {
-            let place = reporter.outbox_name();
-            (
-                format!("kept in {place} for decnet-heartbeat run, not delivered: {why}\n"),
-                ExitCode::from(QUEUED),
-            )
+        ReportResult::Queued => {
+            (format!("kept in {outbox} for decnet-heartbeat run\n"), ExitCode::SUCCESS)
         }
+        ReportResult::Undelivered(why) => (
+            format!("kept in {outbox} for decnet-heartbeat run, not delivered: {why}\n"),
+            ExitCode::from(QUEUED),
+        ),
         ReportResult::InDoubt(why) => {
             report_error(&why);
             reporter.await_disk(wait);

@@ -8,10 +8,11 @@ use crossbeam_channel::{Receiver, never, select, tick};
 use signal_hook::low_level;
 
 use super::arguments::{Common, RunOptions};
+use super::enrolment::{enrolment, outbox};
+use super::exit::{NOT_CONFIGURED, code_of};
 use super::own_files::OwnFiles;
 use super::stats_files::StatsFiles;
 use super::systemd::{self, Systemd};
-use super::{NOT_CONFIGURED, code_of, enrolment, outbox};
 use crate::error::Error;
 use crate::heartbeat::Heartbeat;
 use crate::limits;

@@ -20,7 +20,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
 use crossbeam_channel::{Receiver, bounded};
-use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signal::SigSet;
 use signal_hook::consts::{
     SIGALRM, SIGHUP, SIGINT, SIGIO, SIGPROF, SIGTERM, SIGUSR1, SIGUSR2, SIGVTALRM, SIGXFSZ,
 };
@@ -79,14 +79,6 @@ pub(super) fn start_run() -> Result<Receiver<c_int>, Error> {
     // Last: a pending signal without its handler would end `run`.
     start()?;
     Ok(stops)
-}
-
-/// Lets this thread write to a terminal in the mode `tostop` while the process is in the
-/// background. Otherwise the write would stop the whole process. For the thread that writes the
-/// log.
-pub(super) fn allow_background_writes() {
-    // It fails only for an invalid set of signals.
-    let _ = SigSet::from(Signal::SIGTTOU).thread_block();
 }
 
 fn survive(signals: impl IntoIterator<Item = c_int>) -> Result<(), Error> {

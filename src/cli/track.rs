@@ -27,8 +27,9 @@ use std::time::Duration;
 
 use super::arguments::{Common, DeliveryOptions, TrackOptions};
 use super::command_signals::Signals;
+use super::enrolment::{enrolment, outbox};
 use super::report::{ReportResult, ReportWait, Reporter};
-use super::{enrolment, outbox, warn_of_unlisted};
+use super::state_file::warn_of_unlisted;
 use crate::delta::{LifecycleDelta, Operation, Outcome};
 use crate::error::{Error, chain};
 use crate::outbox::OutboxLocation;

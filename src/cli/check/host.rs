@@ -6,11 +6,12 @@ use std::path::Path;
 use rustix::fs::{Access, access, statvfs};
 
 use super::super::arguments::RunOptions;
-use super::super::{STATE_FILE_VARIABLE, state_file_of_environment};
+use super::super::state_file::{STATE_FILE_VARIABLE, state_file_of_environment};
 use super::steps::Step;
 use crate::error::sanitize_path;
 use crate::files;
 use crate::files::folder;
+use crate::folder_access::others_may_write;
 use crate::limits;
 use crate::status::AppliedTopology;
 use crate::status::decnet::StatusProbe;
@@ -195,6 +196,14 @@ pub(super) fn check_room(folder: &Path) -> Result<(), String> {
     } else {
         Ok(())
     }
+}
+
+/// What to do if other users may write into a folder of the heartbeat.
+pub(super) fn others_advice(folder: &Path) -> Option<String> {
+    let why = others_may_write(folder)?;
+    Some(format!(
+        "other users may replace the heartbeat's files, because {why}: use chmod go-w or chown"
+    ))
 }
 
 #[cfg(test)]

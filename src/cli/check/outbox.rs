@@ -11,8 +11,7 @@ use nix::unistd::geteuid;
 use rustix::fs::{Access, access};
 
 use super::super::own_files::OUTBOX_SUFFIXES;
-use super::host::check_room;
-use super::others_advice;
+use super::host::{check_room, others_advice};
 use super::steps::Step;
 use crate::delta::from_micros;
 use crate::error::{chain, sanitize_path};

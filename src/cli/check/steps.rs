@@ -8,9 +8,9 @@ use serde::Serialize;
 use serde_json::{Map, Value};
 
 use super::super::arguments::CheckOptions;
+use super::super::exit::{NOT_CONFIGURED, code_of};
 use super::super::log_line::Style;
 use super::super::output::{print_result, terminal_width};
-use super::super::{NOT_CONFIGURED, code_of};
 use crate::error::Error;
 use crate::text::{escape_json, escape_lines};
 

@@ -1,0 +1,41 @@
+//! The enrolment and the outbox of a command. Runs on the main thread.
+
+use std::path::PathBuf;
+use std::thread;
+
+use crossbeam_channel::bounded;
+
+use super::arguments::Common;
+use crate::credentials::enrolment::{Enrolment, EnrolmentSources};
+use crate::error::Error;
+use crate::limits;
+use crate::outbox::OutboxLocation;
+
+/// Reads the enrolment: the options first, then the environment and the ini.
+pub(super) fn enrolment(common: &Common) -> Result<Enrolment, Error> {
+    let mut sources = EnrolmentSources::from_env();
+    if let Some(ini) = &common.config {
+        sources = sources.config(ini.clone());
+    }
+    if let Some(dir) = &common.agent_dir {
+        sources = sources.agent_dir(dir.clone());
+    }
+    let (sender, receiver) = bounded(1);
+    let sources_of_thread = sources.clone();
+    // On its own thread: the disk may not respond, and `track` must still run its command.
+    let run = move || drop(sender.send(sources_of_thread.read()));
+    if thread::Builder::new().name("ini".to_owned()).spawn(run).is_err() {
+        return sources.read();
+    }
+    receiver.recv_timeout(limits::CREDENTIALS_WAIT).unwrap_or_else(|_| {
+        let seconds = limits::CREDENTIALS_WAIT.as_secs();
+        let problem =
+            format!("cannot be read: its disk has not responded for {seconds} s; try again later");
+        Err(Error::setting("ini", problem).passing())
+    })
+}
+
+/// The outbox of `--outbox`, or the default one.
+pub(super) fn outbox(path: Option<PathBuf>) -> OutboxLocation {
+    path.map_or(OutboxLocation::AgentDir, OutboxLocation::File)
+}
