@@ -255,7 +255,7 @@ enum Handling {
     /// It is answered with this status, and not applied.
     Status(u16),
     /// It is not answered.
-    NoAnswer(Effect),
+    NoResponse(Effect),
 }
 
 impl Connection<'_> {
@@ -293,7 +293,7 @@ impl Connection<'_> {
         }
         if fault == Some(Fault::CutInBody) {
             let half = self.read_body(length / 2)?;
-            self.record(&head, half, Handling::NoAnswer(Effect::Lost));
+            self.record(&head, half, Handling::NoResponse(Effect::Lost));
             return Ok(Next::Cut);
         }
         let body = self.read_body(length)?;
@@ -309,16 +309,16 @@ impl Connection<'_> {
     fn answer(&mut self, head: Head, body: Vec<u8>, fault: Option<Fault>) -> io::Result<Next> {
         match fault {
             Some(Fault::CutAfterBody(effect)) => {
-                self.record(&head, body, Handling::NoAnswer(effect));
+                self.record(&head, body, Handling::NoResponse(effect));
                 Ok(Next::Cut)
             }
             Some(Fault::CutAfterSilence(silence)) => {
-                self.record(&head, body, Handling::NoAnswer(Effect::Lost));
+                self.record(&head, body, Handling::NoResponse(Effect::Lost));
                 self.shared.wait(silence, |state| state.stopping);
                 Ok(Next::Cut)
             }
             Some(Fault::NeverAnswer(effect)) => {
-                self.record(&head, body, Handling::NoAnswer(effect));
+                self.record(&head, body, Handling::NoResponse(effect));
                 wait_for_close(&self.stream.sock)?;
                 Ok(Next::Cut)
             }
@@ -331,12 +331,12 @@ impl Connection<'_> {
                 Ok(if close { Next::Close } else { head.next() })
             }
             Some(Fault::Raw(bytes)) => {
-                self.record(&head, body, Handling::NoAnswer(Effect::Lost));
+                self.record(&head, body, Handling::NoResponse(Effect::Lost));
                 self.stream.write_all(&bytes)?;
                 Ok(Next::Close)
             }
             Some(Fault::Endless(first, again, pause)) => {
-                self.record(&head, body, Handling::NoAnswer(Effect::Lost));
+                self.record(&head, body, Handling::NoResponse(Effect::Lost));
                 self.stream.write_all(&first)?;
                 while !self.shared.wait(pause, |state| state.stopping) {
                     self.stream.write_all(&again)?;
@@ -380,15 +380,15 @@ impl Connection<'_> {
         };
         let mut state = self.shared.lock();
         let answer = match handling {
-            Handling::Served | Handling::NoAnswer(Effect::Applied) => {
+            Handling::Served | Handling::NoResponse(Effect::Applied) => {
                 let answer = state.seen.database.handle(&received, &self.fingerprint);
                 state.seen.beats += u64::from(answer.status == 204);
                 answer
             }
             Handling::Status(status) => Answer::status(status),
-            Handling::NoAnswer(Effect::Lost) => Answer::status(0),
+            Handling::NoResponse(Effect::Lost) => Answer::status(0),
         };
-        if !matches!(handling, Handling::NoAnswer(_)) {
+        if !matches!(handling, Handling::NoResponse(_)) {
             received.status = Some(answer.status);
         }
         state.seen.record_request(received);
