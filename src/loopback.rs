@@ -23,9 +23,12 @@
 
 mod certificates;
 mod database;
+mod enrolled;
 mod example;
 mod fault;
 mod http;
+mod records;
+mod seen;
 mod server;
 #[cfg(test)]
 mod tests;
@@ -34,20 +37,23 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::io::ErrorKind;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
-pub use certificates::{Authority, Issued, Role};
+pub use certificates::{Authority, Issued, Offered, Role};
+pub use enrolled::Enrolled;
 #[doc(hidden)]
 pub use example::{Scratch, example, example_heartbeat};
 pub use fault::{Answer, Effect, Fault};
+pub use records::{
+    ConnectionReport, Handshake, LifecycleRow, Received, RowStatus, Shard, ShardState, TlsVersion,
+};
+pub use seen::Seen;
 
-use crate::credentials::enrolment::Enrolment;
 use crate::error::Error;
 use crate::limits;
-use database::Database;
 use server::{Shared, State, ThreadCount};
 
 /// A running master. Dropping it stops it.
@@ -105,32 +111,6 @@ pub struct Options {
     pub idle: Duration,
 }
 
-/// The TLS versions that a master offers.
-///
-/// ```
-/// use std::time::Duration;
-/// use decnet_heartbeat::Heartbeat;
-/// use decnet_heartbeat::loopback::{LoopbackMaster, Offered, Options, TlsVersion};
-///
-/// let options = Options { offered: Offered::Tls12Only, ..Options::default() };
-/// let master = LoopbackMaster::start_with(options)?;
-/// # let dir = tempfile::tempdir()?;
-/// let worker = master.enrol(dir.path())?;
-/// let heartbeat = Heartbeat::builder().enrolment(worker.enrolment()?).start()?;
-/// assert!(master.wait_for_beats(1, Duration::from_secs(10)));
-/// let handshake = master.connections().into_iter().find_map(|connection| connection.handshake);
-/// assert_eq!(handshake.map(|handshake| handshake.version), Some(TlsVersion::Tls12));
-/// # Ok::<(), Box<dyn std::error::Error>>(())
-/// ```
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Offered {
-    /// Both, as the real master does.
-    #[default]
-    Tls12And13,
-    /// Only 1.2, as an older master does.
-    Tls12Only,
-}
-
 impl Default for Options {
     fn default() -> Self {
         Self {
@@ -140,73 +120,6 @@ impl Default for Options {
             offered: Offered::default(),
             idle: limits::loopback::IDLE,
         }
-    }
-}
-
-/// An enrolled worker, with its bundle in a folder.
-///
-/// ```
-/// use decnet_heartbeat::loopback::LoopbackMaster;
-///
-/// # let dir = tempfile::tempdir()?;
-/// let master = LoopbackMaster::start()?;
-/// let worker = master.enrol(dir.path())?;
-/// assert!(worker.agent_dir.join("worker.key").exists());
-/// assert_eq!((worker.port, worker.fingerprint.len()), (master.port(), 64));
-/// # Ok::<(), Box<dyn std::error::Error>>(())
-/// ```
-#[derive(Clone, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct Enrolled {
-    /// The host uuid.
-    pub uuid: String,
-    /// SHA-256 of the pinned certificate's DER in 64 lowercase hexadecimal digits.
-    pub fingerprint: String,
-    /// The master's port on 127.0.0.1.
-    pub port: u16,
-    /// The folder with `ca.crt`, `worker.crt` and `worker.key`.
-    pub agent_dir: PathBuf,
-}
-
-impl Enrolled {
-    /// The enrolment for a heartbeat of this worker.
-    ///
-    /// ```
-    /// use std::time::Duration;
-    /// use decnet_heartbeat::Heartbeat;
-    ///
-    /// # let (_dir, master, worker, builder) = decnet_heartbeat::loopback::example()?;
-    /// let heartbeat = Heartbeat::builder().enrolment(worker.enrolment()?).start()?;
-    /// assert!(master.wait_for_beats(1, Duration::from_secs(10)));
-    /// # Ok::<(), Box<dyn std::error::Error>>(())
-    /// ```
-    ///
-    /// # Errors
-    ///
-    /// The agent dir is empty.
-    pub fn enrolment(&self) -> Result<Enrolment, Error> {
-        Enrolment::new(&self.uuid, Ipv4Addr::LOCALHOST.to_string(), &self.agent_dir)?
-            .with_master_port(self.port)
-    }
-
-    /// Writes the worker's `decnet.ini` to `path`, as in an enrolment bundle.
-    ///
-    /// ```
-    /// use decnet_heartbeat::EnrolmentSources;
-    ///
-    /// # let (dir, _master, worker, _builder) = decnet_heartbeat::loopback::example()?;
-    /// let ini = dir.path().join("decnet.ini");
-    /// worker.write_ini(&ini)?;
-    /// let enrolment = EnrolmentSources::from_variables([("DECNET_CONFIG", &ini)]).read()?;
-    /// assert_eq!(enrolment.host_uuid().value(), &worker.uuid);
-    /// # Ok::<(), Box<dyn std::error::Error>>(())
-    /// ```
-    ///
-    /// # Errors
-    ///
-    /// The file cannot be written.
-    pub fn write_ini(&self, path: &Path) -> Result<(), Error> {
-        certificates::write_file(path, &self.ini(), 0o644)
     }
 }
 
@@ -529,8 +442,7 @@ impl LoopbackMaster {
     /// ```
     pub fn take_received(&self) -> Vec<Received> {
         let mut state = self.shared.lock();
-        state.seen.bytes = 0;
-        std::mem::take(&mut state.seen.received)
+        state.seen.take_received()
     }
 
     /// The connections. The oldest comes first. At 20,000 the older half is removed.
@@ -741,369 +653,6 @@ impl fmt::Debug for LoopbackMaster {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("LoopbackMaster").field("address", &self.address()).finish_non_exhaustive()
     }
-}
-
-/// All that the master has seen, for [`LoopbackMaster::wait_until`].
-///
-/// ```
-/// use std::time::Duration;
-///
-/// # let (master, _worker, heartbeat) = decnet_heartbeat::loopback::example_heartbeat()?;
-/// // The values are consistent, unlike those of several calls on the master.
-/// assert!(master.wait_until(Duration::from_secs(10), |seen| {
-///     seen.beats() >= 1 && seen.received().len() >= 1 && seen.rows().is_empty()
-/// }));
-/// # Ok::<(), Box<dyn std::error::Error>>(())
-/// ```
-#[derive(Debug, Default)]
-pub struct Seen {
-    received: Vec<Received>,
-    /// Bytes of the bodies in `received`.
-    bytes: usize,
-    connections: Vec<ConnectionReport>,
-    beats: u64,
-    database: Database,
-}
-
-impl Seen {
-    /// As [`LoopbackMaster::received`].
-    ///
-    /// ```
-    /// use std::time::Duration;
-    ///
-    /// # let (master, _worker, heartbeat) = decnet_heartbeat::loopback::example_heartbeat()?;
-    /// assert!(master.wait_until(Duration::from_secs(10), |seen| !seen.received().is_empty()));
-    /// # Ok::<(), Box<dyn std::error::Error>>(())
-    /// ```
-    pub fn received(&self) -> &[Received] {
-        &self.received
-    }
-
-    /// As [`LoopbackMaster::connections`].
-    ///
-    /// ```
-    /// use std::time::Duration;
-    ///
-    /// # let (master, _worker, heartbeat) = decnet_heartbeat::loopback::example_heartbeat()?;
-    /// assert!(master.wait_until(Duration::from_secs(10), |seen| !seen.connections().is_empty()));
-    /// # Ok::<(), Box<dyn std::error::Error>>(())
-    /// ```
-    pub fn connections(&self) -> &[ConnectionReport] {
-        &self.connections
-    }
-
-    /// As [`LoopbackMaster::rows`].
-    ///
-    /// ```
-    /// use std::time::Duration;
-    ///
-    /// # let (_dir, master, worker, _builder) = decnet_heartbeat::loopback::example()?;
-    /// master.open_operation(&worker.uuid, "decky-01", "deploy");
-    /// assert!(master.wait_until(Duration::from_secs(10), |seen| seen.rows().len() == 1));
-    /// # Ok::<(), Box<dyn std::error::Error>>(())
-    /// ```
-    pub fn rows(&self) -> &[LifecycleRow] {
-        &self.database.rows
-    }
-
-    /// As [`LoopbackMaster::shards`].
-    ///
-    /// ```
-    /// use std::time::Duration;
-    ///
-    /// # let master = decnet_heartbeat::loopback::LoopbackMaster::start()?;
-    /// assert!(master.wait_until(Duration::ZERO, |seen| seen.shards().is_empty()));
-    /// # Ok::<(), Box<dyn std::error::Error>>(())
-    /// ```
-    pub fn shards(&self) -> &BTreeMap<String, Shard> {
-        &self.database.shards
-    }
-
-    /// The number of beats that were applied since the master was created, answered or not.
-    /// Rejected ones do not count.
-    ///
-    /// ```
-    /// use std::time::Duration;
-    /// use decnet_heartbeat::loopback::Answer;
-    ///
-    /// # let (_dir, master, _worker, builder) = decnet_heartbeat::loopback::example()?;
-    /// master.script([Answer::status(503).into()]);
-    /// let heartbeat = builder.start()?;
-    /// assert!(master.wait_until(Duration::from_secs(10), |seen| {
-    ///     seen.beats() >= 1 && seen.received().len() >= 2
-    /// }));
-    /// # Ok::<(), Box<dyn std::error::Error>>(())
-    /// ```
-    pub fn beats(&self) -> u64 {
-        self.beats
-    }
-
-    fn record_request(&mut self, received: Received) {
-        self.bytes += received.body.len();
-        self.received.push(received);
-        if self.received.len() >= 2 * limits::loopback::HISTORY
-            || self.bytes > limits::loopback::HISTORY_BYTES
-        {
-            remove_older_half(&mut self.received);
-            self.bytes = self.received.iter().map(|request| request.body.len()).sum();
-        }
-    }
-
-    fn record_connection(&mut self, report: ConnectionReport) {
-        self.connections.push(report);
-        if self.connections.len() >= 2 * limits::loopback::HISTORY {
-            remove_older_half(&mut self.connections);
-        }
-    }
-}
-
-/// Removes half at once, because moving the list with every request would cost more than the
-/// request.
-fn remove_older_half<T>(list: &mut Vec<T>) {
-    list.drain(..list.len() / 2);
-}
-
-/// A recorded request.
-///
-/// ```
-/// use std::time::Duration;
-///
-/// # let (master, _worker, heartbeat) = decnet_heartbeat::loopback::example_heartbeat()?;
-/// assert!(master.wait_for_beats(1, Duration::from_secs(10)));
-/// let beat = &master.received()[0];
-/// assert_eq!(beat.header("Content-Type"), Some("application/json"));
-/// assert_eq!(beat.header("Content-Length"), Some(beat.body.len().to_string().as_str()));
-/// # Ok::<(), Box<dyn std::error::Error>>(())
-/// ```
-#[derive(Clone, Debug)]
-#[non_exhaustive]
-pub struct Received {
-    /// When it was complete.
-    pub at: Instant,
-    /// The [number](ConnectionReport::number) of its connection.
-    pub connection: u64,
-    /// The method, which is `POST` for beats.
-    pub method: String,
-    /// The path, without a query.
-    pub path: String,
-    /// The headers in order.
-    pub headers: Vec<(String, String)>,
-    /// The body. Only the first half of it with [`Fault::CutInBody`].
-    pub body: Vec<u8>,
-    /// The body as JSON. `None`: it is not JSON.
-    pub json: Option<serde_json::Value>,
-    /// The status of the answer. `None`: a fault suppressed the answer.
-    pub status: Option<u16>,
-}
-
-impl Received {
-    /// The first header with this name, in any case.
-    ///
-    /// ```
-    /// use std::time::Duration;
-    ///
-    /// # let (master, _worker, heartbeat) = decnet_heartbeat::loopback::example_heartbeat()?;
-    /// assert!(master.wait_for_beats(1, Duration::from_secs(10)));
-    /// assert_eq!(master.received()[0].header("Content-Type"), Some("application/json"));
-    /// # Ok::<(), Box<dyn std::error::Error>>(())
-    /// ```
-    pub fn header(&self, name: &str) -> Option<&str> {
-        fault::first_header(&self.headers, name)
-    }
-}
-
-/// A recorded connection.
-///
-/// ```
-/// use std::time::Duration;
-/// use decnet_heartbeat::MasterIdentity;
-///
-/// # let (_dir, master, _worker, builder) = decnet_heartbeat::loopback::example()?;
-/// let other = MasterIdentity::Fingerprint([0; 32]); // another certificate
-/// let heartbeat = builder.master_identity(other).start()?;
-/// assert!(master.wait_until(Duration::from_secs(10), |seen| {
-///     seen.connections().iter().any(|connection| connection.failure.is_some())
-/// }));
-/// let connection = &master.connections()[0];
-/// assert_eq!(connection.requests, 0);
-/// # Ok::<(), Box<dyn std::error::Error>>(())
-/// ```
-#[derive(Clone, Debug)]
-#[non_exhaustive]
-pub struct ConnectionReport {
-    /// Counted from 1.
-    pub number: u64,
-    /// When it was accepted.
-    pub at: Instant,
-    /// The result of the handshake. `None`: it is not complete, or failed.
-    pub handshake: Option<Handshake>,
-    /// Why the connection failed, for example an invalid client certificate.
-    pub failure: Option<String>,
-    /// The number of requests.
-    pub requests: usize,
-    /// Whether the connection is open.
-    pub open: bool,
-}
-
-/// The result of a TLS handshake.
-///
-/// ```
-/// use std::time::Duration;
-/// use decnet_heartbeat::loopback::TlsVersion;
-///
-/// # let (master, worker, heartbeat) = decnet_heartbeat::loopback::example_heartbeat()?;
-/// assert!(master.wait_for_beats(1, Duration::from_secs(10)));
-/// let handshake = master.connections()[0].handshake.clone().ok_or("no handshake")?;
-/// assert_eq!((handshake.version, handshake.resumed), (TlsVersion::Tls13, false));
-/// assert_eq!(handshake.fingerprint, worker.fingerprint);
-/// # Ok::<(), Box<dyn std::error::Error>>(())
-/// ```
-#[derive(Clone, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct Handshake {
-    /// The TLS version.
-    pub version: TlsVersion,
-    /// Whether an earlier session was resumed.
-    pub resumed: bool,
-    /// SHA-256 of the client certificate's DER in 64 lowercase hexadecimal digits, also in a
-    /// resumed session.
-    pub fingerprint: String,
-    /// The server name that the client requested.
-    pub server_name: Option<String>,
-}
-
-/// A TLS version.
-///
-/// ```
-/// use std::time::Duration;
-/// use decnet_heartbeat::loopback::TlsVersion;
-///
-/// # let (master, _worker, heartbeat) = decnet_heartbeat::loopback::example_heartbeat()?;
-/// assert!(master.wait_for_beats(1, Duration::from_secs(10)));
-/// let version = master.connections()[0].handshake.as_ref().map(|handshake| handshake.version);
-/// assert_eq!(version, Some(TlsVersion::Tls13));
-/// # Ok::<(), Box<dyn std::error::Error>>(())
-/// ```
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum TlsVersion {
-    /// 1.2
-    Tls12,
-    /// 1.3
-    Tls13,
-}
-
-/// An operation on one decky, as in the master's table `decky_lifecycle`.
-///
-/// ```
-/// use std::time::Duration;
-/// use decnet_heartbeat::loopback::RowStatus;
-/// use decnet_heartbeat::{LifecycleDelta, Operation};
-///
-/// # let (master, worker, heartbeat) = decnet_heartbeat::loopback::example_heartbeat()?;
-/// master.open_operation(&worker.uuid, "decky-01", "mutate");
-/// let delta = LifecycleDelta::failed("decky-01", Operation::Mutate, "no such service");
-/// heartbeat.deltas().push(delta)?;
-/// assert!(master.wait_until(Duration::from_secs(10), |seen| {
-///     seen.rows()[0].completed_at.is_some()
-/// }));
-/// let row = &master.rows()[0];
-/// assert_eq!((row.decky.as_str(), row.status), ("decky-01", RowStatus::Failed));
-/// assert_eq!(row.error.as_deref(), Some("no such service"));
-/// # Ok::<(), Box<dyn std::error::Error>>(())
-/// ```
-#[derive(Clone, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct LifecycleRow {
-    /// Counted from 1, in the order in which rows are opened.
-    pub id: u64,
-    /// The host that the operation was sent to.
-    pub host_uuid: String,
-    /// The decky's name.
-    pub decky: String,
-    /// `deploy` or `mutate`.
-    pub operation: String,
-    /// The status of the operation.
-    pub status: RowStatus,
-    /// The reported error, at most 2,000 characters.
-    pub error: Option<String>,
-    /// When it ended: the reported time, or the master's time if none was reported.
-    pub completed_at: Option<SystemTime>,
-}
-
-/// The status of an operation.
-///
-/// ```
-/// use std::time::Duration;
-/// use decnet_heartbeat::Operation;
-/// use decnet_heartbeat::loopback::RowStatus;
-///
-/// # let (master, worker, heartbeat) = decnet_heartbeat::loopback::example_heartbeat()?;
-/// master.open_operation(&worker.uuid, "decky-01", "deploy");
-/// assert_eq!(master.rows()[0].status, RowStatus::Running);
-/// heartbeat.run(Operation::Deploy, ["decky-01"], || Ok::<(), std::io::Error>(()))?;
-/// assert!(master.wait_until(Duration::from_secs(10), |seen| {
-///     seen.rows()[0].status != RowStatus::Running
-/// }));
-/// assert_eq!(master.rows()[0].status, RowStatus::Succeeded);
-/// # Ok::<(), Box<dyn std::error::Error>>(())
-/// ```
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum RowStatus {
-    /// No end was reported.
-    Running,
-    /// Success was reported.
-    Succeeded,
-    /// A failure was reported.
-    Failed,
-}
-
-/// A decky, as in the master's table `decky_shards`.
-///
-/// ```
-/// use std::time::Duration;
-/// use decnet_heartbeat::Snapshot;
-/// use decnet_heartbeat::loopback::ShardState;
-///
-/// # let (_dir, master, worker, builder) = decnet_heartbeat::loopback::example()?;
-/// let decky = serde_json::json!({
-///     "name": "decky-01", "ip": "10.0.0.7", "services": ["ssh"],
-///     "distro": "debian", "base_image": "debian:12", "hostname": "files",
-/// });
-/// let runtime = serde_json::json!({"decky-01": {"running": true}});
-/// let status = serde_json::json!({"deployed": true, "deckies": [decky], "runtime": runtime});
-/// let heartbeat = builder.status_source(move || Snapshot::new(&status)).start()?;
-/// assert!(master.wait_until(Duration::from_secs(10), |seen| !seen.shards().is_empty()));
-/// let shard = &master.shards()["decky-01"];
-/// assert_eq!((&shard.host_uuid, shard.state), (&worker.uuid, ShardState::Running));
-/// # Ok::<(), Box<dyn std::error::Error>>(())
-/// ```
-#[derive(Clone, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct Shard {
-    /// The host that reported it last.
-    pub host_uuid: String,
-    /// Its services.
-    pub services: Vec<String>,
-    /// The last reported state.
-    pub state: ShardState,
-}
-
-/// The reported state of a decky.
-///
-/// ```
-/// use decnet_heartbeat::loopback::{LoopbackMaster, ShardState};
-///
-/// let master = LoopbackMaster::start()?;
-/// let shards = master.shards();
-/// assert!(shards.values().all(|shard| shard.state == ShardState::Running));
-/// # Ok::<(), Box<dyn std::error::Error>>(())
-/// ```
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ShardState {
-    /// It is running.
-    Running,
-    /// It is not running, or `runtime` does not contain it.
-    Degraded,
 }
 
 /// A random uuid (version 4).

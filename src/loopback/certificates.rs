@@ -21,7 +21,6 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::{ServerConfig, WebPkiClientVerifier};
 use rustls::version::{TLS12, TLS13};
 
-use super::Offered;
 use crate::error::{Error, sanitize_path};
 use crate::master::identity::hex;
 
@@ -103,6 +102,32 @@ pub enum Role {
     WithoutServerAuth,
     /// As [`Master`](Self::Master), but marked as a CA certificate, which no peer may present.
     CaAsLeaf,
+}
+
+/// The TLS versions that a master offers.
+///
+/// ```
+/// use std::time::Duration;
+/// use decnet_heartbeat::Heartbeat;
+/// use decnet_heartbeat::loopback::{LoopbackMaster, Offered, Options, TlsVersion};
+///
+/// let options = Options { offered: Offered::Tls12Only, ..Options::default() };
+/// let master = LoopbackMaster::start_with(options)?;
+/// # let dir = tempfile::tempdir()?;
+/// let worker = master.enrol(dir.path())?;
+/// let heartbeat = Heartbeat::builder().enrolment(worker.enrolment()?).start()?;
+/// assert!(master.wait_for_beats(1, Duration::from_secs(10)));
+/// let handshake = master.connections().into_iter().find_map(|connection| connection.handshake);
+/// assert_eq!(handshake.map(|handshake| handshake.version), Some(TlsVersion::Tls12));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Offered {
+    /// Both, as the real master does.
+    #[default]
+    Tls12And13,
+    /// Only 1.2, as an older master does.
+    Tls12Only,
 }
 
 /// A certificate and its key.

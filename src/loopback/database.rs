@@ -8,8 +8,9 @@ use std::time::SystemTime;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
+use super::enrolled::Enrolled;
 use super::fault::{Answer, first_header};
-use super::{Enrolled, LifecycleRow, Received, RowStatus, Shard, ShardState};
+use super::records::{LifecycleRow, Received, RowStatus, Shard, ShardState};
 use crate::limits;
 use crate::text;
 

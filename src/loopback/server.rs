@@ -10,9 +10,11 @@ use std::time::{Duration, Instant};
 
 use rustls::{HandshakeKind, ProtocolVersion, ServerConfig, ServerConnection, StreamOwned};
 
+use super::certificates;
 use super::fault::{Answer, Effect, Fault, Moment, first_header};
 use super::http::{Head, encode, parse_head};
-use super::{ConnectionReport, Handshake, Received, Seen, TlsVersion, certificates};
+use super::records::{ConnectionReport, Handshake, Received, TlsVersion};
+use super::seen::Seen;
 use crate::error::chain;
 use crate::limits::loopback as limits;
 
@@ -343,9 +345,16 @@ impl Connection<'_> {
                 }
                 Ok(Next::Cut)
             }
+            fault => self.serve(&head, body, fault),
+        }
+    }
+
+    /// Applies the request and answers it.
+    fn serve(&mut self, head: &Head, body: Vec<u8>, fault: Option<Fault>) -> io::Result<Next> {
+        let answer = encode(&self.record(head, body, Handling::Served));
+        match fault {
             Some(Fault::Slowly(pause)) => {
-                let answer = self.record(&head, body, Handling::Served);
-                for byte in encode(&answer) {
+                for byte in answer {
                     self.stream.write_all(&[byte])?;
                     if self.shared.wait(pause, |state| state.stopping) {
                         return Ok(Next::Cut);
@@ -354,13 +363,11 @@ impl Connection<'_> {
                 Ok(head.next())
             }
             Some(Fault::CutAfterAnswer) => {
-                let answer = self.record(&head, body, Handling::Served);
-                self.stream.write_all(&encode(&answer))?;
+                self.stream.write_all(&answer)?;
                 Ok(Next::Cut)
             }
             _ => {
-                let answer = self.record(&head, body, Handling::Served);
-                self.stream.write_all(&encode(&answer))?;
+                self.stream.write_all(&answer)?;
                 Ok(head.next())
             }
         }

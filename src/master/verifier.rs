@@ -120,16 +120,7 @@ impl MasterVerifier {
         if let Some(refusal) = issuer_dates(&error, shown, others, now) {
             return refusal.into();
         }
-        #[expect(deprecated, reason = "webpki may still return it")]
-        let is_unverified = matches!(
-            error,
-            rustls::Error::InvalidCertificate(
-                CertificateError::BadSignature
-                    | CertificateError::UnsupportedSignatureAlgorithm
-                    | CertificateError::UnsupportedSignatureAlgorithmContext { .. }
-                    | CertificateError::UnsupportedSignatureAlgorithmForPublicKeyContext { .. }
-            )
-        );
+        let is_unverified = is_about_a_signature(&error);
         if is_unverified && let Some(problem) = unsupported(&certificate, &issuers) {
             return Refusal::Unsupported(problem).into();
         }
@@ -198,6 +189,20 @@ fn unsupported(shown: &X509<'_>, issuers: &[X509<'_>]) -> Option<String> {
     let problem =
         verified.find_map(|it| it.unsupported_key().or_else(|| it.unsupported_signature()))?;
     Some(format!("an issuer of the master's certificate cannot be verified: {problem}"))
+}
+
+/// Whether a signature does not fit, or its algorithm is not supported.
+#[expect(deprecated, reason = "webpki may still return it")]
+fn is_about_a_signature(error: &rustls::Error) -> bool {
+    matches!(
+        error,
+        rustls::Error::InvalidCertificate(
+            CertificateError::BadSignature
+                | CertificateError::UnsupportedSignatureAlgorithm
+                | CertificateError::UnsupportedSignatureAlgorithmContext { .. }
+                | CertificateError::UnsupportedSignatureAlgorithmForPublicKeyContext { .. }
+        )
+    )
 }
 
 /// Whether an issuer may not issue certificates. rustls passes these errors of webpki on unchanged.
