@@ -27,7 +27,7 @@ use ureq::{Agent, Timeout};
 use crate::limits;
 use crate::master::explain::{class, closed_without_an_answer, explain, is_closed};
 use crate::master::resolver::MasterResolver;
-use crate::master::tls::{Answer, Exchange, SharedConnections, TlsConnector};
+use crate::master::tls::{AnswerBytes, Exchange, SharedConnections, TlsConnector};
 use crate::text::sanitize;
 
 /// What the answer to a POST means for the beat and its deltas.
@@ -270,7 +270,7 @@ impl MasterClient {
 
 /// The result of an answer that is incomplete or invalid. `None`: its status line is missing. A 2xx
 /// that is not 204 may be an HTML page, which the headers tell, so they must be complete.
-fn result_of_answer(answer: &Answer, error: &ureq::Error) -> Option<PostResult> {
+fn result_of_answer(answer: &AnswerBytes, error: &ureq::Error) -> Option<PostResult> {
     let is_decided =
         |status: &StatusCode| *status == 204 || !status.is_success() || answer.has_whole_head();
     let status = answer.status().filter(is_decided)?;

@@ -310,7 +310,7 @@ impl Reporter {
             return Err(SIGNAL.to_owned());
         }
         let deltas = deltas.iter().map(|queued| queued.delta.clone()).collect();
-        let post = Post { enrolment: self.enrolment.clone(), identity: self.identity, deltas };
+        let post = PostTask { enrolment: self.enrolment.clone(), identity: self.identity, deltas };
         let timeout = wait.remaining();
         match post.clone().start(timeout) {
             Ok((result, done)) => await_result(&result, &done, wait),
@@ -366,13 +366,13 @@ fn await_result(
 
 /// One POST with deltas and an unknown status: only `run` reports what runs on this host.
 #[derive(Clone)]
-struct Post {
+struct PostTask {
     enrolment: Enrolment,
     identity: Option<MasterIdentity>,
     deltas: Vec<LifecycleDelta>,
 }
 
-impl Post {
+impl PostTask {
     /// Sends the POST on its own thread. The receiver gets the result, and the socket is closed
     /// then.
     fn start(self, timeout: Duration) -> io::Result<(Receiver<Result<(), String>>, UnixStream)> {

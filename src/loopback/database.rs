@@ -29,7 +29,7 @@ pub(super) struct Database {
 /// The model of a request. Fields that are not used are checked, as the real master does.
 #[derive(Deserialize)]
 #[allow(dead_code, reason = "checked, but not read")]
-struct Heartbeat {
+struct HeartbeatBody {
     host_uuid: String,
     agent_version: Option<String>,
     status: Map<String, Value>,
@@ -101,7 +101,7 @@ impl Database {
         }
     }
 
-    fn beat(&mut self, heartbeat: &Heartbeat, fingerprint: &str) -> Answer {
+    fn beat(&mut self, heartbeat: &HeartbeatBody, fingerprint: &str) -> Answer {
         match self.pins.get(&heartbeat.host_uuid) {
             None => return rejection(404, "unknown host"),
             Some(pinned) if pinned != fingerprint => {
@@ -196,7 +196,7 @@ impl Enrolled {
 }
 
 /// Parses the body. The error is the answer that the master's web framework gives.
-fn parse(request: &Received) -> Result<Heartbeat, Answer> {
+fn parse(request: &Received) -> Result<HeartbeatBody, Answer> {
     if std::str::from_utf8(&request.body).is_err() {
         return Err(rejection(400, "There was an error parsing the body"));
     }
@@ -209,7 +209,7 @@ fn parse(request: &Received) -> Result<Heartbeat, Answer> {
     match &request.json {
         Some(Value::Object(body)) => {
             // Deserialized from a `Value`, so that the last one of duplicate keys counts.
-            Heartbeat::deserialize(body)
+            HeartbeatBody::deserialize(body)
                 .map_err(|cause| unprocessable("value_error", &cause.to_string()))
         }
         Some(_) => Err(unprocessable(

@@ -57,14 +57,14 @@ pub(crate) struct Exchange {
     /// A part of its body was sent.
     pub(crate) body_sent: bool,
     /// The answer, as far as it was received.
-    pub(crate) answer: Answer,
+    pub(crate) answer: AnswerBytes,
 }
 
 /// The part of an answer that was received. It may be incomplete.
 #[derive(Debug, Default)]
-pub(crate) struct Answer(Vec<u8>);
+pub(crate) struct AnswerBytes(Vec<u8>);
 
-impl Answer {
+impl AnswerBytes {
     /// Appends input.
     ///
     /// # Errors
@@ -430,7 +430,7 @@ mod tests {
             ("HTTP/1.1  204 ", None),
             ("SSH-2.0-OpenSSH", None),
         ] {
-            let mut answer = Answer::default();
+            let mut answer = AnswerBytes::default();
             head.as_bytes().chunks(2).for_each(|some| answer.add(some).unwrap());
             assert_eq!(answer.status().map(|status| status.as_u16()), status, "{head}");
         }
@@ -439,7 +439,7 @@ mod tests {
     #[test]
     fn incomplete_answer_is_read_as_far_as_it_has_arrived() {
         let parsed = |answer: &str| {
-            let mut seen = Answer::default();
+            let mut seen = AnswerBytes::default();
             seen.add(answer.as_bytes()).unwrap();
             (
                 seen.header("retry-after").map(str::to_owned),
@@ -500,7 +500,7 @@ mod tests {
 
     #[test]
     fn answer_longer_than_the_limit_is_an_error() {
-        let mut answer = Answer::default();
+        let mut answer = AnswerBytes::default();
         answer.add(&vec![0; limits::ANSWER - 1]).unwrap();
         let error = answer.add(&[0; 2]).unwrap_err();
         assert_eq!(error.to_string(), "response header is too big: 65537 > 65536");

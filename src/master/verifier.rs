@@ -92,8 +92,8 @@ impl MasterVerifier {
     }
 
     /// Replaces an error of webpki with a more specific one. webpki does not know the rule, and
-    /// does not tell why it could not verify a signature, such as an issuer's key that is too
-    /// small. It also checks the dates of a certificate before it checks whether its CA is a root.
+    /// does not report why it could not verify a signature, such as an issuer's key that is
+    /// too small. It also checks the dates of a certificate before it checks whether its CA is a root.
     fn explain(
         &self,
         error: rustls::Error,

@@ -234,7 +234,7 @@ impl Locks {
         if current.delivers {
             return Ok(DeliveryLock::Acquired);
         }
-        // Kept while the lock is taken, so that no other thread attributes it to another process.
+        // Held while the lock is acquired, so that no other thread attributes it to another process.
         let mut delivering = DELIVERING.lock().unwrap_or_else(PoisonError::into_inner);
         if current.lock(DELIVERY)? {
             delivering.insert(current.identity, Arc::clone(has_stopped));

@@ -33,7 +33,7 @@ pub(super) struct Store {
     /// The version of the file as of the last refresh of the copy.
     copy_version: Option<i64>,
     /// The last write failed for this reason.
-    pub(super) refusal: Option<Refusal>,
+    pub(super) refusal: Option<RefusedWrite>,
     /// When the wait for another process's lock timed out, if nothing was written since.
     pub(super) lock_timeout: Option<Instant>,
     pub(super) locks: Locks,
@@ -47,9 +47,9 @@ pub(super) struct OpenFile {
 
 /// The file refused a write.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Refusal {
+pub(super) struct RefusedWrite {
     pub(super) problem: FileProblem,
-    /// The file is not written before.
+    /// The file is not written before this time.
     pub(super) retry_at: Instant,
 }
 
@@ -346,7 +346,7 @@ impl Store {
         change: impl FnOnce(&mut Rows<'_>) -> rusqlite::Result<T>,
     ) -> Result<T, Option<WriteFailure>> {
         let Some(file) = &mut self.file else { return Err(None) };
-        if let Some(Refusal { problem, .. }) =
+        if let Some(RefusedWrite { problem, .. }) =
             self.refusal.filter(|refusal| Instant::now() < refusal.retry_at)
         {
             let source = "the last write has just failed".into();
@@ -382,7 +382,7 @@ impl Store {
     /// Until the file takes a change again, new rows are in memory.
     fn record_refusal(&mut self, failure: &WriteFailure) {
         let retry_at = Instant::now() + limits::OUTBOX_RETRY;
-        if self.refusal.replace(Refusal { problem: failure.problem, retry_at }).is_none() {
+        if self.refusal.replace(RefusedWrite { problem: failure.problem, retry_at }).is_none() {
             self.log_problem(
                 Level::Error,
                 "outbox file cannot be written; deltas are in memory and do not survive a restart",

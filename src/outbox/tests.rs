@@ -703,7 +703,7 @@ fn file_is_not_written_again_right_after_a_failure() {
     assert_eq!(refusal.problem, FileProblem::Unwritable);
     free_the_disk(&mut outbox);
     let retry_at = Instant::now() + Duration::from_secs(60);
-    outbox.store.refusal = Some(store::Refusal { retry_at, ..refusal });
+    outbox.store.refusal = Some(store::RefusedWrite { retry_at, ..refusal });
     outbox.push(&[delta("e")]).unwrap();
     assert_eq!(outbox.path(), None);
     free_the_disk(&mut outbox);

@@ -10,7 +10,7 @@ use crossbeam_channel::Sender;
 use log::Level;
 
 use super::batches::{Batch, OFFERED, OutboxEvent};
-use super::request_queue::{Answer, BatchRequest, Caller, QueuedRequest, Request, RequestQueue};
+use super::request_queue::{BatchRequest, Caller, QueuedRequest, Request, RequestQueue};
 use super::requests::{Generation, Taken};
 use crate::credentials::CredentialFiles;
 use crate::error::{Error, chain};
@@ -21,9 +21,9 @@ use crate::panics::{caught, quietly};
 use crate::stats::SharedStats;
 use crate::threads::content::{DeltaSelection, NothingToSend};
 
-/// What the thread has for the heartbeat thread.
+/// What a thread has that serves a heartbeat thread.
 #[derive(Debug)]
-pub(super) struct Heartbeat {
+pub(super) struct Delivery {
     pub(super) credentials: CredentialFiles,
     /// The credentials' files did not exist at the last check.
     pub(super) files_missing: bool,
@@ -39,7 +39,7 @@ pub(super) struct OutboxThread {
     queue: Arc<RequestQueue>,
     outbox: Outbox,
     /// `None`: the program adds to the outbox, or the heartbeat has stopped.
-    heartbeat: Option<Heartbeat>,
+    delivery: Option<Delivery>,
     has_stopped: bool,
     pending_flushes: Vec<PendingFlush>,
     throttle: LogThrottle,
@@ -67,12 +67,12 @@ impl OutboxThread {
     pub(super) fn new(
         queue: Arc<RequestQueue>,
         outbox: Outbox,
-        heartbeat: Option<Heartbeat>,
+        delivery: Option<Delivery>,
     ) -> Self {
         Self {
             queue,
             outbox,
-            heartbeat,
+            delivery,
             has_stopped: false,
             pending_flushes: Vec::new(),
             throttle: LogThrottle::default(),
@@ -185,7 +185,7 @@ impl OutboxThread {
     }
 
     /// Removes the rows of an operation again if its caller has not received the answer.
-    fn answer_new_rows(&self, new_rows: &[NewRows], answers: Vec<(Caller, Answer)>) {
+    fn answer_new_rows(&self, new_rows: &[NewRows], answers: Vec<(Caller, Result<i64, Error>)>) {
         let first_ids: Vec<_> =
             answers.iter().map(|(_, added)| added.as_ref().ok().copied()).collect();
         let received = self.queue.answer(answers);
@@ -226,7 +226,7 @@ impl OutboxThread {
             Request::Flush => return self.begin_flush(caller),
             Request::Release => {
                 self.has_stopped = true;
-                self.heartbeat = None;
+                self.delivery = None;
                 self.outbox.stop_delivering().map(|()| 0)
             }
             #[cfg(feature = "cli")]
@@ -236,8 +236,8 @@ impl OutboxThread {
     }
 
     fn maintain(&mut self) {
-        let Some(heartbeat) = &mut self.heartbeat else { return };
-        heartbeat.files_missing = heartbeat.credentials.are_absent();
+        let Some(delivery) = &mut self.delivery else { return };
+        delivery.files_missing = delivery.credentials.are_absent();
         if let Err(error) = self.outbox.maintain() {
             quietly(|| log::debug!("outbox not maintained: error={:?}", chain(&error)));
         }
@@ -266,7 +266,7 @@ impl OutboxThread {
 
     fn send_event(&self, event: OutboxEvent) {
         // An error means that the heartbeat thread has an event to read, or has ended.
-        let _ = self.heartbeat.as_ref().map(|heartbeat| heartbeat.events.try_send(event));
+        let _ = self.delivery.as_ref().map(|delivery| delivery.events.try_send(event));
     }
 
     /// Offers new deltas to the heartbeat thread, unless all are held. If only few deltas wait, the
@@ -280,7 +280,7 @@ impl OutboxThread {
         commit_time: Duration,
     ) {
         let is_slow = commit_time > limits::BATCH_FRESH;
-        let Some(unread) = self.heartbeat.as_ref().map(|heartbeat| heartbeat.batches.len()) else {
+        let Some(unread) = self.delivery.as_ref().map(|delivery| delivery.batches.len()) else {
             return;
         };
         let batch = match new {
@@ -303,15 +303,15 @@ impl OutboxThread {
             self.outbox.recount();
         }
         let batch = self.read_batch(request, generation);
-        let heartbeat = self.heartbeat.as_mut();
-        let credentials = heartbeat.and_then(|heartbeat| heartbeat.credentials.reload());
+        let delivery = self.delivery.as_mut();
+        let credentials = delivery.and_then(|delivery| delivery.credentials.reload());
         self.send(Batch { credentials: credentials.map(Box::new), ..batch });
     }
 
     /// Sends changed credentials with an offer, because its deltas are sent without a request.
     fn send_changed_credentials(&mut self) {
-        let Some(heartbeat) = &mut self.heartbeat else { return };
-        if let Some(credentials) = heartbeat.credentials.reload() {
+        let Some(delivery) = &mut self.delivery else { return };
+        if let Some(credentials) = delivery.credentials.reload() {
             let deltas = Err(NothingToSend::NotAvailable);
             let batch = self.new_batch(deltas, Generation::default());
             self.send(Batch { credentials: Some(Box::new(credentials)), ..batch });
@@ -320,7 +320,7 @@ impl OutboxThread {
 
     fn send(&self, batch: Batch) {
         // An error means that the heartbeat thread has ended.
-        let _ = self.heartbeat.as_ref().map(|heartbeat| heartbeat.batches.send(batch).is_ok());
+        let _ = self.delivery.as_ref().map(|delivery| delivery.batches.send(batch).is_ok());
     }
 
     fn read_batch(&mut self, request: &BatchRequest, generation: Generation) -> Batch {
@@ -343,7 +343,7 @@ impl OutboxThread {
             read_at: Instant::now(),
             deltas,
             credentials: None,
-            files_missing: self.heartbeat.as_ref().is_some_and(|heartbeat| heartbeat.files_missing),
+            files_missing: self.delivery.as_ref().is_some_and(|delivery| delivery.files_missing),
         }
     }
 }
@@ -380,6 +380,6 @@ fn select(
 
 const NOT_WRITTEN: &str = "cannot be written; the change is in memory";
 
-fn stopped_error() -> Answer {
+fn stopped_error() -> Result<i64, Error> {
     Err(Error::outbox(None, "the heartbeat has stopped; its outbox in memory takes no more deltas"))
 }

@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use crossbeam_channel::Receiver;
 
-use super::request_queue::{Answer, BatchRequest, NotAnswered, Request, RequestQueue};
+use super::request_queue::{BatchRequest, NotAnswered, Request, RequestQueue};
 use super::requests::Generation;
 use crate::error::Error;
 use crate::limits;
@@ -124,7 +124,7 @@ impl OutboxClient {
         Error::outbox(self.path.as_deref(), problem)
     }
 
-    fn request(&self, request: Request) -> Answer {
+    fn request(&self, request: Request) -> Result<i64, Error> {
         self.queue.send_and_wait(request, deadline()).map_err(|why| self.not_answered(why))?
     }
 

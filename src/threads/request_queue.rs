@@ -65,10 +65,6 @@ impl Request {
     }
 }
 
-/// The id of the first row that was added, 1 for yes, or 0 for no or done. The error of a change
-/// means that the file does not have the change yet; it is not lost.
-pub(crate) type Answer = Result<i64, Error>;
-
 /// The deltas that a POST requests. By default, all that may be sent.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct BatchRequest {
@@ -168,11 +164,14 @@ impl Default for RequestQueue {
 impl RequestQueue {
     /// Queues a request and waits for its answer until `deadline`. A request that adds or reads
     /// rows is withdrawn if it was not taken by then.
+    ///
+    /// The answer is the id of the first row that was added, 1 for yes, or 0 for no or done. The
+    /// error of a change means that the file does not have the change yet; it is not lost.
     pub(crate) fn send_and_wait(
         &self,
         request: Request,
         deadline: Instant,
-    ) -> Result<Answer, NotAnswered> {
+    ) -> Result<Result<i64, Error>, NotAnswered> {
         let slot = Slot::of_this_thread();
         let waiter = Waiter { deadline: Some(deadline), slot: Some(Arc::clone(&slot)) };
         let caller = match request {
@@ -208,7 +207,12 @@ impl RequestQueue {
         result
     }
 
-    fn wait(&self, ticket: Ticket, slot: &Slot, deadline: Instant) -> Result<Answer, NotAnswered> {
+    fn wait(
+        &self,
+        ticket: Ticket,
+        slot: &Slot,
+        deadline: Instant,
+    ) -> Result<Result<i64, Error>, NotAnswered> {
         loop {
             if let Some(answer) = slot.take() {
                 return Ok(answer);
@@ -267,10 +271,10 @@ impl RequestQueue {
     }
 
     /// Answers requests. Returns for each of them whether its caller has received the answer.
-    pub(crate) fn answer(&self, answers: Vec<(Caller, Answer)>) -> Vec<bool> {
+    pub(crate) fn answer(&self, answers: Vec<(Caller, Result<i64, Error>)>) -> Vec<bool> {
         let mut waiting = Vec::with_capacity(answers.len());
         let mut state = self.lock();
-        let put = |(caller, answer): (Caller, Answer)| {
+        let put = |(caller, answer): (Caller, Result<i64, Error>)| {
             let slot = caller.waiter.slot.filter(|_| state.requests.answer(caller.ticket));
             let is_received = slot.is_some();
             waiting.extend(slot.inspect(|slot| slot.put(answer)));
@@ -324,7 +328,7 @@ impl RequestQueue {
 #[derive(Debug)]
 struct Slot {
     thread: Thread,
-    answer: Mutex<Option<Answer>>,
+    answer: Mutex<Option<Result<i64, Error>>>,
 }
 
 thread_local! {
@@ -346,11 +350,11 @@ impl Slot {
         let _ = SLOT.try_with(|slot| slot.replace(Self::new()));
     }
 
-    fn take(&self) -> Option<Answer> {
+    fn take(&self) -> Option<Result<i64, Error>> {
         self.answer.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
-    fn put(&self, answer: Answer) {
+    fn put(&self, answer: Result<i64, Error>) {
         *self.answer.lock().unwrap_or_else(PoisonError::into_inner) = Some(answer);
     }
 }

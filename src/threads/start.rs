@@ -8,7 +8,7 @@ use std::thread::JoinHandle;
 use crossbeam_channel::{Receiver, SendError, Sender, bounded, unbounded};
 
 use super::batches::Batches;
-use super::outbox::{Heartbeat, OutboxThread};
+use super::outbox::{Delivery, OutboxThread};
 use super::outbox_client::OutboxClient;
 use super::request_queue::RequestQueue;
 use crate::credentials::enrolment::Enrolment;
@@ -68,8 +68,8 @@ pub(crate) fn start(
         if let Some((credentials, path)) = load(files, &location, &loaded)
             && let Some(outbox) = open(path, &thread_outbox_stats, &opened)
         {
-            let heartbeat = Heartbeat { credentials, files_missing: false, events, batches };
-            OutboxThread::new(thread_queue, outbox, Some(heartbeat)).run(Some(&thread_stats));
+            let delivery = Delivery { credentials, files_missing: false, events, batches };
+            OutboxThread::new(thread_queue, outbox, Some(delivery)).run(Some(&thread_stats));
         }
     };
     let (thread, ended) = threads::spawn(NAME, limits::STACK, Some(stats), run)?;

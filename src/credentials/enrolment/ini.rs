@@ -33,16 +33,16 @@ struct Section {
 
 /// A syntax error. It never quotes a value, as values may be secrets.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Fault {
+pub(super) struct SyntaxError {
     pub(super) line: usize,
     pub(super) problem: String,
 }
 
 impl Ini {
-    pub(super) fn parse(text: &str) -> Result<Self, Fault> {
+    pub(super) fn parse(text: &str) -> Result<Self, SyntaxError> {
         if text.starts_with('\u{feff}') {
             let problem = "a byte order mark, which the original agent rejects; save the file as UTF-8 without it";
-            return Err(Fault { line: 1, problem: problem.to_owned() });
+            return Err(SyntaxError { line: 1, problem: problem.to_owned() });
         }
         let text = text.replace("\r\n", "\n").replace('\r', "\n");
         let mut ini = Self::default();
@@ -51,7 +51,7 @@ impl Ini {
         let mut open: Option<(String, usize)> = None;
 
         for (number, line) in (1..).zip(text.split('\n')) {
-            let fault = |problem: String| Fault { line: number, problem };
+            let fault = |problem: String| SyntaxError { line: number, problem };
             let uncommented = before_comment(line);
             let content = trim(uncommented.unwrap_or(line));
             if content.is_empty() {
