@@ -72,8 +72,8 @@ impl Systemd {
         }
     }
 
-    /// When READY is to be sent again: the supervisor does not wait for a beat that is an hour
-    /// away. The pause doubles each time, so that a socket that never works costs little.
+    /// When READY is to be sent again. It does not wait for the next beat, which may be an hour
+    /// later. The pause doubles each time, so that a socket that never works costs little.
     pub(super) fn next_ready(&mut self) -> Receiver<Instant> {
         if !self.ready_pending || self.address.is_none() {
             return never();

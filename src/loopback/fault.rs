@@ -26,7 +26,7 @@ use std::time::Duration;
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Fault {
-    /// Of a request: none, it is served normally. This is for a request between two faults.
+    /// Of a request: it is served normally. For a request between two faults.
     Serve,
     /// Of a connection: it is closed as soon as it is accepted.
     CutBeforeHandshake,
