@@ -3,8 +3,8 @@
 //! the agent dir may not respond.
 
 pub(crate) mod bundle;
+pub(crate) mod current;
 pub(crate) mod enrolment;
-pub(crate) mod link;
 pub(crate) mod pem;
 
 use std::fs;

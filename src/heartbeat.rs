@@ -7,8 +7,8 @@ use std::time::{Duration, Instant, SystemTime};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError};
 
+use crate::credentials::current::CurrentCredentials;
 use crate::credentials::enrolment::Enrolment;
-use crate::credentials::link::MasterLink;
 use crate::delta::{Operation, from_micros};
 use crate::deltas::DeltaSender;
 use crate::deltas::operation::{IntoDeckies, IntoOutcome, TrackedOperation};
@@ -498,12 +498,12 @@ impl HeartbeatBuilder {
             Err(error) => return Err(error),
         };
         let agent_dir = credentials.enrolment.agent_dir().value().clone();
-        let link = MasterLink::new(credentials);
+        let credentials = CurrentCredentials::new(credentials);
         if let Some((what, error)) = problem {
-            quietly(|| log::error!("{what}: {} error={:?}", link.names(), chain(&error)));
+            quietly(|| log::error!("{what}: {} error={:?}", credentials.names(), chain(&error)));
         }
         start(Setup {
-            link,
+            credentials,
             outbox: client,
             batches,
             source: self.source.unwrap_or_else(|| Box::new(DecnetStatus::new(&agent_dir))),
@@ -530,12 +530,12 @@ pub(crate) fn check_interval(interval: Duration) -> Result<(), Error> {
 
 fn start(setup: Setup) -> Result<Heartbeat, Error> {
     let outbox = &setup.outbox;
-    setup.stats.change(|stats| setup.link.describe(stats));
+    setup.stats.change(|stats| setup.credentials.describe(stats));
     quietly(|| {
         log::info!(
             "heartbeat starting: {} fingerprint={} interval={:?} outbox={} waiting={}",
-            setup.link.names(),
-            setup.link.fingerprint(),
+            setup.credentials.names(),
+            setup.credentials.fingerprint(),
             setup.interval,
             outbox.path().map_or_else(|| "memory".to_owned(), sanitize_path),
             outbox.stats().counts.waiting,

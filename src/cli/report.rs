@@ -16,14 +16,14 @@ use crossbeam_channel::{Receiver, TryRecvError, bounded};
 use super::arguments::DeliveryOptions;
 use super::command_signals::{Signals, wait};
 use crate::credentials::Credentials;
+use crate::credentials::current::{CurrentCredentials, LogKeys};
 use crate::credentials::enrolment::Enrolment;
-use crate::credentials::link::{LogKeys, MasterLink};
 use crate::delta::{LifecycleDelta, Operation};
 use crate::error::{Error, chain, sanitize_path};
 use crate::limits;
-use crate::master::Verdict;
 use crate::master::body::Body;
 use crate::master::identity::MasterIdentity;
+use crate::master::{PostResult, Verdict};
 use crate::outbox::{DeliveryResult, NewRows, OutboxLocation, QueuedDelta, RowChange, SentBy};
 use crate::status::decnet::DecnetStatus;
 use crate::status::{Snapshot, StatusSource};
@@ -395,30 +395,30 @@ impl PostTask {
         // A POST without the topology may make the master order a rebuild.
         let topology =
             DecnetStatus::new(agent_dir).applied_topology().ok_or("topology.db cannot be read")?;
-        let access = Credentials::load(self.enrolment.clone(), self.identity)
+        let credentials = Credentials::load(self.enrolment.clone(), self.identity)
             .map_err(|error| chain(&error))?;
-        let link = MasterLink::new(access);
+        let credentials = CurrentCredentials::new(credentials);
         let lifecycle: Vec<_> = self.deltas.iter().collect();
         let snapshot = Snapshot::unknown("only deltas").with_topology(topology);
-        let body = serde_json::to_vec(&Body::of(link.host(), &snapshot, &lifecycle))
+        let body = serde_json::to_vec(&Body::of(credentials.host(), &snapshot, &lifecycle))
             .map_err(|error| error.to_string())?;
-        let reply = link.master().post(&body, deadline.saturating_duration_since(Instant::now()));
-        let class = reply.class;
-        let detail = reply.detail;
-        match reply.verdict {
+        let master = credentials.master();
+        let remaining = deadline.saturating_duration_since(Instant::now());
+        let PostResult { verdict, class, detail, .. } = master.post(&body, remaining);
+        match verdict {
             Verdict::Accepted => Ok(()),
             Verdict::HostRejected if class == "http-404" => Err(format!(
                 "the master does not know this host; enrol it again ({class}): {detail}"
             )),
             Verdict::HostRejected => {
-                let fingerprint = link.fingerprint();
+                let fingerprint = credentials.fingerprint();
                 let problem = "the master does not accept this host's certificate";
                 Err(format!("{problem} ({class}, fingerprint {fingerprint}): {detail}"))
             }
             Verdict::NoResponse => {
-                Err(format!("no answer from {}: {class}: {detail}", link.master().url()))
+                Err(format!("no answer from {}: {class}: {detail}", master.url()))
             }
-            _ => Err(format!("{} answered {class}: {detail}", link.master().url())),
+            _ => Err(format!("{} answered {class}: {detail}", master.url())),
         }
     }
 }

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use crossbeam_channel::{Receiver, RecvError, Sender, bounded, never, select};
 
-use crate::credentials::link::{MasterLink, PostInterrupt};
+use crate::credentials::current::{CurrentCredentials, PostInterrupt};
 use crate::error::Error;
 use crate::limits;
 use crate::log_throttle::LogThrottle;
@@ -69,7 +69,7 @@ struct BeatResult {
 
 /// The parts that the heartbeat thread starts with.
 pub(crate) struct Setup {
-    pub(crate) link: MasterLink,
+    pub(crate) credentials: CurrentCredentials,
     pub(crate) outbox: Arc<OutboxClient>,
     pub(crate) batches: Batches,
     pub(crate) source: Box<dyn StatusSource>,
@@ -106,7 +106,7 @@ pub(crate) struct HeartbeatThread {
 pub(crate) fn spawn(setup: Setup) -> Result<HeartbeatThread, Error> {
     let (beat_ended, beats) = bounded(1);
     let (stop, stop_receiver) = bounded(1);
-    let interrupt = setup.link.interrupt();
+    let interrupt = setup.credentials.interrupt();
     let outbox = Arc::clone(&setup.outbox);
     let stats = Arc::clone(&setup.stats);
     let heartbeat_loop = HeartbeatLoop::new(setup, beat_ended, stop_receiver)?;
@@ -117,7 +117,7 @@ pub(crate) fn spawn(setup: Setup) -> Result<HeartbeatThread, Error> {
 
 /// The state of the heartbeat thread.
 struct HeartbeatLoop {
-    link: MasterLink,
+    credentials: CurrentCredentials,
     agent_version: String,
     outbox: Arc<OutboxClient>,
     batches: Batches,
@@ -150,13 +150,14 @@ struct HeartbeatLoop {
 impl HeartbeatLoop {
     /// Starts the status thread.
     fn new(setup: Setup, beat_ended: Sender<()>, stop: Receiver<Instant>) -> Result<Self, Error> {
-        let Setup { link, outbox, batches, source, stats, agent_version, interval, ticks } = setup;
+        let Setup { credentials, outbox, batches, source, stats, agent_version, interval, ticks } =
+            setup;
         Ok(Self {
             status_thread: StatusThread::start(source, &stats)?,
             schedule: Schedule::new(interval),
             content: Content::new(interval),
             decommission: Decommission::new(interval),
-            link,
+            credentials,
             agent_version,
             outbox,
             batches,
@@ -182,7 +183,7 @@ impl HeartbeatLoop {
         }
         self.catch_panics(Self::flush);
         let waiting = self.outbox.stats().counts.waiting;
-        quietly(|| log::info!("heartbeat stopped: {} waiting={waiting}", self.link.names()));
+        quietly(|| log::info!("heartbeat stopped: {} waiting={waiting}", self.credentials.names()));
     }
 
     /// Waits for the next event. `None`: the heartbeat is stopped.
@@ -228,8 +229,8 @@ impl HeartbeatLoop {
         self.stats.change(|stats| stats.working_since = Some(Instant::now()));
         if let Err(panic) = caught(|| step(self)) {
             self.record_panic(&panic);
-            if let Err(panic) = caught(|| self.link.replace_client()) {
-                let names = self.link.names();
+            if let Err(panic) = caught(|| self.credentials.replace_client()) {
+                let names = self.credentials.names();
                 quietly(|| log::warn!("could not replace the connection: {names} panic={panic:?}"));
             }
             self.record_decommission(Verdict::NoResponse);
@@ -350,7 +351,7 @@ impl HeartbeatLoop {
         self.take_credentials(&mut batch);
         let has_deltas = self.batches.receive(batch);
         if self.throttle.end("overdue") {
-            quietly(|| log::info!("outbox disk answers again: host={}", self.link.host()));
+            quietly(|| log::info!("outbox disk answers again: host={}", self.credentials.host()));
         }
         if has_credentials {
             // A master that rejected the old credentials may accept these.
@@ -363,11 +364,11 @@ impl HeartbeatLoop {
     /// Reloads changed credentials from a batch.
     fn take_credentials(&mut self, batch: &mut Batch) {
         if let Some(credentials) = batch.credentials.take() {
-            self.link.replace_credentials(*credentials);
-            let names = self.link.names();
-            let fingerprint = self.link.fingerprint();
+            self.credentials.replace(*credentials);
+            let names = self.credentials.names();
+            let fingerprint = self.credentials.fingerprint();
             quietly(|| log::info!("credentials reloaded: {names} fingerprint={fingerprint}"));
-            self.stats.change(|stats| self.link.describe(stats));
+            self.stats.change(|stats| self.credentials.describe(stats));
         }
         self.files_missing = batch.files_missing;
     }

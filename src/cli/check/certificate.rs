@@ -9,7 +9,7 @@ use x509_parser::parse_x509_certificate;
 use x509_parser::time::ASN1Time;
 
 use super::steps::Step;
-use crate::credentials::link::Expiry;
+use crate::credentials::current::Expiry;
 use crate::delta::{from_micros, micros};
 use crate::master::identity::fingerprint;
 use crate::text::{counted, sanitize};

@@ -92,7 +92,7 @@ impl HeartbeatLoop {
         let was_whole = self.content.is_whole();
         let consequence = self.content.post_ended(sent.post, &sent.deltas, outcome);
         if self.content.is_whole() && !was_whole && self.states_failure.take().is_some() {
-            quietly(|| log::info!("states accepted again: {}", self.link.names()));
+            quietly(|| log::info!("states accepted again: {}", self.credentials.names()));
         }
         consequence
     }
@@ -112,7 +112,7 @@ impl HeartbeatLoop {
         quietly(|| {
             log::error!(
                 "delta rejected, it is not sent again: {} decky={:?} operation={} reason={reason:?}",
-                self.link.names(),
+                self.credentials.names(),
                 sanitize(delta.delta.decky()),
                 delta.delta.operation(),
             );
@@ -131,7 +131,7 @@ impl HeartbeatLoop {
         let end = Instant::now() + self.time_left();
         let mut sent = self.send_once(post, states, end)?;
         if sent.result.stale && Instant::now() < end {
-            let names = self.link.names();
+            let names = self.credentials.names();
             let class = &sent.result.class;
             quietly(|| {
                 log::debug!("connection closed, retrying on a new one: {names} class={class}");
@@ -191,7 +191,7 @@ impl HeartbeatLoop {
         self.record_status_fault(post, states);
         let result = match self.body(post, states, &deltas) {
             Ok(body) => {
-                self.link.master().post(&body, end.saturating_duration_since(Instant::now()))
+                self.credentials.master().post(&body, end.saturating_duration_since(Instant::now()))
             }
             Err(error) => PostResult::invalid_body(&error),
         };
@@ -245,7 +245,7 @@ impl HeartbeatLoop {
             (None, None) => None,
         };
         let lifecycle: Vec<_> = deltas.iter().map(|delta| &delta.delta).collect();
-        let body = Body::of(self.link.host(), status, &lifecycle);
+        let body = Body::of(self.credentials.host(), status, &lifecycle);
         serde_json::to_vec(&Body { agent_version: &self.agent_version, topology, ..body })
     }
 

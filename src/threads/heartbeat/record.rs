@@ -4,7 +4,7 @@ use std::mem;
 use std::time::{Instant, SystemTime};
 
 use super::HeartbeatLoop;
-use crate::credentials::link::Expiry;
+use crate::credentials::current::Expiry;
 use crate::limits;
 use crate::master::{PostResult, Verdict};
 use crate::outbox::QueuedDelta;
@@ -24,7 +24,7 @@ impl HeartbeatLoop {
             stats.record_failure(&PostResult::panicked(panic));
         });
         self.throttle.log("beat", panic, |times| {
-            let names = self.link.names();
+            let names = self.credentials.names();
             log::error!("beat panicked, continuing: {names} times={times} panic={panic:?}");
         });
     }
@@ -32,7 +32,7 @@ impl HeartbeatLoop {
     pub(super) fn record_source_panic(&mut self, panic: &str) {
         self.stats.change(|stats| stats.panics += 1);
         self.throttle.log("source", panic, |times| {
-            let host = self.link.host();
+            let host = self.credentials.host();
             log::error!("status source panicked: host={host} times={times} panic={panic:?}");
         });
     }
@@ -42,7 +42,7 @@ impl HeartbeatLoop {
             log::warn!(
                 "delta suspended, the master fails on it: {} decky={:?} operation={} \
                  times={times} reason={reason:?}",
-                self.link.names(),
+                self.credentials.names(),
                 sanitize(delta.delta.decky()),
                 delta.delta.operation(),
             );
@@ -54,7 +54,7 @@ impl HeartbeatLoop {
             log::error!(
                 "states suspended, the master fails on them: {} beats={} times={times} \
                  reason={reason:?}",
-                self.link.names(),
+                self.credentials.names(),
                 self.content.states_suspended_for().unwrap_or_default(),
             );
         });
@@ -69,14 +69,14 @@ impl HeartbeatLoop {
             log::error!(
                 "outbox disk does not answer; beats are sent without deltas: host={} \
                  seconds={:.1} times={times}",
-                self.link.host(),
+                self.credentials.host(),
                 since.elapsed().as_secs_f64(),
             );
         });
     }
 
     pub(super) fn warn_of_expiry(&mut self) {
-        let Some(expiry) = self.link.expiry_to_log(SystemTime::now()) else { return };
+        let Some(expiry) = self.credentials.expiry_to_log(SystemTime::now()) else { return };
         let (level, what) = match expiry {
             Expiry::DaysLeft(_) => {
                 (log::Level::Warn, "certificate expires soon; enrol this host again")
@@ -89,8 +89,8 @@ impl HeartbeatLoop {
             log::log!(
                 level,
                 "{what}: {} fingerprint={} {expiry}",
-                self.link.names(),
-                self.link.fingerprint()
+                self.credentials.names(),
+                self.credentials.fingerprint()
             )
         });
     }
@@ -102,7 +102,7 @@ impl HeartbeatLoop {
         // A recovery is logged only if the failure was, or a failure of every second beat would
         // log two lines each time.
         let failure = failure.filter(|_| self.throttle.end("failure"));
-        let names = self.link.names();
+        let names = self.credentials.names();
         quietly(|| {
             match failure {
                 Some(failure) => {
@@ -126,10 +126,10 @@ impl HeartbeatLoop {
             return;
         }
         // The stop interrupted the POST. This is not a failure of the master or the network.
-        let was_interrupted = self.link.is_interrupted()
+        let was_interrupted = self.credentials.is_interrupted()
             || self.deadline.is_some_and(|deadline| Instant::now() >= deadline);
         if was_interrupted && result.verdict == Verdict::NoResponse {
-            let names = self.link.names();
+            let names = self.credentials.names();
             return quietly(|| log::info!("beat interrupted by the stop: {names}"));
         }
         let Failure { count, class, detail, .. } =
@@ -146,8 +146,8 @@ impl HeartbeatLoop {
         };
         let is_logged = self.throttle.log("failure", &class, |_| ());
         let level = if is_logged { level } else { log::Level::Debug };
-        let names = self.link.names();
-        let fingerprint = self.link.fingerprint();
+        let names = self.credentials.names();
+        let fingerprint = self.credentials.fingerprint();
         quietly(|| {
             log::log!(
                 level,
@@ -171,8 +171,8 @@ impl HeartbeatLoop {
                 log::error!(
                     "host decommissioned; its ini and bundle do not exist and the master rejects \
                      it: {} fingerprint={} intervals={}",
-                    self.link.names(),
-                    self.link.fingerprint(),
+                    self.credentials.names(),
+                    self.credentials.fingerprint(),
                     limits::DECOMMISSIONED_INTERVALS,
                 );
             });

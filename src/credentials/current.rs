@@ -14,7 +14,7 @@ use crate::stats::Stats;
 
 /// The credentials in use, and a client for the master that uses them.
 #[derive(Debug)]
-pub(crate) struct MasterLink {
+pub(crate) struct CurrentCredentials {
     credentials: Credentials,
     master: MasterClient,
     /// The expiry that was logged last: it is logged once a day.
@@ -22,7 +22,7 @@ pub(crate) struct MasterLink {
     interrupt: Arc<PostInterrupt>,
 }
 
-impl MasterLink {
+impl CurrentCredentials {
     pub(crate) fn new(credentials: Credentials) -> Self {
         let master = credentials.master();
         let interrupt = Arc::new(PostInterrupt::default());
@@ -76,7 +76,7 @@ impl MasterLink {
     }
 
     /// Uses changed credentials from the next POST on.
-    pub(crate) fn replace_credentials(&mut self, credentials: Credentials) {
+    pub(crate) fn replace(&mut self, credentials: Credentials) {
         self.credentials = credentials;
         self.logged_expiry = None;
         self.replace_client();
