@@ -110,10 +110,8 @@ impl Queue {
     pub(super) fn push(&self, text: Vec<u8>) {
         match self {
             Self::Direct(writer) => {
-                writer
-                    .lock()
-                    .unwrap_or_else(PoisonError::into_inner)
-                    .write(&Line { dropped: 0, text });
+                let mut writer = writer.lock().unwrap_or_else(PoisonError::into_inner);
+                writer.write(&Line { dropped: 0, text });
             }
             Self::Threaded { lines, shared, .. } => {
                 if !shared.send(lines, text) {

@@ -311,9 +311,7 @@ impl LockFile {
         let pid = process::id().to_string();
         let written = self.file.set_len(0).and_then(|()| self.file.write_all_at(pid.as_bytes(), 0));
         if let Err(error) = written.map_err(|error| error.to_string()) {
-            quietly(|| {
-                log::debug!("could not write the pid to the lock file: error={error:?}");
-            });
+            quietly(|| log::debug!("could not write the pid to the lock file: error={error:?}"));
         }
     }
 

@@ -206,7 +206,8 @@ impl Store {
     /// Repairs an index that another program has truncated. Runs before the file is used, because
     /// an access to the missing part would kill the process.
     pub(super) fn repair_index(&self) {
-        let (Some(path), Some(file)) = (&self.path, &self.file) else { return };
+        let Some(path) = &self.path else { return };
+        let Some(file) = &self.file else { return };
         let [.., Some(index)] = file.identities else { return };
         // An error means that the index was deleted or replaced, which is handled elsewhere.
         if file::repair_index(path, index).unwrap_or(false) {
@@ -225,7 +226,8 @@ impl Store {
         let is_corrupt = self.is_corrupt();
         let version = version(&file.table.db);
         self.refresh_copy()?;
-        let (Some(file), Some(copy)) = (&self.file, &mut self.copy) else { return Ok(()) };
+        let Some(file) = &self.file else { return Ok(()) };
+        let Some(copy) = &mut self.copy else { return Ok(()) };
         match is_corrupt {
             true => copy::refresh(&copy.db, None),
             false => copy::mark_moved(&copy.db, &file.table.db, moved, &self.locks.token),
