@@ -37,7 +37,7 @@ pub(super) fn run(
         log::warn!(
             "stopped with undelivered deltas: host={host} waiting={} durable={}",
             stopped.undelivered,
-            stopped.kept
+            stopped.durable
         );
     }
     if let Some(files) = stats_files {

@@ -6,7 +6,7 @@ use super::database::Database;
 use super::records::{ConnectionReport, LifecycleRow, Received, Shard};
 use crate::limits;
 
-/// All that the master has seen, for [`LoopbackMaster::wait_until`](super::LoopbackMaster::wait_until).
+/// Everything that the master has recorded, for [`LoopbackMaster::wait_until`](super::LoopbackMaster::wait_until).
 ///
 /// ```
 /// use std::time::Duration;

@@ -92,9 +92,8 @@ pub(crate) fn start(
 fn await_credentials(loaded: &Receiver<Loaded>, thread: JoinHandle<()>) -> Loaded {
     let Ok(result) = loaded.recv_timeout(limits::CREDENTIALS_WAIT) else {
         let seconds = limits::CREDENTIALS_WAIT.as_secs();
-        let problem = format!(
-            "cannot be read, their disk has not answered for {seconds} s; try again when it does"
-        );
+        let problem =
+            format!("cannot be read: their disk has not answered for {seconds} s; try again later");
         return Err(Error::setting("ini and bundle", problem).passing());
     };
     if result.is_err() {
