@@ -25,6 +25,8 @@ mod locks;
 #[cfg(feature = "cli")]
 mod model;
 pub(crate) mod queued;
+#[cfg(feature = "cli")]
+pub(crate) mod resume;
 mod rows;
 pub(crate) mod schema;
 mod store;
@@ -109,6 +111,9 @@ pub(crate) enum Role {
     Deliver,
     /// The same, as soon as nobody else does.
     DeliverLater,
+    /// As `DeliverLater`. Rows of processes that have ended are judged only after
+    /// [`limits::RESUME_TIME`]: until then this process may take them over.
+    Resume,
     /// To add to it.
     #[cfg_attr(
         not(feature = "cli"),
@@ -135,6 +140,8 @@ pub(crate) struct SharedOutboxStats {
     books: Mutex<(OutboxStats, u64)>,
     /// The heartbeat has stopped, and its outbox may have something to write down yet.
     has_stopped: Arc<AtomicBool>,
+    /// This process is to deliver, and another one does, as of the last count.
+    is_standby: AtomicBool,
 }
 
 impl SharedOutboxStats {
@@ -147,6 +154,11 @@ impl SharedOutboxStats {
 
     pub(crate) fn note_stop(&self) {
         self.has_stopped.store(true, Ordering::Relaxed);
+    }
+
+    #[cfg(feature = "cli")]
+    pub(crate) fn is_standby(&self) -> bool {
+        self.is_standby.load(Ordering::Relaxed)
     }
 
     /// The master has accepted or rejected so many deltas.
@@ -228,6 +240,8 @@ pub(crate) struct Outbox {
     /// Answers of the master that are not pending any more, and not in the books yet.
     settled: u64,
     gone: DeletedIds,
+    /// When rows of processes that have ended may be judged.
+    judges_from: Instant,
     /// Up to when the rows have been aged.
     aged: Instant,
     /// When rows were named last of which nobody can tell whether their owners run.
@@ -251,7 +265,7 @@ impl Outbox {
         books: Arc<SharedOutboxStats>,
     ) -> Result<(Self, Option<Error>), Error> {
         let delivery = match role {
-            Role::Deliver => Delivery::Yes,
+            Role::Deliver | Role::Resume => Delivery::Yes,
             Role::DeliverLater => Delivery::Wanted,
             Role::Contribute => Delivery::No,
         };
@@ -263,6 +277,7 @@ impl Outbox {
             pending,
             settled: 0,
             gone,
+            judges_from: Instant::now(),
             aged: Instant::now(),
             said_stuck: None,
             said: 0,
@@ -270,9 +285,24 @@ impl Outbox {
         };
         let opened = match outbox.take_delivery() {
             Ok(Some(held)) if role == Role::Deliver => return Err(held),
-            Ok(_) => outbox.open_file(),
+            Ok(held) => {
+                if let Some(held) = held.filter(|_| role == Role::Resume) {
+                    outbox.delivery = Delivery::Wanted;
+                    let error = chain(&held);
+                    quietly(|| {
+                        log::info!(
+                            "another process delivers; deltas are added to its outbox, and no \
+                             beats are sent: error={error:?}"
+                        )
+                    });
+                }
+                outbox.open_file()
+            }
             Err(error) => Err(error),
         };
+        if role == Role::Resume {
+            outbox.judges_from += limits::RESUME_TIME;
+        }
         if opened.is_ok() {
             outbox.begin_to_deliver("the agent restarted during ");
         }
@@ -636,6 +666,9 @@ impl Outbox {
     /// Reports the operations of processes that have ended as failed, with `reason` and the operation's name. Their rows are in
     /// the file, and the locks beside it show whether a process is running.
     fn recover(&mut self, reason: &str) -> Result<(), Error> {
+        if Instant::now() < self.judges_from {
+            return Ok(());
+        }
         let dead = self.owners_that_are(Owner::Ended)?;
         if dead.is_empty() {
             return Ok(());
@@ -716,7 +749,7 @@ impl Outbox {
         Ok(owners)
     }
 
-    fn delivers(&self) -> bool {
+    pub(crate) fn delivers(&self) -> bool {
         self.delivery == Delivery::Yes
     }
 
@@ -743,6 +776,7 @@ impl Outbox {
 
     /// Brings all numbers up to date, with a look at every row. Where they cannot be read they stay as they were.
     pub(crate) fn count(&mut self) {
+        self.books.is_standby.store(self.delivery == Delivery::Wanted, Ordering::Relaxed);
         let (counted, on_disk) = (self.store.read(rows::counts), self.is_on_disk());
         let settled = mem::take(&mut self.settled);
         self.books.update(settled, |books| {

@@ -1,18 +1,30 @@
 //! The queue of requests to the outbox thread, and where their callers wait for the answers. Any
 //! thread may use it. No thread holds its lock while it blocks.
 
+#[cfg(feature = "cli")]
+mod submitted;
+
 use std::cell::RefCell;
 use std::mem;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, Thread};
 use std::time::{Duration, Instant};
 
+#[cfg(feature = "cli")]
+use crossbeam_channel::Sender;
+
 use super::held::{HeldDeltas, Hold};
 use super::requests::{Generation, GivenUp, Requests, Taken, Ticket};
+#[cfg(feature = "cli")]
+use crate::delta::Operation;
 use crate::error::Error;
 use crate::limits;
+#[cfg(feature = "cli")]
+use crate::outbox::resume::BegunRow;
 use crate::outbox::{NewRows, QueuedDelta, RowChange};
 use crate::threads::content::{DeltaSelection, Suspects};
+#[cfg(feature = "cli")]
+pub(crate) use submitted::{Submitted, WakeEvent};
 
 /// A request to the outbox thread.
 #[derive(Debug)]
@@ -31,6 +43,19 @@ pub(crate) enum Request {
     /// Check whether the outbox has a newer delta of the same decky and operation.
     #[cfg(feature = "cli")]
     IsOvertaken(QueuedDelta),
+    /// Begin an operation, and take over rows of processes that have ended.
+    #[cfg(feature = "cli")]
+    Resume(ResumeRequest),
+}
+
+/// The beginning of an operation that takes over rows.
+#[cfg(feature = "cli")]
+#[derive(Debug)]
+pub(crate) struct ResumeRequest {
+    pub(crate) operation: Operation,
+    pub(crate) deckies: Vec<String>,
+    /// Holds one message: the rows, before the answer.
+    pub(crate) begun: Sender<Vec<BegunRow>>,
 }
 
 impl Request {
@@ -39,6 +64,8 @@ impl Request {
         match self {
             Self::NewRows(rows) => Hold::of_new_rows(rows),
             Self::RowChange(change) => Hold::of_change(change),
+            #[cfg(feature = "cli")]
+            Self::Resume(resume) => Some(Hold::Begun(resume.operation, resume.deckies.clone())),
             _ => None,
         }
     }
@@ -48,6 +75,10 @@ impl Request {
         match self {
             Self::NewRows(rows) => rows.rows(),
             Self::RowChange(change) => change.rows(),
+            // More than a transaction has: it is taken alone, so that it keeps its place among
+            // requests that add rows.
+            #[cfg(feature = "cli")]
+            Self::Resume(_) => limits::GROUP_ROWS + 1,
             _ => 0,
         }
     }
@@ -147,12 +178,24 @@ impl RequestQueue {
         deadline: Instant,
     ) -> Result<Answer, NotAnswered> {
         let slot = Slot::of_this_thread();
+        let ticket = self.enqueue(request, is_urgent, deadline, &slot)?;
+        self.wait(ticket, &slot, deadline)
+    }
+
+    /// Queues a request whose answer goes to `slot`.
+    fn enqueue(
+        &self,
+        request: Request,
+        is_urgent: bool,
+        deadline: Instant,
+        slot: &Arc<Slot>,
+    ) -> Result<Ticket, NotAnswered> {
         let can_be_withdrawn = !matches!(request, Request::RowChange(_) | Request::Release);
         let rows = request.rows();
         let hold = request.hold();
-        let waiter = Waiter { deadline: Some(deadline), slot: Some(Arc::clone(&slot)) };
+        let waiter = Waiter { deadline: Some(deadline), slot: Some(Arc::clone(slot)) };
         let queued = QueuedRequest { request, is_urgent, waiter };
-        let ticket = self.update(|state| {
+        self.update(|state| {
             let ticket = if can_be_withdrawn {
                 state.requests.enqueue(rows, queued).map_err(|_| NotAnswered::QueueFull)?
             } else {
@@ -160,8 +203,7 @@ impl RequestQueue {
             };
             state.holds.record(state.requests.generation(), hold);
             Ok(ticket)
-        })?;
-        self.wait(ticket, &slot, deadline)
+        })
     }
 
     /// Queues a request that cannot be withdrawn, and does not wait.
@@ -266,7 +308,7 @@ impl RequestQueue {
         };
         let received = answers.into_iter().map(put).collect();
         drop(state);
-        waiting.iter().for_each(|slot| slot.thread.unpark());
+        waiting.iter().for_each(|slot| slot.wake());
         received
     }
 
@@ -312,30 +354,51 @@ impl RequestQueue {
     }
 }
 
-/// Where a thread receives its answers. Each thread reuses one slot.
+/// Where a thread receives its answers. Each thread that waits for one at a time reuses its slot.
 #[derive(Debug)]
 struct Slot {
-    thread: Thread,
+    waiting: Waiting,
     answer: Mutex<Option<Answer>>,
 }
 
+/// How a caller waits for its answer.
+#[derive(Debug)]
+enum Waiting {
+    Parked(Thread),
+    #[cfg(feature = "cli")]
+    Event(Arc<WakeEvent>),
+}
+
 thread_local! {
-    static SLOT: RefCell<Arc<Slot>> = RefCell::new(Slot::new());
+    static SLOT: RefCell<Arc<Slot>> = RefCell::new(Slot::new_of_this_thread());
 }
 
 impl Slot {
-    fn new() -> Arc<Self> {
-        Arc::new(Self { thread: thread::current(), answer: Mutex::new(None) })
+    fn new(waiting: Waiting) -> Self {
+        Self { waiting, answer: Mutex::new(None) }
+    }
+
+    fn new_of_this_thread() -> Arc<Self> {
+        Arc::new(Self::new(Waiting::Parked(thread::current())))
+    }
+
+    fn wake(&self) {
+        match &self.waiting {
+            Waiting::Parked(thread) => thread.unpark(),
+            #[cfg(feature = "cli")]
+            Waiting::Event(event) => event.set(),
+        }
     }
 
     fn of_this_thread() -> Arc<Self> {
         // The thread-local value is gone in a thread that is ending.
-        SLOT.try_with(|slot| Arc::clone(&slot.borrow())).unwrap_or_else(|_| Self::new())
+        let slot = SLOT.try_with(|slot| Arc::clone(&slot.borrow()));
+        slot.unwrap_or_else(|_| Self::new_of_this_thread())
     }
 
     /// Gives this thread a new slot.
     fn replace() {
-        let _ = SLOT.try_with(|slot| slot.replace(Self::new()));
+        let _ = SLOT.try_with(|slot| slot.replace(Self::new_of_this_thread()));
     }
 
     fn take(&self) -> Option<Answer> {

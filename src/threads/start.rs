@@ -29,6 +29,7 @@ pub(crate) struct Start {
     pub(crate) enrolment: Box<dyn FnOnce() -> Result<Enrolment, Error> + Send>,
     pub(crate) identity: Option<MasterIdentity>,
     pub(crate) location: OutboxLocation,
+    pub(crate) role: Role,
     pub(crate) stats: Arc<SharedStats>,
 }
 
@@ -63,10 +64,11 @@ pub(crate) fn start(start: Start) -> Result<Started, Error> {
     let thread_queue = Arc::clone(&queue);
     let thread_outbox_stats = Arc::clone(&outbox_stats);
     let watch = ThreadWatch::new(NAME, &start.stats);
+    let role = start.role;
     let run = move || {
         let stats = Arc::clone(&start.stats);
         if let Some((credentials, path)) = load(start, &loaded)
-            && let Some(outbox) = open(path, &thread_outbox_stats, &opened)
+            && let Some(outbox) = open(path, role, &thread_outbox_stats, &opened)
         {
             let heartbeat = Heartbeat { credentials, files_missing: false, events, batches };
             OutboxThread::new(thread_queue, outbox, Some(heartbeat)).run(Some(&stats));
@@ -193,10 +195,11 @@ fn warn_of_writable_folders(agent_dir: &Path, outbox: Option<&Path>) {
 /// when that process stops.
 fn open(
     path: Option<PathBuf>,
+    role: Role,
     stats: &Arc<SharedOutboxStats>,
     opened: &Sender<Result<Option<Error>, Error>>,
 ) -> Option<Outbox> {
-    match Outbox::open(path.clone(), Role::Deliver, Arc::clone(stats)) {
+    match Outbox::open(path.clone(), role, Arc::clone(stats)) {
         Ok((outbox, problem)) => {
             if let Err(SendError(Ok(Some(problem)) | Err(problem))) = opened.send(Ok(problem)) {
                 log_late_problem(&problem);
