@@ -11,8 +11,10 @@ mod logging;
 mod metrics;
 mod output;
 mod own_files;
+mod pipe;
 mod push;
 mod report;
+mod rfc3339;
 mod run;
 mod signals;
 mod stats_files;
@@ -58,7 +60,7 @@ fn execute() -> ExitCode {
         Err(error) => return help_or_usage_error(error),
     };
     let default_level = match command {
-        Command::Run(_) => LevelFilter::Info,
+        Command::Run(_) | Command::Pipe(_) => LevelFilter::Info,
         // These print their own result, or that of their command.
         Command::Push(_) | Command::Track(_) => LevelFilter::Warn,
         Command::Check(_) | Command::Demo { .. } | Command::Completions { .. } => LevelFilter::Off,
@@ -73,6 +75,7 @@ fn execute() -> ExitCode {
     }
     let result = match command {
         Command::Run(options) => run::run(&common, options, &stops).map(|()| ExitCode::SUCCESS),
+        Command::Pipe(options) => pipe::pipe(&common, options, &stops).map(|()| ExitCode::SUCCESS),
         Command::Push(options) => push::push(&common, options),
         Command::Track(options) => track::track(&common, options),
         Command::Check(options) => check::check(&common, &options),
@@ -84,14 +87,14 @@ fn execute() -> ExitCode {
     result.unwrap_or_else(|error| fail(&error))
 }
 
-/// Sets up signals and the log. Returns the signals that stop `run`. An error of these does not
+/// Sets up signals and the log. Returns the signals that stop `run` and `pipe`. An error of these does not
 /// keep `track` from running its command.
 fn prepare(
     command: &Command,
     log_file: Option<&Path>,
     level: LevelFilter,
 ) -> Result<Receiver<i32>, Error> {
-    let signals = signals::start(matches!(command, Command::Run(_)));
+    let signals = signals::start(matches!(command, Command::Run(_) | Command::Pipe(_)));
     let log = logging::start(log_file, level);
     if !matches!(command, Command::Track(_)) {
         return log.and(signals);

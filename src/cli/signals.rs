@@ -3,9 +3,9 @@
 //! program started, as SIGHUP is under `nohup`, stays ignored. A signal that was blocked is
 //! unblocked: the program must be possible to stop.
 //!
-//! | signal | `run` | other commands |
+//! | signal | `run`, `pipe` | other commands |
 //! | --- | --- | --- |
-//! | TERM, INT | stops; a second one ends it at once | ends (`track` passes it on) |
+//! | TERM, INT | stops (`pipe` when stdin ends); a second one ends it at once | ends (`track` passes it on) |
 //! | HUP | reopens `--log-file` | ends (`track` passes it on) |
 //! | XFSZ | no effect; the write fails as on a full disk | the same |
 //! | USR1, USR2, ALRM, VTALRM, PROF, IO, STKFLT, PWR, RTMIN to RTMAX | no effect | ends |
@@ -41,8 +41,8 @@ pub(super) fn survive_file_size_limit() -> Result<(), Error> {
     survive([SIGXFSZ])
 }
 
-/// Sets up the signals of a command. The receiver gets the signals that stop `run`; for other
-/// commands it stays empty.
+/// Sets up the signals of a command. The receiver gets the signals that stop `run` and
+/// `pipe`; for other commands it stays empty.
 pub(super) fn start(is_run: bool) -> Result<Receiver<c_int>, Error> {
     survive_file_size_limit()?;
     let stops = if is_run { start_run()? } else { never() };

@@ -159,6 +159,18 @@ impl DecnetStatus {
         Some((located.file, unlisted))
     }
 
+    /// The topology alone, for an agent that reports its own status. `None`: it was never read.
+    #[cfg(feature = "cli")]
+    pub(crate) fn topology(&mut self) -> Option<Topology> {
+        let engine = self.docker.engine();
+        let (applied, read) = self.topology.read();
+        let now = Instant::now();
+        let docker = engine.containers.as_ref().err().map(String::as_str);
+        self.problems.log("Docker", docker, now);
+        self.problems.log("topology.db", read.as_ref().err().map(String::as_str), now);
+        Some(Topology { applied: applied?, observed: observe(&engine) })
+    }
+
     /// Reads everything. Docker comes first, as it may be slow. `topology.db` comes last, because
     /// an open that blocks in SQLite blocks every other open in this process.
     pub(crate) fn probe(&mut self) -> StatusProbe {
