@@ -1,5 +1,6 @@
 //! A loopback master with one enrolled worker, and heartbeats that beat when a test says so.
 
+mod agent;
 mod alone;
 mod log;
 mod openssl;
@@ -16,6 +17,7 @@ use decnet_heartbeat::loopback::{Answer, Enrolled, Fault, LoopbackMaster, Option
 use decnet_heartbeat::{Heartbeat, HeartbeatBuilder, Snapshot};
 use serde_json::{Value, json};
 
+pub use agent::{Agent, pipe};
 pub use alone::alone;
 pub use log::{errors_with, remember_errors};
 pub use openssl::OpenSsl;
