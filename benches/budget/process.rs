@@ -151,15 +151,15 @@ fn threads_started(host: &str) -> usize {
 }
 
 /// A master, and a worker's configuration.
-struct Stage {
+pub struct Stage {
     master: LoopbackMaster,
     worker: Enrolled,
-    folder: TempDir,
+    pub folder: TempDir,
 }
 
 impl Stage {
     /// The worker knows its master by this.
-    fn new(host: &str) -> Result<Self, String> {
+    pub fn new(host: &str) -> Result<Self, String> {
         let (master, folder) = (LoopbackMaster::start().unwrap(), disk::folder()?);
         let ini = folder.path().join("decnet.ini");
         let worker = master.enrol(&folder.path().join("agent")).unwrap();
@@ -171,8 +171,13 @@ impl Stage {
     }
 
     fn run(&self, interval: Duration) -> Command {
+        self.command("run", interval)
+    }
+
+    /// `run` or `pipe`.
+    pub fn command(&self, name: &str, interval: Duration) -> Command {
         let (folder, mut command) = (self.folder.path(), Command::new(PROGRAM));
-        command.env_clear().arg("--config").arg(folder.join("decnet.ini")).arg("run");
+        command.env_clear().arg("--config").arg(folder.join("decnet.ini")).arg(name);
         command.args(["--interval", &format!("{}ms", interval.as_millis())]);
         command
             .arg("--state-file")
