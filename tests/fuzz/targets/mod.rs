@@ -15,6 +15,8 @@ mod ini;
 mod outbox;
 mod state;
 
+#[cfg(not(feature = "cli"))]
+pub use crate::cli::pipe::fuzz::pipe;
 pub use answers::{docker_http, docker_json, master, retry_after};
 pub use bundle::bundle;
 pub use ini::ini;
@@ -40,7 +42,7 @@ fn parts<const N: usize>(input: &[u8]) -> [&[u8]; N] {
 
 /// What is said of foreign text stays on its line, hides nothing, and ends.
 #[track_caller]
-fn assert_sayable(text: &str) {
+pub(crate) fn assert_sayable(text: &str) {
     assert_eq!(sanitize_within(text, SAID), text.trim());
 }
 
