@@ -32,7 +32,8 @@ use clap::CommandFactory;
 use clap_complete::Shell;
 use crossbeam_channel::{Receiver, bounded, never};
 use log::LevelFilter;
-use output::{print_result, report_error, report_usage_error};
+use log_line::Style;
+use output::print_result;
 
 use crate::credentials::enrolment::{Enrolment, EnrolmentSources};
 use crate::error::{Error, chain, sanitize_path};
@@ -87,14 +88,18 @@ fn execute() -> ExitCode {
     result.unwrap_or_else(|error| fail(&error))
 }
 
-/// Sets up signals and the log. Returns the signals that stop `run` and `pipe`. An error of these does not
-/// keep `track` from running its command.
+/// Sets up signals and the log. Returns the signals that stop `run` and `pipe`. After an error, `track` still
+/// runs its command.
 fn prepare(
     command: &Command,
     log_file: Option<&Path>,
     level: LevelFilter,
 ) -> Result<Receiver<i32>, Error> {
-    let signals = signals::start(matches!(command, Command::Run(_) | Command::Pipe(_)));
+    let signals = match command {
+        Command::Run(_) | Command::Pipe(_) => signals::start_run(),
+        // Only these wait for them.
+        _ => signals::start().map(|()| never()),
+    };
     let log = logging::start(log_file, level);
     if !matches!(command, Command::Track(_)) {
         return log.and(signals);
@@ -111,23 +116,23 @@ fn prepare(
 fn help_or_usage_error(error: clap::Error) -> ExitCode {
     if error.use_stderr() {
         let code = u8::try_from(error.exit_code()).unwrap_or(1);
-        report_usage_error(&described(error));
+        logging::write_to_stderr(&described(error));
         return ExitCode::from(code);
     }
     // The help quotes nothing of the command line.
     let help = error.render();
-    let help = if logging::has_colours(&io::stdout()) {
-        help.ansi().to_string()
-    } else {
-        help.to_string()
+    let text = match Style::of(&io::stdout()) {
+        Style::Coloured => help.ansi().to_string(),
+        Style::Plain => help.to_string(),
     };
-    print_result(&help).map_or_else(|error| fail(&error), |()| ExitCode::SUCCESS)
+    print_result(&text).map_or_else(|error| fail(&error), |()| ExitCode::SUCCESS)
 }
 
 fn completions(shell: Shell) -> Result<(), Error> {
     let mut script = Vec::new();
     let name = env!("CARGO_PKG_NAME");
-    clap_complete::generate(shell, &mut Arguments::command(), name, &mut script);
+    let mut command = arguments::with_hints(Arguments::command());
+    clap_complete::generate(shell, &mut command, name, &mut script);
     print_result(&String::from_utf8_lossy(&script))
 }
 
@@ -142,7 +147,7 @@ fn enrolment(common: &Common) -> Result<Enrolment, Error> {
     }
     let (sender, receiver) = bounded(1);
     let sources_of_thread = sources.clone();
-    // On its own thread: the disk may not respond, and `track` must run its command nevertheless.
+    // On its own thread: the disk may not respond, and `track` must still run its command.
     let run = move || drop(sender.send(sources_of_thread.read()));
     if thread::Builder::new().name("ini".to_owned()).spawn(run).is_err() {
         return sources.read();
@@ -190,7 +195,7 @@ fn outbox(path: Option<PathBuf>) -> OutboxLocation {
 /// Prints the error on stderr, unless the reader of stdout has closed the pipe.
 fn fail(error: &Error) -> ExitCode {
     if !error.is_pipe_closed() {
-        report_error(&chain(error));
+        logging::report_error(&chain(error));
     }
     ExitCode::from(code_of(error))
 }

@@ -9,9 +9,8 @@ pub(crate) mod pem;
 
 use std::fs;
 use std::io::ErrorKind;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Instant;
 
 use rustls::ClientConfig;
 use rustls::pki_types::ServerName;
@@ -23,7 +22,6 @@ use crate::log_throttle::LogThrottle;
 use crate::master::MasterClient;
 use crate::master::identity::MasterIdentity;
 use crate::master::verifier;
-use crate::panics::quietly;
 use bundle::{Bundle, Certificate};
 
 /// Everything that a connection to the master needs, in memory.
@@ -38,12 +36,11 @@ pub(crate) struct Credentials {
 impl Credentials {
     /// Loads and checks all files. An error names the file or key at fault.
     pub(crate) fn load(enrolment: Enrolment, given: Option<MasterIdentity>) -> Result<Self, Error> {
-        let provider = verifier::provider();
-        let bundle = Bundle::load(enrolment.agent_dir().value(), &provider)?;
+        let bundle = Bundle::load(enrolment.agent_dir().value())?;
         let name = server_name(&enrolment)?;
         let identity = identity(&enrolment, given);
-        let verifier = verifier::verifier(&bundle.roots, identity, &name, &provider);
-        let tls = verifier::client_config(&bundle.identity, verifier, &provider)?;
+        let verifier = verifier::verifier(&bundle.roots, identity, &name);
+        let tls = verifier::client_config(&bundle.identity, verifier)?;
         Ok(Self { enrolment, certificate: bundle.certificate, name, tls })
     }
 
@@ -73,10 +70,7 @@ pub(crate) struct CredentialFiles {
     /// The fingerprint of the certificate in use.
     fingerprint: String,
     /// The versions of the files that are in use.
-    versions: FileVersions,
-    /// The error of the last reload, so that the same error in a row is logged once.
-    problem: Option<String>,
-    /// Throttles errors that alternate.
+    versions: Vec<FileVersion>,
     throttle: LogThrottle,
 }
 
@@ -85,11 +79,11 @@ impl CredentialFiles {
         enrolment: Enrolment,
         given: Option<MasterIdentity>,
     ) -> Result<(Self, Credentials), Error> {
-        let versions = FileVersions::of(&enrolment);
+        let versions = versions(&enrolment);
         let credentials = Credentials::load(enrolment.clone(), given)?;
         let fingerprint = credentials.certificate.fingerprint.clone();
         let throttle = LogThrottle::default();
-        let files = Self { enrolment, given, fingerprint, versions, problem: None, throttle };
+        let files = Self { enrolment, given, fingerprint, versions, throttle };
         Ok((files, credentials))
     }
 
@@ -99,7 +93,7 @@ impl CredentialFiles {
     /// Enrolment writes the files of the bundle one after another. Files that do not match yet are
     /// read again next time; the old credentials are used meanwhile.
     pub(crate) fn reload(&mut self) -> Option<Credentials> {
-        let versions = FileVersions::of(&self.enrolment);
+        let versions = versions(&self.enrolment);
         if versions == self.versions {
             return None;
         }
@@ -109,47 +103,37 @@ impl CredentialFiles {
                 // The versions from before the load, so that a change during it is noticed next
                 // time.
                 self.versions = versions;
-                self.problem = None;
+                self.throttle.end("credentials");
                 self.enrolment = credentials.enrolment.clone();
                 self.fingerprint.clone_from(&credentials.certificate.fingerprint);
                 Some(credentials)
             }
             Err(error) => {
-                self.log_problem(chain(&error));
+                self.log_problem(&chain(&error));
                 None
             }
         }
     }
 
-    fn log_problem(&mut self, problem: String) {
-        if self.problem.as_ref() == Some(&problem) {
-            return;
-        }
-        if self.throttle.count("credentials", &problem, Instant::now()).is_some() {
-            let host = self.enrolment.host_uuid().value();
-            let master = self.enrolment.master_url();
-            let fingerprint = &self.fingerprint;
-            quietly(|| {
-                log::warn!(
-                    "changed credentials are not usable, keeping the old ones: host={host} master={master} \
-                     fingerprint={fingerprint} error={problem:?}"
-                )
-            });
-        }
-        self.problem = Some(problem);
+    fn log_problem(&mut self, problem: &str) {
+        self.throttle.log_lasting("credentials", problem, |_| {
+            log::warn!(
+                "changed credentials are not usable, keeping the old ones: host={} master={} \
+                 fingerprint={} error={problem:?}",
+                self.enrolment.host_uuid().value(),
+                self.enrolment.master_url(),
+                self.fingerprint,
+            );
+        });
     }
 
     /// Whether the ini and the files of the bundle are absent. A file that cannot be checked is not
     /// absent, nor is a dangling symlink.
     pub(crate) fn are_absent(&self) -> bool {
-        let dir = self.enrolment.agent_dir().value();
-        let is_absent = |path: &Path| {
+        let is_absent = |path: &PathBuf| {
             fs::symlink_metadata(path).is_err_and(|error| error.kind() == ErrorKind::NotFound)
         };
-        self.enrolment.ini().is_none_or(is_absent)
-            && [bundle::CA, bundle::CERTIFICATE, bundle::KEY]
-                .iter()
-                .all(|name| is_absent(&dir.join(name)))
+        paths(&self.enrolment).iter().all(is_absent)
     }
 }
 
@@ -168,18 +152,13 @@ pub(crate) fn server_name(enrolment: &Enrolment) -> Result<ServerName<'static>, 
     })
 }
 
-/// The versions of the ini and of the files of the bundle.
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct FileVersions {
-    ini: Option<FileVersion>,
-    bundle: [FileVersion; 3],
+/// The versions of the ini and of the files of the bundle. Costs four `stat`s.
+fn versions(enrolment: &Enrolment) -> Vec<FileVersion> {
+    paths(enrolment).iter().map(|path| FileVersion::of(path)).collect()
 }
 
-impl FileVersions {
-    fn of(enrolment: &Enrolment) -> Self {
-        Self {
-            ini: enrolment.ini().map(FileVersion::of),
-            bundle: Bundle::versions(enrolment.agent_dir().value()),
-        }
-    }
+/// The ini, if there may be one, and the files of the bundle.
+fn paths(enrolment: &Enrolment) -> Vec<PathBuf> {
+    let bundle = bundle::paths(enrolment.agent_dir().value());
+    enrolment.ini().map(Path::to_owned).into_iter().chain(bundle).collect()
 }

@@ -4,7 +4,6 @@
 pub(crate) mod operation;
 mod outbox_handle;
 
-use std::collections::BTreeSet;
 use std::error::Error as StdError;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
@@ -156,9 +155,10 @@ impl DeltaSender {
         operation: Operation,
         deckies: impl IntoDeckies<Kind>,
     ) -> Result<TrackedOperation, Error> {
-        let deckies: BTreeSet<String> = deckies.into_deckies().into_iter().collect();
+        let mut deckies = deckies.into_deckies();
+        deckies.sort_unstable();
+        deckies.dedup();
         deckies.iter().try_for_each(|decky| check_decky(decky))?;
-        let mut deckies: Vec<String> = deckies.into_iter().collect();
         // The guard holds them for as long as the operation is in flight.
         deckies.iter_mut().for_each(String::shrink_to_fit);
         if deckies.is_empty() {

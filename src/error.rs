@@ -41,9 +41,8 @@ struct Inner {
 }
 
 enum Kind {
-    NotEnrolled {
-        missing: String,
-    },
+    /// The missing values and their sources.
+    NotEnrolled(String),
     Config {
         place: String,
         problem: String,
@@ -61,24 +60,20 @@ enum Kind {
         name: &'static str,
         problem: String,
     },
-    Thread {
-        name: &'static str,
-    },
-    Forked {
-        from: u32,
-    },
+    /// The name of the thread.
+    Thread(&'static str),
+    /// The id of the parent.
+    Forked(u32),
     #[cfg(feature = "cli")]
     Answer,
     #[cfg(feature = "loopback")]
-    Loopback {
-        doing: String,
-    },
+    Loopback(String),
 }
 
 impl Error {
     /// This host is not enrolled. `missing` names the missing values and their sources.
     pub(crate) fn not_enrolled(missing: impl Into<String>) -> Self {
-        Self::new(Kind::NotEnrolled { missing: missing.into() })
+        Self::new(Kind::NotEnrolled(missing.into()))
     }
 
     /// A configured value is not usable. `place` is the variable, or the file, section and key.
@@ -100,11 +95,11 @@ impl Error {
     pub(crate) fn bundle_parts(&self) -> Option<(String, &'static str)> {
         let Kind::Bundle { problem, remedy, .. } = &self.inner.kind else { return None };
         let problem = sanitize(problem);
-        Some((
-            self.source()
-                .map_or_else(|| problem.clone(), |source| format!("{problem}: {}", chain(source))),
-            remedy,
-        ))
+        let problem = match self.source() {
+            Some(source) => format!("{problem}: {}", chain(source)),
+            None => problem,
+        };
+        Some((problem, remedy))
     }
 
     /// An operation of the outbox failed. `path` is `None` for an outbox in memory.
@@ -119,12 +114,12 @@ impl Error {
 
     /// A thread could not be started.
     pub(crate) fn thread(name: &'static str, source: io::Error) -> Self {
-        Self::new(Kind::Thread { name }).with_source(source)
+        Self::new(Kind::Thread(name)).with_source(source)
     }
 
     /// The handle belongs to the process `from`, from which this process was forked.
     pub(crate) fn forked(from: u32) -> Self {
-        Self::new(Kind::Forked { from })
+        Self::new(Kind::Forked(from))
     }
 
     /// The output of the program could not be printed.
@@ -144,7 +139,7 @@ impl Error {
     /// An operation of the loopback master failed.
     #[cfg(feature = "loopback")]
     pub(crate) fn loopback(doing: impl Into<String>) -> Self {
-        Self::new(Kind::Loopback { doing: doing.into() })
+        Self::new(Kind::Loopback(doing.into()))
     }
 
     fn new(kind: Kind) -> Self {
@@ -182,7 +177,7 @@ impl Error {
     /// assert!(error.is_not_enrolled());
     /// ```
     pub fn is_not_enrolled(&self) -> bool {
-        matches!(self.inner.kind, Kind::NotEnrolled { .. })
+        matches!(self.inner.kind, Kind::NotEnrolled(_))
     }
 
     /// Whether a value from a variable or the ini is not usable.
@@ -284,7 +279,7 @@ impl Error {
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.inner.kind {
-            Kind::NotEnrolled { missing } => write!(f, "not enrolled: {missing}"),
+            Kind::NotEnrolled(missing) => write!(f, "not enrolled: {missing}"),
             Kind::Config { place, problem } => write!(f, "{place}: {problem}"),
             Kind::Bundle { path, problem, remedy } => {
                 write!(f, "bundle: {}: {problem}; {remedy}", sanitize_path(path))
@@ -294,8 +289,8 @@ impl fmt::Display for Error {
             }
             Kind::Outbox { path: None, problem } => write!(f, "outbox in memory: {problem}"),
             Kind::Setting { name, problem } => write!(f, "{name}: {problem}"),
-            Kind::Thread { name } => write!(f, "cannot start the thread {name}"),
-            Kind::Forked { from } => write!(
+            Kind::Thread(name) => write!(f, "cannot start the thread {name}"),
+            Kind::Forked(from) => write!(
                 f,
                 "this process was forked from process {from}, in which a heartbeat was running, and has none of its threads; \
                  start the heartbeat after the fork, in the process that uses it"
@@ -303,7 +298,7 @@ impl fmt::Display for Error {
             #[cfg(feature = "cli")]
             Kind::Answer => f.write_str("the answer could not be printed"),
             #[cfg(feature = "loopback")]
-            Kind::Loopback { doing } => write!(f, "loopback master: {doing}"),
+            Kind::Loopback(doing) => write!(f, "loopback master: {doing}"),
         }
     }
 }

@@ -124,11 +124,11 @@ pub(crate) fn may_appear(path: &Path) -> bool {
 }
 
 /// Replaces the file at `path` atomically: a reader sees the old or the new content. A path that is
-/// not [`replaceable`] is an error. The temporary file is `path` with `.new` appended; an existing
+/// not [`check_replaceable`] is an error. The temporary file is `path` with `.new` appended; an existing
 /// one is deleted and not written to, as it may be a symlink. Without a `mode` the umask applies.
 #[cfg(feature = "cli")]
 pub(crate) fn replace(path: &Path, content: &[u8], mode: Option<u32>) -> io::Result<()> {
-    replaceable(path)?;
+    check_replaceable(path)?;
     let next = beside(path, ".new");
     match fs::remove_file(&next) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
@@ -143,7 +143,8 @@ pub(crate) fn replace(path: &Path, content: &[u8], mode: Option<u32>) -> io::Res
     let mode = mode.map_or(Ok(()), |mode| file.set_permissions(Permissions::from_mode(mode)));
     let written = mode.and_then(|()| file.write_all(content));
     // Checked again, because another program may have created a file meanwhile.
-    let replaced = written.and_then(|()| replaceable(path)).and_then(|()| fs::rename(&next, path));
+    let replaced =
+        written.and_then(|()| check_replaceable(path)).and_then(|()| fs::rename(&next, path));
     replaced.inspect_err(|_| drop(fs::remove_file(&next)))
 }
 
@@ -151,16 +152,13 @@ pub(crate) fn replace(path: &Path, content: &[u8], mode: Option<u32>) -> io::Res
 /// is an error, `InvalidInput`, also a symlink to one. Otherwise `/dev/null` would become a regular
 /// file, and readers of a symlink's target would not see the new content.
 #[cfg(feature = "cli")]
-pub(crate) fn replaceable(path: &Path) -> io::Result<()> {
+pub(crate) fn check_replaceable(path: &Path) -> io::Result<()> {
     let kind = match fs::symlink_metadata(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         metadata => metadata?.file_type(),
     };
     let Some(what) = special(kind) else { return Ok(()) };
-    Err(io::Error::new(
-        io::ErrorKind::InvalidInput,
-        format!("the path is {what}, which is not replaced by a file"),
-    ))
+    Err(io::Error::new(io::ErrorKind::InvalidInput, format!("it is {what}, not a regular file")))
 }
 
 /// The version of a file: its inode, size and times. `None` inside: the file does not exist.
@@ -236,8 +234,9 @@ mod tests {
     #[test]
     fn symlink_in_place_of_the_temporary_file_is_not_followed() {
         let dir = tempfile::tempdir().unwrap();
-        let (path, next, other) =
-            (dir.path().join("stats"), dir.path().join("stats.new"), dir.path().join("other"));
+        let path = dir.path().join("stats");
+        let next = dir.path().join("stats.new");
+        let other = dir.path().join("other");
         fs::write(&other, b"theirs").unwrap();
         std::os::unix::fs::symlink(&other, &next).unwrap();
         replace(&path, b"ours", Some(0o640)).unwrap();
@@ -272,10 +271,7 @@ mod tests {
             let before = fs::symlink_metadata(at(name)).unwrap();
             let refused = replace(&at(name), b"new", None).unwrap_err();
             assert_eq!(refused.kind(), io::ErrorKind::InvalidInput);
-            assert_eq!(
-                refused.to_string(),
-                format!("the path is {what}, which is not replaced by a file")
-            );
+            assert_eq!(refused.to_string(), format!("it is {what}, not a regular file"));
             let after = fs::symlink_metadata(at(name)).unwrap();
             assert_eq!(
                 (before.ino(), before.file_type()),
@@ -285,10 +281,10 @@ mod tests {
         }
         assert_eq!(fs::read(at("file")).unwrap(), b"old", "the target of a symlink");
         assert_eq!(
-            replaceable(Path::new("/dev/null")).unwrap_err().kind(),
+            check_replaceable(Path::new("/dev/null")).unwrap_err().kind(),
             io::ErrorKind::InvalidInput
         );
-        assert!(replaceable(&at("new")).is_ok());
+        assert!(check_replaceable(&at("new")).is_ok());
         for name in ["new", "file"] {
             replace(&at(name), b"new", None).unwrap();
             assert_eq!(fs::read(at(name)).unwrap(), b"new");

@@ -56,14 +56,7 @@ use crate::threads::start::{self, Started};
 #[derive(Debug)]
 pub struct Heartbeat {
     /// `None`: dormant.
-    running: Option<OfProcess<Running>>,
-}
-
-#[derive(Debug)]
-struct Running {
-    thread: HeartbeatThread,
-    outbox: Arc<OutboxClient>,
-    stats: Arc<SharedStats>,
+    running: Option<OfProcess<HeartbeatThread>>,
 }
 
 /// How a heartbeat stopped.
@@ -94,13 +87,6 @@ pub struct Stopped {
     /// The heartbeat thread ended within the grace. `false`: it is in a call that cannot be
     /// interrupted, such as the lookup of a name, and ends when that call returns.
     pub in_time: bool,
-}
-
-impl Stopped {
-    /// The result of stopping a heartbeat that has nothing to deliver.
-    fn with_nothing_to_deliver() -> Self {
-        Self { undelivered: 0, operations: 0, kept: true, in_time: true }
-    }
 }
 
 impl Heartbeat {
@@ -257,7 +243,7 @@ impl Heartbeat {
     #[cfg(feature = "loopback")]
     pub fn beats(&self) -> Receiver<()> {
         let running = self.running.as_ref().and_then(|running| running.get().ok());
-        running.map_or_else(crossbeam_channel::never, |running| running.thread.beats.clone())
+        running.map_or_else(crossbeam_channel::never, |running| running.beats.clone())
     }
 
     /// Waits up to `timeout` (at most a day) until the master has accepted or rejected all deltas
@@ -279,7 +265,7 @@ impl Heartbeat {
     /// ```
     pub fn flush(&self, timeout: Duration) -> bool {
         let until = Instant::now() + timeout.min(limits::MAX_GRACE);
-        let flush = |running: &OfProcess<Running>| {
+        let flush = |running: &OfProcess<HeartbeatThread>| {
             running.get().is_ok_and(|running| running.outbox.flush(until))
         };
         self.running.as_ref().is_none_or(flush)
@@ -307,10 +293,9 @@ impl Heartbeat {
 
     fn shut_down(&mut self, grace: Duration) -> Stopped {
         let Some(running) = self.running.take().and_then(OfProcess::into_ours) else {
-            return Stopped::with_nothing_to_deliver();
+            return Stopped { undelivered: 0, operations: 0, kept: true, in_time: true };
         };
-        let Running { thread, outbox, .. } = running;
-        let HeartbeatThread { stop, ended, interrupt, .. } = thread;
+        let HeartbeatThread { stop, ended, interrupt, outbox, .. } = running;
         let grace = grace.min(limits::MAX_GRACE);
         // The time that an interrupt takes is part of the grace.
         let slack = (grace / 4).min(limits::INTERRUPT_SLACK);
@@ -522,14 +507,9 @@ impl HeartbeatBuilder {
         let interval = self.interval.unwrap_or(limits::INTERVAL);
         check_interval(interval)?;
         let stats = Arc::new(SharedStats::default());
-        let outbox_start = start::Start {
-            enrolment: Box::new(enrolment),
-            identity: self.identity,
-            location: self.outbox.absolute(),
-            role,
-            stats: Arc::clone(&stats),
-        };
-        let Started { client, batches, credentials, problem } = match start::start(outbox_start) {
+        let location = self.outbox.absolute();
+        let started = start::start(enrolment, self.identity, location, role, &stats);
+        let Started { client, batches, credentials, problem } = match started {
             Ok(started) => started,
             Err(error) if error.is_not_enrolled() => {
                 quietly(|| log::debug!("heartbeat dormant: error={:?}", chain(&error)));
@@ -569,9 +549,8 @@ pub(crate) fn check_interval(interval: Duration) -> Result<(), Error> {
 }
 
 fn start(setup: Setup) -> Result<Heartbeat, Error> {
-    let outbox = Arc::clone(&setup.outbox);
-    let stats = Arc::clone(&setup.stats);
-    stats.change(|stats| setup.link.describe(stats));
+    let outbox = &setup.outbox;
+    setup.stats.change(|stats| setup.link.describe(stats));
     quietly(|| {
         log::info!(
             "heartbeat starting: {} fingerprint={} interval={:?} outbox={} waiting={}",
@@ -582,8 +561,7 @@ fn start(setup: Setup) -> Result<Heartbeat, Error> {
             outbox.stats().counts.waiting,
         );
     });
-    let thread = heartbeat::spawn(setup)?;
-    Ok(Heartbeat { running: Some(OfProcess::new(Running { thread, outbox, stats })) })
+    Ok(Heartbeat { running: Some(OfProcess::new(heartbeat::spawn(setup)?)) })
 }
 
 /// Converts a time in the past to the system's clock.

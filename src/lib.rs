@@ -1,7 +1,8 @@
 // Most examples of the documentation start a master, which needs this feature.
 #![cfg(any(feature = "loopback", not(doctest)))]
-//! The heartbeat client of a DECNET worker. It tells the master, over mTLS, that the host is alive, which deckies it runs,
-//! and how each deploy or mutate ended. It is blocking and thread-based, for agents without an async runtime.
+//! The heartbeat client of a DECNET worker. It tells the master, over mTLS, that the host is alive,
+//! which deckies it runs, and how each deploy or mutate ended. It is blocking and thread-based, for
+//! agents without an async runtime.
 //!
 //! ```no_run
 //! use decnet_heartbeat::{Heartbeat, LifecycleDelta, Operation};
@@ -15,20 +16,23 @@
 //! ```
 //!
 //! - [`Heartbeat::builder`] starts a heartbeat. On a host that is not enrolled it is dormant.
-//! - [`DeltaSender`] reports operations: [`push`](DeltaSender::push) one that has ended, [`run`](DeltaSender::run) or
-//!   [`begin`](DeltaSender::begin) one that is reported when it ends, even if the process is killed.
-//! - [`StatusSource`] makes the status of a beat. The default, [`DecnetStatus`], reads DECNET's state file, Docker and
-//!   `topology.db`.
-//! - [`Enrolment`] says who this host is and where its master is. It is read from the environment and `decnet.ini`.
+//! - [`DeltaSender`] reports operations: [`push`](DeltaSender::push) one that has ended,
+//!   [`run`](DeltaSender::run) or [`begin`](DeltaSender::begin) one that is reported when it ends,
+//!   even if the process is killed.
+//! - [`StatusSource`] makes the status of a beat. The default, [`DecnetStatus`], reads DECNET's
+//!   state file, Docker and `topology.db`.
+//! - [`Enrolment`] says who this host is and where its master is. It is read from the environment
+//!   and `decnet.ini`.
 //! - [`Stats`] has the state of a heartbeat.
 //!
 //! # Threads
 //!
-//! A heartbeat has three threads, one for each thing that can hang. `decnet-heartbeat` owns the connection to the master and
-//! decides when a beat is sent. `decnet-outbox` owns the agent dir: it commits deltas to the outbox, a SQLite file, before
-//! `push` returns `Ok`. `decnet-status` calls the status source. No thread waits without a limit for another one, so a beat
-//! waits at most 250 ms for the status if there are new deltas, and at most 10 s at a tick. [`design`] has the details, and
-//! what a host program must not do.
+//! A heartbeat has three threads, one for each thing that can hang. `decnet-heartbeat` owns the
+//! connection to the master and decides when a beat is sent. `decnet-outbox` owns the agent dir: it
+//! commits deltas to the outbox, a SQLite file, before `push` returns `Ok`. `decnet-status` calls
+//! the status source. No thread waits without a limit for another one, so a beat waits at most 250
+//! ms for the status if there are new deltas, and at most 10 s at a tick. [`design`] has the
+//! details, and what a host program must not do.
 //!
 //! # Pages
 //!
@@ -46,13 +50,16 @@
 //!
 //! # Log levels
 //!
-//! The crate logs through the `log` facade, one line for each fact, as `what happened: key=value …`. The keys `host`,
-//! `master`, `class` and `fingerprint` come first. Text from outside is cut to 300 characters, escaped and quoted.
+//! The crate logs through the `log` facade, one line for each fact, as
+//! `what happened: key=value …`. The keys `host`, `master`, `class` and `fingerprint` come first.
+//! Text from outside is cut to 300 characters, escaped and quoted.
 //!
-//! - `error`: something is lost, or needs an operator. The master does not accept this host, a delta is rejected or dropped,
-//!   the outbox is degraded, the certificate has expired, a panic was caught.
-//! - `warn`: a beat failed, Docker or a file cannot be read, new credentials are invalid, the certificate expires within 30
-//!   days, the process of an operation has ended, a delta is suspended.
+//! - `error`: something is lost, or needs an operator. The master does not accept this host, a
+//!   delta is rejected or dropped, the outbox is degraded, the certificate has expired, a panic was
+//!   caught.
+//! - `warn`: a beat failed, Docker or a file cannot be read, new credentials are invalid, the
+//!   certificate expires within 30 days, the process of an operation has ended, a delta is
+//!   suspended.
 //! - `info`: start, first success, recovery, new credentials, stop.
 //! - `debug`: every beat, a retry on a new connection, a dormant start.
 //!
@@ -61,7 +68,11 @@
 //! # Features
 //!
 //! - `cli` (default): the program, and the crates that only it needs.
-//! - `loopback`: [`loopback`], a DECNET master on 127.0.0.1 for tests; and `ticks` and `beats` of a heartbeat.
+//! - `loopback`: [`loopback`], a DECNET master on 127.0.0.1 for tests; and `ticks` and `beats` of a
+//!   heartbeat.
+
+// Imports run downwards: cli and loopback, heartbeat, deltas, threads, credentials, master, outbox,
+// status, sqlite, stats, transport, and then the small helpers. No folder imports from one above it.
 
 #[cfg(feature = "loopback")]
 #[doc(hidden)]
@@ -118,8 +129,9 @@ pub use stats::{Failure, Stats};
 pub use status::decnet::DecnetStatus;
 pub use status::{AppliedTopology, Observed, Snapshot, StatusSource, Topology};
 
-// The pages. Each ends with the definitions of its links, for readers of the repository. `rustdoc-links.md` defines the same
-// links for rustdoc; it comes first, because the first definition of a link counts.
+// The pages. Each ends with the definitions of its links, for readers of the repository.
+// `rustdoc-links.md` defines the same links for rustdoc; it comes first, because the first
+// definition of a link counts.
 
 #[doc = include_str!("docs/rustdoc-links.md")]
 #[doc = include_str!("docs/changes.md")]

@@ -1,5 +1,10 @@
 //! All limits and timeouts, each with its reason. Constants only.
 
+#![cfg_attr(
+    not(feature = "cli"),
+    allow(dead_code, reason = "the program's limits are in the same sections")
+)]
+
 use std::time::Duration;
 
 // ---- when a beat is sent --------------------------------------------------------------------
@@ -67,7 +72,6 @@ pub(crate) const INTERRUPT_SLACK: Duration = Duration::from_millis(250);
 pub(crate) const STALLED: Duration = Duration::from_secs(60);
 
 /// The grace for the final flush after a signal. systemd waits 90 s before it kills a process.
-#[cfg(feature = "cli")]
 pub(crate) const RUN_GRACE: Duration = Duration::from_secs(5);
 
 /// How long after its start `pipe` leaves the operations of processes that have ended in flight. An
@@ -114,7 +118,6 @@ pub(crate) const PIPE_FINISH: Duration = Duration::from_millis(1_250);
 /// Stop signals within this time count as one: a supervisor may signal both a process and its
 /// group, and a parent may pass on a signal that its group received. A person presses Ctrl-C twice
 /// more slowly.
-#[cfg(feature = "cli")]
 pub(crate) const SAME_STOP: Duration = Duration::from_millis(250);
 
 // ---- the POST -------------------------------------------------------------------------------
@@ -214,7 +217,7 @@ pub(crate) const STATUS: usize = 16 * 1024 * 1024;
 /// The maximum bytes of an answer of Docker. 10,000 containers take about 15 MiB.
 pub(crate) const DOCKER_ANSWER: u64 = 32 * 1024 * 1024;
 
-/// The maximum number of containers, or networks, in an answer of Docker.
+/// The maximum number of containers, networks, or names of one container, in an answer of Docker.
 pub(crate) const DOCKER_LIST: usize = 25_000;
 
 /// The maximum bytes of a container's name or state, or of a network's name. File names have the
@@ -368,142 +371,114 @@ pub(crate) const HOST_UUID: usize = 255;
 
 /// The bytes of a command's stderr that `track` keeps: a delta's error in characters of four bytes,
 /// and three times as much for colours and overwritten lines.
-#[cfg(feature = "cli")]
 pub(crate) const STDERR_TAIL: usize = 4 * 4 * DELTA_ERROR;
 
 /// The maximum bytes of a command's stderr that wait to be written to this process' stderr: as much
 /// as a pipe holds. With more, the command waits.
-#[cfg(feature = "cli")]
 pub(crate) const STDERR_QUEUE: usize = 64 * 1024;
 
 /// The bytes of one write to stderr. A pipe that `poll` reports as writable takes as many without
 /// blocking (`PIPE_BUF`).
-#[cfg(feature = "cli")]
 pub(crate) const STDERR_WRITE: usize = 4_096;
 
 /// The bytes of one write to a terminal that cannot be opened again. `poll` reports it as writable
 /// if a single byte fits.
-#[cfg(feature = "cli")]
 pub(crate) const TERMINAL_WRITE: usize = 128;
 
 /// The pause after a write for which less space was free than `poll` reported. A line end takes two
 /// bytes of a terminal.
-#[cfg(feature = "cli")]
 pub(crate) const STDERR_PAUSE: Duration = Duration::from_millis(20);
 
 /// The minimum free bytes of a disk for `check`: the maximum size of the outbox.
-#[cfg(feature = "cli")]
 pub(crate) const MIN_DISK_SPACE: u64 = 8 * 1024 * 1024;
 
 /// How long `check` waits after a handshake for an alert of the master, in addition to four times
 /// the handshake's duration.
-#[cfg(feature = "cli")]
 pub(crate) const AFTER_HANDSHAKE: Duration = Duration::from_millis(100);
 
 /// How long `track` waits for the start of the companion, the process that copies its command's
 /// stderr. It takes one `exec`.
-#[cfg(feature = "cli")]
 pub(crate) const COMPANION_START: Duration = Duration::from_secs(5);
 
 /// The minimum time between two starts of the companion, if it is killed repeatedly.
-#[cfg(feature = "cli")]
 pub(crate) const COMPANION_AGAIN: Duration = Duration::from_secs(1);
 
 /// How often `track` checks whether its command has ended, if it cannot wait for that: an old
 /// kernel has no pidfd, SIGCHLD may be blocked by the parent of `track`, and waiting may fail
 /// without memory.
-#[cfg(feature = "cli")]
 pub(crate) const COMMAND_CHECK: Duration = Duration::from_secs(1);
 
 /// How long the companion may take to answer whether it received a signal. Without an answer the
 /// signal is passed on.
-#[cfg(feature = "cli")]
 pub(crate) const COMPANION_ANSWER: Duration = Duration::from_millis(250);
 
 /// The time after which all processes of a group have received a signal to the group.
-#[cfg(feature = "cli")]
 pub(crate) const GROUP_SIGNAL: Duration = Duration::from_millis(30);
 
 /// How long the companion remembers a signal. `track` may be slow to ask for it; if it has not
 /// asked by then, it did not receive the signal.
-#[cfg(feature = "cli")]
 pub(crate) const GROUP_SIGNAL_AGE: Duration = Duration::from_secs(2);
 
 /// How long `track` waits, after its command has ended, for the tail of the command's stderr, and
 /// before it exits, for the rest to be written to its own stderr.
-#[cfg(feature = "cli")]
 pub(crate) const STDERR_GRACE: Duration = Duration::from_secs(1);
 
 /// How long `run` retries before it exits because this host is not enrolled or its bundle is not
 /// usable. No supervisor restarts it after that. It is longer than an enrolment takes to replace a
 /// file or the agent dir.
-#[cfg(feature = "cli")]
 pub(crate) const ENROLMENT_RETRY: Duration = Duration::from_secs(2);
 
 /// The time between two of these tries.
-#[cfg(feature = "cli")]
 pub(crate) const ENROLMENT_PAUSE: Duration = Duration::from_millis(50);
 
 /// How long `run` waits at its start for the check whether `--stats-file` and `--metrics-file` may
 /// be replaced.
-#[cfg(feature = "cli")]
 pub(crate) const STATS_CHECK: Duration = Duration::from_secs(1);
 
 /// How long `run` waits at its end for the stats to be written. A working disk takes a few
 /// milliseconds.
-#[cfg(feature = "cli")]
 pub(crate) const STATS_FINISH: Duration = Duration::from_millis(250);
 
 /// The pause before READY is sent again if systemd's socket was full. It is doubled each time.
-#[cfg(feature = "cli")]
 pub(crate) const READY: Duration = Duration::from_millis(50);
 
 /// The minimum time between two notifications of systemd's watchdog. It prevents a busy loop.
-#[cfg(feature = "cli")]
 pub(crate) const WATCHDOG: Duration = Duration::from_millis(50);
 
 /// Columns of the help at most: longer lines are hard to read.
-#[cfg(feature = "cli")]
 pub(crate) const HELP_WIDTH: usize = 100;
 
 // ---- the program's log ----------------------------------------------------------------------
 
 /// The maximum number of queued log lines. `trace` logs about 30 lines for a beat.
-#[cfg(feature = "cli")]
 pub(crate) const LOG_LINES: usize = 1_024;
 
 /// The maximum bytes of one line: some foreign texts of [`LOG_TEXT`] characters, and the text
 /// around them.
-#[cfg(feature = "cli")]
 pub(crate) const LOG_LINE: usize = 8 * 1024;
 
 /// How long a start waits for `--log-file` to be opened. Opening a FIFO without a reader, or a file
 /// on a disk that does not respond, may block.
-#[cfg(feature = "cli")]
 pub(crate) const LOG_OPEN: Duration = Duration::from_secs(1);
 
 /// How long the program waits at its end for the log to be written. A slow disk writes a full queue
 /// in less time.
-#[cfg(feature = "cli")]
 pub(crate) const LOG_FLUSH: Duration = Duration::from_secs(1);
 
 /// How long it waits for one line. If a line takes longer, the log is not being read.
-#[cfg(feature = "cli")]
 pub(crate) const LOG_STUCK: Duration = Duration::from_millis(250);
 
-/// The range of `--timeout` of `push` and `track`. With zero nothing could be delivered; a caller
-/// that would wait for more than an hour should use `run`.
-#[cfg(feature = "cli")]
-pub(crate) const REPORT_TIMEOUT: (Duration, Duration) =
-    (Duration::from_millis(1), Duration::from_secs(3600));
+/// The minimum `--timeout` of `push` and `track`. With zero nothing could be delivered.
+pub(crate) const MIN_REPORT_TIMEOUT: Duration = Duration::from_millis(1);
+
+/// The maximum `--timeout`. A caller that would wait for more than an hour should use `run`.
+pub(crate) const MAX_REPORT_TIMEOUT: Duration = Duration::from_secs(3600);
 
 /// How long the result of the POST is awaited after `--timeout`. The POST ends at the timeout, with
 /// an error that names it.
-#[cfg(feature = "cli")]
 pub(crate) const REPORT_SLACK: Duration = Duration::from_millis(200);
 
 /// The pause before an outbox that could not be written is tried again.
-#[cfg(feature = "cli")]
 pub(crate) const REPORT_PAUSE: Duration = Duration::from_millis(100);
 
 // ---- texts ----------------------------------------------------------------------------------

@@ -10,11 +10,14 @@
 //!   (texts + 1) · (log₂ *n* + 1) lines.
 //! - The counts of a source are reset after some time without problems. Its next problem is then
 //!   logged at once.
+//! - The end of a problem is logged only if the problem was.
 
 use std::collections::HashMap;
+use std::mem;
 use std::time::{Duration, Instant};
 
 use crate::limits;
+use crate::panics::quietly;
 
 /// The problems of each source.
 #[derive(Debug, Default)]
@@ -28,6 +31,10 @@ struct Source {
     last: Instant,
     /// The time without a problem after which the counts are reset.
     reset_after: Duration,
+    /// The problem that lasts.
+    lasting: Option<String>,
+    /// A problem was logged, and no end since.
+    is_logged: bool,
 }
 
 #[derive(Debug)]
@@ -37,20 +44,65 @@ struct Problem {
 }
 
 impl LogThrottle {
-    /// Counts a problem. Returns its count if it is to be logged: the first, second, fourth, eighth
-    /// time …
+    /// Counts a problem. Calls `log` with the count if it is to be logged: the first, second,
+    /// fourth, eighth time … Returns whether it is.
+    pub(crate) fn log(&mut self, source: &'static str, text: &str, log: impl FnOnce(u64)) -> bool {
+        log_counted(self.count(source, text, Instant::now()), log)
+    }
+
+    /// As [`log`](Self::log), for a problem that lasts until [`end`](Self::end): it is counted when
+    /// it begins or changes.
+    pub(crate) fn log_lasting(
+        &mut self,
+        source: &'static str,
+        text: &str,
+        log: impl FnOnce(u64),
+    ) -> bool {
+        log_counted(self.count_lasting(source, text, Instant::now()), log)
+    }
+
+    /// The problem of a source has ended. Returns whether to log that.
+    pub(crate) fn end(&mut self, source: &'static str) -> bool {
+        let Some(source) = self.0.get_mut(source) else { return false };
+        source.lasting = None;
+        mem::take(&mut source.is_logged)
+    }
+
+    /// Counts a problem. Returns its count if it is to be logged.
     pub(crate) fn count(&mut self, source: &'static str, text: &str, now: Instant) -> Option<u64> {
         let source = self.0.entry(source).or_insert_with(|| Source::new(now));
         source.reset_if_quiet(now);
         let count = source.count(folded(text));
         *count = count.saturating_add(1);
-        count.is_power_of_two().then_some(*count)
+        let logged = count.is_power_of_two().then_some(*count);
+        source.is_logged |= logged.is_some();
+        logged
     }
+
+    fn count_lasting(&mut self, source: &'static str, text: &str, now: Instant) -> Option<u64> {
+        let known = self.0.entry(source).or_insert_with(|| Source::new(now));
+        let last = known.lasting.replace(text.to_owned());
+        if last.is_some_and(|last| last == text) { None } else { self.count(source, text, now) }
+    }
+}
+
+fn log_counted(count: Option<u64>, log: impl FnOnce(u64)) -> bool {
+    if let Some(count) = count {
+        quietly(|| log(count));
+    }
+    count.is_some()
 }
 
 impl Source {
     fn new(now: Instant) -> Self {
-        Self { known: Vec::new(), others: 0, last: now, reset_after: limits::THROTTLE_RESET }
+        Self {
+            known: Vec::new(),
+            others: 0,
+            last: now,
+            reset_after: limits::THROTTLE_RESET,
+            lasting: None,
+            is_logged: false,
+        }
     }
 
     /// Resets the counts after some time without a problem: twice the last gap between problems. So
@@ -182,6 +234,45 @@ mod tests {
             assert!(lines((0..n).map(word)) <= most, "{n} different texts");
             assert!(lines((0..n).map(|n| word(n % 20))) <= most, "{n} of twenty kinds");
         }
+    }
+
+    /// The numbers of lines about the beginning and about the end of this problem.
+    fn lines_of_lasting(problem: impl Fn(usize) -> Option<String>) -> (usize, usize) {
+        let mut throttle = LogThrottle::default();
+        let now = Instant::now();
+        let mut begun = 0;
+        let mut ended = 0;
+        for n in 0..4_096 {
+            match problem(n) {
+                Some(problem) => {
+                    begun += usize::from(throttle.count_lasting("disk", &problem, now).is_some());
+                }
+                None => ended += usize::from(throttle.end("disk")),
+            }
+        }
+        (begun, ended)
+    }
+
+    #[test]
+    fn lasting_problem_is_logged_when_it_begins_changes_or_ends() {
+        let steady = |_| Some("refused".to_owned());
+        assert_eq!(lines_of_lasting(steady), (1, 0));
+        let flapping = |n: usize| n.is_multiple_of(2).then(|| "refused".to_owned());
+        assert_eq!(lines_of_lasting(flapping), (12, 12));
+        let alternating = |n: usize| Some(["refused", "timeout"][n % 2].to_owned());
+        assert_eq!(lines_of_lasting(alternating), (24, 0));
+        let with_an_id = |n: usize| Some(format!("request {n:08x} took {n} ms"));
+        assert_eq!(lines_of_lasting(with_an_id), (13, 0));
+    }
+
+    #[test]
+    fn end_is_logged_once_and_only_after_the_problem_was() {
+        let mut throttle = LogThrottle::default();
+        for _ in 0..3 {
+            throttle.count_lasting("disk", "full", Instant::now());
+        }
+        assert!(throttle.end("disk") && !throttle.end("disk"));
+        assert!(!throttle.end("source"), "it never failed");
     }
 
     #[test]

@@ -21,8 +21,8 @@
 //! read), other paths (404), and the 500 that the real master answers to a `runtime` of the wrong
 //! type.
 
-mod book;
 mod certificates;
+mod database;
 mod example;
 mod fault;
 mod http;
@@ -47,7 +47,7 @@ pub use fault::{Answer, Effect, Fault};
 use crate::credentials::enrolment::Enrolment;
 use crate::error::Error;
 use crate::limits;
-use book::Book;
+use database::Database;
 use server::{Shared, State, ThreadCount};
 
 /// A running master. Dropping it stops it.
@@ -418,7 +418,7 @@ impl LoopbackMaster {
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn pin(&self, uuid: &str, fingerprint: &str) {
-        self.shared.lock().seen.book.pin(uuid, fingerprint);
+        self.shared.lock().seen.database.pin(uuid, fingerprint);
     }
 
     /// Removes a host. Its requests are answered 404 from then on.
@@ -434,7 +434,7 @@ impl LoopbackMaster {
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn decommission(&self, uuid: &str) {
-        self.shared.lock().seen.book.unpin(uuid);
+        self.shared.lock().seen.database.unpin(uuid);
     }
 
     /// Opens a row, as the master does when it sends an operation (`deploy` or `mutate`) to a
@@ -450,7 +450,7 @@ impl LoopbackMaster {
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn open_operation(&self, uuid: &str, decky: &str, operation: &str) -> u64 {
-        self.shared.lock().seen.book.open(uuid, decky, operation)
+        self.shared.lock().seen.database.open(uuid, decky, operation)
     }
 
     /// All rows. The oldest comes first.
@@ -687,12 +687,12 @@ impl LoopbackMaster {
         if self.accepting.is_some() {
             return Ok(());
         }
-        let cannot = |doing: &str, cause: std::io::Error| Error::loopback(doing).with_source(cause);
+        let error =
+            |problem: &str, cause: std::io::Error| Error::loopback(problem).with_source(cause);
         let tls = certificates::server_config(&self.certificate, &self.client_ca, self.offered)?;
-        let listener =
-            self.listen().map_err(|cause| cannot("cannot listen on 127.0.0.1", cause))?;
+        let listener = self.listen().map_err(|cause| error("cannot listen on 127.0.0.1", cause))?;
         self.port =
-            listener.local_addr().map_err(|cause| cannot("cannot read its port", cause))?.port();
+            listener.local_addr().map_err(|cause| error("cannot read its port", cause))?.port();
         self.shared.lock().stopping = false;
         let thread_count = ThreadCount::new(&self.shared);
         let shared = Arc::clone(&self.shared);
@@ -762,7 +762,7 @@ pub struct Seen {
     bytes: usize,
     connections: Vec<ConnectionReport>,
     beats: u64,
-    book: Book,
+    database: Database,
 }
 
 impl Seen {
@@ -803,7 +803,7 @@ impl Seen {
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn rows(&self) -> &[LifecycleRow] {
-        &self.book.rows
+        &self.database.rows
     }
 
     /// As [`LoopbackMaster::shards`].
@@ -816,7 +816,7 @@ impl Seen {
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn shards(&self) -> &BTreeMap<String, Shard> {
-        &self.book.shards
+        &self.database.shards
     }
 
     /// The number of beats that were applied since the master was created, answered or not.

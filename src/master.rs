@@ -1,6 +1,7 @@
 //! Sends one POST to the master and maps its answer to a [`Verdict`]. Runs on the heartbeat thread.
 
 pub(crate) mod body;
+pub(crate) mod crypto;
 pub(crate) mod explain;
 pub(crate) mod first_bytes;
 pub(crate) mod identity;
@@ -9,29 +10,28 @@ pub(crate) mod tls;
 pub(crate) mod verifier;
 pub(crate) mod x509;
 
-use std::fmt;
 use std::io::Read;
 use std::mem;
 #[cfg(feature = "cli")]
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use rustls::ClientConfig;
 use rustls::pki_types::ServerName;
 use ureq::config::{AutoHeaderValue, Config, IpFamily};
 use ureq::http::{Response, StatusCode, header};
+use ureq::unversioned::transport::Connector;
 use ureq::{Agent, Timeout};
 
 use crate::limits;
-use crate::master::explain::{class, closed_without_an_answer, explain};
+use crate::master::explain::{class, closed_without_an_answer, explain, is_closed};
 use crate::master::resolver::MasterResolver;
-use crate::master::tls::{Answer, Connections, TlsConnector};
+use crate::master::tls::{Answer, Exchange, SharedConnections, TlsConnector};
 use crate::text::sanitize;
 
 /// What the answer to a POST means for the beat and its deltas.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) enum Verdict {
     /// The master accepted the body; its deltas are delivered.
     Accepted,
@@ -43,6 +43,7 @@ pub(crate) enum Verdict {
     /// one.
     RetryLater(Option<Duration>),
     /// No answer arrived.
+    #[default]
     NoResponse,
 }
 
@@ -58,10 +59,8 @@ impl Verdict {
     /// | 408, 425, 429, 5xx | [`RetryLater`](Self::RetryLater) | backoff, or `Retry-After` clamped to 1 s … 10 min |
     /// | 3xx and all others | [`RetryLater`](Self::RetryLater) | redirects are not followed; backoff |
     /// | no answer | [`NoResponse`](Self::NoResponse) | backoff |
-    fn of(status: StatusCode, retry_after: Option<Duration>, is_page: bool) -> Self {
+    fn of(status: StatusCode, retry_after: Option<Duration>) -> Self {
         match status.as_u16() {
-            // A 204 has no body, whatever its `Content-Type`.
-            200..=203 | 205..=299 if is_page => Self::RetryLater(retry_after),
             200..=299 => Self::Accepted,
             400 | 413 | 422 => Self::BodyRejected,
             403 | 404 => Self::HostRejected,
@@ -69,10 +68,19 @@ impl Verdict {
             _ => Self::RetryLater(None),
         }
     }
+
+    /// The verdict of an answer that is an HTML page. A 204 has no body, whatever its
+    /// `Content-Type`.
+    fn of_page(status: StatusCode, retry_after: Option<Duration>) -> Self {
+        match Self::of(status, retry_after) {
+            Self::Accepted if status != StatusCode::NO_CONTENT => Self::RetryLater(retry_after),
+            verdict => verdict,
+        }
+    }
 }
 
-/// The result of one POST.
-#[derive(Clone, Debug)]
+/// The result of one POST. By default it has no answer.
+#[derive(Clone, Debug, Default)]
 pub(crate) struct PostResult {
     pub(crate) verdict: Verdict,
     /// The class of the result: `http-204`, `timeout-connect`, `refused`. See
@@ -104,7 +112,8 @@ impl PostResult {
     ) -> Self {
         let is_page = is_page(content_type, body);
         let retry_after = retry_after.and_then(|text| parse_retry_after(text, SystemTime::now()));
-        let verdict = Verdict::of(status, retry_after, is_page);
+        let verdict_of = if is_page { Verdict::of_page } else { Verdict::of };
+        let verdict = verdict_of(status, retry_after);
         let text = sanitize(&String::from_utf8_lossy(body));
         let detail = match verdict {
             Verdict::Accepted => String::new(),
@@ -113,31 +122,13 @@ impl PostResult {
             }
             _ => text,
         };
-        Self {
-            verdict,
-            class: format!("http-{}", status.as_u16()),
-            detail,
-            is_page,
-            ..Self::no_response()
-        }
+        let class = format!("http-{}", status.as_u16());
+        Self { verdict, class, detail, is_page, ..Self::default() }
     }
 
     /// The result of a beat that panicked. Whether the master answered is unknown.
     pub(crate) fn panicked(message: &str) -> Self {
-        Self { class: "panic".to_owned(), detail: message.to_owned(), ..Self::no_response() }
-    }
-
-    fn no_response() -> Self {
-        Self {
-            verdict: Verdict::NoResponse,
-            class: String::new(),
-            detail: String::new(),
-            took: Duration::ZERO,
-            resumed: false,
-            stale: false,
-            is_page: false,
-            in_doubt: false,
-        }
+        Self { class: "panic".to_owned(), detail: message.to_owned(), ..Self::default() }
     }
 
     /// The result of a body that could not be serialized. Nothing was sent. It counts as a rejected
@@ -147,19 +138,18 @@ impl PostResult {
             verdict: Verdict::BodyRejected,
             class: "invalid-body".to_owned(),
             detail: sanitize(&error.to_string()),
-            ..Self::no_response()
+            ..Self::default()
         }
     }
 }
 
 /// An HTTP client for the master. It is replaced when the bundle or the enrolment changes.
+#[derive(Debug)]
 pub(crate) struct MasterClient {
     agent: Agent,
     url: String,
     resolver: MasterResolver,
-    connections: Arc<Mutex<Connections>>,
-    /// The number of consecutive answers that are not 2xx.
-    bad_answers: AtomicU32,
+    connections: SharedConnections,
 }
 
 impl MasterClient {
@@ -173,22 +163,20 @@ impl MasterClient {
         tls: Arc<ClientConfig>,
     ) -> Self {
         let resolver = MasterResolver::new(host, port);
-        let tls = TlsConnector::new(tls, name, resolver.clone());
-        let connections = tls.connections();
-        let agent = Agent::with_parts(config(), tls, resolver.clone());
-        Self { agent, url, resolver, connections, bad_answers: AtomicU32::new(0) }
+        let connections = SharedConnections::default();
+        let connector = TlsConnector::new(tls, name, resolver.clone(), connections.clone());
+        Self::with_connector(connector, connections, url, resolver)
     }
 
-    /// A client with this connector.
-    #[cfg(fuzzing)]
-    pub(crate) fn behind(
-        connector: impl ureq::unversioned::transport::Connector,
-        connections: Arc<Mutex<Connections>>,
+    /// A client with this connector, which updates `connections`.
+    pub(crate) fn with_connector(
+        connector: impl Connector,
+        connections: SharedConnections,
+        url: String,
+        resolver: MasterResolver,
     ) -> Self {
-        let resolver = MasterResolver::new("127.0.0.1", 1);
         let agent = Agent::with_parts(config(), connector, resolver.clone());
-        let url = "https://127.0.0.1/swarm/heartbeat".to_owned();
-        Self { agent, url, resolver, connections, bad_answers: AtomicU32::new(0) }
+        Self { agent, url, resolver, connections }
     }
 
     /// Uses these addresses, in this order, instead of a lookup.
@@ -210,107 +198,87 @@ impl MasterClient {
     /// Posts `body`. The whole POST takes at most `within`.
     pub(crate) fn post(&self, body: &[u8], within: Duration) -> PostResult {
         self.close_old_or_bad_connection();
+        self.connections.update(|connections| connections.exchange = Exchange::default());
         let started = Instant::now();
-        let before = self.connections(|connections| {
-            connections.answer = Answer::default();
-            connections.body_sent = false;
-            connections.tried
-        });
         let request = self.agent.post(&self.url).content_type("application/json");
         let response = request.config().timeout_global(Some(within)).build().send(body);
         let result = response.map(read);
         let took = started.elapsed();
-        let (tried, resumed, body_sent, seen) = self.connections(|connections| {
-            (
-                connections.tried,
-                connections.resumed,
-                connections.body_sent,
-                mem::take(&mut connections.answer),
-            )
-        });
-        // A 2xx that is not 204 may be an HTML page, which the headers tell. So they must be
-        // complete.
-        let is_decided =
-            |status: &StatusCode| *status == 204 || !status.is_success() || seen.has_whole_head();
-        let result = result.unwrap_or_else(|error| match seen.status().filter(is_decided) {
-            // The status line decides, although the rest of the answer is missing or invalid.
-            Some(status) => {
-                let result = PostResult::of(
-                    status,
-                    seen.header("retry-after"),
-                    seen.header("content-type"),
-                    seen.body(),
-                );
-                let has_detail = result.verdict == Verdict::Accepted || !result.detail.is_empty();
-                let detail = if has_detail { result.detail } else { explain(&error) };
-                PostResult { detail, ..result }
-            }
-            None => {
-                let class = class(&error);
-                let is_new = tried != before;
-                let detail = match class.as_str() {
-                    // A resumed handshake sends no certificate.
-                    "connection-closed" if is_new && !resumed && seen.is_empty() => {
-                        closed_without_an_answer(&error)
-                    }
-                    _ => explain(&error),
-                };
-                let stale = !is_new && may_be_stale(&error);
-                PostResult { class, detail, stale, ..PostResult::no_response() }
-            }
+        let resumed = self.connections.update(|connections| connections.resumed);
+        let exchange = self.connections.update(|connections| mem::take(&mut connections.exchange));
+        let without_answer = |error: &ureq::Error| {
+            let class = class(error);
+            let is_new = exchange.has_connected;
+            // A resumed handshake sends no certificate.
+            let may_be_refused = is_new && !resumed && exchange.answer.is_empty();
+            let detail = match class.as_str() {
+                "connection-closed" if may_be_refused => closed_without_an_answer(error),
+                _ => explain(error),
+            };
+            let stale = !is_new && may_be_stale(error);
+            PostResult { class, detail, stale, ..PostResult::default() }
+        };
+        let result = result.unwrap_or_else(|error| {
+            result_of_answer(&exchange.answer, &error).unwrap_or_else(|| without_answer(&error))
         });
         // An idle connection that was closed does not make the address bad.
         if result.verdict == Verdict::NoResponse && !result.stale {
             self.resolver.report_failure();
         }
         self.count(&result);
-        let in_doubt = body_sent
+        let in_doubt = exchange.body_sent
             && (result.verdict == Verdict::NoResponse || result.class.starts_with("http-5"));
         PostResult { took, resumed, in_doubt, ..result }
     }
 
     /// Counts consecutive bad answers.
     fn count(&self, result: &PostResult) {
-        match result.verdict {
+        self.connections.update(|connections| match result.verdict {
             Verdict::Accepted => {
-                self.bad_answers.store(0, Ordering::Relaxed);
-                self.connections(|connections| connections.has_accepted = true);
+                connections.bad_answers = 0;
+                connections.has_accepted = true;
             }
             // `report_failure` has requested a new lookup already.
             Verdict::NoResponse => (),
             // The body is at fault, as this connection has accepted another one.
-            Verdict::BodyRejected if self.connections(|connections| connections.has_accepted) => (),
-            _ => drop(self.bad_answers.fetch_add(1, Ordering::Relaxed)),
-        }
+            Verdict::BodyRejected if connections.has_accepted => (),
+            _ => connections.bad_answers += 1,
+        });
     }
 
     /// Closes the connection and requests a new lookup of the name, if the connection is older than
     /// [`limits::CONNECTION_AGE`], or after [`limits::BAD_ANSWERS`] bad answers in a row. The name
     /// may have another address now.
     fn close_old_or_bad_connection(&self) {
-        let is_bad = self.bad_answers.load(Ordering::Relaxed) >= limits::BAD_ANSWERS;
-        let close = self.connections(|connections| {
+        self.connections.update(|connections| {
+            let is_bad = connections.bad_answers >= limits::BAD_ANSWERS;
             let is_old =
                 connections.opened.is_some_and(|opened| opened.elapsed() >= limits::CONNECTION_AGE);
-            connections.close |= is_bad || is_old;
+            if is_bad {
+                self.resolver.report_failure();
+            } else if is_old {
+                self.resolver.look_up_again();
+            } else {
+                return;
+            }
+            connections.close = true;
+            connections.bad_answers = 0;
             connections.opened = connections.opened.filter(|_| !is_old);
-            is_bad || is_old
         });
-        if close {
-            self.bad_answers.store(0, Ordering::Relaxed);
-            self.resolver.look_up_again(is_bad);
-        }
-    }
-
-    fn connections<T>(&self, look: impl FnOnce(&mut Connections) -> T) -> T {
-        look(&mut self.connections.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }
 
-impl fmt::Debug for MasterClient {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("MasterClient").field("url", &self.url).finish_non_exhaustive()
-    }
+/// The result of an answer that is incomplete or invalid. `None`: its status line is missing. A 2xx
+/// that is not 204 may be an HTML page, which the headers tell, so they must be complete.
+fn result_of_answer(answer: &Answer, error: &ureq::Error) -> Option<PostResult> {
+    let is_decided =
+        |status: &StatusCode| *status == 204 || !status.is_success() || answer.has_whole_head();
+    let status = answer.status().filter(is_decided)?;
+    let retry_after = answer.header("retry-after");
+    let result = PostResult::of(status, retry_after, answer.header("content-type"), answer.body());
+    let has_detail = result.verdict == Verdict::Accepted || !result.detail.is_empty();
+    let detail = if has_detail { result.detail } else { explain(error) };
+    Some(PostResult { detail, ..result })
 }
 
 /// The configuration of ureq. Defaults that matter here are set explicitly.
@@ -388,11 +356,8 @@ pub(crate) fn parse_retry_after(text: &str, now: SystemTime) -> Option<Duration>
 /// its route lost while it was idle. A slow master does not get more requests for this: the second
 /// try uses a new connection, and only a reused one is retried.
 fn may_be_stale(error: &ureq::Error) -> bool {
-    use std::io::ErrorKind as Kind;
-    let lost =
-        [Kind::BrokenPipe, Kind::ConnectionAborted, Kind::ConnectionReset, Kind::UnexpectedEof];
     match error {
-        ureq::Error::Io(error) => lost.contains(&error.kind()),
+        ureq::Error::Io(error) => is_closed(error),
         // During a lookup there is no connection yet.
         error => matches!(error, ureq::Error::Timeout(timeout) if *timeout != Timeout::Resolve),
     }
@@ -419,13 +384,13 @@ mod tests {
         ] {
             for status in statuses {
                 let status = StatusCode::from_u16(*status).unwrap();
-                assert_eq!(Verdict::of(status, later, false), verdict, "{status}");
+                assert_eq!(Verdict::of(status, later), verdict, "{status}");
                 let of_a_page = if verdict == Verdict::Accepted && status != 204 {
                     Verdict::RetryLater(later)
                 } else {
                     verdict
                 };
-                assert_eq!(Verdict::of(status, later, true), of_a_page, "{status}");
+                assert_eq!(Verdict::of_page(status, later), of_a_page, "{status}");
             }
         }
     }
@@ -481,11 +446,10 @@ mod tests {
     }
 
     fn client(enrolment: &Enrolment) -> MasterClient {
-        let provider = verifier::provider();
-        let bundle = Bundle::load(enrolment.agent_dir().value(), &provider).unwrap();
+        let bundle = Bundle::load(enrolment.agent_dir().value()).unwrap();
         let name = ServerName::try_from("127.0.0.1").unwrap();
-        let verifier = verifier::verifier(&bundle.roots, MasterIdentity::Name, &name, &provider);
-        let config = verifier::client_config(&bundle.identity, verifier, &provider).unwrap();
+        let verifier = verifier::verifier(&bundle.roots, MasterIdentity::Name, &name);
+        let config = verifier::client_config(&bundle.identity, verifier).unwrap();
         // The tests set the addresses of this name; it is never looked up.
         let url = "https://nowhere.invalid:8770/swarm/heartbeat".to_owned();
         MasterClient::new("nowhere.invalid", 8770, url, name, config)
@@ -539,7 +503,7 @@ mod tests {
         assert_eq!(classes[1..], ["http-422"; 4]);
         assert_eq!((first.connections().len(), second.connections().len()), (1, 0));
         // A connection that has accepted nothing may lead to a wrong address.
-        master.connections(|connections| connections.has_accepted = false);
+        master.connections.update(|connections| connections.has_accepted = false);
         first.script([rejected(), rejected(), rejected()]);
         (0..3).for_each(|_| drop(post(&master)));
         second.always(Some(Answer::status(204).into()));
@@ -564,7 +528,7 @@ mod tests {
             assert_eq!(post(&master), "http-204");
             // The next round opens a new connection, starting with the address that failed.
             master.resolver.connected_to(bad.address());
-            master.connections(|connections| connections.close = true);
+            master.connections.update(|connections| connections.close = true);
         }
         assert_eq!(bad.connections().len(), 2);
     }
@@ -575,8 +539,9 @@ mod tests {
         first.always(Some(Answer::status(204).into()));
         second.always(Some(Answer::status(204).into()));
         assert_eq!((post(&master), post(&master)), ("http-204".to_owned(), "http-204".to_owned()));
-        let age =
-            |age: Duration| master.connections(|it| it.opened = Instant::now().checked_sub(age));
+        let age = |age: Duration| {
+            master.connections.update(|it| it.opened = Instant::now().checked_sub(age))
+        };
         age(limits::CONNECTION_AGE - Duration::from_secs(5));
         post(&master);
         assert_eq!(first.connections().len(), 1);

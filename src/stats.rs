@@ -3,6 +3,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
 use serde::{Serialize, Serializer};
@@ -195,24 +196,19 @@ impl SharedStats {
 #[derive(Debug)]
 pub(crate) struct ThreadWatch {
     name: &'static str,
-    /// `None`: the thread ended in an orderly way.
-    stats: Option<Arc<SharedStats>>,
+    stats: Arc<SharedStats>,
 }
 
 impl ThreadWatch {
     pub(crate) fn new(name: &'static str, stats: &Arc<SharedStats>) -> Self {
-        Self { name, stats: Some(Arc::clone(stats)) }
-    }
-
-    pub(crate) fn disarm(mut self) {
-        self.stats = None;
+        Self { name, stats: Arc::clone(stats) }
     }
 }
 
 impl Drop for ThreadWatch {
     fn drop(&mut self) {
-        if let Some(stats) = &self.stats {
-            stats.change(|stats| stats.ended_thread = Some(self.name));
+        if thread::panicking() {
+            self.stats.change(|stats| stats.ended_thread = Some(self.name));
         }
     }
 }
@@ -244,10 +240,10 @@ mod tests {
     #[test]
     fn ended_thread_counts_as_stalled_at_once() {
         let stats = Arc::new(SharedStats::default());
-        ThreadWatch::new("decnet-status", &stats).disarm();
+        drop(ThreadWatch::new("decnet-status", &stats));
         assert_eq!((stats.read().ended_thread, stats.read().is_stalled()), (None, false));
         let watch = ThreadWatch::new("decnet-heartbeat", &stats);
-        std::thread::spawn(move || {
+        thread::spawn(move || {
             let _watch = watch;
             panic!("on purpose");
         })

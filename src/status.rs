@@ -176,9 +176,9 @@ impl Snapshot {
     /// ```
     pub fn unknown(reason: &str) -> Self {
         let reason = cut(reason, limits::STATUS_ERROR);
-        // Serializing a string cannot fail. An empty status would also mean "unknown".
+        // Serializing a string cannot fail.
         let status = to_raw_value(&wire::Status::Unknown { error: reason })
-            .unwrap_or_else(|_| empty_object());
+            .unwrap_or_else(|_| RawValue::NULL.to_owned());
         Self { status, topology: None, fault: Some(sanitize(reason)), is_unknown: true }
     }
 
@@ -230,10 +230,6 @@ impl Snapshot {
     pub(crate) fn raw_status(&self) -> &RawValue {
         &self.status
     }
-}
-
-fn empty_object() -> Box<RawValue> {
-    to_raw_value(&serde_json::Map::new()).unwrap_or_else(|_| RawValue::NULL.to_owned())
 }
 
 /// The topology that this host has applied, and what Docker shows of it.

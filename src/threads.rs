@@ -12,3 +12,31 @@ mod requests;
 pub(crate) mod schedule;
 pub(crate) mod start;
 pub(crate) mod status;
+
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+
+use crossbeam_channel::{Receiver, bounded};
+
+use crate::error::Error;
+use crate::stats::{SharedStats, ThreadWatch};
+
+/// Starts a thread. The receiver is disconnected when the thread has ended. If it ends with a panic,
+/// `stats` name it.
+fn spawn(
+    name: &'static str,
+    stack: usize,
+    stats: Option<&Arc<SharedStats>>,
+    run: impl FnOnce() + Send + 'static,
+) -> Result<(JoinHandle<()>, Receiver<()>), Error> {
+    let (alive, ended) = bounded::<()>(0);
+    let watch = stats.map(|stats| ThreadWatch::new(name, stats));
+    let run = move || {
+        let _watch = watch;
+        let _alive = alive;
+        run();
+    };
+    let builder = thread::Builder::new().name(name.to_owned()).stack_size(stack);
+    let thread = builder.spawn(run).map_err(|source| Error::thread(name, source))?;
+    Ok((thread, ended))
+}

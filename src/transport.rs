@@ -6,7 +6,7 @@
 //! during the connect.
 
 use std::fmt;
-use std::io::{self, ErrorKind, Read};
+use std::io::{self, ErrorKind, Read, Write};
 use std::mem::MaybeUninit;
 use std::net::{Shutdown, SocketAddr};
 use std::path::Path;
@@ -14,13 +14,10 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use socket2::{Domain, SockAddr, Socket, Type};
+use ureq::Timeout;
 use ureq::unversioned::transport::{
     Buffers, ConnectionDetails, LazyBuffers, NextTimeout, ShutdownHandle, Transport, time,
 };
-
-/// A write to a closed connection is an error, and does not raise SIGPIPE, which an embedding
-/// program may not ignore.
-const NO_SIGPIPE: i32 = libc::MSG_NOSIGNAL;
 
 /// A TCP or Unix socket for HTTP.
 pub(crate) struct SocketTransport {
@@ -42,11 +39,11 @@ impl SocketTransport {
     /// Connects to the first address that accepts, and returns it. Each address except the last
     /// gets half of the remaining time.
     pub(crate) fn tcp(details: &ConnectionDetails<'_>) -> Result<(Self, SocketAddr), ureq::Error> {
-        let deadline = Deadline::new(details.timeout);
+        let deadline = Deadline::of(details.timeout);
         let mut addresses = details.addrs.iter().peekable();
         while let Some(address) = addresses.next() {
             let is_last = addresses.peek().is_none();
-            match Self::tcp_to(*address, details, &deadline, is_last) {
+            match Self::tcp_to(*address, details, deadline, if is_last { 1 } else { 2 }) {
                 Err(_) if !is_last => (),
                 connected => return connected.map(|socket| (socket, *address)),
             }
@@ -54,22 +51,22 @@ impl SocketTransport {
         Err(ureq::Error::HostNotFound)
     }
 
+    /// Connects to an address. It gets a share of the remaining time: 1 is all of it.
     fn tcp_to(
         address: SocketAddr,
         details: &ConnectionDetails<'_>,
-        deadline: &Deadline,
-        is_last: bool,
+        deadline: Deadline,
+        share: u32,
     ) -> Result<Self, ureq::Error> {
         let transport = Self::new(Domain::for_address(address), details)?;
         let socket = transport.get();
         let address = SockAddr::from(address);
-        let remaining = deadline.remaining()?;
-        let timeout = if is_last { remaining } else { remaining.map(|remaining| remaining / 2) };
-        let connected = match timeout {
-            Some(timeout) => socket.connect_timeout(&address, timeout),
+        let remaining = deadline.remaining().map_err(|error| deadline.error(error))?;
+        let connected = match remaining {
+            Some(remaining) => socket.connect_timeout(&address, remaining / share),
             None => socket.connect(&address),
         };
-        connected.map_err(|error| deadline.map_error(error))?;
+        connected.map_err(|error| deadline.error(error))?;
         socket.set_tcp_nodelay(true)?;
         Ok(transport)
     }
@@ -77,11 +74,12 @@ impl SocketTransport {
     /// Connects to the Unix socket at `path`.
     pub(crate) fn unix(path: &Path, details: &ConnectionDetails<'_>) -> Result<Self, ureq::Error> {
         let transport = Self::new(Domain::UNIX, details)?;
-        let deadline = Deadline::new(details.timeout);
-        // If the queue of the listener is full, the connect waits up to the write timeout.
-        transport.get().set_write_timeout(deadline.remaining()?)?;
+        let deadline = Deadline::of(details.timeout);
         let address = SockAddr::unix(path)?;
-        transport.get().connect(&address).map_err(|error| deadline.map_error(error))?;
+        // If the queue of the listener is full, the connect waits up to the write timeout.
+        let timeout = deadline.remaining().and_then(|left| transport.get().set_write_timeout(left));
+        let connected = timeout.and_then(|()| transport.get().connect(&address));
+        connected.map_err(|error| deadline.error(error))?;
         Ok(transport)
     }
 
@@ -115,31 +113,17 @@ impl Transport for SocketTransport {
     }
 
     fn transmit_output(&mut self, amount: usize, timeout: NextTimeout) -> Result<(), ureq::Error> {
-        let deadline = Deadline::new(timeout);
-        let socket = &self.socket.0;
-        let mut rest: &[u8] = self.buffers.output().get(..amount).unwrap_or_default();
-        while !rest.is_empty() {
-            socket.set_write_timeout(deadline.remaining()?)?;
-            match socket.send_with_flags(rest, NO_SIGPIPE) {
-                Ok(0) => return Err(io::Error::from(ErrorKind::WriteZero).into()),
-                Ok(written) => rest = rest.get(written..).unwrap_or_default(),
-                Err(error) if error.kind() == ErrorKind::Interrupted => (),
-                Err(error) => return Err(deadline.map_error(error)),
-            }
-        }
-        Ok(())
+        let deadline = Deadline::of(timeout);
+        let output = self.buffers.output().get(..amount).unwrap_or_default();
+        let mut stream = DeadlineStream { socket: &self.socket.0, deadline };
+        stream.write_all(output).map_err(|error| deadline.error(error))
     }
 
     fn await_input(&mut self, timeout: NextTimeout) -> Result<bool, ureq::Error> {
-        let deadline = Deadline::new(timeout);
-        let mut socket = &self.socket.0;
-        let amount = loop {
-            socket.set_read_timeout(deadline.remaining()?)?;
-            match socket.read(self.buffers.input_append_buf()) {
-                Err(error) if error.kind() == ErrorKind::Interrupted => (),
-                read => break read.map_err(|error| deadline.map_error(error))?,
-            }
-        };
+        let deadline = Deadline::of(timeout);
+        let mut stream = DeadlineStream { socket: &self.socket.0, deadline };
+        let read = stream.read(self.buffers.input_append_buf());
+        let amount = read.map_err(|error| deadline.error(error))?;
         self.buffers.input_appended(amount);
         Ok(amount > 0)
     }
@@ -159,46 +143,91 @@ impl fmt::Debug for SocketTransport {
     }
 }
 
+/// A socket whose reads and writes end at a deadline.
+pub(crate) struct DeadlineStream<'a> {
+    pub(crate) socket: &'a Socket,
+    pub(crate) deadline: Deadline,
+}
+
+impl Read for DeadlineStream<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        loop {
+            self.socket.set_read_timeout(self.deadline.remaining()?)?;
+            match self.socket.read(buffer) {
+                Err(error) if error.kind() == ErrorKind::Interrupted => (),
+                read => return read.map_err(timed_out),
+            }
+        }
+    }
+}
+
+impl Write for DeadlineStream<'_> {
+    fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
+        self.socket.set_write_timeout(self.deadline.remaining()?)?;
+        // A write to a closed connection is an error, and does not raise SIGPIPE, which an embedding
+        // program may not ignore.
+        self.socket.send_with_flags(buffer, libc::MSG_NOSIGNAL).map_err(timed_out)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
 /// The deadline of one or several calls.
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct Deadline {
+    /// `None`: the calls may take any time.
     end: Option<Instant>,
-    timeout: NextTimeout,
+    /// The timeout that ends then.
+    reason: Timeout,
 }
 
 impl Deadline {
-    pub(crate) fn new(timeout: NextTimeout) -> Self {
+    pub(crate) fn of(timeout: NextTimeout) -> Self {
         let end = match timeout.after {
             time::Duration::Exact(after) => Instant::now().checked_add(after),
             time::Duration::NotHappening => None,
         };
-        Self { end, timeout }
+        Self { end, reason: timeout.reason }
+    }
+
+    /// The deadline of a connection that is being established.
+    #[cfg(feature = "cli")]
+    pub(crate) fn of_connect(end: Instant) -> Self {
+        Self { end: Some(end), reason: Timeout::Connect }
     }
 
     /// The remaining time as a timeout of ureq, for a later call.
-    pub(crate) fn timeout(&self) -> NextTimeout {
+    pub(crate) fn timeout(self) -> NextTimeout {
         let remaining = self.end.map(|end| end.saturating_duration_since(Instant::now()));
         let after = remaining.map_or(time::Duration::NotHappening, time::Duration::Exact);
-        NextTimeout { after, ..self.timeout }
+        NextTimeout { after, reason: self.reason, ..NextTimeout::default() }
     }
 
     /// The remaining time. `None`: there is no deadline. No remaining time is an error, because
     /// sockets do not accept a timeout of zero.
-    fn remaining(&self) -> Result<Option<Duration>, ureq::Error> {
-        let remaining = self.end.map(|end| end.saturating_duration_since(Instant::now()));
-        if remaining.is_some_and(|remaining| remaining.is_zero()) {
-            return Err(ureq::Error::Timeout(self.timeout.reason));
+    fn remaining(self) -> io::Result<Option<Duration>> {
+        match self.end.map(|end| end.saturating_duration_since(Instant::now())) {
+            Some(Duration::ZERO) => Err(ErrorKind::TimedOut.into()),
+            remaining => Ok(remaining),
         }
-        Ok(remaining)
     }
 
     /// Maps an I/O error to an error of ureq, which names the timeout.
-    fn map_error(&self, error: io::Error) -> ureq::Error {
-        match error.kind() {
-            ErrorKind::WouldBlock | ErrorKind::TimedOut => {
-                ureq::Error::Timeout(self.timeout.reason)
-            }
-            _ => error.into(),
+    fn error(self, error: io::Error) -> ureq::Error {
+        match timed_out(error) {
+            error if error.kind() == ErrorKind::TimedOut => ureq::Error::Timeout(self.reason),
+            error => error.into(),
         }
+    }
+}
+
+/// The system reports the timeout of a socket as `WouldBlock`.
+fn timed_out(error: io::Error) -> io::Error {
+    match error.kind() {
+        ErrorKind::WouldBlock => ErrorKind::TimedOut.into(),
+        _ => error,
     }
 }
 
@@ -208,11 +237,11 @@ mod tests {
     use std::net::{TcpListener, TcpStream};
     use std::thread;
 
+    use ureq::Agent;
     use ureq::config::Config;
     use ureq::http::Uri;
     use ureq::unversioned::resolver::{ResolvedSocketAddrs, Resolver};
     use ureq::unversioned::transport::Connector;
-    use ureq::{Agent, Timeout};
 
     use super::*;
 

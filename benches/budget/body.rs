@@ -1,4 +1,5 @@
-//! Making a body, by the number of deckies: beside serde_json writing the same value, and beside copying the bytes.
+//! The time to write a body, by the number of deckies. The floors: serde_json writes the same
+//! value, and the bytes are copied.
 
 use std::hint::black_box;
 use std::path::Path;
@@ -13,10 +14,11 @@ use crate::table::{Amount, Figures, Goal, Line, percentile};
 const SIZES: [usize; 4] = [10, 100, 1_000, 10_000];
 pub const SERVICES: [&str; 5] = ["ssh", "http", "smb_share", "ftp", "mysql"];
 
-/// Deckies that are written for each size, in as many bodies as that takes: each has its turn for about as long.
+/// The number of deckies that are written for each size, so that each size takes about as long.
 const WRITTEN: usize = 400_000;
 
-/// A file that has changed a moment ago may change again without a trace, and is read each time.
+/// A state file that changed less than three seconds ago is read each time, because a second change
+/// may not be visible in its times.
 const UNCHANGED: Duration = Duration::from_secs(5);
 
 pub fn measure() -> Result<Figures, String> {
@@ -36,7 +38,7 @@ pub fn measure() -> Result<Figures, String> {
     let mut lines: Vec<Line> = sizes.iter().flat_map(Size::lines).collect();
     lines.push(Line {
         what: format!(
-            "growth of a decky's time, {} to {}; floor: serde_json's",
+            "growth of the time per decky, {} to {}; floor: serde_json's",
             fewest.deckies, most.deckies
         ),
         floor: Some(growth(|size| size.written)),
@@ -46,7 +48,7 @@ pub fn measure() -> Result<Figures, String> {
     Ok(lines.into())
 }
 
-/// The times for so many deckies, p50.
+/// The median times for a number of deckies.
 struct Size {
     deckies: usize,
     ours: Duration,
@@ -61,7 +63,9 @@ impl Size {
         let value: Value = serde_json::from_slice(&bytes).unwrap();
         assert_eq!(value["status"]["deckies"].as_array().unwrap().len(), deckies);
         assert_eq!(value["status"]["runtime"]["decky-1"]["running"], true);
-        let (mut ours, mut written, mut copied) = (Vec::new(), Vec::new(), Vec::new());
+        let mut ours = Vec::new();
+        let mut written = Vec::new();
+        let mut copied = Vec::new();
         for _ in 0..WRITTEN / deckies {
             ours.push(time(|| bodies.write().unwrap()));
             written.push(time(|| serde_json::to_vec(&value).unwrap()));
@@ -91,7 +95,7 @@ fn time<T>(work: impl FnOnce() -> T) -> Duration {
     since.elapsed()
 }
 
-/// So many deckies with these services, as DECNET writes them down.
+/// A state file of DECNET with this number of deckies, each with these services.
 pub fn state(deckies: usize, services: &[&str]) -> Value {
     let decky = |number: usize| {
         json!({

@@ -1,4 +1,4 @@
-//! A whole beat on a host with real containers: what it costs, and what the Python module takes for the same.
+//! A whole beat on a host with real containers, compared with the Python module.
 
 use std::path::PathBuf;
 use std::thread;
@@ -15,42 +15,42 @@ use crate::relay::Relay;
 use crate::support::{self, Docker, RealMaster};
 use crate::table::{Amount, Figures, Goal, Line, Pair, percentile};
 
-/// The master closes a connection that is idle for 5 s, as it is between any two beats.
+/// The master closes a connection that is idle for 5 s, so each beat opens a new one.
 const IDLE: Duration = Duration::from_millis(5_500);
 
-/// Beats, and pushes, of each in turn; the first of each is left out.
+/// The number of beats and of pushes of each peer, alternating. The first ones do not count.
 const ROUNDS: usize = 9;
 
-/// Deckies on the host, but for the time before the first is deployed.
+/// The number of deckies on the host.
 const DECKIES: usize = 40;
 
-/// What is measured, and by how many services each decky has: with none of them nothing is deployed.
+/// Measures with each number of services per decky. Without services nothing is deployed.
 pub fn measure() -> Result<Figures, String> {
-    let mut stage = Stage::start()?;
+    let mut fixture = DockerFixture::start()?;
     let mut figures = Figures::default();
     for services in [0, 1, 3, 5] {
-        stage.deploy(services);
+        fixture.deploy(services);
         match services {
-            0 => figures.lines.push(stage.bytes_of_a_beat()),
-            3 => figures.lines.push(stage.cpu_of_a_beat()),
+            0 => figures.lines.push(fixture.bytes_of_a_beat()),
+            3 => figures.lines.push(fixture.cpu_of_a_beat()),
             _ => (),
         }
         if services != 3 {
-            figures.pairs.extend(stage.compare());
+            figures.pairs.extend(fixture.compare());
         }
     }
     Ok(figures)
 }
 
-/// A real master, a real Docker Engine, and a host on which containers come up.
-struct Stage {
+/// A real master, a real Docker Engine, and a host on which containers are started.
+struct DockerFixture {
     master: RealMaster,
     docker: Docker,
     folder: TempDir,
     containers: usize,
 }
 
-impl Stage {
+impl DockerFixture {
     fn start() -> Result<Self, String> {
         if let Some(missing) = Docker::missing() {
             return Err(missing.to_owned());
@@ -58,16 +58,19 @@ impl Stage {
         if !support::python_path().exists() {
             return Err("the real master: tests/e2e/setup.sh".to_owned());
         }
-        let (master, docker, folder) =
-            (RealMaster::start(), Docker::start(), tempfile::tempdir().unwrap());
-        Ok(Self { master, docker, folder, containers: 0 })
+        Ok(Self {
+            master: RealMaster::start(),
+            docker: Docker::start(),
+            folder: tempfile::tempdir().unwrap(),
+            containers: 0,
+        })
     }
 
-    /// So many of the services run on each decky, one after another.
+    /// Starts containers until each decky has this number of services.
     fn deploy(&mut self, services: usize) {
         while self.containers < DECKIES * services {
-            let (decky, service) =
-                (self.containers % DECKIES + 1, SERVICES[self.containers / DECKIES]);
+            let decky = self.containers % DECKIES + 1;
+            let service = SERVICES[self.containers / DECKIES];
             self.docker.run(&container(decky, service));
             self.containers += 1;
         }
@@ -81,7 +84,7 @@ impl Stage {
         self.folder.path().join("decnet-state.json")
     }
 
-    /// A host of its own at the master.
+    /// Enrols a new host with this name.
     fn setup(&self, name: &str) -> Setup {
         let name = format!("{name}-{}", self.containers);
         Setup::new(
@@ -93,13 +96,13 @@ impl Stage {
         )
     }
 
-    /// Each beat resumes a session of the real master's, whose tickets have our certificate in them.
+    /// The beat resumes a session of the real master, whose tickets contain the client certificate.
     fn bytes_of_a_beat(&self) -> Line {
         let relay = Relay::start(self.master.port());
         let mut peer = Peer::ours(&Setup { port: relay.port, ..self.setup("relayed") });
-        told(&mut peer, "beat");
+        command_after_pause(&mut peer, "beat");
         let before = relay.passed();
-        told(&mut peer, "beat");
+        command_after_pause(&mut peer, "beat");
         Line {
             what:
                 "bytes on the wire beyond the JSON, both ways, session resumed with the real master"
@@ -112,10 +115,10 @@ impl Stage {
         }
     }
 
-    /// Bytes of the body, from a master that can be asked.
+    /// The bytes of a body, measured at the bare master.
     fn json_of_a_beat(&self) -> usize {
-        let (master, agent_dir) =
-            (BareMaster::start(ACCEPTED, After::KeepOpen), self.folder.path().join("bare"));
+        let master = BareMaster::start(ACCEPTED, After::KeepOpen);
+        let agent_dir = self.folder.path().join("bare");
         let source = DecnetStatus::new(&agent_dir)
             .state_file(self.state_file())
             .docker_socket(self.docker.socket());
@@ -132,7 +135,8 @@ impl Stage {
 
     fn cpu_of_a_beat(&self) -> Line {
         let mut peer = Peer::ours(&self.setup("ours"));
-        let beats: Vec<Took> = (0..ROUNDS).map(|_| told(&mut peer, "beat")).skip(1).collect();
+        let beats = (0..ROUNDS).map(|_| command_after_pause(&mut peer, "beat")).skip(1);
+        let beats: Vec<Took> = beats.collect();
         Line {
             what: format!(
                 "a whole beat with {DECKIES} deckies and {} real containers, CPU, p50",
@@ -144,7 +148,7 @@ impl Stage {
         }
     }
 
-    /// Both do the same in turn.
+    /// Both peers do the same, alternating.
     fn compare(&self) -> Vec<Pair> {
         let mut peers = [Peer::python(&self.setup("python")), Peer::ours(&self.setup("ours"))];
         let mut turns = |what: &str| -> [Vec<Took>; 2] {
@@ -152,7 +156,7 @@ impl Stage {
             for round in 0..ROUNDS {
                 thread::sleep(IDLE);
                 for (peer, took) in peers.iter_mut().zip(&mut took) {
-                    let this = peer.tell(what);
+                    let this = peer.command(what);
                     if round > 0 {
                         took.push(this);
                     }
@@ -160,7 +164,8 @@ impl Stage {
             }
             took
         };
-        let (beats, pushes) = (turns("beat"), turns("push"));
+        let beats = turns("beat");
+        let pushes = turns("push");
         let pair = |what: &str, of: &dyn Fn(&[Took]) -> Amount, took: &[Vec<Took>; 2]| Pair {
             what: format!("{what}, {} containers", self.containers),
             python: of(&took[0]),
@@ -175,14 +180,15 @@ impl Stage {
             pair("CPU of a beat, p50", &|took| median(took, |took| took.cpu), &beats),
             pair("from a push to its 204, p50", &|took| median(took, |took| took.wall), &pushes),
             pair("CPU of a push, p50", &|took| median(took, |took| took.cpu), &pushes),
-            pair("resident memory after it all", &resident, &pushes),
+            pair("resident memory at the end", &resident, &pushes),
         ]
     }
 }
 
-fn told(peer: &mut Peer, what: &str) -> Took {
+/// Waits until the connection is closed, and lets the peer do this.
+fn command_after_pause(peer: &mut Peer, what: &str) -> Took {
     thread::sleep(IDLE);
-    peer.tell(what)
+    peer.command(what)
 }
 
 fn median(took: &[Took], what: impl Fn(&Took) -> f64) -> Amount {

@@ -1,4 +1,4 @@
-//! A real disk, and SQLite on it and nothing else: the floor of everything that is committed.
+//! The floor of everything that is committed: SQLite alone on a real disk.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -8,24 +8,25 @@ use decnet_heartbeat::{LifecycleDelta, Operation};
 use rusqlite::Connection;
 use tempfile::TempDir;
 
-/// A WAL of so many bytes has grown: SQLite checkpoints it at 1,000 pages and then writes it from its start again. A commit to
-/// a file that still grows costs half as much again, and several times as much beside other programs that write, because it
-/// waits for the file system's journal, too.
+/// The size from which a WAL does not grow any more: SQLite checkpoints it at 1,000 pages and then
+/// writes from its start again. A commit to a file that still grows takes half as long again, and
+/// several times as long while other programs write, because it also waits for the file system's
+/// journal.
 const GROWN: u64 = 32 + 1_000 * (24 + 4_096);
 
-/// A folder below `target`, as `/tmp` is in memory on some machines and there a commit costs nothing.
+/// A folder below `target`. On some machines `/tmp` is in memory, where a commit costs nothing.
 pub fn folder() -> Result<TempDir, String> {
     const TMPFS: i64 = 0x0102_1994;
     let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let is_memory = rustix::fs::statfs(folder.path()).unwrap().f_type == TMPFS;
     if is_memory {
-        Err("a target folder on a disk, and not on a tmpfs".to_owned())
+        Err("a target folder on a disk instead of a tmpfs".to_owned())
     } else {
         Ok(folder)
     }
 }
 
-/// Whether the WAL beside this database has grown once.
+/// Whether the WAL of this database has reached its full size.
 pub fn wal_has_grown(database: &Path) -> bool {
     std::fs::metadata(database.with_extension("db-wal")).is_ok_and(|wal| wal.len() >= GROWN)
 }
@@ -34,8 +35,8 @@ pub fn delta() -> LifecycleDelta {
     LifecycleDelta::failed("decky-01", Operation::Mutate, "compose exited with 1")
 }
 
-/// The same rows in a table like the outbox', with its index and its pragmas, written by SQLite and nothing else. Its WAL has
-/// grown.
+/// A table like the outbox's, with its index and pragmas, written directly by SQLite. Its WAL has
+/// reached its full size.
 pub struct RawTable(Connection);
 
 impl RawTable {
@@ -47,19 +48,20 @@ impl RawTable {
         let table = Self(database);
         while !wal_has_grown(path) {
             table.commit();
-            table.forget();
+            table.delete_newest();
         }
         table
     }
 
-    /// One row, in the cheapest transaction that there is; how long it took.
+    /// Inserts one row in the cheapest kind of transaction. Returns how long that took.
     pub fn commit(&self) -> Duration {
-        let (delta, since) = (delta(), Instant::now());
+        let delta = delta();
+        let since = Instant::now();
         self.insert(&delta);
         since.elapsed()
     }
 
-    /// All in one transaction; how long it took.
+    /// Inserts all rows in one transaction. Returns how long that took.
     pub fn commit_all(&self, deltas: &[LifecycleDelta]) -> Duration {
         let since = Instant::now();
         let transaction = self.0.unchecked_transaction().unwrap();
@@ -68,8 +70,8 @@ impl RawTable {
         since.elapsed()
     }
 
-    /// The last row is delivered.
-    pub fn forget(&self) {
+    /// Deletes the newest row, as after its delivery.
+    pub fn delete_newest(&self) {
         self.0
             .prepare_cached("DELETE FROM delta WHERE id = (SELECT max(id) FROM delta)")
             .unwrap()

@@ -1,4 +1,4 @@
-//! A fleet that boots at once: a thousand heartbeats, and when their beats reach the master.
+//! A fleet that starts at once: when the beats of a thousand heartbeats reach the master.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
@@ -12,13 +12,13 @@ use crate::table::{Amount, Figures, Goal, Line};
 const HOSTS: usize = 1_000;
 const INTERVAL: Duration = Duration::from_secs(1);
 
-/// Watched for this long, from a second after the last one's start.
+/// The time in which beats are counted. It starts a second after the start of the last heartbeat.
 const WATCHED: Duration = Duration::from_secs(15);
 const SLOT: Duration = Duration::from_millis(100);
 
 pub fn measure() -> Result<Figures, String> {
-    let (folder, master) =
-        (tempfile::tempdir().unwrap(), BareMaster::start(ACCEPTED, After::KeepOpen));
+    let folder = tempfile::tempdir().unwrap();
+    let master = BareMaster::start(ACCEPTED, After::KeepOpen);
     let agent_dir = folder.path().join("agent");
     master.enrol(&agent_dir);
     let start = |host: usize| {
@@ -48,7 +48,7 @@ pub fn measure() -> Result<Figures, String> {
             goal: Goal::AtMostTimes(2.0),
         },
         Line {
-            what: "beats that one of them missed".to_owned(),
+            what: "missed beats of these heartbeats".to_owned(),
             floor: None,
             measured: Amount::Count(missed(&arrivals, from, until) as f64),
             goal: Goal::AtMost(Amount::Count(0.0)),
@@ -68,7 +68,8 @@ fn slots(arrivals: impl Iterator<Item = Instant>, from: Instant) -> Vec<usize> {
     slots
 }
 
-/// A host's beats are an interval apart. Where two are farther apart, there are some missing in between.
+/// The number of missed beats. The beats of a host are an interval apart, so a longer gap contains
+/// missed ones.
 fn missed(arrivals: &[(Instant, String)], from: Instant, until: Instant) -> usize {
     let between = |before: Instant, after: Instant| {
         let intervals = (after - before).as_secs_f64() / INTERVAL.as_secs_f64();

@@ -1,5 +1,5 @@
-//! What no heartbeat can do without: a master that does nothing but read and answer, and a client that is rustls over a
-//! socket and nothing else. Both ends run in the bench's own process, the master on a thread for each connection.
+//! The floor of a POST: a master that only reads and answers, and a client that is only rustls over
+//! a socket. Both run in the bench's process, the master with a thread for each connection.
 
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
@@ -20,41 +20,41 @@ use rustls::{
     ClientConfig, ClientConnection, RootCertStore, ServerConfig, ServerConnection, StreamOwned,
 };
 
-/// What a real master answers to a beat that it accepts.
+/// The answer of a real master to an accepted beat.
 pub const ACCEPTED: &str =
     "HTTP/1.1 204 No Content\r\ndate: Tue, 24 Nov 2026 12:00:00 GMT\r\nserver: uvicorn\r\n\r\n";
 
-/// And to one that it does not.
+/// The answer of a real master to a rejected beat.
 pub const FORBIDDEN: &str = "HTTP/1.1 403 Forbidden\r\ndate: Tue, 24 Nov 2026 12:00:00 GMT\r\nserver: uvicorn\r\n\
                              content-length: 2\r\ncontent-type: application/json\r\n\r\n{}";
 
-/// A stack of a thread that reads and answers.
+/// The stack size of a thread that reads and answers.
 const STACK: usize = 128 * 1024;
 
-/// What becomes of a connection after an answer.
+/// What the master does with a connection after an answer.
 #[derive(Clone, Copy, PartialEq)]
 pub enum After {
     KeepOpen,
     Close,
 }
 
-/// A request, all of which has been read.
+/// A request that was read completely.
 pub struct Arrival {
     pub at: Instant,
     /// Head and body.
     pub request: Vec<u8>,
-    /// Bytes that have crossed the wire for it, both ways: since the connection's last answer, or since its beginning.
+    /// Bytes in both directions since the last answer on the connection, or since its beginning.
     pub bytes: u64,
 }
 
 impl Arrival {
-    /// Bytes of the body.
+    /// The bytes of the body.
     pub fn json(&self) -> usize {
-        self.request.len() - head(&self.request).expect("all of it has been read")
+        self.request.len() - head(&self.request).expect("a complete request")
     }
 }
 
-/// A master that answers every request alike.
+/// A master that gives the same answer to each request.
 pub struct BareMaster {
     pub address: SocketAddr,
     pub arrivals: Receiver<Arrival>,
@@ -70,9 +70,10 @@ impl BareMaster {
         let (arrived, arrivals) = unbounded();
         thread::spawn(move || {
             for socket in listener.incoming().map_while(Result::ok) {
-                let (tls, arrived) = (Arc::clone(&tls), arrived.clone());
+                let tls = Arc::clone(&tls);
+                let arrived = arrived.clone();
                 let serve = move || {
-                    // A client that has gone is no news.
+                    // An error means that the client has closed the connection.
                     let _ = serve(socket, tls, answer, after, &arrived);
                 };
                 thread::Builder::new().stack_size(STACK).spawn(serve).unwrap();
@@ -81,14 +82,14 @@ impl BareMaster {
         Self { address, arrivals, authority }
     }
 
-    /// A worker whose bundle is in `agent_dir`.
+    /// Enrols a worker, and writes its bundle to `agent_dir`.
     pub fn enrol(&self, agent_dir: &Path) -> Enrolment {
         let worker = self.authority.issue(Role::Worker("bench".to_owned())).unwrap();
         self.authority.write_bundle(&worker, agent_dir).unwrap();
         self.host("00000000-0000-4000-8000-000000000000", agent_dir)
     }
 
-    /// Another host with the bundle in `agent_dir`.
+    /// The enrolment of another host with the bundle in `agent_dir`.
     pub fn host(&self, uuid: &str, agent_dir: &Path) -> Enrolment {
         Enrolment::new(uuid, "127.0.0.1", agent_dir)
             .unwrap()
@@ -97,12 +98,13 @@ impl BareMaster {
     }
 
     pub fn arrival(&self) -> Arrival {
-        self.arrivals.recv_timeout(super::PATIENCE).expect("a request")
+        self.arrivals.recv_timeout(super::TIMEOUT).expect("a request")
     }
 }
 
 fn server_config(authority: &Authority) -> Arc<ServerConfig> {
-    let (own, provider) = (authority.issue(Role::Master).unwrap(), Arc::new(default_provider()));
+    let own = authority.issue(Role::Master).unwrap();
+    let provider = Arc::new(default_provider());
     let roots = Arc::new(roots(authority.certificate().as_bytes()));
     let verifier =
         WebPkiClientVerifier::builder_with_provider(roots, Arc::clone(&provider)).build().unwrap();
@@ -137,11 +139,11 @@ fn serve(
     loop {
         let request = read_message(&mut stream)?;
         let bytes = stream.sock.bytes.swap(0, Ordering::Relaxed);
-        // Nobody may be counting any more.
+        // An error means that the bench has ended.
         let _ = arrived.send(Arrival { at: Instant::now(), request, bytes });
         stream.write_all(answer.as_bytes())?;
         stream.flush()?;
-        // What an answer takes is known.
+        // The bytes of the answer are known, so they are not counted.
         stream.sock.bytes.store(0, Ordering::Relaxed);
         if after == After::Close {
             stream.conn.send_close_notify();
@@ -151,9 +153,10 @@ fn serve(
     }
 }
 
-/// A request or an answer, to the end of its body.
+/// Reads a request or an answer to the end of its body.
 fn read_message(stream: &mut impl Read) -> io::Result<Vec<u8>> {
-    let (mut message, mut buffer) = (Vec::new(), [0; 16 * 1024]);
+    let mut message = Vec::new();
+    let mut buffer = [0; 16 * 1024];
     loop {
         let count = stream.read(&mut buffer)?;
         if count == 0 {
@@ -166,7 +169,7 @@ fn read_message(stream: &mut impl Read) -> io::Result<Vec<u8>> {
     }
 }
 
-/// Bytes of the whole message, once its head is there.
+/// The bytes of the whole message. `None`: its head is incomplete.
 fn length(message: &[u8]) -> Option<usize> {
     let end = head(message)?;
     let head = std::str::from_utf8(&message[..end]).expect("a head is text");
@@ -175,12 +178,12 @@ fn length(message: &[u8]) -> Option<usize> {
     Some(end + body.map_or(0, |(_, length)| length.parse::<usize>().unwrap()))
 }
 
-/// Bytes of the head, once all of it is there.
+/// The bytes of the head. `None`: it is incomplete.
 fn head(message: &[u8]) -> Option<usize> {
     message.windows(4).position(|window| window == b"\r\n\r\n").map(|at| at + 4)
 }
 
-/// A socket that counts what passes, both ways.
+/// A socket that counts the bytes in both directions.
 struct Counted {
     socket: TcpStream,
     bytes: AtomicU64,
@@ -211,7 +214,7 @@ impl Write for Counted {
     }
 }
 
-/// rustls over a socket, and nothing else.
+/// A client that is only rustls over a socket.
 pub struct BareClient {
     config: Arc<ClientConfig>,
     address: SocketAddr,
@@ -219,7 +222,7 @@ pub struct BareClient {
 }
 
 impl BareClient {
-    /// Shows the bundle in `agent_dir`.
+    /// A client with the bundle in `agent_dir`.
     pub fn new(address: SocketAddr, agent_dir: &Path) -> Self {
         let file = |name| std::fs::read(agent_dir.join(name)).unwrap();
         let chain = vec![CertificateDer::from_pem_slice(&file("worker.crt")).unwrap()];
@@ -233,7 +236,7 @@ impl BareClient {
         Self { config: Arc::new(config), address, open: None }
     }
 
-    /// Writes these bytes on the connection that is open, or on a new one, and reads the answer.
+    /// Writes these bytes on the open connection, or on a new one, and reads the answer.
     pub fn exchange(&mut self, request: &[u8]) {
         let stream = self.open.get_or_insert_with(|| {
             let socket = TcpStream::connect(self.address).unwrap();
@@ -251,31 +254,33 @@ impl BareClient {
     }
 }
 
-/// A [`BareClient`] on a thread of its own, which sleeps until it is asked, as the heartbeat's does.
+/// A [`BareClient`] on a thread of its own, which sleeps until it gets a request, as the heartbeat
+/// thread does.
 pub struct BareBeat {
-    ask: Sender<Vec<u8>>,
+    requests: Sender<Vec<u8>>,
     took: Receiver<Duration>,
 }
 
 impl BareBeat {
     pub fn start(mut client: BareClient, after: After) -> Self {
-        let ((ask, asked), (answer, took)) = (unbounded::<Vec<u8>>(), unbounded());
+        let (requests, received) = unbounded::<Vec<u8>>();
+        let (done, took) = unbounded();
         thread::spawn(move || {
-            for request in asked {
+            for request in received {
                 let since = Instant::now();
                 client.exchange(&request);
-                let _ = answer.send(since.elapsed());
+                let _ = done.send(since.elapsed());
                 if after == After::Close {
                     client.close();
                 }
             }
         });
-        Self { ask, took }
+        Self { requests, took }
     }
 
-    /// Sends this request, and waits for its answer; how long that took.
+    /// Sends this request, and waits for its answer. Returns how long that took.
     pub fn exchange(&self, request: &[u8]) -> Duration {
-        self.ask.send(request.to_vec()).unwrap();
-        self.took.recv_timeout(super::PATIENCE).unwrap()
+        self.requests.send(request.to_vec()).unwrap();
+        self.took.recv_timeout(super::TIMEOUT).unwrap()
     }
 }

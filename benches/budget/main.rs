@@ -1,9 +1,10 @@
-//! What it costs, beside what it cannot cost less than: each figure of the promise "it is hardly there" stands in one
-//! table with its floor, measured in the same run, and its goal.
+//! Measures what the crate costs, and prints each figure with its floor and its goal. The floor is
+//! the least that the same work can cost, measured in the same run.
 //!
-//! `cargo bench` measures all of it, in about ten minutes; `cargo bench -- post idle` measures some. Linux only. What needs
-//! a Docker Engine of its own (root, Debian's `docker.io` and `busybox-static`) or the Python module (`tests/e2e/setup.sh`)
-//! is named at the end where it could not be measured, and so is the number of goals that were missed.
+//! `cargo bench` measures everything in about ten minutes. `cargo bench -- post idle` measures some
+//! parts. Linux only. Some parts need a Docker Engine (root, Debian's `docker.io` and
+//! `busybox-static`) or the Python module (`tests/e2e/setup.sh`). The output ends with the parts
+//! that could not be measured and with the number of missed goals.
 
 #![allow(
     clippy::unwrap_used,
@@ -12,7 +13,7 @@
     clippy::panic,
     clippy::print_stdout,
     clippy::print_stderr,
-    reason = "a bench that cannot go on fails there and then, also one that cannot print"
+    reason = "a bench that cannot continue panics"
 )]
 
 mod body;
@@ -27,7 +28,7 @@ mod post;
 mod process;
 mod push;
 mod relay;
-#[allow(dead_code, unused_imports, reason = "the tests against real peers use all of it")]
+#[allow(dead_code, unused_imports, reason = "the benches use a part of it")]
 #[path = "../../tests/e2e/support/mod.rs"]
 mod support;
 mod table;
@@ -37,20 +38,21 @@ use std::time::Duration;
 
 use table::{Figures, Line};
 
-/// Longer than anything here takes.
-const PATIENCE: Duration = Duration::from_secs(60);
+/// Longer than any step takes. Reaching it is a failure.
+const TIMEOUT: Duration = Duration::from_secs(60);
 
-/// A part of the table, by the name that asks for it.
+/// A part of the table.
 struct Part {
+    /// Its name on the command line.
     name: &'static str,
-    /// An error says what it needs that is not there.
+    /// The error names what is missing on this machine.
     measure: fn() -> Result<Figures, String>,
 }
 
 const PARTS: [Part; 10] = [
     Part { name: "post", measure: post::measure },
     Part { name: "push", measure: push::measure },
-    Part { name: "hung", measure: push::measure_hung },
+    Part { name: "hung", measure: push::measure_with_hung_docker },
     Part { name: "pipe", measure: pipe::measure },
     Part { name: "outbox", measure: outbox::measure },
     Part { name: "body", measure: body::measure },
@@ -64,23 +66,25 @@ fn main() -> ExitCode {
     let mut arguments: Vec<String> = std::env::args().skip(1).collect();
     if let [option, setup] = arguments.as_slice() {
         match option.as_str() {
-            "--subject" => {
-                peers::obey(setup);
+            "--agent" => {
+                peers::run_agent(setup);
                 return ExitCode::SUCCESS;
             }
-            "--embedded" => process::embed(setup),
+            "--embedded" => process::run_idle_agent(setup),
             _ => (),
         }
     }
-    // Cargo's own.
+    // Cargo adds this argument.
     arguments.retain(|argument| argument != "--bench");
     if let Some(unknown) =
         arguments.iter().find(|name| PARTS.iter().all(|part| part.name != **name))
     {
-        eprintln!("there is no part {unknown}: {}", PARTS.map(|part| part.name).join(", "));
+        let names = PARTS.map(|part| part.name).join(", ");
+        eprintln!("unknown part {unknown}; the parts are {names}");
         return ExitCode::FAILURE;
     }
-    let (mut all, mut unmeasured) = (Figures::default(), Vec::new());
+    let mut all = Figures::default();
+    let mut unmeasured = Vec::new();
     for part in PARTS
         .iter()
         .filter(|part| arguments.is_empty() || arguments.iter().any(|name| name == part.name))
@@ -91,7 +95,7 @@ fn main() -> ExitCode {
                 all.lines.extend(figures.lines);
                 all.pairs.extend(figures.pairs);
             }
-            Err(needs) => unmeasured.push(format!("{}: not measured, it needs {needs}", part.name)),
+            Err(needs) => unmeasured.push(format!("{}: not measured: needs {needs}", part.name)),
         }
     }
     table::print(&all);

@@ -1,23 +1,23 @@
-//! What the disk takes: many deltas at once, many threads at once, and an outbox that is full.
+//! The outbox on the disk: many deltas at once, many threads at once, and an almost full outbox.
 
 use std::thread;
 use std::time::{Duration, Instant};
 
 use decnet_heartbeat::{Heartbeat, Operation};
 
-use crate::PATIENCE;
+use crate::TIMEOUT;
 use crate::disk::{RawTable, delta, wal_has_grown};
 use crate::floor::{After, FORBIDDEN};
-use crate::post::Stage;
+use crate::post::BareFixture;
 use crate::table::{Amount, Figures, Goal, Line, percentile};
 
 const BATCHES: usize = 80;
 const BATCH: usize = 100;
 
 const THREADS: usize = 8;
-/// Turns of the threads together and of SQLite alone.
+/// Turns of the threads and of SQLite alone, alternating.
 const TURNS: usize = 8;
-/// Pushes of each thread in a turn, and commits of SQLite's.
+/// Pushes of each thread in a turn, and commits of SQLite in a turn.
 const PUSHES: usize = 120;
 const COMMITS: usize = 500;
 
@@ -25,25 +25,26 @@ const WAITING: usize = 9_900;
 const BEGINS: usize = 90;
 
 pub fn measure() -> Result<Figures, String> {
-    let mut lines = vec![push_all()?];
-    lines.extend(together()?);
-    lines.push(begin()?);
+    let mut lines = vec![measure_push_all()?];
+    lines.extend(measure_threads()?);
+    lines.push(measure_begin()?);
     Ok(lines.into())
 }
 
-/// A heartbeat whose host is refused, which waits for its tick, and none comes: only the pushes have the outbox.
-struct Refused {
+/// A heartbeat of a rejected host. It waits for a tick that does not come, so only pushes use the
+/// outbox.
+struct RejectedHost {
     heartbeat: Heartbeat,
-    stage: Stage,
+    fixture: BareFixture,
 }
 
-impl Refused {
+impl RejectedHost {
     fn start() -> Result<Self, String> {
-        let stage = Stage::answering(FORBIDDEN, After::KeepOpen)?;
-        let (builder, _tick) = stage.builder();
+        let fixture = BareFixture::answering(FORBIDDEN, After::KeepOpen)?;
+        let (builder, _tick) = fixture.builder();
         let heartbeat = builder.start().unwrap();
-        heartbeat.beats().recv_timeout(PATIENCE).unwrap();
-        Ok(Self { heartbeat, stage })
+        heartbeat.beats().recv_timeout(TIMEOUT).unwrap();
+        Ok(Self { heartbeat, fixture })
     }
 
     fn grow_wal(&self) {
@@ -61,38 +62,41 @@ impl Refused {
     }
 }
 
-fn push_all() -> Result<Line, String> {
-    let refused = Refused::start()?;
-    refused.grow_wal();
-    let raw = RawTable::new(&refused.stage.folder.path().join("raw.db"));
-    let (mut ours, mut floor) = (Vec::new(), Vec::new());
+fn measure_push_all() -> Result<Line, String> {
+    let host = RejectedHost::start()?;
+    host.grow_wal();
+    let raw = RawTable::new(&host.fixture.folder.path().join("raw.db"));
+    let mut ours = Vec::new();
+    let mut floor = Vec::new();
     for _ in 0..BATCHES {
         let batch: Vec<_> = (0..BATCH).map(|_| delta()).collect();
         floor.push(raw.commit_all(&batch));
-        ours.push(refused.push_all(BATCH));
+        ours.push(host.push_all(BATCH));
     }
     let rate =
         |times: &[Duration]| Amount::PerSecond(BATCH as f64 / percentile(times, 50).as_secs_f64());
     Ok(Line {
-        what: format!("durable push_all of {BATCH}, deltas"),
+        what: format!("durable push_all of {BATCH} deltas"),
         floor: Some(rate(&floor)),
         measured: rate(&ours),
         goal: Goal::AtLeastTimes(0.8),
     })
 }
 
-/// Threads that push as fast as they can, and SQLite alone committing one row after another, in turn.
-fn together() -> Result<[Line; 2], String> {
-    let refused = Refused::start()?;
-    refused.grow_wal();
-    let raw = RawTable::new(&refused.stage.folder.path().join("raw.db"));
-    let (mut ours, mut floor) = (Turns::default(), Turns::default());
+/// Threads that push as fast as they can, alternating with SQLite alone, which commits one row
+/// after another.
+fn measure_threads() -> Result<[Line; 2], String> {
+    let host = RejectedHost::start()?;
+    host.grow_wal();
+    let raw = RawTable::new(&host.fixture.folder.path().join("raw.db"));
+    let mut ours = Turns::default();
+    let mut floor = Turns::default();
     for _ in 0..TURNS {
         floor.take(|| (0..COMMITS).map(|_| raw.commit()).collect());
         ours.take(|| {
             thread::scope(|scope| {
                 let threads: Vec<_> =
-                    (0..THREADS).map(|_| scope.spawn(|| push(&refused.heartbeat))).collect();
+                    (0..THREADS).map(|_| scope.spawn(|| push(&host.heartbeat))).collect();
                 threads.into_iter().flat_map(|thread| thread.join().unwrap()).collect()
             })
         });
@@ -120,13 +124,15 @@ fn together() -> Result<[Line; 2], String> {
 fn push(heartbeat: &Heartbeat) -> Vec<Duration> {
     let deltas = heartbeat.deltas();
     let push = |_| {
-        let (delta, since) = (delta(), Instant::now());
+        let delta = delta();
+        let since = Instant::now();
         deltas.push(delta).unwrap();
         since.elapsed()
     };
     (0..PUSHES).map(push).collect()
 }
 
+/// The times of single calls, and of all turns together.
 #[derive(Default)]
 struct Turns {
     each: Vec<Duration>,
@@ -146,33 +152,33 @@ impl Turns {
     }
 }
 
-/// Operations that begin where much waits, and where nothing does, in turn.
-fn begin() -> Result<Line, String> {
-    let (full, empty) = (Refused::start()?, Refused::start()?);
-    // The empty one's WAL must have grown, too; what that leaves is little.
-    [&full, &empty].into_iter().for_each(Refused::grow_wal);
+/// Begins operations in an almost full outbox and in an almost empty one, alternating.
+fn measure_begin() -> Result<Line, String> {
+    let full = RejectedHost::start()?;
+    let empty = RejectedHost::start()?;
+    // The WAL of both must have its full size. That leaves few rows in the empty outbox.
+    [&full, &empty].into_iter().for_each(RejectedHost::grow_wal);
     let mut left = WAITING - usize::try_from(full.heartbeat.stats().waiting).unwrap();
     while left > 0 {
         full.push_all(left.min(BATCH));
         left -= left.min(BATCH);
     }
     let mut operations = Vec::new();
-    let mut begin = |refused: &Refused| {
+    let mut begin = |host: &RejectedHost| {
         let since = Instant::now();
-        let operation = refused.heartbeat.begin(Operation::Deploy, ["decky-01"]).unwrap();
+        let operation = host.heartbeat.begin(Operation::Deploy, ["decky-01"]).unwrap();
         let took = since.elapsed();
         operations.push(operation);
         took
     };
-    let (mut ours, mut floor) = (Vec::new(), Vec::new());
+    let mut ours = Vec::new();
+    let mut floor = Vec::new();
     for _ in 0..BEGINS {
         floor.push(begin(&empty));
         ours.push(begin(&full));
     }
     Ok(Line {
-        what: format!(
-            "begin with {WAITING} rows waiting, p50; floor: of an outbox that is almost empty"
-        ),
+        what: format!("begin with {WAITING} rows queued, p50; floor: with an almost empty outbox"),
         floor: Some(Amount::Time(percentile(&floor, 50))),
         measured: Amount::Time(percentile(&ours, 50)),
         goal: Goal::AtMostTimes(2.0),

@@ -1,5 +1,5 @@
-//! Two heartbeats in processes of their own, told what to do over their stdin: the Python module that this one replaces,
-//! and an agent that embeds this one.
+//! Two heartbeats in processes of their own, which read commands from stdin: the Python module that
+//! this crate replaces, and an agent that embeds this crate.
 
 use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
@@ -15,18 +15,18 @@ use serde::{Deserialize, Serialize};
 use crate::process::{Killed, status_kb};
 use crate::support::{self, RealMaster};
 
-/// What it took to do as told.
+/// What a command cost.
 #[derive(Serialize, Deserialize)]
 pub struct Took {
     /// Seconds.
     pub wall: f64,
-    /// Seconds, of all threads.
+    /// Seconds of all threads.
     pub cpu: f64,
     pub resident_kb: f64,
     failures: Vec<String>,
 }
 
-/// Where a heartbeat has what it needs.
+/// The configuration of a heartbeat.
 #[derive(Serialize, Deserialize)]
 pub struct Setup {
     pub uuid: String,
@@ -37,7 +37,7 @@ pub struct Setup {
 }
 
 impl Setup {
-    /// A host of its own at the real master.
+    /// Enrols a host with this name at the real master.
     pub fn new(
         master: &RealMaster,
         name: &str,
@@ -56,7 +56,7 @@ impl Setup {
     }
 }
 
-/// One of the two.
+/// One of the two processes.
 pub struct Peer {
     _process: Killed,
     stdin: ChildStdin,
@@ -64,14 +64,14 @@ pub struct Peer {
 }
 
 impl Peer {
-    /// This bench's own program again, as [`obey`] has it.
+    /// Starts this bench as a process that runs [`run_agent`].
     pub fn ours(setup: &Setup) -> Self {
         let mut command = Command::new(std::env::current_exe().unwrap());
-        command.arg("--subject").arg(serde_json::to_string(setup).unwrap());
+        command.arg("--agent").arg(serde_json::to_string(setup).unwrap());
         Self::start(&mut command)
     }
 
-    /// `tests/e2e/heartbeat_peer.py`.
+    /// Starts `tests/e2e/heartbeat_peer.py`.
     pub fn python(setup: &Setup) -> Self {
         let mut command = Command::new(support::python());
         command
@@ -95,13 +95,13 @@ impl Peer {
             .stderr(Stdio::null())
             .spawn()
             .unwrap();
-        let (stdin, stdout) =
-            (child.stdin.take().unwrap(), BufReader::new(child.stdout.take().unwrap()));
+        let stdin = child.stdin.take().unwrap();
+        let stdout = BufReader::new(child.stdout.take().unwrap());
         Self { _process: Killed(child), stdin, stdout }
     }
 
-    /// `beat` or `push`.
-    pub fn tell(&mut self, what: &str) -> Took {
+    /// Sends the command `beat` or `push`, and waits for its end.
+    pub fn command(&mut self, what: &str) -> Took {
         writeln!(self.stdin, "{what}").unwrap();
         let mut line = String::new();
         self.stdout.read_line(&mut line).unwrap();
@@ -112,8 +112,8 @@ impl Peer {
     }
 }
 
-/// The agent: it beats when it is told to, and pushes.
-pub fn obey(setup: &str) {
+/// The agent, which executes the commands from its stdin.
+pub fn run_agent(setup: &str) {
     let setup: Setup = serde_json::from_str(setup).unwrap();
     let enrolment = Enrolment::new(&setup.uuid, "127.0.0.1", &setup.agent_dir).unwrap();
     let enrolment = enrolment.with_master_port(setup.port).unwrap();
@@ -126,7 +126,8 @@ pub fn obey(setup: &str) {
     beats.recv().unwrap();
     for line in std::io::stdin().lock().lines().map_while(Result::ok) {
         while beats.try_recv().is_ok() {}
-        let (wall, cpu) = (Instant::now(), cpu_time());
+        let wall = Instant::now();
+        let cpu = cpu_time();
         match line.as_str() {
             "beat" => tick.send(Instant::now()).unwrap(),
             _ => heartbeat
@@ -136,7 +137,7 @@ pub fn obey(setup: &str) {
         }
         beats.recv().unwrap();
         let wall = wall.elapsed().as_secs_f64();
-        // What it leaves to be done after its answer is its own, too.
+        // Work that continues after the answer counts, too.
         thread::sleep(Duration::from_millis(5));
         let took = Took {
             wall,

@@ -7,10 +7,10 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use crate::PATIENCE;
+use crate::TIMEOUT;
 use crate::disk::RawTable;
 use crate::post::PAUSE;
-use crate::process::{Killed, Stage};
+use crate::process::{Killed, ProgramFixture};
 use crate::table::{Amount, Figures, Goal, Line, percentile};
 
 /// As many as the outbox has room for, so that none is dropped if the master is slow.
@@ -20,14 +20,14 @@ const LINES: usize = 1_000;
 /// First a flood, in which the WAL grows. Then single lines after a pause, each in turn with its floor: a line to a child that
 /// writes it back, and a commit on the thread that waits for it.
 pub fn measure() -> Result<Figures, String> {
-    let stage = Stage::new("127.0.0.1")?;
-    let mut command = stage.command("pipe", Duration::from_secs(3_600));
+    let fixture = ProgramFixture::new("127.0.0.1")?;
+    let mut command = fixture.command("pipe", Duration::from_secs(3_600));
     let mut pipe = Lines::start(&mut command);
     pipe.exchange(&line("stats", 0, Value::Null));
     let flood = pipe.flood();
     pipe.await_delivery();
     let mut echo = Lines::start(&mut Command::new("cat"));
-    let raw = RawTable::new(&stage.folder.path().join("raw.db"));
+    let raw = RawTable::new(&fixture.folder.path().join("raw.db"));
     let (mut took, mut floor) = (Vec::new(), Vec::new());
     for id in 0..LINES as u64 {
         thread::sleep(PAUSE);
@@ -41,7 +41,7 @@ pub fn measure() -> Result<Figures, String> {
         echo.exchange(&line);
         raw.commit();
         floor.push(since.elapsed());
-        raw.forget();
+        raw.delete_newest();
     }
     Ok(vec![
         Line {
@@ -115,7 +115,7 @@ impl Lines {
 
     /// Waits until the master has everything.
     fn await_delivery(&mut self) {
-        let end = Instant::now() + PATIENCE;
+        let end = Instant::now() + TIMEOUT;
         loop {
             let answer: Value =
                 serde_json::from_str(&self.exchange(&line("stats", 0, Value::Null))).unwrap();

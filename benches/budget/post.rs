@@ -1,4 +1,5 @@
-//! One POST, beside rustls writing the same bytes and reading the same answer; and what of it is not the JSON.
+//! One POST, compared with rustls that writes the same bytes and reads the same answer, and the
+//! bytes of it that are not the JSON.
 
 use std::path::PathBuf;
 use std::thread;
@@ -9,24 +10,25 @@ use decnet_heartbeat::{Heartbeat, HeartbeatBuilder, Snapshot};
 use serde_json::json;
 use tempfile::TempDir;
 
-use crate::PATIENCE;
+use crate::TIMEOUT;
 use crate::disk;
 use crate::floor::{ACCEPTED, After, Arrival, BareBeat, BareClient, BareMaster};
 use crate::table::{Amount, Figures, Goal, Line, percentile};
 
-/// Rounds of which the first tenth warms up and is left out.
+/// The number of rounds. The first tenth does not count.
 const WARM: usize = 3_000;
 const RESUMED: usize = 1_000;
 
-/// Before each exchange: no beat follows on the heels of another, so the machine has gone to sleep meanwhile.
+/// The pause before each exchange. Between two beats of a heartbeat the processor goes to sleep,
+/// too.
 pub const PAUSE: Duration = Duration::from_millis(2);
 
-/// Makes a body of 2 KB.
+/// The bytes of the status, for a body of 2 KB.
 const STATUS: usize = 1_850;
 
 pub fn measure() -> Result<Figures, String> {
-    let warm = Stage::new(After::KeepOpen)?.measure(WARM);
-    let resumed = Stage::new(After::Close)?.measure(RESUMED);
+    let warm = BareFixture::new(After::KeepOpen)?.measure(WARM);
+    let resumed = BareFixture::new(After::Close)?.measure(RESUMED);
     let line = |what: &str, rounds: &Rounds| Line {
         what: what.to_owned(),
         floor: Some(Amount::Time(percentile(&rounds.bare, 50))),
@@ -56,14 +58,14 @@ struct Rounds {
     beyond_bare: u64,
 }
 
-/// A bare master, and a heartbeat that beats when it is told to.
-pub struct Stage {
+/// A bare master, and heartbeats that beat when the bench sends a tick.
+pub struct BareFixture {
     pub master: BareMaster,
     pub folder: TempDir,
     after: After,
 }
 
-impl Stage {
+impl BareFixture {
     pub fn new(after: After) -> Result<Self, String> {
         Self::answering(ACCEPTED, after)
     }
@@ -79,15 +81,18 @@ impl Stage {
     pub fn builder(&self) -> (HeartbeatBuilder, Sender<Instant>) {
         let (tick, ticks) = unbounded();
         let enrolment = self.master.enrol(&self.agent_dir());
-        (Heartbeat::builder().enrolment(enrolment).ticks(ticks).status_source(at_hand()), tick)
+        (
+            Heartbeat::builder().enrolment(enrolment).ticks(ticks).status_source(constant_source()),
+            tick,
+        )
     }
 
-    /// One of ours and one bare exchange in turn, so that both meet the same machine.
+    /// Alternates between a beat and a bare exchange, so that both have the same conditions.
     fn measure(&self, count: usize) -> Rounds {
         let (builder, tick) = self.builder();
         let heartbeat = builder.start().unwrap();
         let beats = heartbeat.beats();
-        beats.recv_timeout(PATIENCE).unwrap();
+        beats.recv_timeout(TIMEOUT).unwrap();
         let request = self.master.arrival().request;
         let bare = BareClient::new(self.master.address, &self.agent_dir());
         let bare = BareBeat::start(bare, self.after);
@@ -112,26 +117,26 @@ impl Stage {
     }
 }
 
-/// One beat; from its request to its answer.
+/// Sends one beat. Returns the time from its request to its answer.
 fn beat(heartbeat: &Heartbeat, tick: &Sender<Instant>, beats: &Receiver<()>) -> Duration {
     tick.send(Instant::now()).unwrap();
-    beats.recv_timeout(PATIENCE).unwrap();
+    beats.recv_timeout(TIMEOUT).unwrap();
     heartbeat.stats().round_trip.unwrap()
 }
 
-/// A source that has its snapshot at hand.
-fn at_hand() -> impl FnMut() -> Snapshot + Send + 'static {
+/// A source whose snapshot is created in advance.
+fn constant_source() -> impl FnMut() -> Snapshot + Send + 'static {
     let snapshot =
         Snapshot::new(&json!({"deployed": false, "deckies": [], "filling": "x".repeat(STATUS)}));
     move || snapshot.clone()
 }
 
-/// The request with its answer, and the handshake where there was one.
+/// The bytes of a request, its answer, and its handshake if there was one, without the JSON.
 fn beyond_json(arrival: &Arrival, after: After) -> u64 {
-    /// A record of TLS 1.3 beyond what is in it.
+    /// The overhead of a TLS 1.3 record.
     const RECORD: u64 = 22;
     let answer = ACCEPTED.len() as u64 + RECORD;
-    // A connection that is closed says so.
-    let goodbye = if after == After::Close { 2 + RECORD } else { 0 };
-    arrival.bytes - arrival.json() as u64 + answer + goodbye
+    // The alert `close_notify` of a connection that is closed.
+    let close_notify = if after == After::Close { 2 + RECORD } else { 0 };
+    arrival.bytes - arrival.json() as u64 + answer + close_notify
 }

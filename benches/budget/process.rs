@@ -1,5 +1,5 @@
-//! The program while nothing happens: its memory beside an empty program's, its wake-ups and its size; and the threads
-//! that it starts for a beat. Reads `/proc`.
+//! The idle program: its memory compared with an empty program's, its wake-ups and its size, and
+//! the threads that it starts for a beat. Reads `/proc`.
 
 use std::fs;
 use std::path::Path;
@@ -16,41 +16,44 @@ use crate::table::{Amount, Figures, Goal, Line};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_decnet-heartbeat");
 
-/// As it is installed.
+/// The default interval.
 const INTERVAL: Duration = Duration::from_secs(30);
 
-/// Beats in which the started threads are counted, and the time between two.
+/// The number of beats in which the started threads are counted.
 const COUNTED: u64 = 20;
+
+/// The interval of these beats.
 const QUICK: Duration = Duration::from_secs(1);
 
-/// The program, and an agent that embeds the library and does nothing else, both at once.
+/// Measures the program, and at the same time an agent that only embeds the library.
 pub fn measure() -> Result<Figures, String> {
-    let idle = [Stage::new("127.0.0.1")?, Stage::new("127.0.0.1")?];
+    let idle = [ProgramFixture::new("127.0.0.1")?, ProgramFixture::new("127.0.0.1")?];
     let [run, embedded] = &idle;
     let program = Killed(run.run(INTERVAL).spawn().unwrap());
     let agent = Killed(embedded.embed().spawn().unwrap());
-    // The second beat comes after a random part of the interval; from then on the ticks are an interval apart.
-    let patience = INTERVAL * 2 + Duration::from_secs(10);
+    // The second beat comes after a random part of the interval; from then on the ticks are an
+    // interval apart.
+    let timeout = INTERVAL * 2 + Duration::from_secs(10);
     let wake_ups = thread::scope(|scope| {
-        let of = |stage: &'_ Stage, process: u32| {
-            assert!(stage.master.wait_for_beats(2, patience), "no second beat");
-            let after_beat = settled(process);
-            // Just short of the next tick. There is no event to wait for: what is measured is that none comes.
+        let of = |fixture: &'_ ProgramFixture, process: u32| {
+            assert!(fixture.master.wait_for_beats(2, timeout), "no second beat");
+            let after_beat = switches_when_idle(process);
+            // Ends shortly before the next tick. The measurement is that nothing happens.
             assert!(
-                !stage.master.wait_for_beats(3, INTERVAL - INTERVAL / 10),
+                !fixture.master.wait_for_beats(3, INTERVAL - INTERVAL / 10),
                 "the third beat came early"
             );
             let wake_ups = voluntary_switches(process) - after_beat;
-            assert!(stage.master.wait_for_beats(3, patience), "no third beat");
-            settled(process);
+            assert!(fixture.master.wait_for_beats(3, timeout), "no third beat");
+            switches_when_idle(process);
             Amount::Count(wake_ups as f64)
         };
         let of_both = [(run, program.id()), (embedded, agent.id())];
-        let threads = of_both.map(|(stage, process)| scope.spawn(move || of(stage, process)));
+        let threads = of_both.map(|(fixture, process)| scope.spawn(move || of(fixture, process)));
         threads.map(|thread| thread.join().unwrap())
     });
     let empty = Killed(empty_program(run.folder.path()).spawn().unwrap());
-    settled(empty.id());
+    switches_when_idle(empty.id());
     let megabytes =
         |process: &Killed, field| Amount::Megabytes(status_kb(process.id(), field) / 1024.0);
     let size = fs::metadata(PROGRAM).unwrap().len() as f64 / 1024.0 / 1024.0;
@@ -70,7 +73,7 @@ pub fn measure() -> Result<Figures, String> {
             Goal::AtMost(Amount::Megabytes(7.0)),
         ),
         line(
-            "of that of `run` anonymous",
+            "anonymous memory of `run`, idle",
             Some(megabytes(&empty, "RssAnon:")),
             megabytes(&program, "RssAnon:"),
             Goal::AtMostAbove(Amount::Megabytes(1.5)),
@@ -82,7 +85,7 @@ pub fn measure() -> Result<Figures, String> {
             Goal::AtMost(Amount::Count(0.0)),
         ),
         line(
-            "wake-ups of the agent, the same",
+            "wake-ups of an agent that embeds it, between two ticks",
             None,
             wake_ups[1],
             Goal::AtMost(Amount::Count(0.0)),
@@ -97,8 +100,8 @@ pub fn measure() -> Result<Figures, String> {
     .into())
 }
 
-/// The agent: a heartbeat as `run` has it, in a process that sleeps.
-pub fn embed(setup: &str) {
+/// The agent: a process that starts the same heartbeat as `run` and sleeps.
+pub fn run_idle_agent(setup: &str) {
     let (uuid, port, agent_dir): (String, u16, String) = serde_json::from_str(setup).unwrap();
     let enrolment =
         Enrolment::new(&uuid, "127.0.0.1", &agent_dir).unwrap().with_master_port(port).unwrap();
@@ -116,7 +119,8 @@ pub fn embed(setup: &str) {
     }
 }
 
-/// Threads started while it beats: with an address for a master, and with a name, which is looked up on a thread.
+/// Counts the threads that beats start, with the master's address and with its name, which is
+/// looked up on a thread.
 pub fn measure_threads() -> Result<Figures, String> {
     let strace = Command::new("strace").arg("--version").stdout(Stdio::null()).status();
     if !strace.is_ok_and(|status| status.success()) {
@@ -132,35 +136,36 @@ pub fn measure_threads() -> Result<Figures, String> {
 }
 
 fn threads_started(host: &str) -> usize {
-    let stage = Stage::new(host).unwrap();
-    let trace = stage.folder.path().join("trace");
+    let fixture = ProgramFixture::new(host).unwrap();
+    let trace = fixture.folder.path().join("trace");
     let mut strace = Command::new("strace");
-    // Its child is the program, and it watches from aside.
+    // With -D, the started process is the program, and strace is its child.
     strace.args(["-D", "-f", "-qq", "-e", "trace=clone,clone3,fork,vfork", "-o"]).arg(&trace);
-    let program = stage.run(QUICK);
+    let program = fixture.run(QUICK);
     strace.arg(program.get_program()).args(program.get_args()).env_clear().stderr(Stdio::null());
     let _program = Killed(strace.spawn().unwrap());
     let started = || {
         fs::read_to_string(&trace).unwrap().lines().filter(|line| line.contains("clone")).count()
     };
-    assert!(stage.master.wait_for_beats(2, crate::PATIENCE), "no second beat");
+    assert!(fixture.master.wait_for_beats(2, crate::TIMEOUT), "no second beat");
     let before = started();
     assert!(before >= 3, "strace sees the program's own threads");
-    assert!(stage.master.wait_for_beats(2 + COUNTED, crate::PATIENCE), "the beats have ended");
+    assert!(fixture.master.wait_for_beats(2 + COUNTED, crate::TIMEOUT), "the beats have stopped");
     started() - before
 }
 
 /// A master, and a worker's configuration.
-pub struct Stage {
+pub struct ProgramFixture {
     master: LoopbackMaster,
     worker: Enrolled,
     pub folder: TempDir,
 }
 
-impl Stage {
-    /// The worker knows its master by this.
+impl ProgramFixture {
+    /// The worker's configuration has this host as its master.
     pub fn new(host: &str) -> Result<Self, String> {
-        let (master, folder) = (LoopbackMaster::start().unwrap(), disk::folder()?);
+        let master = LoopbackMaster::start().unwrap();
+        let folder = disk::folder()?;
         let ini = folder.path().join("decnet.ini");
         let worker = master.enrol(&folder.path().join("agent")).unwrap();
         worker.write_ini(&ini).unwrap();
@@ -176,7 +181,8 @@ impl Stage {
 
     /// `run` or `pipe`.
     pub fn command(&self, name: &str, interval: Duration) -> Command {
-        let (folder, mut command) = (self.folder.path(), Command::new(PROGRAM));
+        let folder = self.folder.path();
+        let mut command = Command::new(PROGRAM);
         command.env_clear().arg("--config").arg(folder.join("decnet.ini")).arg(name);
         command.args(["--interval", &format!("{}ms", interval.as_millis())]);
         command
@@ -188,7 +194,7 @@ impl Stage {
         command
     }
 
-    /// This bench's own program again, as [`embed`] has it.
+    /// This bench as a process that runs [`run_idle_agent`].
     fn embed(&self) -> Command {
         let mut command = Command::new(std::env::current_exe().unwrap());
         let setup = (&self.worker.uuid, self.master.port(), self.folder.path().join("agent"));
@@ -197,10 +203,10 @@ impl Stage {
     }
 }
 
-/// Compiled as the program is.
+/// Compiles the empty program with the same options as the program.
 fn empty_program(folder: &Path) -> Command {
-    let (source, program) =
-        (concat!(env!("CARGO_MANIFEST_DIR"), "/benches/budget/empty.rs"), folder.join("empty"));
+    let source = concat!(env!("CARGO_MANIFEST_DIR"), "/benches/budget/empty.rs");
+    let program = folder.join("empty");
     let rustc = std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
     let mut compile = Command::new(rustc);
     compile
@@ -211,7 +217,7 @@ fn empty_program(folder: &Path) -> Command {
     Command::new(program)
 }
 
-/// A process that ends with this value.
+/// A process that is killed when the value is dropped.
 pub struct Killed(pub Child);
 
 impl Killed {
@@ -227,8 +233,9 @@ impl Drop for Killed {
     }
 }
 
-/// The voluntary context switches once nothing is done any more: every thread sleeps, and two looks agree.
-fn settled(process: u32) -> u64 {
+/// Waits until the process is idle: all threads sleep, and the number of voluntary context switches
+/// does not change for 50 ms. Returns that number.
+fn switches_when_idle(process: u32) -> u64 {
     loop {
         let before = voluntary_switches(process);
         let asleep = tasks(process).all(|task| field(&task, "State:").starts_with('S'));
@@ -239,7 +246,7 @@ fn settled(process: u32) -> u64 {
     }
 }
 
-/// How often the threads went to sleep of their own accord, and so woke up before.
+/// The number of voluntary context switches, one for each wake-up of a thread.
 fn voluntary_switches(process: u32) -> u64 {
     tasks(process)
         .map(|task| field(&task, "voluntary_ctxt_switches:").parse::<u64>().unwrap())
@@ -252,12 +259,13 @@ fn tasks(process: u32) -> impl Iterator<Item = String> {
     tasks.map(|task| fs::read_to_string(task.unwrap().path().join("status")).unwrap())
 }
 
-/// A size of the process.
+/// A size in the `status` of the process.
 pub fn status_kb(process: u32, name: &str) -> f64 {
     let status = fs::read_to_string(format!("/proc/{process}/status")).unwrap();
     field(&status, name).trim_end_matches(" kB").parse().unwrap()
 }
 
+/// A field of a `status` file.
 fn field<'a>(status: &'a str, name: &str) -> &'a str {
     status.lines().find_map(|line| line.strip_prefix(name)).expect("a field of status").trim()
 }

@@ -1,4 +1,4 @@
-//! From a push to the master having it.
+//! The time from a push to its request at the master.
 
 use std::io::Read;
 use std::os::unix::net::UnixListener;
@@ -9,45 +9,47 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, Sender, unbounded};
 use decnet_heartbeat::DecnetStatus;
 
-use crate::PATIENCE;
+use crate::TIMEOUT;
 use crate::disk::{RawTable, delta, wal_has_grown};
 use crate::floor::{After, BareBeat, BareClient};
-use crate::post::{PAUSE, Stage};
+use crate::post::{BareFixture, PAUSE};
 use crate::table::{Amount, Figures, Goal, Line, percentile};
 
 const PUSHES: usize = 3_000;
 const HUNG: usize = 20;
 
-/// A push after a pause, beside what it cannot do without, in turn. To the master that is [`BareDelivery`]; `push()` alone is
-/// beside a commit on the thread that wants it, which has nobody to wait for.
+/// Alternates between a push and its floors, each after a pause. The floor of the delivery is
+/// [`BareDelivery`]. The floor of `push()` is a commit on the calling thread.
 pub fn measure() -> Result<Figures, String> {
-    let stage = Stage::new(After::KeepOpen)?;
-    let (builder, _tick) = stage.builder();
+    let fixture = BareFixture::new(After::KeepOpen)?;
+    let (builder, _tick) = fixture.builder();
     let heartbeat = builder.start().unwrap();
-    let (beats, deltas) = (heartbeat.beats(), heartbeat.deltas());
-    stage.master.arrival();
+    let beats = heartbeat.beats();
+    let deltas = heartbeat.deltas();
+    fixture.master.arrival();
     let outbox = heartbeat.stats().outbox.expect("an outbox on the disk");
     let mut request = Vec::new();
     while !wal_has_grown(&outbox) {
         while beats.try_recv().is_ok() {}
         deltas.push(delta()).unwrap();
-        request = stage.master.arrival().request;
-        beats.recv_timeout(PATIENCE).unwrap();
+        request = fixture.master.arrival().request;
+        beats.recv_timeout(TIMEOUT).unwrap();
     }
-    let raw = RawTable::new(&stage.folder.path().join("raw.db"));
-    let bare = BareDelivery::start(&stage);
+    let raw = RawTable::new(&fixture.folder.path().join("raw.db"));
+    let bare = BareDelivery::start(&fixture);
     let mut took = Took::default();
     for _ in 0..PUSHES {
         thread::sleep(PAUSE);
         while beats.try_recv().is_ok() {}
-        let (delta, since) = (delta(), Instant::now());
+        let delta = delta();
+        let since = Instant::now();
         deltas.push(delta).unwrap();
         took.push.push(since.elapsed());
-        took.to_master.push(stage.master.arrival().at - since);
-        beats.recv_timeout(PATIENCE).unwrap();
+        took.to_master.push(fixture.master.arrival().at - since);
+        beats.recv_timeout(TIMEOUT).unwrap();
         thread::sleep(PAUSE);
         took.commit.push(raw.commit());
-        raw.forget();
+        raw.delete_newest();
         thread::sleep(PAUSE);
         took.bare_to_master.push(bare.deliver(&request));
     }
@@ -60,10 +62,10 @@ pub fn measure() -> Result<Figures, String> {
     };
     let to_master: (&[_], &[_]) = (&took.bare_to_master, &took.to_master);
     Ok(vec![
-        line("push to the master having it, connection warm", 50, to_master, 1.15),
-        line("push to the master having it, connection warm", 99, to_master, 1.3),
+        line("from push() to its request at the master, connection warm", 50, to_master, 1.15),
+        line("from push() to its request at the master, connection warm", 99, to_master, 1.3),
         line(
-            "push() of one thread with pauses; floor: SQLite's commit",
+            "push() of one thread with pauses; floor: a commit of SQLite",
             50,
             (&took.commit, &took.push),
             1.15,
@@ -80,69 +82,73 @@ struct Took {
     bare_to_master: Vec<Duration>,
 }
 
-/// The least that keeps a delta and delivers it where the disk may hang and the network may hang: a thread for each. The one
-/// that pushes hands over to the first, which commits the row and hands the same request as ours over to the second, which has
-/// a warm connection. Ours has a snapshot made for each beat, too, and this has not. The row is removed when the master has
-/// answered, so this checkpoints about as often.
+/// The least that stores a delta and delivers it, if neither the disk nor the network may block the
+/// other: one thread commits the row, and another one sends the same request on a warm connection.
+/// The row is deleted after the answer, so checkpoints are about as frequent. Unlike a heartbeat,
+/// this makes no snapshot.
 struct BareDelivery<'a> {
-    stage: &'a Stage,
-    ask: Sender<Vec<u8>>,
+    fixture: &'a BareFixture,
+    requests: Sender<Vec<u8>>,
     done: Receiver<()>,
 }
 
 impl<'a> BareDelivery<'a> {
-    fn start(stage: &'a Stage) -> Self {
-        let client = BareClient::new(stage.master.address, &stage.agent_dir());
-        let (table, beat) =
-            (stage.folder.path().join("delivery.db"), BareBeat::start(client, After::KeepOpen));
-        let ((ask, asked), (finish, done)) = (unbounded::<Vec<u8>>(), unbounded());
+    fn start(fixture: &'a BareFixture) -> Self {
+        let client = BareClient::new(fixture.master.address, &fixture.agent_dir());
+        let table = fixture.folder.path().join("delivery.db");
+        let beat = BareBeat::start(client, After::KeepOpen);
+        let (requests, received) = unbounded::<Vec<u8>>();
+        let (finish, done) = unbounded();
         thread::spawn(move || {
             let raw = RawTable::new(&table);
-            for request in asked {
+            for request in received {
                 raw.commit();
                 beat.exchange(&request);
-                raw.forget();
+                raw.delete_newest();
                 let _ = finish.send(());
             }
         });
-        Self { stage, ask, done }
+        Self { fixture, requests, done }
     }
 
-    /// How long it takes until the master has it.
+    /// Delivers a delta. Returns the time until its request is at the master.
     fn deliver(&self, request: &[u8]) -> Duration {
-        let (request, since) = (request.to_vec(), Instant::now());
-        self.ask.send(request).unwrap();
-        let took = self.stage.master.arrival().at - since;
-        self.done.recv_timeout(PATIENCE).unwrap();
+        let request = request.to_vec();
+        let since = Instant::now();
+        self.requests.send(request).unwrap();
+        let took = self.fixture.master.arrival().at - since;
+        self.done.recv_timeout(TIMEOUT).unwrap();
         took
     }
 }
 
-/// Each time a Docker that has answered so far hangs from the push on.
-pub fn measure_hung() -> Result<Figures, String> {
-    let stage = Stage::new(After::KeepOpen)?;
-    let (agent_dir, sockets) = (stage.agent_dir(), tempfile::tempdir().unwrap());
+/// Measures pushes while Docker does not answer.
+pub fn measure_with_hung_docker() -> Result<Figures, String> {
+    let fixture = BareFixture::new(After::KeepOpen)?;
+    let agent_dir = fixture.agent_dir();
+    let sockets = tempfile::tempdir().unwrap();
     let socket = sockets.path().join("docker.sock");
-    let release = hanging_docker(&socket);
+    let release = start_hung_docker(&socket);
     let source = DecnetStatus::new(&agent_dir)
-        .state_file(stage.folder.path().join("none"))
+        .state_file(fixture.folder.path().join("none"))
         .docker_socket(socket);
-    let (builder, _tick) = stage.builder();
+    let (builder, _tick) = fixture.builder();
     let heartbeat = builder.status_source(source).start().unwrap();
-    // The first beat goes out without its snapshot, the next one with it.
-    stage.master.arrival();
+    // The first beat is sent without a snapshot, the next one with it.
+    fixture.master.arrival();
     release.send(()).unwrap();
-    stage.master.arrival();
+    fixture.master.arrival();
     let mut took = Vec::new();
     for _ in 0..HUNG {
         let since = Instant::now();
         heartbeat.deltas().push(delta()).unwrap();
-        took.push(stage.master.arrival().at - since);
+        took.push(fixture.master.arrival().at - since);
         release.send(()).unwrap();
-        stage.master.arrival();
+        fixture.master.arrival();
     }
     Ok(vec![Line {
-        what: "push to the master having it while Docker hangs, at most".to_owned(),
+        what: "from push() to its request at the master while Docker does not answer, at most"
+            .to_owned(),
         floor: None,
         measured: Amount::Time(percentile(&took, 100)),
         goal: Goal::AtMost(Amount::Time(Duration::from_millis(300))),
@@ -150,8 +156,8 @@ pub fn measure_hung() -> Result<Figures, String> {
     .into())
 }
 
-/// A socket where a connection is closed without an answer each time the sender says so.
-fn hanging_docker(socket: &Path) -> crossbeam_channel::Sender<()> {
+/// Starts a Docker that does not answer. It closes one connection for each message of the sender.
+fn start_hung_docker(socket: &Path) -> Sender<()> {
     let listener = UnixListener::bind(socket).unwrap();
     let (release, released) = unbounded();
     thread::spawn(move || {

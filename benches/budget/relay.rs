@@ -1,4 +1,4 @@
-//! A wire that counts: what a heartbeat and its master say to each other, in bytes.
+//! A relay that counts the bytes between a heartbeat and its master.
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
@@ -12,16 +12,17 @@ pub struct Relay {
 }
 
 impl Relay {
-    /// To this port of 127.0.0.1.
+    /// Starts a relay to this port of 127.0.0.1.
     pub fn start(to: u16) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let (port, passed) = (listener.local_addr().unwrap().port(), Arc::default());
+        let port = listener.local_addr().unwrap().port();
+        let passed = Arc::default();
         let counter = Arc::clone(&passed);
         thread::spawn(move || {
             for near in listener.incoming().map_while(Result::ok) {
                 let far = TcpStream::connect(("127.0.0.1", to)).unwrap();
-                let (back, forth) =
-                    ((far.try_clone().unwrap(), near.try_clone().unwrap()), (near, far));
+                let back = (far.try_clone().unwrap(), near.try_clone().unwrap());
+                let forth = (near, far);
                 for (from, to) in [back, forth] {
                     let counter = Arc::clone(&counter);
                     thread::spawn(move || pass(from, to, &counter));
@@ -31,7 +32,7 @@ impl Relay {
         Self { port, passed }
     }
 
-    /// Bytes so far, both ways.
+    /// The bytes in both directions so far.
     pub fn passed(&self) -> u64 {
         self.passed.load(Ordering::Relaxed)
     }
@@ -45,6 +46,6 @@ fn pass(mut from: TcpStream, mut to: TcpStream, counter: &AtomicU64) {
             break;
         }
     }
-    // Gone already, or it goes now.
+    // An error means that it is closed.
     let _ = to.shutdown(Shutdown::Both);
 }

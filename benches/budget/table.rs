@@ -1,4 +1,4 @@
-//! The table that is printed: a line a figure, beside its floor, its ratio and its goal.
+//! The printed table: a line for each figure, with its floor, its ratio and its goal.
 
 use std::fmt;
 use std::time::Duration;
@@ -16,7 +16,7 @@ impl From<Vec<Line>> for Figures {
     }
 }
 
-/// The same, done by the Python module and by this one.
+/// The same work, done by the Python module and by this crate.
 pub struct Pair {
     pub what: String,
     pub python: Amount,
@@ -26,7 +26,7 @@ pub struct Pair {
 /// A figure.
 pub struct Line {
     pub what: String,
-    /// What it cannot cost less than, measured in the same run.
+    /// The least that the same work can cost, measured in the same run.
     pub floor: Option<Amount>,
     pub measured: Amount,
     pub goal: Goal,
@@ -41,17 +41,17 @@ pub enum Amount {
     PerSecond(f64),
 }
 
-/// What a figure is to be.
+/// The goal of a figure.
 #[derive(Clone, Copy)]
 pub enum Goal {
-    /// None: it is there to be looked at.
+    /// The figure has no goal.
     None,
     AtMost(Amount),
-    /// At most so much above its floor.
+    /// At most this amount above its floor.
     AtMostAbove(Amount),
-    /// At most so many times its floor.
+    /// At most this multiple of its floor.
     AtMostTimes(f64),
-    /// At least so many times its floor.
+    /// At least this multiple of its floor.
     AtLeastTimes(f64),
 }
 
@@ -62,7 +62,8 @@ impl Line {
     }
 
     pub fn is_met(&self) -> bool {
-        let (measured, floor) = (self.measured.value(), self.floor.map_or(0.0, Amount::value));
+        let measured = self.measured.value();
+        let floor = self.floor.map_or(0.0, Amount::value);
         match self.goal {
             Goal::None => true,
             Goal::AtMost(most) => measured <= most.value(),
@@ -72,37 +73,42 @@ impl Line {
         }
     }
 
-    /// Whether the goal is met, and by what; `None`: there is none.
-    pub fn in_words(&self) -> Option<String> {
-        let (what, measured, goal) = (&self.what, self.measured, self.goal);
-        let met = match (goal, self.is_met()) {
-            (Goal::None, _) => return None,
+    /// `met` or `MISSED`. Empty without a goal.
+    fn result(&self) -> &'static str {
+        match (self.goal, self.is_met()) {
+            (Goal::None, _) => "",
             (_, true) => "met",
             (_, false) => "MISSED",
-        };
+        }
+    }
+
+    /// The line as a sentence. `None`: the figure has no goal.
+    pub fn in_words(&self) -> Option<String> {
+        if matches!(self.goal, Goal::None) {
+            return None;
+        }
         let of_floor = self
             .floor
             .zip(self.ratio())
             .map(|(floor, ratio)| format!(", {ratio:.2} × its floor of {floor}"));
         Some(format!(
-            "{met}: {what}: {measured}{}; the goal is {goal}",
-            of_floor.unwrap_or_default()
+            "{}: {}: {}{}; the goal is {}",
+            self.result(),
+            self.what,
+            self.measured,
+            of_floor.unwrap_or_default(),
+            self.goal
         ))
     }
 
     fn cells(&self) -> [String; 6] {
-        let said = match (self.goal, self.is_met()) {
-            (Goal::None, _) => "",
-            (_, true) => "met",
-            (_, false) => "MISSED",
-        };
         [
             self.what.clone(),
             self.floor.map_or_else(String::new, |floor| floor.to_string()),
             self.measured.to_string(),
             self.ratio().map_or_else(String::new, |ratio| format!("{ratio:.2} ×")),
             self.goal.to_string(),
-            said.to_owned(),
+            self.result().to_owned(),
         ]
     }
 }
@@ -154,7 +160,7 @@ impl fmt::Display for Goal {
     }
 }
 
-/// Prints what there is, as tables of Markdown, as they are in `docs/figures.md`.
+/// Prints the figures as Markdown tables, as in `src/docs/figures.md`.
 pub fn print(figures: &Figures) {
     let head = ["what", "floor, same run", "measured", "ratio", "goal", ""];
     print_rows(head, figures.lines.iter().map(Line::cells).collect());
@@ -162,7 +168,8 @@ pub fn print(figures: &Figures) {
     let cells = |pair: &Pair| {
         [pair.what.clone(), pair.python.to_string(), pair.ours.to_string(), ratio(pair)]
     };
-    let head = ["beside the Python module", "decnet.agent.heartbeat 1.0.0", "here", "ratio"];
+    let head =
+        ["compared with the Python module", "decnet.agent.heartbeat 1.0.0", "this crate", "ratio"];
     print_rows(head, figures.pairs.iter().map(cells).collect());
 }
 
@@ -183,7 +190,7 @@ fn print_rows<const COLUMNS: usize>(head: [&str; COLUMNS], mut rows: Vec<[String
     }
 }
 
-/// Of a hundred of these, so many are shorter.
+/// The time that is longer than this percentage of the times.
 pub fn percentile(times: &[Duration], percent: usize) -> Duration {
     let mut sorted = times.to_vec();
     sorted.sort();

@@ -1,6 +1,6 @@
 //! The command line: its commands, its options and the values that they accept. Values only.
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -10,23 +10,19 @@ use clap::builder::{
 use clap::error::{ContextKind, ContextValue};
 use clap::{CommandFactory, Parser, Subcommand, ValueHint};
 use clap_complete::Shell;
-use humantime::DurationError;
+use humantime::{DurationError, format_duration};
 use log::LevelFilter;
 
 use super::source;
 use crate::delta::{Operation, check_decky};
-use crate::error::{Error, chain};
+use crate::error::Error;
 use crate::files::absolute;
-use crate::heartbeat::check_interval;
 use crate::limits;
 use crate::master::identity::MasterIdentity;
 use crate::status::decnet::{DOCKER_SOCKET, DecnetStatus};
 use crate::text;
 
 // The headings below have the style of clap's own. It is removed where the output has no colours.
-const PROGRAM_HELP: &str = "\
-\u{1b}[1;4mExample:\u{1b}[0m
-  decnet-heartbeat demo";
 const RUN_HELP: &str = "\
 \u{1b}[1;4mExit status:\u{1b}[0m
    0  stopped by SIGTERM or SIGINT
@@ -83,32 +79,27 @@ line, such as a name that no decky can have; 78 as run does; 1 when neither has 
 const TRACK_HELP: &str = "\
 \u{1b}[1;4mExit status:\u{1b}[0m
   The exit status of COMMAND. Also:
+     2  the command line is wrong
    126  COMMAND cannot be started
    127  COMMAND does not exist
    128  plus the signal's number: a signal ended COMMAND,
         or arrived before COMMAND started
 
-\u{1b}[1;4mOutput:\u{1b}[0m
-  A separate process copies COMMAND's stderr, for the report. It \
-ends when no process can write to that stderr any more. If \
-stdout and stderr are the same file, both are copied, in \
-order. If stderr is a terminal, COMMAND gets a terminal.
-
 \u{1b}[1;4mExample:\u{1b}[0m
   decnet-heartbeat track --operation deploy \\
       --decky decky-01 -- docker compose up -d";
-const DEMO_HELP: &str = "\
-\u{1b}[1;4mExample:\u{1b}[0m
-  decnet-heartbeat demo --seconds 30";
-const COMPLETIONS_HELP: &str = "\
-\u{1b}[1;4mExample:\u{1b}[0m
-  decnet-heartbeat completions bash > completions.bash";
+
+// clap writes the usage on one line, which is too long for many terminals.
+const PUSH_USAGE: &str = "decnet-heartbeat push [OPTIONS] --operation <WHAT>
+           --status <HOW> <DECKY>...";
+const TRACK_USAGE: &str = "decnet-heartbeat track [OPTIONS] --operation <WHAT>
+           --decky <NAME>... -- <COMMAND>...";
 
 /// The tip where `track` has no `--`.
 const TRACK_SEPARATOR: &str = "put `--` before the command, for example:
        decnet-heartbeat track --operation deploy --decky d1 -- docker compose up";
 
-const DURATION_EXAMPLES: &str = "write a number and its unit, for example 30s, 500ms or 1h";
+const DURATION_EXAMPLES: &str = "write for example 30s, 500ms or 1h";
 
 /// Headings of groups of options.
 const HOST: &str = "Host and master";
@@ -121,14 +112,9 @@ const DELIVERY: &str = "Delivery";
 /// up, what runs on it, and how deploys and mutates ended.
 #[derive(Debug, Parser)]
 // `bin_name`: without it the usage shows argv[0].
-#[command(
-    name = "decnet-heartbeat",
-    bin_name = "decnet-heartbeat",
-    version,
-    arg_required_else_help = true,
-    after_help = PROGRAM_HELP,
-    max_term_width = limits::HELP_WIDTH
-)]
+#[command(name = "decnet-heartbeat", bin_name = "decnet-heartbeat", version)]
+#[command(arg_required_else_help = true, max_term_width = limits::HELP_WIDTH)]
+#[command(after_help = "\u{1b}[1;4mExample:\u{1b}[0m\n  decnet-heartbeat demo")]
 pub(super) struct Arguments {
     #[command(flatten)]
     pub(super) common: Common,
@@ -139,55 +125,22 @@ pub(super) struct Arguments {
 #[derive(Debug, clap::Args)]
 pub(super) struct Common {
     /// The configuration file [default: $DECNET_CONFIG, or /etc/decnet/decnet.ini]
-    #[arg(
-        long,
-        global = true,
-        value_name = "INI",
-        value_parser = path(),
-        value_hint = ValueHint::FilePath,
-        help_heading = HOST
-    )]
+    #[arg(long, global = true, value_name = "INI", value_parser = path(), help_heading = HOST)]
     pub(super) config: Option<PathBuf>,
     /// The folder of ca.crt, worker.crt, worker.key, topology.db and the outbox
-    #[arg(
-        long,
-        global = true,
-        value_name = "DIR",
-        value_parser = PathBufValueParser::new().try_map(agent_dir),
-        value_hint = ValueHint::DirPath,
-        help_heading = HOST
-    )]
+    #[arg(long, global = true, value_name = "DIR", value_parser = folder(), help_heading = HOST)]
+    #[arg(value_hint = ValueHint::DirPath)]
     pub(super) agent_dir: Option<PathBuf>,
     /// How the master is identified: name, host, ca, sha256:HEX or public [default: name]
-    #[arg(
-        long,
-        global = true,
-        value_name = "RULE",
-        value_parser = IdentityParser,
-        hide_possible_values = true,
-        help_heading = HOST
-    )]
+    #[arg(long, global = true, value_name = "RULE", help_heading = HOST)]
     pub(super) master_identity: Option<MasterIdentity>,
     /// The least severe level to log [default: info; for push and track: warn; for check and demo:
     /// off]
-    #[arg(
-        long,
-        global = true,
-        value_name = "LEVEL",
-        value_parser = log_level(),
-        ignore_case = true,
-        help_heading = LOG
-    )]
+    #[arg(long, global = true, value_name = "LEVEL", value_parser = log_level(), ignore_case = true)]
+    #[arg(help_heading = LOG)]
     pub(super) log_level: Option<LevelFilter>,
     /// Append the log to this file instead of stderr; `run` reopens it on SIGHUP
-    #[arg(
-        long,
-        global = true,
-        value_name = "PATH",
-        value_parser = path(),
-        value_hint = ValueHint::FilePath,
-        help_heading = LOG
-    )]
+    #[arg(long, global = true, value_name = "PATH", value_parser = path(), help_heading = LOG)]
     pub(super) log_file: Option<PathBuf>,
 }
 
@@ -203,25 +156,21 @@ pub(super) enum Command {
     #[command(after_help = CHECK_HELP)]
     Check(CheckOptions),
     /// Report how an operation ended: now, or by way of the outbox
-    #[command(after_help = PUSH_HELP)]
+    #[command(after_help = PUSH_HELP, override_usage = PUSH_USAGE)]
     Push(PushOptions),
     /// Run a command, and report how it ended
-    #[command(after_help = TRACK_HELP)]
+    #[command(after_help = TRACK_HELP, override_usage = TRACK_USAGE)]
     Track(TrackOptions),
     /// Show a heartbeat at work with a built-in master; needs no configuration
-    #[command(after_help = DEMO_HELP)]
+    #[command(after_help = "\u{1b}[1;4mExample:\u{1b}[0m\n  decnet-heartbeat demo --seconds 30")]
     Demo {
         /// How long the demo takes, from 5 to 600 seconds
-        #[arg(
-            long,
-            value_name = "N",
-            default_value_t = 15,
-            value_parser = clap::value_parser!(u64).range(5..=600)
-        )]
+        #[arg(long, value_name = "N", default_value = "15", value_parser = demo_seconds)]
         seconds: u64,
     },
     /// Print the completion script for a shell
-    #[command(after_help = COMPLETIONS_HELP)]
+    #[command(after_help = "\u{1b}[1;4mExample:\u{1b}[0m
+  decnet-heartbeat completions bash > completions.bash")]
     Completions {
         /// The shell
         shell: Shell,
@@ -235,49 +184,19 @@ pub(super) struct RunOptions {
     pub(super) interval: Duration,
     /// DECNET's state file [default: $DECNET_HEARTBEAT_STATE_FILE, or the file beside DECNET's
     /// Python package]
-    #[arg(
-        long,
-        value_name = "PATH",
-        value_parser = path(),
-        value_hint = ValueHint::FilePath,
-        help_heading = STATUS
-    )]
+    #[arg(long, value_name = "PATH", value_parser = path(), help_heading = STATUS)]
     pub(super) state_file: Option<PathBuf>,
     /// Docker's socket [default: /var/run/docker.sock]
-    #[arg(
-        long,
-        value_name = "PATH",
-        value_parser = path(),
-        value_hint = ValueHint::FilePath,
-        help_heading = STATUS
-    )]
+    #[arg(long, value_name = "PATH", value_parser = path(), help_heading = STATUS)]
     pub(super) docker_socket: Option<PathBuf>,
     /// The file of queued deltas [default: heartbeat.db in the agent dir]
-    #[arg(
-        long,
-        value_name = "PATH",
-        value_parser = path(),
-        value_hint = ValueHint::FilePath,
-        help_heading = FILES
-    )]
+    #[arg(long, value_name = "PATH", value_parser = path(), help_heading = FILES)]
     pub(super) outbox: Option<PathBuf>,
     /// Write the statistics to this file as JSON after each beat
-    #[arg(
-        long,
-        value_name = "PATH",
-        value_parser = path(),
-        value_hint = ValueHint::FilePath,
-        help_heading = FILES
-    )]
+    #[arg(long, value_name = "PATH", value_parser = path(), help_heading = FILES)]
     pub(super) stats_file: Option<PathBuf>,
     /// Write the statistics to this file for Prometheus after each beat; node_exporter reads *.prom
-    #[arg(
-        long,
-        value_name = "PATH",
-        value_parser = path(),
-        value_hint = ValueHint::FilePath,
-        help_heading = FILES
-    )]
+    #[arg(long, value_name = "PATH", value_parser = path(), help_heading = FILES)]
     pub(super) metrics_file: Option<PathBuf>,
 }
 
@@ -307,45 +226,34 @@ pub(super) struct PushOptions {
     pub(super) operation: Operation,
     /// How it ended
     #[arg(long, value_name = "HOW")]
-    pub(super) status: Status,
+    pub(super) status: FinalStatus,
     /// Why it failed, for the master's operator; 2,000 characters at most
     #[arg(long, value_name = "TEXT")]
     pub(super) error: Option<String>,
     #[command(flatten)]
     pub(super) delivery: DeliveryOptions,
-    /// The file of queued deltas [default: heartbeat.db in the agent dir]
-    #[arg(
-        long,
-        value_name = "PATH",
-        value_parser = path(),
-        value_hint = ValueHint::FilePath,
-        help_heading = FILES
-    )]
-    pub(super) outbox: Option<PathBuf>,
     /// The deckies that it was done to
     #[arg(value_name = "DECKY", required = true, value_parser = decky)]
     pub(super) deckies: Vec<String>,
 }
 
-/// How long `push` and `track` try to deliver to the master.
+/// How `push` and `track` deliver to the master.
 #[derive(Debug, clap::Args)]
 pub(super) struct DeliveryOptions {
     /// How long to try to reach the master, including the name lookup, from 1ms to 1h
-    #[arg(
-        long,
-        value_name = "DURATION",
-        default_value = "10s",
-        value_parser = timeout,
-        help_heading = DELIVERY
-    )]
+    #[arg(long, value_name = "DURATION", default_value = "10s", value_parser = timeout)]
+    #[arg(help_heading = DELIVERY)]
     pub(super) timeout: Duration,
     /// Only queue the report in the outbox; `run` delivers it
     #[arg(long, conflicts_with = "timeout", help_heading = DELIVERY)]
     pub(super) no_wait: bool,
+    /// The file of queued deltas [default: heartbeat.db in the agent dir]
+    #[arg(long, value_name = "PATH", value_parser = path(), help_heading = DELIVERY)]
+    pub(super) outbox: Option<PathBuf>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-pub(super) enum Status {
+pub(super) enum FinalStatus {
     Succeeded,
     Failed,
 }
@@ -356,32 +264,13 @@ pub(super) struct TrackOptions {
     #[arg(long, value_name = "WHAT", value_parser = operation())]
     pub(super) operation: Operation,
     /// The deckies that COMMAND deploys or mutates
-    #[arg(
-        long = "decky",
-        value_name = "NAME",
-        required = true,
-        num_args = 1..,
-        value_parser = decky
-    )]
+    #[arg(long = "decky", value_name = "NAME", required = true, num_args = 1.., value_parser = decky)]
     pub(super) deckies: Vec<String>,
     #[command(flatten)]
     pub(super) delivery: DeliveryOptions,
-    /// The file of queued deltas [default: heartbeat.db in the agent dir]
-    #[arg(
-        long,
-        value_name = "PATH",
-        value_parser = path(),
-        value_hint = ValueHint::FilePath,
-        help_heading = FILES
-    )]
-    pub(super) outbox: Option<PathBuf>,
     /// The command to run, with its arguments
-    #[arg(
-        last = true,
-        required = true,
-        value_name = "COMMAND",
-        value_hint = ValueHint::CommandWithArguments
-    )]
+    #[arg(last = true, required = true, value_name = "COMMAND")]
+    #[arg(value_hint = ValueHint::CommandWithArguments)]
     pub(super) command: Vec<OsString>,
 }
 
@@ -405,6 +294,19 @@ fn is_track_without_separator(given: &[OsString]) -> bool {
         && !given.iter().any(|argument| argument == "--")
 }
 
+/// Adds hints for completions to the command line.
+pub(super) fn with_hints(command: clap::Command) -> clap::Command {
+    let rules = ["name", "host", "ca", "public"];
+    command.mut_subcommands(with_hints).mut_args(|argument| match argument.get_value_hint() {
+        // The parser also accepts fingerprints. `sha256:` is left out, because zsh ends the list of
+        // values at a colon.
+        _ if argument.get_id() == "master_identity" => argument.value_parser(rules),
+        // The hint of every path. In bash it appends a space to the name of a folder.
+        ValueHint::AnyPath => argument.value_hint(ValueHint::FilePath),
+        _ => argument,
+    })
+}
+
 /// A decky's name. An invalid name is rejected before anything is written.
 fn decky(name: &str) -> Result<String, Error> {
     check_decky(name).map(|()| name.to_owned())
@@ -416,36 +318,12 @@ fn operation() -> impl TypedValueParser<Value = Operation> {
 }
 
 fn log_level() -> impl TypedValueParser<Value = LevelFilter> {
-    let names = ["off", "error", "warn", "info", "debug", "trace"];
-    let values = names.map(|name| match name {
-        "warn" => PossibleValue::new(name).alias("warning"),
-        _ => PossibleValue::new(name),
-    });
-    PossibleValuesParser::new(values).try_map(|level| {
-        if level.eq_ignore_ascii_case("warning") { Ok(LevelFilter::Warn) } else { level.parse() }
+    let [off, error, info, debug, trace] =
+        ["off", "error", "info", "debug", "trace"].map(PossibleValue::new);
+    let warn = PossibleValue::new("warn").alias("warning");
+    PossibleValuesParser::new([off, error, warn, info, debug, trace]).try_map(|level| {
+        level.to_ascii_lowercase().replace("warning", "warn").parse::<LevelFilter>()
     })
-}
-
-/// Completes the rules, and also accepts a fingerprint, which no list of values can contain.
-#[derive(Clone)]
-struct IdentityParser;
-
-impl TypedValueParser for IdentityParser {
-    type Value = MasterIdentity;
-
-    fn parse_ref(
-        &self,
-        command: &clap::Command,
-        arg: Option<&clap::Arg>,
-        value: &OsStr,
-    ) -> Result<MasterIdentity, clap::Error> {
-        (|rule: &str| rule.parse::<MasterIdentity>()).parse_ref(command, arg, value)
-    }
-
-    fn possible_values(&self) -> Option<Box<dyn Iterator<Item = PossibleValue> + '_>> {
-        let rules = ["name", "host", "ca", "sha256:", "public"];
-        Some(Box::new(rules.into_iter().map(PossibleValue::new)))
-    }
 }
 
 /// A path that does not depend on the working directory.
@@ -453,45 +331,44 @@ fn path() -> impl TypedValueParser<Value = PathBuf> {
     PathBufValueParser::new().map(|path| absolute(&path))
 }
 
-/// `--agent-dir`. The folder is logged and printed, so control characters are rejected.
-fn agent_dir(path: PathBuf) -> Result<PathBuf, &'static str> {
-    let has_control = path.to_string_lossy().contains(char::is_control);
-    if has_control {
-        Err("must be a path on one line, without control characters")
-    } else {
-        Ok(path)
-    }
-}
-
-/// `--interval`.
-fn interval(given: &str) -> Result<Duration, String> {
-    let interval = duration(given)?;
-    check_interval(interval)
-        .map(|()| interval)
-        .map_err(|error| chain(&error).replace("interval: ", ""))
-}
-
-/// `--timeout`.
-fn timeout(given: &str) -> Result<Duration, String> {
-    let timeout = duration(given)?;
-    let (least, most) = limits::REPORT_TIMEOUT;
-    if (least..=most).contains(&timeout) {
-        Ok(timeout)
-    } else {
-        Err("must be from 1 ms to 1 h".to_owned())
-    }
-}
-
-fn duration(given: &str) -> Result<Duration, String> {
-    humantime::parse_duration(given).map_err(|error| match error {
-        DurationError::UnknownUnit { unit, value, .. } if unit.is_empty() => {
-            format!("the unit is missing; write {value}s, {value}ms or {value}m")
+/// The agent dir. It is logged and printed, so control characters are rejected.
+fn folder() -> impl TypedValueParser<Value = PathBuf> {
+    PathBufValueParser::new().try_map(|path| {
+        if path.to_string_lossy().contains(char::is_control) {
+            Err("must be a path on one line, without control characters")
+        } else {
+            Ok(path)
         }
-        DurationError::UnknownUnit { unit, .. } => {
-            format!("unknown unit '{}'; {DURATION_EXAMPLES}", text::sanitize(&unit))
-        }
-        error => format!("{}; {DURATION_EXAMPLES}", text::sanitize(&error.to_string())),
     })
+}
+
+fn demo_seconds(given: &str) -> Result<u64, &'static str> {
+    let seconds = given.parse().ok().filter(|seconds| (5..=600).contains(seconds));
+    seconds.ok_or("must be a number from 5 to 600")
+}
+
+fn interval(given: &str) -> Result<Duration, String> {
+    duration(given, limits::MIN_INTERVAL, limits::MAX_INTERVAL)
+}
+
+fn timeout(given: &str) -> Result<Duration, String> {
+    duration(given, limits::MIN_REPORT_TIMEOUT, limits::MAX_REPORT_TIMEOUT)
+}
+
+fn duration(given: &str, least: Duration, most: Duration) -> Result<Duration, String> {
+    match humantime::parse_duration(given) {
+        Ok(duration) if (least..=most).contains(&duration) => Ok(duration),
+        Ok(_) => {
+            Err(format!("must be from {} to {}", format_duration(least), format_duration(most)))
+        }
+        Err(DurationError::UnknownUnit { unit, value, .. }) if unit.is_empty() => {
+            Err(format!("the unit is missing; write {value}s, {value}ms or {value}m"))
+        }
+        Err(DurationError::UnknownUnit { unit, .. }) => {
+            Err(format!("unknown unit '{}'; {DURATION_EXAMPLES}", text::sanitize(&unit)))
+        }
+        Err(error) => Err(format!("{}; {DURATION_EXAMPLES}", text::sanitize(&error.to_string()))),
+    }
 }
 
 /// The text of an error, safe to print. [`parse`] has escaped and shortened what it quotes of the
@@ -584,6 +461,7 @@ mod tests {
             }
         }
     }
+
     fn error(given: &str) -> String {
         let given = format!("decnet-heartbeat {given}");
         described(parse(given.split(' ').map(OsString::from)).unwrap_err())
@@ -630,9 +508,29 @@ mod tests {
             ),
             (
                 "track --timeout 5parsecs",
-                "unknown unit 'parsecs'; write a number and its unit, for example 30s, 500ms or 1h",
+                "unknown unit 'parsecs'; write for example 30s, 500ms or 1h",
             ),
             ("check --master-identity sha256:12", "must be name, host, ca, public, or sha256:"),
+            ("run --interval 10ms", "'--interval <DURATION>': must be from 50ms to 1h"),
+            ("push --timeout 2h", "'--timeout <DURATION>': must be from 1ms to 1h"),
+            ("demo --seconds 4", "'--seconds <N>': must be a number from 5 to 600"),
+        ] {
+            let message = error(given);
+            assert!(message.contains(expected), "{message}");
+        }
+    }
+
+    #[test]
+    fn mistakes_are_named_with_the_right_call() {
+        for (given, expected) in [
+            ("rum", "unrecognized subcommand 'rum'\n\n  tip: a similar subcommand exists: 'run'"),
+            ("run --intervall 1s", "tip: a similar argument exists: '--interval'"),
+            (
+                "run --interval",
+                "a value is required for '--interval <DURATION>' but none was supplied",
+            ),
+            ("push --no-wait=yes", "unexpected value 'yes' for '--no-wait' found"),
+            ("push --operation deploy --status succeeded", "not provided:\n  <DECKY>..."),
         ] {
             let message = error(given);
             assert!(message.contains(expected), "{message}");
@@ -654,6 +552,28 @@ mod tests {
     }
 
     #[test]
+    fn completions_know_values() {
+        for (shell, expected) in [
+            (Shell::Bash, "compgen -W \"deploy mutate\""),
+            (Shell::Bash, "compgen -W \"off error warn info debug trace\""),
+            (Shell::Zsh, ":WHAT:(deploy mutate)'"),
+            (Shell::Zsh, ":HOW:(succeeded failed)'"),
+            (Shell::Zsh, ":RULE:(name host ca public)'"),
+            (Shell::Fish, "-l operation -d 'What was done' -r -f -a \"deploy\\t''\nmutate\\t''\""),
+        ] {
+            let mut script = Vec::new();
+            clap_complete::generate(
+                shell,
+                &mut with_hints(Arguments::command()),
+                "decnet-heartbeat",
+                &mut script,
+            );
+            let script = String::from_utf8(script).unwrap();
+            assert!(script.contains(expected), "{script}");
+        }
+    }
+
+    #[test]
     fn help_fits_terminals_of_60_columns() {
         let mut command = Arguments::command().term_width(60).color(clap::ColorChoice::Never);
         let names: Vec<_> =
@@ -661,9 +581,7 @@ mod tests {
         for name in names {
             let subcommand = command.find_subcommand_mut(&name).unwrap();
             let help = subcommand.clone().term_width(60).render_long_help().to_string();
-            // clap does not wrap the usage.
-            let mut lines = help.lines().filter(|line| !line.starts_with("Usage: "));
-            let too_long = lines.find(|line| line.chars().count() > 60);
+            let too_long = help.lines().find(|line| line.chars().count() > 60);
             assert_eq!(too_long, None, "{name}");
         }
     }

@@ -29,7 +29,7 @@ use steps::{Checklist, Step};
 /// Prints every step and what is wrong with it.
 pub(super) fn check(common: &Common, options: &CheckOptions) -> Result<ExitCode, Error> {
     let run = &options.run;
-    let mut list = Checklist::new(options.json);
+    let mut list = Checklist::new(options);
     let enrolment = enrolment(common);
     let dir = enrolment.as_ref().ok().map(|enrolment| enrolment.agent_dir().value().as_path());
     // Probed first and shown later, because the beat carries it.

@@ -13,7 +13,7 @@ use signal_hook::flag;
 use signal_hook::iterator::backend::SignalDelivery;
 use signal_hook::iterator::exfiltrator::WithOrigin;
 
-use super::signals::{has, ignored};
+use super::signals::without_ignored;
 
 /// Signals that `track` passes on to its command: requests to end or to do something.
 pub(super) const COMMANDS: [i32; 6] = [SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2];
@@ -27,10 +27,10 @@ pub(super) struct Signals(Option<SignalDelivery<UnixStream, WithOrigin>>);
 
 /// A signal that was caught.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Caught {
+pub(super) struct CaughtSignal {
     pub(super) signal: i32,
     /// A process sent it. Otherwise the terminal sent it to the whole process group.
-    pub(super) by_process: bool,
+    pub(super) is_from_process: bool,
 }
 
 impl Signals {
@@ -42,8 +42,7 @@ impl Signals {
     /// signals cannot be caught, the command still runs, but a signal may end `track` before its
     /// report.
     pub(super) fn catch() -> Self {
-        let ignored = ignored();
-        let optional = COMMANDS.into_iter().filter(|signal| !has(ignored, *signal));
+        let optional = without_ignored(COMMANDS);
         let caught = UnixStream::pair().and_then(|(read, write)| {
             SignalDelivery::with_pipe(
                 read,
@@ -64,7 +63,7 @@ impl Signals {
     }
 
     /// The command's signals and SIGWINCH, as far as they were caught since the last call.
-    pub(super) fn pending(&mut self) -> Vec<Caught> {
+    pub(super) fn pending(&mut self) -> Vec<CaughtSignal> {
         let is_passed_on = |signal| COMMANDS.contains(&signal) || signal == SIGWINCH;
         let caught = self
             .0
@@ -72,7 +71,10 @@ impl Signals {
             .flat_map(SignalDelivery::pending)
             .filter(|origin| is_passed_on(origin.signal));
         caught
-            .map(|origin| Caught { signal: origin.signal, by_process: origin.process.is_some() })
+            .map(|origin| CaughtSignal {
+                signal: origin.signal,
+                is_from_process: origin.process.is_some(),
+            })
             .collect()
     }
 
@@ -86,7 +88,7 @@ impl Signals {
     }
 
     /// Whether a signal that requests an end was caught since the last call.
-    pub(super) fn request_end(&mut self) -> bool {
+    pub(super) fn is_end_requested(&mut self) -> bool {
         self.pending().into_iter().any(|caught| ENDING.contains(&caught.signal))
     }
 

@@ -3,8 +3,9 @@
 //! Each line has its own writer. So no thread holds a lock that another thread's line needs, and a
 //! value that panics while it is formatted loses only its own line.
 
+use std::env;
 use std::fmt::Arguments;
-use std::io::{self, Write};
+use std::io::{self, IsTerminal, Write};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use log::{Level, LevelFilter, Log, Record};
@@ -12,16 +13,36 @@ use simplelog::{Config, ConfigBuilder, ThreadLogMode, WriteLogger};
 
 use crate::limits;
 
+/// Whether output has escape sequences for colours.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Style {
+    Plain,
+    Coloured,
+}
+
+impl Style {
+    /// Coloured for a terminal that supports it, unless `NO_COLOR` is set.
+    pub(super) fn of(out: &impl IsTerminal) -> Self {
+        let is_set = |name| env::var_os(name).filter(|value| !value.is_empty());
+        let has_colours = is_set("TERM").is_some_and(|term| term != "dumb");
+        if has_colours && out.is_terminal() && is_set("NO_COLOR").is_none() {
+            Self::Coloured
+        } else {
+            Self::Plain
+        }
+    }
+}
+
 /// The format of a line: time in UTC, level, thread, message.
 #[derive(Clone, Debug)]
 pub(super) struct Format {
     config: Config,
-    is_coloured: bool,
+    style: Style,
 }
 
 impl Format {
     /// Only lines of this crate: other crates quote answers of the network without escaping them.
-    pub(super) fn new(is_coloured: bool) -> Self {
+    pub(super) fn new(style: Style) -> Self {
         let config = ConfigBuilder::new()
             .set_time_format_rfc3339()
             .set_thread_level(LevelFilter::Error)
@@ -30,7 +51,7 @@ impl Format {
             .set_location_level(LevelFilter::Off)
             .add_filter_allow_str(env!("CARGO_CRATE_NAME"))
             .build();
-        Self { config, is_coloured }
+        Self { config, style }
     }
 
     /// The line with its line end, or nothing if it is another crate's.
@@ -38,7 +59,10 @@ impl Format {
         let buffer = Buffer::default();
         WriteLogger::new(LevelFilter::Trace, self.config.clone(), buffer.clone()).log(record);
         let line = buffer.take();
-        if self.is_coloured { coloured(line, record.level()) } else { line }
+        match self.style {
+            Style::Coloured => coloured(line, record.level()),
+            Style::Plain => line,
+        }
     }
 
     /// A line about the log itself.
@@ -115,11 +139,11 @@ mod tests {
     #[test]
     fn line_has_time_level_thread_and_message() {
         let thread = std::thread::current().name().unwrap().to_owned();
-        let plain = line(&Format::new(false), format_args!("it failed: n={}", 1));
+        let plain = line(&Format::new(Style::Plain), format_args!("it failed: n={}", 1));
         let (time, rest) = plain.split_once(' ').unwrap();
         assert!(time.starts_with("20") && time.ends_with('Z'), "{plain}");
         assert_eq!(rest, format!("[WARN] ({thread}) it failed: n=1\n"));
-        let coloured = line(&Format::new(true), format_args!("it failed: n={}", 1));
+        let coloured = line(&Format::new(Style::Coloured), format_args!("it failed: n={}", 1));
         assert!(coloured.contains(" \u{1b}[33m[WARN]\u{1b}[0m ("), "{coloured:?}");
     }
 
@@ -127,7 +151,7 @@ mod tests {
     fn lines_of_other_crates_are_empty() {
         let record =
             Record::builder().level(Level::Error).target("rustls").args(format_args!("x")).build();
-        assert_eq!(Format::new(true).line(&record), b"");
+        assert_eq!(Format::new(Style::Coloured).line(&record), b"");
     }
 
     /// Never ends.
@@ -143,7 +167,7 @@ mod tests {
 
     #[test]
     fn endless_line_is_cut_between_characters() {
-        let cut = line(&Format::new(false), format_args!("{Endless}"));
+        let cut = line(&Format::new(Style::Plain), format_args!("{Endless}"));
         assert!(
             cut.ends_with("…\n") && cut.len() <= limits::LOG_LINE + "…\n".len(),
             "{}",
@@ -162,7 +186,7 @@ mod tests {
 
     #[test]
     fn panicking_value_loses_only_its_line() {
-        let format = Format::new(false);
+        let format = Format::new(Style::Plain);
         assert!(
             catch_unwind(AssertUnwindSafe(|| line(&format, format_args!("{Panicking}")))).is_err()
         );

@@ -243,9 +243,10 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
+    use crate::cli::log_line::Style;
 
     fn to_file(path: &Path) -> Queue {
-        Queue::to_file(path, &Format::new(false), |error| panic!("{error:?}")).unwrap()
+        Queue::to_file(path, &Format::new(Style::Plain), |error| panic!("{error:?}")).unwrap()
     }
 
     fn push(queue: &Queue, lines: std::ops::Range<usize>) {
@@ -345,7 +346,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("log");
         let sink = Sink::file(path.clone());
-        let format = Format::new(false);
+        let format = Format::new(Style::Plain);
         let queue = Queue::Direct(Mutex::new(Writer {
             sink,
             format,
@@ -365,7 +366,7 @@ mod tests {
     #[test]
     fn error_names_the_file_that_cannot_be_opened() {
         let dir = tempfile::tempdir().unwrap();
-        let error = Queue::to_file(dir.path(), &Format::new(false), |_| ()).unwrap_err();
+        let error = Queue::to_file(dir.path(), &Format::new(Style::Plain), |_| ()).unwrap_err();
         assert_eq!(
             error.to_string(),
             format!("--log-file: {} cannot be appended to", dir.path().display())

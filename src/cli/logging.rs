@@ -2,7 +2,7 @@
 //! logs. No thread waits for a reader of the log or for a disk; the end of the program waits a
 //! limited time.
 
-use std::io::{self, IsTerminal};
+use std::io;
 use std::panic::PanicHookInfo;
 use std::path::Path;
 use std::sync::OnceLock;
@@ -11,7 +11,7 @@ use std::time::Instant;
 
 use log::{LevelFilter, Log, Metadata, Record};
 
-use super::log_line::Format;
+use super::log_line::{Format, Style};
 use super::log_queue::Queue;
 use crate::error::{Error, chain};
 use crate::limits;
@@ -26,12 +26,10 @@ static STDERR: OnceLock<Queue> = OnceLock::new();
 
 /// Starts the log. An error means that the log file can never be opened.
 pub(super) fn start(file: Option<&Path>, level: LevelFilter) -> Result<(), Error> {
-    let format = Format::new(file.is_none() && has_colours(&io::stderr()));
+    let format = Format::new(if file.is_none() { Style::of(&io::stderr()) } else { Style::Plain });
     if let Some(path) = file {
-        let report =
-            |error: &Error| write_to_stderr(&format!("decnet-heartbeat: {}\n", chain(error)));
-        // It is set nowhere else.
-        let _ = FILE.set(Queue::to_file(path, &format, report)?);
+        // No other code sets it.
+        let _ = FILE.set(Queue::to_file(path, &format, |error| report_error(&chain(error)))?);
     }
     log::set_boxed_logger(Box::new(Logger { level, format }))
         .map_err(|source| Error::setting("the log", "is in use already").with_source(source))?;
@@ -63,13 +61,18 @@ impl Log for Logger {
 }
 
 fn stderr() -> &'static Queue {
-    STDERR.get_or_init(|| Queue::to_stderr(&Format::new(has_colours(&io::stderr()))))
+    STDERR.get_or_init(|| Queue::to_stderr(&Format::new(Style::of(&io::stderr()))))
 }
 
 /// Writes a line to stderr, also if the log goes to a file. Earlier lines of the log on stderr come
 /// first.
 pub(super) fn write_to_stderr(line: &str) {
     stderr().push(line.as_bytes().to_vec());
+}
+
+/// Prints an error on stderr, also if the log goes to a file: an operator looks there first.
+pub(super) fn report_error(problem: &str) {
+    write_to_stderr(&format!("decnet-heartbeat: {problem}\n"));
 }
 
 /// Reopens the log file, after SIGHUP: a log rotation has moved it.
@@ -95,13 +98,4 @@ pub(super) fn log_panic(panic: &PanicHookInfo<'_>) {
     if thread::current().name() == Some("main") {
         flush();
     }
-}
-
-/// Whether the output is a terminal with colours, and `NO_COLOR` is not set.
-pub(super) fn has_colours(out: &impl IsTerminal) -> bool {
-    let is_capable =
-        std::env::var_os("TERM").is_some_and(|term| !term.is_empty() && term != "dumb");
-    is_capable
-        && out.is_terminal()
-        && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
 }

@@ -6,160 +6,148 @@
 //! is 0, so that an alert on its age also covers the start.
 
 use std::fmt::Write as _;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::stats::Stats;
 
-/// One metric, without labels.
-struct Metric {
-    name: &'static str,
-    kind: &'static str,
-    help: &'static str,
-    value: fn(&Stats) -> Option<f64>,
-}
-
-const fn counter(
-    name: &'static str,
-    help: &'static str,
-    value: fn(&Stats) -> Option<f64>,
-) -> Metric {
-    Metric { name, kind: "counter", help, value }
-}
-
-const fn gauge(name: &'static str, help: &'static str, value: fn(&Stats) -> Option<f64>) -> Metric {
-    Metric { name, kind: "gauge", help, value }
-}
-
-const METRICS: [Metric; 22] = [
-    counter("beats_total", "Number of beats that the master accepted.", |stats| {
-        Some(stats.beats as f64)
-    }),
-    gauge(
-        "last_success_timestamp_seconds",
-        "Time of the last accepted beat; 0 if there was none yet.",
-        |stats| stats.last_success.map_or(Some(0.0), timestamp),
-    ),
-    gauge("next_beat_timestamp_seconds", "Time when the next beat is due.", |stats| {
-        stats.next_beat.and_then(timestamp)
-    }),
-    gauge(
-        "consecutive_failures",
-        "Number of beats that failed since the last accepted one.",
-        |stats| Some(stats.failure.as_ref().map_or(0.0, |failure| failure.count as f64)),
-    ),
-    gauge(
-        "failing_since_timestamp_seconds",
-        "Time of the first failed beat since the last accepted one.",
-        |stats| stats.failure.as_ref().and_then(|failure| timestamp(failure.since)),
-    ),
-    gauge(
-        "decommissioned",
-        "1 if the host is decommissioned: the master rejects it, and its ini and bundle do not \
-         exist.",
-        |stats| bool_value(stats.decommissioned),
-    ),
-    gauge(
-        "last_request_duration_seconds",
-        "Duration of the last request to the master.",
-        |stats| stats.round_trip.as_ref().map(Duration::as_secs_f64),
-    ),
-    gauge("session_resumed", "1 if the last TLS handshake resumed a session.", |stats| {
-        bool_value(stats.resumed)
-    }),
-    counter("deltas_delivered_total", "Number of deltas that the master accepted.", |stats| {
-        Some(stats.delivered as f64)
-    }),
-    counter("deltas_rejected_total", "Number of deltas that the master rejected.", |stats| {
-        Some(stats.rejected as f64)
-    }),
-    counter(
-        "deltas_dropped_total",
-        "Number of deltas that were dropped undelivered, because the outbox was full or they \
-         were too old.",
-        |stats| Some(stats.dropped as f64),
-    ),
-    gauge("deltas_waiting", "Number of queued deltas.", |stats| Some(stats.waiting as f64)),
-    gauge("deltas_held", "Number of queued deltas that a newer operation holds back.", |stats| {
-        Some(stats.held as f64)
-    }),
-    gauge(
-        "oldest_waiting_timestamp_seconds",
-        "Time when the operation of the oldest queued delta ended.",
-        |stats| stats.oldest_waiting.and_then(timestamp),
-    ),
-    gauge(
-        "operations_in_flight",
-        "Number of operations in flight, counted for each decky.",
-        |stats| Some(stats.operations as f64),
-    ),
-    gauge(
-        "outbox_durable",
-        "1 if the outbox is on disk; 0 if it is degraded, in memory.",
-        |stats| bool_value(stats.outbox.is_some()),
-    ),
-    gauge("status_complete", "1 if the last beat contained the complete status.", |stats| {
-        bool_value(stats.status_fault.is_none())
-    }),
-    counter("snapshots_total", "Number of snapshots that the status source returned.", |stats| {
-        Some(stats.snapshots as f64)
-    }),
-    gauge("last_snapshot_timestamp_seconds", "Time of the last snapshot.", |stats| {
-        stats.last_snapshot.and_then(timestamp)
-    }),
-    gauge(
-        "snapshot_pending_since_timestamp_seconds",
-        "Time of the snapshot request that the status source has not answered yet.",
-        |stats| stats.snapshot_pending_since.and_then(timestamp),
-    ),
-    counter(
-        "panics_total",
-        "Number of panics that were caught, in the status source and in beats.",
-        |stats| Some(stats.panics as f64),
-    ),
-    gauge(
-        "certificate_expiry_timestamp_seconds",
-        "Time when this host's certificate expires.",
-        |stats| stats.certificate_expires.and_then(timestamp),
-    ),
-];
-
 /// All metrics.
 pub(super) fn text(stats: &Stats) -> String {
-    let mut text = String::new();
-    for Metric { name, kind, help, value } in METRICS {
-        if let Some(value) = value(stats) {
-            sample(&mut text, name, kind, help, "", value);
-        }
-    }
-    let or_empty = |value: &Option<String>| value.clone().unwrap_or_default();
-    let info = labels(&[
-        ("version", env!("CARGO_PKG_VERSION")),
-        ("host_uuid", &or_empty(&stats.host_uuid)),
-        ("url", &or_empty(&stats.url)),
-        ("fingerprint", &or_empty(&stats.fingerprint)),
-    ]);
-    sample(&mut text, "info", "gauge", "Version, host, master and certificate.", &info, 1.0);
-    if let Some(failure) = &stats.failure {
-        let class = labels(&[("class", &failure.class)]);
-        sample(
-            &mut text,
-            "failure_info",
-            "gauge",
-            "Class of the last failed beat, while beats fail.",
-            &class,
-            1.0,
-        );
-    }
-    text
+    let mut metrics = Metrics(String::new());
+    metrics.add_beats(stats);
+    metrics.add_deltas(stats);
+    metrics.add_status(stats);
+    metrics.add_names(stats);
+    metrics.0
 }
 
-fn sample(text: &mut String, name: &str, kind: &str, help: &str, labels: &str, value: f64) {
-    // Writing to a String cannot fail.
-    let _ = write!(
-        text,
-        "# HELP decnet_heartbeat_{name} {help}\n# TYPE decnet_heartbeat_{name} {kind}\n\
-         decnet_heartbeat_{name}{labels} {value}\n"
-    );
+/// The text so far. Each method adds one metric; those at the end add the metrics of one topic.
+struct Metrics(String);
+
+impl Metrics {
+    fn counter(&mut self, name: &str, help: &str, value: u64) {
+        self.sample("counter", name, help, "", value as f64);
+    }
+
+    fn gauge(&mut self, name: &str, help: &str, value: f64) {
+        self.sample("gauge", name, help, "", value);
+    }
+
+    fn count(&mut self, name: &str, help: &str, value: u64) {
+        self.gauge(name, help, value as f64);
+    }
+
+    fn flag(&mut self, name: &str, help: &str, value: bool) {
+        self.gauge(name, help, if value { 1.0 } else { 0.0 });
+    }
+
+    /// `None`: the time is unknown.
+    fn time(&mut self, name: &str, help: &str, value: Option<SystemTime>) {
+        if let Some(since) = value.and_then(|at| at.duration_since(UNIX_EPOCH).ok()) {
+            self.gauge(name, help, since.as_millis() as f64 / 1e3);
+        }
+    }
+
+    fn sample(&mut self, kind: &str, name: &str, help: &str, labels: &str, value: f64) {
+        // Writing to a String cannot fail.
+        let _ = write!(
+            self.0,
+            "# HELP decnet_heartbeat_{name} {help}\n# TYPE decnet_heartbeat_{name} {kind}\n\
+             decnet_heartbeat_{name}{labels} {value}\n"
+        );
+    }
+
+    fn add_beats(&mut self, stats: &Stats) {
+        let failure = stats.failure.as_ref();
+        self.counter("beats_total", "Beats that the master accepted.", stats.beats);
+        self.time(
+            "last_success_timestamp_seconds",
+            "Time of the last accepted beat; 0 if there was none yet.",
+            stats.last_success.or(Some(UNIX_EPOCH)),
+        );
+        self.time(
+            "next_beat_timestamp_seconds",
+            "Time when the next beat is due.",
+            stats.next_beat,
+        );
+        self.count(
+            "consecutive_failures",
+            "Beats that failed since the last accepted one.",
+            failure.map_or(0, |failure| failure.count),
+        );
+        self.time(
+            "failing_since_timestamp_seconds",
+            "Time of the first failed beat since the last accepted one.",
+            failure.map(|failure| failure.since),
+        );
+        self.flag(
+            "decommissioned",
+            "1 if the host is decommissioned: the master rejects it, and its ini and bundle do not \
+             exist.",
+            stats.decommissioned,
+        );
+        if let Some(duration) = stats.round_trip {
+            let help = "Duration of the last request to the master.";
+            self.gauge("last_request_duration_seconds", help, duration.as_secs_f64());
+        }
+        let help = "1 if the last TLS handshake resumed a session.";
+        self.flag("session_resumed", help, stats.resumed);
+    }
+
+    fn add_deltas(&mut self, stats: &Stats) {
+        self.counter("deltas_delivered_total", "Deltas that the master accepted.", stats.delivered);
+        self.counter("deltas_rejected_total", "Deltas that the master rejected.", stats.rejected);
+        self.counter(
+            "deltas_dropped_total",
+            "Deltas that were dropped undelivered, because the outbox was full or they were too \
+             old.",
+            stats.dropped,
+        );
+        self.count("deltas_waiting", "Queued deltas.", stats.waiting);
+        self.count("deltas_held", "Queued deltas that a newer operation holds back.", stats.held);
+        self.time(
+            "oldest_waiting_timestamp_seconds",
+            "Time when the operation of the oldest queued delta ended.",
+            stats.oldest_waiting,
+        );
+        let help = "Operations in flight, counted for each decky.";
+        self.count("operations_in_flight", help, stats.operations);
+        let help = "1 if the outbox is on disk; 0 if it is degraded, in memory.";
+        self.flag("outbox_durable", help, stats.outbox.is_some());
+    }
+
+    fn add_status(&mut self, stats: &Stats) {
+        let help = "1 if the last beat contained the complete status.";
+        self.flag("status_complete", help, stats.status_fault.is_none());
+        let help = "Snapshots that the status source returned.";
+        self.counter("snapshots_total", help, stats.snapshots);
+        let help = "Time of the last snapshot.";
+        self.time("last_snapshot_timestamp_seconds", help, stats.last_snapshot);
+        self.time(
+            "snapshot_pending_since_timestamp_seconds",
+            "Time of the snapshot request that the status source has not answered yet.",
+            stats.snapshot_pending_since,
+        );
+        let help = "Panics that were caught, in the status source and in beats.";
+        self.counter("panics_total", help, stats.panics);
+        let help = "Time when this host's certificate expires.";
+        self.time("certificate_expiry_timestamp_seconds", help, stats.certificate_expires);
+    }
+
+    /// The metrics with labels. Their value is 1.
+    fn add_names(&mut self, stats: &Stats) {
+        let info = labels(&[
+            ("version", env!("CARGO_PKG_VERSION")),
+            ("host_uuid", stats.host_uuid.as_deref().unwrap_or_default()),
+            ("url", stats.url.as_deref().unwrap_or_default()),
+            ("fingerprint", stats.fingerprint.as_deref().unwrap_or_default()),
+        ]);
+        self.sample("gauge", "info", "Version, host, master and certificate.", &info, 1.0);
+        if let Some(failure) = &stats.failure {
+            let class = labels(&[("class", &failure.class)]);
+            let help = "Class of the last failed beat, while beats fail.";
+            self.sample("gauge", "failure_info", help, &class, 1.0);
+        }
+    }
 }
 
 fn labels(labels: &[(&str, &str)]) -> String {
@@ -172,17 +160,12 @@ fn escaped(value: &str) -> String {
     value.replace('\\', r"\\").replace('"', "\\\"").replace('\n', r"\n")
 }
 
-fn timestamp(at: SystemTime) -> Option<f64> {
-    at.duration_since(UNIX_EPOCH).ok().map(|since| since.as_millis() as f64 / 1e3)
-}
-
-fn bool_value(value: bool) -> Option<f64> {
-    Some(if value { 1.0 } else { 0.0 })
-}
-
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
+    use crate::stats::Failure;
 
     fn samples(stats: &Stats) -> Vec<String> {
         text(stats).lines().filter(|line| !line.starts_with('#')).map(str::to_owned).collect()
@@ -241,6 +224,33 @@ mod tests {
                 (names.len(), text.lines().filter(|line| !line.starts_with('#')).count()),
                 (all, all)
             );
+        }
+    }
+
+    #[test]
+    fn every_metric_is_documented() {
+        let at = Some(UNIX_EPOCH);
+        let failure = Failure {
+            count: 1,
+            since: UNIX_EPOCH,
+            class: "refused".to_owned(),
+            detail: String::new(),
+        };
+        let stats = Stats {
+            next_beat: at,
+            failure: Some(failure),
+            round_trip: Some(Duration::ZERO),
+            oldest_waiting: at,
+            last_snapshot: at,
+            snapshot_pending_since: at,
+            certificate_expires: at,
+            ..Stats::default()
+        };
+        let page = include_str!("../docs/operations.md");
+        for sample in samples(&stats) {
+            let name = sample.split([' ', '{']).next().unwrap();
+            let name = name.strip_prefix("decnet_heartbeat_").unwrap();
+            assert!(page.contains(&format!("`{name}`")), "{name}");
         }
     }
 

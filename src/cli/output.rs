@@ -5,13 +5,7 @@ use std::io::{self, IsTerminal, Write};
 
 use rustix::termios::tcgetwinsize;
 
-use super::logging::write_to_stderr;
 use crate::error::Error;
-
-/// Prints a message of a command. An error is ignored: the command has done its work.
-pub(super) fn print_message(text: &str) {
-    let _ = print_result(text);
-}
 
 /// Prints the result of a command, or a part of it. An error means that the command has failed.
 pub(super) fn print_result(text: &str) -> Result<(), Error> {
@@ -24,14 +18,4 @@ pub(super) fn terminal_width() -> Option<usize> {
     let stdout = io::stdout();
     let size = if stdout.is_terminal() { tcgetwinsize(&stdout).ok()? } else { return None };
     Some(usize::from(size.ws_col)).filter(|columns| *columns > 0)
-}
-
-/// Prints on stderr what is wrong with the command line.
-pub(super) fn report_usage_error(text: &str) {
-    write_to_stderr(text);
-}
-
-/// Prints an error on stderr, also if the log goes to a file: an operator looks there first.
-pub(super) fn report_error(problem: &str) {
-    write_to_stderr(&format!("decnet-heartbeat: {problem}\n"));
 }

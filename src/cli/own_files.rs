@@ -10,9 +10,11 @@ use super::arguments::{Common, RunOptions};
 use super::{outbox, state_file_of_environment};
 use crate::credentials::bundle;
 use crate::credentials::enrolment::Enrolment;
-use crate::files::beside;
-use crate::files::folder;
+use crate::files::{beside, folder};
 use crate::status::decnet::TOPOLOGY;
+
+/// The suffixes of an outbox's files.
+pub(super) const OUTBOX_SUFFIXES: [&str; 5] = ["", "-journal", "-wal", "-shm", "-lock"];
 
 /// Each file with its description.
 #[derive(Clone, Debug)]
@@ -39,8 +41,7 @@ impl OwnFiles {
         files.extend(enrolment.and_then(Enrolment::ini).map(|ini| ("the ini", ini.to_owned())));
         let location = outbox(options.outbox.clone());
         if let Some(file) = location.path(agent_dir.map_or(Path::new(""), PathBuf::as_path)) {
-            let parts = ["", "-wal", "-shm", "-journal", "-lock"];
-            files.extend(parts.map(|part| ("the outbox", beside(&file, part))));
+            files.extend(OUTBOX_SUFFIXES.map(|suffix| ("the outbox", beside(&file, suffix))));
         }
         Self(files)
     }

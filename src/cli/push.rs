@@ -6,11 +6,12 @@ use std::process::ExitCode;
 use clap::CommandFactory;
 use clap::error::ErrorKind;
 
-use super::arguments::{Arguments, Common, PushOptions, Status};
-use super::output::{print_message, report_error};
-use super::report::{ReportWait, Reported, Reporter};
+use super::arguments::{Arguments, Common, FinalStatus, PushOptions};
+use super::logging::report_error;
+use super::output::print_result;
+use super::report::{ReportResult, ReportWait, Reporter};
 use super::{enrolment, help_or_usage_error, outbox, warn_of_unlisted};
-use crate::delta::LifecycleDelta;
+use crate::delta::{LifecycleDelta, Outcome};
 use crate::error::Error;
 
 /// `EX_TEMPFAIL` of sysexits.h: the deltas are queued in the outbox, but not delivered yet.
@@ -18,49 +19,53 @@ const QUEUED: u8 = 75;
 
 /// Prints whether the deltas were delivered or queued. If neither, that is the error.
 pub(super) fn push(common: &Common, options: PushOptions) -> Result<ExitCode, Error> {
-    let PushOptions { operation, status, error, outbox: path, delivery, deckies } = options;
-    if status == Status::Succeeded && error.is_some() {
+    let PushOptions { operation, status, error, delivery, deckies } = options;
+    if status == FinalStatus::Succeeded && error.is_some() {
         let text = "--error says why it failed: it goes with --status failed";
         return Ok(help_or_usage_error(
             Arguments::command().error(ErrorKind::ArgumentConflict, text),
         ));
     }
-    let error = error.unwrap_or_else(|| "no reason given".to_owned());
+    let outcome = match status {
+        FinalStatus::Succeeded => Outcome::Succeeded,
+        FinalStatus::Failed => {
+            Outcome::Failed(error.unwrap_or_else(|| "no reason given".to_owned()))
+        }
+    };
     // A decky that is named twice gets one delta.
     let deckies: BTreeSet<String> = deckies.into_iter().collect();
-    let delta = |decky| match status {
-        Status::Succeeded => LifecycleDelta::succeeded(decky, operation),
-        Status::Failed => LifecycleDelta::failed(decky, operation, error.as_str()),
-    };
+    let delta = |decky| LifecycleDelta::new(decky, operation, outcome.clone());
     let deltas: Vec<LifecycleDelta> = deckies.into_iter().map(delta).collect();
     deltas.iter().try_for_each(LifecycleDelta::check)?;
     let enrolment = enrolment(common)?;
     warn_of_unlisted(enrolment.agent_dir().value(), deltas.iter().map(LifecycleDelta::decky));
-    let mut reporter = Reporter::open(enrolment, common.master_identity, &outbox(path))?;
+    let location = outbox(delivery.outbox.clone());
+    let mut reporter = Reporter::open(enrolment, common.master_identity, &location)?;
     let wait = &mut ReportWait::new(delivery.timeout, None);
     let reported = reporter.report(&deltas, &delivery, wait);
     let (message, code) = match reported {
-        Reported::Delivered => ("delivered\n".to_owned(), ExitCode::SUCCESS),
-        Reported::Queued => (
+        ReportResult::Delivered => ("delivered\n".to_owned(), ExitCode::SUCCESS),
+        ReportResult::Queued => (
             format!("kept in {} for decnet-heartbeat run\n", reporter.outbox_name()),
             ExitCode::SUCCESS,
         ),
-        Reported::Undelivered(why) => {
+        ReportResult::Undelivered(why) => {
             let place = reporter.outbox_name();
             (
                 format!("kept in {place} for decnet-heartbeat run, not delivered: {why}\n"),
                 ExitCode::from(QUEUED),
             )
         }
-        Reported::InDoubt(why) => {
+        ReportResult::InDoubt(why) => {
             report_error(&why);
             reporter.await_disk(wait);
             return Ok(ExitCode::FAILURE);
         }
-        Reported::Lost(why) => {
+        ReportResult::Lost(why) => {
             return Err(Error::outbox(None, format!("neither delivered nor kept: {why}")));
         }
     };
-    print_message(&message);
+    // An error is ignored: the command has done its work.
+    let _ = print_result(&message);
     Ok(code)
 }

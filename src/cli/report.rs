@@ -40,7 +40,7 @@ pub(super) struct Reporter {
 
 /// The result of a report.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Reported {
+pub(super) enum ReportResult {
     /// The master accepted the deltas.
     Delivered,
     /// The deltas are queued on disk, and `--no-wait` asked for no more.
@@ -54,7 +54,7 @@ pub(super) enum Reported {
     Lost(String),
 }
 
-impl Reported {
+impl ReportResult {
     /// The deltas could not be queued.
     fn failed(error: &Error) -> Self {
         if error.is_in_doubt() { Self::InDoubt(chain(error)) } else { Self::Lost(chain(error)) }
@@ -83,14 +83,18 @@ impl<'a> ReportWait<'a> {
     /// Whether a signal requested the end.
     fn is_interrupted(&mut self) -> bool {
         self.is_interrupted = self.is_interrupted
-            || self.signals.as_mut().is_some_and(|signals| signals.request_end());
+            || self.signals.as_mut().is_some_and(|signals| signals.is_end_requested());
         self.is_interrupted
     }
 
-    /// Sleeps before a retry.
-    fn pause(&self) -> io::Result<()> {
+    fn has_time(&mut self) -> bool {
+        !self.is_interrupted() && !self.remaining().is_zero()
+    }
+
+    /// Sleeps before a retry. `false`: no time is left, or sleeping fails.
+    fn pause(&mut self) -> bool {
         let pause = Instant::now() + limits::REPORT_PAUSE;
-        self.sleep(None, pause.min(self.deadline))
+        self.has_time() && self.sleep(None, pause.min(self.deadline)).is_ok()
     }
 
     /// Sleeps until a signal arrives, or `other` is readable or closed, at most until `until`.
@@ -108,10 +112,16 @@ impl Reporter {
         location: &OutboxLocation,
     ) -> Result<Self, Error> {
         let (outbox, problem) = contribute(location.path(enrolment.agent_dir().value()))?;
+        let reporter = Self { outbox, enrolment, identity };
         if let Some(problem) = problem {
-            log::warn!("outbox cannot be used: {} error={:?}", names(&enrolment), chain(&problem));
+            reporter.log_problem(&problem);
         }
-        Ok(Self { outbox, enrolment, identity })
+        Ok(reporter)
+    }
+
+    /// Logs that the outbox file cannot be used.
+    pub(super) fn log_problem(&self, problem: &Error) {
+        log::warn!("outbox cannot be used: {} error={:?}", self.names(), chain(problem));
     }
 
     /// Reports deltas that have no row in the outbox yet.
@@ -120,82 +130,76 @@ impl Reporter {
         deltas: &[LifecycleDelta],
         delivery: &DeliveryOptions,
         wait: &mut ReportWait<'_>,
-    ) -> Reported {
+    ) -> ReportResult {
         if delivery.no_wait {
             return self.queue(deltas);
         }
         match self.claim(deltas.to_vec()) {
             Ok(claimed) => self.post(&claimed, wait),
-            Err(error) => Reported::failed(&error),
+            Err(error) => ReportResult::failed(&error),
         }
     }
 
     /// Waits, within the timeout, until the disk has responded to a request in doubt: the end of
     /// this process might undo it.
     pub(super) fn await_disk(&self, wait: &mut ReportWait<'_>) {
-        while self.outbox.is_busy() && !wait.is_interrupted() && !wait.remaining().is_zero() {
-            if wait.pause().is_err() {
-                return;
-            }
-        }
+        while self.outbox.is_busy() && wait.pause() {}
     }
 
     /// Queues the deltas as claimed by this process, in memory if the file cannot be written.
     fn claim(&mut self, deltas: Vec<LifecycleDelta>) -> Result<Vec<QueuedDelta>, Error> {
         let add = NewRows::Deltas(deltas.clone(), SentBy::ThisProcess);
-        let first = match self.outbox.add(add.clone(), false) {
+        let first = match self.outbox.add(add.clone()) {
             // A request in doubt may still be written: the deltas would be sent twice.
             Err(error) if error.is_outbox() && !error.is_in_doubt() => {
-                self.switch_to_memory(&error)?;
-                self.outbox.add(add, false)?
+                self.log_problem(&error);
+                (self.outbox, _) = contribute(None)?;
+                self.outbox.add(add)?
             }
             added => added?,
         };
-        Ok((first..).zip(deltas).map(|(id, delta)| QueuedDelta { id, delta }).collect())
+        Ok(numbered(first, deltas))
     }
 
-    fn switch_to_memory(&mut self, error: &Error) -> Result<(), Error> {
-        log::warn!("outbox cannot be used: {} error={:?}", self.names(), chain(error));
-        (self.outbox, _) = contribute(None)?;
-        Ok(())
-    }
-
-    /// Adds rows in flight for an operation, and returns their ids.
-    pub(super) fn begin(
-        &self,
-        operation: Operation,
-        deckies: &[String],
-    ) -> Result<Vec<i64>, Error> {
-        let first = self.outbox.add(NewRows::Operation(operation, deckies.to_vec()), false)?;
-        Ok((first..).take(deckies.len()).collect())
+    /// Adds a row in flight for each decky. Returns the id of the first; the others follow it.
+    pub(super) fn begin(&self, operation: Operation, deckies: &[String]) -> Result<i64, Error> {
+        self.outbox.add(NewRows::Operation(operation, deckies.to_vec()))
     }
 
     /// Whether all rows of this process are on disk.
-    pub(super) fn is_on_disk(&self) -> bool {
+    fn is_on_disk(&self) -> bool {
         self.outbox.path().is_some()
     }
 
     /// Tries again to write the rows that are only in memory. Returns whether all are on disk.
     pub(super) fn try_to_write(&self) -> bool {
         self.is_on_disk()
-            || self.outbox.change(RowChange::Released(Vec::new()), false).is_ok()
-                && self.is_on_disk()
+            || self.outbox.change(RowChange::Released(Vec::new())).is_ok() && self.is_on_disk()
     }
 
-    /// Ends rows in flight.
-    pub(super) fn end(&self, ended: &[QueuedDelta], sent_by: SentBy) {
-        if let Err(error) = self.outbox.change(RowChange::Ended(ended.to_vec(), sent_by), false) {
+    /// Ends the rows in flight that begin with the id `first`, and reports them.
+    pub(super) fn end(
+        &self,
+        first: i64,
+        deltas: Vec<LifecycleDelta>,
+        delivery: &DeliveryOptions,
+        wait: &mut ReportWait<'_>,
+    ) -> ReportResult {
+        let ended = numbered(first, deltas);
+        let sent_by = if delivery.no_wait { SentBy::Deliverer } else { SentBy::ThisProcess };
+        if let Err(error) = self.outbox.change(RowChange::Ended(ended.clone(), sent_by)) {
             log::warn!(
                 "could not record the end of the operation: {} error={:?}",
                 self.names(),
                 chain(&error)
             );
         }
+        if delivery.no_wait { self.queued(self.write_rows(wait)) } else { self.post(&ended, wait) }
     }
 
     /// Queues deltas for `run` to deliver.
-    fn queue(&self, deltas: &[LifecycleDelta]) -> Reported {
-        let added = self.outbox.add(NewRows::Deltas(deltas.to_vec(), SentBy::Deliverer), false);
+    fn queue(&self, deltas: &[LifecycleDelta]) -> ReportResult {
+        let added = self.outbox.add(NewRows::Deltas(deltas.to_vec(), SentBy::Deliverer));
         self.queued(added.map(drop))
     }
 
@@ -206,39 +210,34 @@ impl Reporter {
         location: &OutboxLocation,
         deltas: &[LifecycleDelta],
         wait: &mut ReportWait<'_>,
-    ) -> Option<Reported> {
-        while !wait.is_interrupted() && !wait.remaining().is_zero() {
+    ) -> Option<ReportResult> {
+        while wait.has_time() {
             let opened = contribute(location.path(self.agent_dir()));
             if let Ok((outbox, None)) = opened {
                 self.outbox = outbox;
                 match self.queue(deltas) {
-                    Reported::Lost(_) => (),
+                    ReportResult::Lost(_) => (),
                     reported => return Some(reported),
                 }
             }
-            if wait.pause().is_err() {
+            if !wait.pause() {
                 break;
             }
         }
         None
     }
 
-    /// Leaves ended rows to `run`.
-    pub(super) fn leave_to_run(&self, wait: &mut ReportWait<'_>) -> Reported {
-        self.queued(self.write_rows(wait))
-    }
-
-    fn queued(&self, written: Result<(), Error>) -> Reported {
+    fn queued(&self, written: Result<(), Error>) -> ReportResult {
         match written {
-            Ok(()) if self.is_on_disk() => Reported::Queued,
-            Ok(()) => Reported::Lost("the outbox is only in memory".to_owned()),
-            Err(error) => Reported::failed(&error),
+            Ok(()) if self.is_on_disk() => ReportResult::Queued,
+            Ok(()) => ReportResult::Lost("the outbox is only in memory".to_owned()),
+            Err(error) => ReportResult::failed(&error),
         }
     }
 
     /// Posts the rows that this process has claimed. Leaves to `run` what the master has not
     /// accepted in time, and what a newer operation holds back.
-    pub(super) fn post(&self, deltas: &[QueuedDelta], wait: &mut ReportWait<'_>) -> Reported {
+    fn post(&self, deltas: &[QueuedDelta], wait: &mut ReportWait<'_>) -> ReportResult {
         let (held, free) = self.held_and_free(deltas);
         let mut unsent = free.as_slice();
         let failed = loop {
@@ -250,14 +249,12 @@ impl Reporter {
                 break Some(why);
             }
             // `write_rows` below tries again and reports an error.
-            let _ = self
-                .outbox
-                .change(RowChange::Answered(ids(body), DeliveryResult::Delivered), false);
+            let _ = self.outbox.change(RowChange::Answered(ids(body), DeliveryResult::Delivered));
             unsent = later;
         };
         let undelivered = [unsent, &held].concat();
         if !undelivered.is_empty() {
-            let _ = self.outbox.change(RowChange::Released(ids(&undelivered)), false);
+            let _ = self.outbox.change(RowChange::Released(ids(&undelivered)));
         }
         if let Err(error) = self.write_rows(wait) {
             log::error!(
@@ -267,12 +264,12 @@ impl Reporter {
             );
         }
         if undelivered.is_empty() {
-            return Reported::Delivered;
+            return ReportResult::Delivered;
         }
         let why = failed.unwrap_or_else(|| {
             "a newer operation of the same decky must be delivered first".to_owned()
         });
-        if self.is_on_disk() { Reported::Undelivered(why) } else { Reported::Lost(why) }
+        if self.is_on_disk() { ReportResult::Undelivered(why) } else { ReportResult::Lost(why) }
     }
 
     /// Splits the deltas into those that a newer operation holds back and the others. If the outbox
@@ -298,10 +295,10 @@ impl Reporter {
     fn write_rows(&self, wait: &mut ReportWait<'_>) -> Result<(), Error> {
         loop {
             // Any change also writes the pending ones.
-            let Err(error) = self.outbox.change(RowChange::Released(Vec::new()), false) else {
+            let Err(error) = self.outbox.change(RowChange::Released(Vec::new())) else {
                 return Ok(());
             };
-            if wait.is_interrupted() || wait.remaining().is_zero() || wait.pause().is_err() {
+            if !wait.pause() {
                 return Err(error);
             }
         }
@@ -331,7 +328,8 @@ impl Reporter {
 
     /// The keys `host` and `master` of a log line.
     pub(super) fn names(&self) -> String {
-        names(&self.enrolment)
+        let host = self.enrolment.host_uuid().value();
+        LogKeys { host, master: &self.enrolment.master_url() }.to_string()
     }
 
     /// The outbox's file, or `memory`, for messages.
@@ -425,12 +423,13 @@ impl Post {
     }
 }
 
-fn ids(deltas: &[QueuedDelta]) -> Vec<i64> {
-    deltas.iter().map(|queued| queued.id).collect()
+/// The deltas with their ids, which follow each other.
+fn numbered(first: i64, deltas: Vec<LifecycleDelta>) -> Vec<QueuedDelta> {
+    (first..).zip(deltas).map(|(id, delta)| QueuedDelta { id, delta }).collect()
 }
 
-fn names(enrolment: &Enrolment) -> String {
-    LogKeys { host: enrolment.host_uuid().value(), master: &enrolment.master_url() }.to_string()
+fn ids(deltas: &[QueuedDelta]) -> Vec<i64> {
+    deltas.iter().map(|queued| queued.id).collect()
 }
 
 #[cfg(test)]
@@ -439,7 +438,7 @@ mod tests {
 
     use super::*;
     use crate::files::OUTBOX;
-    use crate::outbox::look;
+    use crate::outbox::summarize;
 
     #[test]
     fn operation_begun_without_its_file_ends_in_the_file_with_the_same_id() {
@@ -451,10 +450,12 @@ mod tests {
         assert!(!reporter.try_to_write());
         fs::create_dir(&agent_dir).unwrap();
         assert!(!reporter.is_on_disk() && reporter.try_to_write());
-        let counts = || look(&agent_dir.join(OUTBOX)).unwrap().unwrap().counts;
+        let counts = || summarize(&agent_dir.join(OUTBOX)).unwrap().unwrap().counts;
         assert_eq!((counts().operations, counts().waiting), (1, 0));
         let delta = LifecycleDelta::succeeded("d", Operation::Deploy);
-        reporter.end(&[QueuedDelta { id: begun[0], delta }], SentBy::Deliverer);
+        let delivery = DeliveryOptions { timeout: Duration::ZERO, no_wait: true, outbox: None };
+        let wait = &mut ReportWait::new(delivery.timeout, None);
+        assert_eq!(reporter.end(begun, vec![delta], &delivery, wait), ReportResult::Queued);
         assert_eq!((counts().operations, counts().waiting), (0, 1));
     }
 }

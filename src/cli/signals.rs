@@ -19,7 +19,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
-use crossbeam_channel::{Receiver, bounded, never};
+use crossbeam_channel::{Receiver, bounded};
 use nix::sys::signal::{SigSet, Signal};
 use signal_hook::consts::{
     SIGALRM, SIGHUP, SIGINT, SIGIO, SIGPROF, SIGTERM, SIGUSR1, SIGUSR2, SIGVTALRM, SIGXFSZ,
@@ -41,23 +41,18 @@ pub(super) fn survive_file_size_limit() -> Result<(), Error> {
     survive([SIGXFSZ])
 }
 
-/// Sets up the signals of a command. The receiver gets the signals that stop `run` and
-/// `pipe`; for other commands it stays empty.
-pub(super) fn start(is_run: bool) -> Result<Receiver<c_int>, Error> {
+/// Sets up the signals of all commands but `run` and `pipe`.
+pub(super) fn start() -> Result<(), Error> {
     survive_file_size_limit()?;
-    let stops = if is_run { start_run()? } else { never() };
-    // Last: a pending signal without its handler would end `run`.
-    SigSet::all().thread_unblock().map_err(|error| failed(error.into()))?;
-    Ok(stops)
+    SigSet::all().thread_unblock().map_err(|error| failed(error.into()))
 }
 
-/// Handles the signals of `run`. SIGHUP has no effect until the log file is open.
-fn start_run() -> Result<Receiver<c_int>, Error> {
+/// Sets up the signals of `run` and `pipe`. SIGHUP has no effect until the log file is open. The receiver gets
+/// the signals that stop them.
+pub(super) fn start_run() -> Result<Receiver<c_int>, Error> {
     const NAME: &str = "signals";
     survive(WITHOUT_EFFECT.into_iter().chain(libc::SIGRTMIN()..=libc::SIGRTMAX()))?;
-    let ignored = ignored();
-    let handled: Vec<_> =
-        [SIGTERM, SIGINT, SIGHUP].into_iter().filter(|signal| !has(ignored, *signal)).collect();
+    let handled: Vec<_> = without_ignored([SIGTERM, SIGINT, SIGHUP]).collect();
     let is_last = Arc::new(AtomicBool::new(false));
     for signal in handled.iter().copied().filter(|signal| *signal != SIGHUP) {
         flag::register_conditional_shutdown(signal, 1, Arc::clone(&is_last)).map_err(failed)?;
@@ -81,6 +76,8 @@ fn start_run() -> Result<Receiver<c_int>, Error> {
         .name(NAME.to_owned())
         .spawn(act)
         .map_err(|source| Error::thread(NAME, source))?;
+    // Last: a pending signal without its handler would end `run`.
+    start()?;
     Ok(stops)
 }
 
@@ -93,9 +90,8 @@ pub(super) fn allow_background_writes() {
 }
 
 fn survive(signals: impl IntoIterator<Item = c_int>) -> Result<(), Error> {
-    let ignored = ignored();
     let unread = Arc::new(AtomicBool::new(false));
-    for signal in signals.into_iter().filter(|signal| !has(ignored, *signal)) {
+    for signal in without_ignored(signals) {
         flag::register(signal, Arc::clone(&unread)).map_err(failed)?;
     }
     Ok(())
@@ -105,13 +101,13 @@ fn failed(source: io::Error) -> Error {
     Error::setting("signals", "cannot be caught").with_source(source)
 }
 
-/// The signals that this process ignores: bit 0 is signal 1. None if `/proc` cannot be read.
-pub(super) fn ignored() -> u64 {
+/// Those of the signals that this process does not ignore. If `/proc` cannot be read, all of them.
+pub(super) fn without_ignored(
+    signals: impl IntoIterator<Item = c_int>,
+) -> impl Iterator<Item = c_int> {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let line = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
-    line.and_then(|bits| u64::from_str_radix(bits.trim(), 16).ok()).unwrap_or(0)
-}
-
-pub(super) fn has(signals: u64, signal: c_int) -> bool {
-    signals & 1 << (signal - 1) != 0
+    // Bit 0 is signal 1.
+    let ignored = line.and_then(|bits| u64::from_str_radix(bits.trim(), 16).ok()).unwrap_or(0);
+    signals.into_iter().filter(move |signal| ignored & 1 << (signal - 1) == 0)
 }

@@ -2,9 +2,8 @@
 //! stats replace those that are not written yet, so no other thread waits for the disk.
 
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::thread;
-use std::time::Instant;
 
 use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
 
@@ -37,7 +36,7 @@ impl StatsFiles {
         metrics: Option<PathBuf>,
         own: OwnFiles,
     ) -> Result<Option<Self>, Error> {
-        let files: Vec<_> = [stats.map(StatsFile::stats), metrics.map(StatsFile::metrics)]
+        let mut files: Vec<_> = [stats.map(StatsFile::stats), metrics.map(StatsFile::metrics)]
             .into_iter()
             .flatten()
             .collect();
@@ -51,7 +50,9 @@ impl StatsFiles {
         let work = move || {
             let _running: Sender<()> = running;
             let _ = check_sender.send(files.iter().try_for_each(|file| file.check(&own)));
-            write_each(files, &receiver);
+            for stats in receiver {
+                files.iter_mut().for_each(|file| file.write(&stats));
+            }
         };
         thread::Builder::new()
             .name(NAME.to_owned())
@@ -77,12 +78,6 @@ impl StatsFiles {
     }
 }
 
-fn write_each(mut files: Vec<StatsFile>, stats: &Receiver<Stats>) {
-    for stats in stats {
-        files.iter_mut().for_each(|file| file.write(&stats));
-    }
-}
-
 /// One of the two files.
 struct StatsFile {
     option: &'static str,
@@ -90,9 +85,6 @@ struct StatsFile {
     text: fn(&Stats) -> serde_json::Result<String>,
     /// `None`: the umask decides.
     mode: Option<u32>,
-    /// The error of the last write. The same error is logged once.
-    problem: Option<String>,
-    /// Throttles the log if writes fail and succeed by turns.
     throttle: LogThrottle,
 }
 
@@ -115,21 +107,21 @@ impl StatsFile {
         text: fn(&Stats) -> serde_json::Result<String>,
         mode: Option<u32>,
     ) -> Self {
-        Self { option, path, text, mode, problem: None, throttle: LogThrottle::default() }
+        Self { option, path, text, mode, throttle: LogThrottle::default() }
     }
 
     /// A missing folder is not an error: it may be mounted later.
     fn check(&self, own: &OwnFiles) -> Result<(), Error> {
+        let file = sanitize_path(&self.path);
         if let Some(what) = own.at(self.option, &self.path) {
-            let problem = format!(
-                "{} is {what}, which would be replaced; name another file",
-                sanitize_path(&self.path)
-            );
+            let problem = format!("{file} is {what}, which would be replaced; name another file");
             return Err(Error::config(self.option, problem));
         }
-        match files::replaceable(&self.path) {
+        match files::check_replaceable(&self.path) {
             Err(error) if error.kind() == io::ErrorKind::InvalidInput => {
-                Err(invalid_target(self.option, &self.path, error))
+                let advice = "name a regular file, or a path that does not exist";
+                let problem = format!("{file} cannot be replaced; {advice}");
+                Err(Error::config(self.option, problem).with_source(error))
             }
             _ => Ok(()),
         }
@@ -138,28 +130,23 @@ impl StatsFile {
     fn write(&mut self, stats: &Stats) {
         let text = (self.text)(stats).map_err(Into::into);
         let written = text.and_then(|text| files::replace(&self.path, text.as_bytes(), self.mode));
-        let problem = written.err().map(|error| sanitize(&error.to_string()));
-        if let Some(problem) =
-            problem.as_ref().filter(|problem| self.problem.as_ref() != Some(problem))
-            && self.throttle.count("stats", problem, Instant::now()).is_some()
-        {
-            let file = sanitize_path(&self.path);
-            log::warn!("stats file cannot be written: file={file} error={problem:?}");
+        match written {
+            Ok(()) => drop(self.throttle.end("stats")),
+            Err(error) => {
+                let problem = sanitize(&error.to_string());
+                self.throttle.log_lasting("stats", &problem, |_| {
+                    let file = sanitize_path(&self.path);
+                    log::warn!("stats file cannot be written: file={file} error={problem:?}");
+                });
+            }
         }
-        self.problem = problem;
     }
-}
-
-fn invalid_target(option: &str, path: &Path, error: io::Error) -> Error {
-    let problem = format!(
-        "{} cannot be replaced; name a regular file, or a path that does not exist",
-        sanitize_path(path)
-    );
-    Error::config(option, problem).with_source(error)
 }
 
 #[cfg(test)]
 mod tests {
+    use std::time::Instant;
+
     use super::*;
 
     #[test]

@@ -36,25 +36,17 @@ pub(super) struct Systemd {
 impl Systemd {
     /// Reads the socket's address from the environment. An invalid one is logged here, once.
     pub(super) fn from_env() -> Self {
-        let address =
-            env::var_os("NOTIFY_SOCKET").filter(|name| !name.is_empty()).and_then(|name| {
-                let address = address(&name);
-                address
-                    .inspect_err(|error| {
-                        let name = sanitize(&name.to_string_lossy());
-                        let problem = error.to_string();
-                        log::warn!(
-                            "systemd cannot be notified: NOTIFY_SOCKET={name:?} error={problem:?}"
-                        );
-                    })
-                    .ok()
-            });
-        Self {
-            address,
-            ready_pending: false,
-            pause: limits::READY,
-            throttle: LogThrottle::default(),
-        }
+        let name = env::var_os("NOTIFY_SOCKET").filter(|name| !name.is_empty());
+        let address = name.and_then(|name| {
+            let log_problem = |error: &io::Error| {
+                let name = sanitize(&name.to_string_lossy());
+                let problem = error.to_string();
+                log::warn!("systemd cannot be notified: NOTIFY_SOCKET={name:?} error={problem:?}");
+            };
+            address(&name).inspect_err(log_problem).ok()
+        });
+        let throttle = LogThrottle::default();
+        Self { address, ready_pending: false, pause: limits::READY, throttle }
     }
 
     pub(super) fn ready(&mut self) {
@@ -99,9 +91,9 @@ impl Systemd {
             Ok(()) => self.ready_pending = false,
             Err(error) => {
                 let problem = sanitize(&error.to_string());
-                if let Some(times) = self.throttle.count("systemd", &problem, Instant::now()) {
+                self.throttle.log("systemd", &problem, |times| {
                     log::warn!("systemd could not be notified: times={times} error={problem:?}");
-                }
+                });
             }
         }
     }

@@ -27,54 +27,53 @@ use std::time::Duration;
 
 use super::arguments::{Common, DeliveryOptions, TrackOptions};
 use super::command_signals::Signals;
-use super::report::{ReportWait, Reported, Reporter};
+use super::report::{ReportResult, ReportWait, Reporter};
 use super::{enrolment, outbox, warn_of_unlisted};
 use crate::delta::{LifecycleDelta, Operation, Outcome};
 use crate::error::{Error, chain};
-use crate::outbox::{OutboxLocation, QueuedDelta, SentBy};
-use command::Ended;
+use crate::outbox::OutboxLocation;
+use command::CommandEnd;
 use stderr::Stderr;
 
 pub(super) fn track(common: &Common, options: TrackOptions) -> Result<ExitCode, Error> {
-    let TrackOptions { operation, deckies, outbox: path, delivery, command } = options;
+    let TrackOptions { operation, deckies, mut delivery, command } = options;
     // From here on a signal ends the command, not `track` before its report.
     let mut signals = Signals::catch();
     let (mut stderr, outputs) = Stderr::copied();
     let deckies = deckies.into_iter().collect::<BTreeSet<_>>().into_iter().collect();
-    let mut tracked =
-        Tracked { common, operation, deckies, location: outbox(path), reporter: None, rows: None };
-    let is_enrolled = tracked.begin();
-    let early = signals.first_for_command();
-    let ended = match early {
+    let location = outbox(delivery.outbox.clone());
+    let mut report =
+        OperationReport { common, operation, deckies, location, reporter: None, first_row: None };
+    let is_enrolled = report.begin();
+    let ended = match signals.first_for_command() {
         Some(signal) => {
             drop(outputs);
-            Ended::before_start(signal)
+            // The signal requests an immediate end.
+            delivery = DeliveryOptions { timeout: Duration::ZERO, no_wait: true, ..delivery };
+            CommandEnd::before_start(signal)
         }
         None => command::run(&command, outputs, &mut signals, &mut stderr),
     };
     if is_enrolled {
-        // A signal before the start requests an immediate end.
-        let delivery =
-            early.map_or(delivery, |_| DeliveryOptions { timeout: Duration::ZERO, no_wait: true });
-        tracked.end(&ended.outcome, &delivery, &mut signals);
+        report.end(&ended.outcome, &delivery, &mut signals);
     }
     stderr.finish();
     Ok(ExitCode::from(ended.code))
 }
 
 /// The operation, and how far it is recorded.
-struct Tracked<'a> {
+struct OperationReport<'a> {
     common: &'a Common,
     operation: Operation,
     deckies: Vec<String>,
     location: OutboxLocation,
     /// `None` while the enrolment cannot be read.
     reporter: Option<Reporter>,
-    /// The ids of the rows in flight. `None`: they could not be written.
-    rows: Option<Vec<i64>>,
+    /// The id of the first row in flight. `None`: the rows could not be written.
+    first_row: Option<i64>,
 }
 
-impl Tracked<'_> {
+impl OperationReport<'_> {
     /// Records the operation as in flight, if possible. Returns whether this host is enrolled.
     fn begin(&mut self) -> bool {
         let reporter = match self.open() {
@@ -92,10 +91,8 @@ impl Tracked<'_> {
             }
         };
         match reporter.begin(self.operation, &self.deckies) {
-            Ok(ids) => self.rows = Some(ids),
-            Err(error) => {
-                log::warn!("outbox cannot be used: {} error={:?}", reporter.names(), chain(&error))
-            }
+            Ok(first) => self.first_row = Some(first),
+            Err(error) => reporter.log_problem(&error),
         }
         true
     }
@@ -110,74 +107,50 @@ impl Tracked<'_> {
         let delta = |decky: &String| LifecycleDelta::new(decky, self.operation, outcome.clone());
         let deltas: Vec<_> = self.deckies.iter().map(delta).collect();
         // Rows that are only in memory are lost with this process, so they are not ended but
-        // reported anew. Rows in a file, even in a replaced one, must be ended by their ids.
-        let rows =
-            self.rows.take().filter(|_| self.reporter.as_ref().is_some_and(Reporter::try_to_write));
-        let reopened = if rows.is_none() { self.open().map(Some) } else { Ok(None) };
-        let mut reporter = match (reopened, self.reporter) {
-            (Ok(Some(reporter)), _) | (_, Some(reporter)) => reporter,
-            (Ok(None), None) => return,
-            (Err(error), None) => {
-                return log::error!(
-                    "report lost, neither delivered nor queued: error={:?}",
-                    chain(&error)
-                );
+        // reported again. Rows in a file, even in a replaced one, must be ended by their ids.
+        let first_row =
+            self.first_row.filter(|_| self.reporter.as_ref().is_some_and(Reporter::try_to_write));
+        if first_row.is_none() {
+            match self.open() {
+                Ok(reporter) => self.reporter = Some(reporter),
+                Err(error) if self.reporter.is_none() => {
+                    let error = chain(&error);
+                    log::error!("report lost, neither delivered nor queued: error={error:?}");
+                }
+                Err(_) => (),
             }
-        };
+        }
+        let Some(reporter) = &mut self.reporter else { return };
         // After the command: a deploy adds its deckies to the state file.
         warn_of_unlisted(reporter.agent_dir(), self.deckies.iter().map(String::as_str));
         let mut wait = ReportWait::new(delivery.timeout, Some(signals));
-        let reported = match rows {
-            Some(ids) => {
-                let ended = ids
-                    .into_iter()
-                    .zip(deltas)
-                    .map(|(id, delta)| QueuedDelta { id, delta })
-                    .collect();
-                end_rows(&reporter, ended, delivery, &mut wait)
-            }
-            None => {
-                report_without_rows(&mut reporter, &self.location, &deltas, delivery, &mut wait)
-            }
+        let reported = match first_row {
+            Some(first) => reporter.end(first, deltas, delivery, &mut wait),
+            None => report_without_rows(reporter, &self.location, &deltas, delivery, &mut wait),
         };
-        log_problem(&reporter, &reported);
-        if matches!(reported, Reported::InDoubt(_)) {
+        log_problem(reporter, &reported);
+        if matches!(reported, ReportResult::InDoubt(_)) {
             reporter.await_disk(&mut wait);
         }
     }
 }
 
 /// Logs why a report was not delivered, if it should have been.
-fn log_problem(reporter: &Reporter, reported: &Reported) {
+fn log_problem(reporter: &Reporter, reported: &ReportResult) {
     let names = reporter.names();
     match reported {
-        Reported::Delivered | Reported::Queued => (),
-        Reported::Undelivered(why) => log::warn!(
+        ReportResult::Delivered | ReportResult::Queued => (),
+        ReportResult::Undelivered(why) => log::warn!(
             "not delivered; queued for decnet-heartbeat run: {names} outbox={} error={why:?}",
             reporter.outbox_name()
         ),
-        Reported::InDoubt(why) => {
+        ReportResult::InDoubt(why) => {
             log::error!("report in doubt, it may be queued: {names} error={why:?}")
         }
-        Reported::Lost(why) => {
+        ReportResult::Lost(why) => {
             log::error!("report lost, neither delivered nor queued: {names} error={why:?}")
         }
     }
-}
-
-/// Ends and reports rows that are in flight on disk.
-fn end_rows(
-    reporter: &Reporter,
-    ended: Vec<QueuedDelta>,
-    delivery: &DeliveryOptions,
-    wait: &mut ReportWait<'_>,
-) -> Reported {
-    if delivery.no_wait {
-        reporter.end(&ended, SentBy::Deliverer);
-        return reporter.leave_to_run(wait);
-    }
-    reporter.end(&ended, SentBy::ThisProcess);
-    reporter.post(&ended, wait)
 }
 
 /// Reports an operation that has no rows on disk. If neither the outbox nor the master can be
@@ -188,12 +161,12 @@ fn report_without_rows(
     deltas: &[LifecycleDelta],
     delivery: &DeliveryOptions,
     wait: &mut ReportWait<'_>,
-) -> Reported {
+) -> ReportResult {
     let reported = reporter.report(deltas, delivery, wait);
-    let Reported::Lost(why) = reported else { return reported };
+    let ReportResult::Lost(why) = reported else { return reported };
     match reporter.retry_queue(location, deltas, wait) {
-        None => Reported::Lost(why),
-        Some(Reported::Queued) if !delivery.no_wait => Reported::Undelivered(why),
+        None => ReportResult::Lost(why),
+        Some(ReportResult::Queued) if !delivery.no_wait => ReportResult::Undelivered(why),
         Some(reported) => reported,
     }
 }

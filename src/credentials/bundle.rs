@@ -4,21 +4,19 @@
 use std::fs;
 use std::io;
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use rustls::client::verify_server_cert_signed_by_trust_anchor;
-use rustls::crypto::{CryptoProvider, WebPkiSupportedAlgorithms};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, UnixTime};
-use rustls::server::ParsedCertificate;
 use rustls::sign::CertifiedKey;
-use rustls::{CertificateError, InconsistentKeys, RootCertStore};
+use rustls::{CertificateError, RootCertStore};
 
-use crate::credentials::pem::{self, Section};
+use crate::credentials::pem::{self, REPAIR, Section};
 use crate::error::{Error, sanitize_path};
-use crate::files::{self, FileVersion};
+use crate::files;
 use crate::limits;
+use crate::master::crypto::{PROVIDER, verify_chain};
 use crate::master::identity::fingerprint;
 use crate::master::x509::{X509, unsupported_private_key};
 use crate::panics::quietly;
@@ -45,12 +43,11 @@ pub(crate) struct Bundle {
 /// The advice for a bundle that cannot be used.
 pub(crate) const ENROL: &str =
     "enrol this host again from its master, which writes all three files";
-const REPAIR: &str = "repair the file, or enrol this host again";
 const OTHER_KEY: &str =
     "let the master issue a certificate whose key is supported, and enrol this host again";
 
 /// This host's certificate.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Certificate {
     /// SHA-256 of its DER in lowercase hexadecimal. The master pins it to the host uuid.
     pub(crate) fingerprint: String,
@@ -63,33 +60,27 @@ impl Bundle {
     /// least one is a CA certificate, and the key (PKCS#1, PKCS#8 or SEC1) is supported and matches
     /// the certificate. Enrolment does not write the files atomically. A new certificate with an
     /// old key is an error, and the caller tries again later.
-    pub(crate) fn load(dir: &Path, provider: &CryptoProvider) -> Result<Self, Error> {
-        Self::load_with(dir, read, provider)
+    pub(crate) fn load(dir: &Path) -> Result<Self, Error> {
+        Self::load_with(dir, read)
     }
 
     /// As [`load`](Self::load), with `read` to read each file.
     pub(crate) fn load_with(
         dir: &Path,
         read: impl Fn(&Path) -> Result<Vec<u8>, Error>,
-        provider: &CryptoProvider,
     ) -> Result<Self, Error> {
-        let [ca_file, certificate_file, key_file] =
-            [CA, CERTIFICATE, KEY].map(|name| dir.join(name));
-        let algorithms = provider.signature_verification_algorithms;
-        let (roots, ignored) = roots(&ca_file, &read(&ca_file)?, &algorithms)?;
-        let chain = own_chain(&certificate_file, &read(&certificate_file)?)?;
-        let own = chain.first().map(|own| (fingerprint(own), expiry(own, provider)));
-        let (fingerprint, expires) = own.unwrap_or_default();
-        let key = private_key(&key_file, &read(&key_file)?)?;
-        let identity = identity(dir, chain, key, provider)?;
-        warn_of_readable_key(&key_file);
+        let Parts { roots, chain, key } = Parts::read(dir, read);
+        let (roots, ignored) = roots?;
+        let chain = chain?;
+        let certificate = chain.first().map(Certificate::of).unwrap_or_default();
+        let identity = identity(dir, chain, key?)?;
+        warn_of_readable_key(&dir.join(KEY));
         for ignored in &ignored {
             log::warn!(
                 "certificate in ca.crt ignored: file={} reason={ignored:?}",
-                sanitize_path(&ca_file)
+                sanitize_path(&dir.join(CA))
             );
         }
-        let certificate = Certificate { fingerprint, expires };
         Ok(Self {
             roots: Arc::new(roots),
             identity: Arc::new(identity),
@@ -99,26 +90,12 @@ impl Bundle {
         })
     }
 
-    /// Whether a CA of the bundle issued this host's certificate. The master may accept it if not,
-    /// as it may trust another CA.
+    /// Whether one of these CAs issued this host's certificate. The master may accept it if not, as
+    /// it may trust another CA.
     #[cfg(feature = "cli")]
-    pub(crate) fn is_issued_by_its_ca(&self, provider: &CryptoProvider) -> bool {
-        self.is_issued_by(&self.roots, provider)
-    }
-
-    /// Whether one of these CAs issued this host's certificate.
-    #[cfg(feature = "cli")]
-    pub(crate) fn is_issued_by(&self, roots: &RootCertStore, provider: &CryptoProvider) -> bool {
+    pub(crate) fn is_issued_by(&self, roots: &RootCertStore) -> bool {
         let [own, others @ ..] = self.identity.cert.as_slice() else { return false };
-        let Ok(own) = ParsedCertificate::try_from(own) else { return false };
-        let algorithms = provider.signature_verification_algorithms.all;
-        let result = verify_server_cert_signed_by_trust_anchor(
-            &own,
-            roots,
-            others,
-            UnixTime::now(),
-            algorithms,
-        );
+        let result = verify_chain(own, others, roots, UnixTime::now());
         #[expect(deprecated, reason = "webpki may still return it")]
         let is_of_another_ca = |error: &rustls::Error| {
             use CertificateError as Bad;
@@ -139,14 +116,35 @@ impl Bundle {
     /// Why OpenSSL with its defaults, which the master uses, may refuse this host's certificate:
     /// its signature is weak.
     #[cfg(feature = "cli")]
-    pub(crate) fn weak_signature(&self, provider: &CryptoProvider) -> Option<String> {
-        let own = X509::parse(self.identity.cert.first()?)?;
-        own.unsupported_signature(&provider.signature_verification_algorithms)
+    pub(crate) fn weak_signature(&self) -> Option<String> {
+        X509::parse(self.identity.cert.first()?)?.unsupported_signature()
     }
+}
 
-    /// The versions of the three files. Costs three `stat`s.
-    pub(crate) fn versions(dir: &Path) -> [FileVersion; 3] {
-        [CA, CERTIFICATE, KEY].map(|name| FileVersion::of(&dir.join(name)))
+/// The paths of the three files.
+pub(super) fn paths(dir: &Path) -> [PathBuf; 3] {
+    [CA, CERTIFICATE, KEY].map(|name| dir.join(name))
+}
+
+/// What each file of a bundle contains.
+struct Parts {
+    /// The CA certificates, and for each other certificate the reason why it is ignored.
+    roots: Result<(RootCertStore, Vec<String>), Error>,
+    chain: Result<Vec<CertificateDer<'static>>, Error>,
+    key: Result<PrivateKeyDer<'static>, Error>,
+}
+
+impl Parts {
+    fn read(dir: &Path, read: impl Fn(&Path) -> Result<Vec<u8>, Error>) -> Self {
+        let file = |name| {
+            let path = dir.join(name);
+            read(&path).map(|content| PemFile { path, content })
+        };
+        Self {
+            roots: file(CA).and_then(|file| file.roots()),
+            chain: file(CERTIFICATE).and_then(|file| file.own_chain()),
+            key: file(KEY).and_then(|file| file.private_key()),
+        }
     }
 }
 
@@ -163,21 +161,15 @@ pub(crate) struct BundleCheck {
 impl BundleCheck {
     /// Checks each file by itself, and then whether certificate and key match. `error` is the error
     /// of the load.
-    pub(crate) fn of(dir: &Path, provider: &CryptoProvider, error: Error) -> Self {
-        let [ca_file, certificate_file, key_file] =
-            [CA, CERTIFICATE, KEY].map(|name| dir.join(name));
-        let algorithms = provider.signature_verification_algorithms;
-        let ca =
-            read(&ca_file).and_then(|content| roots(&ca_file, &content, &algorithms)).map(drop);
-        let chain =
-            read(&certificate_file).and_then(|content| own_chain(&certificate_file, &content));
-        let key = read(&key_file).and_then(|content| private_key(&key_file, &content));
+    pub(crate) fn of(dir: &Path, error: Error) -> Self {
+        let Parts { roots, chain, key } = Parts::read(dir, read);
+        let ca = roots.map(drop);
         let (certificate, key) = match (chain, key) {
-            (Ok(chain), Ok(key)) => match identity(dir, chain, key, provider) {
+            (Ok(chain), Ok(key)) => match identity(dir, chain, key) {
                 // The files have changed since the load.
                 Ok(_) if ca.is_ok() => (Ok(()), Some(Err(error))),
                 Ok(_) => (Ok(()), Some(Ok(()))),
-                Err(error) if error.path() == Some(&certificate_file) => (Err(error), None),
+                Err(error) if error.path() == Some(&dir.join(CERTIFICATE)) => (Err(error), None),
                 Err(error) => (Ok(()), Some(Err(error))),
             },
             (Ok(_), Err(error)) => (Ok(()), Some(Err(error))),
@@ -187,64 +179,49 @@ impl BundleCheck {
     }
 }
 
-/// This host's certificate and its chain.
-fn own_chain(path: &Path, content: &[u8]) -> Result<Vec<CertificateDer<'static>>, Error> {
-    let chain = certificates(path, content)?;
-    match chain.first().and_then(|own| X509::parse(own)).and_then(|own| own.unsupported_key()) {
-        Some(problem) => Err(Error::bundle(path, format!("cannot be used: {problem}"), OTHER_KEY)),
-        None => Ok(chain),
-    }
-}
-
 /// The certificates and the key, if the key belongs to the first certificate.
 fn identity(
     dir: &Path,
     chain: Vec<CertificateDer<'static>>,
     key: PrivateKeyDer<'static>,
-    provider: &CryptoProvider,
 ) -> Result<CertifiedKey, Error> {
-    let key = provider.key_provider.load_private_key(key);
     // The error of rustls adds nothing.
-    let key = key.map_err(|_| {
+    let key = PROVIDER.key_provider.load_private_key(key).map_err(|_| {
         Error::bundle(dir.join(KEY), "holds a private key that cannot be read", ENROL)
     })?;
     let identity = CertifiedKey::new(chain, key);
-    let matches = |identity: &CertifiedKey| match identity.keys_match() {
-        // ring's keys never return this error.
-        Ok(()) | Err(rustls::Error::InconsistentKeys(InconsistentKeys::Unknown)) => Ok(()),
-        Err(error) => Err(error),
-    };
-    let source = match matches(&identity) {
-        Ok(()) => return Ok(identity),
-        Err(source) => source,
-    };
+    let Err(source) = identity.keys_match() else { return Ok(identity) };
     if !matches!(source, rustls::Error::InconsistentKeys(_)) {
-        return Err(
-            Error::bundle(dir.join(CERTIFICATE), "cannot be used", ENROL).with_source(source)
-        );
+        let error = Error::bundle(dir.join(CERTIFICATE), "cannot be used", ENROL);
+        return Err(error.with_source(source));
     }
-    let others = identity.cert.iter().skip(1);
-    let mut others =
-        others.map(|other| CertifiedKey::new(vec![other.clone()], Arc::clone(&identity.key)));
-    let mismatch =
-        |remedy| Error::bundle(dir, format!("{CERTIFICATE} and {KEY} do not match"), remedy);
-    Err(match others.any(|other| matches(&other).is_ok()) {
-        true => mismatch("put this host's own certificate first in worker.crt").with_source(source),
+    let matches_another = identity.cert.iter().skip(1).any(|other| {
+        let other = CertifiedKey::new(vec![other.clone()], Arc::clone(&identity.key));
+        other.keys_match().is_ok()
+    });
+    let mismatch = |remedy| {
+        let problem = format!("{CERTIFICATE} and {KEY} do not match");
+        Error::bundle(dir, problem, remedy).with_source(source)
+    };
+    Err(if matches_another {
+        mismatch("put this host's own certificate first in worker.crt")
+    } else {
         // Enrolment writes the files one after another, so they may match soon.
-        false => mismatch("enrol this host again, unless its enrolment is in progress")
-            .with_source(source)
-            .passing(),
+        mismatch("enrol this host again, unless its enrolment is in progress").passing()
     })
+}
+
+impl Certificate {
+    fn of(der: &CertificateDer<'_>) -> Self {
+        Self { fingerprint: fingerprint(der), expires: expiry(der) }
+    }
 }
 
 /// The end of a certificate's validity. webpki checks the dates first, so a verification at a late
 /// time fails with an error that contains the end.
-fn expiry(certificate: &CertificateDer<'_>, provider: &CryptoProvider) -> Option<SystemTime> {
-    let certificate = ParsedCertificate::try_from(certificate).ok()?;
-    let roots = RootCertStore::empty();
+fn expiry(certificate: &CertificateDer<'_>) -> Option<SystemTime> {
     let late = UnixTime::since_unix_epoch(Duration::from_secs(u64::MAX));
-    let algorithms = provider.signature_verification_algorithms.all;
-    match verify_server_cert_signed_by_trust_anchor(&certificate, &roots, &[], late, algorithms) {
+    match verify_chain(certificate, &[], &RootCertStore::empty(), late) {
         Err(rustls::Error::InvalidCertificate(CertificateError::ExpiredContext {
             not_after,
             ..
@@ -253,138 +230,138 @@ fn expiry(certificate: &CertificateDer<'_>, provider: &CryptoProvider) -> Option
     }
 }
 
-/// The CA certificates of a file, and for each other certificate the reason why it is ignored.
-/// webpki accepts any certificate as a root. With a worker's certificate as a root, that worker's
-/// key could issue a certificate for the master.
-fn roots(
-    path: &Path,
-    content: &[u8],
-    algorithms: &WebPkiSupportedAlgorithms,
-) -> Result<(RootCertStore, Vec<String>), Error> {
-    let mut roots = RootCertStore::empty();
-    let mut ignored = Vec::new();
-    for der in certificates(path, content)? {
-        match X509::parse(&der).and_then(|certificate| not_a_root(&certificate, algorithms)) {
-            Some(problem) => ignored.push(problem),
-            None => roots.add(der).map_err(|source| {
-                Error::bundle(path, NOT_A_CERTIFICATE, REPAIR).with_source(source)
-            })?,
-        }
-    }
-    match ignored.first() {
-        Some(problem) if roots.is_empty() => {
-            Err(Error::bundle(path, format!("holds no usable CA certificate: {problem}"), ENROL))
-        }
-        _ => Ok((roots, ignored)),
-    }
-}
-
 /// Why a certificate is not used as a root, with its common name.
-fn not_a_root(certificate: &X509<'_>, algorithms: &WebPkiSupportedAlgorithms) -> Option<String> {
-    let problem = certificate.not_a_ca(algorithms).map(|what| format!("it is {what}"));
+fn not_a_root(certificate: &X509<'_>) -> Option<String> {
+    let problem = certificate.not_a_ca().map(|what| format!("it is {what}"));
     let problem = problem.or_else(|| certificate.unsupported_key())?;
     let name =
         certificate.common_name().map_or_else(|| "no name".to_owned(), |name| sanitize(&name));
     Some(format!("{name}: {problem}"))
 }
 
-const NOT_A_CERTIFICATE: &str = "has a section that is not an X.509 certificate";
-
 /// Whether a certificate of `ca.crt` is used as a root.
 #[cfg(feature = "cli")]
-pub(crate) fn is_root(der: &CertificateDer<'_>, provider: &CryptoProvider) -> bool {
-    let algorithms = provider.signature_verification_algorithms;
-    X509::parse(der).is_some_and(|certificate| not_a_root(&certificate, &algorithms).is_none())
+pub(crate) fn is_root(der: &CertificateDer<'_>) -> bool {
+    X509::parse(der).is_some_and(|certificate| not_a_root(&certificate).is_none())
 }
 
 /// All certificates of a file. It is an error if there is none.
-pub(crate) fn certificates(
-    path: &Path,
-    content: &[u8],
-) -> Result<Vec<CertificateDer<'static>>, Error> {
-    certificates_of(path, content).map_err(|error| passing_if_half_written(content, error))
+#[cfg(feature = "cli")]
+pub(crate) fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, Error> {
+    PemFile { path: path.to_owned(), content: read(path)? }.certificates()
 }
 
-fn certificates_of(path: &Path, content: &[u8]) -> Result<Vec<CertificateDer<'static>>, Error> {
-    let mut certificates = Vec::new();
-    let mut other = None;
-    for section in sections(path, content)? {
-        match section {
-            Section::Certificate(der) if X509::parse(&der).is_none() => {
-                return Err(Error::bundle(path, NOT_A_CERTIFICATE, REPAIR));
+/// A file of the bundle.
+struct PemFile {
+    path: PathBuf,
+    content: Vec<u8>,
+}
+
+const NOT_A_CERTIFICATE: &str = "has a section that is not an X.509 certificate";
+
+impl PemFile {
+    /// The CA certificates, and for each other certificate the reason why it is ignored. webpki
+    /// accepts any certificate as a root. With a worker's certificate as a root, that worker's key
+    /// could issue a certificate for the master.
+    fn roots(&self) -> Result<(RootCertStore, Vec<String>), Error> {
+        let mut roots = RootCertStore::empty();
+        let mut ignored = Vec::new();
+        for der in self.certificates()? {
+            match X509::parse(&der).and_then(|certificate| not_a_root(&certificate)) {
+                Some(problem) => ignored.push(problem),
+                None => roots
+                    .add(der)
+                    .map_err(|source| self.error(NOT_A_CERTIFICATE, REPAIR).with_source(source))?,
             }
-            Section::Certificate(der) => certificates.push(CertificateDer::from(der)),
-            Section::PrivateKey(_) | Section::EncryptedKey => other = Some("a private key"),
-            Section::Other(name) => other = Some(name),
         }
-    }
-    match (certificates.is_empty(), other) {
-        (false, _) => Ok(certificates),
-        (true, Some(other)) => {
-            Err(Error::bundle(path, format!("holds no certificate, but {other}"), ENROL))
-        }
-        (true, None) => Err(Error::bundle(
-            path,
-            "holds no PEM section that begins with -----BEGIN CERTIFICATE-----",
-            ENROL,
-        )),
-    }
-}
-
-/// The private key of a file. It is an error if there is more than one.
-fn private_key(path: &Path, content: &[u8]) -> Result<PrivateKeyDer<'static>, Error> {
-    private_key_of(path, content).map_err(|error| passing_if_half_written(content, error))
-}
-
-fn private_key_of(path: &Path, content: &[u8]) -> Result<PrivateKeyDer<'static>, Error> {
-    let mut keys = Vec::new();
-    let mut encrypted = false;
-    let mut other = None;
-    for section in sections(path, content)? {
-        match section {
-            Section::PrivateKey(key) => keys.push(key),
-            Section::EncryptedKey => encrypted = true,
-            Section::Certificate(_) => other = Some("a certificate"),
-            Section::Other(name) => other = Some(name),
-        }
-    }
-    let count = keys.len();
-    match (keys.pop(), encrypted, other) {
-        (Some(key), ..) if count == 1 => match unsupported_private_key(&key) {
-            Some(problem) => {
-                Err(Error::bundle(path, format!("cannot be used: it {problem}"), OTHER_KEY))
+        match ignored.first() {
+            Some(problem) if roots.is_empty() => {
+                Err(self.error(format!("holds no usable CA certificate: {problem}"), ENROL))
             }
-            None => Ok(key),
-        },
-        (Some(_), ..) => Err(Error::bundle(
-            path,
-            format!("holds {count} private keys"),
-            "keep only the key of worker.crt",
-        )),
-        (None, true, _) => Err(Error::bundle(
-            path,
-            "holds an encrypted private key, which is not supported, as no passphrase can be entered",
-            "decrypt it (openssl pkey -in worker.key -out FILE), or enrol this host again",
-        )),
-        (None, false, Some(other)) => {
-            Err(Error::bundle(path, format!("holds no private key, but {other}"), ENROL))
-        }
-        (None, false, None) => {
-            Err(Error::bundle(path, "holds no private key in PEM (PKCS#1, PKCS#8 or SEC1)", ENROL))
+            _ => Ok((roots, ignored)),
         }
     }
-}
 
-/// Marks the error as passing if the file is incomplete, because an enrolment may still be writing
-/// it.
-fn passing_if_half_written(content: &[u8], error: Error) -> Error {
-    if pem::is_half_written(content) { error.passing() } else { error }
-}
+    /// This host's certificate and its chain.
+    fn own_chain(&self) -> Result<Vec<CertificateDer<'static>>, Error> {
+        let chain = self.certificates()?;
+        match chain.first().and_then(|own| X509::parse(own)?.unsupported_key()) {
+            Some(problem) => Err(self.error(format!("cannot be used: {problem}"), OTHER_KEY)),
+            None => Ok(chain),
+        }
+    }
 
-fn sections(path: &Path, content: &[u8]) -> Result<Vec<Section>, Error> {
-    pem::sections(content).map_err(|pem::Problem { what, remedy }| {
-        Error::bundle(path, what, remedy.unwrap_or(REPAIR))
-    })
+    /// All certificates. It is an error if there is none.
+    fn certificates(&self) -> Result<Vec<CertificateDer<'static>>, Error> {
+        let mut certificates = Vec::new();
+        let mut other = None;
+        for section in self.sections()? {
+            match section {
+                Section::Certificate(der) if X509::parse(&der).is_none() => {
+                    return Err(self.error(NOT_A_CERTIFICATE, REPAIR));
+                }
+                Section::Certificate(der) => certificates.push(der),
+                Section::PrivateKey(_) | Section::EncryptedKey => other = Some("a private key"),
+                Section::Other(name) => other = Some(name),
+            }
+        }
+        if !certificates.is_empty() {
+            return Ok(certificates);
+        }
+        let problem = match other {
+            Some(other) => format!("holds no certificate, but {other}"),
+            None => "holds no PEM section that begins with -----BEGIN CERTIFICATE-----".to_owned(),
+        };
+        Err(self.error(problem, ENROL))
+    }
+
+    /// The private key. It is an error if there is more than one.
+    fn private_key(&self) -> Result<PrivateKeyDer<'static>, Error> {
+        let mut keys = Vec::new();
+        let mut encrypted = false;
+        let mut other = None;
+        for section in self.sections()? {
+            match section {
+                Section::PrivateKey(key) => keys.push(key),
+                Section::EncryptedKey => encrypted = true,
+                Section::Certificate(_) => other = Some("a certificate"),
+                Section::Other(name) => other = Some(name),
+            }
+        }
+        let count = keys.len();
+        let (problem, remedy) = match (keys.pop(), encrypted, other) {
+            (Some(key), ..) if count == 1 => match unsupported_private_key(&key) {
+                Some(problem) => (format!("cannot be used: it {problem}"), OTHER_KEY),
+                None => return Ok(key),
+            },
+            (Some(_), ..) => {
+                (format!("holds {count} private keys"), "keep only the key of worker.crt")
+            }
+            (None, true, _) => (
+                "holds an encrypted private key, which is not supported, as no passphrase can be \
+                 entered"
+                    .to_owned(),
+                "decrypt it (openssl pkey -in worker.key -out FILE), or enrol this host again",
+            ),
+            (None, false, Some(other)) => (format!("holds no private key, but {other}"), ENROL),
+            (None, false, None) => {
+                ("holds no private key in PEM (PKCS#1, PKCS#8 or SEC1)".to_owned(), ENROL)
+            }
+        };
+        Err(self.error(problem, remedy))
+    }
+
+    fn sections(&self) -> Result<Vec<Section>, Error> {
+        pem::sections(&self.content)
+            .map_err(|pem::Problem { what, remedy }| self.error(what, remedy))
+    }
+
+    /// An error about the content. It is passing if the file is incomplete, because an enrolment may
+    /// still be writing it.
+    fn error(&self, problem: impl Into<String>, remedy: &'static str) -> Error {
+        let error = Error::bundle(&self.path, problem, remedy);
+        if pem::is_half_written(&self.content) { error.passing() } else { error }
+    }
 }
 
 /// Warns if other users can read the key. The key is used nevertheless, so that the heartbeat keeps
@@ -416,10 +393,7 @@ pub(crate) fn read(path: &Path) -> Result<Vec<u8>, Error> {
             _ => files::remedy(&source),
         };
         let error = Error::bundle(path, "cannot be read", remedy).with_source(source);
-        let may_appear = || {
-            files::may_appear(path)
-                || [CA, CERTIFICATE, KEY].iter().any(|name| dir.join(name).exists())
-        };
+        let may_appear = || files::may_appear(path) || paths(dir).iter().any(|path| path.exists());
         if is_missing && may_appear() { error.passing() } else { error }
     })
 }
@@ -427,7 +401,6 @@ pub(crate) fn read(path: &Path) -> Result<Vec<u8>, Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::master::verifier;
 
     /// Truncates each file at every byte. The result is either usable, or an error that may pass.
     #[cfg(feature = "loopback")]
@@ -439,7 +412,6 @@ mod tests {
         authority
             .write_bundle(&authority.issue(Role::Worker("w".to_owned())).unwrap(), dir.path())
             .unwrap();
-        let provider = verifier::provider();
         for name in [CA, CERTIFICATE, KEY] {
             let path = dir.path().join(name);
             let whole = fs::read(&path).unwrap();
@@ -448,7 +420,7 @@ mod tests {
                 // Nothing follows, or zeros in place of the rest.
                 for rest in [0, whole.len() - end] {
                     fs::write(&path, [&whole[..end], &vec![0; rest]].concat()).unwrap();
-                    if let Err(error) = Bundle::load(dir.path(), &provider) {
+                    if let Err(error) = Bundle::load(dir.path()) {
                         let is_whole = whole[..end].trim_ascii_end() == whole.trim_ascii_end();
                         assert!(error.is_transient() || is_whole, "{name} cut at {end}: {error:?}");
                         refused += usize::from(rest == 0);
@@ -460,7 +432,7 @@ mod tests {
             let mangled = text.replacen("\nM", "\n!", 1);
             for garbage in ["garbage", "garbage\n", &mangled, mangled.trim_end(), "\0garbage"] {
                 fs::write(&path, garbage).unwrap();
-                let error = Bundle::load(dir.path(), &provider).err().unwrap();
+                let error = Bundle::load(dir.path()).err().unwrap();
                 assert!(!error.is_transient(), "{name} of {garbage:?}: {error:?}");
             }
             fs::write(&path, whole).unwrap();
@@ -471,7 +443,7 @@ mod tests {
     fn missing_files_are_transient_if_the_folder_is_empty_or_has_others_of_the_bundle() {
         let parent = tempfile::tempdir().unwrap();
         let dir = parent.path().join("agent");
-        let transient = || Bundle::load(&dir, &verifier::provider()).err().unwrap().is_transient();
+        let transient = || Bundle::load(&dir).err().unwrap().is_transient();
         assert!(transient(), "the parent folder is empty");
         fs::write(parent.path().join("other"), "").unwrap();
         assert!(!transient(), "the parent folder has files, but no agent dir");

@@ -2,7 +2,7 @@
 //! no file.
 
 use std::fmt;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use ureq::Agent;
@@ -136,10 +136,10 @@ impl fmt::Display for Expiry {
 }
 
 /// Interrupts a POST from another thread.
-#[derive(Default)]
+#[derive(Debug, Default)]
 pub(crate) struct PostInterrupt(Mutex<InterruptState>);
 
-#[derive(Default)]
+#[derive(Debug, Default)]
 struct InterruptState {
     agent: Option<Agent>,
     interrupted: bool,
@@ -148,7 +148,7 @@ struct InterruptState {
 impl PostInterrupt {
     /// Interrupts the POST in progress, and every later one.
     pub(crate) fn now(&self) {
-        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.lock();
         state.interrupted = true;
         if let Some(agent) = state.agent.take() {
             agent.shutdown();
@@ -156,22 +156,20 @@ impl PostInterrupt {
     }
 
     fn is_interrupted(&self) -> bool {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).interrupted
+        self.lock().interrupted
     }
 
     fn watch(&self, agent: Agent) {
-        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.lock();
         if state.interrupted {
             agent.shutdown();
         } else {
             state.agent = Some(agent);
         }
     }
-}
 
-impl fmt::Debug for PostInterrupt {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("PostInterrupt").finish_non_exhaustive()
+    fn lock(&self) -> MutexGuard<'_, InterruptState> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -7,8 +7,8 @@
 //!
 //! An error never quotes the file, as it may contain a key.
 
-use rustls::pki_types::PrivateKeyDer;
-use rustls::pki_types::pem::{PemObject, SectionKind};
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 
 use crate::master::x509::first_value;
 
@@ -18,25 +18,26 @@ const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Problem {
     pub(crate) what: &'static str,
-    /// What to do. `None`: repair the file.
-    pub(crate) remedy: Option<&'static str>,
+    pub(crate) remedy: &'static str,
 }
+
+/// The advice for a file that is damaged.
+pub(super) const REPAIR: &str = "repair the file, or enrol this host again";
 
 impl Problem {
     const fn of(what: &'static str) -> Self {
-        Self { what, remedy: None }
+        Self { what, remedy: REPAIR }
     }
 
     const fn with(what: &'static str, remedy: &'static str) -> Self {
-        Self { what, remedy: Some(remedy) }
+        Self { what, remedy }
     }
 }
 
 /// A decoded section.
 #[derive(PartialEq, Eq)]
 pub(crate) enum Section {
-    /// The DER of a certificate.
-    Certificate(Vec<u8>),
+    Certificate(CertificateDer<'static>),
     PrivateKey(PrivateKeyDer<'static>),
     EncryptedKey,
     /// A section of a known type that is not used here.
@@ -227,12 +228,12 @@ fn label_of(piece: &str) -> Option<String> {
 
 /// Whether a line has an END followed by a BEGIN.
 fn has_two_sections(line: &[u8]) -> bool {
-    let at = |part: &[u8]| line.windows(part.len()).position(|window| window == part);
-    at(b"-----END ").zip(at(b"-----BEGIN ")).is_some_and(|(end, begin)| end < begin)
+    let end = find(line, b"-----END ");
+    end.zip(find(line, b"-----BEGIN ")).is_some_and(|(end, begin)| end < begin)
 }
 
-fn count(line: &[u8], part: &[u8]) -> usize {
-    line.windows(part.len()).filter(|window| *window == part).count()
+fn find(line: &[u8], part: &[u8]) -> Option<usize> {
+    line.windows(part.len()).position(|window| window == part)
 }
 
 /// A section whose END line was not read yet.
@@ -247,7 +248,7 @@ impl Open<'_> {
         let encrypted = self
             .lines
             .iter()
-            .any(|line| line.starts_with(b"Proc-Type:") && count(line, b"ENCRYPTED") > 0);
+            .any(|line| line.starts_with(b"Proc-Type:") && find(line, b"ENCRYPTED").is_some());
         match Label::of(self.text) {
             Label::Pkcs7 => Err(Problem::with(
                 "has a PKCS#7 section",
@@ -261,33 +262,21 @@ impl Open<'_> {
             Label::PrivateKey(_) if encrypted => Ok(Section::EncryptedKey),
             Label::Certificate => Ok(Section::Certificate(self.decode("CERTIFICATE")?)),
             Label::TrustedCertificate => {
-                let der = self.decode("CERTIFICATE")?;
+                let der: CertificateDer<'_> = self.decode("CERTIFICATE")?;
                 let certificate = first_value(&der)
                     .ok_or(Problem::of("has a TRUSTED CERTIFICATE that holds no certificate"))?;
-                Ok(Section::Certificate(certificate.to_vec()))
+                Ok(Section::Certificate(certificate.to_vec().into()))
             }
-            Label::PrivateKey(label) => {
-                let key =
-                    PrivateKeyDer::from_pem_slice(&self.to_pem(label)).map_err(|_| NOT_BASE64)?;
-                Ok(Section::PrivateKey(key))
-            }
+            Label::PrivateKey(label) => Ok(Section::PrivateKey(self.decode(label)?)),
         }
     }
 
-    fn decode(&self, label: &str) -> Result<Vec<u8>, Problem> {
-        let decoded = <(SectionKind, Vec<u8>)>::from_pem_slice(&self.to_pem(label));
-        decoded.map(|(_, der)| der).map_err(|_| NOT_BASE64)
-    }
-
-    /// The section as text that rustls can parse.
-    fn to_pem(&self, label: &str) -> Vec<u8> {
-        let mut text = format!("-----BEGIN {label}-----\n").into_bytes();
-        for line in &self.lines {
-            text.extend_from_slice(line);
-            text.push(b'\n');
-        }
-        text.extend_from_slice(format!("-----END {label}-----\n").as_bytes());
-        text
+    /// Decodes the section as text that rustls can parse.
+    fn decode<T: PemObject>(&self, label: &str) -> Result<T, Problem> {
+        let begin = format!("-----BEGIN {label}-----\n");
+        let end = format!("\n-----END {label}-----\n");
+        let text = [begin.as_bytes(), &self.lines.join(&b'\n'), end.as_bytes()].concat();
+        T::from_pem_slice(&text).map_err(|_| NOT_BASE64)
     }
 }
 
@@ -312,7 +301,7 @@ mod tests {
 
     fn kinds(content: &[u8]) -> Vec<&'static str> {
         let kind = |section: &Section| match section {
-            Section::Certificate(der) if der == DER => "certificate",
+            Section::Certificate(der) if der.as_ref() == DER => "certificate",
             Section::Certificate(_) => "another certificate",
             Section::PrivateKey(_) => "key",
             Section::EncryptedKey => "encrypted",

@@ -72,29 +72,15 @@ mod kind {
     #[derive(Debug)]
     pub struct Work;
 
-    impl Sealed<One> for &str {}
-    impl Sealed<One> for String {}
-    impl Sealed<One> for &String {}
+    impl<T: Into<String>> Sealed<One> for T {}
     impl<I: IntoIterator<Item: AsRef<str>>> Sealed<Many> for I {}
     impl Sealed<Work> for () {}
     impl<E: Into<Box<dyn StdError + Send + Sync>>> Sealed<Work> for Result<(), E> {}
 }
 
-impl IntoDeckies<kind::One> for &str {
+impl<T: Into<String>> IntoDeckies<kind::One> for T {
     fn into_deckies(self) -> Vec<String> {
-        vec![self.to_owned()]
-    }
-}
-
-impl IntoDeckies<kind::One> for String {
-    fn into_deckies(self) -> Vec<String> {
-        vec![self]
-    }
-}
-
-impl IntoDeckies<kind::One> for &String {
-    fn into_deckies(self) -> Vec<String> {
-        vec![self.clone()]
+        vec![self.into()]
     }
 }
 

@@ -7,7 +7,6 @@ use crate::forked::OfProcess;
 use crate::outbox::{NewRows, QueuedDelta, RowChange, SentBy};
 use crate::panics::quietly;
 use crate::threads::outbox_client::OutboxClient;
-use crate::threads::status::is_status_thread;
 
 /// A clone of the outbox's client, or nothing if the host is not enrolled.
 #[derive(Clone, Debug)]
@@ -25,9 +24,7 @@ impl OutboxHandle {
     /// Adds rows and returns the id of the first one. `Ok(None)`: the host is not enrolled.
     pub(super) fn add(&self, rows: NewRows) -> Result<Option<i64>, Error> {
         let Some(client) = &self.0 else { return Ok(None) };
-        // A delta that is pushed on the status thread is sent with the next beat.
-        let is_urgent = matches!(rows, NewRows::Deltas(..)) && !is_status_thread();
-        client.get()?.add(rows, is_urgent).map(Some)
+        client.get()?.add(rows).map(Some)
     }
 
     pub(super) fn is_dormant(&self) -> bool {
@@ -50,7 +47,7 @@ impl OutboxHandle {
             return;
         }
         let change = RowChange::Ended(ended, SentBy::Deliverer);
-        if let Err(error) = client.change(change, !is_status_thread()) {
+        if let Err(error) = client.change(change) {
             // The guard may be dropped by a panic. A second panic, in the logger, would abort the
             // process.
             quietly(|| {

@@ -134,7 +134,7 @@ impl Authority {
     ///
     /// The system's random number generator fails.
     pub fn new() -> Result<Self, Error> {
-        let made = || -> Result<_, rcgen::Error> {
+        let create = || -> Result<_, rcgen::Error> {
             let mut params = named("DECNET SWARM Root CA", &[])?;
             params.not_after = params.not_before + 3650 * DAY;
             params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
@@ -145,7 +145,7 @@ impl Authority {
             ];
             CertifiedIssuer::self_signed(params, KeyPair::generate()?)
         };
-        let issuer = made().map_err(|cause| {
+        let issuer = create().map_err(|cause| {
             Error::loopback("cannot make a certificate authority").with_source(cause)
         })?;
         Ok(Self { issuer: Arc::new(issuer) })
@@ -183,7 +183,7 @@ impl Authority {
     /// A certificate cannot contain the name in `role`, or the system's random number generator
     /// fails.
     pub fn issue(&self, role: Role) -> Result<Issued, Error> {
-        let made = || -> Result<_, rcgen::Error> {
+        let create = || -> Result<_, rcgen::Error> {
             let key = KeyPair::generate()?;
             let certificate = params_of(&role)?.signed_by(&key, &self.issuer)?;
             Ok(Issued {
@@ -192,7 +192,7 @@ impl Authority {
                 key: key.serialize_pem(),
             })
         };
-        made().map_err(|cause| {
+        create().map_err(|cause| {
             Error::loopback(format!("cannot issue a certificate for {role:?}")).with_source(cause)
         })
     }
@@ -213,10 +213,10 @@ impl Authority {
     ///
     /// The errors of [`issue`](Self::issue).
     pub fn subordinate(&self, role: Role) -> Result<Self, Error> {
-        let made = || -> Result<_, rcgen::Error> {
+        let create = || -> Result<_, rcgen::Error> {
             CertifiedIssuer::signed_by(params_of(&role)?, KeyPair::generate()?, &self.issuer)
         };
-        let issuer = made().map_err(|cause| {
+        let issuer = create().map_err(|cause| {
             Error::loopback(format!("cannot issue a certificate for {role:?}")).with_source(cause)
         })?;
         Ok(Self { issuer: Arc::new(issuer) })
@@ -319,7 +319,7 @@ pub(super) fn server_config(
     client_ca: &str,
     offered: Offered,
 ) -> Result<Arc<ServerConfig>, Error> {
-    let made = || -> Result<_, Box<dyn std::error::Error + Send + Sync>> {
+    let create = || -> Result<_, Box<dyn std::error::Error + Send + Sync>> {
         let versions: &[_] = match offered {
             Offered::Tls12And13 => &[&TLS13, &TLS12],
             Offered::Tls12Only => &[&TLS12],
@@ -341,7 +341,7 @@ pub(super) fn server_config(
         config.ticketer = Ticketer::new()?;
         Ok(Arc::new(config))
     };
-    made().map_err(|cause| Error::loopback("cannot set up TLS").with_source(cause))
+    create().map_err(|cause| Error::loopback("cannot set up TLS").with_source(cause))
 }
 
 /// SHA-256 of a certificate's DER, in lowercase hexadecimal.
@@ -351,13 +351,13 @@ pub(super) fn fingerprint(der: &[u8]) -> String {
 
 /// Writes a file. Its mode is set before its content is written.
 pub(super) fn write_file(path: &Path, text: &str, mode: u32) -> Result<(), Error> {
-    let written = || {
+    let write = || {
         let mut file =
             OpenOptions::new().write(true).create(true).truncate(true).mode(mode).open(path)?;
         file.set_permissions(Permissions::from_mode(mode))?;
         file.write_all(text.as_bytes())
     };
-    written().map_err(|cause| cannot_write(path, cause))
+    write().map_err(|cause| cannot_write(path, cause))
 }
 
 fn cannot_write(path: &Path, cause: std::io::Error) -> Error {

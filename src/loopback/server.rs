@@ -278,13 +278,13 @@ impl Connection<'_> {
             return Ok(Next::Cut);
         }
         let Some(head) = self.read_head()? else {
-            return self.refuse(400, "Invalid HTTP request received.");
+            return self.reject(400, "Invalid HTTP request received.");
         };
         let Some(length) = head.length else {
-            return self.refuse(411, "The loopback master requires a Content-Length.");
+            return self.reject(411, "The loopback master requires a Content-Length.");
         };
         if length > limits::REQUEST_BODY {
-            return self.refuse(413, "The body is too long for the loopback master.");
+            return self.reject(413, "The body is too long for the loopback master.");
         }
         if first_header(&head.headers, "expect")
             .is_some_and(|value| value.eq_ignore_ascii_case("100-continue"))
@@ -381,7 +381,7 @@ impl Connection<'_> {
         let mut state = self.shared.lock();
         let answer = match handling {
             Handling::Served | Handling::NoAnswer(Effect::Applied) => {
-                let answer = state.seen.book.handle(&received, &self.fingerprint);
+                let answer = state.seen.database.handle(&received, &self.fingerprint);
                 state.seen.beats += u64::from(answer.status == 204);
                 answer
             }
@@ -451,11 +451,11 @@ impl Connection<'_> {
         if count == 0 { Err(ErrorKind::UnexpectedEof.into()) } else { Ok(()) }
     }
 
-    fn refuse(&mut self, status: u16, why: &str) -> io::Result<Next> {
+    fn reject(&mut self, status: u16, reason: &str) -> io::Result<Next> {
         let answer = Answer::status(status)
             .header("content-type", "text/plain; charset=utf-8")
             .header("connection", "close")
-            .body(why);
+            .body(reason);
         self.stream.write_all(&encode(&answer))?;
         Ok(Next::Close)
     }

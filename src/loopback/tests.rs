@@ -169,7 +169,7 @@ fn unknown_host_and_other_certificate_are_rejected() {
     assert_eq!(post(&mut stream, &mine).unwrap().0, 204);
     fixture.master.decommission(&fixture.worker.uuid);
     assert_eq!(post(&mut stream, &mine).unwrap().0, 404);
-    assert!(!fixture.master.wait_for_beats(2, Duration::ZERO), "refused beats do not count");
+    assert!(!fixture.master.wait_for_beats(2, Duration::ZERO), "rejected beats do not count");
 }
 
 #[test]
@@ -339,16 +339,16 @@ fn handshake_requires_a_certificate_of_the_ca() {
         let error = post(&mut stream, &json!({})).unwrap_err();
         assert!(error.to_string().contains("alert"), "{error}");
         drop(stream);
-        let refused = |seen: &Seen| {
+        let is_rejected = |seen: &Seen| {
             seen.connections()
                 .last()
                 .unwrap()
                 .failure
                 .as_ref()
-                .is_some_and(|why| why.contains(reason))
+                .is_some_and(|failure| failure.contains(reason))
         };
         assert!(
-            fixture.master.wait_until(TIMEOUT, refused),
+            fixture.master.wait_until(TIMEOUT, is_rejected),
             "{reason}: {:?}",
             fixture.master.connections().last()
         );
@@ -383,7 +383,7 @@ fn certificates_fit_their_roles() {
         WebPkiServerVerifier::builder_with_provider(Arc::new(roots(&ca.certificate())), provider)
             .build()
             .unwrap();
-    let judge = |issued: &Issued, name: &'static str| {
+    let verify = |issued: &Issued, name: &'static str| {
         let leaf = CertificateDer::from_pem_slice(issued.certificate.as_bytes()).unwrap();
         let name = ServerName::try_from(name).unwrap();
         match verifier.verify_server_cert(&leaf, &[], &name, &[], UnixTime::now()) {
@@ -420,16 +420,16 @@ fn certificates_fit_their_roles() {
         (Role::CaAsLeaf, "swarmctl", "CaUsedAsEndEntity"),
     ];
     for (role, name, expected) in table {
-        let verdict = judge(&ca.issue(role.clone()).unwrap(), name);
+        let error = verify(&ca.issue(role.clone()).unwrap(), name);
         assert!(
-            verdict.contains(expected) && verdict.is_empty() == expected.is_empty(),
-            "{role:?} {name}: {verdict}"
+            error.contains(expected) && error.is_empty() == expected.is_empty(),
+            "{role:?} {name}: {error}"
         );
         // A master can present each of them.
         let certificate = Some(ca.issue(role).unwrap());
         LoopbackMaster::start_with(Options { certificate, ..Options::default() }).unwrap();
     }
-    assert_ne!(judge(&other.issue(Role::Master).unwrap(), "swarmctl"), "");
+    assert_ne!(verify(&other.issue(Role::Master).unwrap(), "swarmctl"), "");
 }
 
 #[test]
@@ -460,15 +460,15 @@ fn bundle_and_ini_have_the_expected_content_and_modes() {
 fn outage_cuts_connections_and_only_sessions_are_lost() {
     let mut fixture = fixture(Options::default());
     let row = fixture.master.open_operation(&fixture.worker.uuid, "d1", "deploy");
-    let mut kept = fixture.connect();
+    let mut open = fixture.connect();
     assert_eq!(
-        post(&mut kept, &json!({ "host_uuid": fixture.worker.uuid, "status": {} })).unwrap().0,
+        post(&mut open, &json!({ "host_uuid": fixture.worker.uuid, "status": {} })).unwrap().0,
         204
     );
     let port = fixture.master.port();
     fixture.master.stop();
     fixture.master.stop();
-    assert!(post(&mut kept, &json!({})).is_err(), "cut");
+    assert!(post(&mut open, &json!({})).is_err(), "cut");
     assert_eq!(
         connect(&fixture.master, &fixture.tls).unwrap_err().kind(),
         ErrorKind::ConnectionRefused
@@ -592,9 +592,9 @@ fn each_fault_has_its_effect() {
             fixture.master.wait_until(TIMEOUT, |seen| !seen.connections()[0].open),
             "{fault:?}"
         );
-        let remembered: Vec<_> =
+        let recorded: Vec<_> =
             fixture.master.received().iter().map(|request| request.status).collect();
-        assert_eq!(remembered, statuses, "{fault:?}");
+        assert_eq!(recorded, statuses, "{fault:?}");
         assert_eq!(fixture.master.rows()[0].status == RowStatus::Succeeded, applied, "{fault:?}");
         assert_eq!(fixture.master.faults_left(), 0);
         assert_eq!(fixture.beat(&json!([])), 204, "service resumes after {fault:?}");
@@ -635,9 +635,9 @@ fn stop_does_not_wait_for_clients() {
             fault::Moment::Request => !seen.received().is_empty(),
         };
         assert!(fixture.master.wait_until(TIMEOUT, has_begun));
-        let begun = Instant::now();
+        let start = Instant::now();
         fixture.master.stop();
-        assert!(begun.elapsed() < Duration::from_secs(2), "{fault:?}: {:?}", begun.elapsed());
+        assert!(start.elapsed() < Duration::from_secs(2), "{fault:?}: {:?}", start.elapsed());
         assert_eq!(fixture.master.shared.lock().threads, 0, "{fault:?}");
     }
 }

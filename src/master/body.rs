@@ -4,7 +4,6 @@
 //! The JSON of a status source is sent unchanged ([`RawValue`]), so unknown keys and number formats
 //! are preserved.
 
-use serde::ser::SerializeSeq;
 use serde::{Serialize, Serializer};
 use serde_json::value::RawValue;
 
@@ -28,8 +27,7 @@ pub(crate) struct Body<'a> {
 }
 
 impl<'a> Body<'a> {
-    /// A body with a whole snapshot.
-    #[cfg(any(feature = "cli", feature = "loopback", fuzzing))]
+    /// A body with a snapshot.
     pub(crate) fn of(
         host_uuid: &'a str,
         snapshot: &'a status::Snapshot,
@@ -55,22 +53,34 @@ pub(crate) struct Topology<'a> {
     pub(crate) observed: Observed<'a>,
 }
 
-impl<'a> From<&'a status::Topology> for Topology<'a> {
-    fn from(topology: &'a status::Topology) -> Self {
-        let applied = topology.applied.as_ref();
+impl<'a> Topology<'a> {
+    fn of(applied: Option<&'a status::AppliedTopology>, observed: Observed<'a>) -> Self {
         Self {
             topology_id: applied.map(|row| row.topology_id.as_str()),
             applied_version_hash: applied.map(|row| row.applied_version_hash.as_str()),
             applied_at: applied.map(|row| row.applied_at),
             last_error: applied.and_then(|row| row.last_error.as_deref()),
-            observed: match &topology.observed {
-                status::Observed::Seen { bridges, containers } => {
-                    Observed::Seen { bridges, containers }
-                }
-                status::Observed::Unknown(error) => {
-                    Observed::Unknown { error: cut(error, limits::OBSERVED_ERROR) }
-                }
-            },
+            observed,
+        }
+    }
+
+    /// A topology of which nothing was observed, for this reason.
+    pub(crate) fn unobserved(
+        applied: Option<&'a status::AppliedTopology>,
+        reason: &'a str,
+    ) -> Self {
+        Self::of(applied, Observed::Unknown { error: cut(reason, limits::OBSERVED_ERROR) })
+    }
+}
+
+impl<'a> From<&'a status::Topology> for Topology<'a> {
+    fn from(topology: &'a status::Topology) -> Self {
+        let applied = topology.applied.as_ref();
+        match &topology.observed {
+            status::Observed::Seen { bridges, containers } => {
+                Self::of(applied, Observed::Seen { bridges, containers })
+            }
+            status::Observed::Unknown(error) => Self::unobserved(applied, error),
         }
     }
 }
@@ -111,11 +121,7 @@ impl<'a> From<&'a LifecycleDelta> for Delta<'a> {
 }
 
 fn lifecycle<S: Serializer>(deltas: &[&LifecycleDelta], serializer: S) -> Result<S::Ok, S::Error> {
-    let mut array = serializer.serialize_seq(Some(deltas.len()))?;
-    for delta in deltas {
-        array.serialize_element(&Delta::from(*delta))?;
-    }
-    array.end()
+    serializer.collect_seq(deltas.iter().map(|delta| Delta::from(*delta)))
 }
 
 #[cfg(test)]

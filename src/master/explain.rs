@@ -16,28 +16,29 @@ use crate::text::{quoted, sanitize};
 
 /// The class of a failure. [`Failure::class`](crate::Failure::class) has the table.
 pub(crate) fn class(error: &ureq::Error) -> String {
-    match error {
+    let class = match error {
         ureq::Error::Timeout(timeout) => {
-            format!("timeout-{}", timeout.to_string().replace(' ', "-"))
+            return format!("timeout-{}", timeout.to_string().replace(' ', "-"));
         }
-        ureq::Error::HostNotFound => "dns".to_owned(),
-        ureq::Error::Other(cause) if cause.is::<LookupFailed>() => "dns".to_owned(),
-        ureq::Error::Other(cause) if cause.is::<rustls::Error>() => "tls".to_owned(),
-        ureq::Error::Io(error) if tls_error(error).is_some() || not_tls(error).is_some() => {
-            "tls".to_owned()
+        ureq::Error::HostNotFound => "dns",
+        ureq::Error::Other(cause) if cause.is::<LookupFailed>() => "dns",
+        ureq::Error::Other(cause) if cause.is::<rustls::Error>() => "tls",
+        ureq::Error::Io(error) => io_class(error),
+        ureq::Error::Protocol(_) | ureq::Error::LargeResponseHeader(..) => "invalid-response",
+        _ => "io",
+    };
+    class.to_owned()
+}
+
+fn io_class(error: &io::Error) -> &'static str {
+    match error.kind() {
+        _ if tls_error(error).is_some() || not_tls(error).is_some() => "tls",
+        _ if is_closed(error) => "connection-closed",
+        ErrorKind::ConnectionRefused => "refused",
+        ErrorKind::HostUnreachable | ErrorKind::NetworkUnreachable | ErrorKind::NetworkDown => {
+            "unreachable"
         }
-        ureq::Error::Io(error) if is_closed(error) => "connection-closed".to_owned(),
-        ureq::Error::Io(error) => match error.kind() {
-            ErrorKind::ConnectionRefused => "refused".to_owned(),
-            ErrorKind::HostUnreachable | ErrorKind::NetworkUnreachable | ErrorKind::NetworkDown => {
-                "unreachable".to_owned()
-            }
-            _ => "io".to_owned(),
-        },
-        ureq::Error::Protocol(_) | ureq::Error::LargeResponseHeader(..) => {
-            "invalid-response".to_owned()
-        }
-        _ => "io".to_owned(),
+        _ => "io",
     }
 }
 
@@ -139,7 +140,7 @@ pub(crate) fn handshake(error: &io::Error) -> Explained {
 /// Explains an error of the TLS handshake.
 fn tls(error: &rustls::Error) -> Explained {
     use rustls::{Error as Tls, PeerIncompatible as Incompatible};
-    let Explained { text, advice } = match error {
+    let (text, advice) = match error {
         Tls::InvalidCertificate(bad) => return certificate(bad, error),
         Tls::AlertReceived(alert) => received(*alert),
         Tls::PeerIncompatible(
@@ -147,18 +148,18 @@ fn tls(error: &rustls::Error) -> Explained {
             | Incompatible::ServerTlsVersionIsDisabledByOurConfig
             | Incompatible::Tls12NotOffered
             | Incompatible::Tls12NotOfferedOrEnabled,
-        ) => old_tls(),
+        ) => OLD_TLS,
         Tls::PeerIncompatible(Incompatible::NoCertificateRequestSignatureSchemesInCommon) => {
-            Explained::new("the master accepts no signature that worker.key can make", REISSUE)
+            ("the master accepts no signature that worker.key can make", REISSUE)
         }
         Tls::PeerIncompatible(_) => {
-            Explained::new("the master and this host have no TLS algorithms in common", REISSUE)
+            ("the master and this host have no TLS algorithms in common", REISSUE)
         }
         Tls::PeerMisbehaved(_)
         | Tls::InvalidMessage(_)
         | Tls::InappropriateMessage { .. }
         | Tls::InappropriateHandshakeMessage { .. }
-        | Tls::DecryptError => Explained::new(
+        | Tls::DecryptError => (
             "the peer violates the TLS protocol",
             "check that DECNET's swarm controller listens at this address, and that no device in the network changes the \
              traffic",
@@ -168,13 +169,12 @@ fn tls(error: &rustls::Error) -> Explained {
     Explained::new(format!("{text} ({error})"), advice)
 }
 
-/// The explanation of a protocol version that is not supported. This host or the master detects it.
-fn old_tls() -> Explained {
-    Explained::new(
-        "the master supports neither TLS 1.2 nor TLS 1.3",
-        "enable TLS 1.2 or 1.3 at the master, or at the proxy in front of it",
-    )
-}
+/// The text and the advice for a protocol version that is not supported. This host or the master
+/// detects it.
+const OLD_TLS: (&str, &str) = (
+    "the master supports neither TLS 1.2 nor TLS 1.3",
+    "enable TLS 1.2 or 1.3 at the master, or at the proxy in front of it",
+);
 
 /// Explains why the master's certificate was rejected.
 fn certificate(bad: &CertificateError, error: &rustls::Error) -> Explained {
@@ -324,12 +324,12 @@ fn refused(refusal: &Refusal) -> Explained {
     Explained::new(refusal.to_string(), advice)
 }
 
-/// Explains an alert that the master sent. The master uses OpenSSL, which maps errors to alerts in
+/// The text and the advice for an alert that the master sent. The master uses OpenSSL, which maps errors to alerts in
 /// `ssl_x509err2alert` (`statem_lib.c`).
-fn received(alert: AlertDescription) -> Explained {
+fn received(alert: AlertDescription) -> (&'static str, &'static str) {
     use AlertDescription as Alert;
-    let (text, advice) = match alert {
-        Alert::ProtocolVersion => return old_tls(),
+    match alert {
+        Alert::ProtocolVersion => OLD_TLS,
         Alert::BadCertificate | Alert::CertificateUnknown => (
             "the master refused our certificate: it may be too weak, have an unsupported signature, or be not yet valid by \
              the master's clock",
@@ -374,8 +374,7 @@ fn received(alert: AlertDescription) -> Explained {
             "the master refused the TLS handshake",
             "check the master's log, and that no device in the network changes the traffic",
         ),
-    };
-    Explained::new(text, advice)
+    }
 }
 
 fn utc(time: UnixTime) -> String {

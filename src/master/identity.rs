@@ -68,14 +68,11 @@ impl FromStr for MasterIdentity {
             "host" => Ok(Self::Host),
             "ca" => Ok(Self::AnyFromCa),
             "public" => Ok(Self::PublicCa),
-            other => {
-                other.strip_prefix("sha256:").and_then(parse_hex).map(Self::Fingerprint).ok_or_else(
-                    || {
-                        "must be name, host, ca, public, or sha256: and 64 hexadecimal digits"
-                            .to_owned()
-                    },
-                )
-            }
+            other => match other.strip_prefix("sha256:").and_then(parse_hex) {
+                Some(digest) => Ok(Self::Fingerprint(digest)),
+                None => Err("must be name, host, ca, public, or sha256: and 64 hexadecimal digits"
+                    .to_owned()),
+            },
         }
     }
 }

@@ -34,65 +34,25 @@ const MOST_ADDRESSES: usize = 16;
 /// The source is the error of the system's resolver. The standard library passes on only its text.
 #[derive(Debug)]
 pub(crate) struct LookupFailed {
-    host: String,
-    cause: Cause,
+    problem: String,
+    source: Option<io::Error>,
+    /// What the operator can do.
+    #[cfg_attr(not(feature = "cli"), expect(dead_code, reason = "`check` shows it"))]
+    pub(crate) advice: &'static str,
 }
 
-#[derive(Debug)]
-enum Cause {
-    /// The resolver returned an error: the name does not exist, or no name server answers.
-    Resolver(io::Error),
-    NoAddress,
-    /// The lookup thread could not be started.
-    NotStarted(io::Error),
-    /// The lookup thread ended without a result.
-    ThreadEnded,
-}
+const CHECK_DNS: &str = "correct the master's name, check the DNS configuration of this host, or \
+                         configure the master's IP address";
 
 impl fmt::Display for LookupFailed {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let host = sanitize(&self.host);
-        match &self.cause {
-            Cause::Resolver(_) => write!(f, "the name {host} could not be looked up"),
-            Cause::NoAddress => write!(f, "the name {host} has no address"),
-            Cause::NotStarted(_) => write!(
-                f,
-                "the name {host} could not be looked up: cannot start a thread for the lookup"
-            ),
-            Cause::ThreadEnded => write!(
-                f,
-                "the name {host} could not be looked up: the lookup ended without a result"
-            ),
-        }
+        f.write_str(&self.problem)
     }
 }
 
 impl Error for LookupFailed {
     fn source(&self) -> Option<&(dyn Error + 'static)> {
-        match &self.cause {
-            Cause::Resolver(source) | Cause::NotStarted(source) => Some(source),
-            Cause::NoAddress | Cause::ThreadEnded => None,
-        }
-    }
-}
-
-#[cfg(feature = "cli")]
-impl LookupFailed {
-    /// What the operator can do.
-    pub(crate) fn advice(&self) -> &'static str {
-        match &self.cause {
-            // The standard library drops the resolver's error code. This is glibc's text for
-            // `EAI_AGAIN`.
-            Cause::Resolver(source) if source.to_string().contains("Temporary failure") => {
-                "check the DNS configuration of this host, as no name server answers, or configure the master's IP address"
-            }
-            Cause::NotStarted(_) => {
-                "raise the limit of threads on this host, or configure the master's IP address"
-            }
-            Cause::Resolver(_) | Cause::NoAddress | Cause::ThreadEnded => {
-                "correct the master's name, check the DNS configuration of this host, or configure the master's IP address"
-            }
-        }
+        self.source.as_ref().map(|source| source as &(dyn Error + 'static))
     }
 }
 
@@ -130,22 +90,17 @@ impl MasterResolver {
         cache.first = Some(address);
     }
 
-    /// Records that the POST to the current address failed. The next request looks the name up
-    /// again and starts with the address after it.
+    /// Records that the current address is bad: a POST to it failed, or its answers are bad. The
+    /// next request looks the name up again and starts with the address after it.
     pub(crate) fn report_failure(&self) {
         let mut cache = self.lock();
         cache.fresh_since = None;
         cache.start_with_the_next();
     }
 
-    /// Makes the next request look the name up again. If the answers of the current address are
-    /// bad, it starts with the address after it.
-    pub(crate) fn look_up_again(&self, is_bad: bool) {
-        let mut cache = self.lock();
-        cache.fresh_since = None;
-        if is_bad {
-            cache.start_with_the_next();
-        }
+    /// Makes the next request look the name up again.
+    pub(crate) fn look_up_again(&self) {
+        self.lock().fresh_since = None;
     }
 
     /// The addresses of the host, in the order in which they are tried. Waits for a lookup up to
@@ -192,22 +147,52 @@ impl MasterResolver {
         pending: &mut Option<Receiver<io::Result<Vec<SocketAddr>>>>,
         timeout: Duration,
     ) -> Result<Vec<SocketAddr>, ureq::Error> {
-        let failed =
-            |cause| ureq::Error::Other(Box::new(LookupFailed { host: self.host.clone(), cause }));
         let lookup = match mem::take(pending) {
             Some(lookup) => lookup,
-            None => self.spawn_lookup().map_err(|source| failed(Cause::NotStarted(source)))?,
+            None => self.spawn_lookup().map_err(|source| self.not_started(source))?,
         };
         match lookup.recv_timeout(timeout) {
-            Ok(Ok(addresses)) if addresses.is_empty() => Err(failed(Cause::NoAddress)),
+            Ok(Ok(addresses)) if addresses.is_empty() => {
+                Err(self.failed("has no address", None, CHECK_DNS))
+            }
             Ok(Ok(addresses)) => Ok(addresses),
-            Ok(Err(source)) => Err(failed(Cause::Resolver(source))),
+            Ok(Err(source)) => {
+                // The standard library drops the resolver's error code. This is glibc's text for
+                // `EAI_AGAIN`.
+                let advice = if source.to_string().contains("Temporary failure") {
+                    "check the DNS configuration of this host, as no name server answers, or \
+                     configure the master's IP address"
+                } else {
+                    CHECK_DNS
+                };
+                Err(self.failed("could not be looked up", Some(source), advice))
+            }
             Err(RecvTimeoutError::Timeout) => {
                 *pending = Some(lookup);
                 Err(ureq::Error::Timeout(Timeout::Resolve))
             }
-            Err(RecvTimeoutError::Disconnected) => Err(failed(Cause::ThreadEnded)),
+            Err(RecvTimeoutError::Disconnected) => {
+                let problem = "could not be looked up: the lookup ended without a result";
+                Err(self.failed(problem, None, CHECK_DNS))
+            }
         }
+    }
+
+    fn not_started(&self, source: io::Error) -> ureq::Error {
+        let problem = "could not be looked up: cannot start a thread for the lookup";
+        let advice =
+            "raise the limit of threads on this host, or configure the master's IP address";
+        self.failed(problem, Some(source), advice)
+    }
+
+    fn failed(
+        &self,
+        problem: &str,
+        source: Option<io::Error>,
+        advice: &'static str,
+    ) -> ureq::Error {
+        let problem = format!("the name {} {problem}", sanitize(&self.host));
+        ureq::Error::Other(Box::new(LookupFailed { problem, source, advice }))
     }
 
     fn spawn_lookup(&self) -> io::Result<Receiver<io::Result<Vec<SocketAddr>>>> {
@@ -352,10 +337,7 @@ mod tests {
             resolver.lock().pending = Some(pending);
             resolver.addresses(Duration::ZERO).unwrap_err()
         };
-        let failed = |cause| {
-            ureq::Error::Other(Box::new(LookupFailed { host: "nowhere.invalid".to_owned(), cause }))
-        };
-        let no_thread = || io::Error::from_raw_os_error(libc::EAGAIN);
+        let no_thread = io::Error::from_raw_os_error(libc::EAGAIN);
         for (error, text) in [
             (
                 looked_up(Some(Err(io::Error::other("no such name")))),
@@ -364,7 +346,7 @@ mod tests {
             (looked_up(Some(Ok(Vec::new()))), "has no address"),
             (looked_up(None), "could not be looked up: the lookup ended without a result"),
             (
-                failed(Cause::NotStarted(no_thread())),
+                MasterResolver::new("nowhere.invalid", 7).not_started(no_thread),
                 "could not be looked up: cannot start a thread for the lookup: Resource temporarily unavailable (os error 11)",
             ),
         ] {

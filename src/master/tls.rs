@@ -5,7 +5,7 @@
 //! and this connector is a thin layer between the socket and ureq's HTTP.
 
 use std::fmt;
-use std::io::{self, Read, Write};
+use std::io::{self, ErrorKind, Read, Write};
 use std::mem;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
@@ -23,12 +23,19 @@ use crate::master::first_bytes::FirstBytes;
 use crate::master::resolver::MasterResolver;
 use crate::transport::{Deadline, SocketTransport};
 
-/// The state of the connections of one [`TlsConnector`].
+/// The state of the connections of one [`TlsConnector`], shared by the connector, its transports
+/// and their client.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct SharedConnections(Arc<Mutex<Connections>>);
+
+impl SharedConnections {
+    pub(crate) fn update<T>(&self, change: impl FnOnce(&mut Connections) -> T) -> T {
+        change(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
 #[derive(Debug, Default)]
 pub(crate) struct Connections {
-    /// The number of connection attempts. If it does not change during a request, the request
-    /// reused a connection.
-    pub(crate) tried: u64,
     /// Whether the last handshake resumed a session.
     pub(crate) resumed: bool,
     /// When the newest connection was opened.
@@ -37,9 +44,19 @@ pub(crate) struct Connections {
     pub(crate) has_accepted: bool,
     /// Whether the open connection must not be reused.
     pub(crate) close: bool,
-    /// Whether a part of the last request's body was sent.
+    /// The number of consecutive answers that are not 2xx.
+    pub(crate) bad_answers: u32,
+    pub(crate) exchange: Exchange,
+}
+
+/// What has happened to the last request.
+#[derive(Debug, Default)]
+pub(crate) struct Exchange {
+    /// A connection was opened for it.
+    pub(crate) has_connected: bool,
+    /// A part of its body was sent.
     pub(crate) body_sent: bool,
-    /// The answer to the last request, as far as it was received.
+    /// The answer, as far as it was received.
     pub(crate) answer: Answer,
 }
 
@@ -125,11 +142,12 @@ fn end_of_head(head: &[u8]) -> Option<usize> {
 }
 
 /// Opens a TCP connection and does the TLS handshake.
+#[derive(Debug)]
 pub(crate) struct TlsConnector {
     config: Arc<ClientConfig>,
     name: ServerName<'static>,
     resolver: MasterResolver,
-    connections: Arc<Mutex<Connections>>,
+    connections: SharedConnections,
 }
 
 impl TlsConnector {
@@ -137,18 +155,10 @@ impl TlsConnector {
         config: Arc<ClientConfig>,
         name: ServerName<'static>,
         resolver: MasterResolver,
+        connections: SharedConnections,
     ) -> Self {
-        Self { config, name, resolver, connections: Arc::default() }
+        Self { config, name, resolver, connections }
     }
-
-    /// The state of this connector's connections. It is updated with each connection.
-    pub(crate) fn connections(&self) -> Arc<Mutex<Connections>> {
-        Arc::clone(&self.connections)
-    }
-}
-
-fn update<T>(connections: &Mutex<Connections>, change: impl FnOnce(&mut Connections) -> T) -> T {
-    change(&mut connections.lock().unwrap_or_else(PoisonError::into_inner))
 }
 
 impl Connector for TlsConnector {
@@ -159,14 +169,14 @@ impl Connector for TlsConnector {
         details: &ConnectionDetails<'_>,
         _: Option<()>,
     ) -> Result<Option<Self::Out>, ureq::Error> {
-        update(&self.connections, |connections| {
-            connections.tried += 1;
+        self.connections.update(|connections| {
+            connections.exchange.has_connected = true;
             connections.close = false;
             connections.has_accepted = false;
             connections.opened = Some(Instant::now());
         });
         // The connect timeout covers TCP and TLS together.
-        let deadline = Deadline::new(details.timeout);
+        let deadline = Deadline::of(details.timeout);
         let (tcp, address) = SocketTransport::tcp(details)?;
         self.resolver.connected_to(address);
         let mut tls = ClientConnection::new(Arc::clone(&self.config), self.name.clone())
@@ -176,7 +186,7 @@ impl Connector for TlsConnector {
         let mut first = FirstBytes::of(&mut wire);
         tls.complete_io(&mut first).map_err(|error| first.classify(error))?;
         let resumed = tls.handshake_kind() == Some(HandshakeKind::Resumed);
-        update(&self.connections, |connections| connections.resumed = resumed);
+        self.connections.update(|connections| connections.resumed = resumed);
         let buffers = LazyBuffers::new(
             details.config.input_buffer_size(),
             details.config.output_buffer_size(),
@@ -187,14 +197,8 @@ impl Connector for TlsConnector {
             stream,
             at_request_start: true,
             unsent: Vec::new(),
-            connections: self.connections(),
+            connections: self.connections.clone(),
         }))
-    }
-}
-
-impl fmt::Debug for TlsConnector {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("TlsConnector").field("name", &self.name).finish_non_exhaustive()
     }
 }
 
@@ -229,7 +233,9 @@ impl<S: Read> Read for Wire<S> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let room = buffer.len().min(self.allowed);
         if room == 0 && !buffer.is_empty() {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, TooManyBytes));
+            let most = limits::ANSWER_ON_THE_WIRE;
+            let problem = format!("the peer sent more than {most} bytes without a complete answer");
+            return Err(io::Error::new(ErrorKind::QuotaExceeded, problem));
         }
         let buffer = buffer.get_mut(..room).unwrap_or_default();
         let count = self.tcp.read(buffer)?;
@@ -250,22 +256,6 @@ impl<S: Write> Write for Wire<S> {
         self.tcp.flush()
     }
 }
-
-/// The peer sent more than [`limits::ANSWER_ON_THE_WIRE`] bytes for one answer or one handshake.
-#[derive(Debug)]
-struct TooManyBytes;
-
-impl fmt::Display for TooManyBytes {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "the peer sent more than {} bytes without a complete answer",
-            limits::ANSWER_ON_THE_WIRE
-        )
-    }
-}
-
-impl std::error::Error for TooManyBytes {}
 
 /// Tracks the bounds of TLS records: a header of five bytes, which ends with the length of the
 /// content, and the content.
@@ -311,7 +301,7 @@ pub(crate) struct TlsTransport {
     at_request_start: bool,
     /// Output that was not sent yet.
     unsent: Vec<u8>,
-    connections: Arc<Mutex<Connections>>,
+    connections: SharedConnections,
 }
 
 impl TlsTransport {
@@ -320,7 +310,7 @@ impl TlsTransport {
         let before = self.stream.sock.sent;
         let sent = self.stream.write_all(&unsent).and_then(|()| self.stream.flush());
         if self.stream.sock.sent > before {
-            update(&self.connections, |connections| connections.body_sent = true);
+            self.connections.update(|connections| connections.exchange.body_sent = true);
         }
         sent
     }
@@ -342,7 +332,8 @@ impl TlsTransport {
                 matches!(tls.read_tls(wire), Ok(1..)) && tls.process_new_packets().is_ok();
             while let Ok(count @ 1..) = tls.reader().read(&mut some) {
                 let input = some.get(..count).unwrap_or_default();
-                if update(&self.connections, |connections| connections.answer.add(input)).is_err() {
+                let add = |connections: &mut Connections| connections.exchange.answer.add(input);
+                if self.connections.update(add).is_err() {
                     return;
                 }
             }
@@ -379,14 +370,14 @@ impl Transport for TlsTransport {
         self.stream.sock.tcp.set_timeout(timeout);
         let input = self.buffers.input_append_buf();
         let amount = match self.stream.read(input) {
-            Err(error) if error.get_ref().is_some_and(|inner| inner.is::<TooManyBytes>()) => {
+            Err(error) if error.kind() == ErrorKind::QuotaExceeded => {
                 let most = limits::ANSWER_ON_THE_WIRE;
                 return Err(ureq::Error::LargeResponseHeader(most + 1, most));
             }
             read => read?,
         };
-        update(&self.connections, |connections| {
-            connections.answer.add(input.get(..amount).unwrap_or_default())
+        self.connections.update(|connections| {
+            connections.exchange.answer.add(input.get(..amount).unwrap_or_default())
         })?;
         self.buffers.input_appended(amount);
         Ok(amount > 0)
@@ -395,7 +386,7 @@ impl Transport for TlsTransport {
     /// Whether the next request may use this connection. Unread bytes, decrypted or not, would be
     /// taken for the next answer.
     fn is_open(&mut self) -> bool {
-        if update(&self.connections, |connections| connections.close) {
+        if self.connections.update(|connections| connections.close) {
             return false;
         }
         let decrypted = self.stream.conn.process_new_packets();
@@ -487,7 +478,7 @@ mod tests {
             error.to_string(),
             "the peer sent more than 262144 bytes without a complete answer"
         );
-        assert!(error.get_ref().unwrap().is::<TooManyBytes>());
+        assert_eq!(error.kind(), ErrorKind::QuotaExceeded);
     }
 
     #[test]

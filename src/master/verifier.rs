@@ -10,10 +10,8 @@ use std::sync::Arc;
 
 use rustls::client::Resumption;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-use rustls::client::{verify_server_cert_signed_by_trust_anchor, verify_server_name};
-use rustls::crypto::{
-    CryptoProvider, WebPkiSupportedAlgorithms, verify_tls12_signature, verify_tls13_signature,
-};
+use rustls::client::verify_server_name;
+use rustls::crypto::{verify_tls12_signature, verify_tls13_signature};
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::server::ParsedCertificate;
 use rustls::sign::{CertifiedKey, SingleCertAndKey};
@@ -24,6 +22,7 @@ use rustls::{
 
 use crate::error::Error;
 use crate::limits;
+use crate::master::crypto::{PROVIDER, algorithms, verify_chain};
 use crate::master::identity::{MasterIdentity, fingerprint, hex};
 use crate::master::x509::X509;
 use crate::text::quoted;
@@ -32,29 +31,19 @@ use crate::text::quoted;
 /// has them.
 pub(crate) const MASTER_NAME: &str = "swarmctl";
 
-/// ring. It is used for TLS and to check the bundle.
-pub(crate) fn provider() -> Arc<CryptoProvider> {
-    Arc::new(rustls::crypto::ring::default_provider())
-}
-
 /// The verifier for the certificate of `master`.
 pub(crate) fn verifier(
     roots: &Arc<RootCertStore>,
     identity: MasterIdentity,
     master: &ServerName<'static>,
-    provider: &CryptoProvider,
 ) -> Arc<dyn ServerCertVerifier> {
-    Arc::new(MasterVerifier {
-        roots: match identity {
-            MasterIdentity::PublicCa => {
-                Arc::new(RootCertStore { roots: webpki_roots::TLS_SERVER_ROOTS.to_vec() })
-            }
-            _ => Arc::clone(roots),
-        },
-        identity,
-        host: master.clone(),
-        algorithms: provider.signature_verification_algorithms,
-    })
+    let roots = match identity {
+        MasterIdentity::PublicCa => {
+            Arc::new(RootCertStore { roots: webpki_roots::TLS_SERVER_ROOTS.to_vec() })
+        }
+        _ => Arc::clone(roots),
+    };
+    Arc::new(MasterVerifier { roots, identity, host: master.clone() })
 }
 
 /// The configuration for one bundle and one rule. It contains the session tickets, so it is kept as
@@ -62,9 +51,8 @@ pub(crate) fn verifier(
 pub(crate) fn client_config(
     client: &Arc<CertifiedKey>,
     verifier: Arc<dyn ServerCertVerifier>,
-    provider: &Arc<CryptoProvider>,
 ) -> Result<Arc<ClientConfig>, Error> {
-    let mut config = ClientConfig::builder_with_provider(Arc::clone(provider))
+    let mut config = ClientConfig::builder_with_provider(Arc::clone(&PROVIDER))
         .with_protocol_versions(&[&rustls::version::TLS13, &rustls::version::TLS12])
         .map_err(|source| {
             Error::setting("TLS", "the provider lacks TLS 1.2 or 1.3").with_source(source)
@@ -82,7 +70,6 @@ struct MasterVerifier {
     roots: Arc<RootCertStore>,
     identity: MasterIdentity,
     host: ServerName<'static>,
-    algorithms: WebPkiSupportedAlgorithms,
 }
 
 impl MasterVerifier {
@@ -92,44 +79,16 @@ impl MasterVerifier {
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<(), rustls::Error> {
-        if let MasterIdentity::Fingerprint(pinned) = self.identity {
-            let is_pinned = fingerprint(end_entity) == hex(&pinned);
-            return if is_pinned {
-                Ok(())
-            } else {
-                Err(CertificateError::ApplicationVerificationFailure.into())
-            };
-        }
-        let certificate = ParsedCertificate::try_from(end_entity)?;
-        self.check_chain(&certificate, intermediates, now)?;
+        verify_chain(end_entity, intermediates, &self.roots, now)?;
+        let is_for_host =
+            || verify_server_name(&ParsedCertificate::try_from(end_entity)?, &self.host);
         match self.identity {
             MasterIdentity::Name => Ok(is_masters_own(end_entity)?),
-            MasterIdentity::Host if self.is_for_host(&certificate).is_ok() => Ok(()),
+            MasterIdentity::Host if is_for_host().is_ok() => Ok(()),
             MasterIdentity::Host => Ok(is_masters_own(end_entity).map_err(Refusal::or_host)?),
-            MasterIdentity::PublicCa => self.is_for_host(&certificate),
+            MasterIdentity::PublicCa => is_for_host(),
             MasterIdentity::AnyFromCa | MasterIdentity::Fingerprint(_) => Ok(()),
         }
-    }
-
-    fn is_for_host(&self, certificate: &ParsedCertificate<'_>) -> Result<(), rustls::Error> {
-        verify_server_name(certificate, &self.host)
-    }
-
-    /// Checks that the certificate chains to a root, is valid now, and is for servers.
-    fn check_chain(
-        &self,
-        certificate: &ParsedCertificate<'_>,
-        intermediates: &[CertificateDer<'_>],
-        now: UnixTime,
-    ) -> Result<(), rustls::Error> {
-        let algorithms = self.algorithms.all;
-        verify_server_cert_signed_by_trust_anchor(
-            certificate,
-            &self.roots,
-            intermediates,
-            now,
-            algorithms,
-        )
     }
 
     /// Replaces an error of webpki with a more specific one. webpki does not know the rule, and
@@ -142,26 +101,23 @@ impl MasterVerifier {
         others: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> rustls::Error {
-        // The issuer of a pinned certificate is not checked.
-        if matches!(self.identity, MasterIdentity::Fingerprint(_)) {
-            return error;
-        }
         let unknown_issuer = || match self.identity {
             MasterIdentity::PublicCa => Refusal::NotPublic.into(),
             _ => CertificateError::UnknownIssuer.into(),
         };
+        // webpki cannot parse it, either, and the error is about that.
+        let Some(certificate) = X509::parse(shown) else { return error };
         let issuers: Vec<_> = others.iter().filter_map(|other| X509::parse(other)).collect();
-        if X509::parse(shown).is_some_and(|shown| !self.may_chain_to_a_root(&shown, &issuers)) {
+        if !self.may_chain_to_a_root(&certificate, &issuers) {
             return unknown_issuer();
         }
-        if is_webpkis(&error, &["EndEntityUsedAsCa", "UnsupportedCertVersion"])
-            && let Some(issuer) = issuers
-                .iter()
-                .find(|it| !it.is_self_issued() && it.not_a_ca(&self.algorithms).is_some())
+        if is_about_an_issuer(&error)
+            && let Some(issuer) =
+                issuers.iter().find(|it| !it.is_self_issued() && it.not_a_ca().is_some())
         {
             return Refusal::NotACa(issuer.common_name().unwrap_or_default()).into();
         }
-        if let Some(refusal) = self.issuer_dates(&error, shown, others, now) {
+        if let Some(refusal) = issuer_dates(&error, shown, others, now) {
             return refusal.into();
         }
         #[expect(deprecated, reason = "webpki may still return it")]
@@ -174,7 +130,7 @@ impl MasterVerifier {
                     | CertificateError::UnsupportedSignatureAlgorithmForPublicKeyContext { .. }
             )
         );
-        if is_unverified && let Some(problem) = self.unsupported(shown, others) {
+        if is_unverified && let Some(problem) = unsupported(&certificate, &issuers) {
             return Refusal::Unsupported(problem).into();
         }
         let is_bad = error == CertificateError::BadSignature.into();
@@ -204,77 +160,52 @@ impl MasterVerifier {
         }
         false
     }
-
-    /// The refusal for an error about dates that are those of an issuer, and not those of the
-    /// peer's certificate.
-    fn issuer_dates(
-        &self,
-        error: &rustls::Error,
-        shown: &CertificateDer<'_>,
-        others: &[CertificateDer<'_>],
-        now: UnixTime,
-    ) -> Option<Refusal> {
-        use CertificateError as Bad;
-        let rustls::Error::InvalidCertificate(bad) = error else { return None };
-        if !matches!(
-            bad,
-            Bad::Expired | Bad::ExpiredContext { .. } | Bad::NotValidYetContext { .. }
-        ) {
-            return None;
-        }
-        // webpki checks the dates first, with any roots.
-        let roots = RootCertStore::empty();
-        let has_error = |certificate: &CertificateDer<'_>| {
-            ParsedCertificate::try_from(certificate).is_ok_and(|certificate| {
-                let algorithms = self.algorithms.all;
-                let result = verify_server_cert_signed_by_trust_anchor(
-                    &certificate,
-                    &roots,
-                    &[],
-                    now,
-                    algorithms,
-                );
-                result.as_ref() == Err(error)
-            })
-        };
-        let issuer = others.iter().find(|other| !has_error(shown) && has_error(other))?;
-        let name = X509::parse(issuer).and_then(|issuer| issuer.common_name()).unwrap_or_default();
-        Some(Refusal::OfIssuer { name, bad: bad.clone() })
-    }
-
-    /// Why the signature of the certificate, or the key or signature of an issuer, cannot be
-    /// verified here.
-    fn unsupported(
-        &self,
-        shown: &CertificateDer<'_>,
-        others: &[CertificateDer<'_>],
-    ) -> Option<String> {
-        if let Some(problem) =
-            X509::parse(shown).and_then(|shown| shown.unsupported_signature(&self.algorithms))
-        {
-            return Some(format!("the master's certificate cannot be verified: {problem}"));
-        }
-        // A root that the peer sends is not verified.
-        let issuers = others
-            .iter()
-            .filter_map(|other| X509::parse(other))
-            .filter(|issuer| !issuer.is_self_issued());
-        let mut problems = issuers.filter_map(|issuer| {
-            issuer.unsupported_key().or_else(|| issuer.unsupported_signature(&self.algorithms))
-        });
-        Some(format!(
-            "an issuer of the master's certificate cannot be verified: {}",
-            problems.next()?
-        ))
-    }
 }
 
-/// Whether `error` is one of these errors of webpki, which rustls passes on unchanged.
-pub(crate) fn is_webpkis(error: &rustls::Error, names: &[&str]) -> bool {
+/// The refusal for an error about dates that are those of an issuer, and not those of the peer's
+/// certificate.
+fn issuer_dates(
+    error: &rustls::Error,
+    shown: &CertificateDer<'_>,
+    others: &[CertificateDer<'_>],
+    now: UnixTime,
+) -> Option<Refusal> {
+    use CertificateError as Bad;
+    let rustls::Error::InvalidCertificate(
+        bad @ (Bad::Expired | Bad::ExpiredContext { .. } | Bad::NotValidYetContext { .. }),
+    ) = error
+    else {
+        return None;
+    };
+    // webpki checks the dates first, with any roots.
+    let roots = RootCertStore::empty();
+    let has_error = |certificate: &CertificateDer<'_>| {
+        verify_chain(certificate, &[], &roots, now).as_ref() == Err(error)
+    };
+    let issuer = others.iter().find(|other| !has_error(shown) && has_error(other))?;
+    let name = X509::parse(issuer).and_then(|issuer| issuer.common_name()).unwrap_or_default();
+    Some(Refusal::OfIssuer { name, bad: bad.clone() })
+}
+
+/// Why the signature of the certificate, or the key or signature of an issuer, cannot be verified
+/// here.
+fn unsupported(shown: &X509<'_>, issuers: &[X509<'_>]) -> Option<String> {
+    if let Some(problem) = shown.unsupported_signature() {
+        return Some(format!("the master's certificate cannot be verified: {problem}"));
+    }
+    // A root that the peer sends is not verified.
+    let mut verified = issuers.iter().filter(|issuer| !issuer.is_self_issued());
+    let problem =
+        verified.find_map(|it| it.unsupported_key().or_else(|| it.unsupported_signature()))?;
+    Some(format!("an issuer of the master's certificate cannot be verified: {problem}"))
+}
+
+/// Whether an issuer may not issue certificates. rustls passes these errors of webpki on unchanged.
+fn is_about_an_issuer(error: &rustls::Error) -> bool {
     let rustls::Error::InvalidCertificate(CertificateError::Other(other)) = error else {
         return false;
     };
-    names.contains(&other.to_string().as_str())
+    ["EndEntityUsedAsCa", "UnsupportedCertVersion"].contains(&other.to_string().as_str())
 }
 
 /// Checks that the certificate is the master's own: its only common name and one of its DNS names
@@ -285,7 +216,7 @@ pub(crate) fn is_masters_own(certificate: &CertificateDer<'_>) -> Result<(), Ref
         return Err(refusal("it cannot be parsed".to_owned()));
     };
     if !certificate.has_common_name(MASTER_NAME) {
-        return Err(refusal(match certificate.common_names_as_text().as_slice() {
+        return Err(refusal(match certificate.common_names().as_slice() {
             [] => format!("it has no common name, and needs the common name {MASTER_NAME:?}"),
             [name] if name.text == MASTER_NAME => format!(
                 "its common name {MASTER_NAME:?} is {}, and must be a UTF8String or a PrintableString",
@@ -387,8 +318,16 @@ impl ServerCertVerifier for MasterVerifier {
         _ocsp_response: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
-        self.check(end_entity, intermediates, now)
-            .map_err(|error| self.explain(error, end_entity, intermediates, now))?;
+        match self.identity {
+            // The issuer of a pinned certificate is not checked.
+            MasterIdentity::Fingerprint(pinned) if fingerprint(end_entity) == hex(&pinned) => (),
+            MasterIdentity::Fingerprint(_) => {
+                return Err(CertificateError::ApplicationVerificationFailure.into());
+            }
+            _ => self
+                .check(end_entity, intermediates, now)
+                .map_err(|error| self.explain(error, end_entity, intermediates, now))?,
+        }
         // Otherwise the handshake would fail with a bad signature, as the signature of such a key
         // cannot be verified.
         if let Some(problem) = X509::parse(end_entity).and_then(|shown| shown.unsupported_key()) {
@@ -406,8 +345,7 @@ impl ServerCertVerifier for MasterVerifier {
         certificate: &CertificateDer<'_>,
         signature: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls12_signature(message, certificate, signature, &self.algorithms)
-            .map_err(of_handshake)
+        verify_tls12_signature(message, certificate, signature, &algorithms()).map_err(of_handshake)
     }
 
     fn verify_tls13_signature(
@@ -416,12 +354,11 @@ impl ServerCertVerifier for MasterVerifier {
         certificate: &CertificateDer<'_>,
         signature: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls13_signature(message, certificate, signature, &self.algorithms)
-            .map_err(of_handshake)
+        verify_tls13_signature(message, certificate, signature, &algorithms()).map_err(of_handshake)
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.algorithms.supported_schemes()
+        algorithms().supported_schemes()
     }
 }
 
@@ -561,7 +498,6 @@ mod tests {
             roots: Arc::new(roots),
             identity,
             host: ServerName::try_from("127.0.0.1").unwrap(),
-            algorithms: provider().signature_verification_algorithms,
         };
         let others: Vec<_> = others.iter().map(|other| other.der().clone()).collect();
         let result =
@@ -600,10 +536,10 @@ mod tests {
             (ended(params("m", &["m"])), Some(&other), &[&other]),
             (ended(params("m", &["m"])), Some(&sub_of_other), &[&sub_of_other, &other]),
         ] {
-            let Explained { text: says, advice } = refused(&ours, master.clone(), issuer, others);
+            let Explained { text, advice } = refused(&ours, master.clone(), issuer, others);
             assert!(
-                says.starts_with("the master's certificate is not issued by the CA in ca.crt"),
-                "{says}"
+                text.starts_with("the master's certificate is not issued by the CA in ca.crt"),
+                "{text}"
             );
             assert!(advice.contains("must pass TLS through"), "{advice}");
             let text = refused_under(MasterIdentity::PublicCa, &ours, master, issuer, others).text;
@@ -682,7 +618,7 @@ mod tests {
             "{text}"
         );
         let mut never = params("swarmctl", &["swarmctl"]);
-        (never.not_before, never.not_after) = (never.not_after, never.not_before);
+        std::mem::swap(&mut never.not_before, &mut never.not_after);
         let text = refused(&ours, never, Some(&ours), &[]).text;
         assert_eq!(text, "the master's certificate is never valid: it ends before it begins");
     }

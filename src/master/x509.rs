@@ -7,15 +7,16 @@
 
 use ring::error::Unspecified;
 use ring::io::der::{self, Tag};
-use rustls::crypto::WebPkiSupportedAlgorithms;
 use rustls::pki_types::{PrivateKeyDer, TrustAnchor};
 use untrusted::{Input, Reader};
 
+use crate::master::crypto::algorithms;
+
 /// The supported keys, for an error.
-pub(crate) const SUPPORTED_KEYS: &str = "supported are RSA of 2048, 3072 or 4096 bits (exponent 65537 and up), ECDSA on P-256 or P-384, and Ed25519";
+const SUPPORTED_KEYS: &str = "supported are RSA of 2048, 3072 or 4096 bits (exponent 65537 and up), ECDSA on P-256 or P-384, and Ed25519";
 
 /// The supported signatures of certificates, for an error.
-pub(crate) const SUPPORTED_SIGNATURES: &str = "supported are RSA with SHA-256, SHA-384 or SHA-512, ECDSA with SHA-256 or SHA-384, and Ed25519";
+const SUPPORTED_SIGNATURES: &str = "supported are RSA with SHA-256, SHA-384 or SHA-512, ECDSA with SHA-256 or SHA-384, and Ed25519";
 
 const TAG_SET: u8 = 0x31;
 const TAG_VERSION: u8 = 0xa0;
@@ -35,6 +36,12 @@ const KEY_USAGE: &[u8] = &[0x55, 0x1d, 0x0f];
 const ALTERNATIVE_NAME: &[u8] = &[0x55, 0x1d, 0x11];
 const BASIC_CONSTRAINTS: &[u8] = &[0x55, 0x1d, 0x13];
 
+/// The OID of the key type and of the signature.
+const ED25519: &[u8] = &[0x2b, 0x65, 0x70];
+
+/// The beginning of basic constraints: the boolean `cA` is true.
+const CA_IS_TRUE: &[u8] = &[TAG_BOOLEAN, 1, 0xff];
+
 /// The bit `keyCertSign`: bit 5 of the key usage.
 const KEY_CERT_SIGN: u8 = 0b0000_0100;
 
@@ -51,19 +58,16 @@ pub(crate) struct X509<'a> {
     public_key: &'a [u8],
     key_algorithm: &'a [u8],
     key: &'a [u8],
-    extensions: Vec<Extension<'a>>,
+    /// The OID and the value of each.
+    extensions: Vec<(&'a [u8], &'a [u8])>,
 }
 
 /// A common name as text. It is foreign text and must be escaped.
 pub(crate) struct CommonName {
+    tag: u8,
     pub(crate) text: String,
     /// The type of the string: `an IA5String`.
     pub(crate) kind: &'static str,
-}
-
-struct Extension<'a> {
-    oid: &'a [u8],
-    value: &'a [u8],
 }
 
 /// The type of a public key, and whether it is supported.
@@ -76,59 +80,46 @@ struct Key {
 impl<'a> X509<'a> {
     /// Parses a certificate. `None`: webpki cannot parse it, either.
     pub(crate) fn parse(der: &'a [u8]) -> Option<Self> {
-        read_all(der, |input| {
-            der::nested(input, Tag::Sequence, Unspecified, |certificate| {
-                let (signed, fields) = certificate.read_partial(|input| sequence(input))?;
-                let signature_algorithm = sequence(certificate)?;
-                let signature =
-                    der::bit_string_with_no_unused_bits(certificate)?.as_slice_less_safe();
-                let signed = signed.as_slice_less_safe();
-                read(fields, |fields| Self::fields(fields, signed, signature_algorithm, signature))
-            })
-        })
+        read(der, |input| read(sequence(input)?, Self::certificate)).ok()
     }
 
-    fn fields(
-        input: &mut Reader<'a>,
-        signed: &'a [u8],
-        signature_algorithm: &'a [u8],
-        signature: &'a [u8],
-    ) -> Result<Self, Unspecified> {
-        // Only a version 1 certificate has no version field.
-        let is_v1 = !input.peek(TAG_VERSION);
-        if !is_v1 {
-            any(input)?;
-        }
-        value(input, Tag::Integer)?;
-        sequence(input)?;
-        let issuer = sequence(input)?;
-        sequence(input)?;
-        let subject = sequence(input)?;
-        let public_key = sequence(input)?;
-        let (key_algorithm, key) = read(public_key, |input| {
-            Ok((sequence(input)?, der::bit_string_with_no_unused_bits(input)?.as_slice_less_safe()))
-        })?;
-        let mut extensions = Vec::new();
-        while !input.at_end() {
-            match any(input)? {
-                (TAG_EXTENSIONS, list) => {
-                    extensions = read(list, |input| items(sequence(input)?, extension))?
-                }
-                // The unique identifiers are not used.
-                _ => continue,
+    fn certificate(input: &mut Reader<'a>) -> Result<Self, Unspecified> {
+        let (signed, fields) = input.read_partial(|input| sequence(input))?;
+        let signature_algorithm = sequence(input)?;
+        let signature = bit_string(input)?;
+        read(fields, |input| {
+            // Only a version 1 certificate has no version field.
+            let is_v1 = !input.peek(TAG_VERSION);
+            if !is_v1 {
+                any(input)?;
             }
-        }
-        Ok(Self {
-            signed,
-            signature_algorithm,
-            signature,
-            is_v1,
-            issuer,
-            subject,
-            public_key,
-            key_algorithm,
-            key,
-            extensions,
+            value(input, Tag::Integer)?;
+            sequence(input)?;
+            let issuer = sequence(input)?;
+            sequence(input)?;
+            let subject = sequence(input)?;
+            let public_key = sequence(input)?;
+            let (key_algorithm, key) =
+                read(public_key, |input| Ok((sequence(input)?, bit_string(input)?)))?;
+            let mut extensions = Vec::new();
+            while !input.at_end() {
+                // The unique identifiers are not used.
+                if let (TAG_EXTENSIONS, list) = any(input)? {
+                    extensions = read(list, |input| items(sequence(input)?, extension))?;
+                }
+            }
+            Ok(Self {
+                signed: signed.as_slice_less_safe(),
+                signature_algorithm,
+                signature,
+                is_v1,
+                issuer,
+                subject,
+                public_key,
+                key_algorithm,
+                key,
+                extensions,
+            })
         })
     }
 
@@ -138,24 +129,19 @@ impl<'a> X509<'a> {
     /// case, or a string type other than `UTF8String` and `PrintableString` (the two that RFC 5280,
     /// 4.1.2.4, allows a CA to use) does not match.
     pub(crate) fn has_common_name(&self, name: &str) -> bool {
-        let names = self.common_names();
-        let types = [TAG_UTF8_STRING, TAG_PRINTABLE_STRING];
-        matches!(names.as_slice(), [(tag, bytes)] if types.contains(tag) && *bytes == name.as_bytes())
+        let is_name = |only: &CommonName| {
+            [TAG_UTF8_STRING, TAG_PRINTABLE_STRING].contains(&only.tag) && only.text == name
+        };
+        matches!(self.common_names().as_slice(), [only] if is_name(only))
     }
 
     /// The subject's first common name. It is foreign text and must be escaped.
     pub(crate) fn common_name(&self) -> Option<String> {
-        self.common_names_as_text().into_iter().next().map(|name| name.text)
+        self.common_names().into_iter().next().map(|name| name.text)
     }
 
-    /// The subject's common names as text.
-    pub(crate) fn common_names_as_text(&self) -> Vec<CommonName> {
-        self.common_names().into_iter().map(|(tag, bytes)| CommonName::of(tag, bytes)).collect()
-    }
-
-    /// Every common name of the subject with the tag of its type, from all RDNs. Empty if the
-    /// subject cannot be parsed.
-    fn common_names(&self) -> Vec<(u8, &'a [u8])> {
+    /// Every common name of the subject, from all RDNs. Empty if the subject cannot be parsed.
+    pub(crate) fn common_names(&self) -> Vec<CommonName> {
         let attribute = |input: &mut Reader<'a>| {
             read(sequence(input)?, |input| Ok((value(input, Tag::OID)?, any(input)?)))
         };
@@ -164,44 +150,34 @@ impl<'a> X509<'a> {
             _ => Err(Unspecified),
         };
         let attributes = items(self.subject, rdn).unwrap_or_default().into_iter().flatten();
-        attributes.filter(|(oid, _)| *oid == COMMON_NAME).map(|(_, name)| name).collect()
+        let names = attributes.filter(|(oid, _)| *oid == COMMON_NAME);
+        names.map(|(_, (tag, bytes))| CommonName::of(tag, bytes)).collect()
     }
 
     /// Whether `name` is one of the DNS names, byte for byte. A wildcard does not match.
     pub(crate) fn has_dns_name(&self, name: &str) -> bool {
-        let names = self.extension(ALTERNATIVE_NAME);
-        let names = names
-            .and_then(|list| read_all(list, |input| items(sequence(input)?, any)))
-            .unwrap_or_default();
+        let list = self.extension(ALTERNATIVE_NAME).unwrap_or_default();
+        let names = read(list, |input| items(sequence(input)?, any)).unwrap_or_default();
         names.contains(&(TAG_DNS_NAME, name.as_bytes()))
     }
 
     /// Why this is not a CA certificate. The rule is that of OpenSSL (`check_ca` in `v3_purp.c`),
     /// with only one of its exceptions for certificates without basic constraints: a self-signed
     /// certificate of version 1, which cannot have them, is a root.
-    pub(crate) fn not_a_ca(&self, algorithms: &WebPkiSupportedAlgorithms) -> Option<&'static str> {
+    pub(crate) fn not_a_ca(&self) -> Option<&'static str> {
         if self.is_v1 {
-            return (!self.is_self_signed(algorithms))
+            return (!self.is_self_signed())
                 .then_some("a certificate of version 1 that is not self-signed");
         }
-        let constraints =
-            self.extension(BASIC_CONSTRAINTS).and_then(|value| read_all(value, sequence));
-        let is_ca = constraints.is_some_and(|list| {
-            read_all(list, |input| {
-                let first = if input.at_end() { None } else { Some(any(input)?) };
-                input.skip_to_end();
-                Ok(first == Some((TAG_BOOLEAN, &[0xff])))
-            }) == Some(true)
-        });
+        let constraints = self.extension(BASIC_CONSTRAINTS).unwrap_or_default();
+        let is_ca = read(constraints, sequence).is_ok_and(|list| list.starts_with(CA_IS_TRUE));
         if !is_ca {
             return Some("a certificate that is not marked as a CA");
         }
-        let usage = self
-            .extension(KEY_USAGE)
-            .map(|value| read_all(value, |input| self::value(input, Tag::BitString)));
         // The first byte is the number of unused bits.
-        let may_sign = usage.is_none_or(|bits| {
-            bits.and_then(|bits| bits.get(1)).is_some_and(|bits| bits & KEY_CERT_SIGN != 0)
+        let may_sign = self.extension(KEY_USAGE).is_none_or(|usage| {
+            let bits = read(usage, |input| value(input, Tag::BitString)).unwrap_or_default();
+            bits.get(1).is_some_and(|bits| bits & KEY_CERT_SIGN != 0)
         });
         (!may_sign)
             .then_some("a CA certificate whose key usage does not allow issuing certificates")
@@ -210,12 +186,12 @@ impl<'a> X509<'a> {
     /// Whether issuer and subject have the same name and the certificate's own key made the
     /// signature. A signature with an unsupported algorithm, such as that of an old root with
     /// SHA-1, counts as self-signed: OpenSSL does not verify the signature of a root.
-    fn is_self_signed(&self, algorithms: &WebPkiSupportedAlgorithms) -> bool {
-        let mut verifiers = algorithms.all.iter().filter(|algorithm| {
+    fn is_self_signed(&self) -> bool {
+        let mut verifiers = algorithms().all.iter().filter(|algorithm| {
             algorithm.signature_alg_id().as_ref() == self.signature_algorithm
                 && algorithm.public_key_alg_id().as_ref() == self.key_algorithm
         });
-        self.issuer == self.subject
+        self.is_self_issued()
             && verifiers
                 .next()
                 .is_none_or(|it| it.verify_signature(self.key, self.signed, self.signature).is_ok())
@@ -224,21 +200,18 @@ impl<'a> X509<'a> {
     /// Why the key is not supported: `its key is an RSA key of 1024 bits; supported are …`. `None`:
     /// it is supported.
     pub(crate) fn unsupported_key(&self) -> Option<String> {
-        let key = public_key(self.key_algorithm, self.key)?;
+        let key = public_key(self.key_algorithm, self.key).ok()?;
         (!key.is_supported).then(|| format!("its key is {}; {SUPPORTED_KEYS}", key.name))
     }
 
     /// Why the signature is not supported: `it is signed with RSA and SHA-1; supported are …`.
     /// `None`: it is supported.
-    pub(crate) fn unsupported_signature(
-        &self,
-        algorithms: &WebPkiSupportedAlgorithms,
-    ) -> Option<String> {
+    pub(crate) fn unsupported_signature(&self) -> Option<String> {
+        let algorithm = self.signature_algorithm;
         let is_supported =
-            |id: &[u8]| algorithms.all.iter().any(|it| it.signature_alg_id().as_ref() == id);
-        let name = signature_name(self.signature_algorithm);
-        (!is_supported(self.signature_algorithm))
-            .then(|| format!("it is signed with {name}; {SUPPORTED_SIGNATURES}"))
+            algorithms().all.iter().any(|it| it.signature_alg_id().as_ref() == algorithm);
+        let name = signature_name(algorithm);
+        (!is_supported).then(|| format!("it is signed with {name}; {SUPPORTED_SIGNATURES}"))
     }
 
     /// Whether issuer and subject have the same name.
@@ -265,37 +238,32 @@ impl<'a> X509<'a> {
     }
 
     fn extension(&self, oid: &[u8]) -> Option<&'a [u8]> {
-        self.extensions
-            .iter()
-            .find(|extension| extension.oid == oid)
-            .map(|extension| extension.value)
+        self.extensions.iter().find(|(known, _)| *known == oid).map(|(_, value)| *value)
     }
 }
 
 impl CommonName {
     fn of(tag: u8, bytes: &[u8]) -> Self {
         let text = || String::from_utf8_lossy(bytes).into_owned();
-        let units = || {
-            bytes.chunks_exact(2).filter_map(|unit| unit.try_into().ok().map(u16::from_be_bytes))
+        let utf16 = || {
+            let units: Vec<_> =
+                bytes.as_chunks().0.iter().copied().map(u16::from_be_bytes).collect();
+            String::from_utf16_lossy(&units)
         };
-        let scalars =
-            || bytes.chunks_exact(4).filter_map(|one| one.try_into().ok().map(u32::from_be_bytes));
-        let scalar = |one| char::from_u32(one).unwrap_or(char::REPLACEMENT_CHARACTER);
+        let utf32 = || {
+            let scalars = bytes.as_chunks().0.iter().copied().map(u32::from_be_bytes);
+            scalars.map(|c| char::from_u32(c).unwrap_or(char::REPLACEMENT_CHARACTER)).collect()
+        };
         let (kind, text) = match tag {
             TAG_UTF8_STRING => ("a UTF8String", text()),
             TAG_PRINTABLE_STRING => ("a PrintableString", text()),
             TAG_IA5_STRING => ("an IA5String", text()),
             TAG_T61_STRING => ("a T61String", text()),
-            TAG_BMP_STRING => (
-                "a BMPString",
-                char::decode_utf16(units())
-                    .map(|c| c.unwrap_or(char::REPLACEMENT_CHARACTER))
-                    .collect(),
-            ),
-            TAG_UNIVERSAL_STRING => ("a UniversalString", scalars().map(scalar).collect()),
+            TAG_BMP_STRING => ("a BMPString", utf16()),
+            TAG_UNIVERSAL_STRING => ("a UniversalString", utf32()),
             _ => ("a string of another type", text()),
         };
-        Self { text, kind }
+        Self { tag, text, kind }
     }
 }
 
@@ -306,8 +274,9 @@ pub(crate) fn unsupported_private_key(key: &PrivateKeyDer<'_>) -> Option<String>
         PrivateKeyDer::Pkcs1(key) => rsa_private(key.secret_pkcs1_der()),
         PrivateKeyDer::Pkcs8(key) => pkcs8(key.secret_pkcs8_der()),
         PrivateKeyDer::Sec1(key) => sec1(key.secret_sec1_der()),
-        _ => None,
-    }?;
+        _ => return None,
+    }
+    .ok()?;
     (!key.is_supported).then(|| format!("is {}; {SUPPORTED_KEYS}", key.name))
 }
 
@@ -317,83 +286,72 @@ pub(crate) fn first_value(der: &[u8]) -> Option<&[u8]> {
     Some(first.as_slice_less_safe())
 }
 
-fn extension<'a>(input: &mut Reader<'a>) -> Result<Extension<'a>, Unspecified> {
+fn extension<'a>(input: &mut Reader<'a>) -> Result<(&'a [u8], &'a [u8]), Unspecified> {
     read(sequence(input)?, |input| {
         let oid = value(input, Tag::OID)?;
         if input.peek(TAG_BOOLEAN) {
             any(input)?;
         }
-        Ok(Extension { oid, value: value(input, Tag::OctetString)? })
+        Ok((oid, value(input, Tag::OctetString)?))
     })
 }
 
-fn public_key(algorithm: &[u8], key: &[u8]) -> Option<Key> {
-    let numbers = || {
-        read_all(key, |input| {
-            read(sequence(input)?, |input| Ok((integer(input)?, integer(input)?)))
-        })
+fn public_key(algorithm: &[u8], key: &[u8]) -> Result<Key, Unspecified> {
+    let rsa = |input: &mut Reader<'_>| {
+        Ok(Key::rsa(integer(input)?, integer(input)?, |bits| (2048..=8192).contains(&bits), 3))
     };
-    Key::of(algorithm, || {
-        numbers().map(|(modulus, exponent)| {
-            Key::rsa(modulus, exponent, |bits| (2048..=8192).contains(&bits), 3)
-        })
+    Key::of(algorithm, || read(read(key, sequence)?, rsa))
+}
+
+fn pkcs8(der: &[u8]) -> Result<Key, Unspecified> {
+    read_some(read(der, sequence)?, |input| {
+        value(input, Tag::Integer)?;
+        let algorithm = sequence(input)?;
+        let key = value(input, Tag::OctetString)?;
+        Key::of(algorithm, || rsa_private(key))
     })
 }
 
-fn pkcs8(der: &[u8]) -> Option<Key> {
-    let (algorithm, inner) = read_all(der, |input| {
-        read_some(sequence(input)?, |input| {
-            value(input, Tag::Integer)?;
-            Ok((sequence(input)?, value(input, Tag::OctetString)?))
-        })
-    })?;
-    Key::of(algorithm, || rsa_private(inner))
-}
-
-fn rsa_private(der: &[u8]) -> Option<Key> {
-    let (modulus, exponent) = read_all(der, |input| {
-        read_some(sequence(input)?, |input| {
-            value(input, Tag::Integer)?;
-            Ok((integer(input)?, integer(input)?))
-        })
-    })?;
+fn rsa_private(der: &[u8]) -> Result<Key, Unspecified> {
     // ring signs with fewer sizes than it verifies: each prime must have a multiple of 512 bits.
-    Some(Key::rsa(modulus, exponent, |bits| matches!(bits, 2048 | 3072 | 4096), 65_537))
+    let has_size = |bits| matches!(bits, 2048 | 3072 | 4096);
+    read_some(read(der, sequence)?, |input| {
+        value(input, Tag::Integer)?;
+        Ok(Key::rsa(integer(input)?, integer(input)?, has_size, 65_537))
+    })
 }
 
-fn sec1(der: &[u8]) -> Option<Key> {
-    let parameters = read_all(der, |input| {
-        read_some(sequence(input)?, |input| {
-            value(input, Tag::Integer)?;
-            value(input, Tag::OctetString)?;
-            match any(input)? {
-                (TAG_PARAMETERS, parameters) => Ok(parameters),
-                _ => Err(Unspecified),
-            }
-        })
-    })?;
-    Key::on_curve(parameters)
+fn sec1(der: &[u8]) -> Result<Key, Unspecified> {
+    read_some(read(der, sequence)?, |input| {
+        value(input, Tag::Integer)?;
+        value(input, Tag::OctetString)?;
+        match any(input)? {
+            (TAG_PARAMETERS, parameters) => Ok(Key::on_curve(parameters)),
+            _ => Err(Unspecified),
+        }
+    })
 }
 
 impl Key {
     /// The type of a key, from the contents of its `AlgorithmIdentifier`. For RSA, `rsa` decides.
-    fn of(algorithm: &[u8], rsa: impl FnOnce() -> Option<Self>) -> Option<Self> {
-        let (oid, parameters) = read_all(algorithm, |input| {
+    fn of(
+        algorithm: &[u8],
+        rsa: impl FnOnce() -> Result<Self, Unspecified>,
+    ) -> Result<Self, Unspecified> {
+        let (oid, parameters) = read(algorithm, |input| {
             Ok((value(input, Tag::OID)?, input.read_bytes_to_end().as_slice_less_safe()))
         })?;
-        let named = |name: &str, is_supported| Some(Self { name: name.to_owned(), is_supported });
-        match oid {
-            [0x2a, 0x86, 0x48, 0x86, 0xf7, 0x0d, 0x01, 0x01, 0x01] => rsa(),
-            [0x2a, 0x86, 0x48, 0x86, 0xf7, 0x0d, 0x01, 0x01, 0x0a] => {
-                named("an RSA key for RSA-PSS only", false)
-            }
-            [0x2a, 0x86, 0x48, 0xce, 0x3d, 0x02, 0x01] => Self::on_curve(parameters),
-            [0x2a, 0x86, 0x48, 0xce, 0x38, 0x04, 0x01] => named("a DSA key", false),
-            [0x2b, 0x65, 0x70] => named("an Ed25519 key", true),
-            [0x2b, 0x65, 0x71] => named("an Ed448 key", false),
-            [0x2b, 0x65, 0x6e | 0x6f] => named("a key for key agreement, which cannot sign", false),
-            _ => named("a key of an unknown type", false),
-        }
+        let name = match oid {
+            [0x2a, 0x86, 0x48, 0x86, 0xf7, 0x0d, 0x01, 0x01, 0x01] => return rsa(),
+            [0x2a, 0x86, 0x48, 0xce, 0x3d, 0x02, 0x01] => return Ok(Self::on_curve(parameters)),
+            [0x2a, 0x86, 0x48, 0x86, 0xf7, 0x0d, 0x01, 0x01, 0x0a] => "an RSA key for RSA-PSS only",
+            [0x2a, 0x86, 0x48, 0xce, 0x38, 0x04, 0x01] => "a DSA key",
+            ED25519 => "an Ed25519 key",
+            [0x2b, 0x65, 0x71] => "an Ed448 key",
+            [0x2b, 0x65, 0x6e | 0x6f] => "a key for key agreement, which cannot sign",
+            _ => "a key of an unknown type",
+        };
+        Ok(Self { name: name.to_owned(), is_supported: oid == ED25519 })
     }
 
     fn rsa(
@@ -416,8 +374,8 @@ impl Key {
     }
 
     /// The type of an elliptic curve key, from its parameters.
-    fn on_curve(parameters: &[u8]) -> Option<Self> {
-        let curve = read_all(parameters, |input| value(input, Tag::OID));
+    fn on_curve(parameters: &[u8]) -> Self {
+        let curve = read(parameters, |input| value(input, Tag::OID));
         let (name, is_supported) = match curve.unwrap_or_default() {
             [0x2a, 0x86, 0x48, 0xce, 0x3d, 0x03, 0x01, 0x07] => ("P-256", true),
             [0x2b, 0x81, 0x04, 0x00, 0x22] => ("P-384", true),
@@ -426,18 +384,13 @@ impl Key {
             [0x2b, 0x81, 0x04, 0x00, 0x0a] => ("secp256k1", false),
             _ => ("an unknown curve", false),
         };
-        Some(Self { name: format!("an ECDSA key on {name}"), is_supported })
+        Self { name: format!("an ECDSA key on {name}"), is_supported }
     }
 }
 
 /// The name of a signature algorithm, from the contents of its `AlgorithmIdentifier`.
 pub(crate) fn signature_name(algorithm: &[u8]) -> &'static str {
-    let first = |input: &mut Reader<'_>| {
-        let oid = value(input, Tag::OID)?.to_vec();
-        input.skip_to_end();
-        Ok(oid)
-    };
-    match read_all(algorithm, first).as_deref().unwrap_or_default() {
+    match read_some(algorithm, |input| value(input, Tag::OID)).unwrap_or_default() {
         [0x2a, 0x86, 0x48, 0x86, 0xf7, 0x0d, 0x01, 0x01, last] => match last {
             0x02 => "RSA and MD2",
             0x04 => "RSA and MD5",
@@ -456,20 +409,13 @@ pub(crate) fn signature_name(algorithm: &[u8]) -> &'static str {
         },
         [0x2a, 0x86, 0x48, 0xce, 0x38, 0x04, 0x03] => "DSA and SHA-1",
         [0x60, 0x86, 0x48, 0x01, 0x65, 0x03, 0x04, 0x03, ..] => "DSA or a SHA-3 digest",
-        [0x2b, 0x65, 0x70] => "Ed25519",
+        ED25519 => "Ed25519",
         [0x2b, 0x65, 0x71] => "Ed448",
         _ => "an unknown algorithm",
     }
 }
 
-/// Reads `der` to its end. `None`: `read` fails, or leaves a rest.
-fn read_all<'a, T>(
-    der: &'a [u8],
-    read: impl FnOnce(&mut Reader<'a>) -> Result<T, Unspecified>,
-) -> Option<T> {
-    Input::from(der).read_all(Unspecified, read).ok()
-}
-
+/// Reads `der` to its end.
 fn read<'a, T>(
     der: &'a [u8],
     read: impl FnOnce(&mut Reader<'a>) -> Result<T, Unspecified>,
@@ -507,6 +453,10 @@ fn value<'a>(input: &mut Reader<'a>, tag: Tag) -> Result<&'a [u8], Unspecified> 
     der::expect_tag_and_get_value(input, tag).map(|value| value.as_slice_less_safe())
 }
 
+fn bit_string<'a>(input: &mut Reader<'a>) -> Result<&'a [u8], Unspecified> {
+    der::bit_string_with_no_unused_bits(input).map(|bits| bits.as_slice_less_safe())
+}
+
 fn sequence<'a>(input: &mut Reader<'a>) -> Result<&'a [u8], Unspecified> {
     value(input, Tag::Sequence)
 }
@@ -527,11 +477,6 @@ mod tests {
     };
 
     use super::*;
-    use crate::master::verifier::provider;
-
-    fn algorithms() -> WebPkiSupportedAlgorithms {
-        provider().signature_verification_algorithms
-    }
 
     /// A certificate with these common names and DNS names.
     fn params(common_names: Vec<DnValue>, dns_names: &[&str]) -> CertificateParams {
@@ -632,9 +577,10 @@ mod tests {
         ] {
             let case = format!("{is_ca:?} {usages:?}");
             let mut params = params(vec![text("ca")], &[]);
-            (params.is_ca, params.key_usages) = (is_ca, usages);
+            params.is_ca = is_ca;
+            params.key_usages = usages;
             let der = self_signed(&params);
-            let found = X509::parse(&der).unwrap().not_a_ca(&algorithms());
+            let found = X509::parse(&der).unwrap().not_a_ca();
             assert_eq!(found.is_some(), problem.is_some(), "{case}: {found:?}");
             assert!(
                 found.unwrap_or_default().contains(problem.unwrap_or_default()),
@@ -656,7 +602,7 @@ mod tests {
             params.custom_extensions =
                 vec![CustomExtension::from_oid_content(&[2, 5, 29, 19], content.to_vec())];
             let der = self_signed(&params);
-            assert!(X509::parse(&der).unwrap().not_a_ca(&algorithms()).is_some(), "{content:?}");
+            assert!(X509::parse(&der).unwrap().not_a_ca().is_some(), "{content:?}");
         }
     }
 
@@ -673,7 +619,7 @@ mod tests {
     /// The same certificate as version 1, without extensions, signed by `key`.
     fn in_version_1(der: &[u8], key: &KeyPair) -> Vec<u8> {
         let signed = X509::parse(der).unwrap().signed;
-        let fields = read_all(signed, sequence).unwrap();
+        let fields = read(signed, sequence).unwrap();
         let fields = items(fields, |input| {
             Ok(input.read_partial(|input| any(input))?.0.as_slice_less_safe())
         })
@@ -690,7 +636,7 @@ mod tests {
         let root = params(vec![text("old root")], &[]).self_signed(&key).unwrap();
         let forged = in_version_1(root.der(), &other);
         let root = in_version_1(root.der(), &key);
-        assert_eq!(X509::parse(&root).unwrap().not_a_ca(&algorithms()), None);
+        assert_eq!(X509::parse(&root).unwrap().not_a_ca(), None);
         let mut roots = rustls::RootCertStore::empty();
         roots.add(root.into()).unwrap();
         let ca = CertifiedIssuer::self_signed(
@@ -701,7 +647,7 @@ mod tests {
         let issued = params(vec![text("worker")], &[]).signed_by(&key, &ca).unwrap();
         let issued = in_version_1(issued.der(), ca.key());
         for der in [forged, issued] {
-            let found = X509::parse(&der).unwrap().not_a_ca(&algorithms());
+            let found = X509::parse(&der).unwrap().not_a_ca();
             assert_eq!(found, Some("a certificate of version 1 that is not self-signed"));
         }
     }
@@ -713,7 +659,7 @@ mod tests {
             let der = params(vec![text("ca")], &[]).self_signed(&key).unwrap().der().to_vec();
             let certificate = X509::parse(&der).unwrap();
             assert_eq!(
-                (certificate.unsupported_key(), certificate.unsupported_signature(&algorithms())),
+                (certificate.unsupported_key(), certificate.unsupported_signature()),
                 (None, None)
             );
             assert_eq!(

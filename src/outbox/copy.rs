@@ -1,6 +1,7 @@
-//! The copy in memory: the same table as the file's, while the file does not take changes. It knows which rows were changed
-//! in it, and these go to the file when it takes changes again. Rows of other processes are in it only to hold older deltas
-//! back, and are never changed here. Runs on the outbox thread.
+//! The copy of the table in memory, for the time in which the file cannot be written. SQLite
+//! records which rows were changed in the copy; they are merged into the file when it can be
+//! written again. Rows of other processes are in the copy only to hold older deltas. They are not
+//! changed here. Runs on the outbox thread.
 
 use std::time::SystemTime;
 
@@ -11,14 +12,15 @@ use super::schema;
 use super::store::MovedRows;
 use crate::delta::micros;
 
-/// The ids of rows that were added, changed or removed here.
+/// The ids of rows that were added, changed or deleted in the copy.
 const CHANGED: &str = "CREATE TABLE changed (id INTEGER PRIMARY KEY) STRICT";
 
-/// The ids of rows that another file had, which was replaced, and of those that were delivered from it. Others may have moved
-/// them to the new one already.
+/// The ids of rows that a replaced file had, and of deltas that were delivered from it. Another
+/// process may already have moved them to the new file.
 const MOVED: &str = "CREATE TABLE moved (id INTEGER PRIMARY KEY) STRICT";
 
-/// What has ended is newer than what is in flight, and what was rejected newer than what waits.
+/// An ended operation is newer than one in flight, and a rejected delta is newer than a waiting
+/// one.
 const UNLESS_NEWER: &str =
     "ON CONFLICT (id) DO UPDATE SET error = excluded.error, completed_at = excluded.completed_at,
     rejected = excluded.rejected, owner = excluded.owner, age = excluded.age
@@ -35,38 +37,39 @@ const INSERT_DELIVERED: &str =
 const DELIVERED: &str =
     "SELECT id, decky, operation, error, completed_at, delivered_at FROM delivered";
 
-/// An empty copy. Its ids lie above the clock, by a random gap: whatever file its rows come to one day, the ids there are
-/// others.
+/// Creates an empty copy. Its ids are above the clock by a random gap, so they differ from those of
+/// any file that its rows may be merged into.
 pub(super) fn open() -> rusqlite::Result<Connection> {
     let mut copy = Connection::open_in_memory()?;
     schema::migrate(&mut copy)?;
     schema::configure(&copy)?;
     copy.execute_batch(&format!("{CHANGED}; {MOVED}"))?;
-    // SQLite itself notes them, so none is forgotten, and what is rolled back is not noted. No `OR IGNORE`: what a statement
-    // does in a conflict holds in its triggers, too.
+    // With triggers no change is missed, and none is recorded that is rolled back. They do not use
+    // `OR IGNORE`, because the conflict clause of the triggering statement would replace it.
     for (event, row) in [("INSERT", "new"), ("UPDATE", "new"), ("DELETE", "old")] {
-        let note = format!(
-            "INSERT INTO changed SELECT {row}.id WHERE {row}.id NOT IN (SELECT id FROM changed)"
-        );
         copy.execute_batch(&format!(
-            "CREATE TRIGGER after_{event} AFTER {event} ON delta BEGIN {note}; END"
+            "CREATE TRIGGER after_{event} AFTER {event} ON delta BEGIN
+                INSERT INTO changed SELECT {row}.id WHERE {row}.id NOT IN (SELECT id FROM changed);
+            END"
         ))?;
     }
     raise_last_id(&copy, micros(SystemTime::now()) + gap())?;
     Ok(copy)
 }
 
-/// Brings all rows that were not changed here up to what the file has; without one they are gone. New ids lie above the
-/// file's by a random gap: other processes may add there meanwhile.
+/// Replaces all rows that were not changed in the copy with those of the file; without a file they
+/// are deleted. New ids are above those of the file by a random gap, because other processes may
+/// add rows to the file meanwhile.
 pub(super) fn refresh(copy: &Connection, file: Option<&Connection>) -> rusqlite::Result<()> {
     let transaction = copy.unchecked_transaction()?;
     copy.execute_batch(
-        "CREATE TEMP TABLE kept (id INTEGER PRIMARY KEY); INSERT INTO kept SELECT id FROM changed UNION SELECT id FROM moved;
+        "CREATE TEMP TABLE kept (id INTEGER PRIMARY KEY);
+         INSERT INTO kept SELECT id FROM changed UNION SELECT id FROM moved;
          DELETE FROM delta WHERE id NOT IN (SELECT id FROM kept)",
     )?;
     if let Some(file) = file {
         let values = "SELECT ?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8 WHERE ?1 NOT IN (SELECT id FROM kept)";
-        for_each(file, ROWS, copy, &format!("{INSERT} {values}"))?;
+        for_each_row(file, ROWS, copy, &format!("{INSERT} {values}"))?;
         raise_last_id(copy, schema::last_id(file)? + gap())?;
     }
     copy.execute_batch(
@@ -75,71 +78,75 @@ pub(super) fn refresh(copy: &Connection, file: Option<&Connection>) -> rusqlite:
     transaction.commit()
 }
 
-/// These rows of `file` are to be moved, as the file to which they go is another one, and there no id comes again, either. Nor
-/// does what was delivered: that one may be an older copy.
-pub(super) fn move_rows(
+/// Marks rows of a replaced file, so that they are merged into the new file. The ids and the
+/// delivered deltas of the old file are merged, too: the new one may be an older copy of it.
+pub(super) fn mark_moved(
     copy: &Connection,
     file: &Connection,
-    share: MovedRows,
-    us: &str,
+    rows: MovedRows,
+    token: &str,
 ) -> rusqlite::Result<()> {
-    let which = match share {
+    let filter = match rows {
         MovedRows::Everything => "?1 IS NOT NULL",
         MovedRows::OursAndUnowned => "owner IS NULL OR owner = ?1",
         MovedRows::Ours => "owner = ?1",
     };
-    // A damaged file may have given an id again. One that cannot be read has nothing to add.
+    // A damaged file may have given an id twice. If the file cannot be read, nothing is added.
     let delivered = format!("{DELIVERED} WHERE id NOT IN (SELECT id FROM delta) ORDER BY number");
-    let _ = for_each(file, &delivered, copy, INSERT_DELIVERED);
+    let _ = for_each_row(file, &delivered, copy, INSERT_DELIVERED);
     copy.execute("INSERT OR IGNORE INTO moved SELECT id FROM delivered", [])?;
-    copy.execute(&format!("INSERT OR IGNORE INTO moved SELECT id FROM delta WHERE {which}"), [us])?;
-    // Without the gap of this copy: above the clock an id might be given again by a process that has only an older copy or a
-    // part of the file. What was added here is in `changed` anyway, and a row that is left to its owner stays as it is.
-    let last = schema::last_id(file).or_else(|_| schema::last_id(copy))?;
+    let moved = format!("INSERT OR IGNORE INTO moved SELECT id FROM delta WHERE {filter}");
+    copy.execute(&moved, [token])?;
+    // The last id of the file, not that of the copy, which is above the clock: a process that has
+    // only an older or incomplete file could give the same id. Rows that were added to the copy are
+    // in `changed`, and the row of another owner stays as it is.
+    let last_id = schema::last_id(file).or_else(|_| schema::last_id(copy))?;
     copy.execute(
         "INSERT OR IGNORE INTO moved SELECT ?1 WHERE ?1 NOT IN (SELECT id FROM delta)",
-        [last],
+        [last_id],
     )
     .map(drop)
 }
 
-/// Moves what was changed here to a file, inside its transaction. What was moved from another file may have been delivered from
-/// this one meanwhile.
+/// Merges the changed and the moved rows into a file, inside its transaction. A moved row may have
+/// been delivered from this file meanwhile.
 pub(super) fn merge(copy: &Connection, file: &Connection) -> rusqlite::Result<()> {
-    let gone =
+    let deleted =
         "SELECT id FROM changed UNION SELECT id FROM moved WHERE id NOT IN (SELECT id FROM delta)";
-    for_each(copy, gone, file, "DELETE FROM delta WHERE id = ?1")?;
+    for_each_row(copy, deleted, file, "DELETE FROM delta WHERE id = ?1")?;
     let ids = "SELECT id FROM changed UNION SELECT id FROM moved";
     let rows = format!(
         "SELECT *, id IN (SELECT id FROM moved) FROM ({ROWS} WHERE id IN ({ids}) ORDER BY id)"
     );
-    let values = "SELECT ?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8 WHERE NOT ?9 OR ?1 NOT IN (SELECT id FROM delivered)";
-    for_each(copy, &rows, file, &format!("{INSERT} {values} {UNLESS_NEWER}"))?;
-    for_each(copy, &format!("{DELIVERED} ORDER BY number"), file, INSERT_DELIVERED)?;
-    // What came and went in memory has had its id, too.
-    raise_last_id(
-        file,
-        schema::value(copy, &format!("SELECT ifnull(max(id), 0) FROM ({ids})"), [])?,
-    )
+    let values = "SELECT ?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8
+        WHERE NOT ?9 OR ?1 NOT IN (SELECT id FROM delivered)";
+    for_each_row(copy, &rows, file, &format!("{INSERT} {values} {UNLESS_NEWER}"))?;
+    for_each_row(copy, &format!("{DELIVERED} ORDER BY number"), file, INSERT_DELIVERED)?;
+    // Rows that were added and deleted in memory have used their ids, too.
+    let last_id = format!("SELECT ifnull(max(id), 0) FROM ({ids})");
+    raise_last_id(file, schema::value(copy, &last_id, [])?)
 }
 
 fn raise_last_id(db: &Connection, to: i64) -> rusqlite::Result<()> {
     db.execute("UPDATE sqlite_sequence SET seq = max(seq, ?1) WHERE name = 'delta'", [to]).map(drop)
 }
 
-/// More than another process ever adds while we are in memory, or an hour on the clock.
+/// A random number of ids: up to an hour of the clock, and more than another process adds while
+/// this one is in memory.
 fn gap() -> i64 {
     i64::from(fastrand::u32(..))
 }
 
-/// Runs a statement for each row of another database, with its values as they are, text that is not UTF-8 too.
-fn for_each(
+/// Runs a statement for each row of another database. The values are passed unchanged, also text
+/// that is not UTF-8.
+fn for_each_row(
     from: &Connection,
     select: &str,
     to: &Connection,
     statement: &str,
 ) -> rusqlite::Result<()> {
-    let (mut select, mut statement) = (from.prepare(select)?, to.prepare(statement)?);
+    let mut select = from.prepare(select)?;
+    let mut statement = to.prepare(statement)?;
     let columns = select.column_count();
     let mut rows = select.query([])?;
     while let Some(row) = rows.next()? {
@@ -156,7 +163,8 @@ mod tests {
 
     use super::*;
 
-    /// How many steps SQLite takes to bring a copy with so many changes up to a file of 1,000 other rows.
+    /// The steps of SQLite to refresh a copy with so many changes from a file with 1,000 other
+    /// rows.
     fn steps_to_refresh(changes: i64) -> u64 {
         let add = |db: &Connection, ids: std::ops::Range<i64>| {
             let mut insert = db
@@ -164,7 +172,8 @@ mod tests {
                 .unwrap();
             ids.for_each(|id| assert_eq!(insert.execute([id]).unwrap(), 1));
         };
-        let (mut copy, mut file) = (open().unwrap(), Connection::open_in_memory().unwrap());
+        let mut copy = open().unwrap();
+        let mut file = Connection::open_in_memory().unwrap();
         schema::migrate(&mut file).unwrap();
         add(&file, 0..1_000);
         add(&copy, 1_000..1_000 + changes);
@@ -180,8 +189,9 @@ mod tests {
     }
 
     #[test]
-    fn a_refresh_costs_no_more_for_each_row_where_much_was_changed_in_memory() {
-        let (few, many) = (steps_to_refresh(10), steps_to_refresh(1_000));
+    fn cost_of_a_refresh_per_row_does_not_depend_on_the_number_of_changes() {
+        let few = steps_to_refresh(10);
+        let many = steps_to_refresh(1_000);
         assert!(many - few < 100 * 1_000, "{few} {many}");
     }
 }

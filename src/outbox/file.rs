@@ -1,35 +1,37 @@
-//! The outbox' file: made for its owner alone before SQLite has it, opened, and moved aside when it is none of ours. Runs
-//! on the outbox thread.
+//! The outbox file: it is created with mode 0600 before SQLite opens it, and quarantined if it is
+//! not an outbox. Runs on the outbox thread.
 
 use std::collections::BTreeSet;
+use std::error::Error as StdError;
 use std::fs::{self, DirEntry, Metadata, OpenOptions};
 use std::io::{self, Read};
+use std::iter;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Instant, SystemTime};
 
+use log::Level;
 use rusqlite::config::DbConfig;
 use rusqlite::ffi::SQLITE_IOERR_SHORT_READ;
 use rusqlite::{Connection, ErrorCode, OpenFlags};
 
-use super::schema;
+use super::{Role, log_line, schema};
 use crate::delta::{from_micros, micros};
 use crate::error::{Error, sanitize_path};
 use crate::files::{Identity, beside, folder, identity};
 use crate::limits;
-use crate::panics::quietly;
 use crate::sqlite::files::{DatabaseFile, PARTS, create, ignore_not_found, with_real_folder};
 use crate::text::sanitize;
 
 /// What an error of SQLite means for the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum FileProblem {
-    /// Another process has it locked. It will come back.
+    /// Another process has it locked, for a limited time.
     Locked,
-    /// It is no database any more.
+    /// It is not a database, or it is damaged.
     Corrupt,
-    /// A full disk, a read-only file system, a failing one.
+    /// The disk is full, read-only or failing.
     Unwritable,
 }
 
@@ -38,7 +40,7 @@ impl FileProblem {
         match error.sqlite_error_code() {
             Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => Self::Locked,
             Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase) => Self::Corrupt,
-            // The file ends before its pages do.
+            // The file is shorter than its header says.
             _ if error.sqlite_extended_error_code() == Some(SQLITE_IOERR_SHORT_READ) => {
                 Self::Corrupt
             }
@@ -47,136 +49,144 @@ impl FileProblem {
     }
 }
 
-/// Whether what is in the file is at fault. Of some files that it cannot use, SQLite says no more than that this is an
-/// error: all that is done here does well on every other.
-pub(super) fn is_of_the_content(error: &rusqlite::Error) -> bool {
+pub(super) const CORRUPT: &str = "is corrupt, or not an outbox";
+
+/// Whether the content of the file caused the error. For some unusable files SQLite returns only
+/// its generic error, which the calls here do not return for other reasons.
+pub(super) fn is_content_error(error: &rusqlite::Error) -> bool {
     FileProblem::of(error) == FileProblem::Corrupt
         || error.sqlite_error_code() == Some(ErrorCode::Unknown)
 }
 
-/// Why there is no connection.
-enum OpenFailure {
-    /// What is in the file is at fault: it is no outbox, or damaged.
-    Damage(String),
-    /// The file cannot be used now. That says nothing about what is in it.
-    Unusable(Error),
+/// Why a file cannot be opened.
+struct OpenFailure {
+    error: Error,
+    /// What is wrong with the content, if that is the reason.
+    damage: Option<String>,
 }
 
-/// A connection to the outbox at `path`, made where there is none. A file that is no outbox, or damaged, is moved aside for
-/// a new one if we `may_replace` it, and only if a second, fresh connection finds the same damage: to SQLite a read that
-/// fails once looks the same. All of it must be readable, too. `deadline`: up to when another process' lock is waited for.
+impl From<Error> for OpenFailure {
+    fn from(error: Error) -> Self {
+        Self { error, damage: None }
+    }
+}
+
+fn error(path: &Path, problem: &str, source: impl Into<Box<dyn StdError + Send + Sync>>) -> Error {
+    Error::outbox(Some(path), problem).with_source(source)
+}
+
+/// Opens the outbox at `path`, or creates it. The process that delivers quarantines a file that is
+/// corrupt or not an outbox, and creates a new one. It does that only if a second connection finds
+/// the same damage, because a single failed read looks like damage to SQLite, and if the whole file
+/// can be read. Waits until `deadline` for the lock of another process.
 ///
-/// It must be the [turn](super::locks::Turn) of this process: of two, the slower one would remove what the faster one has
-/// already written.
+/// The caller must have the [write lock](super::locks::WriteLock). Of two processes without it, the
+/// slower one would delete what the faster one has written.
 pub(super) fn open(
     path: &Path,
-    may_replace: bool,
+    role: Role,
     deadline: Instant,
 ) -> Result<(Connection, Identities), Error> {
-    let unusable = |problem: &str| Error::outbox(Some(path), problem);
-    let path = &with_real_folder(path)
-        .map_err(|source| unusable("cannot be written").with_source(source))?;
+    let unwritable = |source| error(path, "cannot be written", source);
+    let path = &with_real_folder(path).map_err(unwritable)?;
     let first = match prepare_and_connect(path, deadline) {
-        Ok(db) => return Ok(db),
-        Err(OpenFailure::Unusable(_)) => None,
-        Err(OpenFailure::Damage(damage)) => {
-            // An index of another log shows damage where there is none. Whoever has it open opens the outbox anew.
-            remove_index(path)
-                .map_err(|source| unusable("cannot be written").with_source(source))?;
-            Some(damage)
-        }
+        Ok(opened) => return Ok(opened),
+        Err(failure) => failure.damage,
     };
-    let damage = match prepare_and_connect(path, deadline) {
-        Ok(db) => return Ok(db),
-        Err(OpenFailure::Unusable(error)) => return Err(error),
-        Err(OpenFailure::Damage(damage)) if first.as_ref() != Some(&damage) => {
-            return Err(unusable("is not read the same twice; check the disk").with_source(damage));
-        }
-        Err(OpenFailure::Damage(damage)) if !may_replace => {
-            return Err(unusable("is no outbox, or broken").with_source(damage));
-        }
-        Err(OpenFailure::Damage(damage)) => damage,
+    if first.is_some() {
+        // The index of another log looks like damage. Processes that have this index open will
+        // reopen the outbox.
+        remove_index(path).map_err(unwritable)?;
+    }
+    let failure = match prepare_and_connect(path, deadline) {
+        Ok(opened) => return Ok(opened),
+        Err(failure) => failure,
     };
-    read_through(path).map_err(|source| unusable("cannot be read").with_source(source))?;
-    let aside = move_aside(path)
-        .map_err(|source| unusable("is broken, and cannot be moved aside").with_source(source))?;
-    quietly(|| {
-        log::error!(
-            "the outbox was broken or none, it is moved aside and a new one begun: file={} aside={} error={:?}",
+    let Some(damage) = failure.damage else { return Err(failure.error) };
+    if first.as_ref() != Some(&damage) {
+        let problem = "was read twice with different results; check the disk";
+        return Err(error(path, problem, damage));
+    }
+    if role != Role::Deliver {
+        return Err(failure.error);
+    }
+    read_through(path).map_err(|source| error(path, "cannot be read", source))?;
+    let quarantine = quarantine(path)
+        .map_err(|source| error(path, "is corrupt, and cannot be renamed", source))?;
+    log_line(
+        Level::Error,
+        format_args!(
+            "outbox file is corrupt, or not an outbox; it was renamed and a new one created: \
+             file={} renamed_to={} error={:?}",
             sanitize_path(path),
-            sanitize_path(&aside),
+            sanitize_path(&quarantine),
             sanitize(&damage)
-        )
-    });
-    prepare_and_connect(path, deadline).map_err(|failure| match failure {
-        OpenFailure::Damage(damage) => unusable("cannot be made anew").with_source(damage),
-        OpenFailure::Unusable(error) => error,
-    })
+        ),
+    );
+    prepare_and_connect(path, deadline).map_err(|failure| failure.error)
 }
 
 fn prepare_and_connect(
     path: &Path,
     deadline: Instant,
 ) -> Result<(Connection, Identities), OpenFailure> {
-    let unusable = |problem: &str| Error::outbox(Some(path), problem);
-    prepare(path).map_err(|source| {
-        OpenFailure::Unusable(unusable("cannot be written").with_source(source))
-    })?;
+    prepare(path).map_err(|source| error(path, "cannot be written", source))?;
     loop {
         match connect(path, deadline) {
-            Ok(Ok(db)) => return verify(path, db),
-            Ok(Err(damage)) => return Err(OpenFailure::Damage(damage)),
-            Err(error) if is_of_the_content(&error) => {
-                return Err(OpenFailure::Damage(error.to_string()));
-            }
-            // To two that turn a new file to WAL at once SQLite says so without waiting.
-            Err(error)
-                if FileProblem::of(&error) == FileProblem::Locked && Instant::now() < deadline =>
+            Ok(db) => return Ok(verify(path, db)?),
+            // If two processes switch a new file to WAL, SQLite returns this without waiting.
+            Err(source)
+                if FileProblem::of(&source) == FileProblem::Locked && Instant::now() < deadline =>
             {
                 thread::sleep(limits::OUTBOX_PAUSE);
             }
-            Err(error) => {
-                return Err(OpenFailure::Unusable(unusable("cannot be opened").with_source(error)));
+            Err(source) if is_content_error(&source) => {
+                let damage = source.to_string();
+                let error = error(path, CORRUPT, damage.clone());
+                return Err(OpenFailure { error, damage: Some(damage) });
             }
+            Err(source) => return Err(error(path, "cannot be opened", source).into()),
         }
     }
 }
 
-/// The connection, if it is one to the files that are at their places, and its index is of this log.
-fn verify(path: &Path, db: Connection) -> Result<(Connection, Identities), OpenFailure> {
-    let unusable = |problem: &str| OpenFailure::Unusable(Error::outbox(Some(path), problem));
+/// Checks that the connection uses the files that are at their paths, and that its index belongs to
+/// its log.
+fn verify(path: &Path, db: Connection) -> Result<(Connection, Identities), Error> {
     let identities = identities(path);
-    let problem = match (is_open_here(path, &identities), schema::frames(&db).unwrap_or(0)) {
-        (false, _) => "was replaced while it was opened",
-        (true, 1..)
-            if fs::symlink_metadata(beside(path, "-wal")).is_ok_and(|log| log.len() == 0) =>
-        {
-            // Somebody has removed the log, and nobody opens the outbox with this index any more.
-            let _ = remove_index(path);
-            "had an index of another log"
-        }
-        _ => return Ok((db, identities)),
+    let log_is_empty =
+        || fs::symlink_metadata(beside(path, "-wal")).is_ok_and(|log| log.len() == 0);
+    let problem = if !is_open_here(path, &identities) {
+        "was replaced while it was opened"
+    } else if schema::frames(&db).unwrap_or(0) > 0 && log_is_empty() {
+        // The log was deleted. No process may open the outbox with this index any more.
+        let _ = remove_index(path);
+        "had a -shm of another -wal"
+    } else {
+        return Ok((db, identities));
     };
-    let _ = leave(&db);
-    Err(unusable(problem))
+    let _ = disable_checkpoint_on_close(&db);
+    Err(Error::outbox(Some(path), problem))
 }
 
-/// The connection is closed without a change to what is at the places of its files, which may be another outbox' by now: an
-/// ordinary close would write the log to the database, and remove the log by its name.
-pub(super) fn leave(db: &Connection) -> rusqlite::Result<()> {
+/// Lets SQLite close the connection without a change of the files at its paths, which may belong to
+/// another outbox by now. Otherwise it would write the log to the database, and delete the log by
+/// its name.
+pub(super) fn disable_checkpoint_on_close(db: &Connection) -> rusqlite::Result<()> {
     db.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true).map(drop)
 }
 
-/// Which files the database, its log and its index are.
+/// The identities of the database, its log and its index.
 pub(super) type Identities = [Option<Identity>; 3];
 
-/// The files that are at their places now.
+/// The identities of the files that are at their paths now.
 pub(super) fn identities(path: &Path) -> Identities {
     ["", "-wal", "-shm"]
         .map(|part| fs::symlink_metadata(beside(path, part)).ok().map(|found| identity(&found)))
 }
 
-/// Whether this process has all of them open. SQLite does not say which log it has; where nothing else does, it is believed.
+/// Whether this process has all of these files open. SQLite does not report which log it uses.
+/// Without `/proc` the answer is yes.
 fn is_open_here(path: &Path, files: &Identities) -> bool {
     let Ok(open) = open_here(path) else { return true };
     files.iter().all(|file| file.is_some_and(|file| open.contains(&file)))
@@ -195,13 +205,14 @@ fn open_here(path: &Path) -> io::Result<BTreeSet<Identity>> {
     Ok(fs::read_dir("/proc/self/fd")?.filter_map(identity).collect())
 }
 
-/// Whether the file and its log can be read at all, as far as an outbox may be long: SQLite calls a page damaged that the disk
-/// does not give it. What this process has open otherwise is not opened, as closing it would drop the locks on it.
+/// Checks that the file and its log can be read, up to the size of an outbox. SQLite reports a page
+/// as damaged if the disk does not return it. A file that this process has open is not opened
+/// again, because closing it would drop SQLite's locks.
 fn read_through(path: &Path) -> io::Result<()> {
     for part in ["", "-journal", "-wal"] {
         let path = beside(path, part);
-        // The descriptor of the look is closed again, or the file would always be open here.
-        let Some(found) = DatabaseFile::open(&path)?.map(|place| identity(&place.metadata)) else {
+        // This descriptor is closed at once, or the file would count as open here.
+        let Some(found) = DatabaseFile::open(&path)?.map(|file| identity(&file.metadata)) else {
             continue;
         };
         if open_here(&path)?.contains(&found) {
@@ -219,95 +230,93 @@ fn read_through(path: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// `Ok(Err(damage))`: the file can be read, and what is in it is at fault.
-fn connect(path: &Path, deadline: Instant) -> rusqlite::Result<Result<Connection, String>> {
+fn connect(path: &Path, deadline: Instant) -> rusqlite::Result<Connection> {
     let flags = OpenFlags::SQLITE_OPEN_READ_WRITE
         | OpenFlags::SQLITE_OPEN_NO_MUTEX
         | OpenFlags::SQLITE_OPEN_NOFOLLOW;
     let mut db = Connection::open_with_flags(path, flags)?;
     db.busy_timeout(deadline.saturating_duration_since(Instant::now()))?;
-    // Before anything is changed in it.
-    if let Some(problem) = schema::problem(&db)? {
-        return Ok(Err(problem));
-    }
+    // Checked before anything is changed.
+    schema::check(&db)?;
     schema::configure(&db)?;
     db.pragma_update(None, "journal_mode", "wal")?;
     db.pragma_update(None, "synchronous", "full")?;
     schema::migrate(&mut db)?;
-    Ok(Ok(db))
+    Ok(db)
 }
 
-/// Makes the file unless it is there, with mode 0600 from its first byte: SQLite would make it readable by others, and
-/// gives `-wal` and `-shm` the mode and the owner that it finds here. What is there, and beside it, must be regular files
-/// with one link and none of a stranger's; others' permissions are taken from those that are ours.
+/// Creates the file with mode 0600 if it does not exist. SQLite would create it readable by others,
+/// and it gives `-wal` and `-shm` the mode and the owner of this file. Existing files must be
+/// regular files with one link, and must not belong to another user. The permissions of group and
+/// others are removed.
 fn prepare(path: &Path) -> io::Result<()> {
     let folder = fs::metadata(folder(path))?;
-    let look = |part| own_part(path, part, &folder);
+    let open = |part| -> io::Result<Option<DatabaseFile>> {
+        let file = DatabaseFile::open(&beside(path, part))?;
+        file.iter().try_for_each(|file| file.check_owner(&folder))?;
+        Ok(file)
+    };
     for part in PARTS {
-        look(part)?.map_or(Ok(false), |place| place.remove_if_abandoned_by_root(&folder))?;
+        open(part)?.map_or(Ok(false), |file| file.remove_if_abandoned_by_root(&folder))?;
     }
-    match look("")? {
+    match open("")? {
         None => {
-            remove_what_is_beside(path)?;
+            remove_other_parts(path)?;
             create(path)?;
         }
-        // SQLite writes to the database before it writes to a log.
-        Some(database) if database.metadata.len() == 0 => remove_what_is_beside(path)?,
-        // An index without a log: somebody has removed the log. It must not be taken for that of the next log.
-        Some(_) if look("-wal")?.is_none() => remove_index(path)?,
+        // SQLite writes the database before it creates a log.
+        Some(database) if database.metadata.len() == 0 => remove_other_parts(path)?,
+        // The log was deleted. Its index must not be used with the next log.
+        Some(_) if open("-wal")?.is_none() => remove_index(path)?,
         Some(_) => (),
     }
-    look("")?.iter().for_each(|place| place.chown_to_owner_of(&folder));
-    PARTS.iter().try_for_each(|part| look(part)?.map_or(Ok(()), |place| place.make_private()))
+    open("")?.iter().for_each(|file| file.chown_to_owner_of(&folder));
+    PARTS.iter().try_for_each(|part| open(part)?.map_or(Ok(()), |file| file.make_private()))
 }
 
-/// `None`: there is no such file.
-fn own_part(path: &Path, part: &str, folder: &Metadata) -> io::Result<Option<DatabaseFile>> {
-    let place = DatabaseFile::open(&beside(path, part))?;
-    place.iter().try_for_each(|place| place.check_owner(folder))?;
-    Ok(place)
-}
-
-/// Makes an index long again that somebody has cut off, if it is still this one. It is mapped into memory, and the kernel would
-/// end the process where SQLite touches what is not there. SQLite makes anew what is in it. Whether it was cut off.
-pub(super) fn mend_index(path: &Path, index: Identity) -> io::Result<bool> {
+/// Extends an index that another program has truncated, if it is still the same file. SQLite maps
+/// it into memory, and the kernel kills a process that accesses memory beyond the file's end.
+/// SQLite then rebuilds the content. Returns whether it was truncated.
+pub(super) fn repair_index(path: &Path, index: Identity) -> io::Result<bool> {
     let path = beside(path, "-shm");
-    let is_cut_off =
+    let is_truncated =
         |found: &Metadata| found.len() < limits::INDEX_HEADER && identity(found) == index;
-    if !is_cut_off(&fs::symlink_metadata(&path)?) {
+    if !is_truncated(&fs::symlink_metadata(&path)?) {
         return Ok(false);
     }
-    let place = DatabaseFile::open(&path)?.filter(|place| is_cut_off(&place.metadata));
-    place.map_or(Ok(false), |place| place.set_length(limits::INDEX).map(|()| true))
+    let file = DatabaseFile::open(&path)?.filter(|file| is_truncated(&file.metadata));
+    file.map_or(Ok(false), |file| file.set_length(limits::INDEX).map(|()| true))
 }
 
-/// The next process to open it makes the index anew, of the log that is there.
+/// Deletes the index. The next process that opens the file rebuilds it from the log.
 fn remove_index(path: &Path) -> io::Result<()> {
     ignore_not_found(fs::remove_file(beside(path, "-shm")))
 }
 
-/// What is beside a new file belonged to another one, which somebody may still have open. It goes: SQLite must not take it for
-/// this one's, and must not change the index of the other one.
-fn remove_what_is_beside(path: &Path) -> io::Result<()> {
+/// Deletes the files of an older database from beside a new one. SQLite must not use them, nor
+/// change the index of the old one, which another process may have open.
+fn remove_other_parts(path: &Path) -> io::Result<()> {
     ["-journal", "-wal", "-shm"]
         .iter()
         .try_for_each(|part| ignore_not_found(fs::remove_file(beside(path, part))))
 }
 
-/// Moves what is no outbox out of the way, with what SQLite keeps beside it. Where it is now.
-fn move_aside(path: &Path) -> io::Result<PathBuf> {
+/// Renames a file that is not a usable outbox, with the files that SQLite keeps beside it. Returns
+/// its new path.
+fn quarantine(path: &Path) -> io::Result<PathBuf> {
     let now = from_micros(micros(SystemTime::now()));
     let name =
         format!("-aside-{}", humantime::format_rfc3339_seconds(now).to_string().replace(':', ""));
-    let names = std::iter::once(name.clone()).chain((2..).map(|n| format!("{name}-{n}")));
-    let aside =
-        names.map(|name| beside(path, &name)).find(|aside| fs::symlink_metadata(aside).is_err());
-    let aside = aside.ok_or(io::ErrorKind::AlreadyExists)?;
-    // The database last: its log must not be found beside a new one.
-    for suffix in ["-shm", "-wal", "-journal", ""] {
-        ignore_not_found(fs::rename(beside(path, suffix), beside(&aside, suffix)))?;
+    let names = iter::once(name.clone()).chain((2..).map(|n| format!("{name}-{n}")));
+    let target = names
+        .map(|name| beside(path, &name))
+        .find(|target| fs::symlink_metadata(target).is_err())
+        .ok_or(io::ErrorKind::AlreadyExists)?;
+    // The database last, so that its log is never beside a new one.
+    for part in ["-shm", "-wal", "-journal", ""] {
+        ignore_not_found(fs::rename(beside(path, part), beside(&target, part)))?;
     }
-    Ok(aside)
+    Ok(target)
 }
 
 #[cfg(test)]
@@ -315,7 +324,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn of_what_this_process_has_open_only_files_of_the_outbox_name_are_looked_at() {
+    fn only_open_files_with_the_outbox_name_are_examined() {
         let dir = tempfile::tempdir().unwrap();
         let at = |name: &str| dir.path().join(name);
         let open = ["heartbeat.db", "heartbeat.db-wal", "other"]
@@ -327,7 +336,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_beside_an_empty_file_belonged_to_another_and_is_removed() {
+    fn log_and_index_beside_an_empty_file_are_deleted() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("heartbeat.db");
         let beside = [beside(&path, "-wal"), beside(&path, "-shm")];
@@ -337,7 +346,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_beside_a_new_file_belonged_to_another_and_is_removed() {
+    fn log_and_index_beside_a_new_file_are_deleted() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("heartbeat.db");
         let beside = [beside(&path, "-wal"), beside(&path, "-shm")];

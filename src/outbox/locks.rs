@@ -1,23 +1,28 @@
-//! The lock file beside the outbox, `heartbeat.db-lock`: who delivers, and which processes that own rows still run. For any
-//! thread.
+//! The locks in the lock file, `heartbeat.db-lock`: which process delivers, which processes that
+//! own rows are running, and which process may write. For any thread.
 //!
-//! - Locks are open file description locks, each on one byte. The kernel releases a lock when its process ends, however it
-//!   ends, so no pid is compared and no file is swept.
-//! - Byte 0 is held by the process that delivers. The file contains the pid of that process, for people.
-//! - A process that has the outbox open holds one more byte, at a random place. A row names its owner as `PLACE@INODE`: that
-//!   place, and the lock file in which the owner locked it first. An owner holds that lock as long as it runs, also when the
-//!   lock file is replaced. Whether it does is asked without taking the lock.
-//! - The last byte is held, for a moment, by the process that opens the outbox' files, changes or leaves them: so nobody removes
-//!   what another one makes, and nobody writes with an index (`-shm`) that is not the others'.
-//! - A lock file that was replaced stays open here, and an owner that is locked in any open one runs. An owner that is not
-//!   locked in the file that it names has ended. If that file is not open here, nothing is concluded before the lock file at
-//!   its place has been seen for 60 s: an owner that runs locks its place in a new file within 10 s. A file that was removed
-//!   has its inode for itself as long as somebody has it open, so no other file passes for it.
-//! - An owner that is no such text was written by somebody else, or by the scheme before this one (a file for each owner, no
-//!   version with it was released). It counts as ended.
-//! - A forked child shares the parent's locks. So a lock is released only by the process that took it.
+//! - Locks are open file description locks of one byte each. The kernel releases them when their
+//!   process ends, in whatever way. So no pid is compared, and no stale file has to be removed.
+//! - Byte 0 is locked by the process that delivers. The file contains the pid of that process, for
+//!   people.
+//! - Each process that has the outbox open locks one byte at a random place. A row names its owner
+//!   as `PLACE@INODE`: that place, and the inode of the lock file in which it was locked first. A
+//!   process keeps this lock while it runs, also if the lock file is replaced. Other processes
+//!   check the lock without taking it.
+//! - The last byte is the write lock. It is locked for a short time by a process that opens,
+//!   changes or closes the outbox files. So no process deletes files that another one creates, and
+//!   none writes with another index (`-shm`) than the others.
+//! - A lock file that was replaced stays open here. An owner that is locked in any open lock file
+//!   is running. An owner that is not locked in the file that it names has ended. If that file is
+//!   not open here, the state is unknown until the current lock file has existed for 60 s, because
+//!   a running owner locks its place in a new lock file within 10 s. The inode of a deleted file is
+//!   not reused while a process has it open, so no other file is mistaken for it.
+//! - An owner in any other format counts as ended. It was written by another program, or by an
+//!   earlier version with one file per owner, which was not released.
+//! - A forked child shares the locks of its parent. So a lock is released only by the process that
+//!   took it.
 //!
-//! `heartbeat.db` itself is never opened here: closing it would drop SQLite's own locks.
+//! `heartbeat.db` is never opened here, because closing it would drop SQLite's locks.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
@@ -31,12 +36,13 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::thread;
 use std::time::Instant;
 
+use log::Level;
 use nix::fcntl::{FcntlArg, fcntl};
 
+use super::log_line;
 pub(super) use crate::files::beside;
 use crate::files::{Identity, folder, identity};
 use crate::limits;
-use crate::panics::quietly;
 use crate::sqlite::files::{DatabaseFile, create};
 use crate::text::sanitize;
 
@@ -46,70 +52,66 @@ const DELIVERY: i32 = 0;
 /// The bytes of owners.
 const PLACES: RangeInclusive<i32> = 1..=i32::MAX - 1;
 
-/// The byte of the process whose turn it is to change the outbox.
-const TURN: i32 = i32::MAX;
+/// The byte of the process that writes.
+const WRITING: i32 = i32::MAX;
 
-/// The lock files whose byte 0 this process holds, and whether their heartbeats have stopped. A pid would not do: another
-/// container's process may have ours.
-static OURS: Mutex<BTreeMap<Identity, Arc<AtomicBool>>> = Mutex::new(BTreeMap::new());
+/// The lock files in which this process has locked byte 0, and whether their heartbeats have
+/// stopped. Pids cannot be compared, because a process in another container may have the same one.
+static DELIVERING: Mutex<BTreeMap<Identity, Arc<AtomicBool>>> = Mutex::new(BTreeMap::new());
 
-/// Who delivers.
+/// The result of an attempt to lock byte 0.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Deliverer {
-    /// We do.
-    Us,
-    /// A heartbeat of this process that has stopped, and writes down its last acknowledgements.
-    Stopping,
-    /// The process of this pid, safe to print.
-    Another(String),
+pub(super) enum DeliveryLock {
+    Acquired,
+    /// A heartbeat of this process has it. It has stopped, and writes its last acknowledgements.
+    HeldByStopped,
+    /// The process with this pid has it. The text is safe to print.
+    HeldBy(String),
 }
 
-/// What is known of an owner.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Owner {
-    Runs,
+pub(super) enum OwnerState {
+    Running,
     Ended,
-    /// That cannot be told now. Its rows are left alone.
+    /// The state cannot be determined now. The rows of this owner are not changed.
     Unknown,
 }
 
 /// The locks of one outbox in this process.
 #[derive(Debug)]
 pub(super) struct Locks {
-    /// How rows name us.
+    /// The owner of this process's rows.
     pub(super) token: String,
-    /// Some row names us, or did. The token stays as it is then.
-    pub(super) is_named: bool,
+    /// Rows may have the token, so it must not change.
+    pub(super) is_token_used: bool,
     place: i32,
     /// The lock file that the token names.
-    named: Option<Identity>,
-    /// The last one is that at its place, as of the last look.
+    token_file: Option<Identity>,
+    /// The last one is the current one, as of the last refresh.
     files: Vec<LockFile>,
-    /// The last look has found a lock file that can be used.
+    /// The last refresh has found a usable lock file.
     is_current: bool,
-    /// The turn that we have, if we have one.
-    turn: Weak<HeldTurn>,
+    /// The write lock, if this process has it.
+    write_lock: Weak<WriteLock>,
 }
 
-/// The turn of this process, until its last clone is dropped. In memory there is nothing to lock.
-pub(super) type Turn = Arc<HeldTurn>;
-
+/// The write lock: byte [`WRITING`] of these lock files. An outbox in memory needs none.
 #[derive(Debug, Default)]
-pub(super) struct HeldTurn(Vec<Arc<File>>);
+pub(super) struct WriteLock(Vec<Arc<File>>);
 
-impl Drop for HeldTurn {
+impl Drop for WriteLock {
     fn drop(&mut self) {
-        self.0.iter().for_each(|file| unlock(file, TURN..=TURN));
+        self.0.iter().for_each(|file| unlock(file, WRITING..=WRITING));
     }
 }
 
-/// An open lock file. All locks of an outbox in it are of this one open file description.
+/// An open lock file. All locks of an outbox in it belong to this open file description.
 #[derive(Debug)]
 struct LockFile {
     file: Arc<File>,
     identity: Identity,
-    /// Since when it is at its place, as far as this process has seen.
-    since: Instant,
+    /// Since when it has been at its path, as far as this process knows.
+    current_since: Instant,
     delivers: bool,
     /// The process that has opened it.
     pid: u32,
@@ -120,18 +122,18 @@ impl Locks {
         let place = fastrand::i32(PLACES);
         Self {
             token: place.to_string(),
-            is_named: false,
+            is_token_used: false,
             place,
-            named: None,
+            token_file: None,
             files: Vec::new(),
             is_current: false,
-            turn: Weak::new(),
+            write_lock: Weak::new(),
         }
     }
 
-    /// Makes sure that the lock file at its place is open, which is made where there is none, and that our place is locked in
-    /// it.
-    pub(super) fn look(&mut self, outbox: &Path) -> io::Result<()> {
+    /// Makes sure that the lock file at its path is open, and that our place is locked in it. A
+    /// missing lock file is created.
+    pub(super) fn refresh(&mut self, outbox: &Path) -> io::Result<()> {
         self.is_current = false;
         let path = beside(outbox, "-lock");
         let found = fs::symlink_metadata(&path).ok().map(|found| identity(&found));
@@ -140,7 +142,7 @@ impl Locks {
                 Some(known) => self.files.remove(known),
                 None => self.open(&path)?,
             };
-            file.since = Instant::now();
+            file.current_since = Instant::now();
             self.files.push(file);
             self.close_unused();
         }
@@ -149,12 +151,13 @@ impl Locks {
     }
 
     fn open(&mut self, path: &Path) -> io::Result<LockFile> {
-        let file = Arc::new(lock_file(path)?);
+        let file = Arc::new(open_lock_file(path)?);
         let identity = identity(&file.metadata()?);
-        let file =
-            LockFile { file, identity, since: Instant::now(), delivers: false, pid: process::id() };
-        if self.is_named {
-            // Another process that has locked the same place, one of two billion, keeps us alive for others.
+        let current_since = Instant::now();
+        let file = LockFile { file, identity, current_since, delivers: false, pid: process::id() };
+        if self.is_token_used {
+            // If another process has the same place, one of two billion, this fails. For the others
+            // we are then still running, because the place is locked.
             file.lock(self.place)?;
             return Ok(file);
         }
@@ -162,91 +165,99 @@ impl Locks {
             self.place = fastrand::i32(PLACES);
         }
         self.token = format!("{}@{}", self.place, identity.1);
-        self.named = Some(identity);
+        self.token_file = Some(identity);
         Ok(file)
     }
 
-    /// Closes older lock files in which nobody else is locked. That which our rows name stays open, and so do the last ones:
-    /// rows may name an owner that has ended by now.
+    /// Closes older lock files in which no other process is locked. The one that the token names
+    /// stays open, and so do the last ones: rows may name an owner of these that has ended.
     fn close_unused(&mut self) {
-        let (mut newer, named) = (self.files.len(), self.named);
+        let mut newer = self.files.len();
+        let token_file = self.token_file;
         self.files.retain(|file| {
             newer = newer.saturating_sub(1);
             newer <= limits::LOCK_FILES
-                || named == Some(file.identity)
-                || file.is_locked(PLACES).unwrap_or(true)
+                || token_file == Some(file.identity)
+                || is_locked(&file.file, PLACES).unwrap_or(true)
         });
     }
 
-    /// Makes sure that others see that we run, should rows name us. A lock file that cannot be used does no harm while we are
-    /// locked in an older one.
-    pub(super) fn own(&mut self, outbox: &Path) -> io::Result<()> {
-        let looked = self.look(outbox);
-        if self.files.is_empty() { looked } else { Ok(()) }
+    /// Makes sure that other processes see that this one is running. If the current lock file is
+    /// not usable, a lock in an older one is enough.
+    pub(super) fn ensure_locked(&mut self, outbox: &Path) -> io::Result<()> {
+        let refreshed = self.refresh(outbox);
+        if self.files.is_empty() { refreshed } else { Ok(()) }
     }
 
-    /// Waits until it is the turn of this process; within a turn it is the same one. `TimedOut`: it was another process' until
-    /// then.
-    pub(super) fn turn(&mut self, outbox: &Path, by: Instant) -> io::Result<Turn> {
-        if let Some(turn) = self.turn.upgrade() {
-            return Ok(turn);
+    /// Acquires the write lock; while this process has it, returns the same one. If another process
+    /// has it until `deadline`, the error is `TimedOut`.
+    pub(super) fn lock_for_writing(
+        &mut self,
+        outbox: &Path,
+        deadline: Instant,
+    ) -> io::Result<Arc<WriteLock>> {
+        if let Some(lock) = self.write_lock.upgrade() {
+            return Ok(lock);
         }
-        let mut held = HeldTurn::default();
+        let mut held = WriteLock::default();
         loop {
-            self.own(outbox)?;
+            self.ensure_locked(outbox)?;
             let is_held = |file: &LockFile| held.0.iter().any(|held| Arc::ptr_eq(held, &file.file));
-            // Others may not have noticed yet that the lock file was replaced, or it was while we waited.
+            // All open lock files are locked: the current one may have been replaced during the
+            // wait, and other processes may not have noticed an earlier replacement.
             let Some(next) = self.files.iter().find(|file| !is_held(file)) else { break };
-            while !next.lock(TURN)? {
-                if Instant::now() >= by {
-                    let problem = "another process is writing to it, or is suspended while it does; resume or end that one";
+            while !next.lock(WRITING)? {
+                if Instant::now() >= deadline {
+                    let problem = "another process is writing to it, or was suspended while it did; \
+                                   resume or end that process";
                     return Err(io::Error::new(io::ErrorKind::TimedOut, problem));
                 }
                 thread::sleep(limits::OUTBOX_PAUSE);
             }
             held.0.push(Arc::clone(&next.file));
         }
-        let turn = Arc::new(held);
-        self.turn = Arc::downgrade(&turn);
-        Ok(turn)
+        let lock = Arc::new(held);
+        self.write_lock = Arc::downgrade(&lock);
+        Ok(lock)
     }
 
-    /// Locks byte 0 of the lock file at its place, unless we have it. `has_stopped` says of our heartbeat whether it has.
-    pub(super) fn deliver(
+    /// Locks byte 0 of the current lock file, unless this outbox has it. `has_stopped` is set when
+    /// the heartbeat of this outbox has stopped.
+    pub(super) fn acquire_delivery(
         &mut self,
         outbox: &Path,
         has_stopped: &Arc<AtomicBool>,
-    ) -> io::Result<Deliverer> {
-        self.look(outbox)?;
+    ) -> io::Result<DeliveryLock> {
+        self.refresh(outbox)?;
         let Some(current) = self.files.last_mut() else {
             return Err(io::ErrorKind::NotFound.into());
         };
         if current.delivers {
-            return Ok(Deliverer::Us);
+            return Ok(DeliveryLock::Acquired);
         }
-        // Both at once, so no other thread takes our lock for another process'.
-        let mut ours = OURS.lock().unwrap_or_else(PoisonError::into_inner);
+        // Kept while the lock is taken, so that no other thread attributes it to another process.
+        let mut delivering = DELIVERING.lock().unwrap_or_else(PoisonError::into_inner);
         if current.lock(DELIVERY)? {
-            ours.insert(current.identity, Arc::clone(has_stopped));
-            drop(ours);
+            delivering.insert(current.identity, Arc::clone(has_stopped));
+            drop(delivering);
             current.delivers = true;
             current.write_pid();
-            return Ok(Deliverer::Us);
+            return Ok(DeliveryLock::Acquired);
         }
-        let is_stopping = ours
-            .get(&current.identity)
-            .is_some_and(|has_stopped| has_stopped.load(Ordering::Relaxed));
-        Ok(if is_stopping { Deliverer::Stopping } else { Deliverer::Another(current.pid_text()?) })
+        match delivering.get(&current.identity) {
+            Some(stopped) if stopped.load(Ordering::Relaxed) => Ok(DeliveryLock::HeldByStopped),
+            _ => pid_text(&current.file).map(|pid| DeliveryLock::HeldBy(sanitize(&pid))),
+        }
     }
 
-    /// Whether we hold byte 0 of a lock file, also of one that was replaced.
+    /// Whether this outbox has locked byte 0 of a lock file, also of one that was replaced.
     pub(super) fn delivers(&self) -> bool {
         self.files.iter().any(|file| file.delivers)
     }
 
-    /// Whether another process holds byte 0 of a lock file, also of one that was replaced.
+    /// Whether another process has locked byte 0 of a lock file, also of one that was replaced.
     pub(super) fn another_delivers(&self) -> bool {
-        self.files.iter().any(|file| file.is_locked(DELIVERY..=DELIVERY).unwrap_or(true))
+        self.files.iter().any(|file| is_locked(&file.file, DELIVERY..=DELIVERY).unwrap_or(true))
     }
 
     /// Releases byte 0.
@@ -254,28 +265,29 @@ impl Locks {
         self.files.iter_mut().for_each(LockFile::stop_delivering);
     }
 
-    /// As if the lock file had been at its place for long.
+    /// Makes the lock files older than [`limits::LOCK_FILE_AGE`].
     #[cfg(test)]
-    pub(super) fn settle(&mut self) {
-        self.files.iter_mut().for_each(|file| file.since -= limits::LOCK_FILE_AGE);
+    pub(super) fn make_old(&mut self) {
+        self.files.iter_mut().for_each(|file| file.current_since -= limits::LOCK_FILE_AGE);
     }
 
-    /// What is known of the owner that a row names. As of the last [look](Self::look).
-    pub(super) fn owner(&self, owner: &[u8]) -> Owner {
-        let Some((place, inode)) = parse(owner) else { return Owner::Ended };
-        let mut is_known = self.is_current && self.files.last().is_some_and(LockFile::is_settled);
+    /// The state of the owner of a row, as of the last [refresh](Self::refresh).
+    pub(super) fn owner_state(&self, owner: &[u8]) -> OwnerState {
+        let Some((place, inode)) = parse(owner) else { return OwnerState::Ended };
+        let is_old = |file: &LockFile| file.current_since.elapsed() >= limits::LOCK_FILE_AGE;
+        let mut is_known = self.is_current && self.files.last().is_some_and(is_old);
         for file in &self.files {
-            match file.is_locked(place..=place) {
-                Ok(true) => return Owner::Runs,
+            match is_locked(&file.file, place..=place) {
+                Ok(true) => return OwnerState::Running,
                 Ok(false) => is_known |= inode == Some(file.identity.1),
-                Err(_) => return Owner::Unknown,
+                Err(_) => return OwnerState::Unknown,
             }
         }
-        if is_known { Owner::Ended } else { Owner::Unknown }
+        if is_known { OwnerState::Ended } else { OwnerState::Unknown }
     }
 }
 
-/// `PLACE@INODE`, or `PLACE` of one that could not lock anything when it took its name.
+/// Parses `PLACE@INODE`, or `PLACE` of a process that could not lock any file when it started.
 fn parse(owner: &[u8]) -> Option<(i32, Option<u64>)> {
     let owner = str::from_utf8(owner).ok()?;
     let (place, inode) =
@@ -286,7 +298,7 @@ fn parse(owner: &[u8]) -> Option<(i32, Option<u64>)> {
 }
 
 impl LockFile {
-    /// `false`: somebody else has it.
+    /// Locks a byte. `false`: another open file description has it locked.
     fn lock(&self, place: i32) -> io::Result<bool> {
         match fcntl(&*self.file, FcntlArg::F_OFD_SETLK(&range(libc::F_WRLCK, place..=place))) {
             Ok(_) => Ok(true),
@@ -295,33 +307,22 @@ impl LockFile {
         }
     }
 
-    /// Whether somebody else has locked one of them.
-    fn is_locked(&self, places: RangeInclusive<i32>) -> io::Result<bool> {
-        is_locked(&self.file, places)
-    }
-
-    fn is_settled(&self) -> bool {
-        self.since.elapsed() >= limits::LOCK_FILE_AGE
-    }
-
-    /// For people: an error is none of the lock.
+    /// The pid is for people. The lock does not depend on it.
     fn write_pid(&self) {
         let pid = process::id().to_string();
         let written = self.file.set_len(0).and_then(|()| self.file.write_all_at(pid.as_bytes(), 0));
         if let Err(error) = written.map_err(|error| error.to_string()) {
-            quietly(|| log::debug!("the lock file does not contain our pid: error={error:?}"));
+            log_line(
+                Level::Debug,
+                format_args!("could not write the pid to the lock file: error={error:?}"),
+            );
         }
-    }
-
-    /// Whatever is in the file, safe to print.
-    fn pid_text(&self) -> io::Result<String> {
-        pid_text(&self.file).map(|text| sanitize(&text))
     }
 
     fn stop_delivering(&mut self) {
         if self.delivers && self.pid == process::id() {
-            let mut ours = OURS.lock().unwrap_or_else(PoisonError::into_inner);
-            ours.remove(&self.identity);
+            let mut delivering = DELIVERING.lock().unwrap_or_else(PoisonError::into_inner);
+            delivering.remove(&self.identity);
             unlock(&self.file, DELIVERY..=DELIVERY);
             self.delivers = false;
         }
@@ -329,8 +330,8 @@ impl LockFile {
 }
 
 impl Drop for LockFile {
-    /// To close the file is not enough: a child process that is just being started has it, too, until it runs its program. A
-    /// child that was forked and goes on must not release what its parent holds.
+    /// Closing the file does not release its locks while a child process that is being started
+    /// still has it open. A forked child must not release the locks of its parent.
     fn drop(&mut self) {
         self.stop_delivering();
         if self.pid == process::id() {
@@ -340,21 +341,23 @@ impl Drop for LockFile {
 }
 
 fn range(kind: i32, places: RangeInclusive<i32>) -> libc::flock {
-    let (first, last) = (places.start(), places.end());
+    let first = libc::off_t::from(*places.start());
+    let last = libc::off_t::from(*places.end());
     libc::flock {
         l_type: kind as libc::c_short,
         l_whence: libc::SEEK_SET as libc::c_short,
-        l_start: libc::off_t::from(*first),
-        l_len: libc::off_t::from(*last) - libc::off_t::from(*first) + 1,
+        l_start: first,
+        l_len: last - first + 1,
         l_pid: 0,
     }
 }
 
 fn unlock(file: &File, places: RangeInclusive<i32>) {
-    // An error leaves the lock to the closing.
+    // After an error the lock is released when the file is closed.
     let _ = fcntl(file, FcntlArg::F_OFD_SETLK(&range(libc::F_UNLCK, places)));
 }
 
+/// Whether another open file description has one of the bytes locked.
 fn is_locked(file: &File, places: RangeInclusive<i32>) -> io::Result<bool> {
     let mut found = range(libc::F_WRLCK, places);
     fcntl(file, FcntlArg::F_OFD_GETLK(&mut found))?;
@@ -367,47 +370,47 @@ fn pid_text(file: &File) -> io::Result<String> {
     Ok(String::from_utf8_lossy(text.get(..length).unwrap_or_default()).into_owned())
 }
 
-/// The process that delivers from an outbox. Nothing is locked, made or changed.
+/// The process that delivers from an outbox. No lock is taken, and no file is created or changed.
 #[cfg(feature = "cli")]
 pub(crate) fn deliverer(outbox: &Path) -> Option<u32> {
-    let place = DatabaseFile::open(&beside(outbox, "-lock")).ok()??;
-    let file = open(OpenOptions::new().read(true), &place).ok()??;
+    let found = DatabaseFile::open(&beside(outbox, "-lock")).ok()??;
+    let file = open(OpenOptions::new().read(true), &found).ok()??;
     let is_held = is_locked(&file, DELIVERY..=DELIVERY).ok()?;
     pid_text(&file).ok()?.parse().ok().filter(|_| is_held)
 }
 
-/// The file to be locked, made where there is none: for its owner alone, as whoever can open it can lock it. What is no lock
-/// file of ours is refused and left as it is.
-fn lock_file(path: &Path) -> io::Result<File> {
+/// Opens the lock file, or creates it with mode 0600, because every user who can open it can lock
+/// it. Anything else at its path is an error, and is not changed.
+fn open_lock_file(path: &Path) -> io::Result<File> {
     let mut options = OpenOptions::new();
     options.read(true).write(true);
-    // Others may make it, remove or replace it meanwhile.
+    // Other processes may create, delete or replace it meanwhile.
     for _ in 0..limits::LOCK_TRIES {
         let folder = fs::metadata(folder(path))?;
-        let Some(place) = DatabaseFile::open(path)? else {
+        let Some(found) = DatabaseFile::open(path)? else {
             match create(path) {
                 Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
                 _ => continue,
             }
         };
-        place.check_owner(&folder)?;
-        if place.remove_if_abandoned_by_root(&folder)? {
+        found.check_owner(&folder)?;
+        if found.remove_if_abandoned_by_root(&folder)? {
             continue;
         }
-        place.chown_to_owner_of(&folder);
-        if let Some(file) = open(&options, &place)? {
+        found.chown_to_owner_of(&folder);
+        if let Some(file) = open(&options, &found)? {
             return Ok(file);
         }
     }
-    Err(io::Error::new(io::ErrorKind::ResourceBusy, "is replaced again and again"))
+    Err(io::Error::new(io::ErrorKind::ResourceBusy, "was replaced repeatedly while it was opened"))
 }
 
-/// Opens the file that was found, and hangs on nothing. `None`: another one is at its place by now, or none.
-fn open(options: &OpenOptions, place: &DatabaseFile) -> io::Result<Option<File>> {
+/// Opens the file that was found, without blocking. `None`: it was replaced or deleted.
+fn open(options: &OpenOptions, found: &DatabaseFile) -> io::Result<Option<File>> {
     let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_CLOEXEC;
-    match options.clone().custom_flags(flags).open(&place.path) {
+    match options.clone().custom_flags(flags).open(&found.path) {
         Ok(file) => Ok(Some(file).filter(|file| {
-            file.metadata().is_ok_and(|is| identity(&is) == identity(&place.metadata))
+            file.metadata().is_ok_and(|opened| identity(&opened) == identity(&found.metadata))
         })),
         Err(error)
             if error.kind() == io::ErrorKind::NotFound
@@ -425,7 +428,7 @@ mod tests {
     use std::process::Command;
     use std::time::Duration;
 
-    use super::super::tests::Another;
+    use super::super::tests::OtherProcess;
     use super::*;
 
     fn outbox() -> (tempfile::TempDir, std::path::PathBuf) {
@@ -434,62 +437,62 @@ mod tests {
         (dir, outbox)
     }
 
-    fn deliver(outbox: &Path, has_stopped: &Arc<AtomicBool>) -> (Locks, Deliverer) {
+    fn acquire(outbox: &Path, has_stopped: &Arc<AtomicBool>) -> (Locks, DeliveryLock) {
         let mut locks = Locks::new();
-        let deliverer = locks.deliver(outbox, has_stopped).unwrap();
-        (locks, deliverer)
+        let result = locks.acquire_delivery(outbox, has_stopped).unwrap();
+        (locks, result)
     }
 
-    /// One that has looked at the lock file.
-    fn looking(outbox: &Path) -> Locks {
+    /// Locks that have opened the lock file.
+    fn opened(outbox: &Path) -> Locks {
         let mut locks = Locks::new();
-        locks.look(outbox).unwrap();
+        locks.refresh(outbox).unwrap();
         locks
     }
 
-    /// Removes the lock file, so that the next look makes another one.
-    fn replace_the_lock_file(outbox: &Path) {
+    /// Deletes the lock file, so that the next refresh creates another one.
+    fn replace_lock_file(outbox: &Path) {
         fs::remove_file(beside(outbox, "-lock")).unwrap();
     }
 
     #[test]
-    fn one_process_delivers_and_another_one_is_told_which() {
+    fn only_one_process_delivers_and_its_pid_is_returned_to_others() {
         let (_dir, outbox) = outbox();
-        let held = Another::of(&outbox);
+        let held = OtherProcess::start(&outbox);
         let has_stopped = Arc::default();
-        let take = || deliver(&outbox, &has_stopped);
-        assert_eq!(take().1, Deliverer::Another(held.pid().to_string()));
-        // Whatever the file contains, it is locked.
+        let acquire = || acquire(&outbox, &has_stopped);
+        assert_eq!(acquire().1, DeliveryLock::HeldBy(held.pid().to_string()));
+        // The content of the file does not matter.
         fs::write(beside(&outbox, "-lock"), b"\xff\x1b").unwrap();
-        assert_eq!(take().1, Deliverer::Another("\u{fffd}\\u{1b}".to_owned()));
+        assert_eq!(acquire().1, DeliveryLock::HeldBy("\u{fffd}\\u{1b}".to_owned()));
         drop(held);
-        let ours = take();
-        assert_eq!(ours.1, Deliverer::Us);
+        let ours = acquire();
+        assert_eq!(ours.1, DeliveryLock::Acquired);
         assert_eq!(
-            take().1,
-            Deliverer::Another(process::id().to_string()),
-            "another one of ours, whose heartbeat runs"
+            acquire().1,
+            DeliveryLock::HeldBy(process::id().to_string()),
+            "another outbox of this process, whose heartbeat is running"
         );
         has_stopped.store(true, Ordering::Relaxed);
-        assert_eq!(take().1, Deliverer::Stopping);
+        assert_eq!(acquire().1, DeliveryLock::HeldByStopped);
         drop(ours);
-        assert_eq!(take().1, Deliverer::Us);
+        assert_eq!(acquire().1, DeliveryLock::Acquired);
     }
 
     #[cfg(feature = "cli")]
     #[test]
-    fn the_deliverer_is_found_without_a_lock_and_without_a_trace() {
+    fn deliverer_is_found_without_a_lock_or_a_change() {
         let (dir, outbox) = outbox();
         assert_eq!(super::deliverer(&outbox), None);
         assert_eq!(fs::read_dir(&dir).unwrap().count(), 0);
-        let held = Another::of(&outbox);
+        let held = OtherProcess::start(&outbox);
         assert_eq!(super::deliverer(&outbox), Some(held.pid()));
         drop(held);
         assert_eq!(super::deliverer(&outbox), None);
     }
 
     #[test]
-    fn a_released_lock_is_free_while_a_child_process_is_being_started() {
+    fn released_lock_is_free_while_a_child_process_is_being_started() {
         let (_dir, outbox) = outbox();
         let done = AtomicBool::new(false);
         std::thread::scope(|scope| {
@@ -498,53 +501,55 @@ mod tests {
                     Command::new("true").status().unwrap();
                 }
             });
-            let taken: Vec<_> = (0..2_000).map(|_| deliver(&outbox, &Arc::default()).1).collect();
+            let taken: Vec<_> = (0..2_000).map(|_| acquire(&outbox, &Arc::default()).1).collect();
             done.store(true, Ordering::Relaxed);
-            assert!(taken.iter().all(|taken| *taken == Deliverer::Us));
+            assert!(taken.iter().all(|taken| *taken == DeliveryLock::Acquired));
         });
     }
 
     #[test]
-    fn no_thread_takes_a_lock_of_this_process_for_another_ones() {
+    fn lock_of_this_process_is_not_attributed_to_another_one() {
         let (_dir, outbox) = outbox();
         let has_stopped = Arc::new(AtomicBool::new(true));
         std::thread::scope(|scope| {
             for _ in 0..4 {
-                let take =
-                    |_| assert!(!matches!(deliver(&outbox, &has_stopped).1, Deliverer::Another(_)));
+                let take = |_| {
+                    assert!(!matches!(acquire(&outbox, &has_stopped).1, DeliveryLock::HeldBy(_)))
+                };
                 scope.spawn(move || (0..2_000).for_each(take));
             }
         });
     }
 
     #[test]
-    fn an_owner_runs_until_its_process_ends_however_it_ends() {
+    fn owner_is_running_until_its_process_ends() {
         let (_dir, outbox) = outbox();
-        let mut killed = Another::of(&outbox);
-        let ours = looking(&outbox);
-        let owner = |token: &str| ours.owner(token.as_bytes());
-        assert_eq!(owner(&killed.token), Owner::Runs);
+        let mut killed = OtherProcess::start(&outbox);
+        let ours = opened(&outbox);
+        let owner = |token: &str| ours.owner_state(token.as_bytes());
+        assert_eq!(owner(&killed.token), OwnerState::Running);
         killed.kill();
-        assert_eq!(owner(&killed.token), Owner::Ended);
-        let dropped = looking(&outbox);
-        assert_eq!(owner(&dropped.token), Owner::Runs, "another outbox of this process");
+        assert_eq!(owner(&killed.token), OwnerState::Ended);
+        let dropped = opened(&outbox);
+        assert_eq!(owner(&dropped.token), OwnerState::Running, "another outbox of this process");
         let token = dropped.token.clone();
         drop(dropped);
-        assert_eq!(owner(&token), Owner::Ended);
+        assert_eq!(owner(&token), OwnerState::Ended);
     }
 
     #[test]
-    fn to_ask_whether_an_owner_runs_takes_no_lock() {
+    fn query_of_an_owner_takes_no_lock() {
         let (_dir, outbox) = outbox();
-        let (ours, theirs) = (looking(&outbox), looking(&outbox));
-        assert_eq!(ours.owner(b"7"), Owner::Unknown);
+        let ours = opened(&outbox);
+        let theirs = opened(&outbox);
+        assert_eq!(ours.owner_state(b"7"), OwnerState::Unknown);
         assert!(theirs.files[0].lock(7).unwrap());
     }
 
     #[test]
-    fn an_owner_that_is_no_place_has_ended() {
+    fn owner_in_another_format_has_ended() {
         let (_dir, outbox) = outbox();
-        let ours = looking(&outbox);
+        let ours = opened(&outbox);
         for owner in [
             &b"4711-0123456789abcdef"[..],
             b"",
@@ -555,98 +560,104 @@ mod tests {
             b"\xff",
             &[b'1'; 300],
         ] {
-            assert_eq!(ours.owner(owner), Owner::Ended, "{owner:?}");
+            assert_eq!(ours.owner_state(owner), OwnerState::Ended, "{owner:?}");
         }
     }
 
     #[test]
-    fn an_owner_of_a_replaced_lock_file_runs_where_that_is_still_open() {
+    fn owner_in_a_replaced_lock_file_that_is_open_is_running() {
         let (_dir, outbox) = outbox();
-        let (mut ours, theirs) = (looking(&outbox), looking(&outbox));
-        replace_the_lock_file(&outbox);
-        ours.look(&outbox).unwrap();
-        ours.settle();
-        assert_eq!(ours.owner(theirs.token.as_bytes()), Owner::Runs);
+        let mut ours = opened(&outbox);
+        let theirs = opened(&outbox);
+        replace_lock_file(&outbox);
+        ours.refresh(&outbox).unwrap();
+        ours.make_old();
+        assert_eq!(ours.owner_state(theirs.token.as_bytes()), OwnerState::Running);
         let token = theirs.token.clone();
         drop(theirs);
-        assert_eq!(ours.owner(token.as_bytes()), Owner::Ended);
+        assert_eq!(ours.owner_state(token.as_bytes()), OwnerState::Ended);
     }
 
     #[test]
-    fn an_owner_that_ended_before_its_lock_file_was_replaced_has_ended_at_once() {
+    fn owner_that_ended_before_its_lock_file_was_replaced_has_ended() {
         let (_dir, outbox) = outbox();
-        let (mut ours, theirs) = (looking(&outbox), looking(&outbox));
+        let mut ours = opened(&outbox);
+        let theirs = opened(&outbox);
         let token = theirs.token.clone();
         drop(theirs);
-        replace_the_lock_file(&outbox);
-        ours.look(&outbox).unwrap();
-        assert_eq!(ours.owner(token.as_bytes()), Owner::Ended);
+        replace_lock_file(&outbox);
+        ours.refresh(&outbox).unwrap();
+        assert_eq!(ours.owner_state(token.as_bytes()), OwnerState::Ended);
     }
 
     #[test]
-    fn a_new_lock_file_says_nothing_of_owners_of_another_one_for_a_minute() {
+    fn owner_of_another_lock_file_is_unknown_for_a_minute() {
         let (_dir, outbox) = outbox();
-        let mut theirs = looking(&outbox);
-        theirs.is_named = true;
-        replace_the_lock_file(&outbox);
-        let mut ours = looking(&outbox);
-        assert_eq!(ours.owner(theirs.token.as_bytes()), Owner::Unknown);
-        ours.settle();
-        assert_eq!(ours.owner(theirs.token.as_bytes()), Owner::Ended);
-        // It has looked meanwhile, as it does every 10 s.
+        let mut theirs = opened(&outbox);
+        theirs.is_token_used = true;
+        replace_lock_file(&outbox);
+        let mut ours = opened(&outbox);
+        assert_eq!(ours.owner_state(theirs.token.as_bytes()), OwnerState::Unknown);
+        ours.make_old();
+        assert_eq!(ours.owner_state(theirs.token.as_bytes()), OwnerState::Ended);
+        // The owner refreshes its locks every 10 s.
         let token = theirs.token.clone();
-        theirs.own(&outbox).unwrap();
-        assert_eq!((ours.owner(token.as_bytes()), &theirs.token), (Owner::Runs, &token));
-    }
-
-    #[test]
-    fn a_lock_file_that_comes_back_is_as_new() {
-        let (dir, outbox) = outbox();
-        let (lock, aside) = (beside(&outbox, "-lock"), dir.path().join("aside"));
-        let mut ours = looking(&outbox);
-        ours.settle();
-        fs::rename(&lock, &aside).unwrap();
-        let theirs = looking(&outbox);
-        fs::rename(&aside, &lock).unwrap();
-        ours.look(&outbox).unwrap();
+        theirs.ensure_locked(&outbox).unwrap();
         assert_eq!(
-            ours.owner(theirs.token.as_bytes()),
-            Owner::Ended,
-            "it was at its place all the time for us"
+            (ours.owner_state(token.as_bytes()), &theirs.token),
+            (OwnerState::Running, &token)
+        );
+    }
+
+    #[test]
+    fn restored_lock_file_counts_as_new() {
+        let (dir, outbox) = outbox();
+        let lock = beside(&outbox, "-lock");
+        let aside = dir.path().join("aside");
+        let mut ours = opened(&outbox);
+        ours.make_old();
+        fs::rename(&lock, &aside).unwrap();
+        let theirs = opened(&outbox);
+        fs::rename(&aside, &lock).unwrap();
+        ours.refresh(&outbox).unwrap();
+        assert_eq!(
+            ours.owner_state(theirs.token.as_bytes()),
+            OwnerState::Ended,
+            "this process has not noticed that it was replaced"
         );
         fs::rename(&lock, &aside).unwrap();
-        ours.look(&outbox).unwrap();
+        ours.refresh(&outbox).unwrap();
         fs::rename(&aside, &lock).unwrap();
-        ours.look(&outbox).unwrap();
-        assert_eq!(ours.owner(theirs.token.as_bytes()), Owner::Unknown);
+        ours.refresh(&outbox).unwrap();
+        assert_eq!(ours.owner_state(theirs.token.as_bytes()), OwnerState::Unknown);
     }
 
     #[test]
-    fn nothing_is_concluded_where_the_lock_file_cannot_be_used() {
+    fn owner_is_unknown_if_the_lock_file_is_unusable() {
         let (_dir, outbox) = outbox();
-        let theirs = looking(&outbox);
-        replace_the_lock_file(&outbox);
-        let mut ours = looking(&outbox);
-        ours.settle();
-        replace_the_lock_file(&outbox);
+        let theirs = opened(&outbox);
+        replace_lock_file(&outbox);
+        let mut ours = opened(&outbox);
+        ours.make_old();
+        replace_lock_file(&outbox);
         fs::create_dir(beside(&outbox, "-lock")).unwrap();
-        ours.look(&outbox).unwrap_err();
-        assert_eq!(ours.owner(theirs.token.as_bytes()), Owner::Unknown);
-        ours.is_named = true;
-        ours.own(&outbox).unwrap();
-        // It holds no lock as yet.
-        Locks { is_named: true, ..Locks::new() }.own(&outbox).unwrap_err();
+        ours.refresh(&outbox).unwrap_err();
+        assert_eq!(ours.owner_state(theirs.token.as_bytes()), OwnerState::Unknown);
+        ours.is_token_used = true;
+        ours.ensure_locked(&outbox).unwrap();
+        // These hold no lock yet.
+        Locks { is_token_used: true, ..Locks::new() }.ensure_locked(&outbox).unwrap_err();
     }
 
     #[test]
-    fn replaced_lock_files_that_nobody_needs_are_closed() {
+    fn unused_replaced_lock_files_are_closed() {
         let (_dir, outbox) = outbox();
-        let mut ours = looking(&outbox);
-        ours.is_named = true;
-        let theirs = looking(&outbox);
+        let mut ours = opened(&outbox);
+        ours.is_token_used = true;
+        let theirs = opened(&outbox);
         for _ in 0..limits::LOCK_FILES + 10 {
-            replace_the_lock_file(&outbox);
-            ours.look(&outbox).unwrap();
+            replace_lock_file(&outbox);
+            ours.refresh(&outbox).unwrap();
         }
         assert_eq!(
             ours.files.len(),
@@ -654,68 +665,73 @@ mod tests {
             "the first one, the last ones and the current one"
         );
         drop(theirs);
-        assert_eq!(looking(&outbox).owner(ours.token.as_bytes()), Owner::Runs);
+        assert_eq!(opened(&outbox).owner_state(ours.token.as_bytes()), OwnerState::Running);
     }
 
     #[test]
-    fn one_process_at_a_time_has_its_turn_also_while_the_lock_file_is_replaced() {
+    fn only_one_process_has_the_write_lock_also_if_the_lock_file_is_replaced() {
         let (_dir, outbox) = outbox();
-        let (mut ours, mut theirs) = (Locks::new(), looking(&outbox));
-        let turn = ours.turn(&outbox, Instant::now()).unwrap();
-        drop(ours.turn(&outbox, Instant::now()).unwrap());
-        let (since, bound) = (Instant::now(), Duration::from_millis(50));
-        let error = theirs.turn(&outbox, since + bound).unwrap_err();
+        let mut ours = Locks::new();
+        let mut theirs = opened(&outbox);
+        let lock = ours.lock_for_writing(&outbox, Instant::now()).unwrap();
+        drop(ours.lock_for_writing(&outbox, Instant::now()).unwrap());
+        let since = Instant::now();
+        let bound = Duration::from_millis(50);
+        let error = theirs.lock_for_writing(&outbox, since + bound).unwrap_err();
         assert!(
             error.kind() == io::ErrorKind::TimedOut && since.elapsed() >= bound,
-            "the inner turn has not ended the outer one"
+            "the inner lock's release has not released the outer one"
         );
-        replace_the_lock_file(&outbox);
+        replace_lock_file(&outbox);
         assert_eq!(
-            theirs.turn(&outbox, Instant::now()).unwrap_err().kind(),
+            theirs.lock_for_writing(&outbox, Instant::now()).unwrap_err().kind(),
             io::ErrorKind::TimedOut
         );
         let mut new = Locks::new();
-        let has_turn = AtomicBool::new(false);
+        let is_locked = AtomicBool::new(false);
         std::thread::scope(|scope| {
             let waiting = scope.spawn(|| {
-                let turn = theirs.turn(&outbox, Instant::now() + Duration::from_secs(20)).unwrap();
-                has_turn.store(true, Ordering::Relaxed);
-                turn
+                let lock = theirs
+                    .lock_for_writing(&outbox, Instant::now() + Duration::from_secs(20))
+                    .unwrap();
+                is_locked.store(true, Ordering::Relaxed);
+                lock
             });
-            // While it waits, too.
+            // The file is replaced during the wait, too.
             std::thread::sleep(bound);
-            replace_the_lock_file(&outbox);
-            let turn_of_new = new.turn(&outbox, Instant::now()).unwrap();
-            drop(turn);
+            replace_lock_file(&outbox);
+            let lock_of_new = new.lock_for_writing(&outbox, Instant::now()).unwrap();
+            drop(lock);
             std::thread::sleep(bound);
-            assert!(!has_turn.load(Ordering::Relaxed));
-            drop(turn_of_new);
+            assert!(!is_locked.load(Ordering::Relaxed));
+            drop(lock_of_new);
             waiting.join().unwrap();
         });
-        assert_eq!(theirs.owner(ours.token.as_bytes()), Owner::Runs);
+        assert_eq!(theirs.owner_state(ours.token.as_bytes()), OwnerState::Running);
     }
 
     #[test]
-    fn a_forked_child_releases_no_lock_of_its_parent() {
+    fn forked_child_does_not_release_locks_of_its_parent() {
         let (_dir, outbox) = outbox();
-        let (mut child, _) = deliver(&outbox, &Arc::default());
+        let (mut child, _) = acquire(&outbox, &Arc::default());
         let token = child.token.clone();
-        // What its parent has open, which is the same open file description.
+        // The parent's descriptor, of the same open file description.
         let parents = child.files[0].file.try_clone().unwrap();
         child.files[0].pid -= 1;
         child.stop_delivering();
         drop(child);
-        let (other, deliverer) = deliver(&outbox, &Arc::default());
-        assert!(matches!(deliverer, Deliverer::Another(_)));
-        assert_eq!(other.owner(token.as_bytes()), Owner::Runs);
+        let (other, deliverer) = acquire(&outbox, &Arc::default());
+        assert!(matches!(deliverer, DeliveryLock::HeldBy(_)));
+        assert_eq!(other.owner_state(token.as_bytes()), OwnerState::Running);
         drop(parents);
-        assert_eq!(other.owner(token.as_bytes()), Owner::Ended);
+        assert_eq!(other.owner_state(token.as_bytes()), OwnerState::Ended);
     }
 
     #[test]
-    fn what_is_no_lock_file_is_refused_at_once_and_left_as_it_is() {
+    fn special_file_at_the_lock_files_path_is_an_error_and_unchanged() {
         let (dir, outbox) = outbox();
-        let (lock, other) = (beside(&outbox, "-lock"), dir.path().join("other"));
+        let lock = beside(&outbox, "-lock");
+        let other = dir.path().join("other");
         fs::write(&other, "theirs").unwrap();
         let makers: [(&str, &dyn Fn()); 5] = [
             ("is a symlink, not a regular file; move it away", &|| symlink(&other, &lock).unwrap()),
@@ -735,7 +751,7 @@ mod tests {
         for (problem, make) in makers {
             make();
             let kind = fs::symlink_metadata(&lock).unwrap().file_type();
-            let error = Locks::new().deliver(&outbox, &Arc::default()).unwrap_err();
+            let error = Locks::new().acquire_delivery(&outbox, &Arc::default()).unwrap_err();
             assert_eq!(error.to_string(), format!("heartbeat.db-lock {problem}"));
             assert_eq!(fs::symlink_metadata(&lock).unwrap().file_type(), kind);
             assert_eq!(fs::read(&other).unwrap(), b"theirs");
@@ -745,9 +761,9 @@ mod tests {
     }
 
     #[test]
-    fn a_lock_file_is_its_owners_alone_from_its_first_byte() {
+    fn lock_file_is_created_with_mode_0600() {
         let (_dir, outbox) = outbox();
-        looking(&outbox);
+        opened(&outbox);
         assert_eq!(
             fs::metadata(beside(&outbox, "-lock")).unwrap().permissions().mode() & 0o777,
             0o600
@@ -756,19 +772,19 @@ mod tests {
 
     #[test]
     #[ignore = "needs root"]
-    fn a_lock_file_that_root_makes_belongs_to_the_folders_owner() {
+    fn lock_file_created_by_root_belongs_to_the_folders_owner() {
         let (dir, outbox) = outbox();
         std::os::unix::fs::chown(&dir, Some(1000), Some(1000)).unwrap();
         let lock = beside(&outbox, "-lock");
         let owner = || fs::metadata(&lock).map(|found| (found.uid(), found.gid())).unwrap();
-        looking(&outbox);
+        opened(&outbox);
         assert_eq!(owner(), (1000, 1000));
-        // One that root has made and not given away, as it was killed.
+        // Root was killed before it could change the owner.
         std::os::unix::fs::chown(&lock, Some(0), Some(0)).unwrap();
-        looking(&outbox);
+        opened(&outbox);
         assert_eq!(owner(), (1000, 1000));
         std::os::unix::fs::chown(&lock, Some(1001), Some(1001)).unwrap();
-        let error = Locks::new().look(&outbox).unwrap_err();
+        let error = Locks::new().refresh(&outbox).unwrap_err();
         let problem = "heartbeat.db-lock belongs to user 1001, and not to this user (0) or the owner of its folder (1000)";
         assert!(error.to_string().starts_with(problem), "{error}");
         assert_eq!(owner(), (1001, 1001));

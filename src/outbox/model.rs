@@ -1,8 +1,9 @@
-//! The outbox on real files held against a model of it: a list of rows, and the rules said plainly. Whatever is done, in
-//! whatever order, the two agree.
+//! Compares the outbox on real files with a model: a list of rows, and simple rules. After any
+//! sequence of steps both have the same rows.
 //!
-//! There are two processes: the agent, which delivers, and the program, which adds. The model keeps two ledgers: what the
-//! agent knows by now, and what the file knew last. Where a process dies, the file is what remains.
+//! There are two processes: the agent, which delivers, and the program, which adds rows. The model
+//! has two states: the rows that the agent knows, and the rows in the file. When a process is
+//! killed, the state of the file remains.
 
 use std::collections::{BTreeSet, HashMap};
 use std::fmt::Debug;
@@ -23,23 +24,23 @@ use crate::delta::{LifecycleDelta, Operation, from_micros, micros};
 
 const DAY: u64 = 24 * 3600;
 
-/// One thing that is done.
+/// One step of a test.
 #[derive(Clone, Debug)]
 enum Step {
-    By(Who, Act),
-    /// The agent does these in one transaction: what is to begin, to be pushed or to be posted itself, and what ends.
-    Group(Vec<Act>),
+    By(Who, Change),
+    /// The agent makes these changes in one transaction.
+    Group(Vec<Change>),
     /// The program is killed.
     ProgramDies,
     /// The agent is killed and starts again.
     AgentRestarts,
-    /// The agent asks for so many that may go out.
+    /// The agent reads so many deltas that may be sent.
     Fetch(usize),
-    /// The master answers, for so many of those that were fetched last, from this one on.
-    Settle(usize, usize, DeliveryResult),
-    /// The same again.
-    SettleAgain,
-    Tend,
+    /// The master answers so many of the deltas that were read last, from this index on.
+    Answer(usize, usize, DeliveryResult),
+    /// The last answer is recorded again.
+    AnswerAgain,
+    Maintain,
     Age(u64),
     /// The agent's file takes no more pages.
     Fill,
@@ -47,7 +48,7 @@ enum Step {
     /// A third process has the file locked.
     Lock,
     Unlock,
-    /// The file is removed. The program dies, too.
+    /// The file is deleted, and the program is killed.
     Remove,
 }
 
@@ -57,35 +58,36 @@ enum Who {
     Program,
 }
 
-/// What either process can do. A number says which of those it has, from the oldest on, and starts over at their end.
+/// A change by one of the processes. A number is the index of a row of the process, from the oldest
+/// on, modulo their count.
 #[derive(Clone, Debug)]
-enum Act {
+enum Change {
     Push(Vec<Ended>),
-    /// On these deckies, so many times over.
+    /// On these deckies, repeated so many times.
     Begin(Operation, Vec<&'static str>, usize),
-    End(usize, Verdict, SentBy),
-    /// To post these itself.
+    End(usize, EndResult, SentBy),
+    /// Adds deltas that the process sends itself.
     Claim(Vec<Ended>),
-    /// So many of those that it was to post itself.
+    /// Releases so many of the deltas that the process was to send itself.
     Release(usize, usize),
-    /// So many of those that it posted itself, and the master has answered.
-    Settle(usize, usize, DeliveryResult),
+    /// The master answers so many of the deltas that the process has sent itself.
+    Answer(usize, usize, DeliveryResult),
 }
 
-/// Deltas, so many that are the same.
+/// So many equal deltas.
 #[derive(Clone, Debug)]
-struct Ended(&'static str, Operation, Verdict, usize);
+struct Ended(&'static str, Operation, EndResult, usize);
 
 /// How an operation ended, and in which second since 1970.
 #[derive(Clone, Copy, Debug)]
-enum Verdict {
+enum EndResult {
     Success(u64),
     Failure(u64),
-    /// With a text that needs a page of its own.
+    /// The error needs a page of its own.
     LongFailure(u64),
 }
 
-impl Verdict {
+impl EndResult {
     fn delta(self, decky: &str, operation: Operation) -> LifecycleDelta {
         let (delta, second) = match self {
             Self::Success(second) => (LifecycleDelta::succeeded(decky, operation), second),
@@ -111,8 +113,8 @@ struct Row {
     age: u64,
 }
 
-/// Stands for a time that only the outbox knows: it said itself that the operation has failed.
-const BY_ITSELF: i64 = -1;
+/// Stands for a time that only the outbox knows, because it has reported the operation failed.
+const RECOVERED: i64 = -1;
 
 impl Row {
     fn in_flight(decky: &str, operation: Operation, owner: &str) -> Self {
@@ -149,7 +151,7 @@ impl Row {
         self.completed_at.is_some() && self.rejected.is_none()
     }
 
-    fn kept(&self) -> QueuedDelta {
+    fn queued(&self) -> QueuedDelta {
         let delta = match &self.error {
             None => LifecycleDelta::succeeded(&self.decky, self.operation),
             Some(error) => LifecycleDelta::failed(&self.decky, self.operation, error),
@@ -161,36 +163,37 @@ impl Row {
     }
 }
 
-/// The rules.
+/// A state of the outbox, and the rules for its changes.
 #[derive(Clone, Debug, Default)]
-struct Ledger {
-    /// From the oldest to the newest.
+struct Model {
+    /// The oldest first.
     rows: Vec<Row>,
     /// The highest id that a row has ever had.
     newest: i64,
-    /// Deltas that came into being, and what became of them.
+    /// The number of deltas that were added, and those that left the outbox.
     pushed: u64,
     delivered: u64,
     rejected: u64,
     dropped: u64,
 }
 
-impl Ledger {
-    /// Of those that nobody is at work on as many go as are too many: the rejected ones, and then the deltas, each from
-    /// the oldest on.
-    fn too_many(&self, more: usize) -> Option<BTreeSet<i64>> {
+impl Model {
+    /// The rows to drop for new ones: rejected rows first, then deltas, the oldest first. Rows with
+    /// an owner are not dropped. `None`: there is no room.
+    fn excess(&self, more: usize) -> Option<BTreeSet<i64>> {
         let excess = (self.rows.len() + more).saturating_sub(limits::OUTBOX_ROWS);
         let idle = || self.rows.iter().filter(|row| row.owner.is_none());
         let rejected = idle().filter(|row| row.rejected.is_some());
         let deltas = idle().filter(|row| row.rejected.is_none());
-        let gone: BTreeSet<_> = rejected.chain(deltas).map(|row| row.id).take(excess).collect();
-        (gone.len() == excess).then_some(gone)
+        let dropped_ids: BTreeSet<_> =
+            rejected.chain(deltas).map(|row| row.id).take(excess).collect();
+        (dropped_ids.len() == excess).then_some(dropped_ids)
     }
 
-    /// How many deltas fell out.
+    /// Adds rows, and returns the number of dropped deltas.
     fn add(&mut self, first: i64, new: &[Row]) -> u64 {
-        let gone = self.too_many(new.len()).unwrap();
-        let dropped = self.remove(&gone);
+        let dropped_ids = self.excess(new.len()).unwrap();
+        let dropped = self.remove(&dropped_ids);
         self.dropped += dropped;
         self.pushed += new.iter().filter(|row| row.waits()).count() as u64;
         self.rows.extend((first..).zip(new).map(|(id, row)| Row { id, ..row.clone() }));
@@ -199,10 +202,11 @@ impl Ledger {
         dropped
     }
 
-    /// How many of them were waiting.
-    fn remove(&mut self, gone: &BTreeSet<i64>) -> u64 {
-        let waited = self.rows.iter().filter(|row| row.waits() && gone.contains(&row.id)).count();
-        self.rows.retain(|row| !gone.contains(&row.id));
+    /// Removes rows, and returns the number of waiting ones among them.
+    fn remove(&mut self, dropped_ids: &BTreeSet<i64>) -> u64 {
+        let waited =
+            self.rows.iter().filter(|row| row.waits() && dropped_ids.contains(&row.id)).count();
+        self.rows.retain(|row| !dropped_ids.contains(&row.id));
         waited as u64
     }
 
@@ -219,32 +223,36 @@ impl Ledger {
         self.of(ids).for_each(|row| row.owner = None);
     }
 
-    fn settle(&mut self, ids: &BTreeSet<i64>, settled: &DeliveryResult) {
-        match settled {
+    fn answer(&mut self, ids: &BTreeSet<i64>, result: &DeliveryResult) {
+        match result {
             DeliveryResult::Delivered => self.delivered += self.remove(ids),
             DeliveryResult::Rejected(reason) => {
                 self.rejected += self.of(ids).filter(|row| row.waits()).count() as u64;
-                self.of(ids)
-                    .for_each(|row| (row.rejected, row.owner) = (Some(reason.clone()), None));
+                for row in self.of(ids) {
+                    row.rejected = Some(reason.clone());
+                    row.owner = None;
+                }
             }
         }
     }
 
-    /// What was in flight in a process that has died has failed, and what it was to post waits for delivery.
-    fn recover(&mut self, living: &[&str], reason: &str) {
-        let dead =
-            |row: &&mut Row| row.owner.as_deref().is_some_and(|owner| !living.contains(&owner));
-        for row in self.rows.iter_mut().filter(dead) {
+    /// Operations of processes that are not running have failed, and the deltas that they were to
+    /// send wait for delivery.
+    fn recover(&mut self, running: &[&str], reason: &str) {
+        let has_ended =
+            |row: &&mut Row| row.owner.as_deref().is_some_and(|owner| !running.contains(&owner));
+        for row in self.rows.iter_mut().filter(has_ended) {
             row.owner = None;
             if row.completed_at.is_none() {
-                (row.error, row.completed_at) =
-                    (Some(format!("{reason}{}", row.operation)), Some(BY_ITSELF));
+                row.error = Some(format!("{reason}{}", row.operation));
+                row.completed_at = Some(RECOVERED);
                 self.pushed += 1;
             }
         }
     }
 
-    /// What nobody is at work on grows older, and goes after seven days. How many deltas fell out.
+    /// Ages the rows without an owner, and drops those older than seven days. Returns the number of
+    /// dropped deltas.
     fn age(&mut self, days: u64) -> u64 {
         self.rows
             .iter_mut()
@@ -261,7 +269,8 @@ impl Ledger {
         dropped
     }
 
-    /// Somebody is at work on a newer row of the same decky and operation, or on this one.
+    /// The waiting rows that must not be sent: a row of the same decky and operation that is newer,
+    /// or the row itself, has an owner.
     fn held(&self) -> BTreeSet<i64> {
         let of = |row: &Row| (row.decky.clone(), row.operation);
         let owned = self.rows.iter().filter(|row| row.owner.is_some());
@@ -275,7 +284,7 @@ impl Ledger {
     fn deliverable(&self, most: usize) -> Vec<QueuedDelta> {
         let held = self.held();
         let free = self.rows.iter().rev().filter(|row| row.waits() && !held.contains(&row.id));
-        free.take(most).map(Row::kept).collect()
+        free.take(most).map(Row::queued).collect()
     }
 
     fn waiting(&self) -> u64 {
@@ -297,20 +306,20 @@ impl Ledger {
         }
     }
 
-    /// Nothing is lost and nothing comes twice.
+    /// Whether each delta is counted once.
     fn adds_up(&self) -> bool {
         self.pushed == self.delivered + self.rejected + self.dropped + self.waiting()
     }
 }
 
-/// A process with its outbox, and what it is at work on.
+/// A process with its outbox, and the rows that it owns.
 struct Process {
     outbox: Outbox,
     /// Operations in flight.
     open: Vec<(i64, String, Operation)>,
-    /// Deltas that it is to post itself.
+    /// Deltas that it sends itself.
     ours: Vec<QueuedDelta>,
-    /// Deltas that fell out since it was started.
+    /// The number of deltas that were dropped since its start.
     dropped: u64,
 }
 
@@ -319,66 +328,66 @@ impl Process {
         Self { outbox: open_as(dir, role), open: Vec::new(), ours: Vec::new(), dropped: 0 }
     }
 
-    /// Ends one of its operations, but for the outbox.
+    /// Ends one of its operations in the model, not in the outbox.
     fn end(
         &mut self,
         which: usize,
-        verdict: Verdict,
-        poster: SentBy,
-        ledgers: &mut [&mut Ledger],
+        end_result: EndResult,
+        sent_by: SentBy,
+        models: &mut [&mut Model],
     ) -> QueuedDelta {
         let (id, decky, operation) = self.open.remove(which % self.open.len());
-        let delta = verdict.delta(&decky, operation);
+        let delta = end_result.delta(&decky, operation);
         let owner =
-            (poster == SentBy::ThisProcess).then_some(self.outbox.store.locks.token.as_str());
-        ledgers.iter_mut().for_each(|ledger| ledger.end(id, &delta, owner));
-        let kept = QueuedDelta { id, delta };
-        if poster == SentBy::ThisProcess {
-            self.ours.push(kept.clone());
+            (sent_by == SentBy::ThisProcess).then_some(self.outbox.store.locks.token.as_str());
+        models.iter_mut().for_each(|model| model.end(id, &delta, owner));
+        let queued = QueuedDelta { id, delta };
+        if sent_by == SentBy::ThisProcess {
+            self.ours.push(queued.clone());
         }
-        kept
+        queued
     }
 }
 
-/// So many, from this one on.
-fn some<T>(from: usize, many: usize, all: &[T]) -> std::ops::Range<usize> {
+/// The range of `many` items from index `from` on, modulo their count.
+fn range<T>(from: usize, many: usize, all: &[T]) -> std::ops::Range<usize> {
     let from = from % all.len().max(1);
     from..all.len().min(from + many)
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Trouble {
+enum Fault {
     None,
     Full,
-    /// How many more times it is waited for.
+    /// The number of further waits for the lock.
     Locked(u32),
     Removed,
 }
 
-struct Bench {
+struct Scenario {
     dir: TempDir,
     agent: Process,
     program: Option<Process>,
-    /// What the agent knows.
-    now: Ledger,
-    /// What the file knows.
-    file: Ledger,
-    trouble: Trouble,
-    /// Has the file locked.
+    /// The state that the agent knows.
+    now: Model,
+    /// The state of the file.
+    file: Model,
+    fault: Fault,
+    /// A connection that has the file locked.
     other: Option<Connection>,
     fetched: Vec<QueuedDelta>,
-    settled: Option<(Vec<QueuedDelta>, DeliveryResult)>,
+    last_answer: Option<(Vec<QueuedDelta>, DeliveryResult)>,
     began: i64,
 }
 
-/// How a change to the outbox went: whether the agent made one.
+/// Whether a step has changed the outbox of the agent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Changed {
-    ByTheAgent,
+    ByAgent,
     Otherwise,
 }
 
-impl Bench {
+impl Scenario {
     fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let agent = Process::start(dir.path(), Role::Deliver);
@@ -386,12 +395,12 @@ impl Bench {
             dir,
             agent,
             program: None,
-            now: Ledger::default(),
-            file: Ledger::default(),
-            trouble: Trouble::None,
+            now: Model::default(),
+            file: Model::default(),
+            fault: Fault::None,
             other: None,
             fetched: Vec::new(),
-            settled: None,
+            last_answer: None,
             began: micros(std::time::SystemTime::now()),
         }
     }
@@ -402,48 +411,50 @@ impl Bench {
 
     fn step(&mut self, step: &Step) -> Result<(), TestCaseError> {
         let changed = match step {
-            Step::By(Who::Agent, act) => self.by_the_agent(act)?,
-            Step::By(Who::Program, act) => self.by_the_program(act)?,
-            Step::Group(acts) => self.group(acts)?,
+            Step::By(Who::Agent, change) => self.change_by_agent(change)?,
+            Step::By(Who::Program, change) => self.change_by_program(change)?,
+            Step::Group(changes) => self.group(changes)?,
             Step::ProgramDies => {
                 self.program = None;
                 Changed::Otherwise
             }
             Step::AgentRestarts => self.restart(),
             Step::Fetch(most) => {
-                self.fetched = self.agent.outbox.deliverable(*most, deadline()).unwrap();
+                self.fetched = self.agent.outbox.deliverable(*most).unwrap();
                 prop_assert_eq!(&self.fetched, &self.now.deliverable(*most));
                 Changed::Otherwise
             }
-            Step::Settle(from, many, settled) => {
-                let these = self.fetched.drain(some(*from, *many, &self.fetched)).collect();
-                self.settle((these, settled.clone()))?
+            Step::Answer(from, many, result) => {
+                let these = self.fetched.drain(range(*from, *many, &self.fetched)).collect();
+                self.answer(these, result.clone())?
             }
-            Step::SettleAgain => match self.settled.take() {
-                Some(again) => self.settle(again)?,
+            Step::AnswerAgain => match self.last_answer.take() {
+                Some((these, result)) => self.answer(these, result)?,
                 None => Changed::Otherwise,
             },
-            Step::Tend => self.tend()?,
+            Step::Maintain => self.maintain()?,
             Step::Age(days) => self.age(*days)?,
-            Step::Fill if self.trouble == Trouble::None => {
+            Step::Fill if self.fault == Fault::None => {
                 fill_the_disk(&mut self.agent.outbox);
-                self.trouble = Trouble::Full;
+                self.fault = Fault::Full;
                 Changed::Otherwise
             }
-            Step::Lock if self.trouble == Trouble::None => {
+            Step::Lock if self.fault == Fault::None => {
                 let other = Connection::open(self.path()).unwrap();
                 other.execute_batch("BEGIN IMMEDIATE").unwrap();
-                (self.other, self.trouble) = (Some(other), Trouble::Locked(2));
+                self.other = Some(other);
+                self.fault = Fault::Locked(2);
                 Changed::Otherwise
             }
-            Step::Remove if self.trouble == Trouble::None => {
+            Step::Remove if self.fault == Fault::None => {
                 self.program = None;
                 std::fs::remove_file(self.path()).unwrap();
-                (self.file, self.trouble) = (Ledger::default(), Trouble::Removed);
+                self.file = Model::default();
+                self.fault = Fault::Removed;
                 Changed::Otherwise
             }
-            Step::Free if self.trouble == Trouble::Full => self.free(),
-            Step::Unlock if matches!(self.trouble, Trouble::Locked(_)) => self.unlock(),
+            Step::Free if self.fault == Fault::Full => self.free(),
+            Step::Unlock if matches!(self.fault, Fault::Locked(_)) => self.unlock(),
             Step::Fill | Step::Free | Step::Lock | Step::Unlock | Step::Remove => {
                 Changed::Otherwise
             }
@@ -453,20 +464,21 @@ impl Bench {
 
     fn free(&mut self) -> Changed {
         free_the_disk(&mut self.agent.outbox);
-        self.trouble = Trouble::None;
+        self.fault = Fault::None;
         Changed::Otherwise
     }
 
     fn unlock(&mut self) -> Changed {
-        (self.other, self.trouble) = (None, Trouble::None);
+        self.other = None;
+        self.fault = Fault::None;
         Changed::Otherwise
     }
 
-    /// Whether the agent can change anything now: it waits for a lock a second each time, and a test has not many.
-    fn has_patience(&mut self) -> bool {
-        match &mut self.trouble {
-            Trouble::Locked(0) => false,
-            Trouble::Locked(times) => {
+    /// Whether the agent may wait for the lock. Each wait takes a second, so a test has only a few.
+    fn may_wait(&mut self) -> bool {
+        match &mut self.fault {
+            Fault::Locked(0) => false,
+            Fault::Locked(times) => {
                 *times -= 1;
                 true
             }
@@ -474,49 +486,52 @@ impl Bench {
         }
     }
 
-    fn by_the_agent(&mut self, act: &Act) -> Result<Changed, TestCaseError> {
-        if !self.has_patience() {
+    fn change_by_agent(&mut self, change: &Change) -> Result<Changed, TestCaseError> {
+        if !self.may_wait() {
             return Ok(Changed::Otherwise);
         }
         let before = self.now.waiting();
-        let changed = perform(act, &mut self.agent, &mut [&mut self.now], self.trouble)?;
-        if let (Act::Push(_), true) = (act, changed) {
-            // It is brought up to date without a look at the rows.
-            let waiting = self.agent.outbox.books().counts.waiting;
+        let changed = make_change(change, &mut self.agent, &mut [&mut self.now], self.fault)?;
+        if let (Change::Push(_), true) = (change, changed) {
+            // The count is updated without reading the rows.
+            let waiting = self.agent.outbox.stats().counts.waiting;
             prop_assert_eq!(waiting, self.now.waiting(), "it was {}", before);
         }
-        Ok(if changed { Changed::ByTheAgent } else { Changed::Otherwise })
+        Ok(if changed { Changed::ByAgent } else { Changed::Otherwise })
     }
 
-    fn group(&mut self, acts: &[Act]) -> Result<Changed, TestCaseError> {
-        if !self.has_patience() {
+    fn group(&mut self, changes: &[Change]) -> Result<Changed, TestCaseError> {
+        if !self.may_wait() {
             return Ok(Changed::Otherwise);
         }
-        let (agent, ledgers) = (&mut self.agent, &mut [&mut self.now]);
+        let agent = &mut self.agent;
+        let models = &mut [&mut self.now];
         let us = agent.outbox.store.locks.token.clone();
         let mut adds = Vec::new();
-        for act in acts {
-            match act {
-                Act::Push(ended) => adds.push(NewRows::Deltas(deltas(ended), SentBy::Deliverer)),
-                Act::Claim(ended) => adds.push(NewRows::Deltas(deltas(ended), SentBy::ThisProcess)),
-                Act::Begin(operation, deckies, times) => {
+        for change in changes {
+            match change {
+                Change::Push(ended) => adds.push(NewRows::Deltas(deltas(ended), SentBy::Deliverer)),
+                Change::Claim(ended) => {
+                    adds.push(NewRows::Deltas(deltas(ended), SentBy::ThisProcess))
+                }
+                Change::Begin(operation, deckies, times) => {
                     let deckies = deckies.repeat(*times).into_iter().map(str::to_owned).collect();
                     adds.push(NewRows::Operation(*operation, deckies));
                 }
-                Act::End(which, verdict, poster) if !agent.open.is_empty() => {
-                    let kept = agent.end(*which, *verdict, *poster, ledgers);
-                    agent.outbox.note(RowChange::Ended(vec![kept], *poster));
+                Change::End(which, end_result, sent_by) if !agent.open.is_empty() => {
+                    let queued = agent.end(*which, *end_result, *sent_by, models);
+                    agent.outbox.record_change(RowChange::Ended(vec![queued], *sent_by));
                 }
-                Act::End(..) | Act::Release(..) | Act::Settle(..) => (),
+                Change::End(..) | Change::Release(..) | Change::Answer(..) => (),
             }
         }
         let CommitResult { added: firsts, changed } = agent.outbox.commit(&adds, deadline());
-        prop_assert!(is_as_it_must_be(&changed, self.trouble), "{:?}", changed);
+        prop_assert!(is_reported_correctly(&changed, self.fault), "{:?}", changed);
         let new = agent.outbox.just_added(&adds, &firsts);
         for (first, add) in firsts.into_iter().zip(&adds) {
             let rows: Vec<_> = match add {
-                NewRows::Deltas(deltas, poster) => {
-                    let owner = (*poster == SentBy::ThisProcess).then_some(us.as_str());
+                NewRows::Deltas(deltas, sent_by) => {
+                    let owner = (*sent_by == SentBy::ThisProcess).then_some(us.as_str());
                     deltas.iter().map(|delta| Row::ended(delta, owner)).collect()
                 }
                 NewRows::Operation(operation, deckies) => {
@@ -538,24 +553,25 @@ impl Bench {
                 }
                 _ => (),
             }
-            added(first, &rows, agent, ledgers, self.trouble)?;
+            added(first, &rows, agent, models, self.fault)?;
         }
-        // What is sent without being read is what would be read.
+        // The deltas that are sent without a read are those that would be read.
         if let Some(new) = new {
             prop_assert_eq!(&new, &self.now.deliverable(usize::MAX));
         }
-        Ok(Changed::ByTheAgent)
+        Ok(Changed::ByAgent)
     }
 
-    /// It has no part in the agent's troubles: it waits until they are over, unless the disk is full for the agent alone.
-    fn by_the_program(&mut self, act: &Act) -> Result<Changed, TestCaseError> {
-        if matches!(self.trouble, Trouble::None | Trouble::Full) {
+    /// The program makes changes only while the agent has no fault. A full disk is simulated for
+    /// the agent only.
+    fn change_by_program(&mut self, change: &Change) -> Result<Changed, TestCaseError> {
+        if matches!(self.fault, Fault::None | Fault::Full) {
             let program = self
                 .program
                 .get_or_insert_with(|| Process::start(self.dir.path(), Role::Contribute));
-            perform(act, program, &mut [&mut self.file, &mut self.now], Trouble::None)?;
-            prop_assert!(program.outbox.books().on_disk);
-            prop_assert_eq!(program.outbox.books().dropped, program.dropped);
+            make_change(change, program, &mut [&mut self.file, &mut self.now], Fault::None)?;
+            prop_assert!(program.outbox.stats().on_disk);
+            prop_assert_eq!(program.outbox.stats().dropped, program.dropped);
         }
         Ok(Changed::Otherwise)
     }
@@ -565,95 +581,96 @@ impl Bench {
         let Self { dir, agent, program, .. } = self;
         let (outbox, _) =
             Outbox::open_at(&OutboxLocation::Memory, dir.path(), Role::Contribute).unwrap();
-        // Dead before it is started again.
+        // The old process ends before the new one starts.
         agent.outbox = outbox;
         *agent = Process::start(dir.path(), Role::Deliver);
         self.now = self.file.clone();
-        self.now.recover(&living(program.as_ref()), "the agent restarted during ");
-        (self.fetched, self.settled) = (Vec::new(), None);
-        Changed::ByTheAgent
+        self.now.recover(&running(program.as_ref()), "the agent restarted during ");
+        self.fetched = Vec::new();
+        self.last_answer = None;
+        Changed::ByAgent
     }
 
-    fn settle(
+    fn answer(
         &mut self,
-        (these, settled): (Vec<QueuedDelta>, DeliveryResult),
+        these: Vec<QueuedDelta>,
+        result: DeliveryResult,
     ) -> Result<Changed, TestCaseError> {
-        if these.is_empty() || !self.has_patience() {
+        if these.is_empty() || !self.may_wait() {
             return Ok(Changed::Otherwise);
         }
-        let done = self.agent.outbox.settle(&these, &settled, deadline());
-        prop_assert!(done.is_ok() || self.trouble != Trouble::None, "{:?}", done);
-        prop_assert!(done.is_err() || !matches!(self.trouble, Trouble::Locked(_)));
-        self.now.settle(&these.iter().map(|kept| kept.id).collect(), &settled);
-        self.settled = Some((these, settled));
-        Ok(Changed::ByTheAgent)
+        let done = self.agent.outbox.answer(&these, &result);
+        prop_assert!(done.is_ok() || self.fault != Fault::None, "{:?}", done);
+        prop_assert!(done.is_err() || !matches!(self.fault, Fault::Locked(_)));
+        self.now.answer(&these.iter().map(|queued| queued.id).collect(), &result);
+        self.last_answer = Some((these, result));
+        Ok(Changed::ByAgent)
     }
 
-    fn tend(&mut self) -> Result<Changed, TestCaseError> {
-        if !self.has_patience() {
+    fn maintain(&mut self) -> Result<Changed, TestCaseError> {
+        if !self.may_wait() {
             return Ok(Changed::Otherwise);
         }
-        let tended = self.agent.outbox.tend();
-        match self.trouble {
-            Trouble::None => prop_assert!(tended.is_ok(), "{:?}", tended),
-            Trouble::Removed => {
-                prop_assert!(tended.is_ok(), "{:?}", tended);
-                self.trouble = Trouble::None;
+        let maintained = self.agent.outbox.maintain();
+        match self.fault {
+            Fault::None => prop_assert!(maintained.is_ok(), "{:?}", maintained),
+            Fault::Removed => {
+                prop_assert!(maintained.is_ok(), "{:?}", maintained);
+                self.fault = Fault::None;
             }
-            Trouble::Full | Trouble::Locked(_) => (),
+            Fault::Full | Fault::Locked(_) => (),
         }
-        // On the disk or in memory.
-        let mut living = living(self.program.as_ref());
-        living.push(&self.agent.outbox.store.locks.token);
-        self.now.recover(&living, "its process ended during ");
-        Ok(Changed::ByTheAgent)
+        let mut running = running(self.program.as_ref());
+        running.push(&self.agent.outbox.store.locks.token);
+        self.now.recover(&running, "its process ended during ");
+        Ok(Changed::ByAgent)
     }
 
     fn age(&mut self, days: u64) -> Result<Changed, TestCaseError> {
-        if !self.has_patience() {
+        if !self.may_wait() {
             return Ok(Changed::Otherwise);
         }
         let outbox = &mut self.agent.outbox;
         let aged = outbox.age_by(Duration::from_secs(days * DAY));
         prop_assert!(aged.is_ok(), "{:?}", aged);
         self.agent.dropped += self.now.age(days);
-        Ok(Changed::ByTheAgent)
+        Ok(Changed::ByAgent)
     }
 
-    /// The outbox is what the model says, and so is its file.
+    /// Compares the outbox and its file with the model.
     fn check(&mut self, changed: Changed) -> Result<(), TestCaseError> {
         let found = self.agent.outbox.store.read(rows).unwrap();
-        self.learn_times(&found)?;
+        self.copy_times(&found)?;
         let outbox = &mut self.agent.outbox;
-        agree("the rows", &found, &self.now.rows)?;
-        agree(
+        compare("the rows", &found, &self.now.rows)?;
+        compare(
             "the deliverable",
-            &outbox.deliverable(usize::MAX >> 1, deadline()).unwrap(),
+            &outbox.deliverable(usize::MAX >> 1).unwrap(),
             &self.now.deliverable(usize::MAX),
         )?;
-        // What takes a look at every row.
-        outbox.count();
-        let books = outbox.books();
-        let on_disk = books.on_disk;
+        // This reads every row.
+        outbox.recount();
+        let stats = outbox.stats();
+        let on_disk = stats.on_disk;
         prop_assert_eq!(
-            books,
+            stats,
             OutboxStats { counts: self.now.counts(), dropped: self.agent.dropped, on_disk }
         );
-        // A change that the agent makes goes to a new file.
-        if self.trouble == Trouble::Removed && self.path().exists() {
-            self.trouble = Trouble::None;
+        // A change by the agent creates a new file.
+        if self.fault == Fault::Removed && self.path().exists() {
+            self.fault = Fault::None;
         }
-        match (self.trouble, changed) {
-            (Trouble::None, Changed::ByTheAgent) => prop_assert!(on_disk),
-            (Trouble::Removed, _) => prop_assert!(!on_disk),
+        match (self.fault, changed) {
+            (Fault::None, Changed::ByAgent) => prop_assert!(on_disk),
+            (Fault::Removed, _) => prop_assert!(!on_disk),
             _ => (),
         }
         if on_disk {
             self.file = self.now.clone();
         }
-        match self.trouble {
-            Trouble::Removed => prop_assert!(!self.path().exists()),
-            _ => agree(
+        match self.fault {
+            Fault::Removed => prop_assert!(!self.path().exists()),
+            _ => compare(
                 "the file",
                 &rows(&Connection::open(self.path()).unwrap()).unwrap(),
                 &self.file.rows,
@@ -663,10 +680,10 @@ impl Bench {
         Ok(())
     }
 
-    /// When the outbox said by itself that something has failed, only it knows.
-    fn learn_times(&mut self, found: &[Row]) -> Result<(), TestCaseError> {
+    /// Copies the times of recovered operations, which only the outbox knows.
+    fn copy_times(&mut self, found: &[Row]) -> Result<(), TestCaseError> {
         let until = micros(std::time::SystemTime::now());
-        for row in self.now.rows.iter_mut().filter(|row| row.completed_at == Some(BY_ITSELF)) {
+        for row in self.now.rows.iter_mut().filter(|row| row.completed_at == Some(RECOVERED)) {
             row.completed_at =
                 found.iter().find(|found| found.id == row.id).and_then(|found| found.completed_at);
             prop_assert!(
@@ -678,12 +695,12 @@ impl Bench {
         Ok(())
     }
 
-    /// All troubles pass, and the file has it all.
+    /// Ends all faults. Then the file has all rows.
     fn finish(&mut self) -> Result<(), TestCaseError> {
-        for step in [Step::Free, Step::Unlock, Step::Tend] {
+        for step in [Step::Free, Step::Unlock, Step::Maintain] {
             self.step(&step)?;
         }
-        prop_assert!(self.agent.outbox.books().on_disk);
+        prop_assert!(self.agent.outbox.stats().on_disk);
         self.step(&Step::AgentRestarts)?;
         prop_assert_eq!(self.now.counts().operations, self.operations_of_the_program());
         Ok(())
@@ -694,48 +711,48 @@ impl Bench {
     }
 }
 
-fn living(program: Option<&Process>) -> Vec<&str> {
+fn running(program: Option<&Process>) -> Vec<&str> {
     program.map(|program| program.outbox.store.locks.token.as_str()).into_iter().collect()
 }
 
 fn deltas(ended: &[Ended]) -> Vec<LifecycleDelta> {
-    let deltas = ended.iter().map(|Ended(decky, operation, verdict, times)| {
-        std::iter::repeat_n(verdict.delta(decky, *operation), *times)
+    let deltas = ended.iter().map(|Ended(decky, operation, end_result, times)| {
+        std::iter::repeat_n(end_result.delta(decky, *operation), *times)
     });
     deltas.flatten().collect()
 }
 
-/// Whether a change that cannot be refused was told to be on the disk where it is.
-fn is_as_it_must_be(done: &Result<(), Error>, trouble: Trouble) -> bool {
-    match trouble {
-        Trouble::None | Trouble::Removed => done.is_ok(),
-        Trouble::Locked(_) => done.is_err(),
-        Trouble::Full => true,
+/// Whether the result of a change that is never lost reports correctly that it is on the disk.
+fn is_reported_correctly(done: &Result<(), Error>, fault: Fault) -> bool {
+    match fault {
+        Fault::None | Fault::Removed => done.is_ok(),
+        Fault::Locked(_) => done.is_err(),
+        Fault::Full => true,
     }
 }
 
-/// Does it, here and in the ledgers. Whether there was anything to do.
-fn perform(
-    act: &Act,
+/// Makes a change, in the outbox and in the model. Returns whether there was one to make.
+fn make_change(
+    change: &Change,
     process: &mut Process,
-    ledgers: &mut [&mut Ledger],
-    trouble: Trouble,
+    models: &mut [&mut Model],
+    fault: Fault,
 ) -> Result<bool, TestCaseError> {
     let us = process.outbox.store.locks.token.clone();
-    let noted = |done| is_as_it_must_be(&done, trouble);
-    match act {
-        Act::Push(ended) => {
+    let noted = |done| is_reported_correctly(&done, fault);
+    match change {
+        Change::Push(ended) => {
             let deltas = deltas(ended);
             let new: Vec<_> = deltas.iter().map(|delta| Row::ended(delta, None)).collect();
-            let kept = process.outbox.keep(&deltas);
-            // It says nothing of ids: they are the newest.
+            let queued = process.outbox.push(&deltas);
+            // The call does not return ids. They are the newest ones.
             let newest = "SELECT ifnull(max(id), 0) FROM delta";
             let newest: i64 =
                 process.outbox.store.read(|db| db.query_row(newest, [], |row| row.get(0))).unwrap();
             let first = newest + 1 - new.len() as i64;
-            added(kept.map(|()| first), &new, process, ledgers, trouble)?;
+            added(queued.map(|()| first), &new, process, models, fault)?;
         }
-        Act::Begin(operation, deckies, times) => {
+        Change::Begin(operation, deckies, times) => {
             let deckies: Vec<_> = deckies.repeat(*times).into_iter().map(str::to_owned).collect();
             let new: Vec<_> =
                 deckies.iter().map(|decky| Row::in_flight(decky, *operation, &us)).collect();
@@ -746,88 +763,88 @@ fn perform(
                     ids.iter().zip(&deckies).map(|(id, decky)| (*id, decky.clone(), *operation));
                 process.open.extend(open);
             }
-            added(ids.map(|ids| ids[0]), &new, process, ledgers, trouble)?;
+            added(ids.map(|ids| ids[0]), &new, process, models, fault)?;
         }
-        Act::Claim(ended) => {
+        Change::Claim(ended) => {
             let deltas = deltas(ended);
             let new: Vec<_> = deltas.iter().map(|delta| Row::ended(delta, Some(&us))).collect();
-            let kept = process.outbox.claim(deltas.clone());
-            if let Ok(kept) = &kept {
+            let queued = process.outbox.claim(deltas.clone());
+            if let Ok(queued) = &queued {
                 let expected =
-                    (kept[0].id..).zip(deltas).map(|(id, delta)| QueuedDelta { id, delta });
-                prop_assert!(kept.iter().cloned().eq(expected), "{:?}", kept);
-                process.ours.extend_from_slice(kept);
+                    (queued[0].id..).zip(deltas).map(|(id, delta)| QueuedDelta { id, delta });
+                prop_assert!(queued.iter().cloned().eq(expected), "{:?}", queued);
+                process.ours.extend_from_slice(queued);
             }
-            added(kept.map(|kept| kept[0].id), &new, process, ledgers, trouble)?;
+            added(queued.map(|queued| queued[0].id), &new, process, models, fault)?;
         }
-        Act::End(which, verdict, poster) => {
+        Change::End(which, end_result, sent_by) => {
             if process.open.is_empty() {
                 return Ok(false);
             }
-            let kept = process.end(*which, *verdict, *poster, ledgers);
-            let done = process.outbox.end(vec![kept], *poster);
+            let queued = process.end(*which, *end_result, *sent_by, models);
+            let done = process.outbox.end(vec![queued], *sent_by);
             prop_assert!(noted(done));
         }
-        Act::Release(from, many) => {
-            let these: Vec<_> = process.ours.drain(some(*from, *many, &process.ours)).collect();
+        Change::Release(from, many) => {
+            let these: Vec<_> = process.ours.drain(range(*from, *many, &process.ours)).collect();
             if these.is_empty() {
                 return Ok(false);
             }
             let done = process.outbox.release(&these);
             prop_assert!(noted(done));
-            let ids = these.iter().map(|kept| kept.id).collect();
-            ledgers.iter_mut().for_each(|ledger| ledger.release(&ids));
+            let ids = these.iter().map(|queued| queued.id).collect();
+            models.iter_mut().for_each(|model| model.release(&ids));
         }
-        Act::Settle(from, many, settled) => {
-            let these: Vec<_> = process.ours.drain(some(*from, *many, &process.ours)).collect();
+        Change::Answer(from, many, result) => {
+            let these: Vec<_> = process.ours.drain(range(*from, *many, &process.ours)).collect();
             if these.is_empty() {
                 return Ok(false);
             }
-            let done = process.outbox.settle(&these, settled, deadline());
+            let done = process.outbox.answer(&these, result);
             prop_assert!(noted(done));
-            let ids = these.iter().map(|kept| kept.id).collect();
-            ledgers.iter_mut().for_each(|ledger| ledger.settle(&ids, settled));
+            let ids = these.iter().map(|queued| queued.id).collect();
+            models.iter_mut().for_each(|model| model.answer(&ids, result));
         }
     }
     Ok(true)
 }
 
-/// Rows were to be added, and `first` is the first one's id.
+/// Checks the result of an addition, and adds the rows to the model.
 fn added(
     first: Result<i64, Error>,
     new: &[Row],
     process: &mut Process,
-    ledgers: &mut [&mut Ledger],
-    trouble: Trouble,
+    models: &mut [&mut Model],
+    fault: Fault,
 ) -> Result<(), TestCaseError> {
-    let fits = ledgers[0].too_many(new.len()).is_some();
+    let fits = models[0].excess(new.len()).is_some();
     match first {
         Ok(first) => {
-            prop_assert!(fits && !matches!(trouble, Trouble::Locked(_)));
+            prop_assert!(fits && !matches!(fault, Fault::Locked(_)));
             prop_assert!(
-                first > ledgers[0].newest,
+                first > models[0].newest,
                 "{} is no newer than {}",
                 first,
-                ledgers[0].newest
+                models[0].newest
             );
-            process.dropped += ledgers[0].add(first, new);
-            for ledger in &mut ledgers[1..] {
-                ledger.add(first, new);
+            process.dropped += models[0].add(first, new);
+            for model in &mut models[1..] {
+                model.add(first, new);
             }
         }
         Err(error) => {
             let text = error.to_string();
-            match trouble {
-                Trouble::Locked(_) => {
+            match fault {
+                Fault::Locked(_) => {
                     prop_assert!(
-                        text.ends_with("is locked by another process; nothing was kept"),
+                        text.ends_with("is locked by another process; nothing was queued"),
                         "{}",
                         text
                     )
                 }
                 _ => {
                     let no_room =
-                        format!("has no room for {} more: it holds 10000 rows, ", new.len());
+                        format!("has no room for {} more: its limit is 10000 rows, ", new.len());
                     prop_assert!(!fits && text.contains(&no_room), "{}", text);
                 }
             }
@@ -853,8 +870,8 @@ fn rows(db: &Connection) -> rusqlite::Result<Vec<Row>> {
     db.prepare_cached(sql)?.query_map([], row)?.collect()
 }
 
-/// Says the first difference alone: there may be ten thousand rows.
-fn agree<T: Debug + PartialEq>(
+/// Compares two lists. The error has only the first difference, because there may be 10,000 rows.
+fn compare<T: Debug + PartialEq>(
     what: &str,
     found: &[T],
     expected: &[T],
@@ -863,55 +880,56 @@ fn agree<T: Debug + PartialEq>(
         .find(|place| found.get(*place) != expected.get(*place));
     let Some(place) = place else { return Ok(()) };
     let short = |item: Option<&T>| format!("{item:?}").chars().take(300).collect::<String>();
-    let (found_here, expected_here) = (short(found.get(place)), short(expected.get(place)));
+    let found_here = short(found.get(place));
+    let expected_here = short(expected.get(place));
     Err(TestCaseError::fail(format!(
-        "{what}: {} found, {} expected; number {place} is\n  {found_here}, not\n  {expected_here}",
+        "{what}: {} found, {} expected; item {place} is\n  {found_here}, not\n  {expected_here}",
         found.len(),
         expected.len()
     )))
 }
 
-/// Holds the outbox against the model in so many sequences of steps.
-fn hold(cases: u32, steps: impl Strategy<Value = Vec<Step>>) {
+/// Compares the outbox with the model for so many sequences of steps.
+fn check_sequences(cases: u32, steps: impl Strategy<Value = Vec<Step>>) {
     let config =
         Config { cases, failure_persistence: None, max_shrink_time: 20_000, ..Config::default() };
-    let held = TestRunner::new(config).run(&steps, |steps| {
-        let mut bench = Bench::new();
+    let outcome = TestRunner::new(config).run(&steps, |steps| {
+        let mut scenario = Scenario::new();
         for (place, step) in steps.iter().enumerate() {
-            bench.step(step).map_err(|why| {
+            scenario.step(step).map_err(|why| {
                 TestCaseError::fail(format!("after step {place}, {step:?}: {why}"))
             })?;
         }
-        bench.finish()
+        scenario.finish()
     });
-    if let Err(TestError::Fail(why, steps)) = held {
+    if let Err(TestError::Fail(why, steps)) = outcome {
         let steps: String = steps
             .iter()
             .enumerate()
             .map(|(place, step)| format!("{place:>3} {step:?}\n"))
             .collect();
-        panic!("{why}\nThe shortest such sequence:\n{steps}");
+        panic!("{why}\nThe shortest failing sequence:\n{steps}");
     }
-    held.unwrap();
+    outcome.unwrap();
 }
 
 fn operation() -> impl Strategy<Value = Operation> {
     select(&[Operation::Deploy, Operation::Mutate][..])
 }
 
-fn short() -> impl Strategy<Value = Verdict> {
-    prop_oneof![(0..99_u64).prop_map(Verdict::Success), (0..99_u64).prop_map(Verdict::Failure)]
+fn short() -> impl Strategy<Value = EndResult> {
+    prop_oneof![(0..99_u64).prop_map(EndResult::Success), (0..99_u64).prop_map(EndResult::Failure)]
 }
 
-fn verdict() -> impl Strategy<Value = Verdict> {
-    prop_oneof![2 => short(), 1 => (0..99_u64).prop_map(Verdict::LongFailure)]
+fn end_result() -> impl Strategy<Value = EndResult> {
+    prop_oneof![2 => short(), 1 => (0..99_u64).prop_map(EndResult::LongFailure)]
 }
 
-fn poster() -> impl Strategy<Value = SentBy> {
+fn sent_by() -> impl Strategy<Value = SentBy> {
     prop_oneof![2 => Just(SentBy::Deliverer), 1 => Just(SentBy::ThisProcess)]
 }
 
-fn settled() -> impl Strategy<Value = DeliveryResult> {
+fn result() -> impl Strategy<Value = DeliveryResult> {
     prop_oneof![2 => Just(DeliveryResult::Delivered), 1 => Just(DeliveryResult::Rejected("no".to_owned()))]
 }
 
@@ -920,35 +938,36 @@ fn deckies() -> impl Strategy<Value = Vec<&'static str>> {
 }
 
 fn ended(
-    verdict: impl Strategy<Value = Verdict>,
+    end_result: impl Strategy<Value = EndResult>,
     times: impl Strategy<Value = usize>,
 ) -> impl Strategy<Value = Ended> {
     let decky = select(&["a", "b", "c"][..]);
-    (decky, operation(), verdict, times)
-        .prop_map(|(decky, operation, verdict, times)| Ended(decky, operation, verdict, times))
+    (decky, operation(), end_result, times).prop_map(|(decky, operation, end_result, times)| {
+        Ended(decky, operation, end_result, times)
+    })
 }
 
-fn act() -> impl Strategy<Value = Act> {
+fn change() -> impl Strategy<Value = Change> {
     prop_oneof![
-        4 => vec(ended(verdict(), Just(1)), 1..4).prop_map(Act::Push),
-        4 => (operation(), deckies()).prop_map(|(operation, deckies)| Act::Begin(operation, deckies, 1)),
-        4 => (0..8_usize, verdict(), poster()).prop_map(|(which, verdict, poster)| Act::End(which, verdict, poster)),
-        2 => vec(ended(verdict(), Just(1)), 1..4).prop_map(Act::Claim),
-        1 => (0..8_usize, 1..4_usize).prop_map(|(from, many)| Act::Release(from, many)),
-        1 => (0..8_usize, 1..4_usize, settled()).prop_map(|(from, many, settled)| Act::Settle(from, many, settled)),
+        4 => vec(ended(end_result(), Just(1)), 1..4).prop_map(Change::Push),
+        4 => (operation(), deckies()).prop_map(|(operation, deckies)| Change::Begin(operation, deckies, 1)),
+        4 => (0..8_usize, end_result(), sent_by()).prop_map(|(which, end_result, sent_by)| Change::End(which, end_result, sent_by)),
+        2 => vec(ended(end_result(), Just(1)), 1..4).prop_map(Change::Claim),
+        1 => (0..8_usize, 1..4_usize).prop_map(|(from, many)| Change::Release(from, many)),
+        1 => (0..8_usize, 1..4_usize, result()).prop_map(|(from, many, result)| Change::Answer(from, many, result)),
     ]
 }
 
-/// What befalls an outbox whose file can be had.
+/// A step that needs no fault.
 fn step() -> impl Strategy<Value = Step> {
     prop_oneof![
-        10 => act().prop_map(|act| Step::By(Who::Agent, act)),
-        6 => act().prop_map(|act| Step::By(Who::Program, act)),
-        5 => vec(act(), 2..6).prop_map(Step::Group),
+        10 => change().prop_map(|change| Step::By(Who::Agent, change)),
+        6 => change().prop_map(|change| Step::By(Who::Program, change)),
+        5 => vec(change(), 2..6).prop_map(Step::Group),
         4 => (1..10_usize).prop_map(Step::Fetch),
-        6 => (0..8_usize, 1..4_usize, settled()).prop_map(|(from, many, settled)| Step::Settle(from, many, settled)),
-        1 => Just(Step::SettleAgain),
-        3 => Just(Step::Tend),
+        6 => (0..8_usize, 1..4_usize, result()).prop_map(|(from, many, result)| Step::Answer(from, many, result)),
+        1 => Just(Step::AnswerAgain),
+        3 => Just(Step::Maintain),
         2 => (1..4_u64).prop_map(Step::Age),
         1 => Just(Step::ProgramDies),
         1 => Just(Step::AgentRestarts),
@@ -956,48 +975,47 @@ fn step() -> impl Strategy<Value = Step> {
 }
 
 #[test]
-fn nothing_is_lost_and_nothing_comes_twice() {
-    let trouble =
-        prop_oneof![2 => Just(Step::Fill), 2 => Just(Step::Free), 1 => Just(Step::Remove)];
-    hold(96, vec(prop_oneof![8 => step().boxed(), 1 => trouble.boxed()], 1..50));
+fn no_delta_is_lost_or_repeated() {
+    let fault = prop_oneof![2 => Just(Step::Fill), 2 => Just(Step::Free), 1 => Just(Step::Remove)];
+    check_sequences(96, vec(prop_oneof![8 => step().boxed(), 1 => fault.boxed()], 1..50));
 }
 
-/// Few, since each wait takes a second.
+/// There are few cases, because each wait takes a second.
 #[test]
-fn a_locked_file_changes_nothing_but_what_cannot_be_refused() {
+fn locked_file_refuses_only_additions() {
     let before = || vec(step(), 1..12);
     let locked = || vec(step(), 1..6);
     let steps = (before(), locked(), before()).prop_map(|(before, locked, after)| {
         [before, vec![Step::Lock], locked, vec![Step::Unlock], after].concat()
     });
-    hold(6, steps);
+    check_sequences(6, steps);
 }
 
 #[test]
-fn what_is_too_much_falls_out_from_the_oldest_on() {
+fn row_limit_drops_the_oldest_rows() {
     let times = || prop_oneof![1 => 1..10_usize, 2 => 1_000..5_000_usize];
-    let act = move || {
+    let change = move || {
         prop_oneof![
-            6 => vec(ended(short(), times()), 1..3).prop_map(Act::Push),
+            6 => vec(ended(short(), times()), 1..3).prop_map(Change::Push),
             1 => (operation(), deckies(), times()).prop_map(|(operation, deckies, times)| {
-                Act::Begin(operation, deckies, times)
+                Change::Begin(operation, deckies, times)
             }),
-            1 => vec(ended(short(), times()), 1..2).prop_map(Act::Claim),
-            1 => (0..8_usize, 1_000..5_000_usize).prop_map(|(from, many)| Act::Release(from, many)),
-            1 => (0..8_usize, verdict(), poster()).prop_map(|(which, verdict, poster)| {
-                Act::End(which, verdict, poster)
+            1 => vec(ended(short(), times()), 1..2).prop_map(Change::Claim),
+            1 => (0..8_usize, 1_000..5_000_usize).prop_map(|(from, many)| Change::Release(from, many)),
+            1 => (0..8_usize, end_result(), sent_by()).prop_map(|(which, end_result, sent_by)| {
+                Change::End(which, end_result, sent_by)
             }),
         ]
     };
-    let settle = (0..5_000_usize, times(), settled());
+    let answer = (0..5_000_usize, times(), result());
     let step = prop_oneof![
-        6 => act().prop_map(|act| Step::By(Who::Agent, act)),
-        2 => act().prop_map(|act| Step::By(Who::Program, act)),
-        3 => vec(act(), 2..4).prop_map(Step::Group),
+        6 => change().prop_map(|change| Step::By(Who::Agent, change)),
+        2 => change().prop_map(|change| Step::By(Who::Program, change)),
+        3 => vec(change(), 2..4).prop_map(Step::Group),
         2 => times().prop_map(Step::Fetch),
-        2 => settle.prop_map(|(from, many, settled)| Step::Settle(from, many, settled)),
+        2 => answer.prop_map(|(from, many, result)| Step::Answer(from, many, result)),
         1 => Just(Step::ProgramDies),
-        1 => Just(Step::Tend),
+        1 => Just(Step::Maintain),
     ];
-    hold(6, vec(step, 4..12));
+    check_sequences(6, vec(step, 4..12));
 }

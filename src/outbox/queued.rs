@@ -1,79 +1,88 @@
-//! What other threads know of the outbox: the deltas that it keeps, what may be added to it, and what may become of its rows.
-//! Values only, for any thread; none of them knows of SQLite.
+//! The values that other threads exchange with the outbox thread: queued deltas, new rows, and
+//! changes of rows. For any thread. None of them depends on SQLite.
 
 use std::fmt;
 use std::ops::Range;
 use std::time::Duration;
 
 use crate::delta::{LifecycleDelta, Operation};
+use crate::limits;
 use crate::text::sanitize;
 
-/// A delta with its place in the outbox.
+/// A delta with the id of its row.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct QueuedDelta {
     pub(crate) id: i64,
     pub(crate) delta: LifecycleDelta,
 }
 
-/// What has become of a delta that is not sent again.
+/// The master's answer to a delta, which is not sent again.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum DeliveryResult {
-    /// It has it: it is gone from the outbox.
+    /// Accepted. The row is deleted.
     Delivered,
-    /// It will never take it: it is kept aside with the reason.
+    /// Rejected. The row stays, with the reason.
     Rejected(String),
 }
 
-/// Who posts the delta of an operation that has ended.
+/// Which process sends a delta.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum SentBy {
-    /// Whoever delivers from the outbox.
+    /// The process that delivers from the outbox.
     Deliverer,
-    /// This process itself, until it releases it or ends.
+    /// This process, until it releases the delta or ends.
     ThisProcess,
 }
 
-/// How much is in the outbox.
+/// The number of rows in each state.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct QueueCounts {
     /// Deltas that the master has neither accepted nor rejected.
     pub(crate) waiting: u64,
-    /// Of these, the ones that must not be sent now: a process owns a newer row of the same decky and operation, or the row
-    /// itself.
+    /// Those of them that must not be sent now: a process owns the row, or a newer one of the same
+    /// decky and operation.
     pub(crate) held: u64,
     /// Rows of operations in flight.
     pub(crate) operations: u64,
     /// Rows that the master has rejected.
     pub(crate) rejected: u64,
-    /// When the operation ended that the oldest waiting delta tells of, in microseconds since 1970.
+    /// The completion time of the oldest waiting delta, in microseconds since 1970.
     pub(crate) oldest: Option<i64>,
 }
 
-/// A row of which nobody can tell whether its owner still runs.
+/// A row whose owner cannot be checked: it is unknown whether that process is running.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct UnjudgedRow {
+pub(crate) struct StuckRow {
     pub(crate) id: i64,
     pub(crate) decky: String,
     pub(crate) operation: String,
-    /// For how long that cannot be told, to an hour, and while a process delivers.
-    pub(crate) time: Duration,
+    /// For how long, rounded to an hour. Only time in which a process delivers is counted.
+    pub(crate) duration: Duration,
 }
 
-impl fmt::Display for UnjudgedRow {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { id, decky, operation, time } = self;
-        let (decky, operation, time) =
-            (sanitize(decky), sanitize(operation), humantime::format_duration(*time));
-        write!(f, "{operation} of {decky} (row {id}, for {time})")
+impl StuckRow {
+    /// The first rows, as text for people.
+    pub(crate) fn list(rows: &[Self]) -> String {
+        let rows = rows.iter().take(limits::OUTBOX_STUCK_NAMED).map(Self::to_string);
+        rows.collect::<Vec<_>>().join(", ")
     }
 }
 
-/// Rows that a thread wants to add: all of them, or none.
+impl fmt::Display for StuckRow {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let operation = sanitize(&self.operation);
+        let decky = sanitize(&self.decky);
+        let duration = humantime::format_duration(self.duration);
+        write!(f, "{operation} of {decky} (row {}, for {duration})", self.id)
+    }
+}
+
+/// Rows to add. Either all are added, or none.
 #[derive(Clone, Debug)]
 pub(crate) enum NewRows {
-    /// Deltas. The last is the newest.
+    /// Deltas. The last one is the newest.
     Deltas(Vec<LifecycleDelta>, SentBy),
-    /// An operation that begins, on these deckies: a row in flight for each.
+    /// An operation that begins: a row in flight for each of its deckies.
     Operation(Operation, Vec<String>),
 }
 
@@ -85,28 +94,29 @@ impl NewRows {
         }
     }
 
-    /// This process owns the rows.
+    /// Whether this process owns the rows.
     pub(crate) fn is_owned(&self) -> bool {
         !matches!(self, Self::Deltas(_, SentBy::Deliverer))
     }
 }
 
-/// A change that must not be lost and cannot be refused: where the file does not take it, its copy does.
+/// A change of rows that is never lost. If the file cannot be written, the change is made in
+/// memory.
 #[derive(Clone, Debug)]
 pub(crate) enum RowChange {
-    /// The master has accepted or rejected them.
+    /// The master has accepted or rejected the deltas with these ids.
     Answered(Vec<i64>, DeliveryResult),
-    /// Operations that were in flight have ended, and who posts the deltas.
+    /// Operations in flight have ended.
     Ended(Vec<QueuedDelta>, SentBy),
-    /// Rows of an operation that never began: nobody heard of them in time.
+    /// An operation is cancelled, because its caller has not received the answer to its begin.
     Withdrawn(Range<i64>),
-    /// Their owner leaves these to whoever delivers.
+    /// This process no longer owns these rows. The process that delivers sends them.
     #[cfg(feature = "cli")]
     Released(Vec<i64>),
 }
 
 impl RowChange {
-    /// How many rows it changes.
+    /// The number of rows that it changes.
     pub(crate) fn rows(&self) -> usize {
         match self {
             Self::Answered(ids, _) => ids.len(),
@@ -117,8 +127,8 @@ impl RowChange {
         }
     }
 
-    /// How many deltas the master has accepted or rejected.
-    pub(crate) fn settled(&self) -> u64 {
-        if let Self::Answered(ids, _) = self { ids.len() as u64 } else { 0 }
+    /// The number of deltas that the master has accepted or rejected.
+    pub(crate) fn answered(&self) -> u64 {
+        if matches!(self, Self::Answered(..)) { self.rows() as u64 } else { 0 }
     }
 }

@@ -7,7 +7,7 @@ use rusqlite::types::{ToSqlOutput, ValueRef};
 use rusqlite::{Connection, params};
 
 use super::file::FileProblem;
-use super::locks::Owner;
+use super::locks::OwnerState;
 use super::queued::NewRows;
 use super::rows::{InsertedRows, Rows};
 use super::{Outbox, RowChange, deadline};
@@ -54,15 +54,15 @@ impl Outbox {
         deckies: &[String],
         by: Instant,
     ) -> Result<Vec<BegunRow>, Error> {
-        self.store.locks.is_named = true;
-        let ended = self.owners_that_are(Owner::Ended)?;
+        self.store.locks.is_token_used = true;
+        let ended = self.owners_in_state(OwnerState::Ended)?;
         let (resumed, written) = self.change(by, |rows, refusal| match refusal {
             Some(FileProblem::Locked) => Ok(Resumed::Locked),
             Some(_) => rows.begin_or_take_over(operation, deckies, &[]),
             None => rows.begin_or_take_over(operation, deckies, &ended),
         });
         let resumed = resumed.map_err(|source| self.store.error("cannot keep anything", source))?;
-        self.note_tally();
+        self.update_stats();
         let new_rows = |rows: &[BegunRow]| {
             let new = rows.iter().filter(|row| !row.is_resumed());
             NewRows::Operation(operation, new.map(|row| row.decky.clone()).collect())
@@ -70,11 +70,11 @@ impl Outbox {
         match resumed {
             Resumed::Begun(rows, None) => Ok(rows),
             Resumed::Begun(rows, Some(inserted)) => {
-                self.added(Some(inserted), &new_rows(&rows)).map(|_| rows)
+                self.record_added(Some(inserted), &new_rows(&rows)).map(|_| rows)
             }
             Resumed::NoRoom => {
                 let rows = NewRows::Operation(operation, deckies.to_vec());
-                self.added(None, &rows).map(|_| Vec::new())
+                self.record_added(None, &rows).map(|_| Vec::new())
             }
             Resumed::Locked => {
                 let locked = self.error("is locked by another process; nothing was queued");
@@ -86,7 +86,7 @@ impl Outbox {
     /// Undoes [`resume`](Self::resume) for a caller that has not received its answer.
     pub(crate) fn undo_resume(&mut self, rows: &[BegunRow]) {
         for row in rows.iter().filter(|row| !row.is_resumed()) {
-            self.note(RowChange::Withdrawn(row.id..row.id + 1));
+            self.record_change(RowChange::Withdrawn(row.id..row.id + 1));
         }
         let (undone, _) = self.change(deadline(), |all, _| {
             rows.iter().try_for_each(|row| match &row.former_owner {
@@ -99,7 +99,7 @@ impl Outbox {
             let error = chain(&self.store.error("cannot be written", error));
             quietly(|| log::warn!("operation stays in flight: error={error:?}"));
         }
-        self.note_tally();
+        self.update_stats();
     }
 }
 
@@ -127,7 +127,7 @@ impl Rows<'_> {
             inserted = Some(added);
         }
         for row in &rows {
-            set_owner(self.db, row.id, self.us.as_bytes())?;
+            set_owner(self.db, row.id, self.token.as_bytes())?;
         }
         let first = inserted.map_or(0, |added| added.first);
         let new = new.into_iter().zip(first..);
@@ -178,6 +178,7 @@ mod tests {
     use std::time::Duration;
 
     use super::super::Role;
+    use super::super::store::Refusal;
     use super::*;
     use crate::delta::Outcome;
     use crate::limits;
@@ -204,9 +205,9 @@ mod tests {
 
     /// The deckies that are reported failed, after the time in which they may be taken over.
     fn judged(outbox: &mut Outbox) -> Vec<String> {
-        outbox.judges_from = Instant::now();
-        outbox.tend().unwrap();
-        let failed = outbox.deliverable_where(10, None).unwrap();
+        outbox.recovers_from = Instant::now();
+        outbox.maintain().unwrap();
+        let failed = outbox.read_deliverable(10, |_| true).unwrap();
         let expected = Outcome::Failed("its process ended during deploy".to_owned());
         assert!(failed.iter().all(|queued| *queued.delta.outcome() == expected), "{failed:?}");
         failed.into_iter().map(|queued| queued.delta.decky().to_owned()).collect()
@@ -229,7 +230,7 @@ mod tests {
         assert_eq!(ids(&rows)[..2], ids(&begun));
         assert!(rows[2].decky == "c" && rows[2].id > mutated[0].id);
         assert!(judged(&mut second).is_empty());
-        assert_eq!(second.books.read().counts.operations, 5);
+        assert_eq!(second.stats.read().counts.operations, 5);
     }
 
     #[test]
@@ -237,9 +238,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         begin(&mut open(dir.path(), Role::Contribute), Operation::Deploy, &["a"]);
         let mut outbox = open(dir.path(), Role::Resume);
-        assert!(outbox.judges_from > Instant::now() + limits::RESUME_TIME / 2);
-        outbox.tend().unwrap();
-        assert!(outbox.deliverable_where(10, None).unwrap().is_empty());
+        assert!(outbox.recovers_from > Instant::now() + limits::RESUME_TIME / 2);
+        outbox.maintain().unwrap();
+        assert!(outbox.read_deliverable(10, |_| true).unwrap().is_empty());
         assert_eq!(judged(&mut outbox), ["a"]);
     }
 
@@ -250,7 +251,7 @@ mod tests {
         let mut outbox = open(dir.path(), Role::Resume);
         let rows = begin(&mut outbox, Operation::Deploy, &["a", "new"]);
         outbox.undo_resume(&rows);
-        assert_eq!(outbox.books.read().counts.operations, 1);
+        assert_eq!(outbox.stats.read().counts.operations, 1);
         let again = begin(&mut outbox, Operation::Deploy, &["a"]);
         assert_eq!((resumed(&again), ids(&again)), (vec!["a"], vec![rows[0].id]));
         outbox.undo_resume(&again);
@@ -275,10 +276,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         begin(&mut open(dir.path(), Role::Contribute), Operation::Deploy, &["a"]);
         let mut outbox = open(dir.path(), Role::Resume);
-        let until = Instant::now() + Duration::from_secs(60);
-        outbox.store.refused = Some((until, FileProblem::Unwritable));
+        let retry_at = Instant::now() + Duration::from_secs(60);
+        outbox.store.refusal = Some(Refusal { problem: FileProblem::Unwritable, retry_at });
         assert!(resumed(&begin(&mut outbox, Operation::Deploy, &["a"])).is_empty());
-        outbox.store.refused = None;
+        outbox.store.refusal = None;
         assert!(begin(&mut outbox, Operation::Deploy, &["a"]).iter().all(BegunRow::is_resumed));
     }
 }

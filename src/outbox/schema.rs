@@ -1,19 +1,20 @@
-//! What `heartbeat.db` looks like inside, and how an older one becomes a newer one. Runs on the thread that opens it.
+//! The schema of `heartbeat.db`, and its migrations. Runs on the thread that opens the file.
 //!
-//! `delta` has deltas, and the operations that will become deltas:
+//! The table `delta` has deltas, and the operations in flight that will become deltas:
 //!
 //! | column | |
 //! | --- | --- |
-//! | `id` | the order in which operations began (or deltas were pushed); one never comes back |
-//! | `decky`, `operation` | what was done to whom |
-//! | `error` | why it failed; null for a success |
-//! | `completed_at` | when it ended, in microseconds since 1970; null while the operation is in flight |
-//! | `rejected` | why the master will never take it; null unless it said so |
-//! | `owner` | the process that runs the operation, or posts the delta itself; null: the row waits for delivery |
-//! | `age` | seconds of delivery that it has waited through, see [`super::rows::Rows::grow_older`]; with an owner: seconds in which nobody could tell whether that process runs |
+//! | `id` | the order in which operations began or deltas were pushed; an id is never given again |
+//! | `decky`, `operation` | the operation and its decky |
+//! | `error` | the reason of a failure; null for a success |
+//! | `completed_at` | when the operation ended, in microseconds since 1970; null while it is in flight |
+//! | `rejected` | why the master rejected the delta; null otherwise |
+//! | `owner` | the process that runs the operation, or sends the delta itself; null: the row waits for delivery |
+//! | `age` | the seconds of delivery that the row has waited, see [`super::rows::Rows::age_queued`]; with an owner: the seconds for which it has been unknown whether that process is running |
 //!
-//! `delivered` has the last deltas that the master accepted, for people, and when that was. The index `delta_owned` is of the
-//! rows with an owner: older deltas of the same decky and operation are held until they end.
+//! The table `delivered` has the last deltas that the master accepted, and when; people can read
+//! it. The index `delta_owned` has the rows with an owner, because they hold older deltas of the
+//! same decky and operation.
 
 use std::time::SystemTime;
 
@@ -23,48 +24,49 @@ use rusqlite::{Connection, Params, TransactionBehavior, ffi};
 
 use crate::delta::micros;
 
-/// The schema's version. A migration adds a step to [`migrate`] and raises it.
+/// The version of the schema. A new version needs a step in [`migrate`].
 pub(super) const VERSION: i64 = 3;
 
-/// "DNHB": tells our files from any other SQLite file. Version 1 did not have it.
+/// "DNHB", the application id that distinguishes an outbox from other SQLite files. Version 1 did
+/// not have it.
 const APPLICATION: i64 = 0x444e_4842;
 
-/// Why this cannot be used as an outbox; `None`: it is one, or nothing yet. That a page cannot be read is an error, and no
-/// reason.
-pub(super) fn problem(db: &Connection) -> rusqlite::Result<Option<String>> {
-    // All of it as of one moment: another process may just be making it.
-    let moment = db.unchecked_transaction()?;
-    match version(&moment)? {
-        None => return Ok(Some("it is another program's, or a later version's".to_owned())),
-        Some(1..) if last_id(&moment)? > LAST_ID_AT_MOST => {
-            return Ok(Some("its ids are used up".to_owned()));
+/// Checks that this is an outbox, or an empty database, and not damaged. Otherwise the error is
+/// `SQLITE_NOTADB`. A page that the disk does not return is another error.
+pub(super) fn check(db: &Connection) -> rusqlite::Result<()> {
+    let failure = |code, problem: &str| {
+        Err(rusqlite::Error::SqliteFailure(ffi::Error::new(code), Some(problem.to_owned())))
+    };
+    // One snapshot, because another process may be creating the schema.
+    let snapshot = db.unchecked_transaction()?;
+    match version(&snapshot)? {
+        None => {
+            let problem = "it belongs to another program, or to a later version";
+            return failure(ffi::SQLITE_NOTADB, problem);
         }
-        Some(_) => drop(moment),
+        Some(1..) if last_id(&snapshot)? > MAX_LAST_ID => {
+            return failure(ffi::SQLITE_NOTADB, "it has no unused ids left");
+        }
+        Some(_) => drop(snapshot),
     }
     let damage: String = value(db, "PRAGMA quick_check(1)", [])?;
-    // In the words of SQLite, which has no code for it here.
+    // SQLite has no error code for this, only the text.
     if damage.contains("unable to get the page") || damage.contains("failed to get page") {
-        return Err(rusqlite::Error::SqliteFailure(
-            ffi::Error::new(ffi::SQLITE_IOERR_READ),
-            Some(damage),
-        ));
+        return failure(ffi::SQLITE_IOERR_READ, &damage);
     }
-    Ok(Some(damage).filter(|damage| damage != "ok"))
+    if damage == "ok" { Ok(()) } else { failure(ffi::SQLITE_NOTADB, &damage) }
 }
 
-/// The last id that the file knows of. A sequence that is broken must not lead back to ids of rows that are there.
+/// The last id that the file has given. A damaged sequence must not lead back to ids of existing
+/// rows.
 pub(crate) fn last_id(db: &Connection) -> rusqlite::Result<i64> {
-    let sequence = "SELECT max(seq) FROM main.sqlite_sequence WHERE name = 'delta' AND typeof(seq) = 'integer'";
-    value(
-        db,
-        &format!(
-            "SELECT max(ifnull(({sequence}), 0), ifnull((SELECT max(id) FROM main.delta), 0))"
-        ),
-        [],
-    )
+    let sequence = "SELECT max(seq) FROM main.sqlite_sequence
+        WHERE name = 'delta' AND typeof(seq) = 'integer'";
+    let newest = "SELECT max(id) FROM main.delta";
+    value(db, &format!("SELECT max(ifnull(({sequence}), 0), ifnull(({newest}), 0))"), [])
 }
 
-/// The one value that a statement gives, which is used again and again.
+/// The single value that a cached statement returns.
 pub(super) fn value<T: FromSql>(
     db: &Connection,
     sql: &str,
@@ -73,46 +75,51 @@ pub(super) fn value<T: FromSql>(
     db.prepare_cached(sql)?.query_row(params, |row| row.get(0))
 }
 
-/// Ids begin at the clock, far below this, and above it none may be left for the next row one day.
-pub(crate) const LAST_ID_AT_MOST: i64 = i64::MAX / 4 * 3;
+/// The largest last id of a usable file. Ids start at the clock, which is far below. In a damaged
+/// file with larger ids none might be left for the next row.
+pub(crate) const MAX_LAST_ID: i64 = i64::MAX / 4 * 3;
 
-/// Which version of the schema this is, 0 for an empty database; `None`: it is not ours.
+/// The version of the schema, 0 for an empty database. `None`: it is not an outbox.
 pub(super) fn version(db: &Connection) -> rusqlite::Result<Option<i64>> {
     let pragma = |name| db.pragma_query_value(None, name, |row| row.get::<_, i64>(0));
     let tables: i64 =
         db.query_row("SELECT count(*) FROM main.sqlite_schema", [], |row| row.get(0))?;
     Ok(match (pragma("application_id")?, pragma("user_version")?, tables) {
         (0, 0, 0) => Some(0),
-        (0, 1, _) if is_made_of(db, &[TABLE_1, SEQUENCE])? => Some(1),
-        (APPLICATION, 2, _) if is_made_of(db, &[TABLE, SEQUENCE])? => Some(2),
-        (APPLICATION, VERSION, _) if is_made_of(db, &[DELIVERED, TABLE, INDEX, SEQUENCE])? => {
+        (0, 1, _) if has_schema(db, &[TABLE_1, SEQUENCE])? => Some(1),
+        (APPLICATION, 2, _) if has_schema(db, &[TABLE, SEQUENCE])? => Some(2),
+        (APPLICATION, VERSION, _) if has_schema(db, &[DELIVERED, TABLE, INDEX, SEQUENCE])? => {
             Some(VERSION)
         }
         _ => None,
     })
 }
 
-/// Whether the tables of these names are made so, white space aside, and no trigger meddles: any program may leave any mark.
-fn is_made_of(db: &Connection, parts: &[&str]) -> rusqlite::Result<bool> {
+/// Whether the tables have these definitions, white space aside, and there is no trigger. Another
+/// program may use the same application id.
+fn has_schema(db: &Connection, definitions: &[&str]) -> rusqlite::Result<bool> {
     let mut select = db.prepare(
         "SELECT CAST(ifnull(sql, '') AS BLOB) FROM main.sqlite_schema
-         WHERE name IN ('delta', 'delta_owned', 'delivered', 'sqlite_sequence') OR type = 'trigger' ORDER BY name",
+         WHERE name IN ('delta', 'delta_owned', 'delivered', 'sqlite_sequence') OR type = 'trigger'
+         ORDER BY name",
     )?;
-    let made = select
+    let found = select
         .query_map([], |row| row.get::<_, Vec<u8>>(0))?
         .collect::<rusqlite::Result<Vec<_>>>()?;
-    let is = |(made, part): (&Vec<u8>, &&str)| {
-        str::from_utf8(made).is_ok_and(|made| made.split_whitespace().eq(part.split_whitespace()))
+    let is_same = |(found, expected): (&Vec<u8>, &&str)| {
+        str::from_utf8(found)
+            .is_ok_and(|found| found.split_whitespace().eq(expected.split_whitespace()))
     };
-    Ok(made.len() == parts.len() && made.iter().zip(parts).all(is))
+    Ok(found.len() == definitions.len() && found.iter().zip(definitions).all(is_same))
 }
 
-/// How many frames the index says are in the log.
+/// The number of frames in the log, as the index has it.
 pub(super) fn frames(db: &Connection) -> rusqlite::Result<i64> {
     db.query_row("PRAGMA wal_checkpoint(NOOP)", [], |row| row.get(1))
 }
 
-/// Brings an empty or older outbox to [`VERSION`], in one transaction. One of that version is not locked for it.
+/// Migrates an empty or older outbox to [`VERSION`] in one transaction. A current one is not
+/// locked.
 pub(super) fn migrate(db: &mut Connection) -> rusqlite::Result<()> {
     if version(db)? == Some(VERSION) {
         return Ok(());
@@ -124,30 +131,32 @@ pub(super) fn migrate(db: &mut Connection) -> rusqlite::Result<()> {
             format!("ALTER TABLE delta RENAME TO old; {TABLE}; {FROM_1}; {INDEX}; {DELIVERED}")
         }
         Some(2) => format!("{INDEX}; {DELIVERED}"),
-        // Ours already: another process may have been faster.
+        // Another process has migrated it.
         _ => return Ok(()),
     };
     transaction.execute_batch(&steps)?;
     let last = last_id(&transaction)?.max(micros(SystemTime::now()));
     transaction.execute_batch(&format!(
-        "DELETE FROM sqlite_sequence WHERE name = 'delta'; INSERT INTO sqlite_sequence VALUES ('delta', {last});
+        "DELETE FROM sqlite_sequence WHERE name = 'delta';
+         INSERT INTO sqlite_sequence VALUES ('delta', {last});
          PRAGMA application_id = {APPLICATION}; PRAGMA user_version = {VERSION}"
     ))?;
     transaction.commit()?;
-    // So the database has these pages: where `-wal` takes the last of the disk, there must be room for them when it is closed.
-    // Where they cannot be moved there now they may be later.
+    // Moves the pages to the database now. If `-wal` filled the disk later, there would be no room
+    // for them when the file is closed. An error is not fatal, they may be moved later.
     let _ = value::<i64>(db, "PRAGMA wal_checkpoint(TRUNCATE)", []);
-    // The first commit to a log costs one sync more: now, and not with the first push.
+    // The first commit to a new log takes an additional sync: here, and not with the first push.
     let _ = db.pragma_update(None, "user_version", VERSION);
     Ok(())
 }
 
-/// Above the number of statements that are used again and again: none is prepared twice.
+/// More than the number of cached statements, so that none is prepared twice.
 const STATEMENTS: usize = 32;
 
-/// AUTOINCREMENT: an id never comes back, so ids tell what began later. They begin at the clock, in microseconds:
-/// whatever other file (or memory) an outbox has rows in, the ids there are others. A file with another text than this is
-/// none of ours: to change it is to make a new version.
+/// The current table. With AUTOINCREMENT an id is never given again, so ids show the order. They
+/// start at the clock, in microseconds, so they differ from those of any other file, or copy in
+/// memory, whose rows the outbox may receive. A file with another definition is not accepted, so a
+/// change of this text needs a new version.
 pub(crate) const TABLE: &str = "CREATE TABLE delta (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
     decky TEXT NOT NULL,
@@ -159,10 +168,10 @@ pub(crate) const TABLE: &str = "CREATE TABLE delta (
     age INTEGER NOT NULL DEFAULT 0
 ) STRICT";
 
-/// What SQLite makes for an AUTOINCREMENT.
+/// The table that SQLite creates for AUTOINCREMENT.
 const SEQUENCE: &str = "CREATE TABLE sqlite_sequence(name,seq)";
 
-/// As of version 1.
+/// The table of version 1.
 const TABLE_1: &str = "CREATE TABLE delta (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
     decky TEXT NOT NULL,
@@ -176,7 +185,7 @@ const FROM_1: &str = "INSERT INTO delta (id, decky, operation, error, completed_
     SELECT id, decky, operation, error, completed_at, rejected FROM old;
     DROP TABLE old";
 
-/// Only rows with an owner are in it, so others cost nothing.
+/// Only rows with an owner are in the index, so that other rows need no update of it.
 pub(crate) const INDEX: &str =
     "CREATE INDEX delta_owned ON delta (decky, operation, id) WHERE owner IS NOT NULL";
 
@@ -190,13 +199,13 @@ const DELIVERED: &str = "CREATE TABLE delivered (
     delivered_at INTEGER NOT NULL
 ) STRICT";
 
-/// What a connection is set to.
+/// Configures a connection.
 pub(super) fn configure(database: &Connection) -> rusqlite::Result<()> {
     database.set_prepared_statement_cache_capacity(STATEMENTS);
-    // Or a statement whose plan looks at a parameter would be prepared again for each value, which takes longer than it.
+    // Without this, a statement whose plan depends on a parameter is prepared again for each value.
     database.set_db_config(DbConfig::SQLITE_DBCONFIG_ENABLE_QPSG, true)?;
     database.pragma_update(None, "temp_store", "memory")?;
-    // Of a file whose encoding is damaged SQLite says so only when it makes the temporary schema.
+    // SQLite detects a damaged encoding only when it creates the temporary schema.
     database.query_row("SELECT count(*) FROM temp.sqlite_schema", [], |_| Ok(()))
 }
 
@@ -214,13 +223,13 @@ mod tests {
         PRAGMA user_version = 1";
 
     #[test]
-    fn version_1_keeps_its_rows_and_their_order() {
+    fn migration_of_version_1_preserves_rows_and_their_order() {
         let mut database = Connection::open_in_memory().unwrap();
         database.execute_batch(&format!("{TABLE_1};{ROWS_1}")).unwrap();
-        assert_eq!(problem(&database).unwrap(), None);
+        check(&database).unwrap();
         migrate(&mut database).unwrap();
         migrate(&mut database).unwrap();
-        assert_eq!(problem(&database).unwrap(), None);
+        check(&database).unwrap();
         let rows: Vec<(i64, String, Option<String>, Option<i64>)> = database
             .prepare("SELECT id, decky, rejected, completed_at FROM delta WHERE owner IS NULL AND age = 0")
             .unwrap()
@@ -240,18 +249,16 @@ mod tests {
     }
 
     #[test]
-    fn version_2_keeps_its_rows_and_gives_no_id_again() {
+    fn migration_of_version_2_preserves_rows_and_the_last_id() {
         let mut database = Connection::open_in_memory().unwrap();
         let rows = "INSERT INTO delta VALUES (7, 'd', 'deploy', 'why', NULL, NULL, '12-ab', 60);
                     UPDATE sqlite_sequence SET seq = 4000000000000000;
                     PRAGMA application_id = 0x444e4842; PRAGMA user_version = 2";
         database.execute_batch(&format!("{TABLE};{rows}")).unwrap();
-        assert_eq!(problem(&database).unwrap(), None);
+        check(&database).unwrap();
         migrate(&mut database).unwrap();
-        assert_eq!(
-            (problem(&database).unwrap(), version(&database).unwrap()),
-            (None, Some(VERSION))
-        );
+        check(&database).unwrap();
+        assert_eq!(version(&database).unwrap(), Some(VERSION));
         let row = |sql: &str| {
             database.query_row(sql, [], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)))
         };
@@ -262,7 +269,7 @@ mod tests {
     }
 
     #[test]
-    fn a_migration_that_fails_leaves_version_2_as_it_was() {
+    fn failed_migration_leaves_version_2_unchanged() {
         let mut database = Connection::open_in_memory().unwrap();
         let rows = "INSERT INTO delta VALUES (7, 'd', 'deploy', 'why', NULL, NULL, '12-ab', 60);
                     PRAGMA application_id = 0x444e4842; PRAGMA user_version = 2";
@@ -283,20 +290,18 @@ mod tests {
                 .query_row(&format!("PRAGMA max_page_count = {pages}"), [], |_| Ok(()))
                 .unwrap();
         };
-        // Room for the index, and none for the table of what was delivered.
+        // Room for the index, but not for the table `delivered`.
         limit(&database, pages + 1);
         migrate(&mut database).unwrap_err();
         assert_eq!((version(&database).unwrap(), everything(&database)), (Some(2), before));
         limit(&database, pages + 2);
         migrate(&mut database).unwrap();
-        assert_eq!(
-            (problem(&database).unwrap(), version(&database).unwrap()),
-            (None, Some(VERSION))
-        );
+        check(&database).unwrap();
+        assert_eq!(version(&database).unwrap(), Some(VERSION));
     }
 
     #[test]
-    fn no_statement_is_prepared_again_for_another_value() {
+    fn statement_is_not_prepared_again_for_another_value() {
         let mut database = Connection::open_in_memory().unwrap();
         migrate(&mut database).unwrap();
         configure(&database).unwrap();
@@ -309,8 +314,8 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_ours_or_newer_is_told_apart() {
-        for (sql, ours) in [
+    fn foreign_or_later_schema_is_not_an_outbox() {
+        for (sql, is_outbox) in [
             ("", true),
             ("CREATE TABLE theirs (a)", false),
             ("PRAGMA application_id = 1", false),
@@ -337,7 +342,7 @@ mod tests {
         ] {
             let database = Connection::open_in_memory().unwrap();
             database.execute_batch(sql).unwrap();
-            assert_eq!(problem(&database).unwrap().is_none(), ours, "{sql}");
+            assert_eq!(check(&database).is_ok(), is_outbox, "{sql}");
         }
     }
 }

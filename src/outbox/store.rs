@@ -1,229 +1,303 @@
-//! The rows in their file, or in the copy in memory that takes its place while the file does not take changes: the same SQL
-//! runs on either. What was changed in the copy goes to the file with the first change that the file takes, in one
-//! transaction. Runs on the outbox thread.
+//! The rows in the file, or in a copy in memory while the file cannot be written. The same SQL runs
+//! on both. The changes of the copy are merged into the file in one transaction with the next
+//! change that succeeds there. Runs on the outbox thread.
 
 use std::error::Error as StdError;
+use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use log::Level;
 use rusqlite::{Connection, TransactionBehavior};
 
 use super::file::{self, FileProblem, Identities, identities};
-use super::locks::{Locks, Turn};
+use super::locks::{Locks, WriteLock};
 use super::rows::{EVERY_ID, RowCounts, Rows};
-use super::{copy, schema};
+use super::{Role, copy, log_line, schema};
 use crate::error::{Error, chain, sanitize_path};
 use crate::limits;
-use crate::panics::quietly;
 
 #[derive(Debug)]
 pub(super) struct Store {
-    /// Where it belongs; `None`: it is meant to be in memory.
+    /// The path of the file. `None`: the outbox is configured to be in memory.
     pub(super) path: Option<PathBuf>,
-    /// `None`: it is meant to be in memory, or its file is gone.
-    pub(super) file: Option<(Table, Identities)>,
-    /// With the version of the file that it has been brought up to; `None`: the file has it all.
-    copy: Option<(Table, Option<i64>)>,
-    /// Up to when the file is left alone and how it refused the last time, unless it has been written since.
-    pub(super) refused: Option<(Instant, FileProblem)>,
-    /// When another process' lock was waited for in vain, unless the file has been written since.
-    pub(super) locked: Option<Instant>,
-    /// Who delivers, and that we run, for the rows that name us.
+    /// `None`: the outbox is configured to be in memory, or has lost its file.
+    pub(super) file: Option<OpenFile>,
+    /// `None`: the file has all rows.
+    copy: Option<Table>,
+    /// The version of the file as of the last refresh of the copy.
+    copy_version: Option<i64>,
+    /// The last write failed for this reason.
+    pub(super) refusal: Option<Refusal>,
+    /// When the wait for another process's lock timed out, if nothing was written since.
+    pub(super) lock_timeout: Option<Instant>,
     pub(super) locks: Locks,
 }
 
-/// What a process takes to the next file out of one that was replaced. What was not written to that one yet it always takes.
+#[derive(Debug)]
+pub(super) struct OpenFile {
+    pub(super) table: Table,
+    identities: Identities,
+}
+
+/// The file refused a write.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Refusal {
+    pub(super) problem: FileProblem,
+    /// The file is not written before.
+    pub(super) retry_at: Instant,
+}
+
+/// The rows of a replaced file that a process moves to the new one. Rows that were not written to
+/// the old file are always moved.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum MovedRows {
-    /// Of the process that delivers.
+    /// This process delivers.
     Everything,
-    /// Nobody delivers. Rows of other owners are left to these: they may have done more with them by now.
+    /// No process delivers. Rows of other owners are left to them, because they may have changed
+    /// them since.
     OursAndUnowned,
-    /// Another process delivers. If we took the others, too, one that it has delivered meanwhile would come back.
+    /// Another process delivers. It may have delivered the rows without an owner, which must not
+    /// return.
     Ours,
 }
 
-/// The file did not take a change.
+/// The file has not taken a change.
 #[derive(Debug)]
 pub(super) struct WriteFailure {
-    pub(super) why: FileProblem,
+    pub(super) problem: FileProblem,
     pub(super) source: Box<dyn StdError + Send + Sync>,
 }
 
-/// One table, and how many rows are in it.
+impl From<io::Error> for WriteFailure {
+    /// The write lock could not be acquired.
+    fn from(source: io::Error) -> Self {
+        let is_timeout = source.kind() == io::ErrorKind::TimedOut;
+        let problem = if is_timeout { FileProblem::Locked } else { FileProblem::Unwritable };
+        Self { problem, source: source.into() }
+    }
+}
+
+impl From<rusqlite::Error> for WriteFailure {
+    fn from(source: rusqlite::Error) -> Self {
+        Self { problem: FileProblem::of(&source), source: source.into() }
+    }
+}
+
+/// A connection, and what is known of its rows.
 #[derive(Debug)]
 pub(super) struct Table {
     pub(super) db: Connection,
-    /// How many rows there are, and the last id. With the version of the file that it is of: another process may change it.
-    known: Option<(i64, RowCounts, Option<i64>)>,
+    /// The version for which the fields below are valid.
+    version: Option<i64>,
+    counts: RowCounts,
+    last_id: Option<i64>,
 }
 
 impl Table {
-    /// Makes a change, after moving to it what `copy` has; or nothing has changed.
+    fn new(db: Connection) -> Self {
+        Self { db, version: None, counts: RowCounts::default(), last_id: None }
+    }
+
+    /// Merges the copy, if there is one, and makes a change, in one transaction.
     fn change<T>(
         &mut self,
-        us: &str,
+        token: &str,
         copy: Option<&Connection>,
         change: impl FnOnce(&mut Rows<'_>) -> rusqlite::Result<T>,
     ) -> rusqlite::Result<T> {
         let transaction = self.db.transaction_with_behavior(TransactionBehavior::Immediate)?;
         let version = version(&transaction)?;
         copy.map_or(Ok(()), |copy| copy::merge(copy, &transaction))?;
-        let (tally, last) = match self.known {
-            Some((of, tally, last)) if of == version && copy.is_none() => (tally, last),
-            _ => (RowCounts::of(&transaction, &EVERY_ID)?, None),
-        };
-        let mut rows = Rows { db: &transaction, tally, us, last };
-        let done = change(&mut rows)?;
-        let (tally, last) = (rows.tally, rows.last);
+        let is_known = self.version == Some(version) && copy.is_none();
+        let counts = if is_known { self.counts } else { RowCounts::of(&transaction, &EVERY_ID)? };
+        let last_id = self.last_id.filter(|_| is_known);
+        let mut rows = Rows { db: &transaction, counts, token, last_id };
+        let result = change(&mut rows)?;
+        let Rows { counts, last_id, .. } = rows;
         transaction.commit()?;
-        // Its own changes do not change the version.
-        self.known = Some((version, tally, last));
-        Ok(done)
+        // A change of this connection does not change the version.
+        self.version = Some(version);
+        self.counts = counts;
+        self.last_id = last_id;
+        Ok(result)
     }
 }
 
-/// Another one after each change that another connection has made.
+/// The version of the database, which differs after each change by another connection.
 fn version(db: &Connection) -> rusqlite::Result<i64> {
     schema::value(db, "PRAGMA data_version", [])
 }
 
 impl Drop for Store {
-    /// The last process to close it removes a log by its name, which may be another file's by now.
+    /// SQLite deletes the log by its name when the last connection is closed. The log may belong to
+    /// another file by now.
     fn drop(&mut self) {
         if self.is_replaced()
-            && let Some((file, _)) = &self.file
+            && let Some(file) = &self.file
         {
-            // An error leaves an ordinary close.
-            let _ = file::leave(&file.db);
+            // After an error the file is closed as usual.
+            let _ = file::disable_checkpoint_on_close(&file.table.db);
         }
     }
 }
 
 impl Store {
-    /// In memory, until it is [opened](Self::open).
+    /// A store in memory, until it is [opened](Self::open).
     pub(super) fn new(path: Option<PathBuf>) -> Self {
-        Self { path, file: None, copy: None, refused: None, locked: None, locks: Locks::new() }
-    }
-
-    /// The turn of this process to open, change or leave the file. `by`: up to when another process' is waited for.
-    pub(super) fn turn(&mut self, by: Instant) -> io::Result<Turn> {
-        let Some(path) = &self.path else { return Ok(Turn::default()) };
-        let turn = self.locks.turn(path, by);
-        if turn.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::TimedOut) {
-            self.locked = Some(Instant::now());
+        Self {
+            path,
+            file: None,
+            copy: None,
+            copy_version: None,
+            refusal: None,
+            lock_timeout: None,
+            locks: Locks::new(),
         }
-        turn
     }
 
-    /// Up to when another process' lock is waited for where no caller says so. Who waits for the outbox to open hears of it
-    /// before he gives up. It is not waited for again where that was in vain a moment ago, as the callers come after it.
-    pub(super) fn patience(&self) -> Instant {
-        let was_locked = self.locked.is_some_and(|at| at.elapsed() < limits::OUTBOX_RETRY);
-        Instant::now()
-            + if was_locked { Duration::ZERO } else { limits::OUTBOX_BUSY - limits::OUTBOX_MARGIN }
+    /// Acquires the write lock, which is needed to open, change or close the file.
+    pub(super) fn lock_for_writing(&mut self, deadline: Instant) -> io::Result<Arc<WriteLock>> {
+        let Some(path) = &self.path else { return Ok(Arc::default()) };
+        let lock = self.locks.lock_for_writing(path, deadline);
+        if lock.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::TimedOut) {
+            self.lock_timeout = Some(Instant::now());
+        }
+        lock
     }
 
-    /// Opens the file at its place, and moves there what is in memory, or in a file that is gone or broken. Of these ids no
-    /// row is there then; the new file remembers them as delivered, for processes that have them in
-    /// the older file. A file that is no outbox is quarantined by the process that delivers.
+    /// Until when to wait for a lock of another process if the caller has no deadline. A caller
+    /// that waits for the outbox to be opened gets the error before it gives up. If the last wait
+    /// has just timed out, there is no other wait, because callers would have to wait for both.
+    pub(super) fn lock_deadline(&self) -> Instant {
+        let has_just_timed_out =
+            self.lock_timeout.is_some_and(|at| at.elapsed() < limits::OUTBOX_RETRY);
+        let timeout = limits::OUTBOX_BUSY - limits::OUTBOX_MARGIN;
+        Instant::now() + if has_just_timed_out { Duration::ZERO } else { timeout }
+    }
+
+    /// Opens the file at its path. Moves there the rows in memory and those of a file that was
+    /// replaced or is corrupt, but not the deleted ones. The new file records these as delivered,
+    /// for processes that still have them in the older file.
     pub(super) fn open(
         &mut self,
-        mut gone: impl Iterator<Item = i64>,
-        share: MovedRows,
-        by: Instant,
+        role: Role,
+        deleted: impl IntoIterator<Item = i64>,
     ) -> Result<(), Error> {
         let Some(path) = self.path.clone() else { return Ok(()) };
-        // Closed first: what SQLite keeps beside the file that is gone must not mix with the new one's.
-        self.leave_file(share).map_err(|source| self.error("cannot be left", source))?;
-        let (db, identities) = file::open(&path, share == MovedRows::Everything, by)?;
-        let mut table = Table { db, known: None };
-        if let Some((copy, _)) = &self.copy {
-            let moved = table.change(&self.locks.token, Some(&copy.db), |rows| {
-                gone.try_for_each(|id| rows.deliver(id))
-            });
-            moved.map_err(|source| self.error("cannot be written", source))?;
-        }
-        (self.file, self.copy, self.refused) = (Some((table, identities)), None, None);
-        Ok(())
-    }
-
-    /// Or the process would end where it touches what somebody has cut off. To be called before the file is used.
-    pub(super) fn mend_index(&self) {
-        let (Some(path), Some((_, [.., Some(index)]))) = (&self.path, &self.file) else { return };
-        // What cannot be looked at is not there, or replaced, and that is seen elsewhere.
-        if file::mend_index(path, *index).unwrap_or(false) {
-            let outbox = self.name();
-            quietly(|| {
-                log::error!(
-                    "the outbox's -shm was cut off, it is made anew; write to none of its files: outbox={outbox}"
-                )
-            });
-        }
-    }
-
-    /// Takes its share of a file that was replaced, and from a broken one what that did not know.
-    fn leave_file(&mut self, share: MovedRows) -> rusqlite::Result<()> {
-        let Some((file, _)) = self.file.as_ref() else { return Ok(()) };
-        file::leave(&file.db)?;
-        let (is_broken, us) = (self.is_broken(), self.locks.token.clone());
-        let last = version(&file.db);
-        self.in_memory()?;
-        let (Some((file, _)), Some((copy, _))) = (&self.file, &mut self.copy) else {
-            return Ok(());
+        let deadline = self.lock_deadline();
+        let _lock = self
+            .lock_for_writing(deadline)
+            .map_err(|source| self.error("cannot be opened", source))?;
+        let moved = match role {
+            Role::Deliver => MovedRows::Everything,
+            _ if self.locks.another_delivers() => MovedRows::Ours,
+            _ => MovedRows::OursAndUnowned,
         };
-        match is_broken {
+        // The old file is closed first, so that SQLite does not mix up the files beside it with
+        // those of the new one.
+        self.close_file(moved).map_err(|source| self.error("cannot be closed", source))?;
+        let (db, identities) = file::open(&path, role, deadline)?;
+        let mut table = Table::new(db);
+        if let Some(copy) = &self.copy {
+            table
+                .change(&self.locks.token, Some(&copy.db), |rows| {
+                    deleted.into_iter().try_for_each(|id| rows.delete_delivered(id))
+                })
+                .map_err(|source| self.error("cannot be written", source))?;
+        }
+        self.file = Some(OpenFile { table, identities });
+        self.copy = None;
+        self.refusal = None;
+        Ok(())
+    }
+
+    /// Repairs an index that another program has truncated. Runs before the file is used, because
+    /// an access to the missing part would kill the process.
+    pub(super) fn repair_index(&self) {
+        let (Some(path), Some(file)) = (&self.path, &self.file) else { return };
+        let [.., Some(index)] = file.identities else { return };
+        // An error means that the index was deleted or replaced, which is handled elsewhere.
+        if file::repair_index(path, index).unwrap_or(false) {
+            self.log(
+                Level::Error,
+                "-shm of the outbox was truncated and is repaired; do not write to the outbox's files",
+            );
+        }
+    }
+
+    /// Closes a file that was replaced or is corrupt. Copies the rows to move; of a corrupt file,
+    /// only the changes that it did not take.
+    fn close_file(&mut self, moved: MovedRows) -> rusqlite::Result<()> {
+        let Some(file) = &self.file else { return Ok(()) };
+        file::disable_checkpoint_on_close(&file.table.db)?;
+        let is_corrupt = self.is_corrupt();
+        let version = version(&file.table.db);
+        self.refresh_copy()?;
+        let (Some(file), Some(copy)) = (&self.file, &mut self.copy) else { return Ok(()) };
+        match is_corrupt {
             true => copy::refresh(&copy.db, None),
-            false => copy::move_rows(&copy.db, &file.db, share, &us),
+            false => copy::mark_moved(&copy.db, &file.table.db, moved, &self.locks.token),
         }?;
-        (copy.known, self.file) = (None, None);
-        let read = self.copy.as_ref().and_then(|(_, version)| *version);
-        if !is_broken && (read.is_none() || last.as_ref().ok() != read.as_ref()) {
-            let outbox = self.name();
-            let error = last
-                .err()
-                .map_or_else(|| "its rows cannot be read".to_owned(), |error| error.to_string());
-            quietly(|| {
-                log::error!(
-                    "the outbox was replaced and could not be read, deltas that only it had are lost: outbox={outbox} error={error:?}"
-                )
-            });
+        copy.version = None;
+        self.file = None;
+        let is_copied = version.as_ref().is_ok_and(|version| self.copy_version == Some(*version));
+        if !is_copied && !is_corrupt {
+            let event = "outbox file was replaced; deltas that only it had are lost";
+            let error: Box<dyn StdError> =
+                version.map_or_else(Into::into, |_| "its rows cannot be read".into());
+            self.log_problem(Level::Error, event, error.as_ref());
         }
         Ok(())
     }
 
-    /// It is to have a file, and has not the one at its place, or a broken one.
-    pub(super) fn is_away(&self) -> bool {
-        self.path.as_deref().is_some_and(|path| self.is_broken() || !self.is_at(path))
+    /// Whether the file at its path must be opened: it is not open, or it is corrupt.
+    pub(super) fn needs_reopen(&self) -> bool {
+        self.path.as_deref().is_some_and(|path| self.is_corrupt() || !self.has_open(path))
     }
 
-    fn is_broken(&self) -> bool {
-        matches!(self.refused, Some((_, FileProblem::Corrupt)))
+    fn is_corrupt(&self) -> bool {
+        self.refusal.is_some_and(|refusal| refusal.problem == FileProblem::Corrupt)
     }
 
-    fn is_at(&self, path: &Path) -> bool {
-        self.file.as_ref().is_some_and(|(_, known)| *known == identities(path))
+    /// Whether the file at this path is the open one.
+    fn has_open(&self, path: &Path) -> bool {
+        self.file.as_ref().is_some_and(|file| file.identities == identities(path))
     }
 
-    /// It has a file, and the database, `-wal` or `-shm` at its place is another one or gone.
+    /// Whether a file is open, and the database, `-wal` or `-shm` at its path is another one or
+    /// missing.
     pub(super) fn is_replaced(&self) -> bool {
-        self.file.is_some() && self.path.as_deref().is_some_and(|path| !self.is_at(path))
+        self.file.is_some() && self.path.as_deref().is_some_and(|path| !self.has_open(path))
     }
 
-    /// Something is not in the file yet, where there is one.
+    /// Whether a file is open that does not have all rows.
     pub(super) fn is_unwritten(&self) -> bool {
         self.file.is_some() && self.copy.is_some()
     }
 
-    /// All of it is in the file at its place.
+    /// Whether the file at its path has all rows.
     pub(super) fn is_on_disk(&self) -> bool {
-        self.copy.is_none() && self.path.as_deref().is_some_and(|path| self.is_at(path))
+        self.copy.is_none() && self.path.as_deref().is_some_and(|path| self.has_open(path))
     }
 
-    /// For the log.
-    pub(super) fn name(&self) -> String {
+    /// The name for log lines.
+    fn name(&self) -> String {
         self.path.as_deref().map_or_else(|| "memory".to_owned(), sanitize_path)
+    }
+
+    pub(super) fn log(&self, level: Level, event: &str) {
+        log_line(level, format_args!("{event}: outbox={}", self.name()));
+    }
+
+    pub(super) fn log_with(&self, level: Level, event: &str, fields: fmt::Arguments<'_>) {
+        log_line(level, format_args!("{event}: outbox={} {fields}", self.name()));
+    }
+
+    pub(super) fn log_problem(&self, level: Level, event: &str, error: &dyn StdError) {
+        self.log_with(level, event, format_args!("error={:?}", chain(error)));
     }
 
     pub(super) fn error(
@@ -234,125 +308,117 @@ impl Store {
         Error::outbox(self.path.as_deref(), problem).with_source(source)
     }
 
-    /// How many rows there are, as of the last change.
-    pub(super) fn tally(&self) -> Option<RowCounts> {
-        let file = self.file.as_ref().map(|(file, _)| file);
-        self.copy.as_ref().map(|(copy, _)| copy).or(file)?.known.map(|(_, tally, _)| tally)
+    /// The number of rows as of the last change.
+    pub(super) fn row_counts(&self) -> Option<RowCounts> {
+        let file = self.file.as_ref().map(|file| &file.table);
+        let table = self.copy.as_ref().or(file)?;
+        table.version.map(|_| table.counts)
     }
 
     pub(super) fn read<T>(
         &mut self,
         read: impl FnOnce(&Connection) -> rusqlite::Result<T>,
-    ) -> rusqlite::Result<T> {
+    ) -> Result<T, Error> {
         let db = match &self.file {
-            Some((file, _)) if self.copy.is_none() => &file.db,
-            _ => &self.in_memory()?.db,
+            Some(file) if self.copy.is_none() => Ok(&file.table.db),
+            _ => self.refresh_copy().map(|copy| &copy.db),
         };
-        // All of its statements see the same rows.
-        let moment = db.unchecked_transaction()?;
-        read(&moment)
+        // All statements read the same snapshot.
+        db.and_then(|db| read(&*db.unchecked_transaction()?))
+            .map_err(|source| self.error("cannot be read", source))
     }
 
-    /// Makes a change in the file, and it and all that was not written yet are on the disk; or, where the file refuses it,
-    /// in memory. `change` hears why. `by`: up to when another process' lock is waited for.
+    /// Makes a change in the file, together with all changes that are only in memory. If the file
+    /// does not take it, makes the change in memory and returns the failure, too. `change` receives
+    /// the problem of the file.
     pub(super) fn change<T>(
         &mut self,
-        turn: io::Result<Turn>,
-        by: Instant,
+        lock: io::Result<Arc<WriteLock>>,
+        deadline: Instant,
         change: impl Fn(&mut Rows<'_>, Option<FileProblem>) -> rusqlite::Result<T>,
     ) -> (rusqlite::Result<T>, Option<WriteFailure>) {
-        let refused = match self.write(turn, by, |rows| change(rows, None)) {
-            Ok(done) => return (Ok(done), None),
-            Err(refused) => refused,
+        let failure = match self.write(lock, deadline, |rows| change(rows, None)) {
+            Ok(result) => return (Ok(result), None),
+            Err(failure) => failure,
         };
-        let why = refused.as_ref().map(|refused| refused.why);
-        let us = self.locks.token.clone();
-        let changed =
-            self.in_memory().and_then(|copy| copy.change(&us, None, |rows| change(rows, why)));
-        (changed, refused)
+        let problem = failure.as_ref().map(|failure| failure.problem);
+        let token = self.locks.token.clone();
+        let result = self
+            .refresh_copy()
+            .and_then(|copy| copy.change(&token, None, |rows| change(rows, problem)));
+        (result, failure)
     }
 
-    /// `Err(None)`: there is no file. One that has just refused is left alone for a moment.
+    /// `Err(None)`: there is no file. A file that has just refused a write is not tried again.
     fn write<T>(
         &mut self,
-        turn: io::Result<Turn>,
-        by: Instant,
+        lock: io::Result<Arc<WriteLock>>,
+        deadline: Instant,
         change: impl FnOnce(&mut Rows<'_>) -> rusqlite::Result<T>,
     ) -> Result<T, Option<WriteFailure>> {
-        let Some((file, _)) = &mut self.file else { return Err(None) };
-        if let Some((_, why)) = self.refused.filter(|(until, _)| Instant::now() < *until) {
-            return Err(Some(WriteFailure {
-                why,
-                source: "it could not be written a moment ago".into(),
-            }));
+        let Some(file) = &mut self.file else { return Err(None) };
+        if let Some(Refusal { problem, .. }) =
+            self.refusal.filter(|refusal| Instant::now() < refusal.retry_at)
+        {
+            let source = "the last write has just failed".into();
+            return Err(Some(WriteFailure { problem, source }));
         }
-        let copy = self.copy.as_ref().map(|(copy, _)| &copy.db);
-        let within = by.saturating_duration_since(Instant::now());
-        let turn = turn.map_err(|source| {
-            let why = if source.kind() == io::ErrorKind::TimedOut {
-                FileProblem::Locked
-            } else {
-                FileProblem::Unwritable
-            };
-            WriteFailure { why, source: source.into() }
-        });
-        let written = turn.and_then(|_turn| {
-            let written = file
-                .db
-                .busy_timeout(within)
-                .and_then(|()| file.change(&self.locks.token, copy, change));
-            written.map_err(|source| WriteFailure {
-                why: FileProblem::of(&source),
-                source: source.into(),
-            })
-        });
-        match written {
-            Ok(done) => {
-                (self.copy, self.locked) = (None, None);
-                if self.refused.take().is_some() {
-                    quietly(|| {
-                        log::error!("the outbox is on the disk again: outbox={}", self.name())
-                    });
-                }
-                Ok(done)
-            }
-            Err(refused) => {
-                match refused.why {
-                    FileProblem::Locked => self.locked = Some(Instant::now()),
-                    _ => self.leave_alone(&refused),
-                }
-                Err(Some(refused))
-            }
-        }
-    }
-
-    /// The file refuses for more than a moment: until it takes a change again, what comes is in memory.
-    fn leave_alone(&mut self, refused: &WriteFailure) {
-        let until = Instant::now() + limits::OUTBOX_RETRY;
-        if self.refused.replace((until, refused.why)).is_none() {
-            let (outbox, error) = (self.name(), chain(refused.source.as_ref()));
-            quietly(|| {
-                log::error!(
-                    "the outbox cannot be written, deltas are in memory and do not survive a restart: outbox={outbox} error={error:?}"
-                )
-            });
-        }
-    }
-
-    /// The copy, made if there is none, with what other processes have changed in the file since the last time.
-    pub(super) fn in_memory(&mut self) -> rusqlite::Result<&mut Table> {
-        let known = self.copy.take();
-        let copy = if let Some(copy) = known {
-            copy
-        } else {
-            (Table { db: copy::open()?, known: None }, None)
+        let token = &self.locks.token;
+        let copy = self.copy.as_ref().map(|copy| &copy.db);
+        let timeout = deadline.saturating_duration_since(Instant::now());
+        let write = || -> Result<T, WriteFailure> {
+            let _lock = lock?;
+            file.table.db.busy_timeout(timeout)?;
+            Ok(file.table.change(token, copy, change)?)
         };
-        let (copy, refreshed) = self.copy.insert(copy);
-        if let Some((file, _)) = &self.file {
-            // Of a file that cannot be read the copy keeps what it has.
-            let version = version(&file.db).ok().filter(|version| *refreshed != Some(*version));
-            if version.is_some() && copy::refresh(&copy.db, Some(&file.db)).is_ok() {
-                (*refreshed, copy.known) = (version, None);
+        let result = write();
+        match &result {
+            Ok(_) => self.record_success(),
+            Err(failure) if failure.problem == FileProblem::Locked => {
+                self.lock_timeout = Some(Instant::now());
+            }
+            Err(failure) => self.record_refusal(failure),
+        }
+        result.map_err(Some)
+    }
+
+    fn record_success(&mut self) {
+        self.copy = None;
+        self.lock_timeout = None;
+        if self.refusal.take().is_some() {
+            self.log(Level::Error, "outbox file can be written again");
+        }
+    }
+
+    /// Until the file takes a change again, new rows are in memory.
+    fn record_refusal(&mut self, failure: &WriteFailure) {
+        let retry_at = Instant::now() + limits::OUTBOX_RETRY;
+        if self.refusal.replace(Refusal { problem: failure.problem, retry_at }).is_none() {
+            self.log_problem(
+                Level::Error,
+                "outbox file cannot be written; deltas are in memory and do not survive a restart",
+                failure.source.as_ref(),
+            );
+        }
+    }
+
+    /// Returns the copy, with what other processes have changed in the file since the last refresh.
+    pub(super) fn refresh_copy(&mut self) -> rusqlite::Result<&mut Table> {
+        let copy = match self.copy.take() {
+            Some(copy) => copy,
+            None => {
+                self.copy_version = None;
+                Table::new(copy::open()?)
+            }
+        };
+        let copy = self.copy.insert(copy);
+        if let Some(file) = &self.file {
+            // If the file cannot be read, the copy stays as it is.
+            let version =
+                version(&file.table.db).ok().filter(|version| self.copy_version != Some(*version));
+            if version.is_some() && copy::refresh(&copy.db, Some(&file.table.db)).is_ok() {
+                self.copy_version = version;
+                copy.version = None;
             }
         }
         Ok(copy)

@@ -1,15 +1,13 @@
 //! DECNET's status, from its state file, Docker and `topology.db`. Each of them may fail alone.
 //! Runs on the status thread.
 
-use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
-use std::time::Instant;
 
 use super::docker::{Containers, Docker, DockerState, Networks};
 use super::place::StateFilePath;
 #[cfg(feature = "cli")]
-use super::place::{Located, NotLocated};
-use super::state::{Seen, State, StateFile};
+use super::place::{LocateError, StateFileLocation};
+use super::state::{DeckyStates, State, StateFile};
 use super::topology::TopologyFile;
 use super::wire::Status;
 use super::{AppliedTopology, Observed, Snapshot, StatusSource, Topology};
@@ -55,7 +53,7 @@ pub struct DecnetStatus {
     state_file: StateFile,
     docker: Docker,
     topology: TopologyFile,
-    problems: ProblemLog,
+    throttle: LogThrottle,
 }
 
 impl DecnetStatus {
@@ -91,10 +89,10 @@ impl DecnetStatus {
     /// ```
     pub fn new(agent_dir: &Path) -> Self {
         Self {
-            state_file: StateFile::new(StateFilePath::searched()),
+            state_file: StateFile::new(StateFilePath::Searched { root: PathBuf::from("/") }),
             docker: Docker::new(DOCKER_SOCKET.into()),
             topology: TopologyFile::new(absolute(&agent_dir.join(TOPOLOGY))),
-            problems: ProblemLog::default(),
+            throttle: LogThrottle::default(),
         }
     }
 
@@ -139,11 +137,11 @@ impl DecnetStatus {
     #[cfg(any(test, feature = "loopback"))]
     pub(crate) fn status(
         &mut self,
-        engine: &DockerState,
+        docker: &DockerState,
         other: Option<&str>,
     ) -> Result<Snapshot, String> {
         let located = self.state_file.locate().map_err(|problem| problem.to_string())?;
-        report(self.state_file.read(&located)?, engine, other)
+        report(self.state_file.read(&located)?, docker, other)
     }
 
     /// The state file, and those of these deckies that it does not list. `None`: there is no state
@@ -155,26 +153,25 @@ impl DecnetStatus {
     ) -> Option<(PathBuf, Vec<&'a str>)> {
         let located = self.state_file.locate().ok()?;
         let state = self.state_file.read(&located).ok()??;
-        let unlisted = deckies.into_iter().filter(|decky| !state.names(decky)).collect();
+        let unlisted = deckies.into_iter().filter(|decky| !state.has_decky(decky)).collect();
         Some((located.file, unlisted))
     }
 
     /// The topology alone, for an agent that reports its own status. `None`: it was never read.
     #[cfg(feature = "cli")]
     pub(crate) fn topology(&mut self) -> Option<Topology> {
-        let engine = self.docker.engine();
+        let docker = self.docker.query();
         let (applied, read) = self.topology.read();
-        let now = Instant::now();
-        let docker = engine.containers.as_ref().err().map(String::as_str);
-        self.problems.log("Docker", docker, now);
-        self.problems.log("topology.db", read.as_ref().err().map(String::as_str), now);
-        Some(Topology { applied: applied?, observed: observe(&engine) })
+        let problem = docker.containers.as_ref().err().map(String::as_str);
+        log_problem(&mut self.throttle, "Docker's containers", problem);
+        log_problem(&mut self.throttle, "topology.db", read.as_ref().err().map(String::as_str));
+        Some(Topology { applied: applied?, observed: observe(&docker) })
     }
 
     /// Reads everything. Docker comes first, as it may be slow. `topology.db` comes last, because
     /// an open that blocks in SQLite blocks every other open in this process.
     pub(crate) fn probe(&mut self) -> StatusProbe {
-        let engine = self.docker.engine();
+        let docker = self.docker.query();
         let located = self.state_file.locate();
         let state = located
             .as_ref()
@@ -184,9 +181,9 @@ impl DecnetStatus {
         let other = topology.as_ref().err().map(String::as_str);
         #[cfg(feature = "cli")]
         let deckies = state.as_ref().ok().and_then(|state| state.map(State::deckies));
-        let status = state.and_then(|state| report(state, &engine, other));
+        let status = state.and_then(|state| report(state, &docker, other));
         StatusProbe {
-            engine,
+            docker,
             #[cfg(feature = "cli")]
             located,
             status,
@@ -201,9 +198,9 @@ impl DecnetStatus {
 /// The parts of a snapshot, each with its error.
 #[derive(Debug)]
 pub(crate) struct StatusProbe {
-    pub(crate) engine: DockerState,
+    pub(crate) docker: DockerState,
     #[cfg(feature = "cli")]
-    pub(crate) located: Result<Located, NotLocated>,
+    pub(crate) located: Result<StateFileLocation, LocateError>,
     /// The error is about the state file.
     pub(crate) status: Result<Snapshot, String>,
     /// The number of deckies in the state file, if it can be read.
@@ -218,17 +215,17 @@ impl StatusProbe {
     /// Why states of containers are unknown.
     pub(crate) fn states_problem(&self) -> Option<&str> {
         let of_deckies = || self.status.as_ref().ok().and_then(Snapshot::fault);
-        self.engine.containers.as_ref().err().map(String::as_str).or_else(of_deckies)
+        self.docker.containers.as_ref().err().map(String::as_str).or_else(of_deckies)
     }
 
     /// Why the networks are unknown. If both requests fail, only the error of the containers is
     /// reported.
     fn networks_problem(&self) -> Option<&str> {
-        self.engine
+        self.docker
             .networks
             .as_ref()
             .err()
-            .filter(|_| self.engine.containers.is_ok())
+            .filter(|_| self.docker.containers.is_ok())
             .map(String::as_str)
     }
 
@@ -253,7 +250,7 @@ impl StatusProbe {
         let snapshot = snapshot.with_fault(fault.as_deref());
         match self.applied {
             Some(applied) => {
-                snapshot.with_topology(Topology { applied, observed: observe(&self.engine) })
+                snapshot.with_topology(Topology { applied, observed: observe(&self.docker) })
             }
             None => snapshot,
         }
@@ -263,15 +260,16 @@ impl StatusProbe {
 impl StatusSource for DecnetStatus {
     fn snapshot(&mut self) -> Snapshot {
         let probe = self.probe();
-        let now = Instant::now();
-        let problems = &mut self.problems;
-        problems.log("Docker", probe.states_problem(), now);
-        if probe.engine.containers.is_ok() {
-            problems.log("Docker's networks", probe.networks_problem(), now);
-            problems.log("a part of Docker's answer", probe.engine.left_out().as_deref(), now);
+        let mut log = |source: &'static str, problem: Option<&str>| {
+            log_problem(&mut self.throttle, source, problem);
+        };
+        log("Docker's containers", probe.states_problem());
+        if probe.docker.containers.is_ok() {
+            log("Docker's networks", probe.networks_problem());
+            log("a part of Docker's answer", probe.docker.left_out().as_deref());
         }
-        problems.log("the state file", probe.status.as_ref().err().map(String::as_str), now);
-        problems.log("topology.db", probe.topology.as_ref().err().map(String::as_str), now);
+        log("the state file", probe.status.as_ref().err().map(String::as_str));
+        log("topology.db", probe.topology.as_ref().err().map(String::as_str));
         probe.into_snapshot()
     }
 
@@ -284,50 +282,14 @@ impl StatusSource for DecnetStatus {
     }
 }
 
-/// Logs a problem when it begins, changes or ends, but not with each snapshot. A problem that comes
-/// and goes, or alternates with another one, is logged at a decreasing rate. The end of a problem
-/// is logged only if its beginning was.
-#[derive(Debug, Default)]
-struct ProblemLog {
-    throttle: LogThrottle,
-    /// The last problem of each source.
-    last: BTreeMap<&'static str, String>,
-    /// The sources whose problem was logged and has not ended.
-    open: BTreeSet<&'static str>,
-}
-
-/// A line for the log.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Line {
-    Failed,
-    Recovered,
-}
-
-impl ProblemLog {
-    fn log(&mut self, source: &'static str, problem: Option<&str>, now: Instant) {
-        match self.line(source, problem, now) {
-            Some(Line::Failed) => {
-                quietly(|| {
-                    log::warn!("{source} cannot be read: error={:?}", problem.unwrap_or_default())
-                });
-            }
-            Some(Line::Recovered) => quietly(|| log::info!("{source} can be read again")),
-            None => (),
-        }
-    }
-
-    fn line(&mut self, source: &'static str, problem: Option<&str>, now: Instant) -> Option<Line> {
-        let Some(problem) = problem else {
-            self.last.remove(source);
-            return self.open.remove(source).then_some(Line::Recovered);
-        };
-        let last = self.last.insert(source, problem.to_owned());
-        if last.is_some_and(|last| last == problem) {
-            return None;
-        }
-        self.throttle.count(source, problem, now)?;
-        self.open.insert(source);
-        Some(Line::Failed)
+/// Logs a problem when it begins, changes or ends, but not with each snapshot.
+fn log_problem(throttle: &mut LogThrottle, source: &'static str, problem: Option<&str>) {
+    if let Some(problem) = problem {
+        throttle.log_lasting(source, problem, |_| {
+            log::warn!("{source} cannot be read: error={problem:?}");
+        });
+    } else if throttle.end(source) {
+        quietly(|| log::info!("{source} can be read again"));
     }
 }
 
@@ -335,14 +297,14 @@ impl ProblemLog {
 /// file, which is too large.
 pub(crate) fn report(
     state: Option<&State>,
-    engine: &DockerState,
+    docker: &DockerState,
     other: Option<&str>,
 ) -> Result<Snapshot, String> {
     let Some(state) = state else { return Snapshot::of_parts(&Status::nothing(other)) };
     let State { mode, compose_path, .. } = state;
-    let containers = engine.containers.as_ref().map_err(String::clone);
-    match containers.and_then(|containers| state.seen(containers)) {
-        Ok(Seen { deckies, runtime, left_out }) => {
+    let containers = docker.containers.as_ref().map_err(String::clone);
+    match containers.and_then(|containers| state.decky_states(containers)) {
+        Ok(DeckyStates { deckies, runtime, left_out }) => {
             let problem = left_out.as_deref().map(|left_out| both(left_out, other));
             let error = problem.as_deref().or(other);
             let deckies = &*deckies;
@@ -352,7 +314,8 @@ pub(crate) fn report(
         }
         Err(error) => {
             let problem = both(&error, other);
-            let status = Status::Unseen { deployed: true, mode, compose_path, error: &problem };
+            let status =
+                Status::StatesUnknown { deployed: true, mode, compose_path, error: &problem };
             Ok(Snapshot::of_parts(&status)?.with_fault(Some(&error)))
         }
     }
@@ -365,8 +328,8 @@ fn both(error: &str, other: Option<&str>) -> String {
 
 /// The networks and containers of topologies. Unknown if either request failed, because the master
 /// would take one without the other as a missing part.
-fn observe(engine: &DockerState) -> Observed {
-    let (containers, networks) = match (&engine.containers, &engine.networks) {
+fn observe(docker: &DockerState) -> Observed {
+    let (containers, networks) = match (&docker.containers, &docker.networks) {
         (Ok(containers), Ok(networks)) => (containers, networks),
         (Err(problem), _) | (_, Err(problem)) => return Observed::Unknown(problem.clone()),
     };
@@ -378,8 +341,9 @@ fn observe(engine: &DockerState) -> Observed {
     for (name, state) in
         containers.states.iter().filter(|(name, _)| name.starts_with(Containers::OURS))
     {
-        match state {
-            Some(state) if runs(state) => running.push(name.clone()),
+        match state.as_deref() {
+            // Docker also lists a paused or restarting container as running.
+            Some("running" | "paused" | "restarting") => running.push(name.clone()),
             Some(_) => (),
             None => {
                 return Observed::Unknown(format!(
@@ -390,12 +354,6 @@ fn observe(engine: &DockerState) -> Observed {
         }
     }
     Observed::Seen { bridges, containers: running }
-}
-
-/// Whether a container counts as running. Docker also lists a paused or restarting container as
-/// running.
-fn runs(state: &str) -> bool {
-    matches!(state, "running" | "paused" | "restarting")
 }
 
 #[cfg(test)]
@@ -428,7 +386,7 @@ mod tests {
     }
 
     /// An engine for which both requests failed.
-    fn away(why: &str) -> DockerState {
+    fn failed(why: &str) -> DockerState {
         DockerState { containers: Err(why.to_owned()), networks: Err(why.to_owned()) }
     }
 
@@ -511,7 +469,7 @@ mod tests {
         };
         assert_eq!(error(None, engine(&[])), dir);
         assert_eq!(error(Some(state), engine(&[])), dir);
-        assert_eq!(error(Some(state), away("Docker")), format!("Docker; {dir}"));
+        assert_eq!(error(Some(state), failed("Docker")), format!("Docker; {dir}"));
     }
 
     #[test]
@@ -529,7 +487,7 @@ mod tests {
                 containers: vec!["decnet-a".into(), "decnet-b".into()],
             }
         );
-        assert_eq!(observe(&away("away")), Observed::Unknown("away".to_owned()));
+        assert_eq!(observe(&failed("Docker")), Observed::Unknown("Docker".to_owned()));
     }
 
     #[test]
@@ -556,7 +514,7 @@ mod tests {
         let insert = |engine: &mut DockerState, name: &str| {
             engine.containers.as_mut().unwrap().states.insert(name.to_owned(), None);
         };
-        insert(&mut engine, "somebody-elses");
+        insert(&mut engine, "other");
         assert!(source.status(&engine, None).unwrap().fault().is_none());
         assert!(matches!(observe(&engine), Observed::Seen { .. }));
         insert(&mut engine, "decnet-gateway");
@@ -622,8 +580,9 @@ mod tests {
             .state_file(&state)
             .docker_socket(dir.path().join("docker.sock"));
         let engine = std::thread::spawn(move || {
-            let (mut stream, mut request, mut asked) =
-                (listener.accept().unwrap().0, [0; 1024], Vec::new());
+            let mut stream = listener.accept().unwrap().0;
+            let mut request = [0; 1024];
+            let mut requests = Vec::new();
             for _ in 0..2 {
                 let read = stream.read(&mut request).unwrap();
                 let line =
@@ -636,10 +595,10 @@ mod tests {
                                  INSERT INTO applied_topology VALUES ('t', 'h', 5, NULL)";
                     owner.execute_batch(table).unwrap();
                 }
-                asked.push(line);
+                requests.push(line);
                 stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]").unwrap();
             }
-            asked
+            requests
         });
         let snapshot = source.snapshot();
         assert_eq!(
@@ -667,7 +626,7 @@ mod tests {
         assert_eq!(
             (unknown.get("deckies"), unknown.get("deployed")),
             (None, None),
-            "the status claims nothing"
+            "nothing is claimed"
         );
         let editable = root.path().join("opt/decnet");
         std::fs::create_dir_all(editable.join("decnet")).unwrap();
@@ -694,32 +653,5 @@ mod tests {
             problem.contains("none/state.json: its folder ") && problem.contains("No such file"),
             "{problem}"
         );
-    }
-
-    #[test]
-    fn flapping_and_alternating_problems_are_throttled() {
-        let now = Instant::now();
-        let lines = |problems: &mut dyn FnMut(usize) -> Option<String>| {
-            let mut log = ProblemLog::default();
-            let lines = (0..4_096).filter_map(|n| log.line("Docker", problems(n).as_deref(), now));
-            let (failed, recovered): (Vec<_>, Vec<_>) =
-                lines.partition(|line| *line != Line::Recovered);
-            (failed.len(), recovered.len())
-        };
-        let flapping = |n: usize| n.is_multiple_of(2).then(|| "refused".to_owned());
-        assert_eq!(lines(&mut { flapping }), (12, 12));
-        let alternating = |n: usize| Some(["refused", "timeout"][n % 2].to_owned());
-        assert_eq!(lines(&mut { alternating }), (24, 0));
-        let with_an_id = |n: usize| Some(format!("request {n:08x} took {n} ms"));
-        assert_eq!(lines(&mut { with_an_id }), (13, 0));
-        let steady = |_: usize| Some("refused".to_owned());
-        assert_eq!(lines(&mut { steady }), (1, 0));
-        let mut log = ProblemLog::default();
-        for _ in 0..3 {
-            log.line("Docker", Some("refused"), now);
-        }
-        assert_eq!(log.line("Docker", None, now), Some(Line::Recovered), "it was logged as failed");
-        assert_eq!(log.line("Docker", None, now), None);
-        assert_eq!(log.line("topology.db", None, now), None, "it never failed");
     }
 }

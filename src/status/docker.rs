@@ -1,6 +1,6 @@
 //! Docker's Engine API over its socket: two requests for each snapshot. Runs on the status thread.
 //!
-//! - Each request may fail alone. A socket proxy may forbid one of them, and podman answers
+//! - Either request may fail by itself. A socket proxy may forbid one of them, and podman answers
 //!   `/networks` with `null` if there is no network.
 //! - The answer `null` is an error. If it counted as an empty list, the containers of all deckies
 //!   would be reported as absent.
@@ -9,13 +9,13 @@
 //!   depends on it: the decky of the container, or `observed` if it belongs to a topology.
 
 use std::collections::BTreeMap;
-use std::fmt;
 use std::io::{self, Read};
 use std::path::PathBuf;
 use std::time::Duration;
 
 use serde::Deserialize;
-use serde::de::{DeserializeOwned, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde::de::{DeserializeOwned, Deserializer};
+use serde_json::value::RawValue;
 use ureq::Agent;
 use ureq::config::{AutoHeaderValue, Config};
 use ureq::unversioned::resolver::{ResolvedSocketAddrs, Resolver};
@@ -24,7 +24,7 @@ use ureq::unversioned::transport::{ConnectionDetails, Connector, NextTimeout};
 use super::list::{BoundedVec, Object};
 use crate::error::{http_problem, sanitize_path};
 use crate::limits;
-use crate::text::{cut, sanitize};
+use crate::text::{counted, cut, sanitize};
 use crate::transport::SocketTransport;
 
 /// The containers and networks of Docker. Each error is text for people; it names the socket, the
@@ -56,17 +56,17 @@ pub(crate) struct Networks {
 impl DockerState {
     /// A description of the entries that were left out.
     pub(crate) fn left_out(&self) -> Option<String> {
-        let describe = |left_out: &Option<(String, usize)>, what: &str| {
+        let describe = |left_out: &Option<(String, usize)>, one: &str, many: &str| {
             let (name, count) = left_out.as_ref()?;
-            let s = if *count == 1 { "" } else { "s" };
-            Some(format!(
-                "Docker: {count} {what}{s} with an invalid name or driver left out: {}",
-                sanitize(name)
-            ))
+            let entries = counted(*count, one, many);
+            let name = sanitize(name);
+            Some(format!("Docker: {entries} with an invalid name or driver left out: {name}"))
         };
+        let containers = self.containers.as_ref().ok();
         let containers =
-            self.containers.as_ref().ok().and_then(|it| describe(&it.left_out, "container"));
-        let networks = self.networks.as_ref().ok().and_then(|it| describe(&it.left_out, "network"));
+            containers.and_then(|it| describe(&it.left_out, "container", "containers"));
+        let networks = self.networks.as_ref().ok();
+        let networks = networks.and_then(|it| describe(&it.left_out, "network", "networks"));
         containers.into_iter().chain(networks).reduce(|some, more| format!("{some}; {more}"))
     }
 }
@@ -151,7 +151,7 @@ impl Docker {
     }
 
     /// Requests the networks, then the containers.
-    pub(crate) fn engine(&self) -> DockerState {
+    pub(crate) fn query(&self) -> DockerState {
         let networks = self.get("/networks", limits::DOCKER_NETWORKS, Networks::of);
         let containers =
             self.get("/containers/json?all=true", limits::DOCKER_CONTAINERS, Containers::of);
@@ -241,95 +241,45 @@ impl Text {
         }
     }
 
-    fn of(text: &str) -> Self {
+    fn of(text: String) -> Self {
         if text.len() <= limits::DOCKER_NAME {
-            return Self::Whole(text.to_owned());
+            Self::Whole(text)
+        } else {
+            Self::Cut(cut(&text, limits::DOCKER_NAME / 4).to_owned())
         }
-        Self::Cut(cut(text, limits::DOCKER_NAME / 4).to_owned())
     }
 }
 
 impl<'de> Deserialize<'de> for Text {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        Ok(match deserializer.deserialize_any(Lenient)? {
-            Value::Text(text) => text,
-            Value::Null => Self::Absent,
-            Value::List(_) | Value::Other => Self::Invalid,
+        // Raw first, so that a value of another type does not end the whole answer.
+        let json = Box::<RawValue>::deserialize(deserializer)?;
+        Ok(match serde_json::from_str::<Option<String>>(json.get()) {
+            Ok(Some(text)) => Self::of(text),
+            Ok(None) => Self::Absent,
+            Err(_) => Self::Invalid,
         })
     }
 }
 
+type Names = BoundedVec<Text, { limits::DOCKER_LIST }>;
+
 /// A container's own name. Names with a second slash are links from other containers. A container
 /// that is being removed has no names.
 fn own_name<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Text, D::Error> {
-    Ok(match deserializer.deserialize_any(Lenient)? {
-        Value::List(own_name) => own_name,
-        Value::Null => Text::Absent,
-        Value::Text(_) | Value::Other => Text::Invalid,
-    })
-}
-
-/// A JSON value of any type. Only strings are stored.
-enum Value {
-    Text(Text),
-    /// The container's own name in a list of names.
-    List(Text),
-    Null,
-    Other,
-}
-
-struct Lenient;
-
-impl<'de> Visitor<'de> for Lenient {
-    type Value = Value;
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("anything")
-    }
-
-    fn visit_str<E>(self, text: &str) -> Result<Value, E> {
-        Ok(Value::Text(Text::of(text)))
-    }
-
-    fn visit_unit<E>(self) -> Result<Value, E> {
-        Ok(Value::Null)
-    }
-
-    fn visit_bool<E>(self, _: bool) -> Result<Value, E> {
-        Ok(Value::Other)
-    }
-
-    fn visit_i64<E>(self, _: i64) -> Result<Value, E> {
-        Ok(Value::Other)
-    }
-
-    fn visit_u64<E>(self, _: u64) -> Result<Value, E> {
-        Ok(Value::Other)
-    }
-
-    fn visit_f64<E>(self, _: f64) -> Result<Value, E> {
-        Ok(Value::Other)
-    }
-
-    fn visit_seq<A: SeqAccess<'de>>(self, mut names: A) -> Result<Value, A::Error> {
-        let own = |name: &str| name.strip_prefix('/').unwrap_or(name).to_owned();
-        let mut found = Text::Absent;
-        while let Some(name) = names.next_element::<Text>()? {
-            found = match (found, name) {
-                (known @ (Text::Whole(_) | Text::Cut(_)), _) => known,
-                (found, Text::Whole(name) | Text::Cut(name)) if own(&name).contains('/') => found,
-                (_, Text::Whole(name)) => Text::Whole(own(&name)),
-                (_, Text::Cut(name)) => Text::Cut(own(&name)),
-                (_, Text::Absent | Text::Invalid) => Text::Invalid,
-            };
-        }
-        Ok(Value::List(found))
-    }
-
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Value, A::Error> {
-        while map.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {}
-        Ok(Value::Other)
-    }
+    let json = Box::<RawValue>::deserialize(deserializer)?;
+    let names = match serde_json::from_str::<Option<Names>>(json.get()) {
+        Ok(names) => names.map_or_else(Vec::new, |names| names.0),
+        Err(_) => return Ok(Text::Invalid),
+    };
+    let own = |name: &str| name.strip_prefix('/').unwrap_or(name).to_owned();
+    Ok(names.into_iter().fold(Text::Absent, |found, name| match (found, name) {
+        (known @ (Text::Whole(_) | Text::Cut(_)), _) => known,
+        (found, Text::Whole(name) | Text::Cut(name)) if own(&name).contains('/') => found,
+        (_, Text::Whole(name)) => Text::Whole(own(&name)),
+        (_, Text::Cut(name)) => Text::Cut(own(&name)),
+        (_, Text::Absent | Text::Invalid) => Text::Invalid,
+    }))
 }
 
 fn config() -> Config {
@@ -402,7 +352,7 @@ mod tests {
                 while stream.read(&mut [0; 1024]).is_ok_and(|read| read > 0) {
                     let Some(answer) = answers.next() else { return };
                     stream.write_all(answer.as_bytes()).unwrap();
-                    // An engine keeps its connections, unless it breaks off.
+                    // An engine keeps its connections open, except after an incomplete answer.
                     if !answer.ends_with(']') {
                         break;
                     }
@@ -424,18 +374,18 @@ mod tests {
     /// The error for a Docker that answers both requests like this, without the socket's name.
     fn problems(answer: &str) -> [String; 2] {
         let (dir, docker) = answering(&[answer, answer]);
-        let DockerState { containers, networks } = docker.engine();
+        let DockerState { containers, networks } = docker.query();
         [networks.unwrap_err(), containers.unwrap_err()]
             .map(|problem| problem.replace(&dir.path().display().to_string(), "DIR"))
     }
 
     #[test]
-    fn one_request_each_tells_names_states_and_bridges() {
+    fn requests_return_names_states_and_bridges() {
         let containers = r#"[{"Names":["/web/db","/db"],"State":"running","Other":{"x":[1]}},
             {"Names":["/cache"],"State":"exited"},{"Names":null,"State":"dead"},{"Names":[],"State":"dead"}]"#;
         let networks = r#"[{"Name":"b","Driver":"bridge"},{"Name":"h","Driver":"host"}]"#;
         let (_dir, docker) = answering(&[&ok(networks), &ok(containers)]);
-        let engine = docker.engine();
+        let engine = docker.query();
         assert_eq!(states(&engine), [("cache", Some("exited")), ("db", Some("running"))]);
         assert_eq!(
             (engine.networks.as_ref().unwrap().bridges.as_slice(), engine.left_out()),
@@ -447,7 +397,7 @@ mod tests {
     fn chunked_answer_is_decoded() {
         let chunked = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\n[{\"\r\n21\r\nNames\":[\"/a\"],\"State\":\"running\"}]\r\n0\r\n\r\n";
         let (_dir, docker) = answering(&[&ok("[]"), chunked]);
-        assert_eq!(states(&docker.engine()), [("a", Some("running"))]);
+        assert_eq!(states(&docker.query()), [("a", Some("running"))]);
     }
 
     #[test]
@@ -459,17 +409,15 @@ mod tests {
             &ok("[]"),
         ]);
         for _ in 0..2 {
-            let DockerState { containers, networks } = docker.engine();
+            let DockerState { containers, networks } = docker.query();
             assert!(containers.is_ok() && networks.is_ok(), "{containers:?} {networks:?}");
         }
     }
 
     #[test]
     fn failed_request_does_not_affect_the_other_one() {
-        let (good_networks, good_containers) = (
-            ok(r#"[{"Name":"b","Driver":"bridge"}]"#),
-            ok(r#"[{"Names":["/a"],"State":"running"}]"#),
-        );
+        let good_networks = ok(r#"[{"Name":"b","Driver":"bridge"}]"#);
+        let good_containers = ok(r#"[{"Names":["/a"],"State":"running"}]"#);
         for bad in [
             "HTTP/1.1 403 Forbidden\r\nContent-Length: 9\r\n\r\nForbidden".to_owned(),
             "HTTP/1.1 404 Not Found\r\nContent-Length: 2\r\n\r\n[]".to_owned(),
@@ -487,11 +435,11 @@ mod tests {
             String::new(),
         ] {
             let (_dir, docker) = answering(&[&bad, &good_containers]);
-            let engine = docker.engine();
+            let engine = docker.query();
             assert_eq!(states(&engine), [("a", Some("running"))], "{bad:.80}");
             assert!(engine.networks.unwrap_err().contains(": /networks: "), "{bad:.80}");
             let (_dir, docker) = answering(&[&good_networks, &bad]);
-            let engine = docker.engine();
+            let engine = docker.query();
             assert_eq!(engine.networks.unwrap().bridges, ["b"], "{bad:.80}");
             assert!(
                 engine.containers.unwrap_err().contains(": /containers/json?all=true: "),
@@ -507,14 +455,14 @@ mod tests {
         let listener = UnixListener::bind(&socket).unwrap();
         thread::spawn(move || {
             // The first connection stays open without an answer.
-            let _hangs = listener.accept().unwrap();
+            let _blocked = listener.accept().unwrap();
             let mut second = listener.accept().unwrap().0;
             while second.read(&mut [0; 1024]).is_ok_and(|read| read > 0) {
                 let _ = second.write_all(ok(r#"[{"Names":["/a"],"State":"running"}]"#).as_bytes());
             }
         });
         let since = Instant::now();
-        let engine = Docker::new(socket).engine();
+        let engine = Docker::new(socket).query();
         assert!(since.elapsed() < limits::DOCKER_CONTAINERS, "{:?}", since.elapsed());
         assert_eq!(states(&engine), [("a", Some("running"))]);
         assert!(engine.networks.unwrap_err().contains(": /networks: timeout: "));
@@ -559,16 +507,17 @@ mod tests {
     #[test]
     fn invalid_container_affects_only_its_own_state() {
         let long = "x".repeat(limits::DOCKER_NAME + 1);
-        let odd = [
+        let invalid = [
             r#"{"Names":["/no-state"]}"#.to_owned(),
             r#"{"Names":["/null"],"State":null}"#.to_owned(),
             r#"{"Names":["/number"],"State":{"Status":"running"}}"#.to_owned(),
             format!(r#"{{"Names":["/long-state"],"State":"{long}"}}"#),
             format!(r#"{{"Names":["/{long}"],"State":"running"}}"#),
         ];
-        let containers = format!(r#"[{},{{"Names":[7,"/a"],"State":"running"}}]"#, odd.join(","));
+        let containers =
+            format!(r#"[{},{{"Names":[7,"/a"],"State":"running"}}]"#, invalid.join(","));
         let (_dir, docker) = answering(&[&ok("[]"), &ok(&containers)]);
-        let engine = docker.engine();
+        let engine = docker.query();
         let unknown = ["long-state", "no-state", "null", "number"].map(|name| (name, None));
         assert_eq!(states(&engine), [&[("a", Some("running"))][..], &unknown[..]].concat());
         let left_out = engine.left_out().unwrap();
@@ -582,31 +531,32 @@ mod tests {
     #[test]
     fn invalid_network_is_left_out_unless_it_belongs_to_a_topology() {
         let long = "x".repeat(limits::DOCKER_NAME);
-        let networks = |odd: &str| ok(&format!(r#"[{odd},{{"Name":"b","Driver":"bridge"}}]"#));
-        for odd in [
+        let networks =
+            |invalid: &str| ok(&format!(r#"[{invalid},{{"Name":"b","Driver":"bridge"}}]"#));
+        for invalid in [
             format!(r#"{{"Name":"x{long}","Driver":"bridge"}}"#),
             r#"{"Name":"other"}"#.to_owned(),
             r#"{"Name":"other","Driver":1}"#.to_owned(),
         ] {
-            let (_dir, docker) = answering(&[&networks(&odd), &ok("[]")]);
-            let engine = docker.engine();
-            assert_eq!(engine.networks.as_ref().unwrap().bridges, ["b"], "{odd}");
+            let (_dir, docker) = answering(&[&networks(&invalid), &ok("[]")]);
+            let engine = docker.query();
+            assert_eq!(engine.networks.as_ref().unwrap().bridges, ["b"], "{invalid}");
             assert!(
                 engine.left_out().unwrap().starts_with("Docker: 1 network with an invalid name"),
-                "{odd}"
+                "{invalid}"
             );
         }
-        for odd in [
+        for invalid in [
             format!(r#"{{"Name":"decnet-topology-{long}","Driver":"bridge"}}"#),
             r#"{"Name":"decnet-topology-dmz"}"#.to_owned(),
             r#"{"Name":null,"Driver":"bridge"}"#.to_owned(),
         ] {
-            let (_dir, docker) = answering(&[&networks(&odd), &ok("[]")]);
-            assert!(docker.engine().networks.is_err(), "{odd}");
+            let (_dir, docker) = answering(&[&networks(&invalid), &ok("[]")]);
+            assert!(docker.query().networks.is_err(), "{invalid}");
         }
         let (_dir, docker) =
             answering(&[&networks(&format!(r#"{{"Name":"x{long}","Driver":"host"}}"#)), &ok("[]")]);
-        assert_eq!(docker.engine().left_out(), None, "it is not a bridge");
+        assert_eq!(docker.query().left_out(), None, "it is not a bridge");
     }
 
     #[test]
@@ -614,7 +564,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("file");
         std::fs::write(&path, "").unwrap();
-        let DockerState { containers, networks } = Docker::new(path).engine();
+        let DockerState { containers, networks } = Docker::new(path).query();
         for error in [containers.unwrap_err(), networks.unwrap_err()] {
             assert!(error.ends_with("Connection refused (os error 111)"), "{error}");
         }

@@ -5,9 +5,7 @@ use std::fmt;
 use std::marker::PhantomData;
 
 use serde::de::value::MapAccessDeserializer;
-use serde::de::{
-    Deserialize, DeserializeSeed, Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Visitor,
-};
+use serde::de::{Deserialize, Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_json::value::RawValue;
 
 /// A list of at most `MOST` entries. The size of a file does not limit the memory, as an entry may
@@ -68,7 +66,7 @@ impl<'de, T: Deserialize<'de>> Visitor<'de> for Entry<T> {
 
 /// The raw values of these keys of an object. Other keys are skipped, even if they are invalid text
 /// with a lone surrogate.
-pub(super) fn values<'a, const N: usize>(
+pub(super) fn read_values<'a, const N: usize>(
     json: &'a [u8],
     keys: [&str; N],
 ) -> serde_json::Result<[&'a RawValue; N]> {
@@ -89,15 +87,16 @@ impl<'de, const N: usize> Visitor<'de> for Values<'_, N> {
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
         let mut found: [Option<&RawValue>; N] = [None; N];
-        while let Some(key) = map.next_key_seed(KeyOf(&self.0))? {
-            let Some((place, name)) =
-                key.and_then(|key| Some((found.get_mut(key)?, self.0.get(key)?)))
-            else {
-                map.next_value::<IgnoredAny>()?;
-                continue;
-            };
-            if place.replace(map.next_value()?).is_some() {
-                return Err(A::Error::custom(format_args!("two keys `{name}`")));
+        // Raw, because a key with a lone surrogate is not a valid string.
+        while let Some(key) = map.next_key::<&RawValue>()? {
+            let key = serde_json::from_str::<String>(key.get()).unwrap_or_default();
+            let position = self.0.iter().position(|name| *name == key);
+            match position.and_then(|position| found.get_mut(position)) {
+                None => {
+                    map.next_value::<IgnoredAny>()?;
+                }
+                Some(place) if place.is_none() => *place = Some(map.next_value()?),
+                Some(_) => return Err(A::Error::custom(format_args!("two keys `{key}`"))),
             }
         }
         for (name, value) in self.0.iter().zip(found) {
@@ -110,34 +109,10 @@ impl<'de, const N: usize> Visitor<'de> for Values<'_, N> {
     }
 }
 
-/// The index of a key in this list.
-struct KeyOf<'k>(&'k [&'k str]);
-
-impl<'de> DeserializeSeed<'de> for KeyOf<'_> {
-    type Value = Option<usize>;
-
-    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
-        // As bytes, because a key with a lone surrogate is not a valid string.
-        deserializer.deserialize_bytes(self)
-    }
-}
-
-impl Visitor<'_> for KeyOf<'_> {
-    type Value = Option<usize>;
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("a key")
-    }
-
-    fn visit_bytes<E>(self, key: &[u8]) -> Result<Self::Value, E> {
-        Ok(self.0.iter().position(|name| name.as_bytes() == key))
-    }
-}
-
 /// The text of a JSON error without its line and column. Those of a part are not those of the file.
 pub(super) fn without_place(error: &serde_json::Error) -> String {
-    let (text, place) =
-        (error.to_string(), format!(" at line {} column {}", error.line(), error.column()));
+    let text = error.to_string();
+    let place = format!(" at line {} column {}", error.line(), error.column());
     text.strip_suffix(&place).map_or_else(|| text.clone(), str::to_owned)
 }
 
@@ -167,7 +142,7 @@ mod tests {
     #[test]
     fn other_keys_of_an_object_are_skipped() {
         let of = |json: &'static str| {
-            let found = values(json.as_bytes(), ["a", "b"]);
+            let found = read_values(json.as_bytes(), ["a", "b"]);
             found.map(|found| found.map(RawValue::get)).map_err(|error| without_place(&error))
         };
         for json in [

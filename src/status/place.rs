@@ -36,7 +36,7 @@ pub(super) enum StateFilePath {
 
 /// The path of the state file. The file may not exist.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Located {
+pub(crate) struct StateFileLocation {
     pub(crate) file: PathBuf,
     /// `None`: the path was set by the operator.
     pub(crate) package: Option<PathBuf>,
@@ -44,14 +44,14 @@ pub(crate) struct Located {
 
 /// Why the path of the state file is unknown.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum NotLocated {
+pub(crate) enum LocateError {
     /// DECNET's package is in none of these places.
     Absent(String),
     /// A place cannot be accessed.
     Unreadable(String),
 }
 
-impl fmt::Display for NotLocated {
+impl fmt::Display for LocateError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Absent(places) => {
@@ -67,7 +67,7 @@ impl fmt::Display for NotLocated {
     }
 }
 
-impl fmt::Display for Located {
+impl fmt::Display for StateFileLocation {
     /// How the file was found.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.package {
@@ -78,15 +78,10 @@ impl fmt::Display for Located {
 }
 
 impl StateFilePath {
-    /// The path that DECNET uses on this host.
-    pub(super) fn searched() -> Self {
-        Self::Searched { root: PathBuf::from("/") }
-    }
-
     /// Finds the path of the file.
-    pub(super) fn locate(&self) -> Result<Located, NotLocated> {
+    pub(super) fn locate(&self) -> Result<StateFileLocation, LocateError> {
         match self {
-            Self::Named(file) => Ok(Located { file: file.clone(), package: None }),
+            Self::Named(file) => Ok(StateFileLocation { file: file.clone(), package: None }),
             Self::Searched { root } => search(root),
         }
     }
@@ -114,7 +109,7 @@ pub(super) fn means_nothing_deployed(file: &Path) -> Result<(), String> {
 
 /// Finds the first place with the package. A place that cannot be accessed ends the search, as a
 /// later one may be wrong.
-fn search(root: &Path) -> Result<Located, NotLocated> {
+fn search(root: &Path) -> Result<StateFileLocation, LocateError> {
     let command = root.join("usr/local/bin/decnet");
     let venv = root.join("opt/decnet/venv");
     let editable = root.join("opt/decnet");
@@ -129,33 +124,24 @@ fn search(root: &Path) -> Result<Located, NotLocated> {
     };
     if let Some(package) = package {
         let file = package.with_file_name(STATE_FILE);
-        return Ok(Located { file, package: Some(package) });
+        return Ok(StateFileLocation { file, package: Some(package) });
     }
     let command = match of_command {
         Some(environment) => {
             format!("{} (of {})", sanitize_path(environment), sanitize_path(&command))
         }
-        None if is_there(&command)? => {
+        None if command.is_symlink() => {
             format!("{} (it leads to a file that does not exist)", sanitize_path(&command))
         }
         None => format!("{} (it does not exist)", sanitize_path(&command)),
     };
     let venv = sanitize_path(&venv);
     let editable = sanitize_path(&editable);
-    Err(NotLocated::Absent(format!("{command}, {venv} or {editable}")))
-}
-
-/// Whether anything exists at `path`, a dangling symlink included.
-fn is_there(path: &Path) -> Result<bool, NotLocated> {
-    match fs::symlink_metadata(path) {
-        Ok(_) => Ok(true),
-        Err(error) if is_absent(&error) => Ok(false),
-        Err(error) => Err(unknown(path, &error)),
-    }
+    Err(LocateError::Absent(format!("{command}, {venv} or {editable}")))
 }
 
 /// Resolves all symlinks of `path`. `None`: the target does not exist.
-fn resolve(path: &Path) -> Result<Option<PathBuf>, NotLocated> {
+fn resolve(path: &Path) -> Result<Option<PathBuf>, LocateError> {
     match fs::canonicalize(path) {
         Ok(resolved) => Ok(Some(resolved)),
         Err(error) if is_absent(&error) => Ok(None),
@@ -165,7 +151,7 @@ fn resolve(path: &Path) -> Result<Option<PathBuf>, NotLocated> {
                 let target = path.with_file_name(target);
                 let path = sanitize_path(path);
                 let target = sanitize_path(&target);
-                Err(NotLocated::Unreadable(format!(
+                Err(LocateError::Unreadable(format!(
                     "{target}, the target of {path}, cannot be accessed: {error}"
                 )))
             }
@@ -176,7 +162,7 @@ fn resolve(path: &Path) -> Result<Option<PathBuf>, NotLocated> {
 
 /// The package in a virtual environment, or in a prefix such as `/usr/local`. An editable install
 /// has no package there.
-fn package_of_environment(environment: &Path) -> Result<Option<PathBuf>, NotLocated> {
+fn package_of_environment(environment: &Path) -> Result<Option<PathBuf>, LocateError> {
     // In most environments `lib64` is a symlink to `lib`.
     for lib in ["lib", "lib64"] {
         let mut found = Vec::new();
@@ -218,7 +204,7 @@ impl Version {
 }
 
 /// The versions of Python with a folder in `lib`, newest first.
-fn python_versions(lib: &Path) -> Result<Vec<Version>, NotLocated> {
+fn python_versions(lib: &Path) -> Result<Vec<Version>, LocateError> {
     let entries = match fs::read_dir(lib) {
         Ok(entries) => entries,
         Err(error) if is_absent(&error) => return Ok(Vec::new()),
@@ -239,7 +225,7 @@ fn python_versions(lib: &Path) -> Result<Vec<Version>, NotLocated> {
 
 /// The version of the interpreter of a virtual environment, from its `pyvenv.cfg`: `version =
 /// 3.11.2`, or `version_info = 3.11.2.final.0`.
-fn interpreter(environment: &Path) -> Result<Option<Version>, NotLocated> {
+fn interpreter(environment: &Path) -> Result<Option<Version>, LocateError> {
     let path = environment.join("pyvenv.cfg");
     let content = match files::read(&path, limits::PYVENV_CFG) {
         Ok(content) => content,
@@ -258,7 +244,7 @@ fn interpreter(environment: &Path) -> Result<Option<Version>, NotLocated> {
 }
 
 /// The package in `folder`. A file with its name is not a package.
-fn package_in(folder: &Path) -> Result<Option<PathBuf>, NotLocated> {
+fn package_in(folder: &Path) -> Result<Option<PathBuf>, LocateError> {
     let package = folder.join(PACKAGE);
     match fs::metadata(&package) {
         Ok(found) => Ok(found.is_dir().then_some(package)),
@@ -272,10 +258,10 @@ fn is_absent(error: &io::Error) -> bool {
     matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory)
 }
 
-fn unknown(path: &Path, problem: &impl fmt::Display) -> NotLocated {
+fn unknown(path: &Path, problem: &impl fmt::Display) -> LocateError {
     let path = sanitize_path(path);
     let problem = sanitize(&problem.to_string());
-    NotLocated::Unreadable(format!("{path} cannot be accessed: {problem}"))
+    LocateError::Unreadable(format!("{path} cannot be accessed: {problem}"))
 }
 
 #[cfg(test)]
@@ -317,7 +303,7 @@ mod tests {
         let root = fs::canonicalize(root).unwrap();
         let named = |path: &Path| path.strip_prefix(&root).unwrap().display().to_string();
         match search(&root) {
-            Ok(Located { file, package, .. }) => {
+            Ok(StateFileLocation { file, package, .. }) => {
                 let package = package.unwrap();
                 assert!(
                     package.is_dir()

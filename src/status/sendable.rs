@@ -106,7 +106,8 @@ impl Scan<'_> {
                     let text = string(self.json, at + 1);
                     at += text.len() + 1;
                     if let Some(Level::Object(key, is_key @ true)) = self.levels.last_mut() {
-                        (*key, *is_key) = (text, false);
+                        *key = text;
+                        *is_key = false;
                     }
                     if let Some(surrogate) = lone_surrogate(text) {
                         return Some(format!(

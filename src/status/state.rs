@@ -10,7 +10,7 @@ use serde_json::value::{RawValue, to_raw_value};
 
 use super::docker::Containers;
 use super::list::{self, BoundedVec, without_place};
-use super::place::{Located, NotLocated, StateFilePath, means_nothing_deployed};
+use super::place::{LocateError, StateFileLocation, StateFilePath, means_nothing_deployed};
 use super::sendable;
 use super::wire::Runtime;
 use crate::error::sanitize_path;
@@ -40,13 +40,13 @@ impl StateFile {
     }
 
     /// Finds the path of the file.
-    pub(super) fn locate(&self) -> Result<Located, NotLocated> {
+    pub(super) fn locate(&self) -> Result<StateFileLocation, LocateError> {
         self.place.locate()
     }
 
     /// The state. `None`: there is no file, so nothing is deployed. The error is text for people
     /// and names the file.
-    pub(super) fn read(&mut self, located: &Located) -> Result<Option<&State>, String> {
+    pub(super) fn read(&mut self, located: &StateFileLocation) -> Result<Option<&State>, String> {
         let path = located.file.as_path();
         // The version from before the read, so that a change during it is noticed next time.
         let version = FileVersion::of(path);
@@ -92,7 +92,7 @@ struct Decky {
 
 impl Decky {
     fn parse(json: &RawValue) -> Result<Self, String> {
-        let [name, services] = list::values(json.get().as_bytes(), ["name", "services"])
+        let [name, services] = list::read_values(json.get().as_bytes(), ["name", "services"])
             .map_err(|error| format!(": {}", without_place(&error)))?;
         Ok(Self { name: read(".name", name)?, services: read(".services", services)? })
     }
@@ -104,7 +104,7 @@ fn read<'a, T: Deserialize<'a>>(place: &str, json: &'a RawValue) -> Result<T, St
 }
 
 /// The deckies that are sent, and the states of their containers.
-pub(super) struct Seen<'a> {
+pub(super) struct DeckyStates<'a> {
     pub(super) deckies: Cow<'a, RawValue>,
     pub(super) runtime: Runtime<'a>,
     /// Why other deckies are left out.
@@ -113,9 +113,9 @@ pub(super) struct Seen<'a> {
 
 impl State {
     pub(crate) fn parse(content: &[u8]) -> Result<Self, String> {
-        let [config, compose_path] =
-            list::values(content, ["config", "compose_path"]).map_err(|error| error.to_string())?;
-        let [mode, deckies] = list::values(config.get().as_bytes(), ["mode", "deckies"])
+        let [config, compose_path] = list::read_values(content, ["config", "compose_path"])
+            .map_err(|error| error.to_string())?;
+        let [mode, deckies] = list::read_values(config.get().as_bytes(), ["mode", "deckies"])
             .map_err(|error| format!("config: {}", without_place(&error)))?;
         // Only these parts are sent. The rest of the file is not checked.
         for (what, json) in [("mode", mode), ("compose_path", compose_path), ("deckies", deckies)] {
@@ -141,14 +141,17 @@ impl State {
 
     /// Whether there is a decky with this name.
     #[cfg(feature = "cli")]
-    pub(super) fn names(&self, name: &str) -> bool {
+    pub(super) fn has_decky(&self, name: &str) -> bool {
         self.services.iter().any(|decky| decky.name == name)
     }
 
     /// The deckies with the states of their containers. A decky is left out if the state of one of
     /// its containers is unknown, because the master would store it as degraded. It is an error if
     /// all deckies are left out.
-    pub(super) fn seen<'a>(&'a self, containers: &'a Containers) -> Result<Seen<'a>, String> {
+    pub(super) fn decky_states<'a>(
+        &'a self,
+        containers: &'a Containers,
+    ) -> Result<DeckyStates<'a>, String> {
         let mut name = String::new();
         let states = self
             .services
@@ -158,7 +161,11 @@ impl State {
         let left_out = states.iter().filter(|states| states.is_err()).count();
         let Some(problem) = states.iter().find_map(|states| states.as_ref().err()) else {
             let runtime = Runtime(states.into_iter().flatten().collect());
-            return Ok(Seen { deckies: Cow::Borrowed(&self.deckies), runtime, left_out: None });
+            return Ok(DeckyStates {
+                deckies: Cow::Borrowed(&self.deckies),
+                runtime,
+                left_out: None,
+            });
         };
         let problem = match left_out {
             1 => format!("{problem}; 1 decky is left out"),
@@ -173,7 +180,7 @@ impl State {
             entries.0.into_iter().zip(&states).filter_map(known).collect();
         let deckies = to_raw_value(&deckies).map_err(|error| error.to_string())?;
         let runtime = Runtime(states.into_iter().flatten().collect());
-        Ok(Seen { deckies: Cow::Owned(deckies), runtime, left_out: Some(problem) })
+        Ok(DeckyStates { deckies: Cow::Owned(deckies), runtime, left_out: Some(problem) })
     }
 }
 

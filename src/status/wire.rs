@@ -1,6 +1,5 @@
 //! The status of a beat as JSON, with the keys of DECNET's own agent. Values only, for any thread.
 
-use serde::ser::{SerializeMap, SerializeStruct};
 use serde::{Serialize, Serializer};
 use serde_json::value::RawValue;
 
@@ -29,7 +28,7 @@ pub(crate) enum Status<'a> {
     },
     /// Deckies are deployed, but the states of their containers are unknown. No decky is named,
     /// because the master would store a decky without states as degraded.
-    Unseen { deployed: bool, mode: &'a RawValue, compose_path: &'a RawValue, error: &'a str },
+    StatesUnknown { deployed: bool, mode: &'a RawValue, compose_path: &'a RawValue, error: &'a str },
     /// It is unknown what is deployed. No decky is named, so the master changes none.
     Unknown { error: &'a str },
 }
@@ -47,33 +46,28 @@ pub(crate) struct Runtime<'a>(pub(crate) Vec<(&'a str, Vec<(&'a str, &'a str)>)>
 
 impl Serialize for Runtime<'_> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let mut map = serializer.serialize_map(Some(self.0.len()))?;
-        for (decky, services) in &self.0 {
-            map.serialize_entry(decky, &DeckyRuntime(services))?;
-        }
-        map.end()
+        let deckies = self.0.iter();
+        serializer.collect_map(deckies.map(|(decky, services)| (decky, DeckyRuntime::of(services))))
     }
 }
 
-/// `running` is true if the decky has a service and all its services are running.
-struct DeckyRuntime<'a>(&'a [(&'a str, &'a str)]);
+#[derive(Serialize)]
+struct DeckyRuntime<'a> {
+    /// The decky has a service, and all its services are running.
+    running: bool,
+    #[serde(serialize_with = "as_map")]
+    services: &'a [(&'a str, &'a str)],
+}
 
-impl Serialize for DeckyRuntime<'_> {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let running = !self.0.is_empty() && self.0.iter().all(|(_, state)| *state == "running");
-        let mut decky = serializer.serialize_struct("DeckyRuntime", 2)?;
-        decky.serialize_field("running", &running)?;
-        decky.serialize_field("services", &Services(self.0))?;
-        decky.end()
+impl<'a> DeckyRuntime<'a> {
+    fn of(services: &'a [(&'a str, &'a str)]) -> Self {
+        let running = !services.is_empty() && services.iter().all(|(_, state)| *state == "running");
+        Self { running, services }
     }
 }
 
-struct Services<'a>(&'a [(&'a str, &'a str)]);
-
-impl Serialize for Services<'_> {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_map(self.0.iter().copied())
-    }
+fn as_map<S: Serializer>(pairs: &[(&str, &str)], serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_map(pairs.iter().copied())
 }
 
 #[cfg(test)]

@@ -40,6 +40,13 @@ pub(crate) struct Post {
     pub(crate) deltas: DeltaSelection,
 }
 
+/// Whether states are known and fresh enough to be sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Availability {
+    Available,
+    Unavailable,
+}
+
 /// Which of the deltas that may be sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum DeltaSelection {
@@ -85,19 +92,13 @@ pub(crate) enum PostOutcome {
     Inconclusive,
 }
 
-/// What the outcome of a POST means for its beat.
+/// What the outcome of a POST means for its beat. The last three do not fail the beat, because it
+/// was accepted before, and it continues.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use]
 pub(crate) enum Consequence {
     /// This result is the result of the beat.
     DecidesBeat,
-    /// The beat was accepted before, and continues.
-    BeatContinues(Cause),
-}
-
-/// Why a failed POST does not fail its beat.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Cause {
     /// The states are suspended.
     StatesSuspended,
     /// A delta that was sent alone is suspended.
@@ -220,7 +221,7 @@ pub(crate) struct Content {
     singles_left: usize,
     /// This beat begins with the suspects, because the last one had no time for them.
     suspects_first: bool,
-    /// A POST of this beat was accepted.
+    /// A POST of this beat, or of the last one until this one begins, was accepted.
     accepted: bool,
 }
 
@@ -251,47 +252,46 @@ impl Content {
                 .for_each(|suspect| count_down(&mut suspect.suspension));
         }
         self.states.iter_mut().for_each(count_down);
-        let last_accepted = std::mem::replace(&mut self.accepted, false);
         self.singles_left = limits::SINGLES_PER_BEAT;
         let suspects_remain =
             self.step == Step::Suspects && self.due_suspect().is_some() && !self.suspects_first;
         self.suspects_first = suspects_remain && matches!(self.mode, Mode::Whole | Mode::Apart);
-        self.step =
-            if self.suspects_first { Step::Suspects } else { self.first_step(last_accepted) };
+        self.step = if self.suspects_first { Step::Suspects } else { self.first_step() };
+        self.accepted = false;
     }
 
     /// Continues what the last beat had no time for. If each beat started over, a long sequence of
     /// POSTs would never be completed.
-    fn first_step(&self, last_accepted: bool) -> Step {
+    fn first_step(&self) -> Step {
         match (self.mode, self.step) {
             (Mode::Whole, _) => Step::Whole,
             // A beat whose only POST is a rejected half would not count as a beat, so an accepted
             // POST comes before each of them.
-            (_, Step::Halves(suspects)) if last_accepted => Step::Halves(suspects),
+            (_, Step::Halves(suspects)) if self.accepted => Step::Halves(suspects),
             (_, Step::Halves(suspects) | Step::BareBeforeHalves(suspects)) => {
                 Step::BareBeforeHalves(suspects)
             }
-            (Mode::Singly, Step::Singles) if last_accepted => Step::Singles,
+            (Mode::Singly, Step::Singles) if self.accepted => Step::Singles,
             (Mode::Bare | Mode::Singly, _) => Step::Bare,
             (Mode::Apart, Step::Suspects | Step::States) => Step::StatesFirst,
             (Mode::Apart, _) => Step::Light,
         }
     }
 
-    /// The next POST of this beat, if there is one. `has_states`: they are known and fresh.
-    pub(crate) fn next_post(&mut self, has_states: bool) -> Option<Post> {
-        const ALL: DeltaSelection = DeltaSelection::Newest(limits::DELTAS_PER_BODY);
+    /// The next POST of this beat, if there is one.
+    pub(crate) fn next_post(&mut self, states: Availability) -> Option<Post> {
+        let has_states = states == Availability::Available;
         let light = |deltas| Some(Post { states: false, deltas });
         match self.step {
-            Step::Whole => Some(Post { states: has_states, deltas: ALL }),
+            Step::Whole => Some(Post { states: has_states, deltas: DeltaSelection::default() }),
             Step::StatesFirst if has_states && !self.states_are_suspended() => {
                 Some(Post { states: true, deltas: DeltaSelection::None })
             }
             Step::StatesFirst => {
                 self.step = Step::Light;
-                light(ALL)
+                light(DeltaSelection::default())
             }
-            Step::Light => light(ALL),
+            Step::Light => light(DeltaSelection::default()),
             Step::Bare | Step::BareBeforeHalves(_) | Step::BareAfterSingle => {
                 light(DeltaSelection::None)
             }
@@ -304,7 +304,7 @@ impl Content {
                 }
                 _ => {
                     self.step = Step::States;
-                    self.next_post(has_states)
+                    self.next_post(states)
                 }
             },
             Step::States => {
@@ -334,7 +334,11 @@ impl Content {
                 }
             }
             (Step::Singles, NothingToSend::NoSuchDelta | NothingToSend::Held) => {
-                self.all_singles_sent();
+                // Every delta that waited has been tried alone.
+                if self.mode == Mode::Singly {
+                    self.mode = Mode::Apart;
+                }
+                self.step = Step::Suspects;
             }
             (Step::StatesFirst, _) => self.step = Step::Light,
             (Step::Light, _) => self.step = Step::Suspects,
@@ -448,7 +452,7 @@ impl Content {
         self.step = match (outcome, deltas) {
             (PostOutcome::Rejected, [_]) => {
                 self.step = Step::Light;
-                return Consequence::BeatContinues(Cause::DeltaRejected);
+                return Consequence::DeltaRejected;
             }
             (PostOutcome::Rejected, [_, _, ..]) => Step::Halves(deltas.len()),
             (PostOutcome::Accepted, [_, ..]) if deltas.len() < suspects => {
@@ -483,11 +487,11 @@ impl Content {
                 };
                 self.suspects_mut().insert(delta.id, suspect);
                 self.step = Step::BareAfterSingle;
-                Consequence::BeatContinues(Cause::DeltaSuspended)
+                Consequence::DeltaSuspended
             }
             PostOutcome::Rejected => {
                 self.suspects_mut().remove(&delta.id);
-                Consequence::BeatContinues(Cause::DeltaRejected)
+                Consequence::DeltaRejected
             }
             PostOutcome::Inconclusive => {
                 self.step = Step::Done;
@@ -512,18 +516,10 @@ impl Content {
             }
             PostOutcome::InDoubt | PostOutcome::Rejected => {
                 self.states = Some(next_suspension(self.states, self.longest));
-                Consequence::BeatContinues(Cause::StatesSuspended)
+                Consequence::StatesSuspended
             }
             PostOutcome::Inconclusive => Consequence::DecidesBeat,
         }
-    }
-
-    /// Every delta that waited has been tried alone.
-    fn all_singles_sent(&mut self) {
-        if self.mode == Mode::Singly {
-            self.mode = Mode::Apart;
-        }
-        self.step = Step::Suspects;
     }
 
     /// The newest suspect whose suspension is over. A suspect waits for newer ones of its decky and
@@ -586,6 +582,7 @@ mod tests {
 
     use proptest::prelude::*;
 
+    use super::Availability::{Available, Unavailable};
     use super::*;
     use crate::delta::LifecycleDelta;
 
@@ -670,7 +667,7 @@ mod tests {
             let mut posts = Vec::new();
             let mut is_decided = false;
             while !is_decided || posts.len() < max_posts {
-                let Some(post) = content.next_post(true) else { break };
+                let Some(post) = content.next_post(Available) else { break };
                 let deltas = self.select(content, post.deltas);
                 let is_for_one =
                     matches!(post.deltas, DeltaSelection::One | DeltaSelection::Only(_));
@@ -698,7 +695,7 @@ mod tests {
                 }
                 let consequence = content.post_ended(post, &deltas, outcome);
                 is_decided |= consequence == Consequence::DecidesBeat;
-                if consequence == Consequence::BeatContinues(Cause::DeltaRejected) {
+                if consequence == Consequence::DeltaRejected {
                     self.waiting.remove(&ids[0]);
                     self.rejected.insert(ids[0]);
                 }
@@ -855,22 +852,19 @@ mod tests {
         master.beat(&mut content);
         master.beat(&mut content);
         content.begin_beat();
-        let post = content.next_post(true).unwrap();
+        let post = content.next_post(Available).unwrap();
         assert_eq!(post, Post { states: false, deltas: DeltaSelection::None });
         assert_eq!(content.post_ended(post, &[], Accepted), Consequence::DecidesBeat);
-        let single = content.next_post(true).unwrap();
+        let single = content.next_post(Available).unwrap();
         let deltas = master.select(&content, single.deltas);
-        assert_eq!(
-            content.post_ended(single, &deltas, InDoubt),
-            Consequence::BeatContinues(Cause::DeltaSuspended)
-        );
-        let bare = content.next_post(true).unwrap();
+        assert_eq!(content.post_ended(single, &deltas, InDoubt), Consequence::DeltaSuspended);
+        let bare = content.next_post(Available).unwrap();
         assert_eq!(
             content.post_ended(bare, &[], InDoubt),
             Consequence::DecidesBeat,
             "the beat has failed"
         );
-        assert_eq!((content.next_post(true), content.suspended_deltas()), (None, 1));
+        assert_eq!((content.next_post(Available), content.suspended_deltas()), (None, 1));
     }
 
     #[test]
@@ -920,7 +914,7 @@ mod tests {
                 deltas: DeltaSelection::Newest(limits::DELTAS_PER_BODY),
             });
             let next = |content: &mut Content, outcome| {
-                let post = content.next_post(true);
+                let post = content.next_post(Available);
                 post.map(|post| content.post_ended(post, &[], outcome))
             };
             content.begin_beat();
@@ -928,15 +922,15 @@ mod tests {
             // Each POST takes so long that a beat has time for one.
             for _ in 0..2 {
                 content.begin_beat();
-                assert_eq!(content.next_post(false), light, "there are no states");
+                assert_eq!(content.next_post(Unavailable), light, "there are no states");
                 let _ = next(&mut content, Accepted);
             }
             content.begin_beat();
-            assert_eq!(content.next_post(true), alone);
+            assert_eq!(content.next_post(Available), alone);
             let consequence = next(&mut content, outcome);
             assert_eq!(consequence == Some(Consequence::DecidesBeat), outcome != InDoubt);
             assert_eq!(
-                (content.next_post(true), content.is_whole()),
+                (content.next_post(Available), content.is_whole()),
                 (light.filter(|_| outcome != Inconclusive), then)
             );
         }
@@ -958,12 +952,12 @@ mod tests {
     fn unknown_states_are_not_counted_as_accepted() {
         let mut content = Content::new(INTERVAL);
         content.begin_beat();
-        let whole = content.next_post(true).unwrap();
+        let whole = content.next_post(Available).unwrap();
         let _ = content.post_ended(whole, &[], InDoubt);
         content.begin_beat();
-        let light = content.next_post(false).unwrap();
+        let light = content.next_post(Unavailable).unwrap();
         let _ = content.post_ended(light, &[], Accepted);
-        assert_eq!(content.next_post(false), None);
+        assert_eq!(content.next_post(Unavailable), None);
         assert!(!content.is_whole());
     }
 
@@ -996,7 +990,7 @@ mod tests {
         (0..3).for_each(|_| drop(master.beat(&mut content)));
         for _ in 0..30 {
             content.begin_beat();
-            while let Some(post) = content.next_post(true) {
+            while let Some(post) = content.next_post(Available) {
                 match post.deltas {
                     DeltaSelection::Only(_) => content.skip_post(NothingToSend::Held),
                     _ => drop(content.post_ended(post, &[], Accepted)),

@@ -18,23 +18,23 @@ impl Decommission {
         Self { interval, rejected: None }
     }
 
-    /// Records the result of a POST. `is_rejected`: the answer is 403 or 404, and the files do not
-    /// exist.
+    /// Records an answer that is 403 or 404 while the files do not exist.
     ///
     /// Returns whether the host counts as decommissioned: rejections without a break for
     /// [`limits::DECOMMISSIONED_INTERVALS`], and more answers than that, because a process that was
     /// suspended has not asked.
-    pub(crate) fn record(&mut self, is_rejected: bool, now: Instant) -> bool {
-        if !is_rejected {
-            self.rejected = None;
-            return false;
-        }
+    pub(crate) fn record_rejection(&mut self, now: Instant) -> bool {
         let (since, count) =
             self.rejected.map_or((now, 1), |(since, count)| (since, count.saturating_add(1)));
         self.rejected = Some((since, count));
         count > limits::DECOMMISSIONED_INTERVALS
             && now.saturating_duration_since(since)
                 >= self.interval * limits::DECOMMISSIONED_INTERVALS
+    }
+
+    /// Records any other result.
+    pub(crate) fn reset(&mut self) {
+        self.rejected = None;
     }
 }
 
@@ -48,11 +48,14 @@ mod tests {
     fn after(answers: &[bool]) -> bool {
         let mut decommission = Decommission::new(INTERVAL);
         let start = Instant::now();
-        (0..)
-            .zip(answers)
-            .map(|(n, is_rejected)| decommission.record(*is_rejected, start + INTERVAL * n))
-            .last()
-            .unwrap()
+        let mut is_decommissioned = false;
+        for (n, is_rejected) in (0..).zip(answers) {
+            is_decommissioned = *is_rejected && decommission.record_rejection(start + INTERVAL * n);
+            if !is_rejected {
+                decommission.reset();
+            }
+        }
+        is_decommissioned
     }
 
     #[test]
@@ -73,9 +76,12 @@ mod tests {
     fn needs_both_the_answers_and_the_time() {
         let mut decommission = Decommission::new(INTERVAL);
         let start = Instant::now();
-        assert!((0..100).all(|_| !decommission.record(true, start)), "deltas cause beats, too");
+        assert!((0..100).all(|_| !decommission.record_rejection(start)), "deltas cause beats, too");
         let mut decommission = Decommission::new(INTERVAL);
-        assert!(!decommission.record(true, start));
-        assert!(!decommission.record(true, start + INTERVAL * 100), "the process was suspended");
+        assert!(!decommission.record_rejection(start));
+        assert!(
+            !decommission.record_rejection(start + INTERVAL * 100),
+            "the process was suspended"
+        );
     }
 }

@@ -4,12 +4,10 @@
 mod posts;
 mod record;
 
-use std::mem;
 use std::sync::Arc;
-use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
-use crossbeam_channel::{Receiver, Sender, bounded, never, select};
+use crossbeam_channel::{Receiver, RecvError, Sender, bounded, never, select};
 
 use crate::credentials::link::{MasterLink, PostInterrupt};
 use crate::error::Error;
@@ -17,8 +15,9 @@ use crate::limits;
 use crate::log_throttle::LogThrottle;
 use crate::master::{PostResult, Verdict};
 use crate::panics::{caught, quietly};
-use crate::stats::{SharedStats, ThreadWatch};
+use crate::stats::SharedStats;
 use crate::status::{AppliedTopology, Snapshot, StatusSource};
+use crate::threads;
 use crate::threads::batches::{Batch, Batches, OutboxEvent};
 use crate::threads::content::Content;
 use crate::threads::decommission::Decommission;
@@ -95,6 +94,8 @@ pub(crate) struct HeartbeatThread {
     pub(crate) ended: Receiver<()>,
     /// Interrupts the current POST.
     pub(crate) interrupt: Arc<PostInterrupt>,
+    pub(crate) outbox: Arc<OutboxClient>,
+    pub(crate) stats: Arc<SharedStats>,
 }
 
 /// Starts the heartbeat thread and the status thread.
@@ -105,18 +106,32 @@ pub(crate) struct HeartbeatThread {
 pub(crate) fn spawn(setup: Setup) -> Result<HeartbeatThread, Error> {
     let (beat_ended, beats) = bounded(1);
     let (stop, stop_receiver) = bounded(1);
-    let (alive, ended) = bounded::<()>(0);
-    let interrupt = setup.link.interrupt();
-    let watch = ThreadWatch::new(NAME, &setup.stats);
-    let heartbeat_loop = HeartbeatLoop::new(setup, beat_ended, stop_receiver)?;
-    let run = move || {
-        let _alive = alive;
-        heartbeat_loop.run();
-        watch.disarm();
+    let Setup { link, outbox, batches, source, stats, agent_version, interval, ticks } = setup;
+    let interrupt = link.interrupt();
+    let heartbeat_loop = HeartbeatLoop {
+        status_thread: StatusThread::start(source, &stats)?,
+        schedule: Schedule::new(interval),
+        content: Content::new(interval),
+        decommission: Decommission::new(interval),
+        link,
+        agent_version,
+        outbox: Arc::clone(&outbox),
+        batches,
+        stats: Arc::clone(&stats),
+        ticks,
+        beat_ended,
+        stop: stop_receiver,
+        deadline: None,
+        topology: None,
+        last_failure: String::new(),
+        states_failure: None,
+        states_sent: false,
+        throttle: LogThrottle::default(),
+        files_missing: false,
     };
-    let builder = thread::Builder::new().name(NAME.to_owned()).stack_size(limits::STACK);
-    builder.spawn(run).map_err(|source| Error::thread(NAME, source))?;
-    Ok(HeartbeatThread { stop, beats, ended, interrupt })
+    let run = move || heartbeat_loop.run();
+    let (_, ended) = threads::spawn(NAME, limits::STACK, Some(&stats), run)?;
+    Ok(HeartbeatThread { stop, beats, ended, interrupt, outbox, stats })
 }
 
 /// The state of the heartbeat thread.
@@ -142,50 +157,16 @@ struct HeartbeatLoop {
     topology: Option<Option<AppliedTopology>>,
     /// How the master failed on a body last, for the POSTs that carry less because of it.
     last_failure: String,
-    /// How the master failed on the states alone.
-    states_failure: String,
-    /// The states were suspended, and the master has not accepted them since.
-    states_were_suspended: bool,
-    /// A failed beat was logged, and no recovery yet.
-    failure_logged: bool,
+    /// How the master failed on the states alone, if it has not accepted them since.
+    states_failure: Option<String>,
     /// A POST of this beat carried the states.
     states_sent: bool,
     throttle: LogThrottle,
-    /// A disk that does not answer was logged, and no recovery yet.
-    overdue_logged: bool,
     /// The ini and the bundle do not exist, as of the last batch.
     files_missing: bool,
 }
 
 impl HeartbeatLoop {
-    fn new(setup: Setup, beat_ended: Sender<()>, stop: Receiver<Instant>) -> Result<Self, Error> {
-        let Setup { link, outbox, batches, source, stats, agent_version, interval, ticks } = setup;
-        Ok(Self {
-            status_thread: StatusThread::start(source, &stats)?,
-            schedule: Schedule::new(interval),
-            content: Content::new(interval),
-            decommission: Decommission::new(interval),
-            link,
-            agent_version,
-            outbox,
-            batches,
-            stats,
-            ticks,
-            beat_ended,
-            stop,
-            deadline: None,
-            topology: None,
-            last_failure: String::new(),
-            states_failure: String::new(),
-            states_were_suspended: false,
-            failure_logged: false,
-            states_sent: false,
-            throttle: LogThrottle::default(),
-            overdue_logged: false,
-            files_missing: false,
-        })
-    }
-
     /// Sends beats until the heartbeat is stopped, then delivers the deltas that wait.
     fn run(mut self) {
         self.catch_panics(|this| this.request_beat(Trigger::First));
@@ -218,24 +199,17 @@ impl HeartbeatLoop {
                 Some(Event::Tick)
             }
             recv(self.batches.events) -> event => {
-                Some(Event::OutboxEvent(event.unwrap_or_else(|_| {
-                    // The outbox thread has ended. The stats report that.
-                    self.batches.events = never();
-                    OutboxEvent::Pushed
-                })))
+                let event = received(&mut self.batches.events, event);
+                Some(Event::OutboxEvent(event.unwrap_or(OutboxEvent::Pushed)))
             }
-            recv(self.batches.batches) -> batch => Some(match batch {
-                Ok(batch) => Event::Batch(batch),
-                Err(_) => {
-                    self.batches.batches = never();
-                    Event::OutboxEvent(OutboxEvent::Pushed)
-                }
-            }),
+            recv(self.batches.batches) -> batch => {
+                let batch = received(&mut self.batches.batches, batch);
+                Some(batch.map_or(Event::OutboxEvent(OutboxEvent::Pushed), Event::Batch))
+            }
             recv(self.status_thread.events) -> event => {
-                Some(Event::StatusEvent(event.unwrap_or_else(|_| {
-                    self.status_thread.events = never();
-                    StatusEvent::Panicked("the status thread has ended".to_owned())
-                })))
+                let event = received(&mut self.status_thread.events, event);
+                let ended = || StatusEvent::Panicked("the status thread has ended".to_owned());
+                Some(Event::StatusEvent(event.unwrap_or_else(ended)))
             }
             recv(timer) -> _ => Some(Event::Timer),
         }
@@ -328,9 +302,7 @@ impl HeartbeatLoop {
             stats.snapshot_pending_since = None;
             stats.pending_since = None;
         });
-        if let Some(topology) = states.snapshot.topology() {
-            self.topology = Some(topology.applied.clone());
-        }
+        self.store_topology(&states.snapshot);
         if self.schedule.snapshot_received() {
             if states.are_stale() {
                 // It was ready during a POST that took long.
@@ -372,7 +344,7 @@ impl HeartbeatLoop {
         let has_credentials = batch.credentials.is_some();
         self.take_credentials(&mut batch);
         let has_deltas = self.batches.receive(batch);
-        if mem::take(&mut self.overdue_logged) {
+        if self.throttle.end("overdue") {
             quietly(|| log::info!("outbox disk answers again: host={}", self.link.host()));
         }
         if has_credentials {
@@ -416,18 +388,32 @@ impl HeartbeatLoop {
     /// Waits for the topology in a heartbeat that is stopped right after its start, because no POST
     /// may leave it out.
     fn await_topology(&mut self) {
-        while let Some(until) = self.schedule.topology_deadline() {
-            let by = self.deadline.map_or(until, |deadline| deadline.min(until));
-            let topology = match self.status_thread.events.recv_deadline(by) {
-                Ok(StatusEvent::Topology(Ok(topology))) => Some(topology.applied),
-                Ok(StatusEvent::Topology(Err(_))) => continue,
-                Ok(StatusEvent::Snapshot(snapshot, _)) => {
-                    snapshot.topology().map(|topology| topology.applied.clone())
-                }
-                Ok(StatusEvent::Panicked(_)) | Err(_) => None,
-            };
-            self.topology = topology.or(self.topology.take());
+        let Some(until) = self.schedule.topology_deadline() else { return };
+        let by = self.deadline.map_or(until, |deadline| deadline.min(until));
+        while let Ok(event) = self.status_thread.events.recv_deadline(by) {
+            match event {
+                // A snapshot follows.
+                StatusEvent::Topology(Err(_)) => continue,
+                StatusEvent::Topology(Ok(topology)) => self.topology = Some(topology.applied),
+                StatusEvent::Snapshot(snapshot, _) => self.store_topology(&snapshot),
+                StatusEvent::Panicked(_) => (),
+            }
             return;
         }
     }
+
+    fn store_topology(&mut self, snapshot: &Snapshot) {
+        if let Some(topology) = snapshot.topology() {
+            self.topology = Some(topology.applied.clone());
+        }
+    }
+}
+
+/// The message of another thread. `None`: it has ended, which the stats report, and is not received
+/// from again.
+fn received<T>(receiver: &mut Receiver<T>, message: Result<T, RecvError>) -> Option<T> {
+    if message.is_err() {
+        *receiver = never();
+    }
+    message.ok()
 }

@@ -7,13 +7,14 @@ mod resume;
 use std::iter::repeat_with;
 use std::mem;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::Sender;
+use log::Level;
 
 use super::batches::{Batch, OFFERED, OutboxEvent};
-use super::request_queue::{Answer, BatchRequest, QueuedRequest, Request, RequestQueue, Waiter};
-use super::requests::{Generation, Taken, Ticket};
+use super::request_queue::{Answer, BatchRequest, Caller, QueuedRequest, Request, RequestQueue};
+use super::requests::{Generation, Taken};
 use crate::credentials::CredentialFiles;
 use crate::error::{Error, chain};
 use crate::limits;
@@ -51,16 +52,15 @@ pub(super) struct OutboxThread {
 #[derive(Debug)]
 struct PendingFlush {
     newest: i64,
-    ticket: Ticket,
-    waiter: Waiter,
+    caller: Caller,
 }
 
 /// The requests of one transaction.
 #[derive(Debug, Default)]
 struct Group {
     new_rows: Vec<NewRows>,
-    new_rows_waiters: Vec<(Ticket, Waiter)>,
-    change_waiters: Vec<(Ticket, Waiter)>,
+    new_rows_callers: Vec<Caller>,
+    change_callers: Vec<Caller>,
     /// The number of acknowledged or rejected deltas.
     acknowledged: u64,
     is_urgent: bool,
@@ -86,8 +86,8 @@ impl OutboxThread {
     pub(super) fn run(mut self, stats: Option<&SharedStats>) {
         let mut last_group = 0;
         loop {
-            // A process that owns rows looks after them, also without a heartbeat.
-            let timeout = self.outbox.is_named().then_some(limits::OUTBOX_CHECK);
+            // A process that owns rows maintains them, also without a heartbeat.
+            let timeout = self.outbox.may_own_rows().then_some(limits::OUTBOX_CHECK);
             let Some(taken) = self.queue.take_group(last_group, timeout) else { return };
             // Callers that do not wait for an answer send no further request because of it.
             last_group = taken
@@ -112,83 +112,87 @@ impl OutboxThread {
         }
     }
 
+    /// Logs a repeated problem at a decreasing rate.
+    fn log_problem(&mut self, level: Level, event: &'static str, problem: &str) {
+        if let Some(times) = self.throttle.count(event, problem, Instant::now()) {
+            quietly(|| log::log!(level, "{event}: times={times} error={problem:?}"));
+        }
+    }
+
     /// Writes all changes in one transaction, and reads afterwards.
     fn serve(&mut self, taken: Taken<QueuedRequest>) {
-        self.outbox.mend_index();
+        self.outbox.repair_index();
         if taken.requests.is_empty() {
-            return self.outbox.look_after_rows();
+            return self.outbox.maintain_owned_rows();
         }
         let mut group = Group::default();
         let mut reads = Vec::new();
         for (ticket, QueuedRequest { request, is_urgent, waiter }) in taken.requests {
+            let caller = Caller { ticket, waiter };
             group.is_urgent |= is_urgent;
             match request {
                 Request::NewRows(rows) => {
                     group.new_rows.push(rows);
-                    group.new_rows_waiters.push((ticket, waiter));
+                    group.new_rows_callers.push(caller);
                 }
                 Request::RowChange(change) => {
-                    group.acknowledged += change.settled();
-                    self.outbox.note(change);
-                    group.change_waiters.push((ticket, waiter));
+                    group.acknowledged += change.answered();
+                    self.outbox.record_change(change);
+                    group.change_callers.push(caller);
                 }
-                other => reads.push((ticket, waiter, other)),
+                read => reads.push((caller, read)),
             }
         }
-        if !(group.new_rows_waiters.is_empty() && group.change_waiters.is_empty()) {
+        if !(group.new_rows_callers.is_empty() && group.change_callers.is_empty()) {
             self.write(group, taken.generation);
         }
-        for (ticket, waiter, request) in reads {
-            self.serve_read(ticket, waiter, request, taken.generation);
+        for (caller, request) in reads {
+            self.serve_read(caller, request, taken.generation);
         }
         self.answer_flushes();
     }
 
     fn write(&mut self, group: Group, generation: Generation) {
-        let Group { mut new_rows, new_rows_waiters, change_waiters, acknowledged, is_urgent } =
+        let Group { mut new_rows, new_rows_callers, change_callers, acknowledged, is_urgent } =
             group;
-        let is_closed = self.has_stopped && self.outbox.is_dead();
+        let is_closed = self.has_stopped && self.outbox.is_closed();
         if is_closed {
             new_rows.clear();
         }
         // If another process has the file locked, the callers get that error before they give up.
-        let deadlines = new_rows_waiters.iter().chain(&change_waiters);
-        let by = deadlines
-            .filter_map(|(_, waiter)| waiter.deadline)
+        let callers = new_rows_callers.iter().chain(&change_callers);
+        let lock_deadline = callers
+            .filter_map(|caller| caller.waiter.deadline)
             .min()
             .and_then(|deadline| deadline.checked_sub(limits::OUTBOX_MARGIN))
             .unwrap_or_else(deadline);
         let since = Instant::now();
-        let CommitResult { added, changed } = self.outbox.commit(&new_rows, by);
-        let is_slow = since.elapsed() > limits::BATCH_FRESH;
+        let CommitResult { added, changed } = self.outbox.commit(&new_rows, lock_deadline);
+        let commit_time = since.elapsed();
         let is_written = changed.is_ok();
         if is_urgent && is_written {
             let deltas = self.outbox.just_added(&new_rows, &added);
-            self.offer(deltas, generation, is_slow);
+            self.offer(deltas, generation, commit_time);
         }
         let added =
-            added.into_iter().chain(repeat_with(stopped_error)).take(new_rows_waiters.len());
-        let answers = new_rows_waiters
-            .into_iter()
-            .zip(added)
-            .map(|((ticket, waiter), added)| (ticket, waiter, added));
-        self.answer_new_rows(&new_rows, answers.collect());
+            added.into_iter().chain(repeat_with(stopped_error)).take(new_rows_callers.len());
+        self.answer_new_rows(&new_rows, new_rows_callers.into_iter().zip(added).collect());
         let changed = if is_closed { stopped_error().map(drop) } else { changed };
-        self.answer_changes(change_waiters, acknowledged, changed);
+        self.answer_changes(change_callers, acknowledged, changed);
         // What the file has refused is tried again before it is offered. No caller waits for that.
         if is_urgent && !is_written {
-            self.offer(None, generation, is_slow);
+            self.offer(None, generation, commit_time);
         }
-        self.outbox.look_again();
+        self.outbox.verify_after_commit();
         if is_urgent {
             self.send_changed_credentials();
         }
     }
 
     /// Removes the rows of an operation again if its caller has not received the answer.
-    fn answer_new_rows(&self, new_rows: &[NewRows], answers: Vec<(Ticket, Waiter, Answer)>) {
+    fn answer_new_rows(&self, new_rows: &[NewRows], answers: Vec<(Caller, Answer)>) {
         let first_ids: Vec<_> =
-            answers.iter().map(|(.., added)| added.as_ref().ok().copied()).collect();
+            answers.iter().map(|(_, added)| added.as_ref().ok().copied()).collect();
         let received = self.queue.answer(answers);
         for ((is_received, first), rows) in received.into_iter().zip(first_ids).zip(new_rows) {
             if let (false, Some(first), NewRows::Operation(_, deckies)) = (is_received, first, rows)
@@ -201,43 +205,30 @@ impl OutboxThread {
 
     fn answer_changes(
         &mut self,
-        waiters: Vec<(Ticket, Waiter)>,
+        callers: Vec<Caller>,
         acknowledged: u64,
         changed: Result<(), Error>,
     ) {
         let problem = changed.err().map(|error| chain(&error));
-        if let Some(problem) = problem.as_ref().filter(|_| acknowledged > 0)
-            && let Some(times) = self.throttle.count("acknowledge", problem, Instant::now())
-        {
-            quietly(|| {
-                log::error!(
-                    "could not record delivery; deltas may be sent again: times={times} \
-                     error={problem:?}"
-                );
-            });
+        if let Some(problem) = problem.as_ref().filter(|_| acknowledged > 0) {
+            let event = "could not record delivery; deltas may be sent again";
+            self.log_problem(Level::Error, event, problem);
         }
         let answer = || match &problem {
             None => Ok(0),
             Some(problem) => Err(self.outbox.error(NOT_WRITTEN).with_source(problem.clone())),
         };
-        let answers = waiters.into_iter().map(|(ticket, waiter)| (ticket, waiter, answer()));
-        self.queue.answer(answers.collect());
+        self.queue.answer(callers.into_iter().map(|caller| (caller, answer())).collect());
     }
 
-    fn serve_read(
-        &mut self,
-        ticket: Ticket,
-        waiter: Waiter,
-        request: Request,
-        generation: Generation,
-    ) {
+    fn serve_read(&mut self, caller: Caller, request: Request, generation: Generation) {
         let answer = match request {
             Request::NewRows(_) | Request::RowChange(_) => return,
             Request::Maintain => return self.maintain(),
             Request::Batch(request) => return self.send_batch(&request, generation),
-            Request::Flush => return self.begin_flush(ticket, waiter),
+            Request::Flush => return self.begin_flush(caller),
             #[cfg(feature = "cli")]
-            Request::Resume(request) => return self.resume(ticket, waiter, request),
+            Request::Resume(request) => return self.resume(caller, request),
             Request::Release => {
                 self.has_stopped = true;
                 self.heartbeat = None;
@@ -246,14 +237,14 @@ impl OutboxThread {
             #[cfg(feature = "cli")]
             Request::IsOvertaken(delta) => self.outbox.is_overtaken(&delta).map(i64::from),
         };
-        self.queue.answer(vec![(ticket, waiter, answer)]);
+        self.queue.answer(vec![(caller, answer)]);
     }
 
     fn maintain(&mut self) {
         let Some(heartbeat) = &mut self.heartbeat else { return };
         heartbeat.files_missing = heartbeat.credentials.are_absent();
         let delivered = self.outbox.delivers();
-        if let Err(error) = self.outbox.tend() {
+        if let Err(error) = self.outbox.maintain() {
             quietly(|| log::debug!("outbox not maintained: error={:?}", chain(&error)));
         }
         if !delivered && self.outbox.delivers() {
@@ -261,10 +252,10 @@ impl OutboxThread {
         }
     }
 
-    fn begin_flush(&mut self, ticket: Ticket, waiter: Waiter) {
+    fn begin_flush(&mut self, caller: Caller) {
         // If the outbox cannot be read, there is no row to wait for.
-        let newest = self.outbox.newest().unwrap_or_default();
-        self.pending_flushes.push(PendingFlush { newest, ticket, waiter });
+        let newest = self.outbox.newest_id().unwrap_or_default();
+        self.pending_flushes.push(PendingFlush { newest, caller });
         self.answer_flushes();
         if !self.pending_flushes.is_empty() {
             self.send_event(OutboxEvent::Flush);
@@ -274,9 +265,9 @@ impl OutboxThread {
     /// Answers the flushes that are complete, and forgets those whose callers have given up.
     fn answer_flushes(&mut self) {
         for flush in mem::take(&mut self.pending_flushes) {
-            if !self.outbox.delivers_up_to(flush.newest).unwrap_or(true) {
-                self.queue.answer(vec![(flush.ticket, flush.waiter, Ok(0))]);
-            } else if flush.waiter.deadline.is_some_and(|deadline| deadline > Instant::now()) {
+            if !self.outbox.has_deliverable_up_to(flush.newest).unwrap_or(true) {
+                self.queue.answer(vec![(flush.caller, Ok(0))]);
+            } else if flush.caller.waiter.deadline > Some(Instant::now()) {
                 self.pending_flushes.push(flush);
             }
         }
@@ -288,22 +279,29 @@ impl OutboxThread {
     }
 
     /// Offers new deltas to the heartbeat thread, unless all are held. If only few deltas wait, the
-    /// offer contains all of them, so that the heartbeat thread need not request them. If the disk
-    /// `is_slow`, the offer contains as many as fit into a body, because an answer would be late.
-    fn offer(&mut self, new: Option<Vec<QueuedDelta>>, generation: Generation, is_slow: bool) {
+    /// offer contains all of them, so that the heartbeat thread need not request them. If the
+    /// commit was slow, the offer contains as many as fit into a body, because an answer would be
+    /// late.
+    fn offer(
+        &mut self,
+        new: Option<Vec<QueuedDelta>>,
+        generation: Generation,
+        commit_time: Duration,
+    ) {
+        let is_slow = commit_time > limits::BATCH_FRESH;
         let Some(unread) = self.heartbeat.as_ref().map(|heartbeat| heartbeat.batches.len()) else {
             return;
         };
-        let batch = if let Some(new) = new {
-            Some(self.new_batch(Ok(new), generation))
-        } else if is_slow || self.outbox.waiting() <= limits::FEW_DELTAS {
-            Some(self.read_batch(&BatchRequest::default(), generation))
-        } else {
-            None
+        let batch = match new {
+            Some(new) => self.new_batch(Ok(new), generation),
+            None if is_slow || self.outbox.waiting() <= limits::FEW_DELTAS => {
+                self.read_batch(&BatchRequest::default(), generation)
+            }
+            None => return self.send_event(OutboxEvent::Pushed),
         };
-        match batch {
-            Some(batch) if batch.deltas.as_ref().is_ok_and(Vec::is_empty) => (),
-            Some(batch) if batch.deltas.is_ok() && unread < limits::OFFERS => self.send(batch),
+        match &batch.deltas {
+            Ok(deltas) if deltas.is_empty() => (),
+            Ok(_) if unread < limits::OFFERS => self.send(batch),
             // The heartbeat thread will request them.
             _ => self.send_event(OutboxEvent::Pushed),
         }
@@ -311,7 +309,7 @@ impl OutboxThread {
 
     fn send_batch(&mut self, request: &BatchRequest, generation: Generation) {
         if request.selection == DeltaSelection::default() {
-            self.outbox.count();
+            self.outbox.recount();
         }
         let batch = self.read_batch(request, generation);
         let heartbeat = self.heartbeat.as_mut();
@@ -336,15 +334,8 @@ impl OutboxThread {
 
     fn read_batch(&mut self, request: &BatchRequest, generation: Generation) -> Batch {
         let deltas = select(&mut self.outbox, request).unwrap_or_else(|error| {
-            let problem = chain(&error);
-            if let Some(times) = self.throttle.count("batch", &problem, Instant::now()) {
-                quietly(|| {
-                    log::warn!(
-                        "could not read the outbox; beats are sent without deltas: times={times} \
-                         error={problem:?}"
-                    );
-                });
-            }
+            let event = "could not read the outbox; beats are sent without deltas";
+            self.log_problem(Level::Warn, event, &chain(&error));
             Err(NothingToSend::NotAvailable)
         });
         Batch { number: request.number, ..self.new_batch(deltas, generation) }
@@ -374,27 +365,24 @@ fn select(
     let suspects = &request.suspects;
     let held_back = suspects.held_back();
     let is_sendable = |delta: &QueuedDelta| !held_back.contains(delta);
-    let filter: Option<&dyn Fn(&QueuedDelta) -> bool> =
-        if suspects.is_empty() { None } else { Some(&is_sendable) };
     let (id, found) = match request.selection {
         DeltaSelection::None => return Ok(Ok(Vec::new())),
-        DeltaSelection::Newest(count) => return Ok(Ok(outbox.deliverable_where(count, filter)?)),
+        DeltaSelection::Newest(count) => {
+            return outbox.read_deliverable(count, is_sendable).map(Ok);
+        }
         DeltaSelection::One => {
-            let found = outbox.deliverable_where(1, filter)?;
+            let found = outbox.read_deliverable(1, is_sendable)?;
             return Ok(if found.is_empty() { Err(NothingToSend::NoSuchDelta) } else { Ok(found) });
         }
         // It is only sent if it is the newest of its decky and operation.
         DeltaSelection::Only(id) => {
-            let is_same_or_newer = |delta: &QueuedDelta| suspects.is_same_or_newer(id, delta);
-            (id, outbox.deliverable_where(1, Some(&is_same_or_newer))?)
+            (id, outbox.read_deliverable(1, |delta| suspects.is_same_or_newer(id, delta))?)
         }
-        DeltaSelection::Same(id) => {
-            (id, outbox.deliverable_where(1, Some(&|delta| delta.id == id))?)
-        }
+        DeltaSelection::Same(id) => (id, outbox.read_deliverable(1, |delta| delta.id == id)?),
     };
     Ok(match found.as_slice() {
         [delta] if delta.id == id => Ok(found),
-        _ if outbox.waits(id)? => Err(NothingToSend::Held),
+        _ if outbox.is_waiting(id)? => Err(NothingToSend::Held),
         _ => Err(NothingToSend::NoSuchDelta),
     })
 }

@@ -1,5 +1,5 @@
-//! The client of the outbox thread, for the other threads. Each call is bounded: it waits up to 1
-//! s, or until the caller's deadline.
+//! The client of the outbox thread, for the other threads. Each call waits up to 1 s, or until the
+//! caller's deadline.
 
 #[cfg(feature = "cli")]
 pub(crate) mod submit;
@@ -10,11 +10,11 @@ use std::time::Instant;
 
 use crossbeam_channel::Receiver;
 
-use super::request_queue::{BatchRequest, NotAnswered, Request, RequestQueue};
+use super::request_queue::{Answer, BatchRequest, NotAnswered, Request, RequestQueue};
 use super::requests::Generation;
 use crate::error::Error;
 use crate::limits;
-use crate::outbox::{NewRows, OutboxStats, QueuedDelta, RowChange, SharedOutboxStats};
+use crate::outbox::{NewRows, OutboxStats, QueuedDelta, RowChange, SharedOutboxStats, deadline};
 
 /// Sends requests to the outbox thread, which ends when the last client is dropped.
 #[derive(Debug)]
@@ -38,28 +38,22 @@ impl OutboxClient {
     }
 
     /// Adds rows and returns the id of the first one. If the beginning of an operation is in doubt,
-    /// its rows are removed again. `is_urgent`: the deltas are sent at once, and not with the next
-    /// beat.
-    pub(crate) fn add(&self, rows: NewRows, is_urgent: bool) -> Result<i64, Error> {
-        self.queue
-            .send_and_wait(Request::NewRows(rows), is_urgent, answer_deadline())
-            .map_err(|why| self.not_answered(why))?
+    /// its rows are removed again.
+    pub(crate) fn add(&self, rows: NewRows) -> Result<i64, Error> {
+        self.request(Request::NewRows(rows))
     }
 
     /// Makes a change that is never lost, and waits for the disk. An error means that the file does
     /// not have the change yet.
-    pub(crate) fn change(&self, change: RowChange, is_urgent: bool) -> Result<(), Error> {
-        self.stats.settle(change.settled());
-        self.queue
-            .send_and_wait(Request::RowChange(change), is_urgent, answer_deadline())
-            .map_err(|why| self.not_answered(why))?
-            .map(drop)
+    pub(crate) fn change(&self, change: RowChange) -> Result<(), Error> {
+        self.stats.record_answers(change.answered());
+        self.request(Request::RowChange(change)).map(drop)
     }
 
     /// Records that the master has accepted or rejected deltas, without waiting for the disk. No
     /// later batch contains them.
     pub(crate) fn acknowledge(&self, change: RowChange) {
-        self.stats.settle(change.settled());
+        self.stats.record_answers(change.answered());
         self.queue.send(Request::RowChange(change));
     }
 
@@ -86,22 +80,19 @@ impl OutboxClient {
     /// Waits until `deadline` for all deltas that may be sent now to be accepted or rejected.
     /// Returns whether they were.
     pub(crate) fn flush(&self, deadline: Instant) -> bool {
-        self.queue.send_and_wait(Request::Flush, false, deadline).is_ok_and(|answer| answer.is_ok())
+        self.queue.send_and_wait(Request::Flush, deadline).is_ok_and(|answer| answer.is_ok())
     }
 
     /// Lets another process deliver, and waits until `deadline` for earlier requests to be on the
     /// disk. Returns whether they are.
     pub(crate) fn release(&self, deadline: Instant) -> bool {
-        self.stats.note_stop();
-        self.queue.send_and_wait(Request::Release, false, deadline).is_ok()
+        self.stats.record_stop();
+        self.queue.send_and_wait(Request::Release, deadline).is_ok()
     }
 
     #[cfg(feature = "cli")]
     pub(crate) fn is_overtaken(&self, delta: &QueuedDelta) -> Result<bool, Error> {
-        self.queue
-            .send_and_wait(Request::IsOvertaken(delta.clone()), false, answer_deadline())
-            .map_err(|why| self.not_answered(why))?
-            .map(|answer| answer == 1)
+        self.request(Request::IsOvertaken(delta.clone())).map(|answer| answer == 1)
     }
 
     /// The counters as of the last transaction.
@@ -142,6 +133,10 @@ impl OutboxClient {
         Error::outbox(self.path.as_deref(), problem)
     }
 
+    fn request(&self, request: Request) -> Answer {
+        self.queue.send_and_wait(request, deadline()).map_err(|why| self.not_answered(why))?
+    }
+
     fn not_answered(&self, why: NotAnswered) -> Error {
         let seconds = limits::OUTBOX_BUSY.as_secs();
         match why {
@@ -170,10 +165,6 @@ impl Drop for OutboxClient {
     }
 }
 
-fn answer_deadline() -> Instant {
-    Instant::now() + limits::OUTBOX_BUSY
-}
-
 #[cfg(test)]
 mod tests {
     use crossbeam_channel::bounded;
@@ -196,7 +187,7 @@ mod tests {
         let path = Some("/agent/heartbeat.db".into());
         let client = OutboxClient::new(Arc::clone(&queue), Arc::default(), path, ended);
         let since = Instant::now();
-        let error = client.add(new_rows(), true).unwrap_err();
+        let error = client.add(new_rows()).unwrap_err();
         assert!(since.elapsed() < limits::OUTBOX_BUSY, "{:?}", since.elapsed());
         assert!(error.is_outbox() && !error.is_in_doubt());
         assert_eq!(

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::Sender;
 
 use super::held::{HeldDeltas, Hold};
-use super::requests::{Generation, GivenUp, Requests, Taken, Ticket};
+use super::requests::{CallerState, Generation, GivenUp, Requests, Taken, Ticket};
 #[cfg(feature = "cli")]
 use crate::delta::Operation;
 use crate::error::Error;
@@ -23,6 +23,7 @@ use crate::limits;
 use crate::outbox::resume::BegunRow;
 use crate::outbox::{NewRows, QueuedDelta, RowChange};
 use crate::threads::content::{DeltaSelection, Suspects};
+use crate::threads::status::is_status_thread;
 #[cfg(feature = "cli")]
 pub(crate) use submitted::{Submitted, WakeEvent};
 
@@ -70,6 +71,17 @@ impl Request {
         }
     }
 
+    /// Whether its deltas are sent at once, and not with the next beat. That is so unless the
+    /// status source pushes them while it makes a snapshot, because a beat would ask the source
+    /// again.
+    fn is_urgent(&self) -> bool {
+        let has_deltas = matches!(
+            self,
+            Self::NewRows(NewRows::Deltas(..)) | Self::RowChange(RowChange::Ended(..))
+        );
+        has_deltas && !is_status_thread()
+    }
+
     /// The number of rows that it changes.
     fn rows(&self) -> usize {
         match self {
@@ -88,8 +100,8 @@ impl Request {
 /// means that the file does not have the change yet; it is not lost.
 pub(crate) type Answer = Result<i64, Error>;
 
-/// The deltas that a POST requests.
-#[derive(Clone, Debug)]
+/// The deltas that a POST requests. By default, all that may be sent.
+#[derive(Clone, Debug, Default)]
 pub(crate) struct BatchRequest {
     pub(crate) number: u64,
     pub(crate) selection: DeltaSelection,
@@ -101,12 +113,18 @@ pub(crate) struct BatchRequest {
 #[derive(Debug)]
 pub(crate) struct QueuedRequest {
     pub(crate) request: Request,
-    /// Its deltas are sent at once, and not with the next tick.
     pub(crate) is_urgent: bool,
     pub(crate) waiter: Waiter,
 }
 
-/// The caller that waits for an answer, if there is one.
+/// The caller of a request, which may wait for the answer.
+#[derive(Debug)]
+pub(crate) struct Caller {
+    pub(crate) ticket: Ticket,
+    pub(crate) waiter: Waiter,
+}
+
+/// How a caller waits. By default it does not.
 #[derive(Debug, Default)]
 pub(crate) struct Waiter {
     pub(crate) deadline: Option<Instant>,
@@ -146,10 +164,20 @@ struct State {
     busy_since: Option<Instant>,
 }
 
-impl Default for BatchRequest {
-    /// All deltas that may be sent.
-    fn default() -> Self {
-        Self { number: 0, selection: DeltaSelection::default(), suspects: Arc::default() }
+impl State {
+    fn enqueue(
+        &mut self,
+        request: Request,
+        waiter: Waiter,
+        caller: CallerState,
+    ) -> Result<Ticket, NotAnswered> {
+        let rows = request.rows();
+        let hold = request.hold();
+        let queued = QueuedRequest { is_urgent: request.is_urgent(), request, waiter };
+        let ticket = self.requests.enqueue(rows, queued, caller);
+        let ticket = ticket.map_err(|_| NotAnswered::QueueFull)?;
+        self.holds.record(self.requests.generation(), hold);
+        Ok(ticket)
     }
 }
 
@@ -174,11 +202,10 @@ impl RequestQueue {
     pub(crate) fn send_and_wait(
         &self,
         request: Request,
-        is_urgent: bool,
         deadline: Instant,
     ) -> Result<Answer, NotAnswered> {
         let slot = Slot::of_this_thread();
-        let ticket = self.enqueue(request, is_urgent, deadline, &slot)?;
+        let ticket = self.enqueue(request, deadline, &slot)?;
         self.wait(ticket, &slot, deadline)
     }
 
@@ -186,39 +213,27 @@ impl RequestQueue {
     fn enqueue(
         &self,
         request: Request,
-        is_urgent: bool,
         deadline: Instant,
         slot: &Arc<Slot>,
     ) -> Result<Ticket, NotAnswered> {
-        let can_be_withdrawn = !matches!(request, Request::RowChange(_) | Request::Release);
-        let rows = request.rows();
-        let hold = request.hold();
         let waiter = Waiter { deadline: Some(deadline), slot: Some(Arc::clone(slot)) };
-        let queued = QueuedRequest { request, is_urgent, waiter };
-        self.update(|state| {
-            let ticket = if can_be_withdrawn {
-                state.requests.enqueue(rows, queued).map_err(|_| NotAnswered::QueueFull)?
-            } else {
-                state.requests.enqueue_permanently(rows, queued, true)
-            };
-            state.holds.record(state.requests.generation(), hold);
-            Ok(ticket)
-        })
+        let caller = match request {
+            Request::RowChange(_) | Request::Release => CallerState::Waits,
+            _ => CallerState::CanWithdraw,
+        };
+        self.update(|state| state.enqueue(request, waiter, caller))
     }
 
     /// Queues a request that cannot be withdrawn, and does not wait.
     pub(crate) fn send(&self, request: Request) {
-        let rows = request.rows();
-        let hold = request.hold();
         self.update(|state| {
             if matches!(request, Request::Maintain)
                 && mem::replace(&mut state.maintenance_is_queued, true)
             {
                 return;
             }
-            let queued = QueuedRequest { request, is_urgent: false, waiter: Waiter::default() };
-            state.requests.enqueue_permanently(rows, queued, false);
-            state.holds.record(state.requests.generation(), hold);
+            // Only a request that can be withdrawn may be refused.
+            let _ = state.enqueue(request, Waiter::default(), CallerState::DoesNotWait);
         });
     }
 
@@ -281,13 +296,9 @@ impl RequestQueue {
         }
         state.wake_at = 1;
         let is_idle = |state: &mut State| state.requests.len() == 0 && !state.is_closed;
-        let mut state = match timeout {
-            Some(timeout) => {
-                let waited = self.work.wait_timeout_while(state, timeout, is_idle);
-                waited.unwrap_or_else(PoisonError::into_inner).0
-            }
-            None => self.work.wait_while(state, is_idle).unwrap_or_else(PoisonError::into_inner),
-        };
+        let timeout = timeout.unwrap_or(Duration::MAX);
+        let waited = self.work.wait_timeout_while(state, timeout, is_idle);
+        let mut state = waited.unwrap_or_else(PoisonError::into_inner).0;
         if state.requests.len() == 0 && state.is_closed {
             return None;
         }
@@ -297,11 +308,11 @@ impl RequestQueue {
     }
 
     /// Answers requests. Returns for each of them whether its caller has received the answer.
-    pub(crate) fn answer(&self, answers: Vec<(Ticket, Waiter, Answer)>) -> Vec<bool> {
+    pub(crate) fn answer(&self, answers: Vec<(Caller, Answer)>) -> Vec<bool> {
         let mut waiting = Vec::with_capacity(answers.len());
         let mut state = self.lock();
-        let put = |(ticket, waiter, answer): (Ticket, Waiter, Answer)| {
-            let slot = waiter.slot.filter(|_| state.requests.answer(ticket));
+        let put = |(caller, answer): (Caller, Answer)| {
+            let slot = caller.waiter.slot.filter(|_| state.requests.answer(caller.ticket));
             let is_received = slot.is_some();
             waiting.extend(slot.inspect(|slot| slot.put(answer)));
             is_received
@@ -336,11 +347,7 @@ impl RequestQueue {
     /// Queues a request that can be withdrawn, as [`send_and_wait`](Self::send_and_wait) does.
     #[cfg(test)]
     pub(super) fn enqueue_without_waiting(&self, request: Request) -> Result<Ticket, NotAnswered> {
-        let rows = request.rows();
-        let queued = QueuedRequest { request, is_urgent: false, waiter: Waiter::default() };
-        self.update(|state| {
-            state.requests.enqueue(rows, queued).map_err(|_| NotAnswered::QueueFull)
-        })
+        self.update(|state| state.enqueue(request, Waiter::default(), CallerState::CanWithdraw))
     }
 
     #[cfg(test)]
@@ -427,14 +434,14 @@ mod tests {
 
     fn send(queue: &RequestQueue, timeout: Duration) -> Result<i64, NotAnswered> {
         queue
-            .send_and_wait(Request::NewRows(new_rows()), false, Instant::now() + timeout)
+            .send_and_wait(Request::NewRows(new_rows()), Instant::now() + timeout)
             .map(Result::unwrap)
     }
 
     /// Takes the only queued request.
-    fn take(queue: &RequestQueue) -> (Ticket, Waiter) {
+    fn take(queue: &RequestQueue) -> Caller {
         let (ticket, request) = queue.take_group(0, None).unwrap().requests.pop().unwrap();
-        (ticket, request.waiter)
+        Caller { ticket, waiter: request.waiter }
     }
 
     #[test]
@@ -451,15 +458,11 @@ mod tests {
         let (next_request, may_answer) = bounded(0);
         thread::scope(|scope| {
             scope.spawn(|| {
-                let (ticket, waiter) = take(&queue);
+                let caller = take(&queue);
                 may_answer.recv().unwrap();
-                assert_eq!(
-                    queue.answer(vec![(ticket, waiter, Ok(1))]),
-                    [false],
-                    "its caller has given up"
-                );
-                let (ticket, waiter) = take(&queue);
-                assert_eq!(queue.answer(vec![(ticket, waiter, Ok(2))]), [true]);
+                assert_eq!(queue.answer(vec![(caller, Ok(1))]), [false], "its caller has given up");
+                let caller = take(&queue);
+                assert_eq!(queue.answer(vec![(caller, Ok(2))]), [true]);
             });
             // On a busy machine the other thread may not have taken it in time.
             while send(&queue, SHORT) == Err(NotAnswered::Withdrawn) {}

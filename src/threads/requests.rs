@@ -1,5 +1,5 @@
 //! The state of each request to the outbox thread: queued, then taken, then answered. A value: it
-//! blocks on nothing, and the caller keeps the time.
+//! never blocks and reads no clock.
 //!
 //! | state | what has happened | if the caller gives up |
 //! | --- | --- | --- |
@@ -50,9 +50,18 @@ struct Entry<P> {
     /// The number of rows that it changes.
     rows: usize,
     payload: P,
-    /// Its caller waits for the answer.
-    is_awaited: bool,
-    can_be_withdrawn: bool,
+    caller: CallerState,
+}
+
+/// What the caller of a queued request does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum CallerState {
+    /// It waits for the answer, and may withdraw the request.
+    CanWithdraw,
+    /// It waits for the answer. The request cannot be withdrawn.
+    Waits,
+    /// It does not wait. The request cannot be withdrawn.
+    DoesNotWait,
 }
 
 /// The queued requests, and the tickets of the taken ones.
@@ -82,38 +91,25 @@ impl<P> Requests<P> {
         }
     }
 
-    /// Queues a request whose caller waits for the answer and may withdraw it. If the queue is
-    /// full, the payload is returned as the error.
-    pub(crate) fn enqueue(&mut self, rows: usize, payload: P) -> Result<Ticket, P> {
-        if self.withdrawable == self.capacity {
-            return Err(payload);
+    /// Queues a request. If it can be withdrawn and the queue is full, the payload is returned as
+    /// the error.
+    pub(crate) fn enqueue(
+        &mut self,
+        rows: usize,
+        payload: P,
+        caller: CallerState,
+    ) -> Result<Ticket, P> {
+        if caller == CallerState::CanWithdraw {
+            if self.withdrawable == self.capacity {
+                return Err(payload);
+            }
+            self.withdrawable += 1;
         }
-        self.withdrawable += 1;
-        Ok(self.push(rows, payload, true, true))
-    }
-
-    /// Queues a request that cannot be withdrawn.
-    pub(crate) fn enqueue_permanently(
-        &mut self,
-        rows: usize,
-        payload: P,
-        is_awaited: bool,
-    ) -> Ticket {
-        self.push(rows, payload, is_awaited, false)
-    }
-
-    fn push(
-        &mut self,
-        rows: usize,
-        payload: P,
-        is_awaited: bool,
-        can_be_withdrawn: bool,
-    ) -> Ticket {
         let ticket = Ticket(self.next_ticket);
         self.next_ticket += 1;
         self.generation.0 += u64::from(rows > 0);
-        self.queued.push_back(Entry { ticket, rows, payload, is_awaited, can_be_withdrawn });
-        ticket
+        self.queued.push_back(Entry { ticket, rows, payload, caller });
+        Ok(ticket)
     }
 
     /// The number of queued requests.
@@ -136,9 +132,10 @@ impl<P> Requests<P> {
         };
         let count = self.queued.iter().take_while(fits).count().max(1).min(self.queued.len());
         let entries: Vec<_> = self.queued.drain(..count).collect();
-        self.withdrawable -= entries.iter().filter(|entry| entry.can_be_withdrawn).count();
-        self.taken
-            .extend(entries.iter().filter(|entry| entry.is_awaited).map(|entry| entry.ticket));
+        let is_withdrawable = |entry: &&Entry<P>| entry.caller == CallerState::CanWithdraw;
+        self.withdrawable -= entries.iter().filter(is_withdrawable).count();
+        let awaited = entries.iter().filter(|entry| entry.caller != CallerState::DoesNotWait);
+        self.taken.extend(awaited.map(|entry| entry.ticket));
         let requests = entries.into_iter().map(|entry| (entry.ticket, entry.payload)).collect();
         // What is read next does not include the changes that are still queued.
         let later = self.queued.iter().filter(|entry| entry.rows > 0).count() as u64;
@@ -158,20 +155,17 @@ impl<P> Requests<P> {
         let Some(place) = self.queued.iter().position(|entry| entry.ticket == ticket) else {
             return GivenUp::Answered;
         };
-        match self.queued.get_mut(place) {
-            Some(entry) if !entry.can_be_withdrawn => {
-                if std::mem::take(&mut entry.is_awaited) {
-                    GivenUp::InDoubt
-                } else {
-                    GivenUp::Answered
-                }
+        match self.queued.get_mut(place).map(|entry| &mut entry.caller) {
+            Some(caller @ CallerState::Waits) => {
+                *caller = CallerState::DoesNotWait;
+                GivenUp::InDoubt
             }
-            _ => {
+            Some(CallerState::CanWithdraw) => {
                 self.withdrawable -= 1;
-                self.queued
-                    .remove(place)
-                    .map_or(GivenUp::Answered, |entry| GivenUp::Withdrawn(entry.payload))
+                let entry = self.queued.remove(place);
+                entry.map_or(GivenUp::Answered, |entry| GivenUp::Withdrawn(entry.payload))
             }
+            Some(CallerState::DoesNotWait) | None => GivenUp::Answered,
         }
     }
 }
@@ -189,7 +183,7 @@ mod tests {
     fn queue(rows: &[usize]) -> Requests<usize> {
         let mut requests = Requests::new(CAPACITY);
         for (n, rows) in rows.iter().enumerate() {
-            requests.enqueue(*rows, n).unwrap();
+            requests.enqueue(*rows, n, CallerState::CanWithdraw).unwrap();
         }
         requests
     }
@@ -215,15 +209,15 @@ mod tests {
     #[test]
     fn only_requests_that_can_be_withdrawn_are_bounded() {
         let mut requests = queue(&[1; CAPACITY]);
-        assert_eq!(requests.enqueue(1, 9), Err(9));
-        let [not_awaited, awaited] =
-            [false, true].map(|is_awaited| requests.enqueue_permanently(1, 10, is_awaited));
+        assert_eq!(requests.enqueue(1, 9, CallerState::CanWithdraw), Err(9));
+        let not_awaited = requests.enqueue(1, 10, CallerState::DoesNotWait).unwrap();
+        let awaited = requests.enqueue(1, 10, CallerState::Waits).unwrap();
         assert_eq!(requests.len(), CAPACITY + 2);
         assert_eq!(requests.give_up(not_awaited), GivenUp::Answered);
         assert_eq!(requests.give_up(awaited), GivenUp::InDoubt);
         assert_eq!(requests.give_up(awaited), GivenUp::Answered);
         requests.give_up(Ticket(0));
-        requests.enqueue(1, 9).unwrap();
+        requests.enqueue(1, 9, CallerState::CanWithdraw).unwrap();
     }
 
     #[test]
@@ -231,12 +225,12 @@ mod tests {
         let mut requests = queue(&[1, 0]);
         let read = requests.take(10).generation;
         assert_eq!(requests.generation(), read);
-        requests.enqueue(0, 2).unwrap();
+        requests.enqueue(0, 2, CallerState::CanWithdraw).unwrap();
         assert_eq!(requests.generation(), read, "a request that only reads");
-        requests.enqueue_permanently(1, 3, false);
+        requests.enqueue(1, 3, CallerState::DoesNotWait).unwrap();
         let pushed = requests.generation();
         assert!(pushed > read);
-        requests.enqueue_permanently(1_000, 4, false);
+        requests.enqueue(1_000, 4, CallerState::DoesNotWait).unwrap();
         assert_eq!(requests.take(10).generation, pushed, "one is still queued");
         let last = requests.take(10).generation;
         assert!(last == requests.generation() && last > pushed);
@@ -286,12 +280,14 @@ mod tests {
                 match step {
                     Step::Enqueue(rows) => {
                         let withdrawable = queued.iter().filter(|request| request.can_be_withdrawn).count();
-                        let ticket = requests.enqueue(rows, rows);
+                        let ticket = requests.enqueue(rows, rows, CallerState::CanWithdraw);
                         prop_assert_eq!(ticket.is_ok(), withdrawable < CAPACITY);
                         queued.extend(ticket.map(|ticket| Enqueued { ticket, rows, is_awaited: true, can_be_withdrawn: true }));
                     }
                     Step::EnqueuePermanently(rows, is_awaited) => {
-                        let ticket = requests.enqueue_permanently(rows, rows, is_awaited);
+                        let caller =
+                            if is_awaited { CallerState::Waits } else { CallerState::DoesNotWait };
+                        let ticket = requests.enqueue(rows, rows, caller).unwrap();
                         queued.push(Enqueued { ticket, rows, is_awaited, can_be_withdrawn: false });
                     }
                     Step::Take(most) => {

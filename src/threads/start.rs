@@ -3,9 +3,8 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::thread::{self, JoinHandle};
 
-use crossbeam_channel::{Receiver, SendError, Sender, bounded, unbounded};
+use crossbeam_channel::{SendError, Sender, bounded, unbounded};
 
 use super::batches::Batches;
 use super::outbox::{Heartbeat, OutboxThread};
@@ -20,18 +19,10 @@ use crate::limits;
 use crate::master::identity::MasterIdentity;
 use crate::outbox::{Outbox, OutboxLocation, Role, SharedOutboxStats};
 use crate::panics::{caught, quietly};
-use crate::stats::{SharedStats, ThreadWatch};
+use crate::stats::SharedStats;
+use crate::threads;
 
 const NAME: &str = "decnet-outbox";
-
-/// The settings of a heartbeat's outbox thread.
-pub(crate) struct Start {
-    pub(crate) enrolment: Box<dyn FnOnce() -> Result<Enrolment, Error> + Send>,
-    pub(crate) identity: Option<MasterIdentity>,
-    pub(crate) location: OutboxLocation,
-    pub(crate) role: Role,
-    pub(crate) stats: Arc<SharedStats>,
-}
 
 /// A heartbeat's outbox thread.
 #[derive(Debug)]
@@ -53,7 +44,13 @@ pub(crate) struct Started {
 /// - Another process delivers from the outbox.
 /// - This process was forked from one in which a heartbeat ran.
 /// - The system refuses a thread.
-pub(crate) fn start(start: Start) -> Result<Started, Error> {
+pub(crate) fn start(
+    enrolment: impl FnOnce() -> Result<Enrolment, Error> + Send + 'static,
+    identity: Option<MasterIdentity>,
+    location: OutboxLocation,
+    role: Role,
+    stats: &Arc<SharedStats>,
+) -> Result<Started, Error> {
     let queue = Arc::new(RequestQueue::default());
     let outbox_stats = Arc::new(SharedOutboxStats::default());
     let (events, event_receiver) = bounded(1);
@@ -63,19 +60,19 @@ pub(crate) fn start(start: Start) -> Result<Started, Error> {
     let (opened, opened_receiver) = bounded(0);
     let thread_queue = Arc::clone(&queue);
     let thread_outbox_stats = Arc::clone(&outbox_stats);
-    let watch = ThreadWatch::new(NAME, &start.stats);
-    let role = start.role;
+    let thread_stats = Arc::clone(stats);
+    let runs = OutboxThreadRuns::new()?;
     let run = move || {
-        let stats = Arc::clone(&start.stats);
-        if let Some((credentials, path)) = load(start, &loaded)
+        let _runs = runs;
+        let files = || CredentialFiles::load(enrolment()?, identity);
+        if let Some((credentials, path)) = load(files, &location, &loaded)
             && let Some(outbox) = open(path, role, &thread_outbox_stats, &opened)
         {
             let heartbeat = Heartbeat { credentials, files_missing: false, events, batches };
-            OutboxThread::new(thread_queue, outbox, Some(heartbeat)).run(Some(&stats));
+            OutboxThread::new(thread_queue, outbox, Some(heartbeat)).run(Some(&thread_stats));
         }
-        watch.disarm();
     };
-    let (thread, ended) = spawn(run)?;
+    let (thread, ended) = threads::spawn(NAME, limits::STACK, Some(stats), run)?;
     let (credentials, path) = match loaded_receiver.recv_timeout(limits::CREDENTIALS_WAIT) {
         Ok(Ok(loaded)) => loaded,
         Ok(Err(error)) => {
@@ -83,7 +80,14 @@ pub(crate) fn start(start: Start) -> Result<Started, Error> {
             let _ = thread.join();
             return Err(error);
         }
-        Err(_) => return Err(credentials_timeout()),
+        Err(_) => {
+            let seconds = limits::CREDENTIALS_WAIT.as_secs();
+            let problem = format!(
+                "cannot be read, their disk has not answered for {seconds} s; try again when it \
+                 does"
+            );
+            return Err(Error::setting("ini and bundle", problem).passing());
+        }
     };
     let client = Arc::new(OutboxClient::new(queue, outbox_stats, path, ended));
     let problem = match opened_receiver.recv_timeout(limits::OUTBOX_BUSY) {
@@ -111,14 +115,18 @@ pub(crate) fn contribute(
     let thread_stats = Arc::clone(&stats);
     let thread_path = path.clone();
     let (opened, opened_receiver) = bounded(1);
-    let run = move || match Outbox::open(thread_path, Role::Contribute, thread_stats) {
-        Ok((outbox, problem)) => {
-            let _ = opened.send(Ok(problem));
-            OutboxThread::new(thread_queue, outbox, None).run(None);
+    let runs = OutboxThreadRuns::new()?;
+    let run = move || {
+        let _runs = runs;
+        match Outbox::open(thread_path, Role::Contribute, thread_stats) {
+            Ok((outbox, problem)) => {
+                let _ = opened.send(Ok(problem));
+                OutboxThread::new(thread_queue, outbox, None).run(None);
+            }
+            Err(error) => drop(opened.send(Err(error))),
         }
-        Err(error) => drop(opened.send(Err(error))),
     };
-    let (_, ended) = spawn(run)?;
+    let (_, ended) = threads::spawn(NAME, limits::STACK, None, run)?;
     let client = Arc::new(OutboxClient::new(queue, stats, path, ended));
     let problem = match opened_receiver.recv_timeout(limits::OUTBOX_BUSY) {
         Ok(opened) => opened?,
@@ -127,37 +135,16 @@ pub(crate) fn contribute(
     Ok((client, problem))
 }
 
-/// Starts the thread. The second value is disconnected when the thread has ended.
-fn spawn(run: impl FnOnce() + Send + 'static) -> Result<(JoinHandle<()>, Receiver<()>), Error> {
-    let (alive, ended) = bounded(0);
-    let runs = OutboxThreadRuns::new()?;
-    let run = move || {
-        let _alive: Sender<()> = alive;
-        let _runs = runs;
-        run();
-    };
-    let builder = thread::Builder::new().name(NAME.to_owned()).stack_size(limits::STACK);
-    let thread = builder.spawn(run).map_err(|source| Error::thread(NAME, source))?;
-    Ok((thread, ended))
-}
-
-fn credentials_timeout() -> Error {
-    let seconds = limits::CREDENTIALS_WAIT.as_secs();
-    let problem = format!(
-        "cannot be read, their disk has not answered for {seconds} s; try again when it does"
-    );
-    Error::setting("ini and bundle", problem).passing()
-}
-
 /// The credentials and the path of the outbox, which a start waits for first.
 type Loaded = Result<(Credentials, Option<PathBuf>), Error>;
 
 /// Loads the credentials. `None`: they cannot be used, or the caller has given up.
-fn load(start: Start, loaded: &Sender<Loaded>) -> Option<(CredentialFiles, Option<PathBuf>)> {
-    let Start { enrolment, identity, location, .. } = start;
-    let result =
-        caught(|| enrolment().and_then(|enrolment| CredentialFiles::load(enrolment, identity)));
-    let result = result
+fn load(
+    files: impl FnOnce() -> Result<(CredentialFiles, Credentials), Error>,
+    location: &OutboxLocation,
+    loaded: &Sender<Loaded>,
+) -> Option<(CredentialFiles, Option<PathBuf>)> {
+    let result = caught(files)
         .unwrap_or_else(|panic| Err(Error::setting("credentials", format!("panicked: {panic}"))));
     match result {
         Ok((files, credentials)) => {

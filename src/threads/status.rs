@@ -4,7 +4,6 @@
 
 use std::cell::Cell;
 use std::sync::Arc;
-use std::thread;
 use std::time::Instant;
 
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
@@ -12,8 +11,9 @@ use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use crate::error::Error;
 use crate::limits;
 use crate::panics::{caught, discard};
-use crate::stats::{SharedStats, ThreadWatch};
+use crate::stats::SharedStats;
 use crate::status::{Snapshot, StatusSource, Topology};
+use crate::threads;
 
 thread_local! {
     static IS_STATUS_THREAD: Cell<bool> = const { Cell::new(false) };
@@ -54,13 +54,8 @@ impl StatusThread {
         const NAME: &str = "decnet-status";
         let (requests, requested) = bounded(1);
         let (sender, events) = unbounded();
-        let watch = ThreadWatch::new(NAME, stats);
-        let run = move || {
-            run(source, &requested, &sender);
-            watch.disarm();
-        };
-        let builder = thread::Builder::new().name(NAME.to_owned()).stack_size(limits::STATUS_STACK);
-        builder.spawn(run).map_err(|source| Error::thread(NAME, source))?;
+        let run = move || run(source, &requested, &sender);
+        threads::spawn(NAME, limits::STATUS_STACK, Some(stats), run)?;
         Ok(Self { requests, events })
     }
 }

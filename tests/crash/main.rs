@@ -1,11 +1,13 @@
-//! No delta is ever lost: processes that are killed at random moments, a master that is taken away or fails in the middle
-//! of requests, two users, files that are replaced, and a million pushes that nobody hears.
+//! No delta is ever lost: processes that are killed at random moments, a master that is stopped or
+//! fails during requests, two users, files that are replaced, and a million pushes without a
+//! master.
 //!
-//! `cargo test --test crash` runs a tenth of each, `-- --include-ignored` the whole: 300 kills and a million pushes. `-- NAME`
-//! runs those whose name contains it. A longer run, and the same one again: `-- kill --kills 5000 --seed 42`. It is a
-//! program of its own since it kills itself: started with `--child`, it is the process that dies.
+//! `cargo test --test crash` runs a tenth of each test, and `-- --include-ignored` all of it: 300
+//! kills and a million pushes. `-- NAME` runs the tests whose name contains it. A longer run, which
+//! can be repeated: `-- kill --kills 5000 --seed 42`. The program has a `main` of its own because
+//! it starts itself: with `--child` it is the process that is killed.
 //!
-//! `users` takes root, and is passed over without.
+//! `users` needs root and is skipped without it.
 
 #![allow(
     clippy::unwrap_used,
@@ -14,45 +16,50 @@
     clippy::panic,
     clippy::print_stdout,
     clippy::print_stderr,
-    reason = "a test that cannot go on fails there and then, also one that cannot print"
+    reason = "a test that cannot continue panics, also if it cannot print"
 )]
 
 mod child;
-mod crash;
+mod child_reports;
+mod crash_test;
+mod kill;
 mod million;
 mod programs;
+mod received_deltas;
 mod rewritten;
-mod told;
+#[allow(dead_code, unused_imports, reason = "no test program uses all helpers")]
+#[path = "../support/mod.rs"]
+mod support;
 mod users;
-mod verdict;
 
 use std::panic::catch_unwind;
 use std::process::ExitCode;
 use std::time::Instant;
 
-struct Scenario {
+struct Test {
     name: &'static str,
-    /// Gives its figures, and panics where a promise is broken.
+    /// Returns figures. Panics if a delta is lost.
     run: fn(&Options) -> String,
 }
 
-/// In this order: the first one looks at its memory, which the others fill.
-const SCENARIOS: [Scenario; 6] = [
-    Scenario { name: "million", run: million::million },
-    Scenario { name: "kill", run: crash::kill },
-    Scenario { name: "faults", run: crash::faults },
-    Scenario { name: "programs", run: programs::programs },
-    Scenario { name: "users", run: users::users },
-    Scenario { name: "rewritten", run: rewritten::rewritten },
+/// In this order, because `million` measures its memory, and the other tests use some.
+const TESTS: [Test; 6] = [
+    Test { name: "million", run: million::million },
+    Test { name: "kill", run: kill::kill },
+    Test { name: "faults", run: kill::faults },
+    Test { name: "programs", run: programs::programs },
+    Test { name: "users", run: users::users },
+    Test { name: "rewritten", run: rewritten::rewritten },
 ];
 
-/// The command line, as far as it is not libtest's.
+/// The options on the command line, except for those of libtest.
 struct Options {
-    /// SIGKILLs of `kill`; `faults` has a fifth of them, and `programs` and `users` that many rounds.
+    /// The number of kills in `kill`. `faults` has a fifth of it, and `programs` and `users` have
+    /// as many rounds as `faults` has kills.
     kills: u32,
-    /// Rounds of `rewritten`.
+    /// The number of rounds in `rewritten`.
     rounds: u32,
-    /// Pushes of `million`.
+    /// The number of pushes in `million`.
     pushes: u32,
     seed: u64,
     names: Vec<String>,
@@ -66,12 +73,8 @@ fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     }
     let options = Options::parse(&arguments);
-    let names = &options.names;
-    let wanted = |scenario: &Scenario| {
-        names.is_empty() || names.iter().any(|part| scenario.name.contains(part.as_str()))
-    };
     let mut code = ExitCode::SUCCESS;
-    for Scenario { name, run, .. } in SCENARIOS.into_iter().filter(wanted) {
+    for Test { name, run } in TESTS.into_iter().filter(|test| options.includes(test)) {
         if options.list {
             println!("{name}: test");
             continue;
@@ -80,10 +83,10 @@ fn main() -> ExitCode {
         let since = Instant::now();
         match catch_unwind(|| run(&options)) {
             Ok(figures) => {
-                println!("loss {name} ... ok: {figures}, {:.1} s", since.elapsed().as_secs_f64())
+                println!("crash {name} ... ok: {figures}, {:.1} s", since.elapsed().as_secs_f64());
             }
             Err(_) => {
-                println!("loss {name} ... FAILED, again with: --seed {}", options.seed);
+                println!("crash {name} ... FAILED, repeat it with --seed {}", options.seed);
                 code = ExitCode::FAILURE;
             }
         }
@@ -92,21 +95,25 @@ fn main() -> ExitCode {
 }
 
 impl Options {
-    /// What libtest would understand and we do not (`--include-ignored`, `--nocapture`, …) is passed over.
+    /// Ignores the options that libtest has and this program has not, such as `--include-ignored`
+    /// and `--nocapture`.
     fn parse(arguments: &[String]) -> Self {
-        let whole = arguments
+        let is_full = arguments
             .iter()
             .any(|argument| argument == "--include-ignored" || argument == "--ignored");
-        let (kills, rounds, pushes) = if whole { (300, 300, 1_000_000) } else { (30, 30, 100_000) };
-        let mut options =
-            Self { kills, rounds, pushes, seed: fastrand::u64(..), names: Vec::new(), list: false };
+        let mut options = Self {
+            kills: if is_full { 300 } else { 30 },
+            rounds: if is_full { 300 } else { 30 },
+            pushes: if is_full { 1_000_000 } else { 100_000 },
+            seed: fastrand::u64(..),
+            names: Vec::new(),
+            list: false,
+        };
         let mut arguments = arguments.iter();
         while let Some(argument) = arguments.next() {
             let mut number = || {
-                arguments
-                    .next()
-                    .and_then(|text| text.parse().ok())
-                    .expect("a number after the option")
+                let text = arguments.next();
+                text.and_then(|text| text.parse().ok()).expect("a number after the option")
             };
             match argument.as_str() {
                 "--kills" => options.kills = u32::try_from(number()).unwrap(),
@@ -120,5 +127,14 @@ impl Options {
             }
         }
         options
+    }
+
+    fn includes(&self, test: &Test) -> bool {
+        self.names.is_empty() || self.names.iter().any(|part| test.name.contains(part.as_str()))
+    }
+
+    /// A fifth of the kills, and at least one.
+    fn fifth_of_kills(&self) -> u32 {
+        (self.kills / 5).max(1)
     }
 }

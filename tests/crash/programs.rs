@@ -1,5 +1,5 @@
-//! `programs`: `run`, `push` and `track` as they are installed, side by side on one agent dir. Any of them is killed at a
-//! random moment, while the master is taken away and brought back.
+//! `programs`: `run`, `push` and `track` of the installed program at the same time, with one agent
+//! dir. Each may be killed at a random moment, while the master is stopped and started.
 
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Output, Stdio};
@@ -8,154 +8,153 @@ use std::time::Duration;
 use decnet_heartbeat::{Operation, Outcome};
 
 use crate::Options;
-use crate::crash::{Stage, pause};
-use crate::told::pushed;
+use crate::child_reports::delta_of;
+use crate::crash_test::{CrashTest, pause};
+use crate::support::ChildProcess;
 
-/// Programs that report something, in each round.
+/// The number of reporters in each round.
 const REPORTERS: u32 = 8;
 
-pub fn programs(options: &Options) -> String {
-    let mut stage = Stage::new();
-    stage.worker.write_ini(&stage.ini()).unwrap();
-    play(&mut stage, options, &[None], None);
-    stage.finish()
+/// The users of the programs. `None` is the user of this process.
+pub struct Users<'a> {
+    /// The users of reporters.
+    pub reporters: &'a [Option<u32>],
+    /// The usual user of `run`.
+    pub service: Option<u32>,
 }
 
-/// Rounds in which any of these users reports, and this one runs `run`, but for once in a while.
-pub fn play(stage: &mut Stage, options: &Options, users: &[Option<u32>], service: Option<u32>) {
-    for round in 1..=(options.kills / 5).max(1) {
-        stage.come_or_go();
-        let mut run = Running::start(stage, by(users, service));
-        let start = |n| Reporter::start(stage, *fastrand::choice(users).unwrap(), round, n);
-        let mut reporters: Vec<_> = (0..REPORTERS).map(start).collect();
+impl Users<'_> {
+    /// The user of a reporter.
+    fn random(&self) -> Option<u32> {
+        *fastrand::choice(self.reporters).unwrap()
+    }
+
+    /// The user of a `run`. In one of five cases it is any user, as after a mistake.
+    fn of_run(&self) -> Option<u32> {
+        if fastrand::u8(..5) == 0 { self.random() } else { self.service }
+    }
+}
+
+pub fn programs(options: &Options) -> String {
+    let mut test = CrashTest::new();
+    test.worker.write_ini(&test.ini()).unwrap();
+    run_rounds(&mut test, options, &Users { reporters: &[None], service: None });
+    test.finish()
+}
+
+pub fn run_rounds(test: &mut CrashTest, options: &Options, users: &Users<'_>) {
+    for round in 1..=options.fifth_of_kills() {
+        test.maybe_stop_or_start_master();
+        let mut run = start_run(test, users.of_run());
+        let mut reporters = Vec::new();
+        for n in 0..REPORTERS {
+            reporters.push(Reporter::start(test, users.random(), round, n));
+        }
         for reporter in &mut reporters {
             pause(Duration::from_millis(fastrand::u64(..6)));
             reporter.maybe_kill();
         }
-        stage.come_or_go();
+        test.maybe_stop_or_start_master();
         if fastrand::bool() {
-            run.kill();
-            run = Running::start(stage, by(users, service));
+            drop(run);
+            run = start_run(test, users.of_run());
         }
         for reporter in reporters {
-            reporter.end(stage);
+            reporter.finish(test);
         }
-        run.kill();
-        stage.check();
+        drop(run);
+        test.check();
     }
 }
 
-/// Who starts a `run`: the service's user, and once in a while any of them, by mistake.
-fn by(users: &[Option<u32>], service: Option<u32>) -> Option<u32> {
-    if fastrand::u8(..5) == 0 { *fastrand::choice(users).unwrap() } else { service }
-}
-
-/// The program, as this user runs it. `None`: ours.
-fn program(stage: &Stage, user: Option<u32>) -> Command {
-    let mut program = Command::new(&stage.program);
+/// The program with the ini of the test, as this user.
+fn program(test: &CrashTest, user: Option<u32>) -> Command {
+    let mut program = Command::new(&test.program);
     if let Some(user) = user {
         program.uid(user).gid(user);
     }
-    program.arg("--config").arg(stage.ini()).stdin(Stdio::null());
+    program.arg("--config").arg(test.ini()).stdin(Stdio::null());
     program
 }
 
-/// A `run`, which is killed with the end of its scenario.
-pub struct Running(Child);
-
-impl Running {
-    pub fn start(stage: &Stage, user: Option<u32>) -> Self {
-        let mut run = program(stage, user);
-        run.args([
-            "run",
-            "--interval",
-            "50ms",
-            "--state-file",
-            "/nonexistent",
-            "--docker-socket",
-            "/nonexistent",
-        ]);
-        Self(run.stderr(Stdio::null()).spawn().unwrap())
-    }
-
-    pub fn assert_runs(&mut self) {
-        assert_eq!(self.0.try_wait().unwrap(), None, "run has ended");
-    }
-
-    pub fn kill(&mut self) {
-        // It may have ended by itself, or have been refused as the one before it was just being killed.
-        let _ = self.0.kill();
-        self.0.wait().unwrap();
-    }
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        self.kill();
-    }
+/// Starts a `run`, which is killed when the value is dropped. It may end before: it is refused while
+/// another `run` still holds the lock.
+pub fn start_run(test: &CrashTest, user: Option<u32>) -> ChildProcess {
+    let mut run = program(test, user);
+    run.args(["run", "--interval", "50ms"]);
+    run.args(["--state-file", "/nonexistent", "--docker-socket", "/nonexistent"]);
+    ChildProcess::start(run.stderr(Stdio::null()))
 }
 
 /// A `push`, or a `track` of a command that succeeds or fails.
 pub struct Reporter {
     child: Child,
     name: String,
-    /// Of a `track`: what it will report.
-    verdict: Option<&'static str>,
+    /// The outcome that `track` reports. `None`: it is a `push`.
+    outcome: Option<&'static str>,
+}
+
+/// How a reporter ended by itself.
+pub struct ReporterEnd {
+    /// Whether the delta must be delivered.
+    pub is_queued: bool,
+    /// Its exit code and its stderr.
+    pub output: String,
+}
+
+/// What a `push` does after it has queued its delta.
+enum Delivery {
+    Wait,
+    /// `run` delivers the delta.
+    LeaveToRun,
 }
 
 impl Reporter {
-    pub fn start(stage: &mut Stage, user: Option<u32>, round: u32, n: u32) -> Self {
-        let command = program(stage, user);
+    pub fn start(test: &mut CrashTest, user: Option<u32>, round: u32, n: u32) -> Self {
+        let command = program(test, user);
         if n.is_multiple_of(2) {
-            Self::push(stage, command, format!("p-{round}-{n}"), fastrand::bool())
+            let delivery = if fastrand::bool() { Delivery::LeaveToRun } else { Delivery::Wait };
+            Self::push(test, command, format!("p-{round}-{n}"), delivery)
         } else {
-            Self::track(stage, command, round, n)
+            Self::track(test, command, round, n)
         }
     }
 
-    /// A push that is left to `run`, which must have the file for that.
-    pub fn left_to_run(stage: &mut Stage, round: u32, n: u32) -> Self {
-        let command = program(stage, None);
-        Self::push(stage, command, format!("p-{round}-{n}"), false)
+    /// Starts a push whose delta is delivered by `run`, so that its success shows that `run` uses
+    /// the same file.
+    pub fn left_to_run(test: &mut CrashTest, round: u32, n: u32) -> Self {
+        let command = program(test, None);
+        Self::push(test, command, format!("p-{round}-{n}"), Delivery::LeaveToRun)
     }
 
-    fn push(stage: &mut Stage, mut command: Command, name: String, waits: bool) -> Self {
-        let delta = pushed(&name);
+    fn push(test: &mut CrashTest, mut command: Command, name: String, delivery: Delivery) -> Self {
+        let delta = delta_of(&name);
         command.args(["push", "--operation", delta.operation().as_str(), "--status"]);
         match delta.outcome() {
             Outcome::Succeeded => command.arg("succeeded"),
             Outcome::Failed(error) => command.args(["failed", "--error", error]),
         };
-        if !waits {
+        if let Delivery::LeaveToRun = delivery {
             command.arg("--no-wait");
         }
-        stage.hear(&format!("try {name}"));
-        Self { child: spawn(command.arg(&name)), name, verdict: None }
+        test.record(&format!("pushing {name}"));
+        Self { child: spawn(command.arg(&name)), name, outcome: None }
     }
 
-    fn track(stage: &mut Stage, mut command: Command, round: u32, n: u32) -> Self {
+    fn track(test: &mut CrashTest, mut command: Command, round: u32, n: u32) -> Self {
         let name = format!("o-{round}-{n}");
-        stage.master.open_operation(&stage.worker.uuid, &name, Operation::Deploy.as_str());
-        let (script, verdict) = if n % 4 == 1 {
+        test.master.open_operation(&test.worker.uuid, &name, Operation::Deploy.as_str());
+        let (script, outcome) = if n % 4 == 1 {
             ("exit 0", "succeeded")
         } else {
             ("echo why >&2; exit 3", "failed why")
         };
         let script = format!("sleep 0.{:03}; {script}", fastrand::u8(..60));
-        command.args([
-            "track",
-            "--operation",
-            "deploy",
-            "--decky",
-            &name,
-            "--",
-            "sh",
-            "-c",
-            &script,
-        ]);
-        stage.hear(&format!("begin {name}"));
-        stage.hear(&format!("end {name} {verdict}"));
-        Self { child: spawn(&mut command), name, verdict: Some(verdict) }
+        command.args(["track", "--operation", "deploy", "--decky", &name]);
+        command.args(["--", "sh", "-c", &script]);
+        test.record(&format!("beginning {name}"));
+        test.record(&format!("ending {name} {outcome}"));
+        Self { child: spawn(&mut command), name, outcome: Some(outcome) }
     }
 
     fn maybe_kill(&mut self) {
@@ -164,34 +163,36 @@ impl Reporter {
         }
     }
 
-    /// What it has promised by the way in which it ended. One that was killed has promised nothing.
-    pub fn end(self, stage: &mut Stage) {
+    /// Waits for its end, and asserts that its delta is queued unless it was killed.
+    pub fn finish(self, test: &mut CrashTest) {
         let name = self.name.clone();
-        if let Some((has_promised, said)) = self.try_end(stage) {
-            assert!(has_promised, "{name}: {said}");
+        if let Some(end) = self.wait(test) {
+            assert!(end.is_queued, "{name}: {}", end.output);
         }
     }
 
-    /// Whether it has promised that the master hears of it, and what it said. `None`: it was killed.
-    pub fn try_end(self, stage: &mut Stage) -> Option<(bool, String)> {
-        let Self { child, name, verdict } = self;
+    /// Waits for its end, and records whether its delta is queued. `None`: it was killed.
+    pub fn wait(self, test: &mut CrashTest) -> Option<ReporterEnd> {
+        let Self { child, name, outcome } = self;
         let Output { status, stderr, .. } = child.wait_with_output().unwrap();
-        let (code, said) = (status.code()?, String::from_utf8(stderr).unwrap());
-        let has_promised = match verdict {
+        let code = status.code()?;
+        let stderr = String::from_utf8(stderr).unwrap();
+        let is_queued = match outcome {
             None => code == 0 || code == 75,
-            Some(verdict) => {
-                // It ends as its command does, in any case.
-                assert_eq!(code, if verdict == "succeeded" { 0 } else { 3 }, "{name}: {said}");
-                !said.contains("neither") && !said.contains("cannot be used")
+            Some(outcome) => {
+                // `track` exits with the code of its command in any case.
+                let expected = if outcome == "succeeded" { 0 } else { 3 };
+                assert_eq!(code, expected, "{name}: {stderr}");
+                !stderr.contains("neither") && !stderr.contains("cannot be used")
             }
         };
-        let promises: &[_] = match (has_promised, verdict) {
+        let events: &[_] = match (is_queued, outcome) {
             (false, _) => &[],
-            (true, None) => &["kept"],
+            (true, None) => &["queued"],
             (true, Some(_)) => &["begun", "ended"],
         };
-        promises.iter().for_each(|promise| stage.hear(&format!("{promise} {name}")));
-        Some((has_promised, format!("exit code {code}: {said}")))
+        events.iter().for_each(|event| test.record(&format!("{event} {name}")));
+        Some(ReporterEnd { is_queued, output: format!("exit code {code}: {stderr}") })
     }
 }
 

@@ -1,6 +1,7 @@
-//! `rewritten`: the agent dir is renamed away, or removed, and written again as an enrolment does it; or some of the outbox' files
-//! are removed, renamed, or replaced by an older copy. At random moments, while `run`, `push` and `track` work on them, and the
-//! master is there or not. What was promised must be heard before the next time: until then somebody has the file open.
+//! `rewritten`: the agent dir is renamed or removed and written again, as by an enrolment; or some
+//! files of the outbox are removed, renamed, or replaced by an older copy. This happens at random
+//! moments while `run`, `push` and `track` use them, with and without a master. Queued deltas must
+//! be delivered before the next change, because until then a process has the file open.
 
 use std::collections::BTreeSet;
 use std::fs::{self, Permissions};
@@ -11,145 +12,151 @@ use std::time::{Duration, Instant};
 use rusqlite::Connection;
 
 use crate::Options;
-use crate::crash::{PATIENCE, Stage, pause};
-use crate::programs::{Reporter, Running};
+use crate::crash_test::{CrashTest, TIMEOUT, pause};
+use crate::programs::{Reporter, start_run};
 
-/// Programs that report something, in each round.
+/// The number of reporters in each round.
 const REPORTERS: u32 = 3;
 
-/// Longer than the 10 s after which a process with an operation in flight looks whether the file was replaced.
-const LATEST: Duration = Duration::from_secs(20);
+/// The longest time until a delta is delivered. A process with an operation in flight checks every
+/// 10 s whether the file was replaced.
+const DELIVERY: Duration = Duration::from_secs(20);
 
-/// Between two looks at what has come in.
-const LOOK: Duration = Duration::from_millis(5);
+/// The time between two checks of the requests.
+const POLL: Duration = Duration::from_millis(5);
 
-/// An older copy of the database is so many rounds old at the most: the outbox remembers the last 100 that were delivered, and
-/// a round has four or more.
+/// The maximum age of an older copy of the database, in rounds. The outbox remembers the last 100
+/// delivered deltas, and a round has four or more.
 const COPY_ROUNDS: u32 = 10;
 
-/// The database, what SQLite keeps beside it, and the lock file.
+/// The suffixes of the database, its log, its index and the lock file.
 const PARTS: [&str; 4] = ["", "-wal", "-shm", "-lock"];
 
 pub fn rewritten(options: &Options) -> String {
-    let mut stage = Stage::new();
-    stage.worker.write_ini(&stage.ini()).unwrap();
-    let files = Files::of(&stage);
-    let mut run = Running::start(&stage, None);
-    assert!(stage.master.wait_for_beats(1, PATIENCE));
-    let (mut without, mut lost) = (0, BTreeSet::new());
+    let mut test = CrashTest::new();
+    test.worker.write_ini(&test.ini()).unwrap();
+    let files = Files::of(&test);
+    let mut run = start_run(&test, None);
+    assert!(test.master.wait_for_beats(1, TIMEOUT));
+    let mut refused = 0;
+    let mut lost = BTreeSet::new();
     for round in 1..=options.rounds {
-        let is_away = fastrand::bool();
-        if is_away {
-            stage.take_away();
+        let has_master = fastrand::bool();
+        if !has_master {
+            test.stop_master();
         }
         let reporters: Vec<_> =
-            (0..REPORTERS).map(|n| Reporter::start(&mut stage, None, round, n)).collect();
+            (0..REPORTERS).map(|n| Reporter::start(&mut test, None, round, n)).collect();
         pause(Duration::from_millis(fastrand::u64(..100)));
         if round % COPY_ROUNDS == 1 {
             files.copy();
         }
-        let how = files.disturb(round);
-        let restarts = fastrand::u8(..8) == 0;
-        if restarts {
-            // Not before it has the new file: what was added to the old one by a program that has ended, `run` alone has.
-            stage.bring_back();
-            Reporter::left_to_run(&mut stage, round, REPORTERS + 2).end(&mut stage);
-            owed_after_all(&mut stage, &lost);
-            run.assert_runs();
-            run.kill();
-            run = Running::start(&stage, None);
+        let change = files.change(round);
+        let is_restarted = fastrand::u8(..8) == 0;
+        if is_restarted {
+            // `run` must have the new file before. Only `run` has the deltas that a program that
+            // has ended added to the old one.
+            test.start_master();
+            Reporter::left_to_run(&mut test, round, REPORTERS + 2).finish(&mut test);
+            wait_until_delivered(&mut test, &lost);
+            run.assert_is_running();
+            drop(run);
+            run = start_run(&test, None);
         }
         for reporter in reporters {
-            let (has_promised, _) = reporter.try_end(&mut stage).expect("nobody kills it");
-            without += u32::from(!has_promised);
+            let end = reporter.wait(&mut test).expect("no reporter is killed");
+            refused += u32::from(!end.is_queued);
         }
-        run.assert_runs();
-        stage.bring_back();
-        // Once this one is heard `run` has the new file open.
-        Reporter::left_to_run(&mut stage, round, REPORTERS).end(&mut stage);
-        for name in owed_after_all(&mut stage, &lost) {
-            let master = if is_away { "away" } else { "there" };
+        run.assert_is_running();
+        test.start_master();
+        // `run` has the new file open when the delta of this push is delivered.
+        Reporter::left_to_run(&mut test, round, REPORTERS).finish(&mut test);
+        for name in wait_until_delivered(&mut test, &lost) {
             eprintln!(
-                "lost: {name}, {how}, the master was {master}, run was restarted: {restarts}"
+                "lost: {name}, {change}, with master: {has_master}, run restarted: {is_restarted}"
             );
             lost.insert(name);
         }
     }
-    run.kill();
+    drop(run);
     assert!(lost.is_empty(), "lost: {lost:?}");
-    format!("{} rounds, {without} reports refused, {}", options.rounds, stage.finish())
+    format!("{} rounds, {refused} reports refused, {}", options.rounds, test.finish())
 }
 
-/// What is not heard in time, but for what was lost before.
-fn owed_after_all(stage: &mut Stage, lost: &BTreeSet<String>) -> Vec<String> {
-    let end = Instant::now() + LATEST;
+/// Waits until all queued deltas are delivered, except for those that were lost before. Returns
+/// those that are not delivered in time.
+fn wait_until_delivered(test: &mut CrashTest, lost: &BTreeSet<String>) -> Vec<String> {
+    let end = Instant::now() + DELIVERY;
     loop {
-        let mut owed = stage.owed();
-        owed.retain(|name| !lost.contains(name));
-        if owed.is_empty() || Instant::now() > end {
-            return owed;
+        let mut undelivered = test.undelivered();
+        undelivered.retain(|name| !lost.contains(name));
+        if undelivered.is_empty() || Instant::now() > end {
+            return undelivered;
         }
-        pause(LOOK);
+        pause(POLL);
     }
 }
 
 /// The files of an agent dir.
 struct Files {
     agent_dir: PathBuf,
-    /// Beside the agent dir.
+    /// The folder of the agent dir.
     folder: PathBuf,
-    /// What an enrolment writes.
+    /// The name, content and permissions of each file that the enrolment wrote.
     bundle: Vec<(String, Vec<u8>, Permissions)>,
 }
 
 impl Files {
-    fn of(stage: &Stage) -> Self {
+    fn of(test: &CrashTest) -> Self {
         let read = |path: PathBuf| {
             let name = path.file_name().unwrap().to_str().unwrap().to_owned();
             (name, fs::read(&path).unwrap(), fs::metadata(&path).unwrap().permissions())
         };
-        let (agent_dir, folder) = (stage.worker.agent_dir.clone(), stage.folder().to_owned());
+        let agent_dir = test.worker.agent_dir.clone();
+        let folder = test.folder().to_owned();
         let bundle =
             fs::read_dir(&agent_dir).unwrap().map(|file| read(file.unwrap().path())).collect();
         Self { agent_dir, folder, bundle }
     }
 
-    /// One of the outbox' files.
-    fn part(&self, part: &str) -> PathBuf {
-        self.agent_dir.join(format!("heartbeat.db{part}"))
+    /// The file of the outbox with this suffix.
+    fn part(&self, suffix: &str) -> PathBuf {
+        self.agent_dir.join(format!("heartbeat.db{suffix}"))
     }
 
     fn older(&self) -> PathBuf {
         self.folder.join("older.db")
     }
 
-    /// Copies the database, as it is now.
+    /// Makes a copy of the database, which becomes the older one.
     fn copy(&self) {
         remove(&self.older());
         let database = Connection::open(self.part("")).unwrap();
-        database.busy_timeout(PATIENCE).unwrap();
+        database.busy_timeout(TIMEOUT).unwrap();
         database.execute("VACUUM INTO ?1", [self.older().to_str()]).unwrap();
     }
 
-    /// What it has done.
-    fn disturb(&self, round: u32) -> String {
-        let away = self.folder.join(format!("away-{round}"));
+    /// Makes a random change, and returns its description.
+    fn change(&self, round: u32) -> String {
+        let renamed = self.folder.join(format!("renamed-{round}"));
         match fastrand::u8(..6) {
-            0 | 1 => self.write_again(&away).to_owned(),
-            2 => self.put_older_copy(),
-            _ => self.take_some(&away),
+            0 | 1 => self.rewrite_folder(&renamed).to_owned(),
+            2 => self.restore_older_copy(),
+            _ => self.remove_or_rename_some(&renamed),
         }
     }
 
-    /// The folder is renamed in any case: a push may make a file anew in one that is being emptied, and nobody else has that
-    /// one open when it is removed, too.
-    fn write_again(&self, away: &Path) -> &'static str {
+    /// Renames or removes the folder and writes the bundle again. To be removed, the folder is
+    /// renamed first. Otherwise a push may create a file in it during the removal, and no other
+    /// process would have that file open.
+    fn rewrite_folder(&self, renamed: &Path) -> &'static str {
         let removes = fastrand::bool();
-        fs::rename(&self.agent_dir, away).unwrap();
+        fs::rename(&self.agent_dir, renamed).unwrap();
         if removes {
-            // Who has a file in it open may still make files beside it.
-            while fs::remove_dir_all(away).is_err_and(|error| error.kind() != ErrorKind::NotFound) {
-            }
+            // A process with an open file in it may still create other files there.
+            while fs::remove_dir_all(renamed)
+                .is_err_and(|error| error.kind() != ErrorKind::NotFound)
+            {}
         }
         fs::create_dir_all(&self.agent_dir).unwrap();
         for (name, content, permissions) in &self.bundle {
@@ -159,36 +166,37 @@ impl Files {
         if removes { "the folder was removed" } else { "the folder was renamed" }
     }
 
-    /// The log and its index go first: they are not that copy's.
-    fn put_older_copy(&self) -> String {
+    /// Replaces the database by the older copy. The log and its index are removed first, because
+    /// they belong to the present database.
+    fn restore_older_copy(&self) -> String {
         let next = self.part("-next");
         fs::copy(self.older(), &next).unwrap();
         ["-wal", "-shm"].iter().for_each(|part| remove(&self.part(part)));
         fs::rename(next, self.part("")).unwrap();
-        "an older copy was put in its place".to_owned()
+        "the database was replaced by an older copy".to_owned()
     }
 
     /// Removes or renames one or several files.
-    fn take_some(&self, away: &Path) -> String {
-        let mut taken = Vec::new();
-        while taken.is_empty() {
-            taken = PARTS.into_iter().filter(|_| fastrand::u8(..3) == 0).collect();
+    fn remove_or_rename_some(&self, renamed: &Path) -> String {
+        let mut parts = Vec::new();
+        while parts.is_empty() {
+            parts = PARTS.into_iter().filter(|_| fastrand::u8(..3) == 0).collect();
         }
-        fastrand::shuffle(&mut taken);
+        fastrand::shuffle(&mut parts);
         let removes = fastrand::bool();
-        for part in &taken {
-            // Another process may just be making it anew.
-            match removes {
-                true => remove(&self.part(part)),
-                false => {
-                    drop(fs::rename(self.part(part), away.with_extension(format!("db{part}"))))
-                }
+        for part in &parts {
+            if removes {
+                remove(&self.part(part));
+            } else {
+                // This fails if another process is creating the file at this moment.
+                let _ = fs::rename(self.part(part), renamed.with_extension(format!("db{part}")));
             }
         }
-        format!("{taken:?} {}", if removes { "removed" } else { "renamed" })
+        format!("{parts:?} {}", if removes { "removed" } else { "renamed" })
     }
 }
 
+/// Removes a file, which may not exist.
 fn remove(path: &Path) {
     let removed = fs::remove_file(path);
     assert!(

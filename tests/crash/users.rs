@@ -1,5 +1,5 @@
-//! `users`: the same programs, of root and of the service's user on one agent dir, which is the latter's. `run` is the latter's,
-//! too, but root starts one now and then.
+//! `users`: the programs of `programs`, as root and as the user of the service, who owns the agent
+//! dir. `run` is that user's, but root starts one at times.
 
 use std::fs::{self, Permissions, set_permissions};
 use std::os::unix::fs::{PermissionsExt, chown};
@@ -7,55 +7,55 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use crate::Options;
-use crate::crash::{Stage, pause};
-use crate::programs::{Running, play};
+use crate::crash_test::{CrashTest, pause};
+use crate::programs::{Users, run_rounds, start_run};
 
-/// The service's user.
+/// The user of the service.
 const SERVICE: u32 = 1_000;
 
-/// A `run` judges dead owners at each tick, of 50 ms here.
-const LATEST: Duration = Duration::from_secs(20);
+/// The longest time until all deltas are delivered. A `run` checks at each tick, here every 50 ms,
+/// which owners of rows have ended.
+const DELIVERY: Duration = Duration::from_secs(20);
 
-/// Between two looks at the outbox.
-const LOOK: Duration = Duration::from_millis(50);
+/// The time between two checks of the outbox.
+const POLL: Duration = Duration::from_millis(50);
 
 pub fn users(options: &Options) -> String {
     if !rustix::process::geteuid().is_root() {
-        return "passed over, as it takes root".to_owned();
+        return "skipped, because it needs root".to_owned();
     }
-    let mut stage = Stage::new();
-    install(&mut stage);
-    play(&mut stage, options, &[None, Some(SERVICE)], Some(SERVICE));
-    // The service's user alone must come to an end with what both have left.
-    stage.bring_back();
-    let run = Running::start(&stage, Some(SERVICE));
-    let end = Instant::now() + LATEST;
+    let mut test = CrashTest::new();
+    install(&mut test);
+    let users = Users { reporters: &[None, Some(SERVICE)], service: Some(SERVICE) };
+    run_rounds(&mut test, options, &users);
+    // The user of the service must be able to deliver the deltas of both.
+    test.start_master();
+    let run = start_run(&test, Some(SERVICE));
+    let end = Instant::now() + DELIVERY;
     loop {
-        pause(LOOK);
-        let rows = stage.check();
-        if rows == 0 && stage.owed().is_empty() {
+        pause(POLL);
+        let rows = test.check();
+        let undelivered = test.undelivered();
+        if rows == 0 && undelivered.is_empty() {
             break;
         }
-        assert!(
-            Instant::now() <= end,
-            "the service's user leaves {rows} rows, and owes {:?}",
-            stage.owed()
-        );
+        assert!(Instant::now() <= end, "{rows} rows in the outbox, undelivered: {undelivered:?}");
     }
     drop(run);
-    stage.finish()
+    test.finish()
 }
 
-/// The agent dir is the service's user's; the program and its ini can be read by both.
-fn install(stage: &mut Stage) {
-    stage.worker.write_ini(&stage.ini()).unwrap();
-    let program = stage.folder().join("decnet-heartbeat");
-    fs::copy(&stage.program, &program).unwrap();
-    for (file, mode) in [(stage.folder(), 0o755), (&stage.ini(), 0o644), (&program, 0o755)] {
+/// Gives the agent dir to the user of the service. Both users can read the program and the ini.
+fn install(test: &mut CrashTest) {
+    test.worker.write_ini(&test.ini()).unwrap();
+    let program = test.folder().join("decnet-heartbeat");
+    fs::copy(&test.program, &program).unwrap();
+    for (file, mode) in [(test.folder(), 0o755), (&test.ini(), 0o644), (&program, 0o755)] {
         set_permissions(file, Permissions::from_mode(mode)).unwrap();
     }
-    stage.program = program;
-    let give = |file: &Path| chown(file, Some(SERVICE), Some(SERVICE)).unwrap();
-    give(&stage.worker.agent_dir);
-    fs::read_dir(&stage.worker.agent_dir).unwrap().for_each(|file| give(&file.unwrap().path()));
+    test.program = program;
+    let change_owner = |file: &Path| chown(file, Some(SERVICE), Some(SERVICE)).unwrap();
+    let agent_dir = &test.worker.agent_dir;
+    change_owner(agent_dir);
+    fs::read_dir(agent_dir).unwrap().for_each(|file| change_owner(&file.unwrap().path()));
 }

@@ -1,39 +1,25 @@
-//! `check` on a real worker: a real master, a real Docker Engine. Its outputs are those that the page on operations shows.
+//! `check` on a worker with a real master and a real Docker Engine. Its outputs equal those in the
+//! page on operations.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use serde_json::json;
-
-use crate::support::{Docker, Stage};
+use crate::support::{Docker, EnrolledHost, decky, write_state_file};
 
 struct Worker {
-    stage: Stage,
+    host: EnrolledHost,
     docker: Docker,
     folder: tempfile::TempDir,
 }
 
 impl Worker {
     fn new() -> Self {
-        let worker = Self {
-            stage: Stage::new(),
-            docker: Docker::start(),
-            folder: tempfile::tempdir().unwrap(),
-        };
-        let ini = format!(
-            "[decnet]\nmode = agent\n[agent]\nhost-uuid = {}\nmaster-host = 127.0.0.1\nswarmctl-port = {}\nagent-dir = {}\n",
-            worker.stage.worker.uuid,
-            worker.stage.master.port(),
-            worker.stage.agent_dir().display()
-        );
-        std::fs::write(worker.path("decnet.ini"), ini).unwrap();
-        let decky = |name: &str, services: &[&str]| {
-            json!({"name": name, "ip": "10.0.0.5", "services": services, "distro": "debian", "base_image": "debian:12",
-                   "hostname": name})
-        };
-        let deckies = json!([decky("decky-01", &["ssh", "ftp"]), decky("decky-02", &["http"])]);
-        let state = json!({"config": {"mode": "swarm", "deckies": deckies}, "compose_path": "/opt/decnet/c.yml"});
-        std::fs::write(worker.path("state.json"), state.to_string()).unwrap();
+        let host = EnrolledHost::new();
+        let docker = Docker::start();
+        let worker = Self { host, docker, folder: tempfile::tempdir().unwrap() };
+        worker.host.write_ini(&worker.path("decnet.ini"));
+        let deckies = [decky("decky-01", &["ssh", "ftp"]), decky("decky-02", &["http"])];
+        write_state_file(&worker.path("state.json"), &deckies);
         for name in ["decky-01-ssh", "decky-01-ftp", "decky-02-http"] {
             worker.docker.run(name);
         }
@@ -44,7 +30,7 @@ impl Worker {
         self.folder.path().join(name)
     }
 
-    /// What it says, and what it exits with.
+    /// The output and the exit code of `check`.
     fn check(&self) -> (String, Option<i32>) {
         let mut command = Command::new(env!("CARGO_BIN_EXE_decnet-heartbeat"));
         command.env_clear().arg("--config").arg(self.path("decnet.ini")).arg("check");
@@ -58,15 +44,16 @@ impl Worker {
     }
 }
 
-/// The output that the page on operations shows under this heading.
-fn shown(heading: &str) -> Vec<&'static str> {
+/// The output in the page on operations under this heading.
+fn documented_output(heading: &str) -> Vec<&'static str> {
     let page = include_str!("../../src/docs/operations.md");
     let section = page.split_once(heading).unwrap_or_else(|| panic!("no {heading} in the page")).1;
     section.split("```text\n").nth(1).unwrap().split("```").next().unwrap().lines().collect()
 }
 
-/// A line without what differs from host to host: of a step its mark and its name, of anything else all but a fingerprint.
-fn same(line: &str) -> String {
+/// A line without the parts that differ between hosts: the mark and the name of a step, or any
+/// other line without its fingerprint.
+fn normalize(line: &str) -> String {
     if line.starts_with(['✓', '✗', '-']) {
         return line.split(' ').take(2).collect::<Vec<_>>().join(" ");
     }
@@ -78,21 +65,27 @@ fn same(line: &str) -> String {
         .join(" ")
 }
 
-/// The documented lines are in the output, in the same order; `…` stands for omitted lines.
-fn is_as_shown(heading: &str, (said, code): (String, Option<i32>), expected: i32) {
-    assert_eq!(code, Some(expected), "{said}");
-    let mut lines = said.lines().map(same);
+/// Asserts that the output has the documented lines in the same order. `…` stands for omitted
+/// lines.
+fn assert_documented(heading: &str, (output, code): (String, Option<i32>), expected: i32) {
+    assert_eq!(code, Some(expected), "{output}");
+    let mut lines = output.lines().map(normalize);
     let mut skips = false;
-    for shown in shown(heading) {
-        if shown == "…" {
+    for expected_line in documented_output(heading) {
+        if expected_line == "…" {
             skips = true;
             continue;
         }
-        let found = if skips { lines.find(|line| *line == same(shown)) } else { lines.next() };
-        assert_eq!(found.as_deref(), Some(same(shown).as_str()), "{heading}: {shown}\n{said}");
+        let found =
+            if skips { lines.find(|line| *line == normalize(expected_line)) } else { lines.next() };
+        assert_eq!(
+            found.as_deref(),
+            Some(normalize(expected_line).as_str()),
+            "{heading}: {expected_line}\n{output}"
+        );
         skips = false;
     }
-    assert!(skips || lines.next().is_none(), "{heading} shows less than\n{said}");
+    assert!(skips || lines.next().is_none(), "{heading} has fewer lines than\n{output}");
 }
 
 fn copy_identity(from: &Path, to: &Path) {
@@ -103,22 +96,24 @@ fn copy_identity(from: &Path, to: &Path) {
 
 #[test]
 #[ignore = "needs root, docker.io and busybox-static, and the real master: tests/e2e/setup.sh"]
-fn documented_outputs_of_check_are_its_outputs() {
+fn output_of_check_equals_documented_output() {
     let worker = Worker::new();
-    is_as_shown("**A healthy worker.**", worker.check(), 0);
+    assert_documented("**A healthy worker.**", worker.check(), 0);
 
-    let (dir, own, other) = (worker.stage.agent_dir(), worker.path("own"), worker.path("other"));
+    let dir = worker.host.agent_dir();
+    let own = worker.path("own");
+    let other = worker.path("other");
     std::fs::create_dir(&own).unwrap();
     copy_identity(dir, &own);
-    worker.stage.master.issue("worker-01", &other);
+    worker.host.master.issue("worker-01", &other);
     copy_identity(&other, dir);
-    is_as_shown("**A wrong certificate.**", worker.check(), 1);
+    assert_documented("**A wrong certificate.**", worker.check(), 1);
     copy_identity(&own, dir);
 
-    worker.stage.master.stop();
-    is_as_shown("**The master is down.**", worker.check(), 1);
-    worker.stage.master.start_again();
+    worker.host.master.stop();
+    assert_documented("**The master is down.**", worker.check(), 1);
+    worker.host.master.start_again();
 
     worker.docker.stop();
-    is_as_shown("**Docker is stopped.**", worker.check(), 1);
+    assert_documented("**Docker is stopped.**", worker.check(), 1);
 }

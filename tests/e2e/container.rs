@@ -1,19 +1,17 @@
-//! `run` as the first process of a container, which has no init and no handlers but its own.
+//! `run` as the first process of a container, which has no init process.
 
 use std::fs;
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use crate::support::{Docker, Loopback, process};
+use crate::support::{Docker, Loopback, TIMEOUT, commands};
 
-const PATIENCE: Duration = Duration::from_secs(30);
-
-/// A root folder with the program, the libraries that it asks for, and an enrolment.
-fn root(folder: &Path, loopback: &Loopback) {
+/// Writes the root folder of an image: the program, its shared libraries, and an enrolment.
+fn write_root_folder(folder: &Path, loopback: &Loopback) {
     let program = env!("CARGO_BIN_EXE_decnet-heartbeat");
     fs::copy(program, folder.join("decnet-heartbeat")).unwrap();
-    let libraries = process::run(Command::new("ldd").arg(program));
+    let libraries = commands::run(Command::new("ldd").arg(program));
     for library in libraries.split_whitespace().filter(|word| word.starts_with('/')) {
         let copy = folder.join(library.trim_start_matches('/'));
         fs::create_dir_all(copy.parent().unwrap()).unwrap();
@@ -24,13 +22,14 @@ fn root(folder: &Path, loopback: &Loopback) {
 
 #[test]
 #[ignore = "needs root, docker.io and busybox-static"]
-fn it_beats_and_stops_when_it_is_told_and_says_when_it_cannot() {
-    let (docker, folder) = (Docker::start(), tempfile::tempdir().unwrap());
+fn run_as_first_process_stops_on_signal_and_reports_missing_enrolment() {
+    let docker = Docker::start();
+    let folder = tempfile::tempdir().unwrap();
     let agent_dir = folder.path().join("etc/decnet/agent");
     let loopback = Loopback::new(&agent_dir);
-    root(folder.path(), &loopback);
+    write_root_folder(folder.path(), &loopback);
     docker.import(folder.path(), ".", "heartbeat");
-    // The ini names the folder that the image was made of.
+    // The ini has the path of the folder from which the image was made, so `--agent-dir` is needed.
     let run = |arguments: &[&str]| {
         let mut docker = docker.client("docker");
         docker.args(["run", "--name", "heartbeat", "--network", "host"]).args(arguments);
@@ -38,12 +37,12 @@ fn it_beats_and_stops_when_it_is_told_and_says_when_it_cannot() {
         docker.args(["--interval", "100ms"]).output().unwrap()
     };
     assert!(run(&["--detach"]).status.success());
-    assert!(loopback.master.wait_for_beats(3, PATIENCE));
+    assert!(loopback.master.wait_for_beats(3, TIMEOUT));
     let since = Instant::now();
-    process::run(docker.client("docker").args(["stop", "--time", "30", "heartbeat"]));
-    assert!(since.elapsed() < Duration::from_secs(20), "it was killed");
+    commands::run(docker.client("docker").args(["stop", "--time", "30", "heartbeat"]));
+    assert!(since.elapsed() < Duration::from_secs(20), "the container was killed");
     let inspect = ["inspect", "--format", "{{.State.ExitCode}}", "heartbeat"];
-    assert_eq!(process::run(docker.client("docker").args(inspect)), "0");
+    assert_eq!(commands::run(docker.client("docker").args(inspect)), "0");
     let log = docker.client("docker").args(["logs", "heartbeat"]).output().unwrap();
     assert!(String::from_utf8_lossy(&log.stderr).contains("signal=SIGTERM"), "{log:?}");
     docker.remove("heartbeat");

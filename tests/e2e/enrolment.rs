@@ -1,4 +1,4 @@
-//! Our reading of the environment and of `decnet.ini` held against the real agent's, case by case.
+//! Compares how this crate and the real agent read the environment and `decnet.ini`, case by case.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -11,7 +11,7 @@ use serde::Deserialize;
 
 use crate::support;
 
-/// What one side made of a case.
+/// What one of them reads.
 #[derive(Debug, Deserialize)]
 #[serde(tag = "outcome", rename_all = "lowercase")]
 enum Outcome {
@@ -29,7 +29,7 @@ enum Outcome {
 }
 
 impl Outcome {
-    fn ours(variables: &BTreeMap<String, String>) -> Self {
+    fn of_this_crate(variables: &BTreeMap<String, String>) -> Self {
         let read = EnrolmentSources::from_variables(variables).read();
         match read {
             Ok(found) => Self::Enrolled {
@@ -39,7 +39,7 @@ impl Outcome {
                 agent_dir: found.agent_dir().value().clone(),
             },
             Err(error) if error.is_not_enrolled() => Self::NotEnrolled,
-            Err(error) => Self::Refused { error: told(&error) },
+            Err(error) => Self::Refused { error: config_error(&error) },
         }
     }
 
@@ -54,13 +54,13 @@ impl Outcome {
                     agent_dir: other_dir,
                 },
             ) => {
-                // Ours stays where it is, also when the process changes its folder.
+                // Ours is absolute, so that it does not change with the working directory.
                 let other_dir = std::path::absolute(other_dir).unwrap();
                 (host_uuid, master_host, master_port, agent_dir)
                     == (other_uuid, other_host, other_port, &other_dir)
             }
             (Self::NotEnrolled, Self::NotEnrolled) => true,
-            // The words differ; that there are some is enough.
+            // The texts differ. They must not be empty.
             (Self::Refused { error }, Self::Refused { error: other_error }) => {
                 !error.is_empty() && !other_error.is_empty()
             }
@@ -69,8 +69,8 @@ impl Outcome {
     }
 }
 
-/// A configured value at fault is the only refusal there is.
-fn told(error: &Error) -> String {
+/// The text of an error about a configured value. There is no other error.
+fn config_error(error: &Error) -> String {
     assert!(error.is_config(), "{error}");
     error.to_string()
 }
@@ -93,7 +93,7 @@ fn with(
     Case { name, ini: text.into(), variables: variables.to_vec() }
 }
 
-/// An enrolled worker's ini whose `[agent]` section goes on with `text`.
+/// An enrolled worker's ini with `text` at the end of its `[agent]` section.
 fn agent(name: &'static str, text: &str) -> Case {
     ini(name, worker(text))
 }
@@ -102,7 +102,7 @@ fn worker(text: &str) -> String {
     format!("[decnet]\nmode = agent\n[agent]\nhost-uuid = u-1\nmaster-host = master.lan\n{text}")
 }
 
-/// An ini whose mode is agent and whose `[agent]` section is `text` alone.
+/// An ini with mode agent whose `[agent]` section is `text`.
 fn bare(name: &'static str, text: &str) -> Case {
     ini(name, format!("[decnet]\nmode = agent\n[agent]\n{text}"))
 }
@@ -110,40 +110,44 @@ fn bare(name: &'static str, text: &str) -> Case {
 const UUID: (&str, &str) = ("DECNET_HOST_UUID", "u-env");
 const HOST: (&str, &str) = ("DECNET_MASTER_HOST", "env.lan");
 
-/// Where we differ on purpose, and why. An entry for a case that does not differ fails the test.
+/// Cases that are read differently on purpose, and why. An entry for a case that does not differ
+/// fails the test.
 const DELIBERATE: &[(&str, &str)] = &[
-    ("value on the next line", "the line break before the value is no part of a uuid"),
-    ("value after a blank line", "nor of a host"),
-    ("spaces around the uuid", "nor is the white space in a variable"),
+    ("value on the next line", "the line break before the value is not part of a uuid"),
+    ("value after a blank line", "as above"),
+    ("spaces around the uuid", "white space around a variable is not part of its value"),
     ("spaces around the host", "as above"),
-    ("NUL in another key", "a key that a heartbeat does not need cannot stop it"),
+    ("NUL in another key", "a key that a heartbeat does not use cannot make it fail"),
     ("single percent in another key", "as above"),
-    ("over a MiB", "a file of that size is no ini, and reading it all is a risk"),
-    ("port with underscores", "a Python literal's spelling; in an ini it is more likely a slip"),
+    ("over a MiB", "a file of that size is not an ini, and reading all of it is a risk"),
+    ("port with underscores", "valid in a Python literal; in an ini it is more likely a mistake"),
     ("port in Arabic digits", "as above"),
-    ("very long uuid", "no database column of the master holds it"),
+    ("very long uuid", "it does not fit into the master's database"),
     (
         "uuid on two lines",
-        "a line indented by mistake; the original sends both lines and is told 404 for ever",
+        "a line indented by mistake; the original sends both lines and always gets 404",
     ),
     ("agent dir on two lines", "a line indented by mistake; the original finds no bundle"),
-    ("quoted host", "no such host can be; the original fails at every beat"),
+    ("quoted host", "such a host cannot exist; the original fails at every beat"),
     ("host with a space", "as above"),
     ("host with a long label", "as above"),
     ("host with a scheme", "the original posts to a host named https"),
     ("host with a path", "the original posts to port 443 of that host"),
     ("host with a query", "as above"),
-    ("host with a user", "the original sends it as a password-less login"),
-    ("host IPv4 cut short", "10.1 means 10.0.0.1 to some resolvers and nothing to TLS"),
-    ("host IPv6", "the brackets that a URL needs are put there; the original fails at every beat"),
-    ("host IPv6 in brackets", "kept without them: TLS and the resolver want the address alone"),
-    ("host IPv6 with a zone", "no certificate names a zone"),
-    ("host in unicode", "the xn-- form says which of two encodings is meant"),
+    ("host with a user", "the original sends the user as a login without a password"),
+    ("host IPv4 cut short", "some resolvers read 10.1 as 10.0.0.1, and TLS rejects it"),
+    ("host IPv6", "the brackets that a URL needs are added; the original fails at every beat"),
+    (
+        "host IPv6 in brackets",
+        "the brackets are removed, because TLS and the resolver need the address without them",
+    ),
+    ("host IPv6 with a zone", "a certificate cannot contain a zone"),
+    ("host in unicode", "only the xn-- form is unambiguous"),
 ];
 
 fn cases() -> Vec<Case> {
     vec![
-        // The file as the master writes it, and the ways in which people write files.
+        // The file as the master writes it, and common variations.
         ini(
             "as the master writes it",
             "; Generated\n[decnet]\nmode = agent\ndisallow-master = true\nlog-directory = /var/log/decnet\n\n[agent]\n\
@@ -152,14 +156,14 @@ fn cases() -> Vec<Case> {
              updater-dir = /etc/decnet/updater\n",
         ),
         ini("empty file", ""),
-        ini("comments alone", "# a\n  ; b\n"),
+        ini("only comments", "# a\n  ; b\n"),
         agent("comment lines", "# swarmctl-port = 1\n  ; swarmctl-port = 2\nswarmctl-port = 3\n"),
         agent("inline hash", "swarmctl-port = 9000 # the port\n"),
         agent("inline semicolon after a tab", "swarmctl-port = 9000\t; the port\n"),
         agent("hash inside a value", "agent-dir = /srv/a#b\n"),
         agent("semicolon inside a value", "agent-dir = /srv/a;b\n"),
         agent("second hash begins the comment", "agent-dir = /srv/a#b #c\n"),
-        agent("comment signs weighed in rounds", "agent-dir = /srv/a#b #c ;d\n"),
+        agent("hash and then semicolon begin comments", "agent-dir = /srv/a#b #c ;d\n"),
         agent("value that is a comment", "agent-dir = # none\n"),
         ini(
             "inline comment on a header",
@@ -205,7 +209,7 @@ fn cases() -> Vec<Case> {
             "[decnet]\n\tmode = agent\n[agent]\n\thost-uuid = u\n\tmaster-host = h\n",
         ),
         ini(
-            "header swallowed by an indent",
+            "indented header continues the value above",
             "[decnet]\nmode = agent\n  [agent]\nhost-uuid = u\nmaster-host = h\n",
         ),
         bare("value on the next line", "host-uuid =\n    u-1\nmaster-host = h\n"),
@@ -218,7 +222,7 @@ fn cases() -> Vec<Case> {
         agent("form feed is white space", "swarmctl-port =\u{c}9000\u{c}\n"),
         agent("separator is white space", "agent-dir = /srv/a\u{1f}\n"),
         agent("no-break space is white space", "agent-dir = \u{a0}/srv/a \u{a0}# c\n"),
-        // What is no ini.
+        // Invalid files.
         ini("key before any section", "host-uuid = u\n[agent]\n"),
         agent("key without a value", "swarmctl-port\n"),
         agent("key without a name", "= 5\n"),
@@ -252,7 +256,7 @@ fn cases() -> Vec<Case> {
         agent("reference without its s", "base = a\nagent-dir = /srv/%(base)\n"),
         agent("reference without a name", "agent-dir = /srv/%()s\n"),
         agent("single percent in another key", "updater-dir = 100%\n"),
-        // Which section counts.
+        // The section that is read.
         ini("mode left out", "[agent]\nhost-uuid = u\nmaster-host = h\n"),
         ini(
             "mode master",
@@ -276,10 +280,10 @@ fn cases() -> Vec<Case> {
         ),
         ini("[decnet] before [agent]", worker("").replace("[agent]", "host-uuid = u-0\n[agent]")),
         ini(
-            "empty in [decnet] hides [agent]",
+            "empty value in [decnet] hides [agent]",
             worker("").replace("[agent]", "host-uuid =\n[agent]"),
         ),
-        ini("DEFAULT alone", "[DEFAULT]\nmode = agent\nhost-uuid = u\nmaster-host = h\n"),
+        ini("only DEFAULT", "[DEFAULT]\nmode = agent\nhost-uuid = u\nmaster-host = h\n"),
         ini(
             "DEFAULT and an empty [decnet]",
             "[DEFAULT]\nhost-uuid = u\nmaster-host = h\n[decnet]\n",
@@ -288,7 +292,7 @@ fn cases() -> Vec<Case> {
             "DEFAULT's mode",
             "[DEFAULT]\nmode = agent\n[decnet]\n[agent]\nhost-uuid = u\nmaster-host = h\n",
         ),
-        agent("DEFAULT is seen through [decnet] first", "[DEFAULT]\nhost-uuid = d\n"),
+        agent("DEFAULT through [decnet] comes first", "[DEFAULT]\nhost-uuid = d\n"),
         agent("DEFAULT's spelling comes first", "[DEFAULT]\nhost_uuid = d\n"),
         agent("port of [swarm]", "[swarm]\nswarmctl-port = 9001\n"),
         agent(
@@ -298,8 +302,8 @@ fn cases() -> Vec<Case> {
         agent("port of [swarm] with an underscore", "[swarm]\nswarmctl_port = 9001\n"),
         agent("host of [swarm] is another", "[swarm]\nmaster-host = other\n"),
         ini("port of [swarm] through DEFAULT", "[swarm]\n[DEFAULT]\nswarmctl-port = 0\n"),
-        // Environment against ini.
-        with("environment alone", "", &[UUID, HOST]),
+        // The environment and the ini.
+        with("only the environment", "", &[UUID, HOST]),
         with(
             "environment first",
             worker("swarmctl-port = 1\nagent-dir = /a\n"),
@@ -379,18 +383,18 @@ fn cases() -> Vec<Case> {
     ]
 }
 
-/// An agent dir that refers to a key that refers to a key, `deep` times.
-fn chain(deep: usize) -> String {
+/// An agent dir that refers to a key that refers to another key, and so on, for `depth` keys.
+fn chain(depth: usize) -> String {
     let mut text = "agent-dir = %(k1)s\n".to_owned();
-    for level in 1..deep {
+    for level in 1..depth {
         text.push_str(&format!("k{level} = %(k{})s\n", level + 1));
     }
-    text + &format!("k{deep} = /srv\n")
+    text + &format!("k{depth} = /srv\n")
 }
 
 #[test]
 #[ignore = "needs Python with decnet 1.0.0: see tests/e2e/setup.sh"]
-fn an_ini_reads_as_the_real_agent_reads_it() {
+fn ini_is_read_as_by_the_real_agent() {
     let scratch = tempfile::tempdir().unwrap();
     let home = scratch.path().to_str().unwrap();
     let cases = cases();
@@ -405,33 +409,34 @@ fn an_ini_reads_as_the_real_agent_reads_it() {
             all.map(|(name, value)| (name.to_owned(), value.to_owned())).collect()
         })
         .collect();
-    let theirs = ask_the_peer(&variables, scratch.path());
-    assert_eq!(theirs.len(), cases.len());
+    let original = read_with_real_agent(&variables, scratch.path());
+    assert_eq!(original.len(), cases.len());
 
-    let mut faults = String::new();
-    for ((case, variables), theirs) in cases.iter().zip(&variables).zip(&theirs) {
-        let ours = Outcome::ours(variables);
+    let mut differences = String::new();
+    for ((case, variables), original) in cases.iter().zip(&variables).zip(&original) {
+        let ours = Outcome::of_this_crate(variables);
         let deliberate = DELIBERATE.iter().find(|(name, _)| *name == case.name);
-        let fault = match (ours.agrees_with(theirs), deliberate) {
+        let problem = match (ours.agrees_with(original), deliberate) {
             (true, None) | (false, Some(_)) => continue,
-            (true, Some((_, why))) => format!("said to differ ({why}), and does not"),
+            (true, Some((_, why))) => format!("does not differ, although it is listed ({why})"),
             (false, None) => "differs".to_owned(),
         };
-        faults.push_str(&format!(
-            "{}: {fault}\n    ours:   {ours:?}\n    theirs: {theirs:?}\n",
+        differences.push_str(&format!(
+            "{}: {problem}\n    ours:     {ours:?}\n    original: {original:?}\n",
             case.name
         ));
     }
     for (name, _) in DELIBERATE {
         if !cases.iter().any(|case| case.name == *name) {
-            faults.push_str(&format!("{name}: no such case\n"));
+            differences.push_str(&format!("{name}: no such case\n"));
         }
     }
-    assert!(faults.is_empty(), "\n{faults}");
+    assert!(differences.is_empty(), "\n{differences}");
 }
 
-/// One Python process for all cases, in a folder and a home of its own: the package reads `.env` files from there.
-fn ask_the_peer(variables: &[BTreeMap<String, String>], scratch: &Path) -> Vec<Outcome> {
+/// Reads all cases in one Python process. It has its own working directory and home, because the
+/// package reads `.env` files from them.
+fn read_with_real_agent(variables: &[BTreeMap<String, String>], scratch: &Path) -> Vec<Outcome> {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/e2e/enrolment_peer.py");
     let mut peer = Command::new(support::python())
         .arg(script)
@@ -449,7 +454,7 @@ fn ask_the_peer(variables: &[BTreeMap<String, String>], scratch: &Path) -> Vec<O
         .stderr(Stdio::piped())
         .spawn()
         .unwrap();
-    // Dropped at the end of the statement, which closes it.
+    // The pipe is closed at the end of the statement.
     peer.stdin.take().unwrap().write_all(&serde_json::to_vec(variables).unwrap()).unwrap();
     let output = peer.wait_with_output().unwrap();
     assert!(

@@ -1,7 +1,7 @@
-"""What the real agent makes of an environment and an ini: JSON cases on stdin, JSON answers on stdout.
+"""Reads enrolments as the real agent does: JSON cases on stdin, JSON answers on stdout.
 
-A case is an object of environment variables; its DECNET_CONFIG names the ini. An answer is an object with
-`outcome` ("enrolled", "not enrolled" or "refused"), and with the values or with the error.
+A case is an object of environment variables, and its DECNET_CONFIG is the path of the ini. An answer is an object with
+`outcome` ("enrolled", "not enrolled" or "refused") and with the values or the error.
 """
 
 import json
@@ -24,7 +24,7 @@ def answer(variables):
         host = os.environ.get("DECNET_MASTER_HOST")
         if not uuid or not host:
             return {"outcome": "not enrolled"}
-        # The agent only learns at its first beat that no request can be made of its URL.
+        # The agent finds an invalid URL only at its first beat.
         httpx.URL(f"https://{host}:{port}/swarm/heartbeat")
         agent_dir = str(heartbeat._resolve_agent_dir())
     except Exception as error:

@@ -1,5 +1,6 @@
-//! The agent dir on a disk that does not answer: frozen by `fsfreeze`, or with each sync delayed by 8 s. Beats stay on time, each
-//! call returns in its time and says what has become of its delta, and no delta is lost or sent twice.
+//! The agent dir on a disk that does not respond: it is frozen by `fsfreeze`, or each sync is
+//! delayed. Beats stay on time, each call returns in time with the state of its delta, and no delta
+//! is lost or sent twice.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufRead, BufReader};
@@ -10,260 +11,267 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use decnet_heartbeat::loopback::Fault;
-use decnet_heartbeat::{
-    DeltaSender, Error, Heartbeat, LifecycleDelta, Operation, Snapshot, TrackedOperation,
+use decnet_heartbeat::{DeltaSender, Error, Heartbeat, Operation, TrackedOperation};
+
+use crate::support::{
+    FreezableDisk, Loopback, TIMEOUT, commands, deployed, nothing_deployed, wait_for_stats,
 };
-use serde_json::json;
 
-use crate::support::{Freezable, Loopback, process, settled};
-
-const PATIENCE: Duration = Duration::from_secs(30);
 const INTERVAL: Duration = Duration::from_millis(200);
-/// A call waits a second for the disk.
-const CALL: Duration = Duration::from_secs(1);
-/// A busy machine wakes a thread this much later.
+/// How long a call waits for the disk.
+const CALL_WAIT: Duration = Duration::from_secs(1);
+/// How much later a busy machine wakes a thread.
 const SLACK: Duration = Duration::from_millis(500);
-/// Between two beats: the interval, once the 250 ms that a batch is waited for, and the slack.
-const GAP: Duration = Duration::from_millis(200 + 250 + 500);
+/// The longest time between two beats: the interval, the 250 ms that a beat waits for its deltas,
+/// and the slack.
+const MAX_GAP: Duration = Duration::from_millis(200 + 250 + 500);
 
-/// What became of a delta, or of an operation's beginning, as its caller was told.
+/// The result of a push, or of a call that begins an operation, for its caller.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Told {
-    QueuedDelta,
-    NothingKept,
+enum CallResult {
+    Queued,
+    NotQueued,
     InDoubt,
 }
 
-/// What a call said, which must have returned in time.
+/// Asserts that a call returns in time.
 #[track_caller]
-fn told<T>(call: impl FnOnce() -> Result<T, Error>) -> Told {
+fn call_in_time<T>(call: impl FnOnce() -> Result<T, Error>) -> CallResult {
     let since = Instant::now();
-    let answer = call();
+    let result = call();
     let took = since.elapsed();
-    assert!(took < CALL + SLACK, "a call took {took:?}");
-    match answer {
-        Ok(_) => Told::QueuedDelta,
-        Err(error) if error.is_in_doubt() => Told::InDoubt,
+    assert!(took < CALL_WAIT + SLACK, "a call took {took:?}");
+    match result {
+        Ok(_) => CallResult::Queued,
+        Err(error) if error.is_in_doubt() => CallResult::InDoubt,
         Err(error) => {
             assert!(error.is_outbox(), "{error:?}");
-            Told::NothingKept
+            CallResult::NotQueued
         }
     }
 }
 
-/// Work of an operation that could not begin.
-fn not_begun() {
-    panic!("it has not begun");
+/// Asserts that the time since then is less than the limit and the slack.
+#[track_caller]
+fn assert_within(since: Instant, limit: Duration) {
+    let took = since.elapsed();
+    assert!(took < limit + SLACK, "it took {took:?}, not {limit:?}");
 }
 
-fn deployed(decky: impl Into<String>) -> LifecycleDelta {
-    LifecycleDelta::succeeded(decky, Operation::Deploy)
+/// The work of an operation that cannot begin.
+fn must_not_run() {
+    panic!("the operation has not begun");
 }
 
 #[track_caller]
-fn push(deltas: &DeltaSender, decky: &str) -> Told {
-    told(|| deltas.push(deployed(decky)))
+fn push(deltas: &DeltaSender, decky: &str) -> CallResult {
+    call_in_time(|| deltas.push(deployed(decky)))
 }
 
-/// A heartbeat with an interval, whose first beat was accepted.
+/// Starts a heartbeat and waits for its first beat.
 fn start(loopback: &Loopback) -> Heartbeat {
-    start_every(INTERVAL, loopback)
+    start_with_interval(INTERVAL, loopback)
 }
 
-fn start_every(interval: Duration, loopback: &Loopback) -> Heartbeat {
-    let source = || Snapshot::new(&json!({"deployed": false, "deckies": []}));
+fn start_with_interval(interval: Duration, loopback: &Loopback) -> Heartbeat {
     let builder = Heartbeat::builder().enrolment(loopback.worker.enrolment().unwrap());
     let before = loopback.master.received().len();
-    let heartbeat = builder.interval(interval).status_source(source).start().unwrap();
-    assert!(loopback.master.wait_until(PATIENCE, |seen| seen.received().len() > before));
+    let heartbeat = builder.interval(interval).status_source(nothing_deployed).start().unwrap();
+    assert!(loopback.master.wait_until(TIMEOUT, |seen| seen.received().len() > before));
     heartbeat
 }
 
-/// Waits for beats so long, and says that none was late since then.
+/// Lets beats pass for this time, and asserts that none was late since then. The end of the time is
+/// no event, so it sleeps.
 #[track_caller]
-fn beats_on_time(loopback: &Loopback, since: Instant, long: Duration) {
-    thread::sleep(long);
+fn assert_beats_on_time(loopback: &Loopback, since: Instant, time: Duration) {
+    thread::sleep(time);
     let mut last = since;
     for at in loopback.master.received().iter().map(|request| request.at).filter(|at| *at > since) {
-        assert!(at - last < GAP, "no beat for {:?}", at - last);
+        assert!(at - last < MAX_GAP, "no beat for {:?}", at - last);
         last = at;
     }
-    assert!(last.elapsed() < GAP, "no beat for {:?}", last.elapsed());
+    assert!(last.elapsed() < MAX_GAP, "no beat for {:?}", last.elapsed());
 }
 
-/// Each delta was sent as often as its caller was told.
+/// Asserts that each delta was sent once, or not at all if it was not queued.
 #[track_caller]
-fn sent_as_told<'a>(loopback: &Loopback, told: impl IntoIterator<Item = (&'a str, Told)>) {
+fn assert_sent<'a>(loopback: &Loopback, results: impl IntoIterator<Item = (&'a str, CallResult)>) {
     let mut times = BTreeMap::<_, u32>::new();
     loopback.sent().into_iter().for_each(|decky| *times.entry(decky).or_default() += 1);
-    for (decky, told) in told {
-        let expected = u32::from(told != Told::NothingKept);
-        assert_eq!(times.remove(decky).unwrap_or_default(), expected, "{decky}: {told:?}");
+    for (decky, result) in results {
+        let expected = u32::from(result != CallResult::NotQueued);
+        assert_eq!(times.remove(decky).unwrap_or_default(), expected, "{decky}: {result:?}");
     }
-    assert_eq!(times, BTreeMap::new(), "nobody has pushed these");
+    assert_eq!(times, BTreeMap::new(), "these deltas were not pushed");
 }
 
-/// Waits until nothing is asked of the disk and nothing waits.
-fn all_is_sent(heartbeat: &Heartbeat) {
-    settled(heartbeat, |stats| {
+/// Waits until no delta waits, and the outbox thread is idle.
+fn wait_until_sent(heartbeat: &Heartbeat) {
+    wait_for_stats(heartbeat, |stats| {
         stats.waiting == 0 && stats.outbox_busy_since.is_none() && stats.outbox.is_some()
     });
-    assert!(heartbeat.flush(PATIENCE));
+    assert!(heartbeat.flush(TIMEOUT));
 }
 
 #[test]
 #[ignore = "mounts, and so needs root"]
-fn deltas_that_wait_when_the_disk_freezes_are_sent_once_and_beats_stay_on_time() {
-    let disk = Freezable::mount();
+fn queued_deltas_are_sent_once_and_beats_stay_on_time_on_frozen_disk() {
+    let disk = FreezableDisk::mount();
     let mut loopback = Loopback::new(&disk.path().join("agent"));
     let heartbeat = start(&loopback);
     loopback.master.stop();
     let waiting = ["w0", "w1", "w2"];
     waiting
         .iter()
-        .for_each(|decky| assert_eq!(push(&heartbeat.deltas(), decky), Told::QueuedDelta));
+        .for_each(|decky| assert_eq!(push(&heartbeat.deltas(), decky), CallResult::Queued));
     disk.freeze();
     loopback.master.start_again().unwrap();
     let beats = loopback.master.received().len();
-    assert!(loopback.master.wait_until(PATIENCE, |seen| seen.received().len() > beats));
+    assert!(loopback.master.wait_until(TIMEOUT, |seen| seen.received().len() > beats));
     let since = Instant::now();
     let first = push(&heartbeat.deltas(), "first");
-    assert_ne!(first, Told::QueuedDelta, "the disk is frozen");
+    assert_ne!(first, CallResult::Queued, "the disk is frozen");
     let second = push(&heartbeat.deltas(), "second");
-    assert_eq!(second, Told::NothingKept, "it was queued behind the first");
-    beats_on_time(&loopback, since, Duration::from_secs(1));
+    assert_eq!(second, CallResult::NotQueued, "it waits behind the first");
+    assert_beats_on_time(&loopback, since, Duration::from_secs(1));
     let stats = heartbeat.stats();
-    assert!(stats.outbox_busy_since.is_some_and(|at| at.elapsed().unwrap() > CALL), "{stats:?}");
+    assert!(
+        stats.outbox_busy_since.is_some_and(|at| at.elapsed().unwrap() > CALL_WAIT),
+        "{stats:?}"
+    );
     assert!(!heartbeat.is_stalled() && !heartbeat.flush(Duration::from_millis(100)));
     disk.thaw();
-    all_is_sent(&heartbeat);
+    wait_until_sent(&heartbeat);
     let third = push(&heartbeat.deltas(), "third");
-    assert_eq!(third, Told::QueuedDelta);
-    all_is_sent(&heartbeat);
-    let told = waiting.map(|decky| (decky, Told::QueuedDelta)).into_iter();
-    sent_as_told(&loopback, told.chain([("first", first), ("second", second), ("third", third)]));
+    assert_eq!(third, CallResult::Queued);
+    wait_until_sent(&heartbeat);
+    let results = waiting.map(|decky| (decky, CallResult::Queued)).into_iter();
+    assert_sent(&loopback, results.chain([("first", first), ("second", second), ("third", third)]));
 }
 
 #[test]
 #[ignore = "mounts, and so needs root"]
-fn a_delta_whose_acknowledgement_the_disk_does_not_take_is_not_sent_again() {
-    let disk = Freezable::mount();
+fn delta_is_not_sent_again_if_ack_waits_for_frozen_disk() {
+    let disk = FreezableDisk::mount();
     let loopback = Loopback::new(&disk.path().join("agent"));
     let heartbeat = start(&loopback);
-    // The answer to the delta comes a byte at a time.
+    // The answer to the delta is sent byte by byte.
     loopback.master.always(Some(Fault::Slowly(Duration::from_millis(2))));
-    assert_eq!(push(&heartbeat.deltas(), "d"), Told::QueuedDelta);
+    assert_eq!(push(&heartbeat.deltas(), "d"), CallResult::Queued);
     let has_delta = |bytes: &[u8]| bytes.windows(3).any(|part| part == b"\"d\"");
     assert!(
         loopback
             .master
-            .wait_until(PATIENCE, |seen| seen.received().iter().any(|beat| has_delta(&beat.body)))
+            .wait_until(TIMEOUT, |seen| seen.received().iter().any(|beat| has_delta(&beat.body)))
     );
     disk.freeze();
     let since = Instant::now();
     loopback.master.always(None);
-    let stats =
-        settled(&heartbeat, |stats| stats.delivered == 1 && stats.outbox_busy_since.is_some());
-    assert_eq!(stats.waiting, 0, "the master has it");
-    beats_on_time(&loopback, since, Duration::from_secs(2));
+    let stats = wait_for_stats(&heartbeat, |stats| {
+        stats.delivered == 1 && stats.outbox_busy_since.is_some()
+    });
+    assert_eq!(stats.waiting, 0, "the master has the delta");
+    assert_beats_on_time(&loopback, since, Duration::from_secs(2));
     assert!(!heartbeat.is_stalled());
     disk.thaw();
-    all_is_sent(&heartbeat);
-    assert!(heartbeat.stop(PATIENCE).kept);
-    // Nor by the next start.
-    all_is_sent(&start(&loopback));
-    sent_as_told(&loopback, [("d", Told::QueuedDelta)]);
+    wait_until_sent(&heartbeat);
+    assert!(heartbeat.stop(TIMEOUT).kept);
+    // It is not sent by the next heartbeat, either.
+    wait_until_sent(&start(&loopback));
+    assert_sent(&loopback, [("d", CallResult::Queued)]);
 }
 
 #[test]
 #[ignore = "mounts, and so needs root"]
-fn a_stop_is_bounded_at_a_frozen_disk_and_the_next_heartbeat_takes_over_after_the_thaw() {
-    let disk = Freezable::mount();
+fn stop_is_bounded_on_frozen_disk_and_next_heartbeat_delivers_after_thaw() {
+    let disk = FreezableDisk::mount();
     let mut loopback = Loopback::new(&disk.path().join("agent"));
     let mut expected = Vec::new();
     for (n, grace) in
         [Duration::ZERO, Duration::from_millis(100), Duration::from_secs(1)].into_iter().enumerate()
     {
-        let [waits, asked, beside] = ["waits", "asked", "beside"].map(|name| format!("{name}-{n}"));
+        let [queued, in_doubt, second_process] =
+            ["queued", "in-doubt", "second"].map(|name| format!("{name}-{n}"));
         let heartbeat = start(&loopback);
         loopback.master.stop();
-        expected.push((waits.clone(), push(&heartbeat.deltas(), &waits)));
+        expected.push((queued.clone(), push(&heartbeat.deltas(), &queued)));
         disk.freeze();
-        // While the thread is stuck in the commit of this one.
+        // The outbox thread is blocked in the commit of this delta.
         let deltas = heartbeat.deltas();
-        let asked_for = push(&deltas, &asked);
-        expected.push((asked, asked_for));
+        let blocked = push(&deltas, &in_doubt);
+        expected.push((in_doubt, blocked));
         let since = Instant::now();
         let stopped = heartbeat.stop(grace);
-        assert!(
-            since.elapsed() < grace + SLACK,
-            "a stop with {grace:?} took {:?}",
-            since.elapsed()
-        );
+        assert_within(since, grace);
         assert_eq!(stopped.undelivered, 1, "{stopped:?}");
-        assert!(!stopped.kept || asked_for == Told::NothingKept, "{stopped:?}");
+        assert!(!stopped.kept || blocked == CallResult::NotQueued, "{stopped:?}");
         loopback.master.start_again().unwrap();
 
-        // It beats, and delivers when the lock is free, which the stuck thread has until it has written what it was asked to.
+        // The second heartbeat beats at once. It delivers when the blocked thread has written its
+        // delta and released the delivery lock.
         let since = Instant::now();
         let second = start(&loopback);
-        assert!(
-            since.elapsed() < Duration::from_secs(6) + SLACK,
-            "a start took {:?}",
-            since.elapsed()
-        );
-        beats_on_time(&loopback, Instant::now(), Duration::from_millis(500));
-        expected.push((beside.clone(), push(&second.deltas(), &beside)));
+        assert_within(since, Duration::from_secs(6));
+        assert_beats_on_time(&loopback, Instant::now(), Duration::from_millis(500));
+        let result = push(&second.deltas(), &second_process);
+        expected.push((second_process, result));
         assert_eq!(second.stats().delivered, 0);
         assert!(!second.is_stalled());
         disk.thaw();
-        let told = if n == 0 { None } else { Some(push(&deltas, &format!("late-{n}"))) };
-        expected.extend(told.map(|told| (format!("late-{n}"), told)));
+        if n > 0 {
+            let late = format!("late-{n}");
+            let result = push(&deltas, &late);
+            expected.push((late, result));
+        }
         drop(deltas);
-        all_is_sent(&second);
+        wait_until_sent(&second);
         let since = Instant::now();
         drop(second);
-        assert!(since.elapsed() < Duration::from_secs(2) + SLACK);
+        assert_within(since, Duration::from_secs(2));
     }
-    sent_as_told(&loopback, expected.iter().map(|(decky, told)| (decky.as_str(), *told)));
+    assert_sent(&loopback, expected.iter().map(|(decky, result)| (decky.as_str(), *result)));
 }
 
 #[test]
 #[ignore = "mounts, and so needs root"]
-fn a_stop_at_a_frozen_disk_knows_what_is_on_it() {
-    let disk = Freezable::mount();
+fn stop_on_frozen_disk_reports_synced_deltas_as_durable() {
+    let disk = FreezableDisk::mount();
     let mut loopback = Loopback::new(&disk.path().join("agent"));
     let heartbeat = start(&loopback);
     loopback.master.stop();
-    assert_eq!(push(&heartbeat.deltas(), "d"), Told::QueuedDelta);
+    assert_eq!(push(&heartbeat.deltas(), "d"), CallResult::Queued);
     disk.freeze();
-    // Beats ask the outbox meanwhile, and change nothing in it.
-    thread::sleep(INTERVAL * 5);
+    // Some beats read the outbox and change nothing in it.
+    let beats = heartbeat.beats();
+    for _ in 0..3 {
+        beats.recv_timeout(TIMEOUT).unwrap();
+    }
     let stopped = heartbeat.stop(Duration::from_millis(100));
     assert_eq!((stopped.undelivered, stopped.kept, stopped.in_time), (1, true, true));
     disk.thaw();
     loopback.master.start_again().unwrap();
-    all_is_sent(&start(&loopback));
-    sent_as_told(&loopback, [("d", Told::QueuedDelta)]);
+    wait_until_sent(&start(&loopback));
+    assert_sent(&loopback, [("d", CallResult::Queued)]);
 }
 
-/// No request reaches the outbox thread between its last change and the freeze.
+/// The outbox thread gets no request between its last change and the freeze.
 #[test]
 #[ignore = "mounts, and so needs root"]
-fn a_stop_at_a_disk_that_froze_after_the_last_change_knows_what_is_on_it() {
+fn stop_reports_durable_if_disk_froze_after_last_change() {
     for is_delivered in [false, true] {
-        let disk = Freezable::mount();
+        let disk = FreezableDisk::mount();
         let loopback = Loopback::new(&disk.path().join("agent"));
-        // Longer than the test: a tick would be a request.
-        let heartbeat = start_every(Duration::from_secs(600), &loopback);
+        // Longer than the test, because a tick causes a request.
+        let heartbeat = start_with_interval(Duration::from_secs(600), &loopback);
         if !is_delivered {
             loopback.master.decommission(&loopback.worker.uuid);
         }
-        assert_eq!(push(&heartbeat.deltas(), "d"), Told::QueuedDelta);
-        settled(&heartbeat, |stats| {
+        assert_eq!(push(&heartbeat.deltas(), "d"), CallResult::Queued);
+        wait_for_stats(&heartbeat, |stats| {
             if is_delivered { stats.delivered == 1 } else { stats.failure.is_some() }
         });
-        // A wait for an event would be a request, too.
+        // It sleeps until the thread is idle. Waiting for an event would cause a request, too.
         thread::sleep(Duration::from_millis(200));
         disk.freeze();
         let stopped = heartbeat.stop(Duration::from_millis(100));
@@ -275,61 +283,64 @@ fn a_stop_at_a_disk_that_froze_after_the_last_change_knows_what_is_on_it() {
 
 #[test]
 #[ignore = "mounts, and so needs root"]
-fn a_drop_at_a_frozen_disk_loses_nothing_that_was_kept() {
-    let disk = Freezable::mount();
+fn drop_on_frozen_disk_loses_no_queued_delta() {
+    let disk = FreezableDisk::mount();
     let loopback = Loopback::new(&disk.path().join("agent"));
     let heartbeat = start(&loopback);
-    assert_eq!(push(&heartbeat.deltas(), "before"), Told::QueuedDelta);
+    assert_eq!(push(&heartbeat.deltas(), "before"), CallResult::Queued);
     let operation = heartbeat.begin(Operation::Mutate, "tracked").unwrap();
     let deltas = heartbeat.deltas();
-    all_is_sent(&heartbeat);
+    wait_until_sent(&heartbeat);
     disk.freeze();
     let first = push(&deltas, "first");
     let since = Instant::now();
     drop(heartbeat);
-    assert!(since.elapsed() < Duration::from_secs(2) + SLACK, "{:?}", since.elapsed());
+    assert_within(since, Duration::from_secs(2));
     let since = Instant::now();
     operation.succeed();
-    assert!(since.elapsed() < CALL + SLACK, "{:?}", since.elapsed());
-    let outlives = push(&deltas, "outlives");
-    assert_ne!(outlives, Told::QueuedDelta);
+    assert_within(since, CALL_WAIT);
+    let after_drop = push(&deltas, "after-drop");
+    assert_ne!(after_drop, CallResult::Queued);
     let since = Instant::now();
     drop(deltas);
-    assert!(since.elapsed() < SLACK, "{:?}", since.elapsed());
+    assert_within(since, Duration::ZERO);
     disk.thaw();
     let heartbeat = start(&loopback);
-    settled(&heartbeat, |stats| stats.operations == 0);
-    all_is_sent(&heartbeat);
+    wait_for_stats(&heartbeat, |stats| stats.operations == 0);
+    wait_until_sent(&heartbeat);
     let expected = [
-        ("before", Told::QueuedDelta),
-        ("tracked", Told::QueuedDelta),
+        ("before", CallResult::Queued),
+        ("tracked", CallResult::Queued),
         ("first", first),
-        ("outlives", outlives),
+        ("after-drop", after_drop),
     ];
-    sent_as_told(&loopback, expected);
+    assert_sent(&loopback, expected);
 }
 
 #[test]
 #[ignore = "mounts, and so needs root"]
-fn calls_of_several_threads_at_a_frozen_disk_return_in_time_and_mean_what_they_say() {
+fn concurrent_calls_on_frozen_disk_return_in_time_with_correct_results() {
     const THREADS: usize = 4;
-    let disk = Freezable::mount();
+    let disk = FreezableDisk::mount();
     let loopback = Loopback::new(&disk.path().join("agent"));
     let heartbeat = start(&loopback);
     let operation = heartbeat.begin(Operation::Mutate, "in-flight").unwrap();
     disk.freeze();
     let since = Instant::now();
-    let mut expected = vec![("in-flight".to_owned(), Told::QueuedDelta)];
+    let mut expected = vec![("in-flight".to_owned(), CallResult::Queued)];
     thread::scope(|scope| {
-        // What is asked for first is taken, and in doubt.
-        let begun = scope.spawn(|| told(|| heartbeat.begin(Operation::Deploy, ["begun", "held"])));
+        // The outbox thread takes the first request, so its result is in doubt. No event reports
+        // that it was taken.
+        let begun =
+            scope.spawn(|| call_in_time(|| heartbeat.begin(Operation::Deploy, ["begun", "held"])));
         thread::sleep(Duration::from_millis(100));
         let ended = scope.spawn(|| {
             let since = Instant::now();
             operation.succeed();
-            assert!(since.elapsed() < CALL + SLACK, "an end took {:?}", since.elapsed());
+            assert_within(since, CALL_WAIT);
         });
-        let run = scope.spawn(|| told(|| heartbeat.run(Operation::Deploy, "run", not_begun)));
+        let run =
+            scope.spawn(|| call_in_time(|| heartbeat.run(Operation::Deploy, "run", must_not_run)));
         let pushers: Vec<_> = (0..THREADS)
             .map(|pusher| {
                 let deltas = heartbeat.deltas();
@@ -339,72 +350,79 @@ fn calls_of_several_threads_at_a_frozen_disk_return_in_time_and_mean_what_they_s
                 })
             })
             .collect();
-        beats_on_time(&loopback, since, Duration::from_secs(3));
-        assert_ne!(begun.join().unwrap(), Told::QueuedDelta);
-        assert_ne!(run.join().unwrap(), Told::QueuedDelta);
+        assert_beats_on_time(&loopback, since, Duration::from_secs(3));
+        assert_ne!(begun.join().unwrap(), CallResult::Queued);
+        assert_ne!(run.join().unwrap(), CallResult::Queued);
         ended.join().unwrap();
         expected.extend(pushers.into_iter().flat_map(|pusher| pusher.join().unwrap()));
     });
     assert!(!heartbeat.is_stalled());
     disk.thaw();
-    all_is_sent(&heartbeat);
-    // An operation whose caller has been told that it has not begun holds nothing back, and is not reported.
+    wait_until_sent(&heartbeat);
+    // An operation that has not begun for its caller holds no delta, and is not reported.
     expected.push(("held".to_owned(), push(&heartbeat.deltas(), "held")));
-    all_is_sent(&heartbeat);
-    let stats = settled(&heartbeat, |stats| stats.operations == 0);
+    wait_until_sent(&heartbeat);
+    let stats = wait_for_stats(&heartbeat, |stats| stats.operations == 0);
     assert_eq!((stats.held, stats.dropped), (0, 0));
-    sent_as_told(&loopback, expected.iter().map(|(decky, told)| (decky.as_str(), *told)));
+    assert_sent(&loopback, expected.iter().map(|(decky, result)| (decky.as_str(), *result)));
 }
 
 #[test]
 #[ignore = "mounts, and so needs root"]
-fn a_start_at_a_frozen_disk_beats_and_delivers_after_the_thaw() {
-    let disk = Freezable::mount();
+fn start_on_frozen_disk_beats_and_delivers_after_thaw() {
+    let disk = FreezableDisk::mount();
     let loopback = Loopback::new(&disk.path().join("agent"));
     disk.freeze();
     let since = Instant::now();
     let heartbeat = start(&loopback);
-    assert!(since.elapsed() < Duration::from_secs(6) + SLACK, "a start took {:?}", since.elapsed());
-    let (since, first) = (Instant::now(), push(&heartbeat.deltas(), "first"));
-    assert_eq!(first, Told::NothingKept, "the outbox is not open yet");
-    beats_on_time(&loopback, since, Duration::from_secs(1));
+    assert_within(since, Duration::from_secs(6));
+    let since = Instant::now();
+    let first = push(&heartbeat.deltas(), "first");
+    assert_eq!(first, CallResult::NotQueued, "the outbox is not open yet");
+    assert_beats_on_time(&loopback, since, Duration::from_secs(1));
     let stats = heartbeat.stats();
     assert!(
         stats.outbox.is_none() && stats.outbox_busy_since.is_some() && !heartbeat.is_stalled(),
         "{stats:?}"
     );
     disk.thaw();
-    settled(&heartbeat, |stats| stats.outbox.is_some());
+    wait_for_stats(&heartbeat, |stats| stats.outbox.is_some());
     let second = push(&heartbeat.deltas(), "second");
-    assert_eq!(second, Told::QueuedDelta);
-    all_is_sent(&heartbeat);
-    sent_as_told(&loopback, [("first", first), ("second", second)]);
+    assert_eq!(second, CallResult::Queued);
+    wait_until_sent(&heartbeat);
+    assert_sent(&loopback, [("first", first), ("second", second)]);
 }
 
 #[test]
 #[ignore = "mounts, and so needs root"]
-fn the_program_beats_at_a_frozen_disk_and_ends_after_the_thaw() {
-    let (dir, disk) = (tempfile::tempdir().unwrap(), Freezable::mount());
+fn program_beats_on_frozen_disk_and_ends_after_thaw() {
+    let dir = tempfile::tempdir().unwrap();
+    let disk = FreezableDisk::mount();
     let loopback = Loopback::new(&disk.path().join("agent"));
     let mut command = program(Command::new(PROGRAM), &loopback, dir.path());
     command.args(["run", "--interval", "200ms", "--state-file", "/no/such"]);
     command.args(["--docker-socket", "/no/such"]).stderr(Stdio::null());
     let mut running = command.spawn().unwrap();
-    assert!(loopback.master.wait_for_beats(3, PATIENCE));
+    assert!(loopback.master.wait_for_beats(3, TIMEOUT));
     disk.freeze();
-    beats_on_time(&loopback, Instant::now(), Duration::from_secs(2));
-    process::signal("TERM", running.id());
+    assert_beats_on_time(&loopback, Instant::now(), Duration::from_secs(2));
+    commands::signal("TERM", running.id());
+    // No event reports that no beat follows.
     thread::sleep(SLACK);
     let before = loopback.master.received().len();
-    thread::sleep(GAP);
-    assert_eq!(loopback.master.received().len(), before, "it has stopped");
+    thread::sleep(MAX_GAP);
+    assert_eq!(loopback.master.received().len(), before, "a beat was sent after the stop");
     disk.thaw();
-    assert_eq!(process::end(&mut running, PATIENCE).and_then(|status| status.code()), Some(0));
+    assert_eq!(
+        commands::wait_for_exit(&mut running, TIMEOUT).and_then(|status| status.code()),
+        Some(0)
+    );
 }
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_decnet-heartbeat");
 
-/// The program, for the loopback's worker, or what starts it, with the ini in this folder.
+/// Adds the options for the loopback's worker to a command that starts the program. The ini is in
+/// this folder.
 fn program(mut command: Command, loopback: &Loopback, folder: &Path) -> Command {
     let ini = folder.join("decnet.ini");
     loopback.worker.write_ini(&ini).unwrap();
@@ -414,24 +432,28 @@ fn program(mut command: Command, loopback: &Loopback, folder: &Path) -> Command 
 
 #[test]
 #[ignore = "mounts, and so needs root"]
-fn an_operation_is_reported_in_time_though_the_disk_freezes_meanwhile() {
-    let (dir, disk) = (tempfile::tempdir().unwrap(), Freezable::mount());
+fn tracked_operation_is_reported_in_time_if_disk_freezes() {
+    let dir = tempfile::tempdir().unwrap();
+    let disk = FreezableDisk::mount();
     let loopback = Loopback::new(&disk.path().join("agent"));
     let mut command = program(Command::new(PROGRAM), &loopback, dir.path());
     command.args(["track", "--timeout", "5s", "--operation", "deploy"]).stderr(Stdio::null());
     let deckies: BTreeSet<_> = (0..8).map(|n| format!("d{n}")).collect();
     command.args(deckies.iter().flat_map(|decky| ["--decky", decky]));
     let mut running = command.args(["--", "fsfreeze", "-f"]).arg(disk.path()).spawn().unwrap();
-    let is_reported = loopback.master.wait_until(PATIENCE, |seen| seen.received().len() == 1);
+    let is_reported = loopback.master.wait_until(TIMEOUT, |seen| seen.received().len() == 1);
     disk.thaw();
-    assert_eq!(process::end(&mut running, PATIENCE).and_then(|status| status.code()), Some(0));
+    assert_eq!(
+        commands::wait_for_exit(&mut running, TIMEOUT).and_then(|status| status.code()),
+        Some(0)
+    );
     assert!(is_reported);
     assert_eq!(BTreeSet::from_iter(loopback.sent()), deckies);
 }
 
 #[test]
 #[ignore = "needs strace"]
-fn a_report_that_is_in_doubt_is_not_made_again() {
+fn report_in_doubt_is_not_sent_twice() {
     let dir = tempfile::tempdir().unwrap();
     let loopback = Loopback::new(&dir.path().join("agent"));
     let heartbeat = start(&loopback);
@@ -440,28 +462,37 @@ fn a_report_that_is_in_doubt_is_not_made_again() {
     strace.args(["-e", "inject=fsync,fdatasync:delay_enter=1500ms", PROGRAM]);
     let mut command = program(strace, &loopback, dir.path());
     command.args(["track", "--no-wait", "--operation", "deploy", "--decky", "d"]);
-    // The beginning is in doubt, and withdrawn when the command ends.
-    process::run(command.args(["--", "sleep", "5"]));
-    // What another process adds is found with a beat.
+    // The begin of the operation is in doubt. It is withdrawn when the command ends.
+    commands::run(command.args(["--", "sleep", "5"]));
+    // A beat finds what another process added.
     let beats = loopback.master.received().len();
-    assert!(loopback.master.wait_until(PATIENCE, |seen| seen.received().len() > beats + 3));
-    all_is_sent(&heartbeat);
+    assert!(loopback.master.wait_until(TIMEOUT, |seen| seen.received().len() > beats + 3));
+    wait_until_sent(&heartbeat);
     assert_eq!(loopback.sent(), ["d"]);
 }
 
-/// Delays each sync of this process by so much from now on, or those of one file, until the guard is dropped.
-fn delay_syncs(delay: Duration, of: Option<&Path>) -> impl Drop + use<> {
+/// Reports an operation that begins and succeeds. A begin that is in doubt is withdrawn.
+fn track(deltas: &DeltaSender, decky: &str) -> CallResult {
+    let begin = || deltas.begin(Operation::Deploy, decky).map(TrackedOperation::succeed);
+    match call_in_time(begin) {
+        CallResult::InDoubt => CallResult::NotQueued,
+        result => result,
+    }
+}
+
+/// Delays each sync of this process, or those of one file, until the returned guard is dropped.
+fn delay_syncs(delay: Duration, file: Option<&Path>) -> impl Drop + use<> {
     struct Strace(std::process::Child);
     impl Drop for Strace {
         fn drop(&mut self) {
-            process::signal("INT", self.0.id());
+            commands::signal("INT", self.0.id());
             let _ = self.0.wait();
         }
     }
     let mut strace = Command::new("strace");
     let inject = format!("inject=fsync,fdatasync:delay_enter={}", delay.as_micros());
     strace.args(["-f", "-e", "trace=fsync,fdatasync", "-e", &inject]);
-    if let Some(file) = of {
+    if let Some(file) = file {
         strace.arg("-P").arg(file);
     }
     strace
@@ -472,146 +503,149 @@ fn delay_syncs(delay: Duration, of: Option<&Path>) -> impl Drop + use<> {
     let mut lines = BufReader::new(strace.0.stderr.take().unwrap()).lines();
     assert!(
         lines.any(|line| line.unwrap().contains(" attached")),
-        "strace has not attached to this process"
+        "strace did not attach to this process"
     );
     thread::spawn(move || lines.for_each(drop));
     strace
 }
 
-/// A process of its own, as its system calls are delayed: `None` in the one that has started it, and waited for it.
-fn alone(test: &str) -> Option<Loopback> {
+/// Runs the test again in its own process, whose system calls can be delayed. Returns `None` in the
+/// process that started it and waited for it.
+fn in_own_process(test: &str) -> Option<Loopback> {
     const CHILD: &str = "DECNET_HEARTBEAT_TEST_SLOW";
     if let Some(agent_dir) = std::env::var_os(CHILD) {
         return Some(Loopback::new(Path::new(&agent_dir)));
     }
     let dir = tempfile::tempdir().unwrap();
-    process::run(process::again(&format!("frozen::{test}")).env(CHILD, dir.path().join("agent")));
+    commands::run(
+        commands::rerun_test(&format!("frozen::{test}")).env(CHILD, dir.path().join("agent")),
+    );
     None
 }
 
 #[test]
 #[ignore = "needs strace"]
-fn with_eight_seconds_for_each_sync_beats_stay_on_time_and_nothing_is_lost_or_sent_twice() {
-    let name =
-        "with_eight_seconds_for_each_sync_beats_stay_on_time_and_nothing_is_lost_or_sent_twice";
-    let Some(loopback) = alone(name) else { return };
+fn syncs_of_eight_seconds_delay_no_beat_and_lose_no_delta() {
+    let name = "syncs_of_eight_seconds_delay_no_beat_and_lose_no_delta";
+    let Some(loopback) = in_own_process(name) else { return };
     let heartbeat = start(&loopback);
-    assert_eq!(push(&heartbeat.deltas(), "before"), Told::QueuedDelta);
-    all_is_sent(&heartbeat);
+    assert_eq!(push(&heartbeat.deltas(), "before"), CallResult::Queued);
+    wait_until_sent(&heartbeat);
     let delay = delay_syncs(Duration::from_secs(8), None);
     let since = Instant::now();
     let first = push(&heartbeat.deltas(), "first");
-    assert_eq!(first, Told::InDoubt, "it is being synced");
+    assert_eq!(first, CallResult::InDoubt, "its sync is in progress");
     let second = push(&heartbeat.deltas(), "second");
-    assert_eq!(second, Told::NothingKept, "it was queued behind the first");
-    beats_on_time(&loopback, since, Duration::from_secs(5));
-    let stats = settled(&heartbeat, |stats| stats.delivered == 2);
+    assert_eq!(second, CallResult::NotQueued, "it waits behind the first");
+    assert_beats_on_time(&loopback, since, Duration::from_secs(5));
+    let stats = wait_for_stats(&heartbeat, |stats| stats.delivered == 2);
     assert!(since.elapsed() > Duration::from_secs(8), "{stats:?}");
     assert!(!heartbeat.is_stalled());
-    // What is acknowledged is being synced, too.
-    beats_on_time(&loopback, since, Duration::from_secs(2));
+    // The sync of the acknowledgement is in progress.
+    assert_beats_on_time(&loopback, since, Duration::from_secs(2));
     let third = push(&heartbeat.deltas(), "third");
     let since = Instant::now();
     let stopped = heartbeat.stop(Duration::ZERO);
-    assert!(since.elapsed() < SLACK, "{:?}", since.elapsed());
+    assert_within(since, Duration::ZERO);
     assert!(!stopped.kept && stopped.undelivered == 0, "{stopped:?}");
-    // The acknowledgement is not on the disk yet, so the next heartbeat must not deliver from it.
+    // The acknowledgement is not on the disk yet, so the next heartbeat must not deliver.
     let next = start(&loopback);
-    beats_on_time(&loopback, Instant::now(), Duration::from_secs(1));
+    assert_beats_on_time(&loopback, Instant::now(), Duration::from_secs(1));
     assert_eq!(next.stats().delivered, 0);
     drop(delay);
-    all_is_sent(&next);
+    wait_until_sent(&next);
     assert_eq!(next.stats().delivered, 0);
-    sent_as_told(
+    assert_sent(
         &loopback,
-        [("before", Told::QueuedDelta), ("first", first), ("second", second), ("third", third)],
+        [("before", CallResult::Queued), ("first", first), ("second", second), ("third", third)],
     );
 }
 
 #[test]
 #[ignore = "needs strace"]
-fn the_delivery_lock_is_kept_until_the_last_acknowledgement_is_on_the_disk() {
-    let name = "the_delivery_lock_is_kept_until_the_last_acknowledgement_is_on_the_disk";
-    let Some(loopback) = alone(name) else { return };
+fn delivery_lock_is_held_until_last_ack_is_synced() {
+    let name = "delivery_lock_is_held_until_last_ack_is_synced";
+    let Some(loopback) = in_own_process(name) else { return };
     let first = start(&loopback);
-    assert_eq!(push(&first.deltas(), "before"), Told::QueuedDelta);
-    all_is_sent(&first);
-    // The commits, and nothing that an open waits for.
+    assert_eq!(push(&first.deltas(), "before"), CallResult::Queued);
+    wait_until_sent(&first);
+    // Only syncs of commits are delayed, so that opening the outbox is not.
     let file = first.stats().outbox.unwrap().with_file_name("heartbeat.db-wal");
     let _delay = delay_syncs(Duration::from_secs(3), Some(&file.canonicalize().unwrap()));
-    assert_eq!(push(&first.deltas(), "d"), Told::InDoubt);
-    settled(&first, |stats| stats.delivered == 2);
+    assert_eq!(push(&first.deltas(), "d"), CallResult::InDoubt);
+    wait_for_stats(&first, |stats| stats.delivered == 2);
     let since = Instant::now();
     let stopped = first.stop(Duration::ZERO);
     assert_eq!((stopped.undelivered, stopped.kept), (0, false));
     let second = start(&loopback);
-    beats_on_time(&loopback, Instant::now(), Duration::from_secs(1));
-    assert!(since.elapsed() < Duration::from_secs(3), "the acknowledgement is not on the disk yet");
+    assert_beats_on_time(&loopback, Instant::now(), Duration::from_secs(1));
+    assert!(
+        since.elapsed() < Duration::from_secs(3),
+        "the acknowledgement may be on the disk already"
+    );
     assert_eq!(second.stats().delivered, 0);
-    // It takes over, and finds nothing that waits.
-    let told = loop {
+    // The second heartbeat gets the lock, and no delta is left.
+    let result = loop {
         match push(&second.deltas(), "e") {
-            Told::NothingKept => assert!(since.elapsed() < PATIENCE),
-            told => break told,
+            CallResult::NotQueued => assert!(since.elapsed() < TIMEOUT),
+            result => break result,
         }
     };
-    settled(&second, |stats| stats.delivered == 1);
-    assert!(since.elapsed() > Duration::from_secs(2), "it has waited for the lock");
-    all_is_sent(&second);
-    sent_as_told(&loopback, [("before", Told::QueuedDelta), ("d", Told::InDoubt), ("e", told)]);
+    wait_for_stats(&second, |stats| stats.delivered == 1);
+    assert!(since.elapsed() > Duration::from_secs(2), "it did not wait for the lock");
+    wait_until_sent(&second);
+    assert_sent(
+        &loopback,
+        [("before", CallResult::Queued), ("d", CallResult::InDoubt), ("e", result)],
+    );
 }
 
 #[test]
 #[ignore = "needs strace"]
-fn with_a_third_of_a_second_for_each_sync_deltas_are_sent_while_threads_push_and_begin_all_the_time()
- {
-    let name = "with_a_third_of_a_second_for_each_sync_deltas_are_sent_while_threads_push_and_begin_all_the_time";
-    let Some(loopback) = alone(name) else { return };
-    // As Docker does.
+fn slow_syncs_and_continuous_pushes_do_not_starve_delivery() {
+    let name = "slow_syncs_and_continuous_pushes_do_not_starve_delivery";
+    let Some(loopback) = in_own_process(name) else { return };
+    // It takes as long as Docker does.
     let source = || {
         thread::sleep(Duration::from_millis(100));
-        Snapshot::new(&json!({"deployed": false, "deckies": []}))
+        nothing_deployed()
     };
     let builder = Heartbeat::builder().enrolment(loopback.worker.enrolment().unwrap());
-    let heartbeat = builder.interval(PATIENCE * 10).status_source(source).start().unwrap();
-    assert!(loopback.master.wait_for_beats(1, PATIENCE));
+    let heartbeat = builder.interval(TIMEOUT * 10).status_source(source).start().unwrap();
+    assert!(loopback.master.wait_for_beats(1, TIMEOUT));
     let _delay = delay_syncs(Duration::from_millis(300), None);
     let done = AtomicBool::new(false);
-    let told: Vec<_> = thread::scope(|scope| {
+    let results: Vec<_> = thread::scope(|scope| {
         let pushers = (0..8).map(|pusher| {
-            let (deltas, done) = (heartbeat.deltas(), &done);
+            let deltas = heartbeat.deltas();
+            let done = &done;
             let work = move || {
                 let names = (0..)
                     .map(|n| format!("d-{pusher}-{n}"))
                     .take_while(|_| !done.load(Ordering::Relaxed));
                 let report = |decky: String| {
-                    let told = match pusher % 2 {
+                    let result = match pusher % 2 {
                         0 => push(&deltas, &decky),
-                        // What has begun in doubt is removed again.
-                        _ => match told(|| {
-                            deltas.begin(Operation::Deploy, &decky).map(TrackedOperation::succeed)
-                        }) {
-                            Told::InDoubt => Told::NothingKept,
-                            told => told,
-                        },
+                        _ => track(&deltas, &decky),
                     };
-                    (decky, told)
+                    (decky, result)
                 };
                 names.map(report).collect::<Vec<_>>()
             };
             scope.spawn(work)
         });
         let pushers: Vec<_> = pushers.collect();
-        let end = Instant::now() + PATIENCE;
+        let beats = heartbeat.beats();
+        let end = Instant::now() + TIMEOUT;
         while heartbeat.stats().delivered < 20 && Instant::now() < end {
-            thread::sleep(Duration::from_millis(10));
+            let _ = beats.recv_timeout(MAX_GAP);
         }
         done.store(true, Ordering::Relaxed);
         let delivered = heartbeat.stats().delivered;
-        let told = pushers.into_iter().flat_map(|pusher| pusher.join().unwrap()).collect();
+        let results = pushers.into_iter().flat_map(|pusher| pusher.join().unwrap()).collect();
         assert!(delivered >= 20, "{delivered} were sent");
-        told
+        results
     });
-    all_is_sent(&heartbeat);
-    sent_as_told(&loopback, told.iter().map(|(decky, told)| (decky.as_str(), *told)));
+    wait_until_sent(&heartbeat);
+    assert_sent(&loopback, results.iter().map(|(decky, result)| (decky.as_str(), *result)));
 }

@@ -1,9 +1,10 @@
-"""The real agent's heartbeat (decnet.agent.heartbeat), doing what it is told, so that a bench can measure it.
+"""Runs the real agent's heartbeat (decnet.agent.heartbeat) on command, so that the benchmark can measure it.
 
-    heartbeat_peer.py STATE_FILE        and who and where in the environment, as the agent reads it
+    heartbeat_peer.py STATE_FILE
 
-Answers each line on stdin with one JSON line on stdout. `beat`: one round of its loop, on the loop's own client. `push`:
-one delta, pushed. The answer has the wall and the CPU time that it took, in seconds, and the resident memory in KiB.
+The host and its master are in the environment, as for the agent. It answers each line on stdin with one JSON line on
+stdout. `beat` runs one round of the agent's loop with the loop's own client. `push` pushes one delta. The answer has the
+wall time and the CPU time in seconds, and the resident memory in KiB.
 """
 
 import asyncio
@@ -22,14 +23,14 @@ from decnet.swarm.log_forwarder import build_worker_ssl_context
 
 
 class Failures(logging.Handler):
-    """The module logs what goes wrong and goes on. A bench must not."""
+    """Records failures, which the module only logs. The benchmark must not ignore them."""
 
     def __init__(self):
         super().__init__(logging.WARNING)
-        self.said = []
+        self.messages = []
 
     def emit(self, record):
-        self.said.append(record.getMessage())
+        self.messages.append(record.getMessage())
 
 
 def resident():
@@ -60,7 +61,7 @@ async def main():
                 "wall": time.perf_counter() - wall,
                 "cpu": time.process_time() - cpu,
                 "resident_kb": resident(),
-                "failures": failures.said,
+                "failures": failures.messages,
             }
             print(json.dumps(answer), flush=True)
 

@@ -7,7 +7,7 @@
     clippy::panic,
     clippy::print_stdout,
     clippy::print_stderr,
-    reason = "a test fails by panicking, and so do its helpers, also one that cannot print"
+    reason = "a test that cannot continue panics, also if it cannot print"
 )]
 
 mod check;

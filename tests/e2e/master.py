@@ -1,12 +1,11 @@
-"""Runs the real DECNET master for the tests, and does to it what an operator or its database would.
+"""Runs the real DECNET master for the tests, and changes its state as an operator would.
 
     master.py SCRATCH [PORT]
 
-Everything that the master keeps (CA, database) lives under SCRATCH; started again there, it is the same master. It
-serves heartbeats over mTLS on 127.0.0.1, on PORT or on one that it picks. It takes commands as JSON lines on stdin,
-`{"do": name, ...}`, and answers each with one JSON line on stdout: `{"ok": ...}` or `{"error": traceback}`. The first
-line on stdout is `{"ok": {"port": n}}`, once it serves. Logs go to stderr. The end of stdin stops it, so that no master
-outlives its test.
+The CA and the database of the master are in SCRATCH. Started again there, it is the same master. It serves heartbeats
+over mTLS on 127.0.0.1, on PORT or on a free port. It reads commands as JSON lines from stdin, `{"do": name, ...}`, and
+answers each with one JSON line on stdout: `{"ok": ...}` or `{"error": traceback}`. When it serves, the first line on
+stdout is `{"ok": {"port": n}}`. Its log is on stderr. It stops when stdin is closed, so it ends with its test.
 """
 
 import asyncio
@@ -29,7 +28,7 @@ DATABASE = SCRATCH / "master.db"
 
 
 def prepare_environment():
-    """Must run before anything of decnet is imported: its modules read the environment, and HOME, at import."""
+    """Must run before any import of decnet, because its modules read the environment, HOME included, at import."""
     for name in [name for name in os.environ if name.startswith("DECNET_")]:
         del os.environ[name]
     os.environ.update(
@@ -40,14 +39,14 @@ def prepare_environment():
         DECNET_ADMIN_PASSWORD="p" * 40,
         DECNET_BUS_ENABLED="false",
     )
-    os.chdir(SCRATCH)  # It reads `.env` from where it stands.
+    os.chdir(SCRATCH)  # The master reads `.env` from its working directory.
 
 
 def repository():
-    """The master's repository, on a database of our own.
+    """The master's repository, with the database in SCRATCH.
 
-    `decnet.web.dependencies` makes the repository that everything shares while it is being imported, by calling the
-    factory without arguments. So the factory is what gets our path, before that import.
+    `decnet.web.dependencies` creates the shared repository at import, by calling the factory without arguments. So the
+    factory is replaced before that import, by one that adds the path.
     """
     from decnet.web.db import factory
 
@@ -59,10 +58,10 @@ def repository():
 
 
 def listening_socket():
-    """A port of 127.0.0.1 outside the range from which systems take ephemeral ports (32768 and up), so that no one else
-    is given it while a test has the master away."""
+    """A socket on a port of 127.0.0.1 below 32768. The system assigns ports above it, so no other program gets the port
+    while a test has stopped the master."""
     while True:
-        # With the protocol named, as uvicorn's own: asyncio turns Nagle's algorithm off for no other socket.
+        # With an explicit protocol, as uvicorn's own socket. Otherwise asyncio does not disable Nagle's algorithm.
         listener = socket.socket(proto=socket.IPPROTO_TCP)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -74,63 +73,63 @@ def listening_socket():
                 raise
 
 
-class Watch:
-    """Sees what passes between uvicorn and the master, and changes none of it."""
+class Recorder:
+    """Records handshakes and answers between uvicorn and the master, and changes nothing."""
 
     def __init__(self):
         self.handshakes = []
         self.answers = []
-        self.news = asyncio.Condition()
+        self.changed = asyncio.Condition()
 
     def protocol(self):
         from uvicorn.protocols.http.h11_impl import H11Protocol
 
-        watch = self
+        recorder = self
 
-        class WatchedProtocol(H11Protocol):
-            def connection_made(self, transport):  # asyncio calls it when the handshake is done
+        class RecorderedProtocol(H11Protocol):
+            def connection_made(self, transport):  # asyncio calls it after the handshake
                 super().connection_made(transport)
                 tls = transport.get_extra_info("ssl_object")
                 certificate = tls.getpeercert(binary_form=True)
-                watch.handshakes.append({
+                recorder.handshakes.append({
                     "client_port": self.client[1],
                     "version": tls.version(),
                     "resumed": tls.session_reused,
                     "fingerprint": certificate and hashlib.sha256(certificate).hexdigest(),
                 })
 
-        return WatchedProtocol
+        return RecorderedProtocol
 
     def application(self, app):
-        async def watched(scope, receive, send):
+        async def recorded(scope, receive, send):
             if scope["type"] != "http":
                 return await app(scope, receive, send)
             answer = {"client_port": scope["client"][1], "path": scope["path"], "status": None}
 
-            async def watched_send(message):
+            async def recorded_send(message):
                 if message["type"] == "http.response.start":
                     answer["status"] = message["status"]
                 await send(message)
 
             try:
-                await app(scope, receive, watched_send)
+                await app(scope, receive, recorded_send)
             finally:
-                async with self.news:
+                async with self.changed:
                     self.answers.append(answer)
-                    self.news.notify_all()
+                    self.changed.notify_all()
 
-        return watched
+        return recorded
 
 
 class Commands:
-    """Each method is a command; its parameters are the keys of the request."""
+    """Each method is a command. Its parameters are the keys of the request."""
 
-    def __init__(self, repo, watch, port):
-        self.repo, self.watch, self.port = repo, watch, port
+    def __init__(self, repo, recorder, port):
+        self.repo, self.recorder, self.port = repo, recorder, port
         self.last_started = datetime.min.replace(tzinfo=timezone.utc)
 
     async def enrol(self, name, dir, uuid=None):
-        """A host with a new certificate. With the uuid of an enrolled host: that host is pinned to the new one."""
+        """Enrols a host with a new certificate. With the uuid of an enrolled host, that host is pinned to the new one."""
         issued = await self.issue(name, dir)
         pinned = {"client_cert_fingerprint": issued["fingerprint"], "cert_bundle_path": dir}
         if uuid and await self.repo.get_swarm_host_by_uuid(uuid):
@@ -141,7 +140,7 @@ class Commands:
         return {"uuid": uuid, **issued}
 
     async def issue(self, name, dir):
-        """A bundle of the same CA that no host is pinned to."""
+        """Writes a bundle of the same CA that is pinned to no host."""
         from decnet.swarm import pki
 
         issued = pki.issue_worker_cert(pki.ensure_ca(), name, ["127.0.0.1"])
@@ -152,7 +151,7 @@ class Commands:
         return await self.repo.delete_swarm_host(uuid)
 
     async def open_lifecycle(self, decky, operation, uuid, status):
-        # "Newest" is by this time alone, so no two rows may share it.
+        # The master compares only this time, so it must differ between rows.
         self.last_started = max(datetime.now(timezone.utc), self.last_started + timedelta(microseconds=1))
         return await self.repo.create_lifecycle({
             "decky_name": decky, "operation": operation, "host_uuid": uuid, "status": status,
@@ -160,7 +159,7 @@ class Commands:
         })
 
     async def add_topology(self, uuid):
-        """An active topology for that host, made as `decnet` makes one: planned, stored, deployed."""
+        """Adds an active topology for that host in the way of `decnet`: it is planned, stored and deployed."""
         from decnet.topology import config, generator, persistence
 
         plan = generator.generate(config.TopologyConfig(
@@ -173,7 +172,7 @@ class Commands:
         return await self.topology(id)
 
     async def topology(self, id):
-        """`hash` is what the master wants to hear from the host, as things stand."""
+        """`hash` is the one that the host must report now."""
         from decnet.topology import hashing, persistence
 
         hydrated = await persistence.hydrate(self.repo, id)
@@ -194,21 +193,21 @@ class Commands:
             return [dict(row) for row in database.execute(query, list(where.values()))]
 
     async def handshakes(self):
-        return self.watch.handshakes
+        return self.recorder.handshakes
 
     async def answers(self, at_least, timeout):
-        """What was answered so far, once that is `at_least` so many."""
-        watch = self.watch
-        async with watch.news:
-            enough = watch.news.wait_for(lambda: len(watch.answers) >= at_least)
+        """All answers, once there are `at_least` this many."""
+        recorder = self.recorder
+        async with recorder.changed:
+            enough = recorder.changed.wait_for(lambda: len(recorder.answers) >= at_least)
             try:
                 await asyncio.wait_for(enough, timeout)
             except TimeoutError:
-                raise TimeoutError(f"waited {timeout} s for {at_least} answers, there are {watch.answers}") from None
-            return watch.answers
+                raise TimeoutError(f"waited {timeout} s for {at_least} answers, there are {recorder.answers}") from None
+            return recorder.answers
 
     async def post(self, dir, body):
-        """A heartbeat with the original agent's own TLS: what it sends, and what it is told."""
+        """Posts a heartbeat with the original agent's TLS."""
         import httpx
         from decnet.swarm.log_forwarder import build_worker_ssl_context
 
@@ -219,7 +218,7 @@ class Commands:
             return {"status": answer.status_code, "body": answer.text}
 
     async def executor_status(self, state_file, docker_host):
-        """What the original agent would send as `status`."""
+        """The `status` that the original agent would send."""
         import decnet.config
         from decnet.agent import executor
 
@@ -228,7 +227,7 @@ class Commands:
         return await executor.status()
 
     async def topology_state(self, db, docker_host):
-        """What the original agent would send as `topology`."""
+        """The `topology` that the original agent would send."""
         from decnet.agent import topology_ops, topology_store
 
         os.environ["DOCKER_HOST"] = docker_host
@@ -236,7 +235,7 @@ class Commands:
             return await asyncio.to_thread(topology_ops.state, store)
 
     async def put_topology(self, db, id, hash, error):
-        """Writes topology.db as the original agent does after it applied a topology, and then failed at it."""
+        """Writes topology.db as the original agent does after it applied a topology and then failed."""
         from decnet.agent import topology_store
 
         with contextlib.closing(topology_store.TopologyStore(Path(db))) as store:
@@ -247,7 +246,7 @@ class Commands:
 
 async def main(answer):
     prepare_environment()
-    repo, watch, listener = repository(), Watch(), listening_socket()
+    repo, recorder, listener = repository(), Recorder(), listening_socket()
 
     import uvicorn
     from decnet.swarm import pki
@@ -256,9 +255,9 @@ async def main(answer):
     pki.ensure_ca()
     certificate, key, ca = pki.ensure_swarmctl_cert("127.0.0.1")
     port = listener.getsockname()[1]
-    commands = Commands(repo, watch, port)
+    commands = Commands(repo, recorder, port)
 
-    async def obey():
+    async def run_commands():
         requests = asyncio.StreamReader(limit=2**26)
         await asyncio.get_running_loop().connect_read_pipe(
             lambda: asyncio.StreamReaderProtocol(requests), sys.stdin)
@@ -273,23 +272,23 @@ async def main(answer):
             except Exception:
                 answer({"error": traceback.format_exc()})
 
-    class ObedientServer(uvicorn.Server):
+    class CommandServer(uvicorn.Server):
         async def startup(self, sockets=None):
             await super().startup(sockets)
-            self.obeying = asyncio.create_task(obey())
-            self.obeying.add_done_callback(lambda _: setattr(self, "should_exit", True))
+            self.commands = asyncio.create_task(run_commands())
+            self.commands.add_done_callback(lambda _: setattr(self, "should_exit", True))
 
-    server = ObedientServer(uvicorn.Config(
-        watch.application(swarm_api.app), http=watch.protocol(), log_config=None, timeout_graceful_shutdown=2,
+    server = CommandServer(uvicorn.Config(
+        recorder.application(swarm_api.app), http=recorder.protocol(), log_config=None, timeout_graceful_shutdown=2,
         ssl_certfile=certificate, ssl_keyfile=key, ssl_ca_certs=str(ca), ssl_cert_reqs=2,
     ))
     await server.serve(sockets=[listener])
-    if server.obeying.done():
-        server.obeying.result()  # raises what ended it, if anything did
+    if server.commands.done():
+        server.commands.result()  # Raises the exception that ended it, if any.
 
 
 if __name__ == "__main__":
-    # Answers have stdout to themselves; whatever else is printed goes to the log.
+    # Only answers are written to stdout. Everything else that is printed goes to the log.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     asyncio.run(main(lambda value: print(json.dumps(value, default=str), file=answers, flush=True)))

@@ -1,4 +1,4 @@
-//! The metrics file, read by a real node_exporter.
+//! The metrics file, as a real node_exporter reads it.
 
 use std::fs::{self, Permissions};
 use std::io::{Read as _, Write as _};
@@ -6,28 +6,15 @@ use std::net::TcpStream;
 use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::process::CommandExt as _;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
-use std::time::Duration;
+use std::process::{Command, Stdio};
 
-use crate::support::{Loopback, process};
+use crate::support::{ChildProcess, Loopback, TIMEOUT, commands};
 
-const PATIENCE: Duration = Duration::from_secs(30);
-
-/// Debian's user for those who own nothing.
+/// Debian's user `nobody`.
 const NOBODY: u32 = 65_534;
 
-/// Ends with the test, however that ends.
-struct Ended(Child);
-
-impl Drop for Ended {
-    fn drop(&mut self) {
-        process::signal("TERM", self.0.id());
-        let _ = process::end(&mut self.0, PATIENCE);
-    }
-}
-
-/// A node_exporter with nothing but this folder, under a user of its own, and where it listens.
-fn exporter(folder: &Path) -> (Ended, String) {
+/// Starts a node_exporter of another user that reads only this folder. Returns its address, too.
+fn start_exporter(folder: &Path) -> (ChildProcess, String) {
     let mut exporter = Command::new("prometheus-node-exporter");
     exporter.args([
         "--collector.disable-defaults",
@@ -41,33 +28,33 @@ fn exporter(folder: &Path) -> (Ended, String) {
     let mut child = exporter
         .stderr(Stdio::piped())
         .spawn()
-        .expect("Debian's prometheus-node-exporter is there");
-    let log = process::lines(child.stderr.take().unwrap());
-    let listens = std::iter::from_fn(|| log.recv_timeout(PATIENCE).ok())
+        .expect("Debian's prometheus-node-exporter is installed");
+    let log = commands::lines(child.stderr.take().unwrap());
+    let listens = std::iter::from_fn(|| log.recv_timeout(TIMEOUT).ok())
         .find(|line| line.contains("Listening on"));
     let address = listens.unwrap().split("address=").nth(1).unwrap().to_owned();
-    (Ended(child), address)
+    (ChildProcess(child), address)
 }
 
 fn scrape(address: &str) -> String {
     let mut stream = TcpStream::connect(address).unwrap();
     stream.write_all(b"GET /metrics HTTP/1.0\r\n\r\n").unwrap();
-    let mut said = String::new();
-    stream.read_to_string(&mut said).unwrap();
-    said
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    answer
 }
 
 #[test]
 #[ignore = "needs root and Debian's prometheus-node-exporter"]
-fn node_exporter_shows_what_a_run_under_a_strict_umask_has_written() {
+fn node_exporter_can_read_metrics_file_written_with_strict_umask() {
     let folder = tempfile::tempdir().unwrap();
     let loopback = Loopback::new(&folder.path().join("agent"));
     let ini = folder.path().join("decnet.ini");
     loopback.worker.write_ini(&ini).unwrap();
-    // The exporter may come as far as this one.
-    let shown = folder.path().join("shown");
-    fs::create_dir(&shown).unwrap();
-    for folder in [folder.path(), &shown] {
+    // The exporter's user must be able to enter these folders.
+    let metrics = folder.path().join("metrics");
+    fs::create_dir(&metrics).unwrap();
+    for folder in [folder.path(), &metrics] {
         fs::set_permissions(folder, Permissions::from_mode(0o755)).unwrap();
     }
     let mut run = Command::new("sh");
@@ -78,19 +65,22 @@ fn node_exporter_shows_what_a_run_under_a_strict_umask_has_written() {
         "--config",
     ])
     .arg(ini);
-    run.args(["run", "--interval", "100ms", "--metrics-file"]).arg(shown.join("decnet.prom"));
-    let run = Ended(run.env_clear().stderr(Stdio::null()).spawn().unwrap());
-    assert!(loopback.master.wait_for_beats(3, PATIENCE));
-    let (_exporter, address) = exporter(&shown);
-    let said = scrape(&address);
+    run.args(["run", "--interval", "100ms", "--metrics-file"]).arg(metrics.join("decnet.prom"));
+    let run = ChildProcess(run.env_clear().stderr(Stdio::null()).spawn().unwrap());
+    assert!(loopback.master.wait_for_beats(3, TIMEOUT));
+    let (_exporter, address) = start_exporter(&metrics);
+    let samples = scrape(&address);
     drop(run);
     let sample = |name: &str| {
-        let line = said.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
-        line.unwrap_or_else(|| panic!("{name}: {said}")).parse::<f64>().unwrap()
+        let line = samples.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        line.unwrap_or_else(|| panic!("{name}: {samples}")).parse::<f64>().unwrap()
     };
     assert_eq!(sample("node_textfile_scrape_error"), 0.0);
     assert!(sample("decnet_heartbeat_beats_total") >= 2.0);
     assert!(sample("decnet_heartbeat_certificate_expiry_timestamp_seconds") > 1e9);
-    assert!(said.contains("# TYPE decnet_heartbeat_beats_total counter"), "{said}");
-    assert!(said.contains(&format!("fingerprint=\"{}\"", loopback.worker.fingerprint)), "{said}");
+    assert!(samples.contains("# TYPE decnet_heartbeat_beats_total counter"), "{samples}");
+    assert!(
+        samples.contains(&format!("fingerprint=\"{}\"", loopback.worker.fingerprint)),
+        "{samples}"
+    );
 }

@@ -10,9 +10,8 @@ use std::time::{Duration, Instant};
 use decnet_heartbeat::loopback::{Received, Seen};
 use serde_json::{Value, json};
 
-use crate::support::{Freezable, Loopback, process};
+use crate::support::{FreezableDisk, Loopback, TIMEOUT, commands};
 
-const PATIENCE: Duration = Duration::from_secs(30);
 /// A request waits a second for the disk. A busy machine wakes a thread later.
 const ANSWERED: Duration = Duration::from_millis(1_500);
 
@@ -29,7 +28,7 @@ impl Agent {
         command.env_clear().arg("--config").arg(ini).args(["pipe", "--interval", "200ms"]);
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
         let mut pipe = command.spawn().unwrap();
-        let answers = process::lines(pipe.stdout.take().unwrap());
+        let answers = commands::lines(pipe.stdout.take().unwrap());
         Self { pipe, answers }
     }
 
@@ -45,7 +44,7 @@ impl Agent {
 
     /// The next answer, which must have this id.
     fn answer(&self, id: u64) -> Value {
-        let line = self.answers.recv_timeout(PATIENCE).expect("an answer");
+        let line = self.answers.recv_timeout(TIMEOUT).expect("an answer");
         let answer: Value = serde_json::from_str(&line).unwrap();
         assert_eq!(answer["id"], id, "{answer}");
         answer
@@ -62,7 +61,7 @@ impl Drop for Agent {
 #[test]
 #[ignore = "mounts, and so needs root"]
 fn requests_are_answered_while_the_disk_is_frozen() {
-    let disk = Freezable::mount();
+    let disk = FreezableDisk::mount();
     let folder = tempfile::tempdir().unwrap();
     let loopback = Loopback::new(&disk.path().join("agent"));
     let mut agent = Agent::start(&loopback, &folder.path().join("decnet.ini"));
@@ -85,18 +84,21 @@ fn requests_are_answered_while_the_disk_is_frozen() {
     assert!(agent.answer(6)["result"]["outbox_busy_since"].is_string());
     assert!(since.elapsed() < ANSWERED, "{:?}", since.elapsed());
     let beats = loopback.master.received().len();
-    assert!(loopback.master.wait_until(PATIENCE, |seen| seen.received().len() > beats + 3));
+    assert!(loopback.master.wait_until(TIMEOUT, |seen| seen.received().len() > beats + 3));
     disk.thaw();
     let deltas = |request: &Received| {
         let lifecycle = request.json.as_ref().and_then(|json| json["lifecycle"].as_array());
         lifecycle.map_or(0, Vec::len)
     };
     let has_both = |seen: &Seen| seen.received().iter().map(deltas).sum::<usize>() >= 2;
-    assert!(loopback.master.wait_until(PATIENCE, has_both));
+    assert!(loopback.master.wait_until(TIMEOUT, has_both));
     agent.push(7, "third");
     assert_eq!(agent.answer(7)["result"], json!({"durable": true}));
     drop(agent.pipe.stdin.take());
-    assert_eq!(process::end(&mut agent.pipe, PATIENCE).and_then(|status| status.code()), Some(0));
+    assert_eq!(
+        commands::wait_for_exit(&mut agent.pipe, TIMEOUT).and_then(|status| status.code()),
+        Some(0)
+    );
     let mut sent = loopback.sent();
     sent.sort();
     assert_eq!(sent, ["a", "first", "third"]);

@@ -1,28 +1,25 @@
-//! The program beside a disk that hangs, and what its main thread asks of the kernel.
+//! The program with files on a disk that does not respond, and the system calls of its main thread.
 
 use std::fs;
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
 
 use decnet_heartbeat::loopback::{Answer, LoopbackMaster};
 
-use crate::support::{Freezable, Loopback, process};
+use crate::support::{FreezableDisk, Loopback, TIMEOUT, commands};
 
-const PATIENCE: Duration = Duration::from_secs(30);
+/// A process that is killed when this value is dropped.
+struct Killed(Child);
 
-/// Ends with its test.
-struct Running(Child);
-
-impl Drop for Running {
-    /// Its end is not waited for: it comes with the thaw, which may be later.
+impl Drop for Killed {
+    /// Does not wait for its end, which may come only after a thaw.
     fn drop(&mut self) {
-        process::signal("KILL", self.0.id());
+        commands::signal("KILL", self.0.id());
     }
 }
 
-/// `run` that beats often, for a worker whose files are here.
+/// `run` with a short interval, for a worker whose ini is in this folder.
 fn run(loopback: &Loopback, dir: &Path) -> Command {
     let ini = dir.join("decnet.ini");
     loopback.worker.write_ini(&ini).unwrap();
@@ -36,31 +33,32 @@ fn run(loopback: &Loopback, dir: &Path) -> Command {
     command
 }
 
-/// A supervisor that hears.
-fn supervisor(dir: &Path) -> UnixDatagram {
+/// The socket of a supervisor such as systemd.
+fn notify_socket(dir: &Path) -> UnixDatagram {
     let socket = UnixDatagram::bind(dir.join("notify")).unwrap();
-    socket.set_read_timeout(Some(PATIENCE)).unwrap();
+    socket.set_read_timeout(Some(TIMEOUT)).unwrap();
     socket
 }
 
-fn hear(socket: &UnixDatagram) -> String {
-    let mut said = [0; 100];
-    let length = socket.recv(&mut said).unwrap();
-    String::from_utf8_lossy(&said[..length]).into_owned()
+fn receive(socket: &UnixDatagram) -> String {
+    let mut message = [0; 100];
+    let length = socket.recv(&mut message).unwrap();
+    String::from_utf8_lossy(&message[..length]).into_owned()
 }
 
-/// Waits for so many more requests.
-fn more(master: &LoopbackMaster, count: usize) {
+/// Waits for this many more requests.
+fn wait_for_more_requests(master: &LoopbackMaster, count: usize) {
     let before = master.received().len();
-    assert!(master.wait_until(PATIENCE, |seen| seen.received().len() >= before + count));
+    assert!(master.wait_until(TIMEOUT, |seen| seen.received().len() >= before + count));
 }
 
 #[test]
 #[ignore = "mounts, and so needs root"]
-fn a_frozen_disk_under_log_and_stats_delays_neither_beats_nor_the_watchdog_nor_a_stop() {
-    let (dir, disk) = (tempfile::tempdir().unwrap(), Freezable::mount());
+fn frozen_disk_with_log_and_stats_does_not_delay_beats_watchdog_or_stop() {
+    let dir = tempfile::tempdir().unwrap();
+    let disk = FreezableDisk::mount();
     let loopback = Loopback::new(&dir.path().join("agent"));
-    let systemd = supervisor(dir.path());
+    let systemd = notify_socket(dir.path());
     let mut command = run(&loopback, dir.path());
     for (option, name) in
         [("--stats-file", "stats"), ("--metrics-file", "metrics"), ("--log-file", "log")]
@@ -68,34 +66,40 @@ fn a_frozen_disk_under_log_and_stats_delays_neither_beats_nor_the_watchdog_nor_a
         command.arg(option).arg(disk.path().join(name));
     }
     command.env("NOTIFY_SOCKET", dir.path().join("notify")).env("WATCHDOG_USEC", "200000");
-    let mut running = Running(command.stderr(Stdio::null()).spawn().unwrap());
-    assert_eq!(hear(&systemd), "READY=1\n");
-    assert!(loopback.master.wait_for_beats(3, PATIENCE));
+    let mut running = Killed(command.stderr(Stdio::null()).spawn().unwrap());
+    assert_eq!(receive(&systemd), "READY=1\n");
+    assert!(loopback.master.wait_for_beats(3, TIMEOUT));
     disk.freeze();
-    // Lines for the log, too.
+    // Failures, so that lines are logged.
     loopback.master.always(Some(Answer::status(503).into()));
-    more(&loopback.master, 10);
+    wait_for_more_requests(&loopback.master, 10);
     loopback.master.always(None);
-    more(&loopback.master, 10);
-    (0..20).for_each(|_| assert_eq!(hear(&systemd), "WATCHDOG=1\n"));
-    process::signal("TERM", running.0.id());
-    // Of those that are queued only a few are older.
-    let last =
-        std::iter::repeat_with(|| hear(&systemd)).take(100).find(|said| said != "WATCHDOG=1\n");
+    wait_for_more_requests(&loopback.master, 10);
+    (0..20).for_each(|_| assert_eq!(receive(&systemd), "WATCHDOG=1\n"));
+    commands::signal("TERM", running.0.id());
+    // A few messages that were sent before the stop are still queued.
+    let last = std::iter::repeat_with(|| receive(&systemd))
+        .take(100)
+        .find(|message| message != "WATCHDOG=1\n");
     assert_eq!(last.as_deref(), Some("STOPPING=1\n"));
-    // A process with a thread in the file system is gone only after the thaw, and no lines are lost that it wrote before.
+    // A thread of the process is blocked in the file system, so the process ends only after the
+    // thaw. No line from before is lost.
     disk.thaw();
-    assert_eq!(process::end(&mut running.0, PATIENCE).and_then(|status| status.code()), Some(0));
+    assert_eq!(
+        commands::wait_for_exit(&mut running.0, TIMEOUT).and_then(|status| status.code()),
+        Some(0)
+    );
     assert!(fs::read_to_string(disk.path().join("log")).unwrap().contains("first beat accepted"));
 }
 
 #[test]
 #[ignore = "needs strace"]
-fn the_main_thread_of_run_touches_no_file_after_its_start() {
+fn main_thread_of_run_uses_no_file_after_start() {
     let dir = tempfile::tempdir().unwrap();
     let loopback = Loopback::new(&dir.path().join("agent"));
-    let systemd = supervisor(dir.path());
-    let (trace, at) = (dir.path().join("trace"), |name: &str| dir.path().join(name));
+    let systemd = notify_socket(dir.path());
+    let at = |name: &str| dir.path().join(name);
+    let trace = at("trace");
     let mut command = run(&loopback, dir.path());
     command.arg("--stats-file").arg(at("stats")).arg("--metrics-file").arg(at("metrics"));
     let mut strace = Command::new("strace");
@@ -106,11 +110,14 @@ fn the_main_thread_of_run_touches_no_file_after_its_start() {
     ]);
     strace.arg(command.get_program()).args(command.get_args());
     strace.env("NOTIFY_SOCKET", at("notify")).stderr(Stdio::null());
-    let mut running = Running(strace.spawn().unwrap());
-    assert_eq!(hear(&systemd), "READY=1\n");
-    assert!(loopback.master.wait_for_beats(5, PATIENCE));
-    process::run(Command::new("pkill").args(["-TERM", "-P", &running.0.id().to_string()]));
-    assert_eq!(process::end(&mut running.0, PATIENCE).and_then(|status| status.code()), Some(0));
+    let mut running = Killed(strace.spawn().unwrap());
+    assert_eq!(receive(&systemd), "READY=1\n");
+    assert!(loopback.master.wait_for_beats(5, TIMEOUT));
+    commands::run(Command::new("pkill").args(["-TERM", "-P", &running.0.id().to_string()]));
+    assert_eq!(
+        commands::wait_for_exit(&mut running.0, TIMEOUT).and_then(|status| status.code()),
+        Some(0)
+    );
 
     let trace = fs::read_to_string(trace).unwrap();
     let main = trace.split(' ').next().unwrap().to_owned() + " ";
@@ -124,13 +131,13 @@ fn the_main_thread_of_run_touches_no_file_after_its_start() {
         .iter()
         .position(|call| call.starts_with("sendto(") && call.contains("STOPPING=1"))
         .unwrap();
-    // Signals come to this thread, too, and their handler wakes another one through a socket.
+    // This thread also handles signals, and the handler wakes another thread through a socket.
     let mut between = calls[ready + 1..stopping].iter().filter(|call| !call.starts_with("---"));
     assert_eq!(between.find(|call| !call.starts_with("sendto(")), None);
-    assert!(trace.contains("stats.new"), "another thread has written them");
+    assert!(trace.contains("stats.new"), "no other thread wrote the stats");
 }
 
-/// The folder that the documented unit may write to, with `etc` in place of `/etc/decnet`.
+/// The folder to which the documented unit may write, with `etc` instead of `/etc/decnet`.
 fn writable(etc: &Path) -> PathBuf {
     let page = include_str!("../../src/docs/operations.md");
     let path = page.lines().find_map(|line| line.strip_prefix("ReadWritePaths=-")).unwrap();
@@ -139,11 +146,12 @@ fn writable(etc: &Path) -> PathBuf {
 
 #[test]
 #[ignore = "mounts, and so needs root"]
-fn in_the_sandbox_of_the_unit_an_agent_dir_that_is_made_anew_keeps_deltas() {
+fn recreated_agent_dir_is_writable_in_sandbox_of_unit() {
     let dir = tempfile::tempdir().unwrap();
-    let (etc, away) = (dir.path().join("etc"), dir.path().join("away"));
+    let etc = dir.path().join("etc");
+    let renamed = dir.path().join("renamed");
     let loopback = Loopback::new(&etc.join("agent"));
-    // As `ProtectSystem=strict` does.
+    // The same mounts as with `ProtectSystem=strict`.
     let sandbox = r#"mount --make-rslave / && mount --bind "$0" "$0" && mount -o remount,ro,bind / && exec "$@""#;
     let run = run(&loopback, &etc);
     let mut command = Command::new("unshare");
@@ -152,18 +160,18 @@ fn in_the_sandbox_of_the_unit_an_agent_dir_that_is_made_anew_keeps_deltas() {
         .arg(writable(&etc))
         .arg(run.get_program())
         .args(run.get_args());
-    let _running = Running(command.env_clear().stderr(Stdio::null()).spawn().unwrap());
-    assert!(loopback.master.wait_for_beats(2, PATIENCE));
-    fs::rename(etc.join("agent"), &away).unwrap();
+    let _running = Killed(command.env_clear().stderr(Stdio::null()).spawn().unwrap());
+    assert!(loopback.master.wait_for_beats(2, TIMEOUT));
+    fs::rename(etc.join("agent"), &renamed).unwrap();
     fs::create_dir(etc.join("agent")).unwrap();
     for name in ["ca.crt", "worker.crt", "worker.key"] {
-        fs::copy(away.join(name), etc.join("agent").join(name)).unwrap();
+        fs::copy(renamed.join(name), etc.join("agent").join(name)).unwrap();
     }
-    // It has taken that over, and its outbox with it.
-    let is_there = || etc.join("agent/heartbeat.db").exists();
+    // The heartbeat uses the new folder when its outbox is in it.
+    let has_outbox = || etc.join("agent/heartbeat.db").exists();
     assert!((0..100).any(|_| {
-        more(&loopback.master, 1);
-        is_there()
+        wait_for_more_requests(&loopback.master, 1);
+        has_outbox()
     }));
     let mut push = Command::new(env!("CARGO_BIN_EXE_decnet-heartbeat"));
     push.env_clear().arg("--config").arg(etc.join("decnet.ini")).args([
@@ -172,12 +180,12 @@ fn in_the_sandbox_of_the_unit_an_agent_dir_that_is_made_anew_keeps_deltas() {
         "--operation",
         "deploy",
     ]);
-    process::run(push.args(["--status", "succeeded", "decky-01"]));
+    commands::run(push.args(["--status", "succeeded", "decky-01"]));
     for _ in 0..100 {
-        more(&loopback.master, 1);
+        wait_for_more_requests(&loopback.master, 1);
         if !loopback.sent().is_empty() {
             return;
         }
     }
-    panic!("what is pushed after it is not delivered");
+    panic!("the delta was not delivered");
 }

@@ -1,35 +1,34 @@
-//! The system's resolver, with a name server that answers as each test wants: what a name that is not found is called.
+//! The errors of the system's resolver, with a name server whose answers the test controls.
 
 use std::fs;
 use std::net::UdpSocket;
 use std::process::{Command, Stdio};
 use std::thread;
-use std::time::Duration;
 
-use crate::support::{Loopback, process};
+use crate::support::{Loopback, TIMEOUT, commands};
 
-const PATIENCE: Duration = Duration::from_secs(30);
-
-/// Where nothing else listens.
+/// A loopback address on which no other program listens.
 const SERVER: &str = "127.77.0.53";
 
-/// A name server that gives every question this code and no record. `None`: it is silent.
+/// Starts a name server that answers every question with this code and no record. `None`: it does
+/// not answer.
 fn serve(code: Option<u8>) {
     let socket = UdpSocket::bind((SERVER, 53)).unwrap();
-    socket.set_read_timeout(Some(PATIENCE)).unwrap();
+    socket.set_read_timeout(Some(TIMEOUT)).unwrap();
     thread::spawn(move || {
         let mut packet = [0; 512];
         while let Ok((length, from)) = socket.recv_from(&mut packet) {
-            // A question for the root ends the test, so that its successor has the port.
+            // This packet is not a question. It ends the server, so that the next one gets the
+            // port.
             let query = &packet[..length];
             if query == b"end" {
                 return;
             }
             let Some(code) = code else { continue };
-            // The header, and the question: labels, a zero, type and class.
+            // The question after the header consists of labels, a zero, a type and a class.
             let labels = query[12..].iter().position(|byte| *byte == 0).unwrap();
             let mut answer = query[..12 + labels + 5].to_vec();
-            // An answer, with recursion, to one question.
+            // An answer to one question, with recursion.
             answer[2..12].copy_from_slice(&[0x81, 0x80 | code, 0, 1, 0, 0, 0, 0, 0, 0]);
             socket.send_to(&answer, from).unwrap();
         }
@@ -41,8 +40,8 @@ fn end_server() {
     socket.send_to(b"end", (SERVER, 53)).unwrap();
 }
 
-/// The first line of the log of a failed beat, under a resolver that asks that server.
-fn failed_beat(code: Option<u8>) -> String {
+/// The first log line of a failed beat, with a resolver that uses that server.
+fn line_of_failed_beat(code: Option<u8>) -> String {
     let folder = tempfile::tempdir().unwrap();
     let loopback = Loopback::new(&folder.path().join("agent"));
     let conf = folder.path().join("resolv.conf");
@@ -66,20 +65,20 @@ fn failed_beat(code: Option<u8>) -> String {
         ("DECNET_CONFIG", "/nonexistent"),
     ];
     let mut child = run.env("PATH", path).envs(variables).spawn().unwrap();
-    let log = process::lines(child.stderr.take().unwrap());
+    let log = commands::lines(child.stderr.take().unwrap());
     let line =
-        std::iter::from_fn(|| log.recv_timeout(PATIENCE).ok()).find(|line| line.contains("class="));
-    process::signal("TERM", child.id());
-    process::end(&mut child, PATIENCE).unwrap();
+        std::iter::from_fn(|| log.recv_timeout(TIMEOUT).ok()).find(|line| line.contains("class="));
+    commands::signal("TERM", child.id());
+    commands::wait_for_exit(&mut child, TIMEOUT).unwrap();
     end_server();
-    line.expect("the beat has failed")
+    line.expect("a beat failed")
 }
 
-/// One test, as they share the server's address.
+/// One test, because all cases use the same address of the server.
 #[test]
 #[ignore = "needs root, for a mount namespace and port 53"]
-fn each_way_in_which_a_name_is_not_found_is_named() {
-    for (code, class, says) in [
+fn error_names_the_cause_of_a_failed_lookup() {
+    for (code, class, detail) in [
         (
             Some(3),
             "dns",
@@ -97,9 +96,9 @@ fn each_way_in_which_a_name_is_not_found_is_named() {
         ),
         (None, "timeout-resolve", "timeout: resolve"),
     ] {
-        let line = failed_beat(code);
+        let line = line_of_failed_beat(code);
         assert!(
-            line.contains(&format!("class={class} ")) && line.contains(says),
+            line.contains(&format!("class={class} ")) && line.contains(detail),
             "{code:?}: {line}"
         );
     }

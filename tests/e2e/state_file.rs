@@ -1,10 +1,10 @@
-//! The state file at the places where DECNET's installer, and an editable install, have it.
+//! The state file at the paths of DECNET's installer and of an editable install.
 
 use std::process::Command;
 
-/// What `check` shows of the state file on a worker that is laid out by these commands. `/opt` and `/usr/local/bin` are
-/// empty before, in a mount namespace of its own.
-fn shown(layout: &str) -> String {
+/// The line of `check` about the state file, on a worker whose files these commands create. It runs
+/// in its own mount namespace, in which `/opt` and `/usr/local/bin` are empty before.
+fn checked(layout: &str) -> String {
     let script = format!(
         r#"mount --make-rprivate / && mount -t tmpfs none /opt && mount -t tmpfs none /usr/local/bin || exit 1
            {layout}
@@ -13,13 +13,13 @@ fn shown(layout: &str) -> String {
     let mut command = Command::new("unshare");
     command.args(["-m", "sh", "-c", &script, env!("CARGO_BIN_EXE_decnet-heartbeat")]);
     let output = command.env_remove("DECNET_HEARTBEAT_STATE_FILE").output().unwrap();
-    let said = String::from_utf8(output.stdout).unwrap();
-    let line = said.lines().find(|line| line.contains(" state-file "));
-    line.unwrap_or_else(|| panic!("{said}{}", String::from_utf8_lossy(&output.stderr)))
+    let stdout = String::from_utf8(output.stdout).unwrap();
+    let line = stdout.lines().find(|line| line.contains(" state-file "));
+    line.unwrap_or_else(|| panic!("{stdout}{}", String::from_utf8_lossy(&output.stderr)))
         .replace(" state-file    ", " ")
 }
 
-/// The installer's layout, up to the package.
+/// Creates the installer's files, except for the state file, and enters the folder of the package.
 const INSTALLED: &str =
     "mkdir -p /opt/decnet/venv/bin /opt/decnet/venv/lib/python3.11/site-packages/decnet
     touch /opt/decnet/venv/bin/decnet && ln -s /opt/decnet/venv/bin/decnet /usr/local/bin/decnet
@@ -29,37 +29,37 @@ const STATE: &str = r#"echo '{"config": {"mode": "swarm", "deckies": [{"name": "
 
 #[test]
 #[ignore = "needs root, to mount file systems"]
-fn the_state_file_is_found_where_decnet_has_it() {
+fn state_file_is_found_beside_package() {
     let packages = "/opt/decnet/venv/lib/python3.11/site-packages";
     let found = format!("✓ {packages}/decnet-state.json (found beside {packages}/decnet): ");
-    assert_eq!(shown(INSTALLED), format!("{found}it does not exist, so nothing is deployed"));
-    assert_eq!(shown(&format!("{INSTALLED} && {STATE}")), format!("{found}1 decky"));
-    // A copy of the command, and none: the environment is found all the same.
+    assert_eq!(checked(INSTALLED), format!("{found}does not exist; nothing is deployed"));
+    assert_eq!(checked(&format!("{INSTALLED} && {STATE}")), format!("{found}1 decky"));
+    // The environment is also found if the command is a copy, or missing.
     for command in
         ["rm /usr/local/bin/decnet && touch /usr/local/bin/decnet", "rm /usr/local/bin/decnet"]
     {
         assert_eq!(
-            shown(&format!("{INSTALLED} && {STATE} && {command}")),
+            checked(&format!("{INSTALLED} && {STATE} && {command}")),
             format!("{found}1 decky")
         );
     }
     let editable = format!("mkdir -p /opt/decnet/decnet && cd /opt/decnet && {STATE}");
     let found = "✓ /opt/decnet/decnet-state.json (found beside /opt/decnet/decnet): 1 decky";
-    assert_eq!(shown(&editable), found);
-    let of_environment =
+    assert_eq!(checked(&editable), found);
+    let in_environment =
         format!("{INSTALLED} && rmdir decnet && touch __editable__.decnet.pth && {editable}");
-    assert_eq!(shown(&of_environment), found);
+    assert_eq!(checked(&in_environment), found);
 }
 
 #[test]
 #[ignore = "needs root, to mount file systems"]
-fn a_state_file_that_is_not_found_is_a_fault_and_not_nothing_deployed() {
-    let nowhere = "✗ the state file was not found: DECNET's Python package is not in /usr/local/bin/decnet (it does not \
+fn unknown_path_of_state_file_is_an_error() {
+    let not_found = "✗ the state file was not found: DECNET's Python package is not in /usr/local/bin/decnet (it does not \
                    exist), /opt/decnet/venv or /opt/decnet";
     for layout in ["", &format!("mkdir /opt/decnet && cd /opt/decnet && {STATE}")] {
-        assert_eq!(shown(layout), nowhere);
+        assert_eq!(checked(layout), not_found);
     }
     let looped = "✗ cannot locate the state file: /usr/local/bin/decnet cannot be accessed: Too many levels of \
                   symbolic links (os error 40)";
-    assert_eq!(shown(&format!("{INSTALLED} && ln -sf decnet /usr/local/bin/decnet")), looped);
+    assert_eq!(checked(&format!("{INSTALLED} && ln -sf decnet /usr/local/bin/decnet")), looped);
 }

@@ -1,16 +1,16 @@
-//! Which thread touches which file: only the outbox thread waits for the agent's disk.
+//! Which thread uses which files: only the outbox thread waits for the agent's disk.
 
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use decnet_heartbeat::{EnrolmentSources, LifecycleDelta, Operation};
+use decnet_heartbeat::{EnrolmentSources, Operation};
 
-use crate::support::{Loopback, beat, process, settled};
+use crate::support::{Loopback, commands, deployed, send_tick, wait_for_stats};
 
-/// What the traced process does.
-fn work(dir: &Path) {
+/// The traced process.
+fn run_heartbeat(dir: &Path) {
     let loopback = Loopback::new(&dir.join("agent"));
     let ini = dir.join("decnet.ini");
     loopback.worker.write_ini(&ini).unwrap();
@@ -22,19 +22,19 @@ fn work(dir: &Path) {
     let heartbeat = builder.enrolment(enrolment).start().unwrap();
     let next_beat = || {
         let beats = heartbeat.stats().beats;
-        beat(&tick);
-        settled(&heartbeat, |stats| stats.beats > beats)
+        send_tick(&tick);
+        wait_for_stats(&heartbeat, |stats| stats.beats > beats)
     };
-    settled(&heartbeat, |stats| stats.beats == 1);
-    heartbeat.deltas().push(LifecycleDelta::succeeded("d0", Operation::Deploy)).unwrap();
+    wait_for_stats(&heartbeat, |stats| stats.beats == 1);
+    heartbeat.deltas().push(deployed("d0")).unwrap();
     heartbeat.begin(Operation::Deploy, ["d1", "d2"]).unwrap().succeed();
-    settled(&heartbeat, |stats| stats.delivered == 3 && stats.waiting == 0);
-    // Changed credentials, a new host and an outbox that somebody has removed.
-    let again =
+    wait_for_stats(&heartbeat, |stats| stats.delivered == 3 && stats.waiting == 0);
+    // Renewed credentials, another host, and an outbox whose file is deleted.
+    let renewed =
         loopback.master.re_enrol(&loopback.worker.uuid, &loopback.worker.agent_dir).unwrap();
     next_beat();
     next_beat();
-    assert_eq!(heartbeat.stats().fingerprint, Some(again.fingerprint));
+    assert_eq!(heartbeat.stats().fingerprint, Some(renewed.fingerprint));
     let other = loopback.master.enrol(&loopback.worker.agent_dir).unwrap();
     other.write_ini(&ini).unwrap();
     next_beat();
@@ -42,8 +42,8 @@ fn work(dir: &Path) {
     assert_eq!(heartbeat.stats().host_uuid, Some(other.uuid.clone()));
     fs::remove_file(loopback.worker.agent_dir.join("heartbeat.db")).unwrap();
     next_beat();
-    heartbeat.deltas().push(LifecycleDelta::succeeded("d3", Operation::Deploy)).unwrap();
-    settled(&heartbeat, |stats| stats.delivered == 4 && stats.waiting == 0);
+    heartbeat.deltas().push(deployed("d3")).unwrap();
+    wait_for_stats(&heartbeat, |stats| stats.delivered == 4 && stats.waiting == 0);
     // The host is decommissioned.
     for file in ["ca.crt", "worker.crt", "worker.key"] {
         fs::remove_file(loopback.worker.agent_dir.join(file)).unwrap();
@@ -51,32 +51,32 @@ fn work(dir: &Path) {
     fs::remove_file(&ini).unwrap();
     loopback.master.decommission(&other.uuid);
     for failures in 1..4 {
-        beat(&tick);
-        settled(&heartbeat, |stats| {
+        send_tick(&tick);
+        wait_for_stats(&heartbeat, |stats| {
             stats.failure.as_ref().is_some_and(|failure| failure.count == failures)
         });
     }
-    heartbeat.deltas().push(LifecycleDelta::succeeded("d4", Operation::Deploy)).unwrap();
+    heartbeat.deltas().push(deployed("d4")).unwrap();
     assert_eq!(heartbeat.stop(std::time::Duration::from_secs(5)).undelivered, 1);
 }
 
 #[test]
 #[ignore = "needs strace"]
-fn the_heartbeat_thread_opens_no_file_and_only_the_outbox_thread_uses_the_agent_dir() {
+fn only_outbox_thread_uses_agent_dir_and_heartbeat_thread_opens_no_file() {
     const CHILD: &str = "DECNET_HEARTBEAT_TEST_TRACED";
     if let Some(dir) = std::env::var_os(CHILD) {
-        return work(Path::new(&dir));
+        return run_heartbeat(Path::new(&dir));
     }
     let dir = tempfile::tempdir().unwrap();
-    // As the kernel names it, and so the trace.
-    let (path, trace) = (dir.path().canonicalize().unwrap(), dir.path().join("trace"));
-    let test =
-        "threads::the_heartbeat_thread_opens_no_file_and_only_the_outbox_thread_uses_the_agent_dir";
-    let child = process::again(test);
+    // The trace has the kernel's paths, without symbolic links.
+    let path = dir.path().canonicalize().unwrap();
+    let trace = path.join("trace");
+    let test = "threads::only_outbox_thread_uses_agent_dir_and_heartbeat_thread_opens_no_file";
+    let child = commands::rerun_test(test);
     let mut strace = Command::new("strace");
     strace.args(["-f", "-y", "-s", "4096", "--decode-pids=comm", "-o"]).arg(&trace).arg("-e");
     strace.arg("trace=%file,read,write,readv,writev,pread64,pwrite64,fsync,fdatasync,ftruncate,fcntl,flock,fallocate");
-    process::run(
+    commands::run(
         strace.arg("--").arg(child.get_program()).args(child.get_args()).env(CHILD, &path),
     );
 
@@ -86,7 +86,7 @@ fn the_heartbeat_thread_opens_no_file_and_only_the_outbox_thread_uses_the_agent_
     let ours: Vec<_> = calls.filter(|(thread, _)| thread.starts_with("decnet-")).collect();
     let of_heartbeat: Vec<_> =
         ours.iter().filter(|(thread, _)| *thread == "decnet-heartbea").collect();
-    // It talks to the master, and waits for the other threads.
+    // It uses sockets to the master, and waits for the other threads.
     let is_no_file = |call: &str| {
         call.contains("<socket:[")
             || call.contains("<TCP:[")

@@ -1,25 +1,23 @@
-//! A connection that has ended while nobody looked: the next beat goes out on a fresh one, and no beat has failed.
+//! A connection that ended while it was idle or in use: the beat is sent on a new one, and no beat
+//! fails.
 
-use decnet_heartbeat::loopback::{Effect, Fault as Wire};
+use decnet_heartbeat::loopback::{Effect, Fault as MasterFault};
 
-use crate::row::{Fault, Right, Row};
+use crate::fault_case::{Expect, Fault, FaultCase};
 
-pub fn rows() -> Vec<Row> {
-    let row = |name: &str, fault, after| {
-        Row::new(format!("connection/{name}"), fault, Right::Delivers { after })
+pub fn cases() -> Vec<FaultCase> {
+    let case = |name: &str, fault, after| {
+        FaultCase::new(format!("connection/{name}"), fault, Expect::Delivers { after })
     };
+    let next = Fault::NextRequest;
     vec![
-        row("closed_while_idle", Fault::Cut, 0.0..0.5),
-        row("reset_while_idle", Fault::Reset, 0.0..0.5),
-        row(
-            "closed_right_after_our_write",
-            Fault::Once(Wire::CutAfterBody(Effect::Lost)),
-            0.0..0.5,
-        ),
-        row("closed_before_our_write", Fault::Once(Wire::CutBeforeRequest), 0.0..0.5),
-        row("closed_in_our_write", Fault::Once(Wire::CutInBody), 0.0..0.5),
-        row("closed_without_close_notify", Fault::Once(Wire::CutAfterAnswer), 0.0..0.5),
-        // Noticed when no answer has come for ten seconds.
-        row("half_open", Fault::Freeze, 9.9..10.5),
+        case("closed_while_idle", Fault::CloseConnections, 0.0..0.5),
+        case("reset_while_idle", Fault::ResetConnections, 0.0..0.5),
+        case("closed_before_request", next(MasterFault::CutBeforeRequest), 0.0..0.5),
+        case("closed_in_body", next(MasterFault::CutInBody), 0.0..0.5),
+        case("closed_after_body", next(MasterFault::CutAfterBody(Effect::Lost)), 0.0..0.5),
+        case("closed_without_close_notify", next(MasterFault::CutAfterAnswer), 0.0..0.5),
+        // The new connection is tried when no answer has come for ten seconds.
+        case("half_open", Fault::FreezeConnections, 9.9..10.5),
     ]
 }

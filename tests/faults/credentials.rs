@@ -1,146 +1,148 @@
-//! The bundle and the ini, while they change: the last pair that fits goes on, and a new one is taken over once it fits.
+//! Changes of the bundle and the ini: the last valid pair stays in use, and a new one is used once
+//! it is valid.
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
 
 use decnet_heartbeat::loopback::Role;
 
-use crate::row::{Fault, Right, Row};
-use crate::stage::Stage;
+use crate::fault_case::{Expect, Fault, FaultCase};
+use crate::test_bed::{Scenario, TestBed};
 
-/// What has happened to the bundle.
+/// A fault of the bundle's files.
 #[derive(Clone, Copy, Debug)]
-pub enum Bundle {
-    /// A new certificate beside the old key.
-    HalfWritten,
-    /// A key of another certificate.
-    ForeignKey,
+pub enum BundleFault {
+    /// A new certificate with the old key.
+    CertificateOfOtherKey,
+    KeyOfOtherCertificate,
     EmptyCa,
-    /// A worker's certificate beside the CA's.
+    /// A worker's certificate besides that of the CA.
     WorkerInCa,
-    /// Two sections without a line break between them.
-    GluedCa,
+    /// Two PEM sections without a line break between them.
+    CaWithoutLineBreak,
     EncryptedKey,
-    HalfACertificate,
-    /// Its key can be read by others.
-    Open,
-    /// The folder is elsewhere.
-    Gone,
+    TruncatedCertificate,
+    /// Other users can read the key.
+    ReadableKey,
+    /// The folder is renamed.
+    FolderRenamed,
 }
 
-impl Bundle {
-    pub fn put(self, stage: &Stage) {
-        let other = stage.master.authority().issue(Role::Worker("other".to_owned())).unwrap();
+impl BundleFault {
+    pub fn inject(self, bed: &TestBed) {
+        let authority = bed.master.authority();
+        let ca = authority.certificate();
+        let other = authority.issue(Role::Worker("other".to_owned())).unwrap();
+        let write = |name, content: &str| fs::write(bed.agent_file(name), content).unwrap();
         match self {
-            Self::HalfWritten => {
-                fs::write(stage.agent_file("worker.crt"), other.certificate).unwrap()
-            }
-            Self::ForeignKey => fs::write(stage.agent_file("worker.key"), other.key).unwrap(),
-            Self::EmptyCa => fs::write(stage.agent_file("ca.crt"), "").unwrap(),
-            Self::WorkerInCa => {
-                let ca = stage.master.authority().certificate();
-                fs::write(stage.agent_file("ca.crt"), format!("{ca}{}", other.certificate))
-                    .unwrap();
-            }
-            Self::GluedCa => {
-                let ca = stage.master.authority().certificate();
-                fs::write(stage.agent_file("ca.crt"), format!("{}{ca}", ca.trim_end())).unwrap();
-            }
+            Self::CertificateOfOtherKey => write("worker.crt", &other.certificate),
+            Self::KeyOfOtherCertificate => write("worker.key", &other.key),
+            Self::EmptyCa => write("ca.crt", ""),
+            Self::WorkerInCa => write("ca.crt", &format!("{ca}{}", other.certificate)),
+            Self::CaWithoutLineBreak => write("ca.crt", &format!("{}{ca}", ca.trim_end())),
             Self::EncryptedKey => {
-                let encrypted = other.key.replace("PRIVATE KEY", "ENCRYPTED PRIVATE KEY");
-                fs::write(stage.agent_file("worker.key"), encrypted).unwrap();
+                write("worker.key", &other.key.replace("PRIVATE KEY", "ENCRYPTED PRIVATE KEY"));
             }
-            Self::HalfACertificate => {
-                let half = &other.certificate[..other.certificate.len() / 2];
-                fs::write(stage.agent_file("worker.crt"), half).unwrap();
+            Self::TruncatedCertificate => {
+                write("worker.crt", &other.certificate[..other.certificate.len() / 2]);
             }
-            Self::Open => {
-                fs::set_permissions(stage.agent_file("worker.key"), Permissions::from_mode(0o644))
-                    .unwrap()
+            Self::ReadableKey => {
+                let mode = Permissions::from_mode(0o644);
+                fs::set_permissions(bed.agent_file("worker.key"), mode).unwrap();
             }
-            Self::Gone => fs::rename(&stage.worker.agent_dir, stage.path("elsewhere")).unwrap(),
+            Self::FolderRenamed => {
+                fs::rename(&bed.worker.agent_dir, bed.path("renamed")).unwrap();
+            }
         }
     }
 
-    /// The bundle as it was, whatever has happened to it.
-    pub fn mend(stage: &Stage) {
-        if stage.path("elsewhere").exists() {
-            fs::rename(stage.path("elsewhere"), &stage.worker.agent_dir).unwrap();
+    /// Restores the bundle after any of the faults.
+    pub fn restore(bed: &TestBed) {
+        if bed.path("renamed").exists() {
+            fs::rename(bed.path("renamed"), &bed.worker.agent_dir).unwrap();
         }
-        stage.write_bundle();
+        bed.write_bundle();
     }
 }
 
-pub fn rows() -> Vec<Row> {
-    let row = |name: &str, bundle, words| {
-        Row::new(format!("credentials/{name}"), Fault::Bundle(bundle), Right::Warns(words))
+pub fn cases() -> Vec<FaultCase> {
+    let case = |name: &str, fault, warning| {
+        FaultCase::new(format!("credentials/{name}"), Fault::Bundle(fault), Expect::Warns(warning))
     };
     vec![
-        row("half_written", Bundle::HalfWritten, "worker.crt and worker.key do not match"),
-        row(
-            "half_a_certificate",
-            Bundle::HalfACertificate,
-            "worker.crt: ends in the middle of a PEM section",
-        ),
-        row(
-            "key_of_another_certificate",
-            Bundle::ForeignKey,
+        case(
+            "certificate_of_other_key",
+            BundleFault::CertificateOfOtherKey,
             "worker.crt and worker.key do not match",
         ),
-        row("empty_ca", Bundle::EmptyCa, "ca.crt: holds no PEM section"),
-        row("worker_in_ca", Bundle::WorkerInCa, "certificate in ca.crt ignored: file="),
-        row("glued_ca", Bundle::GluedCa, "ca.crt: has two PEM sections on one line"),
-        row("encrypted_key", Bundle::EncryptedKey, "worker.key: holds an encrypted private key"),
-        row(
-            "key_readable_by_others",
-            Bundle::Open,
+        case(
+            "key_of_other_certificate",
+            BundleFault::KeyOfOtherCertificate,
+            "worker.crt and worker.key do not match",
+        ),
+        case(
+            "truncated_certificate",
+            BundleFault::TruncatedCertificate,
+            "worker.crt: ends in the middle of a PEM section",
+        ),
+        case("empty_ca", BundleFault::EmptyCa, "ca.crt: holds no PEM section"),
+        case("worker_in_ca", BundleFault::WorkerInCa, "certificate in ca.crt ignored: file="),
+        case(
+            "ca_without_line_break",
+            BundleFault::CaWithoutLineBreak,
+            "ca.crt: has two PEM sections on one line",
+        ),
+        case(
+            "encrypted_key",
+            BundleFault::EncryptedKey,
+            "worker.key: holds an encrypted private key",
+        ),
+        case(
+            "key_readable_by_other_users",
+            BundleFault::ReadableKey,
             "private key is accessible to other users, set its mode to 0600: file=",
         ),
-        row(
-            "directory_gone",
-            Bundle::Gone,
+        case(
+            "folder_renamed",
+            BundleFault::FolderRenamed,
             "ca.crt: cannot be read; enrol this host, or correct the agent dir, which does not exist: No such file",
         ),
     ]
 }
 
-/// Enrolled anew, with another certificate, while it runs: the next beat shows the new one, in a new session.
-pub fn rotated() {
-    let stage = Stage::new(Default::default());
-    let mut subject = stage.start();
-    let again = stage.master.re_enrol(&stage.worker.uuid, &stage.worker.agent_dir).unwrap();
-    subject.push("d");
-    let stats = subject.until("the delivery", |stats| stats["delivered"] == 1);
-    assert_eq!(
-        (stats["fingerprint"].as_str(), stats["failure"].is_null()),
-        (Some(&*again.fingerprint), true)
-    );
-    let last = stage.master.connections().pop().unwrap().handshake.unwrap();
-    assert_eq!(
-        (last.fingerprint, last.resumed),
-        (again.fingerprint.clone(), false),
-        "an old session is not resumed"
-    );
-    assert_eq!(subject.log_lines("credentials reloaded").len(), 1);
+/// A renewed enrolment while the heartbeat runs: the next beat uses the new certificate in a new
+/// TLS session.
+pub fn renewed_certificate_is_used_for_next_beat() {
+    let bed = TestBed::new(Scenario::default());
+    let mut agent = bed.start();
+    let renewed = bed.master.re_enrol(&bed.worker.uuid, &bed.worker.agent_dir).unwrap();
+    agent.push("d");
+    let stats = agent.wait_for("the delivery", |stats| stats["delivered"] == 1);
+    assert_eq!(stats["fingerprint"], renewed.fingerprint);
+    assert!(stats["failure"].is_null(), "{stats}");
+    let last = bed.master.connections().pop().unwrap().handshake.unwrap();
+    assert_eq!(last.fingerprint, renewed.fingerprint);
+    assert!(!last.resumed, "the session of the old certificate was resumed");
+    assert_eq!(agent.log_lines("credentials reloaded").len(), 1);
 }
 
-/// Decommissioned, and enrolled as another host: the ini's new uuid is taken over with the files.
-pub fn a_new_uuid() {
-    let stage = Stage::new(Default::default());
-    let mut subject = stage.start();
-    stage.master.decommission(&stage.worker.uuid);
-    subject.push("d");
-    let stats = subject.until("the refusal", |stats| !stats["failure"].is_null());
-    assert_eq!((&stats["failure"]["class"], &stats["waiting"]), (&"http-404".into(), &1.into()));
-    let mut again = stage.master.enrol(&stage.worker.agent_dir).unwrap();
-    again.port = stage.gate.port();
-    again.write_ini(&stage.path("decnet.ini")).unwrap();
-    subject.tick();
-    let stats = subject.until("the delivery", |stats| stats["delivered"] == 1);
-    assert_eq!(
-        (stats["host_uuid"].as_str(), stats["failure"].is_null()),
-        (Some(&*again.uuid), true)
-    );
-    assert_eq!(stage.last()["host_uuid"], again.uuid);
-    assert!(!stage.master.connections().pop().unwrap().handshake.unwrap().resumed);
+/// The host is decommissioned and enrolled as another one: the new uuid of the ini is read together
+/// with the files.
+pub fn new_uuid_is_read_with_new_bundle() {
+    let bed = TestBed::new(Scenario::default());
+    let mut agent = bed.start();
+    bed.master.decommission(&bed.worker.uuid);
+    agent.push("d");
+    let stats = agent.wait_for("the rejection", |stats| !stats["failure"].is_null());
+    assert_eq!(stats["failure"]["class"], "http-404");
+    assert_eq!(stats["waiting"], 1);
+    let mut enrolled = bed.master.enrol(&bed.worker.agent_dir).unwrap();
+    enrolled.port = bed.proxy.port();
+    enrolled.write_ini(&bed.path("decnet.ini")).unwrap();
+    agent.tick();
+    let stats = agent.wait_for("the delivery", |stats| stats["delivered"] == 1);
+    assert_eq!(stats["host_uuid"], enrolled.uuid);
+    assert!(stats["failure"].is_null(), "{stats}");
+    assert_eq!(bed.last_body()["host_uuid"], enrolled.uuid);
+    assert!(!bed.master.connections().pop().unwrap().handshake.unwrap().resumed);
 }

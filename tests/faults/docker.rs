@@ -1,75 +1,76 @@
-//! Docker's socket, and what may be at its place.
+//! Docker's socket, and faults in its place.
 
 use std::fs::Permissions;
 use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::thread;
-use std::time::Duration;
 
 use serde_json::json;
 
-use crate::row::{Fault, Right, Row};
-use crate::stage::World;
-use crate::subject::Source;
+use crate::agent::Source;
+use crate::fault_case::{Expect, Fault, FaultCase};
+use crate::test_bed::Scenario;
 
-/// What answers at the socket.
+/// What is at the socket's path, and how it answers.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Docker {
-    /// An Engine with one container of the stage's decky, and one that is none of ours.
+pub enum DockerMode {
+    /// An Engine with one container of the state file's decky, and one network.
     Works,
     Absent,
-    IsAFile,
-    /// Nobody may connect.
-    IsForbidden,
-    /// Connections are never accepted, and there is no room for one more.
-    IsFull,
-    NeverReplies,
-    /// This, and the connection is closed.
-    Says(&'static str),
-    /// So many containers.
-    Has(usize),
-    /// An answer of so many bytes, all of one container.
-    Pours(usize),
-    /// Names that are meant for a terminal.
-    IsHostile,
-    /// The request for networks is answered with this, and the other one as ever.
-    SaysOfNetworks(&'static str),
-    /// The request for networks is never answered.
-    HangsForNetworks,
-    /// The request for containers is answered with this, and the other one as ever.
-    SaysOfContainers(&'static str),
+    RegularFile,
+    /// No user may connect.
+    NoPermission,
+    /// Connections are not accepted, and the backlog is full.
+    FullBacklog,
+    NeverAnswers,
+    /// It sends this and closes the connection.
+    Answers(&'static str),
+    /// It answers with this many containers.
+    Containers(usize),
+    /// It answers with this many bytes, all in one container.
+    Bytes(usize),
+    /// Names and states contain control characters.
+    HostileNames,
+    /// It sends this for the request for networks, and works for the other one.
+    AnswersNetworks(&'static str),
+    /// It does not answer the request for networks, and works for the other one.
+    NeverAnswersNetworks,
+    /// It sends this for the request for containers, and works for the other one.
+    AnswersContainers(&'static str),
 }
 
-/// The socket. It is another one after each change, as after a restart of Docker.
-pub struct Engine {
+/// A Docker Engine as far as the heartbeat uses one. Each change of its mode replaces the socket,
+/// as a restart of Docker does.
+pub struct FakeDocker {
     socket: PathBuf,
-    docker: Arc<Mutex<Docker>>,
-    /// Connections, which end with the Engine; and what keeps a full socket full.
-    held: Arc<Mutex<Vec<UnixStream>>>,
+    mode: Arc<Mutex<DockerMode>>,
+    /// Connections, which are closed at the next change; and the ones that fill a backlog.
+    open: Arc<Mutex<Vec<UnixStream>>>,
 }
 
-impl Engine {
+impl FakeDocker {
     pub fn start(socket: &Path) -> Self {
-        let docker = Arc::new(Mutex::new(Docker::Absent));
-        let engine = Self { socket: socket.to_owned(), docker, held: Arc::default() };
-        engine.set(Docker::Works);
-        engine
+        let mode = Arc::new(Mutex::new(DockerMode::Absent));
+        let docker = Self { socket: socket.to_owned(), mode, open: Arc::default() };
+        docker.set_mode(DockerMode::Works);
+        docker
     }
 
-    pub fn set(&self, docker: Docker) {
-        *self.docker.lock().unwrap() = docker;
+    pub fn set_mode(&self, mode: DockerMode) {
+        *self.mode.lock().unwrap() = mode;
         let _ = std::fs::remove_file(&self.socket);
-        for stream in self.held.lock().unwrap().drain(..) {
+        for stream in self.open.lock().unwrap().drain(..) {
             let _ = stream.shutdown(std::net::Shutdown::Both);
         }
-        match docker {
-            Docker::Absent => (),
-            Docker::IsAFile => std::fs::write(&self.socket, "no socket").unwrap(),
-            Docker::IsFull => self.fill(),
-            Docker::IsForbidden => {
+        match mode {
+            DockerMode::Absent => (),
+            DockerMode::RegularFile => std::fs::write(&self.socket, "no socket").unwrap(),
+            DockerMode::FullBacklog => self.fill_backlog(),
+            DockerMode::NoPermission => {
                 self.serve();
                 std::fs::set_permissions(&self.socket, Permissions::from_mode(0o000)).unwrap();
             }
@@ -77,63 +78,58 @@ impl Engine {
         }
     }
 
-    fn fill(&self) {
+    fn fill_backlog(&self) {
         let listener = UnixListener::bind(&self.socket).unwrap();
         rustix::net::listen(&listener, 0).unwrap();
-        let first = UnixStream::connect(&self.socket).unwrap();
-        self.held
-            .lock()
-            .unwrap()
-            .extend([first, UnixStream::from(std::os::fd::OwnedFd::from(listener))]);
+        let connection = UnixStream::connect(&self.socket).unwrap();
+        // The listener is kept open as if it were a connection.
+        let listener = UnixStream::from(OwnedFd::from(listener));
+        self.open.lock().unwrap().extend([connection, listener]);
     }
 
     fn serve(&self) {
         let listener = UnixListener::bind(&self.socket).unwrap();
-        let (docker, held) = (Arc::clone(&self.docker), Arc::clone(&self.held));
+        let mode = Arc::clone(&self.mode);
+        let open = Arc::clone(&self.open);
         thread::spawn(move || {
             for stream in listener.incoming().map_while(Result::ok) {
-                let docker = Arc::clone(&docker);
-                held.lock().unwrap().push(stream.try_clone().unwrap());
-                thread::spawn(move || answer_all(stream, &docker));
+                let mode = Arc::clone(&mode);
+                open.lock().unwrap().push(stream.try_clone().unwrap());
+                thread::spawn(move || answer_requests(stream, &mode));
             }
         });
     }
 }
 
-/// Answers one request after another, as the Engine is at that time.
-fn answer_all(mut stream: UnixStream, docker: &Mutex<Docker>) {
+/// Answers one request after another in the mode at that time. Returns when the connection is
+/// closed.
+fn answer_requests(mut stream: UnixStream, mode: &Mutex<DockerMode>) {
     let mut request = [0; 4096];
     while let Ok(count @ 1..) = stream.read(&mut request) {
-        let asks_for_networks = request[..count].starts_with(b"GET /networks");
-        let docker = *docker.lock().unwrap();
-        let done = match docker {
-            Docker::NeverReplies => {
-                thread::sleep(Duration::from_secs(120));
-                return;
-            }
-            Docker::Says(bytes) => {
+        let is_for_networks = request[..count].starts_with(b"GET /networks");
+        let mode = *mode.lock().unwrap();
+        let sent = match mode {
+            DockerMode::NeverAnswers => Ok(()),
+            DockerMode::NeverAnswersNetworks if is_for_networks => Ok(()),
+            DockerMode::Answers(bytes) => {
                 let _ = stream.write_all(bytes.as_bytes());
                 return;
             }
-            Docker::SaysOfNetworks(bytes) if asks_for_networks => {
+            DockerMode::AnswersNetworks(bytes) if is_for_networks => {
                 stream.write_all(bytes.as_bytes())
             }
-            Docker::SaysOfContainers(bytes) if !asks_for_networks => {
+            DockerMode::AnswersContainers(bytes) if !is_for_networks => {
                 stream.write_all(bytes.as_bytes())
             }
-            Docker::HangsForNetworks if asks_for_networks => {
-                thread::sleep(Duration::from_secs(120));
-                return;
-            }
-            _ if asks_for_networks => send(&mut stream, r#"[{"Name":"bridge","Driver":"bridge"}]"#),
-            Docker::Has(count) => {
+            _ if is_for_networks => send(&mut stream, r#"[{"Name":"bridge","Driver":"bridge"}]"#),
+            DockerMode::Containers(count) => {
                 send(&mut stream, &format!("[{}]", vec![CONTAINER; count].join(",")))
             }
-            Docker::Pours(size) => pour(&mut stream, size),
-            Docker::IsHostile => send(&mut stream, HOSTILE),
+            DockerMode::Bytes(size) => send_bytes(&mut stream, size),
+            DockerMode::HostileNames => send(&mut stream, HOSTILE),
             _ => send(&mut stream, &format!("[{CONTAINER}]")),
         };
-        if done.is_err() {
+        if sent.is_err() {
             return;
         }
     }
@@ -143,12 +139,12 @@ fn send(stream: &mut UnixStream, json: &str) -> std::io::Result<()> {
     write!(stream, "HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n{json}", json.len())
 }
 
-fn pour(stream: &mut UnixStream, size: usize) -> std::io::Result<()> {
+fn send_bytes(stream: &mut UnixStream, size: usize) -> std::io::Result<()> {
     write!(stream, "HTTP/1.1 200 OK\r\nContent-Length: {size}\r\n\r\n[{{\"Id\":\"")?;
     (0..size / 1_000).try_for_each(|_| stream.write_all(&[b'x'; 1_000]))
 }
 
-/// About what a real one takes.
+/// About as large as a real one.
 const CONTAINER: &str = r#"{"Id":"8a9f0c3b7d","Names":["/d1-ssh"],"Image":"decnet/ssh","Labels":{"a":"b","c":"d"},
     "State":"running","Status":"Up 3 hours","HostConfig":{"NetworkMode":"none"},"NetworkSettings":{"Networks":{}},
     "Mounts":[{"Type":"bind","Source":"/a","Destination":"/b","Mode":"","RW":true,"Propagation":"rprivate"}],
@@ -161,69 +157,76 @@ const FORBIDDEN: &str = "HTTP/1.1 403 Forbidden\r\nContent-Length: 9\r\n\r\nForb
 
 const NULL: &str = "HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nnull";
 
-/// One of ours, and somebody else's, which has no state.
-const ODD_ONE_OF_OTHERS: &str = concat!(
+/// A container of the decky, and another one without a state.
+const OTHER_WITHOUT_STATE: &str = concat!(
     "HTTP/1.1 200 OK\r\nContent-Length: 65\r\n\r\n",
     r#"[{"Names":["/d1-ssh"],"State":"running"},{"Names":["/x"],"Id":1}]"#
 );
 
-/// One of ours, without a state.
-const ODD_ONE_OF_OURS: &str = concat!(
+/// A container of the decky without a state.
+const OWN_WITHOUT_STATE: &str = concat!(
     "HTTP/1.1 200 OK\r\nContent-Length: 36\r\n\r\n",
     r#"[{"Names":["/d1-ssh"],"State":null}]"#
 );
 
-pub fn rows() -> Vec<Row> {
-    let row = |name: &str, docker, right| {
-        let world = World { source: Source::Decnet, growth: 40 * 1024, ..World::default() };
-        Row::new(format!("docker/{name}"), Fault::Docker(docker), right).with(world)
+const HTML: &str = "HTTP/1.1 200 OK\r\nContent-Length: 22\r\n\r\n<html>no engine</html>";
+
+const TRUNCATED: &str =
+    "HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n[{\"Names\":[\"/d1-ssh\"],\"Sta";
+
+const ERROR_500: &str = "HTTP/1.1 500 Oops\r\nContent-Length: 12\r\n\r\nno\u{1b}[31m\nway\u{202e}";
+
+pub fn cases() -> Vec<FaultCase> {
+    let case = |name: &str, mode, expect| {
+        let scenario =
+            Scenario { source: Source::Decnet, growth: 40 * 1024, ..Scenario::default() };
+        FaultCase::new(format!("docker/{name}"), Fault::Docker(mode), expect).in_scenario(scenario)
     };
-    let running = || Right::Tells("/status/runtime/d1/services/ssh", json!("running"));
-    let html = "HTTP/1.1 200 OK\r\nContent-Length: 22\r\n\r\n<html>no engine</html>";
-    let half = "HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n[{\"Names\":[\"/d1-ssh\"],\"Sta";
-    let oops = "HTTP/1.1 500 Oops\r\nContent-Length: 12\r\n\r\nno\u{1b}[31m\nway\u{202e}";
+    let error = |name, mode, errors| case(name, mode, Expect::StatusError(errors));
+    let running = |name, mode| {
+        case(name, mode, Expect::Field("/status/runtime/d1/services/ssh", json!("running")))
+    };
+    let answers = DockerMode::Answers;
+    let networks = DockerMode::AnswersNetworks;
+    let containers = DockerMode::AnswersContainers;
     vec![
-        row("absent", Docker::Absent, Right::Says("No such file or directory")),
-        row("not_a_socket", Docker::IsAFile, Right::Says("Connection refused")),
-        row("without_permission", Docker::IsForbidden, Right::Says("Permission denied")),
-        row("full", Docker::IsFull, Right::Says("timeout: ")),
-        row("never_replies", Docker::NeverReplies, Right::Says("timeout: ")),
-        row("half_a_reply", Docker::Says(half), Right::Says("the answer is incomplete")),
-        row("500", Docker::Says(oops), Right::Says("answered 500 no\\u{1b}[31m\\u{a}way")),
-        row("html", Docker::Says(html), Right::Says("the answer is not from a Docker Engine")),
-        // A debug build on a busy machine may be too slow to come to the cap in its eight seconds.
-        row(
-            "of_100_mb",
-            Docker::Pours(100_000_000),
-            Right::Says("the answer is larger than 33554432 bytes|timeout: "),
+        error("absent", DockerMode::Absent, &["No such file or directory"]),
+        error("regular_file", DockerMode::RegularFile, &["Connection refused"]),
+        error("no_permission", DockerMode::NoPermission, &["Permission denied"]),
+        error("full_backlog", DockerMode::FullBacklog, &["timeout: "]),
+        error("no_answer", DockerMode::NeverAnswers, &["timeout: "]),
+        error("truncated_answer", answers(TRUNCATED), &["the answer is incomplete"]),
+        error("status_500", answers(ERROR_500), &["answered 500 no\\u{1b}[31m\\u{a}way"]),
+        error("html", answers(HTML), &["the answer is not from a Docker Engine"]),
+        // On a busy machine a debug build may not reach the limit within its eight seconds.
+        error(
+            "answer_of_100_mb",
+            DockerMode::Bytes(100_000_000),
+            &["the answer is larger than 33554432 bytes", "timeout: "],
         ),
-        row("of_60000_containers", Docker::Has(60_000), Right::Says("a list of more than 25000")),
-        row("of_10000_containers", Docker::Has(10_000), running()),
-        row("networks_403", Docker::SaysOfNetworks(FORBIDDEN), running()),
-        row(
-            "networks_403_is_said",
-            Docker::SaysOfNetworks(FORBIDDEN),
-            Right::Warns("/networks: answered 403 Forbidden"),
+        error("60000_containers", DockerMode::Containers(60_000), &["a list of more than 25000"]),
+        running("10000_containers", DockerMode::Containers(10_000)),
+        running("networks_403", networks(FORBIDDEN)),
+        case(
+            "networks_403_is_logged",
+            networks(FORBIDDEN),
+            Expect::Warns("/networks: answered 403 Forbidden"),
         ),
-        row("networks_null", Docker::SaysOfNetworks(NULL), running()),
-        row("networks_half_a_reply", Docker::SaysOfNetworks(half), running()),
-        row("networks_never_reply", Docker::HangsForNetworks, running()),
-        row(
-            "containers_403",
-            Docker::SaysOfContainers(FORBIDDEN),
-            Right::Says("answered 403 Forbidden"),
+        running("networks_null", networks(NULL)),
+        running("networks_truncated", networks(TRUNCATED)),
+        running("networks_without_answer", DockerMode::NeverAnswersNetworks),
+        error("containers_403", containers(FORBIDDEN), &["answered 403 Forbidden"]),
+        error("containers_null", containers(NULL), &["invalid type: null"]),
+        running("container_of_no_decky_without_state", containers(OTHER_WITHOUT_STATE)),
+        error(
+            "container_of_decky_without_state",
+            containers(OWN_WITHOUT_STATE),
+            &["no usable state of"],
         ),
-        row("containers_null", Docker::SaysOfContainers(NULL), Right::Says("invalid type: null")),
-        row("an_odd_container_of_others", Docker::SaysOfContainers(ODD_ONE_OF_OTHERS), running()),
-        row(
-            "an_odd_container_of_ours",
-            Docker::SaysOfContainers(ODD_ONE_OF_OURS),
-            Right::Says("no usable state of"),
-        ),
-        row(
+        case(
             "hostile_names",
-            Docker::IsHostile,
-            Right::Tells("/status/runtime/d1/running", json!(false)),
+            DockerMode::HostileNames,
+            Expect::Field("/status/runtime/d1/running", json!(false)),
         ),
     ]
 }

@@ -1,4 +1,5 @@
-//! Files that others write: DECNET's state file and `topology.db`. The beat is on time whatever is at their place.
+//! Files that other programs write: DECNET's state file and `topology.db`. The beat is on time
+//! whatever is at their paths.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -12,43 +13,43 @@ use std::time::Duration;
 use rusqlite::Connection;
 use serde_json::json;
 
-use crate::row::{Fault, Right, Row};
-use crate::stage::World;
-use crate::subject::Source;
+use crate::agent::Source;
+use crate::fault_case::{Expect, Fault, FaultCase};
+use crate::test_bed::Scenario;
 
-/// What is at the state file's place.
+/// What is at the state file's path.
 #[derive(Clone, Copy, Debug)]
 pub enum StateFile {
-    Holds(&'static str),
+    Content(&'static str),
     Absent,
-    /// So many bytes of it.
+    /// A file with this many zero bytes.
     OfSize(u64),
-    /// A decky with arrays in arrays, so deep.
-    Deep(usize),
+    /// A decky with arrays that are nested this deep.
+    Nested(usize),
     Fifo,
     Directory,
-    SymlinkToIt,
+    SymlinkToFile,
     SymlinkToItself,
-    /// A file that is put at its place again and again, each time another one.
-    Replaced,
+    /// A file that is replaced repeatedly by renaming another one.
+    ReplacedRepeatedly,
 }
 
-/// The decky of the state file; one container of it runs.
+/// One decky, for which one container runs.
 const STATE: &str = r#"{"config": {"mode": "swarm", "deckies": [{"name": "d1", "services": ["ssh", "smb_share"]}]},
     "compose_path": "/opt/decnet/compose.yml"}"#;
 
 impl StateFile {
-    pub const GOOD: Self = Self::Holds(STATE);
+    pub const GOOD: Self = Self::Content(STATE);
 
-    /// Drop an earlier [`Replacing`] first: it writes to the same path.
-    pub fn put(self, path: &Path) -> Option<Replacing> {
-        let beside = path.with_extension("beside");
-        clear(path);
+    /// An earlier [`FileReplacer`] must be dropped before: it writes to the same path.
+    pub fn put(self, path: &Path) -> Option<FileReplacer> {
+        let target = path.with_extension("target");
+        remove(path);
         match self {
-            Self::Holds(content) => fs::write(path, content).unwrap(),
+            Self::Content(content) => fs::write(path, content).unwrap(),
             Self::Absent => (),
             Self::OfSize(size) => fs::File::create(path).unwrap().set_len(size).unwrap(),
-            Self::Deep(depth) => {
+            Self::Nested(depth) => {
                 let decky = format!(
                     r#"{{"name": "d1", "services": [], "x": {}{}}}"#,
                     "[".repeat(depth),
@@ -64,19 +65,19 @@ impl StateFile {
             }
             Self::Fifo => assert!(Command::new("mkfifo").arg(path).status().unwrap().success()),
             Self::Directory => fs::create_dir(path).unwrap(),
-            Self::SymlinkToIt => {
-                fs::write(&beside, STATE).unwrap();
-                symlink(beside, path).unwrap();
+            Self::SymlinkToFile => {
+                fs::write(&target, STATE).unwrap();
+                symlink(target, path).unwrap();
             }
             Self::SymlinkToItself => symlink(path, path).unwrap(),
-            Self::Replaced => return Some(Replacing::start(path)),
+            Self::ReplacedRepeatedly => return Some(FileReplacer::start(path)),
         }
         None
     }
 }
 
-/// Whatever is there.
-fn clear(path: &Path) {
+/// Removes what is at this path, if anything.
+fn remove(path: &Path) {
     if fs::symlink_metadata(path).is_ok_and(|found| found.is_dir()) {
         fs::remove_dir(path).unwrap();
     } else {
@@ -84,54 +85,57 @@ fn clear(path: &Path) {
     }
 }
 
-/// A thread that replaces a file with a longer one every 10 ms, by renaming. It ends after 2 s, or when this is dropped.
-pub struct Replacing {
+/// A thread that replaces a file with a longer one every 10 ms. It ends after 200 times, or when
+/// this is dropped.
+pub struct FileReplacer {
     thread: Option<JoinHandle<()>>,
-    is_over: Arc<AtomicBool>,
+    must_end: Arc<AtomicBool>,
 }
 
-impl Replacing {
+impl FileReplacer {
     fn start(path: &Path) -> Self {
-        let (path, beside) = (path.to_owned(), path.with_extension("next"));
+        let path = path.to_owned();
+        let next = path.with_extension("next");
         fs::write(&path, STATE).unwrap();
-        let is_over = Arc::new(AtomicBool::new(false));
-        let must_end = Arc::clone(&is_over);
+        let must_end = Arc::new(AtomicBool::new(false));
+        let ended = Arc::clone(&must_end);
         let replace = move || {
-            for n in (0..200).take_while(|_| !must_end.load(Relaxed)) {
+            for n in (0..200).take_while(|_| !ended.load(Relaxed)) {
                 let filler = " ".repeat(n * 1_000);
-                fs::write(&beside, format!("{filler}{STATE}"))
-                    .and_then(|()| fs::rename(&beside, &path))
+                fs::write(&next, format!("{filler}{STATE}"))
+                    .and_then(|()| fs::rename(&next, &path))
                     .unwrap();
+                // The fault is one change every 10 ms, so that reads and changes overlap.
                 thread::sleep(Duration::from_millis(10));
             }
         };
-        Self { thread: Some(thread::spawn(replace)), is_over }
+        Self { thread: Some(thread::spawn(replace)), must_end }
     }
 }
 
-impl Drop for Replacing {
+impl Drop for FileReplacer {
     fn drop(&mut self) {
-        self.is_over.store(true, Relaxed);
+        self.must_end.store(true, Relaxed);
         self.thread.take().unwrap().join().unwrap();
     }
 }
 
-/// What is at the place of `topology.db`.
+/// What is at the path of `topology.db`.
 #[derive(Clone, Copy, Debug)]
 pub enum TopologyFile {
     Good,
     Locked,
     Corrupt,
-    OfAnotherSchema,
-    Gone,
+    OtherSchema,
+    Deleted,
 }
 
 impl TopologyFile {
-    /// The connection keeps it locked.
+    /// Returns a connection that keeps the file locked, if it is to be locked.
     pub fn put(self, path: &Path) -> Option<Connection> {
         match self {
             Self::Good => {
-                clear(path);
+                remove(path);
                 let database = Connection::open(path).unwrap();
                 let table = "CREATE TABLE applied_topology (topology_id TEXT PRIMARY KEY, applied_version_hash TEXT, \
                              hydrated_blob_json TEXT, applied_at INTEGER, last_error TEXT)";
@@ -143,7 +147,7 @@ impl TopologyFile {
             }
             Self::Locked => {
                 let database = Connection::open(path).unwrap();
-                // What is locked and not written can be read all the same.
+                // A database that is locked but not changed could still be read.
                 database
                     .execute_batch("BEGIN EXCLUSIVE; UPDATE applied_topology SET applied_at = 6")
                     .unwrap();
@@ -154,82 +158,91 @@ impl TopologyFile {
                 fs::write(path, vec![0xa5; size]).unwrap();
                 None
             }
-            Self::OfAnotherSchema => {
+            Self::OtherSchema => {
                 let database = Connection::open(path).unwrap();
                 database.execute_batch("ALTER TABLE applied_topology RENAME TO renamed").unwrap();
                 None
             }
-            Self::Gone => {
-                clear(path);
+            Self::Deleted => {
+                remove(path);
                 None
             }
         }
     }
 }
 
-pub fn rows() -> Vec<Row> {
-    let decnet = World { source: Source::Decnet, ..World::default() };
-    let state = |name: &str, file, right| {
-        Row::new(format!("files/{name}"), Fault::State(file), right).with(decnet)
+const LONE_SURROGATE: &str = concat!(
+    r#"{"config": {"mode": "swarm", "deckies": [{"name": "d1", "services": ["ssh"], "banner": ["", "\udcff"]}]},"#,
+    r#""compose_path": "/x"}"#
+);
+
+const WRONG_TYPES: &str =
+    r#"{"config": {"mode": "swarm", "deckies": {"name": 1}}, "compose_path": 7}"#;
+
+pub fn cases() -> Vec<FaultCase> {
+    let scenario = Scenario { source: Source::Decnet, ..Scenario::default() };
+    let state = |name: &str, file, expect| {
+        FaultCase::new(format!("files/state_{name}"), Fault::StateFile(file), expect)
+            .in_scenario(scenario)
     };
-    let topology = |name: &str, file, right| {
-        Row::new(format!("files/topology_{name}"), Fault::Topology(file), right).with(decnet)
+    let error = |name, file, errors| state(name, file, Expect::StatusError(errors));
+    let content = StateFile::Content;
+    let topology = |name: &str, file, expect| {
+        FaultCase::new(format!("files/topology_{name}"), Fault::TopologyFile(file), expect)
+            .in_scenario(scenario)
     };
-    let deployed = || Right::Tells("/status/runtime/d1/services/ssh", json!("running"));
-    let kept = || Right::Tells("/topology/applied_version_hash", json!("h"));
-    let surrogate = concat!(
-        r#"{"config": {"mode": "swarm", "deckies": [{"name": "d1", "services": ["ssh"], "banner": ["", "\udcff"]}]},"#,
-        r#""compose_path": "/x"}"#
-    );
-    let of_types = r#"{"config": {"mode": "swarm", "deckies": {"name": 1}}, "compose_path": 7}"#;
+    let nothing_deployed = || Expect::Field("/status", json!({"deployed": false, "deckies": []}));
+    let running = || Expect::Field("/status/runtime/d1/services/ssh", json!("running"));
+    // The last known row is still sent.
+    let last_topology = || Expect::Field("/topology/applied_version_hash", json!("h"));
     vec![
-        state(
-            "absent",
-            StateFile::Absent,
-            Right::Tells("/status", json!({"deployed": false, "deckies": []})),
+        state("absent", StateFile::Absent, nothing_deployed()),
+        error("empty", content(""), &["EOF while parsing"]),
+        error("truncated", content(&STATE[..70]), &["EOF while parsing"]),
+        error("of_100_mb", StateFile::OfSize(100_000_000), &["larger than"]),
+        error(
+            "with_wrong_types",
+            content(WRONG_TYPES),
+            &["deckies: invalid type: map, expected a list"],
         ),
-        state("empty", StateFile::Holds(""), Right::Says("EOF while parsing")),
-        state("truncated", StateFile::Holds(&STATE[..70]), Right::Says("EOF while parsing")),
-        state("of_100_mb", StateFile::OfSize(100_000_000), Right::Says("larger than")),
-        state(
-            "of_wrong_types",
-            StateFile::Holds(of_types),
-            Right::Says("deckies: invalid type: map, expected a list"),
+        error(
+            "with_lone_surrogate",
+            content(LONE_SURROGATE),
+            &["deckies[0].banner[1] has a lone surrogate"],
         ),
-        state(
-            "with_a_lone_surrogate",
-            StateFile::Holds(surrogate),
-            Right::Says("deckies[0].banner[1] has a lone surrogate"),
-        ),
-        state("deeply_nested", StateFile::Deep(100_000), Right::Says("nested deeper than")),
-        state("a_fifo", StateFile::Fifo, Right::Says("not a regular file")),
-        state("a_directory", StateFile::Directory, Right::Says("not a regular file")),
-        state("a_symlink", StateFile::SymlinkToIt, deployed()),
-        state(
-            "a_symlink_to_itself",
+        error("nested_too_deep", StateFile::Nested(100_000), &["nested deeper than"]),
+        error("is_fifo", StateFile::Fifo, &["not a regular file"]),
+        error("is_directory", StateFile::Directory, &["not a regular file"]),
+        state("is_symlink", StateFile::SymlinkToFile, running()),
+        error(
+            "is_symlink_to_itself",
             StateFile::SymlinkToItself,
-            Right::Says("Too many levels of symbolic links"),
+            &["Too many levels of symbolic links"],
         ),
-        state("replaced_while_read", StateFile::Replaced, deployed()),
-        topology("locked", TopologyFile::Locked, kept()),
+        state("replaced_repeatedly", StateFile::ReplacedRepeatedly, running()),
+        topology("locked", TopologyFile::Locked, last_topology()),
         topology(
-            "locked_is_said",
+            "locked_is_logged",
             TopologyFile::Locked,
-            Right::Warns("topology.db: database is locked"),
+            Expect::Warns("topology.db: database is locked"),
         ),
-        topology("corrupt", TopologyFile::Corrupt, kept()),
+        topology("corrupt", TopologyFile::Corrupt, last_topology()),
         topology(
-            "corrupt_is_said",
+            "corrupt_is_logged",
             TopologyFile::Corrupt,
-            Right::Warns("topology.db: file is not a database"),
+            Expect::Warns("topology.db: file is not a database"),
         ),
-        topology("of_another_schema", TopologyFile::OfAnotherSchema, kept()),
+        topology("with_other_schema", TopologyFile::OtherSchema, last_topology()),
         topology(
-            "of_another_schema_is_said",
-            TopologyFile::OfAnotherSchema,
-            Right::Warns("no such table"),
+            "with_other_schema_is_logged",
+            TopologyFile::OtherSchema,
+            Expect::Warns("no such table"),
         ),
-        topology("gone", TopologyFile::Gone, kept()),
-        topology("gone_is_said", TopologyFile::Gone, Right::Warns("topology.db: was deleted")),
+        topology("deleted", TopologyFile::Deleted, last_topology()),
+        topology(
+            "deleted_is_logged",
+            TopologyFile::Deleted,
+            Expect::Warns("topology.db: was deleted"),
+        ),
     ]
 }

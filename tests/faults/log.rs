@@ -1,45 +1,49 @@
-//! The log as an attack surface: what others say comes out of it cut, escaped and on one line, and no secret at all.
+//! The log as an attack surface: text of other programs is shortened, escaped and kept on one line
+//! before it is logged, and no key is logged.
 
+use std::process::Command;
 use std::time::Duration;
 
 use decnet_heartbeat::Heartbeat;
 use decnet_heartbeat::loopback::{Answer, Options, Role};
-use serde_json::json;
 
-use crate::stage::{Stage, World};
-use crate::subject::{Logger, Source};
+use crate::agent::{Logger, Source};
+use crate::agent_process::AgentProcess;
+use crate::fault_case::becomes_true;
+use crate::test_bed::{Scenario, TIMEOUT, TestBed, Ticks};
 
-/// Characters of a line at the most: a few foreign texts, each cut, and what is around them.
+/// The maximum number of characters in a line: a few texts of other programs, each shortened, and
+/// the rest of the line.
 const LINE: usize = 1_500;
 
-/// Lines of a row's whole log at the most, `trace` included.
+/// The maximum number of lines that a row logs, `trace` included.
 const LINES: usize = 120;
 
-/// Every line is one of ours, short, and without what a terminal obeys. The library says nothing as a panic would.
-pub fn check(stage: &Stage, log: &str) {
-    // The last line may be just being written.
-    let whole = log.rsplit_once('\n').map_or("", |(whole, _)| whole);
-    for line in whole.lines() {
-        let is_ours = ["ERROR", "WARN", "INFO", "DEBUG", "TRACE"]
+/// Asserts that every line has the library's form, is short, and has no control character.
+pub fn check_log(bed: &TestBed, log: &str) {
+    // The last line may not be complete yet.
+    let complete = log.rsplit_once('\n').map_or("", |(complete, _)| complete);
+    for line in complete.lines() {
+        let has_level = ["ERROR", "WARN", "INFO", "DEBUG", "TRACE"]
             .iter()
             .any(|level| line.contains(&format!(" [{level}] (")));
-        assert!(is_ours && line.starts_with("20"), "{line:?}");
+        assert!(has_level && line.starts_with("20"), "{line:?}");
         assert!(line.chars().count() <= LINE, "{line}");
-        check_keys(line);
+        check_fields(line);
         assert!(
             !line.chars().any(|c| c.is_control() || ('\u{202a}'..='\u{202e}').contains(&c)),
             "{line:?}"
         );
     }
     assert!(log.lines().count() <= LINES, "{log}");
-    check_secrets(stage, log);
+    check_no_key(bed, log);
 }
 
-/// What happened, and then `key=value`, each value in one piece: first whose line it is, in a fixed order. A line that
-/// knows the master knows the host.
-fn check_keys(line: &str) {
+/// Asserts that a line has a message and then fields `key=value`, with each value in one piece.
+/// Fields that name the heartbeat come first, in a fixed order, and `master` only with `host`.
+fn check_fields(line: &str) {
     let message = line.split_once(") ").unwrap().1;
-    // The subject's log names the module, too; the program's does not.
+    // The agent's log contains the module, too; that of the program does not.
     let message = message
         .strip_prefix("decnet_heartbeat")
         .map_or(message, |rest| rest.split_once(": ").unwrap().1);
@@ -48,7 +52,7 @@ fn check_keys(line: &str) {
     let mut keys = Vec::new();
     while !rest.is_empty() {
         let (key, value) =
-            rest.split_once('=').unwrap_or_else(|| panic!("a value in pieces, {rest:?}: {line}"));
+            rest.split_once('=').unwrap_or_else(|| panic!("no key before {rest:?}: {line}"));
         assert!(
             !key.is_empty() && key.chars().all(|c| c.is_ascii_lowercase() || c == '_'),
             "{key:?}: {line}"
@@ -63,7 +67,7 @@ fn check_keys(line: &str) {
                     escaped = c == '\\' && !escaped;
                     ends
                 });
-                quote.unwrap_or_else(|| panic!("a quote that does not end: {line}")) + 2
+                quote.unwrap_or_else(|| panic!("a quote without an end: {line}")) + 2
             }
         };
         rest = value[end..].trim_start();
@@ -75,127 +79,133 @@ fn check_keys(line: &str) {
     assert!(order[1].is_none() || order[0].is_some(), "{line}");
 }
 
-/// Nothing of any key that was ever in the bundle.
-pub fn check_secrets(stage: &Stage, said: &str) {
-    let key = std::fs::read_to_string(stage.agent_file("worker.key")).unwrap();
+/// Asserts that a text contains no part of the key.
+pub fn check_no_key(bed: &TestBed, text: &str) {
+    let key = std::fs::read_to_string(bed.agent_file("worker.key")).unwrap();
     for line in key.lines().filter(|line| !line.starts_with("-----")) {
-        assert!(line.len() < 16 || !said.contains(&line[..16]), "key material: {said}");
+        assert!(line.len() < 16 || !text.contains(&line[..16]), "a part of the key: {text}");
     }
 }
 
-/// Fifty beats that fail alike are a handful of lines, and what changes is said at once.
-pub fn repeated_failures_are_said_ever_more_rarely() {
-    let stage =
-        Stage::new(World { interval: Duration::from_millis(50), ticks: true, ..World::default() });
-    let mut subject = stage.start();
-    stage.master.always(Some(Answer::status(503).into()));
-    subject.until("50 failures", |stats| stats["failure"]["count"].as_u64() >= Some(50));
-    let counts = || {
-        let failed =
-            subject.log_lines("beat failed: ").into_iter().filter(|line| line.contains("[WARN]"));
-        failed
-            .map(|line| {
-                line.split("failures=").nth(1).unwrap().split(' ').next().unwrap().to_owned()
-            })
-            .collect::<Vec<_>>()
-    };
-    let mut said = counts();
-    said.truncate(6);
-    assert_eq!(said, ["1", "2", "4", "8", "16", "32"]);
-    assert!(counts().len() <= 8);
-    stage.master.always(Some(Answer::status(502).into()));
-    subject.until("another failure", |stats| stats["failure"]["class"] == "http-502");
-    stage.master.always(None);
-    subject.until("all to be well", |stats| stats["failure"].is_null());
-    assert!((1..=2).contains(&subject.log_lines("beats accepted again: ").len()));
+/// Fifty equal failures are logged in a few lines. A change is logged at once.
+pub fn repeated_failures_are_logged_at_a_decreasing_rate() {
+    let interval = Duration::from_millis(50);
+    let bed = TestBed::new(Scenario { interval, ticks: Ticks::FromTimer, ..Scenario::default() });
+    let mut agent = bed.start();
+    bed.master.always(Some(Answer::status(503).into()));
+    agent.wait_for("50 failures", |stats| stats["failure"]["count"].as_u64() >= Some(50));
+    let logged = logged_failure_counts(&agent);
+    assert_eq!(logged[..6], ["1", "2", "4", "8", "16", "32"]);
+    assert!(logged.len() <= 8, "{logged:?}");
+    bed.master.always(Some(Answer::status(502).into()));
+    agent.wait_for("another failure", |stats| stats["failure"]["class"] == "http-502");
+    bed.master.always(None);
+    agent.wait_for("the recovery", |stats| stats["failure"].is_null());
+    assert!((1..=2).contains(&agent.log_lines("beats accepted again: ").len()));
 }
 
-/// What a master may say, and a file, and an argument: long, many lines, control and bidi characters.
-pub fn hostile_text_stays_text() {
+/// The field `failures` of the warnings.
+fn logged_failure_counts(agent: &AgentProcess) -> Vec<String> {
+    let lines = agent.log_lines("beat failed: ");
+    let warnings = lines.iter().filter(|line| line.contains("[WARN]"));
+    let counts = warnings.map(|line| line.split("failures=").nth(1).unwrap());
+    counts.map(|rest| rest.split(' ').next().unwrap().to_owned()).collect()
+}
+
+/// Text of a master, a file and an argument: long, with line breaks, control characters and
+/// characters that change the direction of text.
+pub fn hostile_text_is_escaped() {
     let hostile = format!(
         "\u{1b}]0;owned\u{7}\r\n2026-01-01T00:00:00Z [ERROR] (x) forged\u{202e}\u{2028}{}",
         "z".repeat(9_000)
     );
-    let stage = Stage::new(World { source: Source::Decnet, ..World::default() });
-    let mut subject = stage.start();
-    for status in [403, 422, 503] {
-        stage.master.script([Answer::status(status).body(hostile.clone()).into()]);
-        subject.tick();
-        subject.until("a refusal", |stats| !stats["failure"].is_null() || status == 422);
-        subject.tick();
-        subject.until("all to be well", |stats| stats["failure"].is_null());
+    let bed = TestBed::new(Scenario { source: Source::Decnet, ..Scenario::default() });
+    let mut agent = bed.start();
+    // 422 is the last one: after it the master's next failure would suspend the states.
+    for status in [403, 503, 422] {
+        let beats = agent.stats()["beats"].as_u64();
+        bed.master.script([Answer::status(status).body(hostile.clone()).into()]);
+        agent.tick();
+        let is_sent = bed.master.wait_until(TIMEOUT, |seen| {
+            seen.received().iter().any(|request| request.status == Some(status))
+        });
+        assert!(is_sent, "{status}: {}", agent.log_tail());
+        // After 422 the beat is sent without its status at once, and does not fail. The others
+        // fail, and the next one is sent with a tick or after the backoff.
+        if status != 422 {
+            agent.wait_for("a failure", |stats| !stats["failure"].is_null());
+            let class = format!("class=http-{status} ");
+            assert!(becomes_true(|| !agent.log_lines(&class).is_empty()), "{}", agent.log());
+            agent.tick();
+        }
+        agent.wait_for("the recovery", |stats| {
+            stats["failure"].is_null() && stats["beats"].as_u64() > beats
+        });
     }
-    let beats = subject.stats()["beats"].as_u64();
-    std::fs::write(stage.path("state.json"), &hostile).unwrap();
-    std::fs::write(stage.agent_file("topology.db"), &hostile).unwrap();
-    std::fs::write(stage.path("decnet.ini"), &hostile).unwrap();
-    subject.tick();
-    subject.until("a beat", |stats| stats["beats"].as_u64() > beats);
-    let log = subject.log();
+    let beats = agent.stats()["beats"].as_u64();
+    std::fs::write(bed.path("state.json"), &hostile).unwrap();
+    std::fs::write(bed.agent_file("topology.db"), &hostile).unwrap();
+    std::fs::write(bed.path("decnet.ini"), &hostile).unwrap();
+    agent.tick();
+    agent.wait_for("a beat", |stats| stats["beats"].as_u64() > beats);
+    let log = agent.log();
     assert!(log.contains("\\u{1b}]0;owned") && !log.contains("\n2026-01-01"), "{log}");
-    check(&stage, &log);
-    // What an operator is told of an argument.
-    let mut program = std::process::Command::new(env!("CARGO_BIN_EXE_decnet-heartbeat"));
-    let output = program
-        .env_clear()
-        .args(["--log-file", "/nowhere\u{1b}[31m\n/at all", "run"])
-        .output()
-        .unwrap();
-    let said = String::from_utf8(output.stderr).unwrap();
-    assert!(
-        said.contains("/nowhere\\u{1b}[31m\\u{a}/at all") && said.lines().count() == 1,
-        "{said}"
-    );
+    check_log(&bed, &log);
+    assert_program_escapes_its_arguments();
 }
 
-/// `{:?}` of all that has to do with the bundle.
-pub fn no_key_is_in_any_debug_text() {
-    let stage = Stage::new(World::default());
-    let builder = || Heartbeat::builder().enrolment(stage.worker.enrolment().unwrap());
+fn assert_program_escapes_its_arguments() {
+    let mut program = Command::new(env!("CARGO_BIN_EXE_decnet-heartbeat"));
+    program.env_clear().args(["--log-file", "/nowhere\u{1b}[31m\n/at all", "run"]);
+    let stderr = String::from_utf8(program.output().unwrap().stderr).unwrap();
+    assert!(stderr.contains("/nowhere\\u{1b}[31m\\u{a}/at all"), "{stderr}");
+    assert_eq!(stderr.lines().count(), 1, "{stderr}");
+}
+
+/// The output of `{:?}` for every type that has a key, or contains one that has.
+pub fn debug_output_contains_no_key() {
+    let bed = TestBed::new(Scenario::default());
+    let builder = || Heartbeat::builder().enrolment(bed.worker.enrolment().unwrap());
     let heartbeat = builder().start().unwrap();
-    let issued = stage.master.authority().issue(Role::Master).unwrap();
+    let authority = bed.master.authority();
+    let issued = authority.issue(Role::Master).unwrap();
     let options = Options { certificate: Some(issued.clone()), ..Options::default() };
-    let said = [
-        format!(
-            "{heartbeat:#?} {:#?} {:#?} {:#?}",
-            builder(),
-            heartbeat.deltas(),
-            heartbeat.stats()
-        ),
-        format!("{:#?} {:#?} {:#?}", stage.worker, stage.worker.enrolment(), stage.master),
-        format!("{options:#?} {issued:#?} {:#?}", stage.master.authority()),
+    for text in [
+        format!("{heartbeat:#?} {:#?}", builder()),
+        format!("{:#?} {:#?}", heartbeat.deltas(), heartbeat.stats()),
+        format!("{:#?} {:#?} {:#?}", bed.worker, bed.worker.enrolment(), bed.master),
+        format!("{options:#?} {issued:#?} {authority:#?}"),
         format!("{:#?}", builder().start().map(drop)),
-    ];
-    for text in said {
-        check_secrets(&stage, &text);
+    ] {
+        check_no_key(&bed, &text);
         assert!(!text.contains("PRIVATE KEY") && !text.contains(&issued.key[60..90]), "{text}");
     }
 }
 
-/// Each line of the log is a panic: while all is well, while beats fail, while the outbox is busy, and at a stop.
-pub fn a_logger_that_panics() {
-    let stage = Stage::new(World { logger: Logger::Panics, ..World::default() });
-    let mut subject = stage.start();
-    let before = subject.footprint();
-    subject.push("a");
-    subject.until("the first delta", |stats| stats["delivered"] == 1);
-    stage.master.script([Answer::status(503).into(), Answer::status(422).into()]);
-    subject.push("b");
-    subject.until("a failure", |stats| !stats["failure"].is_null());
-    let stats = subject
-        .until("the second delta", |stats| stats["delivered"] == 2 && stats["failure"].is_null());
-    assert_eq!(
-        (&stats["ended_thread"], &stats["waiting"], &stats["rejected"]),
-        (&json!(null), &json!(0), &json!(0))
-    );
+/// The logger panics for every line: of accepted and failed beats, of the outbox, and of a stop.
+pub fn panicking_logger_loses_only_its_lines() {
+    let bed = TestBed::new(Scenario { logger: Logger::Panics, ..Scenario::default() });
+    let mut agent = bed.start();
+    let before = agent.footprint();
+    agent.push("a");
+    agent.wait_for("the first delta", |stats| stats["delivered"] == 1);
+    bed.master.script([Answer::status(503).into(), Answer::status(422).into()]);
+    agent.push("b");
+    agent.wait_for("a failure", |stats| !stats["failure"].is_null());
+    let stats = agent.wait_for("the second delta", |stats| {
+        stats["delivered"] == 2 && stats["failure"].is_null()
+    });
+    assert!(stats["ended_thread"].is_null(), "{stats}");
+    assert_eq!(stats["waiting"], 0);
+    assert_eq!(stats["rejected"], 0);
+    // A lost line is not a failure of its beat, so no beat is delayed by a backoff.
     let beats = stats["beats"].as_u64().unwrap();
-    // Nothing is put off: a line that is lost is no failure of its beat.
     for more in 1..=5 {
-        subject.tick();
-        subject.until("a beat", |stats| stats["beats"].as_u64() >= Some(beats + more));
+        agent.tick();
+        agent.wait_for("a beat", |stats| stats["beats"].as_u64() >= Some(beats + more));
     }
-    assert_eq!(subject.footprint().threads, before.threads);
-    subject.push("c");
-    let stopped = subject.stop(Duration::from_secs(5));
+    assert_eq!(agent.footprint().threads, before.threads);
+    agent.push("c");
+    let stopped = agent.stop(Duration::from_secs(5));
     assert!(stopped["in_time"] == true && stopped["undelivered"] == 0, "{stopped}");
 }

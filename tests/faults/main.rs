@@ -1,13 +1,15 @@
-//! The table of faults: what can go wrong around a heartbeat, and what is right then. A row is a test and has a name:
-//! where it happens, and what.
+//! The table of faults: what can go wrong around a heartbeat, and what is expected then. Each row
+//! is a test. Its name consists of the place of the fault and the fault.
 //!
-//! `cargo test --test faults` runs those that need nothing but Rust and OpenSSL's command line, `-- --include-ignored` all
-//! of them, `-- tls/` a part, `-- --list` none. Each row has a process of its own that embeds the library (`subject`), a
-//! loopback master, the network between them (`gate`) and a Docker socket; one driver (`row`) plays the rows that are
-//! data. It is a program of its own since it starts itself: with `--subject` it is the process under test.
+//! `cargo test --test faults` runs the rows that need only Rust and the `openssl` command.
+//! `-- --include-ignored` runs all of them, `-- tls/` a part, and `-- --list` shows their names.
+//! Each row starts a process that embeds the library (`agent`), a loopback master, a TCP proxy
+//! between them and a Docker socket. One driver (`fault_case`) runs the rows that are data. The
+//! program has a `main` of its own because it starts itself: with `--agent` it is the process under
+//! test.
 //!
-//! `-- soak --ignored` plays them at random for two minutes, `-- soak --ignored --hours 2` for two hours of simulated time,
-//! with `--seed N` in the same order again.
+//! `-- soak --ignored` injects faults in random order for two minutes, and with `--hours 2` for two
+//! hours of simulated time. `--seed N` repeats an order.
 
 #![allow(
     clippy::unwrap_used,
@@ -16,120 +18,149 @@
     clippy::panic,
     clippy::print_stdout,
     clippy::print_stderr,
-    reason = "a test that cannot go on fails there and then, also one that cannot print"
+    reason = "a test that cannot continue panics, also if it cannot print"
 )]
 
+mod agent;
+mod agent_process;
 mod answer;
 mod connection;
 mod credentials;
 mod docker;
+mod fault_case;
 mod files;
-mod gate;
 mod hardening;
 mod log;
 mod network;
 mod process;
-mod row;
 mod soak;
 mod source;
-mod stage;
-mod subject;
+#[allow(dead_code, unused_imports, reason = "no test program uses all helpers")]
+#[path = "../support/mod.rs"]
+mod support;
+mod tcp_proxy;
+mod test_bed;
 mod tls;
 
 use std::process::ExitCode;
 
+use fault_case::FaultCase;
 use libtest_mimic::{Arguments, Trial};
-use row::Row;
 
-/// Rows spend their time waiting, so many more go on at once than there are cores.
-const AT_ONCE: usize = 12;
+/// The number of rows that run at the same time. It is larger than the number of cores, because
+/// rows spend most of their time waiting.
+const CONCURRENT_ROWS: usize = 12;
 
-/// Rows that are no data.
-const OTHERS: [(&str, fn()); 23] = [
-    ("hardening/the_unit_keeps_trying", hardening::the_unit_keeps_trying),
-    ("answer/extra_bytes_are_not_the_next_answer", answer::extra_bytes_are_not_the_next_answer),
-    ("credentials/rotated", credentials::rotated),
-    ("credentials/a_new_uuid", credentials::a_new_uuid),
-    ("network/ticks_do_not_pile_up", network::ticks_do_not_pile_up),
-    ("source/panics", source::panics),
-    ("source/panics_every_second_time", source::panics_every_second_time),
-    (
-        "source/panics_with_a_payload_that_panics_when_it_is_dropped",
-        source::panics_with_a_stubborn_payload,
-    ),
-    ("source/never_returns", source::never_returns),
-    ("source/returns_50_mb", source::returns_50_mb),
-    ("source/answers_while_a_post_takes_its_time", source::answers_while_a_post_takes_its_time),
-    ("process/suspended_and_resumed", process::suspended_and_resumed),
-    ("process/all_senders_dropped", process::all_senders_dropped),
-    ("process/a_thread_cannot_be_spawned", process::a_thread_cannot_be_spawned),
-    ("process/stop_while_the_outbox_is_locked", process::stop_while_the_outbox_is_locked),
-    ("process/drop_without_stop", process::drop_without_stop),
-    ("process/two_heartbeats_in_one_process", process::two_heartbeats_in_one_process),
-    ("process/two_heartbeats_in_two_processes", process::two_heartbeats_in_two_processes),
-    (
-        "hardening/no_variable_of_the_environment_is_obeyed",
-        hardening::no_variable_of_the_environment_is_obeyed,
-    ),
-    (
-        "log/repeated_failures_are_said_ever_more_rarely",
-        log::repeated_failures_are_said_ever_more_rarely,
-    ),
-    ("log/a_logger_that_panics_costs_nothing_but_its_lines", log::a_logger_that_panics),
-    ("log/hostile_text_stays_text", log::hostile_text_stays_text),
-    ("log/no_key_is_in_any_debug_text", log::no_key_is_in_any_debug_text),
+/// The rows that are data.
+const TABLES: [fn() -> Vec<FaultCase>; 8] = [
+    network::cases,
+    answer::cases,
+    connection::cases,
+    tls::cases,
+    credentials::cases,
+    docker::cases,
+    files::cases,
+    process::cases,
 ];
 
-/// Rows that take a minute, or a Debian package.
-const IGNORED: [(&str, fn()); 6] = [
-    ("source/returns_after_a_minute", source::returns_after_a_minute),
-    ("process/wall_clock_jumps_ten_years", process::wall_clock_jumps_ten_years),
-    ("hardening/the_unit_is_sound_and_tight", hardening::the_unit_is_sound_and_tight),
-    ("hardening/the_drop_in_binds_it_to_the_agent", hardening::the_drop_in_binds_it_to_the_agent),
+/// The rows that are functions.
+const FUNCTIONS: [(&str, fn()); 23] = [
     (
-        "hardening/the_drop_ins_for_another_users_folder_are_sound_and_tight",
-        hardening::the_drop_ins_for_another_users_folder_are_sound_and_tight,
+        "hardening/unit_restarts_except_for_exit_code_78",
+        hardening::unit_restarts_except_for_exit_code_78,
+    ),
+    (
+        "answer/extra_bytes_are_not_read_as_next_answer",
+        answer::extra_bytes_are_not_read_as_next_answer,
+    ),
+    (
+        "credentials/renewed_certificate_is_used_for_next_beat",
+        credentials::renewed_certificate_is_used_for_next_beat,
+    ),
+    ("credentials/new_uuid_is_read_with_new_bundle", credentials::new_uuid_is_read_with_new_bundle),
+    ("network/ticks_do_not_pile_up", network::ticks_do_not_pile_up),
+    ("source/panics_do_not_stop_beats", source::panics_do_not_stop_beats),
+    ("source/snapshots_between_panics_are_sent", source::snapshots_between_panics_are_sent),
+    (
+        "source/panic_payload_that_panics_on_drop_is_contained",
+        source::panic_payload_that_panics_on_drop_is_contained,
+    ),
+    ("source/blocked_source_is_not_called_again", source::blocked_source_is_not_called_again),
+    (
+        "source/status_of_50_mb_is_replaced_by_an_error",
+        source::status_of_50_mb_is_replaced_by_an_error,
+    ),
+    (
+        "source/snapshot_that_aged_during_a_post_is_not_sent",
+        source::snapshot_that_aged_during_a_post_is_not_sent,
+    ),
+    ("process/suspension_causes_no_burst", process::suspension_causes_no_burst),
+    ("process/dropped_senders_cause_no_wakeups", process::dropped_senders_cause_no_wakeups),
+    ("process/failed_thread_start_is_an_error", process::failed_thread_start_is_an_error),
+    (
+        "process/stop_is_bounded_while_outbox_is_locked",
+        process::stop_is_bounded_while_outbox_is_locked,
+    ),
+    ("process/drop_is_bounded_and_loses_no_delta", process::drop_is_bounded_and_loses_no_delta),
+    (
+        "process/second_heartbeat_in_same_process_is_refused",
+        process::second_heartbeat_in_same_process_is_refused,
+    ),
+    (
+        "process/second_heartbeat_in_other_process_is_refused",
+        process::second_heartbeat_in_other_process_is_refused,
+    ),
+    ("hardening/environment_variables_are_ignored", hardening::environment_variables_are_ignored),
+    (
+        "log/repeated_failures_are_logged_at_a_decreasing_rate",
+        log::repeated_failures_are_logged_at_a_decreasing_rate,
+    ),
+    ("log/panicking_logger_loses_only_its_lines", log::panicking_logger_loses_only_its_lines),
+    ("log/hostile_text_is_escaped", log::hostile_text_is_escaped),
+    ("log/debug_output_contains_no_key", log::debug_output_contains_no_key),
+];
+
+/// The rows that take a minute, or need a Debian package.
+const IGNORED: [(&str, fn()); 6] = [
+    ("source/late_snapshot_is_sent_in_its_own_beat", source::late_snapshot_is_sent_in_its_own_beat),
+    (
+        "process/clock_jump_affects_only_certificate_checks",
+        process::clock_jump_affects_only_certificate_checks,
+    ),
+    ("hardening/unit_passes_systemd_analyze", hardening::unit_passes_systemd_analyze),
+    ("hardening/drop_in_binds_unit_to_agent", hardening::drop_in_binds_unit_to_agent),
+    (
+        "hardening/drop_ins_for_another_user_pass_systemd_analyze",
+        hardening::drop_ins_for_another_user_pass_systemd_analyze,
     ),
     ("soak", soak::soak),
 ];
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().collect();
-    if let [_, option, setup] = arguments.as_slice()
-        && option == "--subject"
+    if let [_, option, settings] = arguments.as_slice()
+        && option == "--agent"
     {
-        subject::run(setup);
+        agent::run(settings);
         return ExitCode::SUCCESS;
     }
     let mut arguments = Arguments::from_iter(soak::take_options(arguments));
-    arguments.test_threads = arguments.test_threads.or(Some(AT_ONCE));
+    arguments.test_threads = arguments.test_threads.or(Some(CONCURRENT_ROWS));
     libtest_mimic::run(&arguments, trials()).exit_code()
 }
 
-/// The rows that are data.
-const TABLES: [fn() -> Vec<Row>; 8] = [
-    network::rows,
-    answer::rows,
-    connection::rows,
-    tls::rows,
-    credentials::rows,
-    docker::rows,
-    files::rows,
-    process::rows,
-];
-
 fn trials() -> Vec<Trial> {
-    let rows = TABLES.into_iter().flat_map(|table| table());
-    let named = |name: String, play: Box<dyn FnOnce() + Send>| {
+    let trial = |name: String, run: Box<dyn FnOnce() + Send>| {
         Trial::test(name, move || {
-            play();
+            run();
             Ok(())
         })
     };
-    let played = rows.map(|row| named(row.name.clone(), Box::new(move || row.play())));
-    let other = |(name, test): (&str, fn())| named(name.to_owned(), Box::new(test));
-    played
-        .chain(OTHERS.into_iter().map(other))
-        .chain(IGNORED.into_iter().map(|it| other(it).with_ignored_flag(true)))
+    let cases = TABLES.into_iter().flat_map(|cases| cases());
+    let cases = cases.map(|case| trial(case.name.clone(), Box::new(move || case.run())));
+    let function = |(name, test): (&str, fn())| trial(name.to_owned(), Box::new(test));
+    cases
+        .chain(FUNCTIONS.into_iter().map(function))
+        .chain(IGNORED.into_iter().map(|row| function(row).with_ignored_flag(true)))
         .collect()
 }

@@ -1,177 +1,190 @@
-//! What happens to the process itself: clocks that jump, suspension, threads that cannot be had, stops at any moment, and
-//! a second one.
+//! Faults of the process itself: clock jumps, suspension, threads that cannot be started, stops at
+//! any moment, and a second heartbeat.
 
 use std::time::{Duration, Instant};
 
-use decnet_heartbeat::loopback::{Answer, Effect, Fault as Wire, Role};
-use serde_json::json;
+use decnet_heartbeat::loopback::{Answer, Effect, Fault as MasterFault, Role};
 
-use crate::gate::Network;
-use crate::row::{Fault, Right, Row};
-use crate::stage::{SLACK, Stage, Subject, World};
-use crate::subject::{NO_ROOM, Source};
+use crate::agent::LIMIT_MEMORY;
+use crate::agent_process::AgentProcess;
+use crate::fault_case::{Expect, Fault, FaultCase};
+use crate::network::large_status;
+use crate::tcp_proxy::ProxyMode;
+use crate::test_bed::{SLACK, Scenario, TIMEOUT, TestBed, Ticks};
 use crate::tls::Impostor;
 
-pub fn rows() -> Vec<Row> {
-    const BIG: usize = 12 << 20;
-    let big = World { source: Source::Of(BIG), growth: 8 * BIG as u64 / 1024, ..World::default() };
-    let row = |name: &str, fault| Row::new(format!("process/stop_in_{name}"), fault, Right::Stops);
+pub fn cases() -> Vec<FaultCase> {
+    let case = |name: &str, fault| {
+        FaultCase::new(format!("process/stop_during_{name}"), fault, Expect::StopsInTime)
+    };
     vec![
-        row("connect", Fault::Network(Network::Swallows)),
-        row("handshake", Fault::Network(Network::IsMute)),
-        row("send", Fault::Network(Network::StallsAfter(100_000))).with(big),
-        row("wait", Fault::Always(Wire::NeverAnswer(Effect::Lost))),
-        row("backoff", Fault::Always(Answer::status(503).into())),
+        case("connect", Fault::Proxy(ProxyMode::DropConnectionRequests)),
+        case("handshake", Fault::Proxy(ProxyMode::Silent)),
+        case("send", Fault::Proxy(ProxyMode::StallAfter(100_000))).in_scenario(large_status()),
+        case("wait_for_answer", Fault::EveryRequest(MasterFault::NeverAnswer(Effect::Lost))),
+        case("backoff", Fault::EveryRequest(Answer::status(503).into())),
     ]
 }
 
-/// Where Debian has the library that shows a process another clock.
+/// Debian's path of the library that shows a process another clock.
 const FAKETIME: &str = "/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1";
 
-/// The clock jumps by ten years while it runs, either way: certificates are out of their dates by it, and say so. What is
-/// timed is timed by another clock: there is neither a burst nor a silence.
-pub fn wall_clock_jumps_ten_years() {
-    for (jump, says) in [
+/// The clock jumps by ten years in either direction. Certificates are out of their dates then, and
+/// the error says so. Timeouts and intervals use another clock: there is neither a burst nor a
+/// silence.
+pub fn clock_jump_affects_only_certificate_checks() {
+    for (jump, detail) in [
         ("+10y", "has expired by this host's clock, which shows 203"),
         ("-10y", "is not yet valid by this host's clock, which shows 201"),
     ] {
-        let stage = Stage::new(World::default());
-        let clock = stage.path("clock");
+        let bed = TestBed::new(Scenario::default());
+        let clock = bed.path("clock");
         std::fs::write(&clock, "+0").unwrap();
-        let clock_file = clock.to_str().unwrap();
-        let mut subject = stage.spawn(&[
+        let mut agent = bed.spawn(&[
             ("LD_PRELOAD", FAKETIME),
-            ("FAKETIME_TIMESTAMP_FILE", clock_file),
+            ("FAKETIME_TIMESTAMP_FILE", clock.to_str().unwrap()),
             ("FAKETIME_NO_CACHE", "1"),
             ("FAKETIME_DONT_FAKE_MONOTONIC", "1"),
         ]);
-        assert_eq!(subject.answer(), "started");
-        subject.until("the first beat", |stats| stats["beats"] == 1);
+        assert_eq!(agent.read_reply(), "started");
+        agent.wait_for("the first beat", |stats| stats["beats"] == 1);
         std::fs::write(&clock, jump).unwrap();
-        // On the connection that is open nothing has changed.
-        subject.push("open");
-        subject.until("a delivery", |stats| stats["delivered"] == 1);
-        let year = stage.last()["lifecycle"][0]["completed_at"].as_str().unwrap()[..3].to_owned();
-        assert!(says.ends_with(&year), "the clock of this test does not jump: {year}");
-        // A new connection does not look at a certificate again if it resumes a session; with another master it cannot.
-        let other = Impostor::As(Role::Master).replace_credentials(&stage);
-        subject.push("cut");
-        let failure =
-            subject.until("a failure", |stats| !stats["failure"].is_null())["failure"].clone();
-        assert!(
-            failure["class"] == "tls" && failure["detail"].as_str().unwrap().contains(says),
-            "{failure}"
-        );
+        // An open connection is not affected.
+        agent.push("open");
+        agent.wait_for("a delivery", |stats| stats["delivered"] == 1);
+        let completed_at = bed.last_body()["lifecycle"][0]["completed_at"].clone();
+        let decade = &completed_at.as_str().unwrap()[..3];
+        assert!(detail.ends_with(decade), "the agent's clock does not jump: {completed_at}");
+        // A resumed session does not check the certificate again. With another server there is no
+        // session to resume.
+        let other = Impostor::WithRole(Role::Master).start(&bed);
+        agent.push("closed");
+        let stats = agent.wait_for("a failure", |stats| !stats["failure"].is_null());
+        let failure = &stats["failure"];
+        assert_eq!(failure["class"], "tls");
+        assert!(failure["detail"].as_str().unwrap().contains(detail), "{failure}");
+        // There is no event to wait for: the attempts in this time are counted.
         std::thread::sleep(Duration::from_secs(3));
-        let count = subject.stats()["failure"]["count"].as_u64().unwrap();
-        assert!((2..=4).contains(&count), "tried after about 1, 2 and 4 seconds: {count}");
-        other.check();
-        stage.gate.lead_to(stage.master.address());
+        let count = agent.stats()["failure"]["count"].as_u64().unwrap();
+        assert!((2..=4).contains(&count), "attempts after about 1, 2 and 4 seconds: {count}");
+        other.assert_no_request();
+        bed.proxy.set_target(bed.master.address());
         std::fs::write(&clock, "+0").unwrap();
-        subject
-            .until("all to be well", |stats| stats["delivered"] == 2 && stats["failure"].is_null());
-        assert_eq!(subject.stop(Duration::from_secs(2))["in_time"], true);
-        // The library leaves these behind.
+        agent.wait_for("the recovery", |stats| {
+            stats["delivered"] == 2 && stats["failure"].is_null()
+        });
+        assert_eq!(agent.stop(Duration::from_secs(2))["in_time"], true);
+        // The library does not remove these.
         for name in ["faketime_shm", "sem.faketime_sem"] {
-            let _ = std::fs::remove_file(format!("/dev/shm/{name}_{}", subject.id()));
+            let _ = std::fs::remove_file(format!("/dev/shm/{name}_{}", agent.id()));
         }
     }
 }
 
-/// Suspended for eight intervals: one beat says all there is to say, and then there is one every interval again.
-pub fn suspended_and_resumed() {
+/// After a suspension of eight intervals there is one beat for all missed ticks, and then one beat
+/// per interval.
+pub fn suspension_causes_no_burst() {
     let interval = Duration::from_millis(500);
-    let stage = Stage::new(World { interval, ticks: true, ..World::default() });
-    let subject = stage.start();
-    subject.signal("STOP");
+    let bed = TestBed::new(Scenario { interval, ticks: Ticks::FromTimer, ..Scenario::default() });
+    let agent = bed.start();
+    agent.signal("STOP");
+    // The fault is the suspension itself.
     std::thread::sleep(interval * 8);
-    let before = stage.master.received().len();
+    let before = bed.master.received().len();
     let resumed = Instant::now();
-    subject.signal("CONT");
+    agent.signal("CONT");
+    // There is no event to wait for: the beats in this time are counted.
     std::thread::sleep(interval * 4);
-    let after: Vec<_> =
-        stage.master.received()[before..].iter().map(|request| request.at - resumed).collect();
-    assert!((3..=6).contains(&after.len()), "{after:?}");
-    assert!(after[0] < interval + SLACK, "{after:?}");
-    let burst = after.iter().filter(|at| **at < interval * 4 / 5).count();
-    assert!(burst <= 2, "one for what was missed, and a tick: {after:?}");
+    let times: Vec<_> =
+        bed.master.received()[before..].iter().map(|request| request.at - resumed).collect();
+    assert!((3..=6).contains(&times.len()), "{times:?}");
+    assert!(times[0] < interval + SLACK, "{times:?}");
+    let burst = times.iter().filter(|time| **time < interval * 4 / 5).count();
+    assert!(burst <= 2, "more than one beat for missed ticks, and a tick: {times:?}");
 }
 
-/// An agent that only beats: what it does not hold cannot wake anything.
-pub fn all_senders_dropped() {
-    let stage = Stage::new(World::default());
-    let mut subject = stage.start();
-    subject.tell("forget");
+/// An agent without a delta sender: the channels of dropped senders wake no thread.
+pub fn dropped_senders_cause_no_wakeups() {
+    let bed = TestBed::new(Scenario::default());
+    let mut agent = bed.start();
+    agent.command("drop_sender");
+    // No event reports that all threads sleep, or that none wakes up.
     std::thread::sleep(Duration::from_millis(300));
-    let before = subject.sleeps();
+    let before = agent.sleeps();
     std::thread::sleep(Duration::from_secs(2));
-    assert_eq!(subject.sleeps(), before, "no thread has woken up");
-    subject.tick();
-    subject.until("a beat", |stats| stats["beats"] == 2);
-    assert_eq!(subject.stop(Duration::from_secs(1))["in_time"], true);
+    assert_eq!(agent.sleeps(), before, "a thread woke up");
+    agent.tick();
+    agent.wait_for("a beat", |stats| stats["beats"] == 2);
+    assert_eq!(agent.stop(Duration::from_secs(1))["in_time"], true);
 }
 
-/// No memory for another stack.
-pub fn a_thread_cannot_be_spawned() {
-    let stage = Stage::new(World::default());
-    let error = stage.spawn(&[(NO_ROOM, "1")]).answer()["error"].as_str().unwrap().to_owned();
+/// There is no memory for another stack.
+pub fn failed_thread_start_is_an_error() {
+    let bed = TestBed::new(Scenario::default());
+    let reply = bed.spawn(&[(LIMIT_MEMORY, "1")]).read_reply();
+    let error = reply["error"].as_str().unwrap();
     assert!(error.starts_with("cannot start the thread decnet-"), "{error}");
-    // Nothing is left behind that would keep the next start from it.
-    stage.start();
+    // The failed start holds no lock, so the next start succeeds.
+    bed.start();
 }
 
-pub fn stop_while_the_outbox_is_locked() {
-    let stage = Stage::new(World::default());
-    let mut subject = stage.start();
-    stage.master.script([Answer::status(503).header("Retry-After", "600").into()]);
-    subject.tick();
-    subject.until("a failure", |stats| !stats["failure"].is_null());
-    subject.push("d");
-    let other = rusqlite::Connection::open(stage.agent_file("heartbeat.db")).unwrap();
+pub fn stop_is_bounded_while_outbox_is_locked() {
+    let bed = TestBed::new(Scenario::default());
+    let mut agent = bed.start();
+    bed.master.script([Answer::status(503).header("Retry-After", "600").into()]);
+    agent.tick();
+    agent.wait_for("a failure", |stats| !stats["failure"].is_null());
+    agent.push("d");
+    let other = rusqlite::Connection::open(bed.agent_file("heartbeat.db")).unwrap();
     other.execute_batch("BEGIN IMMEDIATE").unwrap();
-    let stopped = subject.stop(Duration::from_secs(1));
-    assert!(stopped["seconds"].as_f64().unwrap() < 1.6 && stopped["in_time"] == true, "{stopped}");
-    // The master has it, and the file does not know that yet: after the next start it goes out once more.
-    assert_eq!((&stopped["undelivered"], &stopped["kept"]), (&json!(0), &json!(false)));
-    assert_eq!(stage.arrived(|status| status == Some(204)), ["d"]);
+    let stopped = agent.stop(Duration::from_secs(1));
+    assert!(stopped["seconds"].as_f64().unwrap() < 1.6, "{stopped}");
+    assert_eq!(stopped["in_time"], true, "{stopped}");
+    // The master has the delta, and the file still contains it: it is sent again after the next
+    // start.
+    assert_eq!(stopped["undelivered"], 0, "{stopped}");
+    assert_eq!(stopped["durable"], false, "{stopped}");
+    assert_eq!(bed.deckies_in(|status| status == Some(204)), ["d"]);
 }
 
-/// Forgotten, not stopped: bounded all the same, and what is undelivered is for the next start.
-pub fn drop_without_stop() {
-    let stage = Stage::new(World::default());
-    let mut subject = stage.start();
-    stage.master.always(Some(Wire::NeverAnswer(Effect::Lost)));
-    subject.push("d");
-    std::thread::sleep(Duration::from_millis(300));
-    let seconds = subject.tell("drop")["seconds"].as_f64().unwrap();
+/// A heartbeat that is dropped without a stop: the drop is bounded, and an undelivered delta is
+/// sent after the next start.
+pub fn drop_is_bounded_and_loses_no_delta() {
+    let bed = TestBed::new(Scenario::default());
+    let mut agent = bed.start();
+    bed.master.always(Some(MasterFault::NeverAnswer(Effect::Lost)));
+    let before = bed.master.received().len();
+    agent.push("d");
+    assert!(bed.master.wait_until(TIMEOUT, |seen| seen.received().len() > before));
+    let seconds = agent.command("drop")["seconds"].as_f64().unwrap();
     assert!((1.5..2.6).contains(&seconds), "{seconds}");
-    stage.master.always(None);
-    stage.start().until("the delivery", |stats| stats["delivered"] == 1);
+    bed.master.always(None);
+    bed.start().wait_for("the delivery", |stats| stats["delivered"] == 1);
 }
 
-/// What a second owner is told.
-fn refused(error: &str, subject: &Subject) {
-    assert!(error.contains("heartbeat.db") && error.contains(&subject.id().to_string()), "{error}");
+/// The error names the file and the process that uses it.
+fn assert_refused(error: &str, agent: &AgentProcess) {
+    assert!(error.contains("heartbeat.db") && error.contains(&agent.id().to_string()), "{error}");
 }
 
-pub fn two_heartbeats_in_one_process() {
-    let stage = Stage::new(World::default());
-    let mut subject = stage.start();
-    let error = subject.tell("second");
-    refused(error.as_str().unwrap(), &subject);
-    subject.tick();
-    subject.until("a beat of the first one", |stats| stats["beats"] == 2);
+pub fn second_heartbeat_in_same_process_is_refused() {
+    let bed = TestBed::new(Scenario::default());
+    let mut agent = bed.start();
+    let error = agent.command("start_second");
+    assert_refused(error.as_str().unwrap(), &agent);
+    agent.tick();
+    agent.wait_for("a beat of the first heartbeat", |stats| stats["beats"] == 2);
 }
 
-pub fn two_heartbeats_in_two_processes() {
-    let stage = Stage::new(World::default());
-    let mut first = stage.start();
-    let error = stage.spawn(&[]).answer();
-    refused(error["error"].as_str().unwrap(), &first);
+pub fn second_heartbeat_in_other_process_is_refused() {
+    let bed = TestBed::new(Scenario::default());
+    let mut first = bed.start();
+    let reply = bed.spawn(&[]).read_reply();
+    assert_refused(reply["error"].as_str().unwrap(), &first);
     first.tick();
-    first.until("a beat of the first one", |stats| stats["beats"] == 2);
-    // Killed, it gives its place up.
+    first.wait_for("a beat of the first heartbeat", |stats| stats["beats"] == 2);
+    // The lock is released when the process is killed.
     first.signal("KILL");
     drop(first);
-    stage.start();
+    bed.start();
 }

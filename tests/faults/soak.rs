@@ -1,36 +1,40 @@
-//! A long run: a beat every 100 ms, one fault of the table after another, and pushes all the time. Nothing is lost, and
-//! the process is as large in the end as it was in the beginning.
+//! A long run: a beat every 100 ms, faults of the table in random order, and pushes all the time.
+//! No delta is lost, and the process does not grow.
 
 use std::collections::HashSet;
+use std::ops::Range;
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
-use crate::row::{self, Right, Row};
-use crate::stage::{Footprint, Stage, Subject, World};
-use crate::subject::Source;
+use crate::agent::Source;
+use crate::agent_process::{AgentProcess, Footprint};
+use crate::fault_case::{self, Expect, FaultCase};
+use crate::support::deckies;
+use crate::test_bed::{Scenario, TestBed};
 
-/// The time that a beat stands for. It takes less where nothing goes wrong, so simulated time passes faster than ours.
+/// The time that a beat stands for. A beat without a fault takes less, so simulated time passes
+/// faster than real time.
 const INTERVAL: Duration = Duration::from_millis(100);
 
-/// What a run may grow by: the allocator's doing, after answers of a hundred megabytes.
+/// How much the resident memory may grow, in KiB: the allocator keeps some after answers of a
+/// hundred megabytes.
 const GROWTH: u64 = 2 * 1024;
 
-/// How long it runs.
+/// The longest time until a restored heartbeat has no failure and nothing to send.
+const RECOVERY: Duration = Duration::from_secs(30);
+
+/// The length of a run.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Length {
-    /// Of our time, for each run of the tests.
     Real(Duration),
-    /// So many beats' worth.
+    /// The time that the beats stand for.
     Simulated(Duration),
 }
 
-/// The command line's `--hours` (simulated) and `--seed`.
-pub static OPTIONS: OnceLock<(Length, u64)> = OnceLock::new();
-
 impl Length {
-    pub const USUAL: Self = Self::Real(Duration::from_secs(120));
+    pub const DEFAULT: Self = Self::Real(Duration::from_secs(120));
 
-    fn is_over(self, beats: u32, since: Instant) -> bool {
+    fn is_reached(self, beats: u32, since: Instant) -> bool {
         match self {
             Self::Real(length) => since.elapsed() >= length,
             Self::Simulated(length) => INTERVAL * beats >= length,
@@ -38,133 +42,137 @@ impl Length {
     }
 }
 
-/// What has been pushed, and what the master has taken.
+/// The options `--hours` (of simulated time) and `--seed`.
+pub static OPTIONS: OnceLock<(Length, u64)> = OnceLock::new();
+
+/// The deltas that were pushed, and those that the master accepted.
 #[derive(Default)]
-struct Ledger {
+struct Deltas {
     pushed: HashSet<String>,
-    arrived: HashSet<String>,
-    faults: u32,
+    accepted: HashSet<String>,
 }
 
-impl Ledger {
-    fn push(&mut self, subject: &mut Subject) {
+impl Deltas {
+    fn push(&mut self, agent: &mut AgentProcess) {
         let name = format!("d{}", self.pushed.len());
-        // One that the outbox has refused is not lost: whoever pushed it knows.
-        if subject.tell(&format!("push {name}")) == "pushed" {
+        // A delta whose push returned an error is not lost: the caller knows.
+        if agent.command(&format!("push {name}")) == "pushed" {
             self.pushed.insert(name);
         }
     }
 
-    /// Takes down what has arrived. An odd answer has accepted it, too, if the fault's row says so.
-    fn note(&mut self, stage: &Stage, fault: Option<&Row>) {
-        let accepts_oddly = fault.is_some_and(|row| matches!(row.right, Right::Delivers { .. }));
-        for request in stage.master.take_received() {
-            let accepted =
-                request.status.map_or(accepts_oddly, |status| (200..300).contains(&status));
-            let deltas = request.json.filter(|_| accepted).map(|mut json| json["lifecycle"].take());
-            let deltas = deltas.and_then(|deltas| deltas.as_array().cloned()).unwrap_or_default();
-            self.arrived.extend(
-                deltas.iter().map(|delta| delta["decky_name"].as_str().unwrap().to_owned()),
-            );
+    /// Records the accepted requests. A raw answer has no status, and accepts a request if the
+    /// fault's row expects it.
+    fn record_accepted(&mut self, bed: &TestBed, case: Option<&FaultCase>) {
+        let raw_accepts = case.is_some_and(|case| matches!(case.expect, Expect::Delivers { .. }));
+        for request in bed.master.take_received() {
+            let is_accepted =
+                request.status.map_or(raw_accepts, |status| (200..300).contains(&status));
+            if is_accepted {
+                self.accepted.extend(deckies(&request));
+            }
         }
     }
 }
 
-/// All of the table that ends by itself within a few seconds.
-fn faults() -> Vec<Row> {
-    let tables = super::TABLES.into_iter().flat_map(|table| table());
-    tables.filter(|row| !row.name.contains("_a_day")).collect()
+/// The rows whose fault ends within a few seconds after it was restored.
+fn cases() -> Vec<FaultCase> {
+    let cases = super::TABLES.into_iter().flat_map(|cases| cases());
+    cases.filter(|case| !case.name.contains("_a_day")).collect()
 }
 
 pub fn soak() {
-    let (length, seed) = *OPTIONS.get_or_init(|| (Length::USUAL, fastrand::u64(..)));
+    let (length, seed) = *OPTIONS.get_or_init(|| (Length::DEFAULT, fastrand::u64(..)));
     println!("soak: seed {seed}");
     fastrand::seed(seed);
-    let (rows, mut ledger, since) = (faults(), Ledger::default(), Instant::now());
-    let mut stage =
-        Stage::new(World { interval: INTERVAL, source: Source::Decnet, ..World::default() });
-    let mut subject = stage.start();
-    let (mut beats, mut sizes) = (0, Vec::new());
-    while !length.is_over(beats, since) {
-        let row = fastrand::choice(&rows).unwrap();
-        let posing = row.fault.begin(&mut stage);
-        ledger.faults += 1;
-        beats += beat_on(&mut subject, &mut ledger, 1..10);
-        row::mend(&mut stage);
-        drop(posing);
-        ledger.note(&stage, Some(row));
-        beats += beat_on(&mut subject, &mut ledger, 10..60);
-        beats += all_well(&mut subject);
-        ledger.note(&stage, None);
-        sizes.push(subject.footprint());
+    let cases = cases();
+    let since = Instant::now();
+    let mut bed = TestBed::new(Scenario {
+        interval: INTERVAL,
+        source: Source::Decnet,
+        ..Scenario::default()
+    });
+    let mut agent = bed.start();
+    let mut deltas = Deltas::default();
+    let mut beats = 0;
+    let mut footprints = Vec::new();
+    while !length.is_reached(beats, since) {
+        let case = fastrand::choice(&cases).unwrap();
+        let other = case.fault.inject(&mut bed);
+        beats += beat_and_push(&mut agent, &mut deltas, 1..10);
+        fault_case::restore(&mut bed);
+        drop(other);
+        deltas.record_accepted(&bed, Some(case));
+        beats += beat_and_push(&mut agent, &mut deltas, 10..60);
+        beats += beat_until_recovered(&mut agent);
+        deltas.record_accepted(&bed, None);
+        footprints.push(agent.footprint());
     }
-    let figures = settle(&stage, &mut subject, &mut ledger, &sizes);
-    let simulated = (INTERVAL * beats).as_secs_f64() / 3600.0;
+    let stats = agent.stats();
+    let rejected = assert_none_lost(&bed, &deltas);
+    let growth = assert_no_growth(&footprints);
     println!(
-        "soak: {simulated:.2} simulated hours in {:.0} s: {figures}",
-        since.elapsed().as_secs_f64()
+        "soak: {:.2} simulated hours in {:.0} s: {} faults, {} beats accepted, {} pushed, {rejected} rejected, 0 lost; {growth}",
+        (INTERVAL * beats).as_secs_f64() / 3600.0,
+        since.elapsed().as_secs_f64(),
+        footprints.len(),
+        stats["beats"],
+        deltas.pushed.len(),
     );
 }
 
-/// So many beats, and a push with every third.
-fn beat_on(subject: &mut Subject, ledger: &mut Ledger, beats: std::ops::Range<u32>) -> u32 {
-    let beats = fastrand::u32(beats);
+/// A random number of beats. There is a push with every third of them. Returns the number.
+fn beat_and_push(agent: &mut AgentProcess, deltas: &mut Deltas, range: Range<u32>) -> u32 {
+    let beats = fastrand::u32(range);
     for _ in 0..beats {
         if fastrand::u8(..3) == 0 {
-            ledger.push(subject);
+            deltas.push(agent);
         }
-        subject.tell("beat");
+        agent.command("beat");
     }
     beats
 }
 
-/// Beats until the last fault is forgotten.
-fn all_well(subject: &mut Subject) -> u32 {
+/// Beats until there is no failure and nothing to send. Returns the number of beats.
+fn beat_until_recovered(agent: &mut AgentProcess) -> u32 {
     let since = Instant::now();
     for beats in 1.. {
-        subject.tell("beat");
-        let stats = subject.stats();
+        agent.command("beat");
+        let stats = agent.stats();
         if stats["failure"].is_null()
             && stats["waiting"] == 0
             && stats["snapshot_pending_since"].is_null()
         {
             return beats;
         }
-        assert!(since.elapsed() < Duration::from_secs(30), "{stats:#}\n{}", subject.log_tail());
+        assert!(since.elapsed() < RECOVERY, "{stats:#}\n{}", agent.log_tail());
     }
-    unreachable!("it beats for ever");
+    unreachable!("the loop has no end");
 }
 
-/// Nothing is lost, nothing has grown.
-fn settle(
-    stage: &Stage,
-    subject: &mut Subject,
-    ledger: &mut Ledger,
-    sizes: &[Footprint],
-) -> String {
-    let rejected: Vec<String> = {
-        let outbox = rusqlite::Connection::open(stage.agent_file("heartbeat.db")).unwrap();
-        let mut select =
-            outbox.prepare("SELECT decky FROM delta WHERE rejected IS NOT NULL").unwrap();
-        select.query_map([], |row| row.get(0)).unwrap().map(Result::unwrap).collect()
-    };
-    let stats = subject.stats();
-    let lost: Vec<_> =
-        ledger.pushed.difference(&ledger.arrived).filter(|name| !rejected.contains(name)).collect();
-    assert!(lost.is_empty(), "lost: {lost:?}\n{stats:#}");
-    // After every kind of fault has had its chance to be met once.
-    let (early, late) =
-        (typical(&sizes[sizes.len() / 4..sizes.len() / 2]), typical(&sizes[sizes.len() * 3 / 4..]));
+/// Asserts that each pushed delta was accepted or rejected. Returns the number of rejected ones.
+fn assert_none_lost(bed: &TestBed, deltas: &Deltas) -> usize {
+    let outbox = rusqlite::Connection::open(bed.agent_file("heartbeat.db")).unwrap();
+    let mut select = outbox.prepare("SELECT decky FROM delta WHERE rejected IS NOT NULL").unwrap();
+    let rejected: Vec<String> =
+        select.query_map([], |row| row.get(0)).unwrap().map(Result::unwrap).collect();
+    let missing = deltas.pushed.difference(&deltas.accepted);
+    let lost: Vec<_> = missing.filter(|name| !rejected.contains(name)).collect();
+    assert!(lost.is_empty(), "lost: {lost:?}");
+    rejected.len()
+}
+
+/// Compares the second quarter with the last one. In the first quarter memory grows until most
+/// faults were injected once. Returns the figures.
+fn assert_no_growth(footprints: &[Footprint]) -> String {
+    let count = footprints.len();
+    let early = median(&footprints[count / 4..count / 2]);
+    let late = median(&footprints[count * 3 / 4..]);
     assert!(late.resident <= early.resident + GROWTH, "{early:?}, then {late:?}");
     assert_eq!(late.threads, early.threads);
     assert!(late.descriptors <= early.descriptors, "{early:?}, then {late:?}");
     format!(
-        "{} faults, {} beats accepted, {} pushed, {} rejected, 0 lost; {:.1} MB and then {:.1} MB resident, {} threads, \
-         {} descriptors",
-        ledger.faults,
-        stats["beats"],
-        ledger.pushed.len(),
-        rejected.len(),
+        "{:.1} MB and then {:.1} MB resident, {} threads, {} descriptors",
         early.resident as f64 / 1024.0,
         late.resident as f64 / 1024.0,
         late.threads,
@@ -172,38 +180,39 @@ fn settle(
     )
 }
 
-/// The median of each.
-fn typical(sizes: &[Footprint]) -> Footprint {
-    fn median<T: Ord + Copy>(sizes: &[Footprint], of: impl Fn(&Footprint) -> T) -> T {
-        let mut sorted: Vec<_> = sizes.iter().map(of).collect();
+/// The median of each value.
+fn median(footprints: &[Footprint]) -> Footprint {
+    fn median_of<T: Ord>(footprints: &[Footprint], value: impl Fn(&Footprint) -> T) -> T {
+        let mut sorted: Vec<_> = footprints.iter().map(value).collect();
         sorted.sort_unstable();
-        sorted[sorted.len() / 2]
+        let middle = sorted.len() / 2;
+        sorted.swap_remove(middle)
     }
     Footprint {
-        threads: median(sizes, |size| size.threads),
-        descriptors: median(sizes, |size| size.descriptors),
-        peak: median(sizes, |size| size.peak),
-        resident: median(sizes, |size| size.resident),
+        threads: median_of(footprints, |footprint| footprint.threads),
+        descriptors: median_of(footprints, |footprint| footprint.descriptors),
+        peak: median_of(footprints, |footprint| footprint.peak),
+        resident: median_of(footprints, |footprint| footprint.resident),
     }
 }
 
-/// The options that are not libtest's, taken out of the command line.
+/// Takes the options that libtest does not know out of the command line.
 pub fn take_options(arguments: Vec<String>) -> Vec<String> {
-    let (mut rest, mut length, mut seed) = (Vec::new(), Length::USUAL, fastrand::u64(..));
+    let mut rest = Vec::new();
+    let mut length = Length::DEFAULT;
+    let mut seed = fastrand::u64(..);
     let mut arguments = arguments.into_iter();
     while let Some(argument) = arguments.next() {
-        let mut value = || {
-            arguments
-                .next()
-                .and_then(|text| text.parse::<f64>().ok())
-                .expect("a number after the option")
+        let mut number = || {
+            let text = arguments.next();
+            text.and_then(|text| text.parse::<f64>().ok()).expect("a number after the option")
         };
         match argument.as_str() {
-            "--hours" => length = Length::Simulated(Duration::from_secs_f64(value() * 3600.0)),
-            "--seed" => seed = value() as u64,
+            "--hours" => length = Length::Simulated(Duration::from_secs_f64(number() * 3600.0)),
+            "--seed" => seed = number() as u64,
             _ => rest.push(argument),
         }
     }
-    OPTIONS.set((length, seed)).expect("it is set once");
+    OPTIONS.set((length, seed)).expect("the options are set once");
     rest
 }

@@ -1,16 +1,20 @@
-//! What a heartbeat is in a process that was forked after its start: the child's calls return errors at once, and nothing that it
-//! drops or stops changes anything for the parent.
+//! A heartbeat in a process that was forked after its start: the calls of the child return errors
+//! at once, and its drops and stops do not affect the parent.
 //!
-//! It is a program of its own, which runs its tests one after another on one thread: a child has the descriptors of all other
-//! tests, and their locks with them.
+//! The program has a `main` of its own because it runs its tests one after another on one thread. A
+//! child inherits the open files of all tests that run, and their locks.
 
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::indexing_slicing,
     clippy::panic,
-    reason = "a test that cannot go on fails there and then"
+    reason = "a test that cannot continue panics"
 )]
+
+#[allow(dead_code, unused_imports, reason = "no test program uses all helpers")]
+#[path = "../support/mod.rs"]
+mod support;
 
 use std::fs;
 use std::io::{self, Read};
@@ -21,36 +25,33 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::never;
-use decnet_heartbeat::loopback::{Enrolled, Fault, LoopbackMaster, RowStatus};
+use decnet_heartbeat::loopback::{Fault, RowStatus};
 use decnet_heartbeat::{
-    DeltaSender, Error, Heartbeat, HeartbeatBuilder, LifecycleDelta, Operation, Outcome, Snapshot,
-    Stopped, TrackedOperation,
+    DeltaSender, Error, Heartbeat, HeartbeatBuilder, LifecycleDelta, Operation, Outcome, Stopped,
+    TrackedOperation,
 };
 use fork::{Fork, fork};
 use libtest_mimic::{Arguments, Trial};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, WaitOptions, kill_process, pidfd_open, waitpid};
-use serde_json::json;
+use support::{Fixture, TIMEOUT};
 
-/// Longer than anything takes; reaching it is a failure.
-const PATIENCE: Duration = Duration::from_secs(20);
-
-/// The same, where no event says that something has happened.
-const STEPS: u32 = 2_000;
+/// The number of polls within [`TIMEOUT`].
+const POLLS: u32 = 2_000;
 
 const TESTS: [(&str, fn()); 6] = [
-    ("every_call_of_a_child_is_an_error_at_once", every_call_of_a_child_is_an_error_at_once),
+    ("every_call_in_child_fails_at_once", every_call_in_child_fails_at_once),
     (
-        "a_childs_drops_and_stops_leave_the_parent_alone",
-        a_childs_drops_and_stops_leave_the_parent_alone,
+        "drops_and_stops_in_child_do_not_affect_parent",
+        drops_and_stops_in_child_do_not_affect_parent,
     ),
-    ("what_ends_in_a_child_has_not_ended", what_ends_in_a_child_has_not_ended),
+    ("operation_that_ends_in_child_is_still_open", operation_that_ends_in_child_is_still_open),
+    ("child_waits_for_no_mutex_of_parent", child_waits_for_no_mutex_of_parent),
     (
-        "a_child_never_waits_for_a_mutex_of_the_parents_threads",
-        a_child_never_waits_for_a_mutex_of_the_parents_threads,
+        "child_can_start_heartbeat_if_no_outbox_was_open_at_fork",
+        child_can_start_heartbeat_if_no_outbox_was_open_at_fork,
     ),
-    ("a_child_starts_its_own_only_if_no_outbox_was_open_at_the_fork", a_child_starts_its_own),
-    ("a_child_that_outlives_its_parent_keeps_the_delivery_lock", a_child_that_outlives_its_parent),
+    ("orphaned_child_keeps_delivery_lock", orphaned_child_keeps_delivery_lock),
 ];
 
 fn main() -> ExitCode {
@@ -65,270 +66,265 @@ fn main() -> ExitCode {
     libtest_mimic::run(&arguments, TESTS.map(trial).into()).exit_code()
 }
 
-struct Stage {
-    _folder: tempfile::TempDir,
-    master: LoopbackMaster,
-    worker: Enrolled,
+/// A heartbeat without ticks: it beats only for deltas.
+fn builder(fixture: &Fixture) -> HeartbeatBuilder {
+    fixture.builder().0.ticks(never())
 }
 
-impl Stage {
-    fn new() -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let master = LoopbackMaster::start().unwrap();
-        let worker = master.enrol(&folder.path().join("agent")).unwrap();
-        Self { _folder: folder, master, worker }
-    }
+/// Starts a heartbeat without ticks and waits for its first beat.
+fn start_heartbeat(fixture: &Fixture) -> Heartbeat {
+    let heartbeat = builder(fixture).start().unwrap();
+    heartbeat.beats().recv_timeout(TIMEOUT).unwrap();
+    heartbeat
+}
 
-    fn builder(&self) -> HeartbeatBuilder {
-        Heartbeat::builder()
-            .enrolment(self.worker.enrolment().unwrap())
-            .status_source(|| Snapshot::new(&json!({"deployed": false, "deckies": []})))
-            // No tick: it beats for deltas alone.
-            .ticks(never())
-    }
-
-    /// A heartbeat whose first beat was accepted.
-    fn beating(&self) -> Heartbeat {
-        let heartbeat = self.builder().start().unwrap();
-        heartbeat.beats().recv_timeout(PATIENCE).unwrap();
-        heartbeat
-    }
-
-    fn open(&self, deckies: &[&str]) {
-        for decky in deckies {
-            self.master.open_operation(&self.worker.uuid, decky, Operation::Deploy.as_str());
-        }
-    }
-
-    fn status(&self, decky: &str) -> RowStatus {
-        self.master.rows().into_iter().find(|row| row.decky == decky).unwrap().status
-    }
-
-    fn waits_for(&self, decky: &str, status: RowStatus) {
-        let is_so = self.master.wait_until(PATIENCE, |seen| {
-            seen.rows().iter().any(|row| row.decky == decky && row.status == status)
-        });
-        assert!(is_so, "{:?}", self.master.rows());
+fn open_operations(fixture: &Fixture, deckies: &[&str]) {
+    for decky in deckies {
+        fixture.master.open_operation(&fixture.worker.uuid, decky, Operation::Deploy.as_str());
     }
 }
 
-/// Runs this in a child, which must end well and in time.
-fn in_a_child(act: impl FnOnce()) {
+fn row_status(fixture: &Fixture, decky: &str) -> RowStatus {
+    fixture.master.rows().into_iter().find(|row| row.decky == decky).unwrap().status
+}
+
+fn wait_for_row_status(fixture: &Fixture, decky: &str, status: RowStatus) {
+    let has_status = fixture.master.wait_until(TIMEOUT, |seen| {
+        seen.rows().iter().any(|row| row.decky == decky && row.status == status)
+    });
+    assert!(has_status, "{:?}", fixture.master.rows());
+}
+
+fn connections(fixture: &Fixture) -> usize {
+    fixture.master.connections().len()
+}
+
+/// Runs this in a forked child, and asserts that it succeeds in time.
+fn run_in_child(work: impl FnOnce()) {
     match fork().unwrap() {
-        Fork::Child => process::exit(catch_unwind(AssertUnwindSafe(act)).map_or(1, |()| 0)),
+        Fork::Child => process::exit(catch_unwind(AssertUnwindSafe(work)).map_or(1, |()| 0)),
         Fork::Parent(pid) => {
             let pid = Pid::from_raw(pid).unwrap();
             let descriptor = pidfd_open(pid, PidfdFlags::empty()).unwrap();
-            let timeout = Timespec::try_from(PATIENCE).unwrap();
+            let timeout = Timespec::try_from(TIMEOUT).unwrap();
             let has_ended =
                 poll(&mut [PollFd::new(&descriptor, PollFlags::IN)], Some(&timeout)).unwrap() == 1;
             if !has_ended {
                 kill_process(pid, Signal::KILL).unwrap();
             }
             let (_, status) = waitpid(Some(pid), WaitOptions::empty()).unwrap().unwrap();
-            assert!(has_ended, "the child hangs");
+            assert!(has_ended, "the child does not end");
             assert_eq!(status.exit_status(), Some(0), "the child failed");
         }
     }
 }
 
-fn step() {
-    let _ = never::<()>().recv_timeout(PATIENCE / STEPS);
+/// The pause between two polls.
+fn pause() {
+    let _ = never::<()>().recv_timeout(TIMEOUT / POLLS);
 }
 
-fn delta(decky: &str) -> LifecycleDelta {
+fn deployed(decky: &str) -> LifecycleDelta {
     LifecycleDelta::succeeded(decky, Operation::Deploy)
 }
 
-/// The error says whose the heartbeat is, and what to do.
-fn is_refused<T>(parent: u32, result: Result<T, Error>) {
-    let said = result.err().expect("an error").to_string();
-    assert!(said.starts_with(&format!("this process was forked from process {parent} ")), "{said}");
-    assert!(
-        said.ends_with("start the heartbeat after the fork, in the process that uses it"),
-        "{said}"
-    );
+/// Asserts that the error names the parent process, and what to do.
+fn assert_refused<T>(parent: u32, result: Result<T, Error>) {
+    let error = result.err().expect("an error").to_string();
+    let start = format!("this process was forked from process {parent}, ");
+    assert!(error.starts_with(&start), "{error}");
+    let end = "start the heartbeat after the fork, in the process that uses it";
+    assert!(error.ends_with(end), "{error}");
 }
 
-/// Each call that there is, on copies that the child has.
+/// Calls everything that there is, with the values that a child has inherited.
 fn call_everything(
     parent: u32,
     heartbeat: Heartbeat,
     deltas: &DeltaSender,
     mut operation: TrackedOperation,
 ) {
-    let none = || Vec::<LifecycleDelta>::new();
     for deltas in [deltas.clone(), heartbeat.deltas()] {
-        is_refused(parent, deltas.push(delta("d")));
-        is_refused(parent, deltas.push_all([delta("d"), delta("e")]));
-        is_refused(parent, deltas.push_all(none()));
-        is_refused(parent, deltas.begin(Operation::Deploy, "d"));
-        is_refused(parent, deltas.run(Operation::Deploy, "d", || ()).map(drop));
+        assert_refused(parent, deltas.push(deployed("d")));
+        assert_refused(parent, deltas.push_all([deployed("d"), deployed("e")]));
+        assert_refused(parent, deltas.push_all(Vec::<LifecycleDelta>::new()));
+        assert_refused(parent, deltas.begin(Operation::Deploy, "d"));
+        assert_refused(parent, deltas.run(Operation::Deploy, "d", || ()).map(drop));
     }
-    is_refused(parent, heartbeat.begin(Operation::Deploy, "d"));
-    is_refused(parent, heartbeat.run(Operation::Deploy, "d", || ()).map(drop));
-    is_refused(parent, operation.end("tracked", Outcome::Succeeded));
+    assert_refused(parent, heartbeat.begin(Operation::Deploy, "d"));
+    assert_refused(parent, heartbeat.run(Operation::Deploy, "d", || ()).map(drop));
+    assert_refused(parent, operation.end("tracked", Outcome::Succeeded));
     assert_eq!(operation.open().collect::<Vec<_>>(), ["tracked"]);
     drop(operation);
     let stats = heartbeat.stats();
-    assert_eq!(
-        (stats.ended_thread, stats.dormant, stats.waiting),
-        (Some("decnet-heartbeat"), false, 0)
-    );
+    assert_eq!(stats.ended_thread, Some("decnet-heartbeat"));
+    assert_eq!((stats.dormant, stats.waiting), (false, 0));
     assert!(heartbeat.is_stalled());
-    assert!(!heartbeat.flush(PATIENCE * 2));
+    assert!(!heartbeat.flush(TIMEOUT * 2));
     assert!(heartbeat.beats().try_recv().is_err());
-    let Stopped { undelivered, operations, kept, in_time, .. } = heartbeat.stop(PATIENCE * 2);
+    let Stopped { undelivered, operations, kept, in_time, .. } = heartbeat.stop(TIMEOUT * 2);
     assert_eq!((undelivered, operations, kept, in_time), (0, 0, true, true));
 }
 
-fn every_call_of_a_child_is_an_error_at_once() {
-    let stage = Stage::new();
-    let heartbeat = stage.beating();
-    let (deltas, parent) = (heartbeat.deltas(), process::id());
+fn every_call_in_child_fails_at_once() {
+    let fixture = Fixture::new();
+    let heartbeat = start_heartbeat(&fixture);
+    let deltas = heartbeat.deltas();
+    let parent = process::id();
     let operation = heartbeat.begin(Operation::Deploy, "tracked").unwrap();
-    let mut copies = Some((heartbeat, operation));
-    in_a_child(|| {
-        let (heartbeat, operation) = copies.take().unwrap();
+    let mut inherited = Some((heartbeat, operation));
+    run_in_child(|| {
+        let (heartbeat, operation) = inherited.take().unwrap();
         call_everything(parent, heartbeat, &deltas, operation);
     });
 }
 
-fn a_childs_drops_and_stops_leave_the_parent_alone() {
-    let stage = Stage::new();
-    stage.open(&["tracked", "pushed"]);
-    let heartbeat = stage.beating();
+fn drops_and_stops_in_child_do_not_affect_parent() {
+    let fixture = Fixture::new();
+    open_operations(&fixture, &["tracked", "pushed"]);
+    let heartbeat = start_heartbeat(&fixture);
     let deltas = heartbeat.deltas();
     let operation = heartbeat.begin(Operation::Deploy, "tracked").unwrap();
-    // A POST is under way for a few seconds: an answer has over a hundred bytes.
-    stage.master.script([Fault::Slowly(Duration::from_millis(20))]);
-    deltas.push(delta("pushed")).unwrap();
-    stage.waits_for("pushed", RowStatus::Succeeded);
-    let mut copies = Some((heartbeat, deltas, operation));
-    in_a_child(|| {
-        copies.take().unwrap().0.stop(Duration::ZERO);
+    // The POST takes a few seconds: an answer has more than a hundred bytes.
+    fixture.master.script([Fault::Slowly(Duration::from_millis(20))]);
+    deltas.push(deployed("pushed")).unwrap();
+    wait_for_row_status(&fixture, "pushed", RowStatus::Succeeded);
+    let mut inherited = Some((heartbeat, deltas, operation));
+    run_in_child(|| {
+        inherited.take().unwrap().0.stop(Duration::ZERO);
     });
-    assert_eq!(stage.master.connections().len(), 1, "the parent's connection was cut");
-    assert_eq!(copies.as_ref().unwrap().0.stats().delivered, 0, "the POST was over before");
-    in_a_child(|| drop(copies.take()));
-    let (heartbeat, deltas, operation) = copies.unwrap();
-    assert!(heartbeat.flush(PATIENCE));
+    assert_eq!(connections(&fixture), 1, "the parent's connection was closed");
+    let delivered = inherited.as_ref().unwrap().0.stats().delivered;
+    assert_eq!(delivered, 0, "the POST ended before the stop in the child");
+    run_in_child(|| drop(inherited.take()));
+    let (heartbeat, deltas, operation) = inherited.unwrap();
+    assert!(heartbeat.flush(TIMEOUT));
     assert!(heartbeat.stats().failure.is_none(), "{:?}", heartbeat.stats().failure);
-    assert_eq!(stage.master.connections().len(), 1, "the parent's connection was cut");
-    let error = stage.builder().start().unwrap_err();
+    assert_eq!(connections(&fixture), 1, "the parent's connection was closed");
+    let error = builder(&fixture).start().unwrap_err();
     assert!(error.to_string().contains(&format!("process {} already", process::id())), "{error:?}");
-    assert_eq!((stage.status("tracked"), heartbeat.stats().operations), (RowStatus::Running, 1));
+    assert_eq!(row_status(&fixture, "tracked"), RowStatus::Running);
+    assert_eq!(heartbeat.stats().operations, 1);
     operation.succeed();
     drop(deltas);
-    stage.waits_for("tracked", RowStatus::Succeeded);
-    assert_eq!(heartbeat.stop(PATIENCE).undelivered, 0);
+    wait_for_row_status(&fixture, "tracked", RowStatus::Succeeded);
+    assert_eq!(heartbeat.stop(TIMEOUT).undelivered, 0);
 }
 
-fn what_ends_in_a_child_has_not_ended() {
-    let stage = Stage::new();
-    stage.open(&["a", "b", "c", "last"]);
-    let heartbeat = stage.beating();
+fn operation_that_ends_in_child_is_still_open() {
+    let fixture = Fixture::new();
+    open_operations(&fixture, &["a", "b", "c", "last"]);
+    let heartbeat = start_heartbeat(&fixture);
     let begin = |decky| heartbeat.begin(Operation::Deploy, decky).unwrap();
     let mut operations = Some([begin("a"), begin("b"), begin("c")]);
-    in_a_child(|| {
+    run_in_child(|| {
         let [a, b, c] = operations.take().unwrap();
         let since = Instant::now();
         a.succeed();
         b.fail("in the child");
         drop(c);
-        // Each would wait a second for an outbox thread that does not run there.
+        // They do not wait for the outbox thread, which does not run in the child.
         assert!(since.elapsed() < Duration::from_secs(1));
     });
-    heartbeat.deltas().push(delta("last")).unwrap();
-    stage.waits_for("last", RowStatus::Succeeded);
-    assert_eq!(["a", "b", "c"].map(|decky| stage.status(decky)), [RowStatus::Running; 3]);
+    heartbeat.deltas().push(deployed("last")).unwrap();
+    wait_for_row_status(&fixture, "last", RowStatus::Succeeded);
+    let statuses = ["a", "b", "c"].map(|decky| row_status(&fixture, decky));
+    assert_eq!(statuses, [RowStatus::Running; 3]);
     operations.unwrap().into_iter().for_each(TrackedOperation::succeed);
-    ["a", "b", "c"].iter().for_each(|decky| stage.waits_for(decky, RowStatus::Succeeded));
+    for decky in ["a", "b", "c"] {
+        wait_for_row_status(&fixture, decky, RowStatus::Succeeded);
+    }
 }
 
-fn a_child_never_waits_for_a_mutex_of_the_parents_threads() {
+fn child_waits_for_no_mutex_of_parent() {
     const FORKS: usize = 100;
-    let stage = Stage::new();
-    let heartbeat = stage.beating();
-    let (deltas, parent, is_done) = (heartbeat.deltas(), process::id(), AtomicBool::new(false));
+    let fixture = Fixture::new();
+    let heartbeat = start_heartbeat(&fixture);
+    let deltas = heartbeat.deltas();
+    let parent = process::id();
+    let is_done = AtomicBool::new(false);
     let operation = heartbeat.begin(Operation::Deploy, "tracked").unwrap();
-    let mut copies = Some((heartbeat, operation));
+    let mut inherited = Some((heartbeat, operation));
     thread::scope(|scope| {
         for _ in 0..3 {
             scope.spawn(|| {
                 while !is_done.load(Ordering::Relaxed) {
                     // On a busy machine the disk may take longer than a second.
-                    let _ = deltas.push_all([delta("p"), delta("q")]);
+                    let _ = deltas.push_all([deployed("p"), deployed("q")]);
                 }
             });
         }
-        let forked = catch_unwind(AssertUnwindSafe(|| {
+        let result = catch_unwind(AssertUnwindSafe(|| {
             for _ in 0..FORKS {
-                in_a_child(|| {
-                    let (heartbeat, operation) = copies.take().unwrap();
+                run_in_child(|| {
+                    let (heartbeat, operation) = inherited.take().unwrap();
                     call_everything(parent, heartbeat, &deltas, operation);
                 });
             }
         }));
         is_done.store(true, Ordering::Relaxed);
-        assert!(forked.is_ok());
+        assert!(result.is_ok());
     });
 }
 
-fn a_child_starts_its_own() {
-    let stage = Stage::new();
-    stage.open(&["d"]);
-    let heartbeat = stage.beating();
-    let (deltas, parent) = (heartbeat.deltas(), process::id());
-    in_a_child(|| is_refused(parent, stage.builder().start()));
-    heartbeat.stop(PATIENCE);
-    // Its outbox is still open, for the sender.
-    in_a_child(|| is_refused(parent, stage.builder().start()));
+fn child_can_start_heartbeat_if_no_outbox_was_open_at_fork() {
+    let fixture = Fixture::new();
+    open_operations(&fixture, &["d"]);
+    let heartbeat = start_heartbeat(&fixture);
+    let deltas = heartbeat.deltas();
+    let parent = process::id();
+    run_in_child(|| assert_refused(parent, builder(&fixture).start()));
+    heartbeat.stop(TIMEOUT);
+    // The sender keeps the outbox open.
+    run_in_child(|| assert_refused(parent, builder(&fixture).start()));
     drop(deltas);
-    no_outbox_thread_runs();
-    in_a_child(|| {
-        let heartbeat = stage.builder().start().unwrap();
-        heartbeat.deltas().push(delta("d")).unwrap();
-        assert!(heartbeat.flush(PATIENCE));
-        assert_eq!(heartbeat.stop(PATIENCE).undelivered, 0);
+    wait_until_outbox_thread_ends();
+    run_in_child(|| {
+        let heartbeat = builder(&fixture).start().unwrap();
+        heartbeat.deltas().push(deployed("d")).unwrap();
+        assert!(heartbeat.flush(TIMEOUT));
+        assert_eq!(heartbeat.stop(TIMEOUT).undelivered, 0);
     });
-    assert_eq!(stage.status("d"), RowStatus::Succeeded);
+    assert_eq!(row_status(&fixture, "d"), RowStatus::Succeeded);
 }
 
-/// It closes the file within a moment, and no event says so.
-fn no_outbox_thread_runs() {
-    let runs = || {
-        let mut tasks =
-            fs::read_dir("/proc/self/task").unwrap().map(|task| task.unwrap().path().join("comm"));
+/// Waits until this process has no outbox thread. No event reports that, so it polls.
+fn wait_until_outbox_thread_ends() {
+    let is_running = || {
+        let tasks = fs::read_dir("/proc/self/task").unwrap();
         // A thread may end before its name is read.
-        tasks.any(|name| fs::read_to_string(name).is_ok_and(|name| name == "decnet-outbox\n"))
+        let mut names =
+            tasks.filter_map(|task| fs::read_to_string(task.unwrap().path().join("comm")).ok());
+        names.any(|name| name == "decnet-outbox\n")
     };
-    assert!((0..STEPS).any(|_| {
-        let runs = runs();
-        step();
-        !runs
-    }));
+    let has_ended = (0..POLLS).any(|_| {
+        let has_ended = !is_running();
+        pause();
+        has_ended
+    });
+    assert!(has_ended);
 }
 
-fn a_child_that_outlives_its_parent() {
-    let stage = Stage::new();
-    no_outbox_thread_runs();
+fn orphaned_child_keeps_delivery_lock() {
+    let fixture = Fixture::new();
+    wait_until_outbox_thread_ends();
     let (mut until_released, release) = io::pipe().unwrap();
     let mut release = Some(release);
-    in_a_child(|| {
-        let _heartbeat = stage.beating();
+    run_in_child(|| {
+        let _heartbeat = start_heartbeat(&fixture);
         if matches!(fork().unwrap(), Fork::Child) {
             drop(release.take());
             let _ = until_released.read(&mut [0]);
         }
         process::exit(0);
     });
-    let error = stage.builder().start().unwrap_err();
+    let error = builder(&fixture).start().unwrap_err();
     assert!(error.is_outbox() && error.to_string().contains(" already"), "{error:?}");
     drop(release);
-    let starts = (0..STEPS).find_map(|_| {
-        step();
-        stage.builder().start().ok()
+    // No event reports the end of the orphaned child, so this polls.
+    let heartbeat = (0..POLLS).find_map(|_| {
+        pause();
+        builder(&fixture).start().ok()
     });
-    starts.expect("the lock is free once the child has ended").stop(PATIENCE);
+    heartbeat.expect("the lock is released when the child ends").stop(TIMEOUT);
 }

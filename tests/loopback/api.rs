@@ -1,4 +1,4 @@
-//! What compiles: how names and work may be written, and where handles may be used.
+//! The types that the public functions accept, and the threads on which the handles work.
 
 use std::io;
 use std::panic::{RefUnwindSafe, UnwindSafe, catch_unwind};
@@ -9,17 +9,17 @@ use decnet_heartbeat::{
     DeltaSender, Error, Heartbeat, LifecycleDelta, Operation, TrackedOperation,
 };
 
-use crate::support::{PATIENCE, Stage};
+use crate::support::{Fixture, TIMEOUT};
 
 #[test]
-fn handles_are_used_from_any_thread_and_across_a_caught_panic() {
-    fn anywhere<T: Send + Sync + UnwindSafe + RefUnwindSafe>() {}
-    anywhere::<Heartbeat>();
-    anywhere::<DeltaSender>();
-    anywhere::<TrackedOperation>();
+fn handles_work_from_any_thread_and_after_a_caught_panic() {
+    fn assert_auto_traits<T: Send + Sync + UnwindSafe + RefUnwindSafe>() {}
+    assert_auto_traits::<Heartbeat>();
+    assert_auto_traits::<DeltaSender>();
+    assert_auto_traits::<TrackedOperation>();
 
-    let stage = Stage::new();
-    let (heartbeat, _tick) = stage.beating();
+    let fixture = Fixture::new();
+    let (heartbeat, _tick) = fixture.start_heartbeat();
     let deltas = heartbeat.deltas();
     let panicked = catch_unwind(|| {
         deltas.push(LifecycleDelta::succeeded("before", Operation::Deploy)).unwrap();
@@ -28,17 +28,18 @@ fn handles_are_used_from_any_thread_and_across_a_caught_panic() {
     });
     assert!(panicked.is_err());
     deltas.push(LifecycleDelta::succeeded("after", Operation::Deploy)).unwrap();
-    assert!(heartbeat.flush(PATIENCE));
+    assert!(heartbeat.flush(TIMEOUT));
     assert_eq!(heartbeat.stats().delivered, 3);
 }
 
 #[test]
-fn one_name_and_names_of_any_kind_begin_an_operation() {
-    let stage = Stage::new();
-    let (heartbeat, _tick) = stage.beating();
-    let (deltas, owned, names) =
-        (heartbeat.deltas(), "a".to_owned(), vec!["a".to_owned(), "b".to_owned()]);
-    let open =
+fn begin_accepts_one_name_or_any_collection() {
+    let fixture = Fixture::new();
+    let (heartbeat, _tick) = fixture.start_heartbeat();
+    let deltas = heartbeat.deltas();
+    let owned = "a".to_owned();
+    let names = vec!["a".to_owned(), "b".to_owned()];
+    let open_deckies =
         |operation: &TrackedOperation| operation.open().map(str::to_owned).collect::<Vec<_>>();
     let one = [
         deltas.begin(Operation::Deploy, "a").unwrap(),
@@ -48,7 +49,7 @@ fn one_name_and_names_of_any_kind_begin_an_operation() {
         deltas.begin(Operation::Deploy, ["a"]).unwrap(),
         deltas.begin(Operation::Deploy, Some("a")).unwrap(),
     ];
-    one.iter().for_each(|operation| assert_eq!(open(operation), ["a"]));
+    one.iter().for_each(|operation| assert_eq!(open_deckies(operation), ["a"]));
     let array = ["a", "b"];
     let several = [
         heartbeat.begin(Operation::Mutate, vec!["a", "b"]).unwrap(),
@@ -62,15 +63,15 @@ fn one_name_and_names_of_any_kind_begin_an_operation() {
         heartbeat.begin(Operation::Mutate, ('a'..='b').map(String::from)).unwrap(),
         heartbeat.begin(Operation::Mutate, [owned.clone(), "b".to_owned()]).unwrap(),
     ];
-    several.iter().for_each(|operation| assert_eq!(open(operation), ["a", "b"]));
+    several.iter().for_each(|operation| assert_eq!(open_deckies(operation), ["a", "b"]));
 }
 
 #[test]
-fn work_says_how_it_ended_with_nothing_or_a_result() {
-    let stage = Stage::new();
-    let (heartbeat, _tick) = stage.beating();
+fn work_may_return_unit_or_a_result() {
+    let fixture = Fixture::new();
+    let (heartbeat, _tick) = fixture.start_heartbeat();
     for decky in ["unit", "result", "error", "text", "boxed", "panic"] {
-        stage.master.open_operation(&stage.worker.uuid, decky, "deploy");
+        fixture.master.open_operation(&fixture.worker.uuid, decky, "deploy");
     }
     let run = |thread: Result<JoinHandle<()>, Error>| thread.unwrap().join().unwrap();
     run(heartbeat.run(Operation::Deploy, "unit", || ()));
@@ -82,8 +83,8 @@ fn work_says_how_it_ended_with_nothing_or_a_result() {
     run(heartbeat.run(Operation::Deploy, "boxed", boxed));
     let panics = || -> () { panic!("on purpose") };
     run(heartbeat.run(Operation::Deploy, "panic", panics));
-    assert!(heartbeat.flush(PATIENCE));
-    let rows = stage.master.rows();
+    assert!(heartbeat.flush(TIMEOUT));
+    let rows = fixture.master.rows();
     let ends: Vec<_> =
         rows.iter().map(|row| (row.decky.as_str(), row.status, row.error.as_deref())).collect();
     let expected = [

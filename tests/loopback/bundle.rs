@@ -1,37 +1,37 @@
-//! The bundle is proven before it is used, and what is wrong is named.
+//! The bundle is checked when it is loaded. Errors name the file and the problem.
 
 use std::fs;
 
 use decnet_heartbeat::Error;
 use decnet_heartbeat::loopback::Role;
 
-use crate::support::{OpenSsl, Stage};
+use crate::support::{Fixture, OpenSsl, TIMEOUT};
 
-/// Starts with a bundle in which one file has another content.
-fn start_with(file: &str, content: &[u8]) -> (Stage, Error) {
-    let stage = Stage::new();
-    fs::write(stage.agent_dir().join(file), content).unwrap();
-    let (builder, _tick) = stage.builder();
+/// Starts a heartbeat with this content in one file of the bundle, which is an error.
+fn start_with(file: &str, content: &[u8]) -> (Fixture, Error) {
+    let fixture = Fixture::new();
+    fs::write(fixture.agent_dir().join(file), content).unwrap();
+    let (builder, _tick) = fixture.builder();
     let error = builder.start().map(drop).unwrap_err();
     assert!(error.is_bundle(), "{error}");
-    (stage, error)
+    (fixture, error)
 }
 
-/// The error of a bundle in which one file has another content, without its beginning: its path.
+/// The text of that error, without the path at its beginning.
 fn problem(file: &str, content: &[u8]) -> String {
-    let (stage, error) = start_with(file, content);
-    let path = stage.agent_dir().join(file);
+    let (fixture, error) = start_with(file, content);
+    let path = fixture.agent_dir().join(file);
     assert_eq!(error.path(), Some(path.as_path()));
-    let said = format!("{error:?}");
-    said.strip_prefix(&format!("bundle: {}: ", path.display()))
-        .unwrap_or_else(|| panic!("{said}"))
+    let text = format!("{error:?}");
+    text.strip_prefix(&format!("bundle: {}: ", path.display()))
+        .unwrap_or_else(|| panic!("{text}"))
         .to_owned()
 }
 
 const ENROL: &str = "enrol this host again from its master, which writes all three files";
 
 #[test]
-fn wrong_material_is_named_with_its_file() {
+fn invalid_pem_is_named_with_its_file() {
     let key_only = b"-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n";
     let half = b"-----BEGIN CERTIFICATE-----\nAAAA\n";
     let junk = b"-----BEGIN CERTIFICATE-----\n????\n-----END CERTIFICATE-----\n";
@@ -48,52 +48,52 @@ fn wrong_material_is_named_with_its_file() {
         ("worker.key", key_only, "holds a private key that cannot be read"),
         ("worker.key", half, "ends in the middle of a PEM section"),
     ] {
-        let said = self::problem(file, content);
+        let text = self::problem(file, content);
         assert!(
-            said.starts_with(&format!("{problem}; ")) && said.contains("enrol this host again"),
-            "{file}: {said}"
+            text.starts_with(&format!("{problem}; ")) && text.contains("enrol this host again"),
+            "{file}: {text}"
         );
     }
 }
 
 #[test]
-fn a_byte_order_mark_is_nothing_in_each_file() {
+fn byte_order_mark_is_ignored_in_each_file() {
     for file in ["ca.crt", "worker.crt", "worker.key"] {
-        let stage = Stage::new();
-        let path = stage.agent_dir().join(file);
+        let fixture = Fixture::new();
+        let path = fixture.agent_dir().join(file);
         let marked = [b"\xef\xbb\xbf", fs::read(&path).unwrap().as_slice()].concat();
         fs::write(&path, marked).unwrap();
-        stage.beating();
+        fixture.start_heartbeat();
     }
 }
 
 #[test]
-fn a_section_that_would_be_lost_is_refused_in_each_file() {
-    let stage = Stage::new();
+fn damaged_section_is_rejected_in_each_file() {
+    let fixture = Fixture::new();
     for file in ["ca.crt", "worker.crt", "worker.key"] {
-        let text = fs::read_to_string(stage.agent_dir().join(file)).unwrap();
-        let said = problem(file, format!("{}{text}", text.trim_end()).as_bytes());
+        let pem = fs::read_to_string(fixture.agent_dir().join(file)).unwrap();
+        let text = problem(file, format!("{}{pem}", pem.trim_end()).as_bytes());
         assert_eq!(
-            said,
+            text,
             "has two PEM sections on one line; put a line break between the END and the BEGIN"
         );
-        let said =
-            problem(file, format!("{text}{}", text.replace("-----BEGIN", "----BEGIN")).as_bytes());
-        assert!(said.starts_with("has a damaged BEGIN or END line; "), "{said}");
-        let wide: Vec<u8> = text.encode_utf16().flat_map(u16::to_le_bytes).collect();
+        let text =
+            problem(file, format!("{pem}{}", pem.replace("-----BEGIN", "----BEGIN")).as_bytes());
+        assert!(text.starts_with("has a damaged BEGIN or END line; "), "{text}");
+        let wide: Vec<u8> = pem.encode_utf16().flat_map(u16::to_le_bytes).collect();
         assert_eq!(problem(file, &wide), "is UTF-16 text; save it as ASCII or UTF-8");
     }
 }
 
 #[test]
-fn the_other_labels_of_a_certificate_are_understood() {
-    let stage = Stage::new();
-    let openssl = OpenSsl::new(stage.dir.path());
+fn other_pem_labels_of_a_certificate_are_accepted() {
+    let fixture = Fixture::new();
+    let openssl = OpenSsl::new(fixture.dir.path());
     for file in ["ca.crt", "worker.crt"] {
-        let path = stage.agent_dir().join(file);
+        let path = fixture.agent_dir().join(file);
         let text = fs::read_to_string(&path).unwrap();
         fs::write(openssl.path(file), &text).unwrap();
-        // OpenSSL's form has what the certificate is trusted for behind it.
+        // In OpenSSL's format, the purposes of the certificate follow its DER.
         openssl.run(&format!(
             "x509 -in {file} -trustout -addtrust serverAuth -setalias master -out trusted.crt"
         ));
@@ -101,37 +101,37 @@ fn the_other_labels_of_a_certificate_are_understood() {
         assert!(trusted.starts_with("-----BEGIN TRUSTED CERTIFICATE-----"));
         for written in [trusted, text.replace("CERTIFICATE", "X509 CERTIFICATE")] {
             fs::write(&path, written).unwrap();
-            let (heartbeat, _tick) = stage.beating();
+            let (heartbeat, _tick) = fixture.start_heartbeat();
             assert_eq!(
                 heartbeat.stats().fingerprint.as_deref(),
-                Some(stage.worker.fingerprint.as_str())
+                Some(fixture.worker.fingerprint.as_str())
             );
         }
     }
 }
 
 #[test]
-fn an_encrypted_key_has_encrypted() {
-    let stage = Stage::new();
-    let openssl = OpenSsl::new(stage.dir.path());
-    fs::copy(stage.agent_dir().join("worker.key"), openssl.path("worker.key")).unwrap();
+fn encrypted_key_is_named() {
+    let fixture = Fixture::new();
+    let openssl = OpenSsl::new(fixture.dir.path());
+    fs::copy(fixture.agent_dir().join("worker.key"), openssl.path("worker.key")).unwrap();
     for command in [
         "pkcs8 -topk8 -in worker.key -passout pass:word -out encrypted.key",
         "ec -in worker.key -aes128 -passout pass:word -out encrypted.key",
     ] {
         openssl.run(command);
-        let said = problem("worker.key", openssl.read("encrypted.key").as_bytes());
+        let text = problem("worker.key", openssl.read("encrypted.key").as_bytes());
         assert!(
-            said.starts_with("holds an encrypted private key, ") && said.contains("decrypt it"),
-            "{said}"
+            text.starts_with("holds an encrypted private key, ") && text.contains("decrypt it"),
+            "{text}"
         );
     }
 }
 
 #[test]
-fn a_key_of_a_kind_that_is_not_supported_is_named() {
-    let stage = Stage::new();
-    let openssl = OpenSsl::new(stage.dir.path());
+fn unsupported_key_type_is_named() {
+    let fixture = Fixture::new();
+    let openssl = OpenSsl::new(fixture.dir.path());
     for (key, kind) in [
         ("rsa:1024", "an RSA key of 1024 bits"),
         ("rsa:2560", "an RSA key of 2560 bits"),
@@ -143,85 +143,85 @@ fn a_key_of_a_kind_that_is_not_supported_is_named() {
         openssl.run(&format!(
             "req -x509 -newkey {key} -nodes -keyout weak.key -out weak.crt -days 9 -subj /CN=w"
         ));
-        let said = problem("worker.key", openssl.read("weak.key").as_bytes());
+        let text = problem("worker.key", openssl.read("weak.key").as_bytes());
         assert!(
-            said.starts_with(&format!("cannot be used: it is {kind}; supported are ")),
-            "{said}"
+            text.starts_with(&format!("cannot be used: it is {kind}; supported are ")),
+            "{text}"
         );
-        assert!(said.contains(" (exponent 65537 and up), "), "{said}");
-        assert!(said.ends_with(
+        assert!(text.contains(" (exponent 65537 and up), "), "{text}");
+        assert!(text.ends_with(
             "; let the master issue a certificate whose key is supported, and enrol this host again"
         ));
-        // A signature of these two kinds can be verified, but not made.
+        // These two key types can verify signatures, but not create them.
         if !kind.ends_with("exponent 3") && !kind.contains("2560") {
             for (file, beginning) in [
                 ("worker.crt", "cannot be used: "),
                 ("ca.crt", "holds no usable CA certificate: w: "),
             ] {
-                let said = problem(file, openssl.read("weak.crt").as_bytes());
+                let text = problem(file, openssl.read("weak.crt").as_bytes());
                 assert!(
-                    said.starts_with(&format!("{beginning}its key is {kind}; supported are ")),
-                    "{said}"
+                    text.starts_with(&format!("{beginning}its key is {kind}; supported are ")),
+                    "{text}"
                 );
             }
         }
     }
     openssl.run("ecparam -name secp521r1 -genkey -out sec1.key");
-    let said = problem("worker.key", openssl.read("sec1.key").as_bytes());
-    assert!(said.starts_with("cannot be used: it is an ECDSA key on P-521; "), "{said}");
+    let text = problem("worker.key", openssl.read("sec1.key").as_bytes());
+    assert!(text.starts_with("cannot be used: it is an ECDSA key on P-521; "), "{text}");
     openssl.run("genrsa -traditional -out pkcs1.key 1024");
-    let said = problem("worker.key", openssl.read("pkcs1.key").as_bytes());
-    assert!(said.starts_with("cannot be used: it is an RSA key of 1024 bits; "), "{said}");
+    let text = problem("worker.key", openssl.read("pkcs1.key").as_bytes());
+    assert!(text.starts_with("cannot be used: it is an RSA key of 1024 bits; "), "{text}");
 }
 
 #[test]
-fn a_ca_crt_without_a_ca_is_refused() {
-    let stage = Stage::new();
-    let worker = fs::read_to_string(stage.agent_dir().join("worker.crt")).unwrap();
-    let said = problem("ca.crt", worker.as_bytes());
-    assert!(said.starts_with("holds no usable CA certificate: "), "{said}");
+fn ca_crt_without_a_ca_is_rejected() {
+    let fixture = Fixture::new();
+    let worker = fs::read_to_string(fixture.agent_dir().join("worker.crt")).unwrap();
+    let text = problem("ca.crt", worker.as_bytes());
+    assert!(text.starts_with("holds no usable CA certificate: "), "{text}");
     assert!(
-        said.ends_with(&format!(": it is a certificate that is not marked as a CA; {ENROL}")),
-        "{said}"
+        text.ends_with(&format!(": it is a certificate that is not marked as a CA; {ENROL}")),
+        "{text}"
     );
-    let openssl = OpenSsl::new(stage.dir.path());
+    let openssl = OpenSsl::new(fixture.dir.path());
     openssl.run(
         "req -x509 -newkey rsa:2048 -nodes -keyout k -out no.crt -days 9 -subj /CN=no -addext keyUsage=digitalSignature",
     );
-    let said = problem("ca.crt", openssl.read("no.crt").as_bytes());
-    assert!(said.contains("whose key usage does not allow issuing certificates"), "{said}");
+    let text = problem("ca.crt", openssl.read("no.crt").as_bytes());
+    assert!(text.contains("whose key usage does not allow issuing certificates"), "{text}");
 }
 
 #[test]
-fn what_is_no_ca_beside_one_is_ignored() {
-    let stage = Stage::new();
-    let path = stage.agent_dir().join("ca.crt");
-    let (ca, worker) =
-        (fs::read(&path).unwrap(), fs::read(stage.agent_dir().join("worker.crt")).unwrap());
+fn other_certificates_beside_a_ca_are_ignored() {
+    let fixture = Fixture::new();
+    let path = fixture.agent_dir().join("ca.crt");
+    let ca = fs::read(&path).unwrap();
+    let worker = fs::read(fixture.agent_dir().join("worker.crt")).unwrap();
     for content in [[ca.clone(), worker.clone()], [worker, ca]] {
         fs::write(&path, content.concat()).unwrap();
-        stage.beating();
+        fixture.start_heartbeat();
     }
 }
 
 #[test]
-fn a_certificate_that_does_not_stand_first_is_named() {
-    let stage = Stage::new();
-    let own = fs::read_to_string(stage.agent_dir().join("worker.crt")).unwrap();
-    let path = stage.agent_dir().join("worker.crt");
-    fs::write(&path, stage.master.authority().certificate() + &own).unwrap();
-    let (builder, _tick) = stage.builder();
-    let said = format!("{:?}", builder.start().map(drop).unwrap_err());
+fn worker_certificate_must_be_first() {
+    let fixture = Fixture::new();
+    let own = fs::read_to_string(fixture.agent_dir().join("worker.crt")).unwrap();
+    let path = fixture.agent_dir().join("worker.crt");
+    fs::write(&path, fixture.master.authority().certificate() + &own).unwrap();
+    let (builder, _tick) = fixture.builder();
+    let text = format!("{:?}", builder.start().map(drop).unwrap_err());
     assert!(
-        said.contains("do not match; put this host's own certificate first in worker.crt: "),
-        "{said}"
+        text.contains("do not match; put this host's own certificate first in worker.crt: "),
+        "{text}"
     );
 }
 
 #[test]
-fn two_keys_in_one_file_are_refused() {
-    let stage = Stage::new();
-    let key = fs::read_to_string(stage.agent_dir().join("worker.key")).unwrap();
+fn two_keys_in_one_file_are_rejected() {
+    let fixture = Fixture::new();
+    let key = fs::read_to_string(fixture.agent_dir().join("worker.key")).unwrap();
     assert_eq!(
         problem("worker.key", key.repeat(2).as_bytes()),
         "holds 2 private keys; keep only the key of worker.crt"
@@ -229,7 +229,7 @@ fn two_keys_in_one_file_are_refused() {
 }
 
 #[test]
-fn a_file_that_cannot_be_read_is_named_with_what_helps() {
+fn unreadable_file_is_named_with_advice() {
     type Damage = fn(&std::path::Path);
     let damages: [(Damage, &str); 5] = [
         (
@@ -244,7 +244,7 @@ fn a_file_that_cannot_be_read_is_named_with_what_helps() {
             |path| fs::write(path, vec![b' '; 1 << 20]).unwrap(),
             "cannot be read; restore the file that the enrolment wrote, which has a few KiB: larger than 262144",
         ),
-        // Its first page cannot be read.
+        // Reading its first page fails with EIO.
         (
             |path| std::os::unix::fs::symlink("/proc/self/mem", path).unwrap(),
             "cannot be read; check the disk and the kernel's log: Input/output error",
@@ -255,33 +255,33 @@ fn a_file_that_cannot_be_read_is_named_with_what_helps() {
         ),
     ];
     for (damage, problem) in damages {
-        let stage = Stage::new();
-        let path = stage.agent_dir().join("ca.crt");
+        let fixture = Fixture::new();
+        let path = fixture.agent_dir().join("ca.crt");
         fs::remove_file(&path).unwrap();
         damage(&path);
-        let (builder, _tick) = stage.builder();
-        let said = format!("{:?}", builder.start().map(drop).unwrap_err());
-        assert!(said.starts_with(&format!("bundle: {}: {problem}", path.display())), "{said}");
+        let (builder, _tick) = fixture.builder();
+        let text = format!("{:?}", builder.start().map(drop).unwrap_err());
+        assert!(text.starts_with(&format!("bundle: {}: {problem}", path.display())), "{text}");
     }
 }
 
 #[test]
-fn a_key_of_another_certificate_is_an_error_and_no_panic() {
-    let authority = Stage::new();
+fn key_of_another_certificate_is_an_error() {
+    let authority = Fixture::new();
     let other = authority.master.authority().issue(Role::Worker("other".to_owned())).unwrap();
-    let (stage, error) = start_with("worker.key", other.key.as_bytes());
+    let (fixture, error) = start_with("worker.key", other.key.as_bytes());
     assert_eq!(
         format!("{error:?}"),
         format!(
             "bundle: {}: worker.crt and worker.key do not match; enrol this host again, unless its enrolment is \
              in progress: keys may not be consistent: KeyMismatch",
-            stage.agent_dir().display()
+            fixture.agent_dir().display()
         )
     );
 }
 
 #[test]
-fn a_key_that_cannot_be_parsed_never_reaches_the_error() {
+fn invalid_key_is_not_quoted_in_the_error() {
     let secret = "AAAAc2VjcmV0c2VjcmV0c2VjcmV0";
     let key = format!("-----BEGIN PRIVATE KEY-----\n{secret}\n-----END PRIVATE KEY-----\n");
     let (_stage, error) = start_with("worker.key", key.as_bytes());
@@ -292,22 +292,23 @@ fn a_key_that_cannot_be_parsed_never_reaches_the_error() {
 }
 
 #[test]
-fn chains_are_understood() {
-    let stage = Stage::new();
-    let ca = stage.master.authority().certificate();
-    // Another CA before ours, as while a master's CA is being replaced; and our own certificate with its issuer.
+fn certificate_chains_are_accepted() {
+    let fixture = Fixture::new();
+    let ca = fixture.master.authority().certificate();
+    // Another CA before ours, as during the replacement of a master's CA, and the worker's
+    // certificate with its issuer.
     let other = decnet_heartbeat::loopback::Authority::new().unwrap().certificate();
-    fs::write(stage.agent_dir().join("ca.crt"), format!("{other}{ca}")).unwrap();
-    let path = stage.agent_dir().join("worker.crt");
+    fs::write(fixture.agent_dir().join("ca.crt"), format!("{other}{ca}")).unwrap();
+    let path = fixture.agent_dir().join("worker.crt");
     fs::write(&path, format!("{}{ca}", fs::read_to_string(&path).unwrap())).unwrap();
-    let (heartbeat, _tick) = stage.beating();
-    assert_eq!(heartbeat.stats().fingerprint.as_deref(), Some(stage.worker.fingerprint.as_str()));
+    let (heartbeat, _tick) = fixture.start_heartbeat();
+    assert_eq!(heartbeat.stats().fingerprint.as_deref(), Some(fixture.worker.fingerprint.as_str()));
 }
 
 #[test]
-fn sec1_and_pkcs8_keys_are_understood() {
-    let stage = Stage::new();
-    let path = stage.agent_dir().join("worker.key");
+fn sec1_and_pkcs8_keys_are_accepted() {
+    let fixture = Fixture::new();
+    let path = fixture.agent_dir().join("worker.key");
     let pkcs8 = fs::read_to_string(&path).unwrap();
     assert!(pkcs8.starts_with("-----BEGIN PRIVATE KEY-----"));
     let converted =
@@ -317,8 +318,8 @@ fn sec1_and_pkcs8_keys_are_understood() {
     assert!(sec1.starts_with("-----BEGIN EC PRIVATE KEY-----"), "openssl's own format");
     for key in [pkcs8, sec1] {
         fs::write(&path, key).unwrap();
-        let beats = stage.master.received().len() as u64;
-        let (_heartbeat, _tick) = stage.beating();
-        assert!(stage.master.wait_for_beats(beats + 1, crate::support::PATIENCE));
+        let beats = fixture.master.received().len() as u64;
+        let (_heartbeat, _tick) = fixture.start_heartbeat();
+        assert!(fixture.master.wait_for_beats(beats + 1, TIMEOUT));
     }
 }

@@ -1,12 +1,11 @@
 //! `check`: its text for operators and its JSON for programs.
 
 use std::fs;
-use std::io::{Read, Write};
+use std::io::Write;
 use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::UnixListener;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Command, Output, Stdio};
 use std::sync::Arc;
 use std::thread;
 
@@ -21,9 +20,10 @@ use rustls::version::{TLS12, TLS13};
 use rustls::{RootCertStore, ServerConfig, ServerConnection, SupportedProtocolVersion};
 use serde_json::{Value, json};
 
-use crate::program::program;
-use crate::support::{OpenSsl, PATIENCE, Stage, now, settled};
-use crate::track::Terminal;
+use crate::support::{
+    Fixture, OpenSsl, TIMEOUT, Terminal, json_answer, now, program, start_docker,
+    start_docker_with, wait_for_stats,
+};
 
 /// The steps of a healthy worker, in order.
 const STEPS: [&str; 15] = [
@@ -44,58 +44,43 @@ const STEPS: [&str; 15] = [
     "outbox",
 ];
 
-/// A Docker without containers and networks.
-pub fn start_docker(socket: &Path) {
-    start_docker_that(socket, |_| ok("[]"));
-}
-
-/// A Docker with these answers to requests.
-fn start_docker_that(socket: &Path, answer: impl Fn(&[u8]) -> String + Send + 'static) {
-    let listener = UnixListener::bind(socket).unwrap();
-    thread::spawn(move || {
-        for mut stream in listener.incoming().map_while(Result::ok) {
-            let mut request = [0; 4096];
-            while let Ok(read @ 1..) = stream.read(&mut request) {
-                if stream.write_all(answer(&request[..read]).as_bytes()).is_err() {
-                    break;
-                }
-            }
-        }
-    });
-}
-
-fn ok(json: &str) -> String {
-    format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n{json}", json.len())
-}
-
 /// An enrolled worker with a Docker, and nothing deployed.
-fn worker() -> Stage {
+fn worker() -> Fixture {
     worker_of(Options::default())
 }
 
-fn worker_of(options: Options) -> Stage {
-    let stage = Stage::with(options);
-    start_docker(&stage.dir.path().join("docker.sock"));
-    stage.worker.write_ini(&stage.dir.path().join("decnet.ini")).unwrap();
-    stage
+/// The same, with a master that has these options.
+fn worker_of(options: Options) -> Fixture {
+    let fixture = Fixture::with(options);
+    start_docker(&fixture.path("docker.sock"));
+    fixture.write_ini();
+    fixture
 }
 
-fn check(stage: &Stage) -> Command {
-    let dir = stage.dir.path();
+fn check(fixture: &Fixture) -> Command {
     let mut command = program();
-    command.arg("--config").arg(dir.join("decnet.ini")).arg("check").stdin(Stdio::null());
-    command
-        .arg("--state-file")
-        .arg(dir.join("state.json"))
-        .arg("--docker-socket")
-        .arg(dir.join("docker.sock"));
+    command.arg("--config").arg(fixture.ini()).arg("check").stdin(Stdio::null());
+    command.arg("--state-file").arg(fixture.path("state.json"));
+    command.arg("--docker-socket").arg(fixture.path("docker.sock"));
     command
 }
 
-/// The JSON of `check`. Its exit code is compared with the program's.
+/// The step of this name in the output of `check --json`.
+pub fn step_of(check_json: &Output, name: &str) -> Value {
+    let report: Value =
+        serde_json::from_slice(&check_json.stdout).unwrap_or_else(|_| panic!("{check_json:?}"));
+    let mut steps = report["steps"].as_array().unwrap().iter();
+    steps
+        .find(|step| step["step"] == name)
+        .unwrap_or_else(|| panic!("no {name}: {report:#}"))
+        .clone()
+}
+
+/// The JSON of `check`.
 struct Report(Value);
 
 impl Report {
+    /// Runs `check`. Asserts that its exit code is the one in the JSON.
     fn of(command: &mut Command) -> Self {
         let output = command.arg("--json").output().unwrap();
         assert_eq!(String::from_utf8_lossy(&output.stderr), "");
@@ -128,7 +113,7 @@ impl Report {
         steps.map(|step| step["step"].as_str().unwrap()).collect()
     }
 
-    /// Checks the only failed step, and the exit code.
+    /// Asserts that only this step failed, with advice, and that the exit code is `code`.
     fn fails_with(&self, name: &str, code: i32) {
         assert_eq!(
             (self.ended("failed"), &self.0["exit_code"]),
@@ -142,9 +127,9 @@ impl Report {
 
 #[test]
 fn healthy_worker_passes_every_step_and_only_one_beat_is_sent() {
-    let stage = worker();
-    let before = fs::read_dir(stage.agent_dir()).unwrap().count();
-    let output = check(&stage).output().unwrap();
+    let fixture = worker();
+    let before = fs::read_dir(fixture.agent_dir()).unwrap().count();
+    let output = check(&fixture).output().unwrap();
     let text = String::from_utf8(output.stdout).unwrap();
     assert_eq!((output.status.code(), output.stderr.as_slice()), (Some(0), &b""[..]), "{text}");
     let passed: Vec<_> =
@@ -154,53 +139,56 @@ fn healthy_worker_passes_every_step_and_only_one_beat_is_sent() {
         text.ends_with("\n`run` would work here.\n") && !text.contains(['✗', '\u{1b}']),
         "{text}"
     );
-    let ini = stage.dir.path().join("decnet.ini");
+    let ini = fixture.ini();
     assert!(
-        text.contains(&format!("{} ({} [agent] host-uuid)", stage.worker.uuid, ini.display())),
+        text.contains(&format!("{} ({} [agent] host-uuid)", fixture.worker.uuid, ini.display())),
         "{text}"
     );
-    let [beat] = &stage.master.received()[..] else { panic!("{:?}", stage.master.received()) };
+    let [beat] = &fixture.master.received()[..] else { panic!("{:?}", fixture.master.received()) };
     let beat = beat.json.as_ref().unwrap();
-    assert_eq!((&beat["host_uuid"], &beat["lifecycle"]), (&json!(stage.worker.uuid), &Value::Null));
+    assert_eq!(
+        (&beat["host_uuid"], &beat["lifecycle"]),
+        (&json!(fixture.worker.uuid), &Value::Null)
+    );
     assert_eq!(beat["status"], json!({"deployed": false, "deckies": []}));
-    assert_eq!(fs::read_dir(stage.agent_dir()).unwrap().count(), before, "no outbox is created");
+    assert_eq!(fs::read_dir(fixture.agent_dir()).unwrap().count(), before, "no outbox is created");
 }
 
 #[test]
 fn text_and_help_wrap_to_the_terminal_and_are_not_wrapped_in_a_pipe() {
-    let stage = worker();
+    let fixture = worker();
     let terminal = Terminal::new();
     terminal.resize(24, 70);
     for argument in [None, Some("--help")] {
-        terminal.spawn(check(&stage).args(argument)).wait().unwrap();
+        terminal.spawn(check(&fixture).args(argument)).wait().unwrap();
     }
-    let shown = terminal.shown();
+    let shown = terminal.read_to_end();
     assert!(shown.contains("Exit status:"), "{shown}");
     // A path, which has no space, is not broken.
     let has_spaces = |line: &&str| line.trim().contains(' ');
     let mut messages = shown.lines().filter(has_spaces).filter(|line| !line.contains("sha256"));
     let too_long = messages.find(|line| line.trim_end().chars().count() > 70);
     assert_eq!(too_long, None, "{shown}");
-    let piped = String::from_utf8(check(&stage).output().unwrap().stdout).unwrap();
+    let piped = String::from_utf8(check(&fixture).output().unwrap().stdout).unwrap();
     assert!(piped.lines().any(|line| line.chars().count() > 100), "{piped}");
 }
 
 #[test]
 fn json_contains_the_same_steps() {
-    let stage = worker();
-    let report = Report::of(&mut check(&stage));
+    let fixture = worker();
+    let report = Report::of(&mut check(&fixture));
     assert_eq!(report.ended("ok"), STEPS);
     let own = &report.step("worker.crt")["facts"];
     assert_eq!(
         (&own["fingerprint"], &own["days_left"]),
-        (&json!(stage.worker.fingerprint), &json!(824))
+        (&json!(fixture.worker.fingerprint), &json!(824))
     );
     let master = &report.step("tls")["facts"];
     assert_eq!(
         (&master["version"], &master["rule"], &master["days_left"]),
         (&json!("TLS 1.3"), &json!("name"), &json!(824))
     );
-    assert_eq!(master["fingerprint"], stage.master.certificate().fingerprint);
+    assert_eq!(master["fingerprint"], fixture.master.certificate().fingerprint);
     assert_eq!(master["names"], json!(["swarmctl", "localhost", "127.0.0.1"]));
     let beat = &report.step("beat")["facts"];
     // The step `tls` has received a ticket.
@@ -210,8 +198,8 @@ fn json_contains_the_same_steps() {
 
 #[test]
 fn each_rule_explains_why_it_accepts_the_master() {
-    let stage = worker();
-    let pinned = format!("sha256:{}", stage.master.certificate().fingerprint);
+    let fixture = worker();
+    let pinned = format!("sha256:{}", fixture.master.certificate().fingerprint);
     for (rule, why) in [
         (
             "name",
@@ -224,7 +212,7 @@ fn each_rule_explains_why_it_accepts_the_master() {
         ("ca", "accepted by the rule ca: issued by ca.crt; its names are not checked"),
         (&pinned, "its fingerprint matches"),
     ] {
-        let report = Report::of(check(&stage).args(["--master-identity", rule]));
+        let report = Report::of(check(&fixture).args(["--master-identity", rule]));
         assert!(report.message("tls").ends_with(why), "{}", report.message("tls"));
         assert!(
             report.message("identity").ends_with("(--master-identity)"),
@@ -232,7 +220,7 @@ fn each_rule_explains_why_it_accepts_the_master() {
             report.message("identity")
         );
     }
-    let report = Report::of(check(&stage).args(["--master-identity", "public"]));
+    let report = Report::of(check(&fixture).args(["--master-identity", "public"]));
     report.fails_with("tls", 1);
     assert!(
         report.message("tls").contains("; CN=swarmctl, O=DECNET, OU=swarm-worker for swarmctl, "),
@@ -244,8 +232,8 @@ fn each_rule_explains_why_it_accepts_the_master() {
 
 #[test]
 fn tls_version_of_an_older_master_is_shown() {
-    let stage = worker_of(Options { offered: Offered::Tls12Only, ..Options::default() });
-    let report = Report::of(&mut check(&stage));
+    let fixture = worker_of(Options { offered: Offered::Tls12Only, ..Options::default() });
+    let report = Report::of(&mut check(&fixture));
     assert_eq!(
         (&report.step("tls")["facts"]["version"], &report.0["works"]),
         (&json!("TLS 1.2"), &json!(true))
@@ -254,16 +242,20 @@ fn tls_version_of_an_older_master_is_shown() {
 
 #[test]
 fn rejected_certificate_is_named_for_comparison() {
-    let stage = worker();
-    let other = stage.master.authority().issue(Role::Worker("other".to_owned())).unwrap();
-    stage.master.pin(&stage.worker.uuid, &other.fingerprint);
-    let report = Report::of(&mut check(&stage));
+    let fixture = worker();
+    let other = fixture.master.authority().issue(Role::Worker("other".to_owned())).unwrap();
+    fixture.master.pin(&fixture.worker.uuid, &other.fingerprint);
+    let report = Report::of(&mut check(&fixture));
     report.fails_with("beat", 1);
     assert!(report.message("beat").starts_with("http-403 in "), "{}", report.message("beat"));
-    assert!(report.advice("beat").contains(&stage.worker.fingerprint), "{}", report.advice("beat"));
+    assert!(
+        report.advice("beat").contains(&fixture.worker.fingerprint),
+        "{}",
+        report.advice("beat")
+    );
     assert!(report.advice("beat").contains("must pass TLS through"), "{}", report.advice("beat"));
-    stage.master.decommission(&stage.worker.uuid);
-    let report = Report::of(&mut check(&stage));
+    fixture.master.decommission(&fixture.worker.uuid);
+    let report = Report::of(&mut check(&fixture));
     report.fails_with("beat", 1);
     assert!(report.message("beat").starts_with("http-404 in "), "{}", report.message("beat"));
     assert!(
@@ -276,11 +268,11 @@ fn rejected_certificate_is_named_for_comparison() {
 
 #[test]
 fn certificate_of_another_ca_is_detected_locally_and_rejected_by_the_master() {
-    let stage = worker();
+    let fixture = worker();
     let foreign = Authority::new().unwrap().issue(Role::Worker("foreign".to_owned())).unwrap();
-    fs::write(stage.agent_dir().join("worker.crt"), &foreign.certificate).unwrap();
-    fs::write(stage.agent_dir().join("worker.key"), &foreign.key).unwrap();
-    let report = Report::of(&mut check(&stage));
+    fs::write(fixture.agent_dir().join("worker.crt"), &foreign.certificate).unwrap();
+    fs::write(fixture.agent_dir().join("worker.key"), &foreign.key).unwrap();
+    let report = Report::of(&mut check(&fixture));
     report.fails_with("tls", 1);
     assert!(
         report.message("tls").starts_with("the master refused our certificate"),
@@ -292,12 +284,12 @@ fn certificate_of_another_ca_is_detected_locally_and_rejected_by_the_master() {
         "{}",
         report.advice("worker.crt")
     );
-    assert_eq!(stage.master.received().len(), 0);
+    assert_eq!(fixture.master.received().len(), 0);
 }
 
 /// Starts a master that rejects our certificate as uvicorn does: it closes the connection without
 /// an alert.
-fn reject_without_an_alert(stage: &Stage, version: &'static SupportedProtocolVersion) -> u16 {
+fn reject_without_an_alert(fixture: &Fixture, version: &'static SupportedProtocolVersion) -> u16 {
     let mut roots = RootCertStore::empty();
     roots
         .add(
@@ -310,7 +302,7 @@ fn reject_without_an_alert(stage: &Stage, version: &'static SupportedProtocolVer
         WebPkiClientVerifier::builder_with_provider(Arc::new(roots), Arc::clone(&provider))
             .build()
             .unwrap();
-    let own = stage.master.certificate();
+    let own = fixture.master.certificate();
     let chain = vec![CertificateDer::from_pem_slice(own.certificate.as_bytes()).unwrap()];
     let config =
         ServerConfig::builder_with_provider(provider).with_protocol_versions(&[version]).unwrap();
@@ -339,10 +331,10 @@ fn reject_without_an_alert(stage: &Stage, version: &'static SupportedProtocolVer
 #[test]
 fn rejection_without_an_alert_is_explained() {
     for version in [&TLS12, &TLS13] {
-        let mut stage = worker();
-        stage.worker.port = reject_without_an_alert(&stage, version);
-        stage.worker.write_ini(&stage.dir.path().join("decnet.ini")).unwrap();
-        let report = Report::of(&mut check(&stage));
+        let mut fixture = worker();
+        fixture.worker.port = reject_without_an_alert(&fixture, version);
+        fixture.write_ini();
+        let report = Report::of(&mut check(&fixture));
         report.fails_with("tls", 1);
         let text = report.message("tls");
         assert!(
@@ -356,9 +348,9 @@ fn rejection_without_an_alert_is_explained() {
             "{}",
             report.advice("tls")
         );
-        let (builder, _tick) = stage.builder();
+        let (builder, _tick) = fixture.builder();
         let heartbeat = builder.start().unwrap();
-        let failure = settled(&heartbeat, |stats| stats.failure.is_some()).failure.unwrap();
+        let failure = wait_for_stats(&heartbeat, |stats| stats.failure.is_some()).failure.unwrap();
         assert_eq!(failure.class, "connection-closed", "{failure:?}");
         assert!(
             failure.detail.ends_with(": the master may refuse this host's certificate"),
@@ -370,11 +362,11 @@ fn rejection_without_an_alert_is_explained() {
 
 #[test]
 fn master_of_another_ca_is_shown_with_its_names() {
-    let mut stage = worker();
-    let other = Stage::new();
-    stage.worker.port = other.master.port();
-    stage.worker.write_ini(&stage.dir.path().join("decnet.ini")).unwrap();
-    let report = Report::of(&mut check(&stage));
+    let mut fixture = worker();
+    let other = Fixture::new();
+    fixture.worker.port = other.master.port();
+    fixture.write_ini();
+    let report = Report::of(&mut check(&fixture));
     report.fails_with("tls", 1);
     assert!(
         report.advice("tls").starts_with("enrol this host from this master"),
@@ -389,9 +381,9 @@ fn master_of_another_ca_is_shown_with_its_names() {
 fn expired_certificate_of_the_master_fails() {
     let authority = Authority::new().unwrap();
     let certificate = Some(authority.issue(Role::Expired).unwrap());
-    let stage =
+    let fixture =
         worker_of(Options { certificate, authority: Some(authority), ..Options::default() });
-    let report = Report::of(&mut check(&stage));
+    let report = Report::of(&mut check(&fixture));
     report.fails_with("tls", 1);
     assert!(
         report.advice("tls").starts_with("renew the master's certificate"),
@@ -405,12 +397,12 @@ fn expired_pinned_certificate_is_accepted_with_advice() {
     let authority = Authority::new().unwrap();
     let expired = authority.issue(Role::Expired).unwrap();
     let pinned = format!("sha256:{}", expired.fingerprint);
-    let stage = worker_of(Options {
+    let fixture = worker_of(Options {
         certificate: Some(expired),
         authority: Some(authority),
         ..Options::default()
     });
-    let report = Report::of(check(&stage).args(["--master-identity", &pinned]));
+    let report = Report::of(check(&fixture).args(["--master-identity", &pinned]));
     assert_eq!(report.0["works"], true, "{:#}", report.0);
     assert!(report.message("tls").contains("expired 1 day ago"), "{}", report.message("tls"));
     let advice = report.advice("tls");
@@ -419,9 +411,9 @@ fn expired_pinned_certificate_is_accepted_with_advice() {
 
 #[test]
 fn stopped_master_fails_in_tcp() {
-    let mut stage = worker();
-    stage.master.stop();
-    let report = Report::of(&mut check(&stage));
+    let mut fixture = worker();
+    fixture.master.stop();
+    let report = Report::of(&mut check(&fixture));
     report.fails_with("tcp", 1);
     assert!(report.message("tcp").contains("Connection refused"), "{}", report.message("tcp"));
     assert_eq!(report.ended("not-tried"), ["tls", "beat"]);
@@ -429,18 +421,18 @@ fn stopped_master_fails_in_tcp() {
 
 #[test]
 fn server_of_another_protocol_is_detected() {
-    let mut stage = worker();
+    let mut fixture = worker();
     let ssh = TcpListener::bind("127.0.0.1:0").unwrap();
-    stage.worker.port = ssh.local_addr().unwrap().port();
-    stage.worker.write_ini(&stage.dir.path().join("decnet.ini")).unwrap();
+    fixture.worker.port = ssh.local_addr().unwrap().port();
+    fixture.write_ini();
     thread::spawn(move || {
         ssh.incoming().map_while(Result::ok).for_each(|mut it| drop(it.write_all(b"SSH-2.0-x\r\n")))
     });
-    let report = Report::of(&mut check(&stage));
+    let report = Report::of(&mut check(&fixture));
     report.fails_with("tls", 1);
     assert_eq!(
         report.message("tls"),
-        "the answer is neither TLS nor HTTP: the peer is not the master's"
+        "the answer is neither TLS nor HTTP: the peer is not the master"
     );
     assert!(
         report.advice("tls").starts_with("correct the master's host and port"),
@@ -451,11 +443,11 @@ fn server_of_another_protocol_is_detected() {
 
 #[test]
 fn master_without_tls_is_detected() {
-    let stage = worker();
-    stage.master.always(Some(Fault::Banner(
+    let fixture = worker();
+    fixture.master.always(Some(Fault::Banner(
         b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n".to_vec(),
     )));
-    let report = Report::of(&mut check(&stage));
+    let report = Report::of(&mut check(&fixture));
     report.fails_with("tls", 1);
     assert!(
         report.message("tls").starts_with("the answer is plain HTTP, not TLS"),
@@ -471,9 +463,9 @@ fn certificate_for_only_the_masters_host_is_rejected_by_name() {
     let role =
         Role::WebEnrolled { name: "worker-07".to_owned(), master_host: "127.0.0.1".to_owned() };
     let certificate = Some(authority.issue(role).unwrap());
-    let stage =
+    let fixture =
         worker_of(Options { certificate, authority: Some(authority), ..Options::default() });
-    let report = Report::of(&mut check(&stage));
+    let report = Report::of(&mut check(&fixture));
     report.fails_with("tls", 1);
     assert!(
         report.message("tls").contains(r#"its common name is "worker-07""#),
@@ -485,7 +477,7 @@ fn certificate_for_only_the_masters_host_is_rejected_by_name() {
         "{}",
         report.advice("tls")
     );
-    let report = Report::of(check(&stage).args(["--master-identity", "host"]));
+    let report = Report::of(check(&fixture).args(["--master-identity", "host"]));
     assert!(
         report.message("tls").ends_with(
             "accepted by the rule host: issued by ca.crt for 127.0.0.1; a worker's certificate could be, too"
@@ -498,14 +490,14 @@ fn certificate_for_only_the_masters_host_is_rejected_by_name() {
 /// A TLS server of our CA that requests no client certificate, as a proxy that terminates TLS.
 #[test]
 fn proxy_that_terminates_tls_is_detected() {
-    let mut stage = worker();
-    let openssl = OpenSsl::new(stage.dir.path());
+    let mut fixture = worker();
+    let openssl = OpenSsl::new(fixture.dir.path());
     openssl.issue("proxy", "rsa:2048", "-sha256");
-    fs::write(stage.agent_dir().join("ca.crt"), openssl.read("ca.crt")).unwrap();
-    let served = openssl.serve("proxy", "-cipher ALL:@SECLEVEL=0");
-    stage.worker.port = served.port;
-    stage.worker.write_ini(&stage.dir.path().join("decnet.ini")).unwrap();
-    let report = Report::of(&mut check(&stage));
+    fs::write(fixture.agent_dir().join("ca.crt"), openssl.read("ca.crt")).unwrap();
+    let server = openssl.start_server("proxy", "-cipher ALL:@SECLEVEL=0");
+    fixture.worker.port = server.port;
+    fixture.write_ini();
+    let report = Report::of(&mut check(&fixture));
     assert_eq!(report.step("tls")["outcome"], "ok", "{:#}", report.0);
     assert!(
         report.advice("tls").starts_with("it requested no certificate from this host"),
@@ -522,12 +514,12 @@ fn proxy_that_terminates_tls_is_detected() {
 
 #[test]
 fn weak_signature_of_worker_crt_is_named() {
-    let stage = worker();
-    let openssl = OpenSsl::new(stage.dir.path());
+    let fixture = worker();
+    let openssl = OpenSsl::new(fixture.dir.path());
     openssl.issue("old", "rsa:2048", "-sha1");
-    fs::write(stage.agent_dir().join("worker.crt"), openssl.read("old.crt")).unwrap();
-    fs::write(stage.agent_dir().join("worker.key"), openssl.read("old.key")).unwrap();
-    let report = Report::of(&mut check(&stage));
+    fs::write(fixture.agent_dir().join("worker.crt"), openssl.read("old.crt")).unwrap();
+    fs::write(fixture.agent_dir().join("worker.key"), openssl.read("old.key")).unwrap();
+    let report = Report::of(&mut check(&fixture));
     let advice = report.advice("worker.crt");
     assert!(
         advice.starts_with("the master may reject it: it is signed with RSA and SHA-1"),
@@ -547,11 +539,11 @@ fn unreadable_bundle_gets_no_advice_to_enrol() {
         ),
     ];
     for (damage, advice, code) in damages {
-        let stage = worker();
-        let path = stage.agent_dir().join("worker.key");
+        let fixture = worker();
+        let path = fixture.agent_dir().join("worker.key");
         fs::remove_file(&path).unwrap();
         damage(&path);
-        let report = Report::of(&mut check(&stage));
+        let report = Report::of(&mut check(&fixture));
         report.fails_with("worker.key", code);
         assert_eq!(report.advice("worker.key"), advice);
         assert!(
@@ -562,11 +554,11 @@ fn unreadable_bundle_gets_no_advice_to_enrol() {
 
 #[test]
 fn ignored_entries_of_ca_crt_are_named() {
-    let stage = worker();
-    let path = stage.agent_dir().join("ca.crt");
-    let worker = fs::read_to_string(stage.agent_dir().join("worker.crt")).unwrap();
-    fs::write(&path, worker + &stage.master.authority().certificate()).unwrap();
-    let report = Report::of(&mut check(&stage));
+    let fixture = worker();
+    let path = fixture.agent_dir().join("ca.crt");
+    let worker = fs::read_to_string(fixture.agent_dir().join("worker.crt")).unwrap();
+    fs::write(&path, worker + &fixture.master.authority().certificate()).unwrap();
+    let report = Report::of(&mut check(&fixture));
     assert_eq!(report.0["works"], true, "{:#}", report.0);
     assert!(
         report.message("ca.crt").starts_with("CN=DECNET SWARM Root CA, "),
@@ -578,18 +570,18 @@ fn ignored_entries_of_ca_crt_are_named() {
 
 #[test]
 fn silent_server_times_out_after_five_seconds() {
-    let mut stage = worker();
+    let mut fixture = worker();
     let silent = TcpListener::bind("127.0.0.1:0").unwrap();
-    stage.worker.port = silent.local_addr().unwrap().port();
-    stage.worker.write_ini(&stage.dir.path().join("decnet.ini")).unwrap();
-    let report = Report::of(&mut check(&stage));
+    fixture.worker.port = silent.local_addr().unwrap().port();
+    fixture.write_ini();
+    let report = Report::of(&mut check(&fixture));
     report.fails_with("tls", 1);
     assert_eq!(report.message("tls"), "the handshake was not complete within 5 s");
 }
 
 #[test]
 fn answers_other_than_success_fail_with_their_meaning() {
-    let stage = worker();
+    let fixture = worker();
     for (answer, meaning) in [
         (Answer::status(503).body("busy"), "http-503 in "),
         (Answer::status(422).body("no"), "the master rejected the body: no"),
@@ -598,8 +590,8 @@ fn answers_other_than_success_fail_with_their_meaning() {
         (Answer::status(429), "the master cannot accept beats now"),
         (Answer::status(302), "the answer is not from a DECNET master"),
     ] {
-        stage.master.script([Fault::Answer(answer)]);
-        let report = Report::of(&mut check(&stage));
+        fixture.master.script([Fault::Answer(answer)]);
+        let report = Report::of(&mut check(&fixture));
         report.fails_with("beat", 1);
         assert!(report.message("beat").contains(meaning), "{}", report.message("beat"));
     }
@@ -607,11 +599,10 @@ fn answers_other_than_success_fail_with_their_meaning() {
 
 #[test]
 fn host_that_is_not_enrolled_exits_78_and_other_steps_still_run() {
-    let stage = worker();
+    let fixture = worker();
     let mut command = program();
     command.args(["--config", "/nonexistent/decnet.ini", "check", "--state-file", "/nonexistent"]);
-    let report =
-        Report::of(command.arg("--docker-socket").arg(stage.dir.path().join("docker.sock")));
+    let report = Report::of(command.arg("--docker-socket").arg(fixture.path("docker.sock")));
     report.fails_with("enrolment", 78);
     assert_eq!(report.ended("ok"), ["state-file", "docker"]);
     assert_eq!(report.ended("not-tried").len(), 9);
@@ -619,17 +610,17 @@ fn host_that_is_not_enrolled_exits_78_and_other_steps_still_run() {
 
 #[test]
 fn invalid_file_of_the_bundle_is_named() {
-    let stage = worker();
-    fs::write(stage.agent_dir().join("worker.key"), "garbage").unwrap();
-    Report::of(&mut check(&stage)).fails_with("worker.key", 78);
-    let other = stage.master.authority().issue(Role::Worker("other".to_owned())).unwrap();
-    fs::write(stage.agent_dir().join("worker.key"), &other.key).unwrap();
-    let report = Report::of(&mut check(&stage));
+    let fixture = worker();
+    fs::write(fixture.agent_dir().join("worker.key"), "garbage").unwrap();
+    Report::of(&mut check(&fixture)).fails_with("worker.key", 78);
+    let other = fixture.master.authority().issue(Role::Worker("other".to_owned())).unwrap();
+    fs::write(fixture.agent_dir().join("worker.key"), &other.key).unwrap();
+    let report = Report::of(&mut check(&fixture));
     // An enrolment in progress looks like this.
     report.fails_with("worker.key", 1);
     assert_eq!(report.ended("not-tried"), ["tls", "beat"]);
-    fs::remove_file(stage.agent_dir().join("ca.crt")).unwrap();
-    let report = Report::of(&mut check(&stage));
+    fs::remove_file(fixture.agent_dir().join("ca.crt")).unwrap();
+    let report = Report::of(&mut check(&fixture));
     assert_eq!(report.ended("failed"), ["ca.crt", "worker.key"], "{:#}", report.0);
     assert_eq!(report.ended("not-tried"), ["tls", "beat"]);
 }
@@ -650,16 +641,16 @@ fn each_file_of_the_bundle_has_its_own_result() {
         ),
     ];
     for (damage, message, advice) in damages {
-        let stage = worker();
-        fs::remove_file(stage.agent_dir().join("ca.crt")).unwrap();
-        damage(&stage.agent_dir().join("worker.crt"));
-        let report = Report::of(&mut check(&stage));
+        let fixture = worker();
+        fs::remove_file(fixture.agent_dir().join("ca.crt")).unwrap();
+        damage(&fixture.agent_dir().join("worker.crt"));
+        let report = Report::of(&mut check(&fixture));
         assert_eq!(report.ended("failed"), ["ca.crt", "worker.crt"], "{:#}", report.0);
         assert!(report.message("worker.crt").contains(message), "{}", report.message("worker.crt"));
         assert!(report.advice("worker.crt").starts_with(advice), "{}", report.advice("worker.crt"));
         assert_eq!(report.ended("not-tried"), ["worker.key", "tls", "beat"]);
-        fs::write(stage.agent_dir().join("worker.key"), "").unwrap();
-        let report = Report::of(&mut check(&stage));
+        fs::write(fixture.agent_dir().join("worker.key"), "").unwrap();
+        let report = Report::of(&mut check(&fixture));
         assert_eq!(
             report.ended("failed"),
             ["ca.crt", "worker.crt", "worker.key"],
@@ -671,8 +662,8 @@ fn each_file_of_the_bundle_has_its_own_result() {
 
 #[test]
 fn expired_root_beside_a_valid_one_gets_advice() {
-    let stage = worker();
-    let openssl = OpenSsl::new(stage.dir.path());
+    let fixture = worker();
+    let openssl = OpenSsl::new(fixture.dir.path());
     let mut old = rcgen::CertificateParams::default();
     old.distinguished_name = rcgen::DistinguishedName::new();
     old.distinguished_name.push(rcgen::DnType::CommonName, "old");
@@ -682,9 +673,9 @@ fn expired_root_beside_a_valid_one_gets_advice() {
     let key = rcgen::KeyPair::generate().unwrap();
     fs::write(openssl.path("old.crt"), old.self_signed(&key).unwrap().pem()).unwrap();
     fs::write(openssl.path("old.key"), key.serialize_pem()).unwrap();
-    let path = stage.agent_dir().join("ca.crt");
-    fs::write(&path, openssl.read("old.crt") + &stage.master.authority().certificate()).unwrap();
-    let report = Report::of(&mut check(&stage));
+    let path = fixture.agent_dir().join("ca.crt");
+    fs::write(&path, openssl.read("old.crt") + &fixture.master.authority().certificate()).unwrap();
+    let report = Report::of(&mut check(&fixture));
     assert_eq!(report.0["works"], true, "{:#}", report.0);
     assert!(
         report.message("ca.crt").starts_with("CN=DECNET SWARM Root CA, "),
@@ -699,23 +690,23 @@ fn expired_root_beside_a_valid_one_gets_advice() {
     // Our certificate was issued by the expired root.
     openssl.run("req -newkey rsa:2048 -nodes -keyout own.key -out own.csr -subj /CN=worker");
     openssl.run("x509 -req -in own.csr -CA old.crt -CAkey old.key -CAcreateserial -days 90 -extfile ext -out own.crt");
-    fs::write(stage.agent_dir().join("worker.crt"), openssl.read("own.crt")).unwrap();
-    fs::write(stage.agent_dir().join("worker.key"), openssl.read("own.key")).unwrap();
-    let advice = Report::of(&mut check(&stage)).advice("worker.crt").to_owned();
+    fs::write(fixture.agent_dir().join("worker.crt"), openssl.read("own.crt")).unwrap();
+    fs::write(fixture.agent_dir().join("worker.key"), openssl.read("own.key")).unwrap();
+    let advice = Report::of(&mut check(&fixture)).advice("worker.crt").to_owned();
     assert!(
         advice
             .starts_with("the master may reject it, because the CA that issued it is not valid: "),
         "{advice}"
     );
     fs::write(&path, openssl.read("old.crt")).unwrap();
-    let report = Report::of(&mut check(&stage));
+    let report = Report::of(&mut check(&fixture));
     assert_eq!(report.ended("failed")[0], "ca.crt", "{:#}", report.0);
 }
 
 #[test]
 fn ca_of_the_same_name_with_another_key_type_is_rejected() {
-    let stage = worker();
-    let openssl = OpenSsl::new(stage.dir.path());
+    let fixture = worker();
+    let openssl = OpenSsl::new(fixture.dir.path());
     // The name of the authority, byte for byte.
     let name = "CN=DECNET SWARM Root CA\nO=DECNET\n";
     let config =
@@ -724,8 +715,8 @@ fn ca_of_the_same_name_with_another_key_type_is_rejected() {
     openssl.run(
         "req -x509 -newkey rsa:2048 -nodes -keyout k -out rsa.crt -days 90 -config cnf -addext basicConstraints=CA:TRUE",
     );
-    fs::write(stage.agent_dir().join("ca.crt"), openssl.read("rsa.crt")).unwrap();
-    let report = Report::of(&mut check(&stage));
+    fs::write(fixture.agent_dir().join("ca.crt"), openssl.read("rsa.crt")).unwrap();
+    let report = Report::of(&mut check(&fixture));
     report.fails_with("tls", 1);
     assert!(
         report
@@ -743,14 +734,14 @@ fn ca_of_the_same_name_with_another_key_type_is_rejected() {
 
 #[test]
 fn future_problems_get_advice() {
-    let stage = worker();
+    let fixture = worker();
     let soon = Role::ShortLived("w".to_owned(), std::time::Duration::from_secs(86_400 * 9));
-    let issued = stage.master.authority().issue(soon).unwrap();
-    stage.master.authority().write_bundle(&issued, &stage.agent_dir()).unwrap();
-    stage.master.pin(&stage.worker.uuid, &issued.fingerprint);
-    let key = stage.agent_dir().join("worker.key");
+    let issued = fixture.master.authority().issue(soon).unwrap();
+    fixture.master.authority().write_bundle(&issued, &fixture.agent_dir()).unwrap();
+    fixture.master.pin(&fixture.worker.uuid, &issued.fingerprint);
+    let key = fixture.agent_dir().join("worker.key");
     fs::set_permissions(&key, fs::Permissions::from_mode(0o644)).unwrap();
-    let report = Report::of(&mut check(&stage));
+    let report = Report::of(&mut check(&fixture));
     assert_eq!(report.0["works"], true, "{:#}", report.0);
     assert!(
         report.advice("worker.crt").starts_with("before it expires, enrol this host again"),
@@ -765,64 +756,59 @@ fn future_problems_get_advice() {
 
 #[test]
 fn docker_state_file_and_topology_fail_separately() {
-    let stage = worker();
-    fs::remove_file(stage.dir.path().join("docker.sock")).unwrap();
-    Report::of(&mut check(&stage)).fails_with("docker", 1);
-    fs::write(stage.dir.path().join("state.json"), "{").unwrap();
-    let report = Report::of(&mut check(&stage));
+    let fixture = worker();
+    fs::remove_file(fixture.path("docker.sock")).unwrap();
+    Report::of(&mut check(&fixture)).fails_with("docker", 1);
+    fs::write(fixture.path("state.json"), "{").unwrap();
+    let report = Report::of(&mut check(&fixture));
     assert_eq!(report.ended("failed"), ["state-file", "docker"], "{:#}", report.0);
-    let beat = stage.master.received().pop().unwrap().json.unwrap();
+    let beat = fixture.master.received().pop().unwrap().json.unwrap();
     assert!(
         beat["status"]["error"].as_str().unwrap().contains("state.json"),
         "the beat contains the error, too: {beat}"
     );
     fs::write(
-        stage.agent_dir().join("topology.db"),
-        "no database, and long enough to be looked at as one",
+        fixture.agent_dir().join("topology.db"),
+        "not a database, and long enough to be read as one",
     )
     .unwrap();
-    let report = Report::of(&mut check(&stage));
+    let report = Report::of(&mut check(&fixture));
     assert_eq!(report.ended("failed"), ["state-file", "docker", "topology"], "{:#}", report.0);
 }
 
 #[test]
 fn no_beat_is_sent_if_the_topology_cannot_be_read() {
-    let stage = worker();
+    let fixture = worker();
     fs::write(
-        stage.agent_dir().join("topology.db"),
-        "no database, and long enough to be looked at as one",
+        fixture.agent_dir().join("topology.db"),
+        "not a database, and long enough to be read as one",
     )
     .unwrap();
-    let report = Report::of(&mut check(&stage));
+    let report = Report::of(&mut check(&fixture));
     report.fails_with("topology", 1);
     assert_eq!(
         (report.ended("not-tried"), report.message("beat")),
         (vec!["beat"], "not tried: topology.db cannot be read")
     );
-    assert_eq!(stage.master.received().len(), 0, "the master would order a rebuild");
+    assert_eq!(fixture.master.received().len(), 0, "the master would order a rebuild");
 }
 
 #[test]
 fn missing_folder_of_the_state_file_fails() {
-    let stage = worker();
-    let missing = stage.dir.path().join("none/state.json");
+    let fixture = worker();
+    let missing = fixture.path("none/state.json");
     // The environment variable, without the option.
     let mut command = program();
-    command
-        .arg("--config")
-        .arg(stage.dir.path().join("decnet.ini"))
-        .arg("check")
-        .stdin(Stdio::null());
+    command.arg("--config").arg(fixture.ini()).arg("check").stdin(Stdio::null());
     command.env("DECNET_HEARTBEAT_STATE_FILE", &missing);
-    let report =
-        Report::of(command.arg("--docker-socket").arg(stage.dir.path().join("docker.sock")));
+    let report = Report::of(command.arg("--docker-socket").arg(fixture.path("docker.sock")));
     report.fails_with("state-file", 1);
     assert!(
         report.message("state-file").ends_with("(DECNET_HEARTBEAT_STATE_FILE)"),
         "{}",
         report.message("state-file")
     );
-    let beat = stage.master.received().pop().unwrap().json.unwrap();
+    let beat = fixture.master.received().pop().unwrap().json.unwrap();
     assert!(
         beat["status"]["error"].as_str().unwrap().contains("none/state.json: its folder "),
         "{beat}"
@@ -832,17 +818,17 @@ fn missing_folder_of_the_state_file_fails() {
 
 #[test]
 fn rejected_docker_request_is_named_and_affects_only_observed() {
-    let stage = worker();
-    let socket = stage.dir.path().join("docker.sock");
+    let fixture = worker();
+    let socket = fixture.path("docker.sock");
     fs::remove_file(&socket).unwrap();
-    start_docker_that(&socket, |request| match request.starts_with(b"GET /networks ") {
+    start_docker_with(&socket, |request| match request.starts_with(b"GET /networks ") {
         true => "HTTP/1.1 403 Forbidden\r\nContent-Length: 9\r\n\r\nForbidden".to_owned(),
-        false => ok(r#"[{"Names":["/d1-ssh"],"State":"running"}]"#),
+        false => json_answer(r#"[{"Names":["/d1-ssh"],"State":"running"}]"#),
     });
     let decky = json!({"name": "d1", "services": ["ssh"]});
     let state = json!({"config": {"mode": "swarm", "deckies": [decky]}, "compose_path": "/x"});
-    fs::write(stage.dir.path().join("state.json"), state.to_string()).unwrap();
-    let report = Report::of(&mut check(&stage));
+    fs::write(fixture.path("state.json"), state.to_string()).unwrap();
+    let report = Report::of(&mut check(&fixture));
     report.fails_with("docker", 1);
     assert!(
         report.message("docker").contains(": /networks: answered 403 Forbidden"),
@@ -850,7 +836,7 @@ fn rejected_docker_request_is_named_and_affects_only_observed() {
         report.message("docker")
     );
     assert!(report.message("docker").ends_with("; 1 container"), "{}", report.message("docker"));
-    let beat = stage.master.received().pop().unwrap().json.unwrap();
+    let beat = fixture.master.received().pop().unwrap().json.unwrap();
     assert_eq!(
         beat["status"]["runtime"],
         json!({"d1": {"running": true, "services": {"ssh": "running"}}})
@@ -864,25 +850,25 @@ fn rejected_docker_request_is_named_and_affects_only_observed() {
 
 #[test]
 fn outbox_shows_queued_deltas_and_the_delivering_process() {
-    let mut stage = worker();
-    let (builder, tick) = stage.builder();
+    let mut fixture = worker();
+    let (builder, tick) = fixture.builder();
     let heartbeat = builder.start().unwrap();
-    settled(&heartbeat, |stats| stats.beats == 1);
-    stage.master.stop();
+    wait_for_stats(&heartbeat, |stats| stats.beats == 1);
+    fixture.master.stop();
     heartbeat.deltas().push(LifecycleDelta::succeeded("d", Operation::Deploy)).unwrap();
     tick.send(now()).unwrap();
-    settled(&heartbeat, |stats| stats.failure.is_some());
-    stage.master.start_again().unwrap();
-    let report = Report::of(&mut check(&stage));
+    wait_for_stats(&heartbeat, |stats| stats.failure.is_some());
+    fixture.master.start_again().unwrap();
+    let report = Report::of(&mut check(&fixture));
     let facts = &report.step("outbox")["facts"];
     let deliverer = &facts["delivered_by"];
     // The first delta may have been delivered meanwhile.
     assert!(facts["waiting"].as_u64().is_some_and(|waiting| waiting <= 1), "{facts}");
     assert_eq!(deliverer, std::process::id(), "{}", report.message("outbox"));
-    stage.master.stop();
+    fixture.master.stop();
     heartbeat.deltas().push(LifecycleDelta::succeeded("e", Operation::Deploy)).unwrap();
     drop(heartbeat);
-    let report = Report::of(&mut check(&stage));
+    let report = Report::of(&mut check(&fixture));
     let facts = &report.step("outbox")["facts"];
     assert!(facts["waiting"].as_u64() >= Some(1) && facts["delivered_by"].is_null(), "{facts}");
     assert!(
@@ -890,14 +876,14 @@ fn outbox_shows_queued_deltas_and_the_delivering_process() {
         "{}",
         report.advice("outbox")
     );
-    assert!(stage.agent_dir().join("heartbeat.db").exists());
+    assert!(fixture.outbox().exists());
 }
 
 #[test]
 fn operations_with_an_unknown_state_for_a_day_are_named() {
-    let stage = worker();
-    stage.beating().0.stop(PATIENCE);
-    let database = rusqlite::Connection::open(stage.agent_dir().join("heartbeat.db")).unwrap();
+    let fixture = worker();
+    fixture.start_heartbeat().0.stop(TIMEOUT);
+    let database = rusqlite::Connection::open(fixture.outbox()).unwrap();
     let add = |decky: &str, seconds: u32| {
         let row = (decky, "1@1", seconds);
         database
@@ -909,25 +895,25 @@ fn operations_with_an_unknown_state_for_a_day_are_named() {
         database.last_insert_rowid()
     };
     add("d1", 86_399);
-    let report = Report::of(&mut check(&stage));
+    let report = Report::of(&mut check(&fixture));
     let facts = &report.step("outbox")["facts"];
     assert_eq!(
         (&facts["operations"], &facts["stuck"], report.advice("outbox")),
         (&json!(1), &json!(0), "")
     );
     let id = add("d\u{1b}2", 86_400);
-    let report = Report::of(&mut check(&stage));
+    let report = Report::of(&mut check(&fixture));
     assert_eq!(report.step("outbox")["facts"]["stuck"], 1);
     let named = format!("; 1 stuck: deploy of d\\u{{1b}}2 (row {id}, for 1day)");
     assert!(report.message("outbox").ends_with(&named), "{named}: {}", report.message("outbox"));
-    let lock = stage.agent_dir().join("heartbeat.db-lock");
+    let lock = fixture.agent_dir().join("heartbeat.db-lock");
     assert!(
         report.advice("outbox").contains(&format!("check why {} cannot be used", lock.display()))
     );
     for _ in 0..20 {
         add("d3", 90_000);
     }
-    let message = Report::of(&mut check(&stage)).message("outbox").to_owned();
+    let message = Report::of(&mut check(&fixture)).message("outbox").to_owned();
     assert!(
         message.contains("; 21 stuck: ") && message.matches("(row ").count() == 10,
         "{message}"
@@ -936,54 +922,50 @@ fn operations_with_an_unknown_state_for_a_day_are_named() {
 
 #[test]
 fn unusable_outbox_fails() {
-    let stage = worker();
-    fs::write(
-        stage.agent_dir().join("heartbeat.db"),
-        "not an outbox, and long enough to be read as a database",
-    )
-    .unwrap();
-    let report = Report::of(&mut check(&stage));
+    let fixture = worker();
+    fs::write(fixture.outbox(), "not an outbox, and long enough to be read as a database").unwrap();
+    let report = Report::of(&mut check(&fixture));
     report.fails_with("outbox", 1);
-    let content = fs::read_to_string(stage.agent_dir().join("heartbeat.db")).unwrap();
+    let content = fs::read_to_string(fixture.outbox()).unwrap();
     assert!(content.starts_with("not an outbox"), "check changes no file");
-    Report::of(check(&stage).args(["--outbox", "/nonexistent/folder/heartbeat.db"]))
+    Report::of(check(&fixture).args(["--outbox", "/nonexistent/folder/heartbeat.db"]))
         .fails_with("outbox", 1);
-    Report::of(check(&stage).args(["--outbox"]).arg(stage.dir.path().join("x.db"))).step("outbox");
+    Report::of(check(&fixture).args(["--outbox"]).arg(fixture.path("x.db"))).step("outbox");
 }
 
 #[test]
 fn stats_and_metrics_files_are_checked_if_given() {
-    let stage = worker();
-    let mut command = check(&stage);
+    let fixture = worker();
+    let mut command = check(&fixture);
     command.args(["--metrics-file", "/nonexistent/decnet.prom", "--stats-file"]);
-    let report = Report::of(command.arg(stage.dir.path().join("stats.json")));
+    let report = Report::of(command.arg(fixture.path("stats.json")));
     assert_eq!(report.ended("failed"), ["metrics-file"], "{:#}", report.0);
     assert_eq!(report.ended("ok").last(), Some(&"stats-file"));
 }
 
 #[test]
 fn running_heartbeat_is_not_disturbed() {
-    let stage = worker();
+    let fixture = worker();
     let heartbeat = Heartbeat::builder()
-        .enrolment(stage.worker.enrolment().unwrap())
+        .enrolment(fixture.worker.enrolment().unwrap())
         .status_source(|| Snapshot::new(&json!({})))
         .start()
         .unwrap();
-    settled(&heartbeat, |stats| stats.beats == 1);
+    wait_for_stats(&heartbeat, |stats| stats.beats == 1);
     for _ in 0..5 {
-        assert_eq!(Report::of(&mut check(&stage)).0["works"], true);
+        assert_eq!(Report::of(&mut check(&fixture)).0["works"], true);
     }
     heartbeat.deltas().push(LifecycleDelta::succeeded("d", Operation::Deploy)).unwrap();
-    let stats = settled(&heartbeat, |stats| stats.delivered == 1);
+    let stats = wait_for_stats(&heartbeat, |stats| stats.delivered == 1);
     assert_eq!((stats.failure.map(|failure| failure.class), stats.panics), (None, 0));
-    drop::<LoopbackMaster>(stage.master);
+    drop::<LoopbackMaster>(fixture.master);
 }
 
 /// The real master uses OpenSSL, whose alerts name the reason why it rejects a certificate.
 #[test]
 fn each_alert_of_openssl_is_explained() {
-    let mut stage = worker();
-    let openssl = OpenSsl::new(stage.dir.path());
+    let mut fixture = worker();
+    let openssl = OpenSsl::new(fixture.dir.path());
     openssl.issue("server", "rsa:2048", "-sha256");
     openssl.issue("good", "rsa:2048", "-sha256");
     openssl.issue("old", "rsa:2048", "-sha1");
@@ -1002,10 +984,10 @@ fn each_alert_of_openssl_is_explained() {
         "x509 -req -in good.csr -CA same.crt -CAkey same.key -days 9 -extfile ext -out other.crt",
     );
     openssl.run("req -x509 -key good.key -out unknown.crt -days 9 -subj /CN=other");
-    fs::write(stage.agent_dir().join("ca.crt"), openssl.read("ca.crt")).unwrap();
-    let served = openssl.serve("server", "-Verify 1 -verify_return_error -CAfile ca.crt");
-    stage.worker.port = served.port;
-    stage.worker.write_ini(&stage.dir.path().join("decnet.ini")).unwrap();
+    fs::write(fixture.agent_dir().join("ca.crt"), openssl.read("ca.crt")).unwrap();
+    let server = openssl.start_server("server", "-Verify 1 -verify_return_error -CAfile ca.crt");
+    fixture.worker.port = server.port;
+    fixture.write_ini();
     for (name, key, message, advice) in [
         (
             "old",
@@ -1038,11 +1020,11 @@ fn each_alert_of_openssl_is_explained() {
             "enrol this host",
         ),
     ] {
-        fs::write(stage.agent_dir().join("worker.crt"), openssl.read(&format!("{name}.crt")))
+        fs::write(fixture.agent_dir().join("worker.crt"), openssl.read(&format!("{name}.crt")))
             .unwrap();
-        fs::write(stage.agent_dir().join("worker.key"), openssl.read(&format!("{key}.key")))
+        fs::write(fixture.agent_dir().join("worker.key"), openssl.read(&format!("{key}.key")))
             .unwrap();
-        let report = Report::of(&mut check(&stage));
+        let report = Report::of(&mut check(&fixture));
         assert!(report.message("tls").starts_with(message), "{name}: {}", report.message("tls"));
         assert!(report.advice("tls").starts_with(advice), "{name}: {}", report.advice("tls"));
     }
@@ -1050,8 +1032,8 @@ fn each_alert_of_openssl_is_explained() {
 
 #[test]
 fn unknown_name_fails_with_its_reason() {
-    let stage = worker();
-    let mut command = check(&stage);
+    let fixture = worker();
+    let mut command = check(&fixture);
     command.env("DECNET_MASTER_HOST", "no-such.invalid");
     let report = Report::of(&mut command);
     report.fails_with("name", 1);

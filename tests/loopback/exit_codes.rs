@@ -1,4 +1,5 @@
-//! What `run` and `check` exit with where the configuration cannot be used: 78 only if a restart cannot mend that.
+//! The exit codes of `run` and `check` if the configuration cannot be used: 78 only if a restart
+//! cannot help.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -9,44 +10,38 @@ use std::time::Duration;
 
 use decnet_heartbeat::loopback::Role;
 
-use crate::program::program;
-use crate::support::{PATIENCE, Running, Stage};
+use crate::support::{ChildProcess, Fixture, TIMEOUT, program};
 
-/// So long an enrolment may leave something away.
-const MOMENT: Duration = Duration::from_millis(300);
+/// How long the enrolment in these tests leaves a file missing.
+const MISSING: Duration = Duration::from_millis(300);
 
-fn codes(stage: &Stage) -> [Option<i32>; 2] {
-    let ini = stage.dir.path().join("decnet.ini");
-    [&["run"][..], &["check"]]
-        .map(|command| exit(program().arg("--config").arg(&ini).args(command)))
+/// The exit codes of `run` and `check`.
+fn exit_codes(ini: &Path) -> [Option<i32>; 2] {
+    ["run", "check"].map(|command| {
+        let mut program = program();
+        program.arg("--config").arg(ini).arg(command).stdin(Stdio::null());
+        program.output().unwrap().status.code()
+    })
 }
 
-fn run(stage: &Stage) -> Command {
+fn run(fixture: &Fixture) -> Command {
     let mut command = program();
-    command
-        .arg("--config")
-        .arg(stage.dir.path().join("decnet.ini"))
-        .arg("run")
-        .stderr(Stdio::null());
+    command.arg("--config").arg(fixture.ini()).arg("run").stderr(Stdio::null());
     command
 }
 
-fn exit(command: &mut Command) -> Option<i32> {
-    command.stdin(Stdio::null()).output().unwrap().status.code()
-}
-
-fn worker() -> Stage {
-    let stage = Stage::new();
-    stage.worker.write_ini(&stage.dir.path().join("decnet.ini")).unwrap();
-    stage
+fn worker() -> Fixture {
+    let fixture = Fixture::new();
+    fixture.write_ini();
+    fixture
 }
 
 #[test]
-fn an_enrolment_that_is_under_way_is_1() {
-    type Damage = fn(&Stage, &Path);
+fn enrolment_in_progress_exits_1() {
+    type Damage = fn(&Fixture, &Path);
     let damages: [(&str, Damage); 6] = [
-        ("worker.key", |stage, path| {
-            let other = stage.master.authority().issue(Role::Worker("other".to_owned())).unwrap();
+        ("worker.key", |fixture, path| {
+            let other = fixture.master.authority().issue(Role::Worker("other".to_owned())).unwrap();
             fs::write(path, other.key).unwrap();
         }),
         ("worker.crt", |_, path| fs::write(path, "").unwrap()),
@@ -62,28 +57,28 @@ fn an_enrolment_that_is_under_way_is_1() {
         }),
     ];
     for (name, damage) in damages {
-        let stage = worker();
-        damage(&stage, &stage.agent_dir().join(name));
-        assert_eq!(codes(&stage), [Some(1); 2], "{name}");
+        let fixture = worker();
+        damage(&fixture, &fixture.agent_dir().join(name));
+        assert_eq!(exit_codes(&fixture.ini()), [Some(1); 2], "{name}");
     }
 }
 
 #[test]
-fn a_disk_that_fails_is_1() {
-    let stage = worker();
-    let key = stage.agent_dir().join("worker.key");
+fn disk_error_exits_1() {
+    let fixture = worker();
+    let key = fixture.agent_dir().join("worker.key");
     fs::remove_file(&key).unwrap();
-    // Reading it is EIO.
+    // Reading it fails with EIO.
     symlink("/proc/self/mem", &key).unwrap();
-    assert_eq!(codes(&stage), [Some(1); 2]);
-    let ini = stage.dir.path().join("decnet.ini");
+    assert_eq!(exit_codes(&fixture.ini()), [Some(1); 2]);
+    let ini = fixture.ini();
     fs::remove_file(&ini).unwrap();
     symlink("/proc/self/mem", &ini).unwrap();
-    assert_eq!(codes(&stage), [Some(1); 2]);
+    assert_eq!(exit_codes(&fixture.ini()), [Some(1); 2]);
 }
 
 #[test]
-fn what_a_restart_cannot_mend_is_78() {
+fn permanent_problem_exits_78() {
     type Damage = fn(&Path);
     let damages: [(&str, Damage); 6] = [
         ("agent/worker.crt", |path| fs::write(path, "garbage").unwrap()),
@@ -102,69 +97,68 @@ fn what_a_restart_cannot_mend_is_78() {
     thread::scope(|scope| {
         for (name, damage) in damages {
             scope.spawn(move || {
-                let stage = worker();
-                damage(&stage.dir.path().join(name));
-                assert_eq!(codes(&stage), [Some(78); 2], "{name}");
+                let fixture = worker();
+                damage(&fixture.path(name));
+                assert_eq!(exit_codes(&fixture.ini()), [Some(78); 2], "{name}");
             });
         }
     });
 }
 
-/// An enrolment takes something away, and puts it back while `run` starts.
 #[test]
-fn what_an_enrolment_is_writing_anew_is_waited_for() {
+fn run_waits_for_an_enrolment_that_replaces_files() {
     thread::scope(|scope| {
         for name in ["agent", "decnet.ini"] {
             scope.spawn(move || {
-                let stage = worker();
-                let (file, away) = (stage.dir.path().join(name), stage.dir.path().join("away"));
-                fs::rename(&file, &away).unwrap();
-                let mut running = Running::start(&mut run(&stage));
-                running.await_thread("signals");
-                thread::sleep(MOMENT);
+                let fixture = worker();
+                let file = fixture.path(name);
+                let renamed = fixture.path("renamed");
+                fs::rename(&file, &renamed).unwrap();
+                let mut running = ChildProcess::start(&mut run(&fixture));
+                running.wait_for_thread("signals");
+                // No event shows that `run` is waiting: it must not have ended by then.
+                thread::sleep(MISSING);
                 assert_eq!(running.0.try_wait().unwrap(), None, "{name}");
-                fs::rename(&away, &file).unwrap();
-                assert!(stage.master.wait_for_beats(1, PATIENCE), "{name}");
-                assert_eq!(running.terminate(PATIENCE), Some(0), "{name}");
+                fs::rename(&renamed, &file).unwrap();
+                assert!(fixture.master.wait_for_beats(1, TIMEOUT), "{name}");
+                assert_eq!(running.terminate(TIMEOUT), Some(0), "{name}");
             });
         }
     });
 }
 
 #[test]
-fn a_signal_ends_the_wait_for_an_enrolment() {
-    let stage = worker();
-    fs::remove_file(stage.dir.path().join("decnet.ini")).unwrap();
-    let mut running = Running::start(&mut run(&stage));
-    running.await_thread("signals");
-    assert_eq!(running.terminate(PATIENCE), Some(0));
+fn signal_ends_the_wait_for_an_enrolment() {
+    let fixture = worker();
+    fs::remove_file(fixture.ini()).unwrap();
+    let mut running = ChildProcess::start(&mut run(&fixture));
+    running.wait_for_thread("signals");
+    assert_eq!(running.terminate(TIMEOUT), Some(0));
 }
 
 #[test]
-fn an_ini_that_may_still_come_is_1() {
+fn ini_that_may_still_appear_exits_1() {
     let dir = tempfile::tempdir().unwrap();
     let ini = dir.path().join("etc/decnet.ini");
-    let codes =
-        || ["run", "check"].map(|command| exit(program().arg("--config").arg(&ini).arg(command)));
-    assert_eq!(codes(), [Some(1); 2], "the folder above its own is empty");
+    assert_eq!(exit_codes(&ini), [Some(1); 2], "its folder is missing, and the one above is empty");
     fs::create_dir(dir.path().join("etc")).unwrap();
-    assert_eq!(codes(), [Some(1); 2], "its folder is empty");
+    assert_eq!(exit_codes(&ini), [Some(1); 2], "its folder is empty");
     fs::write(dir.path().join("etc/other"), "").unwrap();
-    assert_eq!(codes(), [Some(78); 2], "its folder has other files");
+    assert_eq!(exit_codes(&ini), [Some(78); 2], "its folder has other files");
     symlink("/nonexistent/decnet.ini", &ini).unwrap();
-    assert_eq!(codes(), [Some(1); 2], "it is a symlink, and what that leads to may not be mounted");
+    assert_eq!(exit_codes(&ini), [Some(1); 2], "it is a symlink, whose target may be mounted");
     fs::remove_file(&ini).unwrap();
     fs::write(&ini, "").unwrap();
-    assert_eq!(codes(), [Some(1); 2], "it is empty");
+    assert_eq!(exit_codes(&ini), [Some(1); 2], "it is empty");
 }
 
 #[test]
-fn no_descriptor_left_is_1_whichever_file_it_was_for() {
-    let stage = worker();
-    let ini = stage.dir.path().join("decnet.ini");
-    let mut said = String::new();
+fn exhausted_descriptors_exit_1() {
+    let fixture = worker();
+    let ini = fixture.ini();
+    let mut log = String::new();
     for count in 4..12 {
-        // With enough of them it beats, and is stopped.
+        // With enough descriptors it beats until `timeout` stops it.
         let script = format!("ulimit -n {count}; exec timeout 1 \"$@\"");
         let mut command = Command::new("sh");
         command
@@ -173,12 +167,12 @@ fn no_descriptor_left_is_1_whichever_file_it_was_for() {
             .arg("run");
         let output = command.env_remove("DECNET_CONFIG").stdin(Stdio::null()).output().unwrap();
         assert!(matches!(output.status.code(), Some(1 | 124)), "{count}: {output:?}");
-        said += &String::from_utf8_lossy(&output.stderr);
+        log += &String::from_utf8_lossy(&output.stderr);
     }
     assert!(
-        said.contains(
+        log.contains(
             "decnet.ini: cannot be read; raise the limit of open files: Too many open files"
         ),
-        "{said}"
+        "{log}"
     );
 }

@@ -1,4 +1,4 @@
-//! A tracked operation, from `begin` to the master's rows, however it ends.
+//! Tracked operations, from `begin` to the master's rows, for each way in which they end.
 
 use std::error::Error as StdError;
 use std::fmt;
@@ -13,22 +13,26 @@ use decnet_heartbeat::loopback::{LifecycleRow, RowStatus};
 use decnet_heartbeat::{Heartbeat, LifecycleDelta, Operation, OutboxLocation, Outcome};
 use serde_json::Value;
 
-use crate::support::{PATIENCE, Stage, deckies, json_of, now, settled};
+use crate::support::{Fixture, TIMEOUT, deckies, deltas, now, wait_for_stats};
 
-/// Longer than a beat that should not come would take.
+/// Waits this long to see that no beat is sent.
 const SILENCE: Duration = Duration::from_millis(500);
 
-/// Opens a row for each of these, as the master does before it asks the worker.
-fn open<'a>(stage: &Stage, operation: Operation, deckies: impl IntoIterator<Item = &'a str>) {
+/// Opens a row for each of these deckies, as the master does before it sends the operation.
+fn open_rows<'a>(
+    fixture: &Fixture,
+    operation: Operation,
+    deckies: impl IntoIterator<Item = &'a str>,
+) {
     for decky in deckies {
-        stage.master.open_operation(&stage.worker.uuid, decky, operation.as_str());
+        fixture.master.open_operation(&fixture.worker.uuid, decky, operation.as_str());
     }
 }
 
-/// The rows in the order of their opening: the decky, how it ended, and why.
-fn ends(stage: &Stage) -> Vec<(String, RowStatus, Option<String>)> {
+/// The rows, the oldest first: the decky, its status and its error.
+fn row_ends(fixture: &Fixture) -> Vec<(String, RowStatus, Option<String>)> {
     let end = |row: LifecycleRow| (row.decky, row.status, row.error);
-    stage.master.rows().into_iter().map(end).collect()
+    fixture.master.rows().into_iter().map(end).collect()
 }
 
 fn end(decky: &str, status: RowStatus, error: Option<&str>) -> (String, RowStatus, Option<String>) {
@@ -39,10 +43,9 @@ fn failed(decky: &str, error: &str) -> (String, RowStatus, Option<String>) {
     end(decky, Failed, Some(error))
 }
 
-/// All deltas that were sent, in their order.
-fn sent(stage: &Stage) -> Vec<Value> {
-    let of = |body: &Value| body["lifecycle"].as_array().cloned().unwrap_or_default();
-    stage.master.received().iter().flat_map(|request| of(json_of(request))).collect()
+/// All deltas that were sent, in order.
+fn sent_deltas(fixture: &Fixture) -> Vec<Value> {
+    fixture.master.received().iter().flat_map(deltas).collect()
 }
 
 fn in_flight(heartbeat: &Heartbeat) -> u64 {
@@ -50,10 +53,10 @@ fn in_flight(heartbeat: &Heartbeat) -> u64 {
 }
 
 #[test]
-fn a_success_seals_the_rows_of_all_its_deckies_with_the_time_of_its_end() {
-    let stage = Stage::new();
-    let (heartbeat, _tick) = stage.beating();
-    open(&stage, Operation::Deploy, ["a", "b"]);
+fn success_closes_the_rows_of_all_deckies_with_its_end_time() {
+    let fixture = Fixture::new();
+    let (heartbeat, _tick) = fixture.start_heartbeat();
+    open_rows(&fixture, Operation::Deploy, ["a", "b"]);
     let operation = heartbeat.begin(Operation::Deploy, ["b", "a"]).unwrap();
     assert_eq!(operation.operation(), Operation::Deploy);
     assert_eq!(operation.open().collect::<Vec<_>>(), ["a", "b"]);
@@ -61,45 +64,45 @@ fn a_success_seals_the_rows_of_all_its_deckies_with_the_time_of_its_end() {
     let before = SystemTime::now() - Duration::from_micros(1);
     operation.succeed();
     let after = SystemTime::now();
-    stage.closed_rows(2);
-    assert_eq!(ends(&stage), [end("a", Succeeded, None), end("b", Succeeded, None)]);
-    for row in stage.master.rows() {
+    fixture.wait_for_closed_rows(2);
+    assert_eq!(row_ends(&fixture), [end("a", Succeeded, None), end("b", Succeeded, None)]);
+    for row in fixture.master.rows() {
         let at = row.completed_at.unwrap();
         assert!((before..=after).contains(&at), "{at:?} is not from {before:?} to {after:?}");
-        // By the worker's word and not by the master's clock, and in UTC.
-        let said: Vec<_> =
-            sent(&stage).into_iter().filter(|delta| delta["decky_name"] == *row.decky).collect();
-        assert_eq!(said.len(), 1);
-        assert_eq!(
-            humantime::parse_rfc3339(said[0]["completed_at"].as_str().unwrap()).unwrap(),
-            at
-        );
-        assert!(said[0]["completed_at"].as_str().unwrap().ends_with('Z'), "{said:?}");
+        // It is the time that the worker sent, in UTC, and not the master's.
+        let deltas: Vec<_> = sent_deltas(&fixture)
+            .into_iter()
+            .filter(|delta| delta["decky_name"] == *row.decky)
+            .collect();
+        let [delta] = deltas.as_slice() else { panic!("{deltas:?}") };
+        let reported = delta["completed_at"].as_str().unwrap();
+        assert_eq!(humantime::parse_rfc3339(reported).unwrap(), at);
+        assert!(reported.ends_with('Z'), "{reported}");
     }
-    let stats = settled(&heartbeat, |stats| stats.delivered == 2);
+    let stats = wait_for_stats(&heartbeat, |stats| stats.delivered == 2);
     assert_eq!((stats.waiting, stats.held, stats.operations), (0, 0, 0));
 }
 
 #[test]
-fn a_long_error_arrives_with_its_first_2000_characters() {
-    let stage = Stage::new();
-    let (heartbeat, _tick) = stage.beating();
-    open(&stage, Operation::Mutate, ["d"]);
+fn long_error_is_cut_to_2000_characters() {
+    let fixture = Fixture::new();
+    let (heartbeat, _tick) = fixture.start_heartbeat();
+    open_rows(&fixture, Operation::Mutate, ["d"]);
     let operation = heartbeat.begin(Operation::Mutate, ["d"]).unwrap();
-    // Two, three and four bytes: a cut at 2,000 bytes would fall into a character.
+    // Characters of two, three and four bytes. The limit counts characters.
     let error = "ä→𝕏".repeat(1_000);
     operation.fail(error.clone());
-    stage.closed_rows(1);
-    let kept: String = error.chars().take(2_000).collect();
-    assert_eq!(ends(&stage), [failed("d", &kept)]);
-    assert_eq!(sent(&stage)[0]["error"], *kept, "cut before it goes out");
+    fixture.wait_for_closed_rows(1);
+    let cut: String = error.chars().take(2_000).collect();
+    assert_eq!(row_ends(&fixture), [failed("d", &cut)]);
+    assert_eq!(sent_deltas(&fixture)[0]["error"], *cut, "cut before it is sent");
 }
 
 #[test]
-fn each_decky_is_settled_once_and_the_first_verdict_stands() {
-    let stage = Stage::new();
-    let (heartbeat, _tick) = stage.beating();
-    open(&stage, Operation::Mutate, ["a", "b", "c", "d"]);
+fn first_outcome_of_a_decky_counts() {
+    let fixture = Fixture::new();
+    let (heartbeat, _tick) = fixture.start_heartbeat();
+    open_rows(&fixture, Operation::Mutate, ["a", "b", "c", "d"]);
     let mut operation = heartbeat.begin(Operation::Mutate, ["a", "b", "c", "d"]).unwrap();
     operation.end("a", Outcome::Succeeded).unwrap();
     operation.end("b", Outcome::Failed("no such image".to_owned())).unwrap();
@@ -109,68 +112,71 @@ fn each_decky_is_settled_once_and_the_first_verdict_stands() {
         assert_eq!(error.to_string(), format!("decky name: {name:?} is not open in this mutate"));
     }
     assert_eq!(operation.open().collect::<Vec<_>>(), ["c", "d"]);
-    stage.closed_rows(2);
+    fixture.wait_for_closed_rows(2);
     assert_eq!(
-        settled(&heartbeat, |stats| stats.delivered == 2).operations,
+        wait_for_stats(&heartbeat, |stats| stats.delivered == 2).operations,
         2,
         "the others are still in flight"
     );
     drop(operation);
-    stage.closed_rows(4);
-    let left = "mutate ended without a result";
+    fixture.wait_for_closed_rows(4);
+    let dropped = "mutate ended without a result";
     let expected = [
         end("a", Succeeded, None),
         failed("b", "no such image"),
-        failed("c", left),
-        failed("d", left),
+        failed("c", dropped),
+        failed("d", dropped),
     ];
-    assert_eq!(ends(&stage), expected);
-    assert_eq!(settled(&heartbeat, |stats| stats.delivered == 4).operations, 0);
+    assert_eq!(row_ends(&fixture), expected);
+    assert_eq!(wait_for_stats(&heartbeat, |stats| stats.delivered == 4).operations, 0);
 }
 
 #[test]
-fn an_operation_that_is_settled_throughout_says_nothing_more_when_it_is_dropped() {
-    let stage = Stage::new();
-    let (heartbeat, tick) = stage.beating();
-    open(&stage, Operation::Deploy, ["d"]);
+fn dropping_an_ended_operation_reports_nothing() {
+    let fixture = Fixture::new();
+    let (heartbeat, tick) = fixture.start_heartbeat();
+    open_rows(&fixture, Operation::Deploy, ["d"]);
     let mut operation = heartbeat.begin(Operation::Deploy, ["d"]).unwrap();
     operation.end("d", Outcome::Succeeded).unwrap();
-    stage.closed_rows(1);
+    fixture.wait_for_closed_rows(1);
     drop(operation);
     tick.send(now()).unwrap();
-    assert!(stage.master.wait_for_beats(3, PATIENCE));
-    assert_eq!((ends(&stage), sent(&stage).len()), (vec![end("d", Succeeded, None)], 1));
+    assert!(fixture.master.wait_for_beats(3, TIMEOUT));
+    assert_eq!(
+        (row_ends(&fixture), sent_deltas(&fixture).len()),
+        (vec![end("d", Succeeded, None)], 1)
+    );
 }
 
 #[test]
-fn a_panic_between_begin_and_its_end_is_reported_as_a_failure() {
-    let stage = Stage::new();
-    let (heartbeat, _tick) = stage.beating();
-    open(&stage, Operation::Deploy, ["d"]);
+fn panic_during_an_operation_is_reported_as_a_failure() {
+    let fixture = Fixture::new();
+    let (heartbeat, _tick) = fixture.start_heartbeat();
+    open_rows(&fixture, Operation::Deploy, ["d"]);
     let panicked = catch_unwind(AssertUnwindSafe(|| {
         let _operation = heartbeat.begin(Operation::Deploy, ["d"]).unwrap();
-        panic!("compose is away");
+        panic!("compose failed");
     }));
     assert!(panicked.is_err());
-    stage.closed_rows(1);
-    assert_eq!(ends(&stage), [failed("d", "deploy panicked")]);
+    fixture.wait_for_closed_rows(1);
+    assert_eq!(row_ends(&fixture), [failed("d", "deploy panicked")]);
 }
 
 #[test]
-fn a_run_lets_its_caller_go_on_and_reports_when_the_work_is_done() {
-    let stage = Stage::new();
-    let (heartbeat, _tick) = stage.beating();
-    open(&stage, Operation::Deploy, ["d"]);
-    let (done, doing) = bounded::<()>(0);
-    let thread = heartbeat.run(Operation::Deploy, ["d"], move || doing.recv()).unwrap();
-    assert_eq!((in_flight(&heartbeat), stage.master.rows()[0].status), (1, Running));
-    done.send(()).unwrap();
+fn run_returns_at_once_and_reports_the_end_of_the_work() {
+    let fixture = Fixture::new();
+    let (heartbeat, _tick) = fixture.start_heartbeat();
+    open_rows(&fixture, Operation::Deploy, ["d"]);
+    let (finish, finished) = bounded::<()>(0);
+    let thread = heartbeat.run(Operation::Deploy, ["d"], move || finished.recv()).unwrap();
+    assert_eq!((in_flight(&heartbeat), fixture.master.rows()[0].status), (1, Running));
+    finish.send(()).unwrap();
     thread.join().unwrap();
-    stage.closed_rows(1);
-    assert_eq!(ends(&stage), [end("d", Succeeded, None)]);
+    fixture.wait_for_closed_rows(1);
+    assert_eq!(row_ends(&fixture), [end("d", Succeeded, None)]);
 }
 
-/// An error with what caused it.
+/// An error with a source.
 #[derive(Debug)]
 struct Failure(&'static str, Option<Box<Failure>>);
 
@@ -187,39 +193,39 @@ impl StdError for Failure {
 }
 
 #[test]
-fn a_run_that_fails_reports_the_whole_chain_and_one_that_panics_its_message() {
-    let stage = Stage::new();
-    let (heartbeat, _tick) = stage.beating();
+fn run_reports_error_chains_and_panic_messages() {
+    let fixture = Fixture::new();
+    let (heartbeat, _tick) = fixture.start_heartbeat();
     let names = ["chain", "panic", "repeats", "text"];
-    open(&stage, Operation::Mutate, names);
+    open_rows(&fixture, Operation::Mutate, names);
     let chain = Failure(
         "compose failed",
-        Some(Failure("docker is away", Some(Failure("refused", None).into())).into()),
+        Some(Failure("docker does not answer", Some(Failure("refused", None).into())).into()),
     );
     heartbeat.run(Operation::Mutate, [names[0]], || Err(chain)).unwrap();
     let port = 80;
     let panics = move || -> Result<(), String> { panic!("port {port} is taken") };
     heartbeat.run(Operation::Mutate, [names[1]], panics).unwrap();
-    // As many errors do: the layer above has the one below in its own text already.
+    // The text contains the text of its source, as in many libraries.
     let repeats = Failure("docker: refused", Some(Failure("refused", None).into()));
     heartbeat.run(Operation::Mutate, [names[2]], || Err(repeats)).unwrap();
     heartbeat.run(Operation::Mutate, [names[3]], || Err("exit status: 1")).unwrap();
-    stage.closed_rows(4);
+    fixture.wait_for_closed_rows(4);
     let expected = [
-        failed(names[0], "compose failed: docker is away: refused"),
+        failed(names[0], "compose failed: docker does not answer: refused"),
         failed(names[1], "mutate panicked: port 80 is taken"),
         failed(names[2], "docker: refused"),
         failed(names[3], "exit status: 1"),
     ];
-    assert_eq!(ends(&stage), expected);
+    assert_eq!(row_ends(&fixture), expected);
 }
 
 #[test]
-fn an_operation_that_no_row_can_be_for_is_refused_and_its_work_not_begun() {
-    let stage = Stage::new();
+fn invalid_operation_is_rejected_and_its_work_is_not_started() {
+    let fixture = Fixture::new();
     let rule = "is not a valid name: use at most 128 characters of A-Z, a-z, 0-9, _, . and -";
     let too_long = format!("decky name: \"{}\"… {rule}", "d".repeat(128));
-    let (heartbeat, _tick) = stage.beating();
+    let (heartbeat, _tick) = fixture.start_heartbeat();
     for (deckies, problem) in [
         (vec![], "deckies: are none; an operation needs the name of a decky"),
         (
@@ -234,71 +240,72 @@ fn an_operation_that_no_row_can_be_for_is_refused_and_its_work_not_begun() {
     ] {
         let error = heartbeat.begin(Operation::Deploy, deckies.clone()).unwrap_err();
         assert_eq!(error.to_string(), problem);
-        let begun = Arc::new(AtomicBool::new(false));
-        let begin = Arc::clone(&begun);
+        let started = Arc::new(AtomicBool::new(false));
+        let start = Arc::clone(&started);
         let work = move || {
-            begin.store(true, Ordering::Relaxed);
+            start.store(true, Ordering::Relaxed);
             Ok::<_, String>(())
         };
         assert_eq!(
             heartbeat.run(Operation::Deploy, deckies, work).unwrap_err().to_string(),
             problem
         );
-        assert_eq!((Arc::strong_count(&begun), begun.load(Ordering::Relaxed)), (1, false));
+        assert_eq!((Arc::strong_count(&started), started.load(Ordering::Relaxed)), (1, false));
     }
     assert_eq!(in_flight(&heartbeat), 0);
 }
 
 #[test]
-fn a_decky_that_is_named_twice_is_one_operation() {
-    let stage = Stage::new();
-    let (heartbeat, _tick) = stage.beating();
-    open(&stage, Operation::Deploy, ["d", "d"]);
+fn duplicate_decky_is_one_operation() {
+    let fixture = Fixture::new();
+    let (heartbeat, _tick) = fixture.start_heartbeat();
+    open_rows(&fixture, Operation::Deploy, ["d", "d"]);
     let operation = heartbeat.begin(Operation::Deploy, ["d", "d"]).unwrap();
     assert_eq!((operation.open().collect::<Vec<_>>(), in_flight(&heartbeat)), (vec!["d"], 1));
     operation.succeed();
-    stage.closed_rows(1);
-    settled(&heartbeat, |stats| stats.delivered == 1 && stats.waiting == 0);
+    fixture.wait_for_closed_rows(1);
+    wait_for_stats(&heartbeat, |stats| stats.delivered == 1 && stats.waiting == 0);
     assert_eq!(
-        ends(&stage),
+        row_ends(&fixture),
         [end("d", Running, None), end("d", Succeeded, None)],
-        "the newest open row"
+        "it closes the newest open row"
     );
 }
 
 #[test]
-fn an_operation_in_flight_outlives_a_stop_and_the_next_start_reports_it() {
-    let stage = Stage::new();
-    let (heartbeat, _tick) = stage.beating();
-    open(&stage, Operation::Deploy, ["d", "e"]);
+fn operation_in_flight_is_reported_after_restart() {
+    let fixture = Fixture::new();
+    let (heartbeat, _tick) = fixture.start_heartbeat();
+    open_rows(&fixture, Operation::Deploy, ["d", "e"]);
     let operation = heartbeat.begin(Operation::Deploy, ["d"]).unwrap();
-    let (done, doing) = bounded::<()>(0);
-    let work = heartbeat.run(Operation::Deploy, ["e"], move || doing.recv()).unwrap();
+    let (finish, finished) = bounded::<()>(0);
+    let work = heartbeat.run(Operation::Deploy, ["e"], move || finished.recv()).unwrap();
     let stopped = heartbeat.stop(Duration::from_secs(10));
     assert_eq!(
         (stopped.undelivered, stopped.operations, stopped.kept, stopped.in_time),
         (0, 2, true, true)
     );
     operation.fail("after the stop");
-    // And one that is in flight even when the next heartbeat starts: its process lives, so it is left alone.
-    let (builder, tick) = stage.builder();
+    // The other operation is in flight when the next heartbeat starts. Its process is running, so
+    // the heartbeat does not end it.
+    let (builder, tick) = fixture.builder();
     let heartbeat = builder.start().unwrap();
-    stage.closed_rows(1);
-    assert_eq!(settled(&heartbeat, |stats| stats.delivered == 1).operations, 1);
-    assert_eq!(ends(&stage), [failed("d", "after the stop"), end("e", Running, None)]);
-    done.send(()).unwrap();
+    fixture.wait_for_closed_rows(1);
+    assert_eq!(wait_for_stats(&heartbeat, |stats| stats.delivered == 1).operations, 1);
+    assert_eq!(row_ends(&fixture), [failed("d", "after the stop"), end("e", Running, None)]);
+    finish.send(()).unwrap();
     work.join().unwrap();
     tick.send(now()).unwrap();
-    stage.closed_rows(2);
-    assert_eq!(ends(&stage)[1], end("e", Succeeded, None));
-    let stats = settled(&heartbeat, |stats| stats.delivered == 2);
+    fixture.wait_for_closed_rows(2);
+    assert_eq!(row_ends(&fixture)[1], end("e", Succeeded, None));
+    let stats = wait_for_stats(&heartbeat, |stats| stats.delivered == 2);
     assert_eq!((stats.waiting, stats.operations), (0, 0));
 }
 
 #[test]
-fn in_memory_an_operation_does_not_outlive_a_stop_and_the_stop_says_so() {
-    let stage = Stage::new();
-    let (builder, _tick) = stage.builder();
+fn memory_outbox_loses_operations_at_stop_and_reports_that() {
+    let fixture = Fixture::new();
+    let (builder, _tick) = fixture.builder();
     let heartbeat = builder.outbox(OutboxLocation::Memory).start().unwrap();
     let operation = heartbeat.begin(Operation::Deploy, ["d"]).unwrap();
     let stopped = heartbeat.stop(Duration::from_secs(10));
@@ -310,73 +317,74 @@ fn in_memory_an_operation_does_not_outlive_a_stop_and_the_stop_says_so() {
 }
 
 #[test]
-fn a_newer_operation_holds_an_older_delta_back_until_both_land_on_their_own_rows() {
-    let mut stage = Stage::new();
-    let (heartbeat, tick) = stage.beating();
-    stage.master.stop();
-    open(&stage, Operation::Mutate, ["d"]);
+fn newer_operation_holds_an_older_delta() {
+    let mut fixture = Fixture::new();
+    let (heartbeat, tick) = fixture.start_heartbeat();
+    fixture.master.stop();
+    open_rows(&fixture, Operation::Mutate, ["d"]);
     heartbeat.deltas().push(LifecycleDelta::failed("d", Operation::Mutate, "older")).unwrap();
-    settled(&heartbeat, |stats| stats.failure.is_some());
-    open(&stage, Operation::Mutate, ["d"]);
+    wait_for_stats(&heartbeat, |stats| stats.failure.is_some());
+    open_rows(&fixture, Operation::Mutate, ["d"]);
     let newer = heartbeat.begin(Operation::Mutate, ["d"]).unwrap();
-    stage.master.start_again().unwrap();
-    let stats = settled(&heartbeat, |stats| stats.beats == 2);
+    fixture.master.start_again().unwrap();
+    let stats = wait_for_stats(&heartbeat, |stats| stats.beats == 2);
     assert_eq!((stats.waiting, stats.held, stats.operations), (1, 1, 1));
-    // Another decky's delta, and another operation of the same one, are not held up.
+    // A delta of another decky, or of another operation of the decky, is not held.
     heartbeat.deltas().push(LifecycleDelta::succeeded("e", Operation::Mutate)).unwrap();
-    settled(&heartbeat, |stats| stats.delivered == 1);
+    wait_for_stats(&heartbeat, |stats| stats.delivered == 1);
     heartbeat.deltas().push(LifecycleDelta::succeeded("d", Operation::Deploy)).unwrap();
-    settled(&heartbeat, |stats| stats.delivered == 2);
+    wait_for_stats(&heartbeat, |stats| stats.delivered == 2);
     tick.send(now()).unwrap();
-    settled(&heartbeat, |stats| stats.beats == 5);
-    let spins = stage.master.wait_until(SILENCE, |seen| seen.received().len() > 5);
-    let carried: Vec<_> = stage.master.received().iter().map(deckies).collect();
-    assert!(!spins, "what is held back asks for no beat: {carried:?}");
-    assert_eq!(carried, [vec![], vec![], vec!["e"], vec!["d"], vec![]]);
+    wait_for_stats(&heartbeat, |stats| stats.beats == 5);
+    let sent_more = fixture.master.wait_until(SILENCE, |seen| seen.received().len() > 5);
+    let bodies: Vec<_> = fixture.master.received().iter().map(deckies).collect();
+    assert!(!sent_more, "a held delta requests no beat: {bodies:?}");
+    assert_eq!(bodies, [vec![], vec![], vec!["e"], vec!["d"], vec![]]);
     let stats = heartbeat.stats();
     assert_eq!((stats.waiting, stats.held, stats.operations), (1, 1, 1));
     newer.fail("newer");
-    stage.closed_rows(2);
-    assert_eq!(ends(&stage), [failed("d", "older"), failed("d", "newer")]);
-    let errors: Vec<_> = sent(&stage).iter().skip(2).map(|delta| delta["error"].clone()).collect();
+    fixture.wait_for_closed_rows(2);
+    assert_eq!(row_ends(&fixture), [failed("d", "older"), failed("d", "newer")]);
+    let errors: Vec<_> =
+        sent_deltas(&fixture).iter().skip(2).map(|delta| delta["error"].clone()).collect();
     assert_eq!(errors, ["newer", "older"], "newest first");
-    let stats = settled(&heartbeat, |stats| stats.delivered == 4);
+    let stats = wait_for_stats(&heartbeat, |stats| stats.delivered == 4);
     assert_eq!((stats.waiting, stats.held, stats.operations), (0, 0, 0));
 }
 
 #[test]
-fn of_overlapping_operations_each_lands_on_its_own_row_whichever_ends_first() {
+fn overlapping_operations_close_their_own_rows_in_any_order() {
     for older_first in [true, false] {
-        let stage = Stage::new();
-        let (heartbeat, tick) = stage.beating();
-        open(&stage, Operation::Deploy, ["d"]);
+        let fixture = Fixture::new();
+        let (heartbeat, tick) = fixture.start_heartbeat();
+        open_rows(&fixture, Operation::Deploy, ["d"]);
         let older = heartbeat.begin(Operation::Deploy, ["d"]).unwrap();
-        open(&stage, Operation::Deploy, ["d"]);
+        open_rows(&fixture, Operation::Deploy, ["d"]);
         let newer = heartbeat.begin(Operation::Deploy, ["d"]).unwrap();
         if older_first {
             older.fail("older");
             tick.send(now()).unwrap();
-            let stats = settled(&heartbeat, |stats| stats.held == 1 && stats.beats >= 2);
+            let stats = wait_for_stats(&heartbeat, |stats| stats.held == 1 && stats.beats >= 2);
             assert_eq!((stats.waiting, stats.operations), (1, 1));
             assert_eq!(
-                ends(&stage),
+                row_ends(&fixture),
                 [end("d", Running, None), end("d", Running, None)],
-                "it is held back"
+                "the older one is held"
             );
             newer.fail("newer");
         } else {
             newer.fail("newer");
-            stage.closed_rows(1);
+            fixture.wait_for_closed_rows(1);
             assert_eq!(
-                ends(&stage),
+                row_ends(&fixture),
                 [end("d", Running, None), failed("d", "newer")],
-                "it need not wait"
+                "the newer one is not held"
             );
             older.fail("older");
         }
-        stage.closed_rows(2);
+        fixture.wait_for_closed_rows(2);
         assert_eq!(
-            ends(&stage),
+            row_ends(&fixture),
             [failed("d", "older"), failed("d", "newer")],
             "older first: {older_first}"
         );
@@ -384,52 +392,55 @@ fn of_overlapping_operations_each_lands_on_its_own_row_whichever_ends_first() {
 }
 
 #[test]
-fn a_burst_of_600_ends_arrives_whole_and_each_once() {
-    let stage = Stage::new();
-    let (heartbeat, _tick) = stage.beating();
+fn burst_of_600_ends_is_delivered_once_each() {
+    let fixture = Fixture::new();
+    let (heartbeat, _tick) = fixture.start_heartbeat();
     let names: Vec<_> = (0..600).map(|n| format!("d{n:03}")).collect();
-    open(&stage, Operation::Deploy, names.iter().map(String::as_str));
+    open_rows(&fixture, Operation::Deploy, names.iter().map(String::as_str));
     let operation = heartbeat.begin(Operation::Deploy, names.clone()).unwrap();
     assert_eq!(in_flight(&heartbeat), 600);
     operation.succeed();
-    stage.closed_rows(600);
+    fixture.wait_for_closed_rows(600);
     assert_eq!(
-        ends(&stage),
+        row_ends(&fixture),
         names.iter().map(|name| end(name, Succeeded, None)).collect::<Vec<_>>()
     );
-    let stats = settled(&heartbeat, |stats| stats.delivered == 600);
-    assert_eq!((stats.waiting, stats.held, stats.operations, sent(&stage).len()), (0, 0, 0, 600));
+    let stats = wait_for_stats(&heartbeat, |stats| stats.delivered == 600);
+    assert_eq!(
+        (stats.waiting, stats.held, stats.operations, sent_deltas(&fixture).len()),
+        (0, 0, 0, 600)
+    );
 }
 
 #[test]
-fn an_end_waits_for_a_locked_outbox_a_second_however_many_deckies_it_is_for() {
-    let stage = Stage::new();
-    let (heartbeat, tick) = stage.beating();
+fn end_waits_one_second_for_a_locked_outbox() {
+    let fixture = Fixture::new();
+    let (heartbeat, tick) = fixture.start_heartbeat();
     let names = ["a", "b", "c", "d"];
-    open(&stage, Operation::Deploy, names);
+    open_rows(&fixture, Operation::Deploy, names);
     let operation = heartbeat.begin(Operation::Deploy, names).unwrap();
-    let other = rusqlite::Connection::open(stage.agent_dir().join("heartbeat.db")).unwrap();
+    let other = rusqlite::Connection::open(fixture.outbox()).unwrap();
     other.execute_batch("BEGIN IMMEDIATE").unwrap();
     let since = Instant::now();
     operation.succeed();
     assert!(since.elapsed() < Duration::from_secs(2), "{:?}", since.elapsed());
-    // It is remembered, and need not wait for the file to be reported.
-    stage.closed_rows(4);
+    // The result is in memory, and is reported before it is in the file.
+    fixture.wait_for_closed_rows(4);
     other.execute_batch("COMMIT").unwrap();
     tick.send(now()).unwrap();
-    settled(&heartbeat, |stats| stats.delivered == 4 && stats.outbox.is_some());
-    assert_eq!(ends(&stage), names.map(|name| end(name, Succeeded, None)));
+    wait_for_stats(&heartbeat, |stats| stats.delivered == 4 && stats.outbox.is_some());
+    assert_eq!(row_ends(&fixture), names.map(|name| end(name, Succeeded, None)));
     heartbeat.stop(Duration::from_secs(5));
     let left: i64 = other.query_row("SELECT count(*) FROM delta", [], |row| row.get(0)).unwrap();
-    assert_eq!(left, 0, "once the file can be written, it knows");
+    assert_eq!(left, 0, "the file is updated when it can be written");
 }
 
 #[test]
 fn operations_that_end_at_once_on_many_threads_are_all_reported() {
-    let stage = Stage::new();
-    let (heartbeat, _tick) = stage.beating();
+    let fixture = Fixture::new();
+    let (heartbeat, _tick) = fixture.start_heartbeat();
     let names: Vec<_> = (0..200).map(|n| format!("d{n:03}")).collect();
-    open(&stage, Operation::Deploy, names.iter().map(String::as_str));
+    open_rows(&fixture, Operation::Deploy, names.iter().map(String::as_str));
     let (start, started) = bounded::<()>(0);
     let threads: Vec<_> = names
         .iter()
@@ -445,23 +456,23 @@ fn operations_that_end_at_once_on_many_threads_are_all_reported() {
     assert_eq!(in_flight(&heartbeat), 200);
     drop(start);
     threads.into_iter().for_each(|thread| thread.join().unwrap());
-    stage.closed_rows(200);
+    fixture.wait_for_closed_rows(200);
     assert_eq!(
-        ends(&stage),
+        row_ends(&fixture),
         names.iter().map(|name| failed(name, "all at once")).collect::<Vec<_>>()
     );
-    settled(&heartbeat, |stats| {
+    wait_for_stats(&heartbeat, |stats| {
         stats.delivered == 200 && stats.waiting == 0 && stats.operations == 0
     });
 }
 
 #[test]
-fn in_memory_nothing_begins_after_a_stop() {
-    let stage = Stage::new();
-    let (builder, _tick) = stage.builder();
+fn memory_outbox_begins_no_operation_after_stop() {
+    let fixture = Fixture::new();
+    let (builder, _tick) = fixture.builder();
     let heartbeat = builder.outbox(OutboxLocation::Memory).start().unwrap();
     let deltas = heartbeat.deltas();
-    heartbeat.stop(PATIENCE);
+    heartbeat.stop(TIMEOUT);
     let error = deltas.begin(Operation::Deploy, ["d"]).unwrap_err();
     assert_eq!(
         error.to_string(),
@@ -469,60 +480,63 @@ fn in_memory_nothing_begins_after_a_stop() {
     );
 }
 
-/// An error with a fault of its own.
+/// An error that panics.
 #[derive(Debug)]
-struct Faulty {
-    displays: bool,
-    drops: bool,
+enum PanickingError {
+    Drop,
+    Display,
+    Both,
 }
 
-impl fmt::Display for Faulty {
+impl fmt::Display for PanickingError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        assert!(self.displays, "it has no text");
+        assert!(matches!(self, Self::Drop), "it has no text");
         f.write_str("no such image")
     }
 }
 
-impl StdError for Faulty {}
+impl StdError for PanickingError {}
 
-impl Drop for Faulty {
+impl Drop for PanickingError {
     fn drop(&mut self) {
-        assert!(self.drops || std::thread::panicking(), "it does not go");
+        let panics = matches!(self, Self::Drop | Self::Both);
+        assert!(!panics || std::thread::panicking(), "it cannot be dropped");
     }
 }
 
-/// Throws another one of its kind when it is dropped.
-struct Stubborn(u32);
+/// A panic payload that panics with another payload when it is dropped, this many times.
+struct PanickingPayload(u32);
 
-impl Drop for Stubborn {
+impl Drop for PanickingPayload {
     fn drop(&mut self) {
         if self.0 > 0 {
-            std::panic::panic_any(Stubborn(self.0 - 1));
+            std::panic::panic_any(PanickingPayload(self.0 - 1));
         }
     }
 }
 
 #[test]
-fn an_error_or_a_payload_that_panics_itself_is_a_report_and_no_panic_of_the_thread() {
-    let stage = Stage::new();
-    let (heartbeat, _tick) = stage.beating();
-    for (displays, drops, reported) in [
-        (true, false, "no such image"),
-        (false, true, "mutate failed, and its error panicked when it was read: it has no text"),
-        (false, false, "mutate failed, and its error panicked when it was read: it has no text"),
+fn panicking_errors_and_payloads_are_reported() {
+    let fixture = Fixture::new();
+    let (heartbeat, _tick) = fixture.start_heartbeat();
+    let no_text = "mutate failed, and its error panicked when it was read: it has no text";
+    for (error, reported) in [
+        (PanickingError::Drop, "no such image"),
+        (PanickingError::Display, no_text),
+        (PanickingError::Both, no_text),
     ] {
-        open(&stage, Operation::Mutate, ["d"]);
-        let work = move || Err::<(), _>(Faulty { displays, drops });
+        open_rows(&fixture, Operation::Mutate, ["d"]);
+        let work = move || Err::<(), _>(error);
         heartbeat.run(Operation::Mutate, ["d"], work).unwrap().join().unwrap();
-        stage.closed_rows(stage.master.rows().len());
-        assert_eq!(ends(&stage).pop().unwrap(), failed("d", reported));
+        fixture.wait_for_closed_rows(fixture.master.rows().len());
+        assert_eq!(row_ends(&fixture).pop().unwrap(), failed("d", reported));
     }
-    open(&stage, Operation::Mutate, ["d"]);
-    let work = || -> Result<(), String> { std::panic::panic_any(Stubborn(2)) };
+    open_rows(&fixture, Operation::Mutate, ["d"]);
+    let work = || -> Result<(), String> { std::panic::panic_any(PanickingPayload(2)) };
     heartbeat.run(Operation::Mutate, ["d"], work).unwrap().join().unwrap();
-    stage.closed_rows(4);
+    fixture.wait_for_closed_rows(4);
     assert_eq!(
-        ends(&stage).pop().unwrap(),
+        row_ends(&fixture).pop().unwrap(),
         failed("d", "mutate panicked: a panic without a message")
     );
 }

@@ -8,8 +8,7 @@ use nix::fcntl::{FcntlArg, fcntl};
 use serde_json::{Value, json};
 
 use crate::pipe::{often, rarely};
-use crate::program::run;
-use crate::support::{Agent, PATIENCE, Running, Stage, line_with};
+use crate::support::{Agent, ChildProcess, Fixture, TIMEOUT, wait_for_line};
 
 fn push(agent: &mut Agent, decky: &str) -> Value {
     let delta = json!({"decky_name": decky, "operation": "mutate", "status": "succeeded"});
@@ -18,31 +17,32 @@ fn push(agent: &mut Agent, decky: &str) -> Value {
 
 #[test]
 fn second_pipe_adds_to_the_outbox_and_takes_over_when_the_first_ends() {
-    let stage = Stage::new();
+    let fixture = Fixture::new();
     for decky in ["a", "b", "c"] {
-        stage.master.open_operation(&stage.worker.uuid, decky, "mutate");
+        fixture.master.open_operation(&fixture.worker.uuid, decky, "mutate");
     }
-    let mut first = Agent::start(&mut often(&stage));
-    assert!(stage.master.wait_for_beats(1, PATIENCE));
+    let mut first = Agent::start(&mut often(&fixture));
+    assert!(fixture.master.wait_for_beats(1, TIMEOUT));
     // Its next tick is in an hour. It looks at the outbox five seconds after its start, too.
-    let mut second = Agent::start(&mut rarely(&stage));
-    let said = line_with(&second.log, "another process delivers; deltas are added to its outbox");
+    let mut second = Agent::start(&mut rarely(&fixture));
+    let said =
+        wait_for_line(&second.log, "another process delivers; deltas are added to its outbox");
     assert!(said.contains(&format!("process {}", first.pipe.0.id())), "{said}");
     assert_eq!(push(&mut second, "a"), json!({"durable": true}));
-    stage.closed_rows(1);
+    fixture.wait_for_closed_rows(1);
     let stats = second.result("stats", Value::Null);
-    assert_eq!((&stats["beats"], &stats["host_uuid"]), (&json!(0), &json!(stage.worker.uuid)));
+    assert_eq!((&stats["beats"], &stats["host_uuid"]), (&json!(0), &json!(fixture.worker.uuid)));
     // Its operation goes on when the other process has ended.
     let begun = second.result("begin", json!({"operation": "mutate", "deckies": ["b"]}));
     assert_eq!(begun["durable"], true);
     assert_eq!(first.close(), Some(0));
-    line_with(&second.log, "heartbeat starting: ");
+    wait_for_line(&second.log, "heartbeat starting: ");
     assert_eq!(
         second.result("end", json!({"handle": 1, "status": "succeeded"})),
         json!({"durable": true})
     );
     push(&mut second, "c");
-    stage.closed_rows(3);
+    fixture.wait_for_closed_rows(3);
     assert_eq!(second.close(), Some(0));
     let others: Vec<_> =
         second.log.iter().filter(|line| line.contains("another process")).collect();
@@ -51,42 +51,42 @@ fn second_pipe_adds_to_the_outbox_and_takes_over_when_the_first_ends() {
 
 #[test]
 fn pipe_beside_run_adds_to_its_outbox_and_does_not_beat() {
-    let stage = Stage::new();
-    stage.master.open_operation(&stage.worker.uuid, "a", "deploy");
-    let mut command = run(&stage.worker, stage.dir.path());
-    let _run = Running::start(command.args(["--interval", "50ms"]));
-    assert!(stage.master.wait_for_beats(1, PATIENCE));
-    let mut agent = Agent::start(&mut rarely(&stage));
+    let fixture = Fixture::new();
+    fixture.master.open_operation(&fixture.worker.uuid, "a", "deploy");
+    let mut command = fixture.run_command();
+    let _run = ChildProcess::start(command.args(["--interval", "50ms"]));
+    assert!(fixture.master.wait_for_beats(1, TIMEOUT));
+    let mut agent = Agent::start(&mut rarely(&fixture));
     agent.deploy(&["a"]);
     // The end of stdin is written for the other process, which delivers it.
     assert_eq!(agent.close(), Some(0));
-    stage.closed_rows(1);
-    assert_eq!(stage.master.rows()[0].error.as_deref(), Some("the agent ended during deploy"));
+    fixture.wait_for_closed_rows(1);
+    assert_eq!(fixture.master.rows()[0].error.as_deref(), Some("the agent ended during deploy"));
     assert!(!agent.log.iter().any(|line| line.contains("heartbeat starting")));
 }
 
 #[test]
 fn outbox_in_memory_is_not_durable() {
-    let stage = Stage::new();
-    stage.master.open_operation(&stage.worker.uuid, "a", "deploy");
-    let folder = stage.dir.path().join("outbox");
+    let fixture = Fixture::new();
+    fixture.master.open_operation(&fixture.worker.uuid, "a", "deploy");
+    let folder = fixture.dir.path().join("outbox");
     std::fs::create_dir(&folder).unwrap();
-    let mut agent = Agent::start(rarely(&stage).arg("--outbox").arg(&folder));
+    let mut agent = Agent::start(rarely(&fixture).arg("--outbox").arg(&folder));
     let begin = json!({"operation": "deploy", "deckies": ["a"], "resume": true});
     let begun = agent.result("begin", begin);
     assert_eq!(begun, json!({"handle": 1, "durable": false, "resumed": []}));
     let end = json!({"handle": 1, "status": "failed", "error": "why"});
     assert_eq!(agent.result("end", end), json!({"durable": false}));
     assert_eq!(push(&mut agent, "b"), json!({"durable": false}));
-    stage.closed_rows(1);
+    fixture.wait_for_closed_rows(1);
     assert_eq!(agent.result("stats", Value::Null)["outbox"], Value::Null);
     assert_eq!(agent.close(), Some(0));
 }
 
 #[test]
 fn outbox_without_room_refuses_and_is_not_in_doubt() {
-    let stage = Stage::new();
-    let mut agent = Agent::start(&mut rarely(&stage));
+    let fixture = Fixture::new();
+    let mut agent = Agent::start(&mut rarely(&fixture));
     let deckies: Vec<_> = (0..10_000).map(|n| format!("d{n}")).collect();
     let begin = json!({"operation": "deploy", "deckies": deckies});
     assert_eq!(agent.result("begin", begin)["handle"], 1);
@@ -116,19 +116,19 @@ fn set_lock(lock_file: &File, kind: i32) {
 
 #[test]
 fn outbox_that_another_process_has_locked_refuses_and_beats_go_on() {
-    let stage = Stage::new();
-    let mut agent = Agent::start(&mut often(&stage));
+    let fixture = Fixture::new();
+    let mut agent = Agent::start(&mut often(&fixture));
     assert_eq!(push(&mut agent, "a"), json!({"durable": true}));
-    let lock_file = stage.agent_dir().join("heartbeat.db-lock");
+    let lock_file = fixture.agent_dir().join("heartbeat.db-lock");
     let lock_file = File::options().read(true).write(true).open(lock_file).unwrap();
     set_lock(&lock_file, libc::F_WRLCK);
-    let beats = stage.master.received().len();
+    let beats = fixture.master.received().len();
     let since = Instant::now();
     let error =
         agent.ask("begin", json!({"operation": "deploy", "deckies": ["a"]}))["error"].clone();
     assert_eq!((&error["code"], &error["data"]), (&json!(-32_000), &json!({"in_doubt": false})));
-    assert!(since.elapsed() < PATIENCE / 4, "{:?}", since.elapsed());
-    stage.requests(beats + 3);
+    assert!(since.elapsed() < TIMEOUT / 4, "{:?}", since.elapsed());
+    fixture.wait_for_requests(beats + 3);
     set_lock(&lock_file, libc::F_UNLCK);
     assert_eq!(agent.deploy(&["a"]), json!({"handle": 1, "durable": true, "resumed": []}));
     assert_eq!(agent.close(), Some(0));

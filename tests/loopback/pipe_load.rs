@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use crate::pipe::often;
-use crate::support::{Agent, PATIENCE, Running, Stage};
+use crate::support::{Agent, ChildProcess, Fixture, TIMEOUT};
 
 /// A line that pushes one delta.
 fn push(id: u64) -> String {
@@ -20,7 +20,7 @@ fn push(id: u64) -> String {
 
 /// Waits until the number stays the same for a second.
 fn settled(number: &AtomicU64) -> u64 {
-    let end = Instant::now() + PATIENCE;
+    let end = Instant::now() + TIMEOUT;
     loop {
         let before = number.load(Ordering::SeqCst);
         thread::sleep(Duration::from_secs(1));
@@ -33,12 +33,12 @@ fn settled(number: &AtomicU64) -> u64 {
 
 #[test]
 fn answers_that_nobody_reads_stop_the_reading_and_not_the_beats() {
-    let stage = Stage::new();
-    let mut command = often(&stage);
-    let mut pipe = Running::start(command.stderr(std::process::Stdio::null()));
+    let fixture = Fixture::new();
+    let mut command = often(&fixture);
+    let mut pipe = ChildProcess::start(command.stderr(std::process::Stdio::null()));
     let mut stdin = pipe.0.stdin.take().unwrap();
     let stdout = pipe.0.stdout.take().unwrap();
-    stage.master.open_operation(&stage.worker.uuid, "a", "deploy");
+    fixture.master.open_operation(&fixture.worker.uuid, "a", "deploy");
     let begin = json!({"operation": "deploy", "deckies": ["a"]});
     let begin = json!({"jsonrpc": "2.0", "id": 0, "method": "begin", "params": begin});
     writeln!(stdin, "{begin}").unwrap();
@@ -54,25 +54,24 @@ fn answers_that_nobody_reads_stop_the_reading_and_not_the_beats() {
         }
     });
     settled(&written);
-    let beats = stage.master.received().len();
-    stage.requests(beats + 3);
+    fixture.wait_for_more_requests(3);
     let status = std::fs::read_to_string(format!("/proc/{}/status", pipe.0.id())).unwrap();
     let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
     let peak: u64 = peak.trim().trim_end_matches(" kB").parse().unwrap();
     assert!(peak < 64 * 1024, "{peak} KiB");
     // The agent stays as it is: its stdin is open, and it reads no answer.
     pipe.signal("TERM");
-    assert_eq!(pipe.end(PATIENCE).code(), Some(0));
+    assert_eq!(pipe.wait(TIMEOUT).code(), Some(0));
     writer.join().unwrap();
     drop(stdout);
 }
 
 #[test]
 fn end_of_an_agent_that_read_no_answer_reports_its_operations() {
-    let stage = Stage::new();
-    stage.master.open_operation(&stage.worker.uuid, "a", "deploy");
-    let mut command = often(&stage);
-    let mut pipe = Running::start(command.stderr(std::process::Stdio::null()));
+    let fixture = Fixture::new();
+    fixture.master.open_operation(&fixture.worker.uuid, "a", "deploy");
+    let mut command = often(&fixture);
+    let mut pipe = ChildProcess::start(command.stderr(std::process::Stdio::null()));
     let mut stdin = pipe.0.stdin.take().unwrap();
     let stdout = pipe.0.stdout.take().unwrap();
     // More answers than a pipe holds and are stored, so the line with `begin` waits behind them.
@@ -83,8 +82,8 @@ fn end_of_an_agent_that_read_no_answer_reports_its_operations() {
     writeln!(stdin, "{}", json!({"jsonrpc": "2.0", "id": 1, "method": "begin", "params": begin}))
         .unwrap();
     drop(stdin);
-    assert_eq!(pipe.end(PATIENCE).code(), Some(0));
-    let row = &stage.master.rows()[0];
+    assert_eq!(pipe.wait(TIMEOUT).code(), Some(0));
+    let row = &fixture.master.rows()[0];
     assert_eq!(row.error.as_deref(), Some("the agent ended during deploy"));
     drop(stdout);
 }
@@ -92,8 +91,8 @@ fn end_of_an_agent_that_read_no_answer_reports_its_operations() {
 #[test]
 fn flood_is_answered_in_order_and_takes_bounded_memory() {
     const LINES: u64 = 30_000;
-    let stage = Stage::new();
-    let mut agent = Agent::start(&mut often(&stage));
+    let fixture = Fixture::new();
+    let mut agent = Agent::start(&mut often(&fixture));
     let mut stdin = agent.stdin.take().unwrap();
     let writer = thread::spawn(move || {
         (1..=LINES).for_each(|id| stdin.write_all(push(id).as_bytes()).unwrap());
@@ -110,26 +109,26 @@ fn flood_is_answered_in_order_and_takes_bounded_memory() {
     let number = |key: &str| stats[key].as_u64().unwrap();
     assert_eq!(number("delivered") + number("waiting") + number("dropped"), LINES, "{stats}");
     drop(agent.stdin.take());
-    agent.pipe.end(PATIENCE);
+    agent.pipe.wait(TIMEOUT);
 }
 
 #[test]
 fn agent_that_closes_its_reading_end_is_still_served() {
-    let stage = Stage::new();
+    let fixture = Fixture::new();
     for _ in 0..2 {
-        stage.master.open_operation(&stage.worker.uuid, "decky-01", "mutate");
+        fixture.master.open_operation(&fixture.worker.uuid, "decky-01", "mutate");
     }
-    let mut command = often(&stage);
-    let mut pipe = Running::start(&mut command);
+    let mut command = often(&fixture);
+    let mut pipe = ChildProcess::start(&mut command);
     let mut stdin = pipe.0.stdin.take().unwrap();
     let log = BufReader::new(pipe.0.stderr.take().unwrap());
     drop(pipe.0.stdout.take());
     for id in 1..=2 {
         stdin.write_all(push(id).as_bytes()).unwrap();
-        stage.closed_rows(id as usize);
+        fixture.wait_for_closed_rows(id as usize);
     }
     drop(stdin);
-    assert_eq!(pipe.end(PATIENCE).code(), Some(0));
+    assert_eq!(pipe.wait(TIMEOUT).code(), Some(0));
     let lines: Vec<_> = log.lines().map_while(Result::ok).collect();
     let broken =
         |line: &&String| line.contains("answers cannot be written; requests are still done");

@@ -3,22 +3,13 @@
 use std::io::{BufRead, BufReader, Read};
 use std::os::unix::net::UnixDatagram;
 use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::Duration;
 
-use decnet_heartbeat::loopback::{Enrolled, Role};
+use decnet_heartbeat::loopback::Role;
 use serde_json::Value;
 
-use crate::support::{PATIENCE, Stage, json_of, signals};
-
-/// The program with an empty environment.
-pub fn program() -> Command {
-    signals::none_is_ignored();
-    let mut command = Command::new(env!("CARGO_BIN_EXE_decnet-heartbeat"));
-    command.env_clear().env("HOME", "/nonexistent");
-    command
-}
+use crate::support::{Fixture, TIMEOUT, json_of, program};
 
 fn output(command: &mut Command) -> Output {
     command.stdin(Stdio::null()).output().unwrap()
@@ -27,21 +18,6 @@ fn output(command: &mut Command) -> Output {
 fn terminate(child: &Child) {
     let kill = Command::new("kill").arg(child.id().to_string()).status().unwrap();
     assert!(kill.success());
-}
-
-/// `run` for an enrolled worker, with a state file and a Docker socket that do not exist.
-pub fn run(worker: &Enrolled, dir: &Path) -> Command {
-    let ini = dir.join("decnet.ini");
-    worker.write_ini(&ini).unwrap();
-    let mut command = program();
-    command.arg("--config").arg(ini).arg("run");
-    command
-        .arg("--state-file")
-        .arg(dir.join("state"))
-        .arg("--docker-socket")
-        .arg(dir.join("docker.sock"));
-    command.stderr(Stdio::piped());
-    command
 }
 
 #[test]
@@ -104,16 +80,16 @@ fn interval_out_of_range_exits_2() {
         }
     }
     let text = output(program().args(["run", "--interval", "10ms"])).stderr;
-    assert!(String::from_utf8(text).unwrap().contains("is 10ms; it must be from 50 ms to 1 h"));
+    assert!(String::from_utf8(text).unwrap().contains("must be from 50ms to 1h"));
 }
 
 #[test]
 fn invalid_decky_name_exits_2_and_writes_nothing() {
-    let stage = Stage::new();
-    let files = || std::fs::read_dir(stage.agent_dir()).unwrap().count();
+    let fixture = Fixture::new();
+    let files = || std::fs::read_dir(fixture.agent_dir()).unwrap().count();
     let before = files();
-    stage.worker.write_ini(&stage.dir.path().join("decnet.ini")).unwrap();
-    let ran = stage.dir.path().join("ran");
+    fixture.write_ini();
+    let ran = fixture.path("ran");
     for name in [
         "",
         " ",
@@ -128,10 +104,10 @@ fn invalid_decky_name_exits_2_and_writes_nothing() {
         &"x".repeat(129),
     ] {
         let mut push = program();
-        push.arg("--config").arg(stage.dir.path().join("decnet.ini"));
+        push.arg("--config").arg(fixture.ini());
         push.args(["push", "--operation", "deploy", "--status", "succeeded", "decky-01", name]);
         let mut track = program();
-        track.arg("--config").arg(stage.dir.path().join("decnet.ini"));
+        track.arg("--config").arg(fixture.ini());
         track
             .args(["track", "--operation", "deploy", "--decky", "decky-01", name, "--", "touch"])
             .arg(&ran);
@@ -145,15 +121,15 @@ fn invalid_decky_name_exits_2_and_writes_nothing() {
             assert!(!first.contains('\n'), "on one line: {first:?}");
         }
     }
-    assert_eq!((files(), ran.exists(), stage.master.received().len()), (before, false, 0));
+    assert_eq!((files(), ran.exists(), fixture.master.received().len()), (before, false, 0));
 }
 
 #[test]
 fn unlisted_decky_is_a_warning() {
-    let stage = Stage::new();
-    let ini = stage.dir.path().join("decnet.ini");
-    let state = stage.dir.path().join("state.json");
-    stage.worker.write_ini(&ini).unwrap();
+    let fixture = Fixture::new();
+    let ini = fixture.ini();
+    let state = fixture.path("state.json");
+    fixture.write_ini();
     let messages = |name: &str| {
         let mut push = program();
         push.arg("--config").arg(&ini).args([
@@ -196,44 +172,46 @@ fn unlisted_decky_is_a_warning() {
 
 #[test]
 fn run_beats_until_sigterm_and_exits_0() {
-    let stage = Stage::new();
-    let stats = stage.dir.path().join("stats.json");
-    let mut child =
-        run(&stage.worker, stage.dir.path()).arg("--stats-file").arg(&stats).spawn().unwrap();
-    assert!(stage.master.wait_for_beats(1, PATIENCE));
+    let fixture = Fixture::new();
+    let stats = fixture.path("stats.json");
+    let mut child = fixture.run_command().arg("--stats-file").arg(&stats).spawn().unwrap();
+    assert!(fixture.master.wait_for_beats(1, TIMEOUT));
     terminate(&child);
     assert_eq!(child.wait().unwrap().code(), Some(0));
     let mut log = String::new();
     child.stderr.take().unwrap().read_to_string(&mut log).unwrap();
-    assert!(log.contains(&stage.worker.uuid) && log.contains(&stage.worker.fingerprint), "{log}");
+    assert!(
+        log.contains(&fixture.worker.uuid) && log.contains(&fixture.worker.fingerprint),
+        "{log}"
+    );
     assert!(!log.contains('\u{1b}'), "no colours into a pipe: {log}");
-    assert_eq!(json_of(&stage.master.received()[0])["topology"]["topology_id"], Value::Null);
+    assert_eq!(json_of(&fixture.master.received()[0])["topology"]["topology_id"], Value::Null);
 }
 
 #[test]
 fn stats_file_is_rewritten_after_each_beat() {
-    let stage = Stage::new();
-    let stats = stage.dir.path().join("stats.json");
-    let mut command = run(&stage.worker, stage.dir.path());
+    let fixture = Fixture::new();
+    let stats = fixture.path("stats.json");
+    let mut command = fixture.run_command();
     let child = command.args(["--interval", "50ms", "--stats-file"]).arg(&stats).spawn().unwrap();
-    assert!(stage.master.wait_for_beats(5, PATIENCE));
+    assert!(fixture.master.wait_for_beats(5, TIMEOUT));
     terminate(&child);
     child.wait_with_output().unwrap();
     let stats: Value = serde_json::from_slice(&std::fs::read(&stats).unwrap()).unwrap();
     assert_eq!(
         (&stats["host_uuid"], &stats["failure"]),
-        (&stage.worker.uuid.as_str().into(), &Value::Null)
+        (&fixture.worker.uuid.as_str().into(), &Value::Null)
     );
     assert!(stats["beats"].as_u64().unwrap() >= 3, "{stats}");
 }
 
 #[test]
 fn log_file_gets_the_log() {
-    let stage = Stage::new();
-    let log = stage.dir.path().join("heartbeat.log");
-    let mut command = run(&stage.worker, stage.dir.path());
+    let fixture = Fixture::new();
+    let log = fixture.path("heartbeat.log");
+    let mut command = fixture.run_command();
     let child = command.args(["--log-level", "debug", "--log-file"]).arg(&log).spawn().unwrap();
-    assert!(stage.master.wait_for_beats(1, PATIENCE));
+    assert!(fixture.master.wait_for_beats(1, TIMEOUT));
     terminate(&child);
     assert_eq!(child.wait_with_output().unwrap().stderr, b"");
     let log = std::fs::read_to_string(log).unwrap();
@@ -243,14 +221,14 @@ fn log_file_gets_the_log() {
 
 #[test]
 fn certificate_that_expires_within_30_days_is_logged_once_a_day() {
-    let stage = Stage::new();
+    let fixture = Fixture::new();
     let nine_days = Duration::from_secs(9 * 86_400 + 3_600);
     let issued =
-        stage.master.authority().issue(Role::ShortLived("w".to_owned(), nine_days)).unwrap();
-    stage.master.authority().write_bundle(&issued, &stage.agent_dir()).unwrap();
-    stage.master.pin(&stage.worker.uuid, &issued.fingerprint);
-    let child = run(&stage.worker, stage.dir.path()).args(["--interval", "50ms"]).spawn().unwrap();
-    assert!(stage.master.wait_for_beats(5, PATIENCE));
+        fixture.master.authority().issue(Role::ShortLived("w".to_owned(), nine_days)).unwrap();
+    fixture.master.authority().write_bundle(&issued, &fixture.agent_dir()).unwrap();
+    fixture.master.pin(&fixture.worker.uuid, &issued.fingerprint);
+    let child = fixture.run_command().args(["--interval", "50ms"]).spawn().unwrap();
+    assert!(fixture.master.wait_for_beats(5, TIMEOUT));
     terminate(&child);
     let log = String::from_utf8(child.wait_with_output().unwrap().stderr).unwrap();
     let text: Vec<_> =
@@ -259,8 +237,8 @@ fn certificate_that_expires_within_30_days_is_logged_once_a_day() {
     let expected = format!(
         "[WARN] (decnet-heartbeat) certificate expires soon; enrol this host again: host={} master={} fingerprint={} \
          days_left=9",
-        stage.worker.uuid,
-        stage.master.url(),
+        fixture.worker.uuid,
+        fixture.master.url(),
         issued.fingerprint
     );
     assert!(text.ends_with(&expected), "{text}");
@@ -268,11 +246,11 @@ fn certificate_that_expires_within_30_days_is_logged_once_a_day() {
 
 #[test]
 fn systemd_is_notified_of_ready_watchdog_and_stopping() {
-    let stage = Stage::new();
-    let socket: PathBuf = stage.dir.path().join("notify");
+    let fixture = Fixture::new();
+    let socket = fixture.path("notify");
     let systemd = UnixDatagram::bind(&socket).unwrap();
-    systemd.set_read_timeout(Some(PATIENCE)).unwrap();
-    let mut command = run(&stage.worker, stage.dir.path());
+    systemd.set_read_timeout(Some(TIMEOUT)).unwrap();
+    let mut command = fixture.run_command();
     let mut child =
         command.env("NOTIFY_SOCKET", &socket).env("WATCHDOG_USEC", "100000").spawn().unwrap();
     let receive = || {

@@ -6,26 +6,27 @@ use std::io::Read;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, symlink};
 use std::os::unix::net::UnixListener;
-use std::process::{Command, Stdio};
+use std::path::Path;
+use std::process::Stdio;
 use std::time::Duration;
 
-use crate::program::run;
-use crate::program_signals::after;
-use crate::support::{PATIENCE, Running, Stage, line_with, lines};
+use crate::support::{
+    ChildProcess, Fixture, TIMEOUT, in_shell_after, make_fifo, program, wait_for_line,
+};
 
 /// The limit for a stop, with a margin for a busy host.
 const PROMPT: Duration = Duration::from_secs(4);
 
 #[test]
 fn target_other_than_a_regular_file_exits_78_and_stays() {
-    let stage = Stage::new();
-    let at = |name: &str| stage.dir.path().join(name);
+    let fixture = Fixture::new();
+    let at = |name: &str| fixture.path(name);
     let _socket = UnixListener::bind(at("socket")).unwrap();
     fs::create_dir(at("folder")).unwrap();
     fs::write(at("file"), "theirs").unwrap();
     symlink(at("file"), at("link")).unwrap();
     symlink("/dev/null", at("null")).unwrap();
-    assert!(Command::new("mkfifo").arg(at("fifo")).status().unwrap().success());
+    make_fifo(&at("fifo"));
     for option in ["--stats-file", "--metrics-file"] {
         for (name, what) in [
             ("socket", "a socket"),
@@ -35,15 +36,14 @@ fn target_other_than_a_regular_file_exits_78_and_stays() {
             ("fifo", "a FIFO"),
         ] {
             let before = fs::symlink_metadata(at(name)).unwrap().file_type();
-            let mut running =
-                Running::start(run(&stage.worker, stage.dir.path()).arg(option).arg(at(name)));
-            let code = running.end(PROMPT).code();
+            let mut running = ChildProcess::start(fixture.run_command().arg(option).arg(at(name)));
+            let code = running.wait(PROMPT).code();
             let mut message = String::new();
             running.0.stderr.take().unwrap().read_to_string(&mut message).unwrap();
             assert_eq!(code, Some(78), "{message}");
             let expected = format!(
-                "decnet-heartbeat: {option}: {} cannot be replaced; name a regular file, or a path that does not exist: {what} is \
-                 there, which is not replaced by a file\n",
+                "decnet-heartbeat: {option}: {} cannot be replaced; name a regular file, or a path that does not exist: it is {what}, \
+                 not a regular file\n",
                 at(name).display()
             );
             assert_eq!(message, expected);
@@ -51,100 +51,92 @@ fn target_other_than_a_regular_file_exits_78_and_stays() {
         }
     }
     assert_eq!(fs::read_to_string(at("file")).unwrap(), "theirs");
-    assert_eq!(stage.master.received().len(), 0);
+    assert_eq!(fixture.master.received().len(), 0);
 }
 
 #[test]
 fn later_replacement_of_the_target_is_not_replaced() {
-    let stage = Stage::new();
-    let stats = stage.dir.path().join("stats.json");
-    let mut command = run(&stage.worker, stage.dir.path());
-    let mut running = Running::start(
+    let fixture = Fixture::new();
+    let stats = fixture.path("stats.json");
+    let mut command = fixture.run_command();
+    let mut running = ChildProcess::start(
         command.args(["--log-level", "trace", "--interval", "50ms", "--stats-file"]).arg(&stats),
     );
-    let log = lines(running.0.stderr.take().unwrap());
-    assert!(stage.master.wait_for_beats(3, PATIENCE));
+    let log = running.stderr_lines();
+    assert!(fixture.master.wait_for_beats(3, TIMEOUT));
     let is_fifo = || fs::symlink_metadata(&stats).unwrap().file_type().is_fifo();
-    let fifo = stage.dir.path().join("fifo");
+    let fifo = fixture.path("fifo");
     let lines = std::iter::repeat_with(|| {
         // The file may have replaced the FIFO between the check and the rename.
         if !is_fifo() {
-            assert!(Command::new("mkfifo").arg(&fifo).status().unwrap().success());
+            make_fifo(&fifo);
             fs::rename(&fifo, &stats).unwrap();
         }
-        line_with(&log, "")
+        wait_for_line(&log, "")
     });
     let line =
         lines.take(100).find(|line| line.contains("stats file cannot be written: ")).unwrap();
-    assert!(line.contains("(stats-files)") && line.contains("a FIFO is there"), "{line}");
-    let beats = stage.master.received().len();
-    stage.requests(beats + 3);
+    assert!(line.contains("(stats-files)") && line.contains("it is a FIFO"), "{line}");
+    fixture.wait_for_more_requests(3);
     assert_eq!(running.terminate(PROMPT), Some(0));
     assert!(is_fifo());
 }
 
 #[test]
 fn failed_write_leaves_no_file() {
-    let stage = Stage::new();
-    let stats = stage.dir.path().join("stats");
-    let mut command = run(&stage.worker, stage.dir.path());
+    let fixture = Fixture::new();
+    let stats = fixture.path("stats");
+    let mut command = fixture.run_command();
     command.args(["--interval", "50ms", "--stats-file"]).arg(&stats);
     // Files may grow to 512 bytes.
-    let mut running = Running::start(after("ulimit -f 1", &command).stderr(Stdio::piped()));
-    let log = lines(running.0.stderr.take().unwrap());
-    line_with(&log, "stats file cannot be written: ");
+    let mut running =
+        ChildProcess::start(in_shell_after("ulimit -f 1", &command).stderr(Stdio::piped()));
+    let log = running.stderr_lines();
+    wait_for_line(&log, "stats file cannot be written: ");
     assert_eq!(running.terminate(PROMPT), Some(0));
-    assert!(!stats.exists() && !stage.dir.path().join("stats.new").exists());
+    assert!(!stats.exists() && !fixture.path("stats.new").exists());
 }
 
 #[test]
 fn obstacle_of_the_temporary_file_is_named() {
-    let stage = Stage::new();
-    let stats = stage.dir.path().join("stats");
-    let next = stage.dir.path().join("stats.new");
+    let fixture = Fixture::new();
+    let stats = fixture.path("stats");
+    let next = fixture.path("stats.new");
     fs::create_dir(&next).unwrap();
-    let mut running =
-        Running::start(run(&stage.worker, stage.dir.path()).arg("--stats-file").arg(&stats));
-    let log = lines(running.0.stderr.take().unwrap());
-    let line = line_with(&log, "stats file cannot be written: ");
+    let mut running = ChildProcess::start(fixture.run_command().arg("--stats-file").arg(&stats));
+    let log = running.stderr_lines();
+    let line = wait_for_line(&log, "stats file cannot be written: ");
     assert!(line.contains(&format!("error=\"{} cannot be removed: ", next.display())), "{line}");
     assert_eq!(running.terminate(PROMPT), Some(0));
 }
 
 #[test]
 fn paths_may_be_other_than_utf8() {
-    let stage = Stage::new();
-    let [stats, metrics] = [&b"stats-\xff"[..], b"metrics-\xff"]
-        .map(|name| stage.dir.path().join(OsStr::from_bytes(name)));
-    let mut command = run(&stage.worker, stage.dir.path());
+    let fixture = Fixture::new();
+    let [stats, metrics] =
+        [&b"stats-\xff"[..], b"metrics-\xff"].map(|name| fixture.path(OsStr::from_bytes(name)));
+    let mut command = fixture.run_command();
     command
         .args(["--interval", "50ms", "--stats-file"])
         .arg(&stats)
         .arg("--metrics-file")
         .arg(&metrics);
-    let mut running = Running::start(command.stderr(Stdio::null()));
-    assert!(stage.master.wait_for_beats(3, PATIENCE));
+    let mut running = ChildProcess::start(command.stderr(Stdio::null()));
+    assert!(fixture.master.wait_for_beats(3, TIMEOUT));
     assert_eq!(running.terminate(PROMPT), Some(0));
     assert!(fs::read_to_string(stats).unwrap().contains("\"beats\": "));
     assert!(fs::read_to_string(metrics).unwrap().contains("decnet_heartbeat_beats_total "));
 }
 
 /// The messages of `run` and `check` that reject this target. Checks their exit codes.
-fn rejections(
-    stage: &Stage,
-    option: &str,
-    path: &std::path::Path,
-    others: &[&OsStr],
-) -> Vec<String> {
-    let ini = stage.dir.path().join("decnet.ini");
-    stage.worker.write_ini(&ini).unwrap();
+fn rejections(fixture: &Fixture, option: &str, path: &Path, others: &[&OsStr]) -> Vec<String> {
+    let ini = fixture.ini();
+    fixture.write_ini();
     let messages = ["run", "check"].map(|name| {
-        let mut command = crate::program::program();
+        let mut command = program();
         command.arg("--config").arg(&ini).arg(name).arg(option).arg(path).args(others);
-        let output = command
-            .env("DECNET_HEARTBEAT_STATE_FILE", stage.dir.path().join("state"))
-            .output()
-            .unwrap();
+        let output =
+            command.env("DECNET_HEARTBEAT_STATE_FILE", fixture.path("state")).output().unwrap();
         let text = String::from_utf8([output.stdout, output.stderr].concat()).unwrap();
         let line = text
             .lines()
@@ -158,9 +150,9 @@ fn rejections(
 
 #[test]
 fn own_files_of_the_heartbeat_are_not_valid_targets() {
-    let stage = Stage::new();
-    let dir = stage.dir.path();
-    let agent = stage.agent_dir();
+    let fixture = Fixture::new();
+    let dir = fixture.dir.path();
+    let agent = fixture.agent_dir();
     fs::write(dir.join("state"), "{}").unwrap();
     let own = [
         agent.join("worker.key"),
@@ -176,7 +168,7 @@ fn own_files_of_the_heartbeat_are_not_valid_targets() {
         own.iter().flat_map(|path| [("--stats-file", path), ("--metrics-file", path)])
     {
         let before = fs::read(path).ok();
-        for line in rejections(&stage, option, path, &[]) {
+        for line in rejections(&fixture, option, path, &[]) {
             assert!(line.contains(std::path::absolute(path).unwrap().to_str().unwrap()), "{line}");
         }
         assert!(
@@ -187,7 +179,7 @@ fn own_files_of_the_heartbeat_are_not_valid_targets() {
     }
     let both = dir.join("both");
     let log = dir.join("log");
-    rejections(&stage, "--stats-file", &both, &["--metrics-file".as_ref(), both.as_os_str()]);
-    rejections(&stage, "--stats-file", &log, &["--log-file".as_ref(), log.as_os_str()]);
-    rejections(&stage, "--metrics-file", &both, &["--outbox".as_ref(), both.as_os_str()]);
+    rejections(&fixture, "--stats-file", &both, &["--metrics-file".as_ref(), both.as_os_str()]);
+    rejections(&fixture, "--stats-file", &log, &["--log-file".as_ref(), log.as_os_str()]);
+    rejections(&fixture, "--metrics-file", &both, &["--outbox".as_ref(), both.as_os_str()]);
 }

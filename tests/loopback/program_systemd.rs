@@ -8,21 +8,20 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use crate::program::run;
-use crate::support::{PATIENCE, Running, Stage, lines};
+use crate::support::{ChildProcess, Fixture, TIMEOUT, wait_for_line};
 
 /// The limit for a stop, with a margin for a busy host.
 const PROMPT: Duration = Duration::from_secs(4);
 
-fn notifying(stage: &Stage, socket: impl AsRef<OsStr>) -> Command {
-    let mut command = run(&stage.worker, stage.dir.path());
+fn notifying(fixture: &Fixture, socket: impl AsRef<OsStr>) -> Command {
+    let mut command = fixture.run_command();
     command.args(["--interval", "50ms"]).env("NOTIFY_SOCKET", socket).stderr(Stdio::null());
     command
 }
 
 fn listen(path: &Path) -> UnixDatagram {
     let socket = UnixDatagram::bind(path).unwrap();
-    socket.set_read_timeout(Some(PATIENCE)).unwrap();
+    socket.set_read_timeout(Some(TIMEOUT)).unwrap();
     socket
 }
 
@@ -35,13 +34,13 @@ fn receive(socket: &UnixDatagram) -> String {
 
 #[test]
 fn abstract_socket_is_notified() {
-    let stage = Stage::new();
+    let fixture = Fixture::new();
     let name =
         [b"decnet-heartbeat-\xff-".as_slice(), std::process::id().to_string().as_bytes()].concat();
     let systemd = UnixDatagram::bind_addr(&SocketAddr::from_abstract_name(&name).unwrap()).unwrap();
-    systemd.set_read_timeout(Some(PATIENCE)).unwrap();
+    systemd.set_read_timeout(Some(TIMEOUT)).unwrap();
     let socket = OsString::from_vec([b"@".as_slice(), &name].concat());
-    let mut running = Running::start(&mut notifying(&stage, socket));
+    let mut running = ChildProcess::start(&mut notifying(&fixture, socket));
     assert_eq!(receive(&systemd), "READY=1\n");
     assert_eq!(running.terminate(PROMPT), Some(0));
     assert_eq!(receive(&systemd), "STOPPING=1\n");
@@ -56,35 +55,33 @@ fn fill(path: &Path) {
 
 #[test]
 fn supervisor_that_does_not_read_delays_nothing() {
-    let stage = Stage::new();
-    let path = stage.dir.path().join("notify");
+    let fixture = Fixture::new();
+    let path = fixture.path("notify");
     let _systemd = listen(&path);
     fill(&path);
-    let mut running = Running::start(notifying(&stage, &path).env("WATCHDOG_USEC", "100000"));
-    assert!(stage.master.wait_for_beats(5, PATIENCE));
+    let mut running =
+        ChildProcess::start(notifying(&fixture, &path).env("WATCHDOG_USEC", "100000"));
+    assert!(fixture.master.wait_for_beats(5, TIMEOUT));
     assert_eq!(running.terminate(PROMPT), Some(0));
 }
 
 #[test]
 fn failed_ready_notification_is_sent_again_once() {
     for watchdog in [None, Some("100000")] {
-        let stage = Stage::new();
-        let path = stage.dir.path().join("notify");
+        let fixture = Fixture::new();
+        let path = fixture.path("notify");
         let systemd = listen(&path);
         fill(&path);
-        let mut command = notifying(&stage, &path);
+        let mut command = notifying(&fixture, &path);
         command.envs(watchdog.map(|limit| ("WATCHDOG_USEC", limit)));
-        let mut running = Running::start(&mut command);
-        assert!(stage.master.wait_for_beats(3, PATIENCE));
+        let mut running = ChildProcess::start(&mut command);
+        assert!(fixture.master.wait_for_beats(3, TIMEOUT));
         let first = std::iter::repeat_with(|| receive(&systemd))
             .find(|message| message != "FULL=1")
             .unwrap();
         assert!(first.starts_with("READY=1\n"), "{first:?}");
-        let more = std::iter::repeat_with(|| receive(&systemd)).take(if watchdog.is_some() {
-            3
-        } else {
-            0
-        });
+        let notifications = if watchdog.is_some() { 3 } else { 0 };
+        let more = std::iter::repeat_with(|| receive(&systemd)).take(notifications);
         assert_eq!(more.filter(|message| message.contains("READY")).count(), 0, "once");
         assert_eq!(running.terminate(PROMPT), Some(0));
     }
@@ -92,16 +89,15 @@ fn failed_ready_notification_is_sent_again_once() {
 
 #[test]
 fn failed_ready_notification_does_not_wait_for_the_next_beat() {
-    let stage = Stage::new();
-    let path = stage.dir.path().join("notify");
+    let fixture = Fixture::new();
+    let path = fixture.path("notify");
     let systemd = listen(&path);
     fill(&path);
-    let mut command = run(&stage.worker, stage.dir.path());
-    command.args(["--interval", "1h"]).env("NOTIFY_SOCKET", &path).stderr(Stdio::null());
-    let mut running = Running::start(&mut command);
-    assert!(stage.master.wait_for_beats(1, PATIENCE));
-    // The beat has ended.
-    std::thread::sleep(Duration::from_millis(200));
+    let mut command = fixture.run_command();
+    command.args(["--interval", "1h"]).env("NOTIFY_SOCKET", &path);
+    let mut running = ChildProcess::start(&mut command);
+    let log = running.stderr_lines();
+    wait_for_line(&log, "systemd could not be notified: times=1");
     let first =
         std::iter::repeat_with(|| receive(&systemd)).find(|message| message != "FULL=1").unwrap();
     assert_eq!(first, "READY=1\n");
@@ -110,10 +106,10 @@ fn failed_ready_notification_does_not_wait_for_the_next_beat() {
 
 #[test]
 fn watchdog_of_one_microsecond_is_no_busy_loop() {
-    let stage = Stage::new();
-    let path = stage.dir.path().join("notify");
+    let fixture = Fixture::new();
+    let path = fixture.path("notify");
     let systemd = listen(&path);
-    let mut running = Running::start(notifying(&stage, &path).env("WATCHDOG_USEC", "1"));
+    let mut running = ChildProcess::start(notifying(&fixture, &path).env("WATCHDOG_USEC", "1"));
     assert_eq!(receive(&systemd), "READY=1\n");
     assert_eq!(receive(&systemd), "WATCHDOG=1\n");
     let start = Instant::now();
@@ -134,14 +130,14 @@ fn watchdog_of_another_process_or_without_a_number_is_ignored() {
         ("-1", None),
         ("", None),
     ] {
-        let stage = Stage::new();
-        let path = stage.dir.path().join("notify");
+        let fixture = Fixture::new();
+        let path = fixture.path("notify");
         let systemd = listen(&path);
-        let mut command = notifying(&stage, &path);
+        let mut command = notifying(&fixture, &path);
         command.env("WATCHDOG_USEC", limit).envs(pid.map(|pid| ("WATCHDOG_PID", pid)));
-        let mut running = Running::start(&mut command);
+        let mut running = ChildProcess::start(&mut command);
         assert_eq!(receive(&systemd), "READY=1\n");
-        assert!(stage.master.wait_for_beats(5, PATIENCE));
+        assert!(fixture.master.wait_for_beats(5, TIMEOUT));
         assert_eq!(running.terminate(PROMPT), Some(0));
         assert_eq!(receive(&systemd), "STOPPING=1\n", "{limit} {pid:?}");
     }
@@ -149,11 +145,12 @@ fn watchdog_of_another_process_or_without_a_number_is_ignored() {
 
 /// The log lines about notifications of a run of thirty beats.
 fn failure_lines(socket: &OsStr) -> Vec<String> {
-    let stage = Stage::new();
-    let mut command = notifying(&stage, socket);
-    let mut running = Running::start(command.env("WATCHDOG_USEC", "100000").stderr(Stdio::piped()));
-    let log = lines(running.0.stderr.take().unwrap());
-    assert!(stage.master.wait_for_beats(30, PATIENCE));
+    let fixture = Fixture::new();
+    let mut command = notifying(&fixture, socket);
+    let mut running =
+        ChildProcess::start(command.env("WATCHDOG_USEC", "100000").stderr(Stdio::piped()));
+    let log = running.stderr_lines();
+    assert!(fixture.master.wait_for_beats(30, TIMEOUT));
     assert_eq!(running.terminate(PROMPT), Some(0));
     log.iter().filter(|line| line.contains("notified")).collect()
 }

@@ -1,4 +1,4 @@
-//! Which users can share an outbox: what `check` reports, and that it is true.
+//! Which users can share an outbox, and that `check` reports it correctly.
 
 use std::fs::{self, Permissions, set_permissions};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
@@ -6,81 +6,76 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use serde_json::Value;
-
-use crate::support::{PATIENCE, Running, Stage, line_with, lines};
+use crate::check::step_of;
+use crate::support::{
+    ChildProcess, Fixture, TIMEOUT, in_shell_after, wait_for_file, wait_for_line,
+};
 
 const ROOT: u32 = 0;
 const OWNER: u32 = 4_711;
 const OTHER: u32 = 4_712;
 
-/// A worker whose agent dir belongs to some user, and a program that every user may run.
+/// A worker whose agent dir belongs to a given user, and a program that every user may run.
 struct Worker {
-    stage: Stage,
+    fixture: Fixture,
     program: PathBuf,
 }
 
 impl Worker {
     fn of(owner: u32, mode: u32) -> Self {
-        let stage = Stage::new();
-        let (dir, program) = (stage.dir.path(), stage.dir.path().join("decnet-heartbeat"));
-        // By another process: one that a test starts meanwhile would have the copy open for writing, and nobody could run it.
+        let fixture = Fixture::new();
+        let dir = fixture.dir.path();
+        let program = fixture.path("decnet-heartbeat");
+        // Copied by another process. A child process of another test could inherit the descriptor
+        // of a copy that this process writes, and the copy could not be run then.
         let copied = Command::new("cp")
             .arg(env!("CARGO_BIN_EXE_decnet-heartbeat"))
             .arg(&program)
             .status()
             .unwrap();
         assert!(copied.success());
-        stage.worker.write_ini(&dir.join("decnet.ini")).unwrap();
-        chown(stage.agent_dir(), Some(owner), Some(owner)).unwrap();
-        for (path, mode) in [(dir, 0o755), (&program, 0o755), (&dir.join("decnet.ini"), 0o644)] {
+        fixture.write_ini();
+        chown(fixture.agent_dir(), Some(owner), Some(owner)).unwrap();
+        for (path, mode) in [(dir, 0o755), (&program, 0o755), (&fixture.ini(), 0o644)] {
             set_permissions(path, Permissions::from_mode(mode)).unwrap();
         }
-        set_permissions(stage.agent_dir(), Permissions::from_mode(mode)).unwrap();
-        Self { stage, program }
+        set_permissions(fixture.agent_dir(), Permissions::from_mode(mode)).unwrap();
+        Self { fixture, program }
     }
 
     fn file(&self, part: &str) -> PathBuf {
-        self.stage.agent_dir().join(format!("heartbeat.db{part}"))
+        self.fixture.agent_dir().join(format!("heartbeat.db{part}"))
     }
 
     fn as_user(&self, user: u32) -> Command {
         let mut command = Command::new(&self.program);
         command.env_clear().uid(user).gid(user).stdin(Stdio::null());
-        command.arg("--config").arg(self.stage.dir.path().join("decnet.ini"));
+        command.arg("--config").arg(self.fixture.ini());
         command
     }
 
-    fn pushing(&self, user: u32) -> Command {
+    fn push_command(&self, user: u32) -> Command {
         let mut push = self.as_user(user);
         push.args(["push", "--no-wait", "--operation", "deploy", "--status", "succeeded", "d1"]);
         push
     }
 
-    /// Whether the outbox has kept it.
+    /// Whether a push of this user is queued.
     fn push(&self, user: u32) -> bool {
-        self.pushing(user).output().unwrap().status.success()
+        self.push_command(user).output().unwrap().status.success()
     }
 
-    /// Whether the step `outbox` is good, its message and its advice.
+    /// The step `outbox` of `check`: whether it passed, its message and its advice.
     fn check(&self, user: u32) -> (bool, String, String) {
-        let report = self.as_user(user).args(["check", "--json"]).output().unwrap();
-        let report: Value =
-            serde_json::from_slice(&report.stdout).unwrap_or_else(|_| panic!("{report:?}"));
-        let step = report["steps"]
-            .as_array()
-            .unwrap()
-            .iter()
-            .find(|step| step["step"] == "outbox")
-            .unwrap()
-            .clone();
+        let output = self.as_user(user).args(["check", "--json"]).output().unwrap();
+        let step = step_of(&output, "outbox");
         let text = |key: &str| step[key].as_str().unwrap_or_default().to_owned();
         (step["outcome"] == "ok", text("message"), text("advice"))
     }
 
-    /// They use it, and nothing is said against it.
+    /// Asserts that these users can use the outbox, and that `check` reports that.
     #[track_caller]
-    fn is_shared_by(&self, users: &[u32]) {
+    fn assert_shared_by(&self, users: &[u32]) {
         for user in users {
             let (is_good, message, advice) = self.check(*user);
             assert!(
@@ -92,15 +87,15 @@ impl Worker {
     }
 }
 
-/// Follows the advice.
+/// Runs the `chown` of the advice.
 fn follow(advice: &str) {
     let words = advice.split_once("chown ").unwrap_or_else(|| panic!("{advice}")).1;
-    let [whose, file] = words.splitn(3, ' ').take(2).collect::<Vec<_>>()[..] else {
+    let [owner, file] = words.splitn(3, ' ').take(2).collect::<Vec<_>>()[..] else {
         panic!("{advice}")
     };
-    let done =
-        Command::new("chown").arg(whose).arg(file.trim_end_matches([',', ';'])).status().unwrap();
-    assert!(done.success(), "{advice}");
+    let status =
+        Command::new("chown").arg(owner).arg(file.trim_end_matches([',', ';'])).status().unwrap();
+    assert!(status.success(), "{advice}");
 }
 
 fn owner(file: &Path) -> u32 {
@@ -109,7 +104,7 @@ fn owner(file: &Path) -> u32 {
 
 #[test]
 #[ignore = "needs root, for two other users"]
-fn root_and_the_owner_of_the_folder_share_an_outbox_whoever_makes_it() {
+fn root_and_folder_owner_share_an_outbox_that_either_created() {
     for first in [ROOT, OWNER] {
         let worker = Worker::of(OWNER, 0o755);
         for user in [ROOT, OWNER] {
@@ -117,14 +112,14 @@ fn root_and_the_owner_of_the_folder_share_an_outbox_whoever_makes_it() {
             assert_eq!((is_good, advice.as_str()), (true, ""), "{message}");
         }
         assert!(worker.push(first));
-        worker.is_shared_by(&[ROOT, OWNER]);
+        worker.assert_shared_by(&[ROOT, OWNER]);
         assert_eq!(owner(&worker.file("-lock")), OWNER);
     }
 }
 
 #[test]
 #[ignore = "needs root, for two other users"]
-fn a_third_user_is_told_who_can_share_an_outbox_there() {
+fn third_user_is_advised_who_can_share_the_outbox() {
     let worker = Worker::of(OWNER, 0o755);
     let advised = format!("only root and user {OWNER} can share an outbox in ");
     let (is_good, message, advice) = worker.check(OTHER);
@@ -142,7 +137,8 @@ fn a_third_user_is_told_who_can_share_an_outbox_there() {
     );
     assert!(advice.starts_with(&advised) && !worker.push(OTHER), "{advice}");
 
-    // There he can make one of his own, which is of no use to the two others.
+    // In a folder that all users can write, this user can create an outbox that root and the owner
+    // of the folder cannot use.
     let worker = Worker::of(OWNER, 0o777);
     let (is_good, message, advice) = worker.check(OTHER);
     assert!(is_good && advice.starts_with(&advised), "{message}: {advice}");
@@ -159,7 +155,7 @@ fn a_third_user_is_told_who_can_share_an_outbox_there() {
 
 #[test]
 #[ignore = "needs root, for two other users"]
-fn an_outbox_of_another_user_in_roots_folder_is_refused_and_the_advice_helps() {
+fn outbox_of_another_user_in_a_folder_of_root_is_rejected_and_the_advice_works() {
     let worker = Worker::of(ROOT, 0o1777);
     assert!(worker.push(OTHER));
     let (is_good, message, _) = worker.check(ROOT);
@@ -169,14 +165,14 @@ fn an_outbox_of_another_user_in_roots_folder_is_refused_and_the_advice_helps() {
     while let (false, _, advice) = worker.check(ROOT) {
         follow(&advice);
     }
-    worker.is_shared_by(&[ROOT]);
+    worker.assert_shared_by(&[ROOT]);
 }
 
 #[test]
 #[ignore = "needs root, for two other users"]
-fn each_file_that_the_owner_of_the_folder_cannot_use_is_named_and_the_advice_helps() {
+fn each_file_with_a_wrong_owner_is_named_and_the_advice_works() {
     for part in ["", "-journal", "-wal", "-shm", "-lock"] {
-        for whose in [ROOT, OTHER] {
+        for user in [ROOT, OTHER] {
             let worker = Worker::of(OWNER, 0o755);
             assert!(worker.push(OWNER));
             let file = worker.file(part);
@@ -184,28 +180,28 @@ fn each_file_that_the_owner_of_the_folder_cannot_use_is_named_and_the_advice_hel
                 fs::write(&file, "").unwrap();
                 set_permissions(&file, Permissions::from_mode(0o600)).unwrap();
             }
-            chown(&file, Some(whose), Some(whose)).unwrap();
+            chown(&file, Some(user), Some(user)).unwrap();
             let (is_good, message, advice) = worker.check(OWNER);
             assert!(
                 !is_good && message.contains(&format!("heartbeat.db{part} belongs to ")),
-                "{part} {whose}: {message}"
+                "{part} {user}: {message}"
             );
-            let (is_good, message, of_root) = worker.check(ROOT);
-            assert_eq!(is_good, whose == ROOT, "{part}: {message}");
+            let (is_good, message, advice_to_root) = worker.check(ROOT);
+            assert_eq!(is_good, user == ROOT, "{part}: {message}");
             assert!(
-                of_root.contains(&format!("chown {OWNER}:{OWNER} {}", file.display())),
-                "{part}: {of_root}"
+                advice_to_root.contains(&format!("chown {OWNER}:{OWNER} {}", file.display())),
+                "{part}: {advice_to_root}"
             );
-            assert_eq!(owner(&file), whose, "check changes nothing");
+            assert_eq!(owner(&file), user, "check changes nothing");
             follow(&advice);
-            worker.is_shared_by(&[OWNER, ROOT]);
+            worker.assert_shared_by(&[OWNER, ROOT]);
         }
     }
 }
 
 #[test]
 #[ignore = "needs root, for another user"]
-fn a_file_that_root_was_killed_in_making_keeps_the_owner_of_the_folder_from_nothing() {
+fn files_left_by_a_killed_root_process_do_not_lock_out_the_owner() {
     for part in ["", "-journal", "-wal", "-shm", "-lock"] {
         let worker = Worker::of(OWNER, 0o755);
         assert!(part.is_empty() || worker.push(ROOT), "{part}");
@@ -213,32 +209,26 @@ fn a_file_that_root_was_killed_in_making_keeps_the_owner_of_the_folder_from_noth
         set_permissions(worker.file(part), Permissions::from_mode(0o600)).unwrap();
         chown(worker.file(part), Some(ROOT), Some(ROOT)).unwrap();
         assert!(worker.push(OWNER), "{part}");
-        worker.is_shared_by(&[ROOT, OWNER]);
+        worker.assert_shared_by(&[ROOT, OWNER]);
     }
 }
 
 #[test]
 #[ignore = "needs root, for another user"]
-fn no_umask_keeps_anybody_from_an_outbox_that_is_his() {
+fn no_umask_locks_out_the_owner() {
     for (user, umask) in [(ROOT, "0777"), (OWNER, "0777"), (ROOT, "0"), (OWNER, "0")] {
         let worker = Worker::of(OWNER, 0o755);
-        let push = worker.pushing(user);
-        let mut shell = Command::new("sh");
-        shell
-            .args(["-c", &format!("umask {umask}; exec \"$0\" \"$@\"")])
-            .arg(push.get_program())
-            .args(push.get_args());
-        assert!(
-            shell.env_clear().uid(user).gid(user).status().unwrap().success(),
-            "{user}, {umask}"
-        );
+        let push = worker.push_command(user);
+        let mut shell = in_shell_after(&format!("umask {umask}"), &push);
+        let status = shell.uid(user).gid(user).status().unwrap();
+        assert!(status.success(), "{user}, {umask}");
         let mode = |part| fs::metadata(worker.file(part)).unwrap().permissions().mode() & 0o777;
         assert_eq!(["", "-lock"].map(mode), [0o600; 2], "{user}, {umask}");
-        worker.is_shared_by(&[ROOT, OWNER]);
+        worker.assert_shared_by(&[ROOT, OWNER]);
     }
 }
 
-/// The capabilities that root has with the unit's drop-in, as setpriv wants them.
+/// The capabilities that the unit's drop-in gives to root, in the syntax of setpriv.
 fn capabilities_of_the_drop_in() -> String {
     let page = include_str!("../../src/docs/operations.md");
     let mut sets = page.lines().filter_map(|line| line.strip_prefix("CapabilityBoundingSet="));
@@ -250,28 +240,29 @@ fn capabilities_of_the_drop_in() -> String {
 
 #[test]
 #[ignore = "needs root, for another user, and setpriv"]
-fn a_unit_of_root_needs_its_drop_in_for_another_users_folder_and_nothing_else() {
+fn unit_of_root_needs_only_its_drop_in_for_a_folder_of_another_user() {
     let run = |worker: &Worker, capabilities: &str| {
         let mut command = Command::new("setpriv");
         command.arg(format!("--bounding-set=-all{capabilities}")).arg(&worker.program).env_clear();
-        command.arg("--config").arg(worker.stage.dir.path().join("decnet.ini"));
-        Running::start(
+        command.arg("--config").arg(worker.fixture.ini());
+        ChildProcess::start(
             command.args(["run", "--interval", "50ms"]).stdin(Stdio::null()).stderr(Stdio::piped()),
         )
     };
     let worker = Worker::of(OWNER, 0o755);
     let mut without = run(&worker, "");
-    let lines = lines(without.0.stderr.take().unwrap());
-    assert!(line_with(&lines, "the outbox is in memory").contains("Permission denied"));
-    assert_eq!(without.terminate(PATIENCE), Some(0));
+    let log = without.stderr_lines();
+    assert!(wait_for_line(&log, "outbox in memory").contains("Permission denied"));
+    assert_eq!(without.terminate(TIMEOUT), Some(0));
     let mut with = run(&worker, &capabilities_of_the_drop_in());
-    assert!(worker.stage.master.wait_until(PATIENCE, |_| worker.file("").exists()));
-    worker.stage.master.open_operation(&worker.stage.worker.uuid, "d1", "deploy");
-    worker.is_shared_by(&[OWNER, ROOT]);
-    worker.stage.closed_rows(1);
+    let _log = with.stderr_lines();
+    wait_for_file(worker.file(""));
+    worker.fixture.master.open_operation(&worker.fixture.worker.uuid, "d1", "deploy");
+    worker.assert_shared_by(&[OWNER, ROOT]);
+    worker.fixture.wait_for_closed_rows(1);
     assert_eq!(
         [worker.file(""), worker.file("-wal"), worker.file("-lock")].map(|file| owner(&file)),
         [OWNER; 3]
     );
-    assert_eq!(with.terminate(PATIENCE), Some(0));
+    assert_eq!(with.terminate(TIMEOUT), Some(0));
 }

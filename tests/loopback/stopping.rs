@@ -1,5 +1,5 @@
-//! What a stop delivers and keeps, and that it takes no longer than it must. `process/stop_in_…` of the table of faults
-//! stops it in the middle of a POST.
+//! What a stop delivers, what stays queued, and how long it takes. Tests in `tests/faults` stop a
+//! heartbeat during a POST.
 
 use std::time::{Duration, Instant};
 
@@ -8,7 +8,7 @@ use decnet_heartbeat::loopback::{Answer, Effect, Fault};
 use decnet_heartbeat::{LifecycleDelta, Operation, OutboxLocation, Stopped};
 use serde_json::json;
 
-use crate::support::{PATIENCE, Stage, deckies, hanging, json_of, now, settled};
+use crate::support::{Fixture, TIMEOUT, blocking_source, deckies, json_of, now, wait_for_stats};
 
 const GRACE: Duration = Duration::from_millis(400);
 
@@ -16,22 +16,22 @@ fn deployed(decky: &str) -> LifecycleDelta {
     LifecycleDelta::succeeded(decky, Operation::Deploy)
 }
 
-/// All that a stop says: what is undelivered, the operations in flight, whether both are kept, and whether it was in
-/// time.
-fn told(stopped: Stopped) -> (u64, u64, bool, bool) {
+/// The undelivered deltas, the operations in flight, whether both stay queued, and whether the stop
+/// was in time.
+fn fields(stopped: Stopped) -> (u64, u64, bool, bool) {
     (stopped.undelivered, stopped.operations, stopped.kept, stopped.in_time)
 }
 
-/// A stop takes its grace at the most; a busy machine may be late to notice.
-fn within_grace(since: Instant) {
+/// Asserts that a stop has taken at most its grace, with a margin for a busy machine.
+fn assert_within_grace(since: Instant) {
     let took = since.elapsed();
     assert!(took < GRACE + Duration::from_millis(600), "{took:?}");
 }
 
 #[test]
-fn an_idle_heartbeat_stops_at_once() {
-    let stage = Stage::new();
-    let (heartbeat, _tick) = stage.beating();
+fn idle_heartbeat_stops_at_once() {
+    let fixture = Fixture::new();
+    let (heartbeat, _tick) = fixture.start_heartbeat();
     let since = Instant::now();
     let stopped = heartbeat.stop(Duration::MAX);
     assert!(since.elapsed() < Duration::from_secs(1), "{:?}", since.elapsed());
@@ -39,38 +39,38 @@ fn an_idle_heartbeat_stops_at_once() {
 }
 
 #[test]
-fn what_was_pushed_last_is_flushed() {
-    let stage = Stage::new();
-    let (heartbeat, _tick) = stage.beating();
-    stage.master.open_operation(&stage.worker.uuid, "d", "deploy");
+fn stop_delivers_the_last_push() {
+    let fixture = Fixture::new();
+    let (heartbeat, _tick) = fixture.start_heartbeat();
+    fixture.master.open_operation(&fixture.worker.uuid, "d", "deploy");
     heartbeat.deltas().push(LifecycleDelta::succeeded("d", Operation::Deploy)).unwrap();
     let stopped = heartbeat.stop(Duration::from_secs(10));
     assert_eq!(stopped.undelivered, 0);
-    stage.closed_rows(1);
+    fixture.wait_for_closed_rows(1);
 }
 
 #[test]
-fn a_source_that_hangs_does_not_hold_up_a_stop() {
-    let stage = Stage::new();
-    let (_release, source) = hanging();
-    let (builder, _tick) = stage.builder();
+fn blocked_source_does_not_delay_stop() {
+    let fixture = Fixture::new();
+    let (_release, source) = blocking_source();
+    let (builder, _tick) = fixture.builder();
     let heartbeat = builder.status_source(source).start().unwrap();
-    stage.requests(1);
+    fixture.wait_for_requests(1);
     let since = Instant::now();
     assert!(heartbeat.stop(GRACE).in_time);
-    within_grace(since);
+    assert_within_grace(since);
 }
 
 #[test]
-fn the_last_post_waits_for_no_backoff_and_says_why_it_has_no_snapshot() {
-    let stage = Stage::new();
-    let (heartbeat, tick) = stage.beating();
-    stage.master.script([Fault::Answer(Answer::status(503).header("Retry-After", "600"))]);
+fn last_post_ignores_backoff_and_reports_the_missing_snapshot() {
+    let fixture = Fixture::new();
+    let (heartbeat, tick) = fixture.start_heartbeat();
+    fixture.master.script([Fault::Answer(Answer::status(503).header("Retry-After", "600"))]);
     tick.send(now()).unwrap();
-    settled(&heartbeat, |stats| stats.failure.is_some());
+    wait_for_stats(&heartbeat, |stats| stats.failure.is_some());
     heartbeat.deltas().push_all(["a", "b"].map(deployed)).unwrap();
-    assert_eq!(told(heartbeat.stop(PATIENCE)), (0, 0, true, true));
-    let received = stage.requests(3);
+    assert_eq!(fields(heartbeat.stop(TIMEOUT)), (0, 0, true, true));
+    let received = fixture.wait_for_requests(3);
     assert_eq!((received.len(), deckies(&received[2])), (3, vec!["b".to_owned(), "a".to_owned()]));
     assert_eq!(
         json_of(&received[2])["status"],
@@ -79,95 +79,97 @@ fn the_last_post_waits_for_no_backoff_and_says_why_it_has_no_snapshot() {
 }
 
 #[test]
-fn more_than_a_body_holds_is_flushed_in_several() {
-    let stage = Stage::new();
-    let (heartbeat, tick) = stage.beating();
-    stage.master.script([Fault::Answer(Answer::status(503).header("Retry-After", "600"))]);
+fn stop_delivers_more_than_one_body() {
+    let fixture = Fixture::new();
+    let (heartbeat, tick) = fixture.start_heartbeat();
+    fixture.master.script([Fault::Answer(Answer::status(503).header("Retry-After", "600"))]);
     tick.send(now()).unwrap();
-    settled(&heartbeat, |stats| stats.failure.is_some());
+    wait_for_stats(&heartbeat, |stats| stats.failure.is_some());
     heartbeat.deltas().push_all((0..1_100).map(|n| deployed(&format!("d{n}")))).unwrap();
-    assert_eq!(told(heartbeat.stop(PATIENCE)), (0, 0, true, true));
+    assert_eq!(fields(heartbeat.stop(TIMEOUT)), (0, 0, true, true));
     let sizes: Vec<_> =
-        stage.master.received().iter().skip(2).map(|request| deckies(request).len()).collect();
+        fixture.master.received().iter().skip(2).map(|request| deckies(request).len()).collect();
     assert_eq!(sizes, [500, 500, 100]);
 }
 
 #[test]
-fn what_a_master_that_never_answers_has_not_accepted_is_counted_and_kept() {
-    let stage = Stage::new();
-    let (heartbeat, _tick) = stage.beating();
-    stage.master.always(Some(Fault::NeverAnswer(Effect::Lost)));
+fn deltas_without_an_answer_are_counted_and_stay_queued() {
+    let fixture = Fixture::new();
+    let (heartbeat, _tick) = fixture.start_heartbeat();
+    fixture.master.always(Some(Fault::NeverAnswer(Effect::Lost)));
     heartbeat.deltas().push_all(["a", "b", "c"].map(deployed)).unwrap();
     let operation = heartbeat.begin(Operation::Deploy, ["a", "d"]).unwrap();
     let since = Instant::now();
     let stopped = heartbeat.stop(GRACE);
-    within_grace(since);
-    // The one of `a` is held back, and undelivered all the same.
-    assert_eq!(told(stopped), (3, 2, true, true));
+    assert_within_grace(since);
+    // The delta of `a` is held, and counts as undelivered.
+    assert_eq!(fields(stopped), (3, 2, true, true));
     drop(operation);
 }
 
 #[test]
-fn a_refusal_of_the_last_post_ends_the_stop_at_once() {
+fn rejected_last_post_ends_the_stop_at_once() {
     for status in [403, 422, 503] {
-        let stage = Stage::new();
-        let (heartbeat, tick) = stage.beating();
-        stage.master.always(Some(Fault::Answer(Answer::status(status))));
+        let fixture = Fixture::new();
+        let (heartbeat, tick) = fixture.start_heartbeat();
+        fixture.master.always(Some(Fault::Answer(Answer::status(status))));
         tick.send(now()).unwrap();
-        settled(&heartbeat, |stats| stats.failure.is_some());
-        let before = stage.master.received().len();
+        wait_for_stats(&heartbeat, |stats| stats.failure.is_some());
+        let before = fixture.master.received().len();
         heartbeat.deltas().push_all((0..600).map(|n| deployed(&format!("d{n}")))).unwrap();
         let since = Instant::now();
-        let stopped = heartbeat.stop(PATIENCE);
+        let stopped = heartbeat.stop(TIMEOUT);
         assert!(since.elapsed() < Duration::from_secs(5), "{status}: {:?}", since.elapsed());
-        assert_eq!(told(stopped), (600, 0, true, true), "{status}");
-        let sent = stage.master.received().len() - before;
-        // Where the backoff ended before the stop, there was a beat of its own.
+        assert_eq!(fields(stopped), (600, 0, true, true), "{status}");
+        let sent = fixture.master.received().len() - before;
+        // If the backoff ended before the stop, one more beat was sent.
         assert!((1..=2).contains(&sent), "{status}: {sent}");
     }
 }
 
 #[test]
-fn what_is_pushed_into_memory_after_a_stop_is_refused_whether_or_not_the_stop_was_in_time() {
-    let stage = Stage::new();
+fn memory_outbox_rejects_pushes_after_any_stop() {
+    let fixture = Fixture::new();
     for _ in 0..20 {
-        let (builder, _tick) = stage.builder();
+        let (builder, _tick) = fixture.builder();
         let heartbeat = builder.outbox(OutboxLocation::Memory).start().unwrap();
         let deltas = heartbeat.deltas();
         heartbeat.stop(Duration::ZERO);
         let error = deltas.push(deployed("d")).unwrap_err();
-        let said = "outbox in memory: the heartbeat has stopped; its outbox in memory takes no more deltas";
-        assert_eq!(error.to_string(), said);
+        let expected = "outbox in memory: the heartbeat has stopped; its outbox in memory takes no more deltas";
+        assert_eq!(error.to_string(), expected);
     }
 }
 
 #[test]
-fn what_is_held_back_at_a_stop_costs_no_post() {
-    let stage = Stage::new();
-    let (heartbeat, tick) = stage.beating();
+fn held_delta_causes_no_post_at_stop() {
+    let fixture = Fixture::new();
+    let (heartbeat, tick) = fixture.start_heartbeat();
     let operation = heartbeat.begin(Operation::Deploy, ["d"]).unwrap();
     let newer = heartbeat.begin(Operation::Deploy, ["d"]).unwrap();
     operation.fail("older");
     tick.send(now()).unwrap();
-    settled(&heartbeat, |stats| stats.held == 1 && stats.beats >= 2);
-    let before = stage.master.received().len();
-    assert_eq!(told(heartbeat.stop(PATIENCE)), (1, 1, true, true));
-    assert!(stage.master.received().len() <= before + 1);
-    assert!(stage.master.received().iter().all(|request| deckies(request).is_empty()));
+    wait_for_stats(&heartbeat, |stats| stats.held == 1 && stats.beats >= 2);
+    let before = fixture.master.received().len();
+    assert_eq!(fields(heartbeat.stop(TIMEOUT)), (1, 1, true, true));
+    assert!(fixture.master.received().len() <= before + 1);
+    assert!(fixture.master.received().iter().all(|request| deckies(request).is_empty()));
     newer.fail("newer");
 }
 
 #[test]
-fn what_is_pushed_while_it_stops_is_delivered_then_or_after_the_next_start() {
-    let stage = Stage::new();
-    let (heartbeat, _tick) = stage.beating();
-    let (enough, told_so) = bounded::<()>(0);
+fn push_during_stop_is_delivered_then_or_after_restart() {
+    let fixture = Fixture::new();
+    let (heartbeat, _tick) = fixture.start_heartbeat();
+    let (stop_pushing, stopped_pushing) = bounded::<()>(0);
     let (first, pushing) = bounded(1);
     let pusher = |thread: usize| {
-        let (deltas, told_so, first) = (heartbeat.deltas(), told_so.clone(), first.clone());
+        let deltas = heartbeat.deltas();
+        let stopped_pushing = stopped_pushing.clone();
+        let first = first.clone();
         std::thread::spawn(move || {
             let mut pushed = Vec::new();
-            while told_so.try_recv() == Err(crossbeam_channel::TryRecvError::Empty) {
+            while stopped_pushing.try_recv() == Err(crossbeam_channel::TryRecvError::Empty) {
                 let name = format!("d{thread}-{}", pushed.len());
                 deltas.push(deployed(&name)).unwrap();
                 pushed.push(name);
@@ -179,37 +181,38 @@ fn what_is_pushed_while_it_stops_is_delivered_then_or_after_the_next_start() {
     let pushers: Vec<_> = (0..4).map(pusher).collect();
     pushing.recv().unwrap();
     let since = Instant::now();
-    let stopped = heartbeat.stop(PATIENCE);
-    // Threads that push all the time neither keep the stop from the outbox nor make it longer.
+    let stopped = heartbeat.stop(TIMEOUT);
+    // Continuous pushes do not delay the stop.
     assert!(since.elapsed() < Duration::from_secs(5), "{:?}", since.elapsed());
     assert!(stopped.in_time && stopped.kept, "{stopped:?}");
-    drop(enough);
+    drop(stop_pushing);
     let mut pushed: Vec<_> =
         pushers.into_iter().flat_map(|pusher| pusher.join().unwrap()).collect();
-    let (builder, _tick) = stage.builder();
+    let (builder, _tick) = fixture.builder();
     let heartbeat = builder.start().unwrap();
-    settled(&heartbeat, |stats| stats.beats > 0 && stats.waiting == 0);
-    let mut sent: Vec<_> = stage.master.received().iter().flat_map(deckies).collect();
+    wait_for_stats(&heartbeat, |stats| stats.beats > 0 && stats.waiting == 0);
+    let mut sent: Vec<_> = fixture.master.received().iter().flat_map(deckies).collect();
     pushed.sort();
     sent.sort();
-    // The last POST of the grace may have been interrupted after it had arrived.
+    // The master may have received the last POST of the stop, which was interrupted.
     sent.dedup();
     assert_eq!(sent, pushed);
 }
 
 #[test]
-fn a_stop_in_the_search_for_a_poison_keeps_every_delta() {
-    let stage = Stage::new();
-    let (heartbeat, _tick) = stage.beating();
-    // Refused with the states and without them, accepted without the deltas; then half of these are on their way.
-    let refused = || Answer::status(422).into();
-    stage.master.script([refused(), refused(), Fault::Serve, Fault::NeverAnswer(Effect::Lost)]);
+fn stop_during_the_search_for_a_bad_delta_loses_none() {
+    let fixture = Fixture::new();
+    let (heartbeat, _tick) = fixture.start_heartbeat();
+    // The body is rejected with and without the states, and accepted without the deltas. Then half
+    // of the deltas are in the POST that gets no answer.
+    let rejected = || Answer::status(422).into();
+    fixture.master.script([rejected(), rejected(), Fault::Serve, Fault::NeverAnswer(Effect::Lost)]);
     heartbeat.deltas().push_all((0..10).map(|n| deployed(&format!("d{n}")))).unwrap();
-    assert_eq!(deckies(&stage.requests(5)[4]).len(), 5);
+    assert_eq!(deckies(&fixture.wait_for_requests(5)[4]).len(), 5);
     let since = Instant::now();
-    assert_eq!(told(heartbeat.stop(GRACE)), (10, 0, true, true));
-    within_grace(since);
-    let (builder, _tick) = stage.builder();
-    let stats = settled(&builder.start().unwrap(), |stats| stats.delivered == 10);
+    assert_eq!(fields(heartbeat.stop(GRACE)), (10, 0, true, true));
+    assert_within_grace(since);
+    let (builder, _tick) = fixture.builder();
+    let stats = wait_for_stats(&builder.start().unwrap(), |stats| stats.delivered == 10);
     assert_eq!((stats.rejected, stats.waiting), (0, 0));
 }

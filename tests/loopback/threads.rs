@@ -1,5 +1,4 @@
-//! The outbox thread, from the outside: what it commits, what it sends how often, which threads there are and how long they
-//! last.
+//! The outbox thread as a caller sees it: commits, POSTs, `flush`, and which threads run when.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -9,49 +8,52 @@ use std::sync::{Arc, Barrier, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crossbeam_channel::Sender;
 use decnet_heartbeat::loopback::{Answer, Fault};
 use decnet_heartbeat::{DeltaSender, Heartbeat, LifecycleDelta, Operation, OutboxLocation};
 use log::{LevelFilter, Log, Metadata, Record};
 
-use crate::support::{PATIENCE, Stage, alone, deckies, nothing_deployed, now, settled};
+use crate::support::{
+    Fixture, TIMEOUT, deckies, nothing_deployed, now, poll_until, run_in_own_process,
+    wait_for_stats,
+};
 
-/// What takes no time, on a busy machine.
+/// A busy machine's limit for a call that does not wait.
 const AT_ONCE: Duration = Duration::from_secs(2);
-/// Longer than a beat that should not come would take.
+/// Waits this long to see that no beat is sent.
 const SILENCE: Duration = Duration::from_millis(300);
 
 fn deployed(decky: impl Into<String>) -> LifecycleDelta {
     LifecycleDelta::succeeded(decky, Operation::Deploy)
 }
 
-/// On a busy machine a push may be withdrawn after its second.
+/// Pushes the delta. Tries again if a busy disk takes longer than a second.
 fn push(deltas: &DeltaSender, delta: &LifecycleDelta) {
-    let is_kept = |_| match deltas.push(delta.clone()) {
-        Err(error)
-            if error.to_string().contains("has not answered for 1 s; nothing was queued") =>
-        {
-            false
+    for _ in 0..10 {
+        match deltas.push(delta.clone()) {
+            Err(error)
+                if error.to_string().contains("has not answered for 1 s; nothing was queued") => {}
+            result => return result.unwrap(),
         }
-        kept => kept.is_ok_and(|()| true),
-    };
-    assert!((0..10).any(is_kept), "{:?}", deltas.push(delta.clone()));
+    }
+    panic!("the disk is too slow");
 }
 
-/// How often the master was sent each decky's delta.
-fn times_sent(stage: &Stage) -> BTreeMap<String, u32> {
+/// How often the delta of each decky was sent.
+fn times_sent(fixture: &Fixture) -> BTreeMap<String, u32> {
     let mut times = BTreeMap::new();
-    for decky in stage.master.received().iter().flat_map(deckies) {
+    for decky in fixture.master.received().iter().flat_map(deckies) {
         *times.entry(decky).or_default() += 1;
     }
     times
 }
 
 #[test]
-fn an_acknowledged_delta_is_not_offered_again_while_eight_threads_push() {
+fn acknowledged_delta_is_not_sent_again_while_eight_threads_push() {
     const THREADS: usize = 8;
     const PUSHES: usize = 250;
-    let stage = Stage::new();
-    let (heartbeat, _tick) = stage.beating();
+    let fixture = Fixture::new();
+    let (heartbeat, _tick) = fixture.start_heartbeat();
     thread::scope(|scope| {
         for pusher in 0..THREADS {
             let deltas = heartbeat.deltas();
@@ -60,20 +62,22 @@ fn an_acknowledged_delta_is_not_offered_again_while_eight_threads_push() {
             });
         }
     });
-    assert!(heartbeat.flush(PATIENCE), "{:?}", heartbeat.stats());
-    let times = times_sent(&stage);
+    assert!(heartbeat.flush(TIMEOUT), "{:?}", heartbeat.stats());
+    let times = times_sent(&fixture);
     assert_eq!(times.len(), THREADS * PUSHES);
     let again: Vec<_> = times.into_iter().filter(|(_, times)| *times > 1).collect();
     assert_eq!(again, []);
 }
 
-/// The commits in a write-ahead log that has not been started anew.
+/// The number of commits in a write-ahead log that SQLite has not restarted.
 fn commits(wal: &Path) -> usize {
     let wal = fs::read(wal).unwrap();
     let number = |place: usize| u32::from_be_bytes(wal[place..place + 4].try_into().unwrap());
-    let (page, salts) = (usize::try_from(number(8)).unwrap(), (number(16), number(20)));
+    let page = usize::try_from(number(8)).unwrap();
+    let salts = (number(16), number(20));
     let frames = (32..wal.len() - 24 - page + 1).step_by(24 + page);
-    // A frame that ends a commit says how large the database is then; one that is left from before has other salts.
+    // The last frame of a commit contains the size of the database. Frames of an earlier log have
+    // other salts.
     frames
         .filter(|frame| number(frame + 4) != 0 && (number(frame + 8), number(frame + 12)) == salts)
         .count()
@@ -83,25 +87,27 @@ fn commits(wal: &Path) -> usize {
 fn pushes_of_eight_threads_share_commits() {
     const THREADS: usize = 8;
     const PUSHES: usize = 50;
-    let stage = Stage::new();
-    let (heartbeat, tick) = stage.beating();
-    // No acknowledgement is committed meanwhile.
-    stage.master.always(Some(Fault::Answer(Answer::status(503).header("Retry-After", "600"))));
+    let fixture = Fixture::new();
+    let (heartbeat, tick) = fixture.start_heartbeat();
+    // The heartbeat commits nothing by itself.
+    fixture.master.always(Some(Fault::Answer(Answer::status(503).header("Retry-After", "600"))));
     tick.send(now()).unwrap();
-    settled(&heartbeat, |stats| stats.failure.is_some());
-    // While somebody reads from it, a write-ahead log is not started anew.
-    let reader = rusqlite::Connection::open(stage.agent_dir().join("heartbeat.db")).unwrap();
+    wait_for_stats(&heartbeat, |stats| stats.failure.is_some());
+    // SQLite does not restart the write-ahead log during a read.
+    let reader = rusqlite::Connection::open(fixture.outbox()).unwrap();
     reader.execute_batch("BEGIN; SELECT count(*) FROM delta").unwrap();
-    let wal = stage.agent_dir().join("heartbeat.db-wal");
-    push(&heartbeat.deltas(), &deployed("alone"));
+    let wal = fixture.agent_dir().join("heartbeat.db-wal");
+    push(&heartbeat.deltas(), &deployed("single"));
     let before = commits(&wal);
-    push(&heartbeat.deltas(), &deployed("alone"));
-    assert_eq!(commits(&wal) - before, 1, "a push alone is a commit");
+    push(&heartbeat.deltas(), &deployed("single"));
+    assert_eq!(commits(&wal) - before, 1, "a single push is a commit");
 
-    let (before, start) = (commits(&wal), Barrier::new(THREADS));
+    let before = commits(&wal);
+    let start = Barrier::new(THREADS);
     thread::scope(|scope| {
         for pusher in 0..THREADS {
-            let (deltas, start) = (heartbeat.deltas(), &start);
+            let deltas = heartbeat.deltas();
+            let start = &start;
             scope.spawn(move || {
                 start.wait();
                 (0..PUSHES).for_each(|n| push(&deltas, &deployed(format!("d-{pusher}-{n}"))));
@@ -114,50 +120,50 @@ fn pushes_of_eight_threads_share_commits() {
 }
 
 #[test]
-fn what_a_sender_keeps_after_the_stop_is_sent_by_the_next_heartbeat_on_the_file() {
-    let stage = Stage::new();
-    let (heartbeat, _tick) = stage.beating();
+fn push_after_stop_is_sent_by_the_next_heartbeat() {
+    let fixture = Fixture::new();
+    let (heartbeat, _tick) = fixture.start_heartbeat();
     let deltas = heartbeat.deltas();
-    assert!(heartbeat.stop(PATIENCE).kept);
-    push(&deltas, &deployed("between"));
-    let (builder, tick) = stage.builder();
+    assert!(heartbeat.stop(TIMEOUT).kept);
+    push(&deltas, &deployed("stopped"));
+    let (builder, tick) = fixture.builder();
     let heartbeat = builder.start().unwrap();
-    settled(&heartbeat, |stats| stats.delivered == 1 && stats.waiting == 0);
-    // It is told by nobody of what comes now, and looks with each tick.
-    push(&deltas, &deployed("beside"));
+    wait_for_stats(&heartbeat, |stats| stats.delivered == 1 && stats.waiting == 0);
+    // This sender belongs to the earlier heartbeat, so the delta is noticed at the next tick.
+    push(&deltas, &deployed("later"));
     tick.send(now()).unwrap();
-    settled(&heartbeat, |stats| stats.delivered == 2 && stats.waiting == 0);
-    let sent: Vec<_> = times_sent(&stage).into_iter().collect();
-    assert_eq!(sent, [("beside".to_owned(), 1), ("between".to_owned(), 1)]);
+    wait_for_stats(&heartbeat, |stats| stats.delivered == 2 && stats.waiting == 0);
+    let sent: Vec<_> = times_sent(&fixture).into_iter().collect();
+    assert_eq!(sent, [("later".to_owned(), 1), ("stopped".to_owned(), 1)]);
 }
 
 #[test]
-fn an_operation_that_ends_after_the_stop_is_reported_by_the_next_heartbeat_on_the_file() {
-    let stage = Stage::new();
-    let (heartbeat, _tick) = stage.beating();
+fn operation_that_ends_after_stop_is_reported_by_the_next_heartbeat() {
+    let fixture = Fixture::new();
+    let (heartbeat, _tick) = fixture.start_heartbeat();
     let operation = heartbeat.begin(Operation::Deploy, "d").unwrap();
-    let stopped = heartbeat.stop(PATIENCE);
+    let stopped = heartbeat.stop(TIMEOUT);
     assert_eq!((stopped.operations, stopped.kept), (1, true));
-    let (heartbeat, tick) = stage.beating();
-    assert_eq!(heartbeat.stats().operations, 1, "it is in flight, and nobody has died");
+    let (heartbeat, tick) = fixture.start_heartbeat();
+    assert_eq!(heartbeat.stats().operations, 1, "its process is running, so it is in flight");
     operation.fail("no space left");
     tick.send(now()).unwrap();
-    settled(&heartbeat, |stats| stats.delivered == 1 && stats.operations == 0);
+    wait_for_stats(&heartbeat, |stats| stats.delivered == 1 && stats.operations == 0);
     let errors: Vec<_> =
-        stage.master.received().iter().filter_map(|request| request.json.clone()).collect();
+        fixture.master.received().iter().filter_map(|request| request.json.clone()).collect();
     let errors: Vec<_> =
         errors.iter().filter_map(|json| json["lifecycle"][0]["error"].as_str()).collect();
     assert_eq!(errors, ["no space left"]);
 }
 
 #[test]
-fn a_sender_in_memory_is_refused_after_the_stop() {
-    let stage = Stage::new();
-    let (builder, _tick) = stage.builder();
+fn sender_of_a_memory_outbox_is_rejected_after_stop() {
+    let fixture = Fixture::new();
+    let (builder, _tick) = fixture.builder();
     let heartbeat = builder.outbox(OutboxLocation::Memory).start().unwrap();
     let deltas = heartbeat.deltas();
     push(&deltas, &deployed("d"));
-    heartbeat.stop(PATIENCE);
+    heartbeat.stop(TIMEOUT);
     let error = deltas.push(deployed("late")).unwrap_err();
     assert!(error.is_outbox() && !error.is_in_doubt());
     assert_eq!(
@@ -167,71 +173,70 @@ fn a_sender_in_memory_is_refused_after_the_stop() {
 }
 
 #[test]
-fn flush_is_true_when_all_is_delivered_and_false_while_the_master_is_away() {
-    let mut stage = Stage::new();
-    let (heartbeat, tick) = stage.beating();
+fn flush_returns_true_after_delivery_and_false_during_an_outage() {
+    let mut fixture = Fixture::new();
+    let (heartbeat, tick) = fixture.start_heartbeat();
     for n in 0..20 {
         push(&heartbeat.deltas(), &deployed(format!("d{n}")));
-        assert!(heartbeat.flush(PATIENCE));
-        let sent = times_sent(&stage);
+        assert!(heartbeat.flush(TIMEOUT));
+        let sent = times_sent(&fixture);
         assert_eq!(
             (sent.len(), sent.get(&format!("d{n}"))),
             (n + 1, Some(&1)),
-            "it has been sent when flush returns"
+            "the delta was sent before flush returned"
         );
     }
-    stage.master.stop();
-    push(&heartbeat.deltas(), &deployed("away"));
-    let (since, timeout) = (Instant::now(), Duration::from_millis(300));
+    fixture.master.stop();
+    push(&heartbeat.deltas(), &deployed("outage"));
+    let since = Instant::now();
+    let timeout = Duration::from_millis(300);
     assert!(!heartbeat.flush(timeout));
     let took = since.elapsed();
     assert!(took >= timeout && took < timeout + AT_ONCE, "{took:?}");
     assert_eq!(heartbeat.stats().waiting, 1);
-    // Whoever waits while it comes back is told.
+    // A flush that waits returns when the outage has ended and the delta is delivered.
     thread::scope(|scope| {
-        let flushed = scope.spawn(|| heartbeat.flush(PATIENCE));
-        stage.master.start_again().unwrap();
+        let flushed = scope.spawn(|| heartbeat.flush(TIMEOUT));
+        fixture.master.start_again().unwrap();
         tick.send(now()).unwrap();
         assert!(flushed.join().unwrap());
     });
 }
 
 #[test]
-fn flush_waits_neither_for_nothing_nor_for_what_is_held_or_rejected() {
-    let stage = Stage::new();
-    let (heartbeat, _tick) = stage.beating();
-    stage.master.always(Some(Fault::AnswerTo(b"\"refused\"".to_vec(), Answer::status(422))));
-    push(&heartbeat.deltas(), &deployed("refused"));
-    assert!(
-        heartbeat.flush(PATIENCE),
-        "a delta that is rejected is one that nobody waits for any more"
-    );
+fn flush_does_not_wait_for_held_or_rejected_deltas() {
+    let fixture = Fixture::new();
+    let (heartbeat, _tick) = fixture.start_heartbeat();
+    fixture.master.always(Some(Fault::AnswerTo(b"\"bad\"".to_vec(), Answer::status(422))));
+    push(&heartbeat.deltas(), &deployed("bad"));
+    assert!(heartbeat.flush(TIMEOUT), "a rejected delta does not wait for delivery");
     assert_eq!(heartbeat.stats().rejected, 1);
 
-    let mut stage = Stage::new();
-    let (heartbeat, tick) = stage.beating();
-    stage.put_off(&heartbeat, &tick);
+    let mut fixture = Fixture::new();
+    let (heartbeat, tick) = fixture.start_heartbeat();
+    fixture.fail_one_beat(&heartbeat, &tick);
     push(&heartbeat.deltas(), &deployed("held"));
     let operation = heartbeat.begin(Operation::Deploy, "held").unwrap();
-    stage.master.stop();
+    fixture.master.stop();
     let since = Instant::now();
-    assert!(heartbeat.flush(PATIENCE));
+    assert!(heartbeat.flush(TIMEOUT));
     assert_eq!(heartbeat.stats().held, 1);
     assert!(since.elapsed() < AT_ONCE, "{:?}", since.elapsed());
     drop(operation);
-    assert!(!heartbeat.flush(Duration::from_millis(50)), "now it may be sent, and is not");
+    assert!(!heartbeat.flush(Duration::from_millis(50)), "the delta is not held any more");
 }
 
 #[test]
-fn flush_does_not_wait_for_what_is_pushed_later() {
-    let stage = Stage::new();
-    let (heartbeat, _tick) = stage.beating();
-    // A beat takes longer than a push, so that something waits all the time.
-    stage.master.always(Some(Fault::Slowly(Duration::from_micros(500))));
+fn flush_does_not_wait_for_later_pushes() {
+    let fixture = Fixture::new();
+    let (heartbeat, _tick) = fixture.start_heartbeat();
+    // A beat takes longer than a push, so that there is always a queued delta.
+    fixture.master.always(Some(Fault::Slowly(Duration::from_micros(500))));
     let done = AtomicBool::new(false);
     let flushed = thread::scope(|scope| {
         for pusher in 0..2 {
-            let (deltas, done) = (heartbeat.deltas(), &done);
+            let deltas = heartbeat.deltas();
+            let done = &done;
             scope.spawn(move || {
                 let names = (0..)
                     .map(|n| format!("d-{pusher}-{n}"))
@@ -240,178 +245,173 @@ fn flush_does_not_wait_for_what_is_pushed_later() {
             });
         }
         let flushed = [0, 1, 2].map(|n| {
-            push(&heartbeat.deltas(), &deployed(format!("mine-{n}")));
-            heartbeat.flush(PATIENCE)
+            push(&heartbeat.deltas(), &deployed(format!("flushed-{n}")));
+            heartbeat.flush(TIMEOUT)
         });
         done.store(true, Ordering::Relaxed);
         flushed
     });
     assert_eq!(flushed, [true; 3]);
-    let sent = times_sent(&stage);
-    assert_eq!([0, 1, 2].map(|n| sent.get(&format!("mine-{n}")).copied()), [Some(1); 3]);
+    let sent = times_sent(&fixture);
+    assert_eq!([0, 1, 2].map(|n| sent.get(&format!("flushed-{n}")).copied()), [Some(1); 3]);
 }
 
 #[test]
-fn a_push_with_a_flush_costs_one_post_and_what_is_held_back_costs_none() {
+fn push_with_flush_causes_one_post_and_a_held_delta_none() {
     const PUSHES: usize = 20;
-    let stage = Stage::new();
-    let (heartbeat, _tick) = stage.beating();
+    let fixture = Fixture::new();
+    let (heartbeat, _tick) = fixture.start_heartbeat();
     let older = heartbeat.begin(Operation::Deploy, "held").unwrap();
     let newer = heartbeat.begin(Operation::Deploy, "held").unwrap();
-    let before = stage.master.received().len();
+    let before = fixture.master.received().len();
     older.succeed();
     for n in 0..PUSHES {
         push(&heartbeat.deltas(), &deployed(format!("d{n}")));
-        assert!(heartbeat.flush(PATIENCE));
+        assert!(heartbeat.flush(TIMEOUT));
     }
     assert!(
-        !stage.master.wait_until(SILENCE, |seen| seen.received().len() > before + PUSHES),
+        !fixture.master.wait_until(SILENCE, |seen| seen.received().len() > before + PUSHES),
         "too many POSTs"
     );
     newer.succeed();
-    assert!(heartbeat.flush(PATIENCE));
-    assert_eq!(times_sent(&stage).remove("held"), Some(2));
+    assert!(heartbeat.flush(TIMEOUT));
+    assert_eq!(times_sent(&fixture).remove("held"), Some(2));
 }
 
 #[test]
-fn flush_does_not_wait_any_longer_for_what_an_operation_holds_back_meanwhile() {
-    let mut stage = Stage::new();
-    let (heartbeat, _tick) = stage.beating();
-    stage.master.stop();
+fn flush_stops_waiting_for_a_delta_that_becomes_held() {
+    let mut fixture = Fixture::new();
+    let (heartbeat, _tick) = fixture.start_heartbeat();
+    fixture.master.stop();
     push(&heartbeat.deltas(), &deployed("d"));
     thread::scope(|scope| {
-        let flushing = scope.spawn(|| heartbeat.flush(PATIENCE));
-        assert!(!heartbeat.flush(SILENCE), "it may be sent");
+        let flushing = scope.spawn(|| heartbeat.flush(TIMEOUT));
+        assert!(!heartbeat.flush(SILENCE), "the delta waits for delivery");
         let operation = heartbeat.begin(Operation::Deploy, "d").unwrap();
-        assert!(flushing.join().unwrap(), "it may not be sent now");
+        assert!(flushing.join().unwrap(), "the delta is held");
         operation.succeed();
     });
 }
 
-/// A heartbeat whose source pushes a delta with each snapshot, in the way that `push` says.
-fn pushing(
-    stage: &Stage,
-    push: impl Fn(&DeltaSender, LifecycleDelta) + Send + 'static,
-) -> (Heartbeat, crossbeam_channel::Sender<Instant>) {
-    let (builder, tick) = stage.builder();
+/// Starts a heartbeat whose source pushes a delta before it returns a snapshot, from the second
+/// snapshot on.
+fn start_with_pushing_source(fixture: &Fixture) -> (Heartbeat, Sender<Instant>) {
+    let (builder, tick) = fixture.builder();
     let deltas = Arc::new(OnceLock::<DeltaSender>::new());
-    let (of_source, mut count) = (Arc::clone(&deltas), 0);
+    let source_deltas = Arc::clone(&deltas);
+    let mut count = 0;
     let source = move || {
-        if let Some(deltas) = of_source.get() {
-            push(deltas, deployed(format!("s{count}")));
+        if let Some(deltas) = source_deltas.get() {
+            push(deltas, &deployed(format!("s{count}")));
             count += 1;
         }
         nothing_deployed()
     };
     let heartbeat = builder.status_source(source).start().unwrap();
-    settled(&heartbeat, |stats| stats.beats == 1);
+    wait_for_stats(&heartbeat, |stats| stats.beats == 1);
     deltas.set(heartbeat.deltas()).unwrap();
     (heartbeat, tick)
 }
 
 #[test]
-fn a_source_that_pushes_causes_no_beats_and_its_deltas_are_sent_with_them() {
+fn pushes_of_the_source_cause_no_extra_beats() {
     const TICKS: u64 = 10;
-    let stage = Stage::new();
-    let (heartbeat, tick) = pushing(&stage, |deltas, delta| push(deltas, &delta));
+    let fixture = Fixture::new();
+    let (heartbeat, tick) = start_with_pushing_source(&fixture);
     for beats in 1..=TICKS {
         tick.send(now()).unwrap();
-        settled(&heartbeat, |stats| stats.beats > beats);
+        wait_for_stats(&heartbeat, |stats| stats.beats > beats);
     }
-    assert!(!stage.master.wait_for_beats(TICKS + 2, SILENCE), "{:?}", heartbeat.stats());
-    let sent = times_sent(&stage);
+    assert!(!fixture.master.wait_for_beats(TICKS + 2, SILENCE), "{:?}", heartbeat.stats());
+    let sent = times_sent(&fixture);
     assert_eq!((sent.len(), sent.values().max()), (10, Some(&1)), "{sent:?}");
 }
 
-/// Waits until there are these threads of ours and no others.
-#[track_caller]
-fn await_threads(expected: &[&str]) {
-    let names = || {
-        let tasks =
-            fs::read_dir("/proc/self/task").unwrap().map(|task| task.unwrap().path().join("comm"));
-        let names = tasks.filter_map(|comm| fs::read_to_string(comm).ok());
-        let mut ours: Vec<_> = names.filter(|name| name.starts_with("decnet-")).collect();
-        ours.iter_mut().for_each(|name| *name = name.trim_end().to_owned());
-        ours.sort();
-        ours
-    };
-    let end = Instant::now() + PATIENCE;
-    while names() != expected {
-        assert!(Instant::now() < end, "{:?} and not {expected:?}", names());
-        thread::sleep(Duration::from_millis(2));
-    }
+/// The names of the threads that heartbeats have started, sorted. The kernel cuts names at 15
+/// bytes.
+fn heartbeat_threads() -> Vec<String> {
+    let tasks =
+        fs::read_dir("/proc/self/task").unwrap().map(|task| task.unwrap().path().join("comm"));
+    let names = tasks.filter_map(|comm| fs::read_to_string(comm).ok());
+    let names = names.map(|name| name.trim_end().to_owned());
+    let mut names: Vec<_> = names.filter(|name| name.starts_with("decnet-")).collect();
+    names.sort();
+    names
 }
 
-/// The kernel cuts a thread's name at 15 bytes.
+/// Waits until exactly these threads of heartbeats are running.
+#[track_caller]
+fn wait_for_threads(expected: &[&str]) {
+    poll_until(&format!("threads {expected:?}"), || heartbeat_threads() == expected);
+}
+
 const ALL: [&str; 3] = ["decnet-heartbea", "decnet-outbox", "decnet-status"];
 
 #[test]
-fn the_outbox_thread_ends_with_the_last_sender_or_operation_and_not_before() {
-    alone(
-        "threads::the_outbox_thread_ends_with_the_last_sender_or_operation_and_not_before",
-        || {
-            let stage = Stage::new();
-            await_threads(&[]);
-            let (heartbeat, _tick) = stage.beating();
-            await_threads(&ALL);
-            let (deltas, operation) =
-                (heartbeat.deltas(), heartbeat.begin(Operation::Deploy, "d").unwrap());
-            heartbeat.stop(PATIENCE);
-            await_threads(&["decnet-outbox"]);
-            drop(deltas);
-            thread::sleep(Duration::from_millis(50));
-            await_threads(&["decnet-outbox"]);
-            operation.succeed();
-            await_threads(&[]);
+fn outbox_thread_ends_with_the_last_sender_or_operation() {
+    run_in_own_process("threads::outbox_thread_ends_with_the_last_sender_or_operation", || {
+        let fixture = Fixture::new();
+        wait_for_threads(&[]);
+        let (heartbeat, _tick) = fixture.start_heartbeat();
+        wait_for_threads(&ALL);
+        let deltas = heartbeat.deltas();
+        let operation = heartbeat.begin(Operation::Deploy, "d").unwrap();
+        heartbeat.stop(TIMEOUT);
+        wait_for_threads(&["decnet-outbox"]);
+        drop(deltas);
+        // The thread must not end. No event shows that.
+        thread::sleep(Duration::from_millis(50));
+        assert_eq!(heartbeat_threads(), ["decnet-outbox"]);
+        operation.succeed();
+        wait_for_threads(&[]);
 
-            let (heartbeat, _tick) = stage.beating();
-            settled(&heartbeat, |stats| stats.delivered == 1);
-            drop(heartbeat);
-            await_threads(&[]);
-        },
-    );
+        let (heartbeat, _tick) = fixture.start_heartbeat();
+        wait_for_stats(&heartbeat, |stats| stats.delivered == 1);
+        drop(heartbeat);
+        wait_for_threads(&[]);
+    });
 }
 
 #[test]
-fn a_start_that_fails_or_is_dormant_leaves_no_thread() {
-    alone("threads::a_start_that_fails_or_is_dormant_leaves_no_thread", || {
+fn failed_or_dormant_start_leaves_no_thread() {
+    run_in_own_process("threads::failed_or_dormant_start_leaves_no_thread", || {
         let heartbeat = Heartbeat::builder().start().unwrap();
         assert!(heartbeat.stats().dormant);
-        await_threads(&[]);
+        wait_for_threads(&[]);
         push(&heartbeat.deltas(), &deployed("d"));
         heartbeat.begin(Operation::Deploy, "d").unwrap().succeed();
-        await_threads(&[]);
-        assert!(heartbeat.flush(PATIENCE), "nothing waits");
+        wait_for_threads(&[]);
+        assert!(heartbeat.flush(TIMEOUT), "no delta is queued");
 
-        let stage = Stage::new();
-        let enrolment = || stage.worker.enrolment().unwrap();
-        fs::write(stage.agent_dir().join("worker.key"), "no key\n").unwrap();
+        let fixture = Fixture::new();
+        let enrolment = || fixture.worker.enrolment().unwrap();
+        fs::write(fixture.agent_dir().join("worker.key"), "no key\n").unwrap();
         let error = Heartbeat::builder().enrolment(enrolment()).start().unwrap_err();
         assert!(error.is_bundle(), "{error:?}");
-        await_threads(&[]);
+        wait_for_threads(&[]);
         let error = Heartbeat::builder()
             .enrolment(enrolment())
             .interval(Duration::ZERO)
             .start()
             .unwrap_err();
         assert!(error.to_string().starts_with("interval: "), "{error:?}");
-        await_threads(&[]);
+        wait_for_threads(&[]);
     });
 }
 
-/// It panics at each line of the outbox thread, and counts them.
-struct Panics;
+/// A logger that counts the lines of the outbox thread, and panics for each of them.
+struct PanickingLogger;
 
-static LINES_OF_OUTBOX: AtomicUsize = AtomicUsize::new(0);
+static OUTBOX_LINES: AtomicUsize = AtomicUsize::new(0);
 
-impl Log for Panics {
+impl Log for PanickingLogger {
     fn enabled(&self, _metadata: &Metadata<'_>) -> bool {
         true
     }
 
     fn log(&self, record: &Record<'_>) {
         if thread::current().name() == Some("decnet-outbox") {
-            LINES_OF_OUTBOX.fetch_add(1, Ordering::SeqCst);
+            OUTBOX_LINES.fetch_add(1, Ordering::SeqCst);
             panic!("a logger that panics at {:?}", record.args());
         }
     }
@@ -420,26 +420,25 @@ impl Log for Panics {
 }
 
 #[test]
-fn a_logger_that_panics_does_not_end_the_outbox_thread() {
-    alone("threads::a_logger_that_panics_does_not_end_the_outbox_thread", || {
-        log::set_logger(&Panics).unwrap();
+fn panicking_logger_does_not_end_the_outbox_thread() {
+    run_in_own_process("threads::panicking_logger_does_not_end_the_outbox_thread", || {
+        log::set_logger(&PanickingLogger).unwrap();
         log::set_max_level(LevelFilter::Trace);
-        let stage = Stage::new();
-        let file = stage.agent_dir().join("heartbeat.db");
-        fs::write(&file, "this is no database, and the outbox thread says so\n".repeat(100))
-            .unwrap();
-        let (heartbeat, tick) = stage.beating();
+        let fixture = Fixture::new();
+        let file = fixture.outbox();
+        fs::write(&file, "not a database, which the outbox thread logs\n".repeat(100)).unwrap();
+        let (heartbeat, tick) = fixture.start_heartbeat();
         for n in 0..4 {
             fs::remove_file(&file).unwrap();
             tick.send(now()).unwrap();
-            settled(&heartbeat, |_| file.exists());
+            wait_for_stats(&heartbeat, |_| file.exists());
             push(&heartbeat.deltas(), &deployed(format!("d{n}")));
-            assert!(heartbeat.flush(PATIENCE));
+            assert!(heartbeat.flush(TIMEOUT));
         }
-        await_threads(&ALL);
+        wait_for_threads(&ALL);
         let stats = heartbeat.stats();
         assert_eq!((stats.delivered, stats.panics, stats.ended_thread), (4, 0, None));
-        let lines = LINES_OF_OUTBOX.load(Ordering::SeqCst);
+        let lines = OUTBOX_LINES.load(Ordering::SeqCst);
         assert!(lines > 1, "{lines} lines were logged");
     });
 }

@@ -2,157 +2,75 @@
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
-use std::os::fd::OwnedFd;
-use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::CommandExt;
-use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use decnet_heartbeat::loopback::{Effect, Fault, RowStatus};
-use rustix::fs::OFlags;
 use rustix::process::{Pid, Resource, Rlimit, Signal, kill_process, kill_process_group, prlimit};
-use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer, openpt, unlockpt};
-use rustix::termios::{Winsize, tcsetwinsize};
 
-use crate::reporting::{TRACK, fifo, kept, outbox, output, program, row, rows, track, tracking};
-use crate::support::{PATIENCE, Stage};
+use crate::push_and_track::{
+    TRACK, fifo, output, owners, queued, release, row, rows, start_track, track, waiting_script,
+};
+use crate::support::{Fixture, TIMEOUT, Terminal, in_shell_after, poll_until, wait_for_file};
 
-/// The owners of the outbox's rows.
-pub fn owners(stage: &Stage) -> Vec<Option<String>> {
-    let database = rusqlite::Connection::open(outbox(stage)).unwrap();
-    let mut select = database.prepare("SELECT owner FROM delta ORDER BY id").unwrap();
-    let owners = select.query_map([], |row| row.get(0)).unwrap();
-    owners.collect::<rusqlite::Result<_>>().unwrap()
+/// The command `track` of this script.
+fn track_command(fixture: &Fixture, script: &str) -> Command {
+    fixture.command(&[&TRACK[..], &["sh", "-c", script]].concat())
 }
 
-fn tracked(stage: &Stage, script: &str) -> Command {
-    program(stage, &[&TRACK[..], &["sh", "-c", script]].concat())
+/// A fixture with an open deploy of the decky.
+fn deploy_fixture() -> Fixture {
+    let fixture = Fixture::new();
+    fixture.master.open_operation(&fixture.worker.uuid, "d", "deploy");
+    fixture
 }
 
-/// A stage with an open deploy of the decky.
-fn stage() -> Stage {
-    let stage = Stage::new();
-    stage.master.open_operation(&stage.worker.uuid, "d", "deploy");
-    stage
-}
-
-fn path(stage: &Stage, name: &str) -> String {
-    stage.dir.path().join(name).to_str().unwrap().to_owned()
-}
-
-fn wait_for(what: &str, mut is_there: impl FnMut() -> bool) {
-    let since = Instant::now();
-    while !is_there() {
-        assert!(since.elapsed() < PATIENCE, "no {what}");
-        std::thread::sleep(Duration::from_millis(10));
-    }
-}
-
-/// Lets the script that reads the FIFO continue. Fails, and does not block, if no script reads it.
-fn release(fifo: impl AsRef<Path>) {
-    let mut options = File::options();
-    options.write(true).custom_flags(OFlags::NONBLOCK.bits().cast_signed());
-    wait_for("reader", || {
-        options.open(&fifo).is_ok_and(|mut fifo| fifo.write_all(b"go on\n").is_ok())
-    });
-}
-
-/// A terminal with its controlling side.
-pub struct Terminal {
-    controller: OwnedFd,
-}
-
-impl Terminal {
-    pub fn new() -> Self {
-        let controller =
-            openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).unwrap();
-        unlockpt(&controller).unwrap();
-        let terminal = Self { controller };
-        terminal.resize(33, 77);
-        terminal
-    }
-
-    pub fn resize(&self, ws_row: u16, ws_col: u16) {
-        tcsetwinsize(&self.controller, Winsize { ws_row, ws_col, ws_xpixel: 0, ws_ypixel: 0 })
-            .unwrap();
-    }
-
-    fn side(&self) -> OwnedFd {
-        let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
-        ioctl_tiocgptpeer(&self.controller, flags).unwrap()
-    }
-
-    /// Starts the command in this terminal.
-    pub fn spawn(&self, command: &mut Command) -> Child {
-        command.stdin(self.side()).stdout(self.side()).stderr(self.side());
-        let child = command.spawn().unwrap();
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-        child
-    }
-
-    /// The output until all programs in this terminal have ended.
-    pub fn shown(&self) -> String {
-        let mut shown = Vec::new();
-        let mut buffer = [0; 4096];
-        // EIO: no process has the terminal open any more.
-        while let Ok(length @ 1..) = rustix::io::read(&self.controller, &mut buffer) {
-            shown.extend(&buffer[..length]);
-        }
-        String::from_utf8(shown).unwrap()
-    }
-
-    fn shows(&self, what: &str) -> String {
-        let mut shown = String::new();
-        let mut buffer = [0; 4096];
-        while !shown.contains(what) {
-            let length = rustix::io::read(&self.controller, &mut buffer).unwrap();
-            shown.push_str(str::from_utf8(&buffer[..length]).unwrap());
-        }
-        shown
-    }
+fn path(fixture: &Fixture, name: &str) -> String {
+    fixture.path(name).to_str().unwrap().to_owned()
 }
 
 /// A script that writes 300 lines, to stdout and stderr in turn.
 const ALTERNATING: &str =
     "n=0; while [ $n -lt 150 ]; do echo out$n; echo err$n >&2; n=$((n+1)); done";
 
-fn alternating(end: &str) -> String {
+fn alternating_lines(end: &str) -> String {
     (0..150).map(|n| format!("out{n}{end}err{n}{end}")).collect()
 }
 
 #[test]
 fn terminal_is_passed_on_and_the_order_of_stdout_and_stderr_stays() {
-    let stage = stage();
+    let fixture = deploy_fixture();
     let terminal = Terminal::new();
     let script = format!(
         "test -t 0 && test -t 1 && test -t 2 && echo terminals; stty size <&2; {ALTERNATING}"
     );
-    let mut child = terminal.spawn(&mut tracked(&stage, &script));
-    let shown = terminal.shown();
-    assert_eq!(shown, format!("terminals\r\n33 77\r\n{}", alternating("\r\n")));
+    let mut child = terminal.spawn(&mut track_command(&fixture, &script));
+    let shown = terminal.read_to_end();
+    assert_eq!(shown, format!("terminals\r\n33 77\r\n{}", alternating_lines("\r\n")));
     assert_eq!(child.wait().unwrap().code(), Some(0));
-    assert_eq!(row(&stage), (RowStatus::Succeeded, None));
+    assert_eq!(row(&fixture), (RowStatus::Succeeded, None));
 }
 
 #[test]
 fn shared_pipe_keeps_the_order_of_stdout_and_stderr() {
-    let stage = stage();
+    let fixture = deploy_fixture();
     let (mut read, write) = io::pipe().unwrap();
-    let mut command = tracked(&stage, &format!("test -t 1 || test -t 2 || {{ {ALTERNATING}; }}"));
+    let mut command =
+        track_command(&fixture, &format!("test -t 1 || test -t 2 || {{ {ALTERNATING}; }}"));
     let mut child = command.stdout(write.try_clone().unwrap()).stderr(write).spawn().unwrap();
     drop(command);
     let mut output = String::new();
     read.read_to_string(&mut output).unwrap();
-    assert_eq!(output, alternating("\n"));
+    assert_eq!(output, alternating_lines("\n"));
     assert_eq!(child.wait().unwrap().code(), Some(0));
 }
 
 #[test]
 fn separate_stdout_is_inherited() {
-    let stage = stage();
-    let file = path(&stage, "out");
-    let mut command = tracked(&stage, "readlink /proc/$$/fd/1; test ! -t 2");
+    let fixture = deploy_fixture();
+    let file = path(&fixture, "out");
+    let mut command = track_command(&fixture, "readlink /proc/$$/fd/1; test ! -t 2");
     assert!(
         command
             .stdout(File::create(&file).unwrap())
@@ -166,27 +84,27 @@ fn separate_stdout_is_inherited() {
 
 #[test]
 fn new_size_of_the_terminal_is_passed_on() {
-    let stage = stage();
+    let fixture = deploy_fixture();
     let terminal = Terminal::new();
     let script = "trap 'stty size <&2; exit 0' WINCH; stty size <&2; while :; do sleep 0.05; done";
-    let mut child = terminal.spawn(&mut tracked(&stage, script));
-    terminal.shows("33 77");
+    let mut child = terminal.spawn(&mut track_command(&fixture, script));
+    terminal.read_until("33 77");
     terminal.resize(50, 132);
     // The terminal controls no process, so it sends no SIGWINCH.
     kill_process(Pid::from_child(&child), Signal::WINCH).unwrap();
-    assert!(terminal.shown().contains("50 132"));
+    assert!(terminal.read_to_end().contains("50 132"));
     assert_eq!(child.wait().unwrap().code(), Some(0));
 }
 
 #[test]
 fn terminal_output_is_reported_as_text() {
-    let stage = stage();
+    let fixture = deploy_fixture();
     let terminal = Terminal::new();
     let script = r"printf '\033[1;31mpulling 1%%\rpulling 9%%\rno such image\033[0m\n' >&2; exit 3";
-    let mut child = terminal.spawn(&mut tracked(&stage, script));
-    assert!(terminal.shown().contains("\u{1b}[1;31mpulling 1%\r"));
+    let mut child = terminal.spawn(&mut track_command(&fixture, script));
+    assert!(terminal.read_to_end().contains("\u{1b}[1;31mpulling 1%\r"));
     assert_eq!(child.wait().unwrap().code(), Some(3));
-    assert_eq!(row(&stage), (RowStatus::Failed, Some("no such image".to_owned())));
+    assert_eq!(row(&fixture), (RowStatus::Failed, Some("no such image".to_owned())));
 }
 
 #[test]
@@ -197,17 +115,17 @@ fn error_is_the_tail_of_stderr_or_the_name_of_the_signal() {
         ("kill -9 $$", 137, "ended by signal 9"),
         ("echo why >&2; kill -9 $$", 137, "ended by signal 9: why"),
     ] {
-        let stage = stage();
-        assert_eq!(track(&stage, script).0, Some(code));
-        assert_eq!(row(&stage), (RowStatus::Failed, Some(error.to_owned())), "{script}");
+        let fixture = deploy_fixture();
+        assert_eq!(track(&fixture, script).0, Some(code));
+        assert_eq!(row(&fixture), (RowStatus::Failed, Some(error.to_owned())), "{script}");
     }
 }
 
 /// A command that ends and leaves a process running, which writes to stderr once the FIFO is
 /// written.
-fn script_with_background_process(stage: &Stage, more: &str) -> String {
-    let fifo = fifo(stage);
-    let survived = path(stage, "survived");
+fn script_with_background_process(fixture: &Fixture, more: &str) -> String {
+    let fifo = fifo(fixture);
+    let survived = path(fixture, "survived");
     let left = format!(
         "read line <'{fifo}'; for n in 1 2 3; do echo word$n >&2 || exit; done; touch '{survived}'"
     );
@@ -216,38 +134,37 @@ fn script_with_background_process(stage: &Stage, more: &str) -> String {
 
 #[test]
 fn background_processes_write_after_the_end_of_track() {
-    let stage = stage();
-    let mut child = tracked(&stage, &script_with_background_process(&stage, "exit 6"))
+    let fixture = deploy_fixture();
+    let mut child = track_command(&fixture, &script_with_background_process(&fixture, "exit 6"))
         .stderr(Stdio::piped())
         .spawn()
         .unwrap();
     let since = Instant::now();
-    assert_eq!(child.wait().unwrap().code(), Some(6), "who holds stderr open does not keep track");
+    assert_eq!(child.wait().unwrap().code(), Some(6), "an open stderr does not delay track");
     assert!(since.elapsed() < Duration::from_secs(5), "{:?}", since.elapsed());
-    assert_eq!(row(&stage), (RowStatus::Failed, Some("first".to_owned())));
-    release(fifo(&stage));
+    assert_eq!(row(&fixture), (RowStatus::Failed, Some("first".to_owned())));
+    release(fifo(&fixture));
     let mut output = String::new();
     child.stderr.take().unwrap().read_to_string(&mut output).unwrap();
     assert_eq!(output, "first\nword1\nword2\nword3\n");
-    wait_for("survivor", || fs::exists(path(&stage, "survived")).unwrap());
+    wait_for_file(path(&fixture, "survived"));
 }
 
 #[test]
 fn killed_track_closes_no_stderr() {
-    let stage = stage();
-    let fifo = fifo(&stage);
-    let survived = path(&stage, "survived");
-    let script = format!(
-        "mkfifo '{fifo}'; echo ready; read line <'{fifo}'; echo word >&2 && echo more >&2 && touch '{survived}'"
-    );
-    let (mut child, _stdout) = tracking(&stage, &script);
+    let fixture = deploy_fixture();
+    let fifo = fifo(&fixture);
+    let survived = path(&fixture, "survived");
+    let script =
+        waiting_script(&fifo, &format!("echo word >&2 && echo more >&2 && touch '{survived}'"));
+    let (mut child, _stdout) = start_track(&fixture, &script);
     child.kill().unwrap();
     child.wait().unwrap();
     release(fifo);
     let mut output = String::new();
     child.stderr.take().unwrap().read_to_string(&mut output).unwrap();
     assert_eq!(output, "word\nmore\n");
-    wait_for("survivor", || fs::exists(&survived).unwrap());
+    wait_for_file(&survived);
 }
 
 /// The process that copies the command's stderr.
@@ -264,15 +181,13 @@ fn companion(track: &Child) -> Option<Pid> {
 
 #[test]
 fn killed_companion_ends_neither_the_command_nor_the_report() {
-    let stage = stage();
-    let fifo = fifo(&stage);
-    let script = format!(
-        "mkfifo '{fifo}'; echo ready; read line <'{fifo}'; echo word >&2; echo more >&2; exit 3"
-    );
-    let (mut child, _stdout) = tracking(&stage, &script);
+    let fixture = deploy_fixture();
+    let fifo = fifo(&fixture);
+    let script = waiting_script(&fifo, "echo word >&2; echo more >&2; exit 3");
+    let (mut child, _stdout) = start_track(&fixture, &script);
     let killed = companion(&child).unwrap();
     kill_process(killed, Signal::KILL).unwrap();
-    wait_for("other companion", || companion(&child).is_some_and(|other| other != killed));
+    poll_until("another companion", || companion(&child).is_some_and(|other| other != killed));
     release(fifo);
     let mut output = String::new();
     child.stderr.take().unwrap().read_to_string(&mut output).unwrap();
@@ -281,23 +196,22 @@ fn killed_companion_ends_neither_the_command_nor_the_report() {
         output.contains("was killed and was restarted") && output.contains("word\nmore\n"),
         "{output}"
     );
-    assert_eq!(row(&stage), (RowStatus::Failed, Some("word\nmore".to_owned())));
+    assert_eq!(row(&fixture), (RowStatus::Failed, Some("word\nmore".to_owned())));
 }
 
 #[test]
 fn command_survives_without_a_reader_of_its_stderr() {
-    let stage = stage();
-    let fifo = fifo(&stage);
-    let survived = path(&stage, "survived");
-    let script = format!(
-        "mkfifo '{fifo}'; echo ready; read line <'{fifo}'; echo word >&2; echo more >&2; touch '{survived}'"
-    );
-    let (mut child, _stdout) = tracking(&stage, &script);
+    let fixture = deploy_fixture();
+    let fifo = fifo(&fixture);
+    let survived = path(&fixture, "survived");
+    let script =
+        waiting_script(&fifo, &format!("echo word >&2; echo more >&2; touch '{survived}'"));
+    let (mut child, _stdout) = start_track(&fixture, &script);
     let track = Pid::from_child(&child);
     kill_process(track, Signal::STOP).unwrap();
     kill_process(companion(&child).unwrap(), Signal::KILL).unwrap();
     release(fifo);
-    wait_for("survivor", || fs::exists(&survived).unwrap());
+    wait_for_file(&survived);
     kill_process(track, Signal::CONT).unwrap();
     let mut output = String::new();
     child.stderr.take().unwrap().read_to_string(&mut output).unwrap();
@@ -307,32 +221,30 @@ fn command_survives_without_a_reader_of_its_stderr() {
 
 #[test]
 fn terminal_survives_a_killed_track() {
-    let stage = stage();
+    let fixture = deploy_fixture();
     let terminal = Terminal::new();
-    let fifo = fifo(&stage);
-    let script = format!(
-        "mkfifo '{fifo}'; echo ready; read line <'{fifo}'; test -t 2 && echo still one >&2"
-    );
-    let mut child = terminal.spawn(&mut tracked(&stage, &script));
-    terminal.shows("ready\r\n");
+    let fifo = fifo(&fixture);
+    let script = waiting_script(&fifo, "test -t 2 && echo still one >&2");
+    let mut child = terminal.spawn(&mut track_command(&fixture, &script));
+    terminal.read_until("ready\r\n");
     child.kill().unwrap();
     child.wait().unwrap();
     release(fifo);
-    assert_eq!(terminal.shown(), "still one\r\n");
+    assert_eq!(terminal.read_to_end(), "still one\r\n");
 }
 
 #[test]
 fn slow_reader_loses_nothing() {
-    let stage = stage();
+    let fixture = deploy_fixture();
     let (mut read, write) = io::pipe().unwrap();
     let script = "head -c 150000 /dev/zero | tr '\\0' x >&2; echo; echo the end >&2; exit 3";
-    let mut command = tracked(&stage, script);
+    let mut command = track_command(&fixture, script);
     let mut child = command.stdout(Stdio::null()).stderr(write).spawn().unwrap();
     drop(command);
     let since = Instant::now();
     assert_eq!(child.wait().unwrap().code(), Some(3));
     assert!(since.elapsed() < Duration::from_secs(5), "{:?}", since.elapsed());
-    let (status, error) = row(&stage);
+    let (status, error) = row(&fixture);
     assert!(
         status == RowStatus::Failed && error.as_ref().unwrap().ends_with("xthe end"),
         "{error:?}"
@@ -344,46 +256,38 @@ fn slow_reader_loses_nothing() {
 
 #[test]
 fn unread_terminal_delays_neither_track_nor_the_report() {
-    let stage = stage();
+    let fixture = deploy_fixture();
     let terminal = Terminal::new();
     let script = "n=0; while [ $n -lt 600 ]; do echo $n xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx >&2; n=$((n+1)); done; \
                   echo the end >&2; exit 3";
-    let mut child = terminal.spawn(&mut tracked(&stage, script));
+    let mut child = terminal.spawn(&mut track_command(&fixture, script));
     let since = Instant::now();
     assert_eq!(child.wait().unwrap().code(), Some(3));
     assert!(since.elapsed() < Duration::from_secs(5), "{:?}", since.elapsed());
-    let (status, error) = row(&stage);
+    let (status, error) = row(&fixture);
     assert!(
         status == RowStatus::Failed && error.as_ref().unwrap().ends_with("x\nthe end"),
         "{error:?}"
     );
-    let shown = terminal.shown();
+    let shown = terminal.read_to_end();
     assert!(shown.lines().count() == 601 && shown.ends_with("the end\r\n"), "{}", shown.len());
 }
 
 #[test]
 fn file_size_limit_does_not_end_track() {
-    let stage = stage();
-    let inner = tracked(&stage, "exit 3");
-    let mut command = Command::new("sh");
-    command
-        .args(["-c", "ulimit -f 0; exec \"$0\" \"$@\""])
-        .arg(inner.get_program())
-        .args(inner.get_args());
+    let fixture = deploy_fixture();
+    let inner = track_command(&fixture, "exit 3");
+    let mut command = in_shell_after("ulimit -f 0", &inner);
     assert_eq!(command.stderr(Stdio::null()).status().unwrap().code(), Some(3));
-    assert_eq!(row(&stage), (RowStatus::Failed, Some("exited with 3".to_owned())));
+    assert_eq!(row(&fixture), (RowStatus::Failed, Some("exited with 3".to_owned())));
 }
 
 #[test]
 fn full_stderr_does_not_end_the_command() {
-    let stage = stage();
-    let file = path(&stage, "err");
-    let inner = tracked(&stage, "head -c 500000 /dev/zero >&2; echo why >&2; exit 4");
-    let mut command = Command::new("sh");
-    command
-        .args(["-c", "ulimit -f 8; exec \"$0\" \"$@\""])
-        .arg(inner.get_program())
-        .args(inner.get_args());
+    let fixture = deploy_fixture();
+    let file = path(&fixture, "err");
+    let inner = track_command(&fixture, "head -c 500000 /dev/zero >&2; echo why >&2; exit 4");
+    let mut command = in_shell_after("ulimit -f 8", &inner);
     let since = Instant::now();
     assert_eq!(command.stderr(File::create(&file).unwrap()).status().unwrap().code(), Some(4));
     assert!(since.elapsed() < Duration::from_secs(5), "{:?}", since.elapsed());
@@ -397,12 +301,9 @@ fn full_stderr_does_not_end_the_command() {
 
 #[test]
 fn unneeded_companion_ends_before_track() {
-    let stage = stage();
-    let fifo = fifo(&stage);
-    let (mut child, _stdout) = tracking(
-        &stage,
-        &format!("mkfifo '{fifo}'; echo ready; read line <'{fifo}'; echo word >&2"),
-    );
+    let fixture = deploy_fixture();
+    let fifo = fifo(&fixture);
+    let (mut child, _stdout) = start_track(&fixture, &waiting_script(&fifo, "echo word >&2"));
     let companion = companion(&child).unwrap();
     release(fifo);
     assert_eq!(child.wait().unwrap().code(), Some(0));
@@ -412,11 +313,11 @@ fn unneeded_companion_ends_before_track() {
 
 #[test]
 fn closed_stderr_does_not_end_the_command() {
-    let stage = stage();
+    let fixture = deploy_fixture();
     let (read, write) = io::pipe().unwrap();
     drop(read);
     let script = "head -c 500000 /dev/zero >&2 && exit 4";
-    let mut command = tracked(&stage, script);
+    let mut command = track_command(&fixture, script);
     assert_eq!(command.stderr(write).status().unwrap().code(), Some(4));
 }
 
@@ -432,34 +333,30 @@ fn parent_that_ignores_sigchld_does_not_change_the_result() {
     for (script, code, status) in
         [("exit 0", 0, RowStatus::Succeeded), ("exit 3", 3, RowStatus::Failed)]
     {
-        let stage = stage();
-        let inner = tracked(&stage, script);
+        let fixture = deploy_fixture();
+        let inner = track_command(&fixture, script);
         let mut command = ignoring_sigchld(&inner);
         assert_eq!(command.stdin(Stdio::null()).status().unwrap().code(), Some(code));
-        assert_eq!(row(&stage).0, status);
+        assert_eq!(row(&fixture).0, status);
     }
 }
 
 #[test]
 fn missing_threads_fail_neither_the_command_nor_the_report() {
-    let stage = stage();
-    let mut command = tracked(&stage, "echo why >&2; exit 3");
-    // More stack for a thread than any machine has.
+    let fixture = deploy_fixture();
+    let mut command = track_command(&fixture, "echo why >&2; exit 3");
+    // A stack size that no thread can have.
     let output = command.env("RUST_MIN_STACK", "70368744177664").output().unwrap();
     assert_eq!((output.status.code(), output.stderr), (Some(3), b"why\n".to_vec()));
-    assert_eq!(row(&stage), (RowStatus::Failed, Some("why".to_owned())));
+    assert_eq!(row(&fixture), (RowStatus::Failed, Some("why".to_owned())));
 }
 
 #[test]
 fn command_runs_if_its_stderr_cannot_be_copied() {
-    let stage = stage();
-    let inner = tracked(&stage, "exit 7");
-    let mut command = Command::new("sh");
+    let fixture = deploy_fixture();
+    let inner = track_command(&fixture, "exit 7");
     // Three standard files, two for signals, and none for a pipe.
-    command
-        .args(["-c", "ulimit -n 6; exec \"$0\" \"$@\""])
-        .arg(inner.get_program())
-        .args(inner.get_args());
+    let mut command = in_shell_after("ulimit -n 6", &inner);
     let output = command.stdin(Stdio::null()).output().unwrap();
     let log = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(7), "{log}");
@@ -469,17 +366,13 @@ fn command_runs_if_its_stderr_cannot_be_copied() {
 #[test]
 fn command_runs_if_signals_cannot_be_caught() {
     for ignores_sigchld in [false, true] {
-        let stage = stage();
-        let mut inner = tracked(&stage, "exit 7");
+        let fixture = deploy_fixture();
+        let mut inner = track_command(&fixture, "exit 7");
         if ignores_sigchld {
             inner = ignoring_sigchld(&inner);
         }
-        let mut command = Command::new("sh");
         // Three standard files, and one that the dynamic loader needs.
-        command
-            .args(["-c", "ulimit -n 4; exec \"$0\" \"$@\""])
-            .arg(inner.get_program())
-            .args(inner.get_args());
+        let mut command = in_shell_after("ulimit -n 4", &inner);
         let output = command.stdin(Stdio::null()).output().unwrap();
         let log = String::from_utf8(output.stderr).unwrap();
         assert_eq!(output.status.code(), Some(7), "{log}");
@@ -492,29 +385,30 @@ fn command_runs_if_signals_cannot_be_caught() {
 
 #[test]
 fn command_succeeds_if_track_cannot_poll() {
-    let stage = stage();
-    let child = in_a_group(&mut tracked(&stage, &counting(&stage)));
+    let fixture = deploy_fixture();
+    let child = start_in_a_group(&mut track_command(&fixture, &counting_script(&fixture)));
     let track = Pid::from_child(&child);
     // `poll` rejects more files than the limit of the process.
     prlimit(Some(track), Resource::Nofile, Rlimit { current: Some(1), maximum: Some(1) }).unwrap();
     kill_process(track, Signal::TERM).unwrap();
-    assert_eq!(counted(&stage, child, 1), 1, "and its code is the command's");
+    // The exit code is the command's.
+    assert_eq!(count_signals(&fixture, child, 1), 1);
 }
 
 #[test]
 fn log_file_that_cannot_be_opened_stops_neither_the_command_nor_the_report() {
-    let stage = stage();
-    let dir = path(&stage, "");
+    let fixture = deploy_fixture();
+    let dir = path(&fixture, "");
     let arguments =
         [&["--log-file", &dir], &TRACK[..], &["sh", "-c", "echo why >&2; exit 3"]].concat();
-    let (code, _, log) = output(&stage, &arguments);
+    let (code, _, log) = output(&fixture, &arguments);
     assert_eq!(code, Some(3), "{log}");
     assert!(
         log.contains("log file cannot be opened, logging to stderr: error=\"--log-file: ")
             && log.ends_with("why\n"),
         "{log}"
     );
-    assert_eq!(row(&stage), (RowStatus::Failed, Some("why".to_owned())));
+    assert_eq!(row(&fixture), (RowStatus::Failed, Some("why".to_owned())));
 }
 
 /// The sets of signals that a process ignores, blocks and catches, from `/proc`.
@@ -525,9 +419,9 @@ fn signal_sets(status: &str) -> Vec<(String, u64)> {
 
 #[test]
 fn command_has_the_default_action_of_every_signal() {
-    let stage = stage();
+    let fixture = deploy_fixture();
     let sets = [&TRACK[..], &["grep", "-E", "Sig(Blk|Ign|Cgt):", "/proc/self/status"]].concat();
-    let inner = program(&stage, &sets);
+    let inner = fixture.command(&sets);
     let output = ignoring_sigchld(&inner).output().unwrap();
     let sets = signal_sets(str::from_utf8(&output.stdout).unwrap());
     assert_eq!(sets.len(), 3, "{output:?}");
@@ -546,133 +440,140 @@ fn command_has_the_default_action_of_every_signal() {
     }
 }
 
-/// A script that reports each TERM, and ends once the file exists.
-fn counting(stage: &Stage) -> String {
-    let output = path(stage, "output");
-    let stop = path(stage, "stop");
+/// A script that writes a line to `output` for each TERM, and ends when `stop` exists.
+fn counting_script(fixture: &Fixture) -> String {
+    let output = path(fixture, "output");
+    let stop = path(fixture, "stop");
     format!(
         "trap 'echo got >>'\\''{output}'\\' TERM; echo ready; while [ ! -e '{stop}' ]; do sleep 0.02; done"
     )
 }
 
-/// Waits for a possible further TERM, ends the script, and returns how many it has reported.
-fn counted(stage: &Stage, mut child: Child, at_least: usize) -> usize {
-    let output = || fs::read_to_string(path(stage, "output")).unwrap_or_default().lines().count();
-    wait_for("signal", || output() >= at_least);
+/// The number of TERMs that the script has written.
+fn written_signals(fixture: &Fixture) -> usize {
+    fs::read_to_string(path(fixture, "output")).unwrap_or_default().lines().count()
+}
+
+/// Waits for `at_least` TERMs and for a possible further one, ends the script, and returns how many
+/// it has written.
+fn count_signals(fixture: &Fixture, mut child: Child, at_least: usize) -> usize {
+    poll_until("a signal", || written_signals(fixture) >= at_least);
+    // A further signal must not arrive. No event shows that.
     std::thread::sleep(Duration::from_millis(400));
-    fs::write(path(stage, "stop"), "").unwrap();
+    fs::write(path(fixture, "stop"), "").unwrap();
     assert_eq!(child.wait().unwrap().code(), Some(0));
-    output()
+    written_signals(fixture)
 }
 
 /// `track` in its own process group, once its command is ready.
-fn in_a_group(command: &mut Command) -> Child {
+fn start_in_a_group(command: &mut Command) -> Child {
     let mut child =
         command.process_group(0).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
     let mut ready = [0; 6];
     child.stdout.as_mut().unwrap().read_exact(&mut ready).unwrap();
     assert_eq!(&ready, b"ready\n");
-    until_it_waits(&child);
+    wait_until_track_waits(&child);
     child
 }
 
 /// Waits until `track` waits for the end of its command. An earlier signal is passed on whether or
 /// not it was sent to the group.
-fn until_it_waits(child: &Child) {
+fn wait_until_track_waits(child: &Child) {
     let status = format!("/proc/{}/status", child.id());
-    wait_for("sleep", || fs::read_to_string(&status).unwrap().contains("State:\tS"));
+    poll_until("asleep", || fs::read_to_string(&status).unwrap().contains("State:\tS"));
 }
 
 #[test]
 fn signal_to_the_process_group_reaches_the_command_once() {
-    let stage = stage();
-    let child = in_a_group(&mut tracked(&stage, &counting(&stage)));
+    let fixture = deploy_fixture();
+    let child = start_in_a_group(&mut track_command(&fixture, &counting_script(&fixture)));
     let track = Pid::from_child(&child);
     // If track passed the signal on at the same time, the kernel would merge both.
     kill_process(track, Signal::STOP).unwrap();
     kill_process_group(track, Signal::TERM).unwrap();
-    wait_for("signal", || fs::exists(path(&stage, "output")).unwrap());
+    wait_for_file(path(&fixture, "output"));
     kill_process(track, Signal::CONT).unwrap();
-    assert_eq!(counted(&stage, child, 1), 1);
+    assert_eq!(count_signals(&fixture, child, 1), 1);
 }
 
 #[test]
 fn signal_to_only_track_reaches_the_command_once_even_after_one_to_the_group() {
-    let stage = stage();
-    let child = in_a_group(&mut tracked(&stage, &counting(&stage)));
+    let fixture = deploy_fixture();
+    let child = start_in_a_group(&mut track_command(&fixture, &counting_script(&fixture)));
     for n in 1..=3 {
         kill_process(Pid::from_child(&child), Signal::TERM).unwrap();
-        wait_for("signal", || {
-            fs::read_to_string(path(&stage, "output")).unwrap_or_default().lines().count() == n
-        });
+        poll_until("a signal", || written_signals(&fixture) == n);
     }
     kill_process_group(Pid::from_child(&child), Signal::TERM).unwrap();
-    wait_for("signal", || {
-        fs::read_to_string(path(&stage, "output")).unwrap_or_default().lines().count() == 4
-    });
+    poll_until("a signal", || written_signals(&fixture) == 4);
+    // `track` handles the signal to the group without a visible effect.
     std::thread::sleep(Duration::from_millis(100));
     kill_process(Pid::from_child(&child), Signal::TERM).unwrap();
-    assert_eq!(counted(&stage, child, 5), 5);
+    assert_eq!(count_signals(&fixture, child, 5), 5);
 }
 
 /// `track` of this script as the leader of a session with this controlling terminal.
-fn in_a_session(stage: &Stage, terminal: &Terminal, script: &str) -> Child {
-    let inner = tracked(stage, script);
+fn start_in_a_session(fixture: &Fixture, terminal: &Terminal, script: &str) -> Child {
+    let inner = track_command(fixture, script);
     let mut command = Command::new("setsid");
     command.arg("--ctty").arg(inner.get_program()).args(inner.get_args());
     let child = terminal.spawn(&mut command);
-    terminal.shows("ready\r\n");
-    until_it_waits(&child);
+    terminal.read_until("ready\r\n");
+    wait_until_track_waits(&child);
     child
 }
 
 #[test]
 fn signal_from_the_terminal_reaches_the_command_once() {
-    let stage = stage();
+    let fixture = deploy_fixture();
     let terminal = Terminal::new();
-    let child = in_a_session(&stage, &terminal, &counting(&stage).replace("TERM", "INT"));
+    let child =
+        start_in_a_session(&fixture, &terminal, &counting_script(&fixture).replace("TERM", "INT"));
     // Ctrl-C.
-    rustix::io::write(&terminal.controller, b"\x03").unwrap();
-    assert_eq!(counted(&stage, child, 1), 1);
+    terminal.write(b"\x03").unwrap();
+    assert_eq!(count_signals(&fixture, child, 1), 1);
 }
 
 #[test]
 fn hangup_of_the_terminal_reaches_the_command() {
-    let stage = stage();
+    let fixture = deploy_fixture();
     let terminal = Terminal::new();
-    let child = in_a_session(&stage, &terminal, &counting(&stage).replace("TERM", "HUP"));
+    let child =
+        start_in_a_session(&fixture, &terminal, &counting_script(&fixture).replace("TERM", "HUP"));
     drop(terminal);
-    assert_eq!(counted(&stage, child, 1), 1);
+    assert_eq!(count_signals(&fixture, child, 1), 1);
 }
 
 #[test]
 fn command_in_another_process_group_gets_the_signals_of_tracks_group() {
-    let stage = stage();
-    let script = counting(&stage);
-    let child =
-        in_a_group(&mut program(&stage, &[&TRACK[..], &["setsid", "sh", "-c", &script]].concat()));
+    let fixture = deploy_fixture();
+    let script = counting_script(&fixture);
+    let child = start_in_a_group(
+        &mut fixture.command(&[&TRACK[..], &["setsid", "sh", "-c", &script]].concat()),
+    );
     kill_process_group(Pid::from_child(&child), Signal::TERM).unwrap();
-    assert_eq!(counted(&stage, child, 1), 1);
+    assert_eq!(count_signals(&fixture, child, 1), 1);
 }
 
 /// Locks the outbox.
-fn lock(stage: &Stage) -> rusqlite::Connection {
+fn lock_outbox(fixture: &Fixture) -> rusqlite::Connection {
     // Creates the file if it is missing.
-    assert_eq!(track(stage, "exit 0").0, Some(0));
-    let other = rusqlite::Connection::open(outbox(stage)).unwrap();
+    assert_eq!(track(fixture, "exit 0").0, Some(0));
+    let other = rusqlite::Connection::open(fixture.outbox()).unwrap();
     other.execute_batch("BEGIN IMMEDIATE").unwrap();
     other
 }
 
 #[test]
 fn signal_before_the_start_prevents_the_start() {
-    let stage = stage();
-    let other = lock(&stage);
-    let before = stage.master.received().len();
-    let ran = path(&stage, "ran");
+    let fixture = deploy_fixture();
+    let other = lock_outbox(&fixture);
+    let before = fixture.master.received().len();
+    let ran = path(&fixture, "ran");
     let mut child =
-        tracked(&stage, &format!("touch '{ran}'")).stderr(Stdio::piped()).spawn().unwrap();
-    // `track` waits up to 1 s for the outbox.
+        track_command(&fixture, &format!("touch '{ran}'")).stderr(Stdio::piped()).spawn().unwrap();
+    // `track` waits up to 1 s for the outbox. No event shows that it waits, or that it has given
+    // up.
     std::thread::sleep(Duration::from_millis(400));
     kill_process(Pid::from_child(&child), Signal::TERM).unwrap();
     std::thread::sleep(Duration::from_millis(1_000));
@@ -681,18 +582,18 @@ fn signal_before_the_start_prevents_the_start() {
     assert!(!fs::exists(&ran).unwrap());
     let error = "ended by signal 15 before the command started".to_owned();
     assert_eq!(
-        (kept(&stage), owners(&stage)),
+        (queued(&fixture), owners(&fixture)),
         (vec![("d".to_owned(), Some(error), false)], vec![None])
     );
-    assert_eq!(stage.master.received().len(), before, "it is left to run");
+    assert_eq!(fixture.master.received().len(), before, "run delivers it");
 }
 
 #[test]
 fn missing_command_ends_at_once() {
-    let stage = stage();
+    let fixture = deploy_fixture();
     let since = Instant::now();
     assert_eq!(
-        program(&stage, &[&TRACK[..], &["/nonexistent"]].concat()).output().unwrap().status.code(),
+        fixture.command(&[&TRACK[..], &["/nonexistent"]].concat()).output().unwrap().status.code(),
         Some(127)
     );
     assert!(since.elapsed() < Duration::from_millis(900), "{:?}", since.elapsed());
@@ -701,11 +602,11 @@ fn missing_command_ends_at_once() {
 #[test]
 fn signal_during_the_report_leaves_it_to_run_at_once() {
     for name in [Signal::TERM, Signal::INT, Signal::HUP] {
-        let stage = stage();
-        stage.master.always(Some(Fault::NeverAnswer(Effect::Lost)));
-        let mut command = tracked(&stage, "echo why >&2; exit 3");
+        let fixture = deploy_fixture();
+        fixture.master.always(Some(Fault::NeverAnswer(Effect::Lost)));
+        let mut command = track_command(&fixture, "echo why >&2; exit 3");
         let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
-        assert!(stage.master.wait_until(PATIENCE, |seen| !seen.received().is_empty()));
+        assert!(fixture.master.wait_until(TIMEOUT, |seen| !seen.received().is_empty()));
         let since = Instant::now();
         kill_process(Pid::from_child(&child), name).unwrap();
         assert_eq!(child.wait().unwrap().code(), Some(3));
@@ -714,19 +615,19 @@ fn signal_during_the_report_leaves_it_to_run_at_once() {
         child.stderr.take().unwrap().read_to_string(&mut log).unwrap();
         assert!(log.contains("error=\"interrupted by a signal\""), "{log}");
         let row = ("d".to_owned(), Some("why".to_owned()), false);
-        assert_eq!((kept(&stage), owners(&stage)), (vec![row], vec![None]));
+        assert_eq!((queued(&fixture), owners(&fixture)), (vec![row], vec![None]));
     }
 }
 
 #[test]
 fn timeout_limits_the_report_and_no_wait_sends_none() {
     for (options, least, requests) in [(["--timeout=300ms"], 300, 1), (["--no-wait"], 0, 0)] {
-        let stage = stage();
-        stage.master.always(Some(Fault::NeverAnswer(Effect::Lost)));
+        let fixture = deploy_fixture();
+        fixture.master.always(Some(Fault::NeverAnswer(Effect::Lost)));
         let arguments = [&TRACK[..5], &options, &["--", "sh", "-c", "exit 3"]].concat();
         let since = Instant::now();
         assert_eq!(
-            program(&stage, &arguments).stderr(Stdio::null()).status().unwrap().code(),
+            fixture.command(&arguments).stderr(Stdio::null()).status().unwrap().code(),
             Some(3)
         );
         let took = since.elapsed();
@@ -735,7 +636,7 @@ fn timeout_limits_the_report_and_no_wait_sends_none() {
             "{options:?}: {took:?}"
         );
         assert_eq!(
-            (stage.master.received().len(), owners(&stage)),
+            (fixture.master.received().len(), owners(&fixture)),
             (requests, vec![None]),
             "{options:?}"
         );
@@ -744,32 +645,32 @@ fn timeout_limits_the_report_and_no_wait_sends_none() {
 
 #[test]
 fn lock_that_is_released_before_the_end_loses_no_report() {
-    let stage = stage();
-    let other = lock(&stage);
-    stage.master.open_operation(&stage.worker.uuid, "d", "deploy");
-    let fifo = fifo(&stage);
-    let (mut child, _stdout) =
-        tracking(&stage, &format!("mkfifo '{fifo}'; echo ready; read line <'{fifo}'; exit 3"));
+    let fixture = deploy_fixture();
+    let other = lock_outbox(&fixture);
+    fixture.master.open_operation(&fixture.worker.uuid, "d", "deploy");
+    let fifo = fifo(&fixture);
+    let (mut child, _stdout) = start_track(&fixture, &waiting_script(&fifo, "exit 3"));
     other.execute_batch("COMMIT").unwrap();
     // The report cannot be sent, so it is queued in the file.
-    stage.master.always(Some(Fault::NeverAnswer(Effect::Lost)));
+    fixture.master.always(Some(Fault::NeverAnswer(Effect::Lost)));
     release(fifo);
-    wait_for("request", || stage.master.received().len() > 1);
+    fixture.wait_for_requests(2);
     child.kill().unwrap();
     child.wait().unwrap();
-    assert_eq!(kept(&stage), [("d".to_owned(), Some("exited with 3".to_owned()), false)]);
+    assert_eq!(queued(&fixture), [("d".to_owned(), Some("exited with 3".to_owned()), false)]);
 }
 
 #[test]
 fn lock_that_outlasts_the_command_loses_no_report_without_a_master() {
-    let mut stage = stage();
-    let other = lock(&stage);
-    stage.master.stop();
-    let mut child = tracked(&stage, "exit 3").stderr(Stdio::piped()).spawn().unwrap();
+    let mut fixture = deploy_fixture();
+    let other = lock_outbox(&fixture);
+    fixture.master.stop();
+    let mut child = track_command(&fixture, "exit 3").stderr(Stdio::piped()).spawn().unwrap();
+    // Longer than each wait of `track` for the outbox.
     std::thread::sleep(Duration::from_millis(3_500));
     other.execute_batch("COMMIT").unwrap();
     assert_eq!(child.wait().unwrap().code(), Some(3));
-    assert_eq!(kept(&stage), [("d".to_owned(), Some("exited with 3".to_owned()), false)]);
+    assert_eq!(queued(&fixture), [("d".to_owned(), Some("exited with 3".to_owned()), false)]);
     let mut log = String::new();
     child.stderr.take().unwrap().read_to_string(&mut log).unwrap();
     assert!(
@@ -780,29 +681,29 @@ fn lock_that_outlasts_the_command_loses_no_report_without_a_master() {
 
 #[test]
 fn lock_at_the_end_does_not_change_the_outcome() {
-    let stage = stage();
-    let fifo = fifo(&stage);
-    let (mut child, _stdout) =
-        tracking(&stage, &format!("mkfifo '{fifo}'; echo ready; read line <'{fifo}'"));
-    let other = rusqlite::Connection::open(outbox(&stage)).unwrap();
+    let fixture = deploy_fixture();
+    let fifo = fifo(&fixture);
+    let (mut child, _stdout) = start_track(&fixture, &waiting_script(&fifo, "exit 0"));
+    let other = rusqlite::Connection::open(fixture.outbox()).unwrap();
     other.execute_batch("BEGIN IMMEDIATE").unwrap();
     release(fifo);
+    // Longer than each wait of `track` for the outbox.
     std::thread::sleep(Duration::from_millis(3_500));
     other.execute_batch("COMMIT").unwrap();
     assert_eq!(child.wait().unwrap().code(), Some(0));
-    assert_eq!((rows(&stage), kept(&stage)), (vec![(RowStatus::Succeeded, None)], vec![]));
+    assert_eq!((rows(&fixture), queued(&fixture)), (vec![(RowStatus::Succeeded, None)], vec![]));
 }
 
 #[test]
 fn invalid_ini_stops_neither_the_command_nor_the_report() {
-    let stage = stage();
-    let ini = path(&stage, "decnet.ini");
-    let good = path(&stage, "good.ini");
-    let fixed = path(&stage, "fixed");
+    let fixture = deploy_fixture();
+    let ini = path(&fixture, "decnet.ini");
+    let good = path(&fixture, "good.ini");
+    let fixed = path(&fixture, "fixed");
     let script = format!("if [ -e '{fixed}' ]; then cp '{good}' '{ini}'; fi; echo why >&2; exit 4");
     for is_fixed in [false, true] {
         // The command writes the ini.
-        let mut command = tracked(&stage, &script);
+        let mut command = track_command(&fixture, &script);
         fs::copy(&ini, &good).unwrap();
         if is_fixed {
             fs::write(&fixed, "").unwrap();
@@ -826,5 +727,5 @@ fn invalid_ini_stops_neither_the_command_nor_the_report() {
             "{log}"
         );
     }
-    assert_eq!(row(&stage), (RowStatus::Failed, Some("why".to_owned())));
+    assert_eq!(row(&fixture), (RowStatus::Failed, Some("why".to_owned())));
 }

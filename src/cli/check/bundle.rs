@@ -7,32 +7,29 @@ use std::path::Path;
 use std::time::SystemTime;
 
 use rustls::RootCertStore;
-use rustls::crypto::CryptoProvider;
 use rustls::pki_types::CertificateDer;
 
-use super::certificate::Described;
+use super::certificate::CertificateInfo;
 use super::steps::{Checklist, Step};
 use crate::credentials::bundle::{self, Bundle, BundleCheck, CA, CERTIFICATE, ENROL, KEY};
 use crate::error::{Error, chain, sanitize_path};
-use crate::master::verifier;
 
 /// An enrolment does not renew the CA.
 const RENEW_CA: &str = "renew the master's CA, then enrol this host again";
 
 /// Adds the steps, and returns the bundle if it is valid.
 pub(super) fn check(dir: &Path, list: &mut Checklist) -> Option<Bundle> {
-    let provider = verifier::provider();
-    let (bundle, judged) = match Bundle::load(dir, &provider) {
+    let (bundle, judged) = match Bundle::load(dir) {
         Ok(bundle) => {
             (Some(bundle), BundleCheck { ca: Ok(()), certificate: Ok(()), key: Some(Ok(())) })
         }
-        Err(error) => (None, BundleCheck::of(dir, &provider, error)),
+        Err(error) => (None, BundleCheck::of(dir, error)),
     };
-    let roots = Roots::of(dir, &provider);
+    let roots = Roots::of(dir);
     list.add(
         judged.ca.map_or_else(|error| invalid(CA, &error), |()| ca(dir, &roots, bundle.as_ref())),
     );
-    let own = || own_certificate(dir, &roots, bundle.as_ref(), &provider);
+    let own = || own_certificate(dir, &roots, bundle.as_ref());
     list.add(judged.certificate.map_or_else(|error| invalid(CERTIFICATE, &error), |()| own()));
     list.add(match judged.key {
         Some(Ok(())) => key(dir),
@@ -51,17 +48,18 @@ fn invalid(name: &'static str, error: &Error) -> Step {
 /// The roots of `ca.crt`.
 struct Roots {
     /// The valid roots, the one that expires last first.
-    valid: Vec<(Described, CertificateDer<'static>)>,
-    invalid: Vec<Described>,
+    valid: Vec<(CertificateInfo, CertificateDer<'static>)>,
+    invalid: Vec<CertificateInfo>,
     now: SystemTime,
 }
 
 impl Roots {
-    fn of(dir: &Path, provider: &CryptoProvider) -> Self {
+    fn of(dir: &Path) -> Self {
         let now = SystemTime::now();
-        let mut roots = certificates(&dir.join(CA)).unwrap_or_default();
-        roots.retain(|der| bundle::is_root(der, provider));
-        let described = roots.into_iter().filter_map(|der| Some((Described::of(&der).ok()?, der)));
+        let mut roots = bundle::certificates(&dir.join(CA)).unwrap_or_default();
+        roots.retain(bundle::is_root);
+        let described =
+            roots.into_iter().filter_map(|der| Some((CertificateInfo::of(&der).ok()?, der)));
         let (mut valid, invalid): (Vec<_>, Vec<_>) =
             described.partition(|(described, _)| described.is_valid(now));
         valid.sort_by_key(|(described, _)| Reverse(described.expires));
@@ -79,7 +77,7 @@ impl Roots {
 /// The step of the master's CA. While it is being replaced, there are two roots.
 fn ca(dir: &Path, roots: &Roots, bundle: Option<&Bundle>) -> Step {
     let now = roots.now;
-    let describe = |root: &Described| format!("{}, {}", root.subject, root.validity(now));
+    let describe = |root: &CertificateInfo| format!("{}, {}", root.subject, root.validity(now));
     let (step, root) = match (roots.valid.first(), roots.invalid.first()) {
         (Some((root, _)), _) => (Step::good(CA, describe(root)), root),
         (None, Some(root)) => {
@@ -107,23 +105,19 @@ fn ca(dir: &Path, roots: &Roots, bundle: Option<&Bundle>) -> Step {
 
 /// The step of our certificate: what it contains, whether it is valid now, and whether the master
 /// may reject it all the same.
-fn own_certificate(
-    dir: &Path,
-    roots: &Roots,
-    bundle: Option<&Bundle>,
-    provider: &CryptoProvider,
-) -> Step {
+fn own_certificate(dir: &Path, roots: &Roots, bundle: Option<&Bundle>) -> Step {
     let path = dir.join(CERTIFICATE);
     let now = roots.now;
-    let own = certificates(&path)
-        .and_then(|all| Described::of(all.first().ok_or("it contains no certificate")?));
+    let own = bundle::certificates(&path)
+        .map_err(|error| chain(&error))
+        .and_then(|all| CertificateInfo::of(all.first().ok_or("it contains no certificate")?));
     let own = match own {
         Ok(own) => own,
         Err(problem) => {
             return Step::good(CERTIFICATE, format!("its contents cannot be shown: {problem}"));
         }
     };
-    let Described { subject, issuer, fingerprint, .. } = &own;
+    let CertificateInfo { subject, issuer, fingerprint, .. } = &own;
     let message =
         format!("{subject}, issued by {issuer}, {}, sha256 {fingerprint}", own.validity(now));
     let step = match (own.is_valid(now), own.expires_soon(now)) {
@@ -137,22 +131,18 @@ fn own_certificate(
     };
     let step = own.facts(step, now).fact("file", sanitize_path(&path));
     let Some(bundle) = bundle.filter(|_| step.is_good()) else { return step };
-    match bundle.weak_signature(provider) {
+    match bundle.weak_signature() {
         Some(problem) => step.advise(format!("the master may reject it: {problem}")),
-        None if !bundle.is_issued_by_its_ca(provider) => {
+        None if !bundle.is_issued_by(&bundle.roots) => {
             step.advise(format!("it was not issued by ca.crt: {ENROL}"))
         }
-        None if !roots.valid.is_empty() && !bundle.is_issued_by(&roots.valid(), provider) => step
-            .advise(format!(
+        None if !roots.valid.is_empty() && !bundle.is_issued_by(&roots.valid()) => {
+            step.advise(format!(
                 "the master may reject it, because the CA that issued it is not valid: {ENROL}"
-            )),
+            ))
+        }
         None => step,
     }
-}
-
-fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
-    let content = bundle::read(path).map_err(|error| chain(&error))?;
-    bundle::certificates(path, &content).map_err(|error| chain(&error))
 }
 
 /// The step of a key that fits: whether other users can read it.

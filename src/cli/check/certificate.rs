@@ -12,14 +12,14 @@ use super::steps::Step;
 use crate::credentials::link::Expiry;
 use crate::delta::{from_micros, micros};
 use crate::master::identity::fingerprint;
-use crate::text::sanitize;
+use crate::text::{counted, sanitize};
 
 /// How many names of a certificate are shown; the others are counted.
 const NAMES: usize = 8;
 
 /// The contents of a certificate. Foreign text is escaped.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Described {
+pub(super) struct CertificateInfo {
     pub(super) subject: String,
     pub(super) issuer: String,
     /// DNS names and IP addresses.
@@ -29,7 +29,7 @@ pub(super) struct Described {
     pub(super) fingerprint: String,
 }
 
-impl Described {
+impl CertificateInfo {
     /// The error says what cannot be parsed.
     pub(super) fn of(certificate: &CertificateDer<'_>) -> Result<Self, String> {
         let (_, parsed) =
@@ -74,11 +74,11 @@ impl Described {
                 format!("not valid before {} by this host's clock", date(self.begins))
             }
             Expiry::DaysLeft(days) => {
-                format!("expires in {} ({})", count_days(days), date(self.expires))
+                format!("expires in {} ({})", counted(days, "day", "days"), date(self.expires))
             }
             Expiry::DaysExpired(days) => format!(
                 "expired {} ago by this host's clock ({})",
-                count_days(days),
+                counted(days, "day", "days"),
                 date(self.expires)
             ),
         }
@@ -106,10 +106,6 @@ impl Described {
             .fact("days_expired", days_expired)
             .fact("fingerprint", self.fingerprint.as_str())
     }
-}
-
-fn count_days(days: u64) -> String {
-    format!("{days} day{}", if days == 1 { "" } else { "s" })
 }
 
 fn name(name: &GeneralName<'_>) -> Option<String> {
@@ -144,9 +140,9 @@ mod tests {
     use super::*;
     use crate::loopback::{Authority, Role};
 
-    fn described(role: Role) -> Described {
+    fn described(role: Role) -> CertificateInfo {
         let issued = Authority::new().unwrap().issue(role).unwrap();
-        Described::of(&CertificateDer::from_pem_slice(issued.certificate.as_bytes()).unwrap())
+        CertificateInfo::of(&CertificateDer::from_pem_slice(issued.certificate.as_bytes()).unwrap())
             .unwrap()
     }
 

@@ -4,7 +4,7 @@
 //! ureq exposes neither. So this handshake is made apart from ureq, with the same TLS
 //! configuration. The beat resumes the session that it establishes.
 
-use std::io::{self, ErrorKind, Read, Write};
+use std::io::{self, ErrorKind};
 use std::net::TcpStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -18,10 +18,12 @@ use rustls::{
     ClientConfig, ClientConnection, DigitallySignedStruct, Error as TlsError, ProtocolVersion,
     SignatureScheme,
 };
+use socket2::SockRef;
 
 use crate::limits;
 use crate::master::explain::is_closed;
 use crate::master::first_bytes::FirstBytes;
+use crate::transport::{Deadline, DeadlineStream};
 
 /// A completed handshake.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,12 +42,14 @@ pub(super) fn handshake(
     let since = Instant::now();
     // As `run` does.
     stream.set_nodelay(true)?;
-    let mut stream = DeadlineStream { stream, end: since + limits::CONNECT };
+    let socket = SockRef::from(&stream);
+    let deadline = Deadline::of_connect(since + limits::CONNECT);
+    let mut stream = DeadlineStream { socket: &socket, deadline };
     let mut tls =
         ClientConnection::new(Arc::clone(config), name.clone()).map_err(io::Error::other)?;
     let mut first = FirstBytes::of(&mut stream);
     if let Err(error) = tls.complete_io(&mut first) {
-        let error = first.classify(error);
+        let error = first.classify(named_timeout(error));
         let alert =
             if is_closed(&error) { alert_before_close(&mut tls, &mut stream) } else { None };
         return Err(alert.unwrap_or(error));
@@ -56,7 +60,8 @@ pub(super) fn handshake(
         _ => "TLS 1.2",
     };
     // Waits a few round trips for a rejection, or for the tickets that resume this session.
-    stream.end = Instant::now() + took * 4 + limits::AFTER_HANDSHAKE;
+    let end = Instant::now() + took * 4 + limits::AFTER_HANDSHAKE;
+    stream.deadline = Deadline::of_connect(end);
     match tls.read_tls(&mut stream) {
         Err(error) if error.kind() == ErrorKind::TimedOut => (),
         Err(error) => return Err(error),
@@ -73,9 +78,9 @@ pub(super) fn handshake(
 /// failed.
 fn alert_before_close(
     tls: &mut ClientConnection,
-    stream: &mut DeadlineStream,
+    stream: &mut DeadlineStream<'_>,
 ) -> Option<io::Error> {
-    stream.end = Instant::now() + limits::AFTER_HANDSHAKE;
+    stream.deadline = Deadline::of_connect(Instant::now() + limits::AFTER_HANDSHAKE);
     while let Ok(1..) = tls.read_tls(stream) {
         if let Err(error) = tls.process_new_packets() {
             return Some(io::Error::other(error));
@@ -84,50 +89,14 @@ fn alert_before_close(
     None
 }
 
-/// A stream with one deadline for all calls.
-struct DeadlineStream {
-    stream: TcpStream,
-    end: Instant,
-}
-
-impl DeadlineStream {
-    fn left(&self) -> io::Result<Option<Duration>> {
-        match self.end.saturating_duration_since(Instant::now()) {
-            Duration::ZERO => Err(timed_out()),
-            left => Ok(Some(left)),
-        }
+/// The error of a handshake that took too long names its limit.
+fn named_timeout(error: io::Error) -> io::Error {
+    if error.kind() != ErrorKind::TimedOut {
+        return error;
     }
-}
-
-fn timed_out() -> io::Error {
     let seconds = limits::CONNECT.as_secs();
-    io::Error::new(
-        ErrorKind::TimedOut,
-        format!("the handshake was not complete within {seconds} s"),
-    )
-}
-
-/// The system reports a timeout as `WouldBlock`.
-fn with_timeout(error: io::Error) -> io::Error {
-    if error.kind() == ErrorKind::WouldBlock { timed_out() } else { error }
-}
-
-impl Read for DeadlineStream {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        self.stream.set_read_timeout(self.left()?)?;
-        self.stream.read(buffer).map_err(with_timeout)
-    }
-}
-
-impl Write for DeadlineStream {
-    fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
-        self.stream.set_write_timeout(self.left()?)?;
-        self.stream.write(buffer).map_err(with_timeout)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.stream.flush()
-    }
+    let problem = format!("the handshake was not complete within {seconds} s");
+    io::Error::new(ErrorKind::TimedOut, problem)
 }
 
 /// Records whether the peer requested our certificate. The master does; a proxy that terminates TLS
@@ -226,10 +195,9 @@ impl ServerCertVerifier for RecordingVerifier {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
     use std::net::TcpListener;
     use std::path::Path;
-
-    use socket2::SockRef;
 
     use super::*;
     use crate::credentials::bundle::Bundle;
@@ -242,11 +210,9 @@ mod tests {
         authority
             .write_bundle(&authority.issue(Role::Worker("w".to_owned())).unwrap(), dir)
             .unwrap();
-        let provider = verifier::provider();
-        let bundle = Bundle::load(dir, &provider).unwrap();
-        let server_verifier =
-            verifier::verifier(&bundle.roots, MasterIdentity::Name, &name(), &provider);
-        verifier::client_config(&bundle.identity, server_verifier, &provider).unwrap()
+        let bundle = Bundle::load(dir).unwrap();
+        let server_verifier = verifier::verifier(&bundle.roots, MasterIdentity::Name, &name());
+        verifier::client_config(&bundle.identity, server_verifier).unwrap()
     }
 
     fn name() -> ServerName<'static> {

@@ -15,8 +15,8 @@ use crate::limits;
 use crate::status::AppliedTopology;
 use crate::status::decnet::StatusProbe;
 use crate::status::docker::DockerState;
-use crate::status::place::{Located, NotLocated};
-use crate::text::sanitize;
+use crate::status::place::{LocateError, StateFileLocation};
+use crate::text::{counted, sanitize};
 
 /// The step of the state file.
 pub(super) fn state_file(options: &RunOptions, probe: &StatusProbe) -> Step {
@@ -35,7 +35,7 @@ pub(super) fn state_file(options: &RunOptions, probe: &StatusProbe) -> Step {
 /// problem.
 fn located_step(
     named: Option<&str>,
-    located: &Located,
+    located: &StateFileLocation,
     problem: Option<&String>,
     deckies: Option<usize>,
 ) -> Step {
@@ -67,12 +67,12 @@ fn located_step(
     step.fact("file", file).fact("from", from).fact("deckies", deckies)
 }
 
-fn unlocated_step(problem: &NotLocated) -> Step {
+fn unlocated_step(problem: &LocateError) -> Step {
     let advice = match problem {
-        NotLocated::Absent(_) => {
+        LocateError::Absent(_) => {
             "if DECNET is installed elsewhere, name its decnet-state.json with"
         }
-        NotLocated::Unreadable(_) => {
+        LocateError::Unreadable(_) => {
             "let this user read that folder, or name DECNET's decnet-state.json with"
         }
     };
@@ -83,38 +83,33 @@ fn unlocated_step(problem: &NotLocated) -> Step {
         .fact("deckies", None::<usize>)
 }
 
-/// `1 decky`, `2 deckies`
-fn counted(count: usize, singular: &str, plural: &str) -> String {
-    format!("{count} {}", if count == 1 { singular } else { plural })
-}
-
 /// The step of Docker.
 pub(super) fn docker(options: &RunOptions, probe: &StatusProbe) -> Step {
     let socket = sanitize_path(options.docker_socket());
     let from = options.docker_socket.as_ref().map_or("default", |_| "--docker-socket");
-    docker_step(&socket, from, &probe.engine, probe.states_problem())
+    docker_step(&socket, from, &probe.docker, probe.states_problem())
 }
 
 /// Names the request that failed, and the consequence. `states`: why the states of containers, or
 /// of some deckies' containers, are unknown, as of [`StatusProbe::states_problem`]. It is set
 /// whenever the containers are unknown.
-fn docker_step(socket: &str, from: &str, engine: &DockerState, states: Option<&str>) -> Step {
-    let containers = engine.containers.as_ref().map(|containers| containers.states.len());
-    let bridges = engine.networks.as_ref().map(|networks| networks.bridges.len());
+fn docker_step(socket: &str, from: &str, docker: &DockerState, states: Option<&str>) -> Step {
+    let containers = docker.containers.as_ref().map(|containers| containers.states.len());
+    let bridges = docker.networks.as_ref().map(|networks| networks.bridges.len());
     let container_count = counted(containers.unwrap_or(0), "container", "containers");
     let bridge_count = bridges.map(|count| counted(count, "bridge network", "bridge networks"));
     let step = match (states, bridge_count) {
         (None, Ok(bridges)) => {
             let step =
                 Step::good("docker", format!("{socket} ({from}): {container_count}, {bridges}"));
-            match engine.left_out() {
+            match docker.left_out() {
                 Some(left_out) => step.advise(left_out),
                 None => step,
             }
         }
         (None, Err(problem)) => Step::bad(
             "docker",
-            format!("{problem} ({from}); {container_count}"),
+            format!("{problem} (socket: {from}); {container_count}"),
             "Docker, or the proxy of its socket, must answer /networks with a list; until then \
              beats contain the deckies, but not the observed topology",
         ),
@@ -126,13 +121,13 @@ fn docker_step(socket: &str, from: &str, engine: &DockerState, states: Option<&s
         ),
         (Some(problem), Ok(bridges)) => Step::bad(
             "docker",
-            format!("{problem} ({from}); {bridges}"),
+            format!("{problem} (socket: {from}); {bridges}"),
             "Docker, or the proxy of its socket, must answer /containers/json with a list; until \
              then beats contain no decky",
         ),
         (Some(problem), Err(_)) => Step::bad(
             "docker",
-            format!("{problem} ({from})"),
+            format!("{problem} (socket: {from})"),
             "start Docker, let this user use its socket, or name another socket with \
              --docker-socket; until then beats contain no decky",
         ),
@@ -176,7 +171,7 @@ pub(super) fn output_file(name: &'static str, path: &Path, own: Option<&str>) ->
         return Step::bad(name, problem, "name another file").fact("file", file);
     }
     let advice = "create its folder, let this user write into it, or free disk space";
-    match (files::replaceable(path), check_room(folder(path))) {
+    match (files::check_replaceable(path), check_room(folder(path))) {
         (Ok(()), Ok(())) => Step::good(name, format!("{file} can be written")),
         (_, Err(problem)) => Step::bad(name, format!("{file}: {problem}"), advice),
         (Err(error), Ok(())) => Step::bad(
@@ -205,16 +200,17 @@ pub(super) fn check_room(folder: &Path) -> Result<(), String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cli::log_line::Style;
     use crate::status::docker::{Containers, Networks};
 
     fn shown(step: Step) -> String {
-        step.text(false, None)
+        step.text(Style::Plain, None)
     }
 
     #[test]
     fn state_file_is_shown_with_the_way_it_was_found() {
         let folder = "/opt/decnet/venv/lib/python3.11/site-packages";
-        let located = Located {
+        let located = StateFileLocation {
             file: format!("{folder}/decnet-state.json").into(),
             package: Some(format!("{folder}/decnet").into()),
         };
@@ -228,7 +224,7 @@ mod tests {
 
     #[test]
     fn missing_state_file_fails_with_advice() {
-        let text = shown(unlocated_step(&NotLocated::Absent("/opt/decnet".to_owned())));
+        let text = shown(unlocated_step(&LocateError::Absent("/opt/decnet".to_owned())));
         let not_found = "✗ state-file    the state file was not found: DECNET's Python package is \
             not in /opt/decnet\n";
         assert!(
@@ -236,7 +232,7 @@ mod tests {
             "{text}"
         );
         let text =
-            shown(unlocated_step(&NotLocated::Unreadable("/opt: Permission denied".to_owned())));
+            shown(unlocated_step(&LocateError::Unreadable("/opt: Permission denied".to_owned())));
         let unknown = "✗ state-file    cannot locate the state file: /opt: Permission denied\n";
         assert!(
             text.starts_with(unknown) && text.contains("→ let this user read that folder"),
@@ -246,7 +242,7 @@ mod tests {
 
     #[test]
     fn named_state_file_is_shown_with_its_option_or_variable() {
-        let located = Located { file: "/x".into(), package: None };
+        let located = StateFileLocation { file: "/x".into(), package: None };
         let text = shown(located_step(Some(STATE_FILE_VARIABLE), &located, None, Some(1)));
         assert_eq!(text, "✓ state-file    /x (DECNET_HEARTBEAT_STATE_FILE): 1 decky\n");
         let problem = "state file /x: EOF".to_owned();
@@ -272,7 +268,7 @@ mod tests {
             shown(DockerState { containers: containers(2), networks: Err(refused("/networks")) });
         assert!(
             text.starts_with(
-                "✗ docker        Docker at /s: /networks: answered 403 (default); 2 containers\n"
+                "✗ docker        Docker at /s: /networks: answered 403 (socket: default); 2 containers\n"
             ),
             "{text}"
         );
@@ -286,7 +282,7 @@ mod tests {
             shown(DockerState { containers: Err(refused("/containers")), networks: networks(1) });
         assert!(
             text.starts_with(
-                "✗ docker        Docker at /s: /containers: answered 403 (default); \
+                "✗ docker        Docker at /s: /containers: answered 403 (socket: default); \
                 1 bridge network\n"
             ),
             "{text}"

@@ -1,6 +1,6 @@
 //! Checks the connection to the master: its name, TCP, TLS, and one beat. Runs on the main thread.
 
-use std::io::ErrorKind;
+use std::io::{self, ErrorKind};
 use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
@@ -10,7 +10,7 @@ use rustls::client::ResolvesClientCert;
 use rustls::client::danger::ServerCertVerifier;
 use rustls::pki_types::{CertificateDer, ServerName};
 
-use super::certificate::Described;
+use super::certificate::CertificateInfo;
 use super::handshake::{self, HandshakeInfo, RecordingResolver, RecordingVerifier};
 use super::steps::{Checklist, Step};
 use crate::credentials::bundle::Bundle;
@@ -40,7 +40,7 @@ pub(super) fn check(
     list.add(step);
     let probe = bundle.map(|bundle| MasterProbe::new(enrolment, bundle, rule)).transpose();
     let not_tried = || Step::not_tried("tls", "needs a connection and a valid bundle");
-    let reached = Reached::of(&addresses, |stream| match &probe {
+    let reached = ConnectionSteps::of(&addresses, |stream| match &probe {
         Ok(Some(probe)) => probe.handshake(stream),
         Ok(None) | Err(_) => not_tried(),
     });
@@ -57,6 +57,9 @@ pub(super) fn check(
     });
     Ok(())
 }
+
+const CHECK_NAME: &str = "correct the master's name, check the DNS configuration of this host, or \
+                          configure the master's IP address";
 
 /// Resolves the master's name.
 fn name(enrolment: &Enrolment) -> (Step, Vec<SocketAddr>) {
@@ -75,28 +78,27 @@ fn name(enrolment: &Enrolment) -> (Step, Vec<SocketAddr>) {
         }
         Err(error) => {
             let advice = match &error {
-                ureq::Error::Other(cause) => cause.downcast_ref().map(LookupFailed::advice),
+                ureq::Error::Other(cause) => {
+                    cause.downcast_ref().map(|failed: &LookupFailed| failed.advice)
+                }
                 _ => None,
             };
-            let advice = advice.unwrap_or(
-                "check the name service of this host, or configure the master's address instead \
-                 of its name",
-            );
-            (Step::bad("name", format!("{host}: {}", explain(&error)), advice), Vec::new())
+            let problem = format!("{host}: {}", explain(&error));
+            (Step::bad("name", problem, advice.unwrap_or(CHECK_NAME)), Vec::new())
         }
     }
 }
 
 /// The steps TCP and TLS of the first address that works. If none does, of the first address that
 /// accepts a connection.
-struct Reached {
+struct ConnectionSteps {
     tcp: Step,
     tls: Option<Step>,
     /// All addresses, the one that works first.
     addresses: Vec<SocketAddr>,
 }
 
-impl Reached {
+impl ConnectionSteps {
     fn of(addresses: &[SocketAddr], handshake: impl Fn(TcpStream) -> Step) -> Self {
         let mut tcp = Step::not_tried("tcp", "needs an address");
         let mut tls = None;
@@ -124,7 +126,8 @@ impl Reached {
                 None => connected.message().to_owned(),
             });
             if tls.is_none() {
-                (tcp, tls) = (connected, tls_step);
+                tcp = connected;
+                tls = tls_step;
             }
         }
         Self { tcp, tls, addresses: addresses.to_vec() }
@@ -133,35 +136,30 @@ impl Reached {
 
 fn connect(address: SocketAddr, timeout: Duration) -> (Step, Option<TcpStream>) {
     let since = Instant::now();
-    match TcpStream::connect_timeout(&address, timeout) {
-        Ok(stream) => {
-            let took = since.elapsed();
-            let step = Step::good("tcp", format!("connected to {address} in {}", ms(took)));
-            (step.fact("address", address.to_string()).fact("ms", millis(took)), Some(stream))
+    let connected = TcpStream::connect_timeout(&address, timeout);
+    let took = since.elapsed();
+    let step = match &connected {
+        Ok(_) => Step::good("tcp", format!("connected to {address} in {}", ms(took)))
+            .fact("ms", millis(took)),
+        Err(error) => Step::bad("tcp", format!("{address}: {error}"), connect_advice(error)),
+    };
+    (step.fact("address", address.to_string()), connected.ok())
+}
+
+fn connect_advice(error: &io::Error) -> &'static str {
+    match error.kind() {
+        ErrorKind::ConnectionRefused => {
+            "start the master's swarm controller, or correct the master's port"
         }
-        Err(error) => {
-            let advice = match error.kind() {
-                ErrorKind::ConnectionRefused => {
-                    "start the master's swarm controller, or correct the master's port"
-                }
-                ErrorKind::InvalidInput | ErrorKind::AddrNotAvailable | ErrorKind::Unsupported => {
-                    "correct the master's host: this host cannot connect to this kind of address"
-                }
-                _ if matches!(
-                    error.raw_os_error(),
-                    Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS)
-                ) =>
-                {
-                    "raise the limits of this host: no socket is left"
-                }
-                _ => "check the route to the master, and its firewalls",
-            };
-            (
-                Step::bad("tcp", format!("{address}: {error}"), advice)
-                    .fact("address", address.to_string()),
-                None,
-            )
+        ErrorKind::InvalidInput | ErrorKind::AddrNotAvailable | ErrorKind::Unsupported => {
+            "correct the master's host: this host cannot connect to this kind of address"
         }
+        _ => match error.raw_os_error() {
+            Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS) => {
+                "raise the limits of this host: no socket is left"
+            }
+            _ => "check the route to the master, and its firewalls",
+        },
     }
 }
 
@@ -191,13 +189,11 @@ impl<'a> MasterProbe<'a> {
         rule: MasterIdentity,
     ) -> Result<Self, Error> {
         let name = server_name(enrolment)?;
-        let provider = verifier::provider();
-        let inner = verifier::verifier(&bundle.roots, rule, &name, &provider);
+        let inner = verifier::verifier(&bundle.roots, rule, &name);
         let recording = Arc::new(RecordingVerifier::new(inner));
         let config = verifier::client_config(
             &bundle.identity,
             Arc::clone(&recording) as Arc<dyn ServerCertVerifier>,
-            &provider,
         )?;
         let mut config = ClientConfig::clone(&config);
         let resolver =
@@ -220,7 +216,7 @@ impl<'a> MasterProbe<'a> {
         self.verifier.reset();
         let result = handshake::handshake(&self.config, &self.name, stream);
         let presented = self.verifier.presented();
-        let described = presented.as_ref().and_then(|der| Described::of(der).ok());
+        let described = presented.as_ref().and_then(|der| CertificateInfo::of(der).ok());
         let now = SystemTime::now();
         let peer = described.as_ref().map_or_else(String::new, |peer| {
             format!("; {} for {}, {}", peer.subject, peer.names(), peer.validity(now))
@@ -255,7 +251,7 @@ impl<'a> MasterProbe<'a> {
     }
 
     /// Adds what to do about a peer whose certificate was accepted.
-    fn advise(&self, step: Step, peer: Option<&Described>, now: SystemTime) -> Step {
+    fn advise(&self, step: Step, peer: Option<&CertificateInfo>, now: SystemTime) -> Step {
         match peer {
             _ if !self.resolver.was_requested() => step.advise(NOT_REQUESTED),
             // The rule is a fingerprint, which does not check dates.
@@ -289,15 +285,18 @@ impl<'a> MasterProbe<'a> {
     /// Sends one beat as `run` does, without deltas.
     fn beat(&self, snapshot: &Snapshot, addresses: &[SocketAddr]) -> Step {
         let host = self.enrolment.host_uuid().value();
-        let body = serde_json::to_vec(&Body::of(host, snapshot, &[]));
+        let body = match serde_json::to_vec(&Body::of(host, snapshot, &[])) {
+            Ok(body) => body,
+            Err(error) => {
+                let problem = format!("nothing was sent: the body cannot be serialized: {error}");
+                return Step::bad("beat", problem, CHECK_CONTENTS);
+            }
+        };
         let master = client(self.enrolment, &self.name, &self.config);
         master.use_addresses(addresses);
-        let reply = match body {
-            Ok(body) => master.post(&body, limits::POST),
-            Err(error) => PostResult::invalid_body(&error),
-        };
+        let PostResult { verdict, class, detail, took, resumed, .. } =
+            master.post(&body, limits::POST);
         let fingerprint = &self.bundle.certificate.fingerprint;
-        let PostResult { verdict, class, detail, took, resumed, .. } = reply;
         let session = if resumed { "session resumed" } else { "new session" };
         let result = match verdict {
             Verdict::NoResponse => format!("{class} after {}", ms(took)),
@@ -318,7 +317,10 @@ impl<'a> MasterProbe<'a> {
     }
 }
 
-const WRONG_SERVER: &str = "check that DECNET's swarm controller uses this address and this port";
+const WRONG_SERVER: &str =
+    "check that DECNET's swarm controller listens at this address, and that the port is right";
+const CHECK_CONTENTS: &str = "check the contents of the state file and of topology.db; until then \
+                              run sends beats without a status";
 
 /// What the end of a beat means, and what to do if it was not accepted.
 fn explain_verdict(
@@ -331,7 +333,7 @@ fn explain_verdict(
         Verdict::HostRejected if class == "http-404" => (
             "the master does not know this host",
             "enrol this host again: it was never enrolled there, or was decommissioned; if it is \
-             enrolled, check that this master's swarm controller uses this address",
+             enrolled, check that this master's swarm controller listens at this address",
         ),
         Verdict::HostRejected => {
             let advice = format!(
@@ -341,23 +343,18 @@ fn explain_verdict(
             );
             return ("the master does not accept this host's certificate", Some(advice));
         }
-        Verdict::BodyRejected => explain_rejected_body(class),
-        Verdict::RetryLater(_) => explain_retry(class),
+        Verdict::BodyRejected | Verdict::RetryLater(_) => explain_answer(verdict, class),
         Verdict::NoResponse => explain_no_response(class),
     };
     (meaning, Some(advice.to_owned()))
 }
 
-fn explain_rejected_body(class: &str) -> (&'static str, &'static str) {
+fn explain_answer(verdict: Verdict, class: &str) -> (&'static str, &'static str) {
     match class {
-        "unwritten" => (
-            "nothing was sent, because the body could not be written",
-            "check the contents of the state file and of topology.db",
-        ),
         "http-413" => (
             "the body is too large",
-            "let the proxy in front of the master accept larger bodies; until then run beats \
-             without a status",
+            "let the proxy in front of the master accept larger bodies; until then run sends \
+             beats without a status",
         ),
         // nginx answers so if it terminates TLS and requires a certificate.
         "http-400" => (
@@ -365,16 +362,6 @@ fn explain_rejected_body(class: &str) -> (&'static str, &'static str) {
             "if the answer mentions certificates, let the proxy in front of the master pass TLS \
              through; otherwise check the contents of the state file and of topology.db",
         ),
-        _ => (
-            "the master rejected the body",
-            "check the contents of the state file and of topology.db; until then run beats \
-             without a status",
-        ),
-    }
-}
-
-fn explain_retry(class: &str) -> (&'static str, &'static str) {
-    match class {
         "http-502" | "http-503" | "http-504" => (
             "the master cannot accept beats now",
             "check the master's log; a proxy in front of the master must reach it and pass TLS \
@@ -387,6 +374,7 @@ fn explain_retry(class: &str) -> (&'static str, &'static str) {
         class if class.starts_with("http-5") => {
             ("the master failed", "check the master's log; run tries again")
         }
+        _ if verdict == Verdict::BodyRejected => ("the master rejected the body", CHECK_CONTENTS),
         _ => ("the answer is not from a DECNET master", WRONG_SERVER),
     }
 }
@@ -397,11 +385,7 @@ fn explain_no_response(class: &str) -> (&'static str, &'static str) {
         "tls" => {
             ("no answer: TLS failed", "see the step tls, and the master's log; run tries again")
         }
-        "name" | "timeout-resolve" => (
-            "the master's name cannot be resolved",
-            "correct the master's name, check the name service of this host, or configure the \
-             master's address instead of its name",
-        ),
+        "dns" | "timeout-resolve" => ("the master's name cannot be resolved", CHECK_NAME),
         "refused" => (
             "the connection was refused: nothing listens there any more",
             "start the master's swarm controller; run tries again",
@@ -429,6 +413,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+    use crate::cli::log_line::Style;
     use crate::loopback::LoopbackMaster;
 
     #[test]
@@ -440,18 +425,18 @@ mod tests {
             true => Step::good("tls", "TLS 1.3"),
             false => Step::bad("tls", "connection-closed", ""),
         };
-        let reached = Reached::of(&[closed, bad, good], handshake);
+        let reached = ConnectionSteps::of(&[closed, bad, good], handshake);
         assert!(reached.tcp.is_good() && reached.tls.unwrap().is_good());
         assert_eq!(
             reached.addresses,
             [good, closed, bad],
             "the beat uses the address that works first"
         );
-        let text = reached.tcp.text(false, None);
+        let text = reached.tcp.text(Style::Plain, None);
         assert!(text.contains(&format!("{closed}: Connection refused")), "{text}");
-        assert!(text.contains(&format!("{bad}: closed")), "{text}");
+        assert!(text.contains(&format!("{bad}: connection-closed")), "{text}");
         // None works: the steps are those of the first that accepts a connection.
-        let reached = Reached::of(&[closed, bad], handshake);
+        let reached = ConnectionSteps::of(&[closed, bad], handshake);
         assert!(reached.tcp.is_good() && reached.tls.is_some_and(|tls| !tls.is_good()));
     }
 
@@ -460,7 +445,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let master = LoopbackMaster::start().unwrap();
         let worker = master.enrol(dir.path()).unwrap();
-        let bundle = Bundle::load(dir.path(), &verifier::provider()).unwrap();
+        let bundle = Bundle::load(dir.path()).unwrap();
         // A name that cannot be resolved.
         let enrolment = Enrolment::new(&worker.uuid, "nowhere.invalid", dir.path()).unwrap();
         let probe = MasterProbe::new(&enrolment, &bundle, MasterIdentity::Name).unwrap();
@@ -477,7 +462,7 @@ mod tests {
             ("unreachable", "check the route"),
             ("timeout-connect", "check the route"),
             ("tls", "see the step tls"),
-            ("invalid-response", "this address and this port"),
+            ("invalid-response", "that the port is right"),
             ("connection-closed", "check the master's log"),
         ] {
             let (_, found) = explain_verdict(Verdict::NoResponse, class, "");

@@ -10,6 +10,7 @@ use std::time::{Duration, SystemTime};
 use nix::unistd::geteuid;
 use rustix::fs::{Access, access};
 
+use super::super::own_files::OUTBOX_SUFFIXES;
 use super::host::check_room;
 use super::others_advice;
 use super::steps::Step;
@@ -17,13 +18,9 @@ use crate::delta::from_micros;
 use crate::error::{chain, sanitize_path};
 use crate::files::{beside, folder};
 use crate::folder_access::other_folder;
-use crate::limits;
-use crate::outbox::queued::{QueueCounts, UnjudgedRow};
+use crate::outbox::queued::{QueueCounts, StuckRow};
 use crate::outbox::{self, OutboxLocation, OutboxSummary, deliverer};
 use crate::sqlite::files::DatabaseFile;
-
-/// The suffixes of an outbox's files.
-const FILES: [&str; 5] = ["", "-journal", "-wal", "-shm", "-lock"];
 
 const CONSEQUENCE: &str = "until then deltas are in memory and do not survive a restart";
 
@@ -34,36 +31,17 @@ pub(super) fn step(location: &OutboxLocation, agent_dir: Option<&Path>) -> Step 
     let Some(path) = location.path(agent_dir.unwrap_or(Path::new(""))).filter(|_| known) else {
         return Step::not_tried("outbox", "needs the agent dir");
     };
-    let file = sanitize_path(&path);
     let folder = folder(&path);
-    // `check_room` reports problems of the folder itself.
-    let sharing = Users::of(folder).map_or(Sharing::Shared, |users| users.sharing(&path));
-    let step = match (&sharing, path.symlink_metadata(), check_room(folder)) {
-        (Sharing::Unusable { problem, advice }, ..) => {
-            Step::bad("outbox", problem, format!("{advice}; {CONSEQUENCE}"))
-        }
-        (_, _, Err(problem)) => unusable(format!("{file}: {problem}")),
-        (_, Err(error), _) if error.kind() == io::ErrorKind::NotFound => {
-            Step::good("outbox", format!("{file}: does not exist yet; run creates it"))
-        }
-        (_, Err(error), _) => unusable(format!("{file}: {error}")),
-        (_, Ok(_), Ok(())) => existing(&path),
+    // `step_of_file` reports problems of the folder itself.
+    let sharing = Users::of(folder).map_or(Ok(None), |users| users.sharing(&path));
+    let (step, sharing_advice) = match sharing {
+        Ok(advice) => (step_of_file(&path, folder), advice),
+        Err(step) => (step, None),
     };
-    let sharing_advice = if let Sharing::Unshared(advice) = sharing { Some(advice) } else { None };
     let other_folder = agent_dir.map_or(Some(folder), |agent_dir| other_folder(&path, agent_dir));
     let advice = [other_folder.and_then(others_advice), sharing_advice];
-    advice.into_iter().flatten().fold(step, Step::advise_first).fact("file", file)
-}
-
-/// Which users can use an outbox.
-#[derive(Debug)]
-enum Sharing {
-    /// Root and the owner of the folder. This user is one of them.
-    Shared,
-    /// This user, but not both of them. What to do.
-    Unshared(String),
-    /// Not this user.
-    Unusable { problem: String, advice: String },
+    let step = advice.into_iter().flatten().fold(step, Step::advise_first);
+    step.fact("file", sanitize_path(&path))
 }
 
 /// The users of an outbox. Its files have mode 0600. A process accepts files of its own user, of
@@ -87,65 +65,45 @@ impl Users {
         })
     }
 
-    fn sharing(&self, path: &Path) -> Sharing {
-        let mut sharing = if self.may_share() {
-            Sharing::Shared
-        } else {
-            Sharing::Unshared(self.run_as_another())
-        };
-        for file in FILES.map(|part| beside(path, part)) {
-            match DatabaseFile::open(&file) {
-                Ok(None) => (),
-                Ok(Some(place)) => match self.sharing_of(&place) {
-                    Sharing::Shared => (),
-                    Sharing::Unshared(advice) => sharing = Sharing::Unshared(advice),
-                    unusable => return unusable,
-                },
-                Err(error) => {
-                    return Sharing::Unusable {
-                        problem: format!("{}: {error}", sanitize_path(&file)),
-                        advice: "the files of an outbox must be regular files with one link"
-                            .to_owned(),
-                    };
-                }
+    /// What to do so that both root and the owner of the folder can use the outbox. `None`: they
+    /// can. The error is the step if this user cannot use it.
+    fn sharing(&self, path: &Path) -> Result<Option<String>, Step> {
+        let mut advice = (!self.may_share()).then(|| self.run_as_another());
+        for file in OUTBOX_SUFFIXES.map(|suffix| beside(path, suffix)) {
+            let opened = DatabaseFile::open(&file).map_err(|error| {
+                let problem = format!("{}: {error}", sanitize_path(&file));
+                failed(problem, "the files of an outbox must be regular files with one link")
+            })?;
+            if let Some(database) = opened {
+                advice = self.sharing_of(&database)?.or(advice);
             }
         }
-        sharing
+        Ok(advice)
     }
 
-    fn sharing_of(&self, place: &DatabaseFile) -> Sharing {
-        let file_owner = place.metadata.uid();
-        let path = &place.path;
+    /// As [`sharing`](Self::sharing), for one file.
+    fn sharing_of(&self, database: &DatabaseFile) -> Result<Option<String>, Step> {
+        let file_owner = database.metadata.uid();
+        let path = &database.path;
         let is_accessible =
             || self.own == 0 || access(path, Access::READ_OK | Access::WRITE_OK).is_ok();
         let is_usable =
             file_owner == self.own || ([0, self.owner].contains(&file_owner) && is_accessible());
         let file = sanitize_path(path);
-        let problem = format!(
-            "{file} belongs to {}, and its folder to {}",
-            named(file_owner),
-            named(self.owner)
-        );
+        let belongs = format!("{file} belongs to {}", named(file_owner));
+        let problem = format!("{belongs}, and its folder to {}", named(self.owner));
         let chown = format!("chown {}:{} {file}", self.owner, self.group);
         match (is_usable, file_owner == self.owner) {
-            (true, true) => Sharing::Shared,
+            (true, true) => Ok(None),
             (true, false) if self.may_share() => {
-                Sharing::Unshared(format!("{problem}, who cannot use it: {chown}"))
+                Ok(Some(format!("{problem}, who cannot use it: {chown}")))
             }
-            (true, false) => {
-                Sharing::Unshared(format!("{problem}: {chown}; {}", self.run_as_another()))
+            (true, false) => Ok(Some(format!("{problem}: {chown}; {}", self.run_as_another()))),
+            (false, true) => {
+                let problem = format!("{belongs}, but check runs as {}", named(self.own));
+                Err(failed(problem, &self.run_as_another()))
             }
-            (false, true) => Sharing::Unusable {
-                problem: format!(
-                    "{file} belongs to {}, but check runs as {}",
-                    named(file_owner),
-                    named(self.own)
-                ),
-                advice: self.run_as_another(),
-            },
-            (false, false) => {
-                Sharing::Unusable { problem, advice: format!("{chown}, or move the file away") }
-            }
+            (false, false) => Err(failed(problem, &format!("{chown}, or move the file away"))),
         }
     }
 
@@ -168,19 +126,34 @@ fn named(user: u32) -> String {
     if user == 0 { "root".to_owned() } else { format!("user {user}") }
 }
 
-fn unusable(problem: impl Into<String>) -> Step {
-    let advice = "let this user write there, free disk space, or name another file with --outbox \
-                  (run replaces a corrupt file)";
+/// The step if this user cannot use the outbox.
+fn failed(problem: String, advice: &str) -> Step {
     Step::bad("outbox", problem, format!("{advice}; {CONSEQUENCE}"))
 }
 
-/// The step of an existing file, which is only read.
-fn existing(path: &Path) -> Step {
+fn unusable(problem: String) -> Step {
+    let advice = "let this user write there, free disk space, or name another file with --outbox \
+                  (run replaces a corrupt file)";
+    failed(problem, advice)
+}
+
+/// The step of the file. An existing one is only read.
+fn step_of_file(path: &Path, folder: &Path) -> Step {
     let file = sanitize_path(path);
+    if let Err(problem) = check_room(folder) {
+        return unusable(format!("{file}: {problem}"));
+    }
+    match path.symlink_metadata() {
+        Ok(_) => (),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            return Step::good("outbox", format!("{file}: does not exist yet; run creates it"));
+        }
+        Err(error) => return unusable(format!("{file}: {error}")),
+    }
     if let Err(error) = access(path, Access::READ_OK | Access::WRITE_OK) {
         return unusable(format!("{file} cannot be written: {error}"));
     }
-    let OutboxSummary { counts, stuck } = match outbox::look(path) {
+    let OutboxSummary { counts, stuck } = match outbox::summarize(path) {
         Ok(Some(summary)) => summary,
         Ok(None) => {
             return Step::good("outbox", format!("{file}: has an older format; run migrates it"));
@@ -200,7 +173,7 @@ fn is_readable_by_others(file: &Path) -> bool {
         .is_ok_and(|metadata| metadata.is_file() && metadata.permissions().mode() & 0o077 != 0)
 }
 
-fn counted_step(path: &Path, counts: QueueCounts, stuck: &[UnjudgedRow]) -> Step {
+fn counted_step(path: &Path, counts: QueueCounts, stuck: &[StuckRow]) -> Step {
     let QueueCounts { waiting, held, operations, rejected, oldest } = counts;
     let age = oldest.and_then(|at| SystemTime::now().duration_since(from_micros(at)).ok());
     let age = age.map(|age| Duration::from_secs(age.as_secs()));
@@ -243,12 +216,10 @@ fn counted_step(path: &Path, counts: QueueCounts, stuck: &[UnjudgedRow]) -> Step
 }
 
 /// The operations whose processes have had an unknown state for a day.
-fn stuck_rows(stuck: &[UnjudgedRow]) -> String {
-    let named: Vec<_> =
-        stuck.iter().take(limits::OUTBOX_STUCK_NAMED).map(UnjudgedRow::to_string).collect();
-    if named.is_empty() {
+fn stuck_rows(stuck: &[StuckRow]) -> String {
+    if stuck.is_empty() {
         String::new()
     } else {
-        format!("; {} stuck: {}", stuck.len(), named.join(", "))
+        format!("; {} stuck: {}", stuck.len(), StuckRow::list(stuck))
     }
 }

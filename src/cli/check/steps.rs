@@ -7,15 +7,17 @@ use std::process::ExitCode;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
+use super::super::arguments::CheckOptions;
+use super::super::log_line::Style;
 use super::super::output::{print_result, terminal_width};
-use super::super::{NOT_CONFIGURED, code_of, logging};
+use super::super::{NOT_CONFIGURED, code_of};
 use crate::error::Error;
 use crate::text::{escape_json, escape_lines};
 
 /// The result of a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
-enum Outcome {
+enum StepResult {
     Ok,
     Failed,
     /// It needs an earlier step that has failed.
@@ -26,7 +28,7 @@ enum Outcome {
 #[derive(Debug, Serialize)]
 pub(super) struct Step {
     step: &'static str,
-    outcome: Outcome,
+    outcome: StepResult,
     /// What was found, or what is wrong. On one line, safe to print.
     message: String,
     /// What to do.
@@ -39,12 +41,12 @@ pub(super) struct Step {
 }
 
 impl Step {
-    fn new(step: &'static str, outcome: Outcome, message: impl Into<String>, code: u8) -> Self {
+    fn new(step: &'static str, outcome: StepResult, message: impl Into<String>, code: u8) -> Self {
         Self { step, outcome, message: message.into(), advice: None, facts: Map::new(), code }
     }
 
     pub(super) fn good(step: &'static str, message: impl Into<String>) -> Self {
-        Self::new(step, Outcome::Ok, message, 0)
+        Self::new(step, StepResult::Ok, message, 0)
     }
 
     /// `run` would start, and not do all of its work.
@@ -53,7 +55,7 @@ impl Step {
         message: impl Into<String>,
         advice: impl Into<String>,
     ) -> Self {
-        Self::new(step, Outcome::Failed, message, 1).advise(advice)
+        Self::new(step, StepResult::Failed, message, 1).advise(advice)
     }
 
     /// `run` would not start, and exit as for this error.
@@ -63,11 +65,11 @@ impl Step {
         message: impl Into<String>,
         advice: impl Into<String>,
     ) -> Self {
-        Self::new(step, Outcome::Failed, message, code_of(error)).advise(advice)
+        Self::new(step, StepResult::Failed, message, code_of(error)).advise(advice)
     }
 
     pub(super) fn not_tried(step: &'static str, why: impl Into<String>) -> Self {
-        Self::new(step, Outcome::NotTried, format!("not tried: {}", why.into()), 0)
+        Self::new(step, StepResult::NotTried, format!("not tried: {}", why.into()), 0)
     }
 
     /// Adds what to do. A good step may have advice, too.
@@ -96,18 +98,20 @@ impl Step {
     }
 
     pub(super) fn is_good(&self) -> bool {
-        self.outcome == Outcome::Ok
+        self.outcome == StepResult::Ok
     }
 
     /// The step as text, wrapped to a terminal of this width.
-    pub(super) fn text(&self, has_colours: bool, width: Option<usize>) -> String {
+    pub(super) fn text(&self, style: Style, width: Option<usize>) -> String {
         let (mark, colour) = match self.outcome {
-            Outcome::Ok => ('✓', 32),
-            Outcome::Failed => ('✗', 31),
-            Outcome::NotTried => ('-', 2),
+            StepResult::Ok => ('✓', 32),
+            StepResult::Failed => ('✗', 31),
+            StepResult::NotTried => ('-', 2),
         };
-        let mark =
-            if has_colours { format!("\u{1b}[{colour}m{mark}\u{1b}[0m") } else { mark.to_string() };
+        let mark = match style {
+            Style::Coloured => format!("\u{1b}[{colour}m{mark}\u{1b}[0m"),
+            Style::Plain => mark.to_string(),
+        };
         let mut text = format!("{mark} {:NAME_WIDTH$}", self.step);
         push_wrapped(&mut text, INDENT, &one_line(&self.message), width);
         if let Some(advice) = &self.advice {
@@ -153,8 +157,8 @@ const INDENT: usize = NAME_WIDTH + 2;
 /// The steps so far. As text, each step is printed at once.
 pub(super) struct Checklist {
     steps: Vec<Step>,
-    json: bool,
-    has_colours: bool,
+    is_json: bool,
+    style: Style,
     /// The columns of the terminal; `None`: lines are not wrapped.
     width: Option<usize>,
     /// The error if a step could not be printed.
@@ -171,19 +175,19 @@ struct Report<'a> {
 }
 
 impl Checklist {
-    pub(super) fn new(json: bool) -> Self {
+    pub(super) fn new(options: &CheckOptions) -> Self {
         Self {
             steps: Vec::new(),
-            json,
-            has_colours: logging::has_colours(&io::stdout()),
+            is_json: options.json,
+            style: Style::of(&io::stdout()),
             width: terminal_width(),
             printed: Ok(()),
         }
     }
 
     pub(super) fn add(&mut self, step: Step) {
-        if !self.json && self.printed.is_ok() {
-            self.printed = print_result(&step.text(self.has_colours, self.width));
+        if !self.is_json && self.printed.is_ok() {
+            self.printed = print_result(&step.text(self.style, self.width));
         }
         self.steps.push(step);
     }
@@ -195,14 +199,14 @@ impl Checklist {
     /// Prints the summary, or the JSON. Fails if anything could not be printed.
     pub(super) fn finish(self) -> Result<ExitCode, Error> {
         let exit_code = self.exit_code();
-        let rest = if self.json { self.report(exit_code) } else { summary(exit_code) };
+        let rest = if self.is_json { self.report(exit_code) } else { summary(exit_code) };
         self.printed?;
         print_result(&rest)?;
         Ok(ExitCode::from(exit_code))
     }
 
     fn report(&self, exit_code: u8) -> String {
-        let works = self.steps.iter().all(|step| step.outcome != Outcome::Failed);
+        let works = self.steps.iter().all(|step| step.outcome != StepResult::Failed);
         let report =
             Report { version: env!("CARGO_PKG_VERSION"), works, exit_code, steps: &self.steps };
         // Serializing strings and numbers cannot fail.
@@ -226,10 +230,13 @@ mod tests {
     #[test]
     fn message_and_advice_are_lines() {
         let step = Step::bad("tcp", "refused", "start it");
-        assert_eq!(step.text(false, None), "✗ tcp           refused\n                → start it\n");
-        assert!(step.text(true, None).starts_with("\u{1b}[31m✗\u{1b}[0m tcp "));
         assert_eq!(
-            Step::not_tried("tls", "needs tcp").text(false, None),
+            step.text(Style::Plain, None),
+            "✗ tcp           refused\n                → start it\n"
+        );
+        assert!(step.text(Style::Coloured, None).starts_with("\u{1b}[31m✗\u{1b}[0m tcp "));
+        assert_eq!(
+            Step::not_tried("tls", "needs tcp").text(Style::Plain, None),
             "- tls           not tried: needs tcp\n"
         );
     }
@@ -238,14 +245,14 @@ mod tests {
     fn lines_fit_the_terminal() {
         let step = Step::bad("tcp", "127.0.0.1:8443: Connection refused", "start the controller");
         assert_eq!(
-            step.text(false, Some(40)),
+            step.text(Style::Plain, Some(40)),
             "✗ tcp           127.0.0.1:8443:\n                Connection refused\n\
              \x20               → start the controller\n"
         );
         let path = "x".repeat(60);
         let step = Step::good("ca.crt", format!("file {path} is good"));
         assert_eq!(
-            step.text(false, Some(60)),
+            step.text(Style::Plain, Some(60)),
             format!("✓ ca.crt        file\n{:16}{path}\n{:16}is good\n", "", "")
         );
     }
@@ -255,8 +262,8 @@ mod tests {
         let exit = |steps: Vec<Step>| {
             let mut list = Checklist {
                 steps: Vec::new(),
-                json: true,
-                has_colours: false,
+                is_json: true,
+                style: Style::Plain,
                 width: None,
                 printed: Ok(()),
             };

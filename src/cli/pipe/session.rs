@@ -204,7 +204,7 @@ impl Session {
         let deckies = failed.len();
         log::warn!("the agent ended during operations; they are reported failed: rows={deckies}");
         let change = RowChange::Ended(failed, SentBy::Deliverer);
-        if let Err(error) = self.outbox.change(change, true) {
+        if let Err(error) = self.outbox.change(change) {
             let error = chain(&error);
             log::error!("could not write the end of operations: rows={deckies} error={error:?}");
         }

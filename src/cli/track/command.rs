@@ -13,22 +13,22 @@ use rustix::process::{Pid, PidfdFlags, Signal, getpgid, getpgrp, kill_process, p
 use signal_hook::consts::SIGWINCH;
 
 use super::stderr::{Outputs, Stderr};
-use crate::cli::command_signals::{Caught, Signals, wait};
-use crate::cli::output::report_error;
+use crate::cli::command_signals::{CaughtSignal, Signals, wait};
+use crate::cli::logging::report_error;
 use crate::delta::Outcome;
 use crate::limits;
 use crate::text::{last, sanitize};
 
 /// How a command ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Ended {
+pub(super) struct CommandEnd {
     pub(super) outcome: Outcome,
     /// The exit code, as of a shell: the command's own, or 128 plus the signal that ended it, 127
     /// if the command does not exist, 126 if it cannot be started.
     pub(super) code: u8,
 }
 
-impl Ended {
+impl CommandEnd {
     /// A signal arrived before the start, so the command was not started.
     pub(super) fn before_start(signal: i32) -> Self {
         let error = format!("ended by signal {signal} before the command started");
@@ -79,19 +79,19 @@ pub(super) fn run(
     outputs: Outputs,
     signals: &mut Signals,
     stderr: &mut Stderr,
-) -> Ended {
+) -> CommandEnd {
     let mut child = match start(command, outputs) {
         Ok(child) => child,
         Err(error) => {
             let name =
                 command.first().map(|name| sanitize(&name.to_string_lossy())).unwrap_or_default();
             report_error(&format!("{name}: {error}"));
-            return Ended::not_started(&name, &error);
+            return CommandEnd::not_started(&name, &error);
         }
     };
     match wait_for_end(&mut child, signals, stderr) {
-        Ok(status) => Ended::of(status, &stderr.tail()),
-        Err(error) => Ended::unknown(&error),
+        Ok(status) => CommandEnd::of(status, &stderr.tail()),
+        Err(error) => CommandEnd::unknown(&error),
     }
 }
 
@@ -142,16 +142,20 @@ fn start(command: &[OsString], outputs: Outputs) -> io::Result<Child> {
 
 /// Passes a signal on, unless it was sent to the whole process group and the command is still in
 /// it.
-fn pass_on(Caught { signal, by_process }: Caught, child: &Child, stderr: &mut Stderr) {
+fn pass_on(
+    CaughtSignal { signal, is_from_process }: CaughtSignal,
+    child: &Child,
+    stderr: &mut Stderr,
+) {
     if signal == SIGWINCH {
         // The command may have read the old size before `resize`.
-        if stderr.resize() || by_process {
+        if stderr.resize() || is_from_process {
             send(child, signal);
         }
         return;
     }
     // A terminal signals a group, except that its hangup signals only the session leader.
-    let is_for_group = stderr.group_received(signal).unwrap_or(!by_process);
+    let is_for_group = stderr.group_received(signal).unwrap_or(!is_from_process);
     let is_in_our_group =
         getpgid(Some(Pid::from_child(child))).is_ok_and(|group| group == getpgrp());
     if !(is_for_group && is_in_our_group) {
@@ -161,7 +165,7 @@ fn pass_on(Caught { signal, by_process }: Caught, child: &Child, stderr: &mut St
 
 /// Passes on a signal that arrived while the command was started. Whether the command was in the
 /// group already is unknown; a signal that arrives twice is better than none.
-fn pass_on_at_start(caught: Caught, child: &Child, stderr: &mut Stderr) {
+fn pass_on_at_start(caught: CaughtSignal, child: &Child, stderr: &mut Stderr) {
     if caught.signal == SIGWINCH {
         return pass_on(caught, child, stderr);
     }

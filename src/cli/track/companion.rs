@@ -30,7 +30,6 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{Mode, OFlags, fcntl_getfl, fcntl_setfl, open};
 use rustix::io::{Errno, read, write};
 use rustix::net::{RecvFlags, SendFlags, recv, send};
-use rustix::termios::{tcgetwinsize, tcsetwinsize};
 use signal_hook::iterator::backend::SignalDelivery;
 use signal_hook::iterator::exfiltrator::SignalOnly;
 
@@ -46,8 +45,6 @@ pub(super) const READY: u8 = b'r';
 /// Did the companion receive the signal of the argument since the last such request? The response
 /// is one byte, 1 or 0.
 pub(super) const SIGNAL: u8 = b's';
-/// Gives the pseudoterminal the size of the terminal.
-pub(super) const SIZE: u8 = b'z';
 /// The response is the tail of the output.
 pub(super) const TAIL: u8 = b't';
 /// Everything before the tail request is written. The second response to [`TAIL`], of one byte: 1
@@ -113,7 +110,7 @@ struct Ready {
 
 impl Companion {
     fn start() -> io::Result<Self> {
-        // At the file size limit the real stderr fails, and the companion goes on.
+        // At the file size limit the real stderr fails, and the companion continues.
         survive_file_size_limit().map_err(io::Error::other)?;
         let (caught, handler) = UnixStream::pair()?;
         let signals = SignalDelivery::with_pipe(caught, handler, SignalOnly, COMMANDS)?;
@@ -258,11 +255,6 @@ impl Companion {
                 let received = self.received.remove(&i32::from(argument));
                 let is_recent = received.is_some_and(|at| at.elapsed() < limits::GROUP_SIGNAL_AGE);
                 self.send(&[kind, serial, u8::from(is_recent)]);
-            }
-            SIZE => {
-                // An error means that one of the terminals has no size.
-                let _ = tcgetwinsize(&self.output).and_then(|size| tcsetwinsize(io::stdin(), size));
-                self.send(&[kind, serial]);
             }
             TAIL => {
                 // Read what is in the pipe, which holds as much as the queue.

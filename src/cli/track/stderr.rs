@@ -17,7 +17,7 @@ use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer, openpt, unlockpt};
 use rustix::termios::{OptionalActions, tcgetattr, tcgetwinsize, tcsetattr, tcsetwinsize};
 
-use super::companion::{NAME, READY, SIGNAL, SIZE, TAIL, WRITTEN};
+use super::companion::{NAME, READY, SIGNAL, TAIL, WRITTEN};
 use crate::cli::command_signals::wait;
 use crate::limits;
 
@@ -31,7 +31,7 @@ pub(super) struct Outputs {
 /// The command's stderr, and the companion, if there is one.
 #[derive(Debug)]
 pub(super) struct Stderr {
-    companion: Option<Companion>,
+    companion: Option<CompanionHandle>,
     /// The file that the companion reads. It stays open here, so that a command whose companion was
     /// killed waits for the next companion.
     input: Option<OwnedFd>,
@@ -43,7 +43,7 @@ pub(super) struct Stderr {
 }
 
 #[derive(Debug)]
-struct Companion {
+struct CompanionHandle {
     socket: OwnedFd,
     /// The serial number of the last request.
     serial: u8,
@@ -55,25 +55,28 @@ impl Stderr {
     /// Starts the companion. If that fails, the command writes to our stderr, and nothing is
     /// copied.
     pub(super) fn copied() -> (Self, Outputs) {
-        let is_terminal = io::stderr().is_terminal();
-        let start = || {
-            let (input, output) = if is_terminal { terminal()? } else { pipe()? };
-            let companion = Companion::start(&input)?;
-            let stdout = if is_same_file(io::stdout(), io::stderr()) {
-                Some(output.try_clone()?)
-            } else {
-                None
-            };
-            io::Result::Ok((Some(companion), Some(input), Outputs { stdout, stderr: Some(output) }))
+        let mut stderr = Self {
+            companion: None,
+            input: None,
+            started: Instant::now(),
+            is_terminal: io::stderr().is_terminal(),
+            has_ended: false,
         };
-        let (companion, input, outputs) = start().unwrap_or_else(|error| {
-            log::warn!(
-                "stderr cannot be copied; the report will not quote it: error={:?}",
-                error.to_string()
-            );
-            (None, None, Outputs::default())
+        let outputs = stderr.start().unwrap_or_else(|error| {
+            let error = error.to_string();
+            log::warn!("stderr cannot be copied; the report will not quote it: error={error:?}");
+            Outputs::default()
         });
-        (Self { companion, input, started: Instant::now(), is_terminal, has_ended: false }, outputs)
+        (stderr, outputs)
+    }
+
+    fn start(&mut self) -> io::Result<Outputs> {
+        let (input, output) = if self.is_terminal { terminal()? } else { pipe()? };
+        let is_same = is_same_file(io::stdout(), io::stderr());
+        let stdout = if is_same { Some(output.try_clone()?) } else { None };
+        self.companion = Some(CompanionHandle::start(&input)?);
+        self.input = Some(input);
+        Ok(Outputs { stdout, stderr: Some(output) })
     }
 
     /// Starts another companion if the last one was killed: without a reader the command would
@@ -93,14 +96,14 @@ impl Stderr {
     /// Whether the companion is running, or none is needed.
     fn has_reader(&mut self) -> bool {
         let is_running =
-            |companion: &mut Companion| matches!(companion.process.try_wait(), Ok(None));
+            |companion: &mut CompanionHandle| matches!(companion.process.try_wait(), Ok(None));
         self.input.is_none() || self.companion.as_mut().is_some_and(is_running)
     }
 
     fn start_another(&mut self) {
         let Some(input) = &self.input else { return };
         self.started = Instant::now();
-        let started = Companion::start(input);
+        let started = CompanionHandle::start(input);
         match &started {
             Ok(_) => log::warn!(
                 "the process that copies stderr was killed and was restarted; some output is lost"
@@ -127,11 +130,14 @@ impl Stderr {
         companion.received(signal)
     }
 
-    /// Gives the command's pseudoterminal the size of our terminal. Returns whether that was done.
-    pub(super) fn resize(&mut self) -> bool {
-        let companion = self.companion.as_mut().filter(|_| self.is_terminal);
-        companion
-            .is_some_and(|companion| companion.request(SIZE, 0, limits::COMPANION_ANSWER).is_some())
+    /// Gives the command's pseudoterminal, if it has one, the size of our terminal. Returns whether
+    /// it has one.
+    pub(super) fn resize(&self) -> bool {
+        let Some(controller) = self.input.as_ref().filter(|_| self.is_terminal) else {
+            return false;
+        };
+        copy_size(controller);
+        true
     }
 
     /// The tail of the command's output so far, as text.
@@ -159,7 +165,7 @@ impl Stderr {
     }
 }
 
-impl Companion {
+impl CompanionHandle {
     fn start(input: &OwnedFd) -> io::Result<Self> {
         let flags = SocketFlags::CLOEXEC;
         let (socket, their_end) =
@@ -240,10 +246,13 @@ fn terminal() -> io::Result<(OwnedFd, OwnedFd)> {
     let mut attributes = tcgetattr(&terminal)?;
     attributes.make_raw();
     tcsetattr(&terminal, OptionalActions::Now, &attributes)?;
-    if let Ok(size) = tcgetwinsize(io::stderr()) {
-        tcsetwinsize(&controller, size)?;
-    }
+    copy_size(&controller);
     Ok((controller, terminal))
+}
+
+/// Copies the size of our terminal. An error means that it has no size.
+fn copy_size(controller: &OwnedFd) {
+    let _ = tcgetwinsize(io::stderr()).and_then(|size| tcsetwinsize(controller, size));
 }
 
 /// Whether both refer to the same file, terminal, pipe or socket.

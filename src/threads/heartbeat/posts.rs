@@ -1,10 +1,8 @@
 //! The POSTs of one beat: what each carries, and what follows from its answer. Runs on the
 //! heartbeat thread.
 
-use std::borrow::Cow;
+use std::slice;
 use std::time::{Duration, Instant};
-
-use serde_json::value::RawValue;
 
 use super::{BeatResult, HeartbeatLoop, States};
 use crate::limits;
@@ -12,10 +10,10 @@ use crate::master::body::{self, Body};
 use crate::master::{PostResult, Verdict};
 use crate::outbox::{DeliveryResult, QueuedDelta, RowChange};
 use crate::panics::quietly;
-use crate::status::{Observed, Snapshot, Topology};
+use crate::status::Snapshot;
 use crate::text::sanitize;
 use crate::threads::content::{
-    Cause, Consequence, DeltaSelection, NothingToSend, Post, PostOutcome,
+    Availability, Consequence, DeltaSelection, NothingToSend, Post, PostOutcome,
 };
 
 /// A POST that was made.
@@ -27,6 +25,24 @@ struct SentPost {
     result: PostResult,
 }
 
+impl SentPost {
+    fn outcome(&self) -> PostOutcome {
+        let result = &self.result;
+        match result.verdict {
+            Verdict::Accepted => PostOutcome::Accepted,
+            // A gateway may answer any body with its own page, so no delta is rejected for that.
+            Verdict::BodyRejected
+                if result.is_page && self.deltas.len() == 1 && !self.post.states =>
+            {
+                PostOutcome::InDoubt
+            }
+            Verdict::BodyRejected => PostOutcome::Rejected,
+            Verdict::RetryLater(_) | Verdict::NoResponse if result.in_doubt => PostOutcome::InDoubt,
+            _ => PostOutcome::Inconclusive,
+        }
+    }
+}
+
 impl HeartbeatLoop {
     /// Makes the POSTs of one beat. What each carries is decided after the previous one.
     pub(super) fn send_posts(&mut self, states: Option<&States>) -> Option<BeatResult> {
@@ -36,23 +52,23 @@ impl HeartbeatLoop {
         self.content.begin_beat();
         self.states_sent = false;
         while last.is_none() || self.has_time_for_another(since) {
-            let Some(post) = self.content.next_post(states.is_some_and(States::are_known)) else {
+            let Some(post) = self.content.next_post(availability(states)) else {
                 break;
             };
-            let SentPost { post, deltas, result } = match self.send(post, states) {
+            let sent = match self.send(post, states) {
                 Ok(sent) => sent,
                 Err(why) => {
                     self.content.skip_post(why);
                     continue;
                 }
             };
-            self.record_decommission(result.verdict);
-            if result.verdict == Verdict::Accepted {
-                delivered += deltas.len();
+            self.record_decommission(sent.result.verdict);
+            if sent.result.verdict == Verdict::Accepted {
+                delivered += sent.deltas.len();
             }
-            match self.post_ended(post, &deltas, &result) {
-                Consequence::DecidesBeat => last = Some(result),
-                Consequence::BeatContinues(cause) => self.continue_beat(cause, &result, &deltas),
+            match self.post_ended(&sent) {
+                Consequence::DecidesBeat => last = Some(sent.result),
+                consequence => self.continue_beat(consequence, &sent),
             }
         }
         let suspended = self.content.suspended_deltas();
@@ -68,54 +84,31 @@ impl HeartbeatLoop {
             && !self.time_left().is_zero()
     }
 
-    fn post_ended(
-        &mut self,
-        post: Post,
-        deltas: &[QueuedDelta],
-        result: &PostResult,
-    ) -> Consequence {
-        let outcome = match result.verdict {
-            Verdict::Accepted => PostOutcome::Accepted,
-            // A gateway may answer any body with its own page, so no delta is rejected for that.
-            Verdict::BodyRejected if result.is_page && deltas.len() == 1 && !post.states => {
-                PostOutcome::InDoubt
-            }
-            Verdict::BodyRejected => PostOutcome::Rejected,
-            Verdict::RetryLater(_) | Verdict::NoResponse if result.in_doubt => PostOutcome::InDoubt,
-            _ => PostOutcome::Inconclusive,
-        };
+    fn post_ended(&mut self, sent: &SentPost) -> Consequence {
+        let outcome = sent.outcome();
         if matches!(outcome, PostOutcome::InDoubt | PostOutcome::Rejected) {
-            self.last_failure = failure_text(result);
+            self.last_failure = failure_text(&sent.result);
         }
         let was_whole = self.content.is_whole();
-        let consequence = self.content.post_ended(post, deltas, outcome);
-        if self.content.is_whole() && !was_whole && self.states_were_suspended {
-            self.states_were_suspended = false;
+        let consequence = self.content.post_ended(sent.post, &sent.deltas, outcome);
+        if self.content.is_whole() && !was_whole && self.states_failure.take().is_some() {
             quietly(|| log::info!("states accepted again: {}", self.link.names()));
         }
         consequence
     }
 
     /// Continues the beat without what the master has failed on.
-    fn continue_beat(&mut self, cause: Cause, result: &PostResult, deltas: &[QueuedDelta]) {
-        let reason = failure_text(result);
-        match (cause, deltas) {
-            (Cause::DeltaRejected, [delta]) => self.reject(delta, &reason),
-            (Cause::DeltaSuspended, [delta]) => self.record_suspended_delta(delta, &reason),
-            (Cause::StatesSuspended, _) => self.suspend_states(reason),
+    fn continue_beat(&mut self, consequence: Consequence, sent: &SentPost) {
+        let reason = failure_text(&sent.result);
+        match (consequence, sent.deltas.as_slice()) {
+            (Consequence::DeltaRejected, [delta]) => self.reject(delta, reason),
+            (Consequence::DeltaSuspended, [delta]) => self.record_suspended_delta(delta, &reason),
+            (Consequence::StatesSuspended, _) => self.record_suspended_states(reason),
             _ => (),
         }
     }
 
-    fn suspend_states(&mut self, reason: String) {
-        self.states_were_suspended = true;
-        self.states_failure = reason;
-        let fault = self.why_no_states(None).into_owned();
-        self.stats.change(|stats| stats.status_fault = Some(fault));
-        self.record_suspended_states();
-    }
-
-    fn reject(&mut self, delta: &QueuedDelta, reason: &str) {
+    fn reject(&mut self, delta: &QueuedDelta, reason: String) {
         quietly(|| {
             log::error!(
                 "delta rejected, it is not sent again: {} decky={:?} operation={} reason={reason:?}",
@@ -124,9 +117,9 @@ impl HeartbeatLoop {
                 delta.delta.operation(),
             );
         });
-        let result = DeliveryResult::Rejected(reason.to_owned());
-        self.acknowledge(std::slice::from_ref(delta), result);
+        // Counted first, as a caller of `flush` may read the stats at once.
         self.stats.change(|stats| stats.rejected += 1);
+        self.acknowledge(slice::from_ref(delta), DeliveryResult::Rejected(reason));
     }
 
     /// Makes one POST. If it is accepted, its deltas are acknowledged.
@@ -208,15 +201,13 @@ impl HeartbeatLoop {
     /// Records what the beat leaves out of the states. Once its states are sent, its other POSTs
     /// leave out nothing.
     fn record_status_fault(&mut self, post: Post, states: Option<&States>) {
-        if self.states_sent
-            && (post.states || post.deltas != DeltaSelection::Newest(limits::DELTAS_PER_BODY))
-        {
+        if self.states_sent && (post.states || post.deltas != DeltaSelection::default()) {
             return;
         }
         self.states_sent = post.states;
         let fault = match states {
             Some(States { snapshot, .. }) if post.states => snapshot.fault().map(str::to_owned),
-            _ => Some(self.why_no_states(states).into_owned()),
+            _ => Some(self.why_no_states(states)),
         };
         self.stats.change(|stats| stats.status_fault = fault);
     }
@@ -227,75 +218,56 @@ impl HeartbeatLoop {
         states: Option<&States>,
         deltas: &[QueuedDelta],
     ) -> serde_json::Result<Vec<u8>> {
-        let lifecycle: Vec<_> = deltas.iter().map(|delta| &delta.delta).collect();
-        let fresh = states.filter(|states| !states.are_stale());
-        let snapshot = fresh.map(|states| &states.snapshot);
+        let snapshot = states.filter(|states| !states.are_stale()).map(|states| &states.snapshot);
         let why_not = self.why_no_states(states);
+        let without_states = Snapshot::unknown(&why_not);
         // The status of a snapshot without states already says why.
         let has_reason =
             |snapshot: &Snapshot| snapshot.is_unknown() && !self.content.states_are_suspended();
-        let without_states;
-        let status: &RawValue = match snapshot {
-            Some(snapshot) if post.states || has_reason(snapshot) => snapshot.raw_status(),
-            _ => {
-                without_states = Snapshot::unknown(&why_not);
-                without_states.raw_status()
-            }
-        };
-        let topology = self.topology_of(post, snapshot, why_not);
-        serde_json::to_vec(&Body {
-            host_uuid: self.link.host(),
-            agent_version: &self.agent_version,
-            status,
-            topology: topology.as_deref().map(body::Topology::from),
-            lifecycle: &lifecycle,
-        })
-    }
-
-    /// The topology of a POST. What is observed of it is part of the states: it may be as large,
-    /// and becomes stale at the same time.
-    fn topology_of<'a>(
-        &self,
-        post: Post,
-        snapshot: Option<&'a Snapshot>,
-        why_no_states: Cow<'_, str>,
-    ) -> Option<Cow<'a, Topology>> {
+        let status = snapshot
+            .filter(|snapshot| post.states || has_reason(snapshot))
+            .unwrap_or(&without_states);
+        // What is observed of the topology is part of the states: it may be as large, and becomes
+        // stale at the same time.
         let observed = snapshot
             .filter(|_| post.states || self.content.is_whole())
             .and_then(Snapshot::topology);
-        if let Some(topology) = observed {
-            return Some(Cow::Borrowed(topology));
-        }
-        let applied = self.topology.as_ref()?.clone();
-        let why_not = if post.states && snapshot.is_some() {
-            "this snapshot has no topology".into()
+        let why_unobserved = if post.states && snapshot.is_some() {
+            "this snapshot has no topology"
         } else {
-            why_no_states
+            &why_not
         };
-        Some(Cow::Owned(Topology { applied, observed: Observed::Unknown(why_not.into_owned()) }))
+        let topology = match (observed, &self.topology) {
+            (Some(topology), _) => Some(body::Topology::from(topology)),
+            (None, Some(applied)) => {
+                Some(body::Topology::unobserved(applied.as_ref(), why_unobserved))
+            }
+            (None, None) => None,
+        };
+        let lifecycle: Vec<_> = deltas.iter().map(|delta| &delta.delta).collect();
+        let body = Body::of(self.link.host(), status, &lifecycle);
+        serde_json::to_vec(&Body { agent_version: &self.agent_version, topology, ..body })
     }
 
     /// Why a POST carries no states, for its `status.error`.
-    fn why_no_states<'a>(&self, states: Option<&'a States>) -> Cow<'a, str> {
+    pub(super) fn why_no_states(&self, states: Option<&States>) -> String {
         if self.content.states_are_suspended() {
-            let failure = &self.states_failure;
-            return format!("the states are left out because the master failed on them: {failure}")
-                .into();
+            let failure = self.states_failure.as_deref().unwrap_or_default();
+            return format!("the states are left out because the master failed on them: {failure}");
         }
         match states {
             Some(states) if states.are_stale() => {
-                "no fresh snapshot: it became stale before it was sent".into()
+                "no fresh snapshot: it became stale before it was sent".to_owned()
             }
             Some(States { snapshot, .. }) if snapshot.is_unknown() => {
-                snapshot.fault().unwrap_or_default().into()
+                snapshot.fault().unwrap_or_default().to_owned()
             }
-            Some(_) if self.content.is_whole() => "the states are in another POST".into(),
+            Some(_) if self.content.is_whole() => "the states are in another POST".to_owned(),
             Some(_) => format!(
                 "the states are sent alone because the master failed on a larger body: {}",
                 self.last_failure
-            )
-            .into(),
-            None => self.why_no_snapshot().into(),
+            ),
+            None => self.why_no_snapshot(),
         }
     }
 
@@ -349,6 +321,13 @@ impl HeartbeatLoop {
             ),
             None => "no fresh snapshot".to_owned(),
         }
+    }
+}
+
+fn availability(states: Option<&States>) -> Availability {
+    match states {
+        Some(states) if states.are_known() => Availability::Available,
+        _ => Availability::Unavailable,
     }
 }
 

@@ -23,65 +23,56 @@ impl HeartbeatLoop {
             stats.panics += 1;
             stats.record_failure(&PostResult::panicked(panic));
         });
-        if let Some(times) = self.throttle.count("beat", panic, Instant::now()) {
+        self.throttle.log("beat", panic, |times| {
             let names = self.link.names();
-            quietly(|| {
-                log::error!("beat panicked, continuing: {names} times={times} panic={panic:?}");
-            });
-        }
+            log::error!("beat panicked, continuing: {names} times={times} panic={panic:?}");
+        });
     }
 
     pub(super) fn record_source_panic(&mut self, panic: &str) {
         self.stats.change(|stats| stats.panics += 1);
-        if let Some(times) = self.throttle.count("source", panic, Instant::now()) {
+        self.throttle.log("source", panic, |times| {
             let host = self.link.host();
-            quietly(|| {
-                log::error!("status source panicked: host={host} times={times} panic={panic:?}");
-            });
-        }
+            log::error!("status source panicked: host={host} times={times} panic={panic:?}");
+        });
     }
 
     pub(super) fn record_suspended_delta(&mut self, delta: &QueuedDelta, reason: &str) {
-        if let Some(times) = self.throttle.count("delta", reason, Instant::now()) {
-            quietly(|| {
-                log::warn!(
-                    "delta suspended, the master fails on it: {} decky={:?} operation={} \
-                     times={times} reason={reason:?}",
-                    self.link.names(),
-                    sanitize(delta.delta.decky()),
-                    delta.delta.operation(),
-                );
-            });
-        }
+        self.throttle.log("delta", reason, |times| {
+            log::warn!(
+                "delta suspended, the master fails on it: {} decky={:?} operation={} \
+                 times={times} reason={reason:?}",
+                self.link.names(),
+                sanitize(delta.delta.decky()),
+                delta.delta.operation(),
+            );
+        });
     }
 
-    pub(super) fn record_suspended_states(&mut self) {
-        let reason = &self.states_failure;
-        if let Some(times) = self.throttle.count("states", reason, Instant::now()) {
-            quietly(|| {
-                log::error!(
-                    "states suspended, the master fails on them: {} beats={} times={times} \
-                     reason={reason:?}",
-                    self.link.names(),
-                    self.content.states_suspended_for().unwrap_or_default(),
-                );
-            });
-        }
+    pub(super) fn record_suspended_states(&mut self, reason: String) {
+        self.throttle.log("states", &reason, |times| {
+            log::error!(
+                "states suspended, the master fails on them: {} beats={} times={times} \
+                 reason={reason:?}",
+                self.link.names(),
+                self.content.states_suspended_for().unwrap_or_default(),
+            );
+        });
+        self.states_failure = Some(reason);
+        let fault = self.why_no_states(None);
+        self.stats.change(|stats| stats.status_fault = Some(fault));
     }
 
     pub(super) fn record_overdue_outbox(&mut self) {
         let Some(since) = self.outbox.busy_since() else { return };
-        if let Some(times) = self.throttle.count("overdue", "", Instant::now()) {
-            self.overdue_logged = true;
-            quietly(|| {
-                log::error!(
-                    "outbox disk does not answer; beats are sent without deltas: host={} \
-                     seconds={:.1} times={times}",
-                    self.link.host(),
-                    since.elapsed().as_secs_f64(),
-                );
-            });
-        }
+        self.throttle.log("overdue", "", |times| {
+            log::error!(
+                "outbox disk does not answer; beats are sent without deltas: host={} \
+                 seconds={:.1} times={times}",
+                self.link.host(),
+                since.elapsed().as_secs_f64(),
+            );
+        });
     }
 
     pub(super) fn warn_of_expiry(&mut self) {
@@ -110,7 +101,7 @@ impl HeartbeatLoop {
             self.stats.change(|stats| (stats.record_success(result, deltas), stats.beats));
         // A recovery is logged only if the failure was, or a failure of every second beat would
         // log two lines each time.
-        let failure = failure.filter(|_| mem::take(&mut self.failure_logged));
+        let failure = failure.filter(|_| self.throttle.end("failure"));
         let names = self.link.names();
         quietly(|| {
             match failure {
@@ -134,10 +125,10 @@ impl HeartbeatLoop {
         if result.verdict == Verdict::Accepted {
             return;
         }
-        // The stop has cut the POST; this is no failure of the master or the network.
-        let is_cut = self.link.is_interrupted()
+        // The stop interrupted the POST. This is not a failure of the master or the network.
+        let was_interrupted = self.link.is_interrupted()
             || self.deadline.is_some_and(|deadline| Instant::now() >= deadline);
-        if is_cut && result.verdict == Verdict::NoResponse {
+        if was_interrupted && result.verdict == Verdict::NoResponse {
             let names = self.link.names();
             return quietly(|| log::info!("beat interrupted by the stop: {names}"));
         }
@@ -154,7 +145,6 @@ impl HeartbeatLoop {
             _ => (log::Level::Warn, "beat failed"),
         };
         let is_logged = self.throttle.count("failure", &class, Instant::now()).is_some();
-        self.failure_logged |= is_logged;
         let level = if is_logged { level } else { log::Level::Debug };
         let names = self.link.names();
         let fingerprint = self.link.fingerprint();
@@ -170,7 +160,10 @@ impl HeartbeatLoop {
     /// Records whether this host counts as decommissioned after a POST with this verdict.
     pub(super) fn record_decommission(&mut self, verdict: Verdict) {
         let is_rejected = verdict == Verdict::HostRejected && self.files_missing;
-        let is_decommissioned = self.decommission.record(is_rejected, Instant::now());
+        if !is_rejected {
+            self.decommission.reset();
+        }
+        let is_decommissioned = is_rejected && self.decommission.record_rejection(Instant::now());
         let was_decommissioned =
             self.stats.change(|stats| mem::replace(&mut stats.decommissioned, is_decommissioned));
         if is_decommissioned && !was_decommissioned {

@@ -5,11 +5,11 @@ use std::time::Instant;
 
 use crossbeam_channel::{Receiver, bounded};
 
-use super::{OutboxClient, answer_deadline};
+use super::OutboxClient;
 use crate::delta::Operation;
 use crate::error::Error;
 use crate::outbox::resume::BegunRow;
-use crate::outbox::{NewRows, RowChange};
+use crate::outbox::{NewRows, RowChange, deadline};
 use crate::threads::request_queue::{Request, ResumeRequest, Submitted, WakeEvent};
 
 /// The beginning of an operation that takes over rows of processes that have ended.
@@ -27,8 +27,7 @@ impl OutboxClient {
         rows: NewRows,
         event: &Arc<WakeEvent>,
     ) -> Result<Submitted, Error> {
-        let is_urgent = matches!(rows, NewRows::Deltas(..));
-        self.submit(Request::NewRows(rows), is_urgent, event)
+        self.submit(Request::NewRows(rows), event)
     }
 
     /// Makes a change that is never lost. Its deltas are sent at once.
@@ -37,7 +36,7 @@ impl OutboxClient {
         change: RowChange,
         event: &Arc<WakeEvent>,
     ) -> Result<Submitted, Error> {
-        self.submit(Request::RowChange(change), true, event)
+        self.submit(Request::RowChange(change), event)
     }
 
     /// Begins an operation, and takes over the rows that a process which has ended has in flight
@@ -50,18 +49,11 @@ impl OutboxClient {
     ) -> Result<SubmittedResume, Error> {
         let (begun, rows) = bounded(1);
         let request = Request::Resume(ResumeRequest { operation, deckies, begun });
-        Ok(SubmittedResume { submitted: self.submit(request, false, event)?, rows })
+        Ok(SubmittedResume { submitted: self.submit(request, event)?, rows })
     }
 
-    fn submit(
-        &self,
-        request: Request,
-        is_urgent: bool,
-        event: &Arc<WakeEvent>,
-    ) -> Result<Submitted, Error> {
-        self.queue
-            .submit(request, is_urgent, answer_deadline(), event)
-            .map_err(|why| self.not_answered(why))
+    fn submit(&self, request: Request, event: &Arc<WakeEvent>) -> Result<Submitted, Error> {
+        self.queue.submit(request, deadline(), event).map_err(|why| self.not_answered(why))
     }
 
     /// The answer to a request. `None`: there is none yet, and its second is not over.

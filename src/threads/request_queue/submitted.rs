@@ -68,13 +68,12 @@ impl RequestQueue {
     pub(crate) fn submit(
         &self,
         request: Request,
-        is_urgent: bool,
         deadline: Instant,
         event: &Arc<WakeEvent>,
     ) -> Result<Submitted, NotAnswered> {
         // A slot of its own, as the caller waits for many requests.
         let slot = Arc::new(Slot::new(Waiting::Event(Arc::clone(event))));
-        let ticket = self.enqueue(request, is_urgent, deadline, &slot)?;
+        let ticket = self.enqueue(request, deadline, &slot)?;
         Ok(Submitted { ticket, slot, deadline })
     }
 
@@ -102,6 +101,7 @@ impl RequestQueue {
 mod tests {
     use std::time::Duration;
 
+    use super::super::{Caller, QueuedRequest};
     use super::*;
     use crate::delta::{LifecycleDelta, Operation};
     use crate::outbox::{NewRows, SentBy};
@@ -115,7 +115,7 @@ mod tests {
     fn submit(queue: &RequestQueue, timeout: Duration, event: &Arc<WakeEvent>) -> Submitted {
         let delta = LifecycleDelta::succeeded("d", Operation::Deploy);
         let request = Request::NewRows(NewRows::Deltas(vec![delta], SentBy::Deliverer));
-        queue.submit(request, true, Instant::now() + timeout, event).unwrap()
+        queue.submit(request, Instant::now() + timeout, event).unwrap()
     }
 
     fn is_readable(event: &WakeEvent) -> bool {
@@ -133,7 +133,8 @@ mod tests {
         assert!(queue.fetch(&submitted[0]).is_none() && !is_readable(&event));
         // The answers arrive in any order.
         let answers = (1..).zip(taken.requests);
-        let answers = answers.map(|(id, (ticket, queued))| (ticket, queued.waiter, Ok(id)));
+        let caller = |ticket, queued: QueuedRequest| Caller { ticket, waiter: queued.waiter };
+        let answers = answers.map(|(id, (ticket, queued))| (caller(ticket, queued), Ok(id)));
         let mut answers: Vec<_> = answers.collect();
         answers.reverse();
         assert_eq!(queue.answer(answers), [true; 3]);

@@ -1,6 +1,7 @@
-//! A Docker Engine of the test's own: its socket, data and containers live in a scratch folder, and go with it.
+//! A Docker Engine for a test. Its socket, data and containers are in a temporary folder and are
+//! removed with it.
 
-use super::process;
+use super::commands;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -10,17 +11,18 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
-/// Starting takes about 0.5 s; a busy machine gets a multiple.
-const START: Duration = Duration::from_secs(60);
-/// Stopping takes about 1 s; dockerd itself gives its containers 15 s.
-const STOP: Duration = Duration::from_secs(30);
-/// The one image: no registry is reached, so it is made of the static busybox.
+/// A start takes about 0.5 s, and longer on a busy machine.
+const START_TIMEOUT: Duration = Duration::from_secs(60);
+/// A stop takes about 1 s. dockerd waits up to 15 s for its containers.
+const STOP_TIMEOUT: Duration = Duration::from_secs(30);
+/// The only image. It is made from the static busybox, so no registry is needed.
 const IMAGE: &str = "busybox";
 const BUSYBOX: &str = "/bin/busybox";
 
-/// Runs `dockerd` beside a `cat` on our pipe: when we close it, or die, the engine gets its SIGTERM all the same (also
-/// when it is frozen) and leaves neither containers nor mounts behind. Its stderr is open only as long as it runs.
-const KEEPER: &str = r#"
+/// Runs `dockerd` and waits until stdin is closed, which happens also if the test process dies.
+/// Then it stops the engine, which removes its containers and mounts, even if it is suspended. Its
+/// stderr is open only while the engine runs.
+const SCRIPT: &str = r#"
     dockerd "$@" & engine=$!
     exec 2>/dev/null
     cat >/dev/null
@@ -30,18 +32,18 @@ const KEEPER: &str = r#"
 
 /// A running `dockerd`. Needs root, Debian's `docker.io` and `busybox-static`.
 pub struct Docker {
-    keeper: Mutex<Option<Keeper>>,
+    engine: Mutex<Option<Engine>>,
     folder: TempDir,
     bridges: Mutex<Vec<String>>,
 }
 
-struct Keeper {
+struct Engine {
     child: Child,
     log: Receiver<String>,
 }
 
 impl Docker {
-    /// What an engine of our own needs and is not there.
+    /// What this machine lacks to run an engine.
     pub fn missing() -> Option<&'static str> {
         let root = fs::metadata("/proc/self").is_ok_and(|process| process.uid() == 0);
         let dockerd = Command::new("dockerd")
@@ -58,11 +60,11 @@ impl Docker {
     }
 
     pub fn start() -> Docker {
-        assert_eq!(Docker::missing(), None, "a Docker Engine of our own needs this");
+        assert_eq!(Docker::missing(), None, "a Docker Engine needs this");
         let folder = tempfile::Builder::new().prefix("dh-").tempdir().unwrap();
         fs::write(folder.path().join("daemon.json"), "{}").unwrap();
 
-        let docker = Docker { keeper: Mutex::new(None), folder, bridges: Mutex::default() };
+        let docker = Docker { engine: Mutex::new(None), folder, bridges: Mutex::default() };
         let length = docker.socket().as_os_str().len();
         assert!(
             length < 108,
@@ -74,59 +76,59 @@ impl Docker {
         docker
     }
 
-    /// What `DOCKER_HOST=unix://…` and the status source take.
+    /// The socket, for `DOCKER_HOST=unix://…` and the status source.
     pub fn socket(&self) -> PathBuf {
         self.folder.path().join("docker.sock")
     }
 
-    /// Makes an image of what is in a folder.
-    pub fn import(&self, folder: &Path, what: &str, image: &str) {
-        let script = format!("tar -C '{}' -c {what} | docker import - {image}", folder.display());
-        process::run(self.client("sh").args(["-c", &script]));
+    /// Makes an image from a path in a folder.
+    pub fn import(&self, folder: &Path, path: &str, image: &str) {
+        let script = format!("tar -C '{}' -c {path} | docker import - {image}", folder.display());
+        commands::run(self.client("sh").args(["-c", &script]));
     }
 
-    /// A container that was never started: `created`.
+    /// Creates a container without starting it: its state is `created`.
     pub fn create(&self, name: &str) {
         self.container("create", &[], name);
     }
 
-    /// A container that sleeps for good: `running`.
+    /// Starts a container that sleeps: its state is `running`.
     pub fn run(&self, name: &str) {
         self.container("run", &["--detach"], name);
     }
 
-    /// Stops a running container: `exited`.
+    /// Stops a container: its state is `exited`.
     pub fn stop_container(&self, name: &str) {
-        process::run(self.client("docker").args(["stop", name]));
+        commands::run(self.client("docker").args(["stop", name]));
     }
 
-    /// Removes a container, running or not.
+    /// Removes a container, even if it is running.
     pub fn remove(&self, name: &str) {
-        process::run(self.client("docker").args(["rm", "--force", name]));
+        commands::run(self.client("docker").args(["rm", "--force", name]));
     }
 
-    /// A bridge network.
+    /// Creates a bridge network.
     pub fn network(&self, name: &str) {
-        let id = process::run(self.client("docker").args(["network", "create", name]));
+        let id = commands::run(self.client("docker").args(["network", "create", name]));
         self.bridges.lock().unwrap().push(format!("br-{}", &id[..12]));
     }
 
-    /// The engine goes away with its socket, and its containers stop.
+    /// Stops the engine. Its containers stop, and its socket is removed.
     pub fn stop(&self) {
-        drop(self.keeper.lock().unwrap().take().expect("dockerd runs"));
+        drop(self.engine.lock().unwrap().take().expect("dockerd runs"));
     }
 
-    /// Starts it again after `stop`, with the containers (stopped) and networks that it had.
+    /// Starts it again after `stop`, with its networks and its stopped containers.
     pub fn start_again(&self) {
-        let mut keeper = self.keeper.lock().unwrap();
-        assert!(keeper.is_none(), "dockerd runs already");
-        *keeper = Some(Keeper::start(self.folder.path(), &self.socket()));
+        let mut engine = self.engine.lock().unwrap();
+        assert!(engine.is_none(), "dockerd runs already");
+        *engine = Some(Engine::start(self.folder.path(), &self.socket()));
     }
 
-    /// The engine hangs: it takes connections and never answers, until `thaw`.
+    /// Suspends the engine: it accepts connections and does not answer, until `thaw`.
     pub fn freeze(&self) {
-        process::signal("STOP", self.pid());
-        // The signal reaches one thread after another, and any of them may still answer.
+        commands::signal("STOP", self.pid());
+        // The signal stops one thread after another. The others may still answer.
         let tasks = format!("/proc/{}/task", self.pid());
         let is_stopped = |task: std::fs::DirEntry| {
             let stat = std::fs::read_to_string(task.path().join("stat")).unwrap_or_default();
@@ -134,18 +136,18 @@ impl Docker {
         };
         let end = Instant::now() + Duration::from_secs(30);
         while !std::fs::read_dir(&tasks).unwrap().map_while(Result::ok).all(is_stopped) {
-            assert!(Instant::now() < end, "the engine does not stop");
+            assert!(Instant::now() < end, "the engine is not suspended");
             std::thread::yield_now();
         }
     }
 
     pub fn thaw(&self) {
-        process::signal("CONT", self.pid());
+        commands::signal("CONT", self.pid());
     }
 
     fn container(&self, verb: &str, options: &[&str], name: &str) {
         let mut docker = self.client("docker");
-        // A sleeping process 1 ignores SIGTERM, and each stop would take 10 s.
+        // Process 1 ignores SIGTERM, so each stop would take 10 s.
         docker.arg(verb).args(options).args([
             "--name",
             name,
@@ -154,10 +156,10 @@ impl Docker {
             "--stop-signal",
             "KILL",
         ]);
-        process::run(docker.args([IMAGE, BUSYBOX, "sleep", "2147483647"]));
+        commands::run(docker.args([IMAGE, BUSYBOX, "sleep", "2147483647"]));
     }
 
-    /// A program that talks to this engine, such as `docker`.
+    /// A command that uses this engine, such as `docker`.
     pub fn client(&self, program: &str) -> Command {
         let mut command = Command::new(program);
         command.env_remove("DOCKER_CONTEXT").env("DOCKER_CONFIG", self.folder.path());
@@ -172,12 +174,12 @@ impl Docker {
 
 impl Drop for Docker {
     fn drop(&mut self) {
-        drop(self.keeper.get_mut().unwrap_or_else(|poisoned| poisoned.into_inner()).take());
-        // dockerd leaves bridges to its next start.
+        drop(self.engine.get_mut().unwrap_or_else(|poisoned| poisoned.into_inner()).take());
+        // dockerd removes bridges only at its next start.
         for bridge in self.bridges.get_mut().unwrap_or_else(|poisoned| poisoned.into_inner()) {
             let _ = Command::new(BUSYBOX).args(["ip", "link", "delete", bridge]).output();
         }
-        // After an end in good order there are no mounts left; after any other, the folder could not be removed.
+        // A regular stop leaves no mounts. After any other, they prevent the removal of the folder.
         let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
         let ours = mounts.lines().filter_map(|mount| mount.split(' ').nth(1));
         for mount in ours.filter(|point| Path::new(point).starts_with(self.folder.path())) {
@@ -186,15 +188,16 @@ impl Drop for Docker {
     }
 }
 
-impl Keeper {
-    fn start(folder: &Path, socket: &Path) -> Keeper {
-        // Where the machine has a containerd, dockerd uses that one: a namespace of our own keeps us apart.
+impl Engine {
+    fn start(folder: &Path, socket: &Path) -> Engine {
+        // dockerd uses the containerd of the machine, if there is one. Its own namespace separates
+        // it from other engines.
         let namespace = folder.file_name().unwrap().to_str().unwrap().replace('.', "");
         let mut child = Command::new("sh")
             .args([
                 "-c",
-                KEEPER,
-                "keeper",
+                SCRIPT,
+                "dockerd",
                 "--bridge=none",
                 "--iptables=false",
                 "--ip6tables=false",
@@ -212,35 +215,35 @@ impl Keeper {
             .stderr(Stdio::piped())
             .spawn()
             .unwrap();
-        let keeper = Keeper { log: process::lines(child.stderr.take().unwrap()), child };
-        keeper.wait_until_it_listens();
-        keeper
+        let engine = Engine { log: commands::lines(child.stderr.take().unwrap()), child };
+        engine.wait_until_listening();
+        engine
     }
 
-    fn wait_until_it_listens(&self) {
-        let deadline = Instant::now() + START;
-        let mut said = String::new();
+    fn wait_until_listening(&self) {
+        let deadline = Instant::now() + START_TIMEOUT;
+        let mut output = String::new();
         loop {
             match self.log.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
                 Ok(line) if line.contains("API listen on") => return,
-                Ok(line) => said = said + &line + "\n",
+                Ok(line) => output = output + &line + "\n",
                 Err(RecvTimeoutError::Timeout) => {
-                    panic!("dockerd does not listen after {START:?}:\n{said}")
+                    panic!("dockerd does not listen after {START_TIMEOUT:?}:\n{output}")
                 }
                 Err(RecvTimeoutError::Disconnected) => {
-                    panic!("dockerd does not run (is docker.io there?):\n{said}")
+                    panic!("dockerd ended (is docker.io installed?):\n{output}")
                 }
             }
         }
     }
 }
 
-impl Drop for Keeper {
+impl Drop for Engine {
     fn drop(&mut self) {
         drop(self.child.stdin.take());
-        if process::end(&mut self.child, STOP).is_none() {
-            let said: Vec<_> = self.log.try_iter().collect();
-            eprintln!("dockerd has not stopped within {STOP:?}:\n{}", said.join("\n"));
+        if commands::wait_for_exit(&mut self.child, STOP_TIMEOUT).is_none() {
+            let output: Vec<_> = self.log.try_iter().collect();
+            eprintln!("dockerd did not stop within {STOP_TIMEOUT:?}:\n{}", output.join("\n"));
         }
     }
 }

@@ -1,6 +1,6 @@
-//! The real master as a child process. `tests/e2e/master.py` is the other half: what each command does is said there.
+//! The real master as a child process. `tests/e2e/master.py` runs in it and documents the commands.
 
-use super::process;
+use super::commands;
 use super::python;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
@@ -14,12 +14,13 @@ use std::sync::mpsc::Receiver;
 use std::time::Duration;
 use tempfile::TempDir;
 
-/// Starting takes about 3 s, half of it Python's imports; a busy machine gets a multiple.
-const START: Duration = Duration::from_secs(90);
-/// No command takes a second. Generous, as a test fails here only if the master hangs.
-const COMMAND: Duration = Duration::from_secs(60);
+/// A start takes about 3 s, and longer on a busy machine. Python's imports take half of it.
+const START_TIMEOUT: Duration = Duration::from_secs(90);
+/// A command takes less than a second. Only a master that does not respond reaches this.
+const COMMAND_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// A master with a CA and a database of its own. The process ends with this value, and with the test process.
+/// A master with its own CA and database. The process ends when this value is dropped, and when the
+/// test process ends.
 pub struct RealMaster {
     // Before the folder: fields are dropped in this order.
     process: Mutex<Option<Process>>,
@@ -41,32 +42,32 @@ pub struct Worker {
     pub fingerprint: String,
 }
 
-/// What the master expects a host to run.
+/// The topology that the master expects on a host.
 #[derive(Debug, Deserialize)]
 pub struct Topology {
     pub id: String,
-    /// The hash that the master wants to hear from the host.
+    /// The hash that the host must report.
     pub hash: String,
-    /// The master has ordered that it be pushed again.
+    /// The master has requested that it is pushed again.
     pub needs_resync: bool,
 }
 
-/// A TLS connection, as the server saw it.
+/// A TLS handshake on the server's side.
 #[derive(Debug, Deserialize)]
 pub struct Handshake {
     pub client_port: u16,
     pub version: String,
     pub resumed: bool,
-    /// Of the certificate that the client presented, now or in the session that it resumed.
+    /// The fingerprint of the client's certificate in this session.
     pub fingerprint: Option<String>,
 }
 
-/// A request that the master has answered, and on which connection.
+/// The answer to a request, and the connection's client port.
 #[derive(Debug, Deserialize)]
 pub struct Answer {
     pub client_port: u16,
     pub path: String,
-    /// `None`: the client went away before.
+    /// `None`: the client closed the connection before.
     pub status: Option<u16>,
 }
 
@@ -77,12 +78,12 @@ impl RealMaster {
         RealMaster { process: Mutex::new(Some(process)), folder, port }
     }
 
-    /// On 127.0.0.1; the same for life, through stops and starts.
+    /// The port on 127.0.0.1. It stays the same after a restart.
     pub fn port(&self) -> u16 {
         self.port
     }
 
-    /// The certificate that every worker trusts.
+    /// The CA certificate that every worker trusts.
     pub fn ca(&self) -> std::path::PathBuf {
         self.folder.path().join(".decnet/ca/ca.crt")
     }
@@ -92,12 +93,14 @@ impl RealMaster {
         self.ask(json!({"do": "enrol", "name": name, "dir": agent_dir}))
     }
 
-    /// Gives an enrolled host a new certificate: its uuid stays, and the old certificate is no longer pinned.
+    /// Gives an enrolled host a new certificate. Its uuid stays the same, and the old certificate
+    /// is no longer pinned.
     pub fn enrol_again(&self, uuid: &str, name: &str, agent_dir: &Path) -> Worker {
         self.ask(json!({"do": "enrol", "name": name, "dir": agent_dir, "uuid": uuid}))
     }
 
-    /// Writes a bundle that the same CA has issued, and that no host is pinned to; gives its fingerprint.
+    /// Writes a bundle of the same CA whose certificate is pinned to no host. Returns its
+    /// fingerprint.
     pub fn issue(&self, name: &str, agent_dir: &Path) -> String {
         let issued: Value = self.ask(json!({"do": "issue", "name": name, "dir": agent_dir}));
         text(&issued["fingerprint"])
@@ -105,18 +108,19 @@ impl RealMaster {
 
     /// Removes the host's row.
     pub fn decommission(&self, uuid: &str) {
-        let was_there: bool = self.ask(json!({"do": "decommission", "uuid": uuid}));
-        assert!(was_there, "no host {uuid}");
+        let existed: bool = self.ask(json!({"do": "decommission", "uuid": uuid}));
+        assert!(existed, "no host {uuid}");
     }
 
-    /// Adds a row of `decky_lifecycle`, newer than all before, and gives its id. Open: `pending` or `running`.
+    /// Adds a row of `decky_lifecycle` that is newer than all others, and returns its id. A row
+    /// with the status `pending` or `running` is open.
     pub fn open_lifecycle(&self, decky: &str, operation: &str, uuid: &str, status: &str) -> String {
         self.ask(json!({
             "do": "open_lifecycle", "decky": decky, "operation": operation, "uuid": uuid, "status": status,
         }))
     }
 
-    /// Adds an active topology that this host is expected to run.
+    /// Adds an active topology for this host.
     pub fn add_topology(&self, uuid: &str) -> Topology {
         self.ask(json!({"do": "add_topology", "uuid": uuid}))
     }
@@ -125,27 +129,30 @@ impl RealMaster {
         self.ask(json!({"do": "topology", "id": id}))
     }
 
-    /// Takes the order to push it again back.
+    /// Withdraws the request to push it again.
     pub fn clear_resync(&self, id: &str) {
         self.ask(json!({"do": "clear_resync", "id": id}))
     }
 
-    /// Rows of a table, oldest first, with all the columns: those that have each of the values of the object `filter`.
+    /// The rows of a table that have all values of the object `filter`, oldest first, with all
+    /// columns.
     pub fn rows(&self, table: &str, filter: Value) -> Vec<Value> {
         self.ask(json!({"do": "rows", "table": table, "where": filter}))
     }
 
-    /// Every TLS handshake that has succeeded since the process started.
+    /// All successful TLS handshakes since the process started.
     pub fn handshakes(&self) -> Vec<Handshake> {
         self.ask(json!({"do": "handshakes"}))
     }
 
-    /// Every answer since the process started: waits until there are `at_least` so many, and panics if they don't come.
+    /// Waits until the process has given `at_least` this many answers, and returns all. Panics
+    /// after a timeout.
     pub fn answers(&self, at_least: usize) -> Vec<Answer> {
-        self.ask(json!({"do": "answers", "at_least": at_least, "timeout": COMMAND.as_secs() / 2}))
+        self.ask(json!({"do": "answers", "at_least": at_least, "timeout": COMMAND_TIMEOUT.as_secs() / 2}))
     }
 
-    /// Posts a body as the original agent would, with the bundle in `agent_dir`; gives the status and the body.
+    /// Posts a body with the original agent's TLS and the bundle in `agent_dir`. Returns the
+    /// answer's status and body.
     pub fn post(&self, agent_dir: &Path, body: &str) -> (u16, String) {
         #[derive(Deserialize)]
         struct Response {
@@ -156,43 +163,45 @@ impl RealMaster {
         (response.status, response.body)
     }
 
-    /// What the original agent would send as `status`, from this state file and this Docker.
+    /// The `status` of the original agent for this state file and this Docker.
     pub fn executor_status(&self, state_file: &Path, docker_socket: &Path) -> Value {
         self.ask(json!({"do": "executor_status", "state_file": state_file, "docker_host": unix(docker_socket)}))
     }
 
-    /// What the original agent would send as `topology`, from this `topology.db` and this Docker.
+    /// The `topology` of the original agent for this `topology.db` and this Docker.
     pub fn topology_state(&self, db: &Path, docker_socket: &Path) -> Value {
         self.ask(json!({"do": "topology_state", "db": db, "docker_host": unix(docker_socket)}))
     }
 
-    /// Writes `topology.db` as the original agent does when it has applied a topology, and then failed with `error`.
+    /// Writes `topology.db` as the original agent does after it applied a topology and then failed
+    /// with `error`.
     pub fn put_topology(&self, db: &Path, id: &str, hash: &str, error: Option<&str>) {
         self.ask(json!({"do": "put_topology", "db": db, "id": id, "hash": hash, "error": error}))
     }
 
-    /// Shuts it down in good order: connections are closed, the port refuses.
+    /// Shuts it down. Its connections are closed, and its port refuses new ones.
     pub fn stop(&self) {
         let mut process = self.process.lock().unwrap().take().expect("the master runs");
         writeln!(process.requests, "{}", json!({"do": "stop"})).unwrap();
         let status =
-            process::end(&mut process.child, COMMAND).expect("the master stops when told to");
+            commands::wait_for_exit(&mut process.child, COMMAND_TIMEOUT).expect("the master stops");
         assert!(status.success(), "the master stopped with {status}\n{}", self.log());
     }
 
-    /// Ends it as a power cut would.
+    /// Kills it.
     pub fn kill(&self) {
         self.process.lock().unwrap().take().expect("the master runs");
     }
 
-    /// Starts it again after `stop` or `kill`: the same CA, database and port, and a TLS that knows no session.
+    /// Starts it again after `stop` or `kill`, with the same CA, database and port, and without TLS
+    /// sessions.
     pub fn start_again(&self) {
         let mut process = self.process.lock().unwrap();
         assert!(process.is_none(), "the master runs already");
         *process = Some(Process::start(self.folder.path(), Some(self.port)).0);
     }
 
-    /// What it has logged, over all its starts.
+    /// The log of all its processes.
     pub fn log(&self) -> String {
         log(self.folder.path())
     }
@@ -201,7 +210,7 @@ impl RealMaster {
         let mut process = self.process.lock().unwrap();
         let process = process.as_mut().expect("the master runs");
         writeln!(process.requests, "{request}").unwrap();
-        let answer = process.answer(COMMAND, self.folder.path());
+        let answer = process.answer(COMMAND_TIMEOUT, self.folder.path());
         T::deserialize(&answer).unwrap_or_else(|error| panic!("{request}: {answer}: {error}"))
     }
 }
@@ -221,15 +230,15 @@ impl Process {
             .spawn()
             .unwrap();
         let requests = child.stdin.take().unwrap();
-        let answers = process::lines(child.stdout.take().unwrap());
+        let answers = commands::lines(child.stdout.take().unwrap());
         let mut process = Process { child, requests, answers };
-        let ready = process.answer(START, folder);
+        let ready = process.answer(START_TIMEOUT, folder);
         let port = ready["port"].as_u64().and_then(|port| u16::try_from(port).ok()).unwrap();
         (process, port)
     }
 
-    fn answer(&mut self, patience: Duration, folder: &Path) -> Value {
-        let line = self.answers.recv_timeout(patience).unwrap_or_else(|error| {
+    fn answer(&mut self, timeout: Duration, folder: &Path) -> Value {
+        let line = self.answers.recv_timeout(timeout).unwrap_or_else(|error| {
             panic!("no answer from the master ({error}); its log:\n{}", log(folder))
         });
         let mut answer: Value = serde_json::from_str(&line).unwrap();

@@ -1,4 +1,4 @@
-//! A small file system of the test's own, to be filled and to be made read-only.
+//! A small file system that can be filled and made read-only.
 
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -7,18 +7,18 @@ use std::process::Command;
 
 use tempfile::TempDir;
 
-use super::process;
+use super::commands;
 
-/// Mounted as long as this value lives. Needs root.
+/// A file system that is mounted while this value exists. Needs root.
 pub struct Tmpfs {
     folder: TempDir,
 }
 
 impl Tmpfs {
-    /// An outbox in use takes about 60 KiB, half of that its `-shm`.
+    /// An outbox that is in use takes about 60 KiB, half of it for its `-shm`.
     pub fn mount() -> Self {
         let folder = tempfile::tempdir().unwrap();
-        process::run(
+        commands::run(
             Command::new("mount")
                 .args(["-t", "tmpfs", "-o", "size=256k", "tmpfs"])
                 .arg(folder.path()),
@@ -30,7 +30,7 @@ impl Tmpfs {
         self.folder.path()
     }
 
-    /// Takes all the space that is left, until `free`.
+    /// Uses all free space, until `free`.
     pub fn fill(&self) {
         let mut file = File::options().create_new(true).write(true).open(self.filling()).unwrap();
         let error = loop {
@@ -45,9 +45,9 @@ impl Tmpfs {
         fs::remove_file(self.filling()).unwrap();
     }
 
-    /// `ro` or `rw`. Nobody may have a file open for writing.
+    /// `ro` or `rw`. No file may be open for writing.
     pub fn remount(&self, option: &str) {
-        process::run(
+        commands::run(
             Command::new("mount").args(["-o", &format!("remount,{option}")]).arg(self.path()),
         );
     }
@@ -59,7 +59,7 @@ impl Tmpfs {
 
 impl Drop for Tmpfs {
     fn drop(&mut self) {
-        // Lazily: after a panic there may be a heartbeat that still has its outbox open.
+        // Lazily, because after a panic a heartbeat may still have its outbox open.
         let _ = Command::new("umount").arg("--lazy").arg(self.path()).output();
     }
 }

@@ -1,12 +1,13 @@
-//! What the fuzz targets run, compiled into the library as `decnet_heartbeat::fuzzing`: for each a function that takes what others have written, does with it what
-//! the program does, and asserts what must hold. Built for them alone (`--cfg fuzzing`); all on one thread.
+//! The functions of the fuzz targets, compiled into the library as `decnet_heartbeat::fuzzing`.
+//! Each takes bytes of another program, processes them as the library does, and asserts invariants.
+//! They are built only with `--cfg fuzzing`, and run on one thread.
 
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::indexing_slicing,
     clippy::panic,
-    reason = "a target that cannot go on has found something"
+    reason = "a target that panics has found an error"
 )]
 
 mod answers;
@@ -28,28 +29,29 @@ use std::sync::OnceLock;
 
 use crate::text::sanitize_within;
 
-/// What separates the parts of an input: no text file and no HTTP head has one.
+/// The separator of the parts of an input. Neither a text file nor an HTTP head contains it.
 const SEPARATOR: u8 = 0;
 
-/// Characters of an error or a detail at the most: a few texts of [`crate::limits::LOG_TEXT`], all of it escaped.
-const SAID: usize = 4_096;
+/// The maximum number of characters in an error or a detail: a few texts of
+/// [`crate::limits::LOG_TEXT`], all escaped.
+const MESSAGE: usize = 4_096;
 
-/// The parts of an input; the last one is all of the rest.
+/// The parts of an input. The last one is the rest.
 fn parts<const N: usize>(input: &[u8]) -> [&[u8]; N] {
     let mut parts = input.splitn(N, |byte| *byte == SEPARATOR);
     std::array::from_fn(|_| parts.next().unwrap_or_default())
 }
 
-/// What is said of foreign text stays on its line, hides nothing, and ends.
+/// Asserts that a text is on one line, has no control character, and is not too long.
 #[track_caller]
-pub(crate) fn assert_sayable(text: &str) {
-    assert_eq!(sanitize_within(text, SAID), text.trim());
+pub(crate) fn assert_sanitized(text: &str) {
+    assert_eq!(sanitize_within(text, MESSAGE), text.trim());
 }
 
-/// A folder of this process, made once. Whoever runs the targets says where by `TMPDIR`, and removes it.
-fn scratch() -> &'static Path {
-    static SCRATCH: OnceLock<PathBuf> = OnceLock::new();
-    SCRATCH.get_or_init(|| {
+/// A folder of this process. The caller sets `TMPDIR`, and removes the folder.
+fn temporary_folder() -> &'static Path {
+    static FOLDER: OnceLock<PathBuf> = OnceLock::new();
+    FOLDER.get_or_init(|| {
         let path =
             std::env::temp_dir().join(format!("decnet-heartbeat-fuzz-{}", std::process::id()));
         std::fs::create_dir_all(&path).unwrap();

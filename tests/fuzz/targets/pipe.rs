@@ -9,7 +9,7 @@
 use serde_json::Value;
 
 use super::messages::{Message, RpcResult, answer, parse};
-use crate::fuzzing::assert_sayable;
+use crate::fuzzing::assert_sanitized;
 
 /// Parses each line, and writes its answer.
 pub fn pipe(input: &[u8]) {
@@ -19,7 +19,7 @@ pub fn pipe(input: &[u8]) {
 fn check(line: &[u8]) {
     let Message { id, method } = parse(line);
     if let Err(error) = &method {
-        assert_sayable(&error.message);
+        assert_sanitized(&error.message);
     }
     let Some(id) = id else { return };
     let answer = answer(&id, &method.map(|_| RpcResult::Empty {}));

@@ -1,11 +1,11 @@
-//! DECNET's state file, whatever stands in it.
+//! DECNET's state file with any content.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
-use super::assert_sayable;
+use super::assert_sanitized;
 use crate::master::body::Body;
 use crate::status::Snapshot;
 use crate::status::decnet::report;
@@ -13,7 +13,7 @@ use crate::status::docker::{Containers, DockerState, Networks};
 use crate::status::state::State;
 use crate::text::sanitize;
 
-/// Makes a status of a state file with this content, where Docker answers and where it does not.
+/// Makes a status from a state file with this content, with and without an answer of Docker.
 pub fn state_file(input: &[u8]) {
     let containers = [
         ("decky-01-ssh", "running"),
@@ -26,31 +26,28 @@ pub fn state_file(input: &[u8]) {
         containers: Ok(Containers { states, left_out: None }),
         networks: networks.clone(),
     };
-    let away = DockerState { containers: Err("away".to_owned()), networks };
+    let without_answer = DockerState { containers: Err("no answer".to_owned()), networks };
     let state = State::parse(input).map_err(|problem| sanitize(&problem));
     let reported = |engine| {
         state.as_ref().map_err(String::clone).and_then(|state| report(Some(state), engine, None))
     };
-    let seen = check(reported(&engine));
-    let unseen = check(reported(&away));
-    if let Some(status) = seen {
+    if let Some(status) = check(reported(&engine)) {
         check_deckies(input, &status);
     }
-    if let Some(status) = unseen {
-        assert_eq!(object(&status).get("error").map(|error| error.get()), Some(r#""away""#));
-        assert!(
-            !object(&status).contains_key("deckies"),
-            "a decky without states would count as degraded"
-        );
+    if let Some(status) = check(reported(&without_answer)) {
+        assert_eq!(object(&status).get("error").map(|error| error.get()), Some(r#""no answer""#));
+        // The master counts a decky without states as degraded.
+        assert!(!object(&status).contains_key("deckies"));
     }
 }
 
-/// The status, unless it is not known; that is said then, and a beat of either can be read.
+/// The status, if it is known. Asserts that the body of its beat is valid JSON, and that of a beat
+/// with the error as well.
 fn check(status: Result<Snapshot, String>) -> Option<String> {
     let snapshot = match &status {
         Ok(status) => status.clone(),
         Err(problem) => {
-            assert_sayable(problem);
+            assert_sanitized(problem);
             Snapshot::unknown(problem)
         }
     };
@@ -60,7 +57,7 @@ fn check(status: Result<Snapshot, String>) -> Option<String> {
     status.ok().map(|_| snapshot.status().to_owned())
 }
 
-/// A JSON object; what is in it may be nested deeper than a parser of values goes.
+/// Parses a JSON object. Its fields are not parsed, because they may be nested too deep.
 fn object(json: &str) -> BTreeMap<&str, &RawValue> {
     serde_json::from_str(json).unwrap()
 }
@@ -80,12 +77,12 @@ fn check_deckies(input: &[u8], status: &str) {
     let deckies: Vec<&RawValue> = serde_json::from_str(status["deckies"].get()).unwrap();
     let runtime: HashMap<String, Runtime> = serde_json::from_str(status["runtime"].get()).unwrap();
     let mut rest = input;
-    // Of two deckies of one name, the last one counts, for whoever reads the JSON as well.
+    // If two deckies have the same name, the last one counts, also for readers of the JSON.
     let mut named = HashMap::new();
     for decky in deckies {
         let bytes = decky.get().as_bytes();
         let at = rest.windows(bytes.len()).position(|found| found == bytes);
-        rest = &rest[at.expect("byte for byte, in the file's order") + bytes.len()..];
+        rest = &rest[at.expect("the bytes of the file, in its order") + bytes.len()..];
         let decky: Decky = serde_json::from_str(decky.get()).unwrap();
         named.insert(decky.name, decky.services);
     }
