@@ -147,7 +147,7 @@ fn enrolment(common: &Common) -> Result<Enrolment, Error> {
     }
     let (sender, receiver) = bounded(1);
     let sources_of_thread = sources.clone();
-    // On its own thread: the disk may not respond, and `track` must still run its command.
+    // On its own thread: the disk may not answer, and `track` must still run its command.
     let run = move || drop(sender.send(sources_of_thread.read()));
     if thread::Builder::new().name("ini".to_owned()).spawn(run).is_err() {
         return sources.read();
@@ -155,7 +155,7 @@ fn enrolment(common: &Common) -> Result<Enrolment, Error> {
     receiver.recv_timeout(limits::CREDENTIALS_WAIT).unwrap_or_else(|_| {
         let seconds = limits::CREDENTIALS_WAIT.as_secs();
         let problem =
-            format!("cannot be read: its disk has not responded for {seconds} s; try again later");
+            format!("cannot be read: its disk has not answered for {seconds} s; try again later");
         Err(Error::setting("ini", problem).passing())
     })
 }

@@ -1,6 +1,6 @@
 //! Loads the enrolment and the bundle, and reloads them when their files change. Changed files that
 //! cannot be used are reported, and the old credentials stay. Runs on the outbox thread, because
-//! the agent dir may not respond.
+//! the agent dir may not answer.
 
 pub(crate) mod bundle;
 pub(crate) mod enrolment;

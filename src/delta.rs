@@ -18,9 +18,9 @@ use crate::text::{cut, quoted};
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Operation {
-    /// The decky was deployed.
+    /// The decky is deployed.
     Deploy,
-    /// The decky's services were changed.
+    /// The decky's services are changed.
     Mutate,
 }
 
@@ -43,8 +43,8 @@ impl fmt::Display for Operation {
 impl FromStr for Operation {
     type Err = String;
 
-    fn from_str(word: &str) -> Result<Self, Self::Err> {
-        match word {
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
             "deploy" => Ok(Self::Deploy),
             "mutate" => Ok(Self::Mutate),
             _ => Err("must be deploy or mutate".to_owned()),

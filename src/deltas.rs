@@ -82,14 +82,14 @@ impl DeltaSender {
     ///
     /// # Errors
     ///
-    /// - The name is not a decky's. DECNET's names consist of A-Z, a-z, 0-9, `_`, `.` and `-`, and
+    /// - The name is not a valid name of a decky. Valid names consist of A-Z, a-z, 0-9, `_`, `.` and `-`, and
     ///   have at most 128 characters. Pushing again does not help.
-    /// - The disk has not answered within a second. If [`Error::is_in_doubt`], the delta will be
+    /// - The disk has not answered within a second. If [`Error::is_in_doubt`] is true, the delta is
     ///   sent when the disk answers, unless the process ends first, so do not push it again.
     ///   Otherwise nothing was queued, and the caller may push again.
     /// - This process was forked after the heartbeat's start. Nothing was queued.
     /// - The outbox cannot take the delta: another process has had it locked for a second,
-    ///   operations in flight fill it, 1,024 requests wait already, or it is in memory and its
+    ///   operations in flight fill it, 1,024 requests are queued, or it is in memory and its
     ///   heartbeat has stopped. Nothing was queued, and the caller may push again.
     pub fn push(&self, delta: LifecycleDelta) -> Result<(), Error> {
         self.push_all([delta])
@@ -130,9 +130,9 @@ impl DeltaSender {
     /// Writes to the outbox that an operation is in flight, and returns the guard that reports how
     /// it ends.
     ///
-    /// While the operation is in flight, older deltas of the same deckies and operation are held
-    /// back, because the master would take them for this operation's. If this process ends first,
-    /// the next start reports the operation failed. A decky that is named twice counts once. On a
+    /// While the operation is in flight, older deltas of the same deckies and operation are held,
+    /// because the master would close the row of this operation with them. If this process ends
+    /// first, the next start reports the operation failed. A decky that is named twice counts once. On a
     /// host that is not enrolled nothing is written.
     ///
     /// ```
@@ -164,7 +164,7 @@ impl DeltaSender {
         if deckies.is_empty() {
             return Err(Error::setting(
                 "deckies",
-                "are none; an operation needs the name of a decky",
+                "the list is empty; an operation needs at least one decky",
             ));
         }
         let rows = NewRows::Operation(operation, deckies.clone());
@@ -173,7 +173,7 @@ impl DeltaSender {
         Ok(TrackedOperation::new(self.outbox.clone(), operation, open))
     }
 
-    /// Does `work` on a new thread and reports how it ended, so that the caller can return at once.
+    /// Runs `work` on a new thread and reports how it ended, so that the caller can return at once.
     ///
     /// An error is reported with its sources, and a panic with its message. Work that cannot fail
     /// returns `()`. The work continues if the heartbeat stops; its report is then sent by the next

@@ -22,7 +22,7 @@ use crate::text::{layers, sanitize};
 /// std::fs::create_dir(dir.path().join("ca.crt"))?; // a folder instead of the file
 /// let enrolment = Enrolment::new("0c4f9a52", "127.0.0.1", dir.path())?;
 /// let error = Heartbeat::builder().enrolment(enrolment).start().unwrap_err();
-/// assert!(error.is_bundle() && !error.is_transient()); // an operator has to fix it
+/// assert!(error.is_bundle() && !error.is_transient()); // an operator must correct it
 /// assert_eq!(error.path(), Some(dir.path().join("ca.crt").as_path()));
 /// assert!(format!("{error:?}").ends_with("not a regular file")); // prints the chain of sources
 /// # Ok::<(), Box<dyn std::error::Error>>(())
@@ -35,7 +35,7 @@ pub struct Error {
 struct Inner {
     kind: Kind,
     source: Option<Box<dyn StdError + Send + Sync>>,
-    /// The same call may succeed later, whatever the sources are.
+    /// The same call may succeed later, also if no source is temporary.
     passing: bool,
     in_doubt: bool,
 }
@@ -65,7 +65,7 @@ enum Kind {
     /// The id of the parent.
     Forked(u32),
     #[cfg(feature = "cli")]
-    Answer,
+    Output,
     #[cfg(feature = "loopback")]
     Loopback(String),
 }
@@ -124,15 +124,15 @@ impl Error {
 
     /// The output of the program could not be printed.
     #[cfg(feature = "cli")]
-    pub(crate) fn answer(source: io::Error) -> Self {
-        Self::new(Kind::Answer).with_source(source)
+    pub(crate) fn output(source: io::Error) -> Self {
+        Self::new(Kind::Output).with_source(source)
     }
 
     /// Whether the reader of the program's output has closed the pipe. This is not reported.
     #[cfg(feature = "cli")]
     pub(crate) fn is_pipe_closed(&self) -> bool {
         let source = self.source().and_then(|source| source.downcast_ref::<io::Error>());
-        matches!(self.inner.kind, Kind::Answer)
+        matches!(self.inner.kind, Kind::Output)
             && source.is_some_and(|error| error.kind() == ErrorKind::BrokenPipe)
     }
 
@@ -198,11 +198,10 @@ impl Error {
         matches!(self.inner.kind, Kind::Bundle { .. })
     }
 
-    /// Whether the result of a request is in doubt: the disk has not responded within a second, and
-    /// the request will be executed when it responds, unless the process ends first. A delta will
-    /// then be queued and sent, so pushing it again would send it twice. An operation has not
-    /// begun; its rows are removed again. If this is false, nothing was queued, and the call may be
-    /// repeated.
+    /// Whether the result of a request is in doubt: the disk has not answered within a second, and
+    /// the request is executed when it answers, unless the process ends first. A delta is then
+    /// queued and sent, so pushing it again may send it twice. An operation has not begun; its rows
+    /// are removed again. If this is false, nothing was queued, and the call may be repeated.
     ///
     /// ```
     /// use decnet_heartbeat::{DeltaSender, Error, LifecycleDelta};
@@ -240,14 +239,16 @@ impl Error {
 
     /// Whether the same call may succeed later without a change of the configuration.
     ///
-    /// It may after an error of the system that passes: an I/O error, no free descriptor or memory,
-    /// a file server that does not respond, a locked database. It also may if an enrolment may be
-    /// in progress, or a file system is not mounted yet: certificate and key do not match, a file
-    /// is empty or truncated, some of the three files of the bundle are missing, their folder is
-    /// empty, or a symlink is dangling.
+    /// True in these cases:
     ///
-    /// It may not if a value or the content of a file is not usable, or if a file is missing, has
-    /// the wrong type, is too large, or may not be read.
+    /// - The system reports an error that may be temporary: an I/O error, no free descriptor or
+    ///   memory, a file server that does not answer, a locked database.
+    /// - An enrolment may be in progress, or a file system may not be mounted yet: certificate and
+    ///   key do not match, a file is empty or truncated, some of the three files of the bundle are
+    ///   missing, their folder is empty, or a symlink is dangling.
+    ///
+    /// False if a value or the content of a file is not usable, or if a file is missing, has the
+    /// wrong type, is too large, or is not readable for this user.
     ///
     /// ```
     /// use decnet_heartbeat::{Enrolment, Heartbeat};
@@ -266,7 +267,7 @@ impl Error {
         self.inner.passing || causes(self).any(passes)
     }
 
-    /// The file at fault, if it is one.
+    /// The file that cannot be used, if the error is about a file.
     pub fn path(&self) -> Option<&Path> {
         match &self.inner.kind {
             Kind::Bundle { path, .. } => Some(path),
@@ -296,7 +297,7 @@ impl fmt::Display for Error {
                  start the heartbeat after the fork, in the process that uses it"
             ),
             #[cfg(feature = "cli")]
-            Kind::Answer => f.write_str("the answer could not be printed"),
+            Kind::Output => f.write_str("the output could not be printed"),
             #[cfg(feature = "loopback")]
             Kind::Loopback(doing) => write!(f, "loopback master: {doing}"),
         }

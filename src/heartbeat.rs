@@ -35,12 +35,12 @@ use crate::threads::start::{self, Started};
 /// thread ends with the last [`DeltaSender`] or [`TrackedOperation`]. See
 /// [`design`](crate::design).
 ///
-/// Dropping the heartbeat stops it with a grace of 2 s. [`stop`](Self::stop) lets the caller choose
-/// the grace.
+/// Dropping the heartbeat stops it with a grace period of 2 s. [`stop`](Self::stop) takes the grace
+/// period as an argument.
 ///
 /// A heartbeat belongs to the process that started it. In a process that was forked later it does
-/// nothing: methods that return a `Result` return an error, and dropping it there leaves the
-/// parent's heartbeat, locks and rows alone.
+/// nothing: methods that return a `Result` return an error, and dropping it does not affect the
+/// parent's heartbeat, locks and rows.
 ///
 /// ```
 /// use std::time::Duration;
@@ -49,7 +49,7 @@ use crate::threads::start::{self, Started};
 /// # let (_dir, _master, _worker, builder) = decnet_heartbeat::loopback::example()?;
 /// let heartbeat = builder.start()?; // sends the first beat at once
 /// heartbeat.deltas().push(LifecycleDelta::succeeded("decky-01", Operation::Deploy))?;
-/// let stopped = heartbeat.stop(Duration::from_secs(5)); // sends the deltas that wait
+/// let stopped = heartbeat.stop(Duration::from_secs(5)); // sends the queued deltas
 /// assert_eq!(stopped.undelivered, 0);
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
@@ -70,7 +70,7 @@ pub struct Heartbeat {
 /// heartbeat.deltas().push(LifecycleDelta::succeeded("decky-01", Operation::Deploy))?;
 /// let stopped = heartbeat.stop(Duration::from_secs(5));
 /// assert_eq!(stopped.undelivered, 1);
-/// assert!(stopped.kept); // it is on the disk, and the next start sends it
+/// assert!(stopped.durable); // it is on the disk, and the next start sends it
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -78,14 +78,15 @@ pub struct Heartbeat {
 pub struct Stopped {
     /// Deltas that the master has not accepted.
     pub undelivered: u64,
-    /// Operations in flight, counted once for each decky. The next start sends how each of them
-    /// ended. If the process ends first, the next start reports them failed.
+    /// Operations in flight, counted once for each decky. The next start reports how each of them
+    /// ended. Those that the end of the process interrupts are reported failed.
     pub operations: u64,
-    /// All of these are on the disk, and the next start delivers them. `false`: they are in memory
-    /// and are lost with the process, or the disk has not answered in time.
-    pub kept: bool,
-    /// The heartbeat thread ended within the grace. `false`: it is in a call that cannot be
-    /// interrupted, such as the lookup of a name, and ends when that call returns.
+    /// All of these deltas and operations are on the disk, and the next start delivers them.
+    /// `false`: they are in memory and are lost with the process, or the disk has not answered in
+    /// time.
+    pub durable: bool,
+    /// The heartbeat thread ended within the grace period. `false`: it is in a call that cannot be
+    /// interrupted, and ends when that call returns.
     pub in_time: bool,
 }
 
@@ -150,7 +151,7 @@ impl Heartbeat {
         self.deltas().begin(operation, deckies)
     }
 
-    /// Does `work` on a new thread and reports how it ended: see [`DeltaSender::run`].
+    /// Runs `work` on a new thread and reports how it ended: see [`DeltaSender::run`].
     ///
     /// ```
     /// use std::time::Duration;
@@ -211,9 +212,9 @@ impl Heartbeat {
     /// - a thread has ended, or
     /// - this process was forked after the start.
     ///
-    /// Beats are sent without a source that does not answer, but then the master no longer learns
-    /// what runs on this host. A disk that does not answer is no stall: beats are sent without
-    /// deltas until it does, see [`Stats::outbox_busy_since`].
+    /// While the source does not answer, beats are sent without a status, so the master does not
+    /// receive the states of this host. A disk that does not answer does not count as a stall:
+    /// beats are sent without deltas until it does, see [`Stats::outbox_busy_since`].
     ///
     /// ```
     /// # let (_master, _worker, heartbeat) = decnet_heartbeat::loopback::example_heartbeat()?;
@@ -249,7 +250,7 @@ impl Heartbeat {
     /// Waits up to `timeout` (at most a day) until the master has accepted or rejected all deltas
     /// that may be sent now. Returns whether it has.
     ///
-    /// This does not wait for deltas that are held back by an operation in flight, nor for deltas
+    /// This does not wait for deltas that are held, nor for deltas
     /// that are pushed during the call. It does not shorten a backoff. In a process that was forked
     /// after the start it returns `false` at once.
     ///
@@ -271,12 +272,12 @@ impl Heartbeat {
         self.running.as_ref().is_none_or(flush)
     }
 
-    /// Stops the heartbeat within `grace` (at most a day). The deltas that wait now are posted once
-    /// more; the POST is interrupted when the grace ends. If nothing waits, a stop takes
+    /// Stops the heartbeat within `grace` (at most a day). The queued deltas are sent once more; the
+    /// POST is interrupted when the grace period ends. If no delta is queued, a stop takes
     /// milliseconds.
     ///
     /// In a process that was forked after the start it returns at once and stops nothing, because
-    /// the heartbeat is the parent's.
+    /// the heartbeat belongs to the parent.
     ///
     /// ```
     /// use std::time::{Duration, Instant};
@@ -293,11 +294,11 @@ impl Heartbeat {
 
     fn shut_down(&mut self, grace: Duration) -> Stopped {
         let Some(running) = self.running.take().and_then(OfProcess::into_ours) else {
-            return Stopped { undelivered: 0, operations: 0, kept: true, in_time: true };
+            return Stopped { undelivered: 0, operations: 0, durable: true, in_time: true };
         };
         let HeartbeatThread { stop, ended, interrupt, outbox, .. } = running;
         let grace = grace.min(limits::MAX_GRACE);
-        // The time that an interrupt takes is part of the grace.
+        // The time that an interrupt takes is part of the grace period.
         let slack = (grace / 4).min(limits::INTERRUPT_SLACK);
         let end = Instant::now() + grace;
         let interrupt_at = end.checked_sub(slack).unwrap_or(end);
@@ -315,14 +316,14 @@ impl Heartbeat {
         Stopped {
             undelivered: counts.waiting,
             operations: counts.operations,
-            kept: on_disk && is_written,
+            durable: on_disk && is_written,
             in_time,
         }
     }
 }
 
 impl Drop for Heartbeat {
-    /// Stops the heartbeat with a grace of 2 s. Undelivered deltas stay in the outbox.
+    /// Stops the heartbeat with a grace period of 2 s. Undelivered deltas stay in the outbox.
     fn drop(&mut self) {
         self.shut_down(limits::DROP_GRACE);
     }
@@ -415,14 +416,14 @@ impl HeartbeatBuilder {
         self
     }
 
-    /// Which server is accepted as the master. Default: what the enrolment says, otherwise
+    /// The rule for the master's certificate. Default: the rule of the enrolment, otherwise
     /// [`MasterIdentity::Name`].
     ///
     /// ```
     /// use decnet_heartbeat::MasterIdentity;
     ///
     /// # let (_dir, master, _worker, builder) = decnet_heartbeat::loopback::example()?;
-    /// // Only this certificate, and no other one of its CA.
+    /// // Accepts only this certificate, and no other one of its CA.
     /// let fingerprint = &master.certificate().fingerprint;
     /// let pinned: MasterIdentity = format!("sha256:{fingerprint}").parse()?;
     /// let heartbeat = builder.master_identity(pinned).start()?;
@@ -458,7 +459,7 @@ impl HeartbeatBuilder {
     /// This waits up to 5 s for the ini and the bundle, and up to 1 s for the outbox. If the disk
     /// of the outbox has not answered by then, the heartbeat starts without deltas and sends them
     /// once it answers. On a host that is not enrolled, `start` returns a dormant handle and leaves
-    /// no thread, so that callers need no guard.
+    /// no thread, so callers need no special case.
     ///
     /// A process may start a heartbeat on an outbox whose previous heartbeat it has stopped while
     /// the disk does not answer. The new one beats at once, and delivers from the first tick after
@@ -597,7 +598,7 @@ mod tests {
         deltas.push(LifecycleDelta::succeeded("d", Operation::Deploy)).unwrap();
         let error = deltas.push(LifecycleDelta::succeeded("", Operation::Deploy)).unwrap_err();
         assert_eq!(error.to_string(), "decky name: is empty; a delta needs the name of its decky");
-        let expected = Stopped { undelivered: 0, operations: 0, kept: true, in_time: true };
+        let expected = Stopped { undelivered: 0, operations: 0, durable: true, in_time: true };
         assert_eq!(heartbeat.stop(Duration::ZERO), expected);
     }
 
@@ -623,7 +624,7 @@ mod tests {
         heartbeat.run(Operation::Deploy, ["d"], panics).unwrap().join().unwrap();
         let stats = heartbeat.stats();
         assert_eq!((stats.waiting, stats.held, stats.operations, stats.outbox), (0, 0, 0, None));
-        let expected = Stopped { undelivered: 0, operations: 0, kept: true, in_time: true };
+        let expected = Stopped { undelivered: 0, operations: 0, durable: true, in_time: true };
         assert_eq!(heartbeat.stop(Duration::ZERO), expected);
     }
 

@@ -1,18 +1,16 @@
 // Most examples of the documentation start a master, which needs this feature.
 #![cfg(any(feature = "loopback", not(doctest)))]
-//! The heartbeat client of a DECNET worker. It tells the master, over mTLS, that the host is alive,
-//! which deckies it runs, and how each deploy or mutate ended. It is blocking and thread-based, for
-//! agents without an async runtime.
+//! The heartbeat client of a DECNET worker. It reports to the master, over mTLS, that the host is
+//! up, which deckies (decoys) it runs, and how each deploy or mutate ended. It is blocking and
+//! thread-based, for agents without an async runtime.
 //!
 //! ```no_run
 //! use decnet_heartbeat::{Heartbeat, LifecycleDelta, Operation};
 //!
-//! # fn main() -> Result<(), decnet_heartbeat::Error> {
 //! let heartbeat = Heartbeat::builder().agent_version("1.4.0").start()?;
 //! heartbeat.deltas().push(LifecycleDelta::succeeded("decky-01", Operation::Deploy))?;
 //! heartbeat.stop(std::time::Duration::from_secs(5));
-//! # Ok(())
-//! # }
+//! # Ok::<(), decnet_heartbeat::Error>(())
 //! ```
 //!
 //! - [`Heartbeat::builder`] starts a heartbeat. On a host that is not enrolled it is dormant.
@@ -21,14 +19,14 @@
 //!   even if the process is killed.
 //! - [`StatusSource`] makes the status of a beat. The default, [`DecnetStatus`], reads DECNET's
 //!   state file, Docker and `topology.db`.
-//! - [`Enrolment`] says who this host is and where its master is. It is read from the environment
-//!   and `decnet.ini`.
-//! - [`Stats`] has the state of a heartbeat.
+//! - [`Enrolment`] has the identity of this host and the address of its master. It is read from
+//!   the environment and `decnet.ini`.
+//! - [`Stats`] has the state and the counters of a heartbeat.
 //!
 //! # Threads
 //!
-//! A heartbeat has three threads, one for each thing that can hang. `decnet-heartbeat` owns the
-//! connection to the master and decides when a beat is sent. `decnet-outbox` owns the agent dir: it
+//! A heartbeat has three threads: one for the network, one for the disk, one for the status.
+//! `decnet-heartbeat` owns the connection to the master and decides when a beat is sent. `decnet-outbox` owns the agent dir: it
 //! commits deltas to the outbox, a SQLite file, before `push` returns `Ok`. `decnet-status` calls
 //! the status source. No thread waits without a limit for another one, so a beat waits at most 250
 //! ms for the status if there are new deltas, and at most 10 s at a tick. [`design`] has the
@@ -52,7 +50,7 @@
 //!
 //! The crate logs through the `log` facade, one line for each fact, as
 //! `what happened: key=value …`. The keys `host`, `master`, `class` and `fingerprint` come first.
-//! Text from outside is cut to 300 characters, escaped and quoted.
+//! Text from outside is truncated to 300 characters, escaped and quoted.
 //!
 //! - `error`: something is lost, or needs an operator. The master does not accept this host, a
 //!   delta is rejected or dropped, the outbox is degraded, the certificate has expired, a panic was
@@ -60,7 +58,7 @@
 //! - `warn`: a beat failed, Docker or a file cannot be read, new credentials are invalid, the
 //!   certificate expires within 30 days, the process of an operation has ended, a delta is
 //!   suspended.
-//! - `info`: start, first success, recovery, new credentials, stop.
+//! - `info`: start, first accepted beat, recovery, new credentials, stop.
 //! - `debug`: every beat, a retry on a new connection, a dormant start.
 //!
 //! A repeated failure is logged the first, second, fourth, eighth … time.

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 // ---- when a beat is sent --------------------------------------------------------------------
 
-/// The default interval, as in the original agent.
+/// The default interval, as in the Python agent.
 pub(crate) const INTERVAL: Duration = Duration::from_secs(30);
 
 /// The shortest interval. A fleet with a shorter one would overload the master.
@@ -122,15 +122,15 @@ pub(crate) const SAME_STOP: Duration = Duration::from_millis(250);
 
 // ---- the POST -------------------------------------------------------------------------------
 
-/// The timeout of the name lookup, and that of TCP and TLS together: the original agent's connect
+/// The timeout of the name lookup, and that of TCP and TLS together: the Python agent's connect
 /// timeout.
 pub(crate) const CONNECT: Duration = Duration::from_secs(5);
 
-/// The timeout for sending the headers, and that for sending the body: the original agent's write
+/// The timeout for sending the headers, and that for sending the body: the Python agent's write
 /// timeout.
 pub(crate) const SEND: Duration = Duration::from_secs(5);
 
-/// The timeout for the answer's headers, and that for its body: the original agent's read timeout.
+/// The timeout for the answer's headers, and that for its body: the Python agent's read timeout.
 pub(crate) const RESPONSE: Duration = Duration::from_secs(10);
 
 /// The timeout of the whole POST. With a short interval it is two thirds of the interval, so that
@@ -268,7 +268,7 @@ pub(crate) const BATCH_WAIT: Duration = Duration::from_millis(250);
 /// have begun operations.
 pub(crate) const BATCH_FRESH: Duration = Duration::from_millis(20);
 
-/// The maximum age of such a batch if the disk does not respond. It covers the wait for a snapshot
+/// The maximum age of such a batch if the disk does not answer. It covers the wait for a snapshot
 /// and for the answer. Operations that this process has begun since are left out; those of other
 /// processes may be missed.
 pub(crate) const BATCH_USABLE: Duration = Duration::from_secs(1);
@@ -458,7 +458,7 @@ pub(crate) const LOG_LINES: usize = 1_024;
 pub(crate) const LOG_LINE: usize = 8 * 1024;
 
 /// How long a start waits for `--log-file` to be opened. Opening a FIFO without a reader, or a file
-/// on a disk that does not respond, may block.
+/// on a disk that does not answer, may block.
 pub(crate) const LOG_OPEN: Duration = Duration::from_secs(1);
 
 /// How long the program waits at its end for the log to be written. A slow disk writes a full queue
@@ -508,7 +508,7 @@ pub(crate) const THROTTLE_TEXTS: usize = 8;
 /// once.
 pub(crate) const THROTTLE_RESET: Duration = Duration::from_secs(600);
 
-/// The maximum characters of an error in `observed`, as in the original agent.
+/// The maximum characters of an error in `observed`, as in the Python agent.
 pub(crate) const OBSERVED_ERROR: usize = 200;
 
 // ---- the loopback master --------------------------------------------------------------------

@@ -17,9 +17,9 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! It does not implement chunked request bodies (answered 411), the resync of topologies (they are
-//! read), other paths (404), and the 500 that the real master answers to a `runtime` of the wrong
-//! type.
+//! It does not implement chunked request bodies (it answers 411), orders to build a topology again,
+//! other paths (it answers 404), and the 500 that the real master answers to a `runtime` of the
+//! wrong type.
 
 mod certificates;
 mod database;
@@ -475,7 +475,7 @@ impl LoopbackMaster {
         self.shared.lock().seen.rows().to_vec()
     }
 
-    /// The deckies that were reported, by name.
+    /// The reported deckies, by name.
     ///
     /// ```
     /// use std::time::Duration;
@@ -540,7 +540,7 @@ impl LoopbackMaster {
     ///
     /// # let (master, _worker, heartbeat) = decnet_heartbeat::loopback::example_heartbeat()?;
     /// assert!(master.wait_for_beats(3, Duration::from_secs(10)));
-    /// assert!(master.connections().len() < 3); // kept open from beat to beat
+    /// assert!(master.connections().len() < 3); // beats reuse the connection
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn connections(&self) -> Vec<ConnectionReport> {
@@ -743,7 +743,7 @@ impl fmt::Debug for LoopbackMaster {
     }
 }
 
-/// All that the master has seen, for [`LoopbackMaster::wait_until`].
+/// Everything that the master has recorded, for [`LoopbackMaster::wait_until`].
 ///
 /// ```
 /// use std::time::Duration;

@@ -744,7 +744,7 @@ impl Outbox {
 
     /// Runs after the answers to a transaction. Checks whether the file is still at its path. Also
     /// reads once, because SQLite writes to `-shm` with the first read after a change; if the disk
-    /// stopped responding before that, a later read would block.
+    /// stopped answering before that, a later read would block.
     pub(crate) fn verify_after_commit(&mut self) {
         let mut on_disk = self.is_on_disk();
         // Rows that were written to a file that was replaced meanwhile are moved, too.

@@ -39,7 +39,7 @@ pub struct Stats {
     /// neither the ini nor a file of the bundle existed. The heartbeat continues, as the host may
     /// be enrolled again. The program's `run` exits.
     pub decommissioned: bool,
-    /// The id under which the master knows this host.
+    /// The id of this host in the master's records.
     pub host_uuid: Option<String>,
     /// The URL to which beats are sent.
     pub url: Option<String>,
@@ -73,8 +73,8 @@ pub struct Stats {
     /// Queued deltas: in the outbox, and neither accepted nor rejected. Includes those of other
     /// processes.
     pub waiting: u64,
-    /// Queued deltas that are held back, because a newer operation on the same decky is in flight,
-    /// or because another process is sending them. With more than 50 queued deltas, this is the
+    /// Queued deltas that are held, because a newer operation on the same decky is in flight, or
+    /// because another process is sending them. With more than 50 queued deltas, this is the
     /// number at the last beat.
     pub held: u64,
     /// When the operation of the oldest queued delta ended.
@@ -82,7 +82,8 @@ pub struct Stats {
     pub oldest_waiting: Option<SystemTime>,
     /// Operations in flight, one for each decky. Includes those of other processes.
     pub operations: u64,
-    /// Deltas that were dropped undelivered: the oldest beyond 10,000, and those older than 7 days.
+    /// Deltas that were dropped undelivered: the oldest beyond 10,000 rows, and those older than 7
+    /// days. Rejected deltas do not count.
     pub dropped: u64,
     /// The outbox file. `None` while part of the outbox is in memory only, and would be lost with
     /// the process. In JSON, bytes of the path that are not UTF-8 are replaced by U+FFFD.
@@ -93,19 +94,19 @@ pub struct Stats {
     /// When the status source returned the last snapshot.
     #[serde(serialize_with = "rfc3339")]
     pub last_snapshot: Option<SystemTime>,
-    /// Since when a snapshot has been requested and not returned. `None`: none is pending.
+    /// When the snapshot was requested that has not been returned yet. `None`: none is pending.
     #[serde(serialize_with = "rfc3339")]
     pub snapshot_pending_since: Option<SystemTime>,
-    /// Since when the disk of the outbox has not responded. Beats are sent without deltas
-    /// meanwhile. `None`: it responds, or there is no request for it.
+    /// Since when the disk of the outbox has not answered. Beats are sent without deltas until it
+    /// does. `None`: it answers, or there is no request for it.
     #[serde(serialize_with = "rfc3339")]
     pub outbox_busy_since: Option<SystemTime>,
     /// Why the status of the last beat was incomplete: Docker or a file could not be read, or there
     /// was no fresh snapshot. `None`: it was complete.
     pub status_fault: Option<String>,
     /// Queued deltas that are suspended, because the master failed on each when it was sent alone.
-    /// A suspended delta is left out of 10 beats, doubled each time that it fails again, up to a
-    /// day. Older deltas of its decky and operation are left out with it.
+    /// A suspended delta is left out of 10 beats. The number doubles each time that it fails again,
+    /// up to a day. Older deltas of its decky and operation are left out with it.
     pub suspended: u64,
     /// Panics that were caught: in the status source, in a beat and in the outbox thread.
     pub panics: u64,
@@ -149,7 +150,7 @@ pub struct Failure {
     /// | `http-403`, `http-503`, … | the master, or a gateway in front of it, answered with this status |
     /// | `dns` | the lookup of the master's name failed, or found no address |
     /// | `timeout-resolve` | the lookup of the name took longer than 5 s |
-    /// | `refused` | nothing listens on the master's port |
+    /// | `refused` | no process listens on the master's port |
     /// | `unreachable` | there is no route to the master |
     /// | `timeout-connect` | the TCP and TLS handshakes took longer than 5 s |
     /// | `tls` | the TLS handshake failed: a certificate, an alert, or the peer does not speak TLS |
@@ -161,7 +162,7 @@ pub struct Failure {
     /// | `io` | another error of the system, such as no free file descriptor |
     /// | `invalid-body` | nothing was sent, because the body could not be serialized as JSON |
     pub class: String,
-    /// The answer of the master, or the error of the system. Foreign text: truncated and escaped.
+    /// The answer of the master, or the error of the system, truncated and escaped.
     pub detail: String,
 }
 

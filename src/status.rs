@@ -19,7 +19,7 @@ use crate::text::{cut, sanitize};
 /// The source of a beat's `status` and `topology`.
 ///
 /// It runs on a thread of its own, so it may be slow, block or panic. The beat is then sent without
-/// a status, and says so in `status.error`. The next beat requests a snapshot again. A closure is a
+/// a status, and `status.error` gives the reason. The next beat requests a snapshot again. A closure is a
 /// source:
 ///
 /// ```
@@ -95,7 +95,7 @@ impl Snapshot {
     ///
     /// | status | meaning |
     /// | --- | --- |
-    /// | `{}`, or `{"error": "…"}` | the host is alive, and the state of its deckies is unknown; the master changes no decky |
+    /// | `{}`, or `{"error": "…"}` | the host is up, and the state of its deckies is unknown; the master changes no decky |
     /// | `"deployed": false`, or no `deckies` | nothing is deployed; the master changes no decky |
     /// | `"deployed": true`, `deckies` and `runtime` | the master stores each decky with its state |
     ///
@@ -159,7 +159,7 @@ impl Snapshot {
     }
 
     /// A snapshot without states, with the reason why they are unknown. The master changes no
-    /// decky; the host counts as alive. The reason is truncated to 2,000 characters.
+    /// decky; the host counts as up. The reason is truncated to 2,000 characters.
     ///
     /// ```
     /// use decnet_heartbeat::Snapshot;
@@ -184,16 +184,16 @@ impl Snapshot {
 
     /// Sets the topology.
     ///
-    /// A snapshot without a topology is not neutral: if the master expects a topology on this host,
-    /// it orders it to be built again.
+    /// If the master expects a topology on this host, and a beat has none, the master orders it to
+    /// be built again.
     ///
     /// ```
     /// use decnet_heartbeat::{Observed, Snapshot, Topology};
     ///
-    /// // Nothing is applied on this host, and the containers have been looked at.
+    /// // No topology is applied on this host, and Docker lists no container of one.
     /// let nothing = Observed::Seen { bridges: Vec::new(), containers: Vec::new() };
     /// let topology = Topology { applied: None, observed: nothing };
-    /// let snapshot = Snapshot::unknown("libvirt does not respond").with_topology(topology.clone());
+    /// let snapshot = Snapshot::unknown("libvirt does not answer").with_topology(topology.clone());
     /// assert_eq!(snapshot.topology(), Some(&topology));
     /// ```
     pub fn with_topology(mut self, topology: Topology) -> Self {
@@ -278,9 +278,9 @@ pub struct AppliedTopology {
 pub enum Observed {
     /// Docker listed them.
     Seen {
-        /// Bridge networks named `decnet-topology-*`, in order.
+        /// Bridge networks named `decnet-topology-*`, sorted.
         bridges: Vec<String>,
-        /// Running containers named `decnet-*`, in order.
+        /// Running containers named `decnet-*`, sorted.
         containers: Vec<String>,
     },
     /// They are unknown, with the reason. At most 200 characters of it are sent.

@@ -24,7 +24,7 @@ use crate::text;
 
 // The headings below have the style of clap's own. It is removed where the output has no colours.
 const RUN_HELP: &str = "\
-\u{1b}[1;4mExit status:\u{1b}[0m
+\u{1b}[1;4mExit codes:\u{1b}[0m
    0  stopped by SIGTERM or SIGINT
    1  any other error
    2  the command line is wrong
@@ -59,7 +59,7 @@ const PIPE_HELP: &str = "\
   echo '{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"stats\"}' |
       decnet-heartbeat pipe";
 const CHECK_HELP: &str = "\
-\u{1b}[1;4mExit status:\u{1b}[0m
+\u{1b}[1;4mExit codes:\u{1b}[0m
    0  `run` would work here
    1  something is wrong: `run` would fail, or not do all
       of its work
@@ -77,8 +77,8 @@ line, such as a name that no decky can have; 78 as run does; 1 when neither has 
   decnet-heartbeat push --operation deploy \\
       --status succeeded decky-01";
 const TRACK_HELP: &str = "\
-\u{1b}[1;4mExit status:\u{1b}[0m
-  The exit status of COMMAND. Also:
+\u{1b}[1;4mExit codes:\u{1b}[0m
+  The exit code of COMMAND. Also:
      2  the command line is wrong
    126  COMMAND cannot be started
    127  COMMAND does not exist
@@ -127,11 +127,13 @@ pub(super) struct Common {
     /// The configuration file [default: $DECNET_CONFIG, or /etc/decnet/decnet.ini]
     #[arg(long, global = true, value_name = "INI", value_parser = path(), help_heading = HOST)]
     pub(super) config: Option<PathBuf>,
-    /// The folder of ca.crt, worker.crt, worker.key, topology.db and the outbox
+    /// The folder of ca.crt, worker.crt, worker.key, topology.db and the outbox [default:
+    /// $DECNET_AGENT_DIR, the ini, or /etc/decnet/agent]
     #[arg(long, global = true, value_name = "DIR", value_parser = folder(), help_heading = HOST)]
     #[arg(value_hint = ValueHint::DirPath)]
     pub(super) agent_dir: Option<PathBuf>,
-    /// How the master is identified: name, host, ca, sha256:HEX or public [default: name]
+    /// The rule for the master's certificate: name, host, ca, sha256:HEX or public [default:
+    /// $DECNET_MASTER_IDENTITY, the ini, or name]
     #[arg(long, global = true, value_name = "RULE", help_heading = HOST)]
     pub(super) master_identity: Option<MasterIdentity>,
     /// The least severe level to log [default: info; for push and track: warn; for check and demo:
@@ -146,7 +148,7 @@ pub(super) struct Common {
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
-    /// Send heartbeats until SIGTERM or SIGINT
+    /// Send beats to the master until SIGTERM or SIGINT
     #[command(after_help = RUN_HELP)]
     Run(RunOptions),
     /// Send heartbeats for an agent in any language: JSON-RPC on stdin and stdout
@@ -161,7 +163,7 @@ pub(super) enum Command {
     /// Run a command, and report how it ended
     #[command(after_help = TRACK_HELP, override_usage = TRACK_USAGE)]
     Track(TrackOptions),
-    /// Show a heartbeat at work with a built-in master; needs no configuration
+    /// Show a heartbeat with a built-in master; needs no configuration
     #[command(after_help = "\u{1b}[1;4mExample:\u{1b}[0m\n  decnet-heartbeat demo --seconds 30")]
     Demo {
         /// How long the demo takes, from 5 to 600 seconds
@@ -192,10 +194,10 @@ pub(super) struct RunOptions {
     /// The file of queued deltas [default: heartbeat.db in the agent dir]
     #[arg(long, value_name = "PATH", value_parser = path(), help_heading = FILES)]
     pub(super) outbox: Option<PathBuf>,
-    /// Write the statistics to this file as JSON after each beat
+    /// Write the stats to this file as JSON after each beat
     #[arg(long, value_name = "PATH", value_parser = path(), help_heading = FILES)]
     pub(super) stats_file: Option<PathBuf>,
-    /// Write the statistics to this file for Prometheus after each beat; node_exporter reads *.prom
+    /// Write the stats to this file for Prometheus after each beat; node_exporter reads *.prom
     #[arg(long, value_name = "PATH", value_parser = path(), help_heading = FILES)]
     pub(super) metrics_file: Option<PathBuf>,
 }

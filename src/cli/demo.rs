@@ -22,8 +22,8 @@ const DECKY: &str = "decky-01";
 /// What to do after the demo.
 const NEXT_STEPS: &str = "
 Next steps on an enrolled worker:
-  decnet-heartbeat check         check everything that a heartbeat needs
-  decnet-heartbeat run           send heartbeats until SIGTERM
+  decnet-heartbeat check         check everything that run needs
+  decnet-heartbeat run           send beats until SIGTERM or SIGINT
   decnet-heartbeat track --help  run a command and report how it ended
 ";
 

@@ -32,7 +32,7 @@ pub(super) fn start(file: Option<&Path>, level: LevelFilter) -> Result<(), Error
         let _ = FILE.set(Queue::to_file(path, &format, |error| report_error(&chain(error)))?);
     }
     log::set_boxed_logger(Box::new(Logger { level, format }))
-        .map_err(|source| Error::setting("the log", "is in use already").with_source(source))?;
+        .map_err(|source| Error::setting("the log", "is already in use").with_source(source))?;
     log::set_max_level(level);
     Ok(())
 }

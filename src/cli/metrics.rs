@@ -103,7 +103,9 @@ impl Metrics {
             stats.dropped,
         );
         self.count("deltas_waiting", "Queued deltas.", stats.waiting);
-        self.count("deltas_held", "Queued deltas that a newer operation holds back.", stats.held);
+        let help =
+            "Queued deltas that wait for a newer operation, or that another process is sending.";
+        self.count("deltas_held", help, stats.held);
         self.time(
             "oldest_waiting_timestamp_seconds",
             "Time when the operation of the oldest queued delta ended.",
@@ -127,7 +129,8 @@ impl Metrics {
             "Time of the snapshot request that the status source has not answered yet.",
             stats.snapshot_pending_since,
         );
-        let help = "Panics that were caught, in the status source and in beats.";
+        let help =
+            "Panics that were caught in the status source, in beats and in the outbox thread.";
         self.counter("panics_total", help, stats.panics);
         let help = "Time when this host's certificate expires.";
         self.time("certificate_expiry_timestamp_seconds", help, stats.certificate_expires);

@@ -10,7 +10,7 @@ use crate::error::Error;
 /// Prints the result of a command, or a part of it. An error means that the command has failed.
 pub(super) fn print_result(text: &str) -> Result<(), Error> {
     let mut stdout = io::stdout().lock();
-    stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()).map_err(Error::answer)
+    stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()).map_err(Error::output)
 }
 
 /// The columns of the terminal that stdout is. `None`: it is no terminal, or it has no size.

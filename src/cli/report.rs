@@ -140,7 +140,7 @@ impl Reporter {
         }
     }
 
-    /// Waits, within the timeout, until the disk has responded to a request in doubt: the end of
+    /// Waits, within the timeout, until the disk has answered to a request in doubt: the end of
     /// this process might undo it.
     pub(super) fn await_disk(&self, wait: &mut ReportWait<'_>) {
         while self.outbox.is_busy() && wait.pause() {}

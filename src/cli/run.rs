@@ -45,7 +45,7 @@ pub(super) fn warn_of_undelivered(host: &str, stopped: &Stopped) {
         log::warn!(
             "stopped with undelivered deltas: host={host} waiting={} durable={}",
             stopped.undelivered,
-            stopped.kept
+            stopped.durable
         );
     }
 }

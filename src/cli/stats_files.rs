@@ -29,7 +29,7 @@ pub(super) struct StatsFiles {
 }
 
 impl StatsFiles {
-    /// Fails if a target exists and must not be replaced. A disk that does not respond within
+    /// Fails if a target exists and must not be replaced. A disk that does not answer within
     /// [`limits::STATS_CHECK`] is not an error. `None`: there is no file to write.
     pub(super) fn start(
         stats: Option<PathBuf>,

@@ -1,10 +1,10 @@
 //! Reads the enrolment from the command line, the environment and `decnet.ini`, in the order of the
-//! original agent. Runs on the calling thread; the outbox thread reads it again when the ini
+//! Python agent. Runs on the calling thread; the outbox thread reads it again when the ini
 //! changes.
 //!
 //! From the top: [`EnrolmentSources`] names the sources, `Reading` reads them by the rules of the
-//! original agent, and [`Enrolment`] holds the values, each with its [`Provenance`]. The `.env`
-//! files that the original agent reads from its working directory are not read here.
+//! Python agent, and [`Enrolment`] holds the values, each with its [`Provenance`]. The `.env`
+//! files that the Python agent reads from its working directory are not read here.
 
 mod ini;
 
@@ -147,7 +147,7 @@ impl Enrolment {
         self.sources.as_ref().map_or_else(|| Ok(self.clone()), EnrolmentSources::read)
     }
 
-    /// The id under which the master knows this host.
+    /// The id of this host in the master's records.
     pub fn host_uuid(&self) -> &Sourced<String> {
         &self.host_uuid
     }
@@ -330,13 +330,13 @@ pub struct EnrolmentSources {
 }
 
 impl EnrolmentSources {
-    /// Takes the current environment of this process: the `DECNET_*` variables that are read here,
-    /// and the home folder.
+    /// Reads the current environment of this process: the `DECNET_*` variables of the enrolment, and
+    /// the home folder.
     pub fn from_env() -> Self {
         Self::new(std::env::vars_os(), std::env::home_dir(), Path::new(ETC))
     }
 
-    /// Takes these variables, `HOME` included, instead of the environment of this process. The last
+    /// Uses these variables, `HOME` included, instead of the environment of this process. The last
     /// value of a variable counts.
     ///
     /// ```
@@ -470,7 +470,7 @@ impl EnrolmentSources {
             let provenance = Provenance::CommandLine("--agent-dir");
             return Sourced::new(path.clone(), provenance).parse("agent dir", agent_dir_of);
         }
-        // As in the original agent, an empty value counts as unset, and `~` is not expanded.
+        // As in the Python agent, an empty value counts as unset, and `~` is not expanded.
         match reading.find(AGENT_DIR)?.filter(|sourced| !sourced.value.is_empty()) {
             Some(path) => path.parse("agent dir", |path| agent_dir_of(self.folder.join(path))),
             None => Ok(Sourced::new(self.default_agent_dir.clone(), Provenance::Default)),

@@ -25,9 +25,9 @@ use crate::text::{cut, layers, sanitize};
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[diagnostic::on_unimplemented(
-    message = "`{Self}` does not name deckies",
-    label = "neither a name nor names",
-    note = "write a name, `\"decky-01\"`, or names, `[\"decky-01\", \"decky-02\"]`"
+    message = "`{Self}` is neither the name of a decky nor a list of names",
+    label = "expected a name or a list of names",
+    note = "write a name, `\"decky-01\"`, or a list, `[\"decky-01\", \"decky-02\"]`"
 )]
 pub trait IntoDeckies<Kind>: kind::Sealed<Kind> {
     #[doc(hidden)]
@@ -46,7 +46,7 @@ pub trait IntoDeckies<Kind>: kind::Sealed<Kind> {
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[diagnostic::on_unimplemented(
-    message = "`{Self}` does not say how the operation ended",
+    message = "`{Self}` is not the outcome of an operation",
     label = "this work must return `()` or a `Result<(), E>`",
     note = "end the work with `;` if it cannot fail, or with `.map(drop)` if it returns a `Result` with a value"
 )]
@@ -107,11 +107,12 @@ impl<E: Into<Box<dyn StdError + Send + Sync>>> IntoOutcome for Result<(), E> {
 ///
 /// It ends with [`succeed`](Self::succeed) or [`fail`](Self::fail) on all deckies, or with
 /// [`end`](Self::end) on one after the other. If it is dropped (a panic, an early return), it is
-/// reported failed on the deckies that are still open. None of this waits for the network, and none
-/// of it can fail: if the outbox cannot be written, the end is written with the next change.
+/// reported failed on the deckies that are still open. None of these calls waits for the network,
+/// and each waits at most a second for the disk. If the outbox cannot be written, the end is written
+/// with the next change.
 ///
 /// In a process that was forked after the operation began, the guard reports nothing. The operation
-/// is still the parent's.
+/// belongs to the parent.
 ///
 /// ```
 /// use std::time::Duration;
@@ -123,7 +124,7 @@ impl<E: Into<Box<dyn StdError + Send + Sync>>> IntoOutcome for Result<(), E> {
 /// let mut operation = heartbeat.begin(Operation::Deploy, ["decky-01", "decky-02"])?;
 /// operation.end("decky-01", Outcome::Succeeded)?;
 /// assert_eq!(operation.open().collect::<Vec<_>>(), ["decky-02"]);
-/// operation.fail("no such image"); // on the rest
+/// operation.fail("no such image"); // on decky-02
 /// assert!(heartbeat.flush(Duration::from_secs(10)));
 /// assert_eq!(master.rows()[1].error.as_deref(), Some("no such image"));
 /// # Ok::<(), Box<dyn std::error::Error>>(())
@@ -161,8 +162,8 @@ impl TrackedOperation {
         self.end_all(&Outcome::Succeeded);
     }
 
-    /// Reports a failure on all deckies that are still open. The error is cut to 2,000 characters,
-    /// as the master does.
+    /// Reports a failure on all deckies that are still open. The error is truncated to 2,000
+    /// characters, as the master does.
     ///
     /// ```
     /// use decnet_heartbeat::Operation;
@@ -175,7 +176,7 @@ impl TrackedOperation {
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn fail(mut self, error: impl AsRef<str>) {
-        // Cut before it is cloned for each decky.
+        // Truncated before it is cloned for each decky.
         self.end_all(&Outcome::Failed(cut(error.as_ref(), limits::DELTA_ERROR).to_owned()));
     }
 
@@ -195,8 +196,9 @@ impl TrackedOperation {
     ///
     /// # Errors
     ///
-    /// The operation does not include this decky, or has already ended on it; the first outcome is
-    /// the one that counts. Or this process was forked after the operation began.
+    /// - The operation does not include this decky, or has already ended on it. The first outcome
+    ///   counts.
+    /// - This process was forked after the operation began.
     pub fn end(&mut self, decky: &str, outcome: Outcome) -> Result<(), Error> {
         self.outbox.check_process()?;
         let Some(place) = self.open.iter().position(|(open, _)| open == decky) else {
@@ -233,7 +235,7 @@ impl Drop for TrackedOperation {
 }
 
 /// The text of an error and its sources, for the master. A source whose text the text before it
-/// already ends with is left out. The result is cut to the length of a delta's error.
+/// already ends with is left out. The result is truncated to the length of a delta's error.
 pub(super) fn reason(error: &dyn StdError) -> String {
     let mut text = String::new();
     for layer in layers(error, limits::DELTA_ERROR) {

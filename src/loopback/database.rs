@@ -146,7 +146,7 @@ impl Database {
         Some(())
     }
 
-    /// Records every decky in the status: running if `runtime` says so, otherwise degraded.
+    /// Records every decky in the status: running if `runtime` reports that, otherwise degraded.
     fn update_shards(&mut self, uuid: &str, status: &Map<String, Value>) {
         if !status.get("deployed").is_some_and(is_truthy) {
             return;

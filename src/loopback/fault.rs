@@ -4,8 +4,8 @@ use std::time::Duration;
 
 /// A fault of a new connection or of a request.
 ///
-/// A fault takes effect on the next connection or request, whichever it is for. The faults after it
-/// in the script wait until then.
+/// Each fault is either of a connection or of a request. It takes effect on the next one, and the
+/// faults after it in the script follow it.
 ///
 /// ```
 /// use std::time::Duration;
@@ -26,7 +26,7 @@ use std::time::Duration;
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Fault {
-    /// Of a request: none, it is served normally. This is for a request between two faults.
+    /// Of a request: it is served normally. This is for a request between two faults.
     Serve,
     /// Of a connection: it is closed as soon as it is accepted.
     CutBeforeHandshake,
@@ -49,7 +49,7 @@ pub enum Fault {
     /// Of a request: it is read, recorded and not applied, and this is the answer.
     Answer(Answer),
     /// Of a request: as [`Answer`](Self::Answer) if its body contains these bytes. Otherwise it is
-    /// served normally. This is a master that fails on one delta.
+    /// served normally. So a master can fail on one delta.
     AnswerTo(Vec<u8>, Answer),
     /// Of a request: as [`Answer`](Self::Answer), but these bytes are sent unchanged, then the
     /// connection is closed.
@@ -88,9 +88,9 @@ pub enum Fault {
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Effect {
-    /// It does. Only the answer is missing.
+    /// It applies the request. Only the answer is missing.
     Applied,
-    /// It does not.
+    /// It does not apply the request.
     Lost,
 }
 

@@ -366,7 +366,7 @@ impl Connection<'_> {
         }
     }
 
-    /// Records the request before it is answered, and applies it if `handling` says so.
+    /// Records the request before it is answered, and applies it if `handling` requires that.
     fn record(&self, head: &Head, body: Vec<u8>, handling: Handling) -> Answer {
         let mut received = Received {
             at: Instant::now(),

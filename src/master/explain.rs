@@ -71,7 +71,7 @@ pub(crate) fn closed_without_an_answer(error: &ureq::Error) -> String {
 pub(crate) fn closed_on_our_certificate() -> Explained {
     Explained::new(
         "the master closed the connection after it saw this host's certificate: it probably refuses it",
-        "see what stands at worker.crt above: the certificate must be issued by the master's CA, valid by the master's clock \
+        "see the step worker.crt above: the certificate must be issued by the master's CA, valid by the master's clock \
          and usable for clients (clientAuth); then enrol this host again",
     )
 }
@@ -333,7 +333,7 @@ fn received(alert: AlertDescription) -> (&'static str, &'static str) {
         Alert::BadCertificate | Alert::CertificateUnknown => (
             "the master refused our certificate: it may be too weak, have an unsupported signature, or be not yet valid by \
              the master's clock",
-            "see what stands at worker.crt above, and check the master's clock; then enrol this host again",
+            "see the step worker.crt above, and check the master's clock; then enrol this host again",
         ),
         Alert::UnsupportedCertificate => {
             ("the master refused our certificate: it is not for clients", ENROL_HERE)
@@ -403,7 +403,7 @@ mod tests {
             (
                 Alert::BadCertificate,
                 "refused our certificate: it may be too weak",
-                "see what stands at worker.crt",
+                "see the step worker.crt",
             ),
             (Alert::UnsupportedCertificate, "it is not for clients", "enrol this host again"),
             (Alert::UnknownCA, "by a CA that the master does not know", "enrol this host again"),

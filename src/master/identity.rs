@@ -9,7 +9,7 @@ use rustls::pki_types::CertificateDer;
 
 /// The rule for the master's certificate.
 ///
-/// Every worker's certificate allows `serverAuth`. The original agent accepts any certificate of
+/// Every worker's certificate allows `serverAuth`. The Python agent accepts any certificate of
 /// the CA, so with a stolen worker key an attacker can impersonate the master. The default requires
 /// the certificate that the master issues to itself (DECNET's `pki.ensure_swarmctl_cert`): its
 /// common name is `swarmctl`, and one of its DNS names is `swarmctl`. The common name of a worker's
@@ -48,7 +48,7 @@ pub enum MasterIdentity {
     /// there can impersonate the master.
     Host,
     /// `ca`: the certificate chains to the bundle's `ca.crt`. Its name is not checked. This is the
-    /// rule of the original agent.
+    /// rule of the Python agent.
     AnyFromCa,
     /// `sha256:<hex>`: one certificate, by the SHA-256 of its DER. Its chain, name and dates are
     /// not checked.

@@ -129,7 +129,7 @@ impl MasterResolver {
                     );
                 });
                 // The cached addresses count as fresh again. Otherwise every beat would wait for a
-                // DNS server that does not respond. If they fail, `report_failure` requests a new
+                // DNS server that does not answer. If they fail, `report_failure` requests a new
                 // lookup.
                 cache.fresh_since = Some(Instant::now());
                 Ok(cache.in_order())

@@ -734,17 +734,19 @@ mod tests {
         let other = dir.path().join("other");
         fs::write(&other, "theirs").unwrap();
         let makers: [(&str, &dyn Fn()); 5] = [
-            ("is a symlink, not a regular file; move it away", &|| symlink(&other, &lock).unwrap()),
-            ("is a symlink, not a regular file; move it away", &|| {
+            ("is a symlink, not a regular file; rename or remove it", &|| {
+                symlink(&other, &lock).unwrap()
+            }),
+            ("is a symlink, not a regular file; rename or remove it", &|| {
                 symlink("nowhere", &lock).unwrap()
             }),
-            ("is a directory, not a regular file; move it away", &|| {
+            ("is a directory, not a regular file; rename or remove it", &|| {
                 fs::create_dir(&lock).unwrap()
             }),
-            ("is a FIFO, not a regular file; move it away", &|| {
+            ("is a FIFO, not a regular file; rename or remove it", &|| {
                 assert!(Command::new("mkfifo").arg(&lock).status().unwrap().success());
             }),
-            ("has 2 hard links; remove the others, or move it away", &|| {
+            ("has 2 hard links; remove the others, or rename it", &|| {
                 fs::hard_link(&other, &lock).unwrap()
             }),
         ];

@@ -1148,7 +1148,7 @@ fn fifo_or_folder_does_not_block() {
     for name in ["folder", "fifo"] {
         let location = OutboxLocation::File(dir.path().join(name));
         let (_, problem) = Outbox::open_at(&location, dir.path(), Role::Deliver).unwrap();
-        assert!(chain(&problem.unwrap()).ends_with("not a regular file; move it away"));
+        assert!(chain(&problem.unwrap()).ends_with("not a regular file; rename or remove it"));
     }
 }
 

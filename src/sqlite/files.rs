@@ -65,7 +65,10 @@ impl DatabaseFile {
         };
         let metadata = descriptor.metadata()?;
         if let Some(what) = special(metadata.file_type()) {
-            return Err(refusal(path, &format!("is {what}, not a regular file; move it away")));
+            return Err(refusal(
+                path,
+                &format!("is {what}, not a regular file; rename or remove it"),
+            ));
         }
         match metadata.nlink() {
             // It was deleted after it was opened.
@@ -73,7 +76,7 @@ impl DatabaseFile {
             1 => Ok(Some(Self { path: path.to_owned(), descriptor, metadata })),
             links => Err(refusal(
                 path,
-                &format!("has {links} hard links; remove the others, or move it away"),
+                &format!("has {links} hard links; remove the others, or rename it"),
             )),
         }
     }
@@ -91,7 +94,7 @@ impl DatabaseFile {
             &self.path,
             &format!(
                 "belongs to user {owner}, and not to this user ({user}) or the owner of its folder ({folder_owner}); run as \
-                 user {owner}, or move it away"
+                 user {owner}, or rename it"
             ),
         ))
     }
@@ -184,12 +187,12 @@ mod tests {
         std::os::unix::fs::symlink(at("nowhere"), at("dangling")).unwrap();
         assert!(std::process::Command::new("mkfifo").arg(at("fifo")).status().unwrap().success());
         for (name, problem) in [
-            ("socket", "is a socket, not a regular file; move it away"),
-            ("folder", "is a directory, not a regular file; move it away"),
-            ("link", "is a symlink, not a regular file; move it away"),
-            ("dangling", "is a symlink, not a regular file; move it away"),
-            ("fifo", "is a FIFO, not a regular file; move it away"),
-            ("two", "has 2 hard links; remove the others, or move it away"),
+            ("socket", "is a socket, not a regular file; rename or remove it"),
+            ("folder", "is a directory, not a regular file; rename or remove it"),
+            ("link", "is a symlink, not a regular file; rename or remove it"),
+            ("dangling", "is a symlink, not a regular file; rename or remove it"),
+            ("fifo", "is a FIFO, not a regular file; rename or remove it"),
+            ("two", "has 2 hard links; remove the others, or rename it"),
         ] {
             let refused = DatabaseFile::open(&at(name)).unwrap_err();
             assert_eq!(

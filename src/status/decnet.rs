@@ -42,9 +42,9 @@ pub(crate) const TOPOLOGY: &str = "topology.db";
 /// // There is no state file, so nothing is deployed. There is no topology.db, so none is applied.
 /// let snapshot = source.snapshot();
 /// assert_eq!(snapshot.status(), r#"{"deployed":false,"deckies":[]}"#);
-/// let topology = snapshot.topology().ok_or("it knows that there is none")?;
+/// let topology = snapshot.topology().ok_or("no topology")?;
 /// assert_eq!(topology.applied, None);
-/// // Docker does not run, so the containers are unknown.
+/// // Docker is not running, so the containers are unknown.
 /// assert!(matches!(&topology.observed, Observed::Unknown(why) if why.contains("No such file")));
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
@@ -60,13 +60,13 @@ impl DecnetStatus {
     /// A source with the state file that DECNET uses on this host, Docker at
     /// `/var/run/docker.sock`, and `topology.db` in the agent dir.
     ///
-    /// DECNET's state file is in the same folder as its Python package. Each snapshot searches the
-    /// package in this order:
+    /// DECNET's state file is in the same folder as its Python package. Each snapshot searches for
+    /// the package in this order:
     ///
     /// 1. In the virtual environment of `/usr/local/bin/decnet`. On a worker that the master's
     ///    installer set up, this is a symlink to `<environment>/bin/decnet`, and the package is
-    ///    `lib/python3.X/site-packages/decnet`. If several versions of Python have it, that of the
-    ///    environment (`pyvenv.cfg`) counts, otherwise the newest.
+    ///    `lib/python3.X/site-packages/decnet`. If several versions of Python have it, the version
+    ///    in `pyvenv.cfg` is used, otherwise the newest.
     /// 2. In `/opt/decnet/venv`, in the same way.
     /// 3. `/opt/decnet/decnet`, for an editable install.
     ///
@@ -96,7 +96,7 @@ impl DecnetStatus {
         }
     }
 
-    /// Sets the state file. It is not searched.
+    /// Sets the state file. The places of DECNET's package are then not searched.
     ///
     /// If the file does not exist, nothing is deployed. If its folder does not exist or cannot be
     /// accessed, or the file is a dangling symlink, it is unknown what is deployed.
@@ -120,7 +120,7 @@ impl DecnetStatus {
         self
     }
 
-    /// Searches the state file in this folder instead of `/`.
+    /// Searches for the state file in this folder instead of `/`.
     #[cfg(test)]
     fn search_under(mut self, root: &Path) -> Self {
         self.state_file = StateFile::new(StateFilePath::Searched { root: root.to_owned() });

@@ -192,7 +192,7 @@ mod tests {
             fifo.read()
                 .1
                 .unwrap_err()
-                .ends_with("fifo is a FIFO, not a regular file; move it away"),
+                .ends_with("fifo is a FIFO, not a regular file; rename or remove it"),
             "opening it would block"
         );
     }
@@ -210,9 +210,9 @@ mod tests {
         let (last, problem) = file.read();
         assert_eq!(last, Some(Some(row())));
         assert!(
-            problem
-                .unwrap_err()
-                .ends_with("topology.db-journal is a FIFO, not a regular file; move it away"),
+            problem.unwrap_err().ends_with(
+                "topology.db-journal is a FIFO, not a regular file; rename or remove it"
+            ),
             "opening it would block"
         );
     }

@@ -83,8 +83,7 @@ pub(crate) fn start(
         Err(_) => {
             let seconds = limits::CREDENTIALS_WAIT.as_secs();
             let problem = format!(
-                "cannot be read, their disk has not answered for {seconds} s; try again when it \
-                 does"
+                "cannot be read: their disk has not answered for {seconds} s; try again later"
             );
             return Err(Error::setting("ini and bundle", problem).passing());
         }

@@ -158,7 +158,7 @@ fn stop_writes_deltas_from_memory_to_disk() {
     heartbeat.deltas().push(deployed("late")).unwrap();
     disk.free();
     let stopped = heartbeat.stop(Duration::from_secs(5));
-    assert_eq!((stopped.undelivered, stopped.kept), (1, true));
+    assert_eq!((stopped.undelivered, stopped.durable), (1, true));
     assert_eq!(rows(&file), [ended("late")]);
 }
 
@@ -202,7 +202,7 @@ fn read_only_file_system_loses_no_delta() {
     let (builder, _tick) = loopback.builder();
     let heartbeat = start(builder, &disk);
     heartbeat.deltas().push(deployed("on-disk")).unwrap();
-    assert!(heartbeat.stop(Duration::from_secs(5)).kept);
+    assert!(heartbeat.stop(Duration::from_secs(5)).durable);
 
     disk.remount("ro");
     loopback.master.start_again().unwrap();

@@ -99,7 +99,7 @@ fn queue_only(dir: &Path) {
     wait_for_stats(&heartbeat, |stats| stats.beats > 0);
     loopback.master.stop();
     let queued = push_and_track(&heartbeat, &tick);
-    assert!(heartbeat.stop(Duration::from_secs(20)).kept);
+    assert!(heartbeat.stop(Duration::from_secs(20)).durable);
     fs::write(dir.join("sent"), loopback.sent().join("\n")).unwrap();
     fs::write(dir.join("queued"), queued.join("\n")).unwrap();
 }

@@ -176,7 +176,7 @@ fn delta_is_not_sent_again_if_ack_waits_for_frozen_disk() {
     assert!(!heartbeat.is_stalled());
     disk.thaw();
     wait_until_sent(&heartbeat);
-    assert!(heartbeat.stop(TIMEOUT).kept);
+    assert!(heartbeat.stop(TIMEOUT).durable);
     // It is not sent by the next heartbeat, either.
     wait_until_sent(&start(&loopback));
     assert_sent(&loopback, [("d", CallResult::Queued)]);
@@ -205,7 +205,7 @@ fn stop_is_bounded_on_frozen_disk_and_next_heartbeat_delivers_after_thaw() {
         let stopped = heartbeat.stop(grace);
         assert_within(since, grace);
         assert_eq!(stopped.undelivered, 1, "{stopped:?}");
-        assert!(!stopped.kept || blocked == CallResult::NotQueued, "{stopped:?}");
+        assert!(!stopped.durable || blocked == CallResult::NotQueued, "{stopped:?}");
         loopback.master.start_again().unwrap();
 
         // The second heartbeat beats at once. It delivers when the blocked thread has written its
@@ -248,7 +248,7 @@ fn stop_on_frozen_disk_reports_synced_deltas_as_durable() {
         beats.recv_timeout(TIMEOUT).unwrap();
     }
     let stopped = heartbeat.stop(Duration::from_millis(100));
-    assert_eq!((stopped.undelivered, stopped.kept, stopped.in_time), (1, true, true));
+    assert_eq!((stopped.undelivered, stopped.durable, stopped.in_time), (1, true, true));
     disk.thaw();
     loopback.master.start_again().unwrap();
     wait_until_sent(&start(&loopback));
@@ -276,7 +276,10 @@ fn stop_reports_durable_if_disk_froze_after_last_change() {
         disk.freeze();
         let stopped = heartbeat.stop(Duration::from_millis(100));
         let undelivered = u64::from(!is_delivered);
-        assert_eq!((stopped.undelivered, stopped.kept, stopped.in_time), (undelivered, true, true));
+        assert_eq!(
+            (stopped.undelivered, stopped.durable, stopped.in_time),
+            (undelivered, true, true)
+        );
         disk.thaw();
     }
 }
@@ -547,7 +550,7 @@ fn syncs_of_eight_seconds_delay_no_beat_and_lose_no_delta() {
     let since = Instant::now();
     let stopped = heartbeat.stop(Duration::ZERO);
     assert_within(since, Duration::ZERO);
-    assert!(!stopped.kept && stopped.undelivered == 0, "{stopped:?}");
+    assert!(!stopped.durable && stopped.undelivered == 0, "{stopped:?}");
     // The acknowledgement is not on the disk yet, so the next heartbeat must not deliver.
     let next = start(&loopback);
     assert_beats_on_time(&loopback, Instant::now(), Duration::from_secs(1));
@@ -576,7 +579,7 @@ fn delivery_lock_is_held_until_last_ack_is_synced() {
     wait_for_stats(&first, |stats| stats.delivered == 2);
     let since = Instant::now();
     let stopped = first.stop(Duration::ZERO);
-    assert_eq!((stopped.undelivered, stopped.kept), (0, false));
+    assert_eq!((stopped.undelivered, stopped.durable), (0, false));
     let second = start(&loopback);
     assert_beats_on_time(&loopback, Instant::now(), Duration::from_secs(1));
     assert!(

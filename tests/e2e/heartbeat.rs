@@ -42,7 +42,7 @@ fn pkcs1_key_is_accepted() {
 
 #[test]
 #[ignore = "needs root, docker.io and busybox-static, and the real master: tests/e2e/setup.sh"]
-fn status_equals_that_of_original_agent() {
+fn status_equals_that_of_python_agent() {
     let host = EnrolledHost::new();
     let docker = Docker::start();
     let state_file = host.agent_dir().join("decnet-state.json");
@@ -87,7 +87,7 @@ fn status_equals_that_of_original_agent() {
         [(&json!("decky-01"), &json!("running")), (&json!("decky-02"), &json!("degraded"))]
     );
 
-    // The original agent's status of the same host, posted with its own TLS, changes no row.
+    // The Python agent's status of the same host, posted with its own TLS, changes no row.
     let status = host.master.executor_status(&state_file, &docker.socket());
     let body = json!({"host_uuid": host.worker.uuid, "agent_version": "1.0.0", "status": status});
     assert_eq!(host.master.post(host.agent_dir(), &body.to_string()).0, 204);

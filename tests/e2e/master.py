@@ -207,7 +207,7 @@ class Commands:
             return recorder.answers
 
     async def post(self, dir, body):
-        """Posts a heartbeat with the original agent's TLS."""
+        """Posts a heartbeat with the Python agent's TLS."""
         import httpx
         from decnet.swarm.log_forwarder import build_worker_ssl_context
 
@@ -218,7 +218,7 @@ class Commands:
             return {"status": answer.status_code, "body": answer.text}
 
     async def executor_status(self, state_file, docker_host):
-        """The `status` that the original agent would send."""
+        """The `status` that the Python agent would send."""
         import decnet.config
         from decnet.agent import executor
 
@@ -227,7 +227,7 @@ class Commands:
         return await executor.status()
 
     async def topology_state(self, db, docker_host):
-        """The `topology` that the original agent would send."""
+        """The `topology` that the Python agent would send."""
         from decnet.agent import topology_ops, topology_store
 
         os.environ["DOCKER_HOST"] = docker_host
@@ -235,7 +235,7 @@ class Commands:
             return await asyncio.to_thread(topology_ops.state, store)
 
     async def put_topology(self, db, id, hash, error):
-        """Writes topology.db as the original agent does after it applied a topology and then failed."""
+        """Writes topology.db as the Python agent does after it applied a topology and then failed."""
         from decnet.agent import topology_store
 
         with contextlib.closing(topology_store.TopologyStore(Path(db))) as store:

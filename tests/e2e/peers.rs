@@ -127,7 +127,7 @@ fn master_requests_resync_unless_expected_hash_is_reported() {
 
 #[test]
 #[ignore = "needs root, docker.io and busybox-static, and the real master: tests/e2e/setup.sh"]
-fn original_agent_reports_states_of_docker() {
+fn python_agent_reports_states_of_docker() {
     let master = RealMaster::start();
     let docker = Docker::start();
     let folder = tempfile::tempdir().unwrap();
@@ -172,11 +172,7 @@ fn original_agent_reports_states_of_docker() {
 
     docker.stop();
     assert!(UnixStream::connect(docker.socket()).is_err());
-    assert_eq!(
-        runtime(&state_file),
-        json!({}),
-        "the original agent sends no runtime without Docker"
-    );
+    assert_eq!(runtime(&state_file), json!({}), "the Python agent sends no runtime without Docker");
     docker.start_again();
     let services =
         json!({"ssh": "created", "real_web": "exited", "ftp": "exited", "smb": "absent"});

@@ -222,9 +222,9 @@ fn push(deltas: &DeltaSender, decky: &str) -> Value {
 
 fn stop(heartbeat: Heartbeat, grace: Duration) -> Value {
     let since = Instant::now();
-    let Stopped { undelivered, kept, in_time, .. } = heartbeat.stop(grace);
+    let Stopped { undelivered, durable, in_time, .. } = heartbeat.stop(grace);
     let seconds = since.elapsed().as_secs_f64();
-    json!({"undelivered": undelivered, "durable": kept, "in_time": in_time, "seconds": seconds})
+    json!({"undelivered": undelivered, "durable": durable, "in_time": in_time, "seconds": seconds})
 }
 
 /// A status source with a fault.

@@ -1,4 +1,4 @@
-//! The log as an attack surface: text of other programs is shortened, escaped and kept on one line
+//! The log as an attack surface: text of other programs is truncated, escaped and put on one line
 //! before it is logged, and no key is logged.
 
 use std::process::Command;

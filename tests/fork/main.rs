@@ -162,8 +162,8 @@ fn call_everything(
     assert!(heartbeat.is_stalled());
     assert!(!heartbeat.flush(TIMEOUT * 2));
     assert!(heartbeat.beats().try_recv().is_err());
-    let Stopped { undelivered, operations, kept, in_time, .. } = heartbeat.stop(TIMEOUT * 2);
-    assert_eq!((undelivered, operations, kept, in_time), (0, 0, true, true));
+    let Stopped { undelivered, operations, durable, in_time, .. } = heartbeat.stop(TIMEOUT * 2);
+    assert_eq!((undelivered, operations, durable, in_time), (0, 0, true, true));
 }
 
 fn every_call_in_child_fails_at_once() {

@@ -163,7 +163,7 @@ fn text_and_help_wrap_to_the_terminal_and_are_not_wrapped_in_a_pipe() {
         terminal.spawn(check(&fixture).args(argument)).wait().unwrap();
     }
     let shown = terminal.read_to_end();
-    assert!(shown.contains("Exit status:"), "{shown}");
+    assert!(shown.contains("Exit codes:"), "{shown}");
     // A path, which has no space, is not broken.
     let has_spaces = |line: &&str| line.trim().contains(' ');
     let mut messages = shown.lines().filter(has_spaces).filter(|line| !line.contains("sha256"));
@@ -993,7 +993,7 @@ fn each_alert_of_openssl_is_explained() {
             "old",
             "old",
             "the master refused our certificate: it may be too weak",
-            "see what stands at worker.crt",
+            "see the step worker.crt",
         ),
         (
             "expired",

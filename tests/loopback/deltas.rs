@@ -101,7 +101,7 @@ fn undelivered_delta_survives_restart() {
     fixture.master.stop();
     heartbeat.deltas().push(deployed("d")).unwrap();
     let stopped = heartbeat.stop(Duration::from_millis(300));
-    assert_eq!((stopped.undelivered, stopped.kept), (1, true));
+    assert_eq!((stopped.undelivered, stopped.durable), (1, true));
     fixture.master.start_again().unwrap();
     let (builder, _tick) = fixture.builder();
     let _heartbeat = builder.start().unwrap();

@@ -227,7 +227,7 @@ fn invalid_operation_is_rejected_and_its_work_is_not_started() {
     let too_long = format!("decky name: \"{}\"… {rule}", "d".repeat(128));
     let (heartbeat, _tick) = fixture.start_heartbeat();
     for (deckies, problem) in [
-        (vec![], "deckies: are none; an operation needs the name of a decky"),
+        (vec![], "deckies: the list is empty; an operation needs at least one decky"),
         (
             vec!["d".to_owned(), " ".to_owned()],
             "decky name: is empty; a delta needs the name of its decky",
@@ -282,7 +282,7 @@ fn operation_in_flight_is_reported_after_restart() {
     let work = heartbeat.run(Operation::Deploy, ["e"], move || finished.recv()).unwrap();
     let stopped = heartbeat.stop(Duration::from_secs(10));
     assert_eq!(
-        (stopped.undelivered, stopped.operations, stopped.kept, stopped.in_time),
+        (stopped.undelivered, stopped.operations, stopped.durable, stopped.in_time),
         (0, 2, true, true)
     );
     operation.fail("after the stop");
@@ -310,7 +310,7 @@ fn memory_outbox_loses_operations_at_stop_and_reports_that() {
     let operation = heartbeat.begin(Operation::Deploy, ["d"]).unwrap();
     let stopped = heartbeat.stop(Duration::from_secs(10));
     assert_eq!(
-        (stopped.undelivered, stopped.operations, stopped.kept, stopped.in_time),
+        (stopped.undelivered, stopped.operations, stopped.durable, stopped.in_time),
         (0, 1, false, true)
     );
     operation.succeed();

@@ -175,7 +175,7 @@ fn failed_print_exits_1_with_an_error() {
         let output = output(command.stdout(File::options().write(true).open("/dev/full").unwrap()));
         assert_eq!(output.status.code(), Some(1), "{command:?}");
         let text = String::from_utf8(output.stderr).unwrap();
-        let expected = "decnet-heartbeat: the answer could not be printed: No space left on device (os error 28)\n";
+        let expected = "decnet-heartbeat: the output could not be printed: No space left on device (os error 28)\n";
         assert_eq!(text, expected, "{command:?}");
     }
 }

@@ -19,7 +19,7 @@ fn deployed(decky: &str) -> LifecycleDelta {
 /// The undelivered deltas, the operations in flight, whether both stay queued, and whether the stop
 /// was in time.
 fn fields(stopped: Stopped) -> (u64, u64, bool, bool) {
-    (stopped.undelivered, stopped.operations, stopped.kept, stopped.in_time)
+    (stopped.undelivered, stopped.operations, stopped.durable, stopped.in_time)
 }
 
 /// Asserts that a stop has taken at most its grace, with a margin for a busy machine.
@@ -184,7 +184,7 @@ fn push_during_stop_is_delivered_then_or_after_restart() {
     let stopped = heartbeat.stop(TIMEOUT);
     // Continuous pushes do not delay the stop.
     assert!(since.elapsed() < Duration::from_secs(5), "{:?}", since.elapsed());
-    assert!(stopped.in_time && stopped.kept, "{stopped:?}");
+    assert!(stopped.in_time && stopped.durable, "{stopped:?}");
     drop(stop_pushing);
     let mut pushed: Vec<_> =
         pushers.into_iter().flat_map(|pusher| pusher.join().unwrap()).collect();

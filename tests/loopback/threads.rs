@@ -124,7 +124,7 @@ fn push_after_stop_is_sent_by_the_next_heartbeat() {
     let fixture = Fixture::new();
     let (heartbeat, _tick) = fixture.start_heartbeat();
     let deltas = heartbeat.deltas();
-    assert!(heartbeat.stop(TIMEOUT).kept);
+    assert!(heartbeat.stop(TIMEOUT).durable);
     push(&deltas, &deployed("stopped"));
     let (builder, tick) = fixture.builder();
     let heartbeat = builder.start().unwrap();
@@ -143,7 +143,7 @@ fn operation_that_ends_after_stop_is_reported_by_the_next_heartbeat() {
     let (heartbeat, _tick) = fixture.start_heartbeat();
     let operation = heartbeat.begin(Operation::Deploy, "d").unwrap();
     let stopped = heartbeat.stop(TIMEOUT);
-    assert_eq!((stopped.operations, stopped.kept), (1, true));
+    assert_eq!((stopped.operations, stopped.durable), (1, true));
     let (heartbeat, tick) = fixture.start_heartbeat();
     assert_eq!(heartbeat.stats().operations, 1, "its process is running, so it is in flight");
     operation.fail("no space left");

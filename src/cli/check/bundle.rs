@@ -150,7 +150,7 @@ fn key(dir: &Path) -> Step {
     let path = dir.join(KEY);
     let mode = fs::metadata(&path).map_or(0, |metadata| metadata.permissions().mode() & 0o7777);
     let file = sanitize_path(&path);
-    let step = Step::good(KEY, format!("fits worker.crt, mode {mode:04o}"))
+    let step = Step::good(KEY, format!("matches worker.crt, mode {mode:04o}"))
         .fact("mode", format!("{mode:04o}"));
     let step = step.fact("file", file.as_str());
     if mode & 0o077 == 0 {

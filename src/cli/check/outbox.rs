@@ -103,7 +103,7 @@ impl Users {
                 let problem = format!("{belongs}, but check runs as {}", named(self.own));
                 Err(failed(problem, &self.run_as_another()))
             }
-            (false, false) => Err(failed(problem, &format!("{chown}, or move the file away"))),
+            (false, false) => Err(failed(problem, &format!("{chown}, or rename the file"))),
         }
     }
 

@@ -1,4 +1,4 @@
-//! Parses the INI dialect of Python's `configparser` with the settings of the original agent. Pure
+//! Parses the INI dialect of Python's `configparser` with the settings of the Python agent. Pure
 //! functions, for any thread.
 //!
 //! The crate `configparser` reads another dialect: it cuts a value at every `#` and `;` (also in
@@ -41,7 +41,7 @@ pub(super) struct Fault {
 impl Ini {
     pub(super) fn parse(text: &str) -> Result<Self, Fault> {
         if text.starts_with('\u{feff}') {
-            let problem = "a byte order mark, which the original agent rejects; save the file as UTF-8 without it";
+            let problem = "a byte order mark, which the Python agent rejects; save the file as UTF-8 without it";
             return Err(Fault { line: 1, problem: problem.to_owned() });
         }
         let text = text.replace("\r\n", "\n").replace('\r', "\n");
@@ -361,7 +361,7 @@ mod tests {
             (
                 "\u{feff}[agent]",
                 1,
-                "a byte order mark, which the original agent rejects; save the file as UTF-8 without it",
+                "a byte order mark, which the Python agent rejects; save the file as UTF-8 without it",
             ),
         ] {
             assert_eq!(fault(text), (line, problem.to_owned()), "{text:?}");

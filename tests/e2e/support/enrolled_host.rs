@@ -81,7 +81,7 @@ impl EnrolledHost {
     }
 }
 
-/// A decky as the original agent writes it into the state file.
+/// A decky as the Python agent writes it into the state file.
 pub fn decky(name: &str, services: &[&str]) -> Value {
     json!({
         "name": name, "ip": "10.0.0.5", "services": services, "distro": "debian", "base_image": "debian:12",
@@ -91,7 +91,7 @@ pub fn decky(name: &str, services: &[&str]) -> Value {
     })
 }
 
-/// Writes a state file as the original agent writes it.
+/// Writes a state file as the Python agent writes it.
 pub fn write_state_file(path: &Path, deckies: &[Value]) {
     let config = json!({
         "mode": "swarm", "interface": "eth0", "subnet": "10.0.0.0/24", "gateway": "10.0.0.1", "deckies": deckies,

@@ -151,7 +151,7 @@ impl RealMaster {
         self.ask(json!({"do": "answers", "at_least": at_least, "timeout": COMMAND_TIMEOUT.as_secs() / 2}))
     }
 
-    /// Posts a body with the original agent's TLS and the bundle in `agent_dir`. Returns the
+    /// Posts a body with the Python agent's TLS and the bundle in `agent_dir`. Returns the
     /// answer's status and body.
     pub fn post(&self, agent_dir: &Path, body: &str) -> (u16, String) {
         #[derive(Deserialize)]
@@ -163,17 +163,17 @@ impl RealMaster {
         (response.status, response.body)
     }
 
-    /// The `status` of the original agent for this state file and this Docker.
+    /// The `status` of the Python agent for this state file and this Docker.
     pub fn executor_status(&self, state_file: &Path, docker_socket: &Path) -> Value {
         self.ask(json!({"do": "executor_status", "state_file": state_file, "docker_host": unix(docker_socket)}))
     }
 
-    /// The `topology` of the original agent for this `topology.db` and this Docker.
+    /// The `topology` of the Python agent for this `topology.db` and this Docker.
     pub fn topology_state(&self, db: &Path, docker_socket: &Path) -> Value {
         self.ask(json!({"do": "topology_state", "db": db, "docker_host": unix(docker_socket)}))
     }
 
-    /// Writes `topology.db` as the original agent does after it applied a topology and then failed
+    /// Writes `topology.db` as the Python agent does after it applied a topology and then failed
     /// with `error`.
     pub fn put_topology(&self, db: &Path, id: &str, hash: &str, error: Option<&str>) {
         self.ask(json!({"do": "put_topology", "db": db, "id": id, "hash": hash, "error": error}))
