@@ -13,8 +13,10 @@ mod logging;
 mod metrics;
 mod output;
 mod own_files;
+mod pipe;
 mod push;
 mod report;
+mod rfc3339;
 mod run;
 mod signals;
 mod state_file;
@@ -52,7 +54,7 @@ fn execute() -> ExitCode {
         Err(error) => return help_or_usage_error(error),
     };
     let default_level = match command {
-        Command::Run(_) => LevelFilter::Info,
+        Command::Run(_) | Command::Pipe(_) => LevelFilter::Info,
         // These print their own result, or that of their command.
         Command::Push(_) | Command::Track(_) => LevelFilter::Warn,
         Command::Check(_) | Command::Demo { .. } | Command::Completions { .. } => LevelFilter::Off,
@@ -67,6 +69,7 @@ fn execute() -> ExitCode {
     }
     let result = match command {
         Command::Run(options) => run::run(&common, options, &stops).map(|()| ExitCode::SUCCESS),
+        Command::Pipe(options) => pipe::pipe(&common, options, &stops).map(|()| ExitCode::SUCCESS),
         Command::Push(options) => push::push(&common, options),
         Command::Track(options) => track::track(&common, options),
         Command::Check(options) => check::check(&common, &options),
@@ -78,7 +81,7 @@ fn execute() -> ExitCode {
     result.unwrap_or_else(|error| fail(&error))
 }
 
-/// Sets up signals and the log. Returns the signals that stop `run`. After an error, `track` still
+/// Sets up signals and the log. Returns the signals that stop `run` and `pipe`. After an error, `track` still
 /// runs its command.
 fn prepare(
     command: &Command,
@@ -86,8 +89,8 @@ fn prepare(
     level: LevelFilter,
 ) -> Result<Receiver<i32>, Error> {
     let signals = match command {
-        Command::Run(_) => signals::start_run(),
-        // Only `run` waits for them.
+        Command::Run(_) | Command::Pipe(_) => signals::start_run(),
+        // Only these wait for them.
         _ => signals::start().map(|()| never()),
     };
     let log = logging::start(log_file, level);

@@ -1,5 +1,8 @@
 //! The handle of a heartbeat, and its builder. Runs on the caller's threads.
 
+#[cfg(feature = "cli")]
+pub(crate) mod prepared;
+
 use std::fmt;
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -16,12 +19,13 @@ use crate::error::{Error, chain, sanitize_path};
 use crate::forked::OfProcess;
 use crate::limits;
 use crate::master::identity::MasterIdentity;
-use crate::outbox::{OutboxLocation, OutboxStats};
+use crate::outbox::{OutboxLocation, OutboxStats, Role};
 use crate::panics::quietly;
 use crate::stats::{SharedStats, Stats};
 use crate::status::StatusSource;
 use crate::status::decnet::DecnetStatus;
 use crate::threads::heartbeat::{self, HeartbeatThread, Setup};
+use crate::threads::outbox_client::OutboxClient;
 use crate::threads::schedule::Ticks;
 use crate::threads::start::{self, Started};
 
@@ -197,17 +201,7 @@ impl Heartbeat {
         let Ok(running) = running.get() else {
             return Stats { ended_thread: Some(heartbeat::NAME), ..Stats::default() };
         };
-        let OutboxStats { counts, dropped, .. } = running.outbox.stats();
-        Stats {
-            waiting: counts.waiting,
-            held: counts.held,
-            operations: counts.operations,
-            oldest_waiting: counts.oldest.map(from_micros),
-            dropped,
-            outbox: running.outbox.path().map(Into::into),
-            outbox_busy_since: running.outbox.busy_since().map(to_system_time),
-            ..running.stats.read()
-        }
+        combined_stats(&running.outbox, &running.stats)
     }
 
     /// Whether a thread makes no progress, so that only a restart of the agent helps. This is for
@@ -332,6 +326,21 @@ impl Drop for Heartbeat {
     /// Stops the heartbeat with a grace period of 2 s. Undelivered deltas stay in the outbox.
     fn drop(&mut self) {
         self.shut_down(limits::DROP_GRACE);
+    }
+}
+
+/// The stats of the heartbeat thread and of the outbox.
+fn combined_stats(outbox: &OutboxClient, stats: &SharedStats) -> Stats {
+    let OutboxStats { counts, dropped, .. } = outbox.stats();
+    Stats {
+        waiting: counts.waiting,
+        held: counts.held,
+        operations: counts.operations,
+        oldest_waiting: counts.oldest.map(from_micros),
+        dropped,
+        outbox: outbox.path().map(Into::into),
+        outbox_busy_since: outbox.busy_since().map(to_system_time),
+        ..stats.read()
     }
 }
 
@@ -486,15 +495,26 @@ impl HeartbeatBuilder {
         self,
         enrolment: impl FnOnce() -> Result<Enrolment, Error> + Send + 'static,
     ) -> Result<Heartbeat, Error> {
+        let setup = self.prepare(Role::Deliver, enrolment)?;
+        setup.map_or(Ok(Heartbeat { running: None }), start)
+    }
+
+    /// Starts the outbox thread. `None`: the host is not enrolled.
+    fn prepare(
+        self,
+        role: Role,
+        enrolment: impl FnOnce() -> Result<Enrolment, Error> + Send + 'static,
+    ) -> Result<Option<Setup>, Error> {
         let interval = self.interval.unwrap_or(limits::INTERVAL);
         check_interval(interval)?;
         let stats = Arc::new(SharedStats::default());
-        let started = start::start(enrolment, self.identity, self.outbox.absolute(), &stats);
+        let location = self.outbox.absolute();
+        let started = start::start(enrolment, self.identity, location, role, &stats);
         let Started { client, batches, credentials, problem } = match started {
             Ok(started) => started,
             Err(error) if error.is_not_enrolled() => {
                 quietly(|| log::debug!("heartbeat dormant: error={:?}", chain(&error)));
-                return Ok(Heartbeat { running: None });
+                return Ok(None);
             }
             Err(error) => return Err(error),
         };
@@ -503,7 +523,7 @@ impl HeartbeatBuilder {
         if let Some((what, error)) = problem {
             quietly(|| log::error!("{what}: {} error={:?}", credentials.names(), chain(&error)));
         }
-        start(Setup {
+        Ok(Some(Setup {
             credentials,
             outbox: client,
             batches,
@@ -517,7 +537,7 @@ impl HeartbeatBuilder {
                 || Ticks::every(interval, Instant::now(), fastrand::f64()),
                 Ticks::from_channel,
             ),
-        })
+        }))
     }
 }
 

@@ -78,6 +78,17 @@ pub mod benching;
 #[cfg(feature = "cli")]
 #[doc(hidden)]
 pub mod cli;
+/// The part of the program that a fuzz target needs.
+#[cfg(all(fuzzing, not(feature = "cli")))]
+#[allow(dead_code, reason = "the target only parses")]
+mod cli {
+    mod rfc3339;
+    pub(crate) mod pipe {
+        #[path = "../../../tests/fuzz/targets/pipe.rs"]
+        pub(crate) mod fuzz;
+        mod messages;
+    }
+}
 mod credentials;
 mod delta;
 mod deltas;

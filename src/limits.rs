@@ -74,6 +74,47 @@ pub(crate) const STALLED: Duration = Duration::from_secs(60);
 /// The grace for the final flush after a signal. systemd waits 90 s before it kills a process.
 pub(crate) const RUN_GRACE: Duration = Duration::from_secs(5);
 
+/// How long after its start `pipe` leaves the operations of processes that have ended in flight. An
+/// agent that has restarted it takes over what it still has open within that time.
+pub(crate) const RESUME_TIME: Duration = Duration::from_secs(5);
+
+/// The maximum bytes of a line that `pipe` reads: about 5,000 deltas, or the status of 2,000
+/// deckies.
+#[cfg(any(feature = "cli", fuzzing))]
+pub(crate) const PIPE_LINE: usize = 1024 * 1024;
+
+/// The bytes that `pipe` reads at once: a hundred lines or more.
+#[cfg(feature = "cli")]
+pub(crate) const PIPE_BUFFER: usize = 64 * 1024;
+
+/// The maximum bytes of a request's id. It is stored until the request is answered.
+#[cfg(any(feature = "cli", fuzzing))]
+pub(crate) const PIPE_ID: usize = 256;
+
+/// The maximum number of requests of `pipe` that are not committed. They share a transaction, and
+/// are fewer than the outbox thread queues.
+#[cfg(feature = "cli")]
+pub(crate) const PIPE_REQUESTS: usize = 1_000;
+
+/// The bytes of the lines of these requests from which no further line is read.
+#[cfg(feature = "cli")]
+pub(crate) const PIPE_REQUEST_BYTES: usize = 4 * 1024 * 1024;
+
+/// The bytes of answers that are not written from which no further line is read. An agent that
+/// reads its answers later must not fill the memory.
+#[cfg(feature = "cli")]
+pub(crate) const PIPE_OUTPUT: usize = 64 * 1024;
+
+/// The bytes of one write of answers. A pipe that `poll` reports as writable takes as many without
+/// blocking (`PIPE_BUF`).
+#[cfg(feature = "cli")]
+pub(crate) const PIPE_WRITE: usize = 4_096;
+
+/// How long the end of `pipe` waits until its requests are done and answered. Each request waits at
+/// most [`OUTBOX_BUSY`] for its commit.
+#[cfg(feature = "cli")]
+pub(crate) const PIPE_FINISH: Duration = Duration::from_millis(1_250);
+
 /// Stop signals within this time count as one: a supervisor may signal both a process and its
 /// group, and a parent may pass on a signal that its group received. A person presses Ctrl-C twice
 /// more slowly.

@@ -23,6 +23,8 @@ mod locks;
 #[cfg(feature = "cli")]
 mod model;
 pub(crate) mod queued;
+#[cfg(feature = "cli")]
+pub(crate) mod resume;
 mod rows;
 pub(crate) mod schema;
 mod store;
@@ -115,6 +117,8 @@ pub(crate) struct SharedOutboxStats {
     counters: Mutex<Counters>,
     /// The heartbeat has stopped. Its outbox may still be writing.
     has_stopped: Arc<AtomicBool>,
+    /// This process is to deliver, and another one does, as of the last count.
+    is_standby: AtomicBool,
 }
 
 #[derive(Debug, Default)]
@@ -135,6 +139,11 @@ impl SharedOutboxStats {
 
     pub(crate) fn record_stop(&self) {
         self.has_stopped.store(true, Ordering::Relaxed);
+    }
+
+    #[cfg(feature = "cli")]
+    pub(crate) fn is_standby(&self) -> bool {
+        self.is_standby.load(Ordering::Relaxed)
     }
 
     /// Records that the master has accepted or rejected so many deltas.
@@ -197,6 +206,8 @@ pub(crate) struct Outbox {
     /// The number of the master's answers that are stored, but not in the stats.
     answered: u64,
     deleted: DeletedIds,
+    /// When rows of processes that have ended may be recovered.
+    recovers_from: Instant,
     /// Until when the ages of the rows are stored.
     aged_at: Instant,
     /// When stuck rows were last logged.
@@ -221,11 +232,12 @@ impl Outbox {
     ) -> Result<(Self, Option<Error>), Error> {
         let mut outbox = Self {
             store: Store::new(path),
-            role,
+            role: if role == Role::Resume { Role::Deliver } else { role },
             has_lock_problem: false,
             pending: Vec::new(),
             answered: 0,
             deleted: DeletedIds::default(),
+            recovers_from: Instant::now(),
             aged_at: Instant::now(),
             stuck_logged_at: None,
             dropped_logged: 0,
@@ -233,9 +245,20 @@ impl Outbox {
         };
         let opened = match outbox.acquire_delivery() {
             Ok(Some(held)) if role == Role::Deliver => return Err(held),
-            Ok(_) => outbox.open_file(),
+            Ok(held) => {
+                if let Some(held) = held.filter(|_| role == Role::Resume) {
+                    outbox.role = Role::DeliverLater;
+                    let event = "another process delivers; deltas are added to its outbox, and no \
+                                 beats are sent";
+                    outbox.store.log_problem(Level::Info, event, &held);
+                }
+                outbox.open_file()
+            }
             Err(error) => Err(error),
         };
+        if role == Role::Resume {
+            outbox.recovers_from += limits::RESUME_TIME;
+        }
         if opened.is_ok() && outbox.delivers() {
             outbox.recover_or_log("the agent restarted during ");
         }
@@ -579,6 +602,9 @@ impl Outbox {
     /// Recovers the rows of processes that have ended. Their operations in flight are reported as
     /// failed, with `reason` and the operation as the error. Only rows in the file are recovered.
     fn recover(&mut self, reason: &str) -> Result<(), Error> {
+        if Instant::now() < self.recovers_from {
+            return Ok(());
+        }
         let ended = self.owners_in_state(OwnerState::Ended)?;
         if ended.is_empty() {
             return Ok(());
@@ -653,7 +679,7 @@ impl Outbox {
         Ok(owners)
     }
 
-    fn delivers(&self) -> bool {
+    pub(crate) fn delivers(&self) -> bool {
         self.role == Role::Deliver
     }
 
@@ -681,6 +707,7 @@ impl Outbox {
     /// Updates the stats with a read of all rows. If they cannot be read, the counts stay as they
     /// are.
     pub(crate) fn recount(&mut self) {
+        self.stats.is_standby.store(self.role == Role::DeliverLater, Ordering::Relaxed);
         let counts = self.store.read(rows::counts);
         let on_disk = self.is_on_disk();
         let stats = self.stats.lock().stats;

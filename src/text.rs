@@ -44,7 +44,7 @@ pub(crate) fn escape_lines(text: &str) -> String {
 
 /// JSON with every unprintable character escaped as `\uXXXX`, except line breaks. JSON has
 /// unprintable characters only in strings.
-#[cfg(feature = "cli")]
+#[cfg(any(feature = "cli", fuzzing))]
 pub(crate) fn escape_json(json: &str) -> String {
     let mut out = String::with_capacity(json.len());
     for c in json.chars() {

@@ -155,15 +155,15 @@ fn threads_started(host: &str) -> usize {
 }
 
 /// A master, and a worker's configuration.
-struct ProgramFixture {
+pub struct ProgramFixture {
     master: LoopbackMaster,
     worker: Enrolled,
-    folder: TempDir,
+    pub folder: TempDir,
 }
 
 impl ProgramFixture {
     /// The worker's configuration has this host as its master.
-    fn new(host: &str) -> Result<Self, String> {
+    pub fn new(host: &str) -> Result<Self, String> {
         let master = LoopbackMaster::start().unwrap();
         let folder = disk::folder()?;
         let ini = folder.path().join("decnet.ini");
@@ -176,9 +176,14 @@ impl ProgramFixture {
     }
 
     fn run(&self, interval: Duration) -> Command {
+        self.command("run", interval)
+    }
+
+    /// `run` or `pipe`.
+    pub fn command(&self, name: &str, interval: Duration) -> Command {
         let folder = self.folder.path();
         let mut command = Command::new(PROGRAM);
-        command.env_clear().arg("--config").arg(folder.join("decnet.ini")).arg("run");
+        command.env_clear().arg("--config").arg(folder.join("decnet.ini")).arg(name);
         command.args(["--interval", &format!("{}ms", interval.as_millis())]);
         command
             .arg("--state-file")

@@ -34,6 +34,30 @@ const RUN_HELP: &str = "\
 
 \u{1b}[1;4mExample:\u{1b}[0m
   decnet-heartbeat run --interval 30s --log-level debug";
+const PIPE_HELP: &str = "\
+\u{1b}[1;4mMessages:\u{1b}[0m
+  One request in JSON-RPC 2.0 a line on stdin, one answer a
+  line on stdout, after the commit and in the same order.
+  begin   an operation on deckies; the result has a handle
+  end     an operation, on all of its deckies or on one
+  push    deltas of operations that have ended
+  status  of the agent itself, or null for DECNET's
+  stats   what the stats file has
+
+\u{1b}[1;4mEnd:\u{1b}[0m
+  At the end of stdin, open operations are reported failed,
+  and queued deltas are sent. After SIGTERM or SIGINT stdin
+  is read to its end, for 5 seconds at most.
+
+\u{1b}[1;4mExit status:\u{1b}[0m
+   0  stdin has ended, or SIGTERM or SIGINT arrived
+   1  any other error
+   2  the command line is wrong
+  78  a restart does not help, as for `run`
+
+\u{1b}[1;4mExample:\u{1b}[0m
+  echo '{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"stats\"}' |
+      decnet-heartbeat pipe";
 const CHECK_HELP: &str = "\
 \u{1b}[1;4mExit codes:\u{1b}[0m
    0  `run` would work here
@@ -127,6 +151,9 @@ pub(super) enum Command {
     /// Send beats to the master until SIGTERM or SIGINT
     #[command(after_help = RUN_HELP)]
     Run(RunOptions),
+    /// Send heartbeats for an agent in any language: JSON-RPC on stdin and stdout
+    #[command(after_help = PIPE_HELP)]
+    Pipe(RunOptions),
     /// Check everything that `run` needs, and report what is wrong
     #[command(after_help = CHECK_HELP)]
     Check(CheckOptions),

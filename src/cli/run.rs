@@ -13,8 +13,9 @@ use super::exit::{NOT_CONFIGURED, code_of};
 use super::own_files::OwnFiles;
 use super::stats_files::StatsFiles;
 use super::systemd::{self, Systemd};
+use crate::credentials::enrolment::Enrolment;
 use crate::error::Error;
-use crate::heartbeat::Heartbeat;
+use crate::heartbeat::{Heartbeat, HeartbeatBuilder, Stopped};
 use crate::limits;
 
 pub(super) fn run(
@@ -26,13 +27,21 @@ pub(super) fn run(
     let own = OwnFiles::of(common, &options, enrolment(common).ok().as_ref());
     let stats_files =
         StatsFiles::start(options.stats_file.clone(), options.metrics_file.clone(), own)?;
-    let Some(heartbeat) = start_with_retries(common, &options, signals)? else { return Ok(()) };
+    let start = || start(common, &options);
+    let Some(heartbeat) = start_with_retries(signals, start)? else { return Ok(()) };
     let mut systemd = Systemd::from_env();
     systemd.ready();
     let result = watch(&heartbeat, signals, stats_files.as_ref(), &mut systemd);
     systemd.stopping();
     let host = host(&heartbeat);
-    let stopped = heartbeat.stop(limits::RUN_GRACE);
+    warn_of_undelivered(&host, &heartbeat.stop(limits::RUN_GRACE));
+    if let Some(files) = stats_files {
+        files.finish();
+    }
+    result
+}
+
+pub(super) fn warn_of_undelivered(host: &str, stopped: &Stopped) {
     if stopped.undelivered > 0 {
         log::warn!(
             "stopped with undelivered deltas: host={host} waiting={} durable={}",
@@ -40,22 +49,17 @@ pub(super) fn run(
             stopped.durable
         );
     }
-    if let Some(files) = stats_files {
-        files.finish();
-    }
-    result
 }
 
 /// Reports a configuration error only after it has lasted for [`limits::ENROLMENT_RETRY`]: an
 /// enrolment removes files and writes them again. `None`: a signal requested the end meanwhile.
-fn start_with_retries(
-    common: &Common,
-    options: &RunOptions,
+pub(super) fn start_with_retries<T>(
     signals: &Receiver<i32>,
-) -> Result<Option<Heartbeat>, Error> {
+    start: impl Fn() -> Result<T, Error>,
+) -> Result<Option<T>, Error> {
     let end = Instant::now() + limits::ENROLMENT_RETRY;
     loop {
-        match start(common, options) {
+        match start() {
             Err(error) if code_of(&error) == NOT_CONFIGURED && Instant::now() < end => (),
             result => return result.map(Some),
         }
@@ -68,15 +72,23 @@ fn start_with_retries(
 fn start(common: &Common, options: &RunOptions) -> Result<Heartbeat, Error> {
     let enrolment = enrolment(common)?;
     let source = options.source(enrolment.agent_dir().value());
-    let mut builder = Heartbeat::builder()
+    builder(common, options, enrolment).status_source(source).start()
+}
+
+/// A heartbeat with these options, without its status source.
+pub(super) fn builder(
+    common: &Common,
+    options: &RunOptions,
+    enrolment: Enrolment,
+) -> HeartbeatBuilder {
+    let builder = Heartbeat::builder()
         .enrolment(enrolment)
-        .status_source(source)
         .interval(options.interval)
         .outbox(outbox(options.outbox.clone()));
-    if let Some(identity) = common.master_identity {
-        builder = builder.master_identity(identity);
+    match common.master_identity {
+        Some(identity) => builder.master_identity(identity),
+        None => builder,
     }
-    builder.start()
 }
 
 /// Returns when a signal requests the end, when the host is decommissioned, or when the heartbeat
@@ -109,7 +121,7 @@ fn watch(
                     }
                     systemd.retry_ready();
                 }
-                Err(_) => return Err(Error::setting("heartbeat", "its thread ended unexpectedly")),
+                Err(_) => return Err(heartbeat_ended()),
             },
             recv(ready) -> _ => systemd.retry_ready(),
             recv(watchdog) -> _ => if !heartbeat.is_stalled() {
@@ -119,8 +131,12 @@ fn watch(
     }
 }
 
+pub(super) fn heartbeat_ended() -> Error {
+    Error::setting("heartbeat", "its thread ended unexpectedly")
+}
+
 /// A restart does not help: the answer and the files would be the same.
-fn decommissioned() -> Error {
+pub(super) fn decommissioned() -> Error {
     Error::not_enrolled(
         "this host was decommissioned: its ini and its bundle do not exist, and the master \
          rejects it; enrol it again, or remove this program's unit",

@@ -3,9 +3,9 @@
 //! program started, as SIGHUP is under `nohup`, stays ignored. A signal that was blocked is
 //! unblocked: the program must be possible to stop.
 //!
-//! | signal | `run` | other commands |
+//! | signal | `run`, `pipe` | other commands |
 //! | --- | --- | --- |
-//! | TERM, INT | stops; a second one ends it at once | ends (`track` passes it on) |
+//! | TERM, INT | stops (`pipe` when stdin ends); a second one ends it at once | ends (`track` passes it on) |
 //! | HUP | reopens `--log-file` | ends (`track` passes it on) |
 //! | XFSZ | no effect; the write fails as on a full disk | the same |
 //! | USR1, USR2, ALRM, VTALRM, PROF, IO, STKFLT, PWR, RTMIN to RTMAX | no effect | ends |
@@ -41,14 +41,14 @@ pub(super) fn survive_file_size_limit() -> Result<(), Error> {
     survive([SIGXFSZ])
 }
 
-/// Sets up the signals of all commands but `run`.
+/// Sets up the signals of all commands but `run` and `pipe`.
 pub(super) fn start() -> Result<(), Error> {
     survive_file_size_limit()?;
     SigSet::all().thread_unblock().map_err(|error| failed(error.into()))
 }
 
-/// Sets up the signals of `run`. SIGHUP has no effect until the log file is open. The receiver gets
-/// the signals that stop `run`.
+/// Sets up the signals of `run` and `pipe`. SIGHUP has no effect until the log file is open. The receiver gets
+/// the signals that stop them.
 pub(super) fn start_run() -> Result<Receiver<c_int>, Error> {
     const NAME: &str = "signals";
     survive(WITHOUT_EFFECT.into_iter().chain(libc::SIGRTMIN()..=libc::SIGRTMAX()))?;

@@ -32,6 +32,10 @@ pub(crate) enum Role {
     Deliver,
     /// It will deliver when no other process does.
     DeliverLater,
+    /// As `Deliver`, or as `DeliverLater` if another process delivers. Rows of processes that have
+    /// ended are recovered only after [`limits::RESUME_TIME`](crate::limits::RESUME_TIME), so that
+    /// this process may take them over.
+    Resume,
     /// It only adds rows.
     Contribute,
 }

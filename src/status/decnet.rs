@@ -157,6 +157,17 @@ impl DecnetStatus {
         Some((located.file, unlisted))
     }
 
+    /// The topology alone, for an agent that reports its own status. `None`: it was never read.
+    #[cfg(feature = "cli")]
+    pub(crate) fn topology(&mut self) -> Option<Topology> {
+        let docker = self.docker.query();
+        let (applied, read) = self.topology.read();
+        let problem = docker.containers.as_ref().err().map(String::as_str);
+        log_problem(&mut self.throttle, "Docker's containers", problem);
+        log_problem(&mut self.throttle, "topology.db", read.as_ref().err().map(String::as_str));
+        Some(Topology { applied: applied?, observed: observe(&docker) })
+    }
+
     /// Reads everything. Docker comes first, as it may be slow. `topology.db` comes last, because
     /// an open that blocks in SQLite blocks every other open in this process.
     pub(crate) fn probe(&mut self) -> StatusProbe {

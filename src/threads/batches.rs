@@ -58,6 +58,8 @@ pub(crate) enum OutboxEvent {
     Pushed,
     /// A caller of `flush` waits.
     Flush,
+    /// No other process delivers any more, so this one does.
+    DeliveryBegan,
 }
 
 /// The heartbeat thread's side of the outbox thread.

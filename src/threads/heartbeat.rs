@@ -244,6 +244,8 @@ impl HeartbeatLoop {
         match event {
             Event::Tick => self.request_beat(Trigger::Tick),
             Event::OutboxEvent(OutboxEvent::Pushed) => self.request_beat(Trigger::Delta),
+            // It began with the maintenance of a beat, and that beat has the deltas.
+            Event::OutboxEvent(OutboxEvent::DeliveryBegan) => (),
             Event::OutboxEvent(OutboxEvent::Flush) => {
                 // The deltas may have been sent since.
                 if self.outbox.sendable() > 0 {

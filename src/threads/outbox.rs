@@ -1,6 +1,9 @@
 //! The outbox thread. It owns the agent dir (the outbox, the ini and the bundle), and is the only
 //! thread that waits for its disk. It writes all queued requests in one transaction.
 
+#[cfg(feature = "cli")]
+mod resume;
+
 use std::iter::repeat_with;
 use std::mem;
 use std::sync::Arc;
@@ -224,6 +227,8 @@ impl OutboxThread {
             Request::Maintain => return self.maintain(),
             Request::Batch(request) => return self.send_batch(&request, generation),
             Request::Flush => return self.begin_flush(caller),
+            #[cfg(feature = "cli")]
+            Request::Resume(request) => return self.resume(caller, request),
             Request::Release => {
                 self.has_stopped = true;
                 self.delivery = None;
@@ -238,8 +243,12 @@ impl OutboxThread {
     fn maintain(&mut self) {
         let Some(delivery) = &mut self.delivery else { return };
         delivery.files_missing = delivery.credentials.are_absent();
+        let delivered = self.outbox.delivers();
         if let Err(error) = self.outbox.maintain() {
             quietly(|| log::debug!("outbox not maintained: error={:?}", chain(&error)));
+        }
+        if !delivered && self.outbox.delivers() {
+            self.send_event(OutboxEvent::DeliveryBegan);
         }
     }
 

@@ -1,6 +1,9 @@
 //! The client of the outbox thread, for the other threads. Each call waits up to 1 s, or until the
 //! caller's deadline.
 
+#[cfg(feature = "cli")]
+pub(crate) mod submit;
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
@@ -106,6 +109,12 @@ impl OutboxClient {
     /// The outbox file. `None`: the outbox is in memory now, or was not opened yet.
     pub(crate) fn path(&self) -> Option<&Path> {
         self.path.as_deref().filter(|_| self.stats.read().on_disk)
+    }
+
+    /// Whether this process is to deliver and another one does.
+    #[cfg(feature = "cli")]
+    pub(crate) fn is_standby(&self) -> bool {
+        self.stats.is_standby()
     }
 
     /// Since when the disk has not answered. `None`: no request waits for it, or not for longer

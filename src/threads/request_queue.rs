@@ -1,19 +1,31 @@
 //! The queue of requests to the outbox thread, and where their callers wait for the answers. Any
 //! thread may use it. No thread holds its lock while it blocks.
 
+#[cfg(feature = "cli")]
+mod submitted;
+
 use std::cell::RefCell;
 use std::mem;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, Thread};
 use std::time::{Duration, Instant};
 
+#[cfg(feature = "cli")]
+use crossbeam_channel::Sender;
+
 use super::held::{HeldDeltas, HoldCause};
 use super::requests::{CallerState, Generation, GivenUp, Requests, Taken, Ticket};
+#[cfg(feature = "cli")]
+use crate::delta::Operation;
 use crate::error::Error;
 use crate::limits;
+#[cfg(feature = "cli")]
+use crate::outbox::resume::BegunRow;
 use crate::outbox::{NewRows, QueuedDelta, RowChange};
 use crate::threads::content::{DeltaSelection, Suspects};
 use crate::threads::status::is_status_thread;
+#[cfg(feature = "cli")]
+pub(crate) use submitted::{Submitted, WakeEvent};
 
 /// A request to the outbox thread.
 #[derive(Debug)]
@@ -32,6 +44,19 @@ pub(crate) enum Request {
     /// Check whether the outbox has a newer delta of the same decky and operation.
     #[cfg(feature = "cli")]
     IsOvertaken(QueuedDelta),
+    /// Begin an operation, and take over rows of processes that have ended.
+    #[cfg(feature = "cli")]
+    Resume(ResumeRequest),
+}
+
+/// The beginning of an operation that takes over rows.
+#[cfg(feature = "cli")]
+#[derive(Debug)]
+pub(crate) struct ResumeRequest {
+    pub(crate) operation: Operation,
+    pub(crate) deckies: Vec<String>,
+    /// Holds one message: the rows, before the answer.
+    pub(crate) begun: Sender<Vec<BegunRow>>,
 }
 
 impl Request {
@@ -40,6 +65,10 @@ impl Request {
         match self {
             Self::NewRows(rows) => HoldCause::of_new_rows(rows),
             Self::RowChange(change) => HoldCause::of_change(change),
+            #[cfg(feature = "cli")]
+            Self::Resume(resume) => {
+                Some(HoldCause::Begun(resume.operation, resume.deckies.clone()))
+            }
             _ => None,
         }
     }
@@ -60,6 +89,10 @@ impl Request {
         match self {
             Self::NewRows(rows) => rows.rows(),
             Self::RowChange(change) => change.rows(),
+            // More than a transaction has: it is taken alone, so that it keeps its place among
+            // requests that add rows.
+            #[cfg(feature = "cli")]
+            Self::Resume(_) => limits::GROUP_ROWS + 1,
             _ => 0,
         }
     }
@@ -173,13 +206,23 @@ impl RequestQueue {
         deadline: Instant,
     ) -> Result<Result<i64, Error>, NotAnswered> {
         let slot = Slot::of_this_thread();
-        let waiter = Waiter { deadline: Some(deadline), slot: Some(Arc::clone(&slot)) };
+        let ticket = self.enqueue(request, deadline, &slot)?;
+        self.wait(ticket, &slot, deadline)
+    }
+
+    /// Queues a request whose answer goes to `slot`.
+    fn enqueue(
+        &self,
+        request: Request,
+        deadline: Instant,
+        slot: &Arc<Slot>,
+    ) -> Result<Ticket, NotAnswered> {
+        let waiter = Waiter { deadline: Some(deadline), slot: Some(Arc::clone(slot)) };
         let caller = match request {
             Request::RowChange(_) | Request::Release => CallerState::Waits,
             _ => CallerState::CanWithdraw,
         };
-        let ticket = self.update(|state| state.enqueue(request, waiter, caller))?;
-        self.wait(ticket, &slot, deadline)
+        self.update(|state| state.enqueue(request, waiter, caller))
     }
 
     /// Queues a request that cannot be withdrawn, and does not wait.
@@ -282,7 +325,7 @@ impl RequestQueue {
         };
         let received = answers.into_iter().map(put).collect();
         drop(state);
-        waiting.iter().for_each(|slot| slot.thread.unpark());
+        waiting.iter().for_each(|slot| slot.wake());
         received
     }
 
@@ -324,30 +367,51 @@ impl RequestQueue {
     }
 }
 
-/// Where a thread receives its answers. Each thread reuses one slot.
+/// Where a thread receives its answers. Each thread that waits for one at a time reuses its slot.
 #[derive(Debug)]
 struct Slot {
-    thread: Thread,
+    waiting: Waiting,
     answer: Mutex<Option<Result<i64, Error>>>,
 }
 
+/// How a caller waits for its answer.
+#[derive(Debug)]
+enum Waiting {
+    Parked(Thread),
+    #[cfg(feature = "cli")]
+    Event(Arc<WakeEvent>),
+}
+
 thread_local! {
-    static SLOT: RefCell<Arc<Slot>> = RefCell::new(Slot::new());
+    static SLOT: RefCell<Arc<Slot>> = RefCell::new(Slot::new_of_this_thread());
 }
 
 impl Slot {
-    fn new() -> Arc<Self> {
-        Arc::new(Self { thread: thread::current(), answer: Mutex::new(None) })
+    fn new(waiting: Waiting) -> Self {
+        Self { waiting, answer: Mutex::new(None) }
+    }
+
+    fn new_of_this_thread() -> Arc<Self> {
+        Arc::new(Self::new(Waiting::Parked(thread::current())))
+    }
+
+    fn wake(&self) {
+        match &self.waiting {
+            Waiting::Parked(thread) => thread.unpark(),
+            #[cfg(feature = "cli")]
+            Waiting::Event(event) => event.set(),
+        }
     }
 
     fn of_this_thread() -> Arc<Self> {
         // The thread-local value is gone in a thread that is ending.
-        SLOT.try_with(|slot| Arc::clone(&slot.borrow())).unwrap_or_else(|_| Self::new())
+        let slot = SLOT.try_with(|slot| Arc::clone(&slot.borrow()));
+        slot.unwrap_or_else(|_| Self::new_of_this_thread())
     }
 
     /// Gives this thread a new slot.
     fn replace() {
-        let _ = SLOT.try_with(|slot| slot.replace(Self::new()));
+        let _ = SLOT.try_with(|slot| slot.replace(Self::new_of_this_thread()));
     }
 
     fn take(&self) -> Option<Result<i64, Error>> {

@@ -49,6 +49,7 @@ pub(crate) fn start(
     enrolment: impl FnOnce() -> Result<Enrolment, Error> + Send + 'static,
     identity: Option<MasterIdentity>,
     location: OutboxLocation,
+    role: Role,
     stats: &Arc<SharedStats>,
 ) -> Result<Started, Error> {
     let queue = Arc::new(RequestQueue::default());
@@ -66,7 +67,7 @@ pub(crate) fn start(
         let _runs = runs;
         let files = || CredentialFiles::load(enrolment()?, identity);
         if let Some((credentials, path)) = load(files, &location, &loaded)
-            && let Some(outbox) = open(path, &thread_outbox_stats, &opened)
+            && let Some(outbox) = open(path, role, &thread_outbox_stats, &opened)
         {
             let delivery = Delivery { credentials, files_missing: false, events, batches };
             OutboxThread::new(thread_queue, outbox, Some(delivery)).run(Some(&thread_stats));
@@ -182,10 +183,11 @@ fn warn_of_writable_folders(agent_dir: &Path, outbox: Option<&Path>) {
 /// when that process stops.
 fn open(
     path: Option<PathBuf>,
+    role: Role,
     stats: &Arc<SharedOutboxStats>,
     opened: &Sender<Result<Option<Error>, Error>>,
 ) -> Option<Outbox> {
-    match Outbox::open(path.clone(), Role::Deliver, Arc::clone(stats)) {
+    match Outbox::open(path.clone(), role, Arc::clone(stats)) {
         Ok((outbox, problem)) => {
             if let Err(SendError(Ok(Some(problem)) | Err(problem))) = opened.send(Ok(problem)) {
                 log_late_problem(&problem);

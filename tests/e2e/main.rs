@@ -21,6 +21,7 @@ mod heartbeat;
 mod metrics;
 mod operations;
 mod peers;
+mod pipe;
 mod program;
 mod resolver;
 mod state_file;

@@ -2,6 +2,8 @@
 //! `#[path = "../support/mod.rs"] mod support;`, and allows `dead_code` and `unused_imports` there,
 //! because no program uses all of them.
 
+#[cfg(feature = "cli")]
+mod agent;
 pub mod commands;
 mod docker;
 mod fixture;
@@ -23,6 +25,8 @@ mod wait;
 
 use std::time::Duration;
 
+#[cfg(feature = "cli")]
+pub use agent::Agent;
 pub use commands::lines;
 pub use docker::{json_answer, start_docker, start_docker_with};
 pub use fixture::{Fixture, blocking_source, json_of, now};

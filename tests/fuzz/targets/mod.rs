@@ -16,6 +16,8 @@ mod ini;
 mod outbox;
 mod state;
 
+#[cfg(not(feature = "cli"))]
+pub use crate::cli::pipe::fuzz::pipe;
 pub use answers::{docker_http, docker_json, master, retry_after};
 pub use bundle::bundle;
 pub use ini::ini;
@@ -42,7 +44,7 @@ fn parts<const N: usize>(input: &[u8]) -> [&[u8]; N] {
 
 /// Asserts that a text is on one line, has no control character, and is not too long.
 #[track_caller]
-fn assert_sanitized(text: &str) {
+pub(crate) fn assert_sanitized(text: &str) {
     assert_eq!(sanitize_within(text, MESSAGE), text.trim());
 }
 
