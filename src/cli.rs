@@ -14,6 +14,7 @@ mod own_files;
 mod push;
 mod report;
 mod run;
+mod shim;
 mod signals;
 mod stats_files;
 mod systemd;
@@ -61,7 +62,9 @@ fn execute() -> ExitCode {
         Command::Run(_) => LevelFilter::Info,
         // These print their own result, or that of their command.
         Command::Push(_) | Command::Track(_) => LevelFilter::Warn,
-        Command::Check(_) | Command::Demo { .. } | Command::Completions { .. } => LevelFilter::Off,
+        Command::Check(_) | Command::Demo { .. } | Command::Shim | Command::Completions { .. } => {
+            LevelFilter::Off
+        }
     };
     let level = common.log_level.unwrap_or(default_level);
     let stops = match prepare(&command, common.log_file.as_deref(), level) {
@@ -79,6 +82,7 @@ fn execute() -> ExitCode {
         Command::Demo { seconds } => {
             demo::demo(Duration::from_secs(seconds)).map(|()| ExitCode::SUCCESS)
         }
+        Command::Shim => shim::print().map(|()| ExitCode::SUCCESS),
         Command::Completions { shell } => completions(shell).map(|()| ExitCode::SUCCESS),
     };
     result.unwrap_or_else(|error| fail(&error))

@@ -76,6 +76,12 @@ order. If stderr is a terminal, COMMAND gets a terminal.
 const DEMO_HELP: &str = "\
 \u{1b}[1;4mExample:\u{1b}[0m
   decnet-heartbeat demo --seconds 30";
+const SHIM_HELP: &str = "\
+Save the module as sitecustomize.py in a folder on PYTHONPATH of the agent. Its first lines say how \
+with systemd, and how to go back.
+
+\u{1b}[1;4mExample:\u{1b}[0m
+  decnet-heartbeat shim > sitecustomize.py";
 const COMPLETIONS_HELP: &str = "\
 \u{1b}[1;4mExample:\u{1b}[0m
   decnet-heartbeat completions bash > completions.bash";
@@ -193,6 +199,9 @@ pub(super) enum Command {
         )]
         seconds: u64,
     },
+    /// Print the module that makes DECNET's own agent report through this program
+    #[command(after_help = SHIM_HELP)]
+    Shim,
     /// Print the completion script for a shell
     #[command(after_help = COMPLETIONS_HELP)]
     Completions {

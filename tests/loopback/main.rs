@@ -34,6 +34,7 @@ mod readme;
 mod reporting;
 mod retry;
 mod sharing;
+mod shim;
 mod stats;
 mod stopping;
 mod support;
