@@ -37,6 +37,7 @@ mod sharing;
 mod shim;
 mod stats;
 mod stopping;
+mod supervisors;
 mod support;
 mod threads;
 mod track;
