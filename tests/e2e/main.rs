@@ -23,6 +23,7 @@ mod operations;
 mod peers;
 mod program;
 mod resolver;
+mod shim;
 mod state_file;
 mod support;
 mod threads;

@@ -68,6 +68,7 @@ pub struct Answer {
     pub path: String,
     /// `None`: the client went away before.
     pub status: Option<u16>,
+    pub user_agent: String,
 }
 
 impl RealMaster {
