@@ -18,6 +18,7 @@ mod push;
 mod report;
 mod rfc3339;
 mod run;
+mod shim;
 mod signals;
 mod state_file;
 mod stats_files;
@@ -57,7 +58,9 @@ fn execute() -> ExitCode {
         Command::Run(_) | Command::Pipe(_) => LevelFilter::Info,
         // These print their own result, or that of their command.
         Command::Push(_) | Command::Track(_) => LevelFilter::Warn,
-        Command::Check(_) | Command::Demo { .. } | Command::Completions { .. } => LevelFilter::Off,
+        Command::Check(_) | Command::Demo { .. } | Command::Shim | Command::Completions { .. } => {
+            LevelFilter::Off
+        }
     };
     let level = common.log_level.unwrap_or(default_level);
     let stops = match prepare(&command, common.log_file.as_deref(), level) {
@@ -76,6 +79,7 @@ fn execute() -> ExitCode {
         Command::Demo { seconds } => {
             demo::demo(Duration::from_secs(seconds)).map(|()| ExitCode::SUCCESS)
         }
+        Command::Shim => shim::print().map(|()| ExitCode::SUCCESS),
         Command::Completions { shell } => completions(shell).map(|()| ExitCode::SUCCESS),
     };
     result.unwrap_or_else(|error| fail(&error))

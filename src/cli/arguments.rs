@@ -88,6 +88,12 @@ const TRACK_HELP: &str = "\
 \u{1b}[1;4mExample:\u{1b}[0m
   decnet-heartbeat track --operation deploy \\
       --decky decky-01 -- docker compose up -d";
+const SHIM_HELP: &str = "\
+Save the module as sitecustomize.py in a folder on PYTHONPATH of the agent. Its first lines say how \
+with systemd, and how to go back.
+
+\u{1b}[1;4mExample:\u{1b}[0m
+  decnet-heartbeat shim > sitecustomize.py";
 
 // clap writes the usage on one line, which is too long for many terminals.
 const PUSH_USAGE: &str = "decnet-heartbeat push [OPTIONS] --operation <WHAT>
@@ -170,6 +176,9 @@ pub(super) enum Command {
         #[arg(long, value_name = "N", default_value = "15", value_parser = demo_seconds)]
         seconds: u64,
     },
+    /// Print the module that makes DECNET's own agent report through this program
+    #[command(after_help = SHIM_HELP)]
+    Shim,
     /// Print the completion script for a shell
     #[command(after_help = "\u{1b}[1;4mExample:\u{1b}[0m
   decnet-heartbeat completions bash > completions.bash")]

@@ -24,6 +24,7 @@ mod peers;
 mod pipe;
 mod program;
 mod resolver;
+mod shim;
 mod state_file;
 mod support;
 mod threads;

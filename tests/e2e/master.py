@@ -104,7 +104,8 @@ class Recorder:
         async def recorded(scope, receive, send):
             if scope["type"] != "http":
                 return await app(scope, receive, send)
-            answer = {"client_port": scope["client"][1], "path": scope["path"], "status": None}
+            user_agent = dict(scope["headers"]).get(b"user-agent", b"").decode("latin-1")
+            answer = {"client_port": scope["client"][1], "path": scope["path"], "status": None, "user_agent": user_agent}
 
             async def recorded_send(message):
                 if message["type"] == "http.response.start":

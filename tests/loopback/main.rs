@@ -39,8 +39,10 @@ mod push_and_track;
 mod readme;
 mod retry;
 mod sharing;
+mod shim;
 mod stats;
 mod stopping;
+mod supervisors;
 #[allow(dead_code, unused_imports, reason = "no test program uses all helpers")]
 #[path = "../support/mod.rs"]
 mod support;

@@ -69,6 +69,7 @@ pub struct Answer {
     pub path: String,
     /// `None`: the client closed the connection before.
     pub status: Option<u16>,
+    pub user_agent: String,
 }
 
 impl RealMaster {
