@@ -20,10 +20,10 @@ use crate::panics::quietly;
 /// The database, and what SQLite keeps beside it.
 pub(crate) const PARTS: [&str; 4] = ["", "-journal", "-wal", "-shm"];
 
-/// For the owner alone.
+/// Only the owner may read and write.
 const MODE: u32 = 0o600;
 
-/// Makes a file with [`MODE`] from its first byte, whatever the umask leaves of that.
+/// Makes a file that has [`MODE`] before anything is written to it. The umask does not change that.
 pub(crate) fn make(path: &Path) -> io::Result<()> {
     let file = OpenOptions::new().write(true).create_new(true).mode(MODE).open(path)?;
     file.set_permissions(Permissions::from_mode(MODE))
@@ -119,8 +119,8 @@ impl Place {
         }
     }
 
-    /// Removes an empty file of root's in this user's folder: root was killed before it gave that file away, and this user cannot
-    /// use it. Whether it was one.
+    /// Removes an empty file of root in this user's folder: root was killed before it changed the file's owner, and this user
+    /// cannot use it. Returns whether this was such a file.
     pub(crate) fn remove_if_left_by_root(&self, folder: &Metadata) -> io::Result<bool> {
         let is_left = self.metadata.uid() == 0 && self.metadata.len() == 0;
         if !is_left || geteuid().is_root() || folder.uid() != geteuid().as_raw() {
@@ -141,7 +141,7 @@ pub(crate) fn check(path: &Path) -> io::Result<()> {
     PARTS.iter().try_for_each(|part| Place::look(&beside(path, part)).map(drop))
 }
 
-/// A file that is not there is gone already.
+/// Takes a missing file for success.
 pub(crate) fn if_there(done: io::Result<()>) -> io::Result<()> {
     done.or_else(|error| if error.kind() == io::ErrorKind::NotFound { Ok(()) } else { Err(error) })
 }

@@ -265,7 +265,7 @@ pub(crate) const READ_THROUGH: u64 = 256 * 1024 * 1024;
 /// How often a lock file that others make, remove or replace meanwhile is looked at again before that is an error.
 pub(crate) const LOCK_TRIES: usize = 100;
 
-/// Replaced lock files that stay open though nobody is locked in them: what a process that delivers may find between two ticks.
+/// Replaced lock files that stay open although no process holds a lock in them: as many as may be replaced between two ticks.
 pub(crate) const LOCK_FILES: usize = 8;
 
 /// How long a lock file has been at its place before an owner that is not locked in it counts as ended: far longer than an

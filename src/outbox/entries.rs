@@ -88,7 +88,7 @@ const PUT: &str = "INSERT INTO delta (id, decky, operation, error, completed_at,
     ON CONFLICT (id) DO UPDATE SET error = excluded.error, completed_at = excluded.completed_at,
     owner = excluded.owner, rejected = NULL, age = 0";
 
-/// Remembers a delta that is about to go, for people, and for whoever moves rows out of a file that was replaced.
+/// Records a delta that is about to be deleted: for people, and for a process that moves rows out of a file that was replaced.
 const REMEMBER: &str = "INSERT INTO delivered (id, decky, operation, error, completed_at, delivered_at)
     SELECT id, decky, operation, error, completed_at, ?2 FROM delta
     WHERE id = ?1 AND completed_at IS NOT NULL";
@@ -141,7 +141,7 @@ impl Rows<'_> {
         }
     }
 
-    /// Lets go of a row that the master has accepted, or that was withdrawn. A delta is remembered.
+    /// Deletes a row that the master has accepted, or that was withdrawn. A delta is recorded in `delivered`.
     pub(super) fn deliver(&mut self, id: i64) -> rusqlite::Result<()> {
         if self.db.prepare_cached(REMEMBER)?.execute(params![id, micros(SystemTime::now())])? > 0 {
             self.db.prepare_cached(FORGET)?.execute([limits::OUTBOX_DELIVERED as i64])?;

@@ -158,14 +158,17 @@ fn is_open_here(path: &Path, files: &Identities) -> bool {
     files.iter().all(|file| file.is_some_and(|file| open.contains(&file)))
 }
 
-/// The files of this name, with whatever at its end, that this process has open. No other one is looked at: a file that the
-/// program has open elsewhere may be on a file system that does not answer.
+/// The open files of this process whose names begin with the name of the outbox. Other open files are not examined, because
+/// their file systems may not answer.
 fn open_here(path: &Path) -> io::Result<BTreeSet<Identity>> {
     let name = path.file_name().unwrap_or_default().as_encoded_bytes();
     let identity = |entry: io::Result<DirEntry>| {
         let descriptor = entry.ok()?.path();
-        let is_named_so = fs::read_link(&descriptor).ok()?.file_name()?.as_encoded_bytes().starts_with(name);
-        is_named_so.then(|| fs::metadata(&descriptor).ok().map(|found| identity(&found)))?
+        let target = fs::read_link(&descriptor).ok()?;
+        if !target.file_name()?.as_encoded_bytes().starts_with(name) {
+            return None;
+        }
+        fs::metadata(&descriptor).ok().map(|found| identity(&found))
     };
     Ok(fs::read_dir("/proc/self/fd")?.filter_map(identity).collect())
 }
@@ -275,7 +278,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn of_what_this_process_has_open_only_files_of_the_outbox_name_are_looked_at() {
+    fn open_files_with_other_names_are_not_examined() {
         let dir = tempfile::tempdir().unwrap();
         let at = |name: &str| dir.path().join(name);
         let open = ["heartbeat.db", "heartbeat.db-wal", "other"].map(|name| fs::File::create(at(name)).unwrap());

@@ -165,8 +165,8 @@ impl Locks {
         Ok(file)
     }
 
-    /// Closes older lock files in which nobody else is locked. That which our rows name stays open, and so do the last ones:
-    /// rows may name an owner that has ended by now.
+    /// Closes older lock files in which no other process holds a lock. The file that our rows name stays open, and so do the
+    /// newest ones, because rows may name an owner that has ended.
     fn close_unused(&mut self) {
         let (mut newer, named) = (self.files.len(), self.named);
         self.files.retain(|file| {

@@ -124,8 +124,9 @@ impl Store {
         Instant::now() + if was_locked { Duration::ZERO } else { limits::OUTBOX_BUSY - limits::OUTBOX_MARGIN }
     }
 
-    /// Opens the file at its place, and moves there what is in memory, or in a file that is gone or broken. Of these ids no
-    /// row is there then, and others who have them in the older file are told by what the new one remembers. One that is no outbox is moved aside for a new one by who delivers.
+    /// Opens the file at its path. Moves there the rows in memory and those of a file that was replaced or is corrupt, but not
+    /// the deleted ones (`gone`). The new file records these as delivered, for processes that still have them in the older file.
+    /// The process that delivers renames a file that is not an outbox, and makes a new one.
     pub(super) fn open(&mut self, mut gone: impl Iterator<Item = i64>, share: Share, by: Instant) -> Result<(), Error> {
         let Some(path) = self.path.clone() else { return Ok(()) };
         // Closed first: what SQLite keeps beside the file that is gone must not mix with the new one's.
