@@ -199,8 +199,10 @@ fn open_here(path: &Path) -> io::Result<BTreeSet<Identity>> {
     let identity = |entry: io::Result<DirEntry>| {
         let descriptor = entry.ok()?.path();
         let target = fs::read_link(&descriptor).ok()?;
-        let has_name = target.file_name()?.as_encoded_bytes().starts_with(name);
-        has_name.then(|| fs::metadata(&descriptor).ok().map(|found| identity(&found)))?
+        if !target.file_name()?.as_encoded_bytes().starts_with(name) {
+            return None;
+        }
+        fs::metadata(&descriptor).ok().map(|found| identity(&found))
     };
     Ok(fs::read_dir("/proc/self/fd")?.filter_map(identity).collect())
 }
