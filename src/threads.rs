@@ -3,6 +3,8 @@
 pub(crate) mod batches;
 pub(crate) mod content;
 pub(crate) mod decommission;
+#[cfg(feature = "cli")]
+pub(crate) mod hand_over;
 pub(crate) mod heartbeat;
 mod held;
 mod outbox;
@@ -12,6 +14,7 @@ mod requests;
 pub(crate) mod schedule;
 pub(crate) mod start;
 pub(crate) mod status;
+mod wake;
 
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};

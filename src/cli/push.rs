@@ -56,6 +56,9 @@ pub(super) fn push(common: &Common, options: PushOptions) -> Result<ExitCode, Er
                 ExitCode::from(QUEUED),
             )
         }
+        ReportResult::Rejected(why) => {
+            return Err(Error::outbox(None, format!("the master rejected it: {why}")));
+        }
         ReportResult::InDoubt(why) => {
             report_error(&why);
             reporter.await_disk(wait);

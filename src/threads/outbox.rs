@@ -10,8 +10,11 @@ use crossbeam_channel::Sender;
 use log::Level;
 
 use super::batches::{Batch, OFFERED, OutboxEvent};
+#[cfg(feature = "cli")]
+use super::hand_over::HandOver;
 use super::request_queue::{Answer, BatchRequest, Caller, QueuedRequest, Request, RequestQueue};
 use super::requests::{Generation, Taken};
+use super::wake::{WakeThread, is_refused};
 use crate::credentials::CredentialFiles;
 use crate::error::{Error, chain};
 use crate::limits;
@@ -37,6 +40,11 @@ pub(super) struct Heartbeat {
 #[derive(Debug)]
 pub(super) struct OutboxThread {
     queue: Arc<RequestQueue>,
+    /// Wakes this thread when another process has added deltas. Dropped before the outbox, which
+    /// has the lock that it needs.
+    wake: Option<WakeThread>,
+    #[cfg(feature = "cli")]
+    hand_over: HandOver,
     outbox: Outbox,
     /// `None`: the program adds to the outbox, or the heartbeat has stopped.
     heartbeat: Option<Heartbeat>,
@@ -71,6 +79,9 @@ impl OutboxThread {
     ) -> Self {
         Self {
             queue,
+            wake: None,
+            #[cfg(feature = "cli")]
+            hand_over: HandOver::default(),
             outbox,
             heartbeat,
             has_stopped: false,
@@ -82,6 +93,9 @@ impl OutboxThread {
     /// Serves requests until the last client is dropped.
     pub(super) fn run(mut self, stats: Option<&SharedStats>) {
         let mut last_group = 0;
+        if let Err(panic) = caught(|| self.update_wake_socket()) {
+            self.record_panic(&panic, stats);
+        }
         loop {
             // A process that owns rows maintains them, also without a heartbeat.
             let timeout = self.outbox.may_own_rows().then_some(limits::OUTBOX_CHECK);
@@ -224,13 +238,19 @@ impl OutboxThread {
             Request::Maintain => return self.maintain(),
             Request::Batch(request) => return self.send_batch(&request, generation),
             Request::Flush => return self.begin_flush(caller),
+            Request::OfferAdded => return self.offer_added(generation),
             Request::Release => {
                 self.has_stopped = true;
                 self.heartbeat = None;
+                self.wake = None;
                 self.outbox.stop_delivering().map(|()| 0)
             }
             #[cfg(feature = "cli")]
             Request::IsOvertaken(delta) => self.outbox.is_overtaken(&delta).map(i64::from),
+            #[cfg(feature = "cli")]
+            Request::HandOver(request) => {
+                self.hand_over.serve(&mut self.outbox, request).map(i64::from)
+            }
         };
         self.queue.answer(vec![(caller, answer)]);
     }
@@ -240,6 +260,38 @@ impl OutboxThread {
         heartbeat.files_missing = heartbeat.credentials.are_absent();
         if let Err(error) = self.outbox.maintain() {
             quietly(|| log::debug!("outbox not maintained: error={:?}", chain(&error)));
+        }
+        self.update_wake_socket();
+    }
+
+    /// Binds the wake socket while this process delivers from a file, again if the folder was
+    /// replaced or the socket was removed. Without it, other processes post their deltas
+    /// themselves.
+    fn update_wake_socket(&mut self) {
+        let path = self.outbox.delivered_file().filter(|_| self.heartbeat.is_some());
+        if let (Some(path), Some(wake)) = (path, &self.wake)
+            && wake.is_bound_for(path)
+        {
+            return;
+        }
+        self.wake = None;
+        let Some(Err(error)) = path
+            .map(|path| WakeThread::start(path, &self.queue).map(|wake| self.wake = Some(wake)))
+        else {
+            return;
+        };
+        let level = if is_refused(&error) { Level::Warn } else { Level::Debug };
+        let event = "no wake socket; push and track post their deltas themselves";
+        self.log_problem(level, event, &chain(&error));
+    }
+
+    /// Offers what other processes have added. A datagram without a change of the file, from
+    /// whomever, costs one read.
+    fn offer_added(&mut self, generation: Generation) {
+        if self.outbox.was_changed_by_others() {
+            self.outbox.recount();
+            self.offer(None, generation, Duration::ZERO);
+            self.send_changed_credentials();
         }
     }
 
