@@ -13,6 +13,7 @@ mod output;
 mod own_files;
 mod push;
 mod report;
+mod rfc3339;
 mod run;
 mod signals;
 mod stats_files;
@@ -35,6 +36,7 @@ use output::print_result;
 
 use crate::credentials::enrolment::{Enrolment, EnrolmentSources};
 use crate::error::{Error, chain, sanitize_path};
+use crate::files::absolute;
 use crate::limits;
 use crate::outbox::OutboxLocation;
 use crate::status::decnet::DecnetStatus;
@@ -184,9 +186,19 @@ fn warn_of_unlisted<'a>(agent_dir: &Path, deckies: impl IntoIterator<Item = &'a 
     }
 }
 
-/// The outbox of `--outbox`, or the default one.
+/// The environment variable that names the outbox.
+const OUTBOX_VARIABLE: &str = "DECNET_HEARTBEAT_OUTBOX";
+
+/// The outbox that the environment variable names. An empty variable counts as unset.
+fn outbox_of_environment() -> Option<PathBuf> {
+    std::env::var_os(OUTBOX_VARIABLE)
+        .filter(|path| !path.is_empty())
+        .map(|path| absolute(Path::new(&path)))
+}
+
+/// The outbox of `--outbox`, that of the environment variable, or the default one.
 fn outbox(path: Option<PathBuf>) -> OutboxLocation {
-    path.map_or(OutboxLocation::AgentDir, OutboxLocation::File)
+    path.or_else(outbox_of_environment).map_or(OutboxLocation::AgentDir, OutboxLocation::File)
 }
 
 /// Prints the error on stderr, unless the reader of stdout has closed the pipe.

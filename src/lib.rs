@@ -31,8 +31,9 @@
 //! connection to the master and decides when a beat is sent. `decnet-outbox` owns the agent dir: it
 //! commits deltas to the outbox, a SQLite file, before `push` returns `Ok`. `decnet-status` calls
 //! the status source. No thread waits without a limit for another one, so a beat waits at most 250
-//! ms for the status if there are new deltas, and at most 10 s at a tick. [`design`] has the
-//! details, and what a host program must not do.
+//! ms for the status if there are new deltas, and at most 10 s at a tick. While it delivers from a
+//! file, a small fourth thread, `decnet-wake`, waits for other processes that add deltas to it.
+//! [`design`] has the details, and what a host program must not do.
 //!
 //! # Pages
 //!

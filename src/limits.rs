@@ -444,6 +444,12 @@ pub(crate) const MAX_REPORT_TIMEOUT: Duration = Duration::from_secs(3600);
 /// an error that names it.
 pub(crate) const REPORT_SLACK: Duration = Duration::from_millis(200);
 
+/// The maximum size of a stats file that `check` reads. It has a few KiB.
+pub(crate) const STATS_FILE: u64 = 256 * 1024;
+
+/// The maximum bytes of a line of `push --lines`. Of a longer error only a part would be kept.
+pub(crate) const PUSH_LINE: usize = 1024 * 1024;
+
 /// How often `push` reads what has become of the deltas that another process delivers. A delivery
 /// takes a few milliseconds.
 pub(crate) const HAND_OVER_PAUSE: Duration = Duration::from_millis(2);

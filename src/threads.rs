@@ -1,4 +1,5 @@
-//! The three threads, and the values that they exchange.
+//! The three threads, the values that they exchange, and the small thread that other processes
+//! wake.
 
 pub(crate) mod batches;
 pub(crate) mod content;
