@@ -1,6 +1,7 @@
 //! `push` and `track` beside a process that delivers: they hand their deltas over to it.
 
 use std::fs;
+use std::io::Write;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::UnixDatagram;
 use std::path::PathBuf;
@@ -8,7 +9,7 @@ use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use decnet_heartbeat::loopback::{Answer, Fault, RowStatus};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::push_and_track::{TRACK, owners, queued, row, start_track};
 use crate::support::{
@@ -164,12 +165,12 @@ fn push_claims_its_delta_if_run_is_killed_meanwhile() {
 fn delta_that_the_master_rejects_is_an_error_of_push() {
     let fixture = Fixture::new();
     let _run = start_run(&fixture, "1h");
-    let rejected = || Fault::Answer(Answer::status(422).body("bad delta"));
-    // The body without deltas is accepted.
-    fixture.master.script([rejected(), Fault::Serve, rejected()]);
-    let (code, stdout, log) = output(&fixture, &PUSH);
+    let answer = Answer::status(422).body("invalid delta");
+    fixture.master.always(Some(Fault::AnswerTo(b"\"bad".to_vec(), answer)));
+    let push = ["push", "--operation", "deploy", "--status", "succeeded", "bad"];
+    let (code, stdout, log) = output(&fixture, &push);
     assert_eq!((code, stdout.as_str()), (Some(1), ""), "{log}");
-    assert!(log.contains("the master rejected it: http-422: bad delta"), "{log}");
+    assert!(log.contains("the master rejected it: http-422: invalid delta"), "{log}");
 }
 
 #[test]
@@ -250,4 +251,119 @@ fn push_beside_run_syncs_at_most_twice() {
     let trace = fs::read_to_string(trace).unwrap();
     let syncs = trace.lines().filter(|line| line.contains("sync(")).count();
     assert!((1..=2).contains(&syncs), "{trace}");
+}
+
+/// Runs `push` with these options and this text as its stdin.
+fn push_lines(fixture: &Fixture, options: &[&str], text: &str) -> (Option<i32>, String, String) {
+    let mut command = beside(fixture, &[&["push", "--lines"], options].concat());
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut push = command.spawn().unwrap();
+    // An error means that it has ended: it reads nothing after a wrong line.
+    let _ = push.stdin.take().unwrap().write_all(text.as_bytes());
+    let Output { status, stdout, stderr } = push.wait_with_output().unwrap();
+    (status.code(), String::from_utf8(stdout).unwrap(), String::from_utf8(stderr).unwrap())
+}
+
+#[test]
+fn lines_are_delivered_together_with_their_times() {
+    let fixture = Fixture::new();
+    fixture.write_ini();
+    let lines = concat!(
+        r#"{"decky_name":"a","operation":"deploy","status":"succeeded"}"#,
+        "\n",
+        r#"{"decky_name":"b","operation":"mutate","status":"failed","error":"no","#,
+        r#""completed_at":"2026-01-02T03:04:05+01:00"}"#,
+    );
+    let expected = |result: &str| json!({"result": result, "deltas": 2, "outbox": fixture.outbox(), "reason": null});
+    let (code, stdout, log) = push_lines(&fixture, &["--json"], lines);
+    assert_eq!((code, log.as_str()), (Some(0), ""));
+    assert_eq!(serde_json::from_str::<Value>(&stdout).unwrap(), expected("delivered"));
+    let requests = fixture.master.received();
+    assert_eq!(requests.len(), 1);
+    assert_eq!(deckies(&requests[0]).len(), 2);
+    let sent = json_of(&requests[0])["lifecycle"].to_string();
+    assert!(sent.contains("2026-01-02T02:04:05"), "{sent}");
+
+    let _run = start_run(&fixture, "1h");
+    let (_, stdout, _) = push_lines(&fixture, &["--json"], lines);
+    assert_eq!(serde_json::from_str::<Value>(&stdout).unwrap(), expected("delivered"));
+    assert_eq!(deckies(fixture.master.received().last().unwrap()).len(), 2);
+}
+
+#[test]
+fn wrong_line_is_named_and_nothing_is_reported() {
+    let fixture = Fixture::new();
+    fixture.write_ini();
+    let lines =
+        concat!(r#"{"decky_name":"a","operation":"deploy","status":"succeeded"}"#, "\n{\u{1b}\n");
+    let (code, stdout, log) = push_lines(&fixture, &[], lines);
+    assert_eq!((code, stdout.as_str()), (Some(2), ""));
+    assert!(log.contains("stdin: line 2: ") && !log.contains('\u{1b}'), "{log}");
+    assert!(fixture.master.received().is_empty() && !fixture.outbox().exists());
+    let (code, _, log) = push_lines(&fixture, &["--operation", "deploy"], "");
+    assert_eq!(code, Some(2), "{log}");
+    assert_eq!(output(&fixture, &["push", "d"]).0, Some(2), "without --operation and --status");
+}
+
+#[test]
+fn json_has_the_reason_of_an_undelivered_delta() {
+    let mut fixture = Fixture::new();
+    fixture.write_ini();
+    fixture.master.stop();
+    let time = ["--completed-at", "2026-01-02T03:04:05Z", "--json"];
+    let (code, stdout, _) = output(&fixture, &[&PUSH[..], &time].concat());
+    let result: Value = serde_json::from_str(&stdout).unwrap();
+    assert_eq!((code, &result["result"]), (Some(75), &json!("undelivered")));
+    assert!(result["reason"].as_str().unwrap().contains("Connection refused"), "{stdout}");
+    assert_eq!(output(&fixture, &[&PUSH[..], &["--completed-at", "now"]].concat()).0, Some(2));
+}
+
+#[test]
+fn variable_names_the_outbox_of_run_and_push() {
+    let fixture = Fixture::new();
+    open_rows(&fixture, 1);
+    let outbox = fixture.path("other.db");
+    let mut run = fixture.run_command();
+    run.args(["--interval", "1h"]).env("DECNET_HEARTBEAT_OUTBOX", &outbox);
+    let _run = ChildProcess::start(run.stderr(Stdio::null()));
+    poll_until("the wake socket", || is_socket(&fixture.path("other.db-wake")));
+    let mut push = beside(&fixture, &PUSH);
+    let pushed = push.env("DECNET_HEARTBEAT_OUTBOX", &outbox).output().unwrap();
+    assert_eq!(pushed.stdout, b"delivered\n");
+    assert_eq!(fixture.master.connections().len(), 1);
+    assert!(!fixture.outbox().exists());
+}
+
+#[test]
+fn check_names_the_other_outbox_of_a_running_agent() {
+    let fixture = Fixture::new();
+    let check = |outbox: Option<PathBuf>, stats: Option<PathBuf>| {
+        let mut command = beside(&fixture, &["check"]);
+        command.args(stats.map(|stats| format!("--stats-file={}", stats.display())));
+        command.envs(outbox.map(|outbox| ("DECNET_HEARTBEAT_OUTBOX", outbox)));
+        String::from_utf8(command.output().unwrap().stdout).unwrap()
+    };
+    let run = start_run(&fixture, "1h");
+    let other = fixture.path("other.db");
+    let advice = format!("the running agent (process {}) delivers from ", run.id());
+    assert!(!check(None, None).contains(&advice));
+    let text = check(Some(other.clone()), None);
+    let expected = format!(
+        "{advice}{}, but push and track with these settings would use {}",
+        fixture.outbox().display(),
+        other.display()
+    );
+    assert!(text.contains(&expected), "{text}");
+    drop(run);
+    // The stats file names an outbox that nothing else does.
+    let stats = fixture.path("stats");
+    let mut command = fixture.run_command();
+    command.arg("--outbox").arg(&other).arg("--stats-file").arg(&stats);
+    let run = ChildProcess::start(command.stderr(Stdio::null()));
+    poll_until("the stats", || stats.exists());
+    let text = check(None, Some(stats.clone()));
+    assert!(
+        text.contains(&format!("(process {}) delivers from {}", run.id(), other.display())),
+        "{text}"
+    );
 }

@@ -42,14 +42,15 @@ pub(super) fn read(input: impl BufRead) -> Result<Vec<LifecycleDelta>, String> {
     for number in 1.. {
         let in_line = |problem: String| format!("line {number}: {problem}");
         let Some(line) = next_line(&mut input).map_err(in_line)? else { break };
-        if line.trim_ascii().is_empty() {
+        let line = line.trim_ascii();
+        if line.is_empty() {
             continue;
         }
         if deltas.len() == limits::OUTBOX_ROWS {
             let most = limits::OUTBOX_ROWS;
             return Err(in_line(format!("is one too many; the outbox has room for {most}")));
         }
-        deltas.push(parse(&line).map_err(in_line)?);
+        deltas.push(parse(line).map_err(in_line)?);
     }
     if deltas.is_empty() { Err("has no deltas".to_owned()) } else { Ok(deltas) }
 }
@@ -70,9 +71,11 @@ fn next_line(input: &mut impl BufRead) -> Result<Option<Vec<u8>>, String> {
 }
 
 fn parse(line: &[u8]) -> Result<LifecycleDelta, String> {
-    // Its text may quote the line.
-    let line: DeltaLine =
-        serde_json::from_slice(line).map_err(|error| sanitize(&error.to_string()))?;
+    // Its text may quote the line. It counts lines, too, and this is always its first one.
+    let problem = |error: serde_json::Error| {
+        sanitize(&error.to_string()).replace(" at line 1 column ", " at column ")
+    };
+    let line: DeltaLine = serde_json::from_slice(line).map_err(problem)?;
     let DeltaLine { decky_name, operation, status, error, completed_at } = line;
     let outcome = match (status, error) {
         (Status::Succeeded, None) => Outcome::Succeeded,
@@ -116,8 +119,8 @@ mod tests {
     fn error_names_the_line() {
         let long = "x".repeat(limits::PUSH_LINE + 1);
         for (line, problem) in [
-            ("{", "line 2: EOF while parsing an object at line 1 column 1"),
-            ("\u{1b}", "line 2: expected value at line 1 column 1"),
+            ("{", "line 2: EOF while parsing an object at column 1"),
+            ("\u{1b}", "line 2: expected value at column 1"),
             (r#"{"decky_name":"d","operation":"x","status":"failed"}"#, "line 2: must be deploy"),
             (r#"{"decky_name":"d","operation":"deploy"}"#, "line 2: missing field `status`"),
             (
