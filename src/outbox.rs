@@ -452,13 +452,12 @@ impl Outbox {
         None
     }
 
-    /// Whether another process delivers.
+    /// Whether another process delivers, as far as this one knows.
     #[cfg(feature = "cli")]
     pub(crate) fn has_deliverer(&mut self) -> bool {
         let Some(path) = &self.store.path else { return false };
-        // An error means that the current lock file cannot be used. Older ones are still open.
-        let _ = self.store.locks.refresh(path);
-        self.store.locks.another_delivers()
+        // A process may have a lock file that cannot be used here.
+        self.store.locks.refresh(path).is_err() || self.store.locks.another_delivers()
     }
 
     /// The states of the rows with these ids.

@@ -139,7 +139,7 @@ impl Reporter {
         if delivery.no_wait {
             return self.queue(deltas);
         }
-        if self.outbox.is_deliverer_listening() {
+        if self.can_hand_over() {
             return self.hand_over_new(deltas, wait);
         }
         self.claim_and_post(deltas, wait)
@@ -202,7 +202,7 @@ impl Reporter {
         wait: &mut ReportWait<'_>,
     ) -> ReportResult {
         let ended = numbered(first, deltas);
-        let is_handed_over = delivery.no_wait || self.outbox.is_deliverer_listening();
+        let is_handed_over = delivery.no_wait || self.can_hand_over();
         let sent_by = if is_handed_over { SentBy::Deliverer } else { SentBy::ThisProcess };
         if let Err(error) = self.outbox.change(RowChange::Ended(ended.clone(), sent_by)) {
             log::warn!(
@@ -214,7 +214,9 @@ impl Reporter {
         match sent_by {
             SentBy::Deliverer if delivery.no_wait => {
                 let queued = self.queued(self.write_rows(wait));
-                self.outbox.wake_deliverer();
+                if queued == ReportResult::Queued {
+                    self.outbox.wake_deliverer();
+                }
                 queued
             }
             SentBy::Deliverer => self.hand_over(&ended, wait),
@@ -226,7 +228,9 @@ impl Reporter {
     fn queue(&self, deltas: &[LifecycleDelta]) -> ReportResult {
         let added = self.outbox.add(NewRows::Deltas(deltas.to_vec(), SentBy::Deliverer));
         let queued = self.queued(added.map(drop));
-        self.outbox.wake_deliverer();
+        if queued == ReportResult::Queued {
+            self.outbox.wake_deliverer();
+        }
         queued
     }
 

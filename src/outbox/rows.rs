@@ -363,7 +363,7 @@ pub(super) fn is_overtaken(
 #[cfg(feature = "cli")]
 pub(super) fn states(db: &Connection, ids: Range<i64>) -> rusqlite::Result<RowStates> {
     let mut select = db.prepare_cached(&format!(
-        "SELECT id, rejected, {IS_DELIVERABLE} FROM delta WHERE id >= ?1 AND id < ?2"
+        "SELECT id, rejected, {IS_DELIVERABLE} FROM delta WHERE id >= ?1 AND id < ?2 ORDER BY id"
     ))?;
     let mut states = RowStates::default();
     let mut rows = select.query([ids.start, ids.end])?;

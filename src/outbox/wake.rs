@@ -9,20 +9,22 @@
 //!   a descriptor of the folder, so the length of the folder's path does not matter.
 //! - Anything but a socket at the path, and a socket of a stranger, is an error and is not changed.
 
-use std::fs::{self, File, Metadata, OpenOptions};
+use std::fs::{self, File, Metadata, OpenOptions, Permissions};
 use std::io;
-use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::net::Shutdown;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt, chown};
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::{net::Shutdown, os::unix::fs::chown};
 
 use nix::sys::stat::{Mode, fchmod};
 use nix::unistd::geteuid;
+use socket2::{SockAddr, Socket};
 
 use crate::error::sanitize_path;
 use crate::files::{Identity, beside, folder, identity, special};
+use crate::panics::quietly;
 use crate::sqlite::files::ignore_not_found;
 
 const SUFFIX: &str = "-wake";
@@ -45,14 +47,12 @@ impl WakeSocket {
             ignore_not_found(fs::remove_file(folder.socket()))?;
         }
         let socket = UnixDatagram::unbound()?;
-        // The mode of the socket's file, which `bind` creates.
+        // `bind` creates the file with this mode, less the umask.
         fchmod(&socket, Mode::S_IRUSR | Mode::S_IWUSR)?;
         let socket = bind(socket, &folder.socket())?;
         let bound = folder.open_socket()?.ok_or(io::ErrorKind::NotFound)?;
-        let owner = &folder.metadata;
-        if geteuid().is_root() && owner.uid() != 0 {
-            chown(descriptor_path(&bound.0), Some(owner.uid()), Some(owner.gid()))?;
-        }
+        fs::set_permissions(descriptor_path(&bound.0), Permissions::from_mode(0o600))?;
+        folder.give_to_owner(&bound.0);
         let identity = identity(&bound.1);
         Ok(Self { socket, identity, folder, is_closed: AtomicBool::new(false) })
     }
@@ -66,8 +66,13 @@ impl WakeSocket {
     /// Waits for a datagram, then discards all that have arrived. Returns `false` if the socket was
     /// closed.
     pub(crate) fn wait(&self) -> bool {
-        // The content is not read.
-        let received = self.socket.recv(&mut []).is_ok();
+        let received = loop {
+            // The content is not read.
+            match self.socket.recv(&mut []) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => (),
+                received => break received.is_ok(),
+            }
+        };
         let _ = self.socket.set_nonblocking(true);
         while !self.is_closed() && self.socket.recv(&mut []).is_ok() {}
         let is_blocking = self.socket.set_nonblocking(false).is_ok();
@@ -93,9 +98,9 @@ impl WakeSocket {
 
 /// The standard library cannot bind an existing socket, which needs its mode before it is bound.
 fn bind(socket: UnixDatagram, path: &Path) -> io::Result<UnixDatagram> {
-    let socket = socket2::Socket::from(std::os::fd::OwnedFd::from(socket));
-    socket.bind(&socket2::SockAddr::unix(path)?)?;
-    Ok(std::os::fd::OwnedFd::from(socket).into())
+    let socket = Socket::from(OwnedFd::from(socket));
+    socket.bind(&SockAddr::unix(path)?)?;
+    Ok(OwnedFd::from(socket).into())
 }
 
 /// The side of a process that adds deltas.
@@ -147,6 +152,23 @@ impl Folder {
         Path::new(&descriptor_path(&self.descriptor)).join(&self.name)
     }
 
+    /// Changes the owner of a socket that root has bound in another user's folder, who could not
+    /// connect to it otherwise.
+    fn give_to_owner(&self, socket: &File) {
+        let owner = self.metadata.uid();
+        if !geteuid().is_root() || owner == 0 {
+            return;
+        }
+        let given = chown(descriptor_path(socket), Some(owner), Some(self.metadata.gid()));
+        if let Err(error) = given.map_err(|error| error.to_string()) {
+            quietly(|| {
+                log::warn!(
+                    "could not change the owner of the wake socket to the owner of its folder: owner={owner} error={error:?}"
+                );
+            });
+        }
+    }
+
     /// Opens the socket with `O_PATH`. `None`: nothing is at its path. Anything but a socket of this
     /// user, of root or of the owner of the folder is an error, `InvalidInput`.
     fn open_socket(&self) -> io::Result<Option<(File, Metadata)>> {
@@ -181,7 +203,7 @@ fn descriptor_path(file: &File) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::{PermissionsExt, symlink};
+    use std::os::unix::fs::symlink;
     use std::process::Command;
     use std::sync::Arc;
     use std::sync::mpsc::channel;

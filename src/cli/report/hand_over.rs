@@ -8,11 +8,16 @@ use std::time::Instant;
 
 use super::{ReportResult, ReportWait, Reporter, SIGNAL};
 use crate::delta::LifecycleDelta;
-use crate::error::chain;
+use crate::error::{Error, chain};
 use crate::limits;
 use crate::outbox::{NewRows, QueuedDelta, RowChange, RowStates, SentBy};
 
 impl Reporter {
+    /// Whether another process delivers from the file, and listens.
+    pub(super) fn can_hand_over(&self) -> bool {
+        self.is_on_disk() && self.outbox.is_deliverer_listening()
+    }
+
     /// Hands over deltas that have no row in the outbox yet.
     pub(super) fn hand_over_new(
         &mut self,
@@ -41,32 +46,19 @@ impl Reporter {
             self.claim(ids);
             return self.post(deltas, wait);
         }
-        let mut is_listening = self.outbox.wake_deliverer();
-        let mut next_check = Instant::now() + limits::REPORT_PAUSE;
+        let mut next_check = Instant::now();
+        if self.outbox.wake_deliverer() {
+            next_check += limits::REPORT_PAUSE;
+        }
         loop {
             let states = self.outbox.row_states(ids.clone());
-            match &states {
-                Ok(states) if states.waiting.is_empty() => return Self::delivered(states),
-                Ok(states) if states.waiting == states.held => {
-                    return ReportResult::Undelivered(super::HELD.to_owned());
-                }
-                Ok(_) => (),
-                Err(error) => {
-                    log::debug!("could not read the rows: error={:?}", chain(error));
-                }
+            if let Some(result) = result(&states, wait) {
+                return result;
             }
-            if wait.is_interrupted() {
-                return ReportResult::Undelivered(SIGNAL.to_owned());
-            }
-            if !wait.has_time() {
-                return ReportResult::Undelivered(NOT_IN_TIME.to_owned());
-            }
-            let is_check_due = !is_listening || Instant::now() >= next_check;
-            if is_check_due && let Ok(states) = &states {
-                if let Some(claimed) = self.claim_abandoned(deltas, states) {
-                    return self.post_claimed(&claimed, states, wait);
+            if Instant::now() >= next_check {
+                if let Some((claimed, states)) = self.claim_abandoned(deltas) {
+                    return self.post_claimed(&claimed, &states, wait);
                 }
-                is_listening = true;
                 next_check = Instant::now() + limits::REPORT_PAUSE;
             }
             if wait.sleep(None, Instant::now() + limits::HAND_OVER_PAUSE).is_err() {
@@ -75,30 +67,23 @@ impl Reporter {
         }
     }
 
-    fn delivered(states: &RowStates) -> ReportResult {
-        match states.rejected.first() {
-            None => ReportResult::Delivered,
-            Some(reason) => ReportResult::Rejected(reason.clone()),
-        }
-    }
-
-    /// Claims the rows that wait, if no process delivers. `None`: one does, and may have read the
-    /// rows before they were claimed, so they are left to it.
-    fn claim_abandoned(
-        &self,
-        deltas: &[QueuedDelta],
-        states: &RowStates,
-    ) -> Option<Vec<QueuedDelta>> {
-        if self.outbox.has_deliverer() {
+    /// Claims the deltas that wait, if no process listens or delivers. `None`: one does, and may
+    /// have read the rows before they were claimed, so they are left to it. One that has begun to
+    /// deliver since is woken. The second value has the rows after the claim: the process that has
+    /// ended may have delivered some.
+    fn claim_abandoned(&self, deltas: &[QueuedDelta]) -> Option<(Vec<QueuedDelta>, RowStates)> {
+        if self.outbox.wake_deliverer() || self.outbox.has_deliverer() {
             return None;
         }
-        self.claim(range(deltas));
-        if self.outbox.has_deliverer() {
-            let _ = self.outbox.change(RowChange::Released(states.waiting.clone()));
+        let ids = range(deltas);
+        self.claim(ids.clone());
+        let states = self.outbox.row_states(ids).ok().filter(|_| !self.outbox.has_deliverer());
+        let Some(states) = states else {
+            let _ = self.outbox.change(RowChange::Released(super::ids(deltas)));
             return None;
-        }
-        let is_waiting = |queued: &&QueuedDelta| states.waiting.contains(&queued.id);
-        Some(deltas.iter().filter(is_waiting).cloned().collect())
+        };
+        let is_waiting = |queued: &&QueuedDelta| states.waiting.binary_search(&queued.id).is_ok();
+        Some((deltas.iter().filter(is_waiting).cloned().collect(), states))
     }
 
     /// An error is logged by the report of the POST, which writes the change again.
@@ -112,10 +97,32 @@ impl Reporter {
         states: &RowStates,
         wait: &mut ReportWait<'_>,
     ) -> ReportResult {
-        match (self.post(claimed, wait), states.rejected.first()) {
-            (ReportResult::Delivered, Some(reason)) => ReportResult::Rejected(reason.clone()),
-            (result, _) => result,
+        match self.post(claimed, wait) {
+            ReportResult::Delivered => delivered(states),
+            result => result,
         }
+    }
+}
+
+/// The result, if it is known or no time is left.
+fn result(states: &Result<RowStates, Error>, wait: &mut ReportWait<'_>) -> Option<ReportResult> {
+    match states {
+        Ok(states) if states.waiting.is_empty() => return Some(delivered(states)),
+        Ok(states) if states.waiting == states.held => {
+            return Some(ReportResult::Undelivered(super::HELD.to_owned()));
+        }
+        Ok(_) => (),
+        Err(error) => log::debug!("could not read the rows: error={:?}", chain(error)),
+    }
+    let why = if wait.is_interrupted() { SIGNAL } else { NOT_IN_TIME };
+    (!wait.has_time()).then(|| ReportResult::Undelivered(why.to_owned()))
+}
+
+/// The result when no delta waits.
+fn delivered(states: &RowStates) -> ReportResult {
+    match states.rejected.first() {
+        None => ReportResult::Delivered,
+        Some(reason) => ReportResult::Rejected(reason.clone()),
     }
 }
 
