@@ -105,10 +105,10 @@ fn bind(socket: UnixDatagram, path: &Path) -> io::Result<UnixDatagram> {
 
 /// The side of a process that adds deltas.
 #[derive(Debug)]
-#[cfg_attr(not(feature = "cli"), expect(dead_code, reason = "used by the program"))]
+#[cfg(any(test, feature = "cli"))]
 pub(crate) struct Waker(UnixDatagram);
 
-#[cfg_attr(not(feature = "cli"), expect(dead_code, reason = "used by the program"))]
+#[cfg(any(test, feature = "cli"))]
 impl Waker {
     /// Connects to the process that delivers from this outbox. An error means that none listens.
     pub(crate) fn connect(outbox: &Path) -> io::Result<Self> {

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crossbeam_channel::Receiver;
-#[cfg(feature = "cli")]
+#[cfg(any(test, feature = "cli"))]
 use crossbeam_channel::bounded;
 
 #[cfg(feature = "cli")]
