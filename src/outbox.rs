@@ -434,10 +434,9 @@ impl Outbox {
         version.is_none() || mem::replace(&mut self.seen_version, version) != version
     }
 
-    /// The file, if this process delivers from it.
+    /// The path of the file, if this process delivers from it. The file may be missing for a time.
     pub(crate) fn delivered_file(&self) -> Option<&Path> {
-        let has_file = self.delivers() && self.store.file.is_some();
-        self.store.path.as_deref().filter(|_| has_file)
+        self.store.path.as_deref().filter(|_| self.delivers())
     }
 
     /// Connects to the process that delivers. `None`: none listens.

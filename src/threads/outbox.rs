@@ -268,21 +268,22 @@ impl OutboxThread {
     /// replaced or the socket was removed. Without it, other processes post their deltas
     /// themselves.
     fn update_wake_socket(&mut self) {
-        let path = self.outbox.delivered_file().filter(|_| self.heartbeat.is_some());
-        if let (Some(path), Some(wake)) = (path, &self.wake)
-            && wake.is_bound_for(path)
-        {
-            return;
-        }
-        self.wake = None;
-        let Some(Err(error)) = path
-            .map(|path| WakeThread::start(path, &self.queue).map(|wake| self.wake = Some(wake)))
-        else {
+        let Some(path) = self.outbox.delivered_file().filter(|_| self.heartbeat.is_some()) else {
+            self.wake = None;
             return;
         };
-        let level = if is_refused(&error) { Level::Warn } else { Level::Debug };
-        let event = "no wake socket; push and track post their deltas themselves";
-        self.log_problem(level, event, &chain(&error));
+        if self.wake.as_ref().is_some_and(|wake| wake.is_bound_for(path)) {
+            return;
+        }
+        match WakeThread::start(path, &self.queue) {
+            Ok(wake) => self.wake = Some(wake),
+            // The older socket may return with its folder.
+            Err(error) => {
+                let level = if is_refused(&error) { Level::Warn } else { Level::Debug };
+                let event = "no wake socket; push and track post their deltas themselves";
+                self.log_problem(level, event, &chain(&error));
+            }
+        }
     }
 
     /// Offers what other processes have added. A datagram without a change of the file, from

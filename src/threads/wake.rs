@@ -2,6 +2,8 @@
 //! asks the outbox thread to offer these. It runs while this process delivers from a file. Nothing
 //! else wakes it. Everything in this module runs on the outbox thread, except [`forward`].
 
+use std::error::Error as _;
+use std::io;
 use std::path::Path;
 use std::sync::Arc;
 use std::thread;
@@ -9,7 +11,7 @@ use std::thread;
 use crossbeam_channel::Receiver;
 
 use super::request_queue::{Request, RequestQueue};
-use crate::error::{Error, chain};
+use crate::error::Error;
 use crate::limits;
 use crate::outbox::wake::WakeSocket;
 use crate::threads;
@@ -64,5 +66,6 @@ fn forward(socket: &WakeSocket, queue: &RequestQueue) {
 
 /// Whether the problem is one that a person must solve: something else is at the path.
 pub(super) fn is_refused(error: &Error) -> bool {
-    chain(error).contains("move it away")
+    let source = error.source().and_then(|source| source.downcast_ref::<io::Error>());
+    source.is_some_and(|source| source.kind() == io::ErrorKind::InvalidInput)
 }
