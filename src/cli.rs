@@ -6,6 +6,7 @@ mod command_signals;
 mod demo;
 mod enrolment;
 mod exit;
+mod json_delta;
 mod log_line;
 mod log_queue;
 mod log_sink;

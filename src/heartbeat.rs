@@ -32,7 +32,8 @@ use crate::threads::start::{self, Started};
 /// A running heartbeat, or a dormant one if the host is not enrolled.
 ///
 /// It runs on three threads: `decnet-heartbeat`, `decnet-status` and `decnet-outbox`. The outbox
-/// thread ends with the last [`DeltaSender`] or [`TrackedOperation`]. See
+/// thread ends with the last [`DeltaSender`] or [`TrackedOperation`]. While it delivers from a
+/// file, a small fourth thread, `decnet-wake`, waits for other processes that add deltas. See
 /// [`design`](crate::design).
 ///
 /// Dropping the heartbeat stops it with a grace period of 2 s. [`stop`](Self::stop) takes the grace

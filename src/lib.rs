@@ -29,14 +29,15 @@
 //! `decnet-heartbeat` owns the connection to the master and decides when a beat is sent. `decnet-outbox` owns the agent dir: it
 //! commits deltas to the outbox, a SQLite file, before `push` returns `Ok`. `decnet-status` calls
 //! the status source. No thread waits without a limit for another one, so a beat waits at most 250
-//! ms for the status if there are new deltas, and at most 10 s at a tick. [`design`] has the
-//! details, and what a host program must not do.
+//! ms for the status if there are new deltas, and at most 10 s at a tick. While it delivers from a
+//! file, a small fourth thread, `decnet-wake`, waits for other processes that add deltas to it.
+//! [`design`] has the details, and what a host program must not do.
 //!
 //! # Pages
 //!
 //! | page | what is in it |
 //! | --- | --- |
-//! | [`embedding`] | three complete agents, and how to test one |
+//! | [`embedding`] | complete agents in Rust, C, Python and sh, and how to test one |
 //! | [`guarantees`] | what `Ok` means, delivery, what happens in each fault, and the tests of it |
 //! | [`design`] | threads, requests, deltas, locks, files, fork |
 //! | [`protocol`] | what is sent to the master, and what its answers mean |
@@ -82,6 +83,7 @@ pub mod cli;
 #[cfg(all(fuzzing, not(feature = "cli")))]
 #[allow(dead_code, reason = "the target only parses")]
 mod cli {
+    mod json_delta;
     mod rfc3339;
     pub(crate) mod pipe {
         #[path = "../../../tests/fuzz/targets/pipe.rs"]

@@ -291,6 +291,13 @@ pub(crate) const RELEASE: Duration = Duration::from_millis(50);
 /// The stack size of the heartbeat thread and of the outbox thread. Most of it is never touched.
 pub(crate) const STACK: usize = 1024 * 1024;
 
+/// The stack size of the wake thread, which waits for datagrams and queues a request.
+pub(crate) const WAKE_STACK: usize = 128 * 1024;
+
+/// The pause of the wake thread after a datagram. A flood of datagrams then costs 200 reads of a
+/// number in a second. A process that adds one delta after the other takes longer for each.
+pub(crate) const WAKE_PAUSE: Duration = Duration::from_millis(5);
+
 /// The stack size of the status thread, which runs foreign code: Rust's default.
 pub(crate) const STATUS_STACK: usize = 2 * 1024 * 1024;
 
@@ -478,7 +485,21 @@ pub(crate) const MAX_REPORT_TIMEOUT: Duration = Duration::from_secs(3600);
 /// an error that names it.
 pub(crate) const REPORT_SLACK: Duration = Duration::from_millis(200);
 
-/// The pause before an outbox that could not be written is tried again.
+/// The maximum size of a stats file that `check` reads. It has a few KiB.
+pub(crate) const STATS_FILE: u64 = 256 * 1024;
+
+/// The maximum characters of `--agent-version`, far more than a version has.
+pub(crate) const AGENT_VERSION: usize = 100;
+
+/// The maximum bytes of a line of `push --lines`. Of a longer error only a part would be kept.
+pub(crate) const PUSH_LINE: usize = 1024 * 1024;
+
+/// How often `push` reads what has become of the deltas that another process delivers. A delivery
+/// takes a few milliseconds.
+pub(crate) const HAND_OVER_PAUSE: Duration = Duration::from_millis(2);
+
+/// The pause before an outbox that could not be written is tried again, and between two checks
+/// whether the process that delivers has ended.
 pub(crate) const REPORT_PAUSE: Duration = Duration::from_millis(100);
 
 // ---- texts ----------------------------------------------------------------------------------

@@ -30,10 +30,13 @@ pub(crate) mod schema;
 mod store;
 #[cfg(test)]
 mod tests;
+pub(crate) mod wake;
 
 use std::collections::{BTreeSet, VecDeque};
 use std::error::Error as StdError;
 use std::mem;
+#[cfg(feature = "cli")]
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -45,6 +48,8 @@ use crate::delta::micros;
 use crate::error::Error;
 use crate::files::{OUTBOX as FILE, absolute};
 use crate::limits;
+#[cfg(feature = "cli")]
+pub(crate) use crate::outbox::queued::RowStates;
 pub(crate) use crate::outbox::queued::{
     DeliveryResult, NewRows, QueueCounts, QueuedDelta, Role, RowChange, SentBy, StuckRow,
 };
@@ -56,6 +61,8 @@ pub(crate) use locks::deliverer;
 use locks::{DeliveryLock, OwnerState};
 use rows::{InsertedRows, Rows};
 use store::Store;
+#[cfg(feature = "cli")]
+use wake::Waker;
 
 /// Where the outbox is. It stores deltas until the master has accepted them.
 ///
@@ -214,6 +221,8 @@ pub(crate) struct Outbox {
     stuck_logged_at: Option<Instant>,
     /// The number of dropped deltas that were logged.
     dropped_logged: u64,
+    /// The version of the file and its newest id, as of the last look for changes of others.
+    seen_version: Option<(i64, i64)>,
     stats: Arc<SharedOutboxStats>,
 }
 
@@ -241,6 +250,7 @@ impl Outbox {
             aged_at: Instant::now(),
             stuck_logged_at: None,
             dropped_logged: 0,
+            seen_version: None,
             stats,
         };
         let opened = match outbox.acquire_delivery() {
@@ -331,6 +341,8 @@ impl Outbox {
                 ids.iter().for_each(|id| self.deleted.insert(*id))
             }
             RowChange::Withdrawn(ids) => ids.clone().for_each(|id| self.deleted.insert(id)),
+            #[cfg(feature = "cli")]
+            RowChange::Claimed(_) => self.store.locks.is_token_used = true,
             RowChange::Ended(_, SentBy::ThisProcess) => self.store.locks.is_token_used = true,
             _ => (),
         }
@@ -424,6 +436,43 @@ impl Outbox {
     #[cfg(feature = "cli")]
     pub(crate) fn is_overtaken(&mut self, queued: &QueuedDelta) -> Result<bool, Error> {
         self.store.read(|db| rows::is_overtaken(db, queued))
+    }
+
+    /// Whether another process has changed the file since the last call.
+    pub(crate) fn was_changed_by_others(&mut self) -> bool {
+        let version = self.store.read(|db| Ok((store::version(db)?, rows::newest_id(db)?))).ok();
+        version.is_none() || mem::replace(&mut self.seen_version, version) != version
+    }
+
+    /// The path of the file, if this process delivers from it. The file may be missing for a time.
+    pub(crate) fn delivered_file(&self) -> Option<&Path> {
+        self.store.path.as_deref().filter(|_| self.delivers())
+    }
+
+    /// Connects to the process that delivers. `None`: none listens.
+    #[cfg(feature = "cli")]
+    pub(crate) fn connect_waker(&self) -> Option<Waker> {
+        let path = self.store.path.as_deref()?;
+        let error = match Waker::connect(path) {
+            Ok(waker) => return Some(waker),
+            Err(error) => error,
+        };
+        self.store.log_problem(Level::Debug, "no process listens at the wake socket", &error);
+        None
+    }
+
+    /// Whether another process delivers, as far as this one knows.
+    #[cfg(feature = "cli")]
+    pub(crate) fn has_deliverer(&mut self) -> bool {
+        let Some(path) = &self.store.path else { return false };
+        // A process may have a lock file that cannot be used here.
+        self.store.locks.refresh(path).is_err() || self.store.locks.another_delivers()
+    }
+
+    /// The states of the rows with these ids.
+    #[cfg(feature = "cli")]
+    pub(crate) fn row_states(&mut self, ids: Range<i64>) -> Result<RowStates, Error> {
+        self.store.read(|db| rows::states(db, ids))
     }
 
     /// Runs before a beat in the process that delivers. Reopens the file if it is not at its path,
@@ -688,6 +737,11 @@ impl Outbox {
         !self.delivers() && !self.store.is_on_disk()
     }
 
+    /// Whether this process is to deliver and another one does.
+    pub(crate) fn is_standby(&self) -> bool {
+        self.role == Role::DeliverLater
+    }
+
     /// Updates the stats from the row counts of the last transaction. The number of held deltas
     /// needs a read of all rows; it is exact if few deltas wait, and as of the last count
     /// otherwise.
@@ -707,7 +761,7 @@ impl Outbox {
     /// Updates the stats with a read of all rows. If they cannot be read, the counts stay as they
     /// are.
     pub(crate) fn recount(&mut self) {
-        self.stats.is_standby.store(self.role == Role::DeliverLater, Ordering::Relaxed);
+        self.stats.is_standby.store(self.is_standby(), Ordering::Relaxed);
         let counts = self.store.read(rows::counts);
         let on_disk = self.is_on_disk();
         let stats = self.stats.lock().stats;

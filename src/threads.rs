@@ -1,8 +1,11 @@
-//! The three threads, and the values that they exchange.
+//! The three threads, the values that they exchange, and the small thread that other processes
+//! wake.
 
 pub(crate) mod batches;
 pub(crate) mod content;
 pub(crate) mod decommission;
+#[cfg(feature = "cli")]
+pub(crate) mod hand_over;
 pub(crate) mod heartbeat;
 mod held;
 mod outbox;
@@ -12,6 +15,7 @@ mod requests;
 pub(crate) mod schedule;
 pub(crate) mod start;
 pub(crate) mod status;
+mod wake;
 
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};

@@ -21,6 +21,7 @@ mod containers;
 mod disk;
 mod fleet;
 mod floor;
+mod hand_over;
 mod outbox;
 mod peers;
 mod pipe;
@@ -54,6 +55,7 @@ const PARTS: [Part; 10] = [
     Part { name: "push", measure: push::measure },
     Part { name: "hung", measure: push::measure_with_hung_docker },
     Part { name: "pipe", measure: pipe::measure },
+    Part { name: "hand-over", measure: hand_over::measure },
     Part { name: "outbox", measure: outbox::measure },
     Part { name: "body", measure: body::measure },
     Part { name: "idle", measure: process::measure },

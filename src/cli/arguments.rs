@@ -2,7 +2,7 @@
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use clap::builder::{
     PathBufValueParser, PossibleValue, PossibleValuesParser, StyledStr, TypedValueParser,
@@ -13,6 +13,7 @@ use clap_complete::Shell;
 use humantime::{DurationError, format_duration};
 use log::LevelFilter;
 
+use super::rfc3339;
 use super::state_file::source;
 use crate::delta::{Operation, check_decky};
 use crate::error::Error;
@@ -49,7 +50,7 @@ const PIPE_HELP: &str = "\
   and queued deltas are sent. After SIGTERM or SIGINT stdin
   is read to its end, for 5 seconds at most.
 
-\u{1b}[1;4mExit status:\u{1b}[0m
+\u{1b}[1;4mExit codes:\u{1b}[0m
    0  stdin has ended, or SIGTERM or SIGINT arrived
    1  any other error
    2  the command line is wrong
@@ -69,13 +70,28 @@ const CHECK_HELP: &str = "\
 \u{1b}[1;4mExample:\u{1b}[0m
   decnet-heartbeat check --config /etc/decnet/decnet.ini";
 const PUSH_HELP: &str = "\
-Exits 0 when the master has the delta, with --no-wait when the outbox has it; 75 when the outbox \
-has it and the master could not be told in time, so that run delivers it; 2 for a wrong command \
-line, such as a name that no decky can have; 78 as run does; 1 when neither has it.
+Beside a running agent, push hands the delta over to it, and waits until it is delivered.
 
-\u{1b}[1;4mExample:\u{1b}[0m
+\u{1b}[1;4mExit codes:\u{1b}[0m
+   0  the master has accepted the delta; with --no-wait, it
+      is in the outbox
+   1  the master has rejected it, or it is not in the outbox
+   2  the command line or a line of stdin is wrong
+  75  it is in the outbox, and was not delivered in time;
+      the running agent delivers it
+  78  a restart does not help, as for `run`
+
+\u{1b}[1;4mLines:\u{1b}[0m
+  The keys decky_name, operation and status; optional are
+  error and completed_at. Nothing is reported if a line is
+  wrong.
+
+\u{1b}[1;4mExamples:\u{1b}[0m
   decnet-heartbeat push --operation deploy \\
-      --status succeeded decky-01";
+      --status succeeded decky-01
+  echo '{\"decky_name\":\"decky-01\",\"operation\":\"deploy\",
+      \"status\":\"failed\"}' | tr -d '\\n' |
+      decnet-heartbeat push --lines";
 const TRACK_HELP: &str = "\
 \u{1b}[1;4mExit codes:\u{1b}[0m
   The exit code of COMMAND. Also:
@@ -97,7 +113,8 @@ with systemd, and how to go back.
 
 // clap writes the usage on one line, which is too long for many terminals.
 const PUSH_USAGE: &str = "decnet-heartbeat push [OPTIONS] --operation <WHAT>
-           --status <HOW> <DECKY>...";
+           --status <HOW> <DECKY>...
+       decnet-heartbeat push [OPTIONS] --lines";
 const TRACK_USAGE: &str = "decnet-heartbeat track [OPTIONS] --operation <WHAT>
            --decky <NAME>... -- <COMMAND>...";
 
@@ -193,6 +210,9 @@ pub(super) struct RunOptions {
     /// The time between two beats, from 50ms to 1h
     #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = interval)]
     pub(super) interval: Duration,
+    /// The version of the agent, which the master receives [default: the version of this program]
+    #[arg(long, value_name = "TEXT", value_parser = agent_version)]
+    pub(super) agent_version: Option<String>,
     /// DECNET's state file [default: $DECNET_HEARTBEAT_STATE_FILE, or the file beside DECNET's
     /// Python package]
     #[arg(long, value_name = "PATH", value_parser = path(), help_heading = STATUS)]
@@ -200,7 +220,8 @@ pub(super) struct RunOptions {
     /// Docker's socket [default: /var/run/docker.sock]
     #[arg(long, value_name = "PATH", value_parser = path(), help_heading = STATUS)]
     pub(super) docker_socket: Option<PathBuf>,
-    /// The file of queued deltas [default: heartbeat.db in the agent dir]
+    /// The file of queued deltas [default: $DECNET_HEARTBEAT_OUTBOX, or heartbeat.db in the agent
+    /// dir]
     #[arg(long, value_name = "PATH", value_parser = path(), help_heading = FILES)]
     pub(super) outbox: Option<PathBuf>,
     /// Write the stats to this file as JSON after each beat
@@ -233,18 +254,27 @@ pub(super) struct CheckOptions {
 #[derive(Debug, clap::Args)]
 pub(super) struct PushOptions {
     /// What was done
-    #[arg(long, value_name = "WHAT", value_parser = operation())]
-    pub(super) operation: Operation,
+    #[arg(long, value_name = "WHAT", value_parser = operation(), required_unless_present = "lines")]
+    pub(super) operation: Option<Operation>,
     /// How it ended
-    #[arg(long, value_name = "HOW")]
-    pub(super) status: FinalStatus,
+    #[arg(long, value_name = "HOW", required_unless_present = "lines")]
+    pub(super) status: Option<FinalStatus>,
     /// Why it failed, for the master's operator; 2,000 characters at most
     #[arg(long, value_name = "TEXT")]
     pub(super) error: Option<String>,
+    /// When it ended, in RFC 3339, such as 2026-11-24T12:00:00Z [default: now]
+    #[arg(long, value_name = "TIME", value_parser = rfc3339::parse)]
+    pub(super) completed_at: Option<SystemTime>,
+    /// Read several outcomes from stdin, one JSON object a line; the last one is the newest
+    #[arg(long, conflicts_with_all = ["operation", "status", "error", "completed_at", "deckies"])]
+    pub(super) lines: bool,
+    /// Print the result as JSON
+    #[arg(long)]
+    pub(super) json: bool,
     #[command(flatten)]
     pub(super) delivery: DeliveryOptions,
     /// The deckies that it was done to
-    #[arg(value_name = "DECKY", required = true, value_parser = decky)]
+    #[arg(value_name = "DECKY", required_unless_present = "lines", value_parser = decky)]
     pub(super) deckies: Vec<String>,
 }
 
@@ -258,7 +288,8 @@ pub(super) struct DeliveryOptions {
     /// Only queue the report in the outbox; `run` delivers it
     #[arg(long, conflicts_with = "timeout", help_heading = DELIVERY)]
     pub(super) no_wait: bool,
-    /// The file of queued deltas [default: heartbeat.db in the agent dir]
+    /// The file of queued deltas [default: $DECNET_HEARTBEAT_OUTBOX, or heartbeat.db in the agent
+    /// dir]
     #[arg(long, value_name = "PATH", value_parser = path(), help_heading = DELIVERY)]
     pub(super) outbox: Option<PathBuf>,
 }
@@ -356,6 +387,19 @@ fn folder() -> impl TypedValueParser<Value = PathBuf> {
 fn demo_seconds(given: &str) -> Result<u64, &'static str> {
     let seconds = given.parse().ok().filter(|seconds| (5..=600).contains(seconds));
     seconds.ok_or("must be a number from 5 to 600")
+}
+
+/// The master does not limit it. A person reads it there.
+fn agent_version(given: &str) -> Result<String, String> {
+    let most = limits::AGENT_VERSION;
+    match given.chars().count() {
+        0 => Err("is empty".to_owned()),
+        length if length > most => Err(format!("must have at most {most} characters")),
+        _ if given.chars().any(char::is_control) => {
+            Err("must not have control characters".to_owned())
+        }
+        _ => Ok(given.to_owned()),
+    }
 }
 
 fn interval(given: &str) -> Result<Duration, String> {

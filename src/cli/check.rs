@@ -9,6 +9,7 @@ mod certificate;
 mod handshake;
 mod host;
 mod master;
+mod other_outbox;
 mod outbox;
 mod steps;
 
@@ -43,7 +44,8 @@ pub(super) fn check(common: &Common, options: &CheckOptions) -> Result<ExitCode,
         Err(error) => not_enrolled(error, &mut list),
     }
     steps.into_iter().for_each(|step| list.add(step));
-    list.add(outbox::step(&super::enrolment::outbox(run.outbox.clone()), dir));
+    let location = super::enrolment::outbox(run.outbox.clone());
+    list.add(other_outbox::advise(outbox::step(&location, dir), &location, run, dir));
     let own = OwnFiles::of(common, run, enrolment.as_ref().ok());
     for (name, option, path) in [
         ("stats-file", "--stats-file", &run.stats_file),

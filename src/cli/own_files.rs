@@ -17,6 +17,9 @@ use crate::status::decnet::TOPOLOGY;
 /// The suffixes of an outbox's files.
 pub(super) const OUTBOX_SUFFIXES: [&str; 5] = ["", "-journal", "-wal", "-shm", "-lock"];
 
+/// The suffix of the wake socket, which is no regular file.
+const WAKE_SUFFIX: &str = "-wake";
+
 /// Each file with its description.
 #[derive(Clone, Debug)]
 pub(super) struct OwnFiles(Vec<(&'static str, PathBuf)>);
@@ -43,6 +46,7 @@ impl OwnFiles {
         let location = outbox(options.outbox.clone());
         if let Some(file) = location.path(agent_dir.map_or(Path::new(""), PathBuf::as_path)) {
             files.extend(OUTBOX_SUFFIXES.map(|suffix| ("the outbox", beside(&file, suffix))));
+            files.push(("the outbox", beside(&file, WAKE_SUFFIX)));
         }
         Self(files)
     }

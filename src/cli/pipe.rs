@@ -15,7 +15,6 @@ mod lines;
 mod messages;
 mod session;
 mod status;
-mod wake;
 
 use std::sync::Arc;
 use std::time::Instant;

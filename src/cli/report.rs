@@ -1,7 +1,10 @@
-//! Reports deltas for `push` and `track`. The deltas are committed to the outbox first, claimed by
-//! this process, then posted to the master. If the master cannot be reached in time, they stay in
-//! the outbox, and `run` delivers them. The main thread uses the outbox. A thread of its own sends
+//! Reports deltas for `push` and `track`. The deltas are committed to the outbox first. If another
+//! process delivers from it, they are [handed over](hand_over). Otherwise they are claimed by this
+//! process and posted to the master. If the master cannot be reached in time, they stay in the
+//! outbox, and `run` delivers them. The main thread uses the outbox. A thread of its own sends
 //! the POST; after the timeout no thread waits for it.
+
+mod hand_over;
 
 use std::io;
 use std::os::fd::AsFd;
@@ -47,6 +50,8 @@ pub(super) enum ReportResult {
     Queued,
     /// The deltas are queued on disk, because they could not be delivered for this reason.
     Undelivered(String),
+    /// The master has rejected a delta, for this reason, and accepted the others.
+    Rejected(String),
     /// It is unknown whether the deltas are on disk, for this reason. Reporting them again may send
     /// them twice.
     InDoubt(String),
@@ -134,7 +139,18 @@ impl Reporter {
         if delivery.no_wait {
             return self.queue(deltas);
         }
-        match self.claim(deltas.to_vec()) {
+        if self.can_hand_over() {
+            return self.hand_over_new(deltas, wait);
+        }
+        self.claim_and_post(deltas, wait)
+    }
+
+    fn claim_and_post(
+        &mut self,
+        deltas: &[LifecycleDelta],
+        wait: &mut ReportWait<'_>,
+    ) -> ReportResult {
+        match self.add_claimed(deltas.to_vec()) {
             Ok(claimed) => self.post(&claimed, wait),
             Err(error) => ReportResult::failed(&error),
         }
@@ -147,7 +163,7 @@ impl Reporter {
     }
 
     /// Queues the deltas as claimed by this process, in memory if the file cannot be written.
-    fn claim(&mut self, deltas: Vec<LifecycleDelta>) -> Result<Vec<QueuedDelta>, Error> {
+    fn add_claimed(&mut self, deltas: Vec<LifecycleDelta>) -> Result<Vec<QueuedDelta>, Error> {
         let add = NewRows::Deltas(deltas.clone(), SentBy::ThisProcess);
         let first = match self.outbox.add(add.clone()) {
             // A request in doubt may still be written: the deltas would be sent twice.
@@ -186,7 +202,8 @@ impl Reporter {
         wait: &mut ReportWait<'_>,
     ) -> ReportResult {
         let ended = numbered(first, deltas);
-        let sent_by = if delivery.no_wait { SentBy::Deliverer } else { SentBy::ThisProcess };
+        let is_handed_over = delivery.no_wait || self.can_hand_over();
+        let sent_by = if is_handed_over { SentBy::Deliverer } else { SentBy::ThisProcess };
         if let Err(error) = self.outbox.change(RowChange::Ended(ended.clone(), sent_by)) {
             log::warn!(
                 "could not record the end of the operation: {} error={:?}",
@@ -194,13 +211,27 @@ impl Reporter {
                 chain(&error)
             );
         }
-        if delivery.no_wait { self.queued(self.write_rows(wait)) } else { self.post(&ended, wait) }
+        match sent_by {
+            SentBy::Deliverer if delivery.no_wait => {
+                let queued = self.queued(self.write_rows(wait));
+                if queued == ReportResult::Queued {
+                    self.outbox.wake_deliverer();
+                }
+                queued
+            }
+            SentBy::Deliverer => self.hand_over(&ended, wait),
+            SentBy::ThisProcess => self.post(&ended, wait),
+        }
     }
 
     /// Queues deltas for `run` to deliver.
     fn queue(&self, deltas: &[LifecycleDelta]) -> ReportResult {
         let added = self.outbox.add(NewRows::Deltas(deltas.to_vec(), SentBy::Deliverer));
-        self.queued(added.map(drop))
+        let queued = self.queued(added.map(drop));
+        if queued == ReportResult::Queued {
+            self.outbox.wake_deliverer();
+        }
+        queued
     }
 
     /// Tries to queue deltas for `run` until that succeeds or the timeout is over. `None`: they are
@@ -266,9 +297,7 @@ impl Reporter {
         if undelivered.is_empty() {
             return ReportResult::Delivered;
         }
-        let why = failed.unwrap_or_else(|| {
-            "a newer operation of the same decky must be delivered first".to_owned()
-        });
+        let why = failed.unwrap_or_else(|| HELD.to_owned());
         if self.is_on_disk() { ReportResult::Undelivered(why) } else { ReportResult::Lost(why) }
     }
 
@@ -337,6 +366,9 @@ impl Reporter {
         self.outbox.path().map_or_else(|| "memory".to_owned(), sanitize_path)
     }
 }
+
+/// The reason if a newer operation holds the deltas back.
+const HELD: &str = "a newer operation of the same decky must be delivered first";
 
 /// The reason if a signal ends a report.
 const SIGNAL: &str = "interrupted by a signal";

@@ -85,6 +85,10 @@ pub(super) fn builder(
         .enrolment(enrolment)
         .interval(options.interval)
         .outbox(outbox(options.outbox.clone()));
+    let builder = match &options.agent_version {
+        Some(version) => builder.agent_version(version),
+        None => builder,
+    };
     match common.master_identity {
         Some(identity) => builder.master_identity(identity),
         None => builder,

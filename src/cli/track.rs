@@ -145,6 +145,9 @@ fn log_problem(reporter: &Reporter, reported: &ReportResult) {
             "not delivered; queued for decnet-heartbeat run: {names} outbox={} error={why:?}",
             reporter.outbox_name()
         ),
+        ReportResult::Rejected(why) => {
+            log::error!("the master rejected the report: {names} error={why:?}")
+        }
         ReportResult::InDoubt(why) => {
             log::error!("report in doubt, it may be queued: {names} error={why:?}")
         }

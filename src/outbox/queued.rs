@@ -40,6 +40,18 @@ pub(crate) enum Role {
     Contribute,
 }
 
+/// What has become of deltas of one addition.
+#[cfg(feature = "cli")]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct RowStates {
+    /// Those that wait.
+    pub(crate) waiting: Vec<i64>,
+    /// Those of them that must not be sent now.
+    pub(crate) held: Vec<i64>,
+    /// The reasons for which the master has rejected the others.
+    pub(crate) rejected: Vec<String>,
+}
+
 /// Which process sends a delta.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum SentBy {
@@ -128,6 +140,9 @@ pub(crate) enum RowChange {
     /// This process no longer owns these rows. The process that delivers sends them.
     #[cfg(feature = "cli")]
     Released(Vec<i64>),
+    /// This process now sends the deltas with these ids that nobody owns.
+    #[cfg(feature = "cli")]
+    Claimed(Range<i64>),
 }
 
 impl RowChange {
@@ -139,6 +154,8 @@ impl RowChange {
             Self::Withdrawn(ids) => ids.clone().count(),
             #[cfg(feature = "cli")]
             Self::Released(ids) => ids.len(),
+            #[cfg(feature = "cli")]
+            Self::Claimed(ids) => ids.clone().count(),
         }
     }
 

@@ -5,6 +5,8 @@
 //! many rows there are.
 
 use std::mem;
+#[cfg(feature = "cli")]
+use std::ops::Range;
 use std::ops::RangeInclusive;
 use std::time::{Duration, SystemTime};
 
@@ -14,6 +16,8 @@ use rusqlite::{Connection, Params, Row, params};
 use super::schema::{last_id, value};
 use crate::delta::{LifecycleDelta, Outcome, from_micros, micros};
 use crate::limits;
+#[cfg(feature = "cli")]
+use crate::outbox::queued::RowStates;
 use crate::outbox::queued::{
     DeliveryResult, NewRows, QueueCounts, QueuedDelta, RowChange, SentBy, StuckRow,
 };
@@ -118,6 +122,10 @@ const REJECT: &str = "UPDATE delta SET rejected = ?2, owner = NULL WHERE id = ?1
 #[cfg(feature = "cli")]
 const RELEASE: &str = "UPDATE delta SET owner = NULL, age = 0 WHERE id = ?1";
 
+#[cfg(feature = "cli")]
+const CLAIM: &str = "UPDATE delta SET owner = ?2, age = 0
+    WHERE id = ?1 AND owner IS NULL AND rejected IS NULL AND completed_at IS NOT NULL";
+
 impl Rows<'_> {
     /// Adds rows, and drops the oldest ones if there are too many. `None`: there is no room,
     /// because processes own the other rows.
@@ -163,6 +171,11 @@ impl Rows<'_> {
             #[cfg(feature = "cli")]
             RowChange::Released(ids) => {
                 ids.iter().try_for_each(|id| self.change(*id, RELEASE, [id]))
+            }
+            #[cfg(feature = "cli")]
+            RowChange::Claimed(ids) => {
+                let token = self.token;
+                ids.clone().try_for_each(|id| self.change(id, CLAIM, params![id, token]))
             }
             RowChange::Ended(ended, sent_by) => {
                 let owner = (*sent_by == SentBy::ThisProcess).then_some(self.token);
@@ -341,6 +354,26 @@ pub(super) fn is_overtaken(
         "SELECT 1 FROM delta WHERE decky = ?1 AND operation = ?2 AND id > ?3 AND rejected IS NULL";
     let params = params![delta.decky(), delta.operation().as_str(), id];
     value(db, &format!("SELECT EXISTS ({newer})"), params)
+}
+
+/// The states of the rows with these ids. Those that do not exist were delivered.
+#[cfg(feature = "cli")]
+pub(super) fn states(db: &Connection, ids: Range<i64>) -> rusqlite::Result<RowStates> {
+    let mut select = db.prepare_cached(&format!(
+        "SELECT id, rejected, {IS_DELIVERABLE} FROM delta WHERE id >= ?1 AND id < ?2 ORDER BY id"
+    ))?;
+    let mut states = RowStates::default();
+    let mut rows = select.query([ids.start, ids.end])?;
+    while let Some(row) = rows.next()? {
+        let id = row.get(0)?;
+        match row.get_ref(1)?.as_bytes_or_null()? {
+            Some(reason) => states.rejected.push(text(reason)),
+            None => states.waiting.push(id),
+        }
+        let is_held = row.get_ref(1)?.as_bytes_or_null()?.is_none() && !row.get::<_, bool>(2)?;
+        states.held.extend(is_held.then_some(id));
+    }
+    Ok(states)
 }
 
 /// All counts. Reads every row.

@@ -116,7 +116,7 @@ impl Table {
 }
 
 /// The version of the database, which differs after each change by another connection.
-fn version(db: &Connection) -> rusqlite::Result<i64> {
+pub(super) fn version(db: &Connection) -> rusqlite::Result<i64> {
     schema::value(db, "PRAGMA data_version", [])
 }
 

@@ -13,8 +13,11 @@ use crossbeam_channel::Sender;
 use log::Level;
 
 use super::batches::{Batch, OFFERED, OutboxEvent};
-use super::request_queue::{BatchRequest, Caller, QueuedRequest, Request, RequestQueue};
+#[cfg(feature = "cli")]
+use super::hand_over::HandOver;
+use super::request_queue::{Answer, BatchRequest, Caller, QueuedRequest, Request, RequestQueue};
 use super::requests::{Generation, Taken};
+use super::wake::{WakeThread, is_refused};
 use crate::credentials::CredentialFiles;
 use crate::error::{Error, chain};
 use crate::limits;
@@ -40,6 +43,11 @@ pub(super) struct Delivery {
 #[derive(Debug)]
 pub(super) struct OutboxThread {
     queue: Arc<RequestQueue>,
+    /// Wakes this thread when another process has added deltas. Dropped before the outbox, which
+    /// has the lock that it needs.
+    wake: Option<WakeThread>,
+    #[cfg(feature = "cli")]
+    hand_over: HandOver,
     outbox: Outbox,
     /// `None`: the program adds to the outbox, or the heartbeat has stopped.
     delivery: Option<Delivery>,
@@ -74,6 +82,9 @@ impl OutboxThread {
     ) -> Self {
         Self {
             queue,
+            wake: None,
+            #[cfg(feature = "cli")]
+            hand_over: HandOver::default(),
             outbox,
             delivery,
             has_stopped: false,
@@ -85,6 +96,9 @@ impl OutboxThread {
     /// Serves requests until the last client is dropped.
     pub(super) fn run(mut self, stats: Option<&SharedStats>) {
         let mut last_group = 0;
+        if let Err(panic) = caught(|| self.update_wake_socket()) {
+            self.record_panic(&panic, stats);
+        }
         loop {
             // A process that owns rows maintains them, also without a heartbeat.
             let timeout = self.outbox.may_own_rows().then_some(limits::OUTBOX_CHECK);
@@ -184,6 +198,10 @@ impl OutboxThread {
         self.outbox.verify_after_commit();
         if is_urgent {
             self.send_changed_credentials();
+            #[cfg(feature = "cli")]
+            if self.outbox.is_standby() {
+                self.hand_over.wake(&self.outbox);
+            }
         }
     }
 
@@ -229,13 +247,19 @@ impl OutboxThread {
             Request::Flush => return self.begin_flush(caller),
             #[cfg(feature = "cli")]
             Request::Resume(request) => return self.resume(caller, request),
+            Request::OfferAdded => return self.offer_added(generation),
             Request::Release => {
                 self.has_stopped = true;
                 self.delivery = None;
+                self.wake = None;
                 self.outbox.stop_delivering().map(|()| 0)
             }
             #[cfg(feature = "cli")]
             Request::IsOvertaken(delta) => self.outbox.is_overtaken(&delta).map(i64::from),
+            #[cfg(feature = "cli")]
+            Request::HandOver(request) => {
+                self.hand_over.serve(&mut self.outbox, request).map(i64::from)
+            }
         };
         self.queue.answer(vec![(caller, answer)]);
     }
@@ -249,6 +273,39 @@ impl OutboxThread {
         }
         if !delivered && self.outbox.delivers() {
             self.send_event(OutboxEvent::DeliveryBegan);
+        }
+        self.update_wake_socket();
+    }
+
+    /// Binds the wake socket while this process delivers from a file, again if the folder was
+    /// replaced or the socket was removed. Without it, other processes post their deltas
+    /// themselves.
+    fn update_wake_socket(&mut self) {
+        let Some(path) = self.outbox.delivered_file().filter(|_| self.delivery.is_some()) else {
+            self.wake = None;
+            return;
+        };
+        if self.wake.as_ref().is_some_and(|wake| wake.is_bound_for(path)) {
+            return;
+        }
+        match WakeThread::start(path, &self.queue) {
+            Ok(wake) => self.wake = Some(wake),
+            // The older socket may return with its folder.
+            Err(error) => {
+                let level = if is_refused(&error) { Level::Warn } else { Level::Debug };
+                let event = "no wake socket; push and track post their deltas themselves";
+                self.log_problem(level, event, &chain(&error));
+            }
+        }
+    }
+
+    /// Offers what other processes have added. A datagram without a change of the file, from
+    /// whomever, costs one read.
+    fn offer_added(&mut self, generation: Generation) {
+        if self.outbox.was_changed_by_others() {
+            self.outbox.recount();
+            self.offer(None, generation, Duration::ZERO);
+            self.send_changed_credentials();
         }
     }
 

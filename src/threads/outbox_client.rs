@@ -4,16 +4,24 @@
 #[cfg(feature = "cli")]
 pub(crate) mod submit;
 
+#[cfg(feature = "cli")]
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
 use crossbeam_channel::Receiver;
+#[cfg(any(test, feature = "cli"))]
+use crossbeam_channel::bounded;
 
-use super::request_queue::{BatchRequest, NotAnswered, Request, RequestQueue};
+#[cfg(feature = "cli")]
+use super::hand_over::HandOverRequest;
+use super::request_queue::{Answer, BatchRequest, NotAnswered, Request, RequestQueue};
 use super::requests::Generation;
 use crate::error::Error;
 use crate::limits;
+#[cfg(feature = "cli")]
+use crate::outbox::RowStates;
 use crate::outbox::{NewRows, OutboxStats, QueuedDelta, RowChange, SharedOutboxStats, deadline};
 
 /// Sends requests to the outbox thread, which ends when the last client is dropped.
@@ -95,6 +103,38 @@ impl OutboxClient {
         self.request(Request::IsOvertaken(delta.clone())).map(|answer| answer == 1)
     }
 
+    /// Whether a process that delivers listens for [`wake_deliverer`](Self::wake_deliverer).
+    #[cfg(feature = "cli")]
+    pub(crate) fn is_deliverer_listening(&self) -> bool {
+        self.ask(HandOverRequest::Connect).unwrap_or(false)
+    }
+
+    /// Makes the process that delivers send at once what this one has added. Returns whether that
+    /// process listens.
+    #[cfg(feature = "cli")]
+    pub(crate) fn wake_deliverer(&self) -> bool {
+        self.ask(HandOverRequest::Wake).unwrap_or(false)
+    }
+
+    /// Whether another process delivers. Without an answer it may.
+    #[cfg(feature = "cli")]
+    pub(crate) fn has_deliverer(&self) -> bool {
+        self.ask(HandOverRequest::HasDeliverer).unwrap_or(true)
+    }
+
+    /// The states of the rows with these ids.
+    #[cfg(feature = "cli")]
+    pub(crate) fn row_states(&self, ids: Range<i64>) -> Result<RowStates, Error> {
+        let (sender, states) = bounded(1);
+        self.ask(HandOverRequest::RowStates(ids, sender))?;
+        states.try_recv().map_err(|_| self.error("has not returned the states of its rows"))
+    }
+
+    #[cfg(feature = "cli")]
+    fn ask(&self, request: HandOverRequest) -> Result<bool, Error> {
+        self.request(Request::HandOver(request)).map(|answer| answer == 1)
+    }
+
     /// The counters as of the last transaction.
     pub(crate) fn stats(&self) -> OutboxStats {
         self.stats.read()
@@ -167,8 +207,6 @@ impl Drop for OutboxClient {
 
 #[cfg(test)]
 mod tests {
-    use crossbeam_channel::bounded;
-
     use super::*;
     use crate::delta::{LifecycleDelta, Operation};
     use crate::outbox::SentBy;

@@ -23,6 +23,8 @@ use crate::limits;
 use crate::outbox::resume::BegunRow;
 use crate::outbox::{NewRows, QueuedDelta, RowChange};
 use crate::threads::content::{DeltaSelection, Suspects};
+#[cfg(feature = "cli")]
+use crate::threads::hand_over::HandOverRequest;
 use crate::threads::status::is_status_thread;
 #[cfg(feature = "cli")]
 pub(crate) use submitted::{Submitted, WakeEvent};
@@ -41,9 +43,14 @@ pub(crate) enum Request {
     Flush,
     /// Let another process deliver.
     Release,
+    /// Offer to the heartbeat thread what other processes have added.
+    OfferAdded,
     /// Check whether the outbox has a newer delta of the same decky and operation.
     #[cfg(feature = "cli")]
     IsOvertaken(QueuedDelta),
+    /// Wake the process that delivers, or read what has become of rows that were left to it.
+    #[cfg(feature = "cli")]
+    HandOver(HandOverRequest),
     /// Begin an operation, and take over rows of processes that have ended.
     #[cfg(feature = "cli")]
     Resume(ResumeRequest),
@@ -154,6 +161,8 @@ struct State {
     /// [`Request::Maintain`] is queued. It is queued once, or a disk that does not answer for days
     /// would find thousands of them.
     maintenance_is_queued: bool,
+    /// [`Request::OfferAdded`] is queued. It is queued once, however many datagrams arrive.
+    offer_is_queued: bool,
     /// The outbox thread sleeps until this many requests are queued.
     wake_at: usize,
     /// No further request will come.
@@ -185,6 +194,7 @@ impl Default for RequestQueue {
             requests: Requests::new(limits::REQUESTS),
             holds: HeldDeltas::default(),
             maintenance_is_queued: false,
+            offer_is_queued: false,
             wake_at: 1,
             is_closed: false,
             // The thread opens the outbox first.
@@ -228,9 +238,12 @@ impl RequestQueue {
     /// Queues a request that cannot be withdrawn, and does not wait.
     pub(crate) fn send(&self, request: Request) {
         self.update(|state| {
-            if matches!(request, Request::Maintain)
-                && mem::replace(&mut state.maintenance_is_queued, true)
-            {
+            let is_queued = match request {
+                Request::Maintain => mem::replace(&mut state.maintenance_is_queued, true),
+                Request::OfferAdded => mem::replace(&mut state.offer_is_queued, true),
+                _ => false,
+            };
+            if is_queued {
                 return;
             }
             // Only a request that can be withdrawn may be refused.
@@ -310,6 +323,7 @@ impl RequestQueue {
         }
         state.busy_since = Some(Instant::now());
         state.maintenance_is_queued = false;
+        state.offer_is_queued = false;
         Some(state.requests.take(limits::GROUP_ROWS))
     }
 

@@ -17,6 +17,7 @@ mod durability;
 mod enrolment;
 mod files;
 mod frozen;
+mod hand_over;
 mod heartbeat;
 mod metrics;
 mod operations;

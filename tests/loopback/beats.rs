@@ -13,7 +13,7 @@ use decnet_heartbeat::{
 use serde_json::json;
 
 use crate::support::{
-    Fixture, TIMEOUT, blocking_source, json_of, nothing_deployed, now, wait_for_stats,
+    ChildProcess, Fixture, TIMEOUT, blocking_source, json_of, nothing_deployed, now, wait_for_stats,
 };
 
 #[test]
@@ -28,6 +28,13 @@ fn first_beat_is_sent_at_once_and_identifies_the_host() {
     );
     assert_eq!((request.method.as_str(), request.path.as_str()), ("POST", "/swarm/heartbeat"));
     assert_eq!(request.header("content-type"), Some("application/json"));
+}
+
+#[test]
+fn version_of_an_option_is_the_agents() {
+    let fixture = Fixture::new();
+    let _run = ChildProcess::start(fixture.run_command().args(["--agent-version", "9.9"]));
+    assert_eq!(json_of(&fixture.wait_for_requests(1)[0])["agent_version"], "9.9");
 }
 
 #[test]

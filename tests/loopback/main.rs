@@ -21,6 +21,7 @@ mod deltas;
 mod exit_codes;
 mod failure_classes;
 mod folder_access;
+mod hand_over;
 mod identity;
 mod non_utf8_paths;
 mod operations;

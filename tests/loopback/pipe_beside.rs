@@ -7,8 +7,9 @@ use std::time::Instant;
 use nix::fcntl::{FcntlArg, fcntl};
 use serde_json::{Value, json};
 
+use crate::hand_over::start_run;
 use crate::pipe::{often, rarely};
-use crate::support::{Agent, ChildProcess, Fixture, TIMEOUT, wait_for_line};
+use crate::support::{Agent, Fixture, TIMEOUT, wait_for_line};
 
 fn push(agent: &mut Agent, decky: &str) -> Value {
     let delta = json!({"decky_name": decky, "operation": "mutate", "status": "succeeded"});
@@ -50,18 +51,23 @@ fn second_pipe_adds_to_the_outbox_and_takes_over_when_the_first_ends() {
 }
 
 #[test]
-fn pipe_beside_run_adds_to_its_outbox_and_does_not_beat() {
+fn pipe_beside_run_wakes_it_after_each_commit_and_does_not_beat() {
     let fixture = Fixture::new();
-    fixture.master.open_operation(&fixture.worker.uuid, "a", "deploy");
-    let mut command = fixture.run_command();
-    let _run = ChildProcess::start(command.args(["--interval", "50ms"]));
-    assert!(fixture.master.wait_for_beats(1, TIMEOUT));
+    for (decky, operation) in [("a", "deploy"), ("b", "deploy"), ("c", "mutate")] {
+        fixture.master.open_operation(&fixture.worker.uuid, decky, operation);
+    }
+    // Its next tick is in an hour.
+    let _run = start_run(&fixture, "1h");
     let mut agent = Agent::start(&mut rarely(&fixture));
-    agent.deploy(&["a"]);
-    // The end of stdin is written for the other process, which delivers it.
-    assert_eq!(agent.close(), Some(0));
+    agent.deploy(&["a", "b"]);
+    push(&mut agent, "c");
     fixture.wait_for_closed_rows(1);
-    assert_eq!(fixture.master.rows()[0].error.as_deref(), Some("the agent ended during deploy"));
+    agent.result("end", json!({"handle": 1, "decky": "a", "status": "succeeded"}));
+    fixture.wait_for_closed_rows(2);
+    // The end of stdin is an outcome, too.
+    assert_eq!(agent.close(), Some(0));
+    fixture.wait_for_closed_rows(3);
+    assert_eq!(fixture.master.rows()[1].error.as_deref(), Some("the agent ended during deploy"));
     assert!(!agent.log.iter().any(|line| line.contains("heartbeat starting")));
 }
 

@@ -50,6 +50,8 @@ fn truncated_index_does_not_end_run_or_lose_a_delta() {
     let mut running = ChildProcess::start(&mut run);
     fixture.wait_for_requests(1);
     assert_eq!(push(&fixture, &["--no-wait"]).0, Some(0));
+    // The push has woken `run`, which must not read the index at the moment of the truncation.
+    fixture.wait_for_more_requests(1);
     let index = fixture.agent_dir().join("heartbeat.db-shm");
     OpenOptions::new().write(true).truncate(true).open(&index).unwrap();
     fixture.wait_for_more_requests(3);

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use crate::check::step_of;
+use crate::hand_over::start_run;
 use crate::support::{
     ChildProcess, Fixture, TIMEOUT, in_shell_after, wait_for_file, wait_for_line,
 };
@@ -115,6 +116,21 @@ fn root_and_folder_owner_share_an_outbox_that_either_created() {
         worker.assert_shared_by(&[ROOT, OWNER]);
         assert_eq!(owner(&worker.file("-lock")), OWNER);
     }
+}
+
+#[test]
+#[ignore = "needs root, for two other users"]
+fn push_of_the_folder_owner_is_handed_over_to_a_run_of_root() {
+    let worker = Worker::of(OWNER, 0o755);
+    let fixture = &worker.fixture;
+    fixture.master.open_operation(&fixture.worker.uuid, "d1", "deploy");
+    let _run = start_run(fixture, "1h");
+    assert_eq!(owner(&worker.file("-wake")), OWNER);
+    assert!(
+        worker.push(OWNER),
+        "with --no-wait, so it only wakes run, whose next tick is in an hour"
+    );
+    fixture.wait_for_closed_rows(1);
 }
 
 #[test]

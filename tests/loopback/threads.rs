@@ -345,7 +345,7 @@ fn wait_for_threads(expected: &[&str]) {
     poll_until(&format!("threads {expected:?}"), || heartbeat_threads() == expected);
 }
 
-const ALL: [&str; 3] = ["decnet-heartbea", "decnet-outbox", "decnet-status"];
+const ALL: [&str; 4] = ["decnet-heartbea", "decnet-outbox", "decnet-status", "decnet-wake"];
 
 #[test]
 fn outbox_thread_ends_with_the_last_sender_or_operation() {

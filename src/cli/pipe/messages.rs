@@ -4,16 +4,14 @@
 //! line is long.
 
 use std::collections::BTreeSet;
-use std::str::FromStr;
-use std::time::SystemTime;
 
-use serde::de::{DeserializeOwned, Error as _};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
 use serde_json::value::RawValue;
 
-use super::super::rfc3339;
-use crate::delta::{LifecycleDelta, Operation, Outcome, check_decky};
+use crate::cli::json_delta::{Ended, JsonDelta, JsonStatus, from_text};
+use crate::delta::{LifecycleDelta, Operation, check_decky};
 use crate::error::{Error, chain};
 use crate::limits;
 use crate::stats::Stats;
@@ -58,14 +56,6 @@ pub(super) struct End {
     /// `None`: all that are open.
     pub(super) decky: Option<String>,
     pub(super) ended: Ended,
-}
-
-/// How and when an operation ended.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Ended {
-    outcome: Outcome,
-    /// `None`: now.
-    completed_at: Option<SystemTime>,
 }
 
 /// The result of a request.
@@ -118,16 +108,6 @@ impl RpcError {
 
     fn new(code: i32, message: &str) -> Self {
         Self { code, message: message.to_owned(), data: None }
-    }
-}
-
-impl Ended {
-    pub(super) fn delta(self, decky: String, operation: Operation) -> LifecycleDelta {
-        let delta = LifecycleDelta::new(decky, operation, self.outcome);
-        match self.completed_at {
-            Some(at) => delta.completed_at(at),
-            None => delta,
-        }
     }
 }
 
@@ -271,7 +251,7 @@ struct BeginParams {
 struct EndParams {
     handle: u64,
     decky: Option<String>,
-    status: Status,
+    status: JsonStatus,
     error: Option<String>,
     completed_at: Option<String>,
 }
@@ -279,18 +259,7 @@ struct EndParams {
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct PushParams {
-    deltas: Vec<DeltaParams>,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct DeltaParams {
-    decky_name: String,
-    #[serde(deserialize_with = "from_text")]
-    operation: Operation,
-    status: Status,
-    error: Option<String>,
-    completed_at: Option<String>,
+    deltas: Vec<JsonDelta>,
 }
 
 #[derive(Deserialize)]
@@ -298,17 +267,6 @@ struct DeltaParams {
 struct StatusParams {
     #[serde(deserialize_with = "status_or_null")]
     status: Option<Box<RawValue>>,
-}
-
-#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
-#[serde(rename_all = "lowercase")]
-enum Status {
-    Succeeded,
-    Failed,
-}
-
-fn from_text<'de, D: Deserializer<'de>, T: FromStr<Err = String>>(json: D) -> Result<T, D::Error> {
-    String::deserialize(json)?.parse().map_err(D::Error::custom)
 }
 
 /// The key must be there.
@@ -333,46 +291,18 @@ fn begin(params: BeginParams) -> Result<Begin, RpcError> {
 
 fn end(params: EndParams) -> Result<End, RpcError> {
     let EndParams { handle, decky, status, error, completed_at } = params;
-    let ended =
-        ended(status, error, completed_at).map_err(|problem| RpcError::invalid_params(&problem))?;
+    let ended = Ended::new(status, error, completed_at);
+    let ended = ended.map_err(|problem| RpcError::invalid_params(&problem))?;
     Ok(End { handle, decky, ended })
 }
 
 fn push(params: PushParams) -> Result<Vec<LifecycleDelta>, RpcError> {
-    let delta = |(place, delta): (usize, DeltaParams)| {
+    let delta = |(place, delta): (usize, JsonDelta)| {
         delta
             .into_delta()
             .map_err(|problem| RpcError::invalid_params(&format!("deltas[{place}]: {problem}")))
     };
     params.deltas.into_iter().enumerate().map(delta).collect()
-}
-
-impl DeltaParams {
-    fn into_delta(self) -> Result<LifecycleDelta, String> {
-        let Self { decky_name, operation, status, error, completed_at } = self;
-        check_decky(&decky_name).map_err(|error| chain(&error))?;
-        Ok(ended(status, error, completed_at)?.delta(decky_name, operation))
-    }
-}
-
-fn ended(
-    status: Status,
-    error: Option<String>,
-    completed_at: Option<String>,
-) -> Result<Ended, String> {
-    let outcome = match (status, error) {
-        (Status::Succeeded, None) => Outcome::Succeeded,
-        (Status::Succeeded, Some(_)) => {
-            return Err("error: says why it failed, and goes with the status failed".to_owned());
-        }
-        (Status::Failed, error) => {
-            Outcome::Failed(error.unwrap_or_else(|| "no reason given".to_owned()))
-        }
-    };
-    let completed_at = completed_at
-        .map(|text| rfc3339::parse(&text).map_err(|problem| format!("completed_at: {problem}")))
-        .transpose()?;
-    Ok(Ended { outcome, completed_at })
 }
 
 fn status(params: StatusParams) -> Result<Option<Box<Snapshot>>, RpcError> {

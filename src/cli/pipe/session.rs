@@ -9,7 +9,6 @@ use std::time::Instant;
 
 use super::messages::{Begin, End, Method, RpcError, RpcResult};
 use super::status::AgentStatus;
-use super::wake::wake_deliverer;
 use crate::delta::{LifecycleDelta, Operation};
 use crate::error::chain;
 use crate::heartbeat::prepared::{PreparedHeartbeat, StatsReader};
@@ -142,15 +141,11 @@ impl Session {
             // not have it yet.
             Work::End(submitted) => {
                 let is_written = self.outbox.fetch(submitted)?.is_ok();
-                self.wake_deliverer();
                 Ok(RpcResult::Queued { durable: is_written && self.is_durable() })
             }
             Work::Push(submitted) => {
                 let added = self.outbox.fetch(submitted)?;
-                added.map(|_| {
-                    self.wake_deliverer();
-                    self.queued()
-                })
+                added.map(|_| self.queued())
             }
         };
         Some(result.map_err(|error| RpcError::outbox(&error)))
@@ -178,14 +173,6 @@ impl Session {
         self.outbox.path().is_some()
     }
 
-    fn wake_deliverer(&self) {
-        if self.outbox.is_standby()
-            && let Some(outbox) = self.outbox.path()
-        {
-            wake_deliverer(outbox);
-        }
-    }
-
     /// Reports what is open as failed, because the agent has ended. Waits at most a second.
     pub(super) fn fail_open_operations(&self) {
         let open = mem::take(&mut self.lock().open);
@@ -208,7 +195,6 @@ impl Session {
             let error = chain(&error);
             log::error!("could not write the end of operations: rows={deckies} error={error:?}");
         }
-        self.wake_deliverer();
     }
 
     /// Looks after the outbox: operations of processes that have ended are reported failed, and

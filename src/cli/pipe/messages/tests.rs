@@ -4,6 +4,8 @@ use proptest::prelude::*;
 use serde_json::json;
 
 use super::*;
+use crate::cli::rfc3339;
+use crate::delta::Outcome;
 
 /// The answer to a line that cannot be done. Asserts that it has one.
 fn refused(line: &str) -> Value {
