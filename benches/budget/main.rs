@@ -50,7 +50,7 @@ struct Part {
     measure: fn() -> Result<Figures, String>,
 }
 
-const PARTS: [Part; 10] = [
+const PARTS: [Part; 11] = [
     Part { name: "post", measure: post::measure },
     Part { name: "push", measure: push::measure },
     Part { name: "hung", measure: push::measure_with_hung_docker },

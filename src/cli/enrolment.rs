@@ -1,6 +1,6 @@
 //! The enrolment and the outbox of a command. Runs on the main thread.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::thread;
 
 use crossbeam_channel::bounded;
@@ -8,6 +8,7 @@ use crossbeam_channel::bounded;
 use super::arguments::Common;
 use crate::credentials::enrolment::{Enrolment, EnrolmentSources};
 use crate::error::Error;
+use crate::files::absolute;
 use crate::limits;
 use crate::outbox::OutboxLocation;
 
@@ -35,7 +36,17 @@ pub(super) fn enrolment(common: &Common) -> Result<Enrolment, Error> {
     })
 }
 
-/// The outbox of `--outbox`, or the default one.
+/// The environment variable that names the outbox.
+const OUTBOX_VARIABLE: &str = "DECNET_HEARTBEAT_OUTBOX";
+
+/// The outbox that the environment variable names. An empty variable counts as unset.
+pub(super) fn outbox_of_environment() -> Option<PathBuf> {
+    std::env::var_os(OUTBOX_VARIABLE)
+        .filter(|path| !path.is_empty())
+        .map(|path| absolute(Path::new(&path)))
+}
+
+/// The outbox of `--outbox`, that of the environment variable, or the default one.
 pub(super) fn outbox(path: Option<PathBuf>) -> OutboxLocation {
-    path.map_or(OutboxLocation::AgentDir, OutboxLocation::File)
+    path.or_else(outbox_of_environment).map_or(OutboxLocation::AgentDir, OutboxLocation::File)
 }

@@ -15,7 +15,7 @@ use log::Level;
 use super::batches::{Batch, OFFERED, OutboxEvent};
 #[cfg(feature = "cli")]
 use super::hand_over::HandOver;
-use super::request_queue::{Answer, BatchRequest, Caller, QueuedRequest, Request, RequestQueue};
+use super::request_queue::{BatchRequest, Caller, QueuedRequest, Request, RequestQueue};
 use super::requests::{Generation, Taken};
 use super::wake::{WakeThread, is_refused};
 use crate::credentials::CredentialFiles;

@@ -16,7 +16,7 @@ use crossbeam_channel::bounded;
 
 #[cfg(feature = "cli")]
 use super::hand_over::HandOverRequest;
-use super::request_queue::{Answer, BatchRequest, NotAnswered, Request, RequestQueue};
+use super::request_queue::{BatchRequest, NotAnswered, Request, RequestQueue};
 use super::requests::Generation;
 use crate::error::Error;
 use crate::limits;

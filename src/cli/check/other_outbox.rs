@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 
 use super::super::arguments::RunOptions;
-use super::super::outbox_of_environment;
 use super::steps::Step;
+use crate::cli::enrolment::outbox_of_environment;
 use crate::error::sanitize_path;
 use crate::files;
 use crate::limits;
