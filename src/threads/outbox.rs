@@ -182,18 +182,17 @@ impl OutboxThread {
         let CommitResult { added, changed } = self.outbox.commit(&new_rows, lock_deadline);
         let commit_time = since.elapsed();
         let is_written = changed.is_ok();
-        if is_urgent && is_written {
-            let deltas = self.outbox.just_added(&new_rows, &added);
-            self.offer(deltas, generation, commit_time);
-        }
+        let new_deltas =
+            (is_urgent && is_written).then(|| self.outbox.just_added(&new_rows, &added)).flatten();
         let added =
             added.into_iter().chain(repeat_with(stopped_error)).take(new_rows_callers.len());
         self.answer_new_rows(&new_rows, new_rows_callers.into_iter().zip(added).collect());
         let changed = if is_closed { stopped_error().map(drop) } else { changed };
         self.answer_changes(change_callers, acknowledged, changed);
-        // What the file has refused is tried again before it is offered. No caller waits for that.
-        if is_urgent && !is_written {
-            self.offer(None, generation, commit_time);
+        // After the answers: no caller waits while this thread reads, or while the heartbeat thread
+        // uses the processor. What the file has refused is tried again before it is offered.
+        if is_urgent {
+            self.offer(new_deltas, generation, commit_time);
         }
         self.outbox.verify_after_commit();
         if is_urgent {
