@@ -39,6 +39,7 @@ use log::LevelFilter;
 use output::print_result;
 
 use crate::error::{Error, chain};
+use crate::limits;
 
 /// Runs the program.
 pub fn main() -> ExitCode {
@@ -94,7 +95,8 @@ fn prepare(
     level: LevelFilter,
 ) -> Result<Receiver<i32>, Error> {
     let signals = match command {
-        Command::Run(_) | Command::Pipe(_) => signals::start_run(),
+        Command::Run(_) => signals::start_run(limits::RUN_STOPS),
+        Command::Pipe(_) => signals::start_run(limits::PIPE_STOPS),
         // Only these wait for them.
         _ => signals::start().map(|()| never()),
     };

@@ -120,6 +120,16 @@ pub(crate) const PIPE_FINISH: Duration = Duration::from_millis(1_250);
 /// more slowly.
 pub(crate) const SAME_STOP: Duration = Duration::from_millis(250);
 
+/// The stop signals of `run` after which the next one ends it at once: a person who presses Ctrl-C
+/// again does not want to wait.
+#[cfg(feature = "cli")]
+pub(crate) const RUN_STOPS: usize = 1;
+
+/// Those of `pipe`. A supervisor signals agent and `pipe` together, and then the agent signals
+/// `pipe`, which must still report how the agent's operations ended.
+#[cfg(feature = "cli")]
+pub(crate) const PIPE_STOPS: usize = 2;
+
 // ---- the POST -------------------------------------------------------------------------------
 
 /// The timeout of the name lookup, and that of TCP and TLS together: the Python agent's connect

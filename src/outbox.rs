@@ -215,6 +215,8 @@ pub(crate) struct Outbox {
     deleted: DeletedIds,
     /// When rows of processes that have ended may be recovered.
     recovers_from: Instant,
+    /// How long they are left in flight after this process has begun to deliver.
+    resume_time: Duration,
     /// Until when the ages of the rows are stored.
     aged_at: Instant,
     /// When stuck rows were last logged.
@@ -247,6 +249,7 @@ impl Outbox {
             answered: 0,
             deleted: DeletedIds::default(),
             recovers_from: Instant::now(),
+            resume_time: if role == Role::Resume { limits::RESUME_TIME } else { Duration::ZERO },
             aged_at: Instant::now(),
             stuck_logged_at: None,
             dropped_logged: 0,
@@ -266,9 +269,7 @@ impl Outbox {
             }
             Err(error) => Err(error),
         };
-        if role == Role::Resume {
-            outbox.recovers_from += limits::RESUME_TIME;
-        }
+        outbox.recovers_from += outbox.resume_time;
         if opened.is_ok() && outbox.delivers() {
             outbox.recover_or_log("the agent restarted during ");
         }
@@ -586,6 +587,8 @@ impl Outbox {
         }
         if self.delivers() && !delivered {
             self.store.log(Level::Info, "delivery started");
+            // The process that delivered may have been killed, and its agent may restart it.
+            self.recovers_from = Instant::now() + self.resume_time;
             self.recover_or_log("its process ended during ");
         }
     }

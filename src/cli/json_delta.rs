@@ -10,6 +10,8 @@ use serde::{Deserialize, Deserializer};
 use super::rfc3339;
 use crate::delta::{LifecycleDelta, Operation, Outcome};
 use crate::error::chain;
+use crate::limits;
+use crate::text::cut;
 
 /// The error of a failed operation that was reported without one.
 pub(super) const NO_REASON: &str = "no reason given";
@@ -70,8 +72,10 @@ impl Ended {
             (JsonStatus::Succeeded, Some(_)) => {
                 return Err("error: says why it failed, and goes with the status failed".to_owned());
             }
+            // It is truncated here, once, and not again for each decky of the operation.
             (JsonStatus::Failed, error) => {
-                Outcome::Failed(error.unwrap_or_else(|| NO_REASON.to_owned()))
+                let error = error.as_deref().unwrap_or(NO_REASON);
+                Outcome::Failed(cut(error, limits::DELTA_ERROR).to_owned())
             }
         };
         let completed_at = completed_at

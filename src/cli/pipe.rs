@@ -33,7 +33,6 @@ use crate::error::Error;
 use crate::heartbeat::Heartbeat;
 use crate::heartbeat::prepared::PreparedHeartbeat;
 use crate::limits;
-use crate::threads::batches::OutboxEvent;
 use conversation::Conversation;
 use session::Session;
 use status::{AgentStatus, PipeSource};
@@ -58,7 +57,7 @@ pub(super) fn pipe(
         session,
         ended: conversation.stdin_ended.clone(),
         signals: signals.clone(),
-        grace: never(),
+        grace: None,
         judge: after(limits::RESUME_TIME),
         look: tick(options.interval),
         stats_files,
@@ -68,8 +67,9 @@ pub(super) fn pipe(
     if matches!(result, Ok(End::Stdin)) {
         pipe.session.fail_open_operations();
     }
+    let result = result.and_then(|_| pipe.take_over());
     pipe.stop();
-    result.map(drop)
+    result
 }
 
 /// Opens the outbox and loads the credentials.
@@ -89,8 +89,8 @@ fn prepare(
 enum End {
     /// The agent has ended, or has closed its end of stdin.
     Stdin,
-    /// A signal requested it, and the agent has not closed stdin within the grace. The agent may be
-    /// running, and may resume its operations.
+    /// A signal requested it, and the agent has not closed stdin by the end of the grace or until a
+    /// second signal. The agent may be running, and may resume its operations.
     Signal,
 }
 
@@ -103,7 +103,8 @@ enum Event {
     HeartbeatEnded,
     /// The outbox is to be maintained.
     MaintenanceDue,
-    OutboxEvent(OutboxEvent),
+    /// Delivery may have begun.
+    OutboxChanged,
 }
 
 /// The main thread's part.
@@ -117,7 +118,7 @@ struct Pipe {
     ended: Receiver<()>,
     signals: Receiver<i32>,
     /// After a signal: when stdin is no longer read.
-    grace: Receiver<Instant>,
+    grace: Option<Receiver<Instant>>,
     /// Once: when operations of processes that have ended are reported failed.
     judge: Receiver<Instant>,
     /// How often it is checked whether the other process still delivers.
@@ -132,17 +133,19 @@ impl Pipe {
                 Event::StdinEnded => return Ok(End::Stdin),
                 Event::GraceEnded => return Ok(End::Signal),
                 Event::HeartbeatEnded => return Err(heartbeat_ended()),
+                Event::Signal(_) if self.grace.is_some() => return Ok(End::Signal),
                 Event::Signal(signal) => self.begin_to_stop(signal),
                 Event::BeatEnded => self.record_beat()?,
                 Event::MaintenanceDue => self.maintain()?,
-                Event::OutboxEvent(OutboxEvent::DeliveryBegan) => self.start_if_free()?,
-                Event::OutboxEvent(OutboxEvent::Pushed | OutboxEvent::Flush) => (),
+                // Another event may have left no room for the one that delivery has begun.
+                Event::OutboxChanged => self.start_if_free()?,
             }
         }
     }
 
     fn next_event(&self) -> Event {
         let beats = self.heartbeat.as_ref().map_or_else(never, Heartbeat::beats);
+        let grace = self.grace.clone().unwrap_or_else(never);
         let prepared = self.prepared.as_ref();
         let outbox_events = prepared.map_or_else(never, |prepared| prepared.events().clone());
         // A heartbeat that beats maintains the outbox itself.
@@ -150,11 +153,11 @@ impl Pipe {
         select! {
             recv(self.ended) -> _ => Event::StdinEnded,
             recv(self.signals) -> signal => Event::Signal(signal.unwrap_or_default()),
-            recv(self.grace) -> _ => Event::GraceEnded,
+            recv(grace) -> _ => Event::GraceEnded,
             recv(beats) -> beat => beat.map_or(Event::HeartbeatEnded, |()| Event::BeatEnded),
             recv(self.judge) -> _ => Event::MaintenanceDue,
             recv(look) -> _ => Event::MaintenanceDue,
-            recv(outbox_events) -> event => event.map_or(Event::HeartbeatEnded, Event::OutboxEvent),
+            recv(outbox_events) -> event => event.map_or(Event::HeartbeatEnded, |_| Event::OutboxChanged),
         }
     }
 
@@ -163,8 +166,7 @@ impl Pipe {
         let host = self.session.stats().host_uuid.unwrap_or_default();
         let signal = low_level::signal_name(signal).unwrap_or("none");
         log::info!("stopping at the end of stdin: host={host} signal={signal}");
-        self.grace = after(limits::RUN_GRACE);
-        self.signals = never();
+        self.grace = Some(after(limits::RUN_GRACE));
     }
 
     fn record_beat(&self) -> Result<(), Error> {
@@ -187,6 +189,15 @@ impl Pipe {
             self.heartbeat = Some(prepared.start()?);
         }
         Ok(())
+    }
+
+    /// At the end: if the process that delivered has ended meanwhile, nobody else delivers what
+    /// waits.
+    fn take_over(&mut self) -> Result<(), Error> {
+        if self.prepared.is_some() {
+            self.session.take_over();
+        }
+        self.start_if_free()
     }
 
     /// Delivers what waits, within the grace.

@@ -5,7 +5,7 @@
 //!
 //! | signal | `run`, `pipe` | other commands |
 //! | --- | --- | --- |
-//! | TERM, INT | stops (`pipe` when stdin ends); a second one ends it at once | ends (`track` passes it on) |
+//! | TERM, INT | stops (`pipe` when stdin ends, or at a second one); the next one ends it at once | ends (`track` passes it on) |
 //! | HUP | reopens `--log-file` | ends (`track` passes it on) |
 //! | XFSZ | no effect; the write fails as on a full disk | the same |
 //! | USR1, USR2, ALRM, VTALRM, PROF, IO, STKFLT, PWR, RTMIN to RTMAX | no effect | ends |
@@ -47,9 +47,10 @@ pub(super) fn start() -> Result<(), Error> {
     SigSet::all().thread_unblock().map_err(|error| failed(error.into()))
 }
 
-/// Sets up the signals of `run` and `pipe`. SIGHUP has no effect until the log file is open. The receiver gets
-/// the signals that stop them.
-pub(super) fn start_run() -> Result<Receiver<c_int>, Error> {
+/// Sets up the signals of `run` and `pipe`. SIGHUP has no effect until the log file is open. The
+/// receiver gets the signals that stop them. After this many of them, the next one ends the process
+/// at once.
+pub(super) fn start_run(stops: usize) -> Result<Receiver<c_int>, Error> {
     const NAME: &str = "signals";
     survive(WITHOUT_EFFECT.into_iter().chain(libc::SIGRTMIN()..=libc::SIGRTMAX()))?;
     let handled: Vec<_> = without_ignored([SIGTERM, SIGINT, SIGHUP]).collect();
@@ -58,18 +59,20 @@ pub(super) fn start_run() -> Result<Receiver<c_int>, Error> {
         flag::register_conditional_shutdown(signal, 1, Arc::clone(&is_last)).map_err(failed)?;
     }
     let mut caught = Signals::new(handled).map_err(failed)?;
-    let (sender, stops) = bounded(1);
+    let (sender, receiver) = bounded(1);
     let act = move || {
-        for signal in caught.forever() {
-            if signal == SIGHUP {
-                logging::reopen();
-                continue;
-            }
-            // If the channel is full, `run` is stopping already.
+        let mut received = 0;
+        loop {
+            let Some(signal) = stop_among(caught.wait()) else { continue };
+            // If the channel is full, the program is stopping already.
             let _ = sender.try_send(signal);
             // timeout(1) signals a process and then its group: that is one request to stop.
             thread::sleep(limits::SAME_STOP);
-            is_last.store(true, Ordering::SeqCst);
+            stop_among(caught.pending());
+            received += 1;
+            if received >= stops {
+                is_last.store(true, Ordering::SeqCst);
+            }
         }
     };
     thread::Builder::new()
@@ -78,7 +81,16 @@ pub(super) fn start_run() -> Result<Receiver<c_int>, Error> {
         .map_err(|source| Error::thread(NAME, source))?;
     // Last: a pending signal without its handler would end `run`.
     start()?;
-    Ok(stops)
+    Ok(receiver)
+}
+
+/// Acts on SIGHUP, and returns another signal.
+fn stop_among(signals: impl Iterator<Item = c_int>) -> Option<c_int> {
+    let (hangups, stops): (Vec<_>, Vec<_>) = signals.partition(|signal| *signal == SIGHUP);
+    if !hangups.is_empty() {
+        logging::reopen();
+    }
+    stops.first().copied()
 }
 
 fn survive(signals: impl IntoIterator<Item = c_int>) -> Result<(), Error> {

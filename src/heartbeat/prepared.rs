@@ -73,3 +73,26 @@ impl PreparedHeartbeat {
         start(*setup)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::delta::{LifecycleDelta, Operation};
+    use crate::outbox::{NewRows, Outbox, OutboxLocation, SentBy};
+
+    #[test]
+    fn delta_after_the_end_of_the_process_that_delivered_begins_delivery() {
+        let (dir, _master, _worker, builder) = crate::loopback::example().unwrap();
+        let file = dir.path().join("outbox.db");
+        let first = Outbox::open(Some(file.clone()), Role::Deliver, Arc::default()).unwrap();
+        let prepared = builder.outbox(OutboxLocation::File(file)).prepare_to_resume().unwrap();
+        assert!(!prepared.may_start());
+        drop(first);
+        let delta = LifecycleDelta::succeeded("d", Operation::Deploy);
+        prepared.outbox().add(NewRows::Deltas(vec![delta], SentBy::Deliverer)).unwrap();
+        let event = prepared.events().recv_timeout(Duration::from_secs(10));
+        assert!(matches!(event, Ok(OutboxEvent::DeliveryBegan)) && prepared.may_start());
+    }
+}

@@ -245,6 +245,21 @@ mod tests {
     }
 
     #[test]
+    fn rows_of_the_process_that_delivered_are_judged_after_the_time_to_resume() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut first = open(dir.path(), Role::Deliver);
+        begin(&mut first, Operation::Deploy, &["a", "b"]);
+        let mut second = open(dir.path(), Role::Resume);
+        // It has run for longer than that.
+        second.recovers_from = Instant::now();
+        drop(first);
+        second.maintain().unwrap();
+        assert!(second.delivers() && second.read_deliverable(10, |_| true).unwrap().is_empty());
+        assert_eq!(resumed(&begin(&mut second, Operation::Deploy, &["a"])), ["a"]);
+        assert_eq!(judged(&mut second), ["b"]);
+    }
+
+    #[test]
     fn undone_resume_leaves_the_rows_as_they_were() {
         let dir = tempfile::tempdir().unwrap();
         begin(&mut open(dir.path(), Role::Contribute), Operation::Deploy, &["a"]);

@@ -198,8 +198,9 @@ impl OutboxThread {
         if is_urgent {
             self.send_changed_credentials();
             #[cfg(feature = "cli")]
-            if self.outbox.is_standby() {
-                self.hand_over.wake(&self.outbox);
+            if self.outbox.is_standby() && !self.hand_over.wake(&self.outbox) {
+                // The process that delivered may have ended.
+                self.maintain();
             }
         }
     }

@@ -30,6 +30,7 @@ mod pipe;
 mod pipe_beside;
 mod pipe_ends;
 mod pipe_load;
+mod pipe_take_over;
 mod program;
 mod program_log;
 mod program_signals;

@@ -3,6 +3,7 @@
 use std::io::{BufRead, BufReader};
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use decnet_heartbeat::loopback::RowStatus;
@@ -77,6 +78,26 @@ fn agent_that_stops_only_its_pipe_resumes_its_operations() {
     assert_eq!(agent.pipe.wait(TIMEOUT).code(), Some(0));
     assert!(since.elapsed() >= Duration::from_secs(4), "{:?}", since.elapsed());
     resume_and_succeed(&fixture);
+}
+
+#[test]
+fn second_signal_ends_the_wait_for_the_agent_and_queued_deltas_are_sent() {
+    let mut fixture = Fixture::new();
+    fixture.master.open_operation(&fixture.worker.uuid, "b", "mutate");
+    let mut agent = Agent::start(&mut rarely(&fixture));
+    assert!(fixture.master.wait_for_beats(1, TIMEOUT));
+    fixture.master.stop();
+    let delta = json!({"decky_name": "b", "operation": "mutate", "status": "succeeded"});
+    agent.result("push", json!({"deltas": [delta]}));
+    wait_for_line(&agent.log, "beat failed");
+    fixture.master.start_again().unwrap();
+    agent.pipe.signal("TERM");
+    wait_for_line(&agent.log, "stopping at the end of stdin");
+    // Signals that arrive together count as one. No event shows that this time has passed.
+    thread::sleep(Duration::from_millis(500));
+    agent.pipe.signal("TERM");
+    assert_eq!(agent.pipe.wait(TIMEOUT).code(), Some(0));
+    assert_eq!(rows(&fixture)[0].1, RowStatus::Succeeded);
 }
 
 #[test]

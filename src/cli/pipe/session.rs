@@ -203,6 +203,13 @@ impl Session {
         self.outbox.maintain();
     }
 
+    /// Begins to deliver if no other process does. Waits at most a second.
+    pub(super) fn take_over(&self) {
+        self.outbox.maintain();
+        // It is answered after the maintenance.
+        self.outbox.has_deliverer();
+    }
+
     /// Waits until `deadline` for all requests to be on the disk, and leaves them to the process
     /// that delivers.
     pub(super) fn release(&self, deadline: Instant) {

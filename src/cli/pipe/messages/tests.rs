@@ -144,6 +144,16 @@ fn parameters_are_read() {
 }
 
 #[test]
+fn long_error_is_truncated_once_and_not_for_each_decky() {
+    let error = "ä".repeat(limits::PIPE_LINE / 3);
+    let params = json!({"handle": 1, "status": "failed", "error": error});
+    let line = json!({"jsonrpc": "2.0", "id": 1, "method": "end", "params": params}).to_string();
+    let Method::End(End { ended, .. }) = method_of(&line) else { panic!() };
+    let Outcome::Failed(error) = ended.outcome else { panic!() };
+    assert_eq!((error.chars().count(), error.capacity()), (2_000, 4_000));
+}
+
+#[test]
 fn deep_nesting_is_no_recursion() {
     let deep = "[".repeat(400_000) + &"]".repeat(400_000);
     let method = |name: &str, params: &str| {
