@@ -294,6 +294,10 @@ pub(crate) const STACK: usize = 1024 * 1024;
 /// The stack size of the wake thread, which waits for datagrams and queues a request.
 pub(crate) const WAKE_STACK: usize = 128 * 1024;
 
+/// How many datagrams the wake thread discards after one. With the pause, a process that sends
+/// datagrams without end cannot keep it busy, and a queue of 512, the usual length, is soon empty.
+pub(crate) const WAKE_DRAIN: usize = 64;
+
 /// The pause of the wake thread after a datagram. A flood of datagrams then costs 200 reads of a
 /// number in a second. A process that adds one delta after the other takes longer for each.
 pub(crate) const WAKE_PAUSE: Duration = Duration::from_millis(5);
