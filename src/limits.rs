@@ -304,6 +304,10 @@ pub(crate) const STACK: usize = 1024 * 1024;
 /// The stack size of the wake thread, which waits for datagrams and queues a request.
 pub(crate) const WAKE_STACK: usize = 128 * 1024;
 
+/// How many datagrams the wake thread discards after one. With the pause, a process that sends
+/// datagrams without end cannot keep it busy, and a queue of 512, the usual length, is soon empty.
+pub(crate) const WAKE_DRAIN: usize = 64;
+
 /// The pause of the wake thread after a datagram. A flood of datagrams then costs 200 reads of a
 /// number in a second. A process that adds one delta after the other takes longer for each.
 pub(crate) const WAKE_PAUSE: Duration = Duration::from_millis(5);
@@ -504,12 +508,16 @@ pub(crate) const AGENT_VERSION: usize = 100;
 /// The maximum bytes of a line of `push --lines`. Of a longer error only a part would be kept.
 pub(crate) const PUSH_LINE: usize = 1024 * 1024;
 
-/// How often `push` reads what has become of the deltas that another process delivers. A delivery
-/// takes a few milliseconds.
+/// The shortest pause after which `push` reads again what has become of the deltas that another
+/// process delivers. A delivery takes a few milliseconds.
 pub(crate) const HAND_OVER_PAUSE: Duration = Duration::from_millis(2);
 
+/// This part of the time that `push` has waited is the pause until it reads again. So the result is
+/// late by at most 5 %, and many processes that wait for a master that is away cost little.
+pub(crate) const HAND_OVER_READS: u32 = 20;
+
 /// The pause before an outbox that could not be written is tried again, and between two checks
-/// whether the process that delivers has ended.
+/// whether the process that delivers has ended. Also the longest pause between two reads.
 pub(crate) const REPORT_PAUSE: Duration = Duration::from_millis(100);
 
 // ---- texts ----------------------------------------------------------------------------------

@@ -3,8 +3,9 @@ r"""Makes DECNET's own agent report through the program decnet-heartbeat.
 Saved as ``sitecustomize.py`` in a folder on ``PYTHONPATH``, this module takes the place of
 ``decnet.agent.heartbeat``. No file of the agent is changed. With systemd, as root:
 
-    mkdir -p /usr/local/lib/decnet-heartbeat /etc/systemd/system/decnet-agent.service.d
+    install -d -m 755 /usr/local/lib/decnet-heartbeat /etc/systemd/system/decnet-agent.service.d
     decnet-heartbeat shim > /usr/local/lib/decnet-heartbeat/sitecustomize.py
+    chmod 644 /usr/local/lib/decnet-heartbeat/sitecustomize.py
     printf '%s\n' '[Service]' 'Environment=PYTHONPATH=/usr/local/lib/decnet-heartbeat' \
         > /etc/systemd/system/decnet-agent.service.d/heartbeat.conf
     systemctl daemon-reload
@@ -19,7 +20,7 @@ To go back to the agent's own heartbeat:
 The agent starts ``decnet-heartbeat pipe`` as its child. A deploy or a mutate is an operation from
 its beginning: if the agent is killed, the child reports it as failed. A child that ends is
 restarted after 1 s, later after up to 60 s, and after exit code 78 (a restart does not help) every
-5 minutes. Up to 10,000 reports wait for it. The child has the agent's environment, so
+5 minutes. One that has not answered for 60 s is killed. Up to 10,000 reports wait for it. The child has the agent's environment, so
 ``DECNET_HEARTBEAT_OUTBOX`` and the other variables of the program work in the drop-in, too.
 
 ``DECNET_HEARTBEAT_PROGRAM`` is the path of the program; without it, ``decnet-heartbeat`` is
@@ -46,6 +47,7 @@ COMMIT_WAIT = 2
 # Seconds. The child has 5 s for the last deliveries.
 STOP_WAIT = 10
 # Seconds until a child that has not answered is killed. It answers in 1 s, also if its disk hangs.
+# An idle child is asked for its stats that often, because it must beat, too.
 ANSWER_WAIT = 60
 # Seconds until a child that was left is killed, and until it is no longer waited for.
 END_WAIT = 5
@@ -54,6 +56,8 @@ REFUSED_PAUSE = 1
 # Seconds until a child that has ended is restarted.
 BACKOFF_MIN = 1
 BACKOFF_MAX = 60
+# Seconds until the same problem is logged again.
+LOG_PAUSE = 3600
 # The exit code of a host that is not enrolled, and how soon its enrolment is noticed, in seconds.
 NOT_CONFIGURED = 78
 NOT_CONFIGURED_PAUSE = 300
@@ -84,6 +88,8 @@ class Operation:
         self.is_refused = False
         # What the running child calls it.
         self.handle = None
+        # Restores the context variable.
+        self.token = None
 
 
 class Request:
@@ -100,6 +106,8 @@ class Request:
 
     def params(self):
         operation = self.operation
+        if self.method == "stats":
+            return {}
         if self.method == "begin":
             # Copied at once, as the event loop may drop an outcome meanwhile.
             deckies = [clean(decky) for decky in list(operation.open)]
@@ -110,8 +118,9 @@ class Request:
         ended = {"status": clean(self.delta.get("status"))}
         if self.delta.get("error") is not None and ended["status"] != "succeeded":
             ended["error"] = clean(self.delta["error"])
-        if self.delta.get("completed_at") is not None:
-            ended["completed_at"] = clean(self.delta["completed_at"])
+        completed_at = utc(self.delta.get("completed_at"))
+        if completed_at is not None:
+            ended["completed_at"] = completed_at
         if self.method == "end":
             return {"handle": operation.handle, "decky": decky, **ended}
         name = clean(self.delta.get("operation"))
@@ -123,8 +132,10 @@ class Request:
         request = {"id": identifier, "method": self.method, "params": self.params()}
         return json.dumps({"jsonrpc": "2.0", **request}).encode() + b"\n"
 
-    def begins_committed(self):
-        return self.method == "begin" and self.operation.may_be_committed
+    def is_replaced(self):
+        """Whether it is not sent to another child: that one resumes operations, or is new."""
+        begins_committed = self.method == "begin" and self.operation.may_be_committed
+        return begins_committed or self.method == "stats"
 
     def complete(self):
         if self.waiter is not None:
@@ -182,9 +193,10 @@ class Reporter:
         self.is_stopping = False
         self.has_ended = False
         self.stop_waiter = None
-        # What was logged last: it is not repeated.
-        self.last_problem = None
-        self.last_error = None
+        # Why the child was killed.
+        self.kill_reason = None
+        # What was logged last and when, by its kind: it is not repeated soon.
+        self.logged = {}
         threading.Thread(target=self._run, name="heartbeat-shim", daemon=True).start()
 
     # The event loop calls these.
@@ -212,6 +224,14 @@ class Reporter:
             self.changed.notify_all()
         await waiter.wait(STOP_WAIT)
 
+    def finish(self):
+        """Waits like `stop`, without an event loop, unless all reports are confirmed."""
+        with self.changed:
+            if self._has_work():
+                self.is_stopping = True
+                self.changed.notify_all()
+                self.changed.wait_for(lambda: self.has_ended, STOP_WAIT)
+
     def _drop_oldest(self):
         """Drops an outcome. A begin is dropped only if nothing else waits."""
         outcomes = (at for at, request in enumerate(self.waiting) if request.method != "begin")
@@ -221,6 +241,9 @@ class Reporter:
         self.dropped += 1
         if request.method == "end":
             self._close(request.operation, request.delta["decky_name"])
+            begin = request.operation.begin
+            if not request.operation.open and begin in self.waiting:
+                self.waiting.remove(begin)  # nothing is left to end
         elif request.method == "begin":
             self._refuse(request.operation)
         request.complete()
@@ -236,19 +259,29 @@ class Reporter:
         operation.is_refused = True
         self.operations.pop(operation, None)
 
+    def _has_work(self):
+        """Whether a child is needed. One that runs ends the operations in flight itself."""
+        reports = (*self.waiting, *self.sent.values(), *self.refused)
+        is_reported = all(request.method == "stats" for request in reports)
+        return not is_reported or self.child is None and bool(self.operations)
+
     def _requeue(self):
         """Queues again what the last child had: operations in flight, then unanswered requests."""
         for request in self.sent.values():
             if request.method == "begin":
                 request.operation.may_be_committed = True
-        resumed = [operation.begin for operation in self.operations if operation.may_be_committed]
+        # The newest first: a child takes over the newest row of a decky.
+        begun = (it for it in reversed(self.operations) if it.may_be_committed)
+        resumed = [operation.begin for operation in begun]
         for request in resumed:
             request.operation.handle = None
-        unanswered = [*self.sent.values(), *self.refused]
-        others = [request for request in unanswered if not request.begins_committed()]
+        # A child that ended early has left begins in the queue.
+        left = [*self.sent.values(), *self.refused, *self.waiting]
+        others = [request for request in left if not request.is_replaced()]
         self.sent.clear()
         self.refused.clear()
-        self.waiting.extendleft(reversed(resumed + others))
+        self.waiting.clear()
+        self.waiting.extend(resumed + others)
 
     def _take(self):
         """Takes the requests that can be sent now, and gives each an identifier."""
@@ -281,8 +314,9 @@ class Reporter:
     def _run(self):
         pause = BACKOFF_MIN
         while True:
+            is_last = self.is_stopping
             code, seconds = self._serve_and_log()
-            if self.is_stopping:
+            if is_last or self.is_stopping and code == 0:
                 break
             if code == NOT_CONFIGURED:
                 self._pause(NOT_CONFIGURED_PAUSE)
@@ -290,13 +324,18 @@ class Reporter:
                 pause = BACKOFF_MIN if seconds > BACKOFF_MAX else pause
                 self._pause(pause)
                 pause = min(2 * pause, BACKOFF_MAX)
-            if self.is_stopping and not (self.operations or self.waiting or self.sent):
-                break
+            with self.changed:
+                if self.is_stopping and not self._has_work():
+                    break
+        self._end_reports()
+
+    def _end_reports(self):
         with self.changed:
             self.has_ended = True
-            lost = len(self.waiting) + len(self.sent) + len(self.refused)
+            lost = len(self.waiting) + len(self.sent) + len(self.refused) + self.dropped
+            self.changed.notify_all()
         if lost:
-            self._log("reports were not confirmed before the stop: count=%d", lost)
+            log("reports were not confirmed before the stop: count=%d", lost)
         if self.stop_waiter is not None:
             self.stop_waiter.complete()
 
@@ -305,7 +344,7 @@ class Reporter:
             self.changed.wait_for(lambda: self.is_stopping, seconds)
             dropped, self.dropped = self.dropped, 0
         if dropped:
-            self._log("too many reports wait, the oldest ones were dropped: count=%d", dropped)
+            log("too many reports wait, the oldest ones were dropped: count=%d", dropped)
 
     def _serve_and_log(self):
         """Runs a child to its end. Returns its exit code, and how long it ran."""
@@ -316,13 +355,23 @@ class Reporter:
         try:
             code = self._serve()
             problem = f"decnet-heartbeat pipe ended and will be restarted: code={code}"
+            if self.kill_reason is not None:
+                problem += f" killed={self.kill_reason!r}"
         except Exception as error:
             problem = f"decnet-heartbeat pipe cannot be started: error={str(error)!r}"
-        # The same problem once, as it may last for days.
-        if problem != self.last_problem and not self.is_stopping:
-            self._log("%s", problem)
-        self.last_problem = problem
+        if not self.is_stopping:
+            self._log_once("child", problem)
         return code, time.monotonic() - started
+
+    def _log_once(self, kind, problem):
+        """Logs a problem that may last for days."""
+        import time
+
+        now = time.monotonic()
+        last_problem, logged_at = self.logged.get(kind, (None, 0))
+        if problem != last_problem or now - logged_at >= LOG_PAUSE:
+            self.logged[kind] = (problem, now)
+            log("%s", problem)
 
     def _serve(self):
         import threading
@@ -333,6 +382,7 @@ class Reporter:
         )
         with self.changed:
             self.child = child
+            self.kill_reason = None
             self._requeue()
         try:
             reader.start()
@@ -398,7 +448,7 @@ class Reporter:
             problem = self._read_answers(child)
         finally:
             if problem is not None:
-                self._log("decnet-heartbeat pipe is killed: %s", problem)
+                self.kill_reason = problem
                 child.kill()
             with self.changed:
                 if self.child is child:
@@ -416,6 +466,7 @@ class Reporter:
             if not poll.poll(1000 * ANSWER_WAIT):
                 if self._is_overdue():
                     return "it does not answer"
+                self._ask_if_idle()
                 continue
             received = child.stdout.read(65536)
             if not received:
@@ -436,6 +487,12 @@ class Reporter:
             oldest = next(iter(self.sent.values()), None)
             return oldest is not None and time.monotonic() - oldest.sent_at >= ANSWER_WAIT
 
+    def _ask_if_idle(self):
+        with self.changed:
+            if not self.waiting and not self.sent:
+                self.waiting.append(Request("stats"))
+                self.changed.notify_all()
+
     def _handle_line(self, child, line):
         import json
 
@@ -455,7 +512,7 @@ class Reporter:
 
         error = answer.get("error")
         with self.changed:
-            request = self.sent.pop(answer["id"], None)
+            request = self.sent.get(answer["id"])
             if request is None:
                 return
             can_retry = error is not None and self._can_retry(request, error)
@@ -464,11 +521,13 @@ class Reporter:
                 self.retry_at = time.monotonic() + REFUSED_PAUSE
             else:
                 self._finish(request, answer)
+            # Last: if the answer is not valid, the request is sent to another child.
+            del self.sent[answer["id"]]
             self.changed.notify_all()
-        if error is not None and error != self.last_error:
-            self.last_error = error
+        if error is not None:
             then = "is sent again" if can_retry else "is not sent again"
-            self._log("%s was refused and %s: error=%.300r", request.method, then, error)
+            problem = f"{request.method} was refused and {then}: error={error!r:.300}"
+            self._log_once("refused", problem)
         if not can_retry:
             request.complete()
 
@@ -491,18 +550,12 @@ class Reporter:
             return False
         return request.method == "begin" or not (error.get("data") or {}).get("in_doubt")
 
-    @staticmethod
-    def _log(message, *values):
-        """Only for the threads of the reporter: the log may block."""
-        import logging
-
-        logging.getLogger(HEARTBEAT_MODULE).warning(message, *values)
-
 
 class Heartbeat:
     """What the agent finds in `decnet.agent.heartbeat`."""
 
     def __init__(self):
+        import atexit
         import contextvars
         import os
         import threading
@@ -511,13 +564,14 @@ class Heartbeat:
         self.reporter = None
         self.operation = contextvars.ContextVar("operation", default=None)
         os.register_at_fork(after_in_child=self._forget_parent)
+        atexit.register(self._finish)
 
     def start(self):
         """Starts the child. Returns `None`: there is no task."""
         try:
             self._running_reporter()
         except Exception:
-            self._log_exception("the heartbeat was not started")
+            log_exception("the heartbeat was not started")
 
     async def stop(self):
         """Closes the child's stdin and waits for its end, for a limited time."""
@@ -527,7 +581,7 @@ class Heartbeat:
             if reporter is not None:
                 await reporter.stop()
         except Exception:
-            self._log_exception("the heartbeat was not stopped")
+            log_exception("the heartbeat was not stopped")
 
     async def push_lifecycle_delta(self, deltas):
         """Reports outcomes, and waits for a limited time until they are on the disk."""
@@ -539,10 +593,12 @@ class Heartbeat:
             if operation is not None and operation.reporter is not reporter:
                 operation = None  # it belongs to the process that this one was forked from
             waiter = Waiter()
-            reporter.queue([outcome(delta, operation) for delta in deltas], waiter)
-            await waiter.wait(COMMIT_WAIT)
+            requests = outcomes(deltas, operation)
+            if requests:
+                reporter.queue(requests, waiter)
+                await waiter.wait(COMMIT_WAIT)
         except Exception:
-            self._log_exception("outcomes were not reported")
+            log_exception("outcomes were not reported")
 
     def track(self, name, work, deckies_of):
         """Makes a coroutine function an operation from its beginning to its end."""
@@ -574,23 +630,27 @@ class Heartbeat:
             reporter = self._running_reporter()
             operation = Operation(name, deckies, reporter)
             reporter.queue([operation.begin], Waiter())
-            self.operation.set(operation)
+            operation.token = self.operation.set(operation)
             return operation
         except Exception:
-            self._log_exception("an operation was not begun")
+            log_exception("an operation was not begun")
             return None
 
     def _end(self, operation, reason):
         """Reports the deckies as failed whose outcome the agent has not reported."""
+        try:
+            self.operation.reset(operation.token)
+        except ValueError:
+            pass  # the coroutine is closed in another context
         if operation.reporter is not self.reporter:
             return  # after the stop, the child has reported them
         try:
             failed = {"operation": operation.name, "status": "failed", "error": reason}
             deltas = [{"decky_name": decky, **failed} for decky in operation.unreported]
             if deltas:
-                operation.reporter.queue([outcome(delta, operation) for delta in deltas], None)
+                operation.reporter.queue(outcomes(deltas, operation), None)
         except Exception:
-            self._log_exception("an operation was not ended")
+            log_exception("an operation was not ended")
 
     def _running_reporter(self):
         with self.lock:
@@ -610,11 +670,31 @@ class Heartbeat:
             child.stdin.close()
             child.stdout.close()
 
-    @staticmethod
-    def _log_exception(message):
-        import logging
+    def _finish(self):
+        """At the end of the interpreter. A forked process has no reporter of its parent."""
+        reporter, self.reporter = self.reporter, None
+        if reporter is not None:
+            reporter.finish()
 
+
+def log(message, *values):
+    """Only for the threads of the reporter: the log may block. It may also raise."""
+    import logging
+
+    try:
+        logging.getLogger(HEARTBEAT_MODULE).warning(message, *values)
+    except Exception:
+        pass
+
+
+def log_exception(message):
+    """For the event loop, where nothing is logged unless this module has an error."""
+    import logging
+
+    try:
         logging.getLogger(HEARTBEAT_MODULE).exception(message)
+    except Exception:
+        pass
 
 
 def start_program():
@@ -645,6 +725,17 @@ def agents_state_file():
         return None
 
 
+def outcomes(deltas, operation):
+    """The requests for deltas. One that is not a delta is logged."""
+    requests = []
+    for delta in deltas:
+        try:
+            requests.append(outcome(delta, operation))
+        except Exception:
+            log_exception("an outcome was not reported")
+    return requests
+
+
 def outcome(delta, operation):
     """The request for a delta: the end of a decky in the operation, if it belongs to one."""
     decky = delta.get("decky_name")
@@ -662,7 +753,7 @@ def describe(name, error):
     """Why a deploy or a mutate failed."""
     import asyncio
 
-    if isinstance(error, asyncio.CancelledError):
+    if isinstance(error, (asyncio.CancelledError, GeneratorExit)):
         return f"the {name} was cancelled"
     try:
         return f"{type(error).__name__}: {error}"
@@ -672,7 +763,22 @@ def describe(name, error):
 
 def clean(value):
     """Text that UTF-8 can represent: an error may contain bytes of a path as lone surrogates."""
-    return str(value).encode("utf-8", "replace").decode()
+    # `str` of an enumeration's value is its name.
+    text = value if isinstance(value, str) else str(value)
+    return text.encode("utf-8", "replace").decode()
+
+
+def utc(value):
+    """A time in UTC, as RFC 3339 has it. `None`: it is none, and the child takes its own time."""
+    from datetime import datetime, timezone
+
+    try:
+        time = value if isinstance(value, datetime) else datetime.fromisoformat(str(value))
+        if time.tzinfo is None:
+            time = time.replace(tzinfo=timezone.utc)
+        return time.astimezone(timezone.utc).isoformat()
+    except Exception:
+        return None
 
 
 class HeartbeatLoader:
@@ -716,6 +822,8 @@ class ExecutorLoader:
             work = getattr(module, f"{name}_async", None)
             if inspect.iscoroutinefunction(work):
                 setattr(module, f"{name}_async", self.heartbeat.track(name, work, deckies_of))
+            else:
+                log("no coroutine function %s_async: a %s is not tracked", name, name)
 
 
 class DecnetHeartbeatFinder:

@@ -215,14 +215,30 @@ fn another_file_in_place_of_the_socket_is_left_alone_and_push_posts_itself() {
     assert_eq!(fixture.master.connections().len(), 2);
 }
 
-/// How often the outbox thread has slept.
-fn outbox_thread_switches(run: &ChildProcess) -> u64 {
-    let tasks = fs::read_dir(format!("/proc/{}/task", run.id())).unwrap();
-    let statuses =
-        tasks.map(|task| fs::read_to_string(task.unwrap().path().join("status")).unwrap());
-    let status = statuses.into_iter().find(|status| status.contains("decnet-outbox")).unwrap();
+/// How often the outbox thread has slept. `None`: there is no such thread.
+fn outbox_thread_switches(process: &ChildProcess) -> Option<u64> {
+    let tasks = fs::read_dir(format!("/proc/{}/task", process.id())).ok()?;
+    let mut statuses =
+        tasks.filter_map(|task| fs::read_to_string(task.ok()?.path().join("status")).ok());
+    let status = statuses.find(|status| status.contains("decnet-outbox"))?;
     let field = |line: &str| line.strip_prefix("voluntary_ctxt_switches:")?.trim().parse().ok();
-    status.lines().find_map(field).unwrap()
+    status.lines().find_map(field)
+}
+
+#[test]
+fn push_that_waits_long_reads_less_often() {
+    let fixture = Fixture::new();
+    let run = start_run(&fixture, "1h");
+    run.signal("STOP");
+    let mut command = beside(&fixture, &[&PUSH[..], &["--timeout", "2s"]].concat());
+    let mut push = ChildProcess::start(command.stdout(Stdio::null()).stderr(Stdio::null()));
+    let mut switches = 0;
+    poll_until("the end of push", || {
+        switches = outbox_thread_switches(&push).unwrap_or(switches);
+        push.0.try_wait().unwrap().is_some()
+    });
+    // Every 2 ms would be 1,000 reads.
+    assert!((20..500).contains(&switches), "{switches}");
 }
 
 #[test]
@@ -230,7 +246,7 @@ fn flood_of_datagrams_causes_no_beat_and_few_wake_ups() {
     let fixture = Fixture::new();
     open_rows(&fixture, 1);
     let run = start_run(&fixture, "1h");
-    let before = outbox_thread_switches(&run);
+    let before = outbox_thread_switches(&run).unwrap();
     let flooder = UnixDatagram::unbound().unwrap();
     flooder.connect(socket(&fixture)).unwrap();
     let since = Instant::now();
@@ -240,7 +256,7 @@ fn flood_of_datagrams_causes_no_beat_and_few_wake_ups() {
     assert_eq!(output(&fixture, &PUSH).1, "delivered\n");
     assert_eq!(fixture.master.received().len(), 2);
     // It is woken every 5 ms at most, and each wake-up has a few switches.
-    let woken = outbox_thread_switches(&run) - before;
+    let woken = outbox_thread_switches(&run).unwrap() - before;
     assert!(woken < 1_000, "{woken}");
 }
 

@@ -7,6 +7,8 @@ The agent's modules and the program are stand-ins, made in a scratch folder.
 
 import asyncio
 import contextlib
+import datetime
+import enum
 import importlib
 import importlib.util
 import json
@@ -123,15 +125,28 @@ class ShimTest(unittest.TestCase):
         spec = importlib.util.spec_from_file_location("shim", SHIM)
         self.shim = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(self.shim)
+        self.reporters = []
+        make_reporter = self.shim.Reporter
+
+        def reporter():
+            self.reporters.append(make_reporter())
+            return self.reporters[-1]
+
+        self.shim.Reporter = reporter
         self.addCleanup(self.remove_shim)
         self.records = logging.getLogger(self.shim.HEARTBEAT_MODULE)
         self.heartbeat = importlib.import_module("decnet.agent.heartbeat")
         self.executor = importlib.import_module("decnet.agent.executor")
 
     def remove_shim(self):
-        for start in self.starts():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(start["pid"], signal.SIGKILL)
+        # A reporter that a test has not waited for may start another child.
+        end = time.monotonic() + PATIENCE
+        while not all(it.has_ended for it in self.reporters):
+            self.assertLess(time.monotonic(), end)
+            for start in self.starts():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(start["pid"], signal.SIGKILL)
+            time.sleep(0.01)
         sys.path.remove(str(self.folder / "agent"))
         sys.meta_path.pop(0)
         for name in [name for name in sys.modules if name.split(".")[0] == "decnet"]:
@@ -266,6 +281,15 @@ class ShimTest(unittest.TestCase):
         self.run_agent(main)
         self.assertEqual(self.requests("end")[0]["params"]["error"], "the mutate was cancelled")
 
+    def test_work_whose_coroutine_is_closed_is_reported(self):
+        async def main():
+            work = self.executor.mutate_async("d1", [])
+            work.send(None)
+            work.close()
+
+        self.run_agent(main)
+        self.assertEqual(self.requests("end")[0]["params"]["error"], "the mutate was cancelled")
+
     def test_work_without_an_outcome_is_reported(self):
         async def work(*deckies):
             return [("d1", "succeeded")]
@@ -298,6 +322,64 @@ class ShimTest(unittest.TestCase):
         self.assertEqual(self.log()[-1], {"end": True})
         self.assertEqual(self.requests("end", "push"), [])
         self.assertEqual(len(self.starts()), 1)
+
+    def test_an_operation_that_has_ended_does_not_keep_later_deltas_from_another_child(self):
+        async def work(*deckies):
+            return [("d1", "succeeded")]
+
+        async def main():
+            self.executor.work = work
+            await self.executor.deploy_async(Config("d1"))
+            await self.heartbeat.stop()
+            self.heartbeat.start()
+            await self.heartbeat.push_lifecycle_delta([succeeded("d1")])
+
+        self.run_agent(main)
+        self.assertEqual(len(self.requests("push")), 1)
+
+    def test_times_and_enumerations_are_sent_as_the_program_reads_them(self):
+        class Status(str, enum.Enum):
+            DONE = "succeeded"
+
+        zone = datetime.timezone(datetime.timedelta(hours=2, seconds=7))
+        times = {
+            "2026-01-02T03:04:05.5": "2026-01-02T03:04:05.500000+00:00",
+            "2026-01-02 03:04:05+01:00": "2026-01-02T02:04:05+00:00",
+            datetime.datetime(2026, 1, 2, 3, tzinfo=zone): "2026-01-02T00:59:53+00:00",
+            "yesterday": None,
+        }
+
+        async def main():
+            deltas = [{**succeeded("d"), "status": Status.DONE, "completed_at": time}
+                      for time in times]
+            await self.heartbeat.push_lifecycle_delta(deltas)
+
+        self.run_agent(main)
+        sent = [it["params"]["deltas"][0] for it in self.requests("push")]
+        self.assertEqual([it.get("completed_at") for it in sent], list(times.values()))
+        self.assertEqual({it["status"] for it in sent}, {"succeeded"})
+
+    def test_what_is_not_a_delta_does_not_keep_others_from_being_sent(self):
+        class Odd:
+            def __str__(self):
+                raise KeyError
+
+        async def work(*deckies):
+            return [("d1", "succeeded"), ([], "succeeded"), ("d2", "succeeded")]
+
+        async def main():
+            self.shim.log_exception = lambda message: self.problems.append(message)
+            self.executor.work = work
+            await self.executor.deploy_async(Config("d1", "d2"))
+            odd = {**succeeded("d3"), "error": Odd()}
+            await self.heartbeat.push_lifecycle_delta([None, succeeded("d4"), odd])
+
+        self.problems = []
+        self.run_agent(main)
+        ended = [it["params"]["decky"] for it in self.requests("end")]
+        pushed = [it["params"]["deltas"][0]["decky_name"] for it in self.requests("push")]
+        self.assertEqual((ended, pushed), (["d1", "d2"], ["d4"]))
+        self.assertEqual(self.problems, 3 * ["an outcome was not reported"])
 
     def test_text_that_is_no_utf_8_and_long_text_do_not_break_a_line(self):
         async def main():
@@ -346,6 +428,73 @@ class ShimTest(unittest.TestCase):
             self.mode(print=printed, silent=True)
             self.run_agent(lambda: self.report_to(None))
 
+    def test_a_request_whose_answer_is_not_valid_is_sent_to_the_next_child(self):
+        for method, answer in (("begin", {"result": {}}), ("end", {"error": 1})):
+            self.mode(answers={method: answer})
+            self.shim.BACKOFF_MIN = 0.01
+
+            async def work(*deckies):
+                self.mode()
+                return [("d1", "succeeded")]
+
+            async def main():
+                self.shim.BEGIN_WAIT = PATIENCE if method == "end" else 0.1
+                self.executor.work = work
+                await self.executor.deploy_async(Config("d1"))
+                await self.until(lambda: not self.reporter().operations)
+
+            before = len(self.requests("end"))
+            self.run_agent(main)
+            self.assertIn("not an answer", self.logged)
+            handle = self.starts()[-1]["pid"] + 1
+            self.assertGreater(len(self.requests("end")), before)
+            self.assertEqual(self.requests("end")[-1]["params"]["handle"], handle)
+
+    def test_a_log_that_raises_does_not_end_the_reports(self):
+        self.mode(exit=3)
+        self.shim.BACKOFF_MIN = self.shim.COMMIT_WAIT = 0.1
+        calls = []
+
+        def refuse(record):
+            calls.append(record)
+            raise OSError("no space left")
+
+        async def main():
+            self.records.addFilter(refuse)
+            try:
+                await self.until(lambda: calls)
+                self.mode()
+                await self.heartbeat.push_lifecycle_delta([None])
+                await self.heartbeat.push_lifecycle_delta([succeeded("d1")])
+                await self.until(lambda: self.requests("push"))
+            finally:
+                self.records.removeFilter(refuse)
+
+        self.run_agent(main)
+
+    def test_a_problem_is_logged_again_after_a_pause(self):
+        self.mode(exit=3)
+        self.shim.BACKOFF_MIN = self.shim.BACKOFF_MAX = 0.01
+        self.shim.LOG_PAUSE = 0
+        again = lambda: "\n".join(self.logged_now.output).count("code=3") > 1
+        self.run_agent(lambda: self.until(again))
+
+    def test_an_idle_program_that_hangs_is_replaced(self):
+        self.mode(silent=True)
+        self.shim.ANSWER_WAIT, self.shim.BACKOFF_MIN = 0.3, 0.01
+
+        async def main():
+            await self.until(lambda: len(self.starts()) > 1)
+            self.mode()
+            await self.until(lambda: len(self.requests("stats")) > 3)
+            count = len(self.starts())
+            stats = len(self.requests("stats"))
+            await self.until(lambda: len(self.requests("stats")) > stats + 2)
+            self.assertEqual(len(self.starts()), count)
+
+        self.run_agent(main)
+        self.assertIn("does not answer", self.logged)
+
     def test_a_program_that_prints_without_end_is_killed(self):
         self.mode(flood=True)
         self.run_agent(lambda: self.report_to("too long"))
@@ -383,7 +532,7 @@ class ShimTest(unittest.TestCase):
         self.shim.BACKOFF_MIN = 0.01
 
         async def main():
-            await self.until(lambda: self.reporter().last_problem)
+            await self.until(lambda: self.reporter().logged)
             await asyncio.sleep(0.5)
 
         self.run_agent(main)
@@ -422,6 +571,37 @@ class ShimTest(unittest.TestCase):
         ends = [it["params"] for it in self.requests("end")]
         ended = [(it["handle"], it["decky"]) for it in ends]
         self.assertEqual(ended, [(handle, "d1"), (handle, "d2")])
+
+    def test_a_begin_that_several_children_have_not_read_is_sent_once(self):
+        self.shim.BACKOFF_MIN = self.shim.BACKOFF_MAX = 0.05
+        self.shim.COMMIT_WAIT = PATIENCE
+
+        async def main():
+            done = asyncio.Event()
+
+            async def work(*deckies):
+                await done.wait()
+                return [(decky, "succeeded") for decky in deckies]
+
+            self.executor.work = work
+            deploys = [asyncio.create_task(self.executor.deploy_async(Config("d1", decky)))
+                       for decky in ("d2", "d3")]
+            await self.until(lambda: all(it.handle for it in self.reporter().operations)
+                             and len(self.reporter().operations) == 2)
+            self.shim.UNANSWERED_MAX = 1
+            self.mode(exit=1)
+            os.kill(self.starts()[0]["pid"], signal.SIGKILL)
+            await self.until(lambda: len(self.starts()) > 4)
+            self.mode()
+            done.set()
+            await asyncio.gather(*deploys)
+
+        self.run_agent(main)
+        last = self.starts()[-1]
+        requests = self.log()[self.log().index(last):]
+        begins = [it["params"]["deckies"] for it in requests if it.get("method") == "begin"]
+        # A child takes over the newest row of d1, so the newest operation is the first.
+        self.assertEqual(begins, [["d1", "d3"], ["d1", "d2"]])
 
     def test_an_end_that_a_killed_program_has_not_answered_is_sent_again(self):
         self.mode(die="end")
@@ -475,6 +655,37 @@ class ShimTest(unittest.TestCase):
         self.run_agent(main)
         self.assertEqual(len(self.requests("push")), before + 1)
 
+    def test_what_the_outbox_has_refused_is_sent_at_the_stop(self):
+        self.shim.COMMIT_WAIT, self.shim.BACKOFF_MIN, self.shim.REFUSED_PAUSE = 0.1, 1000, 1000
+        self.mode(answers={"push": {"error": {"code": -32000, "message": "full"}}})
+
+        async def main():
+            await self.heartbeat.push_lifecycle_delta([succeeded("d1")])
+            await self.until(lambda: self.reporter().refused)
+            self.mode()
+            os.kill(self.starts()[0]["pid"], signal.SIGKILL)
+            await self.until(lambda: self.reporter().logged.get("child"))
+
+        self.run_agent(main)
+        self.assertEqual(len(self.requests("push")), 2)
+        self.assertNotIn("not confirmed", self.logged)
+
+    def test_a_program_that_is_killed_during_the_stop_is_started_once_more(self):
+        self.mode(silent=True, linger=1000)
+        self.shim.COMMIT_WAIT, self.shim.BACKOFF_MIN = 0.1, 1000
+        self.shim.STOP_WAIT = PATIENCE
+
+        async def main():
+            await self.heartbeat.push_lifecycle_delta([succeeded("d1")])
+            stop = asyncio.create_task(self.heartbeat.stop())
+            await self.until(lambda: {"end": True} in self.log())
+            self.mode()
+            os.kill(self.starts()[0]["pid"], signal.SIGKILL)
+            await stop
+
+        self.run_agent(main)
+        self.assertEqual(len(self.requests("push")), 2)
+
     def test_a_line_that_the_program_cannot_parse_is_the_oldest_one(self):
         self.mode(answers={"push": {"id": None, "error": {"code": -32700, "message": "no"}}})
 
@@ -519,6 +730,38 @@ class ShimTest(unittest.TestCase):
             self.assertEqual(waiting[-1].delta["decky_name"], "d19999")
 
         self.flood(check)
+
+    def test_without_a_program_the_newest_operations_wait(self):
+        os.environ["DECNET_HEARTBEAT_PROGRAM"] = str(self.folder / "none")
+        self.shim.QUEUE_MAX = 10
+        self.shim.BEGIN_WAIT = self.shim.COMMIT_WAIT = 0.001
+        self.shim.STOP_WAIT = 0.1
+
+        async def main():
+            ready, done = asyncio.Event(), asyncio.Event()
+
+            async def slow(decky):
+                ready.set()
+                await done.wait()
+
+            async def work(decky):
+                pass
+
+            self.executor.work = slow
+            first = asyncio.create_task(self.executor.mutate_async("d0", []))
+            await ready.wait()
+            self.executor.work = work
+            for number in range(1, 30):
+                await self.executor.mutate_async(f"d{number}", [])
+            waiting = self.reporter().waiting
+            self.assertLessEqual(len(waiting), 10)
+            ended = [it.delta["decky_name"] for it in waiting if it.method == "end"]
+            self.assertEqual(ended, ["d26", "d27", "d28", "d29"])
+            self.assertEqual(list(waiting[0].operation.open), ["d0"])
+            done.set()
+            await first
+
+        self.run_agent(main)
 
     def test_a_program_that_does_not_read_does_not_block_the_loop(self):
         self.mode(deaf=True)
@@ -644,9 +887,38 @@ class ProcessTest(unittest.TestCase):
             """
         self.assertEqual(self.python(code, "shim", "second", "hidden"), ("hidden\n1", ""))
 
-    def test_the_agent_finds_the_same_functions(self):
+    def write_agent(self):
         for name, text in AGENT.items():
             self.write(f"agent/{name}", text)
+
+    def test_reports_that_wait_at_the_end_of_the_interpreter_are_sent(self):
+        self.write_agent()
+        self.write("decnet-heartbeat", f"#!{sys.executable} -SsE\n" + textwrap.dedent(PROGRAM))
+        (self.folder / "decnet-heartbeat").chmod(0o700)
+        self.write("mode", '{"exit": 1}')
+        code = f"""
+            import asyncio, os, sitecustomize
+            os.environ["DECNET_HEARTBEAT_PROGRAM"] = "{self.folder}/decnet-heartbeat"
+            sitecustomize.COMMIT_WAIT = 1
+            from decnet.agent import heartbeat
+            delta = {{"decky_name": "d1", "operation": "deploy", "status": "succeeded"}}
+            asyncio.run(heartbeat.push_lifecycle_delta([delta]))
+            open("{self.folder}/mode", "w").write("{{}}")
+            """
+        out, err = self.python(code, "shim", "agent")
+        self.assertIn("code=1", err)
+        log = [json.loads(line) for line in (self.folder / "log").read_text().splitlines()]
+        self.assertEqual([it["method"] for it in log if "method" in it], ["push"])
+        self.assertEqual(log[-1], {"end": True})
+
+    def test_an_executor_without_a_known_function_is_logged_and_works(self):
+        self.write_agent()
+        self.write("agent/decnet/agent/executor.py", "async def mutate_async(decky): pass")
+        out, err = self.python("from decnet.agent import executor", "shim", "agent")
+        self.assertEqual(err, "no coroutine function deploy_async: a deploy is not tracked")
+
+    def test_the_agent_finds_the_same_functions(self):
+        self.write_agent()
         code = """
             import inspect
             from decnet.agent import executor, heartbeat

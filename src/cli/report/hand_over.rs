@@ -46,7 +46,8 @@ impl Reporter {
             self.claim(ids);
             return self.post(deltas, wait);
         }
-        let mut next_check = Instant::now();
+        let since = Instant::now();
+        let mut next_check = since;
         if self.outbox.wake_deliverer() {
             next_check += limits::REPORT_PAUSE;
         }
@@ -61,7 +62,9 @@ impl Reporter {
                 }
                 next_check = Instant::now() + limits::REPORT_PAUSE;
             }
-            if wait.sleep(None, Instant::now() + limits::HAND_OVER_PAUSE).is_err() {
+            let pause = since.elapsed() / limits::HAND_OVER_READS;
+            let pause = pause.clamp(limits::HAND_OVER_PAUSE, limits::REPORT_PAUSE);
+            if wait.sleep(None, Instant::now() + pause).is_err() {
                 return ReportResult::Undelivered(NOT_IN_TIME.to_owned());
             }
         }
