@@ -108,7 +108,7 @@ class ShimTest(unittest.TestCase):
     """The shim in this process, in place of the module of a stand-in for the agent."""
 
     def setUp(self):
-        scratch = tempfile.TemporaryDirectory()
+        scratch = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         self.addCleanup(scratch.cleanup)
         self.folder = Path(scratch.name)
         for name, code in AGENT.items():
@@ -836,7 +836,7 @@ class ProcessTest(unittest.TestCase):
     """The shim as `sitecustomize` of a process."""
 
     def setUp(self):
-        scratch = tempfile.TemporaryDirectory()
+        scratch = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         self.addCleanup(scratch.cleanup)
         self.folder = Path(scratch.name)
         self.write("shim/sitecustomize.py", SHIM.read_text())

@@ -1,8 +1,9 @@
 //! Unusual answers on a connection: early, interim and incomplete ones, and bytes after an answer.
 
-use std::io::Write;
+use std::io::{self, Write};
 use std::time::Duration;
 
+use crossbeam_channel::bounded;
 use decnet_heartbeat::{LifecycleDelta, Operation, Snapshot};
 use serde_json::json;
 
@@ -169,6 +170,9 @@ fn leftover_bytes_are_not_the_next_answer() {
         for padding in [0, 1_000, 4_040, 4_096, 7_900] {
             let fixture = Fixture::new();
             let answer = format!("HTTP/1.1 204 No Content\r\nx: {}\r\n\r\n", "y".repeat(padding));
+            // The client has read the answer, and the leftover bytes were sent.
+            let (answer_read, read) = bounded(1);
+            let (leftover_sent, sent) = bounded(1);
             let master = RawMaster::new(&fixture, move |connection| {
                 loop {
                     connection.read_request()?;
@@ -185,21 +189,23 @@ fn leftover_bytes_are_not_the_next_answer() {
                         }
                         Leftover::LaterRecord => {
                             connection.socket.write_all(&first)?;
-                            // Sent after the client has read the answer.
-                            std::thread::sleep(Duration::from_millis(5));
+                            read.recv().map_err(io::Error::other)?;
                             connection.socket.write_all(&second)?;
                         }
                     }
+                    leftover_sent.send(()).map_err(io::Error::other)?;
                 }
             });
             let (builder, tick) = fixture.builder();
             let heartbeat = master.redirect(&fixture, builder).start().unwrap();
-            wait_for_stats(&heartbeat, |stats| stats.beats == 1);
-            for beats in 2..5 {
-                // The leftover bytes arrive before the next request. The client shows no event.
-                std::thread::sleep(Duration::from_millis(20));
-                tick.send(now()).unwrap();
+            for beats in 1..5 {
                 wait_for_stats(&heartbeat, |stats| stats.beats == beats);
+                // Only a later record waits for it.
+                let _ = answer_read.try_send(());
+                sent.recv_timeout(TIMEOUT).unwrap();
+                if beats < 4 {
+                    tick.send(now()).unwrap();
+                }
             }
             let connections: Vec<_> =
                 master.requests.try_iter().map(|(connection, _)| connection).collect();
