@@ -312,7 +312,9 @@ fn lines_are_delivered_together_with_their_times() {
     let _run = start_run(&fixture, "1h");
     let (_, stdout, _) = push_lines(&fixture, &["--json"], lines);
     assert_eq!(serde_json::from_str::<Value>(&stdout).unwrap(), expected("delivered"));
-    assert_eq!(deckies(fixture.master.received().last().unwrap()).len(), 2);
+    // The first beat of run may be later than the push.
+    let beats = fixture.master.received();
+    assert!(beats.iter().skip(1).any(|beat| deckies(beat).len() == 2));
 }
 
 #[test]
