@@ -248,12 +248,7 @@ impl OutboxThread {
             #[cfg(feature = "cli")]
             Request::Resume(request) => return self.resume(caller, request),
             Request::OfferAdded => return self.offer_added(generation),
-            Request::Release => {
-                self.has_stopped = true;
-                self.delivery = None;
-                self.wake = None;
-                self.outbox.stop_delivering().map(|()| 0)
-            }
+            Request::Release => return self.release(caller),
             #[cfg(feature = "cli")]
             Request::IsOvertaken(delta) => self.outbox.is_overtaken(&delta).map(i64::from),
             #[cfg(feature = "cli")]
@@ -307,6 +302,16 @@ impl OutboxThread {
             self.offer(None, generation, Duration::ZERO);
             self.send_changed_credentials();
         }
+    }
+
+    fn release(&mut self, caller: Caller) {
+        self.has_stopped = true;
+        self.delivery = None;
+        let released = self.outbox.stop_delivering().map(|()| 0);
+        self.queue.answer(vec![(caller, released)]);
+        // After the answer, because a disk that has stopped answering blocks the removal of the
+        // socket.
+        self.wake = None;
     }
 
     fn begin_flush(&mut self, caller: Caller) {

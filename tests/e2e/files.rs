@@ -3,7 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::error::Error as _;
-use std::fs;
+use std::fs::{self, DirEntry};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -139,7 +139,9 @@ fn child(dir: &Path, work: &str) -> Command {
 
 fn copy(from: &Path, to: &Path) {
     fs::create_dir(to).unwrap();
-    for entry in fs::read_dir(from).unwrap().map(Result::unwrap) {
+    // Not the wake socket of a process that was killed.
+    let is_file = |entry: &DirEntry| entry.file_type().unwrap().is_file();
+    for entry in fs::read_dir(from).unwrap().map(Result::unwrap).filter(is_file) {
         fs::copy(entry.path(), to.join(entry.file_name())).unwrap();
     }
 }
