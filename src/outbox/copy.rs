@@ -32,6 +32,10 @@ const CHANGED: &str = "CREATE TABLE changed (id INTEGER PRIMARY KEY) STRICT";
 /// process may already have moved them to the new file.
 const MOVED: &str = "CREATE TABLE moved (id INTEGER PRIMARY KEY) STRICT";
 
+/// The last id that a replaced file has given. Its row may be in the new file alone, so it is not
+/// merged.
+const GIVEN: &str = "CREATE TABLE given (id INTEGER PRIMARY KEY) STRICT";
+
 /// An ended operation is newer than one in flight, and a rejected delta is newer than a waiting
 /// one.
 const UNLESS_NEWER: &str =
@@ -56,7 +60,7 @@ pub(super) fn open() -> rusqlite::Result<Connection> {
     let mut copy = Connection::open_in_memory()?;
     schema::migrate(&mut copy)?;
     schema::configure(&copy)?;
-    copy.execute_batch(&format!("{CHANGED}; {MOVED}"))?;
+    copy.execute_batch(&format!("{CHANGED}; {MOVED}; {GIVEN}"))?;
     // With triggers no change is missed, and none is recorded that is rolled back. They do not use
     // `OR IGNORE`, because the conflict clause of the triggering statement would replace it.
     for (event, row) in [("INSERT", "new"), ("UPDATE", "new"), ("DELETE", "old")] {
@@ -112,13 +116,10 @@ pub(super) fn mark_moved(
     copy.execute(&moved, [token])?;
     // The last id of the file, not that of the copy, which is above the clock: a process that has
     // only an older or incomplete file could give the same id. Rows that were added to the copy are
-    // in `changed`, and the row of another owner stays as it is.
+    // in `changed`. The file may have changed since the rows were read, and this id may be that of
+    // a newer row.
     let last_id = schema::last_id(file).or_else(|_| schema::last_id(copy))?;
-    copy.execute(
-        "INSERT OR IGNORE INTO moved SELECT ?1 WHERE ?1 NOT IN (SELECT id FROM delta)",
-        [last_id],
-    )
-    .map(drop)
+    copy.execute("INSERT OR IGNORE INTO given VALUES (?1)", [last_id]).map(drop)
 }
 
 /// Merges the changed and the moved rows into a file, inside its transaction. A moved row may have
@@ -136,7 +137,7 @@ pub(super) fn merge(copy: &Connection, file: &Connection) -> rusqlite::Result<()
     for_each_row(copy, &rows, file, &format!("{INSERT} {values} {UNLESS_NEWER}"))?;
     for_each_row(copy, &format!("{DELIVERED} ORDER BY number"), file, INSERT_DELIVERED)?;
     // Rows that were added and deleted in memory have used their ids, too.
-    let last_id = format!("SELECT ifnull(max(id), 0) FROM ({ids})");
+    let last_id = format!("SELECT ifnull(max(id), 0) FROM ({ids} UNION SELECT id FROM given)");
     raise_last_id(file, schema::value(copy, &last_id, [])?)
 }
 
@@ -199,6 +200,30 @@ mod tests {
         copy.progress_handler(1, Some(count)).unwrap();
         refresh(&copy, Some(&file)).unwrap();
         steps.load(Ordering::Relaxed)
+    }
+
+    #[test]
+    fn row_that_was_added_after_the_rows_were_read_stays_in_the_new_file() {
+        let file = || {
+            let mut file = Connection::open_in_memory().unwrap();
+            schema::migrate(&mut file).unwrap();
+            file
+        };
+        let (old, new, copy) = (file(), file(), open().unwrap());
+        let add = |file: &Connection, id: i64| {
+            let insert = "INSERT INTO delta (id, decky, operation) VALUES (?1, 'd', 'deploy')";
+            assert_eq!(file.execute(insert, [id]).unwrap(), 1);
+        };
+        let first =
+            1 + [&old, &new].map(|file| schema::last_id(file).unwrap()).into_iter().max().unwrap();
+        [&old, &new].iter().for_each(|file| add(file, first));
+        refresh(&copy, Some(&old)).unwrap();
+        // Another process adds a row, which this one sees only in a part of its reads.
+        [&old, &new].iter().for_each(|file| add(file, first + 1));
+        mark_moved(&copy, &old, MovedRows::Everything, "us").unwrap();
+        merge(&copy, &new).unwrap();
+        assert_eq!(schema::value::<i64>(&new, "SELECT count(*) FROM delta", []).unwrap(), 2);
+        assert_eq!(schema::last_id(&new).unwrap(), first + 1);
     }
 
     #[test]
