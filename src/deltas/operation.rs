@@ -259,8 +259,8 @@ impl Drop for TrackedOperation {
     }
 }
 
-/// The text of an error and its sources, for the master. A source whose text the text before it
-/// already ends with is left out. The result is truncated to the length of a delta's error.
+/// The text of an error and its sources, for the master. A source is left out if the text so far
+/// ends with its text. The result is truncated to the length of a delta's error.
 pub(super) fn reason(error: &dyn StdError) -> String {
     let mut text = String::new();
     for layer in layers(error, limits::DELTA_ERROR) {
