@@ -240,23 +240,26 @@ impl OutboxThread {
     }
 
     fn serve_read(&mut self, caller: Caller, request: Request, generation: Generation) {
-        let answer = match request {
-            Request::NewRows(_) | Request::RowChange(_) => return,
-            Request::Maintain => return self.maintain(),
-            Request::Batch(request) => return self.send_batch(&request, generation),
-            Request::Flush => return self.begin_flush(caller),
+        match request {
+            Request::NewRows(_) | Request::RowChange(_) => {}
+            Request::Maintain => self.maintain(),
+            Request::Batch(request) => self.send_batch(&request, generation),
+            Request::Flush => self.begin_flush(caller),
             #[cfg(feature = "cli")]
-            Request::Resume(request) => return self.resume(caller, request),
-            Request::OfferAdded => return self.offer_added(generation),
-            Request::Release => return self.release(caller),
+            Request::Resume(request) => self.resume(caller, request),
+            Request::OfferAdded => self.offer_added(generation),
+            Request::Release => self.release(caller),
             #[cfg(feature = "cli")]
-            Request::IsOvertaken(delta) => self.outbox.is_overtaken(&delta).map(i64::from),
+            Request::IsOvertaken(delta) => {
+                let is_overtaken = self.outbox.is_overtaken(&delta).map(i64::from);
+                self.queue.answer(vec![(caller, is_overtaken)]);
+            }
             #[cfg(feature = "cli")]
             Request::HandOver(request) => {
-                self.hand_over.serve(&mut self.outbox, request).map(i64::from)
+                let found = self.hand_over.serve(&mut self.outbox, request).map(i64::from);
+                self.queue.answer(vec![(caller, found)]);
             }
-        };
-        self.queue.answer(vec![(caller, answer)]);
+        }
     }
 
     fn maintain(&mut self) {
