@@ -134,9 +134,10 @@ impl Reporter {
             Outcome::Succeeded => command.arg("succeeded"),
             Outcome::Failed(error) => command.args(["failed", "--error", error]),
         };
-        if let Delivery::LeaveToRun = delivery {
-            command.arg("--no-wait");
-        }
+        match delivery {
+            Delivery::LeaveToRun => command.arg("--no-wait"),
+            Delivery::Wait => command.args(["--timeout", &timeout()]),
+        };
         test.record(&format!("pushing {name}"));
         Self { child: spawn(command.arg(&name)), name, outcome: None }
     }
@@ -151,6 +152,7 @@ impl Reporter {
         };
         let script = format!("sleep 0.{:03}; {script}", fastrand::u8(..60));
         command.args(["track", "--operation", "deploy", "--decky", &name]);
+        command.args(["--timeout", &timeout()]);
         command.args(["--", "sh", "-c", &script]);
         test.record(&format!("beginning {name}"));
         test.record(&format!("ending {name} {outcome}"));
@@ -194,6 +196,11 @@ impl Reporter {
         events.iter().for_each(|event| test.record(&format!("{event} {name}")));
         Some(ReporterEnd { is_queued, output: format!("exit code {code}: {stderr}") })
     }
+}
+
+/// A random time limit of a delivery. While `run` cannot reach the master, a reporter waits for it.
+fn timeout() -> String {
+    format!("{}ms", fastrand::u64(1..1_000))
 }
 
 fn spawn(command: &mut Command) -> Child {
