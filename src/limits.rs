@@ -271,7 +271,8 @@ pub(crate) const GROUP_ROWS: usize = 1_000;
 pub(crate) const GATHER: Duration = Duration::from_micros(100);
 
 /// How long the heartbeat thread waits for the deltas of a POST, at most half an interval. While an
-/// answer is overdue it does not wait again.
+/// answer is overdue it does not wait again. After a stop it waits for half of the rest of the grace,
+/// because no later beat has the deltas.
 pub(crate) const BATCH_WAIT: Duration = Duration::from_millis(250);
 
 /// The age from which a batch that came with new deltas is requested again. Other processes may

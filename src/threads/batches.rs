@@ -1,6 +1,6 @@
 //! The deltas of a POST: which ones the outbox thread has read as sendable, and for how long that
 //! is valid. A value of the heartbeat thread. It waits up to [`limits::BATCH_WAIT`] for a slow
-//! disk; then the beat is sent without deltas.
+//! disk, longer only after a stop; then the beat is sent without deltas.
 
 use std::mem;
 use std::sync::Arc;
@@ -115,6 +115,11 @@ impl Batches {
     /// Whether deltas were offered during the last beat. Its states may be older than these.
     pub(crate) fn take_new_offer(&mut self) -> bool {
         mem::take(&mut self.has_new_offer)
+    }
+
+    /// Makes the next request wait for its answer, also if an earlier answer is overdue.
+    pub(crate) fn wait_again(&mut self) {
+        self.is_overdue = false;
     }
 
     /// Stores the batch unless a newer one is stored.

@@ -382,6 +382,7 @@ impl HeartbeatLoop {
         let mut left = self.outbox.sendable();
         if left > 0 {
             self.await_topology();
+            self.batches.wait_again();
         }
         while left > 0 && !self.time_left().is_zero() {
             let Some(BeatResult { result, delivered }) = self.send_posts(None) else { return };

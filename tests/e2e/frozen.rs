@@ -564,6 +564,28 @@ fn syncs_of_eight_seconds_delay_no_beat_and_lose_no_delta() {
     );
 }
 
+/// The acknowledgement of the first delta is being synced when the deltas of the last beat are read.
+#[test]
+#[ignore = "needs strace"]
+fn stop_waits_for_a_slow_sync_and_delivers_the_last_delta() {
+    let name = "stop_waits_for_a_slow_sync_and_delivers_the_last_delta";
+    let Some(loopback) = in_own_process(name) else { return };
+    let heartbeat = start(&loopback);
+    assert_eq!(push(&heartbeat.deltas(), "before"), CallResult::Queued);
+    wait_until_sent(&heartbeat);
+    let file = heartbeat.stats().outbox.unwrap().with_file_name("heartbeat.db-wal");
+    let _delay = delay_syncs(Duration::from_millis(600), Some(&file.canonicalize().unwrap()));
+    // Each answer takes more than a second.
+    loopback.master.always(Some(Fault::Slowly(Duration::from_millis(25))));
+    assert_eq!(push(&heartbeat.deltas(), "first"), CallResult::Queued);
+    loopback.wait_for_delta("first");
+    assert_eq!(push(&heartbeat.deltas(), "second"), CallResult::Queued);
+    loopback.master.always(None);
+    let stopped = heartbeat.stop(Duration::from_secs(5));
+    assert_eq!((stopped.undelivered, stopped.durable, stopped.in_time), (0, true, true));
+    assert_sent(&loopback, ["before", "first", "second"].map(|name| (name, CallResult::Queued)));
+}
+
 #[test]
 #[ignore = "needs strace"]
 fn delivery_lock_is_held_until_last_ack_is_synced() {

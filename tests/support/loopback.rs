@@ -4,11 +4,11 @@ use std::path::Path;
 use std::time::Instant;
 
 use crossbeam_channel::{Sender, unbounded};
-use decnet_heartbeat::loopback::{Enrolled, LoopbackMaster};
+use decnet_heartbeat::loopback::{Enrolled, LoopbackMaster, Seen};
 use decnet_heartbeat::{Heartbeat, HeartbeatBuilder, Snapshot};
 use serde_json::json;
 
-use super::requests;
+use super::{TIMEOUT, requests};
 
 pub struct Loopback {
     pub master: LoopbackMaster,
@@ -36,6 +36,14 @@ impl Loopback {
     /// The deckies of all deltas that the master received, in their order.
     pub fn sent(&self) -> Vec<String> {
         self.master.received().iter().flat_map(requests::deckies).collect()
+    }
+
+    /// Waits until the master has received a delta of this decky.
+    pub fn wait_for_delta(&self, decky: &str) {
+        let is_received = |seen: &Seen| {
+            seen.received().iter().flat_map(requests::deckies).any(|received| received == decky)
+        };
+        assert!(self.master.wait_until(TIMEOUT, is_received), "no delta of {decky}");
     }
 }
 

@@ -286,7 +286,11 @@ impl HeartbeatLoop {
         if selection == DeltaSelection::None {
             return Ok(Vec::new());
         }
-        let timeout = limits::BATCH_WAIT.min(self.schedule.interval() / 2).min(self.time_left());
+        let timeout = match self.deadline {
+            // Half of the rest is for the POST.
+            Some(_) => self.time_left() / 2,
+            None => limits::BATCH_WAIT.min(self.schedule.interval() / 2),
+        };
         let deltas = match self.batches.get(selection, self.content.suspects(), timeout) {
             Some(mut batch) => {
                 self.take_credentials(&mut batch);
