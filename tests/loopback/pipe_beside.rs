@@ -117,7 +117,8 @@ fn set_lock(lock_file: &File, kind: i32) {
         l_len: 1,
         l_pid: 0,
     };
-    fcntl(lock_file.as_fd(), FcntlArg::F_OFD_SETLK(&lock)).unwrap();
+    // The process may be acknowledging a delta.
+    fcntl(lock_file.as_fd(), FcntlArg::F_OFD_SETLKW(&lock)).unwrap();
 }
 
 #[test]
