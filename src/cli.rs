@@ -87,8 +87,8 @@ fn execute() -> ExitCode {
     result.unwrap_or_else(|error| fail(&error))
 }
 
-/// Sets up signals and the log. Returns the signals that stop `run` and `pipe`. After an error, `track` still
-/// runs its command.
+/// Sets up signals and the log. Returns the signals that stop `run` and `pipe`. After an error,
+/// `track` still runs its command.
 fn prepare(
     command: &Command,
     log_file: Option<&Path>,

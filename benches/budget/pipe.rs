@@ -17,8 +17,8 @@ use crate::table::{Amount, Figures, Goal, Line, percentile};
 const FLOOD: u64 = 10_000;
 const LINES: usize = 1_000;
 
-/// First a flood, in which the WAL grows. Then single lines after a pause, each in turn with its floor: a line to a child that
-/// writes it back, and a commit on the thread that waits for it.
+/// First a flood, in which the WAL grows. Then single lines after a pause, each in turn with its
+/// floor: a line to a child that writes it back, and a commit on the thread that waits for it.
 pub fn measure() -> Result<Figures, String> {
     let fixture = ProgramFixture::new("127.0.0.1")?;
     let mut command = fixture.command("pipe", Duration::from_secs(3_600));

@@ -157,7 +157,9 @@ impl Pipe {
             recv(beats) -> beat => beat.map_or(Event::HeartbeatEnded, |()| Event::BeatEnded),
             recv(self.judge) -> _ => Event::MaintenanceDue,
             recv(look) -> _ => Event::MaintenanceDue,
-            recv(outbox_events) -> event => event.map_or(Event::HeartbeatEnded, |_| Event::OutboxChanged),
+            recv(outbox_events) -> event => {
+                event.map_or(Event::HeartbeatEnded, |_| Event::OutboxChanged)
+            }
         }
     }
 

@@ -20,8 +20,9 @@ To go back to the agent's own heartbeat:
 The agent starts ``decnet-heartbeat pipe`` as its child. A deploy or a mutate is an operation from
 its beginning: if the agent is killed, the child reports it as failed. A child that ends is
 restarted after 1 s, later after up to 60 s, and after exit code 78 (a restart does not help) every
-5 minutes. One that has not answered for 60 s is killed. Up to 10,000 reports wait for it. The child has the agent's environment, so
-``DECNET_HEARTBEAT_OUTBOX`` and the other variables of the program work in the drop-in, too.
+5 minutes. One that has not answered for 60 s is killed. Up to 10,000 reports wait for it. The child
+has the agent's environment, so ``DECNET_HEARTBEAT_OUTBOX`` and the other variables of the program
+work in the drop-in, too.
 
 ``DECNET_HEARTBEAT_PROGRAM`` is the path of the program; without it, ``decnet-heartbeat`` is
 searched on ``PATH``. Another ``sitecustomize``, which this one hides, is loaded as well. A Python
